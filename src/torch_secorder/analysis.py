@@ -1,0 +1,148 @@
+"""What the one-call functions share: batches in, per-sample squared norms out, with nothing of the user's changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torch_secorder.errors import ArgumentError
+from torch_secorder.likelihoods import Likelihood, likelihood
+from torch_secorder.parameters import ParameterTable, unwrapped
+from torch_secorder.passes import Samples
+from torch_secorder.plan import BatchAxis, planned
+from torch_secorder.run import Run, checked_loss, checked_targets, reduction_of, undisturbed
+
+
+@dataclass(frozen=True)
+class FisherKind:
+    """Which Fisher, for everything but the empirical one.
+
+    Attributes:
+        labels: "model" for labels of the model's own prediction, "observed" for the given targets.
+        num_samples: None for the exact expectation over the model's labels, k for an estimate from k backward passes.
+    """
+
+    loss_type: str = "nll"
+    labels: str = "model"
+    num_samples: int | None = None
+    ignore_index: int = -100
+    class_axis: int = 1
+    max_passes: int = 10_000
+
+    def seeds(self, outputs: Tensor, targets: Any, generator: torch.Generator) -> tuple[Iterator[Tensor], float]:
+        """The seeds of all backward passes, and what the sum over passes is multiplied by.
+
+        Raises:
+            ArgumentError: if the exact expectation takes more than ``max_passes``, or observed labels are missing.
+        """
+        model: Likelihood = likelihood(
+            self.loss_type, outputs, targets, ignore_index=self.ignore_index, class_axis=self.class_axis
+        )
+        if self.labels == "observed":
+            if not isinstance(targets, Tensor):
+                raise ArgumentError('labels="observed" needs targets')
+            return iter([model.observed(outputs, targets)]), 1.0
+        if self.num_samples is None:
+            passes = model.exact_passes(outputs)
+            if passes > self.max_passes:
+                raise ArgumentError(
+                    f"the exact Fisher of outputs of shape {tuple(outputs.shape)} takes {passes:,} backward passes, more than "
+                    f"max_passes={self.max_passes:,}: pass num_samples=k for an unbiased estimate from k passes"
+                )
+            return model.exact(outputs), 1.0
+        return (model.draw(outputs, generator) for _ in range(self.num_samples)), 1 / self.num_samples
+
+
+class Analysis:
+    """A model prepared for batches.
+
+    Args:
+        model: the user's model.
+        parameters: "trainable" or "all".
+        batch_axis: as in FisherMonitor.
+        create_graph: make the norms differentiable.
+    """
+
+    def __init__(
+        self, model: nn.Module, parameters: str = "trainable", batch_axis: BatchAxis = None, *, create_graph: bool = False
+    ):
+        self.model = unwrapped(model)
+        self.table = ParameterTable(self.model, parameters)
+        self._plan = planned(self.model, self.table, batch_axis)
+        self._create_graph, self._anchored = create_graph, parameters == "all"
+
+    def empirical(self, loss_fn: Callable[[Any, Any], Tensor], inputs: Any, targets: Any) -> tuple[Samples, str]:
+        """Squared norms of g_n, and how the loss reduces."""
+        with undisturbed(self.model), self._run() as run:
+            outputs = run(inputs)
+            checked_targets(targets, run.n)
+            loss = checked_loss(loss_fn(outputs, targets), run.n, targets)
+            reduction = reduction_of(loss_fn, outputs, targets, loss, run.n)
+            samples = run.backward(loss)
+        factor = run.n**2 if reduction == "mean" else 1
+        return replace(samples, norms=samples.norms * factor), reduction
+
+    def fisher(self, kind: FisherKind, inputs: Any, targets: Any, generator: torch.Generator) -> Samples:
+        """Expected squared norms of the gradient of -log p(y | x_n)."""
+        with undisturbed(self.model), self._run() as run:
+            outputs = logits(run(inputs))
+            checked_targets(targets, run.n)
+            seeds, factor = kind.seeds(outputs.detach(), targets, generator)
+            samples, seed = None, next(seeds)
+            while seed is not None:
+                following = next(seeds, None)
+                found = run.backward(outputs, seed.to(outputs.dtype), last=following is None)
+                samples = found if samples is None else replace(samples, norms=samples.norms + found.norms)
+                seed = following
+        return replace(samples, norms=samples.norms * factor)
+
+    @contextmanager
+    def differentiable(self) -> Iterator[None]:
+        """All analysed parameters require a gradient inside."""
+        frozen = [p for p in self.table.tensors if not p.requires_grad]
+        try:
+            for p in frozen:
+                p.requires_grad_(True)
+            yield
+        finally:
+            for p in frozen:
+                p.requires_grad_(False)
+
+    def _run(self) -> Run:
+        return Run(self.model, self.table, self._plan, create_graph=self._create_graph, anchored=self._anchored)
+
+
+def logits(outputs: Any) -> Tensor:
+    """The tensor that the likelihood is about: the outputs, or their ``logits``."""
+    if isinstance(outputs, Tensor):
+        return outputs
+    found = outputs.get("logits") if hasattr(outputs, "get") else getattr(outputs, "logits", None)
+    if found is None and isinstance(outputs, (tuple, list)) and outputs and isinstance(outputs[0], Tensor):
+        found = outputs[0]
+    if not isinstance(found, Tensor):
+        raise ArgumentError(f"the model returned a {type(outputs).__name__} without logits; return a tensor of outputs")
+    return found
+
+
+def positive_int(name: str, value: object) -> int:
+    """``value``, if it is an int of at least 1.
+
+    Raises:
+        ArgumentError: otherwise; a bool is no int here.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ArgumentError(f"{name} must be an int >= 1, not {value!r}")
+    return value
+
+
+def fresh_generator(generator: torch.Generator | None) -> torch.Generator:
+    """The given generator, or one of its own with a fresh seed, so that the global random state is left alone."""
+    if generator is None:
+        generator = torch.Generator()
+        generator.seed()
+    return generator

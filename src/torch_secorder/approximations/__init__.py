@@ -1,0 +1,5 @@
+"""Approximations of a loss's curvature."""
+
+from torch_secorder.approximations.fisher_trace import empirical_fisher_trace, generalized_fisher_trace
+
+__all__ = ["empirical_fisher_trace", "generalized_fisher_trace"]

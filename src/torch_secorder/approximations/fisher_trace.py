@@ -1,0 +1,176 @@
+"""Traces of the empirical and of the generalised Fisher information, as functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torch_secorder.analysis import Analysis, FisherKind, fresh_generator, logits, positive_int
+from torch_secorder.errors import CoverageError
+from torch_secorder.monitor import checked
+from torch_secorder.parameters import ParameterTable, unwrapped
+from torch_secorder.run import checked_targets
+
+
+def empirical_fisher_trace(
+    model: nn.Module,
+    loss_fn: Callable[[Any, Any], Tensor],
+    inputs: Any,
+    targets: Any,
+    num_samples: int = 1,
+    *,
+    create_graph: bool = False,
+) -> Tensor:
+    r"""The trace of the empirical Fisher of one batch, exactly.
+
+    .. math:: \operatorname{tr} F = c \sum_{n=1}^{N} \lVert g_n \rVert^2
+
+    with g_n the gradient of sample n's loss in the trainable parameters; c = 1/N for a loss that averages over the batch and c
+    = 1 for one that sums. Which of the two it is, is found out from the loss.
+
+    The model runs once, in its current mode. Parameters, buffers, ``.grad``, hooks, mode and ``requires_grad`` are left as
+    they were, and the global random state as after one plain forward. No parameter gradient is computed.
+
+    Args:
+        model: the model.
+        loss_fn: from ``(outputs, targets)`` to a scalar; a module, a function or a partial.
+        inputs: a tensor; a tuple for several positional arguments; a mapping for keyword arguments.
+        targets: whatever the loss takes.
+        num_samples: has no effect, since the value is exact.
+        create_graph: make the result differentiable.
+
+    Returns:
+        A 0-dim tensor on the model's device, in the parameters' dtype but at least float32.
+
+    Raises:
+        ArgumentError: for a ``num_samples`` that is no int >= 1, or a loss that is no scalar or neither averages nor sums.
+        UnsupportedError: naming all layers without an exact rule.
+        NonFiniteError: naming the parameters whose gradient is not finite.
+
+    Example:
+        >>> import torch
+        >>> from torch_secorder import empirical_fisher_trace
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> x, y = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.zeros(2, 1)
+        >>> _ = torch.nn.init.ones_(model.weight)
+        >>> empirical_fisher_trace(model, torch.nn.MSELoss(), x, y)  # (2^2 + 8^2) / 2
+        tensor(34.)
+
+    References:
+        Martens (2020), "New insights and perspectives on the natural gradient method", section 11; Kunstner, Balles and
+        Hennig (2019), "Limitations of the empirical Fisher approximation for natural gradient descent".
+    """
+    positive_int("num_samples", num_samples)
+    analysis = Analysis(model, create_graph=create_graph)
+    samples, reduction = analysis.empirical(loss_fn, inputs, targets)
+    return _as_result(samples.norms.sum(0), reduction, analysis.table)
+
+
+def generalized_fisher_trace(
+    model: nn.Module,
+    outputs: Any,
+    targets: Any,
+    loss_type: str = "nll",
+    num_samples: int | None = None,
+    create_graph: bool = False,
+    *,
+    labels: str = "model",
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    class_axis: int = 1,
+    generator: torch.Generator | None = None,
+    max_passes: int = 10_000,
+) -> Tensor:
+    r"""The trace of the generalised (type-II) Fisher of one batch, from outputs that were computed before.
+
+    .. math::
+        \operatorname{tr} F = c \sum_{n=1}^{N} \mathbb{E}_{y \sim p(\cdot \mid x_n)}
+        \lVert \nabla \log p(y \mid x_n) \rVert^2 = c \sum_{n=1}^{N} \operatorname{tr} J_n^\top A_n J_n
+
+    with c = 1/N for ``reduction="mean"``, c = 1 for ``"sum"``; J_n the Jacobian of sample n's outputs in the trainable parameters.
+
+    ============  ==========================  ===============================  ==========================================
+    loss_type     outputs                     p(y given f)                     A_n
+    ============  ==========================  ===============================  ==========================================
+    ``nll``       logits, (N, C, ...)         categorical for each position    diag(p) - p p^T for each position
+    ``bce``       logits, any shape           Bernoulli for each element       diag(p (1 - p))
+    ``mse``       means, any shape            Gaussian of variance 1           identity
+    ``poisson``   log rates, any shape        Poisson for each element         diag(exp f)
+    ============  ==========================  ===============================  ==========================================
+
+    The samples are taken apart by one backward pass for each of them, through the graph that the outputs carry; that graph
+    is kept. :func:`torch_secorder.fisher_report` runs the model itself and is far cheaper.
+
+    Args:
+        model: the model that made the outputs.
+        outputs: a tensor with the batch on axis 0, or a model output with ``logits``.
+        targets: enter only through ``ignore_index`` and for ``labels="observed"``; may be None otherwise.
+        loss_type: "nll", "bce", "mse" or "poisson".
+        num_samples: None for the exact expectation, k for an unbiased estimate from k random seeds.
+        create_graph: make the result differentiable.
+        labels: "model" for labels of the model's own prediction, "observed" for the given targets.
+        reduction: "mean" or "sum".
+        ignore_index: "nll" positions with this target contribute nothing.
+        class_axis: where "nll" outputs have their classes.
+        generator: for the random seeds; by default one of its own, with a fresh seed.
+        max_passes: the most seeds that the exact expectation may take.
+
+    Returns:
+        A 0-dim tensor on the model's device, in the parameters' dtype but at least float32.
+
+    Raises:
+        ArgumentError: for arguments that mean nothing, and when more than ``max_passes`` seeds would be needed.
+        UnsupportedError: for an unknown ``loss_type``.
+        CoverageError: if the outputs carry no graph that leads to a trainable parameter.
+
+    Example:
+        >>> import torch
+        >>> from torch_secorder import generalized_fisher_trace
+        >>> model = torch.nn.Linear(2, 3)
+        >>> outputs = model(torch.tensor([[1.0, 2.0]]))
+        >>> generalized_fisher_trace(model, outputs, None, loss_type="mse")  # 3 outputs, each (1^2 + 2^2) + 1
+        tensor(18.)
+
+    References:
+        Martens (2020), "New insights and perspectives on the natural gradient method"; Schraudolph (2002), "Fast curvature
+        matrix-vector products for second-order gradient descent".
+    """
+    checked("labels", labels, ("model", "observed"))
+    checked("reduction", reduction, ("mean", "sum"))
+    if num_samples is not None:
+        positive_int("num_samples", num_samples)
+    outputs = logits(outputs)
+    table = ParameterTable(unwrapped(model))
+    if not outputs.requires_grad:
+        raise CoverageError("the outputs carry no autograd graph: compute them outside of torch.no_grad()")
+    checked_targets(targets, len(outputs))
+    kind = FisherKind(loss_type, labels, num_samples, ignore_index, class_axis, positive_int("max_passes", max_passes))
+    seeds, factor = kind.seeds(outputs if create_graph else outputs.detach(), targets, fresh_generator(generator))
+    norms = torch.stack([_one_by_one(outputs, seed, table.tensors, create_graph) for seed in seeds]).sum(0)
+    return _as_result(norms * factor, reduction, table)
+
+
+def _one_by_one(outputs: Tensor, seed: Tensor, parameters: list[Tensor], create_graph: bool) -> Tensor:
+    """``||J_n^T seed_n||^2`` of every sample, ``[n]``, by one backward pass for each."""
+    norms = []
+    for n in range(len(outputs)):
+        alone = torch.zeros_like(seed)
+        alone[n] = seed[n]
+        found = torch.autograd.grad(
+            outputs, parameters, alone, retain_graph=True, create_graph=create_graph, allow_unused=True
+        )
+        squares = [g.to(torch.promote_types(g.dtype, torch.float32)).square().sum() for g in found if g is not None]
+        if not squares:
+            raise CoverageError("the outputs do not depend on any trainable parameter of this model")
+        norms.append(torch.stack([square.to(squares[0].device) for square in squares]).sum())
+    return torch.stack(norms)
+
+
+def _as_result(norms: Tensor, reduction: str, table: ParameterTable) -> Tensor:
+    """``c sum_n norms_n`` where the model is, in its dtype."""
+    parameter = table.tensors[0]
+    trace = norms.sum() / (len(norms) if reduction == "mean" else 1)
+    return trace.to(parameter.device, torch.promote_types(parameter.dtype, torch.float32))

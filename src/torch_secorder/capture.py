@@ -1,0 +1,307 @@
+"""Hooks: from the user's own forward and backward to one record per call of a module. No mathematics.
+
+A forward hook on each module that owns an analysed parameter keeps the module's inputs; a prehook on the autograd node
+of its output receives the output's gradient. A node's prehook, unlike a tensor hook, also survives an in-place operation
+on the output. Nothing is written on the user's modules or parameters, and leaving the ``with`` block removes
+every handle.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, Node
+
+from torch_secorder.errors import CoverageError, ShapeError, UnsupportedError
+
+current_backward: Callable[[], int] = torch._C._current_graph_task_id  # -1 outside of any backward pass
+
+
+@dataclass(eq=False)
+class Forward:
+    """One run of the model: what makes the calls of its modules belong to the same samples.
+
+    Attributes:
+        n: its batch size, None as long as nobody knows.
+        calls: how often each parameter's module was called, by position in the parameter table.
+        inside: False for calls of submodules with no call of the model around them.
+        replay_of: the backward pass that runs this forward again (activation checkpointing), or None.
+    """
+
+    n: int | None = None
+    calls: Counter[int] = field(default_factory=Counter)
+    inside: bool = True
+    replay_of: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """A hooked module, with what is decided once for all of its calls.
+
+    Attributes:
+        parameters: local name -> position in the parameter table.
+        tensors: local name -> the parameter, to notice when somebody swapped it.
+        rule: from a :class:`Call` to per-sample gradients; this floor only carries it.
+        batch_axis: where its inputs and outputs have the batch axis.
+    """
+
+    name: str
+    module: nn.Module
+    parameters: Mapping[str, int]
+    tensors: Mapping[str, Tensor]
+    rule: Any
+    batch_axis: int = 0
+
+    def __str__(self) -> str:
+        return f"{type(self.module).__name__} '{self.name}'"
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One call of a module as a rule sees it: every tensor with the batch axis first.
+
+    Attributes:
+        inputs: positional arguments.
+        kwargs: keyword arguments.
+        grad_output: gradient of the batch's loss with respect to the output.
+    """
+
+    inputs: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    grad_output: Tensor
+
+    def argument(self, position: int, name: str) -> Any:
+        """An argument that callers may pass by position or by name."""
+        return self.inputs[position] if len(self.inputs) > position else self.kwargs[name]
+
+
+@dataclass(eq=False)
+class Record:
+    """A call between its forward and its backward.
+
+    Attributes:
+        edge: where the output's gradient arrives in the autograd graph.
+        starts_graph: whether no input requires a gradient, so that nothing before this call is differentiated.
+        fired_in: the last backward pass that reached it.
+    """
+
+    site: Site
+    forward: Forward
+    inputs: tuple[Any, ...] | None
+    kwargs: Mapping[str, Any]
+    edge: GradientEdge
+    shape: torch.Size
+    starts_graph: bool
+    fired_in: int | None = None
+
+    def call(self, grad: Tensor) -> Call:
+        """What the rule needs, batch axis first."""
+        if self.inputs is None:
+            raise CoverageError(f"{self.site}: its inputs are gone, since a backward pass has been here already")
+        first = partial(_batch_first, axis=self.site.batch_axis, n=self.forward.n)
+        inputs = tuple(first(x) for x in self.inputs)
+        kwargs = {name: first(x) for name, x in self.kwargs.items()}
+        return Call(inputs, kwargs, first(grad.reshape(self.shape)))
+
+
+class Capture:
+    """Attaches the hooks (``with capture:``) and hands over what they see.
+
+    Args:
+        model: the model, unwrapped.
+        sites: its modules to hook.
+        on_gradient: called with a record and its output's gradient, inside the backward pass.
+        batch_axis: where the model's own inputs have the batch axis.
+        guards: for some modules, what is called before each of their calls, to raise for a state that no rule
+            can be right in.
+        anchored: give outputs that need no gradient one, so that frozen layers are seen too.
+        on_replay: called with the backward pass that runs a forward again (activation checkpointing).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sites: Sequence[Site],
+        on_gradient: Callable[[Record, Tensor], None],
+        batch_axis: int = 0,
+        guards: Mapping[nn.Module, Callable[[], None]] | None = None,
+        *,
+        anchored: bool = False,
+        on_replay: Callable[[int], object] | None = None,
+    ):
+        self._model, self._sites, self._on_gradient = model, sites, on_gradient
+        self._batch_axis, self._guards, self._anchored, self._on_replay = batch_axis, guards or {}, anchored, on_replay
+        self._handles = ExitStack()
+        self._running: Forward | None = None
+        self.last = Forward()  # the latest complete run of the model
+        self.loose = Forward(inside=False)  # calls of submodules with no call of the model around them
+        self.records: list[Record] | None = None  # a list where somebody wants them kept, as who owns the loop does
+        self.active = False
+
+    def __enter__(self) -> Capture:
+        with ExitStack() as handles:
+            hook = partial(_Hook, self)
+            add = handles.callback
+            before = self._model.register_forward_pre_hook(hook("begin"), prepend=True, with_kwargs=True)
+            add(before.remove)
+            for site in self._sites:
+                # First in line: a user's hook may return something else than what the module computed.
+                add(site.module.register_forward_hook(hook("seen", site), prepend=True, with_kwargs=True).remove)
+            for module, guard in self._guards.items():
+                add(module.register_forward_pre_hook(hook("guarded", guard)).remove)
+            add(self._model.register_forward_hook(hook("end"), always_call=True).remove)
+            self._handles = handles.pop_all()
+        self.active = True
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.active = False
+        self._running = None
+        self._handles.close()
+
+    def starts(self) -> list[Record]:
+        """The kept records before which nothing is differentiated."""
+        return [record for record in self.records or [] if record.starts_graph]
+
+    def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        n = batch_size((*args, *kwargs.values()), self._batch_axis)
+        self._running = Forward(n, replay_of=self._replay())
+
+    def end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self._running is not None:
+            self.last, self._running = self._running, None
+
+    def guarded(self, guard: Callable[[], None], *_: Any) -> None:
+        guard()
+
+    def seen(
+        self, site: Site, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
+    ) -> Tensor | None:
+        """Record one call; returns a new output only where a frozen layer's output needs an anchor."""
+        forward = self._running or self._outside(output, site)
+        forward.calls.update(site.parameters.values())
+        if not torch.is_grad_enabled():
+            return None
+        if not isinstance(output, Tensor):
+            raise UnsupportedError(f"{site} returned a {type(output).__name__}; a rule needs a tensor")
+        for local, tensor in site.tensors.items():
+            if module._parameters.get(local) is not tensor:
+                raise CoverageError(
+                    f"{site}: its parameter '{local}' was replaced since the analysis began (torch.func.functional_call, "
+                    "a parametrization, an assignment); start a new analysis of the model as it is now"
+                )
+        anchor = None
+        if not output.requires_grad:
+            if not self._anchored:
+                return None
+            output = anchor = output + output.new_zeros((), requires_grad=True)
+        if forward.n is None:
+            forward.n = _size(output, site.batch_axis)
+        if _size(output, site.batch_axis) != forward.n:
+            raise ShapeError(
+                f"{site}: its output has shape {tuple(output.shape)}, whose axis {site.batch_axis} is not the batch of "
+                f"{forward.n} samples; pass batch_axis={{'{site.name}': axis}} if it has one"
+            )
+        edge = output_edge(output, site)
+        starts = not any(isinstance(x, Tensor) and x.requires_grad for x in (*args, *kwargs.values()))
+        record = Record(site, forward, args, kwargs, edge, output.shape, starts)
+        edge.node.register_prehook(partial(self._fired, record))
+        if self.records is not None:
+            self.records.append(record)
+        return anchor
+
+    def _outside(self, output: Any, site: Site) -> Forward:
+        """The forward of a call with no call of the model around it."""
+        replay = self._replay()
+        if replay is not None:
+            if self.loose.replay_of != replay:
+                self.loose = Forward(self.last.n, Counter(self.last.calls), replay_of=replay)
+        elif self.loose.replay_of is not None or self.loose.n not in (None, _size(output, site.batch_axis)):
+            self.loose = Forward(inside=False)
+        return self.loose
+
+    def _replay(self) -> int | None:
+        task = current_backward()
+        if task == -1:
+            return None
+        if self._on_replay is not None:
+            self._on_replay(task)
+        return task
+
+    def _fired(self, record: Record, grads: tuple[Tensor | None, ...]) -> None:
+        if self.active and (grad := grads[record.edge.output_nr]) is not None:
+            self._on_gradient(record, grad)
+
+
+class _Hook:
+    """A hook of ours. A copy of the model (deepcopy, pickle) gets one that does nothing, and not the monitor with it."""
+
+    def __init__(self, capture: Capture | None, method: str = "", *first: Any):
+        self._call = None if capture is None else partial(getattr(capture, method), *first)
+
+    def __call__(self, *args: Any) -> Any:
+        return None if self._call is None else self._call(*args)
+
+    def __reduce__(self) -> tuple[type[_Hook], tuple[None]]:
+        return (_Hook, (None,))
+
+
+def output_edge(output: Tensor, site: Site) -> GradientEdge:
+    """Where in the graph the gradient of ``output`` arrives, whatever is done to ``output`` later.
+
+    An in-place operation on a view replaces the view's node, so the node of its base is taken, which sees the same
+    numbers in the base's shape.
+    """
+    whole = output
+    if output._is_view() and output._base is not None:
+        base = output._base
+        whole = base if base.numel() == output.numel() and base.is_contiguous() and output.is_contiguous() else output
+    node: Node | None = whole.grad_fn
+    if node is None:
+        raise UnsupportedError(f"{site}: its output is a leaf of the autograd graph, not something that it computed")
+    return GradientEdge(node, whole.output_nr)
+
+
+def batch_size(values: Sequence[Any], axis: int) -> int | None:
+    """The size that the tensors among ``values`` (also inside of mappings and sequences) have on the batch axis.
+
+    Tensors of size 1 there are shared by all samples, such as position ids, unless all have size 1.
+    """
+    sizes = {x.shape[axis] for x in tensors(values) if x.dim() > axis}
+    if 0 in sizes:
+        raise ShapeError("the batch is empty: a tensor among the model's inputs has 0 samples")
+    sizes = sizes - {1} or sizes
+    if len(sizes) > 1:
+        raise ShapeError(
+            f"the model's inputs have different sizes on the batch axis {axis}: {sorted(sizes)}; "
+            "pass batch_axis= if another axis counts the samples"
+        )
+    return sizes.pop() if sizes else None
+
+
+def tensors(value: Any) -> Iterator[Tensor]:
+    """Every tensor in nested mappings and sequences."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from tensors(list(value.values()))
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from tensors(item)
+
+
+def _size(value: Any, axis: int) -> int | None:
+    return value.shape[axis] if isinstance(value, Tensor) and value.dim() > axis else None
+
+
+def _batch_first(value: Any, axis: int, n: int | None) -> Any:
+    if axis and isinstance(value, Tensor) and value.dim() > axis and value.shape[axis] == n:
+        return value.movedim(axis, 0)
+    return value

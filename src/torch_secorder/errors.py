@@ -1,0 +1,55 @@
+"""What the library raises.
+
+Everything derives from :class:`CurvatureError`, so one ``except`` catches every refusal. A refusal names the parameter
+or module, the reason and the remedy; the alternative, a wrong number, is never returned.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "ArgumentError",
+    "CoupledSamplesError",
+    "CoverageError",
+    "CurvatureError",
+    "LifecycleError",
+    "NonFiniteError",
+    "ShapeError",
+    "UnsupportedError",
+    "VerificationError",
+]
+
+
+class CurvatureError(RuntimeError):
+    """Base of every error of this library."""
+
+
+class ArgumentError(CurvatureError, ValueError):
+    """An argument has a value that means nothing."""
+
+
+class UnsupportedError(CurvatureError, NotImplementedError):
+    """A layer, a setting of a layer or a loss type whose exact per-sample gradient is not known here."""
+
+
+class ShapeError(UnsupportedError, ValueError):
+    """A tensor in which the batch axis cannot be found, or whose batch size disagrees with the rest."""
+
+
+class CoupledSamplesError(UnsupportedError):
+    """A module or a loss mixes the samples of a batch, so that per-sample gradients do not exist."""
+
+
+class CoverageError(CurvatureError):
+    """A backward pass reached a parameter in a way that no captured call accounts for."""
+
+
+class LifecycleError(CurvatureError):
+    """The order of calls leaves open what a sample is: nested entry, two backward passes through one forward, ..."""
+
+
+class NonFiniteError(CurvatureError, ArithmeticError):
+    """A gradient is infinite or not a number."""
+
+
+class VerificationError(CurvatureError):
+    """A sample alone, through plain autograd, has other gradients than the analysis of its batch says."""

@@ -1,0 +1,184 @@
+r"""What is sent back through the model for the Fisher itself: square roots of the output's curvature.
+
+For outputs f_n and a likelihood p(y | f_n), the Fisher is ``c sum_n J_n^T A_n J_n`` with A_n the curvature of
+``-log p`` in f. Each seed s here is shaped like the outputs, and the trace's part of sample n is the sum, or the
+expectation, of ``||J_n^T s_n||^2`` over the seeds, since ``sum_s s s^T``, or ``E[s s^T]``, is A_n.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from torch_secorder.errors import ArgumentError, ShapeError, UnsupportedError
+
+
+class Likelihood(ABC):
+    """A model of the targets, given outputs whose axis 0 is the batch."""
+
+    @abstractmethod
+    def exact_passes(self, outputs: Tensor) -> int:
+        """How many seeds :meth:`exact` yields."""
+
+    @abstractmethod
+    def exact(self, outputs: Tensor) -> Iterator[Tensor]:
+        """Seeds with ``sum_s s s^T = A_n`` for every sample."""
+
+    @abstractmethod
+    def draw(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
+        """One random seed with ``E[s s^T] = A_n`` on and between the blocks of A_n."""
+
+    @abstractmethod
+    def observed(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """The gradient of ``-log p(targets | outputs)``."""
+
+
+class Elementwise(Likelihood):
+    """One independent variable for each output element; A_n is diagonal.
+
+    Random signs on the square root of a diagonal A are unbiased for a trace, ``E[r r^T] = I``, and vary less than
+    drawing the variable itself.
+
+    Args:
+        kind: "bce", "mse" or "poisson".
+    """
+
+    def __init__(self, kind: str):
+        self._kind = kind
+
+    def exact_passes(self, outputs: Tensor) -> int:
+        return math.prod(outputs.shape[1:])
+
+    def exact(self, outputs: Tensor) -> Iterator[Tensor]:
+        root = self._root(outputs).flatten(1)
+        for element in range(root.shape[1]):
+            seed = torch.zeros_like(root)
+            seed[:, element] = root[:, element]
+            yield seed.view(outputs.shape)
+
+    def draw(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
+        return self._root(outputs) * random_signs(outputs.shape, outputs, generator)
+
+    def observed(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        if targets.shape != outputs.shape:
+            raise ShapeError(f"targets of shape {tuple(targets.shape)} for outputs of shape {tuple(outputs.shape)}")
+        return self._mean(outputs) - targets
+
+    def _mean(self, f: Tensor) -> Tensor:
+        return {"bce": torch.sigmoid, "mse": lambda f: f, "poisson": torch.exp}[self._kind](f)
+
+    def _root(self, f: Tensor) -> Tensor:
+        if self._kind == "bce":
+            return (torch.sigmoid(f) * torch.sigmoid(-f)).sqrt()
+        return (f / 2).exp() if self._kind == "poisson" else torch.ones_like(f)
+
+
+class Categorical(Likelihood):
+    """Classes with logits on ``class_axis``, independent for each position on the other axes.
+
+    Args:
+        class_axis: the axis of the classes.
+        counted: ``[n, *positions]``, False where ``ignore_index`` says that a position has no target; None counts all.
+    """
+
+    def __init__(self, class_axis: int = 1, counted: Tensor | None = None):
+        self._axis, self._counted = class_axis, counted
+
+    def exact_passes(self, outputs: Tensor) -> int:
+        return self._positions(outputs) * (outputs.shape[self._axis] - 1)
+
+    def exact(self, outputs: Tensor) -> Iterator[Tensor]:
+        r"""Columns of the Cholesky factor of ``diag(p) - p p^T``, in closed form.
+
+        With tails ``q_j = sum_{i >= j} p_i``, column j is ``sqrt(p_j q_{j+1} / q_j) (e_j - r_j)``, where
+        ``r_j = p / q_{j+1}`` on the classes after j (Tanabe and Sagae, 1992, "An exact Cholesky decomposition and the
+        generalized inverse of the variance-covariance matrix of the multinomial distribution"). The tails are sums of
+        what remains, not ``1 - cumsum``, which has no digits left when one class is nearly certain.
+        """
+        p = self._probabilities(outputs)
+        tails = p.flip(-1).cumsum(-1).flip(-1)
+        for position in range(p.shape[1]):
+            for j in range(p.shape[2] - 1):
+                p_j, here, after = p[:, position, j], tails[:, position, j], tails[:, position, j + 1]
+                weight = torch.where(here > 0, p_j * after / here.clamp(min=torch.finfo(p.dtype).tiny), 0).sqrt()
+                share = p[:, position, j + 1 :] / after.clamp(min=torch.finfo(p.dtype).tiny)[:, None]
+                seed = torch.zeros_like(p)
+                seed[:, position, j] = weight
+                seed[:, position, j + 1 :] = -weight[:, None] * share
+                yield self._shaped(seed, outputs)
+
+    def draw(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
+        r"""An importance-drawn label for each position, with a random sign.
+
+        Label c is drawn with probability ``w_c`` proportional to ``p_c ||e_c - p||^2`` and gives the seed
+        ``sqrt(p_c / w_c) (e_c - p)``. Then ``E[s s^T] = sum_c p_c (e_c - p)(e_c - p)^T = diag(p) - p p^T``; independent
+        signs make the products between positions vanish in expectation.
+        """
+        p = self._probabilities(outputs)
+        distance = 1 - 2 * p + p.square().sum(-1, keepdim=True)
+        w = p * distance.clamp(min=torch.finfo(p.dtype).eps)
+        w = w / w.sum(-1, keepdim=True)
+        label = torch.multinomial(w.flatten(0, 1).to(generator.device), 1, generator=generator).to(p.device)
+        label = label.view(*p.shape[:2], 1)
+        size = (p.gather(-1, label) / w.gather(-1, label)).sqrt() * random_signs((*p.shape[:2], 1), p, generator)
+        return self._shaped(size * (torch.zeros_like(p).scatter(-1, label, 1.0) - p), outputs)
+
+    def observed(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        p = self._probabilities(outputs)
+        label = targets.reshape(*p.shape[:2], 1)
+        hot = torch.zeros_like(p).scatter(-1, label.clamp(min=0), 1.0)
+        return self._shaped(p - hot, outputs)
+
+    def _positions(self, outputs: Tensor) -> int:
+        return math.prod(outputs.shape[1:]) // outputs.shape[self._axis]
+
+    def _probabilities(self, outputs: Tensor) -> Tensor:
+        """``[n, positions, classes]``."""
+        logits = outputs.movedim(self._axis, -1)
+        dtype = torch.promote_types(outputs.dtype, torch.float32)
+        return logits.reshape(len(logits), -1, logits.shape[-1]).to(dtype).softmax(-1)
+
+    def _shaped(self, seed: Tensor, outputs: Tensor) -> Tensor:
+        """A seed ``[n, positions, classes]`` in the outputs' layout, zero where no position counts."""
+        if self._counted is not None:
+            seed = seed * self._counted.reshape(*seed.shape[:2], 1)
+        moved = outputs.movedim(self._axis, -1).shape
+        return seed.reshape(moved).movedim(-1, self._axis)
+
+
+def likelihood(
+    loss_type: str, outputs: Tensor, targets: Tensor | None, *, ignore_index: int = -100, class_axis: int = 1
+) -> Likelihood:
+    """The likelihood that a loss type stands for.
+
+    Raises:
+        UnsupportedError: for an unknown ``loss_type``.
+        ArgumentError: if ``class_axis`` is the batch axis or none of the outputs'.
+        ShapeError: if targets don't have the outputs' shape without the class axis.
+    """
+    if loss_type in ("bce", "mse", "poisson"):
+        return Elementwise(loss_type)
+    if loss_type != "nll":
+        raise UnsupportedError(f'loss_type must be "nll", "bce", "mse" or "poisson", not {loss_type!r}')
+    if not 1 <= class_axis % max(outputs.dim(), 1) < outputs.dim():
+        raise ArgumentError(f"class_axis={class_axis} for outputs of shape {tuple(outputs.shape)}, whose axis 0 is the batch")
+    axis = class_axis % outputs.dim()
+    if not isinstance(targets, Tensor):
+        return Categorical(axis)
+    positions = (*outputs.shape[:axis], *outputs.shape[axis + 1 :])
+    if tuple(targets.shape) != positions:
+        raise ShapeError(
+            f"targets of shape {tuple(targets.shape)} for outputs of shape {tuple(outputs.shape)} with class_axis={axis}: "
+            f"expected {positions}"
+        )
+    return Categorical(axis, targets != ignore_index)
+
+
+def random_signs(shape: tuple[int, ...] | torch.Size, like: Tensor, generator: torch.Generator) -> Tensor:
+    """Independent +1 and -1 with equal probability, on the device and in the dtype of ``like``."""
+    bits = torch.randint(2, tuple(shape), generator=generator, device=generator.device)
+    return (2 * bits - 1).to(like.device, like.dtype)

@@ -1,0 +1,357 @@
+"""FisherMonitor: the context manager around the user's own forward and backward."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from torch_secorder.capture import Capture, Forward, Record, current_backward
+from torch_secorder.errors import ArgumentError, CoverageError, LifecycleError
+from torch_secorder.parameters import ParameterTable, unwrapped
+from torch_secorder.passes import Pass
+from torch_secorder.plan import BatchAxis, planned
+from torch_secorder.report import By, Report
+from torch_secorder.statistics import Statistics
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(eq=False)
+class _OpenPass:
+    """A backward pass that is under way."""
+
+    collected: Pass
+    gradients: dict[int, Tensor] = field(default_factory=dict)
+    error: Exception | None = None
+
+
+class FisherMonitor:
+    r"""Exact empirical-Fisher traces of every parameter, from the forward and backward passes that run inside.
+
+    With samples n = 1..N, l_n a sample's loss and g_n its gradient, the contribution of parameter p is
+
+    .. math:: \mathrm{fisher\_trace}[p] = c \sum_n \lVert g_{n,p} \rVert^2,
+
+    c = 1/N for ``reduction="mean"``, c = 1 for ``"sum"``. This is never the squared gradient of the batch. The
+    samples of all backward passes are pooled. The gradients that the user gets in ``.grad`` are bit-identical to those
+    without the monitor.
+
+    Args:
+        model: any module; DistributedDataParallel and torch.compile wrappers are looked through.
+        reduction: how the loss that is differentiated combines its samples, "mean" or "sum".
+        loss_scale: the factor that the loss was multiplied by: 1/k for ``loss / k`` over k accumulation steps, or a
+            GradScaler's scale. A number, or a function that is called at each backward pass.
+        parameters: "trainable", or "all" for frozen ones too.
+        diagonal: also keep the Fisher diagonal, a tensor of each parameter's size.
+        per_sample: also keep every t_{n,p}.
+        batch_axis: where the samples are counted, if not on axis 0: an int for the model's inputs and all of its
+            layers, or a mapping from module names to axes ("" is the model itself).
+        nonfinite: "raise" when a gradient is infinite or NaN, or "skip" those samples.
+        repeated_calls: what it means that one backward pass reaches two calls of the model: "same" if row n of both is
+            one sample (siamese networks), "new" if they are different samples. By default that is an error.
+
+    Raises:
+        ArgumentError: for an argument that means nothing, or a model with no trainable parameter.
+        UnsupportedError: naming all layers without an exact rule.
+
+    Example:
+        >>> import torch
+        >>> from torch_secorder import FisherMonitor
+        >>> model = torch.nn.Linear(3, 2)
+        >>> with FisherMonitor(model) as monitor:
+        ...     for _ in range(4):
+        ...         x, y = torch.randn(8, 3), torch.randint(2, (8,))
+        ...         torch.nn.functional.cross_entropy(model(x), y).backward()
+        >>> monitor.n_samples
+        32
+        >>> list(monitor.report().index)
+        ['weight', 'bias']
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        reduction: str = "mean",
+        *,
+        loss_scale: float | Tensor | Callable[[], float | Tensor] = 1.0,
+        parameters: str = "trainable",
+        diagonal: bool = False,
+        per_sample: bool = False,
+        batch_axis: BatchAxis = None,
+        nonfinite: str = "raise",
+        repeated_calls: str | None = None,
+    ):
+        checked("reduction", reduction, ("mean", "sum"))
+        checked("nonfinite", nonfinite, ("raise", "skip"))
+        checked("repeated_calls", repeated_calls, (None, "same", "new"))
+        if not callable(loss_scale):
+            _scale(loss_scale)
+        self._model = unwrapped(model)
+        self._reduction, self._loss_scale, self._nonfinite = reduction, loss_scale, nonfinite
+        self._repeated_calls, self._batch_axis, self._diagonal = repeated_calls, batch_axis, diagonal
+        self._table = ParameterTable(self._model, parameters)
+        planned(self._model, self._table, batch_axis)  # refuse now what can't be right later
+        shapes = [row.shape for row in self._table.rows]
+        self._statistics = Statistics(self._table.names, shapes, diagonal=diagonal, per_sample=per_sample)
+        self._all = parameters == "all"
+        self._capture: Capture | None = None
+        self._handles = ExitStack()
+        self._passes: dict[int, _OpenPass] = {}
+        self._parents: dict[int, int] = {}  # a backward pass inside of another one (checkpointing) -> the outer one
+
+    # ------------------------------------------------------------------------------------------------ the block
+
+    def __enter__(self) -> FisherMonitor:
+        if self._capture is not None:
+            raise LifecycleError("this monitor is active already; leave its block first, or use a second monitor")
+        plan = planned(self._model, self._table, self._batch_axis)
+        capture = Capture(
+            *(self._model, plan.sites, self._arrived, plan.batch_axis, plan.guards),
+            anchored=self._all,
+            on_replay=self._opened,
+        )
+        with ExitStack() as handles:
+            handles.enter_context(capture)
+            for position, tensor in enumerate(self._table.tensors):
+                if tensor.requires_grad:
+                    handles.callback(tensor.register_hook(partial(self._gradient, position)).remove)
+            self._handles = handles.pop_all()
+        self._capture = capture
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._capture = None
+        self._passes.clear()
+        self._parents.clear()
+        self._handles.close()
+
+    def _arrived(self, record: Record, grad: Tensor) -> None:
+        """The gradient of a module's output, inside the backward pass."""
+        outer = record.forward.replay_of
+        task = current_backward()
+        if outer is not None and outer != task:
+            self._parents[task] = outer
+        self._guarded(lambda current: self._add(current, record, grad, self._parents.get(task, task)))
+
+    def _add(self, current: _OpenPass, record: Record, grad: Tensor, task: int) -> None:
+        if record.fired_in not in (None, task) and self._repeated_calls != "new":
+            raise LifecycleError(
+                f"{record.site}: a second backward pass went through the same forward, whose samples are counted "
+                'already; call the model again, or pass repeated_calls="new" to count them as new samples'
+            )
+        record.fired_in = task
+        current.collected.add(record, grad)
+
+    def _gradient(self, position: int, grad: Tensor) -> None:
+        """The gradient of a parameter, as this backward pass adds it to ``.grad``."""
+        self._guarded(lambda current: current.gradients.__setitem__(position, squared_sum(grad)))
+
+    def _guarded(self, action: Callable[[_OpenPass], None]) -> None:
+        """Do something for the backward pass under way; what goes wrong must wait for its end."""
+        task = current_backward()
+        current = self._opened(self._parents.get(task, task))
+        if current.error is not None:
+            return
+        try:
+            with full_precision():
+                action(current)
+        except Exception as error:
+            current.error = error
+
+    def _opened(self, task: int) -> _OpenPass:
+        if task not in self._passes:
+            collected = Pass(
+                self._table,
+                diagonal=self._diagonal,
+                repeated_calls=self._repeated_calls,
+                keep=self._repeated_calls == "new",
+            )
+            self._passes[task] = _OpenPass(collected)
+            _at_the_end(partial(self._closed, task))
+        return self._passes[task]
+
+    def _closed(self, task: int) -> None:
+        """A backward pass is over: count it, or raise why not. The user's gradients are complete by now."""
+        current = self._passes.pop(task, None)
+        if current is None or self._capture is None:
+            return
+        self._parents.clear()
+        self._capture.loose = Forward(inside=False)
+        try:
+            with torch.no_grad(), full_precision():
+                self._count(current)
+        except Exception as error:
+            # Behind whatever else waits for the end of this pass, DistributedDataParallel's reduction for one.
+            _at_the_end(partial(_raise, error))
+
+    def _count(self, current: _OpenPass) -> None:
+        if current.error is not None:
+            raise current.error
+        if not (current.gradients or current.collected):
+            return
+        samples = current.collected.finish(self._nonfinite) if current.collected else None
+        reached = samples.reached if samples else set()
+        if missed := [self._table.names[p] for p in current.gradients if p not in reached]:
+            raise CoverageError(
+                f"the backward pass reached {', '.join(missed)} by a way that no layer's own forward accounts for: a weight "
+                "used outside of its module (functional calls), or a forward that ran before the monitor was entered; "
+                "the batch is left out"
+            )
+        assert samples is not None
+        factor = samples.batch / _scale(self._loss_scale) if self._reduction == "mean" else 1 / _scale(self._loss_scale)
+        gradients = torch.stack([g.double().cpu() for g in current.gradients.values()]) if current.gradients else torch.zeros(0)
+        gradients = gradients / _scale(self._loss_scale) ** 2
+        self._statistics.update(
+            samples.norms.double() * factor**2,
+            {position: s * factor**2 for position, s in samples.squares.items()},
+            samples.rules,
+            reached,
+            dict(zip(current.gradients, gradients.tolist(), strict=True)),
+            samples.skipped,
+        )
+
+    # ------------------------------------------------------------------------------------------------ the results
+
+    @property
+    def n_samples(self) -> int:
+        """How many samples were seen."""
+        return self._statistics.n
+
+    @property
+    def trace(self) -> Tensor:
+        """The total over all analysed parameters, a 0-dim float64 tensor."""
+        return torch.tensor(self._report().trace, dtype=torch.float64)
+
+    def report(self, by: By = None) -> pd.DataFrame:
+        """The table: a row for each parameter, or for each group of them.
+
+        Args:
+            by: None, "module", "type", or a function from a parameter's name to a group.
+
+        Returns:
+            A DataFrame with the columns ``module``, ``module_type``, ``shape``, ``numel`` (by group: ``n_parameters``,
+            ``numel``), then ``fisher_trace``, ``fisher_trace_stderr``, ``fisher_trace_share``, ``fisher_mean``,
+            ``grad_sq_norm`` and ``rule``. Its ``attrs`` say ``reduction``, ``fisher``, ``n_samples`` and ``n_passes``.
+
+        Raises:
+            LifecycleError: if no sample was seen.
+        """
+        return self._report().table(by)
+
+    @property
+    def diagonal(self) -> dict[str, Tensor]:
+        """The Fisher diagonal, ``c sum_n g_n ** 2``: name -> tensor of the parameter's shape, summing to its trace."""
+        self._require(self._diagonal, "diagonal")
+        statistics = self._seen()
+        c = 1 / statistics.n if self._reduction == "mean" else 1.0
+        parameters = zip(statistics.names, statistics.squares, self._table.tensors, strict=True)
+        return {name: (c * squares.to(p.device)).expand(p.shape) for name, squares, p in parameters}
+
+    @property
+    def per_sample(self) -> pd.DataFrame:
+        """t_{n,p}, unscaled: a row for each sample in the order of the backward passes, a column for each parameter."""
+        self._require(self._statistics.keeps["per_sample"], "per_sample")
+        return self._report().per_sample()
+
+    def reset(self) -> None:
+        """Forget every sample."""
+        self._statistics.clear()
+
+    def merge(self, other: FisherMonitor) -> FisherMonitor:
+        """Add the samples of another monitor of a model with the same parameters, and return self.
+
+        Raises:
+            ArgumentError: if names, shapes, reduction or what is kept differ.
+        """
+        if self._reduction != other._reduction:
+            raise ArgumentError(f"cannot merge reduction={other._reduction!r} into reduction={self._reduction!r}")
+        self._statistics.merge(other._statistics)
+        return self
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was accumulated, as tensors, numbers and strings."""
+        return {"reduction": self._reduction, "fisher": "empirical"} | self._statistics.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Replace what was accumulated by another monitor's :meth:`state_dict`.
+
+        Raises:
+            ArgumentError: if it is of other parameters, another reduction or another kind.
+        """
+        if state.get("reduction") != self._reduction:
+            raise ArgumentError(f"the state has reduction={state.get('reduction')!r}, this monitor {self._reduction!r}")
+        self._statistics.load_state_dict(state)
+
+    def __repr__(self) -> str:
+        state = "active" if self._capture is not None else "idle"
+        return (
+            f"FisherMonitor({type(self._model).__name__}, {len(self._table)} parameters, reduction={self._reduction!r}, "
+            f"{self.n_samples} samples, {state})"
+        )
+
+    def _report(self) -> Report:
+        return Report(self._table.rows, self._seen(), self._reduction, "empirical")
+
+    def _seen(self) -> Statistics:
+        if not self._statistics.n:
+            raise LifecycleError(
+                "no sample was seen yet: run the model's forward and its loss's backward inside the monitor's block"
+            )
+        return self._statistics
+
+    def _require(self, kept: bool, what: str) -> None:
+        if not kept:
+            raise LifecycleError(f"the monitor was not asked to keep this: FisherMonitor(..., {what}=True)")
+
+
+def checked(name: str, value: object, allowed: tuple[object, ...]) -> None:
+    """Raise ArgumentError unless ``value`` is one of the allowed ones."""
+    if value not in allowed:
+        raise ArgumentError(f"{name} must be one of {', '.join(map(repr, allowed))}, not {value!r}")
+
+
+def squared_sum(grad: Tensor) -> Tensor:
+    """||grad||^2 in at least float32."""
+    values = grad.detach().coalesce().values() if grad.is_sparse else grad.detach()
+    values = values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
+    return torch.linalg.vector_norm(values).square()
+
+
+def full_precision() -> torch.autocast | ExitStack:
+    """A context without autocast, which a backward pass inside an autocast block would otherwise put on our sums."""
+    if not torch.is_autocast_enabled("cpu") and not torch.is_autocast_enabled("cuda"):
+        return ExitStack()
+    stack = ExitStack()
+    for device in ("cpu", "cuda"):
+        if torch.is_autocast_enabled(device):
+            stack.enter_context(torch.autocast(device, enabled=False))
+    return stack
+
+
+def _scale(loss_scale: float | Tensor | Callable[[], float | Tensor]) -> float:
+    value = loss_scale() if callable(loss_scale) else loss_scale
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not (math.isfinite(number) and number > 0):
+        raise ArgumentError(f"loss_scale must be a positive number or a function that returns one, not {value!r}")
+    return number
+
+
+def _at_the_end(callback: Callable[[], None]) -> None:
+    """Call back when the backward pass under way is over."""
+    torch.autograd.Variable._execution_engine.queue_callback(callback)
+
+
+def _raise(error: Exception) -> None:
+    raise error
+

@@ -1,0 +1,94 @@
+"""Which parameters are analysed, and what they are called."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from torch_secorder.errors import ArgumentError, UnsupportedError
+
+# Path components that wrappers add to a module's name and that its owner never wrote.
+WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One analysed parameter; a tied one under the first of its names."""
+
+    name: str
+    module: str
+    module_type: str
+    shape: tuple[int, ...]
+    numel: int
+
+
+class ParameterTable:
+    """The analysed parameters of a model, in the order of ``named_parameters()``.
+
+    Attributes:
+        tensors: the parameters themselves.
+        rows: what the report says of them.
+    """
+
+    def __init__(self, model: nn.Module, which: str = "trainable"):
+        if which not in ("trainable", "all"):
+            raise ArgumentError(f'parameters must be "trainable" or "all", not {which!r}')
+        owners = {name: type(module).__name__ for name, module in model.named_modules(remove_duplicate=False)}
+        named = [(n, p) for n, p in model.named_parameters() if which == "all" or p.requires_grad]
+        if not named:
+            frozen = any(True for _ in model.parameters())
+            remedy = 'pass parameters="all" to analyse frozen ones' if frozen else "it has none at all"
+            raise ArgumentError(f"{type(model).__name__} has no trainable parameter: {remedy}")
+        if lazy := [name for name, p in named if nn.parameter.is_lazy(p)]:
+            raise UnsupportedError(f"{', '.join(lazy)}: not initialised yet; run the model once before analysing it")
+        self.tensors: list[Tensor] = [p for _, p in named]
+        self.rows = [_row(name, p, owners) for name, p in named]
+        self._positions = {id(p): position for position, p in enumerate(self.tensors)}
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def names(self) -> list[str]:
+        """The parameters' names."""
+        return [row.name for row in self.rows]
+
+    def position(self, tensor: Tensor | None) -> int | None:
+        """Where ``tensor`` stands in the table; None for one that is not analysed."""
+        return self._positions.get(id(tensor))
+
+    def owned(self, module: nn.Module) -> dict[str, int]:
+        """The module's own analysed parameters: local name -> position."""
+        found = ((local, self.position(p)) for local, p in module._parameters.items())
+        return {local: position for local, position in found if position is not None}
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The user's own model inside DistributedDataParallel and torch.compile."""
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+    if isinstance(model, DataParallel):
+        raise UnsupportedError(
+            "DataParallel runs copies of the model, whose parameters are not the model's own: "
+            "use the bare model, or DistributedDataParallel"
+        )
+    return unwrapped(model.module) if isinstance(model, DistributedDataParallel) else model
+
+
+def plain_name(name: str) -> str:
+    """``name`` without what wrappers added to it."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+
+def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every module once, under its plain name."""
+    return ((plain_name(name), module) for name, module in model.named_modules())
+
+
+def _row(name: str, p: Tensor, owners: dict[str, str]) -> Parameter:
+    owner = name.rpartition(".")[0]
+    shape = tuple(int(side) for side in p.shape)
+    return Parameter(plain_name(name), plain_name(owner), owners[owner], shape, p.numel())

@@ -1,0 +1,181 @@
+"""What one backward pass adds up to: captured calls in, squared norms of per-sample gradients out."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from torch_secorder.capture import Forward, Record
+from torch_secorder.errors import CoverageError, LifecycleError, NonFiniteError, ShapeError
+from torch_secorder.parameters import ParameterTable
+from torch_secorder.per_sample import PerSampleGradient
+
+
+@dataclass
+class Block:
+    """One batch of samples: a forward that the backward pass reached.
+
+    Attributes:
+        norms: position of a parameter -> ``[n]``, its squared norms in the units of the backward pass.
+        held: position -> the sum so far, for parameters that are used more than once.
+    """
+
+    n: int
+    norms: dict[int, Tensor] = field(default_factory=dict)
+    squares: dict[int, Tensor] = field(default_factory=dict)
+    held: dict[int, PerSampleGradient] = field(default_factory=dict)
+
+
+@dataclass
+class Samples:
+    """What a backward pass says of its samples, in the user's units still.
+
+    Attributes:
+        batch: how many samples the loss was over, N_b.
+        norms: ``[parameters, n]``, squared norms of the gradients of each sample's share of the loss.
+        squares: position -> ``[*shape]``, sum of those gradients squared entry by entry, where the diagonal is wanted.
+        reached: positions that the pass reached.
+        rules: position -> the rules and algorithms that gave its numbers.
+        skipped: how many samples were left out because their gradients are not finite.
+    """
+
+    batch: int
+    norms: Tensor
+    squares: dict[int, Tensor]
+    reached: set[int]
+    rules: dict[int, list[str]]
+    skipped: int = 0
+
+
+class Pass:
+    """Collects one backward pass.
+
+    A parameter's squared norm is taken as soon as its gradient arrives. Only if its module was called more than once, or
+    is tied to another, does it wait for all uses, since the cross terms between uses belong to the trace.
+
+    Args:
+        table: the analysed parameters.
+        diagonal: also add up squares entry by entry.
+        repeated_calls: what two calls of the model that one backward pass reaches are: "same" or "new" samples.
+        keep: leave the records' inputs alone, for another backward pass through the same forward.
+    """
+
+    def __init__(
+        self, table: ParameterTable, *, diagonal: bool = False, repeated_calls: str | None = None, keep: bool = False
+    ):
+        self._table, self._diagonal, self._repeated, self._keep = table, diagonal, repeated_calls, keep
+        self._blocks: dict[object, Block] = {}
+        self._rules: dict[int, dict[str, None]] = defaultdict(dict)
+
+    def __bool__(self) -> bool:
+        """Whether anything was collected."""
+        return bool(self._blocks)
+
+    def add(self, record: Record, grad: Tensor) -> None:
+        """The gradient of a recorded call's output has arrived."""
+        forward, site = record.forward, record.site
+        call = record.call(grad)
+        block = self._block(forward, len(call.grad_output))
+        shapes = {local: self._table.rows[position].shape for local, position in site.parameters.items()}
+        for local, form in site.rule(site.module, call, shapes).items():
+            position = site.parameters[local]
+            self._rules[position][f"{site.rule.name} ({form.algorithm})"] = None
+            if not forward.inside and self._repeated is None and (position in block.norms or position in block.held):
+                raise LifecycleError(
+                    f"{site} was called more than once outside of a call of the monitored model, which can mean one "
+                    'sample seen twice or two batches: pass repeated_calls="same" or "new", or monitor the submodule'
+                )
+            if self._repeated == "same" or forward.calls[position] > 1:
+                held = block.held.get(position)
+                block.held[position] = form if held is None else held + form
+            elif position in block.norms:
+                raise CoverageError(
+                    f"{self._table.rows[position].name}: {site} was called again in the same backward pass, "
+                    "after its other calls had been counted (activation checkpointing of a shared module); "
+                    "use torch.utils.checkpoint with use_reentrant=False, or run this part without checkpointing"
+                )
+            else:
+                self._settle(block, position, form)
+        if not self._keep:
+            record.inputs = None
+
+    def finish(self, nonfinite: str = "raise") -> Samples:
+        """Everything that the pass collected.
+
+        Raises:
+            NonFiniteError: if a gradient is not finite and ``nonfinite`` is "raise".
+        """
+        for block in self._blocks.values():
+            for position, form in block.held.items():
+                self._settle(block, position, form)
+            block.held.clear()
+        blocks = list(self._blocks.values())
+        norms = torch.cat([self._stacked(block) for block in blocks], 1)
+        squares = {p: s for block in blocks for p, s in block.squares.items()}
+        for block in blocks[:-1]:
+            squares |= {p: squares[p] + s for p, s in block.squares.items() if squares[p] is not s}
+        reached = {position for block in blocks for position in block.norms}
+        rules = {position: list(found) for position, found in self._rules.items()}
+        samples = Samples(norms.shape[1], norms, squares, reached, rules)
+        return samples if bool(norms.isfinite().all()) else self._without_nonfinite(samples, nonfinite)
+
+    def _block(self, forward: Forward, n: int) -> Block:
+        key: object = forward
+        if self._repeated == "same" or forward.replay_of is not None:
+            key = next(iter(self._blocks), forward)
+        if key not in self._blocks and self._blocks and self._repeated != "new":
+            raise LifecycleError(
+                "one backward pass reached two calls of the model, which can mean one sample seen twice or two batches: pass "
+                'repeated_calls="same" if row n of both calls belongs to one sample, or "new" if they are different samples'
+            )
+        block = self._blocks.setdefault(key, Block(n))
+        if block.n != n:
+            raise ShapeError(f"calls with {block.n} and with {n} samples in one backward pass: which is the batch?")
+        return block
+
+    def _settle(self, block: Block, position: int, form: PerSampleGradient) -> None:
+        norms = form.squared_norm()
+        block.norms[position] = norms
+        if self._diagonal:
+            finite = norms.isfinite()
+            block.squares[position] = (form if bool(finite.all()) else form.select(finite.nonzero().squeeze(1))).sum_of_squares()
+
+    def _stacked(self, block: Block) -> Tensor:
+        """``[parameters, n]`` on one device, in at least float32; zeros for what the pass did not reach."""
+        some = next(iter(block.norms.values()))
+        zero = some.new_zeros(block.n)
+        rows = [block.norms.get(position, zero) for position in range(len(self._table))]
+        dtype = some.dtype
+        for row in rows:
+            dtype = torch.promote_types(dtype, row.dtype)
+        return torch.stack([row.to(some.device, dtype) for row in rows])
+
+    def _without_nonfinite(self, samples: Samples, nonfinite: str) -> Samples:
+        bad = ~samples.norms.isfinite()
+        names = [self._table.rows[position].name for position in bad.any(1).nonzero().flatten().tolist()]
+        rows = bad.any(0).nonzero().flatten().tolist()
+        if nonfinite == "raise":
+            raise NonFiniteError(
+                f"the gradients of {_listed(rows, 'sample')} are not finite, in {_listed(names, 'parameter')}; the batch is "
+                'left out and what was accumulated before is kept (nonfinite="skip" leaves out only such samples)'
+            )
+        kept = (~bad.any(0)).nonzero().flatten()
+        late = [p for p in samples.squares if bool(bad.any(0).logical_and(~bad[p]).any())]
+        if late:
+            raise NonFiniteError(
+                f"{_listed(rows, 'sample')}: the gradient became infinite half-way through the backward pass, after "
+                f"{self._table.rows[late[0]].name} had been added to the diagonal; the batch is left out"
+            )
+        norms = samples.norms[:, kept]
+        return Samples(samples.batch, norms, samples.squares, samples.reached, samples.rules, skipped=len(rows))
+
+
+def _listed(items: list[object] | list[str] | list[int], noun: str) -> str:
+    shown = ", ".join(str(item) for item in items[:5])
+    more = f" and {len(items) - 5} more" if len(items) > 5 else ""
+    return f"{noun}{'s' if len(items) > 1 else ''} {shown}{more}"
+
+

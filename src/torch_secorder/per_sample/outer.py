@@ -1,0 +1,92 @@
+"""Products over shared positions: G_n = sum_t g_{n,t} a_{n,t}^T, the gradient of every matrix that multiplies data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from torch_secorder.per_sample._base import Index, PerSampleGradient, chunks, guarded, widened
+
+
+class Outer(PerSampleGradient):
+    r"""``G[n, k, o, i] = sum_t g[n, k, t, o] a[n, k, t, i]``, viewed as the parameter's shape.
+
+    The squared norm is taken in one of three ways, whichever needs the fewest operations:
+
+    * ``product``: one position, ``||a||^2 ||g||^2``;
+    * ``gram``: ``sum_{t,s} (a_t . a_s)(g_t . g_s)``, about ``T^2 (I + O)`` operations, guarded against cancellation;
+    * ``direct``: form the ``O x I`` product for a few samples at a time, ``T I O`` operations.
+
+    Args:
+        a: layer inputs, ``[n, k, t, i]``.
+        g: output gradients, ``[n, k, t, o]``.
+        shape: the parameter's shape, a view of ``(k * o, i)``.
+    """
+
+    def __init__(self, a: Tensor, g: Tensor, shape: Sequence[int]):
+        # Under autocast the operation saw its input in the dtype of its output, and so must we.
+        self.a = widened(a.to(g.dtype))
+        self.g = widened(g)
+        self.n, self.shape = a.shape[0], tuple(shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.g.dtype
+
+    @property
+    def algorithm(self) -> str:  # type: ignore[override]  # a property where the base has a plain string
+        positions, i, o = self.a.shape[2], self.a.shape[3], self.g.shape[3]
+        if positions == 1:
+            return "product"
+        return "gram" if positions * (i + o) < i * o else "direct"
+
+    def dense(self) -> Tensor:
+        return (self.g.mT @ self.a).reshape(self.n, *self.shape)
+
+    def select(self, samples: Index) -> Outer:
+        return Outer(self.a[samples], self.g[samples], self.shape)
+
+    def squared_norm(self) -> Tensor:
+        match self.algorithm:
+            case "product":
+                return (_square(self.a) * _square(self.g)).sum((1, 2))
+            case "gram":
+                return self._gram()
+            case _:
+                return super().squared_norm()
+
+    def _gram(self) -> Tensor:
+        norms, diagonals = [], []
+        k, t = self.a.shape[1:3]
+        for rows in chunks(self.n, 2 * k * t * t * self.dtype.itemsize):
+            a, g = self.a[rows], self.g[rows]
+            gram = (a @ a.mT) * (g @ g.mT)
+            norms.append(gram.sum((1, 2, 3)))
+            diagonals.append(gram.diagonal(dim1=2, dim2=3).sum((1, 2)))
+        return guarded(torch.cat(norms), torch.cat(diagonals), self)
+
+    def sum_of_squares(self) -> Tensor:
+        if self.a.shape[2] > 1:
+            return super().sum_of_squares()
+        a, g = self.a.square().squeeze(2), self.g.square().squeeze(2)
+        return torch.einsum("nki,nko->koi", a, g).reshape(self.shape)
+
+    def total(self) -> Tensor:
+        k = self.a.shape[1]
+        a, g = (x.movedim(1, 0).reshape(k, -1, x.shape[3]) for x in (self.a, self.g))
+        return (g.mT @ a).reshape(self.shape)
+
+    def joined(self, other: PerSampleGradient) -> PerSampleGradient | None:
+        if not isinstance(other, Outer) or self.a.shape[1::2] != other.a.shape[1::2]:
+            return None
+        dtype = torch.promote_types(self.dtype, other.dtype)
+        a, g = (torch.cat([x.to(dtype), y.to(dtype)], 2) for x, y in ((self.a, other.a), (self.g, other.g)))
+        return Outer(a, g, self.shape)
+
+
+def _square(value: Tensor) -> Tensor:
+    return torch.linalg.vecdot(value, value)
+
+

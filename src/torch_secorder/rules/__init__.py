@@ -1,0 +1,21 @@
+"""Rules: from one call of a layer to the per-sample gradient of each of its parameters.
+
+A rule is one function, ``rule(module, call) -> {local parameter name: per-sample gradient}``, in the file of its layer's
+family. Importing this package registers the built-in ones.
+"""
+
+from torch_secorder.rules import bilinear, convolution, elementwise, embedding, linear, normalization
+from torch_secorder.rules._dispatch import Gradients, Rule, register_rule, rule_for
+
+__all__ = [
+    "Gradients",
+    "Rule",
+    "bilinear",
+    "convolution",
+    "elementwise",
+    "embedding",
+    "linear",
+    "normalization",
+    "register_rule",
+    "rule_for",
+]

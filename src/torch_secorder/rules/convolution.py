@@ -1,0 +1,42 @@
+"""Convolutions and their transposes in 1, 2 and 3 dimensions."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from torch_secorder.capture import Call
+from torch_secorder.errors import ShapeError
+from torch_secorder.per_sample import Convolution
+from torch_secorder.rules._dispatch import Gradients, register_rule
+
+
+@register_rule(nn.Conv1d, nn.Conv2d, nn.Conv3d)
+def convolution(module: _ConvNd, call: Call) -> Gradients:
+    """A convolution; padding that is not the same number of zeros on both sides is applied to the input first."""
+    x, g = call.argument(0, "input"), call.grad_output
+    _check_batched(module, x)
+    padding = module.padding
+    if padding == "valid":
+        padding = (0,) * len(module.kernel_size)
+    elif isinstance(padding, str) or module.padding_mode != "zeros":
+        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+        x = F.pad(x, module._reversed_padding_repeated_twice, mode)
+        padding = (0,) * len(module.kernel_size)
+    weight = Convolution(x, g, module.weight.shape, module.stride, padding, module.dilation, module.groups)
+    return {"weight": weight, "bias": g.flatten(2).sum(2)}
+
+
+@register_rule(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+def transposed_convolution(module: _ConvTransposeNd, call: Call) -> Gradients:
+    """The adjoint of a convolution: its input is that convolution's output gradient, and the other way round."""
+    x, g = call.argument(0, "input"), call.grad_output
+    _check_batched(module, x)
+    weight = Convolution(g, x, module.weight.shape, module.stride, module.padding, module.dilation, module.groups)
+    return {"weight": weight, "bias": g.flatten(2).sum(2)}
+
+
+def _check_batched(module: _ConvNd, x: Tensor) -> None:
+    if x.dim() != len(module.kernel_size) + 2:
+        raise ShapeError(f"a {type(module).__name__} got an input of shape {tuple(x.shape)}, without a batch axis")

@@ -1,0 +1,17 @@
+"""Parameters that act on single elements."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from torch_secorder.capture import Call
+from torch_secorder.rules._dispatch import Gradients, register_rule
+
+
+@register_rule(nn.PReLU)
+def prelu(module: nn.PReLU, call: Call) -> Gradients:
+    """``y = x`` above zero and ``weight * x`` below; one weight, or one for each channel on axis 1."""
+    product = call.argument(0, "input").clamp(max=0) * call.grad_output
+    if module.num_parameters == 1:
+        return {"weight": product.flatten(1).sum(1, keepdim=True) if product.dim() > 1 else product[:, None]}
+    return {"weight": product.reshape(*product.shape[:2], -1).sum(2)}

@@ -1,0 +1,20 @@
+"""Layers that multiply features by a matrix."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from torch_secorder.capture import Call
+from torch_secorder.errors import ShapeError
+from torch_secorder.per_sample import Outer
+from torch_secorder.rules._dispatch import Gradients, register_rule
+
+
+@register_rule(nn.Linear)
+def linear(module: nn.Linear, call: Call) -> Gradients:
+    """``y = x W^T + b`` over any number of middle axes, which are the positions that share W and b."""
+    x, g = call.argument(0, "input"), call.grad_output
+    if x.dim() < 2:
+        raise ShapeError(f"a Linear got an input of shape {tuple(x.shape)}, without a batch axis")
+    a, g = x.reshape(x.shape[0], 1, -1, x.shape[-1]), g.reshape(g.shape[0], 1, -1, g.shape[-1])
+    return {"weight": Outer(a, g, module.weight.shape), "bias": g.sum((1, 2))}

@@ -1,0 +1,76 @@
+"""Normalisations: y = weight * normalised(x) + bias, whose gradients are sums of g * normalised(x) and of g."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from torch_secorder.capture import Call
+from torch_secorder.errors import ShapeError
+from torch_secorder.rules._dispatch import Gradients, register_rule
+
+
+@register_rule(nn.LayerNorm)
+def layer_norm(module: nn.LayerNorm, call: Call) -> Gradients:
+    """Statistics of the last axes."""
+    x = _input(module, call, len(module.normalized_shape))
+    return _last_axes(module, F.layer_norm(x, module.normalized_shape, None, None, module.eps), call.grad_output)
+
+
+@register_rule(nn.RMSNorm)
+def rms_norm(module: nn.RMSNorm, call: Call) -> Gradients:
+    """The root mean square of the last axes."""
+    x = _input(module, call, len(module.normalized_shape))
+    return _last_axes(module, F.rms_norm(x, module.normalized_shape, None, module.eps), call.grad_output)
+
+
+@register_rule(nn.GroupNorm)
+def group_norm(module: nn.GroupNorm, call: Call) -> Gradients:
+    """Statistics of each sample's groups of channels."""
+    x = _input(module, call, 1)
+    return _channels(F.group_norm(x, module.num_groups, None, None, module.eps), call.grad_output)
+
+
+@register_rule(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+def instance_norm(module: _InstanceNorm, call: Call) -> Gradients:
+    """Statistics of each sample's channels, or running ones in eval mode with ``track_running_stats``."""
+    x = _input(module, call, 1)
+    expected = {nn.InstanceNorm1d: 3, nn.InstanceNorm2d: 4, nn.InstanceNorm3d: 5}
+    if not any(isinstance(module, kind) and x.dim() == dims for kind, dims in expected.items()):
+        raise ShapeError(f"an {type(module).__name__} got an input of shape {tuple(x.shape)}, without a batch axis")
+    running = not module.training and module.track_running_stats
+    return _channels(_with_running(module, x) if running else F.instance_norm(x, eps=module.eps), call.grad_output)
+
+
+@register_rule(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+def batch_norm(module: _BatchNorm, call: Call) -> Gradients:
+    """With running statistics it is an affine map. (Modules that use the batch's statistics are refused in forward.)"""
+    return _channels(_with_running(module, _input(module, call, 1)), call.grad_output)
+
+
+def _with_running(module: Any, x: Tensor) -> Tensor:
+    return F.batch_norm(x, module.running_mean, module.running_var, None, None, False, 0.0, module.eps)
+
+
+def _input(module: nn.Module, call: Call, trailing: int) -> Tensor:
+    x: Tensor = call.argument(0, "x" if isinstance(module, nn.RMSNorm) else "input")
+    if x.dim() <= trailing:
+        raise ShapeError(f"a {type(module).__name__} got an input of shape {tuple(x.shape)}, without a batch axis")
+    return x
+
+
+def _last_axes(module: Any, normalised: Tensor, g: Tensor) -> dict[str, Tensor]:
+    """Gradients of parameters over the last axes, summed over the axes between those and the batch."""
+    shape = (g.shape[0], -1, *module.normalized_shape)
+    return {"weight": (g * normalised).reshape(shape).sum(1), "bias": g.reshape(shape).sum(1)}
+
+
+def _channels(normalised: Tensor, g: Tensor) -> dict[str, Tensor]:
+    """Gradients of parameters over axis 1, summed over all axes after it."""
+    flat = (*g.shape[:2], -1)
+    return {"weight": torch.linalg.vecdot(g.reshape(flat), normalised.reshape(flat)), "bias": g.reshape(flat).sum(2)}

@@ -1,0 +1,184 @@
+"""One forward of a model under hooks, and any number of backward passes through it that write no ``.grad``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torch_secorder.capture import Capture, Record, batch_size, tensors
+from torch_secorder.errors import ArgumentError, CoverageError, ShapeError
+from torch_secorder.parameters import ParameterTable
+from torch_secorder.passes import Pass, Samples
+from torch_secorder.plan import Plan
+
+
+class Run:
+    """``with Run(...) as run: outputs = run(inputs); samples = run.backward(loss)``.
+
+    Args:
+        model: the model, unwrapped.
+        table: the analysed parameters.
+        plan: how it is captured.
+        create_graph: make the squared norms differentiable.
+        anchored: see frozen layers too.
+    """
+
+    def __init__(
+        self, model: nn.Module, table: ParameterTable, plan: Plan, *, create_graph: bool = False, anchored: bool = False
+    ):
+        self._model, self._table, self._plan, self._create_graph = model, table, plan, create_graph
+        self._capture = Capture(*(model, plan.sites, self._arrived, plan.batch_axis, plan.guards), anchored=anchored)
+        self._pass: Pass | None = None
+        self._error: Exception | None = None
+        self._extra: list[Tensor] = []
+        self.n = 0
+
+    def __enter__(self) -> Run:
+        self._capture.__enter__()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._capture.__exit__(*exc_info)
+        self._capture.records = None
+
+    def __call__(self, inputs: Any) -> Any:
+        """The model's outputs: a tensor is the argument, a tuple all positional and a mapping all keyword arguments."""
+        self._capture.records = []
+        self._extra = [x for x in tensors(inputs) if x.requires_grad]
+        n = batch_size(list(tensors(inputs)), self._plan.batch_axis)
+        with torch.enable_grad():
+            outputs = called(self._model, inputs)
+        self.n = n or next((r.forward.n for r in self._capture.records if r.forward.n), 0)
+        return outputs
+
+    def backward(self, root: Tensor, seed: Tensor | None = None, *, last: bool = True) -> Samples:
+        """Squared norms of the per-sample gradients of ``root`` (with ``seed`` for its gradient).
+
+        Only what lies between the root and the first analysed layers' outputs is differentiated, so no parameter gradient is
+        computed.
+
+        Args:
+            root: what is differentiated.
+            seed: its gradient, for a root that is not a scalar.
+            last: whether the graph may be freed.
+        """
+        self._pass, self._error = Pass(self._table, keep=not last or self._create_graph), None
+        starts = [record for record in self._capture.records or [] if record.starts_graph]
+        if not root.requires_grad or not starts:
+            raise CoverageError("the loss does not depend on any analysed parameter through a differentiable way")
+        found = torch.autograd.grad(
+            root,
+            [*(record.edge for record in starts), *self._extra],  # type: ignore[arg-type]  # edges are fine
+            seed,
+            retain_graph=not last or self._create_graph,
+            create_graph=self._create_graph,
+            allow_unused=True,
+        )
+        with torch.set_grad_enabled(self._create_graph):
+            for record, grad in zip(starts, found[: len(starts)], strict=True):
+                if grad is not None:
+                    self._arrived(record, grad)
+            if self._error is not None:
+                raise self._error
+            if not self._pass:
+                raise CoverageError("the loss does not depend on any analysed parameter through a differentiable way")
+            return self._pass.finish()
+
+    def _arrived(self, record: Record, grad: Tensor) -> None:
+        if self._error is None and self._pass is not None:
+            try:
+                self._pass.add(record, grad)
+            except Exception as error:  # must not leave the autograd engine half-way
+                self._error = error
+
+
+def called(model: Callable[..., Any], inputs: Any) -> Any:
+    """``model(inputs)``, with a tuple spread over positions and a mapping over keywords."""
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Buffers that a forward changes get their values back."""
+    before = [(m, name, b, b._version, b.clone()) for m in model.modules() for name, b in m._buffers.items() if b is not None]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for module, name, buffer, version, value in before:
+                if buffer._version != version:
+                    buffer.copy_(value)
+                module._buffers[name] = buffer
+
+
+def reduction_of(loss_fn: Callable[[Any, Any], Tensor], outputs: Any, targets: Any, loss: Tensor, n: int) -> str:
+    """Whether a loss averages or sums over the batch, found out by giving it samples twice.
+
+    One sample twice is enough; where its loss says nothing (zero, or NaN because its target is ignored), the whole batch
+    is taken, and after that the batch with other outputs.
+
+    Raises:
+        ArgumentError: if twice the samples give neither the loss nor twice the loss.
+    """
+    ratios = []
+    with torch.no_grad(), torch.random.fork_rng(devices=[loss.device] if loss.is_cuda else []):
+        one = (rows(outputs, [0], n), rows(targets, [0], n), 1)
+        shifted = mapped(lambda x: x + 1 if x.is_floating_point() else x, outputs)
+        for out, tgt, size in (one, (outputs, targets, n), (shifted, targets, n)):
+            single = float(loss_fn(out, tgt))
+            double = float(loss_fn(rows(out, [*range(size)] * 2, size), rows(tgt, [*range(size)] * 2, size)))
+            ratio = double / single if single else float("nan")
+            for value, name in ((1.0, "mean"), (2.0, "sum")):
+                if abs(ratio - value) < 1e-2:
+                    return name
+            ratios.append(ratio)
+    if not bool(loss.isfinite()):
+        return "mean"  # the gradients will say which parameters are hit
+    raise ArgumentError(
+        "the loss neither averages nor sums over the batch: given every sample twice it is "
+        f"{' / '.join(f'{ratio:.6g}' for ratio in ratios)} times as large, not 1 or 2 times (a loss that compares samples "
+        "with each other has no per-sample gradients)"
+    )
+
+
+def rows(value: Any, index: list[int], n: int) -> Any:
+    """Those samples of every tensor in ``value`` that has n of them on axis 0."""
+    return mapped(lambda x: x[index] if x.dim() and x.shape[0] == n else x, value)
+
+
+def mapped(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """``function`` of every tensor in nested mappings, sequences and dataclasses."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, Mapping):
+        items = {key: mapped(function, item) for key, item in value.items()}
+        return type(value)(**items) if is_dataclass(value) else type(value)(items)
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{f.name: mapped(function, getattr(value, f.name)) for f in fields(value)})
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(mapped(function, item) for item in value))
+    return type(value)(mapped(function, item) for item in value) if isinstance(value, (list, tuple)) else value
+
+
+def checked_loss(loss: Any, n: int, targets: Any) -> Tensor:
+    """The loss, if it is a scalar tensor."""
+    if not isinstance(loss, Tensor):
+        raise ArgumentError(f"the loss must be a scalar tensor, not {type(loss).__name__}")
+    if loss.numel() != 1:
+        raise ArgumentError(
+            f'the loss must be a scalar, not of shape {tuple(loss.shape)}: average or sum it, e.g. reduction="mean"'
+        )
+    return loss
+
+
+def checked_targets(targets: Any, n: int) -> None:
+    """Raise if there is another number of targets than of samples."""
+    if isinstance(targets, Tensor) and targets.dim() and targets.shape[0] != n:
+        raise ShapeError(f"{n} samples in the inputs and {targets.shape[0]} in the targets")
