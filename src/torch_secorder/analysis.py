@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Any
 
 import torch
@@ -34,8 +35,8 @@ class FisherKind:
     class_axis: int = 1
     max_passes: int = 10_000
 
-    def seeds(self, outputs: Tensor, targets: Any, generator: torch.Generator) -> tuple[Iterator[Tensor], float]:
-        """The seeds of all backward passes, and what the sum over passes is multiplied by.
+    def seeds(self, outputs: Tensor, targets: Any, generator: torch.Generator) -> tuple[int, Iterator[Tensor], float]:
+        """How many backward passes, their seeds, and what the sum over passes is multiplied by.
 
         Raises:
             ArgumentError: if the exact expectation takes more than ``max_passes``, or observed labels are missing.
@@ -46,7 +47,7 @@ class FisherKind:
         if self.labels == "observed":
             if not isinstance(targets, Tensor):
                 raise ArgumentError('labels="observed" needs targets')
-            return iter([model.observed(outputs, targets)]), 1.0
+            return 1, iter([model.observed(outputs, targets)]), 1.0
         if self.num_samples is None:
             passes = model.exact_passes(outputs)
             if passes > self.max_passes:
@@ -54,8 +55,9 @@ class FisherKind:
                     f"the exact Fisher of outputs of shape {tuple(outputs.shape)} takes {passes:,} backward passes, more than "
                     f"max_passes={self.max_passes:,}: pass num_samples=k for an unbiased estimate from k passes"
                 )
-            return model.exact(outputs), 1.0
-        return (model.draw(outputs, generator) for _ in range(self.num_samples)), 1 / self.num_samples
+            return passes, model.exact(outputs), 1.0
+        k = self.num_samples
+        return k, (model.draw(outputs, generator) for _ in range(k)), 1 / k
 
 
 class Analysis:
@@ -69,7 +71,12 @@ class Analysis:
     """
 
     def __init__(
-        self, model: nn.Module, parameters: str = "trainable", batch_axis: BatchAxis = None, *, create_graph: bool = False
+        self,
+        model: nn.Module,
+        parameters: str = "trainable",
+        batch_axis: BatchAxis = None,
+        *,
+        create_graph: bool = False,
     ):
         self.model = unwrapped(model)
         self.table = ParameterTable(self.model, parameters)
@@ -92,13 +99,12 @@ class Analysis:
         with undisturbed(self.model), self._run() as run:
             outputs = logits(run(inputs))
             checked_targets(targets, run.n)
-            seeds, factor = kind.seeds(outputs.detach(), targets, generator)
-            samples, seed = None, next(seeds)
-            while seed is not None:
-                following = next(seeds, None)
-                found = run.backward(outputs, seed.to(outputs.dtype), last=following is None)
-                samples = found if samples is None else replace(samples, norms=samples.norms + found.norms)
-                seed = following
+            count, seeds, factor = kind.seeds(outputs.detach(), targets, generator)
+            passes = (
+                run.backward(outputs, seed.to(outputs.dtype), last=number == count)
+                for number, seed in enumerate(seeds, start=1)
+            )
+            samples = reduce(lambda a, b: replace(a, norms=a.norms + b.norms), passes)
         return replace(samples, norms=samples.norms * factor)
 
     @contextmanager

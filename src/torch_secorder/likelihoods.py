@@ -165,7 +165,9 @@ def likelihood(
     if loss_type != "nll":
         raise UnsupportedError(f'loss_type must be "nll", "bce", "mse" or "poisson", not {loss_type!r}')
     if not 1 <= class_axis % max(outputs.dim(), 1) < outputs.dim():
-        raise ArgumentError(f"class_axis={class_axis} for outputs of shape {tuple(outputs.shape)}, whose axis 0 is the batch")
+        raise ArgumentError(
+            f"class_axis={class_axis} for outputs of shape {tuple(outputs.shape)}, whose axis 0 is the batch"
+        )
     axis = class_axis % outputs.dim()
     if not isinstance(targets, Tensor):
         return Categorical(axis)

@@ -133,4 +133,4 @@ def _with_progress(data: Iterable[Any], total: int | None) -> Iterable[Any]:
         from tqdm.auto import tqdm
     except ImportError:
         return data
-    return tqdm(data, total=total, desc="Fisher", unit="batch", leave=False)  # type: ignore[no-any-return]
+    return tqdm(data, total=total, desc="Fisher", unit="batch", leave=False)

@@ -207,7 +207,9 @@ class FisherMonitor:
             )
         assert samples is not None
         factor = samples.batch / _scale(self._loss_scale) if self._reduction == "mean" else 1 / _scale(self._loss_scale)
-        gradients = torch.stack([g.double().cpu() for g in current.gradients.values()]) if current.gradients else torch.zeros(0)
+        gradients = (
+            torch.stack([g.double().cpu() for g in current.gradients.values()]) if current.gradients else torch.zeros(0)
+        )
         gradients = gradients / _scale(self._loss_scale) ** 2
         self._statistics.update(
             samples.norms.double() * factor**2,
@@ -354,4 +356,3 @@ def _at_the_end(callback: Callable[[], None]) -> None:
 
 def _raise(error: Exception) -> None:
     raise error
-

@@ -141,7 +141,9 @@ class Pass:
         block.norms[position] = norms
         if self._diagonal:
             finite = norms.isfinite()
-            block.squares[position] = (form if bool(finite.all()) else form.select(finite.nonzero().squeeze(1))).sum_of_squares()
+            block.squares[position] = (
+                form if bool(finite.all()) else form.select(finite.nonzero().squeeze(1))
+            ).sum_of_squares()
 
     def _stacked(self, block: Block) -> Tensor:
         """``[parameters, n]`` on one device, in at least float32; zeros for what the pass did not reach."""
@@ -177,5 +179,3 @@ def _listed(items: list[object] | list[str] | list[int], noun: str) -> str:
     shown = ", ".join(str(item) for item in items[:5])
     more = f" and {len(items) - 5} more" if len(items) > 5 else ""
     return f"{noun}{'s' if len(items) > 1 else ''} {shown}{more}"
-
-

@@ -40,7 +40,9 @@ def planned(model: nn.Module, table: ParameterTable, batch_axis: BatchAxis = Non
         ArgumentError: if ``batch_axis`` is neither an axis nor a mapping from module names to axes.
     """
     axis = _axes(model, batch_axis)
-    sites, missing, guards = [], [], {}
+    sites: list[Site] = []
+    missing: list[str] = []
+    guards: dict[nn.Module, Callable[[], None]] = {}
     for name, module in named_modules(model):
         if isinstance(module, _BatchNorm):
             guards[module] = partial(_refuse_batch_statistics, name, module)

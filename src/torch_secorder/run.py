@@ -107,7 +107,9 @@ def called(model: Callable[..., Any], inputs: Any) -> Any:
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Buffers that a forward changes get their values back."""
-    before = [(m, name, b, b._version, b.clone()) for m in model.modules() for name, b in m._buffers.items() if b is not None]
+    before = [
+        (m, name, b, b._version, b.clone()) for m in model.modules() for name, b in m._buffers.items() if b is not None
+    ]
     try:
         yield
     finally:
@@ -159,7 +161,8 @@ def mapped(function: Callable[[Tensor], Tensor], value: Any) -> Any:
         return function(value)
     if isinstance(value, Mapping):
         items = {key: mapped(function, item) for key, item in value.items()}
-        return type(value)(**items) if is_dataclass(value) else type(value)(items)
+        kind: Any = type(value)
+        return kind(**items) if is_dataclass(value) else kind(items)
     if is_dataclass(value) and not isinstance(value, type):
         return replace(value, **{f.name: mapped(function, getattr(value, f.name)) for f in fields(value)})
     if isinstance(value, tuple) and hasattr(value, "_fields"):

@@ -112,7 +112,9 @@ class Statistics:
         self.gradient_counts = self.gradient_counts + other.gradient_counts
         if other.squares:
             mine = self.squares or [torch.zeros(())] * len(self.names)
-            self.squares = [b.to(a.device) + a if a.dim() else b + a.to(b.device) for a, b in zip(mine, other.squares, strict=True)]
+            self.squares = [
+                b.to(a.device) + a if a.dim() else b + a.to(b.device) for a, b in zip(mine, other.squares, strict=True)
+            ]
         self.rows = [*self.rows, *other.rows]
 
     def check_same_kind(self, other: Statistics) -> None:

@@ -148,7 +148,7 @@ def generalized_fisher_trace(
         raise CoverageError("the outputs carry no autograd graph: compute them outside of torch.no_grad()")
     checked_targets(targets, len(outputs))
     kind = FisherKind(loss_type, labels, num_samples, ignore_index, class_axis, positive_int("max_passes", max_passes))
-    seeds, factor = kind.seeds(outputs if create_graph else outputs.detach(), targets, fresh_generator(generator))
+    _, seeds, factor = kind.seeds(outputs if create_graph else outputs.detach(), targets, fresh_generator(generator))
     norms = torch.stack([_one_by_one(outputs, seed, table.tensors, create_graph) for seed in seeds]).sum(0)
     return _as_result(norms * factor, reduction, table)
 

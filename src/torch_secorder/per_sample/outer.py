@@ -88,5 +88,3 @@ class Outer(PerSampleGradient):
 
 def _square(value: Tensor) -> Tensor:
     return torch.linalg.vecdot(value, value)
-
-

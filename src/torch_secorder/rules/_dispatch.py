@@ -17,7 +17,16 @@ Gradients = Mapping[str, PerSampleGradient | Tensor]
 Function = TypeVar("Function", bound=Callable[[Any, Call], Gradients])
 
 # Methods that a subclass may change without changing what the layer computes.
-HARMLESS = {"__init__", "__repr__", "__str__", "__doc__", "extra_repr", "reset_parameters", "__module__", "__annotations__"}
+HARMLESS = {
+    "__init__",
+    "__repr__",
+    "__str__",
+    "__doc__",
+    "extra_repr",
+    "reset_parameters",
+    "__module__",
+    "__annotations__",
+}
 
 
 @dataclass(frozen=True)
@@ -34,11 +43,17 @@ class Rule:
     function: Callable[[Any, Call], Gradients]
     layer: type[nn.Module]
 
-    def __call__(self, module: nn.Module, call: Call, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, PerSampleGradient]:
+    def __call__(
+        self, module: nn.Module, call: Call, shapes: Mapping[str, tuple[int, ...]]
+    ) -> dict[str, PerSampleGradient]:
         """The per-sample gradients of the parameters in ``shapes``, checked against those shapes."""
         found = self.function(module, call)
         n = call.grad_output.shape[0]
-        forms = {name: Dense(value) if isinstance(value, Tensor) else value for name, value in found.items() if name in shapes}
+        forms = {
+            name: Dense(value) if isinstance(value, Tensor) else value
+            for name, value in found.items()
+            if name in shapes
+        }
         for name, shape in shapes.items():
             if name not in forms:
                 raise UnsupportedError(f"the rule for {self.layer.__name__} says nothing of its parameter '{name}'")
@@ -111,7 +126,7 @@ def rule_for(module: nn.Module) -> Rule | str:
         return "its forward was replaced on the instance"
     computed = [local for local, value in vars(module).items() if isinstance(value, Tensor)]
     if is_parametrized(module):
-        computed += list(module.parametrizations)
+        computed += [local for local, _ in module.parametrizations.named_children()]  # type: ignore[union-attr]
     if computed:
         return f"its {', '.join(computed)} is computed from other tensors (pruning, weight_norm, a parametrization)"
     if changed := _overridden(kind, layer):
@@ -122,5 +137,9 @@ def rule_for(module: nn.Module) -> Rule | str:
 def _overridden(kind: type, layer: type) -> list[str]:
     """The methods of ``layer`` that ``kind`` or a class between the two computes differently."""
     between = kind.__mro__[: kind.__mro__.index(layer)]
-    names = {name for cls in between for name, value in vars(cls).items() if callable(value) or isinstance(value, property)}
-    return sorted(name for name in names - HARMLESS if hasattr(layer, name) and getattr(kind, name) is not getattr(layer, name))
+    names = {
+        name for cls in between for name, value in vars(cls).items() if callable(value) or isinstance(value, property)
+    }
+    return sorted(
+        name for name in names - HARMLESS if hasattr(layer, name) and getattr(kind, name) is not getattr(layer, name)
+    )

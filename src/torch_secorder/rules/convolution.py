@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
@@ -17,10 +19,8 @@ def convolution(module: _ConvNd, call: Call) -> Gradients:
     """A convolution; padding that is not the same number of zeros on both sides is applied to the input first."""
     x, g = call.argument(0, "input"), call.grad_output
     _check_batched(module, x)
-    padding = module.padding
-    if padding == "valid":
-        padding = (0,) * len(module.kernel_size)
-    elif isinstance(padding, str) or module.padding_mode != "zeros":
+    padding: Sequence[int] = module.padding  # type: ignore[assignment]  # a str is replaced below
+    if isinstance(padding, str) or module.padding_mode != "zeros":
         mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
         x = F.pad(x, module._reversed_padding_repeated_twice, mode)
         padding = (0,) * len(module.kernel_size)
