@@ -85,7 +85,7 @@ class Analysis:
 
     def empirical(self, loss_fn: Callable[[Any, Any], Tensor], inputs: Any, targets: Any) -> tuple[Samples, str]:
         """Squared norms of g_n, and how the loss reduces."""
-        with undisturbed(self.model), self._run() as run:
+        with undisturbed(self.model), torch.enable_grad(), self._run() as run:
             outputs = run(inputs)
             checked_targets(targets, run.n)
             loss = checked_loss(loss_fn(outputs, targets), run.n, targets)
@@ -96,7 +96,7 @@ class Analysis:
 
     def fisher(self, kind: FisherKind, inputs: Any, targets: Any, generator: torch.Generator) -> Samples:
         """Expected squared norms of the gradient of -log p(y | x_n)."""
-        with undisturbed(self.model), self._run() as run:
+        with undisturbed(self.model), torch.enable_grad(), self._run() as run:
             outputs = logits(run(inputs))
             checked_targets(targets, run.n)
             count, seeds, factor = kind.seeds(outputs.detach(), targets, generator)
@@ -104,8 +104,14 @@ class Analysis:
                 run.backward(outputs, seed.to(outputs.dtype), last=number == count)
                 for number, seed in enumerate(seeds, start=1)
             )
-            samples = reduce(lambda a, b: replace(a, norms=a.norms + b.norms), passes)
+            nothing = Samples(run.n, outputs.new_zeros(len(self.table), run.n), {}, set(), {})
+            samples = reduce(lambda a, b: replace(b, norms=a.norms + b.norms), passes, nothing)
         return replace(samples, norms=samples.norms * factor)
+
+    def of(self, root: Callable[[Any], Tensor], inputs: Any) -> Samples:
+        """Squared norms of the per-sample gradients of ``root(outputs)``, a sum over samples."""
+        with undisturbed(self.model), torch.enable_grad(), self._run() as run:
+            return run.backward(root(run(inputs)))
 
     @contextmanager
     def differentiable(self) -> Iterator[None]:

@@ -48,7 +48,8 @@ class Site:
     Attributes:
         parameters: local name -> position in the parameter table.
         tensors: local name -> the parameter, to notice when somebody swapped it.
-        rule: from a :class:`Call` to per-sample gradients; this floor only carries it.
+        rule: from a :class:`Call` to per-sample gradients; this floor only carries it. None where only the output
+            itself is of interest.
         batch_axis: where its inputs and outputs have the batch axis.
     """
 
@@ -87,22 +88,28 @@ class Record:
     """A call between its forward and its backward.
 
     Attributes:
-        edge: where the output's gradient arrives in the autograd graph.
+        versions: how often each input had been changed in place when the module saw it.
         starts_graph: whether no input requires a gradient, so that nothing before this call is differentiated.
         fired_in: the last backward pass that reached it.
+        moments: of the output, where only that is of interest.
     """
 
     site: Site
     forward: Forward
     inputs: tuple[Any, ...] | None
     kwargs: Mapping[str, Any]
-    edge: GradientEdge
     shape: torch.Size
     starts_graph: bool
+    versions: tuple[int, ...] = ()
     fired_in: int | None = None
+    moments: Tensor | None = None
 
     def call(self, grad: Tensor) -> Call:
         """What the rule needs, batch axis first."""
+        if self.inputs is not None and _versions(self.inputs, self.kwargs) != self.versions:
+            raise CoverageError(
+                f"{self.site}: its input was changed in place after the layer saw it; change it out of place"
+            )
         if self.inputs is None:
             raise CoverageError(f"{self.site}: its inputs are gone, since a backward pass has been here already")
         first = partial(_batch_first, axis=self.site.batch_axis, n=self.forward.n)
@@ -142,7 +149,9 @@ class Capture:
         self._running: Forward | None = None
         self.last = Forward()  # the latest complete run of the model
         self.loose = Forward(inside=False)  # calls of submodules with no call of the model around them
-        self.records: list[Record] | None = None  # a list where somebody wants them kept, as who owns the loop does
+        # A list where somebody wants them kept, as who owns the loop does, with the place in the autograd graph where each
+        # one's gradient arrives. (A record that held its own node would be a cycle that outlives the graph.)
+        self.records: list[tuple[Record, GradientEdge]] | None = None
         self.active = False
 
     def __enter__(self) -> Capture:
@@ -166,10 +175,6 @@ class Capture:
         self._running = None
         self._handles.close()
 
-    def starts(self) -> list[Record]:
-        """The kept records before which nothing is differentiated."""
-        return [record for record in self.records or [] if record.starts_graph]
-
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         n = batch_size((*args, *kwargs.values()), self._batch_axis)
         self._running = Forward(n, replay_of=self._replay())
@@ -189,6 +194,8 @@ class Capture:
         forward.calls.update(site.parameters.values())
         if not torch.is_grad_enabled():
             return None
+        if site.rule is None and (not isinstance(output, Tensor) or _size(output, site.batch_axis) != forward.n):
+            return None
         if not isinstance(output, Tensor):
             raise UnsupportedError(f"{site} returned a {type(output).__name__}; a rule needs a tensor")
         for local, tensor in site.tensors.items():
@@ -199,7 +206,7 @@ class Capture:
                 )
         anchor = None
         if not output.requires_grad:
-            if not self._anchored:
+            if not self._anchored or site.rule is None:
                 return None
             output = anchor = output + output.new_zeros((), requires_grad=True)
         if forward.n is None:
@@ -211,10 +218,12 @@ class Capture:
             )
         edge = output_edge(output, site)
         starts = not any(isinstance(x, Tensor) and x.requires_grad for x in (*args, *kwargs.values()))
-        record = Record(site, forward, args, kwargs, edge, output.shape, starts)
-        edge.node.register_prehook(partial(self._fired, record))
+        record = Record(site, forward, args, kwargs, output.shape, starts, _versions(args, kwargs))
+        if site.rule is None:
+            record.inputs, record.kwargs, record.versions, record.moments = (), {}, (), moments(output)
+        edge.node.register_prehook(partial(self._fired, record, edge.output_nr))
         if self.records is not None:
-            self.records.append(record)
+            self.records.append((record, edge))
         return anchor
 
     def _outside(self, output: Any, site: Site) -> Forward:
@@ -235,8 +244,8 @@ class Capture:
             self._on_replay(task)
         return task
 
-    def _fired(self, record: Record, grads: tuple[Tensor | None, ...]) -> None:
-        if self.active and (grad := grads[record.edge.output_nr]) is not None:
+    def _fired(self, record: Record, output_nr: int, grads: tuple[Tensor | None, ...]) -> None:
+        if self.active and (grad := grads[output_nr]) is not None:
             self._on_gradient(record, grad)
 
 
@@ -269,6 +278,12 @@ def output_edge(output: Tensor, site: Site) -> GradientEdge:
     return GradientEdge(node, whole.output_nr)
 
 
+def moments(output: Tensor) -> Tensor:
+    """Number of elements, sum, sum of squares, minimum and maximum, in float64."""
+    x = output.detach().double()
+    return torch.stack([x.new_tensor(x.numel()), x.sum(), x.square().sum(), x.min(), x.max()])
+
+
 def batch_size(values: Sequence[Any], axis: int) -> int | None:
     """The size that the tensors among ``values`` (also inside of mappings and sequences) have on the batch axis.
 
@@ -295,6 +310,12 @@ def tensors(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, (list, tuple)):
         for item in value:
             yield from tensors(item)
+
+
+def _versions(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, ...]:
+    """How often each tensor was changed in place so far."""
+    found = (*args, *kwargs.values()) if kwargs else args
+    return tuple(x._version for x in found if isinstance(x, Tensor) and not x.is_inference())
 
 
 def _size(value: Any, axis: int) -> int | None:

@@ -104,7 +104,7 @@ class Categorical(Likelihood):
         for position in range(p.shape[1]):
             for j in range(p.shape[2] - 1):
                 p_j, here, after = p[:, position, j], tails[:, position, j], tails[:, position, j + 1]
-                weight = torch.where(here > 0, p_j * after / here.clamp(min=torch.finfo(p.dtype).tiny), 0).sqrt()
+                weight = torch.where(here > 0, p_j * (after / here.clamp(min=torch.finfo(p.dtype).tiny)), 0).sqrt()
                 share = p[:, position, j + 1 :] / after.clamp(min=torch.finfo(p.dtype).tiny)[:, None]
                 seed = torch.zeros_like(p)
                 seed[:, position, j] = weight
@@ -130,7 +130,7 @@ class Categorical(Likelihood):
     def observed(self, outputs: Tensor, targets: Tensor) -> Tensor:
         p = self._probabilities(outputs)
         label = targets.reshape(*p.shape[:2], 1)
-        hot = torch.zeros_like(p).scatter(-1, label.clamp(min=0), 1.0)
+        hot = torch.zeros_like(p).scatter(-1, label.clamp(0, p.shape[-1] - 1), 1.0)
         return self._shaped(p - hot, outputs)
 
     def _positions(self, outputs: Tensor) -> int:

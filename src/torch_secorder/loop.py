@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from torch_secorder.analysis import Analysis, FisherKind, fresh_generator, positive_int
+from torch_secorder.analysis import Analysis, FisherKind, fresh_generator, logits, positive_int
 from torch_secorder.errors import ArgumentError
+from torch_secorder.likelihoods import random_signs
 from torch_secorder.monitor import checked
 from torch_secorder.plan import BatchAxis
 from torch_secorder.report import By, Report
@@ -48,8 +50,8 @@ def fisher_report(
         loss_fn: from ``(outputs, targets)`` to a scalar; may be None unless ``fisher="empirical"``.
         data: an iterable of ``(inputs, targets)``, a DataLoader say, or one such pair. Inputs may be a tensor, a tuple of
             positional arguments or a mapping of keyword arguments.
-        fisher: "empirical" for gradients of the loss; "exact" for the Fisher with the model's own labels integrated out; "sampled"
-            for an unbiased estimate of it; "observed" for gradients of log p(target).
+        fisher: "empirical" for gradients of the loss; "exact" for the Fisher with the model's own labels integrated out;
+            "sampled" for an unbiased estimate of it; "observed" for gradients of log p(target).
         num_samples: how many backward passes per batch "sampled" takes, 1 by default.
         loss_type: the likelihood, for everything but "empirical"; see
             :func:`~torch_secorder.approximations.fisher_trace.generalized_fisher_trace`.
@@ -103,13 +105,26 @@ def fisher_report(
             samples, found = analysis.empirical(loss_fn, inputs, targets)
             reduction = reduction or found
             if verify and number == 0:
-                verified(analysis, loss_fn, inputs, targets, samples, found)
+                scale = samples.batch if found == "mean" else 1
+                verified(analysis, partial(_loss, loss_fn, targets, scale), inputs, samples)
         else:
+            if verify and number == 0:
+                verified(analysis, _projection, inputs)
             samples = analysis.fisher(kind, inputs, targets, generator)
         statistics.update(samples.norms, {}, samples.rules, samples.reached, {})
     if not statistics.n:
         raise ArgumentError("data has no batch")
     return Report(analysis.table.rows, statistics, reduction or "mean", fisher).table(by)
+
+
+def _loss(loss_fn: Callable[[Any, Any], Tensor], targets: Any, scale: float, outputs: Any) -> Tensor:
+    return loss_fn(outputs, targets) * scale
+
+
+def _projection(outputs: Any) -> Tensor:
+    """The outputs along one fixed random direction, which every Fisher's gradients are like."""
+    f = logits(outputs)
+    return (f * random_signs(f.shape, f, torch.Generator().manual_seed(0))).sum()
 
 
 def _batches(data: Any, max_batches: int | None, progress: bool) -> Iterable[tuple[Any, Any]]:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from torch_secorder.capture import Capture, Forward, Record, current_backward
 from torch_secorder.errors import ArgumentError, CoverageError, LifecycleError
-from torch_secorder.parameters import ParameterTable, unwrapped
-from torch_secorder.passes import Pass
+from torch_secorder.parameters import ParameterTable, named_modules, unwrapped
+from torch_secorder.passes import Output, Pass
 from torch_secorder.plan import BatchAxis, planned
 from torch_secorder.report import By, Report
 from torch_secorder.statistics import Statistics
@@ -52,6 +52,7 @@ class FisherMonitor:
         parameters: "trainable", or "all" for frozen ones too.
         diagonal: also keep the Fisher diagonal, a tensor of each parameter's size.
         per_sample: also keep every t_{n,p}.
+        activations: also keep account of every module's output: its Fisher trace and its moments.
         batch_axis: where the samples are counted, if not on axis 0: an int for the model's inputs and all of its
             layers, or a mapping from module names to axes ("" is the model itself).
         nonfinite: "raise" when a gradient is infinite or NaN, or "skip" those samples.
@@ -85,6 +86,7 @@ class FisherMonitor:
         parameters: str = "trainable",
         diagonal: bool = False,
         per_sample: bool = False,
+        activations: bool = False,
         batch_axis: BatchAxis = None,
         nonfinite: str = "raise",
         repeated_calls: str | None = None,
@@ -100,7 +102,10 @@ class FisherMonitor:
         self._table = ParameterTable(self._model, parameters)
         planned(self._model, self._table, batch_axis)  # refuse now what can't be right later
         shapes = [row.shape for row in self._table.rows]
-        self._statistics = Statistics(self._table.names, shapes, diagonal=diagonal, per_sample=per_sample)
+        self._statistics = Statistics(
+            self._table.names, shapes, diagonal=diagonal, per_sample=per_sample, activations=activations
+        )
+        self._types = {name: type(module).__name__ for name, module in named_modules(self._model)}
         self._all = parameters == "all"
         self._capture: Capture | None = None
         self._handles = ExitStack()
@@ -113,8 +118,9 @@ class FisherMonitor:
         if self._capture is not None:
             raise LifecycleError("this monitor is active already; leave its block first, or use a second monitor")
         plan = planned(self._model, self._table, self._batch_axis)
+        sites = plan.sites + (plan.watched(self._model) if self._statistics.keeps["activations"] else [])
         capture = Capture(
-            *(self._model, plan.sites, self._arrived, plan.batch_axis, plan.guards),
+            *(self._model, sites, self._arrived, plan.batch_axis, plan.guards),
             anchored=self._all,
             on_replay=self._opened,
         )
@@ -218,7 +224,15 @@ class FisherMonitor:
             reached,
             dict(zip(current.gradients, gradients.tolist(), strict=True)),
             samples.skipped,
+            {name: self._output(name, calls, factor) for name, calls in samples.outputs.items()},
         )
+
+    def _output(self, name: str, calls: list[Output], factor: float) -> tuple[str, float, list[float]]:
+        """One pass's sums for a module's output, over all of its calls."""
+        squares = sum(float(call.norms.double().sum()) for call in calls) * factor**2
+        count, total, total_squares, minimum, maximum = torch.stack([call.moments for call in calls]).unbind(1)
+        moments = torch.stack([count.sum(), total.sum(), total_squares.sum(), minimum.min(), maximum.max()])
+        return self._types[name], squares, moments.tolist()
 
     # ------------------------------------------------------------------------------------------------ the results
 
@@ -250,7 +264,7 @@ class FisherMonitor:
 
     @property
     def diagonal(self) -> dict[str, Tensor]:
-        """The Fisher diagonal, ``c sum_n g_n ** 2``: name -> tensor of the parameter's shape, summing to its trace."""
+        """The Fisher diagonal ``c sum_n g_n ** 2``, a dict of tensors of the parameters' shapes that sum to their traces."""
         self._require(self._diagonal, "diagonal")
         statistics = self._seen()
         c = 1 / statistics.n if self._reduction == "mean" else 1.0
@@ -259,9 +273,19 @@ class FisherMonitor:
 
     @property
     def per_sample(self) -> pd.DataFrame:
-        """t_{n,p}, unscaled: a row for each sample in the order of the backward passes, a column for each parameter."""
+        """Every unscaled t_{n,p}, a row for each sample in the order of backward passes and a column for each parameter."""
         self._require(self._statistics.keeps["per_sample"], "per_sample")
         return self._report().per_sample()
+
+    @property
+    def activations(self) -> pd.DataFrame:
+        """A row for each module that returns a tensor: ``module_type``, ``activation_trace`` and moments of the output.
+
+        The activation trace is ``c sum_n ||gradient of l_n in the module's output||^2``; ``numel`` output elements were
+        seen, with these ``mean``, ``std``, ``min`` and ``max``.
+        """
+        self._require(self._statistics.keeps["activations"], "activations")
+        return self._report().activations()
 
     def reset(self) -> None:
         """Forget every sample."""

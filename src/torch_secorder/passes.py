@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from torch_secorder.capture import Forward, Record
-from torch_secorder.errors import CoverageError, LifecycleError, NonFiniteError, ShapeError
+from torch_secorder.errors import CoverageError, CurvatureError, LifecycleError, NonFiniteError, ShapeError
 from torch_secorder.parameters import ParameterTable
-from torch_secorder.per_sample import PerSampleGradient
+from torch_secorder.per_sample import Dense, PerSampleGradient
+
+
+@dataclass
+class Output:
+    """One call of a module whose outputs are of interest.
+
+    Attributes:
+        norms: ``[n]``, squared norms of the gradients in the output.
+        moments: of the output; see :func:`torch_secorder.capture.moments`.
+    """
+
+    norms: Tensor
+    moments: Tensor
 
 
 @dataclass
@@ -21,12 +34,14 @@ class Block:
     Attributes:
         norms: position of a parameter -> ``[n]``, its squared norms in the units of the backward pass.
         held: position -> the sum so far, for parameters that are used more than once.
+        outputs: module name -> its calls, where activations are wanted.
     """
 
     n: int
     norms: dict[int, Tensor] = field(default_factory=dict)
     squares: dict[int, Tensor] = field(default_factory=dict)
     held: dict[int, PerSampleGradient] = field(default_factory=dict)
+    outputs: dict[str, list[Output]] = field(default_factory=dict)
 
 
 @dataclass
@@ -39,6 +54,7 @@ class Samples:
         squares: position -> ``[*shape]``, sum of those gradients squared entry by entry, where the diagonal is wanted.
         reached: positions that the pass reached.
         rules: position -> the rules and algorithms that gave its numbers.
+        outputs: module name -> its calls, where activations are wanted.
         skipped: how many samples were left out because their gradients are not finite.
     """
 
@@ -47,6 +63,7 @@ class Samples:
     squares: dict[int, Tensor]
     reached: set[int]
     rules: dict[int, list[str]]
+    outputs: dict[str, list[Output]] = field(default_factory=dict)
     skipped: int = 0
 
 
@@ -79,8 +96,17 @@ class Pass:
         forward, site = record.forward, record.site
         call = record.call(grad)
         block = self._block(forward, len(call.grad_output))
+        if site.rule is None:
+            assert record.moments is not None
+            norms = Dense(call.grad_output.flatten(1)).squared_norm()
+            block.outputs.setdefault(site.name, []).append(Output(norms, record.moments))
+            return
         shapes = {local: self._table.rows[position].shape for local, position in site.parameters.items()}
-        for local, form in site.rule(site.module, call, shapes).items():
+        try:
+            forms = site.rule(site.module, call, shapes)
+        except CurvatureError as error:
+            raise type(error)(f"{site}: {error}") from error
+        for local, form in forms.items():
             position = site.parameters[local]
             self._rules[position][f"{site.rule.name} ({form.algorithm})"] = None
             if not forward.inside and self._repeated is None and (position in block.norms or position in block.held):
@@ -119,7 +145,11 @@ class Pass:
             squares |= {p: squares[p] + s for p, s in block.squares.items() if squares[p] is not s}
         reached = {position for block in blocks for position in block.norms}
         rules = {position: list(found) for position, found in self._rules.items()}
-        samples = Samples(norms.shape[1], norms, squares, reached, rules)
+        outputs: dict[str, list[Output]] = {}
+        for block in blocks:
+            for name, calls in block.outputs.items():
+                outputs.setdefault(name, []).extend(calls)
+        samples = Samples(norms.shape[1], norms, squares, reached, rules, outputs)
         return samples if bool(norms.isfinite().all()) else self._without_nonfinite(samples, nonfinite)
 
     def _block(self, forward: Forward, n: int) -> Block:
@@ -141,9 +171,9 @@ class Pass:
         block.norms[position] = norms
         if self._diagonal:
             finite = norms.isfinite()
-            block.squares[position] = (
-                form if bool(finite.all()) else form.select(finite.nonzero().squeeze(1))
-            ).sum_of_squares()
+            if bool(finite.any()):
+                part = form if bool(finite.all()) else form.select(finite.nonzero().squeeze(1))
+                block.squares[position] = part.sum_of_squares()
 
     def _stacked(self, block: Block) -> Tensor:
         """``[parameters, n]`` on one device, in at least float32; zeros for what the pass did not reach."""
@@ -172,7 +202,12 @@ class Pass:
                 f"{self._table.rows[late[0]].name} had been added to the diagonal; the batch is left out"
             )
         norms = samples.norms[:, kept]
-        return Samples(samples.batch, norms, samples.squares, samples.reached, samples.rules, skipped=len(rows))
+        finite = {name: [Output(_finite(c.norms), c.moments) for c in calls] for name, calls in samples.outputs.items()}
+        return replace(samples, norms=norms, outputs=finite, skipped=len(rows))
+
+
+def _finite(norms: Tensor) -> Tensor:
+    return norms[norms.isfinite()]
 
 
 def _listed(items: list[object] | list[str] | list[int], noun: str) -> str:

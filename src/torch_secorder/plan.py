@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from functools import partial
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from torch_secorder.capture import Site
-from torch_secorder.errors import ArgumentError, CoupledSamplesError, UnsupportedError
+from torch_secorder.errors import ArgumentError, CurvatureError, UnsupportedError
 from torch_secorder.parameters import ParameterTable, named_modules
-from torch_secorder.rules import Rule, rule_for
+from torch_secorder.rules import Rule, refusal_for, rule_for
 
 BatchAxis = int | Mapping[str, int] | None
 
@@ -30,6 +29,11 @@ class Plan:
     sites: list[Site]
     guards: dict[nn.Module, Callable[[], None]]
     batch_axis: int
+    axis: Callable[[str], int]
+
+    def watched(self, model: nn.Module) -> list[Site]:
+        """Sites that only look at outputs, one for each module."""
+        return [Site(name, module, {}, {}, None, self.axis(name)) for name, module in named_modules(model)]
 
 
 def planned(model: nn.Module, table: ParameterTable, batch_axis: BatchAxis = None) -> Plan:
@@ -44,8 +48,8 @@ def planned(model: nn.Module, table: ParameterTable, batch_axis: BatchAxis = Non
     missing: list[str] = []
     guards: dict[nn.Module, Callable[[], None]] = {}
     for name, module in named_modules(model):
-        if isinstance(module, _BatchNorm):
-            guards[module] = partial(_refuse_batch_statistics, name, module)
+        if (refusal := refusal_for(module)) is not None:
+            guards[module] = partial(_refuse, name, module, refusal)
         if not (owned := table.owned(module)):
             continue
         rule = rule_for(module)
@@ -61,7 +65,7 @@ def planned(model: nn.Module, table: ParameterTable, batch_axis: BatchAxis = Non
             + "\nteach the library these layers with torch_secorder.register_rule, or freeze these parameters "
             "(requires_grad_(False)) to leave them out"
         )
-    return Plan(sites, guards, axis(""))
+    return Plan(sites, guards, axis(""), axis)
 
 
 def _axes(model: nn.Module, batch_axis: BatchAxis) -> Callable[[str], int]:
@@ -76,10 +80,6 @@ def _axes(model: nn.Module, batch_axis: BatchAxis) -> Callable[[str], int]:
     return lambda name: batch_axis.get(name, 0)
 
 
-def _refuse_batch_statistics(name: str, module: _BatchNorm) -> None:
-    if module.training or module.running_mean is None:
-        state = "in training mode" if module.training else "without running statistics"
-        raise CoupledSamplesError(
-            f"{type(module).__name__} '{name}' is {state}: it normalises with the statistics of the whole batch, so per-sample "
-            "gradients do not exist; call model.eval() (with running statistics), or use GroupNorm"
-        )
+def _refuse(name: str, module: nn.Module, refusal: Callable[[nn.Module], CurvatureError | None]) -> None:
+    if (error := refusal(module)) is not None:
+        raise type(error)(f"{type(module).__name__} '{name}': {error}")

@@ -62,6 +62,17 @@ class Report:
         frames = [pd.DataFrame(block, columns=self._statistics.names) for block in rows]
         return pd.concat(frames, ignore_index=True).rename_axis(index="sample", columns="parameter")
 
+    def activations(self) -> pd.DataFrame:
+        """A row for each module whose output was seen."""
+        rows = []
+        for name, (kind, squares, (numel, total, total_squares, minimum, maximum)) in self._statistics.outputs.items():
+            mean = total / numel
+            trace = squares / self._statistics.n * self._scale
+            variance = max(0.0, total_squares / numel - mean**2)
+            figures = {"mean": mean, "std": math.sqrt(variance), "min": minimum, "max": maximum}
+            rows.append({"module": name, "module_type": kind, "activation_trace": trace, "numel": int(numel)} | figures)
+        return pd.DataFrame(rows).set_index("module")
+
     def _by_parameter(self) -> pd.DataFrame:
         rows = [asdict(p) | asdict(self._figures([i])) for i, p in enumerate(self._parameters)]
         return pd.DataFrame(rows).rename(columns={"name": "parameter"}).set_index("parameter")
@@ -96,7 +107,7 @@ class Report:
         """Mean over passes of the squared gradient; NaN where no parameter gradient was computed."""
         if not bool((self._statistics.gradient_counts[positions] > 0).any()):
             return math.nan
-        return float(self._statistics.gradient_sums[positions].sum()) / self._statistics.passes
+        return float(self._statistics.gradient_sums[positions].sum()) / self._statistics.gradient_passes
 
 
 def _grouping(by: By) -> tuple[str, Callable[[Parameter], object]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass, replace
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_secorder.capture import Capture, Record, batch_size, tensors
-from torch_secorder.errors import ArgumentError, CoverageError, ShapeError
+from torch_secorder.errors import ArgumentError, CoverageError, ShapeError, UnsupportedError
 from torch_secorder.parameters import ParameterTable
 from torch_secorder.passes import Pass, Samples
 from torch_secorder.plan import Plan
@@ -53,7 +54,7 @@ class Run:
         n = batch_size(list(tensors(inputs)), self._plan.batch_axis)
         with torch.enable_grad():
             outputs = called(self._model, inputs)
-        self.n = n or next((r.forward.n for r in self._capture.records if r.forward.n), 0)
+        self.n = n or next((r.forward.n for r, _ in self._capture.records if r.forward.n), 0)
         return outputs
 
     def backward(self, root: Tensor, seed: Tensor | None = None, *, last: bool = True) -> Samples:
@@ -68,19 +69,27 @@ class Run:
             last: whether the graph may be freed.
         """
         self._pass, self._error = Pass(self._table, keep=not last or self._create_graph), None
-        starts = [record for record in self._capture.records or [] if record.starts_graph]
-        if not root.requires_grad or not starts:
+        starts = [(record, edge) for record, edge in self._capture.records or [] if record.starts_graph]
+        if not root.requires_grad or not (starts or self._extra):
             raise CoverageError("the loss does not depend on any analysed parameter through a differentiable way")
-        found = torch.autograd.grad(
-            root,
-            [*(record.edge for record in starts), *self._extra],  # type: ignore[arg-type]  # edges are fine
-            seed,
-            retain_graph=not last or self._create_graph,
-            create_graph=self._create_graph,
-            allow_unused=True,
-        )
+        try:
+            found = torch.autograd.grad(
+                root,
+                [*(edge for _, edge in starts), *self._extra],  # type: ignore[arg-type]  # edges are fine
+                seed,
+                retain_graph=not last or self._create_graph,
+                create_graph=self._create_graph,
+                allow_unused=True,
+            )
+        except RuntimeError as error:
+            if "use_reentrant" not in str(error):
+                raise
+            raise UnsupportedError(
+                "re-entrant activation checkpointing computes gradients only together with those of the parameters: use "
+                "torch.utils.checkpoint with use_reentrant=False, or a FisherMonitor around your own backward"
+            ) from error
         with torch.set_grad_enabled(self._create_graph):
-            for record, grad in zip(starts, found[: len(starts)], strict=True):
+            for (record, _), grad in zip(starts, found[: len(starts)], strict=True):
                 if grad is not None:
                     self._arrived(record, grad)
             if self._error is not None:
@@ -129,25 +138,44 @@ def reduction_of(loss_fn: Callable[[Any, Any], Tensor], outputs: Any, targets: A
     Raises:
         ArgumentError: if twice the samples give neither the loss nor twice the loss.
     """
-    ratios = []
+    found: list[float] = []
+    tolerance = 2e-2 if loss.dtype in (torch.float16, torch.bfloat16) else 1e-4
     with torch.no_grad(), torch.random.fork_rng(devices=[loss.device] if loss.is_cuda else []):
-        one = (rows(outputs, [0], n), rows(targets, [0], n), 1)
-        shifted = mapped(lambda x: x + 1 if x.is_floating_point() else x, outputs)
-        for out, tgt, size in (one, (outputs, targets, n), (shifted, targets, n)):
-            single = float(loss_fn(out, tgt))
-            double = float(loss_fn(rows(out, [*range(size)] * 2, size), rows(tgt, [*range(size)] * 2, size)))
-            ratio = double / single if single else float("nan")
+        for size, index in ((1, [0]), (n, list(range(n)))):
+            # Also for other outputs: the ratio of differences shows a constant that the loss itself may hide.
+            single, double = [], []
+            for out in (outputs, mapped(shrunk, outputs)):
+                out, tgt = rows(out, index, n), rows(targets, index, n)
+                single.append(float(loss_fn(out, tgt)))
+                double.append(float(loss_fn(rows(out, [*range(size)] * 2, size), rows(tgt, [*range(size)] * 2, size))))
+            ratio = _ratio(double[0], single[0])
+            change = _ratio(double[0] - double[1], single[0] - single[1])
             for value, name in ((1.0, "mean"), (2.0, "sum")):
-                if abs(ratio - value) < 1e-2:
+                agrees = math.isnan(change) or abs(change - value) < 0.1
+                if (
+                    abs((change if math.isnan(ratio) else ratio) - value) < (0.1 if math.isnan(ratio) else tolerance)
+                    and agrees
+                ):
                     return name
-            ratios.append(ratio)
+            found.append(ratio)
     if not bool(loss.isfinite()):
         return "mean"  # the gradients will say which parameters are hit
     raise ArgumentError(
         "the loss neither averages nor sums over the batch: given every sample twice it is "
-        f"{' / '.join(f'{ratio:.6g}' for ratio in ratios)} times as large, not 1 or 2 times (a loss that compares samples "
+        f"{' / '.join(f'{ratio:.6g}' for ratio in found)} times as large, not 1 or 2 times (a loss that compares samples "
         "with each other has no per-sample gradients)"
     )
+
+
+def shrunk(x: Tensor) -> Tensor:
+    """Other values of the same kind: probabilities stay probabilities."""
+    if not x.is_floating_point():
+        return x
+    return x * torch.linspace(0.5, 1.0, max(x.numel(), 1), device=x.device, dtype=x.dtype)[: x.numel()].view(x.shape)
+
+
+def _ratio(a: float, b: float) -> float:
+    return a / b if b and math.isfinite(b) else math.nan
 
 
 def rows(value: Any, index: list[int], n: int) -> Any:

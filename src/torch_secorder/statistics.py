@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,6 +25,7 @@ class Statistics:
         shapes: of the parameters.
         diagonal: whether the sum of squared gradients is kept entry by entry.
         per_sample: whether every t_{n,p} is kept.
+        activations: whether module outputs are kept account of.
     """
 
     def __init__(
@@ -33,9 +35,10 @@ class Statistics:
         *,
         diagonal: bool = False,
         per_sample: bool = False,
+        activations: bool = False,
     ):
         self.names, self.shapes = list(names), [tuple(shape) for shape in shapes]
-        self.keeps = {"diagonal": diagonal, "per_sample": per_sample}
+        self.keeps = {"diagonal": diagonal, "per_sample": per_sample, "activations": activations}
         self.clear()
 
     def clear(self) -> None:
@@ -48,11 +51,14 @@ class Statistics:
         self.reached = torch.zeros(p, dtype=torch.bool)
         self.rules: list[list[str]] = [[] for _ in range(p)]
         self.passes = 0
-        self.inverse_batch_sizes = 0.0  # sum over passes of 1 / N_b
+        self.gradient_passes = 0  # those whose parameter gradients were computed, and are finite
+        self.inverse_batch_sizes = 0.0  # sum over those passes of 1 / N_b
         self.gradient_sums = torch.zeros(p, dtype=torch.float64)  # sum over passes of ||grad_p L_b||^2
         self.gradient_counts = torch.zeros(p, dtype=torch.int64)
         self.squares: list[Tensor] = []  # sum_n g_n ** 2, a tensor per parameter
         self.rows: list[Tensor] = []  # blocks of t, [n, p]
+        # module -> its type, sum_n ||gradient in its output||^2, and number, sum, sum of squares, min, max of outputs
+        self.outputs: dict[str, tuple[str, float, list[float]]] = {}
 
     def update(
         self,
@@ -62,6 +68,7 @@ class Statistics:
         reached: set[int],
         gradients: Mapping[int, float],
         skipped: int = 0,
+        outputs: Mapping[str, tuple[str, float, list[float]]] | None = None,
     ) -> None:
         """Add one backward pass.
 
@@ -72,12 +79,12 @@ class Statistics:
             reached: positions that the pass reached.
             gradients: position -> ||grad_p L_b||^2, for the parameters whose gradient was computed.
             skipped: samples that were left out.
+            outputs: module -> its type, sum of squared gradients in its output, and the output's moments.
         """
         other = Statistics(self.names, self.shapes, **self.keeps)
         t = t.detach().to("cpu", torch.float64)
         other.n, other.n_skipped, other.passes = t.shape[1], skipped, 1
         if other.n:
-            other.inverse_batch_sizes = 1 / (other.n + skipped)
             other.mean = t.mean(1)
             centred = t - other.mean[:, None]
             other.moments = centred @ centred.T
@@ -85,13 +92,16 @@ class Statistics:
             other.reached[position] = True
         for position, found in rules.items():
             other.rules[position] = list(found)
-        for position, norm in gradients.items():
-            other.gradient_sums[position] = norm
-            other.gradient_counts[position] = 1
+        if gradients and all(map(math.isfinite, gradients.values())):
+            other.gradient_passes, other.inverse_batch_sizes = 1, 1 / (other.n + skipped)
+            for position, norm in gradients.items():
+                other.gradient_sums[position] = norm
+                other.gradient_counts[position] = 1
         if self.keeps["diagonal"]:
             other.squares = [squares.get(position, torch.zeros(())) for position in range(len(self.names))]
         if self.keeps["per_sample"]:
             other.rows = [t.T]
+        other.outputs = dict(outputs or {})
         self.merge(other)
 
     def merge(self, other: Statistics) -> None:
@@ -105,6 +115,7 @@ class Statistics:
         self.n = n
         self.n_skipped += other.n_skipped
         self.passes += other.passes
+        self.gradient_passes += other.gradient_passes
         self.inverse_batch_sizes += other.inverse_batch_sizes
         self.reached = self.reached | other.reached
         self.rules = [list(dict.fromkeys([*a, *b])) for a, b in zip(self.rules, other.rules, strict=True)]
@@ -116,6 +127,10 @@ class Statistics:
                 b.to(a.device) + a if a.dim() else b + a.to(b.device) for a, b in zip(mine, other.squares, strict=True)
             ]
         self.rows = [*self.rows, *other.rows]
+        for name, (kind, squares, theirs) in other.outputs.items():
+            _, before, seen = self.outputs.get(name, (kind, 0.0, [0.0, 0.0, 0.0, math.inf, -math.inf]))
+            sums = [a + b for a, b in zip(seen[:3], theirs[:3], strict=True)]
+            self.outputs[name] = (kind, before + squares, [*sums, min(seen[3], theirs[3]), max(seen[4], theirs[4])])
 
     def check_same_kind(self, other: Statistics) -> None:
         """Raise unless ``other`` counts the same things.
@@ -149,11 +164,13 @@ class Statistics:
             "n": self.n,
             "n_skipped": self.n_skipped,
             "passes": self.passes,
+            "gradient_passes": self.gradient_passes,
             "inverse_batch_sizes": self.inverse_batch_sizes,
             "rules": [list(rules) for rules in self.rules],
             **{name: getattr(self, name).clone() for name in _TENSORS},
             "squares": [value.clone() for value in self.squares],
             "rows": [value.clone() for value in self.rows],
+            "outputs": dict(self.outputs),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -168,12 +185,14 @@ class Statistics:
         other = Statistics(state["names"], [tuple(shape) for shape in state["shapes"]], **state["keeps"])
         self.check_same_kind(other)
         self.n, self.n_skipped, self.passes = int(state["n"]), int(state["n_skipped"]), int(state["passes"])
+        self.gradient_passes = int(state["gradient_passes"])
         self.inverse_batch_sizes = float(state["inverse_batch_sizes"])
         self.rules = [list(rules) for rules in state["rules"]]
         for name in _TENSORS:
             setattr(self, name, state[name].clone())
         self.squares = [value.clone() for value in state["squares"]]
         self.rows = [value.clone() for value in state["rows"]]
+        self.outputs = dict(state["outputs"])
 
 
 _TENSORS = ("mean", "moments", "reached", "gradient_sums", "gradient_counts")

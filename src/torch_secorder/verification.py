@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -14,58 +14,51 @@ from torch_secorder.analysis import Analysis
 from torch_secorder.capture import tensors
 from torch_secorder.errors import VerificationError
 from torch_secorder.passes import Samples
-from torch_secorder.run import called, mapped, rows, undisturbed
+from torch_secorder.run import called, mapped, rows, shrunk, undisturbed
 
 
 def verified(
-    analysis: Analysis,
-    loss_fn: Callable[[Any, Any], Tensor],
-    inputs: Any,
-    targets: Any,
-    samples: Samples,
-    reduction: str,
-    sample: int = 0,
+    analysis: Analysis, loss: Callable[[Any], Tensor], inputs: Any, samples: Samples | None = None, sample: int = 0
 ) -> None:
     """Raise unless one sample of a batch has the squared norms that the batch's analysis says.
 
-    The sample runs through the model alone; its output takes its row in the batch's outputs, which are constants, and the batch's
-    loss (times N if it averages) is differentiated by plain autograd. It costs one plain forward of the batch and a step
-    of one sample. A model that draws random numbers is compared in eval mode, which stops dropout.
+    The sample runs through the model alone; its output takes its row in the batch's outputs, which are constants, and
+    the loss of that is differentiated by plain autograd. It costs a plain forward of the batch and a step of one sample.
+    A model that draws random numbers is compared in eval mode, which stops dropout.
+
+    Args:
+        analysis: what is verified.
+        loss: from the model's outputs to a sum over samples.
+        inputs: a batch.
+        samples: what the analysis says of that batch, if that is known already.
+        sample: which row.
 
     Raises:
         VerificationError: naming the parameters that differ, with both numbers.
     """
-    model, n = analysis.model, samples.batch
+    model = analysis.model
     cuda = [p.device for p in analysis.table.tensors if p.is_cuda][:1]
-    with torch.random.fork_rng(devices=cuda), undisturbed(model):
-        alone = _inputs_of(inputs, sample, n)
-        if _is_random(model, alone):
-            with _eval_mode(model):
-                if _is_random(model, alone):
-                    warnings.warn("not verified: the model draws random numbers in eval mode too", stacklevel=3)
-                    return
-                samples, _ = analysis.empirical(loss_fn, inputs, targets)
-                found = _squared_norms(analysis, loss_fn, inputs, targets, sample, n, reduction)
-        else:
-            found = _squared_norms(analysis, loss_fn, inputs, targets, sample, n, reduction)
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=cuda))
+        stack.enter_context(undisturbed(model))
+        if _is_random(model, inputs):
+            stack.enter_context(_eval_mode(model))
+            if _is_random(model, inputs):
+                warnings.warn("not verified: the model draws random numbers in eval mode too", stacklevel=3)
+                return
+            samples = None
+        samples = samples or analysis.of(loss, inputs)
+        found = _squared_norms(analysis, loss, inputs, sample, samples.batch)
     _compare(analysis.table.names, samples.norms[:, sample].detach(), found)
 
 
-def _squared_norms(
-    analysis: Analysis,
-    loss_fn: Callable[[Any, Any], Tensor],
-    inputs: Any,
-    targets: Any,
-    sample: int,
-    n: int,
-    reduction: str,
-) -> Tensor:
+def _squared_norms(analysis: Analysis, loss: Callable[[Any], Tensor], inputs: Any, sample: int, n: int) -> Tensor:
     """``||g||^2`` of each parameter for one sample of a batch."""
     with torch.no_grad():
         batch = called(analysis.model, inputs)
+    _check_separable(loss, batch, sample, n)
     with torch.enable_grad(), analysis.differentiable():
-        alone = list(tensors(called(analysis.model, _inputs_of(inputs, sample, n))))
-        own = iter(alone)
+        own = tensors(called(analysis.model, rows(inputs, [sample], n)))
 
         def inserted(rest: Tensor) -> Tensor:
             mine = next(own)
@@ -73,10 +66,37 @@ def _squared_norms(
                 return mine if mine.shape == rest.shape else rest
             return torch.cat([rest[:sample], mine, rest[sample + 1 :]])
 
-        loss = loss_fn(mapped(inserted, batch), targets) * (n if reduction == "mean" else 1)
-        found = torch.autograd.grad(loss, analysis.table.tensors, allow_unused=True)
-    norms = [torch.zeros(()) if g is None else g.detach().to(torch.float64).square().sum().cpu() for g in found]
+        found = torch.autograd.grad(loss(mapped(inserted, batch)), analysis.table.tensors, allow_unused=True)
+    norms = [torch.zeros(()) if g is None else g.detach().double().square().sum().cpu() for g in found]
     return torch.stack([norm.double() for norm in norms])
+
+
+def _check_separable(loss: Callable[[Any], Tensor], batch: Any, sample: int, n: int) -> None:
+    """Raise if the loss's gradient in one sample's outputs depends on other samples' outputs."""
+    gradients = []
+    for outputs in (batch, mapped(shrunk, batch)):
+        leaves: list[Tensor] = []
+        originals = tensors(batch)
+
+        def leaf(x: Tensor, originals: Iterator[Tensor] = originals, leaves: list[Tensor] = leaves) -> Tensor:
+            original = next(originals)
+            if not (x.is_floating_point() and x.dim() and len(x) == n):
+                return original
+            x = x.detach().clone()
+            x[sample] = original[sample]
+            leaves.append(x.requires_grad_())
+            return x
+
+        with torch.enable_grad():
+            found = torch.autograd.grad(loss(mapped(leaf, outputs)), leaves, allow_unused=True)
+        gradients.append([torch.zeros(()) if g is None else g[sample].double() for g in found])
+    for here, there in zip(*gradients, strict=True):
+        if (here - there).norm() > 1e-3 * here.norm():
+            raise VerificationError(
+                "the loss's gradient in the first sample's outputs changes with the other samples' outputs: a loss that "
+                "compares samples with each other (contrastive, load balancing, batch statistics) has no per-sample "
+                "gradients; verify=False returns N times the gradient of each sample's outputs instead"
+            )
 
 
 def _compare(names: list[str], batched: Tensor, alone: Tensor) -> None:
@@ -98,15 +118,11 @@ def _compare(names: list[str], batched: Tensor, alone: Tensor) -> None:
         )
 
 
-def _inputs_of(inputs: Any, sample: int, n: int) -> Any:
-    return rows(inputs, [sample], n)
-
-
-def _is_random(model: nn.Module, alone: Any) -> bool:
+def _is_random(model: nn.Module, inputs: Any) -> bool:
     """Whether a forward draws from the global random state."""
     before = [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [])]
     with torch.no_grad():
-        called(model, alone)
+        called(model, inputs)
     after = [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [])]
     return not all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 

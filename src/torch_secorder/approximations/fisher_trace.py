@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_secorder.analysis import Analysis, FisherKind, fresh_generator, logits, positive_int
-from torch_secorder.errors import CoverageError
+from torch_secorder.errors import CoverageError, ShapeError
 from torch_secorder.monitor import checked
 from torch_secorder.parameters import ParameterTable, unwrapped
 from torch_secorder.run import checked_targets
@@ -90,7 +90,8 @@ def generalized_fisher_trace(
         \operatorname{tr} F = c \sum_{n=1}^{N} \mathbb{E}_{y \sim p(\cdot \mid x_n)}
         \lVert \nabla \log p(y \mid x_n) \rVert^2 = c \sum_{n=1}^{N} \operatorname{tr} J_n^\top A_n J_n
 
-    with c = 1/N for ``reduction="mean"``, c = 1 for ``"sum"``; J_n the Jacobian of sample n's outputs in the trainable parameters.
+    with c = 1/N for ``reduction="mean"``, c = 1 for ``"sum"``; J_n the Jacobian of sample n's outputs in the trainable
+    parameters.
 
     ============  ==========================  ===============================  ==========================================
     loss_type     outputs                     p(y given f)                     A_n
@@ -146,10 +147,14 @@ def generalized_fisher_trace(
     table = ParameterTable(unwrapped(model))
     if not outputs.requires_grad:
         raise CoverageError("the outputs carry no autograd graph: compute them outside of torch.no_grad()")
+    if not outputs.dim() or not len(outputs):
+        raise ShapeError(f"the batch is empty: outputs of shape {tuple(outputs.shape)}")
     checked_targets(targets, len(outputs))
     kind = FisherKind(loss_type, labels, num_samples, ignore_index, class_axis, positive_int("max_passes", max_passes))
     _, seeds, factor = kind.seeds(outputs if create_graph else outputs.detach(), targets, fresh_generator(generator))
-    norms = torch.stack([_one_by_one(outputs, seed, table.tensors, create_graph) for seed in seeds]).sum(0)
+    norms = outputs.new_zeros(len(outputs), dtype=torch.promote_types(outputs.dtype, torch.float32))
+    for seed in seeds:
+        norms = norms + _one_by_one(outputs, seed, table.tensors, create_graph)
     return _as_result(norms * factor, reduction, table)
 
 

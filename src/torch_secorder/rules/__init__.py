@@ -5,7 +5,7 @@ family. Importing this package registers the built-in ones.
 """
 
 from torch_secorder.rules import bilinear, convolution, elementwise, embedding, linear, normalization
-from torch_secorder.rules._dispatch import Gradients, Rule, register_rule, rule_for
+from torch_secorder.rules._dispatch import Gradients, Rule, refusal_for, register_refusal, register_rule, rule_for
 
 __all__ = [
     "Gradients",
@@ -16,6 +16,8 @@ __all__ = [
     "embedding",
     "linear",
     "normalization",
+    "refusal_for",
+    "register_refusal",
     "register_rule",
     "rule_for",
 ]

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from torch_secorder.capture import Call
-from torch_secorder.errors import ArgumentError, ShapeError, UnsupportedError
+from torch_secorder.errors import ArgumentError, CurvatureError, ShapeError, UnsupportedError
 from torch_secorder.per_sample import Dense, PerSampleGradient
 
 Gradients = Mapping[str, PerSampleGradient | Tensor]
+Refusal = TypeVar("Refusal", bound=Callable[[Any], CurvatureError | None])
 Function = TypeVar("Function", bound=Callable[[Any, Call], Gradients])
 
 # Methods that a subclass may change without changing what the layer computes.
@@ -48,6 +49,8 @@ class Rule:
     ) -> dict[str, PerSampleGradient]:
         """The per-sample gradients of the parameters in ``shapes``, checked against those shapes."""
         found = self.function(module, call)
+        if not isinstance(found, Mapping):
+            raise UnsupportedError(f"the rule for {self.layer.__name__} returned {found!r}, not a mapping")
         n = call.grad_output.shape[0]
         forms = {
             name: Dense(value) if isinstance(value, Tensor) else value
@@ -66,6 +69,7 @@ class Rule:
 
 
 _rules: dict[type[nn.Module], Rule] = {}
+_refusals: dict[type[nn.Module], Callable[[Any], CurvatureError | None]] = {}
 
 
 def register_rule(*layers: type[nn.Module], name: str | None = None) -> Callable[[Function], Function]:
@@ -73,11 +77,11 @@ def register_rule(*layers: type[nn.Module], name: str | None = None) -> Callable
 
     The function gets the module and one :class:`~torch_secorder.capture.Call` of it, and returns a mapping from the
     module's own parameter names to per-sample gradients of the batch's loss: a tensor ``(N, *shape)``, or a factored form
-    of :mod:`torch_secorder.per_sample`. In the call, ``inputs``, ``kwargs`` and ``grad_output`` have the batch axis first. Averaging,
-    ``loss_scale`` and N are the library's business.
+    of :mod:`torch_secorder.per_sample`. In the call, ``inputs``, ``kwargs`` and ``grad_output`` have the batch axis
+    first. Averaging, ``loss_scale`` and N are the library's business.
 
-    A rule holds for subclasses too, as long as they compute the same: a class or an instance with another ``forward`` is not the layer that it
-    inherits from. Registering a class again replaces its rule.
+    A rule holds for subclasses too, as long as they compute the same: a class or an instance with another ``forward`` is
+    not the layer that it inherits from. Registering a class again replaces its rule.
 
     Args:
         layers: module classes.
@@ -112,6 +116,22 @@ def register_rule(*layers: type[nn.Module], name: str | None = None) -> Callable
         return function
 
     return register
+
+
+def register_refusal(*layers: type[nn.Module]) -> Callable[[Refusal], Refusal]:
+    """A decorator for a function that says, before each call of a layer, why no rule can be right; None if one can."""
+
+    def register(function: Refusal) -> Refusal:
+        for layer in layers:
+            _refusals[layer] = function
+        return function
+
+    return register
+
+
+def refusal_for(module: nn.Module) -> Callable[[Any], CurvatureError | None] | None:
+    """What has to be asked before each call of this module."""
+    return next((_refusals[layer] for layer in type(module).__mro__ if layer in _refusals), None)
 
 
 def rule_for(module: nn.Module) -> Rule | str:

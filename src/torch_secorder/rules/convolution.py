@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -19,12 +19,13 @@ def convolution(module: _ConvNd, call: Call) -> Gradients:
     """A convolution; padding that is not the same number of zeros on both sides is applied to the input first."""
     x, g = call.argument(0, "input"), call.grad_output
     _check_batched(module, x)
-    padding: Sequence[int] = module.padding  # type: ignore[assignment]  # a str is replaced below
-    if isinstance(padding, str) or module.padding_mode != "zeros":
-        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    padding: Any = module.padding
+    mode: str = module.padding_mode
+    if isinstance(padding, str) or mode != "zeros":
+        mode = "constant" if mode == "zeros" else mode
         x = F.pad(x, module._reversed_padding_repeated_twice, mode)
         padding = (0,) * len(module.kernel_size)
-    weight = Convolution(x, g, module.weight.shape, module.stride, padding, module.dilation, module.groups)
+    weight = Convolution(x, g, module.weight.shape, module.stride, tuple(padding), module.dilation, module.groups)
     return {"weight": weight, "bias": g.flatten(2).sum(2)}
 
 
@@ -33,7 +34,14 @@ def transposed_convolution(module: _ConvTransposeNd, call: Call) -> Gradients:
     """The adjoint of a convolution: its input is that convolution's output gradient, and the other way round."""
     x, g = call.argument(0, "input"), call.grad_output
     _check_batched(module, x)
-    weight = Convolution(g, x, module.weight.shape, module.stride, module.padding, module.dilation, module.groups)
+    sides: list[int] = []
+    for axis in reversed(range(len(module.kernel_size))):
+        padding, reach = int(module.padding[axis]), module.dilation[axis] * (module.kernel_size[axis] - 1) + 1
+        # Output padding adds to one side only; taking it off there makes the adjoint's output exactly as long as x.
+        extra = g.shape[axis + 2] + 2 * padding - reach - (x.shape[axis + 2] - 1) * module.stride[axis]
+        sides += [padding, padding - extra]
+    none = [0] * len(module.kernel_size)
+    weight = Convolution(F.pad(g, sides), x, module.weight.shape, module.stride, none, module.dilation, module.groups)
     return {"weight": weight, "bias": g.flatten(2).sum(2)}
 
 

@@ -5,20 +5,26 @@ from __future__ import annotations
 from torch import nn
 
 from torch_secorder.capture import Call
-from torch_secorder.errors import UnsupportedError
+from torch_secorder.errors import CoupledSamplesError, CurvatureError
 from torch_secorder.per_sample import Rows
-from torch_secorder.rules._dispatch import Gradients, register_rule
+from torch_secorder.rules._dispatch import Gradients, register_refusal, register_rule
 
 
 @register_rule(nn.Embedding)
 def embedding(module: nn.Embedding, call: Call) -> Gradients:
     """Rows of a table; the padding row gets no gradient."""
-    if module.scale_grad_by_freq:
-        raise UnsupportedError(
-            "an Embedding with scale_grad_by_freq=True divides gradients by how often an id occurs in the whole batch, "
-            "which couples the samples: set scale_grad_by_freq=False for the analysis"
-        )
     ids, g = call.argument(0, "input"), call.grad_output
     if module.padding_idx is not None:
         g = g.masked_fill((ids == module.padding_idx)[..., None], 0)
     return {"weight": Rows(ids.reshape(len(ids), -1), g.reshape(len(g), -1, g.shape[-1]), module.weight.shape)}
+
+
+@register_refusal(nn.Embedding, nn.EmbeddingBag)
+def table(module: nn.Embedding | nn.EmbeddingBag) -> CurvatureError | None:
+    """Whether the batch's frequencies of ids enter the gradient."""
+    if module.scale_grad_by_freq:
+        return CoupledSamplesError(
+            "scale_grad_by_freq=True divides gradients by how often an id occurs in the whole batch, which couples the "
+            "samples: set it to False for the analysis"
+        )
+    return None

@@ -11,8 +11,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from torch_secorder.capture import Call
-from torch_secorder.errors import ShapeError
-from torch_secorder.rules._dispatch import Gradients, register_rule
+from torch_secorder.errors import CoupledSamplesError, CurvatureError, ShapeError
+from torch_secorder.rules._dispatch import Gradients, register_refusal, register_rule
 
 
 @register_rule(nn.LayerNorm)
@@ -51,6 +51,18 @@ def instance_norm(module: _InstanceNorm, call: Call) -> Gradients:
 def batch_norm(module: _BatchNorm, call: Call) -> Gradients:
     """With running statistics it is an affine map. (Modules that use the batch's statistics are refused in forward.)"""
     return _channels(_with_running(module, _input(module, call, 1)), call.grad_output)
+
+
+@register_refusal(_BatchNorm)
+def batch_statistics(module: _BatchNorm) -> CurvatureError | None:
+    """Whether a BatchNorm normalises with the whole batch, frozen or not, with parameters or without."""
+    if not module.training and module.running_mean is not None:
+        return None
+    state = "in training mode" if module.training else "without running statistics"
+    return CoupledSamplesError(
+        f"it is {state} and normalises with the statistics of the whole batch, so per-sample gradients do not exist; call "
+        "model.eval() (with running statistics), or use GroupNorm"
+    )
 
 
 def _with_running(module: Any, x: Tensor) -> Tensor:

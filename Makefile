@@ -1,0 +1,56 @@
+# Every target sets up what it needs; `make help` lists them.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+EXAMPLES := $(wildcard examples/*.py)
+
+# The arrays here are small: threads cost more than they give.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: help demo test check lint types doctest examples docs format clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(READY)  ## train on real digits, and see which layers carry the curvature
+	$(BIN)/python examples/digits.py
+
+test: $(READY)  ## run the tests
+	$(BIN)/python -m pytest
+
+check: lint types test doctest examples docs  ## everything that has to pass
+
+lint: $(READY)  ## style and import order
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY)  ## static types
+	$(BIN)/mypy
+
+doctest: $(READY)  ## the examples in the docstrings
+	$(BIN)/python -m pytest --doctest-modules src
+
+examples: $(READY)  ## run every example as a user would
+	@mkdir -p build/examples
+	@set -e; for example in $(EXAMPLES); do \
+		echo "$$example"; (cd build/examples && ../../$(BIN)/python -W error ../../$$example > /dev/null); done
+
+docs: $(READY)  ## build the documentation, and run the code in it
+	$(BIN)/sphinx-build -W --keep-going -q -b doctest docs docs/_build/doctest
+	$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html
+
+format: $(READY)  ## let the formatter have its way
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove everything that the other targets made
+	rm -rf $(VENV) build dist docs/_build report.csv report.png .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name '*.egg-info' -o -name __pycache__ | xargs rm -rf
+
+$(READY): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@

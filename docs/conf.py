@@ -1,0 +1,21 @@
+from importlib.metadata import version as installed
+
+project = "torch-secorder"
+author = "torch-secorder contributors"
+copyright = "2026, torch-secorder contributors"
+version = release = installed("torch-secorder")
+
+extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax", "sphinx.ext.doctest"]
+exclude_patterns = ["_build"]
+
+html_theme = "furo"
+html_title = f"torch-secorder {release}"
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+python_maximum_signature_line_length = 88
+
+doctest_test_doctest_blocks = ""  # docstrings are tested by `make doctest`
+doctest_global_setup = "import torch; from torch import nn; torch.manual_seed(0)"

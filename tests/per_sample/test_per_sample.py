@@ -1,0 +1,225 @@
+"""The algebra: every form answers as its dense tensor does, whatever algorithm and chunk size it picks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from oracles import assert_equal, call, mapped, per_sample_gradients
+from problems import PROBLEMS, Problem
+from torch_secorder.capture import Call
+from torch_secorder.per_sample import Convolution, Dense, Outer, PerSampleGradient, Rows, _base
+from torch_secorder.rules import rule_for
+
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+
+N = 4
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64).to(dtype)
+
+
+def outer(t: int = 3, k: int = 1, i: int = 4, o: int = 6) -> Outer:
+    return Outer(normal(N, k, t, i), normal(N, k, t, o), (k * o, i))
+
+
+def rows(t: int = 5) -> Rows:
+    return Rows(torch.randint(6, (N, t)), normal(N, t, 4), (6, 4))
+
+
+def convolution(size: int = 6, channels: int = 4, groups: int = 1, stride: int = 1) -> Convolution:
+    x = normal(N, channels, size, size)
+    out = (size + 2 - 3) // stride + 1
+    return Convolution(x, normal(N, 6, out, out), (6, channels // groups, 3, 3), (stride,) * 2, (1, 1), (1, 1), groups)
+
+
+FORMS: dict[str, Callable[[], PerSampleGradient]] = {
+    "dense": lambda: Dense(normal(N, 6, 4)),
+    "outer product": lambda: outer(t=1),
+    "outer gram": lambda: outer(t=2),
+    "outer direct": lambda: outer(t=9),
+    "outer groups": lambda: outer(t=3, k=2, o=3),
+    "rows": rows,
+    "convolution direct": convolution,
+    "convolution gram": lambda: convolution(size=2, channels=24),
+    "convolution groups": lambda: convolution(groups=2, stride=2),
+    "sum with rows": lambda: rows() + outer(),
+    "sum without rows": lambda: Dense(normal(N, 6, 4)) + outer(),
+    "sum of three": lambda: Dense(normal(N, 6, 4)) + outer() + rows(),
+    "same kind twice": lambda: outer() + outer(t=2),
+}
+
+
+def assert_like_dense(form: PerSampleGradient) -> None:
+    dense = form.dense()
+    total = dense.square().sum()
+    assert dense.shape == (form.n, *form.shape)
+    assert_equal(form.squared_norm(), dense.flatten(1).square().sum(1), total)
+    assert_equal(form.sum_of_squares(), dense.square().sum(0), total)
+    torch.testing.assert_close(form.total(), dense.sum(0), rtol=1e-9, atol=1e-9 * float(total.sqrt()))
+
+
+@pytest.fixture(params=[None, 1], ids=["large chunks", "chunks of one sample"])
+def chunk_bytes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param is not None:
+        whole = _base.chunks
+        one = lambda n, size, budget=request.param: whole(n, size, budget)  # noqa: E731
+        monkeypatch.setattr(_base, "chunks", one)
+        monkeypatch.setattr("torch_secorder.per_sample.outer.chunks", one)
+
+
+@pytest.mark.usefixtures("chunk_bytes")
+@pytest.mark.parametrize("name", FORMS)
+def test_every_answer_is_that_of_the_dense_form(name: str) -> None:
+    assert_like_dense(FORMS[name]())
+
+
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("samples", [slice(1, 3), slice(0, 1), torch.tensor([2, 0])], ids=str)
+def test_selected_samples(name: str, samples: Any) -> None:
+    form = FORMS[name]()
+    selected = form.select(samples)
+    assert torch.allclose(selected.dense(), form.dense()[samples], rtol=1e-12)
+    assert_like_dense(selected)
+
+
+SAME_SHAPE = ["dense", "outer product", "outer gram", "outer direct", "rows", "sum with rows", "sum without rows"]
+
+
+@pytest.mark.usefixtures("chunk_bytes")
+@pytest.mark.parametrize("first", SAME_SHAPE)
+@pytest.mark.parametrize("second", SAME_SHAPE)
+def test_sums_and_inner_products_of_every_two_kinds(first: str, second: str) -> None:
+    a, b = FORMS[first](), FORMS[second]()
+    dense = (a.dense() * b.dense()).flatten(1).sum(1)
+    scale = float((a.squared_norm() * b.squared_norm()).sqrt().max())
+    torch.testing.assert_close(a.inner(b), dense, rtol=1e-9, atol=1e-9 * scale)
+    both = a + b
+    assert torch.allclose(both.dense(), a.dense() + b.dense(), rtol=1e-9, atol=1e-12)
+    assert_like_dense(both)
+
+
+@pytest.mark.parametrize(
+    ("form", "algorithm"),
+    [
+        (lambda: outer(t=1), "product"),
+        (lambda: outer(t=2), "gram"),
+        (lambda: outer(t=9), "direct"),
+        (lambda: convolution(size=2, channels=24), "gram"),
+        (convolution, "direct"),
+    ],
+)
+def test_the_algorithm_is_chosen_by_cost(form: Callable[[], PerSampleGradient], algorithm: str) -> None:
+    assert form().algorithm == algorithm
+
+
+def test_forms_of_different_parameters_cannot_be_added() -> None:
+    with pytest.raises(ValueError, match=r"6, 4.*4, 6|4, 6.*6, 4"):
+        _ = Dense(normal(N, 6, 4)) + Dense(normal(N, 4, 6))
+    with pytest.raises(ValueError, match=r"4.*5"):
+        _ = Dense(normal(N, 6, 4)) + Dense(normal(5, 6, 4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("left_over", [0.0, 1e-6, 1e-3, 0.3])
+def test_gram_sums_that_cancel_keep_their_digits(left_over: float, dtype: torch.dtype) -> None:
+    a, g = normal(N, 1, 1, 24, dtype=dtype), normal(N, 1, 1, 20, dtype=dtype)
+    form = Outer(torch.cat([a, a * (1 + left_over)], 2), torch.cat([g, -g], 2), (20, 24))
+    assert form.algorithm == "gram"
+    exact = Outer(form.a.double(), form.g.double(), (20, 24)).dense().flatten(1).square().sum(1)
+    assert (form.squared_norm() >= 0).all()
+    if left_over >= 1e-3 or dtype == torch.float64:
+        rtol = 1e-4 if dtype == torch.float32 else 1e-8
+        torch.testing.assert_close(form.squared_norm().double(), exact, rtol=rtol, atol=0)
+    else:
+        # What is left of the difference of float32 numbers is rounding; it must stay as small as rounding.
+        magnitude = 2 * a.double().square().sum((1, 2, 3)) * g.double().square().sum((1, 2, 3))
+        assert (form.squared_norm().double() <= 1e-11 * magnitude).all()
+
+
+@pytest.mark.parametrize("left_over", [0.0, 1e-6, 1e-3])
+def test_tied_terms_that_cancel_keep_their_digits(left_over: float) -> None:
+    """An embedding and the head tied to it, whose gradients point in opposite directions."""
+    ids, g = torch.tensor([[0, 2, 2], [1, 1, 1]]), normal(2, 3, 4)
+    one_hot = torch.nn.functional.one_hot(ids, 6).double()[:, None]
+    form = Rows(ids, g, (6, 4)) + Outer(-g[:, None] * (1 - left_over), one_hot, (6, 4))
+    exact = form.dense().flatten(1).square().sum(1)
+    assert (form.squared_norm() >= 0).all()
+    torch.testing.assert_close(form.squared_norm(), exact, rtol=1e-8, atol=1e-24)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", ["dense", "outer", "rows", "convolution"])
+def test_half_precision_factors_are_squared_in_float32(name: str, dtype: torch.dtype) -> None:
+    large = 300.0  # its square overflows float16
+    form = {
+        "dense": lambda: Dense(torch.full((N, 3), large, dtype=dtype)),
+        "outer": lambda: Outer(*(torch.full((N, 1, 1, 3), large, dtype=dtype),) * 2, (3, 3)),
+        "rows": lambda: Rows(torch.zeros(N, 1, dtype=torch.long), torch.full((N, 1, 3), large, dtype=dtype), (2, 3)),
+        "convolution": lambda: Convolution(
+            *(torch.full((N, 1, 2, 2), large, dtype=dtype), torch.full((N, 1, 1, 1), large, dtype=dtype)),
+            *((1, 1, 2, 2), (1, 1), (0, 0), (1, 1), 1),
+        ),
+    }[name]()
+    assert form.squared_norm().dtype == torch.float32
+    expected = {"dense": 3 * large**2, "outer": 9 * large**4, "rows": 3 * large**2, "convolution": 4 * large**4}[name]
+    assert form.squared_norm().tolist() == pytest.approx([expected] * N, rel=1e-2)
+
+
+def captured(problem: Problem) -> tuple[dict[str, PerSampleGradient], dict[str, Tensor], dict[str, Tensor]]:
+    """For each parameter: its form, autograd's gradient of the summed loss, and the loop's per-sample gradients."""
+    setting = problem.setting()
+    loss_fn = nn.MSELoss(reduction="sum")
+    expected = per_sample_gradients(setting.model, loss_fn, setting.inputs, setting.targets)
+    calls: list[tuple[nn.Module, tuple[Any, ...], dict[str, Any], Tensor]] = []
+
+    def seen(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
+        if output.requires_grad:
+            detached = [
+                mapped(values, lambda x: x.detach() if isinstance(x, Tensor) else x) for values in (args, kwargs)
+            ]
+            calls.append((module, *detached, output))
+            return output.clone()  # so that what comes next may work in place
+        return None
+
+    names = {id(p): name for name, p in setting.model.named_parameters() if p.requires_grad}
+    for module in setting.model.modules():
+        if any(id(p) in names for p in module.parameters(recurse=False)):
+            module.register_forward_hook(seen, with_kwargs=True)
+    loss = loss_fn(call(setting.model, setting.inputs), setting.targets)
+    outputs = [output for *_, output in calls]
+    grads = torch.autograd.grad(loss, outputs, retain_graph=True, allow_unused=True)
+    forms: dict[str, PerSampleGradient] = {}
+    for (module, args, kwargs, _), grad in zip(calls, grads, strict=True):
+        if grad is None:
+            continue
+        rule = rule_for(module)
+        assert not isinstance(rule, str), rule
+        own = {local: p for local, p in module.named_parameters(recurse=False) if id(p) in names}
+        found = rule(module, Call(args, kwargs, grad), {local: tuple(p.shape) for local, p in own.items()})
+        for local, p in own.items():
+            name = names[id(p)]
+            forms[name] = forms[name] + found[local] if name in forms else found[local]
+    for p in setting.model.parameters():
+        p.grad = None
+    loss.backward()
+    batch = {name: p.grad.to_dense() for name, p in setting.model.named_parameters() if p.grad is not None}
+    return forms, batch, expected
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=str)
+def test_rules_conserve_the_gradient(problem: Problem) -> None:
+    """Dense, summed over samples: autograd's gradient. Sample by sample: the loop's. And every shortcut agrees."""
+    forms, batch, expected = captured(problem)
+    assert forms.keys() == batch.keys()
+    scale = max(float(g.abs().max()) for g in expected.values())
+    for name, form in forms.items():
+        torch.testing.assert_close(form.dense(), expected[name], rtol=1e-8, atol=1e-11 * scale)
+        torch.testing.assert_close(form.total(), batch[name], rtol=1e-8, atol=1e-11 * scale)
+        torch.testing.assert_close(form.dense().sum(0), batch[name], rtol=1e-8, atol=1e-11 * scale)
+        assert_like_dense(form)

@@ -1,0 +1,219 @@
+"""Every layer and every way of using it, against a loop over samples and against vmap(grad)."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from model_state import assert_same_gradients, gradients, hooks, identical
+from oracles import (
+    assert_equal,
+    batch_size,
+    call,
+    mapped,
+    per_sample_gradients,
+    per_sample_squared_norms,
+    squared_norms,
+    total,
+    trace,
+    vmap_gradients,
+)
+from problems import AWKWARD, PROBLEMS, Problem
+from torch_secorder import FisherMonitor
+from torch_secorder.errors import CurvatureError
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths"),  # torch, about its own speed
+    pytest.mark.filterwarnings("ignore:There is a performance drop because:UserWarning"),  # torch.func, likewise
+    pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True"),  # re-entrant checkpoints
+]
+
+both_reductions = pytest.mark.parametrize("reduction", ["mean", "sum"])
+both_dtypes = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+every_problem = pytest.mark.parametrize("problem", PROBLEMS, ids=str)
+
+
+@cache
+def sample_gradients(problem: Problem) -> dict[str, Tensor]:
+    setting = problem.setting()
+    return per_sample_gradients(setting.model, nn.MSELoss(), setting.inputs, setting.targets)
+
+
+@cache
+def sample_sums(problem: Problem) -> dict[str, Tensor]:
+    """t_{n,p} of the summed squared error, which is the mean one's times elements^2."""
+    setting = problem.setting()
+    elements = setting.targets[0].numel()
+    return {name: t * elements**2 for name, t in squared_norms(sample_gradients(problem)).items()}
+
+
+def squares(problem: Problem, reduction: str) -> dict[str, Tensor]:
+    return squared_norms(sample_gradients(problem)) if reduction == "mean" else sample_sums(problem)
+
+
+@every_problem
+@both_dtypes
+@both_reductions
+def test_trace_equals_a_loop_over_samples(problem: Problem, dtype: torch.dtype, reduction: str) -> None:
+    expected = trace(squares(problem, reduction), reduction)
+    setting = problem.setting(dtype)
+    with FisherMonitor(setting.model, reduction=reduction) as monitor:
+        setting.loss(reduction).backward()
+    report = monitor.report()
+    assert list(report.index) == list(expected)
+    for name, value in expected.items():
+        assert_equal(torch.tensor(report.loc[name, "fisher_trace"]), value, total(expected), dtype)
+    assert_equal(monitor.trace, total(expected), total(expected), dtype)
+    assert monitor.n_samples == batch_size(setting.inputs)
+
+
+@every_problem
+def test_diagonal_and_per_sample_equal_a_loop_over_samples(problem: Problem) -> None:
+    expected = sample_gradients(problem)
+    squared = squared_norms(expected)
+    setting = problem.setting()
+    with FisherMonitor(setting.model, diagonal=True, per_sample=True) as monitor:
+        setting.loss().backward()
+    everything = total(trace(squared))
+    assert list(monitor.diagonal) == list(expected)
+    assert list(monitor.per_sample.columns) == list(expected)
+    for name, gradient in expected.items():
+        assert_equal(monitor.diagonal[name], gradient.square().mean(0), everything)
+        assert_equal(torch.tensor(monitor.per_sample[name].to_numpy()), squared[name], everything * len(gradient))
+
+
+@pytest.mark.parametrize("problem", [p for p in PROBLEMS if not p.no_vmap], ids=str)
+def test_trace_equals_vmap_of_grad(problem: Problem) -> None:
+    setting = problem.setting()
+    expected = trace(squared_norms(vmap_gradients(setting.model, nn.MSELoss(), setting.inputs, setting.targets)))
+    with FisherMonitor(setting.model) as monitor:
+        setting.loss().backward()
+    for name, value in expected.items():
+        assert_equal(torch.tensor(monitor.report().loc[name, "fisher_trace"]), value, total(expected), torch.float64)
+
+
+@every_problem
+def test_one_sample_conserves_the_gradient(problem: Problem) -> None:
+    """With one sample the Fisher is the square of the gradient that autograd gives, element by element."""
+    setting = problem.setting()
+    setting.inputs = mapped(setting.inputs, lambda tensor: tensor[:1])
+    setting.targets = setting.targets[:1]
+    with FisherMonitor(setting.model, reduction="sum", diagonal=True) as monitor:
+        setting.loss("sum").backward()
+    squared = {
+        name: torch.zeros_like(p) if p.grad is None else p.grad.to_dense().square()
+        for name, p in setting.model.named_parameters()
+        if p.requires_grad
+    }
+    report = monitor.report()
+    for name, square in squared.items():
+        assert_equal(monitor.diagonal[name], square, total(squared))
+        if (square != 0).any():
+            assert_equal(torch.tensor(report.loc[name, "grad_sq_norm"]), square.sum(), total(squared), torch.float64)
+
+
+@every_problem
+@pytest.mark.parametrize("everything", [False, True], ids=["plain", "with_everything"])
+def test_the_users_step_is_bit_identical(problem: Problem, everything: bool) -> None:
+    def step(monitored: bool) -> tuple[Tensor, dict[str, Tensor | None], list[Tensor]]:
+        setting = problem.setting(torch.float32)
+        inputs = mapped(setting.inputs, lambda x: x.requires_grad_() if x.is_floating_point() else x)
+        setting.inputs = inputs
+        if monitored:
+            with FisherMonitor(setting.model, diagonal=everything, per_sample=everything, activations=everything):
+                loss = setting.loss()
+                loss.backward()
+            assert not any(hooks(setting.model).values())
+        else:
+            loss = setting.loss()
+            loss.backward()
+        leaves = inputs.values() if isinstance(inputs, dict) else inputs if isinstance(inputs, tuple) else [inputs]
+        return loss.detach(), gradients(setting.model), [x.grad for x in leaves if x.grad is not None]
+
+    (loss, grads, input_grads), (plain_loss, plain_grads, plain_input_grads) = step(True), step(False)
+    assert identical(loss, plain_loss)
+    assert_same_gradients(grads, plain_grads)
+    assert len(input_grads) == len(plain_input_grads)
+    assert all(identical(a, b) for a, b in zip(input_grads, plain_input_grads, strict=True))
+
+
+@pytest.mark.parametrize("problem", [p for p in PROBLEMS if p.name.startswith("frozen")], ids=str)
+@both_dtypes
+def test_frozen_parameters_are_analysed_on_request(problem: Problem, dtype: torch.dtype) -> None:
+    setting = problem.setting()
+    expected = trace(
+        per_sample_squared_norms(setting.model, nn.MSELoss(), setting.inputs, setting.targets, parameters="all")
+    )
+    setting = problem.setting(dtype)
+    flags = {name: p.requires_grad for name, p in setting.model.named_parameters()}
+    with FisherMonitor(setting.model, parameters="all") as monitor:
+        setting.loss().backward()
+    report = monitor.report()
+    assert list(report.index) == list(expected) == list(flags)
+    for name, value in expected.items():
+        assert_equal(torch.tensor(report.loc[name, "fisher_trace"]), value, total(expected), dtype)
+    assert {name: p.requires_grad for name, p in setting.model.named_parameters()} == flags
+    assert all(p.grad is None for p in setting.model.parameters() if not p.requires_grad)
+
+
+def test_a_wholly_frozen_model_is_analysed_on_request() -> None:
+    setting = next(p for p in PROBLEMS if p.name == "use-vision_net").setting()
+    expected = trace(per_sample_squared_norms(setting.model, nn.MSELoss(), setting.inputs, setting.targets))
+    setting.model.requires_grad_(False)
+    with FisherMonitor(setting.model, parameters="all") as monitor:
+        setting.loss().backward()
+    for name, value in expected.items():
+        assert_equal(torch.tensor(monitor.report().loc[name, "fisher_trace"]), value, total(expected), torch.float64)
+    assert all(p.grad is None and not p.requires_grad for p in setting.model.parameters())
+
+
+@pytest.mark.parametrize("problem", AWKWARD, ids=str)
+def test_an_awkward_use_is_exact_or_refused(problem: Problem) -> None:
+    setting = problem.setting()
+    expected = trace(per_sample_squared_norms(setting.model, nn.MSELoss(), setting.inputs, setting.targets))
+    setting = problem.setting()
+    before = hooks(setting.model)
+    try:
+        with FisherMonitor(setting.model) as monitor:
+            setting.loss().backward()
+        report = monitor.report()
+    except CurvatureError as refusal:
+        assert len(str(refusal)) > 30, "a refusal says what was found and what to do"
+    else:
+        assert list(report.index) == list(expected)
+        for name, value in expected.items():
+            assert_equal(torch.tensor(report.loc[name, "fisher_trace"]), value, total(expected), torch.float64)
+    assert hooks(setting.model) == before
+
+
+@both_dtypes
+@pytest.mark.parametrize(
+    ("name", "reduction"), [("linear-deep", "mean"), ("conv-2d-deep", "mean"), ("use-attention", "sum")]
+)
+def test_two_halves_are_one_batch(name: str, reduction: str, dtype: torch.dtype) -> None:
+    setting = next(p for p in PROBLEMS if p.name == name).setting(dtype)
+    loss_fn = nn.MSELoss(reduction=reduction)
+    with FisherMonitor(setting.model, reduction=reduction) as whole:
+        loss_fn(call(setting.model, setting.inputs), setting.targets).backward()
+    with FisherMonitor(setting.model, reduction=reduction) as halves:
+        for part in (slice(0, 1), slice(1, None)):
+            loss_fn(call(setting.model, setting.inputs[part]), setting.targets[part]).backward()
+    for figure in ("fisher_trace", "fisher_trace_stderr"):
+        mine, other = (torch.tensor(m.report()[figure].to_numpy()) for m in (halves, whole))
+        assert_equal(mine, other, whole.trace, dtype)
+
+
+@both_dtypes
+def test_sum_is_n_times_mean(dtype: torch.dtype) -> None:
+    """The same samples' losses: c * sum_n t_n is N times larger under "sum"."""
+    setting = next(p for p in PROBLEMS if p.name == "linear-deep").setting(dtype)
+    labels = setting.targets.argmax(1)
+    values = {}
+    for reduction in ("mean", "sum"):
+        with FisherMonitor(setting.model, reduction=reduction) as monitor:
+            nn.CrossEntropyLoss(reduction=reduction)(setting.model(setting.inputs), labels).backward()
+        values[reduction] = monitor.trace
+    assert_equal(values["sum"], len(labels) * values["mean"], values["sum"], dtype)

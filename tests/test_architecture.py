@@ -1,0 +1,96 @@
+"""The house keeps its floors: a file imports from lower floors or from its own folder, and pandas lives in one file."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import torch_secorder
+
+ROOT = Path(torch_secorder.__file__).parent
+FLOORS = [
+    "errors",
+    "parameters",
+    "per_sample",
+    "capture",
+    "rules",
+    "likelihoods",
+    "statistics",
+    "report",
+    "plan",
+    "passes",
+    "monitor",
+    "run",
+    "analysis",
+    "verification",
+    "loop",
+    "approximations",
+]
+FILES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py"))
+
+
+def room(file: str) -> str:
+    """The file at the top of the package, or the folder, that `file` is or belongs to."""
+    return file.split("/")[0].removesuffix(".py")
+
+
+def statements(node: ast.AST) -> Iterator[ast.AST]:
+    """Everything that runs: all but what is only there for the type checker."""
+    for child in ast.iter_child_nodes(node):
+        if not (isinstance(child, ast.If) and isinstance(child.test, ast.Name) and child.test.id == "TYPE_CHECKING"):
+            yield child
+            yield from statements(child)
+
+
+def imports(file: str) -> Iterator[str]:
+    """Every module that `file` imports, at its top or inside a function."""
+    for node in statements(ast.parse((ROOT / file).read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative import"
+            module = node.module or ""
+            yield from ([f"{module}.{alias.name}" for alias in node.names] if module == "torch_secorder" else [module])
+
+
+def test_every_file_has_a_floor() -> None:
+    assert {room(file) for file in FILES} - {"__init__"} == set(FLOORS)
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if file != "__init__.py"])
+def test_imports_go_down(file: str) -> None:
+    for module in imports(file):
+        if module.split(".")[0] == "torch_secorder":
+            below = module.split(".")[1]
+            same_folder = below == room(file) and "/" in file
+            assert same_folder or FLOORS.index(below) < FLOORS.index(room(file)), f"{file} imports {module}"
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_pandas_lives_in_the_report(file: str) -> None:
+    used = any(module.split(".")[0] == "pandas" for module in imports(file))
+    assert used == (file == "report.py"), "annotations of a DataFrame may be strings"
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_names_say_what_is_inside(file: str) -> None:
+    assert not {"utils", "helpers", "common", "misc"} & {part.removesuffix(".py") for part in file.split("/")}
+    for node in ast.walk(ast.parse((ROOT / file).read_text())):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            assert not node.name.startswith(("compute_", "get_")), f"{file}: {node.name}"
+
+
+def test_the_public_names() -> None:
+    for name in (
+        "FisherMonitor",
+        "fisher_report",
+        "register_rule",
+        "empirical_fisher_trace",
+        "generalized_fisher_trace",
+    ):
+        assert name in torch_secorder.__all__
+        assert getattr(torch_secorder, name).__doc__
+    assert (ROOT / "py.typed").exists()

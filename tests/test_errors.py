@@ -1,0 +1,285 @@
+"""Bad input: a refusal that derives from CurvatureError, names what is wrong, and says what to do."""
+
+from __future__ import annotations
+
+from types import MethodType
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model_state import hooks
+from torch_secorder import FisherMonitor, empirical_fisher_trace, generalized_fisher_trace
+from torch_secorder.errors import CurvatureError
+
+
+def classifier() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+
+
+def run(model: nn.Module, x: Tensor, **options: Any) -> FisherMonitor:
+    """One monitored pass; the hooks are gone whatever happens."""
+    before = hooks(model)
+    try:
+        with FisherMonitor(model, **options) as monitor:
+            model(x).square().mean().backward()
+    finally:
+        assert hooks(model) == before
+    return monitor
+
+
+# Arguments
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"reduction": "average"}, r"reduction.*average|average.*reduction"),
+        ({"reduction": "none"}, r"reduction"),
+        ({"reduction": None}, r"reduction"),
+        ({"parameters": "frozen"}, r"parameters.*frozen|frozen.*parameters"),
+        ({"nonfinite": "ignore"}, r"nonfinite.*ignore|ignore.*nonfinite"),
+        ({"repeated_calls": "twice"}, r"repeated_calls.*twice|twice.*repeated_calls"),
+        ({"loss_scale": 0}, r"loss_scale"),
+        ({"loss_scale": float("nan")}, r"loss_scale"),
+        ({"loss_scale": "half"}, r"loss_scale"),
+    ],
+    ids=str,
+)
+def test_arguments_of_the_monitor(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(CurvatureError, match=message) as raised:
+        run(classifier(), torch.randn(5, 4), **options)
+    assert isinstance(raised.value, ValueError)
+
+
+def test_a_loss_scale_of_zero_read_at_backward() -> None:
+    with pytest.raises(CurvatureError, match=r"loss_scale"):
+        run(classifier(), torch.randn(5, 4), loss_scale=lambda: 0.0)
+
+
+def test_a_model_is_a_module() -> None:
+    with pytest.raises((CurvatureError, TypeError), match=r"(?i)module"):
+        FisherMonitor(lambda x: x)
+
+
+@pytest.mark.parametrize("model", [lambda: classifier().requires_grad_(False)], ids=["frozen"])
+def test_no_trainable_parameter_names_the_remedy(model: Any) -> None:
+    with pytest.raises(CurvatureError, match=r'parameters="all"'):
+        run(model(), torch.randn(5, 4))
+    with pytest.raises(CurvatureError, match=r"trainable"):
+        empirical_fisher_trace(model(), nn.CrossEntropyLoss(), torch.randn(5, 4), torch.randint(3, (5,)))
+
+
+def test_no_parameter_at_all() -> None:
+    with pytest.raises(CurvatureError, match=r"(?i)parameter"):
+        run(nn.Sequential(nn.Tanh()), torch.randn(5, 4))
+
+
+# Batches
+
+
+def test_an_empty_batch() -> None:
+    with pytest.raises(CurvatureError, match=r"(?i)empty"):
+        run(classifier(), torch.randn(0, 4))
+    with pytest.raises(CurvatureError, match=r"(?i)empty"):
+        empirical_fisher_trace(classifier(), nn.CrossEntropyLoss(), torch.randn(0, 4), torch.randint(3, (0,)))
+    model = classifier()
+    with pytest.raises(CurvatureError, match=r"(?i)empty"):
+        generalized_fisher_trace(model, model(torch.randn(0, 4)), None)
+
+
+def test_an_empty_batch_loses_nothing() -> None:
+    model = classifier()
+    with FisherMonitor(model) as monitor:
+        model(torch.randn(5, 4)).mean().backward()
+        before = float(monitor.trace)
+        with pytest.raises(CurvatureError, match=r"(?i)empty"):
+            model(torch.randn(0, 4)).sum().backward()
+        assert float(monitor.trace) == before
+        model(torch.randn(5, 4)).mean().backward()
+    assert monitor.n_samples == 10
+
+
+class TwoInputs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(4, 3), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.one(x).sum(0) + self.two(y).sum(0)
+
+
+def test_inputs_of_mismatched_batch_sizes() -> None:
+    model = TwoInputs()
+    with pytest.raises(CurvatureError, match=r"3.*5|5.*3"), FisherMonitor(model):
+        model(torch.randn(5, 4), torch.randn(3, 4)).sum().backward()
+    with pytest.raises(CurvatureError, match=r"3.*5|5.*3"):
+        empirical_fisher_trace(model, nn.MSELoss(), (torch.randn(5, 4), torch.randn(3, 4)), torch.randn(5, 3))
+
+
+@pytest.mark.filterwarnings("ignore:Using a target size")
+@pytest.mark.parametrize("loss_fn", [nn.CrossEntropyLoss(), nn.MSELoss()], ids=str)
+def test_targets_of_another_batch_size(loss_fn: nn.Module) -> None:
+    targets = torch.randint(3, (1,)) if isinstance(loss_fn, nn.CrossEntropyLoss) else torch.randn(1, 3)
+    with pytest.raises(CurvatureError, match=r"(?s)5.*1|1.*5"):
+        empirical_fisher_trace(classifier(), loss_fn, torch.randn(5, 4), targets)
+    with pytest.raises(CurvatureError, match=r"(?s)5.*7|7.*5"):
+        empirical_fisher_trace(classifier(), loss_fn, torch.randn(5, 4), targets.repeat_interleave(7, 0))
+
+
+def test_targets_of_another_batch_size_for_observed_labels() -> None:
+    model = classifier()
+    with pytest.raises(CurvatureError, match=r"(?s)5.*4|4.*5"):
+        generalized_fisher_trace(model, model(torch.randn(5, 4)), torch.randint(3, (4,)), labels="observed")
+    with pytest.raises(CurvatureError, match=r"(?s)5.*4|4.*5"):
+        generalized_fisher_trace(model, model(torch.randn(5, 4)), torch.randint(3, (4,)))
+
+
+def test_a_layer_whose_batch_is_not_the_models() -> None:
+    class Folded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+
+    with pytest.raises(CurvatureError, match=r"inner.*batch_axis|batch_axis.*inner"):
+        run(Folded(), torch.randn(5, 6, 4))
+
+
+# Losses
+
+
+def test_a_loss_that_is_not_a_scalar() -> None:
+    with pytest.raises(CurvatureError, match=r"(?i)scalar"):
+        empirical_fisher_trace(
+            classifier(), nn.CrossEntropyLoss(reduction="none"), torch.randn(5, 4), torch.randint(3, (5,))
+        )
+
+
+def test_a_loss_that_does_not_depend_on_the_model() -> None:
+    with pytest.raises(CurvatureError, match=r"(?i)loss"):
+        empirical_fisher_trace(
+            classifier(), lambda outputs, targets: targets.square().mean(), torch.randn(5, 4), torch.randn(5, 3)
+        )
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite(value: float) -> None:
+    with pytest.raises(CurvatureError, match=r"0\.weight"):
+        empirical_fisher_trace(classifier(), nn.MSELoss(), torch.full((5, 4), value), torch.randn(5, 3))
+
+
+# Layers
+
+
+class Raw(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.factor
+
+
+class Exotic(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel = nn.Parameter(torch.ones(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.linalg.matrix_exp(x.unsqueeze(-1) * self.kernel).sum(-1)
+
+
+def test_unsupported_layers_are_all_named_in_one_error() -> None:
+    model = nn.Sequential(Raw(), nn.Linear(4, 4), nn.Sequential(Exotic(), Raw()))
+    with pytest.raises(CurvatureError) as raised:
+        run(model, torch.randn(5, 4))
+    message = str(raised.value)
+    for words in ("Raw", "Exotic", "2.0", "2.1", "register_rule"):
+        assert words in message
+    assert "Linear" not in message
+    assert isinstance(raised.value, NotImplementedError)
+
+
+def test_an_unsupported_layer_without_analysed_parameters_is_in_nobodys_way() -> None:
+    model = nn.Sequential(Raw().requires_grad_(False), nn.Linear(4, 3))
+    monitor = run(model, torch.randn(5, 4))
+    assert list(monitor.report().index) == ["1.weight", "1.bias"]
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("trainable", [True, False])
+def test_batch_norm_in_training_mode(affine: bool, trainable: bool) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4, affine=affine), nn.Linear(4, 3)).train()
+    model[1].requires_grad_(trainable)
+    with pytest.raises(CurvatureError, match=r"(?s)BatchNorm1d.*eval|eval.*BatchNorm1d"):
+        run(model, torch.randn(5, 4))
+    run(model.eval(), torch.randn(5, 4))
+
+
+def test_batch_norm_switched_to_training_inside_the_block() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)).eval()
+    with FisherMonitor(model) as monitor:
+        model(torch.randn(5, 4)).sum().backward()
+        model.train()
+        with pytest.raises(CurvatureError, match=r"BatchNorm1d"):
+            model(torch.randn(5, 4))
+        model.eval()
+        model(torch.randn(5, 4)).sum().backward()
+    assert monitor.n_samples == 10
+
+
+def test_batch_norm_without_running_statistics() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4, track_running_stats=False)).eval()
+    with pytest.raises(CurvatureError, match=r"(?s)BatchNorm1d.*running"):
+        run(model, torch.randn(5, 4))
+
+
+def test_scale_grad_by_freq() -> None:
+    model = nn.Sequential(nn.Embedding(5, 4, scale_grad_by_freq=True), nn.Linear(4, 3))
+    with pytest.raises(CurvatureError, match=r"scale_grad_by_freq") as raised:
+        run(model, torch.randint(5, (4, 6)))
+    assert isinstance(raised.value, NotImplementedError)
+    assert "0" in str(raised.value)
+
+
+def test_an_instance_with_another_forward() -> None:
+    model = classifier()
+    model[2].forward = MethodType(lambda self, x: F.linear(x, self.weight.flip(0), self.bias), model[2])
+    with pytest.raises(CurvatureError, match=r"(?s)2.*forward|forward.*2"):
+        run(model, torch.randn(5, 4))
+
+
+def test_a_subclass_with_another_forward() -> None:
+    class Odd(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input).square()
+
+    with pytest.raises(CurvatureError, match=r"Odd"):
+        run(nn.Sequential(nn.Linear(4, 4), Odd(4, 3)), torch.randn(5, 4))
+
+
+def test_a_parametrized_layer() -> None:
+    model = classifier()
+    nn.utils.parametrizations.weight_norm(model[0])
+    with pytest.raises(CurvatureError, match=r"(?s)\b0\b"):
+        run(model, torch.randn(5, 4))
+
+
+def test_parameters_swapped_during_a_functional_call() -> None:
+    model = classifier()
+    values = {name: (2 * p.detach()).requires_grad_() for name, p in model.named_parameters()}
+    with pytest.raises(CurvatureError, match=r"functional_call|weight"), FisherMonitor(model):
+        torch.func.functional_call(model, values, torch.randn(5, 4)).sum().backward()
+
+
+def test_errors_are_also_of_the_kinds_that_python_has() -> None:
+    with pytest.raises(ValueError, match="reduction"):
+        FisherMonitor(classifier(), reduction="average")
+    with pytest.raises(NotImplementedError, match="hinge"):
+        model = classifier()
+        generalized_fisher_trace(model, model(torch.randn(5, 4)), None, loss_type="hinge")

@@ -1,0 +1,32 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+ARGUMENTS = {"digits.py": ["--quick"]}
+
+
+def run(example: Path, folder: Path) -> str:
+    """What the example prints, run as a script in `folder` with warnings as errors."""
+    command = [sys.executable, "-W", "error", str(example), *ARGUMENTS.get(example.name, [])]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
+    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.stem)
+def test_example_runs(example, tmp_path):
+    printed = run(example, tmp_path)
+    assert printed
+    assert max(map(len, printed.splitlines())) <= 100
+    if example.name == "digits.py":
+        report = pd.read_csv(tmp_path / "report.csv", index_col="parameter")
+        assert report["fisher_trace_share"].sum() == pytest.approx(1)
+        assert (report["fisher_trace"] > report["grad_sq_norm"]).all()
+        assert (tmp_path / "report.png").stat().st_size > 10_000

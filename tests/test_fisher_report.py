@@ -1,0 +1,221 @@
+"""fisher_report: the loop that the library runs itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from torch import Tensor, nn
+
+from model_state import assert_unchanged, state
+from oracles import assert_equal, exact_fisher, per_sample_squared_norms, total, trace
+from torch_secorder import FisherMonitor, fisher_report
+from torch_secorder.errors import CurvatureError
+
+Batch = tuple[Tensor, Tensor]
+
+
+def classifier() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+
+
+def batches() -> list[Batch]:
+    return [(torch.randn(n, 4, dtype=torch.float64), torch.randint(3, (n,))) for n in (5, 3)]
+
+
+def pooled(data: list[Batch]) -> Batch:
+    x, y = (torch.cat(parts) for parts in zip(*data, strict=True))
+    return x, y
+
+
+def assert_report(report: pd.DataFrame, squared: dict[str, Tensor], reduction: str = "mean") -> None:
+    expected = trace(squared, reduction)
+    assert list(report.index) == list(expected)
+    for name, value in expected.items():
+        assert_equal(torch.tensor(report.loc[name, "fisher_trace"]), value, total(expected), torch.float64)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_empirical_is_what_a_monitor_sees(reduction: str) -> None:
+    model, data, loss_fn = classifier(), batches(), nn.CrossEntropyLoss(reduction=reduction)
+    report = fisher_report(model, loss_fn, data, progress=False)
+    assert_report(report, per_sample_squared_norms(model, loss_fn, *pooled(data)), reduction)
+    with FisherMonitor(model, reduction=reduction) as monitor:
+        for x, y in data:
+            loss_fn(model(x), y).backward()
+    theirs = monitor.report()
+    exact = ["module", "module_type", "shape", "numel", "fisher_trace", "fisher_trace_stderr", "fisher_trace_share"]
+    pd.testing.assert_frame_equal(report[exact], theirs[exact], rtol=1e-10)
+    assert list(report.columns) == list(theirs.columns)
+    assert report.attrs["reduction"] == reduction
+    assert report.attrs["fisher"] == "empirical"
+    assert report.attrs["n_samples"] == 8
+    assert report.attrs["n_passes"] == 2
+
+
+def test_grad_sq_norm_is_that_of_the_batches_or_not_there() -> None:
+    """No .grad is written; a parameter gradient that was not computed has no norm."""
+    model, data, loss_fn = classifier(), batches(), nn.CrossEntropyLoss()
+    report = fisher_report(model, loss_fn, data, progress=False)
+    with FisherMonitor(model) as monitor:
+        for x, y in data:
+            loss_fn(model(x), y).backward()
+    theirs = monitor.report()["grad_sq_norm"]
+    mine = report["grad_sq_norm"]
+    assert ((mine.isna()) | ((mine - theirs).abs() <= 1e-8 * theirs)).all()
+
+
+def test_one_pair_is_one_batch() -> None:
+    model, (x, y) = classifier(), batches()[0]
+    report = fisher_report(model, nn.CrossEntropyLoss(), (x, y), progress=False)
+    assert_report(report, per_sample_squared_norms(model, nn.CrossEntropyLoss(), x, y))
+    assert report.attrs["n_samples"] == 5
+
+
+def test_a_list_of_two_batches_is_not_one_pair() -> None:
+    model, data = classifier(), batches()
+    assert fisher_report(model, nn.CrossEntropyLoss(), [*data], progress=False).attrs["n_samples"] == 8
+
+
+def test_batches_that_are_lists_as_a_data_loader_gives_them() -> None:
+    model, (x, y) = classifier(), pooled(batches())
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=3)
+    assert_report(
+        fisher_report(model, nn.CrossEntropyLoss(), loader, progress=False),
+        per_sample_squared_norms(model, nn.CrossEntropyLoss(), x, y),
+    )
+
+
+def test_generators_are_read_once_and_no_further_than_max_batches() -> None:
+    model, data, drawn = classifier(), batches(), []
+
+    def stream() -> Iterator[Batch]:
+        for pair in (*data, *data):
+            drawn.append(pair)
+            yield pair
+
+    report = fisher_report(model, nn.CrossEntropyLoss(), stream(), max_batches=2, progress=False)
+    assert_report(report, per_sample_squared_norms(model, nn.CrossEntropyLoss(), *pooled(data)))
+    assert len(drawn) <= 3
+
+
+@pytest.mark.parametrize("kind", ["tuple", "mapping"])
+def test_inputs_by_position_and_by_name(kind: str) -> None:
+    class TwoInputs(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(4, 3), nn.Linear(2, 3)
+
+        def forward(self, x: Tensor, extra: Tensor) -> Tensor:
+            return self.one(x).tanh() + self.two(extra)
+
+    model = TwoInputs().double()
+    x, y = batches()[0]
+    extra = torch.randn(5, 2, dtype=torch.float64)
+    inputs: Any = (x, extra) if kind == "tuple" else {"extra": extra, "x": x}
+    expected = per_sample_squared_norms(model, nn.CrossEntropyLoss(), inputs, y)
+    assert_report(fisher_report(model, nn.CrossEntropyLoss(), (inputs, y), progress=False), expected)
+    assert_report(fisher_report(model, nn.CrossEntropyLoss(), [(inputs, y)], progress=False), expected)
+
+
+@pytest.mark.parametrize("progress", [True, False])
+def test_progress_is_no_part_of_the_answer(progress: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    model, data = classifier(), batches()
+    report = fisher_report(model, nn.CrossEntropyLoss(), data, progress=progress)
+    assert_report(report, per_sample_squared_norms(model, nn.CrossEntropyLoss(), *pooled(data)))
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert progress or err == ""
+
+
+def test_exact_fisher() -> None:
+    model, data = classifier(), batches()
+    report = fisher_report(model, None, data, fisher="exact", progress=False)
+    assert_report(report, exact_fisher(model, *pooled(data)))
+    assert report.attrs["fisher"] == "exact"
+    assert report.attrs["n_samples"] == 8
+
+
+@pytest.mark.parametrize("loss_type", ["nll", "mse", "bce", "poisson"])
+def test_exact_fisher_of_every_likelihood(loss_type: str) -> None:
+    model, (x, y) = classifier(), pooled(batches())
+    report = fisher_report(model, None, (x, y), fisher="exact", loss_type=loss_type, progress=False)
+    assert_report(report, exact_fisher(model, x, loss_type=loss_type))
+
+
+def test_observed_labels_give_the_empirical_fisher_of_the_likelihood() -> None:
+    model, data = classifier(), batches()
+    report = fisher_report(model, None, data, fisher="observed", progress=False)
+    assert_report(report, per_sample_squared_norms(model, nn.CrossEntropyLoss(), *pooled(data)))
+    assert report.attrs["fisher"] == "observed"
+
+
+def test_sampled_fisher_is_unbiased() -> None:
+    torch.manual_seed(0)
+    model, (x, y) = classifier(), batches()[0]
+    draws = torch.tensor(
+        [fisher_report(model, None, (x, y), fisher="sampled", progress=False)["fisher_trace"].sum() for _ in range(200)]
+    )
+    expected = float(total(trace(exact_fisher(model, x))))
+    assert abs(float(draws.mean()) - expected) < 5 * float(draws.std()) / len(draws) ** 0.5
+    assert float(draws.std()) > 0
+    report = fisher_report(model, None, (x, y), fisher="sampled", num_samples=2000, progress=False)
+    assert report["fisher_trace"].sum() == pytest.approx(expected, rel=0.2)
+    assert report.attrs["fisher"] == "sampled"
+    assert report.attrs["n_samples"] == 5
+
+
+@pytest.mark.parametrize("fisher", ["empirical", "exact", "sampled", "observed"])
+def test_the_model_is_left_as_it_was(fisher: str) -> None:
+    model, data = classifier(), batches()
+    model[0].requires_grad_(False)
+    model[2].weight.grad = torch.ones_like(model[2].weight)
+    before = state(model)
+    fisher_report(model, nn.CrossEntropyLoss(), data, fisher=fisher, progress=False)
+    assert_unchanged(before, model)
+
+
+def test_the_model_is_left_as_it_was_after_an_error() -> None:
+    model, data = classifier(), batches()
+    data[1] = (data[1][0] * torch.nan, data[1][1])
+    before = state(model)
+    with pytest.raises(CurvatureError, match=r"0\.weight"):
+        fisher_report(model, nn.CrossEntropyLoss(), data, progress=False)
+    assert_unchanged(before, model)
+
+
+def test_frozen_parameters_on_request() -> None:
+    model, data = classifier(), batches()
+    model.requires_grad_(False)
+    report = fisher_report(model, nn.CrossEntropyLoss(), data, parameters="all", progress=False)
+    assert_report(report, per_sample_squared_norms(model, nn.CrossEntropyLoss(), *pooled(data), parameters="all"))
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"fisher": "true"}, r"fisher.*empirical"),
+        ({"loss_fn": None}, r"loss_fn"),
+        ({"data": []}, r"(?i)no batch|empty|no sample|data"),
+        ({"fisher": "sampled", "num_samples": 0}, r"num_samples"),
+        ({"fisher": "sampled", "num_samples": True}, r"num_samples"),
+        ({"fisher": "exact", "loss_type": "hinge"}, r"loss_type.*hinge|hinge"),
+        ({"max_batches": 0}, r"max_batches"),
+    ],
+    ids=str,
+)
+def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
+    call = {"model": classifier(), "loss_fn": nn.CrossEntropyLoss(), "data": batches(), "progress": False, **arguments}
+    before = state(call["model"])
+    with pytest.raises(CurvatureError, match=message):
+        fisher_report(**call)
+    assert_unchanged(before, call["model"])
+
+
+def test_data_that_are_not_pairs() -> None:
+    with pytest.raises(CurvatureError, match=r"inputs, targets"):
+        fisher_report(classifier(), nn.CrossEntropyLoss(), [torch.randn(5, 4, dtype=torch.float64)], progress=False)

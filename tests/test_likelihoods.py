@@ -1,0 +1,137 @@
+"""Seeds: exact ones are square roots of the output's curvature, drawn ones are so on average."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from oracles import output_curvature
+from torch_secorder.errors import CurvatureError
+from torch_secorder.likelihoods import likelihood
+
+LOSS_TYPES = ["nll", "bce", "mse", "poisson"]
+SHAPES = [(3, 4), (3, 4, 2), (2, 3, 2, 2)]
+
+
+def curvatures(outputs: Tensor, loss_type: str, ignored: Tensor | None = None, class_axis: int = 1) -> Tensor:
+    rows = [
+        output_curvature(outputs[n : n + 1], loss_type, None if ignored is None else ignored[n], class_axis)
+        for n in range(len(outputs))
+    ]
+    return torch.stack(rows)
+
+
+def products(seed: Tensor) -> Tensor:
+    s = seed.flatten(1)
+    return s[:, :, None] * s[:, None]
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_exact_seeds_are_a_square_root(loss_type: str, shape: tuple[int, ...]) -> None:
+    outputs = torch.randn(shape, dtype=torch.float64)
+    model = likelihood(loss_type, outputs, None)
+    seeds = list(model.exact(outputs))
+    assert len(seeds) == model.exact_passes(outputs)
+    assert all(seed.shape == outputs.shape for seed in seeds)
+    total = torch.stack([products(seed) for seed in seeds]).sum(0)
+    torch.testing.assert_close(total, curvatures(outputs, loss_type), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "shape", "passes"),
+    [("nll", (5, 4), 3), ("nll", (5, 4, 2, 3), 18), ("bce", (5, 4), 4), ("mse", (5, 2, 3), 6), ("poisson", (5,), 1)],
+)
+def test_the_number_of_exact_passes(loss_type: str, shape: tuple[int, ...], passes: int) -> None:
+    outputs = torch.randn(shape)
+    assert likelihood(loss_type, outputs, None).exact_passes(outputs) == passes
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize("shape", [(2, 4), (2, 3, 2)], ids=str)
+def test_drawn_seeds_are_a_square_root_on_average(loss_type: str, shape: tuple[int, ...]) -> None:
+    outputs = torch.randn(shape, dtype=torch.float64)
+    model, generator = likelihood(loss_type, outputs, None), torch.Generator().manual_seed(0)
+    draws = torch.stack([products(model.draw(outputs, generator)) for _ in range(4000)])
+    expected = curvatures(outputs, loss_type)
+    error = draws.std(0) / len(draws) ** 0.5
+    assert ((draws.mean(0) - expected).abs() <= 5 * error + 1e-9).all()
+    assert float(draws.std(0).max()) > 0
+
+
+@pytest.mark.parametrize("class_axis", [1, 2, -1, -2])
+def test_the_class_axis(class_axis: int) -> None:
+    outputs = torch.randn(2, 3, 4, dtype=torch.float64)
+    seeds = likelihood("nll", outputs, None, class_axis=class_axis).exact(outputs)
+    expected = curvatures(outputs, "nll", class_axis=class_axis)
+    torch.testing.assert_close(torch.stack([products(s) for s in seeds]).sum(0), expected, rtol=1e-10, atol=1e-12)
+
+
+def test_ignored_positions() -> None:
+    outputs, targets = torch.randn(2, 3, 4, dtype=torch.float64), torch.randint(3, (2, 4))
+    targets[0, :2] = targets[1, 3] = 7
+    model = likelihood("nll", outputs, targets, ignore_index=7)
+    expected = curvatures(outputs, "nll", targets == 7)
+    seeds = torch.stack([products(s) for s in model.exact(outputs)]).sum(0)
+    torch.testing.assert_close(seeds, expected, rtol=1e-10, atol=1e-12)
+    for seed in (model.draw(outputs, torch.Generator().manual_seed(0)), model.observed(outputs, targets)):
+        assert (seed.transpose(1, 2)[targets == 7] == 0).all()
+        assert (seed.transpose(1, 2)[targets != 7] != 0).all()
+
+
+NEGATIVE_LOG_LIKELIHOODS: dict[str, Any] = {
+    "nll": lambda f, y: F.cross_entropy(f, y, reduction="sum"),
+    "bce": lambda f, y: F.binary_cross_entropy_with_logits(f, y, reduction="sum"),
+    "mse": lambda f, y: F.mse_loss(f, y, reduction="sum") / 2,
+    "poisson": lambda f, y: F.poisson_nll_loss(f, y, reduction="sum"),
+}
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_observed_seed_is_the_gradient(loss_type: str, shape: tuple[int, ...]) -> None:
+    outputs = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    targets = (
+        torch.randint(shape[1], (shape[0], *shape[2:])) if loss_type == "nll" else torch.randint(2, shape).double()
+    )
+    (expected,) = torch.autograd.grad(NEGATIVE_LOG_LIKELIHOODS[loss_type](outputs, targets), outputs)
+    torch.testing.assert_close(likelihood(loss_type, outputs, targets).observed(outputs.detach(), targets), expected)
+
+
+@pytest.mark.parametrize("confidence", [5.0, 20.0, 60.0, 1e3])
+@pytest.mark.parametrize("order", [[0, 1, 2], [1, 2, 0], [2, 0, 1]], ids=str)
+def test_certain_predictions_keep_their_digits_in_float32(confidence: float, order: list[int]) -> None:
+    outputs = torch.tensor([[confidence, 0.3, -1.0]])[:, order]
+    seeds = torch.stack([products(s) for s in likelihood("nll", outputs, None).exact(outputs)]).sum(0)
+    p = outputs.double().softmax(1)
+    expected = p * (p[:, None] * (1 - torch.eye(3))).sum(2)  # p (1 - p), without the subtraction
+    if confidence > 100:
+        assert (seeds == 0).all()
+    else:
+        torch.testing.assert_close(seeds.double().diagonal(dim1=1, dim2=2), expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_half_precision_outputs_keep_float32_seeds(loss_type: str) -> None:
+    outputs = torch.randn(3, 4).bfloat16()
+    seeds = torch.stack([products(s.float()) for s in likelihood(loss_type, outputs, None).exact(outputs)]).sum(0)
+    torch.testing.assert_close(seeds.double(), curvatures(outputs.double(), loss_type), rtol=2e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "targets", "options", "message"),
+    [
+        ("hinge", None, {}, r"hinge.*|loss_type"),
+        ("nll", None, {"class_axis": 0}, r"class_axis"),
+        ("nll", None, {"class_axis": 3}, r"class_axis"),
+        ("nll", torch.zeros(3, 5, dtype=torch.long), {}, r"3, 5"),
+    ],
+    ids=str,
+)
+def test_what_does_not_fit(loss_type: str, targets: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(CurvatureError, match=message):
+        likelihood(loss_type, torch.randn(3, 4, 2), targets, **options)

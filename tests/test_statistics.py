@@ -1,0 +1,91 @@
+"""Sums over samples: as numpy computes them from all samples at once, however they arrive."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from torch_secorder.errors import CurvatureError
+from torch_secorder.statistics import Statistics
+
+NAMES, SHAPES = ["a", "b", "c"], [(2,), (3, 1), ()]
+
+
+def statistics(*blocks: Tensor, diagonal: bool = False, per_sample: bool = False) -> Statistics:
+    """Each block [n, p] of t as one backward pass."""
+    found = Statistics(NAMES, SHAPES, diagonal=diagonal, per_sample=per_sample)
+    for block in blocks:
+        squares = {i: torch.full(shape, float(block[:, i].sum())) for i, shape in enumerate(SHAPES)} if diagonal else {}
+        found.update(block.T, squares, {0: ["rule"]}, {0, 1, 2}, {0: 2.0})
+    return found
+
+
+def assert_moments(found: Statistics, t: Tensor) -> None:
+    assert found.n == len(t)
+    np.testing.assert_allclose(found.mean.numpy(), t.numpy().mean(0), rtol=1e-12)
+    for positions in ([0], [1], [0, 2], [0, 1, 2]):
+        expected = t[:, positions].sum(1).numpy().var(ddof=1)
+        assert found.variance_of_sum(positions) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("sizes", [[7], [1, 6], [3, 1, 1, 2]], ids=str)
+def test_blocks_of_any_size_are_one_sample(sizes: list[int]) -> None:
+    t = torch.rand(7, 3, dtype=torch.float64)
+    assert_moments(statistics(*t.split(sizes)), t)
+
+
+def test_merging_is_exact_in_any_grouping() -> None:
+    t = torch.rand(9, 3, dtype=torch.float64)
+    one, two, three = (statistics(part, diagonal=True, per_sample=True) for part in t.split([4, 3, 2]))
+    two.merge(three)
+    one.merge(two)
+    assert_moments(one, t)
+    assert one.passes == 3
+    assert one.inverse_batch_sizes == pytest.approx(1 / 4 + 1 / 3 + 1 / 2)
+    assert torch.equal(torch.cat(one.rows), t)
+    assert [tuple(s.shape) for s in one.squares] == SHAPES
+
+
+def test_a_small_spread_around_a_large_mean_is_not_lost() -> None:
+    t = 1e9 + torch.rand(1000, 3, dtype=torch.float64)
+    found = statistics(*t.split(7))
+    assert found.variance_of_sum([0]) == pytest.approx(float(t[:, 0].var()), rel=1e-6)
+
+
+def test_one_sample_has_no_variance() -> None:
+    assert np.isnan(statistics(torch.rand(1, 3)).variance_of_sum([0]))
+
+
+def test_the_state_survives_a_file_and_shares_nothing() -> None:
+    t = torch.rand(9, 3, dtype=torch.float64)
+    found, restored = (
+        statistics(t, diagonal=True, per_sample=True),
+        Statistics(NAMES, SHAPES, diagonal=True, per_sample=True),
+    )
+    file = io.BytesIO()
+    torch.save(found.state_dict(), file)
+    file.seek(0)
+    restored.load_state_dict(torch.load(file, weights_only=True))
+    assert_moments(restored, t)
+    state = found.state_dict()
+    state["mean"].zero_()
+    state["rows"][0].zero_()
+    assert_moments(found, t)
+    assert torch.equal(found.rows[0], t)
+
+
+@pytest.mark.parametrize(
+    "damage", [{"version": 99}, {"names": ["a", "b", "d"]}, {"shapes": [[2], [3, 2], []]}], ids=str
+)
+def test_a_state_that_does_not_fit_changes_nothing(damage: dict[str, object]) -> None:
+    t = torch.rand(9, 3, dtype=torch.float64)
+    found = statistics(t)
+    with pytest.raises(CurvatureError):
+        found.load_state_dict({**found.state_dict(), **damage})
+    with pytest.raises(CurvatureError, match="moments"):
+        found.load_state_dict({key: value for key, value in found.state_dict().items() if key != "moments"})
+    assert_moments(found, t)
