@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch_secorder.errors import ArgumentError
+from torch_secorder.errors import ArgumentError, CoverageError
+from torch_secorder.graph import used_by_loss
 from torch_secorder.likelihoods import Likelihood, likelihood
 from torch_secorder.parameters import ParameterTable, unwrapped
 from torch_secorder.passes import Samples
@@ -80,15 +81,21 @@ class Analysis:
     ):
         self.model = unwrapped(model)
         self.table = ParameterTable(self.model, parameters)
-        self._plan = planned(self.model, self.table, batch_axis)
-        self._create_graph, self._anchored = create_graph, parameters == "all"
+        self._batch_axis, self._create_graph = batch_axis, create_graph
+        with self.differentiable():
+            planned(self.model, self.table, batch_axis)  # refuse now what can't be right later
 
     def empirical(self, loss_fn: Callable[[Any, Any], Tensor], inputs: Any, targets: Any) -> tuple[Samples, str]:
         """Squared norms of g_n, and how the loss reduces."""
-        with undisturbed(self.model), torch.enable_grad(), self._run() as run:
+        with self._prepared() as run:
             outputs = run(inputs)
             checked_targets(targets, run.n)
             loss = checked_loss(loss_fn(outputs, targets), run.n, targets)
+            if direct := used_by_loss(loss, outputs, self.table):
+                raise CoverageError(
+                    f"the loss uses {', '.join(direct)} by another way than through the model's outputs; a penalty on weights "
+                    "belongs to no sample: leave it out of the loss, or move the computation into the model's forward"
+                )
             reduction = reduction_of(loss_fn, outputs, targets, loss, run.n)
             samples = run.backward(loss)
         factor = run.n**2 if reduction == "mean" else 1
@@ -96,7 +103,7 @@ class Analysis:
 
     def fisher(self, kind: FisherKind, inputs: Any, targets: Any, generator: torch.Generator) -> Samples:
         """Expected squared norms of the gradient of -log p(y | x_n)."""
-        with undisturbed(self.model), torch.enable_grad(), self._run() as run:
+        with self._prepared() as run:
             outputs = logits(run(inputs))
             checked_targets(targets, run.n)
             count, seeds, factor = kind.seeds(outputs.detach(), targets, generator)
@@ -110,7 +117,7 @@ class Analysis:
 
     def of(self, root: Callable[[Any], Tensor], inputs: Any) -> Samples:
         """Squared norms of the per-sample gradients of ``root(outputs)``, a sum over samples."""
-        with undisturbed(self.model), torch.enable_grad(), self._run() as run:
+        with self._prepared() as run:
             return run.backward(root(run(inputs)))
 
     @contextmanager
@@ -125,8 +132,12 @@ class Analysis:
             for p in frozen:
                 p.requires_grad_(False)
 
-    def _run(self) -> Run:
-        return Run(self.model, self.table, self._plan, create_graph=self._create_graph, anchored=self._anchored)
+    @contextmanager
+    def _prepared(self) -> Iterator[Run]:
+        with undisturbed(self.model), torch.enable_grad(), self.differentiable():
+            plan = planned(self.model, self.table, self._batch_axis)
+            with Run(self.model, self.table, plan, create_graph=self._create_graph) as run:
+                yield run
 
 
 def logits(outputs: Any) -> Tensor:

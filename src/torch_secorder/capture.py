@@ -17,11 +17,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, Node
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from torch_secorder.errors import CoverageError, ShapeError, UnsupportedError
+from torch_secorder.placement import Placement
 
 current_backward: Callable[[], int] = torch._C._current_graph_task_id  # -1 outside of any backward pass
+
+# Backward passes under way that the library itself started to see where samples are. They go through the user's graph,
+# where hooks of other monitors may be; device threads run them too, so this can't be a thread's own.
+PROBES: set[int] = set()
+
+
+def probing() -> bool:
+    """Whether the backward pass under way is not the user's."""
+    return bool(PROBES) and current_backward() in PROBES
 
 
 @dataclass(eq=False)
@@ -33,12 +43,15 @@ class Forward:
         calls: how often each parameter's module was called, by position in the parameter table.
         inside: False for calls of submodules with no call of the model around them.
         replay_of: the backward pass that runs this forward again (activation checkpointing), or None.
+        records: its calls so far, each with the place in the graph where its gradient arrives; empty once it is over, since a
+            record that holds its own node is a cycle that outlives the graph.
     """
 
     n: int | None = None
     calls: Counter[int] = field(default_factory=Counter)
     inside: bool = True
     replay_of: int | None = None
+    records: list[tuple[Record, GradientEdge]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +63,7 @@ class Site:
         tensors: local name -> the parameter, to notice when somebody swapped it.
         rule: from a :class:`Call` to per-sample gradients; this floor only carries it. None where only the output
             itself is of interest.
-        batch_axis: where its inputs and outputs have the batch axis.
+        placement: where its outputs have their samples; None to find out.
     """
 
     name: str
@@ -58,7 +71,7 @@ class Site:
     parameters: Mapping[str, int]
     tensors: Mapping[str, Tensor]
     rule: Any
-    batch_axis: int = 0
+    placement: Placement | None = None
 
     def __str__(self) -> str:
         return f"{type(self.module).__name__} '{self.name}'"
@@ -88,8 +101,9 @@ class Record:
     """A call between its forward and its backward.
 
     Attributes:
+        placement: where the output has its samples; None while that is not known, and for a call without a batch axis.
+        boundary: the graph's nodes that made the inputs.
         versions: how often each input had been changed in place when the module saw it.
-        starts_graph: whether no input requires a gradient, so that nothing before this call is differentiated.
         fired_in: the last backward pass that reached it.
         moments: of the output, where only that is of interest.
     """
@@ -99,23 +113,40 @@ class Record:
     inputs: tuple[Any, ...] | None
     kwargs: Mapping[str, Any]
     shape: torch.Size
-    starts_graph: bool
+    placement: Placement | None
+    boundary: tuple[Node, ...]
     versions: tuple[int, ...] = ()
     fired_in: int | None = None
     moments: Tensor | None = None
 
+    @property
+    def starts_graph(self) -> bool:
+        """Whether no input requires a gradient, so that nothing before this call is differentiated."""
+        return not self.boundary
+
     def call(self, grad: Tensor) -> Call:
-        """What the rule needs, batch axis first."""
-        if self.inputs is not None and _versions(self.inputs, self.kwargs) != self.versions:
+        """What the rule needs, with the axis that counts samples first."""
+        assert self.placement is not None
+        first = partial(_first, axis=self.placement.axis, size=self.shape[self.placement.axis])
+        inputs, kwargs = self._arguments()
+        return Call(
+            tuple(first(x) for x in inputs), {k: first(x) for k, x in kwargs.items()}, first(grad.reshape(self.shape))
+        )
+
+    def shared_call(self, grads: Tensor) -> Call:
+        """The same for a call without a batch axis, given the gradient of its output for every sample, ``[n, ...]``."""
+        inputs, kwargs = self._arguments()
+        each = partial(_for_each, n=len(grads))
+        return Call(tuple(each(x) for x in inputs), {k: each(x) for k, x in kwargs.items()}, grads)
+
+    def _arguments(self) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+        if self.inputs is None:
+            raise CoverageError(f"{self.site}: its inputs are gone, since a backward pass has been here already")
+        if _versions(self.inputs, self.kwargs) != self.versions:
             raise CoverageError(
                 f"{self.site}: its input was changed in place after the layer saw it; change it out of place"
             )
-        if self.inputs is None:
-            raise CoverageError(f"{self.site}: its inputs are gone, since a backward pass has been here already")
-        first = partial(_batch_first, axis=self.site.batch_axis, n=self.forward.n)
-        inputs = tuple(first(x) for x in self.inputs)
-        kwargs = {name: first(x) for name, x in self.kwargs.items()}
-        return Call(inputs, kwargs, first(grad.reshape(self.shape)))
+        return self.inputs, self.kwargs
 
 
 class Capture:
@@ -130,6 +161,7 @@ class Capture:
             can be right in.
         anchored: give outputs that need no gradient one, so that frozen layers are seen too.
         on_replay: called with the backward pass that runs a forward again (activation checkpointing).
+        on_end: called with each run of the model and its outputs, when the gradient's way through it is known.
     """
 
     def __init__(
@@ -142,16 +174,15 @@ class Capture:
         *,
         anchored: bool = False,
         on_replay: Callable[[int], object] | None = None,
+        on_end: Callable[[Forward, Any], object] | None = None,
     ):
         self._model, self._sites, self._on_gradient = model, sites, on_gradient
-        self._batch_axis, self._guards, self._anchored, self._on_replay = batch_axis, guards or {}, anchored, on_replay
+        self._batch_axis, self._guards, self._anchored = batch_axis, guards or {}, anchored
+        self._on_replay, self._on_end = on_replay, on_end
         self._handles = ExitStack()
         self._running: Forward | None = None
         self.last = Forward()  # the latest complete run of the model
         self.loose = Forward(inside=False)  # calls of submodules with no call of the model around them
-        # A list where somebody wants them kept, as who owns the loop does, with the place in the autograd graph where each
-        # one's gradient arrives. (A record that held its own node would be a cycle that outlives the graph.)
-        self.records: list[tuple[Record, GradientEdge]] | None = None
         self.active = False
 
     def __enter__(self) -> Capture:
@@ -176,14 +207,26 @@ class Capture:
         self._handles.close()
 
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """The model is called."""
         n = batch_size((*args, *kwargs.values()), self._batch_axis)
         self._running = Forward(n, replay_of=self._replay())
 
     def end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self._running is not None:
-            self.last, self._running = self._running, None
+        """The model returns, or raises: then the output is None."""
+        forward, self._running = self._running, None
+        if forward is None:
+            return
+        self.last = forward
+        try:
+            if self._on_end is not None and output is not None and forward.replay_of is None:
+                self._on_end(forward, output)
+        finally:
+            for record, _ in forward.records:
+                record.boundary = record.boundary[:1]
+            forward.records = []
 
     def guarded(self, guard: Callable[[], None], *_: Any) -> None:
+        """A module is called that may be in a state in which no rule is right."""
         guard()
 
     def seen(
@@ -194,7 +237,8 @@ class Capture:
         forward.calls.update(site.parameters.values())
         if not torch.is_grad_enabled():
             return None
-        if site.rule is None and (not isinstance(output, Tensor) or _size(output, site.batch_axis) != forward.n):
+        placement = site.placement or Placement()
+        if site.rule is None and not (isinstance(output, Tensor) and placement.fits(output.shape, forward.n or -1)):
             return None
         if not isinstance(output, Tensor):
             raise UnsupportedError(f"{site} returned a {type(output).__name__}; a rule needs a tensor")
@@ -210,20 +254,21 @@ class Capture:
                 return None
             output = anchor = output + output.new_zeros((), requires_grad=True)
         if forward.n is None:
-            forward.n = _size(output, site.batch_axis)
-        if _size(output, site.batch_axis) != forward.n:
+            forward.n = _size(output, placement.axis)
+        found: Placement | None = placement if placement.fits(output.shape, forward.n or -1) else None
+        if found is None and (site.placement is not None or not forward.inside or forward.replay_of is not None):
             raise ShapeError(
-                f"{site}: its output has shape {tuple(output.shape)}, whose axis {site.batch_axis} is not the batch of "
+                f"{site}: its output has shape {tuple(output.shape)}, whose axis {placement.axis} is not the batch of "
                 f"{forward.n} samples; pass batch_axis={{'{site.name}': axis}} if it has one"
             )
         edge = output_edge(output, site)
-        starts = not any(isinstance(x, Tensor) and x.requires_grad for x in (*args, *kwargs.values()))
-        record = Record(site, forward, args, kwargs, output.shape, starts, _versions(args, kwargs))
+        boundary = tuple(_node(x) for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.requires_grad)
+        record = Record(site, forward, args, kwargs, output.shape, found, boundary, _versions(args, kwargs))
         if site.rule is None:
             record.inputs, record.kwargs, record.versions, record.moments = (), {}, (), moments(output)
         edge.node.register_prehook(partial(self._fired, record, edge.output_nr))
-        if self.records is not None:
-            self.records.append((record, edge))
+        if forward.inside and forward.replay_of is None:
+            forward.records.append((record, edge))
         return anchor
 
     def _outside(self, output: Any, site: Site) -> Forward:
@@ -232,7 +277,10 @@ class Capture:
         if replay is not None:
             if self.loose.replay_of != replay:
                 self.loose = Forward(self.last.n, Counter(self.last.calls), replay_of=replay)
-        elif self.loose.replay_of is not None or self.loose.n not in (None, _size(output, site.batch_axis)):
+        elif self.loose.replay_of is not None or self.loose.n not in (
+            None,
+            _size(output, (site.placement or Placement()).axis),
+        ):
             self.loose = Forward(inside=False)
         return self.loose
 
@@ -245,7 +293,7 @@ class Capture:
         return task
 
     def _fired(self, record: Record, output_nr: int, grads: tuple[Tensor | None, ...]) -> None:
-        if self.active and (grad := grads[output_nr]) is not None:
+        if self.active and not probing() and record.placement is not None and (grad := grads[output_nr]) is not None:
             self._on_gradient(record, grad)
 
 
@@ -287,18 +335,13 @@ def moments(output: Tensor) -> Tensor:
 def batch_size(values: Sequence[Any], axis: int) -> int | None:
     """The size that the tensors among ``values`` (also inside of mappings and sequences) have on the batch axis.
 
-    Tensors of size 1 there are shared by all samples, such as position ids, unless all have size 1.
+    A tensor of size 1 there is shared by all samples, as position ids often are, unless all have size 1. Of several other
+    sizes the first tensor's counts: masks come after what they mask.
     """
-    sizes = {x.shape[axis] for x in tensors(values) if x.dim() > axis}
+    sizes = [x.shape[axis] for x in tensors(values) if x.dim() > axis]
     if 0 in sizes:
         raise ShapeError("the batch is empty: a tensor among the model's inputs has 0 samples")
-    sizes = sizes - {1} or sizes
-    if len(sizes) > 1:
-        raise ShapeError(
-            f"the model's inputs have different sizes on the batch axis {axis}: {sorted(sizes)}; "
-            "pass batch_axis= if another axis counts the samples"
-        )
-    return sizes.pop() if sizes else None
+    return next((size for size in sizes if size != 1), 1 if sizes else None)
 
 
 def tensors(value: Any) -> Iterator[Tensor]:
@@ -322,7 +365,16 @@ def _size(value: Any, axis: int) -> int | None:
     return value.shape[axis] if isinstance(value, Tensor) and value.dim() > axis else None
 
 
-def _batch_first(value: Any, axis: int, n: int | None) -> Any:
-    if axis and isinstance(value, Tensor) and value.dim() > axis and value.shape[axis] == n:
+def _node(x: Tensor) -> Node:
+    """The node that made a tensor; for a leaf, the one that takes its gradient."""
+    return x.grad_fn if x.grad_fn is not None else get_gradient_edge(x).node
+
+
+def _first(value: Any, axis: int, size: int) -> Any:
+    if axis and isinstance(value, Tensor) and value.dim() > axis and value.shape[axis] == size:
         return value.movedim(axis, 0)
     return value
+
+
+def _for_each(value: Any, n: int) -> Any:
+    return value.expand(n, *value.shape) if isinstance(value, Tensor) else value

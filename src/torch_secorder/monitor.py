@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 
-from torch_secorder.capture import Capture, Forward, Record, current_backward
+from torch_secorder.capture import Capture, Forward, Record, current_backward, probing
 from torch_secorder.errors import ArgumentError, CoverageError, LifecycleError
+from torch_secorder.graph import Audit, Use
 from torch_secorder.parameters import ParameterTable, named_modules, unwrapped
 from torch_secorder.passes import Output, Pass
 from torch_secorder.plan import BatchAxis, planned
@@ -123,7 +125,9 @@ class FisherMonitor:
             *(self._model, sites, self._arrived, plan.batch_axis, plan.guards),
             anchored=self._all,
             on_replay=self._opened,
+            on_end=lambda forward, outputs: audit.uses(forward, outputs),
         )
+        audit = Audit(self._table, self._used, plan.batch_axis)
         with ExitStack() as handles:
             handles.enter_context(capture)
             for position, tensor in enumerate(self._table.tensors):
@@ -147,14 +151,27 @@ class FisherMonitor:
             self._parents[task] = outer
         self._guarded(lambda current: self._add(current, record, grad, self._parents.get(task, task)))
 
+    def _used(self, use: Use, grads: tuple[Tensor | None, ...]) -> None:
+        """The gradients at a use outside of any hooked module's call have arrived."""
+        if self._capture is not None and self._capture.active and not probing():
+            node = torch._C._current_autograd_node()
+            self._guarded(lambda current: self._add_use(current, use, node, grads, current_backward()))
+
+    def _add_use(self, current: _OpenPass, use: Use, node: Node, grads: tuple[Tensor | None, ...], task: int) -> None:
+        self._once(use, task, "a parameter's use outside of its module")
+        current.collected.add_use(use, node, grads)
+
     def _add(self, current: _OpenPass, record: Record, grad: Tensor, task: int) -> None:
-        if record.fired_in not in (None, task) and self._repeated_calls != "new":
+        self._once(record, task, str(record.site))
+        current.collected.add(record, grad)
+
+    def _once(self, seen: Record | Use, task: int, what: str) -> None:
+        if seen.fired_in not in (None, task) and self._repeated_calls != "new":
             raise LifecycleError(
-                f"{record.site}: a second backward pass went through the same forward, whose samples are counted "
+                f"{what}: a second backward pass went through the same forward, whose samples are counted "
                 'already; call the model again, or pass repeated_calls="new" to count them as new samples'
             )
-        record.fired_in = task
-        current.collected.add(record, grad)
+        seen.fired_in = task
 
     def _gradient(self, position: int, grad: Tensor) -> None:
         """The gradient of a parameter, as this backward pass adds it to ``.grad``."""

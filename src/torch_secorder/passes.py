@@ -7,11 +7,14 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 
-from torch_secorder.capture import Forward, Record
+from torch_secorder.capture import Call, Forward, Record
 from torch_secorder.errors import CoverageError, CurvatureError, LifecycleError, NonFiniteError, ShapeError
+from torch_secorder.graph import Use
 from torch_secorder.parameters import ParameterTable
-from torch_secorder.per_sample import Dense, PerSampleGradient
+from torch_secorder.per_sample import Carried, Dense, PerSampleGradient
+from torch_secorder.rules.nodes import Arrival, gradient_at
 
 
 @dataclass
@@ -34,6 +37,7 @@ class Block:
     Attributes:
         norms: position of a parameter -> ``[n]``, its squared norms in the units of the backward pass.
         held: position -> the sum so far, for parameters that are used more than once.
+        shared: call without a batch axis -> ``[n, *shape of its output]``, the gradient of its output for every sample.
         outputs: module name -> its calls, where activations are wanted.
     """
 
@@ -41,6 +45,7 @@ class Block:
     norms: dict[int, Tensor] = field(default_factory=dict)
     squares: dict[int, Tensor] = field(default_factory=dict)
     held: dict[int, PerSampleGradient] = field(default_factory=dict)
+    shared: dict[Record, Tensor] = field(default_factory=dict)
     outputs: dict[str, list[Output]] = field(default_factory=dict)
 
 
@@ -94,39 +99,80 @@ class Pass:
     def add(self, record: Record, grad: Tensor) -> None:
         """The gradient of a recorded call's output has arrived."""
         forward, site = record.forward, record.site
+        assert record.placement is not None
         call = record.call(grad)
-        block = self._block(forward, len(call.grad_output))
+        size = len(call.grad_output)
+        block = self._block(forward, forward.n or size)
+        owner = record.placement.owner(size, block.n, grad.device)
         if site.rule is None:
             assert record.moments is not None
             norms = Dense(call.grad_output.flatten(1)).squared_norm()
             block.outputs.setdefault(site.name, []).append(Output(norms, record.moments))
             return
+        self._apply(block, record, call, owner)
+        if not self._keep:
+            record.inputs = None
+
+    def add_use(self, use: Use, node: Node, grads: tuple[Tensor | None, ...]) -> None:
+        """The gradients of a frontier node's outputs have arrived."""
+        grad, *others = grads
+        if any(other is not None for other in others):
+            raise CoverageError(f"{self._names(use)}: used by {node.name()}, several outputs of which reach the loss")
+        if grad is None:
+            return
+        assert use.forward.n is not None
+        block = self._block(use.forward, use.forward.n)
+        if not use.placement.fits(grad.shape, block.n):
+            raise ShapeError(
+                f"{self._names(use)}: the {block.n} samples are not in a gradient of shape {tuple(grad.shape)}"
+            )
+        form, rule = gradient_at(Arrival(node, use.index, use.shape, grad, use.placement, block.n))
+        for target, carried in use.targets:
+            whole = carried(form)
+            if isinstance(target, int):
+                self._collect(block, use.forward, target, whole, rule)
+            else:
+                shared = block.shared.get(target)
+                block.shared[target] = whole.dense() if shared is None else shared + whole.dense()
+
+    def _apply(self, block: Block, record: Record, call: Call, owner: Tensor | None) -> None:
+        """The rule's answer for one call."""
+        site, forward = record.site, record.forward
         shapes = {local: self._table.rows[position].shape for local, position in site.parameters.items()}
         try:
             forms = site.rule(site.module, call, shapes)
         except CurvatureError as error:
             raise type(error)(f"{site}: {error}") from error
         for local, form in forms.items():
+            whole = form if owner is None else form.regrouped(owner, block.n)
             position = site.parameters[local]
-            self._rules[position][f"{site.rule.name} ({form.algorithm})"] = None
             if not forward.inside and self._repeated is None and (position in block.norms or position in block.held):
                 raise LifecycleError(
-                    f"{site} was called more than once outside of a call of the monitored model, which can mean one "
-                    'sample seen twice or two batches: pass repeated_calls="same" or "new", or monitor the submodule'
+                    f"{site} was called more than once outside of a call of the monitored model, which can mean one sample "
+                    'seen twice or two batches: pass repeated_calls="same" or "new", or monitor the submodule'
                 )
-            if self._repeated == "same" or forward.calls[position] > 1:
-                held = block.held.get(position)
-                block.held[position] = form if held is None else held + form
-            elif position in block.norms:
-                raise CoverageError(
-                    f"{self._table.rows[position].name}: {site} was called again in the same backward pass, "
-                    "after its other calls had been counted (activation checkpointing of a shared module); "
-                    "use torch.utils.checkpoint with use_reentrant=False, or run this part without checkpointing"
-                )
-            else:
-                self._settle(block, position, form)
-        if not self._keep:
-            record.inputs = None
+            self._collect(block, forward, position, whole, site.rule.name)
+
+    def _collect(self, block: Block, forward: Forward, position: int, form: PerSampleGradient, rule: str) -> None:
+        """Settle a parameter, or hold its gradient until all of its uses are there."""
+        self._rules[position][f"{rule} ({form.algorithm})"] = None
+        if self._repeated == "same" or forward.calls[position] > 1:
+            if isinstance(form, Carried) and form.layout is None:
+                form = Dense(form.dense())  # now, while the graph that carries it has its tensors
+            held = block.held.get(position)
+            block.held[position] = form if held is None else held + form
+        elif position in block.norms:
+            raise CoverageError(
+                f"{self._table.rows[position].name}: its module was called again in the same backward pass, after its other "
+                "calls had been counted (activation checkpointing of a shared module); use torch.utils.checkpoint with "
+                "use_reentrant=False, or run this part without checkpointing"
+            )
+        else:
+            self._settle(block, position, form)
+
+    def _names(self, use: Use) -> str:
+        targets = (self._table.rows[t].name if isinstance(t, int) else str(t.site) for t, _ in use.targets)
+        return ", ".join(targets)
 
     def finish(self, nonfinite: str = "raise") -> Samples:
         """Everything that the pass collected.
@@ -135,6 +181,9 @@ class Pass:
             NonFiniteError: if a gradient is not finite and ``nonfinite`` is "raise".
         """
         for block in self._blocks.values():
+            for record, grads in block.shared.items():
+                self._apply(block, record, record.shared_call(grads), None)
+            block.shared.clear()
             for position, form in block.held.items():
                 self._settle(block, position, form)
             block.held.clear()

@@ -11,6 +11,7 @@ from torch import nn
 from torch_secorder.capture import Site
 from torch_secorder.errors import ArgumentError, CurvatureError, UnsupportedError
 from torch_secorder.parameters import ParameterTable, named_modules
+from torch_secorder.placement import Placement
 from torch_secorder.rules import Rule, refusal_for, rule_for
 
 BatchAxis = int | Mapping[str, int] | None
@@ -23,24 +24,27 @@ class Plan:
     Attributes:
         sites: the modules to hook.
         guards: modules that may be in a state in which no rule is right, with a check for each call.
-        batch_axis: where the model's own inputs have the batch axis.
+        batch_axis: where the model's own inputs and outputs have the batch axis.
+        placement: what the user says of a module's batch axis, by its name.
     """
 
     sites: list[Site]
     guards: dict[nn.Module, Callable[[], None]]
     batch_axis: int
-    axis: Callable[[str], int]
+    placement: Callable[[str], Placement | None]
 
     def watched(self, model: nn.Module) -> list[Site]:
         """Sites that only look at outputs, one for each module."""
-        return [Site(name, module, {}, {}, None, self.axis(name)) for name, module in named_modules(model)]
+        return [Site(name, module, {}, {}, None, self.placement(name)) for name, module in named_modules(model)]
 
 
 def planned(model: nn.Module, table: ParameterTable, batch_axis: BatchAxis = None) -> Plan:
     """The plan for a model.
 
+    Modules without a rule are left to the autograd graph, where every use of a parameter can be found, unless it is frozen.
+
     Raises:
-        UnsupportedError: naming every module that owns an analysed parameter and has no rule.
+        UnsupportedError: naming every module without a rule that owns an analysed but frozen parameter.
         ArgumentError: if ``batch_axis`` is neither an axis nor a mapping from module names to axes.
     """
     axis = _axes(model, batch_axis)
@@ -56,28 +60,29 @@ def planned(model: nn.Module, table: ParameterTable, batch_axis: BatchAxis = Non
         if isinstance(rule, Rule):
             tensors = {local: table.tensors[position] for local, position in owned.items()}
             sites.append(Site(name, module, owned, tensors, rule, axis(name)))
-        else:
-            missing.append(f"{type(module).__name__} '{name}' ({', '.join(owned)}): {rule}")
+        elif frozen := [local for local, position in owned.items() if not table.tensors[position].requires_grad]:
+            missing.append(f"{type(module).__name__} '{name}' ({', '.join(frozen)}): {rule}")
     if missing:
         raise UnsupportedError(
-            "no exact rule for the parameters of\n  "
+            "no exact rule for the frozen parameters of\n  "
             + "\n  ".join(missing)
-            + "\nteach the library these layers with torch_secorder.register_rule, or freeze these parameters "
-            "(requires_grad_(False)) to leave them out"
+            + "\nteach the library these layers with torch_secorder.register_rule, or let these parameters require a gradient, "
+            "so that the autograd graph shows where they are used"
         )
-    return Plan(sites, guards, axis(""), axis)
+    own = axis("")
+    return Plan(sites, guards, own.axis if own else 0, axis)
 
 
-def _axes(model: nn.Module, batch_axis: BatchAxis) -> Callable[[str], int]:
+def _axes(model: nn.Module, batch_axis: BatchAxis) -> Callable[[str], Placement | None]:
     if batch_axis is None:
-        return lambda name: 0
+        return lambda name: None
     if isinstance(batch_axis, int) and not isinstance(batch_axis, bool):
-        return lambda name: batch_axis
+        return lambda name: Placement(batch_axis)
     if not isinstance(batch_axis, Mapping):
         raise ArgumentError(f"batch_axis must be an int or a mapping from module names to ints, not {batch_axis!r}")
     if unknown := set(batch_axis) - {name for name, _ in named_modules(model)}:
         raise ArgumentError(f"batch_axis names modules that the model lacks: {', '.join(sorted(unknown))}")
-    return lambda name: batch_axis.get(name, 0)
+    return lambda name: Placement(batch_axis[name]) if name in batch_axis else None
 
 
 def _refuse(name: str, module: nn.Module, refusal: Callable[[nn.Module], CurvatureError | None]) -> None:

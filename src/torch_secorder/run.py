@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, Node
 
-from torch_secorder.capture import Capture, Record, batch_size, tensors
+from torch_secorder.capture import Capture, Forward, Record, probing, tensors
 from torch_secorder.errors import ArgumentError, CoverageError, ShapeError, UnsupportedError
+from torch_secorder.graph import Audit, Use
 from torch_secorder.parameters import ParameterTable
 from torch_secorder.passes import Pass, Samples
 from torch_secorder.plan import Plan
@@ -26,17 +29,19 @@ class Run:
         table: the analysed parameters.
         plan: how it is captured.
         create_graph: make the squared norms differentiable.
-        anchored: see frozen layers too.
     """
 
-    def __init__(
-        self, model: nn.Module, table: ParameterTable, plan: Plan, *, create_graph: bool = False, anchored: bool = False
-    ):
+    def __init__(self, model: nn.Module, table: ParameterTable, plan: Plan, *, create_graph: bool = False):
         self._model, self._table, self._plan, self._create_graph = model, table, plan, create_graph
-        self._capture = Capture(*(model, plan.sites, self._arrived, plan.batch_axis, plan.guards), anchored=anchored)
+        self._capture = Capture(
+            *(model, plan.sites, self._arrived, plan.batch_axis, plan.guards),
+            on_end=self._audited,
+        )
+        self._audit = Audit(table, self._used, plan.batch_axis)
         self._pass: Pass | None = None
         self._error: Exception | None = None
-        self._extra: list[Tensor] = []
+        self._starts: list[tuple[Record | Use, GradientEdge]] = []
+        self._inputs: list[Tensor] = []
         self.n = 0
 
     def __enter__(self) -> Run:
@@ -45,23 +50,24 @@ class Run:
 
     def __exit__(self, *exc_info: object) -> None:
         self._capture.__exit__(*exc_info)
-        self._capture.records = None
+        self._starts = []
 
     def __call__(self, inputs: Any) -> Any:
         """The model's outputs: a tensor is the argument, a tuple all positional and a mapping all keyword arguments."""
-        self._capture.records = []
-        self._extra = [x for x in tensors(inputs) if x.requires_grad]
-        n = batch_size(list(tensors(inputs)), self._plan.batch_axis)
+        self._inputs = [x for x in tensors(inputs) if x.requires_grad]
         with torch.enable_grad():
-            outputs = called(self._model, inputs)
-        self.n = n or next((r.forward.n for r, _ in self._capture.records if r.forward.n), 0)
-        return outputs
+            return called(self._model, inputs)
+
+    def _audited(self, forward: Forward, outputs: Any) -> None:
+        found: list[tuple[Record | Use, GradientEdge]] = [*forward.records, *self._audit.uses(forward, outputs)]
+        self._starts = [(item, edge) for item, edge in found if item.starts_graph and not _is_shared(item)]
+        self.n = forward.n or 0
 
     def backward(self, root: Tensor, seed: Tensor | None = None, *, last: bool = True) -> Samples:
         """Squared norms of the per-sample gradients of ``root`` (with ``seed`` for its gradient).
 
-        Only what lies between the root and the first analysed layers' outputs is differentiated, so no parameter gradient is
-        computed.
+        Only what lies between the root and the first analysed layers' outputs is differentiated, so no parameter gradient
+        is computed.
 
         Args:
             root: what is differentiated.
@@ -69,18 +75,23 @@ class Run:
             last: whether the graph may be freed.
         """
         self._pass, self._error = Pass(self._table, keep=not last or self._create_graph), None
-        starts = [(record, edge) for record, edge in self._capture.records or [] if record.starts_graph]
-        if not root.requires_grad or not (starts or self._extra):
-            raise CoverageError("the loss does not depend on any analysed parameter through a differentiable way")
+        edges = [edge for _, edge in self._starts]
+        if root.requires_grad and (edges or self._inputs):
+            found = self._gradients(root, [*edges, *self._inputs], seed, not last or self._create_graph)
+            with torch.set_grad_enabled(self._create_graph):
+                for (item, edge), grad in zip(self._starts, found, strict=False):
+                    if grad is not None:
+                        self._guarded(partial(self._add, item, edge.node, grad))
+                if self._error is not None:
+                    raise self._error
+                if self._pass:
+                    return self._pass.finish()
+        raise CoverageError("the loss does not depend on any analysed parameter through a differentiable way")
+
+    def _gradients(self, root: Tensor, inputs: list[Any], seed: Tensor | None, retain: bool) -> Sequence[Tensor | None]:
+        options = {"retain_graph": retain, "create_graph": self._create_graph, "allow_unused": True}
         try:
-            found = torch.autograd.grad(
-                root,
-                [*(edge for _, edge in starts), *self._extra],  # type: ignore[arg-type]  # edges are fine
-                seed,
-                retain_graph=not last or self._create_graph,
-                create_graph=self._create_graph,
-                allow_unused=True,
-            )
+            return torch.autograd.grad(root, inputs, seed, **options)
         except RuntimeError as error:
             if "use_reentrant" not in str(error):
                 raise
@@ -88,22 +99,34 @@ class Run:
                 "re-entrant activation checkpointing computes gradients only together with those of the parameters: use "
                 "torch.utils.checkpoint with use_reentrant=False, or a FisherMonitor around your own backward"
             ) from error
-        with torch.set_grad_enabled(self._create_graph):
-            for (record, _), grad in zip(starts, found[: len(starts)], strict=True):
-                if grad is not None:
-                    self._arrived(record, grad)
-            if self._error is not None:
-                raise self._error
-            if not self._pass:
-                raise CoverageError("the loss does not depend on any analysed parameter through a differentiable way")
-            return self._pass.finish()
 
     def _arrived(self, record: Record, grad: Tensor) -> None:
+        if not record.starts_graph:  # those that do come from _gradients
+            self._guarded(partial(self._add, record, None, grad))
+
+    def _used(self, use: Use, grads: tuple[Tensor | None, ...]) -> None:
+        if self._capture.active and not probing() and not use.starts_graph and self._pass is not None:
+            self._guarded(partial(self._pass.add_use, use, torch._C._current_autograd_node(), grads))
+
+    def _add(self, item: Record | Use, node: Node | None, grad: Tensor) -> None:
+        assert self._pass is not None
+        if isinstance(item, Record):
+            self._pass.add(item, grad)
+        else:
+            assert node is not None
+            self._pass.add_use(item, node, (grad,))
+
+    def _guarded(self, action: Callable[[], None]) -> None:
+        """Do something inside of a backward pass, which must not be left half-way."""
         if self._error is None and self._pass is not None:
             try:
-                self._pass.add(record, grad)
-            except Exception as error:  # must not leave the autograd engine half-way
+                action()
+            except Exception as error:
                 self._error = error
+
+
+def _is_shared(item: Record | Use) -> bool:
+    return isinstance(item, Record) and item.placement is None
 
 
 def called(model: Callable[..., Any], inputs: Any) -> Any:

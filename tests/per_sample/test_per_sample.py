@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from oracles import assert_equal, call, mapped, per_sample_gradients
 from problems import PROBLEMS, Problem
 from torch_secorder.capture import Call
-from torch_secorder.per_sample import Convolution, Dense, Outer, PerSampleGradient, Rows, _base
+from torch_secorder.per_sample import Carried, Convolution, Dense, Outer, PerSampleGradient, Rows, _base
 from torch_secorder.rules import rule_for
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
@@ -32,10 +32,11 @@ def rows(t: int = 5) -> Rows:
     return Rows(torch.randint(6, (N, t)), normal(N, t, 4), (6, 4))
 
 
-def convolution(size: int = 6, channels: int = 4, groups: int = 1, stride: int = 1) -> Convolution:
-    x = normal(N, channels, size, size)
+def convolution(size: int = 6, channels: int = 4, groups: int = 1, stride: int = 1, maps: int = 1) -> Convolution:
+    x = normal(N, maps, channels, size, size)
     out = (size + 2 - 3) // stride + 1
-    return Convolution(x, normal(N, 6, out, out), (6, channels // groups, 3, 3), (stride,) * 2, (1, 1), (1, 1), groups)
+    g = normal(N, maps, 6, out, out)
+    return Convolution(x, g, (6, channels // groups, 3, 3), (stride,) * 2, (1, 1), (1, 1), groups)
 
 
 FORMS: dict[str, Callable[[], PerSampleGradient]] = {
@@ -48,6 +49,12 @@ FORMS: dict[str, Callable[[], PerSampleGradient]] = {
     "convolution direct": convolution,
     "convolution gram": lambda: convolution(size=2, channels=24),
     "convolution groups": lambda: convolution(groups=2, stride=2),
+    "convolution of several maps": lambda: convolution(maps=3, groups=2),
+    "convolution gram of several maps": lambda: convolution(size=1, channels=24, maps=3),
+    "convolution twice": lambda: convolution() + convolution(maps=2),
+    "convolution of two sizes": lambda: convolution() + convolution(size=4),
+    "carried by a transpose": lambda: Carried(outer(o=4, i=6), lambda value: value.mT, (6, 4), "transpose"),
+    "carried by a function": lambda: Carried(outer(), lambda value: value * torch.arange(4.0), (6, 4)),
     "sum with rows": lambda: rows() + outer(),
     "sum without rows": lambda: Dense(normal(N, 6, 4)) + outer(),
     "sum of three": lambda: Dense(normal(N, 6, 4)) + outer() + rows(),
@@ -88,7 +95,30 @@ def test_selected_samples(name: str, samples: Any) -> None:
     assert_like_dense(selected)
 
 
-SAME_SHAPE = ["dense", "outer product", "outer gram", "outer direct", "rows", "sum with rows", "sum without rows"]
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize(
+    ("owner", "n"), [([0, 0, 1, 1], 2), ([1, 0, 1, 0], 2), ([2, 0, 2, 2], 3), ([0, 0, 0, 0], 1)], ids=str
+)
+def test_parts_of_samples_are_added_up(name: str, owner: list[int], n: int) -> None:
+    """Windows or heads folded into the batch axis, in any order, as many for each sample or not."""
+    form, index = FORMS[name](), torch.tensor(owner)
+    regrouped = form.regrouped(index, n)
+    expected = torch.zeros(n, *form.shape, dtype=torch.float64).index_add(0, index, form.dense())
+    assert torch.allclose(regrouped.dense(), expected, rtol=1e-9, atol=1e-12)
+    assert_like_dense(regrouped)
+
+
+SAME_SHAPE = [
+    "carried by a transpose",
+    "carried by a function",
+    "dense",
+    "outer product",
+    "outer gram",
+    "outer direct",
+    "rows",
+    "sum with rows",
+    "sum without rows",
+]
 
 
 @pytest.mark.usefixtures("chunk_bytes")
@@ -162,7 +192,7 @@ def test_half_precision_factors_are_squared_in_float32(name: str, dtype: torch.d
         "outer": lambda: Outer(*(torch.full((N, 1, 1, 3), large, dtype=dtype),) * 2, (3, 3)),
         "rows": lambda: Rows(torch.zeros(N, 1, dtype=torch.long), torch.full((N, 1, 3), large, dtype=dtype), (2, 3)),
         "convolution": lambda: Convolution(
-            *(torch.full((N, 1, 2, 2), large, dtype=dtype), torch.full((N, 1, 1, 1), large, dtype=dtype)),
+            *(torch.full((N, 1, 1, 2, 2), large, dtype=dtype), torch.full((N, 1, 1, 1, 1), large, dtype=dtype)),
             *((1, 1, 2, 2), (1, 1), (0, 0), (1, 1), 1),
         ),
     }[name]()

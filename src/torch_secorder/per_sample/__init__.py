@@ -12,8 +12,9 @@ samples at a time, and a form overrides what its factors give more cheaply.
 """
 
 from torch_secorder.per_sample._base import Dense, PerSampleGradient, Sum
+from torch_secorder.per_sample.carried import Carried
 from torch_secorder.per_sample.convolution import Convolution
 from torch_secorder.per_sample.outer import Outer
 from torch_secorder.per_sample.rows import Rows
 
-__all__ = ["Convolution", "Dense", "Outer", "PerSampleGradient", "Rows", "Sum"]
+__all__ = ["Carried", "Convolution", "Dense", "Outer", "PerSampleGradient", "Rows", "Sum"]

@@ -64,6 +64,13 @@ class PerSampleGradient(ABC):
     def select(self, samples: Index) -> PerSampleGradient:
         """The same for some of the samples, by slice or by index tensor."""
 
+    @abstractmethod
+    def regrouped(self, owner: Tensor, n: int) -> PerSampleGradient:
+        """The gradients of n samples, when what counts as a sample here is a part of sample ``owner[m]`` in truth.
+
+        That is so where windows, heads or tokens are folded into the batch axis.
+        """
+
     def squared_norm(self) -> Tensor:
         """``sum of G_n ** 2`` over the parameter's entries, ``[n]``."""
         return torch.cat([part.dense().flatten(1).square().sum(1) for part in self.parts()])
@@ -135,6 +142,9 @@ class Dense(PerSampleGradient):
         flat = self.value.reshape(self.n, -1)
         return torch.linalg.vecdot(flat, flat)
 
+    def regrouped(self, owner: Tensor, n: int) -> Dense:
+        return Dense(self.value.new_zeros(n, *self.shape).index_add(0, owner, self.value))
+
     def joined(self, other: PerSampleGradient) -> PerSampleGradient | None:
         return Dense(self.value + other.value) if isinstance(other, Dense) else None
 
@@ -161,6 +171,9 @@ class Sum(PerSampleGradient):
     def select(self, samples: Index) -> Sum:
         return Sum([term.select(samples) for term in self.terms])
 
+    def regrouped(self, owner: Tensor, n: int) -> Sum:
+        return Sum([term.regrouped(owner, n) for term in self.terms])
+
     def squared_norm(self) -> Tensor:
         if not any(term.sparse for term in self.terms):
             return super().squared_norm()
@@ -170,6 +183,17 @@ class Sum(PerSampleGradient):
 
     def total(self) -> Tensor:
         return _total(term.total() for term in self.terms)
+
+
+def grouped(value: Tensor, owner: Tensor, n: int) -> Tensor:
+    """The rows of ``value`` by their owner: ``[m, ...]`` -> ``[n, most rows of one owner, ...]``, padded with zeros."""
+    counts = torch.bincount(owner, minlength=n)
+    order = owner.argsort(stable=True)
+    most = int(counts.max())
+    if bool((counts == most).all()):
+        return value[order].unflatten(0, (n, most))
+    place = torch.arange(len(owner), device=owner.device) - (counts.cumsum(0) - counts)[owner[order]]
+    return value.new_zeros(n, most, *value.shape[1:]).index_put((owner[order], place), value[order])
 
 
 def guarded(norms: Tensor, magnitude: Tensor, form: PerSampleGradient) -> Tensor:

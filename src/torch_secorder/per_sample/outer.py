@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from torch_secorder.per_sample._base import Index, PerSampleGradient, chunks, guarded, widened
+from torch_secorder.per_sample._base import Index, PerSampleGradient, chunks, grouped, guarded, widened
 
 
 class Outer(PerSampleGradient):
@@ -47,6 +47,10 @@ class Outer(PerSampleGradient):
 
     def select(self, samples: Index) -> Outer:
         return Outer(self.a[samples], self.g[samples], self.shape)
+
+    def regrouped(self, owner: Tensor, n: int) -> Outer:
+        a, g = (grouped(x, owner, n).transpose(1, 2).flatten(2, 3) for x in (self.a, self.g))
+        return Outer(a, g, self.shape)
 
     def squared_norm(self) -> Tensor:
         match self.algorithm:

@@ -25,7 +25,9 @@ def convolution(module: _ConvNd, call: Call) -> Gradients:
         mode = "constant" if mode == "zeros" else mode
         x = F.pad(x, module._reversed_padding_repeated_twice, mode)
         padding = (0,) * len(module.kernel_size)
-    weight = Convolution(x, g, module.weight.shape, module.stride, tuple(padding), module.dilation, module.groups)
+    weight = Convolution(
+        x[:, None], g[:, None], module.weight.shape, module.stride, tuple(padding), module.dilation, module.groups
+    )
     return {"weight": weight, "bias": g.flatten(2).sum(2)}
 
 
@@ -41,7 +43,9 @@ def transposed_convolution(module: _ConvTransposeNd, call: Call) -> Gradients:
         extra = g.shape[axis + 2] + 2 * padding - reach - (x.shape[axis + 2] - 1) * module.stride[axis]
         sides += [padding, padding - extra]
     none = [0] * len(module.kernel_size)
-    weight = Convolution(F.pad(g, sides), x, module.weight.shape, module.stride, none, module.dilation, module.groups)
+    weight = Convolution(
+        F.pad(g, sides)[:, None], x[:, None], module.weight.shape, module.stride, none, module.dilation, module.groups
+    )
     return {"weight": weight, "bias": g.flatten(2).sum(2)}
 
 
