@@ -20,10 +20,11 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from torch_secorder.capture import PROBES, Forward, Record, current_backward, tensors
-from torch_secorder.errors import ShapeError
+from torch_secorder.errors import CoverageError, ShapeError
 from torch_secorder.parameters import ParameterTable
 from torch_secorder.per_sample import Carried, Outer, PerSampleGradient
 from torch_secorder.placement import Evidence, Placement, Unplaced, evidence, weights
+from torch_secorder.rules.nodes import Place, has_rule
 
 # Nodes that only move entries, so that they change no norm.
 LAYOUT = {
@@ -48,7 +49,6 @@ LAYOUT = {
 TRANSPOSES = {"TBackward0", "TransposeBackward0", "PermuteBackward0"}
 
 Edge = tuple[Node, int]
-Carrier = Callable[[PerSampleGradient], PerSampleGradient]
 
 
 @dataclass(eq=False)
@@ -62,6 +62,8 @@ class Use:
         targets: what the value was computed from, with what carries its gradient there: the position of a parameter, or
             the record of a module that was called without a batch axis.
         starts_graph: whether nothing before the node is differentiated but batch-free values.
+        calls_nodes: whether its gradients take calls of nodes, which have no answer inside of a backward pass that was asked
+            for other gradients only.
     """
 
     forward: Forward
@@ -70,7 +72,13 @@ class Use:
     placement: Placement
     targets: list[tuple[int | Record, Carrier]]
     starts_graph: bool
+    calls_nodes: bool = False
     fired_in: int | None = None
+
+    def place(self, node: Node) -> Place:
+        """The place, for its rule."""
+        assert self.forward.n is not None
+        return Place(node, self.index, self.shape, tuple(node._input_metadata[0].shape), self.placement, self.forward.n)
 
 
 class Audit:
@@ -347,7 +355,9 @@ class _Frontier:
         shape = _shape(child, nr)
         others = [c for i, (c, _) in enumerate(node.next_functions) if i != index and c is not None]
         starts = all(self._is_free(c, frontier) for c in others)
-        return Use(forward, index, shape, placement, self._targets(child, nr), starts), GradientEdge(node, 0)
+        use = Use(forward, index, shape, placement, self._targets(child, nr), starts)
+        use.calls_nodes = not has_rule(use.place(node)) or any(carrier.layout is None for _, carrier in use.targets)
+        return use, GradientEdge(node, 0)
 
     def _is_free(self, node: Node, frontier: set[Node]) -> bool:
         """Whether a node's value was computed from parameters alone."""
@@ -380,25 +390,47 @@ class _Frontier:
                     if child is not None and child not in seen:
                         seen.add(child)
                         stack.append(child)
-        return [(target, partial(_carried, (value, nr), node, self._shape_of(target))) for node, target in ends.items()]
+        return [(target, _carrier((value, nr), node, self._shape_of(target))) for node, target in ends.items()]
 
     def _shape_of(self, target: int | Record) -> tuple[int, ...]:
         return self._table.rows[target].shape if isinstance(target, int) else tuple(target.shape)
 
 
-def _carried(value: Edge, start: Node, shape: tuple[int, ...], form: PerSampleGradient) -> PerSampleGradient:
-    """The gradient of the start of a batch-free chain, given that of its end."""
+@dataclass(frozen=True)
+class Carrier:
+    """The way from a parameter, or a call without a batch axis, through a batch-free chain to a value.
+
+    Attributes:
+        value: the node that made the value, and which of its outputs it is.
+        start: the node of the parameter, or of the call's output.
+        shape: of what is at the start.
+        layout: what distinguishes the chain, if it only moves entries; else None.
+    """
+
+    value: Edge
+    start: Node
+    shape: tuple[int, ...]
+    layout: tuple[object, ...] | None
+
+    def __call__(self, form: PerSampleGradient) -> PerSampleGradient:
+        """The gradient of the start, given that of the value."""
+        if self.layout == ():
+            return form
+        if isinstance(form, Outer) and form.a.shape[1] == 1 and self._transposes(form):
+            return Outer(form.g, form.a, self.shape)
+        return Carried(form, partial(_vjp, self.value, self.start, self.shape), self.shape, self.layout)
+
+    def _transposes(self, form: Outer) -> bool:
+        single = self.value[0].name() in TRANSPOSES and self.layout is not None and len(self.layout) == 1
+        return single and len(self.shape) == 2 and form.shape == self.shape[::-1]
+
+
+def _carrier(value: Edge, start: Node, shape: tuple[int, ...]) -> Carrier:
     chain = _line(value, start)
-    if chain == []:
-        return form
-    names = [] if chain is None else [node.name() for node, _ in chain]
-    if len(names) == 1 and names[0] in TRANSPOSES and isinstance(form, Outer):
-        if form.a.shape[1] == 1 and form.shape == shape[::-1]:
-            return Outer(form.g, form.a, shape)
     layout = None
-    if chain is not None and all(name in LAYOUT for name in names):
+    if chain is not None and all(node.name() in LAYOUT for node, _ in chain):
         layout = tuple((node.name(), nr, _settings(node)) for node, nr in chain)
-    return Carried(form, partial(_vjp, value, start, shape), shape, layout)
+    return Carrier(value, start, shape, layout)
 
 
 def _line(value: Edge, start: Node) -> list[Edge] | None:
@@ -433,10 +465,15 @@ def _vjp(value: Edge, start: Node, shape: tuple[int, ...], grads: Tensor) -> Ten
             arrived = [pending.pop((node, nr), None) for nr in range(len(node._input_metadata))]
             if all(g is None for g in arrived):
                 continue
-            results = node(*arrived)
+            results = node(*arrived)  # type: ignore[operator]  # nodes are callable
             results = results if isinstance(results, tuple) else (results,)
             for (child, nr), result in zip(node.next_functions, results, strict=True):
-                if child is not None and result is not None:
+                if child is not None and (child == start or child in order):
+                    if result is None:
+                        raise CoverageError(
+                            f"{node.name()} gives no gradient for what a parameter went into: the backward pass under way was "
+                            "asked for some gradients only (inputs=); call backward() without"
+                        )
                     part = result.sum_to_size(_shape(child, nr))
                     before = pending.get((child, nr))
                     pending[child, nr] = part if before is None else before + part

@@ -14,7 +14,7 @@ from torch_secorder.errors import CoverageError, CurvatureError, LifecycleError,
 from torch_secorder.graph import Use
 from torch_secorder.parameters import ParameterTable
 from torch_secorder.per_sample import Carried, Dense, PerSampleGradient
-from torch_secorder.rules.nodes import Arrival, gradient_at
+from torch_secorder.rules.nodes import gradient_at
 
 
 @dataclass
@@ -126,7 +126,7 @@ class Pass:
             raise ShapeError(
                 f"{self._names(use)}: the {block.n} samples are not in a gradient of shape {tuple(grad.shape)}"
             )
-        form, rule = gradient_at(Arrival(node, use.index, use.shape, grad, use.placement, block.n))
+        form, rule = gradient_at(use.place(node), grad)
         for target, carried in use.targets:
             whole = carried(form)
             if isinstance(target, int):

@@ -42,6 +42,8 @@ class Run:
         self._error: Exception | None = None
         self._starts: list[tuple[Record | Use, GradientEdge]] = []
         self._inputs: list[Tensor] = []
+        self._defers = False
+        self._deferred: list[Callable[[], None]] = []  # what has to wait for the end of the backward pass
         self.n = 0
 
     def __enter__(self) -> Run:
@@ -61,6 +63,7 @@ class Run:
     def _audited(self, forward: Forward, outputs: Any) -> None:
         found: list[tuple[Record | Use, GradientEdge]] = [*forward.records, *self._audit.uses(forward, outputs)]
         self._starts = [(item, edge) for item, edge in found if item.starts_graph and not _is_shared(item)]
+        self._defers = any(isinstance(item, Use) and item.calls_nodes for item, _ in found)
         self.n = forward.n or 0
 
     def backward(self, root: Tensor, seed: Tensor | None = None, *, last: bool = True) -> Samples:
@@ -77,8 +80,11 @@ class Run:
         self._pass, self._error = Pass(self._table, keep=not last or self._create_graph), None
         edges = [edge for _, edge in self._starts]
         if root.requires_grad and (edges or self._inputs):
-            found = self._gradients(root, [*edges, *self._inputs], seed, not last or self._create_graph)
+            self._deferred = []
+            found = self._gradients(root, [*edges, *self._inputs], seed, not last or self._create_graph or self._defers)
             with torch.set_grad_enabled(self._create_graph):
+                for action in self._deferred:
+                    self._guarded(action)
                 for (item, edge), grad in zip(self._starts, found, strict=False):
                     if grad is not None:
                         self._guarded(partial(self._add, item, edge.node, grad))
@@ -106,7 +112,11 @@ class Run:
 
     def _used(self, use: Use, grads: tuple[Tensor | None, ...]) -> None:
         if self._capture.active and not probing() and not use.starts_graph and self._pass is not None:
-            self._guarded(partial(self._pass.add_use, use, torch._C._current_autograd_node(), grads))
+            action = partial(self._pass.add_use, use, torch._C._current_autograd_node(), grads)
+            if use.calls_nodes:
+                self._deferred.append(action)
+            else:
+                self._guarded(action)
 
     def _add(self, item: Record | Use, node: Node | None, grad: Tensor) -> None:
         assert self._pass is not None

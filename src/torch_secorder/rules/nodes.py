@@ -1,8 +1,8 @@
 """Rules for uses of a tensor that no module's forward explains: from a node of the autograd graph to per-sample gradients.
 
-A node rule gets the node, which of its inputs is meant, the gradient of its output with the batch axis's place, and returns
-the gradient of that input, which is the same for all samples in the forward: a weight in F.linear, a position embedding where it
-is added to the tokens. A node without a rule is asked for each sample's gradient in turn.
+A node rule is told the place, a node whose output has samples and the input of it that has none (a weight in F.linear, a
+position embedding where it is added to the tokens), and gives that input's gradient for every sample. A node without a rule
+is called with the gradient of each sample in turn.
 """
 
 from __future__ import annotations
@@ -14,27 +14,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_secorder.errors import CoupledSamplesError, CoverageError
 from torch_secorder.per_sample import Convolution, Dense, Outer, PerSampleGradient, Rows
 from torch_secorder.placement import Placement
 
 
 @dataclass(frozen=True)
-class Arrival:
-    """The gradient that arrived at a node.
+class Place:
+    """Where a batch-free value meets the data.
 
     Attributes:
         node: the autograd node.
-        index: which of its inputs is meant.
-        shape: that input's shape.
-        grad: the gradient of the node's output.
-        placement: where that has its samples.
+        index: which of its inputs the value is.
+        shape: the value's shape.
+        output_shape: the node's output's.
+        placement: where the output has its samples.
         n: how many samples.
     """
 
     node: Any
     index: int
     shape: tuple[int, ...]
-    grad: Tensor
+    output_shape: tuple[int, ...]
     placement: Placement
     n: int
 
@@ -42,77 +43,74 @@ class Arrival:
         """``value`` with the axis that counts samples first."""
         return value.movedim(self.placement.axis, 0)
 
-    def summed(self, product: Tensor) -> Tensor | None:
-        """``product``, shaped like the output, summed to ``[batch axis, *shape]``: undoing a broadcast of the input.
+    @property
+    def is_broadcast(self) -> bool:
+        """Whether the value is repeated along the axis that counts samples."""
+        axis, lead = self.placement.axis, len(self.output_shape) - len(self.shape)
+        return axis < lead or self.shape[axis - lead] == 1
 
-        None if the input was not broadcast along the batch axis.
-        """
+    def summed(self, product: Tensor) -> Tensor:
+        """``product``, shaped like the output, summed to ``[axis of samples, *shape]``: undoing the broadcast."""
         axis, lead = self.placement.axis, product.dim() - len(self.shape)
-        if axis >= lead and self.shape[axis - lead] != 1:
-            return None
         sizes = [1] * lead + list(self.shape)
-        axes = [d for d in range(product.dim()) if d != axis and (d < lead or sizes[d] == 1 != product.shape[d])]
+        axes = [d for d in range(product.dim()) if d != axis and sizes[d] == 1 != product.shape[d]]
         summed = product.sum(axes, keepdim=True) if axes else product
         return summed.movedim(axis, 0).reshape(product.shape[axis], *self.shape)
 
 
-NodeRule = Callable[[Arrival], PerSampleGradient | Tensor | None]
-_rules: dict[str, NodeRule] = {}
+Function = Callable[[Place, Tensor], PerSampleGradient | Tensor]
+_rules: dict[str, tuple[Function, Callable[[Place], bool]]] = {}
 
 
-def node_rule(name: str) -> Callable[[NodeRule], NodeRule]:
-    """A decorator for the rule of the node called ``name``; the rule may return None where it does not apply."""
+def node_rule(name: str, when: Callable[[Place], bool]) -> Callable[[Function], Function]:
+    """A decorator for the rule of the nodes called ``name``, for the places where ``when`` is true."""
 
-    def register(rule: NodeRule) -> NodeRule:
-        _rules[name] = rule
+    def register(rule: Function) -> Function:
+        _rules[name] = rule, when
         return rule
 
     return register
 
 
-def gradient_at(arrival: Arrival) -> tuple[PerSampleGradient, str]:
-    """The gradient of a node's input for every sample, and the name of the rule that gave it."""
-    name = arrival.node.name()
-    found = _rules[name](arrival) if name in _rules else None
-    if found is None:
-        return Dense(_one_by_one(arrival)), f"{_short(name)}, one sample at a time"
+def has_rule(place: Place) -> bool:
+    """Whether a rule knows the gradient here without calling the node."""
+    found = _rules.get(place.node.name())
+    return found is not None and found[1](place)
+
+
+def gradient_at(place: Place, grad: Tensor) -> tuple[PerSampleGradient, str]:
+    """The gradient of the value for every sample, given that of the node's output, and the name of the rule that gave it."""
+    name = place.node.name().removesuffix("Backward0").removesuffix("Backward").lower()
+    if not has_rule(place):
+        return Dense(_one_by_one(place, grad)), f"{name}, one sample at a time"
+    found = _rules[place.node.name()][0](place, grad)
     form = Dense(found) if isinstance(found, Tensor) else found
-    owner = arrival.placement.owner(form.n, arrival.n, arrival.grad.device)
-    return (form if owner is None else form.regrouped(owner, arrival.n)), _short(name)
+    owner = place.placement.owner(form.n, place.n, grad.device)
+    return (form if owner is None else form.regrouped(owner, place.n)), name
 
 
-def _one_by_one(arrival: Arrival) -> Tensor:
+def _one_by_one(place: Place, grad: Tensor) -> Tensor:
     """``[n, *shape]`` from the node itself, given the gradient of one sample at a time."""
-    grad, placement = arrival.grad, arrival.placement
-    size = grad.shape[placement.axis]
-    owner = placement.owner(size, arrival.n, grad.device)
+    axis, size = place.placement.axis, grad.shape[place.placement.axis]
+    owner = place.placement.owner(size, place.n, grad.device)
     owner = torch.arange(size, device=grad.device) if owner is None else owner
-    column = [-1] + [1] * (grad.dim() - placement.axis - 1)
+    column = [-1] + [1] * (grad.dim() - axis - 1)
     found = []
-    for sample in range(arrival.n):
-        alone = torch.where((owner == sample).view(column), grad, 0)
-        results = arrival.node(alone)
-        result = results[arrival.index] if isinstance(results, tuple) else results
-        found.append(grad.new_zeros(arrival.shape) if result is None else result.reshape(arrival.shape))
+    for sample in range(place.n):
+        results = place.node(torch.where((owner == sample).view(column), grad, 0))
+        result = results[place.index] if isinstance(results, tuple) else results
+        if result is None:
+            raise CoverageError(
+                f"{place.node.name()} gives no gradient for what it uses: the backward pass under way was asked for some "
+                "gradients only (inputs=); call backward() without"
+            )
+        found.append(result.sum_to_size(place.shape))
     return torch.stack(found)
 
 
-@node_rule("AddmmBackward0")
-def addmm(at: Arrival) -> PerSampleGradient | Tensor | None:
-    """``beta self + alpha mat1 mat2`` with samples in the rows of the result."""
-    if at.index == 0:
-        return at.summed(at.grad * at.node._saved_beta)
-    if at.index == 1 or at.placement.axis != 0:
-        return None
-    return _rows_times(at.node._saved_mat1, at.grad * at.node._saved_alpha, at.shape)
-
-
-@node_rule("MmBackward0")
-def mm(at: Arrival) -> PerSampleGradient | None:
-    """``self mat2`` with samples in the rows of the result."""
-    if at.index == 0 or at.placement.axis != 0:
-        return None
-    return _rows_times(at.node._saved_self, at.grad, at.shape)
+def _in_rows(*indices: int) -> Callable[[Place], bool]:
+    """For these inputs of nodes that have samples on the first axis of their output."""
+    return lambda at: at.index in indices and at.placement.axis == 0
 
 
 def _rows_times(x: Tensor, g: Tensor, shape: tuple[int, ...]) -> Outer:
@@ -120,69 +118,70 @@ def _rows_times(x: Tensor, g: Tensor, shape: tuple[int, ...]) -> Outer:
     return Outer(g[:, None, None], x.to(g.dtype)[:, None, None], shape)
 
 
-@node_rule("ConvolutionBackward0")
-def convolution(at: Arrival) -> PerSampleGradient | Tensor | None:
+@node_rule("AddmmBackward0", lambda at: at.is_broadcast if at.index == 0 else _in_rows(2)(at))
+def addmm(at: Place, g: Tensor) -> PerSampleGradient | Tensor:
+    """``beta self + alpha mat1 mat2`` with samples in the rows of the result."""
+    if at.index == 0:
+        return at.summed(g * at.node._saved_beta)
+    return _rows_times(at.node._saved_mat1, g * at.node._saved_alpha, at.shape)
+
+
+@node_rule("MmBackward0", _in_rows(1))
+def mm(at: Place, g: Tensor) -> PerSampleGradient:
+    """``self mat2`` with samples in the rows of the result."""
+    return _rows_times(at.node._saved_self, g, at.shape)
+
+
+@node_rule("ConvolutionBackward0", lambda at: _in_rows(1, 2)(at) and not any(at.node._saved_output_padding))
+def convolution(at: Place, g: Tensor) -> PerSampleGradient | Tensor:
     """Weight and bias of a convolution."""
-    node, x, g = at.node, at.node._saved_input, at.grad
-    if at.placement.axis != 0 or at.index == 0:
-        return None
+    node = at.node
     if at.index == 2:
         return g.flatten(2).sum(2)
-    if node._saved_transposed:
-        if any(node._saved_output_padding):
-            return None
-        x, g = g, x
+    x, g = (g, node._saved_input) if node._saved_transposed else (node._saved_input, g)
     settings = (node._saved_stride, node._saved_padding, node._saved_dilation, node._saved_groups)
     return Convolution(x[:, None], g[:, None], at.shape, *settings)
 
 
-@node_rule("EmbeddingBackward0")
-def embedding(at: Arrival) -> PerSampleGradient | None:
+@node_rule("EmbeddingBackward0", lambda at: at.placement.axis < at.node._saved_indices.dim())
+def embedding(at: Place, g: Tensor) -> PerSampleGradient:
     """Rows of a table."""
-    node, ids, g = at.node, at.node._saved_indices, at.grad
-    if node._saved_scale_grad_by_freq or at.placement.axis >= ids.dim():
-        return None
-    padding = node._saved_padding_idx
+    ids, padding = at.node._saved_indices, at.node._saved_padding_idx
+    if at.node._saved_scale_grad_by_freq:
+        raise CoupledSamplesError("an embedding with scale_grad_by_freq=True divides by frequencies in the whole batch")
     if 0 <= padding < at.shape[0]:
         g = g.masked_fill((ids == padding)[..., None], 0)
     ids, g = at.rows(ids), at.rows(g)
     return Rows(ids.reshape(len(ids), -1), g.reshape(len(g), -1, g.shape[-1]), at.shape)
 
 
-@node_rule("NativeLayerNormBackward0")
-def layer_norm(at: Arrival) -> Tensor | None:
+@node_rule("NativeLayerNormBackward0", lambda at: at.index in (1, 2) and at.is_broadcast)
+def layer_norm(at: Place, g: Tensor) -> Tensor:
     """Weight and bias of a layer norm."""
-    node = at.node
     if at.index == 2:
-        return at.summed(at.grad)
-    normalised = (node._saved_input - node._saved_result1) * node._saved_result2
-    return at.summed(at.grad * normalised) if at.index == 1 else None
+        return at.summed(g)
+    return at.summed(g * ((at.node._saved_input - at.node._saved_result1) * at.node._saved_result2))
 
 
-@node_rule("MulBackward0")
-def mul(at: Arrival) -> Tensor | None:
+@node_rule("MulBackward0", lambda at: at.is_broadcast)
+def mul(at: Place, g: Tensor) -> Tensor:
     """A factor that is broadcast along the batch."""
-    other = at.node._saved_other if at.index == 0 else at.node._saved_self
-    return at.summed(at.grad * other)
+    return at.summed(g * (at.node._saved_other if at.index == 0 else at.node._saved_self))
 
 
-@node_rule("AddBackward0")
-def add(at: Arrival) -> Tensor | None:
+@node_rule("AddBackward0", lambda at: at.is_broadcast)
+def add(at: Place, g: Tensor) -> Tensor:
     """A summand that is broadcast along the batch."""
-    return at.summed(at.grad if at.index == 0 else at.grad * at.node._saved_alpha)
+    return at.summed(g if at.index == 0 else g * at.node._saved_alpha)
 
 
-@node_rule("SubBackward0")
-def sub(at: Arrival) -> Tensor | None:
+@node_rule("SubBackward0", lambda at: at.is_broadcast)
+def sub(at: Place, g: Tensor) -> Tensor:
     """Either side of a difference that is broadcast along the batch."""
-    return at.summed(at.grad if at.index == 0 else at.grad * -at.node._saved_alpha)
+    return at.summed(g if at.index == 0 else g * -at.node._saved_alpha)
 
 
-@node_rule("ExpandBackward0")
-def expand(at: Arrival) -> Tensor | None:
+@node_rule("ExpandBackward0", lambda at: at.is_broadcast)
+def expand(at: Place, g: Tensor) -> Tensor:
     """A tensor that is expanded to the batch, as class tokens are."""
-    return at.summed(at.grad)
-
-
-def _short(name: str) -> str:
-    return name.removesuffix("Backward0").removesuffix("Backward").lower()
+    return at.summed(g)
