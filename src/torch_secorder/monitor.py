@@ -18,6 +18,7 @@ from torch_secorder.errors import ArgumentError, CoverageError, LifecycleError
 from torch_secorder.graph import Audit, Use
 from torch_secorder.parameters import ParameterTable, named_modules, unwrapped
 from torch_secorder.passes import Output, Pass
+from torch_secorder.per_sample import direction
 from torch_secorder.plan import BatchAxis, planned
 from torch_secorder.report import By, Report
 from torch_secorder.statistics import Statistics
@@ -32,6 +33,7 @@ class _OpenPass:
 
     collected: Pass
     gradients: dict[int, Tensor] = field(default_factory=dict)
+    projections: dict[int, Tensor] = field(default_factory=dict)
     error: Exception | None = None
 
 
@@ -175,7 +177,15 @@ class FisherMonitor:
 
     def _gradient(self, position: int, grad: Tensor) -> None:
         """The gradient of a parameter, as this backward pass adds it to ``.grad``."""
-        self._guarded(lambda current: current.gradients.__setitem__(position, squared_sum(grad)))
+        self._guarded(lambda current: self._add_gradient(current, position, grad))
+
+    def _add_gradient(self, current: _OpenPass, position: int, grad: Tensor) -> None:
+        current.gradients[position] = squared_sum(grad)
+        # What a hook of the user's makes of a gradient is not ours to check.
+        alone = len(self._table.tensors[position]._backward_hooks or ()) <= 1
+        if current.collected.checks and alone and not grad.is_sparse:
+            left, right = direction(grad.shape, grad)
+            current.projections[position] = left @ (grad.detach().reshape(len(left), -1) @ right)
 
     def _guarded(self, action: Callable[[_OpenPass], None]) -> None:
         """Do something for the backward pass under way; what goes wrong must wait for its end."""
@@ -196,6 +206,7 @@ class FisherMonitor:
                 diagonal=self._diagonal,
                 repeated_calls=self._repeated_calls,
                 keep=self._repeated_calls == "new",
+                checks=self._statistics.passes.bit_count() < 2,
             )
             self._passes[task] = _OpenPass(collected)
             _at_the_end(partial(self._closed, task))
@@ -229,6 +240,13 @@ class FisherMonitor:
                 "the batch is left out"
             )
         assert samples is not None
+        if wrong := current.collected.unexplained(current.projections, samples):
+            raise CoverageError(
+                f"the gradient of {', '.join(self._table.names[p] for p in wrong)} is not the sum of what the model's samples "
+                "contribute: the loss uses these parameters by another way than through the model (a weight penalty, "
+                "which belongs to no sample: differentiate it in a backward pass outside of the monitor, or use the "
+                "optimizer's weight_decay), or a rule is wrong; the batch is left out"
+            )
         factor = samples.batch / _scale(self._loss_scale) if self._reduction == "mean" else 1 / _scale(self._loss_scale)
         gradients = (
             torch.stack([g.double().cpu() for g in current.gradients.values()]) if current.gradients else torch.zeros(0)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -13,8 +15,13 @@ from torch_secorder.capture import Call, Forward, Record
 from torch_secorder.errors import CoverageError, CurvatureError, LifecycleError, NonFiniteError, ShapeError
 from torch_secorder.graph import Use
 from torch_secorder.parameters import ParameterTable
-from torch_secorder.per_sample import Carried, Dense, PerSampleGradient
+from torch_secorder.per_sample import Carried, Dense, PerSampleGradient, direction
 from torch_secorder.rules.nodes import gradient_at
+
+# How exactly autograd's own gradient can be expected to be the sum of the captured ones: half precision rounds it, GPUs
+# may multiply with few digits.
+TOLERANCES = {(torch.float64, "cpu"): 1e-8, (torch.float32, "cpu"): 1e-4, (torch.float64, "cuda"): 1e-6}
+TOLERANCE, HALF_TOLERANCE = 1e-2, 5e-2  # elsewhere, and in half precision or under autocast
 
 
 @dataclass
@@ -39,6 +46,7 @@ class Block:
         held: position -> the sum so far, for parameters that are used more than once.
         shared: call without a batch axis -> ``[n, *shape of its output]``, the gradient of its output for every sample.
         outputs: module name -> its calls, where activations are wanted.
+        projections: position -> its gradient along one direction, where that is compared with autograd's.
     """
 
     n: int
@@ -47,6 +55,7 @@ class Block:
     held: dict[int, PerSampleGradient] = field(default_factory=dict)
     shared: dict[Record, Tensor] = field(default_factory=dict)
     outputs: dict[str, list[Output]] = field(default_factory=dict)
+    projections: dict[int, Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -83,14 +92,42 @@ class Pass:
         diagonal: also add up squares entry by entry.
         repeated_calls: what two calls of the model that one backward pass reaches are: "same" or "new" samples.
         keep: leave the records' inputs alone, for another backward pass through the same forward.
+        checks: also project the captured gradients on one direction each, to compare them with autograd's.
     """
 
     def __init__(
-        self, table: ParameterTable, *, diagonal: bool = False, repeated_calls: str | None = None, keep: bool = False
+        self,
+        table: ParameterTable,
+        *,
+        diagonal: bool = False,
+        repeated_calls: str | None = None,
+        keep: bool = False,
+        checks: bool = False,
     ):
         self._table, self._diagonal, self._repeated, self._keep = table, diagonal, repeated_calls, keep
+        self.checks, self._half = checks, False
         self._blocks: dict[object, Block] = {}
         self._rules: dict[int, dict[str, None]] = defaultdict(dict)
+
+    def unexplained(self, projections: Mapping[int, Tensor], samples: Samples) -> list[int]:
+        """The parameters whose gradient, projected on a direction, is not what was captured of it.
+
+        A gradient that autograd has and the captured calls have not comes from outside of the model's forward: a weight
+        penalty in the loss, a use in a submodule that was called alone. The tolerance is relative to
+        ``sqrt(N sum_n ||g_n||^2)``, which bounds the sum of the gradients' norms, with a hundredth of that of all
+        parameters for gradients that are zero but for rounding.
+        """
+        if samples.skipped:
+            return []
+        wrong = []
+        sums = samples.norms.double().sum(1) * samples.batch
+        for position, actual in projections.items():
+            captured = sum((float(block.projections.get(position, 0.0)) for block in self._blocks.values()), 0.0)
+            bound = math.sqrt(float(sums[position])) + 1e-2 * math.sqrt(float(sums.sum()))
+            tolerance = TOLERANCES.get((actual.dtype, actual.device.type), TOLERANCE)
+            if not abs(captured - float(actual)) <= (HALF_TOLERANCE if self._half else tolerance) * bound:
+                wrong.append(position)
+        return wrong
 
     def __bool__(self) -> bool:
         """Whether anything was collected."""
@@ -100,6 +137,7 @@ class Pass:
         """The gradient of a recorded call's output has arrived."""
         forward, site = record.forward, record.site
         assert record.placement is not None
+        self._half = self._half or grad.dtype in (torch.float16, torch.bfloat16)
         call = record.call(grad)
         size = len(call.grad_output)
         block = self._block(forward, forward.n or size)
@@ -121,6 +159,7 @@ class Pass:
         if grad is None:
             return
         assert use.forward.n is not None
+        self._half = self._half or grad.dtype in (torch.float16, torch.bfloat16)
         block = self._block(use.forward, use.forward.n)
         if not use.placement.fits(grad.shape, block.n):
             raise ShapeError(
@@ -156,6 +195,9 @@ class Pass:
     def _collect(self, block: Block, forward: Forward, position: int, form: PerSampleGradient, rule: str) -> None:
         """Settle a parameter, or hold its gradient until all of its uses are there."""
         self._rules[position][f"{rule} ({form.algorithm})"] = None
+        if self.checks:
+            along = form.projection(*direction(form.shape, form.like))
+            block.projections[position] = block.projections.get(position, torch.zeros_like(along)) + along
         if self._repeated == "same" or forward.calls[position] > 1:
             if isinstance(form, Carried) and form.layout is None:
                 form = Dense(form.dense())  # now, while the graph that carries it has its tensors

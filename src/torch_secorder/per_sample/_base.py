@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -36,6 +36,14 @@ def cancellation_floor(dtype: torch.dtype) -> float:
     return 4 * torch.finfo(dtype).eps / wanted
 
 
+def direction(shape: Sequence[int], like: Tensor) -> tuple[Tensor, Tensor]:
+    """A fixed direction ``left right^T`` of random signs in a parameter's space, for ``PerSampleGradient.projection``."""
+    generator = torch.Generator().manual_seed(0)
+    sides = (shape[0] if shape else 1, math.prod(shape[1:]))
+    left, right = (2.0 * torch.randint(2, (side,), generator=generator) - 1 for side in sides)
+    return left.to(like), right.to(like)
+
+
 class PerSampleGradient(ABC):
     """The gradients of one parameter for each of N samples.
 
@@ -53,8 +61,13 @@ class PerSampleGradient(ABC):
 
     @property
     @abstractmethod
+    def like(self) -> Tensor:
+        """A tensor with the dtype and on the device of every answer."""
+
+    @property
     def dtype(self) -> torch.dtype:
         """The dtype of every answer."""
+        return self.like.dtype
 
     @abstractmethod
     def dense(self) -> Tensor:
@@ -82,6 +95,10 @@ class PerSampleGradient(ABC):
     def total(self) -> Tensor:
         """``sum_n G_n``, ``[*shape]``: what autograd's gradient of the batch is."""
         return _total(part.dense().sum(0) for part in self.parts())
+
+    def projection(self, left: Tensor, right: Tensor) -> Tensor:
+        """``<left right^T, sum_n G_n>`` with the shape read as ``(left, right)``: one number to compare with autograd's."""
+        return left @ self.total().reshape(len(left), -1) @ right
 
     def inner(self, other: PerSampleGradient) -> Tensor:
         """``<G_n, H_n>`` with the other form's gradients of the same samples, ``[n]``."""
@@ -129,8 +146,8 @@ class Dense(PerSampleGradient):
         self.n, self.shape = value.shape[0], tuple(value.shape[1:])
 
     @property
-    def dtype(self) -> torch.dtype:
-        return self.value.dtype
+    def like(self) -> Tensor:
+        return self.value
 
     def dense(self) -> Tensor:
         return self.value
@@ -162,8 +179,8 @@ class Sum(PerSampleGradient):
         self.algorithm = " + ".join(dict.fromkeys(term.algorithm for term in terms))
 
     @property
-    def dtype(self) -> torch.dtype:
-        return torch.promote_types(self.terms[0].dtype, self.terms[1].dtype)
+    def like(self) -> Tensor:
+        return max((term.like for term in self.terms), key=lambda like: like.dtype.itemsize)
 
     def dense(self) -> Tensor:
         return torch.stack([term.dense() for term in self.terms]).sum(0)
@@ -183,6 +200,9 @@ class Sum(PerSampleGradient):
 
     def total(self) -> Tensor:
         return _total(term.total() for term in self.terms)
+
+    def projection(self, left: Tensor, right: Tensor) -> Tensor:
+        return _total(term.projection(left, right) for term in self.terms)
 
 
 def grouped(value: Tensor, owner: Tensor, n: int) -> Tensor:

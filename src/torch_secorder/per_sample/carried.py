@@ -39,8 +39,8 @@ class Carried(PerSampleGradient):
         return self.value.algorithm if self.layout is not None else "dense"
 
     @property
-    def dtype(self) -> torch.dtype:
-        return self.value.dtype
+    def like(self) -> Tensor:
+        return self.value.like
 
     def dense(self) -> Tensor:
         return self.vjp(self.value.dense())

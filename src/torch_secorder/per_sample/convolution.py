@@ -44,8 +44,8 @@ class Convolution(PerSampleGradient):
         self.stride, self.padding, self.dilation, self.groups = list(stride), list(padding), list(dilation), groups
 
     @property
-    def dtype(self) -> torch.dtype:
-        return self.g.dtype
+    def like(self) -> Tensor:
+        return self.g
 
     @property
     def algorithm(self) -> str:  # type: ignore[override]  # a property where the base has a plain string
@@ -60,6 +60,19 @@ class Convolution(PerSampleGradient):
 
     def total(self) -> Tensor:
         return self._weight_gradient(self.x.flatten(0, 1), self.g.flatten(0, 1), 1)
+
+    def projection(self, left: Tensor, right: Tensor) -> Tensor:
+        """A convolution with ``right`` as its only kernel, against the channels of g summed with ``left``."""
+        kernel = right.view(1, *self.shape[1:]).expand(self.groups, *self.shape[1:])
+        x, g = self.x.flatten(0, 1), self.g.flatten(0, 1)
+        dims = len(self.stride)
+        seen = torch.ops.aten.convolution(
+            *(x, kernel, None, self.stride, self.padding, self.dilation, False, [0] * dims, self.groups)
+        )
+        summed = (g * left.view(-1, *[1] * dims)).unflatten(1, (self.groups, -1)).sum(2)
+        for axis in range(2, seen.dim()):
+            seen = seen.narrow(axis, 0, summed.shape[axis])
+        return (seen * summed).sum()
 
     def _weight_gradient(self, x: Tensor, g: Tensor, copies: int) -> Tensor:
         # Only the weight's shape matters here; expanding a scalar gives it one without memory.

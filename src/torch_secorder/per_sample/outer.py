@@ -32,8 +32,8 @@ class Outer(PerSampleGradient):
         self.n, self.shape = a.shape[0], tuple(shape)
 
     @property
-    def dtype(self) -> torch.dtype:
-        return self.g.dtype
+    def like(self) -> Tensor:
+        return self.g
 
     @property
     def algorithm(self) -> str:  # type: ignore[override]  # a property where the base has a plain string
@@ -81,6 +81,13 @@ class Outer(PerSampleGradient):
         k = self.a.shape[1]
         a, g = (x.movedim(1, 0).reshape(k, -1, x.shape[3]) for x in (self.a, self.g))
         return (g.mT @ a).reshape(self.shape)
+
+    def projection(self, left: Tensor, right: Tensor) -> Tensor:
+        k, i, o = self.a.shape[1], self.a.shape[3], self.g.shape[3]
+        if len(left) != k * o or len(right) != i:
+            return super().projection(left, right)
+        g = (self.g @ left.view(k, o, 1)).squeeze(3)
+        return ((self.a @ right) * g).sum()
 
     def joined(self, other: PerSampleGradient) -> PerSampleGradient | None:
         if not isinstance(other, Outer) or self.a.shape[1::2] != other.a.shape[1::2]:

@@ -30,8 +30,8 @@ class Rows(PerSampleGradient):
         self.n, self.shape = ids.shape[0], tuple(shape)
 
     @property
-    def dtype(self) -> torch.dtype:
-        return self.g.dtype
+    def like(self) -> Tensor:
+        return self.g
 
     def pairs(self) -> tuple[Tensor, Tensor, Tensor]:
         """The distinct pairs of sample ``[u]`` and id ``[u]``, and the summed gradient ``[u, d]`` of each."""
@@ -62,6 +62,9 @@ class Rows(PerSampleGradient):
 
     def total(self) -> Tensor:
         return self.g.new_zeros(self.shape).index_add(0, self.ids.flatten(), self.g.flatten(0, 1))
+
+    def projection(self, left: Tensor, right: Tensor) -> Tensor:
+        return (left[self.ids] * (self.g @ right)).sum()
 
     def factored_inner(self, other: PerSampleGradient) -> Tensor | None:
         """With a product over positions s: ``sum_{t,s} (a_s . g_t) h_s[id_t]``, h the product's output gradient."""

@@ -49,7 +49,7 @@ def instance_norm(module: _InstanceNorm, call: Call) -> Gradients:
 
 @register_rule(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 def batch_norm(module: _BatchNorm, call: Call) -> Gradients:
-    """With running statistics it is an affine map. (Modules that use the batch's statistics are refused in forward.)"""
+    """With running statistics it is an affine map; without, the module is refused in forward."""
     return _channels(_with_running(module, _input(module, call, 1)), call.grad_output)
 
 
