@@ -113,9 +113,9 @@ class TwoInputs(nn.Module):
 
 def test_inputs_of_mismatched_batch_sizes() -> None:
     model = TwoInputs()
-    with pytest.raises(CurvatureError, match=r"3.*5|5.*3"), FisherMonitor(model):
+    with pytest.raises(CurvatureError, match=r"\b5 samples"), FisherMonitor(model):
         model(torch.randn(5, 4), torch.randn(3, 4)).sum().backward()
-    with pytest.raises(CurvatureError, match=r"3.*5|5.*3"):
+    with pytest.raises(CurvatureError, match=r"\b5 samples"):
         empirical_fisher_trace(model, nn.MSELoss(), (torch.randn(5, 4), torch.randn(3, 4)), torch.randn(5, 3))
 
 
@@ -135,19 +135,6 @@ def test_targets_of_another_batch_size_for_observed_labels() -> None:
         generalized_fisher_trace(model, model(torch.randn(5, 4)), torch.randint(3, (4,)), labels="observed")
     with pytest.raises(CurvatureError, match=r"(?s)5.*4|4.*5"):
         generalized_fisher_trace(model, model(torch.randn(5, 4)), torch.randint(3, (4,)))
-
-
-def test_a_layer_whose_batch_is_not_the_models() -> None:
-    class Folded(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = nn.Linear(4, 3)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.inner(x.flatten(0, 1)).unflatten(0, x.shape[:2])
-
-    with pytest.raises(CurvatureError, match=r"inner.*batch_axis|batch_axis.*inner"):
-        run(Folded(), torch.randn(5, 6, 4))
 
 
 # Losses
@@ -195,13 +182,16 @@ class Exotic(nn.Module):
 
 
 def test_unsupported_layers_are_all_named_in_one_error() -> None:
-    model = nn.Sequential(Raw(), nn.Linear(4, 4), nn.Sequential(Exotic(), Raw()))
+    """Frozen, that is: a parameter that requires a gradient can be found in the graph, whatever its module does."""
+    model = nn.Sequential(Raw(), nn.Linear(4, 4), nn.Sequential(Exotic(), Raw())).requires_grad_(False)
+    model[2][1].requires_grad_(True)
     with pytest.raises(CurvatureError) as raised:
-        run(model, torch.randn(5, 4))
+        FisherMonitor(model, parameters="all")
     message = str(raised.value)
-    for words in ("Raw", "Exotic", "2.0", "2.1", "register_rule"):
+    for words in ("Raw '0' (factor)", "Exotic '2.0' (kernel)", "register_rule", "require a gradient"):
         assert words in message
     assert "Linear" not in message
+    assert "2.1" not in message
     assert isinstance(raised.value, NotImplementedError)
 
 
@@ -247,27 +237,35 @@ def test_scale_grad_by_freq() -> None:
     assert "0" in str(raised.value)
 
 
-def test_an_instance_with_another_forward() -> None:
-    model = classifier()
-    model[2].forward = MethodType(lambda self, x: F.linear(x, self.weight.flip(0), self.bias), model[2])
-    with pytest.raises(CurvatureError, match=r"(?s)2.*forward|forward.*2"):
-        run(model, torch.randn(5, 4))
+class Odd(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input).square()
 
 
-def test_a_subclass_with_another_forward() -> None:
-    class Odd(nn.Linear):
-        def forward(self, input: Tensor) -> Tensor:
-            return super().forward(input).square()
-
-    with pytest.raises(CurvatureError, match=r"Odd"):
-        run(nn.Sequential(nn.Linear(4, 4), Odd(4, 3)), torch.randn(5, 4))
+def with_another_forward() -> nn.Module:
+    layer = nn.Linear(4, 4)
+    layer.forward = MethodType(lambda self, x: F.linear(x, self.weight.flip(0), self.bias), layer)  # type: ignore[method-assign]
+    return layer
 
 
-def test_a_parametrized_layer() -> None:
-    model = classifier()
-    nn.utils.parametrizations.weight_norm(model[0])
-    with pytest.raises(CurvatureError, match=r"(?s)\b0\b"):
-        run(model, torch.randn(5, 4))
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        (with_another_forward, r"Linear '1' \(weight, bias\).*forward"),
+        (lambda: Odd(4, 4), r"Odd '1' \(weight, bias\).*forward"),
+        (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), r"'1.*(original0|weight).*"),
+    ],
+    ids=["replaced forward", "subclass", "parametrized"],
+)
+def test_a_layer_that_its_class_s_rule_does_not_fit(layer: Any, message: str) -> None:
+    """With gradients it is exact, by the graph (see the awkward problems); frozen, nothing shows how it is used."""
+    model = nn.Sequential(nn.Linear(4, 4), layer())
+    run(model, torch.randn(5, 4), parameters="all")
+    model[1].requires_grad_(False)
+    run(model, torch.randn(5, 4))
+    with pytest.raises(CurvatureError, match=message) as raised:
+        run(model, torch.randn(5, 4), parameters="all")
+    assert isinstance(raised.value, NotImplementedError)
 
 
 def test_parameters_swapped_during_a_functional_call() -> None:

@@ -6,6 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from torch_secorder.rules.nodes import gradient_at
 # How exactly autograd's own gradient can be expected to be the sum of the captured ones: half precision rounds it, GPUs
 # may multiply with few digits.
 TOLERANCES = {(torch.float64, "cpu"): 1e-8, (torch.float32, "cpu"): 1e-4, (torch.float64, "cuda"): 1e-6}
+HALF = (torch.float16, torch.bfloat16)
 TOLERANCE, HALF_TOLERANCE = 1e-2, 5e-2  # elsewhere, and in half precision or under autocast
 
 
@@ -137,7 +139,7 @@ class Pass:
         """The gradient of a recorded call's output has arrived."""
         forward, site = record.forward, record.site
         assert record.placement is not None
-        self._half = self._half or grad.dtype in (torch.float16, torch.bfloat16)
+        self._half = self._half or grad.dtype in HALF
         call = record.call(grad)
         size = len(call.grad_output)
         block = self._block(forward, forward.n or size)
@@ -153,26 +155,25 @@ class Pass:
 
     def add_use(self, use: Use, node: Node, grads: tuple[Tensor | None, ...]) -> None:
         """The gradients of a frontier node's outputs have arrived."""
-        grad, *others = grads
-        if any(other is not None for other in others):
-            raise CoverageError(f"{self._names(use)}: used by {node.name()}, several outputs of which reach the loss")
-        if grad is None:
+        found = grads[use.output]
+        if found is None and all(grad is None for grad in grads):
             return
         assert use.forward.n is not None
-        self._half = self._half or grad.dtype in (torch.float16, torch.bfloat16)
         block = self._block(use.forward, use.forward.n)
-        if not use.placement.fits(grad.shape, block.n):
-            raise ShapeError(
-                f"{self._names(use)}: the {block.n} samples are not in a gradient of shape {tuple(grad.shape)}"
-            )
-        form, rule = gradient_at(use.place(node), grad)
-        for target, carried in use.targets:
-            whole = carried(form)
-            if isinstance(target, int):
-                self._collect(block, use.forward, target, whole, rule)
-            else:
-                shared = block.shared.get(target)
-                block.shared[target] = whole.dense() if shared is None else shared + whole.dense()
+        self._half = self._half or any(grad is not None and grad.dtype in HALF for grad in grads)
+        if found is None or not use.placement.fits(found.shape, block.n):
+            shape = None if found is None else tuple(found.shape)
+            raise ShapeError(f"{self._names(use)}: the {block.n} samples are not in a gradient of shape {shape}")
+        memo: dict[str, Any] = {}
+        for part in use.parts:
+            form, rule = gradient_at(use.place(node, part, memo), grads, use.output)
+            for target, carrier in part.targets:
+                whole = carrier(form)
+                if isinstance(target, int):
+                    self._collect(block, use.forward, target, whole, rule)
+                else:
+                    shared = block.shared.get(target)
+                    block.shared[target] = whole.dense() if shared is None else shared + whole.dense()
 
     def _apply(self, block: Block, record: Record, call: Call, owner: Tensor | None) -> None:
         """The rule's answer for one call."""
@@ -213,7 +214,11 @@ class Pass:
             self._settle(block, position, form)
 
     def _names(self, use: Use) -> str:
-        targets = (self._table.rows[t].name if isinstance(t, int) else str(t.site) for t, _ in use.targets)
+        targets = (
+            self._table.rows[t].name if isinstance(t, int) else str(t.site)
+            for part in use.parts
+            for t, _ in part.targets
+        )
         return ", ".join(targets)
 
     def finish(self, nonfinite: str = "raise") -> Samples:

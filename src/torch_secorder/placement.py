@@ -23,19 +23,25 @@ class Placement:
     Attributes:
         axis: the axis.
         fold: "none" if index n is sample n; "outer" if each sample has a run of neighbouring indices; "inner" if the
-            samples alternate.
+            samples alternate; "listed" if only a list tells, as behind a router.
+        listed: for "listed", the sample of each index.
     """
 
     axis: int = 0
     fold: str = "none"
+    listed: Tensor | None = None
 
     def fits(self, shape: Sequence[int], n: int) -> bool:
         """Whether a tensor of this shape can be placed so."""
         size = shape[self.axis] if len(shape) > self.axis else 0
+        if self.listed is not None:
+            return size == len(self.listed)
         return size == n if self.fold == "none" else size > 0 and size % n == 0
 
     def owner(self, size: int, n: int, device: torch.device) -> Tensor | None:
         """The sample of each index, ``[size]``; None if index n is sample n."""
+        if self.listed is not None:
+            return self.listed.to(device)
         samples = torch.arange(n, device=device)
         if self.fold == "none":
             return None
@@ -46,6 +52,7 @@ class Unplaced(Enum):
     """What else the evidence can say of a tensor."""
 
     SHARED = "it belongs to no single sample"
+    SCATTERED = "each of its rows belongs to one sample, in no order"
     NOTHING = "no gradient reaches it"
 
 
@@ -79,4 +86,25 @@ def evidence(plain: Tensor | None, weighted: Tensor | None, w: Tensor) -> Eviden
         expected = plain * factor.view(-1, *[1] * (plain.dim() - axis - 1))
         if (weighted - expected).double().norm() <= 1e-3 * scale:
             return placement
-    return Unplaced.SHARED
+    if not plain.dim():
+        return Unplaced.SHARED
+    rows, twice = plain.double().flatten(1) if plain.dim() > 1 else plain.double()[:, None], weighted.double()
+    twice = twice.reshape(rows.shape)
+    off = torch.minimum((twice - rows).norm(dim=1), (twice - 2 * rows).norm(dim=1))
+    return Unplaced.SCATTERED if bool((off <= 1e-3 * rows.norm(dim=1)).all()) else Unplaced.SHARED
+
+
+def bits(n: int) -> list[Tensor]:
+    """Weights of 1 and 2 for the samples, one set for each binary digit of a sample's number."""
+    samples = torch.arange(n)
+    return [1.0 + (samples >> digit & 1) for digit in range(max(1, (n - 1).bit_length()))]
+
+
+def listed(plain: Tensor, weighted: Sequence[Tensor]) -> Placement:
+    """The placement of scattered rows, from the gradients for every set of :func:`bits`; rows without a gradient go anywhere."""
+    rows = plain.double().reshape(len(plain), -1)
+    owner = torch.zeros(len(rows), dtype=torch.long, device=rows.device)
+    for digit, twice in enumerate(weighted):
+        change = (twice.double().reshape(rows.shape) - rows).norm(dim=1)
+        owner |= (change > 0.5 * rows.norm(dim=1)).long() << digit
+    return Placement(0, "listed", owner)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -40,7 +41,7 @@ class Run:
         self._audit = Audit(table, self._used, plan.batch_axis)
         self._pass: Pass | None = None
         self._error: Exception | None = None
-        self._starts: list[tuple[Record | Use, GradientEdge]] = []
+        self._starts: list[tuple[Record | Use, list[GradientEdge]]] = []
         self._inputs: list[Tensor] = []
         self._defers = False
         self._deferred: list[Callable[[], None]] = []  # what has to wait for the end of the backward pass
@@ -61,9 +62,12 @@ class Run:
             return called(self._model, inputs)
 
     def _audited(self, forward: Forward, outputs: Any) -> None:
-        found: list[tuple[Record | Use, GradientEdge]] = [*forward.records, *self._audit.uses(forward, outputs)]
-        self._starts = [(item, edge) for item, edge in found if item.starts_graph and not _is_shared(item)]
-        self._defers = any(isinstance(item, Use) and item.calls_nodes for item, _ in found)
+        uses = self._audit.uses(forward, outputs)
+        self._starts = [
+            (record, [edge]) for record, edge in forward.records if record.starts_graph and record.placement
+        ]
+        self._starts += [(use, use.edges(node)) for use, node in uses if use.starts_graph]
+        self._defers = any(use.calls_nodes for use, _ in uses)
         self.n = forward.n or 0
 
     def backward(self, root: Tensor, seed: Tensor | None = None, *, last: bool = True) -> Samples:
@@ -78,16 +82,17 @@ class Run:
             last: whether the graph may be freed.
         """
         self._pass, self._error = Pass(self._table, keep=not last or self._create_graph), None
-        edges = [edge for _, edge in self._starts]
+        edges = [edge for _, several in self._starts for edge in several]
         if root.requires_grad and (edges or self._inputs):
             self._deferred = []
             found = self._gradients(root, [*edges, *self._inputs], seed, not last or self._create_graph or self._defers)
             with torch.set_grad_enabled(self._create_graph):
                 for action in self._deferred:
                     self._guarded(action)
-                for (item, edge), grad in zip(self._starts, found, strict=False):
-                    if grad is not None:
-                        self._guarded(partial(self._add, item, edge.node, grad))
+                arrived = iter(found)
+                for item, several in self._starts:
+                    grads = tuple(itertools.islice(arrived, len(several)))
+                    self._guarded(partial(self._add, item, several[0].node, grads))
                 if self._error is not None:
                     raise self._error
                 if self._pass:
@@ -108,7 +113,7 @@ class Run:
 
     def _arrived(self, record: Record, grad: Tensor) -> None:
         if not record.starts_graph:  # those that do come from _gradients
-            self._guarded(partial(self._add, record, None, grad))
+            self._guarded(lambda: None if self._pass is None else self._pass.add(record, grad))
 
     def _used(self, use: Use, grads: tuple[Tensor | None, ...]) -> None:
         if self._capture.active and not probing() and not use.starts_graph and self._pass is not None:
@@ -118,13 +123,12 @@ class Run:
             else:
                 self._guarded(action)
 
-    def _add(self, item: Record | Use, node: Node | None, grad: Tensor) -> None:
+    def _add(self, item: Record | Use, node: Node, grads: tuple[Tensor | None, ...]) -> None:
         assert self._pass is not None
-        if isinstance(item, Record):
-            self._pass.add(item, grad)
-        else:
-            assert node is not None
-            self._pass.add_use(item, node, (grad,))
+        if isinstance(item, Use):
+            self._pass.add_use(item, node, grads)
+        elif grads[0] is not None:
+            self._pass.add(item, grads[0])
 
     def _guarded(self, action: Callable[[], None]) -> None:
         """Do something inside of a backward pass, which must not be left half-way."""
@@ -133,10 +137,6 @@ class Run:
                 action()
             except Exception as error:
                 self._error = error
-
-
-def _is_shared(item: Record | Use) -> bool:
-    return isinstance(item, Record) and item.placement is None
 
 
 def called(model: Callable[..., Any], inputs: Any) -> Any:

@@ -1,6 +1,6 @@
 """Small models, as data: every layer with every setting, every way of using it.
 
-`PROBLEMS` must come out exact. For `AWKWARD` ones the answer is exact or a CurvatureError, and never a wrong number.
+All must come out exact; `AWKWARD` ones need the autograd graph, and `fisher_report` may refuse those that say so.
 """
 
 from problems._base import Problem, Setting

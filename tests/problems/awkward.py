@@ -1,4 +1,4 @@
-"""Uses that a library may refuse: the answer is exact or a CurvatureError, and never a wrong number."""
+"""Uses that no layer's own forward accounts for, or whose samples are not where one expects them."""
 
 from __future__ import annotations
 
@@ -172,11 +172,18 @@ def awkward() -> Iterator[Problem]:
     family.add("embedding_of_max_norm", lambda: nn.Embedding(5, 4, max_norm=0.5), ids(4, 9))
     family.add("embedding_bag", lambda: nn.EmbeddingBag(5, 4), ids(4, 6))
     family.add("checkpointed", checkpointed(use_reentrant=False), (5, 4))
-    family.add("checkpointed_reentrant", checkpointed(use_reentrant=True), (5, 4))
+    family.add(
+        "checkpointed_reentrant",
+        checkpointed(use_reentrant=True),
+        (5, 4),
+        refusal=r"use_reentrant=False, or a FisherMonitor",
+    )
     family.add("lazy_linear", lambda: nn.Sequential(nn.LazyLinear(3), nn.Tanh(), nn.Linear(3, 2)), (5, 4))
     family.add(
         "flipped_batch",
         lambda: Forward(lambda m, x: m.two(m.one(x.flip(0)).tanh().flip(0)), one=nn.Linear(4, 3), two=nn.Linear(3, 2)),
         (5, 4),
+        permutes=True,
+        refusal=r"one\.weight",
     )
     return iter(family.problems)

@@ -8,13 +8,13 @@ is called with the gradient of each sample in turn.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from torch_secorder.errors import CoupledSamplesError, CoverageError
+from torch_secorder.errors import CoupledSamplesError, CoverageError, ShapeError
 from torch_secorder.per_sample import Convolution, Dense, Outer, PerSampleGradient, Rows
 from torch_secorder.placement import Placement
 
@@ -30,6 +30,7 @@ class Place:
         output_shape: the node's output's.
         placement: where the output has its samples.
         n: how many samples.
+        memo: what the rules for several inputs of one node share.
     """
 
     node: Any
@@ -38,6 +39,7 @@ class Place:
     output_shape: tuple[int, ...]
     placement: Placement
     n: int
+    memo: dict[str, Any] = field(default_factory=dict)
 
     def rows(self, value: Tensor) -> Tensor:
         """``value`` with the axis that counts samples first."""
@@ -58,15 +60,33 @@ class Place:
         return summed.movedim(axis, 0).reshape(product.shape[axis], *self.shape)
 
 
-Function = Callable[[Place, Tensor], PerSampleGradient | Tensor]
-_rules: dict[str, tuple[Function, Callable[[Place], bool]]] = {}
+Gradients = tuple[Tensor | None, ...]
+Function = Callable[[Place, Any], PerSampleGradient | Tensor]
 
 
-def node_rule(name: str, when: Callable[[Place], bool]) -> Callable[[Function], Function]:
+@dataclass(frozen=True)
+class NodeRule:
+    """A rule for nodes of one kind.
+
+    Attributes:
+        function: from the place and the gradient of the node's output to that of the value.
+        when: the places where it holds.
+        many: whether it takes the gradients of all of the node's outputs.
+    """
+
+    function: Function
+    when: Callable[[Place], bool]
+    many: bool
+
+
+_rules: dict[str, NodeRule] = {}
+
+
+def node_rule(name: str, when: Callable[[Place], bool], *, many: bool = False) -> Callable[[Function], Function]:
     """A decorator for the rule of the nodes called ``name``, for the places where ``when`` is true."""
 
     def register(rule: Function) -> Function:
-        _rules[name] = rule, when
+        _rules[name] = NodeRule(rule, when, many)
         return rule
 
     return register
@@ -74,30 +94,35 @@ def node_rule(name: str, when: Callable[[Place], bool]) -> Callable[[Function], 
 
 def has_rule(place: Place) -> bool:
     """Whether a rule knows the gradient here without calling the node."""
-    found = _rules.get(place.node.name())
-    return found is not None and found[1](place)
+    rule = _rules.get(place.node.name())
+    return rule is not None and rule.when(place)
 
 
-def gradient_at(place: Place, grad: Tensor) -> tuple[PerSampleGradient, str]:
-    """The gradient of the value for every sample, given that of the node's output, and the name of the rule that gave it."""
+def gradient_at(place: Place, grads: Gradients, output: int) -> tuple[PerSampleGradient, str]:
+    """The gradient of the value for every sample, given those of the node's outputs, and the name of the rule that gave it.
+
+    Args:
+        place: which value.
+        grads: one for each output of the node.
+        output: the one that the place's placement is of.
+    """
     name = place.node.name().removesuffix("Backward0").removesuffix("Backward").lower()
-    if not has_rule(place):
-        return Dense(_one_by_one(place, grad)), f"{name}, one sample at a time"
-    found = _rules[place.node.name()][0](place, grad)
+    rule = _rules.get(place.node.name())
+    single = all(grad is None for nr, grad in enumerate(grads) if nr != output)
+    if rule is None or not rule.when(place) or not (rule.many or single):
+        return Dense(_one_by_one(place, grads)), f"{name}, one sample at a time"
+    found = rule.function(place, grads if rule.many else grads[output])
     form = Dense(found) if isinstance(found, Tensor) else found
-    owner = place.placement.owner(form.n, place.n, grad.device)
+    owner = place.placement.owner(form.n, place.n, form.like.device)
     return (form if owner is None else form.regrouped(owner, place.n)), name
 
 
-def _one_by_one(place: Place, grad: Tensor) -> Tensor:
-    """``[n, *shape]`` from the node itself, given the gradient of one sample at a time."""
-    axis, size = place.placement.axis, grad.shape[place.placement.axis]
-    owner = place.placement.owner(size, place.n, grad.device)
-    owner = torch.arange(size, device=grad.device) if owner is None else owner
-    column = [-1] + [1] * (grad.dim() - axis - 1)
+def _one_by_one(place: Place, grads: Gradients) -> Tensor:
+    """``[n, *shape]`` from the node itself, given the gradients of one sample at a time."""
+    if "one by one" not in place.memo:
+        place.memo["one by one"] = [place.node(*_alone(place, grads, sample)) for sample in range(place.n)]
     found = []
-    for sample in range(place.n):
-        results = place.node(torch.where((owner == sample).view(column), grad, 0))
+    for results in place.memo["one by one"]:
         result = results[place.index] if isinstance(results, tuple) else results
         if result is None:
             raise CoverageError(
@@ -106,6 +131,26 @@ def _one_by_one(place: Place, grad: Tensor) -> Tensor:
             )
         found.append(result.sum_to_size(place.shape))
     return torch.stack(found)
+
+
+def _alone(place: Place, grads: Gradients, sample: int) -> list[Tensor | None]:
+    """The gradients with every other sample's part set to zero."""
+    alone: list[Tensor | None] = []
+    axis = place.placement.axis
+    for grad in grads:
+        if grad is not None and not place.placement.fits(grad.shape, place.n):
+            raise ShapeError(
+                f"the {place.n} samples are not on axis {axis} of {tuple(grad.shape)} behind {place.node.name()}"
+            )
+        if grad is None:
+            alone.append(None)
+            continue
+        size = grad.shape[axis]
+        owner = place.placement.owner(size, place.n, grad.device)
+        owner = torch.arange(size, device=grad.device) if owner is None else owner
+        column = [-1] + [1] * (grad.dim() - axis - 1)
+        alone.append(torch.where((owner == sample).view(column), grad, 0))
+    return alone
 
 
 def _in_rows(*indices: int) -> Callable[[Place], bool]:
@@ -185,3 +230,56 @@ def sub(at: Place, g: Tensor) -> Tensor:
 def expand(at: Place, g: Tensor) -> Tensor:
     """A tensor that is expanded to the batch, as class tokens are."""
     return at.summed(g)
+
+
+@node_rule("MkldnnRnnLayerBackward0", lambda at: at.index in (1, 2, 3, 4) and _is_plain_lstm(at), many=True)
+def lstm_layer(at: Place, grads: Gradients) -> PerSampleGradient | Tensor:
+    """One direction of one layer of an LSTM: weights and biases are shared by the steps."""
+    if "steps" not in at.memo:
+        at.memo["steps"] = _lstm_steps(at.node, grads)
+    x, h, dz = at.memo["steps"]
+    if at.index in (3, 4):
+        return dz.sum(0)
+    return Outer((x if at.index == 1 else h).transpose(0, 1)[:, None], dz.transpose(0, 1)[:, None], at.shape)
+
+
+def _is_plain_lstm(at: Place) -> bool:
+    node, mode_of_lstm = at.node, 2
+    in_order = at.placement.fold == "none" and at.placement.axis == len(at.output_shape) - 2
+    return node._saved_mode == mode_of_lstm and not node._saved_batch_sizes and in_order
+
+
+def _lstm_steps(node: Any, grads: Gradients) -> tuple[Tensor, Tensor, Tensor]:
+    """Inputs, previous hidden states and gradients of the gates before their nonlinearity, ``[t, n, ...]`` each.
+
+    The outputs that the layer saved are its hidden states, so the gates of all steps are one matrix product; the cells need a
+    loop over steps and the gradients another one, as in Hochreiter and Schmidhuber (1997), "Long short-term memory".
+    """
+    x, out, w_ih, w_hh = node._saved_input, node._saved_result0, node._saved_weight0, node._saved_weight1
+    h0, c0 = node._saved_hx_.view_as(out[0]), node._saved_cx_.view_as(out[0])
+    g_out, g_h, g_c = (None if g is None else g for g in grads[:3])
+    if node._saved_reverse:
+        x, out, g_out = x.flip(0), out.flip(0), None if g_out is None else g_out.flip(0)
+    h = torch.cat([h0[None], out[:-1]])
+    z = x @ w_ih.T + h @ w_hh.T
+    if node._saved_has_biases:
+        z = z + node._saved_weight2 + node._saved_weight3
+    i, f, u, o = (gate.tanh() if k == 2 else gate.sigmoid() for k, gate in enumerate(z.chunk(4, 2)))
+    cells = [c0]
+    for t in range(len(x)):
+        cells.append(f[t] * cells[-1] + i[t] * u[t])
+    c = torch.stack(cells)
+    tanh_c = c[1:].tanh()
+    # What multiplies the gradient of c_t on its way to the four gates, and that of h_t on its way to c_t and to o.
+    to_gates = torch.cat([u * i * (1 - i), c[:-1] * f * (1 - f), i * (1 - u * u)], 2)
+    to_cell, to_o = o * (1 - tanh_c * tanh_c), tanh_c * o * (1 - o)
+    dh = out.new_zeros(out[0].shape) if g_h is None else g_h.view_as(out[0])
+    dc = out.new_zeros(out[0].shape) if g_c is None else g_c.view_as(out[0])
+    steps = []
+    for t in reversed(range(len(x))):
+        dh = dh if g_out is None else dh + g_out[t]
+        dc = dc + dh * to_cell[t]
+        dz = torch.cat([torch.cat([dc, dc, dc], 1) * to_gates[t], dh * to_o[t]], 1)
+        steps.append(dz)
+        dh, dc = dz @ w_hh, dc * f[t]
+    return x, h, torch.stack(steps[::-1])

@@ -1,0 +1,103 @@
+"""The audit: every use of every parameter is accounted for, or refused."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node
+
+from torch_secorder.capture import Forward, Record, tensors
+from torch_secorder.errors import ShapeError
+from torch_secorder.graph.frontier import Frontier, Use
+from torch_secorder.graph.look import Look
+from torch_secorder.graph.walk import Walk
+from torch_secorder.parameters import ParameterTable
+from torch_secorder.placement import Evidence, Placement, Unplaced
+
+
+class Audit:
+    """Accounts for every use of every parameter in the graph of one model's outputs.
+
+    Args:
+        table: the analysed parameters.
+        on_use: called with a use and the gradients that arrived at its node, inside the backward pass.
+        batch_axis: where the model's outputs have the batch axis.
+    """
+
+    def __init__(
+        self,
+        table: ParameterTable,
+        on_use: Callable[[Use, tuple[Tensor | None, ...]], None],
+        batch_axis: int = 0,
+    ):
+        self._table, self._on_use, self._axis = table, on_use, batch_axis
+        self._leaves = {
+            torch.autograd.graph.get_gradient_edge(p).node: position
+            for position, p in enumerate(table.tensors)
+            if p.requires_grad
+        }
+        self._known: dict[object, Evidence] = {}
+
+    def uses(self, forward: Forward, outputs: Any) -> list[tuple[Use, Node]]:
+        """Place every record of a forward, and hook every use that no record accounts for.
+
+        Raises:
+            ShapeError: if a call's samples can't be found.
+            CoverageError: if a parameter's use can't be taken apart by samples.
+        """
+        roots = [x for x in tensors(outputs) if x.requires_grad]
+        walk = Walk(roots, forward, self._leaves)
+        n = forward.n
+        if n is None:
+            return []
+        look = Look(self._known, [x for x in roots if x.dim() > self._axis], self._axis, n)
+        shared = self._placed(walk, forward, look, n)
+        if not walk.uses and not shared:
+            return []
+        uses = Frontier(walk, shared, look, n, self._table).uses(forward)
+        for use, node in uses:
+            for target, _ in (target for part in use.parts for target in part.targets):
+                forward.calls.update([target] if isinstance(target, int) else target.site.parameters.values())
+            node.register_prehook(partial(self._on_use, use))
+        for record in shared:
+            record.placement = None
+        return uses
+
+    def _placed(self, walk: Walk, forward: Forward, look: Look, n: int) -> list[Record]:
+        """Give each record its placement; returns those without a batch axis."""
+        rules = (item for item in forward.records if item[0].site.rule is not None)
+        reached = [(record, edge) for record, edge in rules if edge.node in walk.records]
+        doubtful = walk.coincidences(n) or any(record.placement is None for record, _ in reached)
+        if not doubtful or n == 1:
+            for record, _ in reached:
+                if record.placement is None:
+                    record.placement = Placement(0, "outer")
+            return []
+        found = look([(("call", r.site.name, len(r.shape), i), edge, r.shape) for i, (r, edge) in _numbered(reached)])
+        shared = []
+        for (record, _), what in zip(reached, found, strict=True):
+            if what is Unplaced.SHARED:
+                shared.append(record)
+            elif isinstance(what, Placement):
+                record.placement = what
+            elif record.placement is None:
+                raise ShapeError(
+                    f"{record.site}: its output has shape {tuple(record.shape)}, and where the {n} samples are in it can't be "
+                    f"found out, since the model's outputs don't depend on it; pass batch_axis={{'{record.site.name}': axis}}"
+                )
+        return shared
+
+
+def _numbered(items: Sequence[tuple[Record, GradientEdge]]) -> list[tuple[int, tuple[Record, GradientEdge]]]:
+    """Each item with how many of the same site came before it."""
+    counts: dict[str, int] = defaultdict(int)
+    numbered = []
+    for item in items:
+        numbered.append((counts[item[0].site.name], item))
+        counts[item[0].site.name] += 1
+    return numbered

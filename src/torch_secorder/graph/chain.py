@@ -1,0 +1,132 @@
+"""The batch-free chain: how the gradient of a value gets to what the value was computed from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node
+
+from torch_secorder.errors import CoverageError
+from torch_secorder.per_sample import Carried, Outer, PerSampleGradient
+
+Edge = tuple[Node, int]
+
+# Nodes that only move entries, so that they change no norm.
+_NAMES = (
+    "T Transpose Permute View UnsafeView ReshapeAlias Unsqueeze Squeeze Alias Clone ToCopy "
+    "Select Slice Split SplitWithSizes UnsafeSplit Chunk Unbind Narrow"
+)
+LAYOUT = {f"{name}Backward0" for name in _NAMES.split()}
+TRANSPOSES = {"TBackward0", "TransposeBackward0", "PermuteBackward0"}
+
+
+@dataclass(frozen=True)
+class Carrier:
+    """The way from a parameter, or a call without a batch axis, through a batch-free chain to a value.
+
+    Attributes:
+        value: the node that made the value, and which of its outputs it is.
+        start: the node of the parameter, or of the call's output.
+        shape: of what is at the start.
+        layout: what distinguishes the chain, if it only moves entries; else None.
+    """
+
+    value: Edge
+    start: Node
+    shape: tuple[int, ...]
+    layout: tuple[object, ...] | None
+
+    def __call__(self, form: PerSampleGradient) -> PerSampleGradient:
+        """The gradient of the start, given that of the value."""
+        if self.layout == ():
+            return form
+        if isinstance(form, Outer) and form.a.shape[1] == 1 and self._transposes(form):
+            return Outer(form.g, form.a, self.shape)
+        return Carried(form, partial(_vjp, self.value, self.start, self.shape), self.shape, self.layout)
+
+    def _transposes(self, form: Outer) -> bool:
+        single = self.value[0].name() in TRANSPOSES and self.layout is not None and len(self.layout) == 1
+        return single and len(self.shape) == 2 and form.shape == self.shape[::-1]
+
+
+def carrier(value: Edge, start: Node, shape: tuple[int, ...]) -> Carrier:
+    chain = _line(value, start)
+    layout = None
+    if chain is not None and all(node.name() in LAYOUT for node, _ in chain):
+        layout = tuple((node.name(), nr, _settings(node)) for node, nr in chain)
+    return Carrier(value, start, shape, layout)
+
+
+def _line(value: Edge, start: Node) -> list[Edge] | None:
+    """The nodes from a value down to its start, if they are a single line; else None."""
+    chain, (node, nr) = [], value
+    while node != start:
+        inputs = [(child, child_nr) for child, child_nr in node.next_functions if child is not None]
+        if len(inputs) != 1:
+            return None
+        chain.append((node, nr))
+        node, nr = inputs[0]
+    return chain
+
+
+def _settings(node: Node) -> tuple[object, ...]:
+    """What distinguishes two nodes of one kind: the sizes, axes and offsets that they saved."""
+    names = sorted(name for name in dir(node) if name.startswith("_saved_"))
+    values = [(name, getattr(node, name)) for name in names]
+    return tuple((name, str(value)) for name, value in values if not isinstance(value, Tensor))
+
+
+def _vjp(value: Edge, start: Node, shape: tuple[int, ...], grads: Tensor) -> Tensor:
+    """``[n, *value shape]`` -> ``[n, *shape]`` through the batch-free chain between the two.
+
+    The nodes are called one after the other, not through the engine, which would call hooks on the parameters.
+    """
+    order = _between(value[0], start)
+    found = []
+    for grad in grads:
+        pending: dict[Edge, Tensor] = {value: grad}
+        for node in order:
+            arrived = [pending.pop((node, nr), None) for nr in range(len(node._input_metadata))]
+            if all(g is None for g in arrived):
+                continue
+            results = node(*arrived)  # type: ignore[operator]  # nodes are callable
+            results = results if isinstance(results, tuple) else (results,)
+            for (child, nr), result in zip(node.next_functions, results, strict=True):
+                if child is not None and (child == start or child in order):
+                    if result is None:
+                        raise CoverageError(
+                            f"{node.name()} gives no gradient for what a parameter went into: the backward pass under way was "
+                            "asked for some gradients only (inputs=); call backward() without"
+                        )
+                    part = result.sum_to_size(value_shape(child, nr))
+                    before = pending.get((child, nr))
+                    pending[child, nr] = part if before is None else before + part
+        total = pending.get((start, 0))
+        found.append(grads.new_zeros(shape) if total is None else total.reshape(shape).to(grads.dtype))
+    return torch.stack(found) if found else grads.new_zeros(0, *shape)
+
+
+def _between(first: Node, last: Node) -> list[Node]:
+    """The nodes from ``first`` down to before ``last``, each after all of its consumers."""
+    order: list[Node] = []
+    seen = {first, last}
+    stack: list[tuple[Node, bool]] = [(first, False)] if first != last else []
+    while stack:
+        node, done = stack.pop()
+        if done:
+            order.append(node)
+            continue
+        stack.append((node, True))
+        for child, _ in node.next_functions:
+            if child is not None and child not in seen and child.next_functions:
+                seen.add(child)
+                stack.append((child, False))
+    return order[::-1]
+
+
+def value_shape(node: Node, nr: int) -> tuple[int, ...]:
+    variable = getattr(node, "variable", None)
+    return tuple(variable.shape if variable is not None else node._input_metadata[nr].shape)

@@ -1,0 +1,175 @@
+"""The frontier: where what was computed from parameters alone meets the data."""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch.autograd.graph import GradientEdge, Node
+
+from torch_secorder.capture import Forward, Record
+from torch_secorder.graph.chain import Carrier, Edge, carrier, value_shape
+from torch_secorder.graph.look import Look
+from torch_secorder.graph.walk import Walk
+from torch_secorder.parameters import ParameterTable
+from torch_secorder.placement import Evidence, Placement, Unplaced
+from torch_secorder.rules.nodes import Place, has_rule
+
+
+@dataclass(frozen=True)
+class Part:
+    """A batch-free value that a frontier node takes.
+
+    Attributes:
+        index: which input of the node it is.
+        shape: the value's shape.
+        targets: what the value was computed from, each with the way there: the position of a parameter, or the record of a
+            module that was called without a batch axis.
+    """
+
+    index: int
+    shape: tuple[int, ...]
+    targets: list[tuple[int | Record, Carrier]]
+
+
+@dataclass(eq=False)
+class Use:
+    """A frontier node: where batch-free values meet the data, outside of any hooked module's call.
+
+    Attributes:
+        parts: the values.
+        placement: where the node's output has its samples.
+        output: which of its outputs that is.
+        starts_graph: whether nothing before the node is differentiated but batch-free values.
+        calls_nodes: whether its gradients take calls of nodes, which have no answer inside of a backward pass that was asked
+            for other gradients only.
+    """
+
+    forward: Forward
+    parts: list[Part]
+    placement: Placement
+    output: int
+    starts_graph: bool
+    calls_nodes: bool = False
+    fired_in: int | None = None
+
+    def place(self, node: Node, part: Part, memo: dict[str, Any]) -> Place:
+        """One of the values, for its rule."""
+        assert self.forward.n is not None
+        shape = tuple(node._input_metadata[self.output].shape)
+        return Place(node, part.index, part.shape, shape, self.placement, self.forward.n, memo)
+
+    def edges(self, node: Node) -> list[GradientEdge]:
+        """Where the gradients of the node's outputs arrive."""
+        return [GradientEdge(node, nr) for nr in range(len(node._input_metadata))]
+
+
+class Frontier:
+    """From unaccounted uses and shared calls up to the nodes where they meet the data."""
+
+    def __init__(self, walk: Walk, shared: list[Record], look: Look, n: int, table: ParameterTable):
+        self._walk, self._look, self._n, self._table = walk, look, n, table
+        self._shared = {node: r for node, records in walk.records.items() for r in records if r in shared}
+        self._parents: dict[Node, list[Edge]] = defaultdict(list)
+        for node, inputs in walk.children.items():
+            for index, (child, _) in enumerate(inputs):
+                if child is not None and (node not in walk.records):
+                    self._parents[child].append((node, index))
+
+    def uses(self, forward: Forward) -> list[tuple[Use, Node]]:
+        """Every frontier use."""
+        starts = [
+            (*edge, f"{self._table.names[position]}/") for position, edges in self._walk.uses.items() for edge in edges
+        ]
+        for node, record in self._shared.items():
+            starts += [(*edge, f"{record.site.name}()/") for edge in self._parents[node]]
+        found: dict[Node, tuple[Placement, int]] = {}
+        indices: dict[Node, list[int]] = defaultdict(list)
+        done: set[Edge] = set()
+        level = starts
+        while level:
+            level = list({item[:2]: item for item in level if item[:2] not in done}.values())
+            done |= {item[:2] for item in level}
+            following: list[tuple[Node, int, str]] = []
+            for (node, index, path), (seen, output) in zip(level, self._evidence(level), strict=True):
+                if isinstance(seen, Placement):
+                    found[node] = seen, output
+                    indices[node].append(index)
+                elif seen is Unplaced.SHARED:
+                    following += [(*edge, f"{path}{node.name()}/") for edge in self._parents[node]]
+            level = following
+        return [self._use(forward, node, indices[node], *found[node], set(found)) for node in found]
+
+    def _evidence(self, level: list[tuple[Node, int, str]]) -> list[tuple[Evidence, int]]:
+        """For each node the evidence for the first of its outputs that has any, and which that is."""
+        if self._n == 1:
+            return [(Placement(0, "outer"), 0)] * len(level)
+        wanted: list[tuple[object, GradientEdge, Sequence[int]]] = []
+        counts: dict[object, int] = defaultdict(int)
+        for node, index, path in level:
+            what = f"{path}{node.name()}:{index}"
+            for nr, meta in enumerate(node._input_metadata):
+                wanted.append((("use", what, counts[what], nr), GradientEdge(node, nr), meta.shape))
+            counts[what] += 1
+        found = iter(self._look(wanted))
+        chosen: list[tuple[Evidence, int]] = []
+        for node, _, _ in level:
+            several = list(itertools.islice(found, len(node._input_metadata)))
+            placed = [nr for nr, what in enumerate(several) if isinstance(what, Placement)]
+            nr = placed[0] if placed else several.index(Unplaced.SHARED) if Unplaced.SHARED in several else 0
+            chosen.append((several[nr], nr))
+        return chosen
+
+    def _use(
+        self, forward: Forward, node: Node, indices: list[int], placement: Placement, output: int, frontier: set[Node]
+    ) -> tuple[Use, Node]:
+        parts = []
+        for index in indices:
+            child, nr = node.next_functions[index]
+            assert child is not None
+            shape = value_shape(child, nr)
+            parts.append(Part(index, shape, self._targets(child, nr)))
+        others = [c for i, (c, _) in enumerate(node.next_functions) if i not in indices and c is not None]
+        use = Use(forward, parts, placement, output, all(self._is_free(c, frontier) for c in others))
+        ruled = all(has_rule(use.place(node, part, {})) for part in parts)
+        use.calls_nodes = not ruled or any(c.layout is None for part in parts for _, c in part.targets)
+        return use, node
+
+    def _is_free(self, node: Node, frontier: set[Node]) -> bool:
+        """Whether a node's value was computed from parameters alone."""
+        stack, seen = [node], {node}
+        while stack:
+            current = stack.pop()
+            if current in self._walk.leaves or current in self._shared:
+                continue
+            if current in self._walk.records or current in frontier or not current.next_functions:
+                return False
+            for child, _ in current.next_functions:
+                if child is not None and child not in seen:
+                    seen.add(child)
+                    stack.append(child)
+        return True
+
+    def _targets(self, value: Node, nr: int) -> list[tuple[int | Record, Carrier]]:
+        """Everything that a batch-free value was computed from."""
+        leaves = self._walk.leaves
+        ends: dict[Node, int | Record] = {}
+        stack, seen = [value], {value}
+        while stack:
+            node = stack.pop()
+            if node in leaves:
+                ends[node] = leaves[node]
+            elif node in self._shared:
+                ends[node] = self._shared[node]
+            else:
+                for child, _ in node.next_functions:
+                    if child is not None and child not in seen:
+                        seen.add(child)
+                        stack.append(child)
+        return [(target, carrier((value, nr), node, self._shape_of(target))) for node, target in ends.items()]
+
+    def _shape_of(self, target: int | Record) -> tuple[int, ...]:
+        return self._table.rows[target].shape if isinstance(target, int) else tuple(target.shape)

@@ -1,0 +1,83 @@
+"""Evidence for where the tensors in a graph have their samples, from backward passes of our own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from torch_secorder.capture import PROBES, current_backward
+from torch_secorder.errors import ShapeError
+from torch_secorder.placement import Evidence, Placement, Unplaced, bits, evidence, listed, weights
+
+
+class Look:
+    """Evidence for nodes of one graph, remembered for later graphs of the same model.
+
+    Args:
+        known: what was found out before.
+        roots: the model's outputs.
+        axis: where those have their samples; others tell nothing.
+        n: how many samples.
+    """
+
+    def __init__(self, known: dict[object, Evidence], roots: list[Tensor], axis: int, n: int):
+        self._known, self._n, self._axis = known, n, axis
+        self._roots = [x for x in roots if x.shape[axis] == n]
+
+    def __call__(self, wanted: list[tuple[object, GradientEdge, Sequence[int]]]) -> list[Evidence]:
+        """Evidence for each (key, edge, shape); what was found for a key before holds while it fits the shape."""
+        new = [item for item in wanted if not self._holds(item[0], item[2])]
+        if new:
+            plain, weighted = self._gradients(new, [torch.ones(self._n), weights(self._n)])
+            for (key, _, _), a, b in zip(new, plain, weighted, strict=True):
+                self._known[key] = evidence(a, b, weights(self._n))
+        scattered = [item for item in wanted if self._known[item[0]] is Unplaced.SCATTERED]
+        placed: dict[object, Evidence] = {}
+        if scattered:  # never remembered: a router decides anew for each batch
+            columns = zip(*self._gradients(scattered, [torch.ones(self._n), *bits(self._n)]), strict=True)
+            for (key, _, _), column in zip(scattered, columns, strict=True):
+                found = [g for g in column if g is not None]
+                placed[key] = listed(found[0], found[1:]) if len(found) == len(column) else Unplaced.NOTHING
+        return [placed.get(key, self._known[key]) for key, _, _ in wanted]
+
+    def _holds(self, key: object, shape: Sequence[int]) -> bool:
+        known = self._known.get(key)
+        if isinstance(known, Placement):
+            return known.fits(shape, self._n)
+        return known in (Unplaced.SHARED, Unplaced.SCATTERED)
+
+    def _gradients(
+        self, wanted: list[tuple[object, GradientEdge, Sequence[int]]], factors: list[Tensor]
+    ) -> list[list[Tensor | None]]:
+        """For each set of factors for the samples, the gradients at the wanted edges in the wanted shapes."""
+        if not self._roots:
+            raise ShapeError(
+                f"where this model has its {self._n} samples can't be found out: it returns no differentiable tensor with as "
+                f"many indices on axis {self._axis}; return the outputs along with the loss, or pass batch_axis="
+            )
+        found = []
+        generator = torch.Generator().manual_seed(0)
+        seeds = [torch.randn(x.shape, generator=generator).to(x.device, x.dtype) for x in self._roots]
+        with torch.enable_grad():
+            # Nodes of our own run before all others, so that no monitor of this model takes this pass for the user's.
+            roots = [x.view_as(x) for x in self._roots]
+            for root in roots:
+                root.grad_fn.register_prehook(_probe)  # type: ignore[union-attr]
+            edges = [edge for _, edge, _ in wanted]
+            for factor in factors:
+                scaled = [s * factor.to(s).view(-1, *[1] * (s.dim() - 1 - self._axis)) for s in seeds]
+                grads = torch.autograd.grad(roots, edges, scaled, retain_graph=True, allow_unused=True)
+                found.append([_shaped(g, shape) for g, (_, _, shape) in zip(grads, wanted, strict=True)])
+            PROBES.clear()
+        return found
+
+
+def _shaped(grad: Tensor | None, shape: Sequence[int]) -> Tensor | None:
+    return None if grad is None else grad.reshape(tuple(shape))
+
+
+def _probe(grads: object) -> None:
+    PROBES.add(current_backward())

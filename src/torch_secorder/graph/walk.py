@@ -1,0 +1,108 @@
+"""One traversal of the autograd graph, from the model's outputs to its parameters."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.autograd.graph import Node
+
+from torch_secorder.capture import Forward, Record, tensors
+from torch_secorder.graph.chain import Edge
+from torch_secorder.parameters import ParameterTable
+
+
+class Walk:
+    """One traversal of the graph.
+
+    Attributes:
+        children: node -> its inputs, for the nodes outside of hooked modules' calls.
+        records: nodes at which such a call ends.
+        uses: position -> edges (consumer, index of its input) that no call accounts for.
+        leaves: where the gradients of parameters are accumulated -> position.
+    """
+
+    def __init__(self, roots: Sequence[Tensor], forward: Forward, leaves: dict[Node, int]):
+        self.children: dict[Node, Any] = {}
+        self.records: dict[Node, list[Record]] = defaultdict(list)
+        self.uses: dict[int, list[Edge]] = defaultdict(list)
+        ends: dict[Node, list[Record]] = defaultdict(list)
+        for record, edge in forward.records:
+            if record.site.rule is not None:
+                ends[edge.node].append(record)
+        self.leaves = leaves
+        stack = [x.grad_fn for x in roots if x.grad_fn is not None]
+        seen = set(stack)
+        while stack:
+            node = stack.pop()
+            if node in ends:
+                self.records[node] = ends[node]
+                inside = self._inside(node, ends[node])
+                self.children[node] = inside
+                following: Iterable[Node] = [child for child, _ in inside]
+            else:
+                inputs = node.next_functions
+                self.children[node] = inputs
+                following = self._followed(node, inputs)
+            for child in following:
+                if child not in seen:
+                    seen.add(child)
+                    stack.append(child)
+
+    def _followed(self, node: Node, inputs: Any) -> list[Node]:
+        following = []
+        for index, (child, _) in enumerate(inputs):
+            if child is None:
+                continue
+            position = self.leaves.get(child)
+            if position is not None:
+                self.uses[position].append((node, index))
+            else:
+                following.append(child)
+        return following
+
+    def _inside(self, node: Node, records: list[Record]) -> list[Edge]:
+        """What a hooked module's call consumed from outside of it, and the uses of others' parameters inside of it."""
+        owned = {position for record in records for position in record.site.parameters.values()}
+        boundary = {edge for record in records for edge in record.boundary}
+        outside: list[Edge] = []
+        stack, seen = [node], {node}
+        while stack:
+            current = stack.pop()
+            for index, (child, nr) in enumerate(current.next_functions):
+                if child is None:
+                    continue
+                if child in boundary:
+                    outside.append((child, nr))
+                elif (position := self.leaves.get(child)) is not None:
+                    if position not in owned:
+                        self.uses[position].append((current, index))
+                elif child not in seen:
+                    seen.add(child)
+                    stack.append(child)
+        return outside
+
+    def coincidences(self, n: int) -> bool:
+        """Whether any tensor in the graph has n indices on another axis than the first, so that shapes prove nothing."""
+        return any(n in meta.shape[1:] for node in self.children for meta in node._input_metadata)
+
+
+def used_by_loss(loss: Tensor, outputs: Any, table: ParameterTable) -> list[str]:
+    """The parameters that a loss uses by another way than through the model's outputs: weight penalties, for one."""
+    stop = {x.grad_fn for x in tensors(outputs) if x.grad_fn is not None}
+    found: dict[str, None] = {}
+    stack: list[Node | None] = [loss.grad_fn]
+    seen = set(stack)
+    while stack:
+        node = stack.pop()
+        if node is None or node in stop:
+            continue
+        if (position := table.position(getattr(node, "variable", None))) is not None:
+            found[table.names[position]] = None
+        for child, _ in node.next_functions:
+            if child not in seen:
+                seen.add(child)
+                stack.append(child)
+    return list(found)
