@@ -18,6 +18,7 @@ from torch_secorder.parameters import ParameterTable, unwrapped
 from torch_secorder.passes import Samples
 from torch_secorder.plan import BatchAxis, planned
 from torch_secorder.run import Run, checked_loss, checked_targets, reduction_of, undisturbed
+from torch_secorder.trees import mapped
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,23 @@ class FisherKind:
         return k, (model.draw(outputs, generator) for _ in range(k)), 1 / k
 
 
+@dataclass(frozen=True)
+class Batch:
+    """One batch, analysed.
+
+    Attributes:
+        samples: squared norms of its per-sample gradients.
+        outputs: what the model returned, without its graph.
+        random: whether the forward drew random numbers.
+        reduction: how the loss combines samples, where that was found out.
+    """
+
+    samples: Samples
+    outputs: Any
+    random: bool
+    reduction: str = "sum"
+
+
 class Analysis:
     """A model prepared for batches.
 
@@ -85,8 +103,8 @@ class Analysis:
         with self.differentiable():
             planned(self.model, self.table, batch_axis)  # refuse now what can't be right later
 
-    def empirical(self, loss_fn: Callable[[Any, Any], Tensor], inputs: Any, targets: Any) -> tuple[Samples, str]:
-        """Squared norms of g_n, and how the loss reduces."""
+    def empirical(self, loss_fn: Callable[[Any, Any], Tensor], inputs: Any, targets: Any) -> Batch:
+        """Squared norms of g_n."""
         with self._prepared() as run:
             outputs = run(inputs)
             checked_targets(targets, run.n)
@@ -99,7 +117,8 @@ class Analysis:
             reduction = reduction_of(loss_fn, outputs, targets, loss, run.n)
             samples = run.backward(loss)
         factor = run.n**2 if reduction == "mean" else 1
-        return replace(samples, norms=samples.norms * factor), reduction
+        samples = replace(samples, norms=samples.norms * factor)
+        return Batch(samples, mapped(Tensor.detach, outputs), run.random, reduction)
 
     def fisher(self, kind: FisherKind, inputs: Any, targets: Any, generator: torch.Generator) -> Samples:
         """Expected squared norms of the gradient of -log p(y | x_n)."""
@@ -115,10 +134,11 @@ class Analysis:
             samples = reduce(lambda a, b: replace(b, norms=a.norms + b.norms), passes, nothing)
         return replace(samples, norms=samples.norms * factor)
 
-    def of(self, root: Callable[[Any], Tensor], inputs: Any) -> Samples:
+    def of(self, root: Callable[[Any], Tensor], inputs: Any) -> Batch:
         """Squared norms of the per-sample gradients of ``root(outputs)``, a sum over samples."""
         with self._prepared() as run:
-            return run.backward(root(run(inputs)))
+            outputs = run(inputs)
+            return Batch(run.backward(root(outputs)), mapped(Tensor.detach, outputs), run.random)
 
     @contextmanager
     def differentiable(self) -> Iterator[None]:

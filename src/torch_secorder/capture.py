@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -21,12 +21,27 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from torch_secorder.errors import CoverageError, ShapeError, UnsupportedError
 from torch_secorder.placement import Placement
+from torch_secorder.trees import tensors
 
 current_backward: Callable[[], int] = torch._C._current_graph_task_id  # -1 outside of any backward pass
 
 # Backward passes under way that the library itself started to see where samples are. They go through the user's graph,
 # where hooks of other monitors may be; device threads run them too, so this can't be a thread's own.
 PROBES: set[int] = set()
+
+
+@contextmanager
+def probe(roots: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Copies of the roots, from which backward passes inside are the library's own."""
+    copies = [x.view_as(x) for x in roots]
+    for root in copies:
+        assert root.grad_fn is not None
+        # Nodes of our own run before all others, so that no monitor of this model takes the pass for the user's.
+        root.grad_fn.register_prehook(lambda grads: PROBES.add(current_backward()))
+    try:
+        yield copies
+    finally:
+        PROBES.clear()
 
 
 def probing() -> bool:
@@ -177,7 +192,7 @@ class Capture:
         on_end: Callable[[Forward, Any], object] | None = None,
     ):
         self._model, self._sites, self._on_gradient = model, sites, on_gradient
-        self._batch_axis, self._guards, self._anchored = batch_axis, guards or {}, anchored
+        self.batch_axis, self._guards, self._anchored = batch_axis, guards or {}, anchored
         self._on_replay, self._on_end = on_replay, on_end
         self._handles = ExitStack()
         self._running: Forward | None = None
@@ -208,7 +223,7 @@ class Capture:
 
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """The model is called."""
-        n = batch_size((*args, *kwargs.values()), self._batch_axis)
+        n = batch_size((*args, *kwargs.values()), self.batch_axis)
         self._running = Forward(n, replay_of=self._replay())
 
     def end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -342,17 +357,6 @@ def batch_size(values: Sequence[Any], axis: int) -> int | None:
     if 0 in sizes:
         raise ShapeError("the batch is empty: a tensor among the model's inputs has 0 samples")
     return next((size for size in sizes if size != 1), 1 if sizes else None)
-
-
-def tensors(value: Any) -> Iterator[Tensor]:
-    """Every tensor in nested mappings and sequences."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        yield from tensors(list(value.values()))
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from tensors(item)
 
 
 def _versions(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, ...]:

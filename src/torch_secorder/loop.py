@@ -102,14 +102,14 @@ def fisher_report(
     for number, (inputs, targets) in enumerate(_batches(data, max_batches, progress)):
         if fisher == "empirical":
             assert loss_fn is not None
-            samples, found = analysis.empirical(loss_fn, inputs, targets)
-            reduction = reduction or found
+            batch = analysis.empirical(loss_fn, inputs, targets)
+            samples, reduction = batch.samples, reduction or batch.reduction
             if verify and number == 0:
-                scale = samples.batch if found == "mean" else 1
-                verified(analysis, partial(_loss, loss_fn, targets, scale), inputs, samples)
+                scale = samples.batch if batch.reduction == "mean" else 1
+                verified(analysis, partial(_loss, loss_fn, targets, scale), inputs, batch)
         else:
             if verify and number == 0:
-                verified(analysis, _projection, inputs)
+                verified(analysis, _projection, inputs, analysis.of(_projection, inputs))
             samples = analysis.fisher(kind, inputs, targets, generator)
         statistics.update(samples.norms, {}, samples.rules, samples.reached, {})
     if not statistics.n:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -21,7 +22,9 @@ from torch_secorder.passes import Output, Pass
 from torch_secorder.per_sample import direction
 from torch_secorder.plan import BatchAxis, planned
 from torch_secorder.report import By, Report
+from torch_secorder.single import compare, norms_of_first
 from torch_secorder.statistics import Statistics
+from torch_secorder.trees import tensors
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -114,6 +117,8 @@ class FisherMonitor:
         self._capture: Capture | None = None
         self._handles = ExitStack()
         self._passes: dict[int, _OpenPass] = {}
+        self._outputs: list[weakref.ref[Tensor]] = []  # of the model's latest call
+        self._expected: Tensor | None = None  # the first sample's squared norms, where they are to be verified
         self._parents: dict[int, int] = {}  # a backward pass inside of another one (checkpointing) -> the outer one
 
     # ------------------------------------------------------------------------------------------------ the block
@@ -123,13 +128,13 @@ class FisherMonitor:
             raise LifecycleError("this monitor is active already; leave its block first, or use a second monitor")
         plan = planned(self._model, self._table, self._batch_axis)
         sites = plan.sites + (plan.watched(self._model) if self._statistics.keeps["activations"] else [])
+        audit = Audit(self._table, self._used, plan.batch_axis)
         capture = Capture(
             *(self._model, sites, self._arrived, plan.batch_axis, plan.guards),
             anchored=self._all,
             on_replay=self._opened,
-            on_end=lambda forward, outputs: audit.uses(forward, outputs),
+            on_end=partial(self._ended, audit.uses),
         )
-        audit = Audit(self._table, self._used, plan.batch_axis)
         with ExitStack() as handles:
             handles.enter_context(capture)
             for position, tensor in enumerate(self._table.tensors):
@@ -144,6 +149,11 @@ class FisherMonitor:
         self._passes.clear()
         self._parents.clear()
         self._handles.close()
+
+    def _ended(self, audit: Callable[[Forward, Any], object], forward: Forward, outputs: Any) -> None:
+        """The model returns."""
+        audit(forward, outputs)
+        self._outputs = [weakref.ref(x) for x in tensors(outputs)]
 
     def _arrived(self, record: Record, grad: Tensor) -> None:
         """The gradient of a module's output, inside the backward pass."""
@@ -189,6 +199,8 @@ class FisherMonitor:
 
     def _guarded(self, action: Callable[[_OpenPass], None]) -> None:
         """Do something for the backward pass under way; what goes wrong must wait for its end."""
+        if probing():
+            return
         task = current_backward()
         current = self._opened(self._parents.get(task, task))
         if current.error is not None:
@@ -211,6 +223,35 @@ class FisherMonitor:
             self._passes[task] = _OpenPass(collected)
             _at_the_end(partial(self._closed, task))
         return self._passes[task]
+
+    def verify(self, loss: Tensor) -> None:
+        """Have the next backward pass, which must be that of ``loss``, checked for one sample.
+
+        The first sample's gradient is taken by plain autograd, through the outputs of the model's latest call inside the
+        block; at the end of the backward pass the hooks must have found the same. It costs one more backward pass, and finds
+        layers that mix samples and rules that are wrong. :func:`fisher_report` does the like by itself.
+
+        Args:
+            loss: computed from the model's latest outputs inside this monitor's block, not yet differentiated.
+
+        Raises:
+            VerificationError: at the end of the backward pass, naming the parameters that differ.
+            LifecycleError: outside of the block, or if the loss doesn't depend on the latest outputs.
+
+        Example:
+            >>> import torch
+            >>> model = torch.nn.Linear(3, 2)
+            >>> with FisherMonitor(model) as monitor:
+            ...     loss = model(torch.randn(8, 3)).square().mean()
+            ...     monitor.verify(loss)
+            ...     loss.backward()
+        """
+        outputs = [x for reference in self._outputs if (x := reference()) is not None and x.requires_grad]
+        if self._capture is None or not outputs:
+            raise LifecycleError(
+                "verify: call the model inside the monitor's block, keep its outputs, and pass their loss"
+            )
+        self._expected = norms_of_first(loss, outputs, self._table.tensors, self._capture.batch_axis)
 
     def _closed(self, task: int) -> None:
         """A backward pass is over: count it, or raise why not. The user's gradients are complete by now."""
@@ -247,6 +288,9 @@ class FisherMonitor:
                 "which belongs to no sample: differentiate it in a backward pass outside of the monitor, or use the "
                 "optimizer's weight_decay), or a rule is wrong; the batch is left out"
             )
+        expected, self._expected = self._expected, None
+        if expected is not None and not samples.skipped:
+            compare(self._table.names, samples.norms[:, 0], expected)
         factor = samples.batch / _scale(self._loss_scale) if self._reduction == "mean" else 1 / _scale(self._loss_scale)
         gradients = (
             torch.stack([g.double().cpu() for g in current.gradients.values()]) if current.gradients else torch.zeros(0)

@@ -140,10 +140,12 @@ class Pass:
         forward, site = record.forward, record.site
         assert record.placement is not None
         self._half = self._half or grad.dtype in HALF
-        call = record.call(grad)
+        whole = record.placement.whole
+        call = record.shared_call(grad.reshape(1, *record.shape)) if whole else record.call(grad)
         size = len(call.grad_output)
         block = self._block(forward, forward.n or size)
-        owner = record.placement.owner(size, block.n, grad.device)
+        owner = record.placement.owner(record.shape[record.placement.axis], block.n, grad.device)
+        owner = owner[:1] if whole and owner is not None else owner
         if site.rule is None:
             assert record.moments is not None
             norms = Dense(call.grad_output.flatten(1)).squared_norm()

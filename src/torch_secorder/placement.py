@@ -38,6 +38,11 @@ class Placement:
             return size == len(self.listed)
         return size == n if self.fold == "none" else size > 0 and size % n == 0
 
+    @property
+    def whole(self) -> bool:
+        """Whether all of the tensor belongs to one sample: a module that was called for each sample in turn."""
+        return self.listed is not None and bool((self.listed == self.listed[0]).all())
+
     def owner(self, size: int, n: int, device: torch.device) -> Tensor | None:
         """The sample of each index, ``[size]``; None if index n is sample n."""
         if self.listed is not None:

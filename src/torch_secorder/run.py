@@ -6,7 +6,6 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, is_dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -14,12 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
-from torch_secorder.capture import Capture, Forward, Record, probing, tensors
+from torch_secorder.capture import Capture, Forward, Record, probing
 from torch_secorder.errors import ArgumentError, CoverageError, ShapeError, UnsupportedError
 from torch_secorder.graph import Audit, Use
 from torch_secorder.parameters import ParameterTable
 from torch_secorder.passes import Pass, Samples
 from torch_secorder.plan import Plan
+from torch_secorder.trees import mapped, rows, shrunk, tensors
 
 
 class Run:
@@ -30,6 +30,10 @@ class Run:
         table: the analysed parameters.
         plan: how it is captured.
         create_graph: make the squared norms differentiable.
+
+    Attributes:
+        n: how many samples the latest forward had.
+        random: whether it drew from the global random state.
     """
 
     def __init__(self, model: nn.Module, table: ParameterTable, plan: Plan, *, create_graph: bool = False):
@@ -46,6 +50,7 @@ class Run:
         self._defers = False
         self._deferred: list[Callable[[], None]] = []  # what has to wait for the end of the backward pass
         self.n = 0
+        self.random = False
 
     def __enter__(self) -> Run:
         self._capture.__enter__()
@@ -58,8 +63,11 @@ class Run:
     def __call__(self, inputs: Any) -> Any:
         """The model's outputs: a tensor is the argument, a tuple all positional and a mapping all keyword arguments."""
         self._inputs = [x for x in tensors(inputs) if x.requires_grad]
+        before = random_state()
         with torch.enable_grad():
-            return called(self._model, inputs)
+            outputs = called(self._model, inputs)
+        self.random = not all(map(torch.equal, before, random_state()))
+        return outputs
 
     def _audited(self, forward: Forward, outputs: Any) -> None:
         uses = self._audit.uses(forward, outputs)
@@ -139,6 +147,11 @@ class Run:
                 self._error = error
 
 
+def random_state() -> list[Tensor]:
+    """The state of every global random generator in use."""
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [])]
+
+
 def called(model: Callable[..., Any], inputs: Any) -> Any:
     """``model(inputs)``, with a tuple spread over positions and a mapping over keywords."""
     if isinstance(inputs, Mapping):
@@ -200,35 +213,8 @@ def reduction_of(loss_fn: Callable[[Any, Any], Tensor], outputs: Any, targets: A
     )
 
 
-def shrunk(x: Tensor) -> Tensor:
-    """Other values of the same kind: probabilities stay probabilities."""
-    if not x.is_floating_point():
-        return x
-    return x * torch.linspace(0.5, 1.0, max(x.numel(), 1), device=x.device, dtype=x.dtype)[: x.numel()].view(x.shape)
-
-
 def _ratio(a: float, b: float) -> float:
     return a / b if b and math.isfinite(b) else math.nan
-
-
-def rows(value: Any, index: list[int], n: int) -> Any:
-    """Those samples of every tensor in ``value`` that has n of them on axis 0."""
-    return mapped(lambda x: x[index] if x.dim() and x.shape[0] == n else x, value)
-
-
-def mapped(function: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """``function`` of every tensor in nested mappings, sequences and dataclasses."""
-    if isinstance(value, Tensor):
-        return function(value)
-    if isinstance(value, Mapping):
-        items = {key: mapped(function, item) for key, item in value.items()}
-        kind: Any = type(value)
-        return kind(**items) if is_dataclass(value) else kind(items)
-    if is_dataclass(value) and not isinstance(value, type):
-        return replace(value, **{f.name: mapped(function, getattr(value, f.name)) for f in fields(value)})
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(mapped(function, item) for item in value))
-    return type(value)(mapped(function, item) for item in value) if isinstance(value, (list, tuple)) else value
 
 
 def checked_loss(loss: Any, n: int, targets: Any) -> Tensor:

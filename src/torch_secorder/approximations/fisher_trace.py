@@ -65,8 +65,8 @@ def empirical_fisher_trace(
     """
     positive_int("num_samples", num_samples)
     analysis = Analysis(model, create_graph=create_graph)
-    samples, reduction = analysis.empirical(loss_fn, inputs, targets)
-    return _as_result(samples.norms.sum(0), reduction, analysis.table)
+    batch = analysis.empirical(loss_fn, inputs, targets)
+    return _as_result(batch.samples.norms.sum(0), batch.reduction, analysis.table)
 
 
 def generalized_fisher_trace(

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from torch_secorder.capture import Forward, Record, tensors
+from torch_secorder.capture import Forward, Record
 from torch_secorder.errors import ShapeError
 from torch_secorder.graph.frontier import Frontier, Use
 from torch_secorder.graph.look import Look
 from torch_secorder.graph.walk import Walk
 from torch_secorder.parameters import ParameterTable
 from torch_secorder.placement import Evidence, Placement, Unplaced
+from torch_secorder.trees import tensors
 
 
 class Audit:

@@ -53,6 +53,7 @@ class Carrier:
 
 
 def carrier(value: Edge, start: Node, shape: tuple[int, ...]) -> Carrier:
+    """The way from ``start`` to ``value``, looked through once."""
     chain = _line(value, start)
     layout = None
     if chain is not None and all(node.name() in LAYOUT for node, _ in chain):
@@ -128,5 +129,6 @@ def _between(first: Node, last: Node) -> list[Node]:
 
 
 def value_shape(node: Node, nr: int) -> tuple[int, ...]:
+    """The shape of a node's output, or of the parameter whose gradient the node accumulates."""
     variable = getattr(node, "variable", None)
     return tuple(variable.shape if variable is not None else node._input_metadata[nr].shape)

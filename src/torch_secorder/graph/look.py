@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from torch_secorder.capture import PROBES, current_backward
+from torch_secorder.capture import probe
 from torch_secorder.errors import ShapeError
 from torch_secorder.placement import Evidence, Placement, Unplaced, bits, evidence, listed, weights
 
@@ -61,23 +61,14 @@ class Look:
         found = []
         generator = torch.Generator().manual_seed(0)
         seeds = [torch.randn(x.shape, generator=generator).to(x.device, x.dtype) for x in self._roots]
-        with torch.enable_grad():
-            # Nodes of our own run before all others, so that no monitor of this model takes this pass for the user's.
-            roots = [x.view_as(x) for x in self._roots]
-            for root in roots:
-                root.grad_fn.register_prehook(_probe)  # type: ignore[union-attr]
+        with torch.enable_grad(), probe(self._roots) as roots:
             edges = [edge for _, edge, _ in wanted]
             for factor in factors:
                 scaled = [s * factor.to(s).view(-1, *[1] * (s.dim() - 1 - self._axis)) for s in seeds]
                 grads = torch.autograd.grad(roots, edges, scaled, retain_graph=True, allow_unused=True)
                 found.append([_shaped(g, shape) for g, (_, _, shape) in zip(grads, wanted, strict=True)])
-            PROBES.clear()
         return found
 
 
 def _shaped(grad: Tensor | None, shape: Sequence[int]) -> Tensor | None:
     return None if grad is None else grad.reshape(tuple(shape))
-
-
-def _probe(grads: object) -> None:
-    PROBES.add(current_backward())

@@ -9,9 +9,10 @@ from typing import Any
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from torch_secorder.capture import Forward, Record, tensors
+from torch_secorder.capture import Forward, Record
 from torch_secorder.graph.chain import Edge
 from torch_secorder.parameters import ParameterTable
+from torch_secorder.trees import tensors
 
 
 class Walk:

@@ -1,0 +1,48 @@
+"""Tensors in nested containers: what models take and return."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def tensors(value: Any) -> Iterator[Tensor]:
+    """Every tensor in nested mappings and sequences."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from tensors(list(value.values()))
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from tensors(item)
+
+
+def mapped(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """``function`` of every tensor in nested mappings, sequences and dataclasses."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, Mapping):
+        items = {key: mapped(function, item) for key, item in value.items()}
+        kind: Any = type(value)
+        return kind(**items) if is_dataclass(value) else kind(items)
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{f.name: mapped(function, getattr(value, f.name)) for f in fields(value)})
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(mapped(function, item) for item in value))
+    return type(value)(mapped(function, item) for item in value) if isinstance(value, (list, tuple)) else value
+
+
+def rows(value: Any, index: list[int], n: int) -> Any:
+    """Those samples of every tensor in ``value`` that has n of them on axis 0."""
+    return mapped(lambda x: x[index] if x.dim() and x.shape[0] == n else x, value)
+
+
+def shrunk(x: Tensor) -> Tensor:
+    """Other values of the same kind: probabilities stay probabilities."""
+    if not x.is_floating_point():
+        return x
+    return x * torch.linspace(0.5, 1.0, max(x.numel(), 1), device=x.device, dtype=x.dtype)[: x.numel()].view(x.shape)
