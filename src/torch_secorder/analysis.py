@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_secorder.errors import ArgumentError, CoverageError
-from torch_secorder.graph import used_by_loss
+from torch_secorder.graph import Memory, used_by_loss
 from torch_secorder.likelihoods import Likelihood, likelihood
 from torch_secorder.parameters import ParameterTable, unwrapped
 from torch_secorder.passes import Samples
@@ -99,7 +99,7 @@ class Analysis:
     ):
         self.model = unwrapped(model)
         self.table = ParameterTable(self.model, parameters)
-        self._batch_axis, self._create_graph = batch_axis, create_graph
+        self._batch_axis, self._create_graph, self._memory = batch_axis, create_graph, Memory()
         with self.differentiable():
             planned(self.model, self.table, batch_axis)  # refuse now what can't be right later
 
@@ -156,7 +156,9 @@ class Analysis:
     def _prepared(self) -> Iterator[Run]:
         with undisturbed(self.model), torch.enable_grad(), self.differentiable():
             plan = planned(self.model, self.table, self._batch_axis)
-            with Run(self.model, self.table, plan, create_graph=self._create_graph) as run:
+            with Run(
+                *(self.model, self.table, plan), create_graph=self._create_graph, memory=self._memory, rehearses=True
+            ) as run:
                 yield run
 
 

@@ -223,6 +223,8 @@ class Capture:
 
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """The model is called."""
+        if not self.active:
+            return
         n = batch_size((*args, *kwargs.values()), self.batch_axis)
         self._running = Forward(n, replay_of=self._replay())
 
@@ -248,6 +250,8 @@ class Capture:
         self, site: Site, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
     ) -> Tensor | None:
         """Record one call; returns a new output only where a frozen layer's output needs an anchor."""
+        if not self.active:
+            return None
         forward = self._running or self._outside(output, site)
         forward.calls.update(site.parameters.values())
         if not torch.is_grad_enabled():

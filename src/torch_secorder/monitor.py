@@ -16,7 +16,7 @@ from torch.autograd.graph import Node
 
 from torch_secorder.capture import Capture, Forward, Record, current_backward, probing
 from torch_secorder.errors import ArgumentError, CoverageError, LifecycleError
-from torch_secorder.graph import Audit, Use
+from torch_secorder.graph import Audit, Memory, Use
 from torch_secorder.parameters import ParameterTable, named_modules, unwrapped
 from torch_secorder.passes import Output, Pass
 from torch_secorder.per_sample import direction
@@ -114,6 +114,7 @@ class FisherMonitor:
         )
         self._types = {name: type(module).__name__ for name, module in named_modules(self._model)}
         self._all = parameters == "all"
+        self._memory = Memory()
         self._capture: Capture | None = None
         self._handles = ExitStack()
         self._passes: dict[int, _OpenPass] = {}
@@ -128,7 +129,7 @@ class FisherMonitor:
             raise LifecycleError("this monitor is active already; leave its block first, or use a second monitor")
         plan = planned(self._model, self._table, self._batch_axis)
         sites = plan.sites + (plan.watched(self._model) if self._statistics.keeps["activations"] else [])
-        audit = Audit(self._table, self._used, plan.batch_axis)
+        audit = Audit(self._table, self._used, plan.batch_axis, self._memory)
         capture = Capture(
             *(self._model, sites, self._arrived, plan.batch_axis, plan.guards),
             anchored=self._all,

@@ -73,7 +73,10 @@ def weights(n: int) -> Tensor:
 
 def evidence(plain: Tensor | None, weighted: Tensor | None, w: Tensor) -> Evidence:
     """What two gradients, for a seed and for the seed times w, say of a tensor's samples."""
-    if plain is None or weighted is None or not bool(plain.any()):
+    if plain is None or weighted is None or not plain.numel():
+        return Unplaced.NOTHING
+    # Numbers near the smallest ones don't double exactly.
+    if not float(plain.abs().max()) > 1e4 * torch.finfo(plain.dtype).tiny:
         return Unplaced.NOTHING
     n = len(w)
     # Of several axes that would do, the first with as many indices as samples is meant.

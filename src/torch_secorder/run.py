@@ -15,7 +15,7 @@ from torch.autograd.graph import GradientEdge, Node
 
 from torch_secorder.capture import Capture, Forward, Record, probing
 from torch_secorder.errors import ArgumentError, CoverageError, ShapeError, UnsupportedError
-from torch_secorder.graph import Audit, Use
+from torch_secorder.graph import Audit, Memory, Use
 from torch_secorder.parameters import ParameterTable
 from torch_secorder.passes import Pass, Samples
 from torch_secorder.plan import Plan
@@ -30,22 +30,35 @@ class Run:
         table: the analysed parameters.
         plan: how it is captured.
         create_graph: make the squared norms differentiable.
+        memory: what is known about the model already.
+        rehearses: whether the model may be run on a few samples first, to see where they are.
 
     Attributes:
         n: how many samples the latest forward had.
         random: whether it drew from the global random state.
     """
 
-    def __init__(self, model: nn.Module, table: ParameterTable, plan: Plan, *, create_graph: bool = False):
+    def __init__(
+        self,
+        model: nn.Module,
+        table: ParameterTable,
+        plan: Plan,
+        *,
+        create_graph: bool = False,
+        memory: Memory | None = None,
+        rehearses: bool = False,
+    ):
         self._model, self._table, self._plan, self._create_graph = model, table, plan, create_graph
         self._capture = Capture(
             *(model, plan.sites, self._arrived, plan.batch_axis, plan.guards),
             on_end=self._audited,
         )
-        self._audit = Audit(table, self._used, plan.batch_axis)
+        self._memory = memory or Memory()
+        self._audit = Audit(table, self._used, plan.batch_axis, self._memory, self._rehearse if rehearses else None)
         self._pass: Pass | None = None
         self._error: Exception | None = None
         self._starts: list[tuple[Record | Use, list[GradientEdge]]] = []
+        self._arguments: Any = None
         self._inputs: list[Tensor] = []
         self._defers = False
         self._deferred: list[Callable[[], None]] = []  # what has to wait for the end of the backward pass
@@ -58,16 +71,33 @@ class Run:
 
     def __exit__(self, *exc_info: object) -> None:
         self._capture.__exit__(*exc_info)
-        self._starts = []
+        self._starts, self._arguments = [], None
 
     def __call__(self, inputs: Any) -> Any:
         """The model's outputs: a tensor is the argument, a tuple all positional and a mapping all keyword arguments."""
+        self._arguments = inputs
         self._inputs = [x for x in tensors(inputs) if x.requires_grad]
         before = random_state()
         with torch.enable_grad():
             outputs = called(self._model, inputs)
         self.random = not all(map(torch.equal, before, random_state()))
         return outputs
+
+    def _rehearse(self) -> None:
+        """See where samples are in a batch of three of them, which costs far less than in the whole batch."""
+        if self._capture.last.n is None or self._capture.last.n < 8 or self._plan.batch_axis:
+            return
+        few = rows(self._arguments, [0, 1, 2], self._capture.last.n)
+        capture = Capture(
+            self._model, self._plan.sites, lambda record, grad: None, on_end=lambda *found: audit.uses(*found)
+        )
+        audit = Audit(self._table, lambda use, grads: None, memory=self._memory)
+        self._capture.active = False
+        try:
+            with fork_random(self._table.tensors), undisturbed(self._model), torch.enable_grad(), capture:
+                called(self._model, few)
+        finally:
+            self._capture.active = True
 
     def _audited(self, forward: Forward, outputs: Any) -> None:
         uses = self._audit.uses(forward, outputs)
@@ -145,6 +175,14 @@ class Run:
                 action()
             except Exception as error:
                 self._error = error
+
+
+@contextmanager
+def fork_random(parameters: Sequence[Tensor]) -> Iterator[None]:
+    """What is drawn inside leaves the global random state alone, also on the parameters' devices."""
+    devices = list({p.device for p in parameters if p.is_cuda})
+    with torch.random.fork_rng(devices=devices):
+        yield
 
 
 def random_state() -> list[Tensor]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_secorder.analysis import Analysis, Batch
-from torch_secorder.run import called, undisturbed
+from torch_secorder.run import called, fork_random, undisturbed
 from torch_secorder.single import check_separable, compare
 from torch_secorder.trees import mapped, rows, tensors
 
@@ -34,9 +34,8 @@ def verified(analysis: Analysis, loss: Callable[[Any], Tensor], inputs: Any, bat
     Raises:
         VerificationError: naming the parameters that differ, with both numbers.
     """
-    cuda = [p.device for p in analysis.table.tensors if p.is_cuda][:1]
     with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices=cuda))
+        stack.enter_context(fork_random(analysis.table.tensors))
         stack.enter_context(undisturbed(analysis.model))
         if batch.random:
             stack.enter_context(_eval_mode(analysis.model))

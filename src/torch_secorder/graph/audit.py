@@ -14,10 +14,10 @@ from torch.autograd.graph import GradientEdge, Node
 from torch_secorder.capture import Forward, Record
 from torch_secorder.errors import ShapeError
 from torch_secorder.graph.frontier import Frontier, Use
-from torch_secorder.graph.look import Look
+from torch_secorder.graph.look import Look, Memory
 from torch_secorder.graph.walk import Walk
 from torch_secorder.parameters import ParameterTable
-from torch_secorder.placement import Evidence, Placement, Unplaced
+from torch_secorder.placement import Placement, Unplaced
 from torch_secorder.trees import tensors
 
 
@@ -28,6 +28,8 @@ class Audit:
         table: the analysed parameters.
         on_use: called with a use and the gradients that arrived at its node, inside the backward pass.
         batch_axis: where the model's outputs have the batch axis.
+        memory: what is known about the model already.
+        rehearse: adds to the memory from a smaller batch, called when evidence is needed.
     """
 
     def __init__(
@@ -35,6 +37,8 @@ class Audit:
         table: ParameterTable,
         on_use: Callable[[Use, tuple[Tensor | None, ...]], None],
         batch_axis: int = 0,
+        memory: Memory | None = None,
+        rehearse: Callable[[], None] | None = None,
     ):
         self._table, self._on_use, self._axis = table, on_use, batch_axis
         self._leaves = {
@@ -42,7 +46,7 @@ class Audit:
             for position, p in enumerate(table.tensors)
             if p.requires_grad
         }
-        self._known: dict[object, Evidence] = {}
+        self._memory, self._rehearse = memory or Memory(), rehearse
 
     def uses(self, forward: Forward, outputs: Any) -> list[tuple[Use, Node]]:
         """Place every record of a forward, and hook every use that no record accounts for.
@@ -56,7 +60,7 @@ class Audit:
         n = forward.n
         if n is None:
             return []
-        look = Look(self._known, [x for x in roots if x.dim() > self._axis], self._axis, n)
+        look = Look(self._memory, [x for x in roots if x.dim() > self._axis], self._axis, n, self._rehearse)
         shared = self._placed(walk, forward, look, n)
         if not walk.uses and not shared:
             return []

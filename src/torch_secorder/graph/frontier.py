@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch.autograd.graph import GradientEdge, Node
 
 from torch_secorder.capture import Forward, Record
-from torch_secorder.graph.chain import Carrier, Edge, carrier, value_shape
-from torch_secorder.graph.look import Look
+from torch_secorder.graph.chain import LAYOUT, Carrier, Edge, carrier, value_shape
+from torch_secorder.graph.look import Key, Look, Wanted
 from torch_secorder.graph.walk import Walk
 from torch_secorder.parameters import ParameterTable
 from torch_secorder.placement import Evidence, Placement, Unplaced
@@ -94,6 +92,11 @@ class Frontier:
             level = list({item[:2]: item for item in level if item[:2] not in done}.values())
             done |= {item[:2] for item in level}
             following: list[tuple[Node, int, str]] = []
+            # What only moves the entries of a batch-free value gives another one; no evidence is needed for that.
+            for node, _, path in level:
+                if node.name() in LAYOUT and self._n > 1:
+                    following += [(*edge, f"{path}{node.name()}/") for edge in self._parents[node]]
+            level = [item for item in level if item[0].name() not in LAYOUT or self._n == 1]
             for (node, index, path), (seen, output) in zip(level, self._evidence(level), strict=True):
                 if isinstance(seen, Placement):
                     found[node] = seen, output
@@ -107,20 +110,26 @@ class Frontier:
         """For each node the evidence for the first of its outputs that has any, and which that is."""
         if self._n == 1:
             return [(Placement(0, "outer"), 0)] * len(level)
-        wanted: list[tuple[object, GradientEdge, Sequence[int]]] = []
-        counts: dict[object, int] = defaultdict(int)
+        wanted: list[Wanted] = []
+        sizes: list[list[int]] = []
+        counts: dict[str, int] = defaultdict(int)
         for node, index, path in level:
             what = f"{path}{node.name()}:{index}"
-            for nr, meta in enumerate(node._input_metadata):
-                wanted.append((("use", what, counts[what], nr), GradientEdge(node, nr), meta.shape))
             counts[what] += 1
-        found = iter(self._look(wanted))
+            place: Key = ("use", what, counts[what])
+            known = self._look.outputs.get(place)
+            sizes.append(list(range(len(node._input_metadata))) if known is None else [known])
+            for nr in sizes[-1]:
+                wanted.append(((*place, nr), GradientEdge(node, nr), node._input_metadata[nr].shape))
+        found, keys = iter(self._look(wanted)), iter(key for key, _, _ in wanted)
         chosen: list[tuple[Evidence, int]] = []
-        for node, _, _ in level:
-            several = list(itertools.islice(found, len(node._input_metadata)))
-            placed = [nr for nr, what in enumerate(several) if isinstance(what, Placement)]
-            nr = placed[0] if placed else several.index(Unplaced.SHARED) if Unplaced.SHARED in several else 0
-            chosen.append((several[nr], nr))
+        for outputs in sizes:
+            several = [(next(found), nr, next(keys)) for nr in outputs]
+            told = [item for item in several if item[0] is not Unplaced.NOTHING]
+            best, nr, key = next((item for item in told if isinstance(item[0], Placement)), (told or several)[0])
+            if told:
+                self._look.outputs[key[:-1]] = nr
+            chosen.append((best, nr))
         return chosen
 
     def _use(

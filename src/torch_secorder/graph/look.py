@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -12,30 +13,54 @@ from torch_secorder.capture import probe
 from torch_secorder.errors import ShapeError
 from torch_secorder.placement import Evidence, Placement, Unplaced, bits, evidence, listed, weights
 
+Key = tuple[object, ...]
+Wanted = tuple[Key, GradientEdge, Sequence[int]]  # what to remember it by, where in the graph, the shape to see it in
+
+
+@dataclass(eq=False)
+class Memory:
+    """What was found out about one model.
+
+    Attributes:
+        known: the evidence for each place that was looked at.
+        outputs: for nodes with several outputs, which one tells.
+    """
+
+    known: dict[Key, Evidence] = field(default_factory=dict)
+    outputs: dict[Key, int] = field(default_factory=dict)
+
 
 class Look:
     """Evidence for nodes of one graph, remembered for later graphs of the same model.
 
+    Attributes:
+        outputs: as in :class:`Memory`.
+
     Args:
-        known: what was found out before.
+        memory: what was found out before.
         roots: the model's outputs.
         axis: where those have their samples; others tell nothing.
         n: how many samples.
+        rehearse: fills the memory from a cheaper graph of the same model, if there is a way.
     """
 
-    def __init__(self, known: dict[object, Evidence], roots: list[Tensor], axis: int, n: int):
-        self._known, self._n, self._axis = known, n, axis
+    def __init__(self, memory: Memory, roots: list[Tensor], axis: int, n: int, rehearse: Callable[[], None] | None):
+        self._known, self.outputs, self._n, self._axis = memory.known, memory.outputs, n, axis
+        self._rehearse = rehearse
         self._roots = [x for x in roots if x.shape[axis] == n]
 
-    def __call__(self, wanted: list[tuple[object, GradientEdge, Sequence[int]]]) -> list[Evidence]:
+    def __call__(self, wanted: list[Wanted]) -> list[Evidence]:
         """Evidence for each (key, edge, shape); what was found for a key before holds while it fits the shape."""
         new = [item for item in wanted if not self._holds(item[0], item[2])]
+        if new and self._rehearse is not None:
+            self._rehearse()
+            new = [item for item in new if not self._holds(item[0], item[2])]
         if new:
             plain, weighted = self._gradients(new, [torch.ones(self._n), weights(self._n)])
             for (key, _, _), a, b in zip(new, plain, weighted, strict=True):
                 self._known[key] = evidence(a, b, weights(self._n))
         scattered = [item for item in wanted if self._known[item[0]] is Unplaced.SCATTERED]
-        placed: dict[object, Evidence] = {}
+        placed: dict[Key, Evidence] = {}
         if scattered:  # never remembered: a router decides anew for each batch
             columns = zip(*self._gradients(scattered, [torch.ones(self._n), *bits(self._n)]), strict=True)
             for (key, _, _), column in zip(scattered, columns, strict=True):
@@ -43,15 +68,13 @@ class Look:
                 placed[key] = listed(found[0], found[1:]) if len(found) == len(column) else Unplaced.NOTHING
         return [placed.get(key, self._known[key]) for key, _, _ in wanted]
 
-    def _holds(self, key: object, shape: Sequence[int]) -> bool:
+    def _holds(self, key: Key, shape: Sequence[int]) -> bool:
         known = self._known.get(key)
         if isinstance(known, Placement):
             return known.fits(shape, self._n)
         return known in (Unplaced.SHARED, Unplaced.SCATTERED)
 
-    def _gradients(
-        self, wanted: list[tuple[object, GradientEdge, Sequence[int]]], factors: list[Tensor]
-    ) -> list[list[Tensor | None]]:
+    def _gradients(self, wanted: list[Wanted], factors: list[Tensor]) -> list[list[Tensor | None]]:
         """For each set of factors for the samples, the gradients at the wanted edges in the wanted shapes."""
         if not self._roots:
             raise ShapeError(
