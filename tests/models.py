@@ -9,19 +9,24 @@ import os
 import warnings
 import zlib
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
 
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune, rnn
+from torch.overrides import TorchFunctionMode
 
 from oracles import Inputs, assert_equal, call, double_copy, mapped, relative_error, trace
 from problems._base import Forward
+from torch_secorder import FisherMonitor, fisher_report
+from torch_secorder.errors import CurvatureError
 
 Loss = Callable[[Any, Tensor], Tensor]
 
@@ -52,10 +57,24 @@ def of_numbers(outputs: Any, targets: Tensor, batch_axis: int = 0) -> Tensor:
     return (main_output(outputs) - targets).square().movedim(batch_axis, 0).flatten(1).sum(1).mean()
 
 
+class Widened(TorchFunctionMode):
+    """Casts to float32 are casts to float64: a norm that is always taken in float32 hides what float64 could show."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        wide = lambda x: torch.float64 if x is torch.float32 else x  # noqa: E731
+        func = Tensor.double if func is Tensor.float else func
+        return func(*map(wide, args), **{key: wide(value) for key, value in (kwargs or {}).items()})
+
+
+def at_full_width(dtype: torch.dtype) -> Any:
+    """A context in which models of this dtype compute in it throughout."""
+    return Widened() if dtype == torch.float64 else nullcontext()
+
+
 # Cases
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Case:
     """A model with inputs, and a loss whose normaliser is the number of samples.
 
@@ -65,7 +84,8 @@ class Case:
         batch_axis: where the inputs and outputs have the samples.
         options: for the analysis.
         refusals: "monitor" or "report" -> what the error says, as a regular expression, where refusing is right.
-        dtypes: in which it can run at all.
+        dtypes: in which the model can run.
+        reference: turns the float64 copy into one that can run in the loop.
     """
 
     name: str
@@ -77,6 +97,8 @@ class Case:
     batch_axis: int = 0
     options: Mapping[str, Any] = field(default_factory=dict)
     refusals: Mapping[str, str] = field(default_factory=dict)
+    dtypes: tuple[torch.dtype, ...] = (torch.float64, torch.float32)
+    reference: Callable[[nn.Module], object] = lambda model: None
 
     def setting(self, dtype: torch.dtype = torch.float64) -> Setting:
         """The same model, inputs and targets at every call, whatever the random state."""
@@ -92,7 +114,7 @@ class Case:
             else:
                 targets = torch.randn(outputs.shape).to(dtype)
             loss = of_classes if self.classes else partial(of_numbers, batch_axis=self.batch_axis)
-            return Setting(model, inputs, targets, loss, self.batch_axis)
+            return Setting(model, inputs, targets, loss, self.batch_axis, self.reference)
 
     def __str__(self) -> str:
         return self.name
@@ -105,6 +127,7 @@ class Setting:
     targets: Tensor
     loss_fn: Loss
     batch_axis: int
+    reference: Callable[[nn.Module], object]
 
     def loss(self) -> Tensor:
         return self.loss_fn(call(self.model, self.inputs), self.targets)
@@ -116,11 +139,12 @@ class Setting:
     def squared_norms(self, parameters: str = "trainable") -> dict[str, Tensor]:
         """t_{n,p}, [n], from plain autograd on one sample after the other, in float64."""
         twin, named = double_copy(self.model, parameters)
+        self.reference(twin)
         rows: dict[str, list[Tensor]] = {name: [] for name in named}
         for n in range(self.n):
-            inputs = mapped(self.inputs, lambda x: one(x, n, self.batch_axis))
-            targets = self.targets.double() if self.targets.is_floating_point() else self.targets
-            loss = self.loss_fn(call(twin, inputs), one(targets, n, self.batch_axis))
+            inputs = mapped(self.inputs, partial(one, n=n, axis=self.batch_axis))
+            with at_full_width(torch.float64):
+                loss = self.loss_fn(call(twin, inputs), one(self.targets, n, self.batch_axis))
             for name, g in zip(named, torch.autograd.grad(loss, list(named.values()), allow_unused=True), strict=True):
                 rows[name].append(torch.zeros(()).double() if g is None else g.to_dense().square().sum())
         return {name: torch.stack(row) for name, row in rows.items()}
@@ -158,17 +182,16 @@ def language(n: int = 4, t: int = 6) -> Callable[[], Inputs]:
     return lambda: {"input_ids": words(n, t)}
 
 
-def hugging(name: str, **options: Any) -> Callable[[], nn.Module]:
+def hugging(name: str, *, experts: str | None = None, **options: Any) -> Callable[[], nn.Module]:
     """The transformers model of that class, with a configuration of its own kind."""
 
     def build() -> nn.Module:
         import transformers
 
         kind = getattr(transformers, name)
-        implementation = options.get("experts_implementation")
-        config = kind.config_class(**{k: v for k, v in options.items() if k != "experts_implementation"})
-        if implementation:
-            config._experts_implementation = implementation
+        config = kind.config_class(**options)
+        if experts is not None:
+            config._experts_implementation = experts
         return kind(config)
 
     return build
@@ -304,11 +327,19 @@ def transformers_cases() -> list[Case]:
                     **LLAMA,
                     num_local_experts=4,
                     num_experts_per_tok=2,
-                    experts_implementation=way,
+                    experts=way,
                 ),
                 language(),
             )
-            for way in ("eager", "grouped_mm", "batched_mm")
+            for way in ("eager", "batched_mm")
+        ),
+        text(
+            "mixtral",
+            "Mixtral, grouped_mm experts (the default)",
+            hugging("MixtralForCausalLM", **LLAMA, num_local_experts=4, num_experts_per_tok=2),
+            language(),
+            dtypes=(torch.float32,),  # the kernel knows no other
+            reference=lambda model: setattr(model.config, "_experts_implementation", "eager"),
         ),
         text(
             "mamba",
@@ -333,7 +364,9 @@ def transformers_cases() -> list[Case]:
             lambda: {"input_ids": words(5, 5), "decoder_input_ids": words(5, 5)},
         ),
         text("bert", "BERT classifier", hugging("BertForSequenceClassification", **BERT), masked),
-        text("bert-square", "BERT classifier, square", hugging("BertForSequenceClassification", **BERT), language(5, 5)),
+        text(
+            "bert-square", "BERT classifier, square", hugging("BertForSequenceClassification", **BERT), language(5, 5)
+        ),
         text("bert-masked", "BERT masked language model", hugging("BertForMaskedLM", **BERT), masked),
         text(
             "distilbert",
@@ -380,9 +413,7 @@ def transformers_cases() -> list[Case]:
         text(
             "convnext",
             "ConvNeXt",
-            hugging(
-                "ConvNextForImageClassification", num_stages=2, hidden_sizes=[8, 16], depths=[1, 2], num_labels=3
-            ),
+            hugging("ConvNextForImageClassification", num_stages=2, hidden_sizes=[8, 16], depths=[1, 2], num_labels=3),
             image(4, 3, 16, 16),
         ),
         text("swin", "Swin", hugging("SwinForImageClassification", **SWIN), image(3, 3, 16, 16)),
@@ -404,6 +435,7 @@ def transformers_cases() -> list[Case]:
             partial(lora, hugging("LlamaForCausalLM", **LLAMA), target_modules=["q_proj", "v_proj"]),
             language(),
             options={"parameters": "all"},
+            refusals={"monitor": "frozen parameters of\n.*LlamaRMSNorm"},
         ),
         text(
             "dora-llama",
@@ -576,7 +608,9 @@ def recurrent_cases() -> list[Case]:
         "no_bias": {"bias": False},
     }
     for kind in (nn.LSTM, nn.GRU, nn.RNN):
-        extra = {"proj_size": {"num_layers": 2, "proj_size": 2}} if kind is nn.LSTM else {"relu": {"nonlinearity": "relu"}}
+        extra = (
+            {"proj_size": {"num_layers": 2, "proj_size": 2}} if kind is nn.LSTM else {"relu": {"nonlinearity": "relu"}}
+        )
         for name, options in {**settings, **(extra if kind is not nn.GRU else {})}.items():
             title, lower = f"nn.{kind.__name__}, {name}", kind.__name__.lower()
             body = partial(kind, 4, 3, batch_first=True, **options)
@@ -719,7 +753,12 @@ def computed_cases() -> list[Case]:
     spectral, legacy = parametrizations.spectral_norm, torch.nn.utils
     return [
         Case("weight_norm", "weight_norm on Linear", lambda: net(parametrizations.weight_norm(nn.Linear(4, 4))), rows),
-        Case("weight_norm-conv", "weight_norm on Conv1d", lambda: convolutional(parametrizations.weight_norm(conv())), signals),
+        Case(
+            "weight_norm-conv",
+            "weight_norm on Conv1d",
+            lambda: convolutional(parametrizations.weight_norm(conv())),
+            signals,
+        ),
         Case(
             "weight_norm-groups",
             "weight_norm on grouped Conv1d, dim=2",
@@ -727,11 +766,28 @@ def computed_cases() -> list[Case]:
             signals,
         ),
         Case("weight_norm-legacy", "weight_norm, legacy", lambda: net(legacy.weight_norm(nn.Linear(4, 4))), rows),
-        Case("weight_norm-legacy-conv", "weight_norm, legacy, Conv1d", lambda: convolutional(legacy.weight_norm(conv())), signals),
+        Case(
+            "weight_norm-legacy-conv",
+            "weight_norm, legacy, Conv1d",
+            lambda: convolutional(legacy.weight_norm(conv())),
+            signals,
+        ),
         Case("spectral_norm", "spectral_norm in eval mode", lambda: net(spectral(nn.Linear(4, 4))), rows),
-        Case("spectral_norm-conv", "spectral_norm on Conv1d in eval mode", lambda: convolutional(spectral(conv())), signals),
-        Case("spectral_norm-legacy", "spectral_norm, legacy, in eval mode", lambda: net(legacy.spectral_norm(nn.Linear(4, 4))), rows),
-        Case("orthogonal", "orthogonal parametrization", lambda: net(parametrizations.orthogonal(nn.Linear(4, 4))), rows),
+        Case(
+            "spectral_norm-conv",
+            "spectral_norm on Conv1d in eval mode",
+            lambda: convolutional(spectral(conv())),
+            signals,
+        ),
+        Case(
+            "spectral_norm-legacy",
+            "spectral_norm, legacy, in eval mode",
+            lambda: net(legacy.spectral_norm(nn.Linear(4, 4))),
+            rows,
+        ),
+        Case(
+            "orthogonal", "orthogonal parametrization", lambda: net(parametrizations.orthogonal(nn.Linear(4, 4))), rows
+        ),
         Case("parametrization", "a user's own parametrization", own_parametrization, rows),
         Case("parametrizations", "two parametrizations of one weight", stacked_parametrizations, rows),
         Case("pruned", "torch.nn.utils.prune, unstructured", partial(pruned, False), rows),
@@ -777,7 +833,12 @@ class Outer(nn.Module):
 def output_cases() -> list[Case]:
     kinds = ("tuple", "list", "dict", "dataclass")
     cases = [
-        Case(f"returns-{kind}", f"modules that take keywords and return a {kind}", partial(Outer, kind), lambda: torch.randn(5, 3, 4))
+        Case(
+            f"returns-{kind}",
+            f"modules that take keywords and return a {kind}",
+            partial(Outer, kind),
+            lambda: torch.randn(5, 3, 4),
+        )
         for kind in kinds
     ]
     cases.append(
@@ -821,18 +882,38 @@ class Outcome:
         return max(self.errors.values(), default=0.0)
 
 
-def judged(report: Any, expected: Mapping[str, Tensor], dtype: torch.dtype) -> Outcome:
-    """Each parameter's trace in a report against the loop's per-sample squared norms."""
+def outcome(case: Case, way: str, dtype: torch.dtype) -> Outcome:
+    """The traces of a monitor around a step, or of `fisher_report`, against a loop over samples."""
+    setting = case.setting(dtype)
+    expected = trace(setting.squared_norms(case.options.get("parameters", "trainable")))
+    try:
+        with at_full_width(dtype):
+            report = ways[way](setting, case.options)
+    except CurvatureError as error:
+        return Outcome(refusal=str(error))
     assert list(report.index) == list(expected)
-    traces = trace(expected)
-    total = torch.stack(list(traces.values())).sum()
-    outcome = Outcome(rules=sorted({rule for rules in report["rule"] for rule in rules.split(" + ")}))
-    for name, value in traces.items():
-        found = torch.tensor(report.loc[name, "fisher_trace"])
+    total = torch.stack(list(expected.values())).sum()
+    found = Outcome(rules=sorted({rule for rules in report["rule"] for rule in rules.split(" + ")}))
+    for name, value in expected.items():
+        mine = torch.tensor(report.loc[name, "fisher_trace"])
         if float(value) > 1e-12 * float(total):
-            outcome.errors[name] = float(relative_error(found, value))
+            found.errors[name] = float(relative_error(mine, value))
         try:
-            assert_equal(found, value, total, dtype)
+            assert_equal(mine, value, total, dtype)
         except AssertionError:
-            outcome.wrong.append(f"{name}: {float(found):.9g}, not {float(value):.9g}")
-    return outcome
+            found.wrong.append(f"{name}: {float(mine):.9g}, not {float(value):.9g}")
+    return found
+
+
+def monitored(setting: Setting, options: Mapping[str, Any]) -> pd.DataFrame:
+    with FisherMonitor(setting.model, **options) as monitor:
+        setting.loss().backward()
+    return monitor.report()
+
+
+def reported(setting: Setting, options: Mapping[str, Any]) -> pd.DataFrame:
+    data = (setting.inputs, setting.targets)
+    return fisher_report(setting.model, setting.loss_fn, data, progress=False, verify=True, **options)
+
+
+ways = {"monitor": monitored, "report": reported}

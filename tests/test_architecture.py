@@ -13,10 +13,12 @@ import torch_secorder
 ROOT = Path(torch_secorder.__file__).parent
 FLOORS = [
     "errors",
+    "trees",
     "placement",
     "parameters",
     "per_sample",
     "capture",
+    "single",
     "rules",
     "graph",
     "likelihoods",

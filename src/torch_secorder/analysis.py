@@ -99,9 +99,9 @@ class Analysis:
     ):
         self.model = unwrapped(model)
         self.table = ParameterTable(self.model, parameters)
-        self._batch_axis, self._create_graph, self._memory = batch_axis, create_graph, Memory()
+        self._create_graph, self._memory = create_graph, Memory()
         with self.differentiable():
-            planned(self.model, self.table, batch_axis)  # refuse now what can't be right later
+            self._plan = planned(self.model, self.table, batch_axis)
 
     def empirical(self, loss_fn: Callable[[Any, Any], Tensor], inputs: Any, targets: Any) -> Batch:
         """Squared norms of g_n."""
@@ -154,12 +154,18 @@ class Analysis:
 
     @contextmanager
     def _prepared(self) -> Iterator[Run]:
-        with undisturbed(self.model), torch.enable_grad(), self.differentiable():
-            plan = planned(self.model, self.table, self._batch_axis)
-            with Run(
-                *(self.model, self.table, plan), create_graph=self._create_graph, memory=self._memory, rehearses=True
-            ) as run:
-                yield run
+        with (
+            undisturbed(self.model),
+            torch.enable_grad(),
+            self.differentiable(),
+            Run(
+                *(self.model, self.table, self._plan),
+                create_graph=self._create_graph,
+                memory=self._memory,
+                rehearses=True,
+            ) as run,
+        ):
+            yield run
 
 
 def logits(outputs: Any) -> Tensor:

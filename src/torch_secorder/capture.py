@@ -25,6 +25,11 @@ from torch_secorder.trees import tensors
 
 current_backward: Callable[[], int] = torch._C._current_graph_task_id  # -1 outside of any backward pass
 
+# The hooks that save tensors elsewhere just now, activation checkpointing's for one, or None.
+saved_elsewhere: Callable[[], tuple[Any, Any] | None] = partial(
+    torch._C._autograd._top_saved_tensors_default_hooks, False
+)
+
 # Backward passes under way that the library itself started to see where samples are. They go through the user's graph,
 # where hooks of other monitors may be; device threads run them too, so this can't be a thread's own.
 PROBES: set[int] = set()
@@ -157,11 +162,29 @@ class Record:
     def _arguments(self) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
         if self.inputs is None:
             raise CoverageError(f"{self.site}: its inputs are gone, since a backward pass has been here already")
-        if _versions(self.inputs, self.kwargs) != self.versions:
+        if any(isinstance(x, _Packed) for x in (*self.inputs, *self.kwargs.values())):
+            self.inputs = tuple(_unpacked(x) for x in self.inputs)
+            self.kwargs = {name: _unpacked(x) for name, x in self.kwargs.items()}
+        elif _versions(self.inputs, self.kwargs) != self.versions:
             raise CoverageError(
                 f"{self.site}: its input was changed in place after the layer saw it; change it out of place"
             )
         return self.inputs, self.kwargs
+
+
+class _Packed:
+    """A tensor that the hooks for saved tensors have, and give back once."""
+
+    def __init__(self, value: Tensor, pack: Callable[[Tensor], Any], unpack: Callable[[Any], Tensor]):
+        self._packed, self._unpack = pack(value), unpack
+
+    def value(self) -> Tensor:
+        """The tensor."""
+        return self._unpack(self._packed)
+
+
+def _unpacked(value: Any) -> Any:
+    return value.value() if isinstance(value, _Packed) else value
 
 
 class Capture:
@@ -282,7 +305,12 @@ class Capture:
             )
         edge = output_edge(output, site)
         boundary = tuple(_node(x) for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.requires_grad)
-        record = Record(site, forward, args, kwargs, output.shape, found, boundary, _versions(args, kwargs))
+        versions = _versions(args, kwargs)
+        if (hooks := saved_elsewhere()) is not None:
+            # A tensor that we kept ourselves would stay in memory, which is what checkpointing is there to avoid.
+            args, versions = tuple(_Packed(x, *hooks) if isinstance(x, Tensor) else x for x in args), ()
+            kwargs = {k: _Packed(x, *hooks) if isinstance(x, Tensor) else x for k, x in kwargs.items()}
+        record = Record(site, forward, args, kwargs, output.shape, found, boundary, versions)
         if site.rule is None:
             record.inputs, record.kwargs, record.versions, record.moments = (), {}, (), moments(output)
         edge.node.register_prehook(partial(self._fired, record, edge.output_nr))

@@ -2,12 +2,13 @@
 
 Shapes can lie: a batch as large as a sequence is long, windows or heads folded into the batch, positions without a batch
 axis at all. The evidence that can't is the gradient itself. Send a random seed r back from the model's outputs, and then the
-same seed with sample n's part multiplied by w_n, which is 1 or 2: what belongs to sample n comes back multiplied by w_n,
-exactly, since powers of two multiply without rounding. What belongs to several samples does not.
+same seed with sample n's part multiplied by w_n, a power of two of its own: what belongs to sample n comes back multiplied by
+w_n, exactly, since powers of two multiply without rounding. What belongs to several samples does not.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -57,62 +58,68 @@ class Unplaced(Enum):
     """What else the evidence can say of a tensor."""
 
     SHARED = "it belongs to no single sample"
-    SCATTERED = "each of its rows belongs to one sample, in no order"
     NOTHING = "no gradient reaches it"
 
 
 Evidence = Placement | Unplaced
 
 
-def weights(n: int) -> Tensor:
-    """``w``, ``[n]``: ones and twos in no regular pattern, with both among any two neighbours that are the first or last."""
-    bits = torch.randint(2, (n,), generator=torch.Generator().manual_seed(n))
-    bits[0], bits[-1] = 0, 1
-    return 1.0 + bits
+BASE = 8  # how many different factors one backward pass tells apart; 1 to 128 leaves room even in float16
 
 
-def evidence(plain: Tensor | None, weighted: Tensor | None, w: Tensor) -> Evidence:
-    """What two gradients, for a seed and for the seed times w, say of a tensor's samples."""
-    if plain is None or weighted is None or not plain.numel():
+def factors(n: int) -> list[Tensor]:
+    """Factors for the samples, ``[n]`` each: ones, then a power of two for each digit of a sample's number.
+
+    Two samples differ in at least one of them.
+    """
+    samples = torch.arange(n)
+    digits = max(1, math.ceil(math.log(max(n, 2), BASE) - 1e-9))
+    return [torch.ones(n), *(2.0 ** (samples // BASE**place % BASE) for place in range(digits))]
+
+
+def evidence(plain: Tensor | None, scaled: Sequence[Tensor | None], n: int) -> Evidence:
+    """What gradients for a seed, and for the seed times each of the :func:`factors`, say of a tensor's samples."""
+    found = [g for g in scaled if g is not None]
+    if plain is None or len(found) < len(scaled) or not plain.numel():
         return Unplaced.NOTHING
-    # Numbers near the smallest ones don't double exactly.
-    if not float(plain.abs().max()) > 1e4 * torch.finfo(plain.dtype).tiny:
+    # What is smaller than the smallest normal number has few digits, and doubling brings some back.
+    if not float(plain.abs().max()) > torch.finfo(plain.dtype).tiny:
         return Unplaced.NOTHING
-    n = len(w)
     # Of several axes that would do, the first with as many indices as samples is meant.
     folds = [("none", axis) for axis in range(plain.dim())]
     folds += [(fold, axis) for axis in range(plain.dim()) for fold in ("outer", "inner")]
-    scale = weighted.double().norm()
     for fold, axis in folds:
         placement = Placement(axis, fold)
-        size = plain.shape[axis]
-        if not placement.fits(plain.shape, n) or (fold != "none" and size == n):
-            continue
-        owner = placement.owner(size, n, plain.device)
-        factor = w.to(plain.device, plain.dtype)
-        factor = factor if owner is None else factor[owner]
-        expected = plain * factor.view(-1, *[1] * (plain.dim() - axis - 1))
-        if (weighted - expected).double().norm() <= 1e-3 * scale:
-            return placement
+        if placement.fits(plain.shape, n) and (fold == "none" or plain.shape[axis] != n):
+            owner = placement.owner(plain.shape[axis], n, plain.device)
+            if _explains(plain.movedim(axis, 0), [g.movedim(axis, 0) for g in found], owner, n):
+                return placement
     if not plain.dim():
         return Unplaced.SHARED
-    rows, twice = plain.double().flatten(1) if plain.dim() > 1 else plain.double()[:, None], weighted.double()
-    twice = twice.reshape(rows.shape)
-    off = torch.minimum((twice - rows).norm(dim=1), (twice - 2 * rows).norm(dim=1))
-    return Unplaced.SCATTERED if bool((off <= 1e-3 * rows.norm(dim=1)).all()) else Unplaced.SHARED
+    owner = _owners(plain, found)
+    return Placement(0, "listed", owner) if _explains(plain, found, owner, n) else Unplaced.SHARED
 
 
-def bits(n: int) -> list[Tensor]:
-    """Weights of 1 and 2 for the samples, one set for each binary digit of a sample's number."""
-    samples = torch.arange(n)
-    return [1.0 + (samples >> digit & 1) for digit in range(max(1, (n - 1).bit_length()))]
+def _explains(plain: Tensor, scaled: list[Tensor], owner: Tensor | None, n: int) -> bool:
+    """Whether every row came back times the factors of its owner."""
+    rows = plain.double().reshape(len(plain), -1)
+    size = rows.norm(dim=1)
+    for factor, found in zip(factors(n)[1:], scaled, strict=True):
+        factor = factor.to(rows)
+        factor = factor if owner is None else factor[owner.clamp(max=n - 1)]
+        off = (found.double().reshape(rows.shape) / factor[:, None] - rows).norm(dim=1)
+        # A wrong owner is off by half of the row at least.
+        if bool((off > 0.05 * size + 1e-4 * size.max()).any()):
+            return False
+    return True
 
 
-def listed(plain: Tensor, weighted: Sequence[Tensor]) -> Placement:
-    """The placement of scattered rows, from the gradients for every set of :func:`bits`; rows without a gradient go anywhere."""
+def _owners(plain: Tensor, scaled: list[Tensor]) -> Tensor:
+    """The sample of each row, if each has one; rows without a gradient may belong to any."""
     rows = plain.double().reshape(len(plain), -1)
     owner = torch.zeros(len(rows), dtype=torch.long, device=rows.device)
-    for digit, twice in enumerate(weighted):
-        change = (twice.double().reshape(rows.shape) - rows).norm(dim=1)
-        owner |= (change > 0.5 * rows.norm(dim=1)).long() << digit
-    return Placement(0, "listed", owner)
+    for place, found in enumerate(scaled):
+        ratio = found.double().reshape(rows.shape).norm(dim=1) / rows.norm(dim=1)
+        digit = ratio.log2().round().nan_to_num(0, 0, 0).clamp(0, BASE - 1)
+        owner += digit.long() * BASE**place
+    return owner

@@ -23,7 +23,6 @@ class Problem:
     inputs: Callable[[], Inputs]
     training: bool = False
     no_vmap: str = ""  # why torch.func can't run it
-    permutes: bool = False  # the model's own rows are not in the order of the samples everywhere
     refusal: str = ""  # what fisher_report says of it, as a regular expression, if it refuses
 
     def setting(self, dtype: torch.dtype = torch.float64) -> Setting:

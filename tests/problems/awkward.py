@@ -183,7 +183,5 @@ def awkward() -> Iterator[Problem]:
         "flipped_batch",
         lambda: Forward(lambda m, x: m.two(m.one(x.flip(0)).tanh().flip(0)), one=nn.Linear(4, 3), two=nn.Linear(3, 2)),
         (5, 4),
-        permutes=True,
-        refusal=r"one\.weight",
     )
     return iter(family.problems)

@@ -175,14 +175,13 @@ def test_an_awkward_use_is_exact(problem: Problem, dtype: torch.dtype) -> None:
     setting = problem.setting(dtype)
     expected = per_sample_squared_norms(setting.model, nn.MSELoss(), setting.inputs, setting.targets)
     before = hooks(setting.model)
-    with FisherMonitor(setting.model, per_sample=not problem.permutes) as monitor:
+    with FisherMonitor(setting.model, per_sample=True) as monitor:
         setting.loss().backward()
     report, everything = monitor.report(), total(trace(expected))
     assert list(report.index) == list(expected)
     for name, t in expected.items():
         assert_equal(torch.tensor(report.loc[name, "fisher_trace"]), t.mean(), everything, dtype)
-        if not problem.permutes:
-            assert_equal(torch.tensor(monitor.per_sample[name].to_numpy()), t, everything * len(t), dtype)
+        assert_equal(torch.tensor(monitor.per_sample[name].to_numpy()), t, everything * len(t), dtype)
     assert hooks(setting.model) == before
 
 

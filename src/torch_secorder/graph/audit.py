@@ -60,8 +60,10 @@ class Audit:
         n = forward.n
         if n is None:
             return []
-        look = Look(self._memory, [x for x in roots if x.dim() > self._axis], self._axis, n, self._rehearse)
-        shared = self._placed(walk, forward, look, n)
+        fresh = n > 1 and walk.reorders(n)
+        memory, rehearse = (Memory(), None) if fresh else (self._memory, self._rehearse)
+        look = Look(memory, [x for x in roots if x.dim() > self._axis], self._axis, n, rehearse)
+        shared = self._placed(walk, forward, look, n, fresh)
         if not walk.uses and not shared:
             return []
         uses = Frontier(walk, shared, look, n, self._table).uses(forward)
@@ -73,11 +75,11 @@ class Audit:
             record.placement = None
         return uses
 
-    def _placed(self, walk: Walk, forward: Forward, look: Look, n: int) -> list[Record]:
+    def _placed(self, walk: Walk, forward: Forward, look: Look, n: int, fresh: bool) -> list[Record]:
         """Give each record its placement; returns those without a batch axis."""
         rules = (item for item in forward.records if item[0].site.rule is not None)
         reached = [(record, edge) for record, edge in rules if edge.node in walk.records]
-        doubtful = walk.coincidences(n) or any(record.placement is None for record, _ in reached)
+        doubtful = fresh or walk.coincidences(n) or any(record.placement is None for record, _ in reached)
         if not doubtful or n == 1:
             for record, _ in reached:
                 if record.placement is None:

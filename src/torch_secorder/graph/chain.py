@@ -11,6 +11,7 @@ from torch.autograd.graph import Node
 
 from torch_secorder.errors import CoverageError
 from torch_secorder.per_sample import Carried, Outer, PerSampleGradient
+from torch_secorder.rules.nodes import called
 
 Edge = tuple[Node, int]
 
@@ -93,9 +94,7 @@ def _vjp(value: Edge, start: Node, shape: tuple[int, ...], grads: Tensor) -> Ten
             arrived = [pending.pop((node, nr), None) for nr in range(len(node._input_metadata))]
             if all(g is None for g in arrived):
                 continue
-            results = node(*arrived)  # type: ignore[operator]  # nodes are callable
-            results = results if isinstance(results, tuple) else (results,)
-            for (child, nr), result in zip(node.next_functions, results, strict=True):
+            for (child, nr), result in zip(node.next_functions, called(node, arrived), strict=True):
                 if child is not None and (child == start or child in order):
                     if result is None:
                         raise CoverageError(
@@ -113,18 +112,17 @@ def _vjp(value: Edge, start: Node, shape: tuple[int, ...], grads: Tensor) -> Ten
 def _between(first: Node, last: Node) -> list[Node]:
     """The nodes from ``first`` down to before ``last``, each after all of its consumers."""
     order: list[Node] = []
-    seen = {first, last}
-    stack: list[tuple[Node, bool]] = [(first, False)] if first != last else []
+    seen = {last}
+    stack: list[tuple[Node, bool]] = [(first, False)]
     while stack:
         node, done = stack.pop()
         if done:
             order.append(node)
-            continue
-        stack.append((node, True))
-        for child, _ in node.next_functions:
-            if child is not None and child not in seen and child.next_functions:
-                seen.add(child)
-                stack.append((child, False))
+        elif node not in seen:
+            # Only now: a node that merely waits on the stack may still come after one that consumes it.
+            seen.add(node)
+            stack.append((node, True))
+            stack += [(child, False) for child, _ in node.next_functions if child is not None and child.next_functions]
     return order[::-1]
 
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from torch_secorder.capture import probe
-from torch_secorder.errors import ShapeError
-from torch_secorder.placement import Evidence, Placement, Unplaced, bits, evidence, listed, weights
+from torch_secorder.errors import ShapeError, UnsupportedError
+from torch_secorder.placement import Evidence, Placement, Unplaced, evidence, factors
 
 Key = tuple[object, ...]
 Wanted = tuple[Key, GradientEdge, Sequence[int]]  # what to remember it by, where in the graph, the shape to see it in
@@ -56,25 +56,19 @@ class Look:
             self._rehearse()
             new = [item for item in new if not self._holds(item[0], item[2])]
         if new:
-            plain, weighted = self._gradients(new, [torch.ones(self._n), weights(self._n)])
-            for (key, _, _), a, b in zip(new, plain, weighted, strict=True):
-                self._known[key] = evidence(a, b, weights(self._n))
-        scattered = [item for item in wanted if self._known[item[0]] is Unplaced.SCATTERED]
-        placed: dict[Key, Evidence] = {}
-        if scattered:  # never remembered: a router decides anew for each batch
-            columns = zip(*self._gradients(scattered, [torch.ones(self._n), *bits(self._n)]), strict=True)
-            for (key, _, _), column in zip(scattered, columns, strict=True):
-                found = [g for g in column if g is not None]
-                placed[key] = listed(found[0], found[1:]) if len(found) == len(column) else Unplaced.NOTHING
-        return [placed.get(key, self._known[key]) for key, _, _ in wanted]
+            columns = zip(*self._gradients(new), strict=True)
+            for (key, _, _), (plain, *scaled) in zip(new, columns, strict=True):
+                self._known[key] = evidence(plain, scaled, self._n)
+        return [self._known[key] for key, _, _ in wanted]
 
     def _holds(self, key: Key, shape: Sequence[int]) -> bool:
         known = self._known.get(key)
         if isinstance(known, Placement):
-            return known.fits(shape, self._n)
-        return known in (Unplaced.SHARED, Unplaced.SCATTERED)
+            # A list is never remembered: a router decides anew for each batch.
+            return known.listed is None and known.fits(shape, self._n)
+        return known is Unplaced.SHARED
 
-    def _gradients(self, wanted: list[Wanted], factors: list[Tensor]) -> list[list[Tensor | None]]:
+    def _gradients(self, wanted: list[Wanted]) -> list[list[Tensor | None]]:
         """For each set of factors for the samples, the gradients at the wanted edges in the wanted shapes."""
         if not self._roots:
             raise ShapeError(
@@ -86,9 +80,17 @@ class Look:
         seeds = [torch.randn(x.shape, generator=generator).to(x.device, x.dtype) for x in self._roots]
         with torch.enable_grad(), probe(self._roots) as roots:
             edges = [edge for _, edge, _ in wanted]
-            for factor in factors:
+            for factor in factors(self._n):
                 scaled = [s * factor.to(s).view(-1, *[1] * (s.dim() - 1 - self._axis)) for s in seeds]
-                grads = torch.autograd.grad(roots, edges, scaled, retain_graph=True, allow_unused=True)
+                try:
+                    grads = torch.autograd.grad(roots, edges, scaled, retain_graph=True, allow_unused=True)
+                except RuntimeError as error:
+                    if "use_reentrant" not in str(error):
+                        raise
+                    raise UnsupportedError(
+                        f"the shapes in this model leave open where its {self._n} samples are, and re-entrant activation "
+                        "checkpointing hides it: use torch.utils.checkpoint with use_reentrant=False, or another batch size"
+                    ) from error
                 found.append([_shaped(g, shape) for g, (_, _, shape) in zip(grads, wanted, strict=True)])
         return found
 

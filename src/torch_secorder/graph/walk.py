@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
@@ -13,6 +14,22 @@ from torch_secorder.capture import Forward, Record
 from torch_secorder.graph.chain import Edge
 from torch_secorder.parameters import ParameterTable
 from torch_secorder.trees import tensors
+
+REORDERS = {
+    f"{name}Backward0"
+    for name in [
+        "Index",
+        "IndexSelect",
+        "Flip",
+        "Roll",
+        "Gather",
+        "IndexPut",
+        "IndexAdd",
+        "Scatter",
+        "ScatterAdd",
+        "Sort",
+    ]
+}
 
 
 class Walk:
@@ -85,9 +102,30 @@ class Walk:
                     stack.append(child)
         return outside
 
+    def reorders(self, n: int) -> bool:
+        """Whether some node may put the samples into another order, so that what held for other batches may not hold."""
+        return any(node.name() in REORDERS and _reorders(node, n) for node in self.children)
+
     def coincidences(self, n: int) -> bool:
         """Whether any tensor in the graph has n indices on another axis than the first, so that shapes prove nothing."""
         return any(n in meta.shape[1:] for node in self.children for meta in node._input_metadata)
+
+
+def _reorders(node: Any, n: int) -> bool:
+    """Whether a node that picks entries does so on the first axis, in another order than the given one."""
+    name = node.name()
+    if name == "FlipBackward0":
+        return any(axis % len(node._input_metadata[0].shape) == 0 for axis in node._saved_dims)
+    if name == "IndexBackward0":
+        first = node._saved_indices[0]
+        return first is not None and not _in_order(first, n)
+    if name == "IndexSelectBackward0":
+        return node._saved_dim == 0 and not _in_order(node._saved_index, n)
+    return True
+
+
+def _in_order(index: Tensor, n: int) -> bool:
+    return index.shape == (n,) and bool((index == torch.arange(n, device=index.device)).all())
 
 
 def used_by_loss(loss: Tensor, outputs: Any, table: ParameterTable) -> list[str]:

@@ -7,14 +7,14 @@ is called with the gradient of each sample in turn.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from torch_secorder.errors import CoupledSamplesError, CoverageError, ShapeError
+from torch_secorder.errors import CoupledSamplesError, CoverageError, ShapeError, UnsupportedError
 from torch_secorder.per_sample import Convolution, Dense, Outer, PerSampleGradient, Rows
 from torch_secorder.placement import Placement
 
@@ -117,13 +117,30 @@ def gradient_at(place: Place, grads: Gradients, output: int) -> tuple[PerSampleG
     return (form if owner is None else form.regrouped(owner, place.n)), name
 
 
+def called(node: Any, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The gradients of a node's inputs, in the order of its ``next_functions``, given those of its outputs."""
+    if node.name() == "CompiledFunctionBackward":
+        raise UnsupportedError(
+            "a compiled function can't be asked for single samples: run the original module inside the analysis "
+            "(model._orig_mod), or compile after it"
+        )
+    if not isinstance(node, torch.autograd.function.BackwardCFunction):
+        results = node(*grads)
+        return list(results) if isinstance(results, tuple) else [results]
+    # A user's own function answers for every argument, tensor or not; those with an edge are the ones that need a gradient.
+    results = node.apply(*grads)
+    answers = results if isinstance(results, tuple) else (results,)
+    wanted = iter([answer for answer, needs in zip(answers, node.needs_input_grad, strict=True) if needs])
+    return [None if child is None else next(wanted) for child, _ in node.next_functions]
+
+
 def _one_by_one(place: Place, grads: Gradients) -> Tensor:
     """``[n, *shape]`` from the node itself, given the gradients of one sample at a time."""
     if "one by one" not in place.memo:
-        place.memo["one by one"] = [place.node(*_alone(place, grads, sample)) for sample in range(place.n)]
+        place.memo["one by one"] = [called(place.node, _alone(place, grads, sample)) for sample in range(place.n)]
     found = []
     for results in place.memo["one by one"]:
-        result = results[place.index] if isinstance(results, tuple) else results
+        result = results[place.index]
         if result is None:
             raise CoverageError(
                 f"{place.node.name()} gives no gradient for what it uses: the backward pass under way was asked for some "

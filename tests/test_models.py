@@ -1,0 +1,91 @@
+"""Real architectures, per parameter, against plain autograd on one sample after the other."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+
+from models import BY_NAME, CASES, Case, at_full_width, outcome, ways
+from oracles import assert_equal, call, total, trace
+from supported_models import rows
+from torch_secorder import FisherMonitor
+from torch_secorder.errors import CurvatureError
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),  # torch's legacy weight_norm and others, about themselves
+    pytest.mark.filterwarnings("ignore::UserWarning:torch"),
+    pytest.mark.filterwarnings("ignore::UserWarning:transformers"),
+    pytest.mark.filterwarnings("ignore::UserWarning:peft"),
+]
+PAGE = Path(__file__).parents[1] / "docs/concepts/supported_models.rst"
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+@pytest.mark.parametrize("way", list(ways))
+def test_a_model_is_exact_or_refused(case: Case, dtype: torch.dtype, way: str) -> None:
+    if dtype not in case.dtypes:
+        pytest.skip("the model can't run in this dtype")
+    found = outcome(case, way, dtype)
+    if way in case.refusals:
+        assert re.search(case.refusals[way], found.refusal), found.refusal or "not refused"
+    else:
+        assert not found.refusal
+        assert not found.wrong
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt2-square", "llama", "bert", "bert-square", "t5"])
+def test_a_model_that_computes_its_own_loss(name: str) -> None:
+    setting = BY_NAME[name].setting()
+    model = setting.model
+    inputs = dict(setting.inputs) | {"labels": setting.targets}
+    named = dict(model.named_parameters())
+    squared = []
+    with at_full_width(torch.float64):
+        for n in range(setting.n):
+            loss = call(model, {key: value[n : n + 1] for key, value in inputs.items()}).loss
+            grads = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+            squared.append([0.0 if g is None else float(g.square().sum()) for g in grads])
+        with FisherMonitor(model) as monitor:
+            call(model, inputs).loss.backward()
+    expected = trace(dict(zip(named, torch.tensor(squared, dtype=torch.float64).T, strict=True)))
+    for key, value in expected.items():
+        found = torch.tensor(monitor.report().loc[key, "fisher_trace"])
+        assert_equal(found, value, total(expected), torch.float64)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")
+@pytest.mark.parametrize("use_reentrant", [False, True], ids=["non-re-entrant", "re-entrant"])
+@pytest.mark.parametrize("name", ["gpt2", "gpt2-square", "llama", "bert", "t5", "vit"])
+def test_a_checkpointed_model_is_exact_or_refused(name: str, use_reentrant: bool) -> None:
+    """Trap 9 at real code."""
+    setting = BY_NAME[name].setting(torch.float32)
+    expected = trace(setting.squared_norms())
+    setting.model.train()  # there is no dropout in effect other than BERT's and ViT's, which are switched off
+    for module in setting.model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    setting.model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    try:
+        with FisherMonitor(setting.model) as monitor:
+            setting.loss().backward()
+    except CurvatureError as refusal:
+        assert len(str(refusal)) > 30
+    else:
+        for key, value in expected.items():
+            found = torch.tensor(monitor.report().loc[key, "fisher_trace"])
+            assert_equal(found, value, total(expected), torch.float32)
+
+
+def test_the_page_names_every_architecture() -> None:
+    """`python tests/supported_models.py` writes it."""
+    page = PAGE.read_text()
+    for architecture, _ in rows():
+        assert f"* - {architecture}\n" in page

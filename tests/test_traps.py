@@ -1,0 +1,776 @@
+"""The traps that tools of this kind fall into, one after the other: exact, or a refusal that says what to do.
+
+Layers and uses have problem lists of their own; here each trap is met in a whole model.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import pickle
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from model_state import assert_same_gradients, gradients, hooks
+from oracles import Inputs, assert_equal, call, per_sample_squared_norms, total, trace
+from problems._base import Forward, randomised
+from torch_secorder import FisherMonitor, fisher_report
+from torch_secorder.errors import CoupledSamplesError, CoverageError, CurvatureError
+
+pytestmark = pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")  # re-entrant checkpoints
+
+Loss = Callable[[Any, Tensor], Tensor]
+
+
+def numbers(outputs: Tensor, targets: Tensor) -> Tensor:
+    return (outputs - targets).square().flatten(1).sum(1).mean()
+
+
+def drawn(model: nn.Module, *shape: int) -> tuple[nn.Module, Tensor, Tensor]:
+    """The model with random weights, its input and its targets, in float64."""
+    model, x = randomised(model).double(), torch.randn(*shape).double()
+    with torch.no_grad():
+        return model, x, torch.randn_like(model(x))
+
+
+def assert_exact(
+    model: nn.Module, inputs: Inputs, targets: Tensor, loss_fn: Loss = numbers, report: bool = True, **options: Any
+) -> FisherMonitor:
+    """The monitor's traces and samples, and fisher_report's traces, are those of the loop."""
+    expected = per_sample_squared_norms(model, loss_fn, inputs, targets)
+    everything = total(trace(expected))
+    with FisherMonitor(model, per_sample=True, **options) as monitor:
+        loss_fn(call(model, inputs), targets).backward()
+    for name, t in expected.items():
+        assert_equal(torch.tensor(monitor.report().loc[name, "fisher_trace"]), t.mean(), everything, torch.float64)
+        assert_equal(torch.tensor(monitor.per_sample[name].to_numpy()), t, everything * len(t), torch.float64)
+    if report:
+        table = fisher_report(model, loss_fn, (inputs, targets), progress=False, **options)
+        for name, t in expected.items():
+            assert_equal(torch.tensor(table.loc[name, "fisher_trace"]), t.mean(), everything, torch.float64)
+    assert not any(hooks(model).values())
+    return monitor
+
+
+def of_one_graph(model: nn.Module, losses: Tensor) -> dict[str, Tensor]:
+    """t_{n,p} from the samples' losses of one forward: the reference where another forward would draw other numbers."""
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    rows = [torch.autograd.grad(loss, list(named.values()), retain_graph=True, allow_unused=True) for loss in losses]
+    return {
+        name: torch.stack([torch.zeros(()) if g is None else g.double().square().sum() for g in column])
+        for name, column in zip(named, zip(*rows, strict=True), strict=True)
+    }
+
+
+# 1. Tied weights
+
+
+class ThreeWays(nn.Module):
+    """One table: an embedding, a head in the model's forward, and a transposed use with a gain."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.inner, self.head = nn.Embedding(7, 4), nn.Linear(4, 7), nn.Linear(4, 7, bias=False)
+        self.head.weight = self.words.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.words(x.long().abs() % 7)
+        h = F.linear(self.inner(h).tanh(), 2 * self.words.weight.t())
+        return self.head(h)
+
+
+def test_trap_01_tied_weights() -> None:
+    assert_exact(*drawn(ThreeWays(), 4, 6))
+
+
+@pytest.mark.parametrize("tie", ["modules", "functions"])
+@pytest.mark.parametrize("n", [3, 4, 5])
+def test_trap_01_tied_weights_whose_uses_see_the_samples_in_another_order(tie: str, n: int) -> None:
+    """As packed sequences do, or anything that sorts its batch: the cross terms are between rows of one sample."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        use = m.layer if tie == "modules" else (lambda x: F.linear(x, m.layer.weight, m.layer.bias))
+        order = x[:, 0].argsort()
+        return use(x).tanh() + use(2 * x[order]).tanh()[order.argsort()]
+
+    model, x, y = drawn(Forward(forward, layer=nn.Linear(4, 3)), n, 4)
+    exact_or_refused(lambda: assert_exact(model, x, y, report=False))
+    exact_or_refused(lambda: assert_exact(model, x.flip(0), y, report=False))
+
+
+def exact_or_refused(check: Callable[[], Any]) -> None:
+    try:
+        check()
+    except CurvatureError as refusal:
+        assert len(str(refusal)) > 30, "a refusal says what was found and what to do"
+
+
+def test_trap_01_another_order_in_every_batch() -> None:
+    """What was found out for one batch need not hold for the next."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        order = x[:, 0].argsort()
+        h = F.linear(x[order], m.layer.weight).tanh()
+        return F.linear(h[order.argsort()] + x, m.layer.weight)
+
+    model, x, y = drawn(Forward(forward, layer=nn.Linear(4, 4, bias=False)), 6, 4)
+    x = x[x[:, 0].argsort()]
+    batches = [(x, y), (x.flip(0), y), (x[[2, 0, 1, 5, 4, 3]], y)]
+    expected = torch.cat([per_sample_squared_norms(model, numbers, x, y)["layer.weight"] for x, y in batches])
+
+    def check() -> None:
+        with FisherMonitor(model, per_sample=True) as monitor:
+            for x, y in batches:
+                numbers(model(x), y).backward()
+        assert_equal(torch.tensor(monitor.per_sample["layer.weight"].to_numpy()), expected, expected.sum())
+
+    exact_or_refused(check)
+
+
+# 2. A module called several times
+
+
+def test_trap_02_a_module_called_several_times_and_under_no_grad() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            gate = m.layer(x).sigmoid()
+        return m.layer(gate * m.layer(x).tanh())
+
+    assert_exact(*drawn(Forward(forward, layer=nn.Linear(5, 5)), 4, 3, 5))
+
+
+# 3. Parameters used outside of their module, or computed from others
+
+
+class Gated(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        z = 2 * weight
+        return z + z.square()
+
+
+def test_trap_03_a_chain_with_several_ways() -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 3))
+    nn.utils.parametrize.register_parametrization(model[0], "weight", Gated())
+    assert_exact(*drawn(model, 5, 4))
+
+
+def test_trap_03_a_parameter_used_in_its_module_and_outside_of_it() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return F.linear(m.layer(x).tanh(), m.layer.weight.t()) * m.layer.bias.sum() + m.layer.weight.sum()
+
+    assert_exact(*drawn(Forward(forward, layer=nn.Linear(4, 3)), 5, 4))
+
+
+class Rounded(torch.autograd.Function):
+    """A straight-through estimator, as quantisation-aware training uses it."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor) -> Tensor:
+        return (weight * 8).round() / 8
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad * 0.5
+
+
+class Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return x @ weight.T
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        return grad @ weight, grad.flatten(0, -2).T @ x.flatten(0, -2)
+
+
+@pytest.mark.parametrize("where", ["chain", "frontier"])
+def test_trap_03_a_users_own_autograd_function(where: str) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = m.layer(x).tanh()
+        return F.linear(h, Rounded.apply(m.weight)) if where == "chain" else Product.apply(h, m.weight)
+
+    model = Forward(forward, layer=nn.Linear(4, 4))
+    model.weight = nn.Parameter(torch.zeros(3, 4))
+    model, x, y = drawn(model, 5, 2, 4)
+    exact_or_refused(lambda: assert_exact(model, x, y, report=False))
+    exact_or_refused(lambda: assert_exact(model, x, y))
+
+
+def test_trap_03_a_penalty_on_weights_is_refused() -> None:
+    model, x, y = drawn(nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 3)), 5, 4)
+
+    def penalised(outputs: Tensor, targets: Tensor) -> Tensor:
+        return numbers(outputs, targets) + 0.1 * model[0].weight.square().sum()
+
+    with pytest.raises(CoverageError, match=r"0\.weight"), FisherMonitor(model):
+        penalised(model(x), y).backward()
+    with pytest.raises(CoverageError, match=r"0\.weight"):
+        fisher_report(model, penalised, (x, y), progress=False)
+
+
+# 4. Parameters without a batch axis, and 5. batches elsewhere: T == B everywhere
+
+
+class Square(nn.Module):
+    """Every size is the same, so that no shape tells anything."""
+
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        self.words, self.positions = nn.Embedding(n, n), nn.Embedding(n, n)
+        self.offset, self.first = nn.Parameter(torch.zeros(n, n)), nn.Parameter(torch.zeros(1, 1, n))
+        self.mix, self.norm, self.across = nn.Linear(n, n), nn.LayerNorm(n), nn.Linear(n, n)
+        self.attention = nn.MultiheadAttention(n, 1, batch_first=False)
+        self.recurrent = nn.GRU(n, n)
+        self.bias = nn.Embedding(n, 1)
+        self.conv = nn.Conv1d(n, n, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = x.shape[1]
+        steps = torch.arange(n)
+        h = self.words((x * 3).long().abs() % n) + self.positions(steps) + self.offset + self.first
+        h = self.mix(h).tanh() + self.across(h.transpose(1, 2)).transpose(1, 2).tanh()
+        h = self.norm(h).transpose(0, 1)
+        mask = self.bias((steps[:, None] - steps).abs()).squeeze(-1)
+        h = h + self.attention(h, h, h, attn_mask=mask, need_weights=False)[0]
+        h = h + self.recurrent(h)[0]
+        h = self.conv(h.transpose(0, 1))
+        return h.flatten(0, 1).tanh().unflatten(0, x.shape)
+
+
+@pytest.mark.parametrize(("n", "t"), [(4, 4), (5, 5), (8, 8), (1, 4), (3, 5)])
+def test_traps_04_and_05_as_many_samples_as_positions_and_features(n: int, t: int) -> None:
+    assert_exact(*drawn(Square(t), n, t))
+
+
+def test_trap_04_a_class_token_after_dropout_and_a_second_use() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        token = F.dropout(m.token.weight, 0.0).expand(len(x), -1, -1)
+        return m.layer(torch.cat([token, x], 1)) * m.token.weight.sum(0)[:3]
+
+    assert_exact(*drawn(Forward(forward, token=nn.Embedding(2, 4), layer=nn.Linear(4, 3)), 5, 3, 4))
+
+
+def test_trap_05_windows_and_heads_folded_into_the_batch() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        n, t, d = x.shape
+        windows = m.one(x.unflatten(1, (2, t // 2)).transpose(1, 2).reshape(n * t // 2, 2, d))
+        heads = windows.reshape(n, t, 2, d // 2).transpose(1, 2).reshape(n * 2, t, d // 2)
+        return m.two(m.norm(heads)).reshape(n, 2, t, -1).mean(1)
+
+    model = Forward(forward, one=nn.Linear(4, 4), norm=nn.LayerNorm(2), two=nn.Linear(2, 3))
+    assert_exact(*drawn(model, 3, 6, 4))
+    assert_exact(*drawn(model, 6, 6, 4))
+
+
+# 6. In-place operations, outputs of every kind, keywords
+
+
+def test_trap_06_in_place_after_views_and_outputs_of_every_kind() -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, *, values: Tensor) -> dict[str, Any]:
+            h = self.one(input=values).mul_(2)
+            h[..., 0].add_(1)
+            return {"pair": (self.two(h), h), "text": "two"}
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        one, two = m.both(values=x)["pair"]
+        one += two
+        return m.last(one.clamp_(-3, 3))
+
+    assert_exact(*drawn(Forward(forward, both=Both(), last=nn.Linear(4, 2)), 5, 3, 4))
+
+
+# 7. Coupled samples
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_trap_07_batch_statistics_are_refused(affine: bool) -> None:
+    model, x, y = drawn(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4, affine=affine), nn.Linear(4, 2)).eval(), 5, 4)
+    assert_exact(model, x, y)
+    model.train()
+    with pytest.raises(CoupledSamplesError, match=r"BatchNorm1d '1'.*eval"), FisherMonitor(model):
+        model(x)
+    with pytest.raises(CoupledSamplesError, match=r"BatchNorm1d '1'.*eval"):
+        fisher_report(model, numbers, (x, y), progress=False)
+
+
+def test_trap_07_a_loss_that_compares_samples_is_refused() -> None:
+    model, x, y = drawn(nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3)), 5, 4)
+
+    def contrastive(outputs: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(outputs @ outputs.T, torch.arange(len(outputs)))
+
+    with pytest.raises(CurvatureError, match=r"(?i)samples"):
+        fisher_report(model, contrastive, (x, y), progress=False)
+
+
+# 8. Frozen parts, and losses that reach only some outputs
+
+
+def test_trap_08_partly_frozen_and_partly_reached() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = m.one(x).tanh()
+        m.unreached(h)
+        return m.two(h)[:, :1]
+
+    model = Forward(forward, one=nn.Linear(4, 4), two=nn.Linear(4, 3), unreached=nn.Linear(4, 2))
+    model, x, y = drawn(model, 5, 4)
+    model.one.weight.requires_grad_(False)
+    monitor = assert_exact(model, x, y)
+    assert list(monitor.report().index) == ["one.bias", "two.weight", "two.bias", "unreached.weight", "unreached.bias"]
+    assert list(monitor.report()["rule"] == "unused") == [False, False, False, True, True]
+
+
+# 9. Activation checkpointing
+
+
+class Blocks(nn.Module):
+    """Blocks of layers, each checkpointed."""
+
+    def __init__(self, depth: int, use_reentrant: bool | None, width: int = 4):
+        super().__init__()
+        self.first, self.last = nn.Linear(width, width), nn.Linear(width, 3)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(width, width), nn.LayerNorm(width), nn.Tanh(), nn.Linear(width, width))
+            for _ in range(depth)
+        )
+        self.use_reentrant = use_reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        for block in self.blocks:
+            h = h + (block(h) if self.use_reentrant is None else checkpoint(block, h, use_reentrant=self.use_reentrant))
+        return self.last(h)
+
+
+kinds = pytest.mark.parametrize("use_reentrant", [False, True], ids=["non-re-entrant", "re-entrant"])
+
+
+@kinds
+@pytest.mark.parametrize("shape", [(5, 4), (5, 3, 4), (4, 4, 4)], ids=str)
+def test_trap_09_checkpointed_blocks(use_reentrant: bool, shape: tuple[int, ...]) -> None:
+    model, x, y = drawn(Blocks(3, use_reentrant), *shape)
+    plain = Blocks(3, None).double()
+    plain.load_state_dict(model.state_dict())
+    expected = per_sample_squared_norms(plain, numbers, x, y)
+    monitor = assert_exact(model, x, y, report=not use_reentrant)
+    assert_equal(monitor.trace, total(trace(expected)), monitor.trace)
+    mine = gradients(model)
+    model.zero_grad()
+    numbers(model(x), y).backward()
+    assert_same_gradients(mine, gradients(model))
+
+
+def test_trap_09_reentrant_checkpoints_need_a_monitor() -> None:
+    model, x, y = drawn(Blocks(2, True), 5, 4)
+    with pytest.raises(CurvatureError, match=r"use_reentrant=False, or a FisherMonitor"):
+        fisher_report(model, numbers, (x, y), progress=False)
+
+
+@kinds
+@pytest.mark.parametrize("inside", ["module", "function", "raw"])
+def test_trap_09_uses_without_a_rule_inside_a_checkpoint(use_reentrant: bool, inside: str) -> None:
+    class Body(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.gain = nn.Linear(4, 4), nn.Parameter(torch.ones(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            if inside == "module":
+                return self.layer(x).tanh()
+            if inside == "function":
+                return F.linear(x, self.layer.weight, self.layer.bias).tanh()
+            return self.layer(x) * self.gain
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return m.last(checkpoint(m.body, m.first(x), use_reentrant=use_reentrant))
+
+    model, x, y = drawn(Forward(forward, first=nn.Linear(4, 4), body=Body(), last=nn.Linear(4, 2)), 5, 4)
+    exact_or_refused(lambda: assert_exact(model, x, y, report=False))
+    exact_or_refused(lambda: assert_exact(model, x, y, report=True))
+
+
+@kinds
+def test_trap_09_one_module_in_a_checkpoint_and_outside(use_reentrant: bool) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return m.layer(checkpoint(m.layer, m.first(x).tanh(), use_reentrant=use_reentrant).tanh())
+
+    model, x, y = drawn(Forward(forward, first=nn.Linear(4, 4), layer=nn.Linear(4, 4)), 5, 4)
+    exact_or_refused(lambda: assert_exact(model, x, y, report=False))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_trap_09_dropout_in_a_checkpoint(dropout: float) -> None:
+    """Its draws are replayed."""
+    model = Blocks(2, False)
+    for block in model.blocks:
+        block.insert(1, nn.Dropout(dropout))
+    model, x, y = drawn(model.train(), 5, 4)
+    torch.manual_seed(3)
+    expected = of_one_graph(model, (model(x) - y).square().flatten(1).sum(1))
+    torch.manual_seed(3)
+    with FisherMonitor(model) as monitor:
+        numbers(model(x), y).backward()
+    for name, t in expected.items():
+        assert_equal(torch.tensor(monitor.report().loc[name, "fisher_trace"]), t.mean(), monitor.trace)
+
+
+@kinds
+def test_trap_09_checkpointing_still_saves_memory(use_reentrant: bool) -> None:
+    """What a checkpoint throws away after the forward pass is gone under the monitor too."""
+    model, x, y = drawn(Blocks(2, use_reentrant), 5, 4)
+    alive: list[weakref.ref[Tensor]] = []
+
+    def remember(module: nn.Module, args: Any, output: Tensor) -> None:
+        alive.append(weakref.ref(args[0]))
+
+    handles = [block[3].register_forward_hook(remember) for block in model.blocks]
+    with FisherMonitor(model):
+        loss = numbers(model(x), y)
+        gc.collect()
+        assert len(alive) == 2
+        assert all(tensor() is None for tensor in alive)
+        loss.backward()
+    for handle in handles:
+        handle.remove()
+
+
+# 10. Settings that a formula forgets
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+def test_trap_10_settings_that_formulas_forget() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = m.embedding((x[:, 0, 0, :2] * 3).long().abs() % 5).sum(1)
+        h = m.circular(x + h[:, :, None, None]).tanh()
+        h = m.norm(m.transposed(m.even(m.depthwise(h))))
+        return m.head(h.flatten(2).transpose(1, 2))
+
+    model = Forward(
+        forward,
+        embedding=nn.Embedding(5, 2, padding_idx=0),
+        circular=nn.Conv2d(2, 4, 3, padding=1, padding_mode="circular", bias=False),
+        depthwise=nn.Conv2d(4, 8, 3, padding=2, dilation=2, groups=4, padding_mode="reflect"),
+        even=nn.Conv2d(8, 4, 2, padding="same", groups=2),
+        transposed=nn.ConvTranspose2d(4, 6, 3, stride=2, output_padding=1, padding=1, groups=2),
+        norm=nn.BatchNorm2d(6, eps=0.1),
+        head=nn.Linear(6, 3, bias=False),
+    ).eval()
+    assert_exact(*drawn(model, 4, 2, 6, 6))
+
+
+@pytest.mark.parametrize("options", [{"ignore_index": 1}, {"weight": torch.tensor([0.3, 1.0, 2.0])}], ids=str)
+def test_trap_10_normalisers_that_are_not_the_number_of_samples(options: dict[str, Any]) -> None:
+    model, x, _ = drawn(nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3)), 7, 4)
+    y = torch.tensor([0, 1, 2, 1, 0, 2, 2])
+    loss_fn = nn.CrossEntropyLoss(**options).double()
+    expected = per_sample_squared_norms(model, loss_fn, x, y, shares_of="mean")
+    with FisherMonitor(model) as monitor:
+        loss_fn(model(x), y).backward()
+    for name, t in expected.items():
+        assert_equal(torch.tensor(monitor.report().loc[name, "fisher_trace"]), t.mean(), monitor.trace)
+
+
+# 11. torch.compile, and wrappers
+
+
+def small() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Tanh(), nn.Linear(6, 3))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("warm", [False, True], ids=["fresh", "compiled_before"])
+@pytest.mark.parametrize("how", ["wrapped", "in_place", "submodule"])
+def test_trap_11_a_compiled_model_is_exact_or_refused(how: str, warm: bool, backend: str) -> None:
+    torch._dynamo.reset()
+    model, x, y = drawn(small(), 5, 4)
+    expected = per_sample_squared_norms(model, numbers, x, y)
+    if how == "wrapped":
+        compiled: Any = torch.compile(model, backend=backend)
+    elif how == "in_place":
+        compiled = copy.deepcopy(model)
+        compiled.compile(backend=backend)
+    else:
+        compiled = nn.Sequential(copy.deepcopy(model), nn.Identity())
+        compiled[0].compile(backend=backend)
+        expected = {f"0.{name}": t for name, t in expected.items()}
+    if warm:
+        numbers(compiled(x), y).backward()
+
+    def check() -> None:
+        with FisherMonitor(compiled) as monitor:
+            numbers(compiled(x), y).backward()
+        for name, t in expected.items():
+            assert_equal(torch.tensor(monitor.report().loc[name, "fisher_trace"]), t.mean(), monitor.trace)
+
+    try:
+        exact_or_refused(check)
+        exact_or_refused(lambda: check_report(compiled, x, y, expected))
+    finally:
+        torch._dynamo.reset()
+
+
+def check_report(model: nn.Module, x: Tensor, y: Tensor, expected: dict[str, Tensor]) -> None:
+    table = fisher_report(model, numbers, (x, y), progress=False)
+    for name, t in expected.items():
+        assert_equal(torch.tensor(table.loc[name, "fisher_trace"]), t.mean(), total(trace(expected)), torch.float64)
+
+
+def test_trap_11_data_parallel_is_refused() -> None:
+    model = nn.DataParallel(small())
+    with pytest.raises(CurvatureError, match=r"DataParallel.*DistributedDataParallel"):
+        FisherMonitor(model)
+    with pytest.raises(CurvatureError, match=r"DataParallel"):
+        fisher_report(model, numbers, (torch.randn(5, 4), torch.randn(5, 3)), progress=False)
+
+
+# 12. Half precision
+
+
+def language_model() -> nn.Module:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.places = nn.Embedding(11, 16), nn.Embedding(6, 16)
+            self.body = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+            self.gain = nn.Parameter(torch.ones(16))
+            self.head = nn.Linear(16, 11, bias=False)
+            self.head.weight = self.words.weight
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.head(self.body(self.words(ids) + self.places(torch.arange(ids.shape[1]))) * self.gain)
+
+    return Model()
+
+
+@contextmanager
+def autocast(dtype: torch.dtype) -> Iterator[None]:
+    with torch.autocast("cpu", dtype):
+        yield
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("scale", [1.0, 4096.0])
+@pytest.mark.parametrize("backward_inside", [False, True])
+def test_trap_12_autocast_and_scaled_losses(dtype: torch.dtype, scale: float, backward_inside: bool) -> None:
+    model, ids, y = language_model(), torch.randint(11, (5, 6)), torch.randint(11, (5, 6))
+
+    def loss(rows: slice) -> Tensor:
+        with autocast(dtype):
+            outputs = model(ids[rows])
+        return F.cross_entropy(outputs.float().transpose(1, 2), y[rows])
+
+    expected = {name: torch.zeros(()).double() for name, _ in model.named_parameters()}
+    for n in range(5):
+        model.zero_grad()
+        (loss(slice(n, n + 1)) * scale).backward()
+        for name, p in model.named_parameters():
+            expected[name] += (p.grad.double() / scale).square().sum() / 5
+    with FisherMonitor(model, loss_scale=scale) as monitor:
+        if backward_inside:
+            with autocast(dtype):
+                (loss(slice(None)) * scale).backward()
+        else:
+            (loss(slice(None)) * scale).backward()
+    for name, value in expected.items():
+        found = float(monitor.report().loc[name, "fisher_trace"])
+        assert found == pytest.approx(float(value), rel=1e-2, abs=1e-5 * float(total(expected))), name
+
+
+def test_trap_12_a_grad_scaler() -> None:
+    model, x, y = small(), torch.randn(6, 4), torch.randn(6, 3)
+    optimizer, scaler = torch.optim.SGD(model.parameters(), 0.0), torch.amp.GradScaler("cpu", init_scale=2.0**12)
+    expected = total(trace(per_sample_squared_norms(model, numbers, x, y)))
+    with FisherMonitor(model, loss_scale=scaler.get_scale) as monitor:
+        for part in (slice(0, 2), slice(2, 6)):
+            scaler.scale(numbers(model(x[part]), y[part])).backward()
+            scaler.step(optimizer)
+            scaler.update(2.0**10)
+    assert float(monitor.trace) == pytest.approx(float(expected), rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_trap_12_a_model_in_half_precision_neither_overflows_nor_underflows(dtype: torch.dtype) -> None:
+    model = language_model().to(dtype)
+    ids, y = torch.randint(11, (5, 6)), torch.randint(11, (5, 6))
+
+    def loss(scale: float, rows: slice) -> Tensor:
+        return F.cross_entropy(model(ids[rows]).float().transpose(1, 2), y[rows]) * scale
+
+    for scale in (2.0**-6, 1.0, 2.0**9):
+        expected = torch.zeros(()).double()
+        for n in range(5):
+            model.zero_grad()
+            loss(scale, slice(n, n + 1)).backward()
+            expected += sum((p.grad.double() / scale).square().sum() for p in model.parameters()) / 5
+        with FisherMonitor(model, loss_scale=scale) as monitor:
+            loss(scale, slice(None)).backward()
+        assert monitor.trace.dtype in (torch.float32, torch.float64)
+        assert float(monitor.trace) == pytest.approx(float(expected), rel=5e-2)
+
+
+# 13. Cancellation
+
+
+def test_trap_13_gradients_that_nearly_cancel() -> None:
+    """Two positions with opposite gradients and nearly equal inputs, in a layer, and between two uses of a tied weight."""
+    torch.manual_seed(0)
+    layer = nn.Linear(24, 20, bias=False)
+    x = torch.randn(4, 1, 24).repeat(1, 2, 1)
+    x[:, 1] += 1e-2 * torch.randn(4, 24)
+    model = Forward(lambda m, x: m.layer(x[:, :1]) - F.linear(x[:, 1:], m.layer.weight), layer=layer)
+    y = torch.randn(4, 1, 20)
+
+    def linear(outputs: Tensor, targets: Tensor) -> Tensor:
+        return (outputs * targets).flatten(1).sum(1).mean()
+
+    expected = trace(per_sample_squared_norms(model, linear, x, y))
+    with FisherMonitor(model, per_sample=True) as monitor:
+        linear(model(x), y).backward()
+    assert (monitor.per_sample >= 0).all(axis=None)
+    assert_equal(
+        torch.tensor(monitor.report().loc["layer.weight", "fisher_trace"]), expected["layer.weight"], 0, torch.float32
+    )
+
+
+# 14. Exceptions, copies, several monitors
+
+
+def test_trap_14_two_monitors_and_copies_of_a_model_that_needs_the_graph() -> None:
+    model = Square(4)
+    model, x, y = drawn(model, 4, 4)
+    expected = per_sample_squared_norms(model, numbers, x, y)
+    with FisherMonitor(model, per_sample=True) as one:
+        with FisherMonitor(model, reduction="sum", diagonal=True) as two:
+            numbers(model(x), y).backward()
+        twins = [copy.deepcopy(model), pickle.loads(pickle.dumps(model)), saved_and_loaded(model)]
+        for twin in twins:
+            numbers(twin(x), y).backward()
+        numbers(model(x), y).backward()
+    for twin in twins:
+        assert_same_gradients(gradients(twin), gradients(twins[0]))
+    for name, t in expected.items():
+        mine = torch.tensor(one.per_sample[name].to_numpy())
+        assert_equal(mine, t.repeat(2), one.trace * 8)
+        summed = t.sum() / 16  # that loss was a mean
+        assert_equal(torch.tensor(two.report().loc[name, "fisher_trace"]), summed, two.trace, torch.float64)
+        assert_equal(two.diagonal[name].sum(), summed, two.trace)
+    assert not any(hooks(model).values())
+
+
+def saved_and_loaded(model: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def test_trap_14_an_exception_in_the_middle_of_a_model_that_needs_the_graph() -> None:
+    model, x, y = drawn(Square(4), 4, 4)
+    expected = per_sample_squared_norms(model, numbers, x, y)
+    with FisherMonitor(model) as monitor:
+        handle = model.conv.register_forward_pre_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model(x)
+        handle.remove()
+        model(x)
+        numbers(model(x), y).backward()
+    assert_equal(monitor.trace, total(trace(expected)), monitor.trace)
+    assert not any(hooks(model).values())
+
+
+# 15. The user's training is as without it
+
+
+def test_trap_15_training_of_a_model_that_needs_the_graph_is_bit_identical() -> None:
+    def trained(monitored: bool) -> tuple[nn.Module, list[Any]]:
+        torch.manual_seed(5)
+        model, seen = randomised(Square(4)), []
+        optimizer = torch.optim.AdamW(model.parameters(), 0.01)
+        with FisherMonitor(model, loss_scale=0.5, diagonal=True) if monitored else copy.copy(NOTHING):
+            for _ in range(3):
+                optimizer.zero_grad()
+                for _ in range(2):
+                    (numbers(model(torch.randn(4, 4)), torch.zeros(4, 4, 4)) / 2).backward()
+                seen.append(gradients(model))
+                optimizer.step()
+        return model, seen
+
+    (model, seen), (plain, plain_seen) = trained(True), trained(False)
+    for mine, theirs in zip(seen, plain_seen, strict=True):
+        assert_same_gradients(mine, theirs)
+    for (name, p), q in zip(model.named_parameters(), plain.parameters(), strict=True):
+        assert torch.equal(p, q), name
+
+
+class Nothing:
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *exc_info: object) -> None: ...
+
+
+NOTHING = Nothing()
+
+
+# 16. Random draws and routing
+
+
+class Noisy(nn.Module):
+    """Dropout before, in and after everything, parameters included, and a router."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places = nn.Embedding(6, 8)
+        self.attention = nn.MultiheadAttention(8, 2, dropout=0.3, batch_first=True)
+        self.recurrent = nn.LSTM(8, 8, num_layers=2, dropout=0.3, batch_first=True)
+        self.experts, self.router = nn.Parameter(torch.zeros(3, 8, 8)), nn.Linear(8, 3)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x + F.dropout(self.places(torch.arange(x.shape[1])), 0.3, self.training)
+        h = h + self.attention(h, h, h)[0]
+        h = F.dropout(self.recurrent(h)[0], 0.3, self.training).flatten(0, 1)
+        scores, chosen = self.router(h).softmax(-1).max(-1)
+        routed = torch.zeros_like(h)
+        for expert in range(3):
+            rows = (chosen == expert).nonzero().squeeze(1)
+            out = F.linear(h[rows], F.dropout(self.experts[expert], 0.3, self.training)) * scores[rows, None]
+            routed = routed.index_add(0, rows, out)
+        return self.head(h + routed).unflatten(0, x.shape[:2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_trap_16_random_draws_and_routing_are_those_of_the_users_forward(dtype: torch.dtype) -> None:
+    model, x, y = drawn(Noisy().train(), 5, 6, 8)
+    model, x, y = model.to(dtype), x.to(dtype), y.to(dtype)
+    torch.manual_seed(3)
+    expected = of_one_graph(model, (model(x) - y).square().flatten(1).sum(1))
+    torch.manual_seed(3)
+    plain = torch.randn(2)
+    torch.manual_seed(3)
+    model(x)
+    after = torch.get_rng_state()
+    torch.manual_seed(3)
+    with FisherMonitor(model) as monitor:
+        numbers(model(x), y).backward()
+    assert torch.equal(torch.get_rng_state(), after), "the monitor draws nothing"
+    assert plain.shape == (2,)
+    for name, t in expected.items():
+        found = torch.tensor(monitor.report().loc[name, "fisher_trace"])
+        assert_equal(found, t.mean(), total(trace(expected)), dtype)
