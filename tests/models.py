@@ -8,11 +8,12 @@ from __future__ import annotations
 import os
 import warnings
 import zlib
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
+from unittest import mock
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
 
@@ -21,7 +22,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune, rnn
-from torch.overrides import TorchFunctionMode
 
 from oracles import Inputs, assert_equal, call, double_copy, mapped, relative_error, trace
 from problems._base import Forward
@@ -57,18 +57,22 @@ def of_numbers(outputs: Any, targets: Tensor, batch_axis: int = 0) -> Tensor:
     return (main_output(outputs) - targets).square().movedim(batch_axis, 0).flatten(1).sum(1).mean()
 
 
-class Widened(TorchFunctionMode):
-    """Casts to float32 are casts to float64: a norm that is always taken in float32 hides what float64 could show."""
+@contextmanager
+def at_full_width(dtype: torch.dtype) -> Iterator[None]:
+    """In float64, casts to float32 are casts to float64: norms that are always taken in float32 hide what float64 shows."""
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def widened(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         wide = lambda x: torch.float64 if x is torch.float32 else x  # noqa: E731
-        func = Tensor.double if func is Tensor.float else func
-        return func(*map(wide, args), **{key: wide(value) for key, value in (kwargs or {}).items()})
+        return lambda *args, **kwargs: function(*map(wide, args), **{key: wide(x) for key, x in kwargs.items()})
 
-
-def at_full_width(dtype: torch.dtype) -> Any:
-    """A context in which models of this dtype compute in it throughout."""
-    return Widened() if dtype == torch.float64 else nullcontext()
+    if dtype != torch.float64:
+        yield
+        return
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(Tensor, "to", widened(Tensor.to)))
+        stack.enter_context(mock.patch.object(Tensor, "float", Tensor.double))
+        stack.enter_context(mock.patch.object(F, "softmax", widened(F.softmax)))
+        yield
 
 
 # Cases
@@ -356,6 +360,28 @@ def transformers_cases() -> list[Case]:
             ),
             language(),
         ),
+        text(
+            "mamba2",
+            "Mamba-2",
+            hugging(
+                "Mamba2ForCausalLM",
+                vocab_size=WORDS,
+                hidden_size=16,
+                state_size=4,
+                num_hidden_layers=2,
+                conv_kernel=3,
+                expand=2,
+                num_heads=4,
+                head_dim=8,
+                n_groups=2,
+                chunk_size=4,
+                residual_in_fp32=False,
+                pad_token_id=0,
+                bos_token_id=1,
+                eos_token_id=2,
+            ),
+            language(),
+        ),
         text("t5", "T5", hugging("T5ForConditionalGeneration", **T5), pair),
         text(
             "t5-square",
@@ -435,7 +461,6 @@ def transformers_cases() -> list[Case]:
             partial(lora, hugging("LlamaForCausalLM", **LLAMA), target_modules=["q_proj", "v_proj"]),
             language(),
             options={"parameters": "all"},
-            refusals={"monitor": "frozen parameters of\n.*LlamaRMSNorm"},
         ),
         text(
             "dora-llama",

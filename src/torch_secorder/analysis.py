@@ -102,19 +102,20 @@ class Analysis:
         self._create_graph, self._memory = create_graph, Memory()
         with self.differentiable():
             self._plan = planned(self.model, self.table, batch_axis)
+        self.batch_axis = self._plan.batch_axis
 
     def empirical(self, loss_fn: Callable[[Any, Any], Tensor], inputs: Any, targets: Any) -> Batch:
         """Squared norms of g_n."""
         with self._prepared() as run:
             outputs = run(inputs)
-            checked_targets(targets, run.n)
+            checked_targets(targets, run.n, self.batch_axis)
             loss = checked_loss(loss_fn(outputs, targets), run.n, targets)
             if direct := used_by_loss(loss, outputs, self.table):
                 raise CoverageError(
                     f"the loss uses {', '.join(direct)} by another way than through the model's outputs; a penalty on weights "
                     "belongs to no sample: leave it out of the loss, or move the computation into the model's forward"
                 )
-            reduction = reduction_of(loss_fn, outputs, targets, loss, run.n)
+            reduction = reduction_of(loss_fn, outputs, targets, loss, run.n, self.batch_axis)
             samples = run.backward(loss)
         factor = run.n**2 if reduction == "mean" else 1
         samples = replace(samples, norms=samples.norms * factor)
@@ -124,7 +125,7 @@ class Analysis:
         """Expected squared norms of the gradient of -log p(y | x_n)."""
         with self._prepared() as run:
             outputs = logits(run(inputs))
-            checked_targets(targets, run.n)
+            checked_targets(targets, run.n, self.batch_axis)
             count, seeds, factor = kind.seeds(outputs.detach(), targets, generator)
             passes = (
                 run.backward(outputs, seed.to(outputs.dtype), last=number == count)

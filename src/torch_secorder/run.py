@@ -19,7 +19,7 @@ from torch_secorder.graph import Audit, Memory, Use
 from torch_secorder.parameters import ParameterTable
 from torch_secorder.passes import Pass, Samples
 from torch_secorder.plan import Plan
-from torch_secorder.trees import mapped, rows, shrunk, tensors
+from torch_secorder.trees import mapped, rows, sample_axis, shrunk, tensors
 
 
 class Run:
@@ -85,13 +85,14 @@ class Run:
 
     def _rehearse(self) -> None:
         """See where samples are in a batch of three of them, which costs far less than in the whole batch."""
-        if self._capture.last.n is None or self._capture.last.n < 8 or self._plan.batch_axis:
+        n, axis = self._capture.last.n, self._plan.batch_axis
+        if n is None or n < 8:
             return
-        few = rows(self._arguments, [0, 1, 2], self._capture.last.n)
+        few = rows(self._arguments, [0, 1, 2], n, axis)
         capture = Capture(
-            self._model, self._plan.sites, lambda record, grad: None, on_end=lambda *found: audit.uses(*found)
+            *(self._model, self._plan.sites, lambda record, grad: None, axis), on_end=lambda *found: audit.uses(*found)
         )
-        audit = Audit(self._table, lambda use, grads: None, memory=self._memory)
+        audit = Audit(self._table, lambda use, grads: None, axis, self._memory)
         self._capture.active = False
         try:
             with fork_random(self._table.tensors), undisturbed(self._model), torch.enable_grad(), capture:
@@ -213,7 +214,9 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                 module._buffers[name] = buffer
 
 
-def reduction_of(loss_fn: Callable[[Any, Any], Tensor], outputs: Any, targets: Any, loss: Tensor, n: int) -> str:
+def reduction_of(
+    loss_fn: Callable[[Any, Any], Tensor], outputs: Any, targets: Any, loss: Tensor, n: int, axis: int = 0
+) -> str:
     """Whether a loss averages or sums over the batch, found out by giving it samples twice.
 
     One sample twice is enough; where its loss says nothing (zero, or NaN because its target is ignored), the whole batch
@@ -229,9 +232,10 @@ def reduction_of(loss_fn: Callable[[Any, Any], Tensor], outputs: Any, targets: A
             # Also for other outputs: the ratio of differences shows a constant that the loss itself may hide.
             single, double = [], []
             for out in (outputs, mapped(shrunk, outputs)):
-                out, tgt = rows(out, index, n), rows(targets, index, n)
+                out, tgt = rows(out, index, n, axis), rows(targets, index, n, axis)
                 single.append(float(loss_fn(out, tgt)))
-                double.append(float(loss_fn(rows(out, [*range(size)] * 2, size), rows(tgt, [*range(size)] * 2, size))))
+                twice = [*range(size)] * 2
+                double.append(float(loss_fn(rows(out, twice, size, axis), rows(tgt, twice, size, axis))))
             ratio = _ratio(double[0], single[0])
             change = _ratio(double[0] - double[1], single[0] - single[1])
             for value, name in ((1.0, "mean"), (2.0, "sum")):
@@ -266,7 +270,7 @@ def checked_loss(loss: Any, n: int, targets: Any) -> Tensor:
     return loss
 
 
-def checked_targets(targets: Any, n: int) -> None:
+def checked_targets(targets: Any, n: int, axis: int = 0) -> None:
     """Raise if there is another number of targets than of samples."""
-    if isinstance(targets, Tensor) and targets.dim() and targets.shape[0] != n:
+    if isinstance(targets, Tensor) and targets.dim() and sample_axis(targets, n, axis) is None:
         raise ShapeError(f"{n} samples in the inputs and {targets.shape[0]} in the targets")

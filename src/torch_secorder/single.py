@@ -10,7 +10,7 @@ from torch import Tensor
 
 from torch_secorder.capture import probe
 from torch_secorder.errors import LifecycleError, VerificationError
-from torch_secorder.trees import mapped, shrunk, tensors
+from torch_secorder.trees import mapped, sample_axis, shrunk, tensors
 
 
 def norms_of_first(loss: Tensor, outputs: Sequence[Tensor], parameters: Sequence[Tensor], axis: int) -> Tensor:
@@ -28,25 +28,31 @@ def norms_of_first(loss: Tensor, outputs: Sequence[Tensor], parameters: Sequence
     return torch.stack([torch.zeros(()).double() if g is None else g.double().square().sum().cpu() for g in found])
 
 
-def check_separable(loss: Callable[[Any], Tensor], batch: Any, sample: int, n: int) -> None:
+def check_separable(loss: Callable[[Any], Tensor], batch: Any, sample: int, n: int, axis: int = 0) -> None:
     """Raise if the loss's gradient in one sample's outputs depends on other samples' outputs."""
     gradients = []
     for outputs in (batch, mapped(shrunk, batch)):
         leaves: list[Tensor] = []
+        axes: list[int] = []
         originals = tensors(batch)
 
-        def leaf(x: Tensor, originals: Iterator[Tensor] = originals, leaves: list[Tensor] = leaves) -> Tensor:
+        def leaf(
+            x: Tensor, originals: Iterator[Tensor] = originals, leaves: list[Tensor] = leaves, axes: list[int] = axes
+        ) -> Tensor:
             original = next(originals)
-            if not (x.is_floating_point() and x.dim() and len(x) == n):
+            where = sample_axis(x, n, axis)
+            if where is None or not x.is_floating_point():
                 return original
             x = x.detach().clone()
-            x[sample] = original[sample]
+            x.select(where, sample).copy_(original.select(where, sample))
             leaves.append(x.requires_grad_())
+            axes.append(where)
             return x
 
         with torch.enable_grad():
             found = torch.autograd.grad(loss(mapped(leaf, outputs)), leaves, allow_unused=True)
-        gradients.append([torch.zeros(()) if g is None else g[sample].double() for g in found])
+        pairs = zip(found, axes, strict=True)
+        gradients.append([torch.zeros(()) if g is None else g.select(where, sample).double() for g, where in pairs])
     for here, there in zip(*gradients, strict=True):
         if (here - there).norm() > 1e-3 * here.norm():
             raise VerificationError(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def tensors(value: Any) -> Iterator[Tensor]:
-    """Every tensor in nested mappings and sequences."""
+    """Every tensor in nested mappings, sequences and dataclasses."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
@@ -19,6 +19,8 @@ def tensors(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, (list, tuple)):
         for item in value:
             yield from tensors(item)
+    elif is_dataclass(value) and not isinstance(value, type):
+        yield from tensors([getattr(value, f.name) for f in fields(value)])
 
 
 def mapped(function: Callable[[Tensor], Tensor], value: Any) -> Any:
@@ -36,9 +38,19 @@ def mapped(function: Callable[[Tensor], Tensor], value: Any) -> Any:
     return type(value)(mapped(function, item) for item in value) if isinstance(value, (list, tuple)) else value
 
 
-def rows(value: Any, index: list[int], n: int) -> Any:
-    """Those samples of every tensor in ``value`` that has n of them on axis 0."""
-    return mapped(lambda x: x[index] if x.dim() and x.shape[0] == n else x, value)
+def sample_axis(x: Tensor, n: int, axis: int = 0) -> int | None:
+    """Where a tensor counts n samples: on ``axis``, else on the first as labels do, else nowhere."""
+    return next((a for a in (axis, 0) if x.dim() > a and x.shape[a] == n), None)
+
+
+def rows(value: Any, index: list[int], n: int, axis: int = 0) -> Any:
+    """Those samples of every tensor in ``value`` that counts n of them."""
+
+    def picked(x: Tensor) -> Tensor:
+        where = sample_axis(x, n, axis)
+        return x if where is None else x.index_select(where, torch.tensor(index, device=x.device))
+
+    return mapped(picked, value)
 
 
 def shrunk(x: Tensor) -> Tensor:

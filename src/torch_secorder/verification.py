@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch_secorder.analysis import Analysis, Batch
 from torch_secorder.run import called, fork_random, undisturbed
 from torch_secorder.single import check_separable, compare
-from torch_secorder.trees import mapped, rows, tensors
+from torch_secorder.trees import mapped, rows, sample_axis, tensors
 
 
 def verified(analysis: Analysis, loss: Callable[[Any], Tensor], inputs: Any, batch: Batch, sample: int = 0) -> None:
@@ -43,11 +43,11 @@ def verified(analysis: Analysis, loss: Callable[[Any], Tensor], inputs: Any, bat
             if batch.random:
                 warnings.warn("not verified: the model draws random numbers in eval mode too", stacklevel=3)
                 return
-        n = batch.samples.batch
-        check_separable(loss, batch.outputs, sample, n)
+        n, axis = batch.samples.batch, analysis.batch_axis
+        check_separable(loss, batch.outputs, sample, n, axis)
         with torch.enable_grad(), analysis.differentiable():
-            own = tensors(called(analysis.model, rows(inputs, [sample], n)))
-            outputs = mapped(partial(_inserted, own, sample, n), batch.outputs)
+            own = tensors(called(analysis.model, rows(inputs, [sample], n, axis)))
+            outputs = mapped(partial(_inserted, own, sample, n, axis), batch.outputs)
             found = torch.autograd.grad(loss(outputs), analysis.table.tensors, allow_unused=True)
     norms = [torch.zeros(()) if g is None else g.detach().double().square().sum().cpu() for g in found]
     compare(
@@ -55,12 +55,13 @@ def verified(analysis: Analysis, loss: Callable[[Any], Tensor], inputs: Any, bat
     )
 
 
-def _inserted(own: Iterator[Tensor], sample: int, n: int, rest: Tensor) -> Tensor:
-    """One of the batch's outputs with the sample's own in its row."""
+def _inserted(own: Iterator[Tensor], sample: int, n: int, axis: int, rest: Tensor) -> Tensor:
+    """One of the batch's outputs with the sample's own in its place."""
     mine = next(own)
-    if not (rest.dim() and rest.shape[0] == n and mine.shape[:1] == (1,) and rest.shape[1:] == mine.shape[1:]):
+    where = sample_axis(rest, n, axis)
+    if where is None or mine.shape != rest.narrow(where, sample, 1).shape:
         return mine if mine.shape == rest.shape else rest
-    return torch.cat([rest[:sample], mine, rest[sample + 1 :]])
+    return torch.cat([rest.narrow(where, 0, sample), mine, rest.narrow(where, sample + 1, n - sample - 1)], where)
 
 
 @contextmanager

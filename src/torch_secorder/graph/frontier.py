@@ -144,7 +144,9 @@ class Frontier:
         others = [c for i, (c, _) in enumerate(node.next_functions) if i not in indices and c is not None]
         use = Use(forward, parts, placement, output, all(self._is_free(c, frontier) for c in others))
         ruled = all(has_rule(use.place(node, part, {})) for part in parts)
-        use.calls_nodes = not ruled or any(c.layout is None for part in parts for _, c in part.targets)
+        targets = (target for part in parts for target in part.targets)
+        simple = all(c.layout == () or (c.layout is not None and isinstance(target, int)) for target, c in targets)
+        use.calls_nodes = not (ruled and simple)
         return use, node
 
     def _is_free(self, node: Node, frontier: set[Node]) -> bool:

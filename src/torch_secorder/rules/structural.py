@@ -7,6 +7,7 @@ module that behaves as the rule says, in the parameters and over the positions, 
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -22,7 +23,9 @@ def structural_rule(module: nn.Module) -> Rule | None:
     """The rule for a module that no class tells of, if it behaves as one of these."""
     if next(module.children(), None) is not None or "forward" in vars(module):
         return None
-    if any(isinstance(value, Tensor) for value in vars(module).values()):
+    # What takes another input, a gate for one, may use it in ways that no trial with one input shows.
+    takes_one = len(inspect.signature(module.forward).parameters) == 1
+    if not takes_one or any(isinstance(value, Tensor) for value in vars(module).values()):
         return None
     shapes = {name: tuple(p.shape) for name, p in module._parameters.items() if p is not None}
     for candidate in (_scale, _affine):
@@ -34,14 +37,14 @@ def structural_rule(module: nn.Module) -> Rule | None:
 
 def scale(module: nn.Module, call: Call) -> Gradients:
     """``y = weight * n(x) + m(x)`` over the last axis; ``n(x)`` is the output for a weight of one less that for zero."""
-    x, g = call.inputs[0], call.grad_output
+    x, g = next(iter((*call.inputs, *call.kwargs.values()))), call.grad_output
     n = _with(module, x, weight=torch.ones_like) - _with(module, x, weight=torch.zeros_like)
     return {"weight": (g * n).reshape(len(g), -1, g.shape[-1]).sum(1)}
 
 
 def affine(module: nn.Module, call: Call) -> Gradients:
     """``y = x weight + bias`` over the last axis."""
-    x, g = call.inputs[0], call.grad_output
+    x, g = next(iter((*call.inputs, *call.kwargs.values()))), call.grad_output
     x, g = (value.reshape(len(value), 1, -1, value.shape[-1]) for value in (x, g))
     return {"weight": Outer(g, x, (x.shape[-1], g.shape[-1])), "bias": g.sum((1, 2))}
 
