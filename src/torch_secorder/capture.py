@@ -122,6 +122,7 @@ class Record:
 
     Attributes:
         placement: where the output has its samples; None while that is not known, and for a call without a batch axis.
+        audited: whether the graph of the model's outputs was seen to contain it.
         boundary: the graph's nodes that made the inputs.
         versions: how often each input had been changed in place when the module saw it.
         fired_in: the last backward pass that reached it.
@@ -136,6 +137,7 @@ class Record:
     placement: Placement | None
     boundary: tuple[Node, ...]
     versions: tuple[int, ...] = ()
+    audited: bool = False
     fired_in: int | None = None
     moments: Tensor | None = None
 
@@ -298,7 +300,12 @@ class Capture:
         if forward.n is None:
             forward.n = _size(output, placement.axis)
         found: Placement | None = placement if placement.fits(output.shape, forward.n or -1) else None
-        if found is None and (site.placement is not None or not forward.inside or forward.replay_of is not None):
+        if not forward.inside and site.placement is None:
+            raise ShapeError(
+                f"{site} was called outside of a call of the monitored model, where nothing shows which axis counts the "
+                "samples: call the model itself, monitor the part that is called, or say where they are (batch_axis=0)"
+            )
+        if found is None and (site.placement is not None or forward.replay_of is not None):
             raise ShapeError(
                 f"{site}: its output has shape {tuple(output.shape)}, whose axis {placement.axis} is not the batch of "
                 f"{forward.n} samples; pass batch_axis={{'{site.name}': axis}} if it has one"
@@ -311,6 +318,7 @@ class Capture:
             args, versions = tuple(_Packed(x, *hooks) if isinstance(x, Tensor) else x for x in args), ()
             kwargs = {k: _Packed(x, *hooks) if isinstance(x, Tensor) else x for k, x in kwargs.items()}
         record = Record(site, forward, args, kwargs, output.shape, found, boundary, versions)
+        record.audited = not forward.inside or forward.replay_of is not None
         if site.rule is None:
             record.inputs, record.kwargs, record.versions, record.moments = (), {}, (), moments(output)
         edge.node.register_prehook(partial(self._fired, record, edge.output_nr))

@@ -16,6 +16,7 @@ from torch_secorder.likelihoods import random_signs
 from torch_secorder.monitor import checked
 from torch_secorder.plan import BatchAxis
 from torch_secorder.report import By, Report
+from torch_secorder.single import check_separable
 from torch_secorder.statistics import Statistics
 from torch_secorder.verification import verified
 
@@ -72,8 +73,8 @@ def fisher_report(
 
     Raises:
         ArgumentError: for arguments that mean nothing, no data, or a loss that neither averages nor sums.
-        UnsupportedError: naming all layers without an exact rule.
-        VerificationError: if one sample alone has other gradients than in its batch.
+        VerificationError: if one sample alone has other gradients than in its batch, or the loss compares samples.
+        CurvatureError: in one of its kinds, for whatever can't be exact; it says what to do.
 
     Example:
         >>> import torch
@@ -106,7 +107,8 @@ def fisher_report(
             samples, reduction = batch.samples, reduction or batch.reduction
             if verify and number == 0:
                 scale = samples.batch if batch.reduction == "mean" else 1
-                verified(analysis, partial(_loss, loss_fn, targets, scale), inputs, batch)
+                check_separable(loss_fn, batch.outputs, targets, samples.batch, analysis.batch_axis)
+                verified(analysis, partial(_scaled, loss_fn, targets, scale), inputs, batch)
         else:
             if verify and number == 0:
                 verified(analysis, _projection, inputs, analysis.of(_projection, inputs))
@@ -117,7 +119,7 @@ def fisher_report(
     return Report(analysis.table.rows, statistics, reduction or "mean", fisher).table(by)
 
 
-def _loss(loss_fn: Callable[[Any, Any], Tensor], targets: Any, scale: float, outputs: Any) -> Tensor:
+def _scaled(loss_fn: Callable[[Any, Any], Tensor], targets: Any, scale: float, outputs: Any) -> Tensor:
     return loss_fn(outputs, targets) * scale
 
 

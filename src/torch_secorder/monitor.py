@@ -68,7 +68,7 @@ class FisherMonitor:
 
     Raises:
         ArgumentError: for an argument that means nothing, or a model with no trainable parameter.
-        UnsupportedError: naming all layers without an exact rule.
+        UnsupportedError: naming all frozen layers without a rule, where ``parameters="all"`` asks for them.
 
     Example:
         >>> import torch
@@ -229,8 +229,9 @@ class FisherMonitor:
         """Have the next backward pass, which must be that of ``loss``, checked for one sample.
 
         The first sample's gradient is taken by plain autograd, through the outputs of the model's latest call inside the
-        block; at the end of the backward pass the hooks must have found the same. It costs one more backward pass, and finds
-        layers that mix samples and rules that are wrong. :func:`fisher_report` does the like by itself.
+        block, which must still be there; at the end of the backward pass the hooks must have found the same. It costs one more
+        backward pass, and finds layers behind a parameter that mix samples, and rules that are wrong.
+        :func:`fisher_report` does the like by itself.
 
         Args:
             loss: computed from the model's latest outputs inside this monitor's block, not yet differentiated.
@@ -243,7 +244,8 @@ class FisherMonitor:
             >>> import torch
             >>> model = torch.nn.Linear(3, 2)
             >>> with FisherMonitor(model) as monitor:
-            ...     loss = model(torch.randn(8, 3)).square().mean()
+            ...     outputs = model(torch.randn(8, 3))
+            ...     loss = outputs.square().mean()
             ...     monitor.verify(loss)
             ...     loss.backward()
         """
@@ -277,9 +279,9 @@ class FisherMonitor:
         reached = samples.reached if samples else set()
         if missed := [self._table.names[p] for p in current.gradients if p not in reached]:
             raise CoverageError(
-                f"the backward pass reached {', '.join(missed)} by a way that no layer's own forward accounts for: a weight "
-                "used outside of its module (functional calls), or a forward that ran before the monitor was entered; "
-                "the batch is left out"
+                f"the backward pass reached {', '.join(missed)} by a way that nothing accounts for: through something that the "
+                "model doesn't return, inside of re-entrant checkpointing, in compiled code, or in a forward that ran before "
+                "the monitor was entered; the batch is left out"
             )
         assert samples is not None
         if wrong := current.collected.unexplained(current.projections, samples):
@@ -291,7 +293,7 @@ class FisherMonitor:
             )
         expected, self._expected = self._expected, None
         if expected is not None and not samples.skipped:
-            compare(self._table.names, samples.norms[:, 0], expected)
+            compare(self._table.names, samples.norms[:, 0], expected, current.collected.half)
         factor = samples.batch / _scale(self._loss_scale) if self._reduction == "mean" else 1 / _scale(self._loss_scale)
         gradients = (
             torch.stack([g.double().cpu() for g in current.gradients.values()]) if current.gradients else torch.zeros(0)

@@ -75,7 +75,10 @@ def unwrapped(model: nn.Module) -> nn.Module:
             "DataParallel runs copies of the model, whose parameters are not the model's own: "
             "use the bare model, or DistributedDataParallel"
         )
-    return unwrapped(model.module) if isinstance(model, DistributedDataParallel) else model
+    if isinstance(model, DistributedDataParallel):
+        return unwrapped(model.module)
+    # torch.compile's wrapper, whose class sits in a module that takes seconds to import.
+    return unwrapped(model._orig_mod) if "_orig_mod" in model._modules else model  # type: ignore[arg-type]
 
 
 def plain_name(name: str) -> str:

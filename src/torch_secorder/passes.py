@@ -107,7 +107,8 @@ class Pass:
         checks: bool = False,
     ):
         self._table, self._diagonal, self._repeated, self._keep = table, diagonal, repeated_calls, keep
-        self.checks, self._half = checks, False
+        self.checks = checks
+        self.half = False  # whether a gradient in half precision was seen
         self._blocks: dict[object, Block] = {}
         self._rules: dict[int, dict[str, None]] = defaultdict(dict)
 
@@ -127,7 +128,7 @@ class Pass:
             captured = sum((float(block.projections.get(position, 0.0)) for block in self._blocks.values()), 0.0)
             bound = math.sqrt(float(sums[position])) + 1e-2 * math.sqrt(float(sums.sum()))
             tolerance = TOLERANCES.get((actual.dtype, actual.device.type), TOLERANCE)
-            if not abs(captured - float(actual)) <= (HALF_TOLERANCE if self._half else tolerance) * bound:
+            if not abs(captured - float(actual)) <= (HALF_TOLERANCE if self.half else tolerance) * bound:
                 wrong.append(position)
         return wrong
 
@@ -139,7 +140,7 @@ class Pass:
         """The gradient of a recorded call's output has arrived."""
         forward, site = record.forward, record.site
         assert record.placement is not None
-        self._half = self._half or grad.dtype in HALF
+        self.half = self.half or grad.dtype in HALF
         whole = record.placement.whole
         call = record.shared_call(grad.reshape(1, *record.shape)) if whole else record.call(grad)
         size = len(call.grad_output)
@@ -151,6 +152,11 @@ class Pass:
             norms = Dense(call.grad_output.flatten(1)).squared_norm()
             block.outputs.setdefault(site.name, []).append(Output(norms, record.moments))
             return
+        if not record.audited:
+            raise CoverageError(
+                f"{site}: the loss reaches it by another way than through what the model returns, so that nothing shows where "
+                "its samples are: return what the loss is computed from, in tensors, mappings, sequences or dataclasses"
+            )
         self._apply(block, record, call, owner)
         if not self._keep:
             record.inputs = None
@@ -162,7 +168,7 @@ class Pass:
             return
         assert use.forward.n is not None
         block = self._block(use.forward, use.forward.n)
-        self._half = self._half or any(grad is not None and grad.dtype in HALF for grad in grads)
+        self.half = self.half or any(grad is not None and grad.dtype in HALF for grad in grads)
         if found is None or not use.placement.fits(found.shape, block.n):
             shape = None if found is None else tuple(found.shape)
             raise ShapeError(f"{self._names(use)}: the {block.n} samples are not in a gradient of shape {shape}")

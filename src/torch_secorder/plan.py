@@ -6,10 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
-import torch
 from torch import nn
 
-from torch_secorder.capture import Site, current_backward, saved_elsewhere
+from torch_secorder.capture import Site
 from torch_secorder.errors import ArgumentError, CurvatureError, UnsupportedError
 from torch_secorder.parameters import ParameterTable, named_modules
 from torch_secorder.placement import Placement
@@ -66,8 +65,6 @@ def planned(model: nn.Module, table: ParameterTable, batch_axis: BatchAxis = Non
             sites.append(Site(name, module, owned, tensors, rule, axis(name)))
         elif frozen := [local for local, position in owned.items() if not table.tensors[position].requires_grad]:
             missing.append(f"{type(module).__name__} '{name}' ({', '.join(frozen)}): {rule}")
-        else:
-            guards[module] = partial(_refuse_hidden, name, module, guards.get(module))
     if missing:
         raise UnsupportedError(
             "no exact rule for the frozen parameters of\n  "
@@ -94,15 +91,3 @@ def _axes(model: nn.Module, batch_axis: BatchAxis) -> Callable[[str], Placement 
 def _refuse(name: str, module: nn.Module, refusal: Callable[[nn.Module], CurvatureError | None]) -> None:
     if (error := refusal(module)) is not None:
         raise type(error)(f"{type(module).__name__} '{name}': {error}")
-
-
-def _refuse_hidden(name: str, module: nn.Module, before: Callable[[], None] | None) -> None:
-    """A module without a rule is left to the graph, whose tensors activation checkpointing hides."""
-    if before is not None:
-        before()
-    if torch.is_grad_enabled() and saved_elsewhere() is not None and current_backward() == -1:
-        raise UnsupportedError(
-            f"{type(module).__name__} '{name}' has no rule, and runs inside of activation checkpointing (or other hooks on saved "
-            "tensors), where the autograd graph can't be read: teach the library this layer with "
-            "torch_secorder.register_rule, or run it without checkpointing"
-        )

@@ -54,7 +54,9 @@ class Run:
             on_end=self._audited,
         )
         self._memory = memory or Memory()
-        self._audit = Audit(table, self._used, plan.batch_axis, self._memory, self._rehearse if rehearses else None)
+        self._audit = Audit(
+            *(table, self._used, plan.batch_axis, self._memory, self._rehearse if rehearses else None), trusting=True
+        )
         self._pass: Pass | None = None
         self._error: Exception | None = None
         self._starts: list[tuple[Record | Use, list[GradientEdge]]] = []
@@ -200,18 +202,22 @@ def called(model: Callable[..., Any], inputs: Any) -> Any:
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Buffers that a forward changes get their values back."""
-    before = [
-        (m, name, b, b._version, b.clone()) for m in model.modules() for name, b in m._buffers.items() if b is not None
+    """What a forward changes gets its values back: buffers, and tables that ``max_norm`` rewrites."""
+    kept: list[tuple[Any, str, Tensor]] = [
+        (m._buffers, name, b) for m in model.modules() for name, b in m._buffers.items() if b is not None
     ]
+    for m in model.modules():
+        if getattr(m, "max_norm", None) is not None:
+            kept += [(m._parameters, name, p) for name, p in m._parameters.items() if p is not None]
+    before = [(owner, name, value, value._version, value.detach().clone()) for owner, name, value in kept]
     try:
         yield
     finally:
         with torch.no_grad():
-            for module, name, buffer, version, value in before:
-                if buffer._version != version:
-                    buffer.copy_(value)
-                module._buffers[name] = buffer
+            for owner, name, tensor, version, value in before:
+                if tensor._version != version:
+                    tensor.copy_(value)
+                owner[name] = tensor
 
 
 def reduction_of(

@@ -12,24 +12,28 @@ import torch
 from torch import Tensor, nn
 
 from torch_secorder.analysis import Analysis, Batch
+from torch_secorder.passes import HALF
 from torch_secorder.run import called, fork_random, undisturbed
-from torch_secorder.single import check_separable, compare
+from torch_secorder.single import compare
 from torch_secorder.trees import mapped, rows, sample_axis, tensors
 
 
-def verified(analysis: Analysis, loss: Callable[[Any], Tensor], inputs: Any, batch: Batch, sample: int = 0) -> None:
-    """Raise unless one sample of a batch has the squared norms that the batch's analysis says.
+def verified(
+    analysis: Analysis, loss: Callable[[Any], Tensor], inputs: Any, batch: Batch, *, by_autograd: bool = True
+) -> None:
+    """Raise unless a batch's first sample has the squared norms that the batch's analysis says.
 
     The sample runs through the model alone; its output takes its row in the batch's outputs, which are constants, and
-    the loss of that is differentiated by plain autograd: a step of one sample. Where the model draws random numbers, both
-    are done once more in eval mode, which stops dropout.
+    the loss of that is differentiated: a step of one sample. Where the model draws random numbers, both are done once more
+    in eval mode, which stops dropout.
 
     Args:
         analysis: what is verified.
         loss: from the model's outputs to a sum over samples.
         inputs: a batch.
         batch: what the analysis says of it.
-        sample: which row.
+        by_autograd: differentiate the sample's loss by plain autograd, which also checks the rules; else by the rules, which
+            needs no parameter gradient and still shows a batch axis mistaken for another and samples that are coupled.
 
     Raises:
         VerificationError: naming the parameters that differ, with both numbers.
@@ -44,24 +48,34 @@ def verified(analysis: Analysis, loss: Callable[[Any], Tensor], inputs: Any, bat
                 warnings.warn("not verified: the model draws random numbers in eval mode too", stacklevel=3)
                 return
         n, axis = batch.samples.batch, analysis.batch_axis
-        check_separable(loss, batch.outputs, sample, n, axis)
-        with torch.enable_grad(), analysis.differentiable():
-            own = tensors(called(analysis.model, rows(inputs, [sample], n, axis)))
-            outputs = mapped(partial(_inserted, own, sample, n, axis), batch.outputs)
-            found = torch.autograd.grad(loss(outputs), analysis.table.tensors, allow_unused=True)
-    norms = [torch.zeros(()) if g is None else g.detach().double().square().sum().cpu() for g in found]
-    compare(
-        analysis.table.names, batch.samples.norms[:, sample].detach(), torch.stack([norm.double() for norm in norms])
+        if n == 1 and not by_autograd:
+            return
+        alone = rows(inputs, [0], n, axis)
+
+        def among_the_rest(own: Any) -> Tensor:
+            return loss(mapped(partial(_inserted, tensors(own), n, axis), batch.outputs))
+
+        if by_autograd:
+            with torch.enable_grad(), analysis.differentiable():
+                outputs = called(analysis.model, alone)
+                found = torch.autograd.grad(among_the_rest(outputs), analysis.table.tensors, allow_unused=True)
+            zero = torch.zeros((), dtype=torch.float64)
+            norms = torch.stack([zero if g is None else g.detach().double().square().sum().cpu() for g in found])
+        else:
+            norms = analysis.of(among_the_rest, alone).samples.norms[:, 0].detach().double().cpu()
+    half = torch.is_autocast_enabled() or any(
+        x.dtype in HALF for x in (*analysis.table.tensors, *tensors(batch.outputs))
     )
+    compare(analysis.table.names, batch.samples.norms[:, 0].detach(), norms, half)
 
 
-def _inserted(own: Iterator[Tensor], sample: int, n: int, axis: int, rest: Tensor) -> Tensor:
+def _inserted(own: Iterator[Tensor], n: int, axis: int, rest: Tensor) -> Tensor:
     """One of the batch's outputs with the sample's own in its place."""
     mine = next(own)
     where = sample_axis(rest, n, axis)
-    if where is None or mine.shape != rest.narrow(where, sample, 1).shape:
+    if where is None or mine.shape != rest.narrow(where, 0, 1).shape:
         return mine if mine.shape == rest.shape else rest
-    return torch.cat([rest.narrow(where, 0, sample), mine, rest.narrow(where, sample + 1, n - sample - 1)], where)
+    return torch.cat([mine, rest.narrow(where, 1, n - 1)], where)
 
 
 @contextmanager

@@ -13,6 +13,8 @@ from torch_secorder.errors import CoverageError, ShapeError
 from torch_secorder.monitor import checked
 from torch_secorder.parameters import ParameterTable, unwrapped
 from torch_secorder.run import checked_targets
+from torch_secorder.single import check_separable
+from torch_secorder.verification import verified
 
 
 def empirical_fisher_trace(
@@ -47,8 +49,9 @@ def empirical_fisher_trace(
 
     Raises:
         ArgumentError: for a ``num_samples`` that is no int >= 1, or a loss that is no scalar or neither averages nor sums.
-        UnsupportedError: naming all layers without an exact rule.
+        VerificationError: if the first sample alone has other gradients than in its batch, or the loss compares samples.
         NonFiniteError: naming the parameters whose gradient is not finite.
+        CurvatureError: in one of its kinds, for whatever else can't be exact; it says what to do.
 
     Example:
         >>> import torch
@@ -66,6 +69,11 @@ def empirical_fisher_trace(
     positive_int("num_samples", num_samples)
     analysis = Analysis(model, create_graph=create_graph)
     batch = analysis.empirical(loss_fn, inputs, targets)
+    if not create_graph:
+        samples, axis = batch.samples, analysis.batch_axis
+        scale = samples.batch if batch.reduction == "mean" else 1
+        check_separable(loss_fn, batch.outputs, targets, samples.batch, axis)
+        verified(analysis, lambda outputs: loss_fn(outputs, targets) * scale, inputs, batch, by_autograd=False)
     return _as_result(batch.samples.norms.sum(0), batch.reduction, analysis.table)
 
 

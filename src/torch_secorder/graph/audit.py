@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from torch_secorder.capture import Forward, Record
-from torch_secorder.errors import ShapeError
+from torch_secorder.errors import ShapeError, UnsupportedError
 from torch_secorder.graph.frontier import Frontier, Use
 from torch_secorder.graph.look import Look, Memory
 from torch_secorder.graph.walk import Walk
@@ -30,6 +30,7 @@ class Audit:
         batch_axis: where the model's outputs have the batch axis.
         memory: what is known about the model already.
         rehearse: adds to the memory from a smaller batch, called when evidence is needed.
+        trusting: believe shapes that allow one reading only, for callers that check a sample afterwards.
     """
 
     def __init__(
@@ -39,6 +40,8 @@ class Audit:
         batch_axis: int = 0,
         memory: Memory | None = None,
         rehearse: Callable[[], None] | None = None,
+        *,
+        trusting: bool = False,
     ):
         self._table, self._on_use, self._axis = table, on_use, batch_axis
         self._leaves = {
@@ -46,7 +49,7 @@ class Audit:
             for position, p in enumerate(table.tensors)
             if p.requires_grad
         }
-        self._memory, self._rehearse = memory or Memory(), rehearse
+        self._memory, self._rehearse, self._trusting = memory or Memory(), rehearse, trusting
 
     def uses(self, forward: Forward, outputs: Any) -> list[tuple[Use, Node]]:
         """Place every record of a forward, and hook every use that no record accounts for.
@@ -68,6 +71,12 @@ class Audit:
             return []
         uses = Frontier(walk, shared, look, n, self._table).uses(forward)
         for use, node in uses:
+            if why := use.hidden(node):
+                raise UnsupportedError(
+                    f"{', '.join(self._names(use))}: used by {why} inside of activation checkpointing (or other hooks on saved "
+                    "tensors), where the autograd graph can't be read: teach the library the layer with "
+                    "torch_secorder.register_rule, or run it without checkpointing"
+                )
             for target, _ in (target for part in use.parts for target in part.targets):
                 forward.calls.update([target] if isinstance(target, int) else target.site.parameters.values())
             node.register_prehook(partial(self._on_use, use))
@@ -75,12 +84,19 @@ class Audit:
             record.placement = None
         return uses
 
+    def _names(self, use: Use) -> list[str]:
+        targets = (target for part in use.parts for target, _ in part.targets)
+        return [self._table.names[t] if isinstance(t, int) else str(t.site) for t in targets]
+
     def _placed(self, walk: Walk, forward: Forward, look: Look, n: int, fresh: bool) -> list[Record]:
         """Give each record its placement; returns those without a batch axis."""
         rules = (item for item in forward.records if item[0].site.rule is not None)
         reached = [(record, edge) for record, edge in rules if edge.node in walk.records]
+        for record, _ in reached:
+            record.audited = True
         doubtful = fresh or walk.coincidences(n) or any(record.placement is None for record, _ in reached)
-        if not doubtful or n == 1:
+        hidden = walk.hides() and not doubtful
+        if (self._trusting and not doubtful) or hidden or n == 1:
             for record, _ in reached:
                 if record.placement is None:
                     record.placement = Placement(0, "outer")

@@ -86,7 +86,7 @@ def _vjp(value: Edge, start: Node, shape: tuple[int, ...], grads: Tensor) -> Ten
 
     The nodes are called one after the other, not through the engine, which would call hooks on the parameters.
     """
-    order = _between(value[0], start)
+    order = between(value[0], start)
     found = []
     for grad in grads:
         pending: dict[Edge, Tensor] = {value: grad}
@@ -109,7 +109,7 @@ def _vjp(value: Edge, start: Node, shape: tuple[int, ...], grads: Tensor) -> Ten
     return torch.stack(found) if found else grads.new_zeros(0, *shape)
 
 
-def _between(first: Node, last: Node) -> list[Node]:
+def between(first: Node, last: Node) -> list[Node]:
     """The nodes from ``first`` down to before ``last``, each after all of its consumers."""
     order: list[Node] = []
     seen = {last}

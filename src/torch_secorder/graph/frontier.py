@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from torch.autograd.graph import GradientEdge, Node
 
 from torch_secorder.capture import Forward, Record
-from torch_secorder.graph.chain import LAYOUT, Carrier, Edge, carrier, value_shape
+from torch_secorder.graph.chain import LAYOUT, Carrier, Edge, between, carrier, value_shape
 from torch_secorder.graph.look import Key, Look, Wanted
 from torch_secorder.graph.walk import Walk
 from torch_secorder.parameters import ParameterTable
@@ -59,6 +60,11 @@ class Use:
         assert self.forward.n is not None
         shape = tuple(node._input_metadata[self.output].shape)
         return Place(node, part.index, part.shape, shape, self.placement, self.forward.n, memo)
+
+    def hidden(self, node: Node) -> str | None:
+        """The name of a node whose saved tensors are elsewhere, and may be fetched only once: by autograd itself."""
+        chains = (between(c.value[0], c.start) for part in self.parts for _, c in part.targets if c.layout is None)
+        return next((one.name() for one in (node, *itertools.chain(*chains)) if _saves_elsewhere(one)), None)
 
     def edges(self, node: Node) -> list[GradientEdge]:
         """Where the gradients of the node's outputs arrive."""
@@ -184,3 +190,9 @@ class Frontier:
 
     def _shape_of(self, target: int | Record) -> tuple[int, ...]:
         return self._table.rows[target].shape if isinstance(target, int) else tuple(target.shape)
+
+
+def _saves_elsewhere(node: Any) -> bool:
+    saved = (getattr(node, name) for name in dir(node) if name.startswith("_raw_saved_"))
+    several = (one for value in saved for one in (value if isinstance(value, (list, tuple)) else (value,)))
+    return any(getattr(one, "unpack_hook", None) is not None for one in several)

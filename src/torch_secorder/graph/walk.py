@@ -106,6 +106,10 @@ class Walk:
         """Whether some node may put the samples into another order, so that what held for other batches may not hold."""
         return any(node.name() in REORDERS and _reorders(node, n) for node in self.children)
 
+    def hides(self) -> bool:
+        """Whether re-entrant checkpointing hides parts of the graph, so that no evidence can be had."""
+        return any(node.name() == "CheckpointFunctionBackward" for node in self.children)
+
     def coincidences(self, n: int) -> bool:
         """Whether any tensor in the graph has n indices on another axis than the first, so that shapes prove nothing."""
         return any(n in meta.shape[1:] for node in self.children for meta in node._input_metadata)

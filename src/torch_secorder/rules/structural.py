@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_secorder.capture import Call
+from torch_secorder.errors import UnsupportedError
 from torch_secorder.per_sample import Outer
 from torch_secorder.rules._dispatch import Gradients, Rule
 
@@ -38,7 +39,13 @@ def structural_rule(module: nn.Module) -> Rule | None:
 def scale(module: nn.Module, call: Call) -> Gradients:
     """``y = weight * n(x) + m(x)`` over the last axis; ``n(x)`` is the output for a weight of one less that for zero."""
     x, g = next(iter((*call.inputs, *call.kwargs.values()))), call.grad_output
+    before = torch.get_rng_state()
     n = _with(module, x, weight=torch.ones_like) - _with(module, x, weight=torch.zeros_like)
+    if not torch.equal(before, torch.get_rng_state()):
+        torch.set_rng_state(before)
+        raise UnsupportedError(
+            "it draws random numbers now, which can't be drawn again: use eval mode, or register_rule"
+        )
     return {"weight": (g * n).reshape(len(g), -1, g.shape[-1]).sum(1)}
 
 
