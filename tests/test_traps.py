@@ -24,7 +24,7 @@ from model_state import assert_same_gradients, gradients, hooks
 from oracles import Inputs, assert_equal, call, per_sample_squared_norms, total, trace
 from problems._base import Forward, randomised
 from torch_secorder import FisherMonitor, fisher_report
-from torch_secorder.errors import CoupledSamplesError, CoverageError, CurvatureError
+from torch_secorder.errors import CoupledSamplesError, CoverageError, CurvatureError, SlowFallbackWarning
 
 pytestmark = pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")  # re-entrant checkpoints
 
@@ -846,3 +846,44 @@ def test_trap_16_a_layer_that_begins_to_draw_random_numbers() -> None:
             assert_equal(torch.tensor(monitor.per_sample[name].to_numpy()[-5:]), t, monitor.trace)
 
     exact_or_refused(check)
+
+
+# What is slow says so
+
+
+class Angle(nn.Module):
+    """An operation that no rule knows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(4) + 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.atan2(x, self.weight)
+
+
+def test_a_fallback_that_dominates_warns_once() -> None:
+    model, x, y = drawn(Angle(), 5, 4)
+    with pytest.warns(SlowFallbackWarning, match=r"atan2.*register_rule") as warned, FisherMonitor(model) as monitor:
+        for _ in range(3):
+            numbers(model(x), y).backward()
+    assert len(warned) == 1
+    assert monitor.report().loc["weight", "rule"].startswith("atan2, one sample at a time")
+    assert_exact(model, x, y)
+
+
+@pytest.mark.parametrize("equation", ["nti,oi->nto", "tni,oi->nto", "nti,kio->nkto"])
+def test_an_einsum_with_a_weight(equation: str) -> None:
+    class Einsum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(*([2, 4, 3] if "k" in equation else [3, 4])))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.einsum(equation, x.transpose(0, 1) if equation[0] == "t" else x, self.weight)
+
+    model, x, y = drawn(Einsum(), 5, 6, 4)
+    assert_exact(model, x, y)
+    with FisherMonitor(model) as monitor:
+        numbers(model(x), y).backward()
+    assert "one sample" not in monitor.report().loc["weight", "rule"]

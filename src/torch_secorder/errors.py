@@ -14,6 +14,7 @@ __all__ = [
     "LifecycleError",
     "NonFiniteError",
     "ShapeError",
+    "SlowFallbackWarning",
     "UnsupportedError",
     "VerificationError",
 ]
@@ -53,3 +54,7 @@ class NonFiniteError(CurvatureError, ArithmeticError):
 
 class VerificationError(CurvatureError):
     """A sample alone, through plain autograd, has other gradients than the analysis of its batch says."""
+
+
+class SlowFallbackWarning(UserWarning):
+    """Most of the work goes into operations without a rule, which are differentiated for one sample at a time."""

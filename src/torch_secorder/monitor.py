@@ -291,6 +291,7 @@ class FisherMonitor:
                 "which belongs to no sample: differentiate it in a backward pass outside of the monitor, or use the "
                 "optimizer's weight_decay), or a rule is wrong; the batch is left out"
             )
+        self._memory.warned = self._memory.warned or current.collected.warned()
         expected, self._expected = self._expected, None
         if expected is not None and not samples.skipped:
             compare(self._table.names, samples.norms[:, 0], expected, current.collected.half)
@@ -306,7 +307,11 @@ class FisherMonitor:
             reached,
             dict(zip(current.gradients, gradients.tolist(), strict=True)),
             samples.skipped,
-            {name: self._output(name, calls, factor) for name, calls in samples.outputs.items()},
+            {
+                name: self._output(name, samples.outputs[name], factor)
+                for name in self._types
+                if name in samples.outputs
+            },
         )
 
     def _output(self, name: str, calls: list[Output], factor: float) -> tuple[str, float, list[float]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -13,11 +14,18 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from torch_secorder.capture import Call, Forward, Record
-from torch_secorder.errors import CoverageError, CurvatureError, LifecycleError, NonFiniteError, ShapeError
+from torch_secorder.errors import (
+    CoverageError,
+    CurvatureError,
+    LifecycleError,
+    NonFiniteError,
+    ShapeError,
+    SlowFallbackWarning,
+)
 from torch_secorder.graph import Use
 from torch_secorder.parameters import ParameterTable
 from torch_secorder.per_sample import Carried, Dense, PerSampleGradient, direction
-from torch_secorder.rules.nodes import gradient_at
+from torch_secorder.rules.nodes import gradient_at, has_rule
 
 # How exactly autograd's own gradient can be expected to be the sum of the captured ones: half precision rounds it, GPUs
 # may multiply with few digits.
@@ -48,7 +56,8 @@ class Block:
         held: position -> the sum so far, for parameters that are used more than once.
         shared: call without a batch axis -> ``[n, *shape of its output]``, the gradient of its output for every sample.
         outputs: module name -> its calls, where activations are wanted.
-        projections: position -> its gradient along one direction, where that is compared with autograd's.
+        projections: position -> its gradient along one direction, where that is compared with autograd's, and a bound on
+            the sizes of what was added up.
     """
 
     n: int
@@ -57,7 +66,7 @@ class Block:
     held: dict[int, PerSampleGradient] = field(default_factory=dict)
     shared: dict[Record, Tensor] = field(default_factory=dict)
     outputs: dict[str, list[Output]] = field(default_factory=dict)
-    projections: dict[int, Tensor] = field(default_factory=dict)
+    projections: dict[int, tuple[Tensor, float]] = field(default_factory=dict)
 
 
 @dataclass
@@ -109,6 +118,10 @@ class Pass:
         self._table, self._diagonal, self._repeated, self._keep = table, diagonal, repeated_calls, keep
         self.checks = checks
         self.half = False  # whether a gradient in half precision was seen
+        self.slow: dict[
+            str, int
+        ] = {}  # rules that take one sample at a time -> elements of the gradients they went through
+        self.seen = 0  # elements of all gradients
         self._blocks: dict[object, Block] = {}
         self._rules: dict[int, dict[str, None]] = defaultdict(dict)
 
@@ -116,21 +129,34 @@ class Pass:
         """The parameters whose gradient, projected on a direction, is not what was captured of it.
 
         A gradient that autograd has and the captured calls have not comes from outside of the model's forward: a weight
-        penalty in the loss, a use in a submodule that was called alone. The tolerance is relative to
-        ``sqrt(N sum_n ||g_n||^2)``, which bounds the sum of the gradients' norms, with a hundredth of that of all
-        parameters for gradients that are zero but for rounding.
+        penalty in the loss, a use in compiled code. The tolerance is relative to ``sqrt(N sum_n ||g_n||^2)``, which bounds
+        the sum of the gradients' norms, for each use of the parameter, with a hundredth of that of all parameters for
+        gradients that are zero but for rounding.
         """
         if samples.skipped:
             return []
         wrong = []
-        sums = samples.norms.double().sum(1) * samples.batch
+        floor = 1e-2 * math.sqrt(float(samples.norms.double().sum()) * samples.batch)
         for position, actual in projections.items():
-            captured = sum((float(block.projections.get(position, 0.0)) for block in self._blocks.values()), 0.0)
-            bound = math.sqrt(float(sums[position])) + 1e-2 * math.sqrt(float(sums.sum()))
+            found = [block.projections[position] for block in self._blocks.values() if position in block.projections]
+            captured = sum(float(along) for along, _ in found)
+            bound = sum(size for _, size in found) + floor
             tolerance = TOLERANCES.get((actual.dtype, actual.device.type), TOLERANCE)
             if not abs(captured - float(actual)) <= (HALF_TOLERANCE if self.half else tolerance) * bound:
                 wrong.append(position)
         return wrong
+
+    def warned(self) -> bool:
+        """Warn if taking one sample at a time is most of the work; says whether it did."""
+        if sum(self.slow.values()) <= self.seen:
+            return False
+        warnings.warn(
+            f"most of the work is done by rules that take one sample at a time ({', '.join(sorted(self.slow))}); the numbers "
+            "are exact, and torch_secorder.register_rule for the layer makes them cheaper",
+            SlowFallbackWarning,
+            stacklevel=2,
+        )
+        return True
 
     def __bool__(self) -> bool:
         """Whether anything was collected."""
@@ -141,6 +167,7 @@ class Pass:
         forward, site = record.forward, record.site
         assert record.placement is not None
         self.half = self.half or grad.dtype in HALF
+        self.seen += grad.numel()
         whole = record.placement.whole
         call = record.shared_call(grad.reshape(1, *record.shape)) if whole else record.call(grad)
         size = len(call.grad_output)
@@ -172,9 +199,13 @@ class Pass:
         if found is None or not use.placement.fits(found.shape, block.n):
             shape = None if found is None else tuple(found.shape)
             raise ShapeError(f"{self._names(use)}: the {block.n} samples are not in a gradient of shape {shape}")
+        self.seen += found.numel()
         memo: dict[str, Any] = {}
         for part in use.parts:
-            form, rule = gradient_at(use.place(node, part, memo), grads, use.output)
+            place = use.place(node, part, memo)
+            form, rule = gradient_at(place, grads, use.output)
+            if not has_rule(place):
+                self.slow[rule] = self.slow.get(rule, 0) + block.n * found.numel()
             for target, carrier in part.targets:
                 whole = carrier(form)
                 if isinstance(target, int):
@@ -206,7 +237,10 @@ class Pass:
         self._rules[position][f"{rule} ({form.algorithm})"] = None
         if self.checks:
             along = form.projection(*direction(form.shape, form.like))
-            block.projections[position] = block.projections.get(position, torch.zeros_like(along)) + along
+            before, size = block.projections.get(position, (torch.zeros_like(along), 0.0))
+            # Uses of one parameter may cancel; rounding goes by the size of each.
+            own = math.sqrt(float(form.squared_norm().double().sum()) * block.n)
+            block.projections[position] = before + along, size + own
         if self._repeated == "same" or forward.calls[position] > 1:
             if isinstance(form, Carried) and form.layout is None:
                 form = Dense(form.dense())  # now, while the graph that carries it has its tensors

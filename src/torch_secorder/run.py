@@ -137,6 +137,7 @@ class Run:
                 if self._error is not None:
                     raise self._error
                 if self._pass:
+                    self._memory.warned = self._memory.warned or self._pass.warned()
                     return self._pass.finish()
         raise CoverageError("the loss does not depend on any analysed parameter through a differentiable way")
 

@@ -24,10 +24,12 @@ class Memory:
     Attributes:
         known: the evidence for each place that was looked at.
         outputs: for nodes with several outputs, which one tells.
+        warned: whether somebody was warned of slow rules.
     """
 
     known: dict[Key, Evidence] = field(default_factory=dict)
     outputs: dict[Key, int] = field(default_factory=dict)
+    warned: bool = False
 
 
 class Look:

@@ -194,6 +194,13 @@ def mm(at: Place, g: Tensor) -> PerSampleGradient:
     return _rows_times(at.node._saved_self, g, at.shape)
 
 
+@node_rule("BmmBackward0", lambda at: at.index == 1 and at.placement.axis == 1)
+def bmm(at: Place, g: Tensor) -> PerSampleGradient:
+    """``self mat2`` for several matrices, with samples in the rows of each result; einsum is made of these."""
+    g, x = (value.transpose(0, 1)[:, :, None] for value in (g, at.node._saved_self.to(g.dtype)))
+    return Outer(g, x, at.shape)
+
+
 @node_rule("ConvolutionBackward0", lambda at: _in_rows(1, 2)(at) and not any(at.node._saved_output_padding))
 def convolution(at: Place, g: Tensor) -> PerSampleGradient | Tensor:
     """Weight and bias of a convolution."""
