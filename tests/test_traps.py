@@ -24,7 +24,7 @@ from model_state import assert_same_gradients, gradients, hooks
 from oracles import Inputs, assert_equal, call, per_sample_squared_norms, total, trace
 from problems._base import Forward, randomised
 from torch_secorder import FisherMonitor, fisher_report
-from torch_secorder.errors import CoupledSamplesError, CoverageError, CurvatureError, SlowFallbackWarning
+from torch_secorder.errors import CoupledSamplesError, CoverageError, CurvatureError, ShapeError, SlowFallbackWarning
 
 pytestmark = pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")  # re-entrant checkpoints
 
@@ -887,3 +887,51 @@ def test_an_einsum_with_a_weight(equation: str) -> None:
     with FisherMonitor(model) as monitor:
         numbers(model(x), y).backward()
     assert "one sample" not in monitor.report().loc["weight", "rule"]
+
+
+# 5 and 3 once more: shapes that lie, and ways around the outputs
+
+
+def test_trap_05_features_on_the_first_axis_as_many_as_samples() -> None:
+    """No tensor has as many indices on another axis, so that the shapes show no doubt."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return m.layer(x.permute(2, 0, 1).reshape(4, -1, 1)).tanh().sum(0).view(-1, 6)
+
+    assert_exact(*drawn(Forward(forward, layer=nn.Linear(1, 1)), 4, 6, 4))
+
+
+def test_trap_03_a_loss_on_what_the_model_keeps_to_itself() -> None:
+    class Aside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.aside = self.layer(x.transpose(0, 1)).transpose(0, 1)
+            return x
+
+    model, x, _ = drawn(Aside(), 5, 5, 4)
+    with FisherMonitor(model), pytest.raises(CoverageError, match=r"layer.*return"):
+        model(x)
+        model.aside.square().mean().backward()
+    assert model.layer.weight.grad is not None
+
+
+def test_trap_05_parts_called_one_by_one_are_refused_or_told() -> None:
+    model, x, y = drawn(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3)), 5, 4)
+    with FisherMonitor(model), pytest.raises(ShapeError, match=r"batch_axis=0"):
+        model[1](model[0](x))
+    with FisherMonitor(model, batch_axis=0) as monitor:
+        numbers(model[1](model[0](x)), y).backward()
+    expected = float(monitor.trace)
+    with FisherMonitor(model) as monitor:
+        numbers(model(x), y).backward()
+    assert float(monitor.trace) == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_table_that_its_forward_rewrites_is_put_back() -> None:
+    model = nn.Embedding(5, 4, max_norm=0.5)
+    before = model.weight.detach().clone()
+    fisher_report(model, lambda out, _: out.square().mean(), (torch.arange(5), None), progress=False)
+    assert torch.equal(model.weight, before)

@@ -87,6 +87,10 @@ class Analysis:
         parameters: "trainable" or "all".
         batch_axis: as in FisherMonitor.
         create_graph: make the norms differentiable.
+
+    Attributes:
+        memory: what is known about where the model's samples are.
+        trusting: whether shapes that allow one reading only are believed, as long as a check of a sample follows.
     """
 
     def __init__(
@@ -99,7 +103,7 @@ class Analysis:
     ):
         self.model = unwrapped(model)
         self.table = ParameterTable(self.model, parameters)
-        self._create_graph, self._memory = create_graph, Memory()
+        self._create_graph, self.memory, self.trusting = create_graph, Memory(), True
         with self.differentiable():
             self._plan = planned(self.model, self.table, batch_axis)
         self.batch_axis = self._plan.batch_axis
@@ -162,8 +166,8 @@ class Analysis:
             Run(
                 *(self.model, self.table, self._plan),
                 create_graph=self._create_graph,
-                memory=self._memory,
-                rehearses=True,
+                memory=self.memory,
+                trusting=self.trusting,
             ) as run,
         ):
             yield run

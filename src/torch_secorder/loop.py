@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from torch_secorder.analysis import Analysis, FisherKind, fresh_generator, logits, positive_int
+from torch_secorder.analysis import Analysis, Batch, FisherKind, fresh_generator, logits, positive_int
 from torch_secorder.errors import ArgumentError
 from torch_secorder.likelihoods import random_signs
 from torch_secorder.monitor import checked
@@ -18,7 +18,7 @@ from torch_secorder.plan import BatchAxis
 from torch_secorder.report import By, Report
 from torch_secorder.single import check_separable
 from torch_secorder.statistics import Statistics
-from torch_secorder.verification import verified
+from torch_secorder.verification import trusted, verified
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -103,15 +103,16 @@ def fisher_report(
     for number, (inputs, targets) in enumerate(_batches(data, max_batches, progress)):
         if fisher == "empirical":
             assert loss_fn is not None
-            batch = analysis.empirical(loss_fn, inputs, targets)
+            analyse = partial(analysis.empirical, loss_fn, inputs, targets)
+            first = verify and number == 0
+            batch = (
+                trusted(analysis, analyse, partial(_check, analysis, loss_fn, inputs, targets)) if first else analyse()
+            )
             samples, reduction = batch.samples, reduction or batch.reduction
-            if verify and number == 0:
-                scale = samples.batch if batch.reduction == "mean" else 1
-                check_separable(loss_fn, batch.outputs, targets, samples.batch, analysis.batch_axis)
-                verified(analysis, partial(_scaled, loss_fn, targets, scale), inputs, batch)
         else:
             if verify and number == 0:
-                verified(analysis, _projection, inputs, analysis.of(_projection, inputs))
+                analyse = partial(analysis.of, _projection, inputs)
+                trusted(analysis, analyse, partial(verified, analysis, _projection, inputs))
             samples = analysis.fisher(kind, inputs, targets, generator)
         statistics.update(samples.norms, {}, samples.rules, samples.reached, {})
     if not statistics.n:
@@ -119,8 +120,10 @@ def fisher_report(
     return Report(analysis.table.rows, statistics, reduction or "mean", fisher).table(by)
 
 
-def _scaled(loss_fn: Callable[[Any, Any], Tensor], targets: Any, scale: float, outputs: Any) -> Tensor:
-    return loss_fn(outputs, targets) * scale
+def _check(analysis: Analysis, loss_fn: Callable[[Any, Any], Tensor], inputs: Any, targets: Any, batch: Batch) -> None:
+    scale = batch.samples.batch if batch.reduction == "mean" else 1
+    check_separable(loss_fn, batch.outputs, targets, batch.samples.batch, analysis.batch_axis)
+    verified(analysis, lambda outputs: loss_fn(outputs, targets) * scale, inputs, batch)
 
 
 def _projection(outputs: Any) -> Tensor:

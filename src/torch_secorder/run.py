@@ -31,7 +31,7 @@ class Run:
         plan: how it is captured.
         create_graph: make the squared norms differentiable.
         memory: what is known about the model already.
-        rehearses: whether the model may be run on a few samples first, to see where they are.
+        trusting: believe shapes that allow one reading only, for callers that check a sample afterwards.
 
     Attributes:
         n: how many samples the latest forward had.
@@ -46,7 +46,7 @@ class Run:
         *,
         create_graph: bool = False,
         memory: Memory | None = None,
-        rehearses: bool = False,
+        trusting: bool = False,
     ):
         self._model, self._table, self._plan, self._create_graph = model, table, plan, create_graph
         self._capture = Capture(
@@ -54,9 +54,7 @@ class Run:
             on_end=self._audited,
         )
         self._memory = memory or Memory()
-        self._audit = Audit(
-            *(table, self._used, plan.batch_axis, self._memory, self._rehearse if rehearses else None), trusting=True
-        )
+        self._audit = Audit(*(table, self._used, plan.batch_axis, self._memory, self._rehearse), trusting=trusting)
         self._pass: Pass | None = None
         self._error: Exception | None = None
         self._starts: list[tuple[Record | Use, list[GradientEdge]]] = []

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from torch_secorder.analysis import Analysis, FisherKind, fresh_generator, logits, positive_int
+from torch_secorder.analysis import Analysis, Batch, FisherKind, fresh_generator, logits, positive_int
 from torch_secorder.errors import CoverageError, ShapeError
 from torch_secorder.monitor import checked
 from torch_secorder.parameters import ParameterTable, unwrapped
 from torch_secorder.run import checked_targets
 from torch_secorder.single import check_separable
-from torch_secorder.verification import verified
+from torch_secorder.verification import trusted, verified
 
 
 def empirical_fisher_trace(
@@ -68,12 +69,15 @@ def empirical_fisher_trace(
     """
     positive_int("num_samples", num_samples)
     analysis = Analysis(model, create_graph=create_graph)
-    batch = analysis.empirical(loss_fn, inputs, targets)
-    if not create_graph:
-        samples, axis = batch.samples, analysis.batch_axis
-        scale = samples.batch if batch.reduction == "mean" else 1
-        check_separable(loss_fn, batch.outputs, targets, samples.batch, axis)
+
+    def check(batch: Batch) -> None:
+        n, scale = batch.samples.batch, batch.samples.batch if batch.reduction == "mean" else 1
+        check_separable(loss_fn, batch.outputs, targets, n, analysis.batch_axis)
         verified(analysis, lambda outputs: loss_fn(outputs, targets) * scale, inputs, batch, by_autograd=False)
+
+    analysis.trusting = not create_graph  # a graph of the checks would be kept along with the result's
+    analyse = partial(analysis.empirical, loss_fn, inputs, targets)
+    batch = analyse() if create_graph else trusted(analysis, analyse, check)
     return _as_result(batch.samples.norms.sum(0), batch.reduction, analysis.table)
 
 
