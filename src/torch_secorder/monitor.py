@@ -230,7 +230,7 @@ class FisherMonitor:
 
         The first sample's gradient is taken by plain autograd, through the outputs of the model's latest call inside the
         block, which must still be there; at the end of the backward pass the hooks must have found the same. It costs one more
-        backward pass, and finds layers behind a parameter that mix samples, and rules that are wrong.
+        backward pass, and finds rules that are wrong and samples that were looked for in the wrong place.
         :func:`fisher_report` does the like by itself.
 
         Args:
