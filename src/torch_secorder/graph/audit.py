@@ -65,8 +65,11 @@ class Audit:
             return []
         fresh = n > 1 and walk.reorders(n)
         memory, rehearse = (Memory(), None) if fresh else (self._memory, self._rehearse)
-        look = Look(memory, [x for x in roots if x.dim() > self._axis], self._axis, n, rehearse)
-        shared = self._placed(walk, forward, look, n, fresh)
+        reached = [item for item in forward.records if item[0].site.rule is not None and item[1].node in walk.records]
+        doubtful = fresh or walk.coincidences(n) or any(record.placement is None for record, _ in reached)
+        seen = [x for x in roots if x.dim() > self._axis]
+        look = Look(memory, seen, self._axis, n, rehearse, doubtful)
+        shared = self._placed(walk, reached, look, n, doubtful)
         if not walk.uses and not shared:
             return []
         uses = Frontier(walk, shared, look, n, self._table).uses(forward)
@@ -88,13 +91,12 @@ class Audit:
         targets = (target for part in use.parts for target, _ in part.targets)
         return [self._table.names[t] if isinstance(t, int) else str(t.site) for t in targets]
 
-    def _placed(self, walk: Walk, forward: Forward, look: Look, n: int, fresh: bool) -> list[Record]:
+    def _placed(
+        self, walk: Walk, reached: Sequence[tuple[Record, GradientEdge]], look: Look, n: int, doubtful: bool
+    ) -> list[Record]:
         """Give each record its placement; returns those without a batch axis."""
-        rules = (item for item in forward.records if item[0].site.rule is not None)
-        reached = [(record, edge) for record, edge in rules if edge.node in walk.records]
         for record, _ in reached:
             record.audited = True
-        doubtful = fresh or walk.coincidences(n) or any(record.placement is None for record, _ in reached)
         hidden = walk.hides() and not doubtful
         if (self._trusting and not doubtful) or hidden or n == 1:
             for record, _ in reached:

@@ -25,11 +25,13 @@ class Memory:
         known: the evidence for each place that was looked at.
         outputs: for nodes with several outputs, which one tells.
         warned: whether somebody was warned of slow rules.
+        turns: how many graphs were looked at.
     """
 
     known: dict[Key, Evidence] = field(default_factory=dict)
     outputs: dict[Key, int] = field(default_factory=dict)
     warned: bool = False
+    turns: int = 0
 
 
 class Look:
@@ -44,10 +46,22 @@ class Look:
         axis: where those have their samples; others tell nothing.
         n: how many samples.
         rehearse: fills the memory from a cheaper graph of the same model, if there is a way.
+        doubtful: whether shapes leave open where the samples are.
     """
 
-    def __init__(self, memory: Memory, roots: list[Tensor], axis: int, n: int, rehearse: Callable[[], None] | None):
+    def __init__(
+        self,
+        memory: Memory,
+        roots: list[Tensor],
+        axis: int,
+        n: int,
+        rehearse: Callable[[], None] | None,
+        doubtful: bool,
+    ):
         self._known, self.outputs, self._n, self._axis = memory.known, memory.outputs, n, axis
+        memory.turns += 1
+        # A gradient that was zero is asked for again, less and less often unless shapes leave open what its samples are.
+        self._patient = not doubtful and memory.turns.bit_count() > 1
         self._rehearse = rehearse
         self._roots = [x for x in roots if x.shape[axis] == n]
 
@@ -68,7 +82,8 @@ class Look:
         if isinstance(known, Placement):
             # A list is never remembered: a router decides anew for each batch.
             return known.listed is None and known.fits(shape, self._n)
-        return known is Unplaced.SHARED
+        # (A call keeps its placement from its shape meanwhile; a use has none.)
+        return known is Unplaced.SHARED or (known is Unplaced.NOTHING and self._patient and key[0] == "call")
 
     def _gradients(self, wanted: list[Wanted]) -> list[list[Tensor | None]]:
         """For each set of factors for the samples, the gradients at the wanted edges in the wanted shapes."""

@@ -44,6 +44,14 @@ def direction(shape: Sequence[int], like: Tensor) -> tuple[Tensor, Tensor]:
     return left.to(like), right.to(like)
 
 
+def row_squares(value: Tensor) -> Tensor:
+    """``sum of x ** 2`` over the last axis."""
+    # A norm reads large rows once and writes nothing; its own second derivative does not exist at zero.
+    if value.numel() > 2**16 and not torch.is_grad_enabled():
+        return torch.linalg.vector_norm(value, dim=-1).square()
+    return torch.linalg.vecdot(value, value)
+
+
 class PerSampleGradient(ABC):
     """The gradients of one parameter for each of N samples.
 
@@ -86,7 +94,7 @@ class PerSampleGradient(ABC):
 
     def squared_norm(self) -> Tensor:
         """``sum of G_n ** 2`` over the parameter's entries, ``[n]``."""
-        return torch.cat([part.dense().flatten(1).square().sum(1) for part in self.parts()])
+        return torch.cat([row_squares(part.dense().flatten(1)) for part in self.parts()])
 
     def sum_of_squares(self) -> Tensor:
         """``sum_n G_n ** 2`` entry by entry, ``[*shape]``: the diagonal of ``sum_n vec(G_n) vec(G_n)^T``."""
@@ -156,8 +164,7 @@ class Dense(PerSampleGradient):
         return Dense(self.value[samples])
 
     def squared_norm(self) -> Tensor:
-        flat = self.value.reshape(self.n, -1)
-        return torch.linalg.vecdot(flat, flat)
+        return row_squares(self.value.reshape(self.n, -1))
 
     def regrouped(self, owner: Tensor, n: int) -> Dense:
         return Dense(self.value.new_zeros(n, *self.shape).index_add(0, owner, self.value))

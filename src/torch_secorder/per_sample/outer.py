@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from torch_secorder.per_sample._base import Index, PerSampleGradient, chunks, grouped, guarded, widened
+from torch_secorder.per_sample._base import Index, PerSampleGradient, chunks, grouped, guarded, row_squares, widened
 
 
 class Outer(PerSampleGradient):
@@ -55,7 +55,7 @@ class Outer(PerSampleGradient):
     def squared_norm(self) -> Tensor:
         match self.algorithm:
             case "product":
-                return (_square(self.a) * _square(self.g)).sum((1, 2))
+                return (row_squares(self.a) * row_squares(self.g)).sum((1, 2))
             case "gram":
                 return self._gram()
             case _:
@@ -95,7 +95,3 @@ class Outer(PerSampleGradient):
         dtype = torch.promote_types(self.dtype, other.dtype)
         a, g = (torch.cat([x.to(dtype), y.to(dtype)], 2) for x, y in ((self.a, other.a), (self.g, other.g)))
         return Outer(a, g, self.shape)
-
-
-def _square(value: Tensor) -> Tensor:
-    return torch.linalg.vecdot(value, value)
