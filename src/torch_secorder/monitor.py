@@ -289,7 +289,8 @@ class FisherMonitor:
                 f"the gradient of {', '.join(self._table.names[p] for p in wrong)} is not the sum of what the model's samples "
                 "contribute: the loss uses these parameters by another way than through the model (a weight penalty, "
                 "which belongs to no sample: differentiate it in a backward pass outside of the monitor, or use the "
-                "optimizer's weight_decay), or a rule is wrong; the batch is left out"
+                "optimizer's weight_decay), or they are used inside of re-entrant checkpointing and outside of it (use "
+                "use_reentrant=False), or a rule is wrong; the batch is left out"
             )
         self._memory.warned = self._memory.warned or current.collected.warned()
         expected, self._expected = self._expected, None
