@@ -17,6 +17,7 @@ FLOORS = [
     "placement",
     "parameters",
     "per_sample",
+    "records",
     "capture",
     "single",
     "rules",

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -21,14 +20,10 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from torch_secorder.errors import CoverageError, ShapeError, UnsupportedError
 from torch_secorder.placement import Placement
+from torch_secorder.records import Forward, Record, Site
 from torch_secorder.trees import tensors
 
 current_backward: Callable[[], int] = torch._C._current_graph_task_id  # -1 outside of any backward pass
-
-# The hooks that save tensors elsewhere just now, activation checkpointing's for one, or None.
-saved_elsewhere: Callable[[], tuple[Any, Any] | None] = partial(
-    torch._C._autograd._top_saved_tensors_default_hooks, False
-)
 
 # Backward passes under way that the library itself started to see where samples are. They go through the user's graph,
 # where hooks of other monitors may be; device threads run them too, so this can't be a thread's own.
@@ -52,141 +47,6 @@ def probe(roots: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 def probing() -> bool:
     """Whether the backward pass under way is not the user's."""
     return bool(PROBES) and current_backward() in PROBES
-
-
-@dataclass(eq=False)
-class Forward:
-    """One run of the model: what makes the calls of its modules belong to the same samples.
-
-    Attributes:
-        n: its batch size, None as long as nobody knows.
-        calls: how often each parameter's module was called, by position in the parameter table.
-        inside: False for calls of submodules with no call of the model around them.
-        replay_of: the backward pass that runs this forward again (activation checkpointing), or None.
-        records: its calls so far, each with the place in the graph where its gradient arrives; empty once it is over, since a
-            record that holds its own node is a cycle that outlives the graph.
-    """
-
-    n: int | None = None
-    calls: Counter[int] = field(default_factory=Counter)
-    inside: bool = True
-    replay_of: int | None = None
-    records: list[tuple[Record, GradientEdge]] = field(default_factory=list)
-
-
-@dataclass(frozen=True, eq=False)
-class Site:
-    """A hooked module, with what is decided once for all of its calls.
-
-    Attributes:
-        parameters: local name -> position in the parameter table.
-        tensors: local name -> the parameter, to notice when somebody swapped it.
-        rule: from a :class:`Call` to per-sample gradients; this floor only carries it. None where only the output
-            itself is of interest.
-        placement: where its outputs have their samples; None to find out.
-    """
-
-    name: str
-    module: nn.Module
-    parameters: Mapping[str, int]
-    tensors: Mapping[str, Tensor]
-    rule: Any
-    placement: Placement | None = None
-
-    def __str__(self) -> str:
-        return f"{type(self.module).__name__} '{self.name}'"
-
-
-@dataclass(frozen=True, eq=False)
-class Call:
-    """One call of a module as a rule sees it: every tensor with the batch axis first.
-
-    Attributes:
-        inputs: positional arguments.
-        kwargs: keyword arguments.
-        grad_output: gradient of the batch's loss with respect to the output.
-    """
-
-    inputs: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-    grad_output: Tensor
-
-    def argument(self, position: int, name: str) -> Any:
-        """An argument that callers may pass by position or by name."""
-        return self.inputs[position] if len(self.inputs) > position else self.kwargs[name]
-
-
-@dataclass(eq=False)
-class Record:
-    """A call between its forward and its backward.
-
-    Attributes:
-        placement: where the output has its samples; None while that is not known, and for a call without a batch axis.
-        audited: whether the graph of the model's outputs was seen to contain it.
-        boundary: the graph's nodes that made the inputs.
-        versions: how often each input had been changed in place when the module saw it.
-        fired_in: the last backward pass that reached it.
-        moments: of the output, where only that is of interest.
-    """
-
-    site: Site
-    forward: Forward
-    inputs: tuple[Any, ...] | None
-    kwargs: Mapping[str, Any]
-    shape: torch.Size
-    placement: Placement | None
-    boundary: tuple[Node, ...]
-    versions: tuple[int, ...] = ()
-    audited: bool = False
-    fired_in: int | None = None
-    moments: Tensor | None = None
-
-    @property
-    def starts_graph(self) -> bool:
-        """Whether no input requires a gradient, so that nothing before this call is differentiated."""
-        return not self.boundary
-
-    def call(self, grad: Tensor) -> Call:
-        """What the rule needs, with the axis that counts samples first."""
-        assert self.placement is not None
-        first = partial(_first, axis=self.placement.axis, size=self.shape[self.placement.axis])
-        inputs, kwargs = self._arguments()
-        return Call(
-            tuple(first(x) for x in inputs), {k: first(x) for k, x in kwargs.items()}, first(grad.reshape(self.shape))
-        )
-
-    def shared_call(self, grads: Tensor) -> Call:
-        """The same for a call without a batch axis, given the gradient of its output for every sample, ``[n, ...]``."""
-        inputs, kwargs = self._arguments()
-        each = partial(_for_each, n=len(grads))
-        return Call(tuple(each(x) for x in inputs), {k: each(x) for k, x in kwargs.items()}, grads)
-
-    def _arguments(self) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
-        if self.inputs is None:
-            raise CoverageError(f"{self.site}: its inputs are gone, since a backward pass has been here already")
-        if any(isinstance(x, _Packed) for x in (*self.inputs, *self.kwargs.values())):
-            self.inputs = tuple(_unpacked(x) for x in self.inputs)
-            self.kwargs = {name: _unpacked(x) for name, x in self.kwargs.items()}
-        elif _versions(self.inputs, self.kwargs) != self.versions:
-            raise CoverageError(
-                f"{self.site}: its input was changed in place after the layer saw it; change it out of place"
-            )
-        return self.inputs, self.kwargs
-
-
-class _Packed:
-    """A tensor that the hooks for saved tensors have, and give back once."""
-
-    def __init__(self, value: Tensor, pack: Callable[[Tensor], Any], unpack: Callable[[Any], Tensor]):
-        self._packed, self._unpack = pack(value), unpack
-
-    def value(self) -> Tensor:
-        """The tensor."""
-        return self._unpack(self._packed)
-
-
-def _unpacked(value: Any) -> Any:
-    return value.value() if isinstance(value, _Packed) else value
 
 
 class Capture:
@@ -312,12 +172,7 @@ class Capture:
             )
         edge = output_edge(output, site)
         boundary = tuple(_node(x) for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.requires_grad)
-        versions = _versions(args, kwargs)
-        if (hooks := saved_elsewhere()) is not None:
-            # A tensor that we kept ourselves would stay in memory, which is what checkpointing is there to avoid.
-            args, versions = tuple(_Packed(x, *hooks) if isinstance(x, Tensor) else x for x in args), ()
-            kwargs = {k: _Packed(x, *hooks) if isinstance(x, Tensor) else x for k, x in kwargs.items()}
-        record = Record(site, forward, args, kwargs, output.shape, found, boundary, versions)
+        record = Record.of(site, forward, args, kwargs, output.shape, found, boundary)
         record.audited = not forward.inside or forward.replay_of is not None
         if site.rule is None:
             record.inputs, record.kwargs, record.versions, record.moments = (), {}, (), moments(output)
@@ -399,12 +254,6 @@ def batch_size(values: Sequence[Any], axis: int) -> int | None:
     return next((size for size in sizes if size != 1), 1 if sizes else None)
 
 
-def _versions(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, ...]:
-    """How often each tensor was changed in place so far."""
-    found = (*args, *kwargs.values()) if kwargs else args
-    return tuple(x._version for x in found if isinstance(x, Tensor) and not x.is_inference())
-
-
 def _size(value: Any, axis: int) -> int | None:
     return value.shape[axis] if isinstance(value, Tensor) and value.dim() > axis else None
 
@@ -412,13 +261,3 @@ def _size(value: Any, axis: int) -> int | None:
 def _node(x: Tensor) -> Node:
     """The node that made a tensor; for a leaf, the one that takes its gradient."""
     return x.grad_fn if x.grad_fn is not None else get_gradient_edge(x).node
-
-
-def _first(value: Any, axis: int, size: int) -> Any:
-    if axis and isinstance(value, Tensor) and value.dim() > axis and value.shape[axis] == size:
-        return value.movedim(axis, 0)
-    return value
-
-
-def _for_each(value: Any, n: int) -> Any:
-    return value.expand(n, *value.shape) if isinstance(value, Tensor) else value

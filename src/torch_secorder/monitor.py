@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
-from torch_secorder.capture import Capture, Forward, Record, current_backward, probing
+from torch_secorder.capture import Capture, current_backward, probing
 from torch_secorder.errors import ArgumentError, CoverageError, LifecycleError
 from torch_secorder.graph import Audit, Memory, Use
 from torch_secorder.parameters import ParameterTable, named_modules, unwrapped
 from torch_secorder.passes import Output, Pass
 from torch_secorder.per_sample import direction
 from torch_secorder.plan import BatchAxis, planned
+from torch_secorder.records import Forward, Record
 from torch_secorder.report import By, Report
 from torch_secorder.single import compare, norms_of_first
 from torch_secorder.statistics import Statistics

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from torch_secorder.capture import Call, Forward, Record
 from torch_secorder.errors import (
     CoverageError,
     CurvatureError,
@@ -25,6 +24,7 @@ from torch_secorder.errors import (
 from torch_secorder.graph import Use
 from torch_secorder.parameters import ParameterTable
 from torch_secorder.per_sample import Carried, Dense, PerSampleGradient, direction
+from torch_secorder.records import Call, Forward, Record
 from torch_secorder.rules.nodes import gradient_at, has_rule
 
 # How exactly autograd's own gradient can be expected to be the sum of the captured ones: half precision rounds it, GPUs

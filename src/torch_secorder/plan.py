@@ -8,10 +8,10 @@ from functools import partial
 
 from torch import nn
 
-from torch_secorder.capture import Site
 from torch_secorder.errors import ArgumentError, CurvatureError, UnsupportedError
 from torch_secorder.parameters import ParameterTable, named_modules
 from torch_secorder.placement import Placement
+from torch_secorder.records import Site
 from torch_secorder.rules import Rule, refusal_for, rule_for
 from torch_secorder.rules.structural import structural_rule
 

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
-from torch_secorder.capture import Capture, Forward, Record, probing
+from torch_secorder.capture import Capture, probing
 from torch_secorder.errors import ArgumentError, CoverageError, ShapeError, UnsupportedError
 from torch_secorder.graph import Audit, Memory, Use
 from torch_secorder.parameters import ParameterTable
 from torch_secorder.passes import Pass, Samples
 from torch_secorder.plan import Plan
+from torch_secorder.records import Forward, Record
 from torch_secorder.trees import mapped, rows, sample_axis, shrunk, tensors
 
 

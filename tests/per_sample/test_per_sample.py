@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from oracles import assert_equal, call, mapped, per_sample_gradients
 from problems import PROBLEMS, Problem
-from torch_secorder.capture import Call
 from torch_secorder.per_sample import Carried, Convolution, Dense, Outer, PerSampleGradient, Rows, _base
+from torch_secorder.records import Call
 from torch_secorder.rules import rule_for
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")

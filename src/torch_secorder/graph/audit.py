@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from torch_secorder.capture import Forward, Record
 from torch_secorder.errors import ShapeError, UnsupportedError
 from torch_secorder.graph.frontier import Frontier, Use
 from torch_secorder.graph.look import Look, Memory
 from torch_secorder.graph.walk import Walk
 from torch_secorder.parameters import ParameterTable
 from torch_secorder.placement import Placement, Unplaced
+from torch_secorder.records import Forward, Record
 from torch_secorder.trees import tensors
 
 

@@ -9,12 +9,12 @@ from typing import Any
 
 from torch.autograd.graph import GradientEdge, Node
 
-from torch_secorder.capture import Forward, Record
 from torch_secorder.graph.chain import LAYOUT, Carrier, Edge, between, carrier, value_shape
 from torch_secorder.graph.look import Key, Look, Wanted
 from torch_secorder.graph.walk import Walk
 from torch_secorder.parameters import ParameterTable
 from torch_secorder.placement import Evidence, Placement, Unplaced
+from torch_secorder.records import Forward, Record
 from torch_secorder.rules.nodes import Place, has_rule
 
 

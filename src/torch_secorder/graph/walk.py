@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from torch_secorder.capture import Forward, Record
 from torch_secorder.graph.chain import Edge
 from torch_secorder.parameters import ParameterTable
+from torch_secorder.records import Forward, Record
 from torch_secorder.trees import tensors
 
 REORDERS = {

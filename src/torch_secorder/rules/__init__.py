@@ -4,7 +4,7 @@ A rule is one function, ``rule(module, call) -> {local parameter name: per-sampl
 family. Importing this package registers the built-in ones.
 """
 
-from torch_secorder.rules import bilinear, convolution, elementwise, embedding, linear, normalization
+from torch_secorder.rules import bilinear, convolution, elementwise, embedding, linear, normalization, recurrent
 from torch_secorder.rules._dispatch import Gradients, Rule, refusal_for, register_refusal, register_rule, rule_for
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "embedding",
     "linear",
     "normalization",
+    "recurrent",
     "refusal_for",
     "register_refusal",
     "register_rule",

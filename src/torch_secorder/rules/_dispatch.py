@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from torch_secorder.capture import Call
 from torch_secorder.errors import ArgumentError, CurvatureError, ShapeError, UnsupportedError
 from torch_secorder.per_sample import Dense, PerSampleGradient
+from torch_secorder.records import Call
 
 Gradients = Mapping[str, PerSampleGradient | Tensor]
 Refusal = TypeVar("Refusal", bound=Callable[[Any], CurvatureError | None])
@@ -75,7 +75,7 @@ _refusals: dict[type[nn.Module], Callable[[Any], CurvatureError | None]] = {}
 def register_rule(*layers: type[nn.Module], name: str | None = None) -> Callable[[Function], Function]:
     """A decorator that teaches the library a layer.
 
-    The function gets the module and one :class:`~torch_secorder.capture.Call` of it, and returns a mapping from the
+    The function gets the module and one :class:`~torch_secorder.records.Call` of it, and returns a mapping from the
     module's own parameter names to per-sample gradients of the batch's loss: a tensor ``(N, *shape)``, or a factored form
     of :mod:`torch_secorder.per_sample`. In the call, ``inputs``, ``kwargs`` and ``grad_output`` have the batch axis
     first. Averaging, ``loss_scale`` and N are the library's business.

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from torch_secorder.capture import Call
 from torch_secorder.errors import ShapeError
 from torch_secorder.per_sample import Convolution
+from torch_secorder.records import Call
 from torch_secorder.rules._dispatch import Gradients, register_rule
 
 

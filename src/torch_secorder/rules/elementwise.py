@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from torch_secorder.capture import Call
+from torch_secorder.records import Call
 from torch_secorder.rules._dispatch import Gradients, register_rule
 
 

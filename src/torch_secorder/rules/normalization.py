@@ -10,8 +10,8 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from torch_secorder.capture import Call
 from torch_secorder.errors import CoupledSamplesError, CurvatureError, ShapeError
+from torch_secorder.records import Call
 from torch_secorder.rules._dispatch import Gradients, register_refusal, register_rule
 
 

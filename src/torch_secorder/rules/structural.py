@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch_secorder.capture import Call
 from torch_secorder.errors import UnsupportedError
 from torch_secorder.per_sample import Outer
+from torch_secorder.records import Call
 from torch_secorder.rules._dispatch import Gradients, Rule
 
 

@@ -1,0 +1,64 @@
+"""Recurrent layers that run as one node of the autograd graph."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_secorder.per_sample import Outer, PerSampleGradient
+from torch_secorder.rules.nodes import Gradients, Place, node_rule
+
+
+@node_rule("MkldnnRnnLayerBackward0", lambda at: at.index in (1, 2, 3, 4) and _is_plain_lstm(at), many=True)
+def lstm_layer(at: Place, grads: Gradients) -> PerSampleGradient | Tensor:
+    """One direction of one layer of an LSTM: weights and biases are shared by the steps."""
+    if "steps" not in at.memo:
+        at.memo["steps"] = _lstm_steps(at.node, grads)
+    x, h, dz = at.memo["steps"]
+    if at.index in (3, 4):
+        return dz.sum(0)
+    return Outer((x if at.index == 1 else h).transpose(0, 1)[:, None], dz.transpose(0, 1)[:, None], at.shape)
+
+
+def _is_plain_lstm(at: Place) -> bool:
+    node, mode_of_lstm = at.node, 2
+    in_order = at.placement.fold == "none" and at.placement.axis == len(at.output_shape) - 2
+    return node._saved_mode == mode_of_lstm and not node._saved_batch_sizes and in_order
+
+
+def _lstm_steps(node: Any, grads: Gradients) -> tuple[Tensor, Tensor, Tensor]:
+    """Inputs, previous hidden states and gradients of the gates before their nonlinearity, ``[t, n, ...]`` each.
+
+    The outputs that the layer saved are its hidden states, so the gates of all steps are one matrix product; the cells need a
+    loop over steps and the gradients another one, as in Hochreiter and Schmidhuber (1997), "Long short-term memory".
+    """
+    x, out, w_ih, w_hh = node._saved_input, node._saved_result0, node._saved_weight0, node._saved_weight1
+    h0, c0 = node._saved_hx_.view_as(out[0]), node._saved_cx_.view_as(out[0])
+    g_out, g_h, g_c = (None if g is None else g for g in grads[:3])
+    if node._saved_reverse:
+        x, out, g_out = x.flip(0), out.flip(0), None if g_out is None else g_out.flip(0)
+    h = torch.cat([h0[None], out[:-1]])
+    z = x @ w_ih.T + h @ w_hh.T
+    if node._saved_has_biases:
+        z = z + node._saved_weight2 + node._saved_weight3
+    i, f, u, o = (gate.tanh() if k == 2 else gate.sigmoid() for k, gate in enumerate(z.chunk(4, 2)))
+    cells = [c0]
+    for t in range(len(x)):
+        cells.append(f[t] * cells[-1] + i[t] * u[t])
+    c = torch.stack(cells)
+    tanh_c = c[1:].tanh()
+    # What multiplies the gradient of c_t on its way to the four gates, and that of h_t on its way to c_t and to o.
+    to_gates = torch.cat([u * i * (1 - i), c[:-1] * f * (1 - f), i * (1 - u * u)], 2)
+    to_cell, to_o = o * (1 - tanh_c * tanh_c), tanh_c * o * (1 - o)
+    dh = out.new_zeros(out[0].shape) if g_h is None else g_h.view_as(out[0])
+    dc = out.new_zeros(out[0].shape) if g_c is None else g_c.view_as(out[0])
+    steps = []
+    for t in reversed(range(len(x))):
+        dh = dh if g_out is None else dh + g_out[t]
+        dc = dc + dh * to_cell[t]
+        dz = torch.cat([torch.cat([dc, dc, dc], 1) * to_gates[t], dh * to_o[t]], 1)
+        steps.append(dz)
+        dh, dc = dz @ w_hh, dc * f[t]
+    return x, h, torch.stack(steps[::-1])
