@@ -935,3 +935,21 @@ def test_a_table_that_its_forward_rewrites_is_put_back() -> None:
     before = model.weight.detach().clone()
     fisher_report(model, lambda out, _: out.square().mean(), (torch.arange(5), None), progress=False)
     assert torch.equal(model.weight, before)
+
+
+def test_trap_05_a_model_that_changes_its_batch_axis() -> None:
+    """What was found out in earlier batches must not be believed of another graph."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return m.layer(x.transpose(0, 1)).transpose(0, 1) if m.flipped else m.layer(x)
+
+    model = Forward(forward, layer=nn.Linear(4, 3))
+    model.flipped = False
+    model, x, y = drawn(model, 5, 5, 4)
+    monitor, traces = FisherMonitor(model), []
+    for model.flipped in (False, True, False):
+        monitor.reset()
+        with monitor:
+            numbers(model(x).tanh(), y).backward()
+        traces.append(float(monitor.trace))
+    assert traces == pytest.approx([traces[0]] * 3, rel=1e-12)

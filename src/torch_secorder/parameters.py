@@ -77,7 +77,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
         )
     if isinstance(model, DistributedDataParallel):
         return unwrapped(model.module)
-    # torch.compile's wrapper, whose class sits in a module that takes seconds to import.
+    # torch.compile's wrapper, whose class sits in a module that takes seconds to import; its attribute is typed as any module's.
     return unwrapped(model._orig_mod) if "_orig_mod" in model._modules else model  # type: ignore[arg-type]
 
 

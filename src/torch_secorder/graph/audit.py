@@ -64,7 +64,7 @@ class Audit:
         if n is None:
             return []
         fresh = n > 1 and walk.reorders(n)
-        memory, rehearse = (Memory(), None) if fresh else (self._memory, self._rehearse)
+        memory, rehearse = (Memory(), None) if fresh else (self._memory.of(walk.structure()), self._rehearse)
         reached = [item for item in forward.records if item[0].site.rule is not None and item[1].node in walk.records]
         doubtful = fresh or walk.coincidences(n) or any(record.placement is None for record, _ in reached)
         seen = [x for x in roots if x.dim() > self._axis]

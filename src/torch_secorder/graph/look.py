@@ -26,12 +26,20 @@ class Memory:
         outputs: for nodes with several outputs, which one tells.
         warned: whether somebody was warned of slow rules.
         turns: how many graphs were looked at.
+        others: the memory of each structure of graph, for the memory of a model.
     """
 
     known: dict[Key, Evidence] = field(default_factory=dict)
     outputs: dict[Key, int] = field(default_factory=dict)
     warned: bool = False
     turns: int = 0
+    others: dict[int, Memory] = field(default_factory=dict)
+
+    def of(self, structure: int) -> Memory:
+        """What was found out about graphs of this structure: a model may change its way, and its samples their axis."""
+        if len(self.others) > 64:  # of a model that never makes the same graph twice nothing is worth keeping
+            self.others.clear()
+        return self.others.setdefault(structure, Memory())
 
 
 class Look:

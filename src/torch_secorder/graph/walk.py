@@ -102,6 +102,10 @@ class Walk:
                     stack.append(child)
         return outside
 
+    def structure(self) -> int:
+        """The same for graphs of the same nodes in the same order."""
+        return hash(tuple(node.name() for node in self.children))
+
     def reorders(self, n: int) -> bool:
         """Whether some node may put the samples into another order, so that what held for other batches may not hold."""
         return any(node.name() in REORDERS and _reorders(node, n) for node in self.children)

@@ -146,7 +146,7 @@ def rule_for(module: nn.Module) -> Rule | str:
         return "its forward was replaced on the instance"
     computed = [local for local, value in vars(module).items() if isinstance(value, Tensor)]
     if is_parametrized(module):
-        computed += [local for local, _ in module.parametrizations.named_children()]  # type: ignore[union-attr]
+        computed += [local for local, _ in module.parametrizations.named_children()]  # type: ignore[union-attr]  # a ModuleDict there
     if computed:
         return f"its {', '.join(computed)} is computed from other tensors (pruning, weight_norm, a parametrization)"
     if changed := _overridden(kind, layer):
