@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_secorder.errors import ArgumentError, CoverageError
-from torch_secorder.graph import Memory, used_by_loss
+from torch_secorder.graph import memory_of, used_by_loss
 from torch_secorder.likelihoods import Likelihood, likelihood
 from torch_secorder.parameters import ParameterTable, unwrapped
 from torch_secorder.passes import Samples
@@ -70,12 +70,14 @@ class Batch:
         samples: squared norms of its per-sample gradients.
         outputs: what the model returned, without its graph.
         random: whether the forward drew random numbers.
+        structure: tells the graph from graphs of other nodes.
         reduction: how the loss combines samples, where that was found out.
     """
 
     samples: Samples
     outputs: Any
     random: bool
+    structure: int
     reduction: str = "sum"
 
 
@@ -90,7 +92,6 @@ class Analysis:
 
     Attributes:
         memory: what is known about where the model's samples are.
-        trusting: whether shapes that allow one reading only are believed, as long as a check of a sample follows.
     """
 
     def __init__(
@@ -103,7 +104,7 @@ class Analysis:
     ):
         self.model = unwrapped(model)
         self.table = ParameterTable(self.model, parameters)
-        self._create_graph, self.memory, self.trusting = create_graph, Memory(), True
+        self._create_graph, self.memory = create_graph, memory_of(self.model, batch_axis)
         with self.differentiable():
             self._plan = planned(self.model, self.table, batch_axis)
         self.batch_axis = self._plan.batch_axis
@@ -123,7 +124,7 @@ class Analysis:
             samples = run.backward(loss)
         factor = run.n**2 if reduction == "mean" else 1
         samples = replace(samples, norms=samples.norms * factor)
-        return Batch(samples, mapped(Tensor.detach, outputs), run.random, reduction)
+        return Batch(samples, mapped(Tensor.detach, outputs), run.random, run.structure, reduction)
 
     def fisher(self, kind: FisherKind, inputs: Any, targets: Any, generator: torch.Generator) -> Samples:
         """Expected squared norms of the gradient of -log p(y | x_n)."""
@@ -143,7 +144,7 @@ class Analysis:
         """Squared norms of the per-sample gradients of ``root(outputs)``, a sum over samples."""
         with self._prepared() as run:
             outputs = run(inputs)
-            return Batch(run.backward(root(outputs)), mapped(Tensor.detach, outputs), run.random)
+            return Batch(run.backward(root(outputs)), mapped(Tensor.detach, outputs), run.random, run.structure)
 
     @contextmanager
     def differentiable(self) -> Iterator[None]:
@@ -167,7 +168,8 @@ class Analysis:
                 *(self.model, self.table, self._plan),
                 create_graph=self._create_graph,
                 memory=self.memory,
-                trusting=self.trusting,
+                # A graph of the checks would be kept along with the result's, so that there is none.
+                trusting=self.memory.trusting and not self._create_graph,
             ) as run,
         ):
             yield run

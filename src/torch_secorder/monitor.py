@@ -19,7 +19,7 @@ from torch_secorder.errors import ArgumentError, CoverageError, LifecycleError
 from torch_secorder.graph import Audit, Memory, Use
 from torch_secorder.parameters import ParameterTable, named_modules, unwrapped
 from torch_secorder.passes import Output, Pass
-from torch_secorder.per_sample import direction
+from torch_secorder.per_sample import direction, widened
 from torch_secorder.plan import BatchAxis, planned
 from torch_secorder.records import Forward, Record
 from torch_secorder.report import By, Report
@@ -163,13 +163,13 @@ class FisherMonitor:
         task = current_backward()
         if outer is not None and outer != task:
             self._parents[task] = outer
-        self._guarded(lambda current: self._add(current, record, grad, self._parents.get(task, task)))
+        self._guarded(self._add, record, grad, self._parents.get(task, task))
 
     def _used(self, use: Use, grads: tuple[Tensor | None, ...]) -> None:
         """The gradients at a use outside of any hooked module's call have arrived."""
         if self._capture is not None and self._capture.active and not probing():
             node = torch._C._current_autograd_node()
-            self._guarded(lambda current: self._add_use(current, use, node, grads, current_backward()))
+            self._guarded(self._add_use, use, node, grads, current_backward())
 
     def _add_use(self, current: _OpenPass, use: Use, node: Node, grads: tuple[Tensor | None, ...], task: int) -> None:
         self._once(use, task, "a parameter's use outside of its module")
@@ -189,17 +189,19 @@ class FisherMonitor:
 
     def _gradient(self, position: int, grad: Tensor) -> None:
         """The gradient of a parameter, as this backward pass adds it to ``.grad``."""
-        self._guarded(lambda current: self._add_gradient(current, position, grad))
+        self._guarded(self._add_gradient, position, grad)
 
     def _add_gradient(self, current: _OpenPass, position: int, grad: Tensor) -> None:
-        current.gradients[position] = squared_sum(grad)
+        # At once: what becomes of it later, in .grad or in a communication buffer, is not this pass's gradient any more.
+        current.gradients[position] = norm(grad)
+        if not current.collected.checks or grad.is_sparse:
+            return
         # What a hook of the user's makes of a gradient is not ours to check.
-        alone = len(self._table.tensors[position]._backward_hooks or ()) <= 1
-        if current.collected.checks and alone and not grad.is_sparse:
+        if len(self._table.tensors[position]._backward_hooks or ()) <= 1:
             left, right = direction(grad.shape, grad)
             current.projections[position] = left @ (grad.detach().reshape(len(left), -1) @ right)
 
-    def _guarded(self, action: Callable[[_OpenPass], None]) -> None:
+    def _guarded(self, action: Callable[..., None], *args: Any) -> None:
         """Do something for the backward pass under way; what goes wrong must wait for its end."""
         if probing():
             return
@@ -208,8 +210,11 @@ class FisherMonitor:
         if current.error is not None:
             return
         try:
-            with full_precision():
-                action(current)
+            if is_autocast():
+                with full_precision():
+                    action(current, *args)
+            else:
+                action(current, *args)
         except Exception as error:
             current.error = error
 
@@ -298,16 +303,13 @@ class FisherMonitor:
         if expected is not None and not samples.skipped:
             compare(self._table.names, samples.norms[:, 0], expected, current.collected.half)
         factor = samples.batch / _scale(self._loss_scale) if self._reduction == "mean" else 1 / _scale(self._loss_scale)
-        gradients = (
-            torch.stack([g.double().cpu() for g in current.gradients.values()]) if current.gradients else torch.zeros(0)
-        )
-        gradients = gradients / _scale(self._loss_scale) ** 2
+        norms = [float(norm) / _scale(self._loss_scale) for norm in current.gradients.values()]
         self._statistics.update(
             samples.norms.double() * factor**2,
             {position: s * factor**2 for position, s in samples.squares.items()},
             samples.rules,
             reached,
-            dict(zip(current.gradients, gradients.tolist(), strict=True)),
+            dict(zip(current.gradients, (norm**2 for norm in norms), strict=True)),
             samples.skipped,
             {
                 name: self._output(name, samples.outputs[name], factor)
@@ -433,17 +435,19 @@ def checked(name: str, value: object, allowed: tuple[object, ...]) -> None:
         raise ArgumentError(f"{name} must be one of {', '.join(map(repr, allowed))}, not {value!r}")
 
 
-def squared_sum(grad: Tensor) -> Tensor:
-    """||grad||^2 in at least float32."""
+def norm(grad: Tensor) -> Tensor:
+    """||grad||, in at least float32."""
     values = grad.detach().coalesce().values() if grad.is_sparse else grad.detach()
-    values = values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
-    return torch.linalg.vector_norm(values).square()
+    return torch.linalg.vector_norm(widened(values))
 
 
-def full_precision() -> torch.autocast | ExitStack:
+def is_autocast() -> bool:
+    """Whether operations may be done in half precision."""
+    return torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
+
+
+def full_precision() -> ExitStack:
     """A context without autocast, which a backward pass inside an autocast block would otherwise put on our sums."""
-    if not torch.is_autocast_enabled("cpu") and not torch.is_autocast_enabled("cuda"):
-        return ExitStack()
     stack = ExitStack()
     for device in ("cpu", "cuda"):
         if torch.is_autocast_enabled(device):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -31,6 +31,7 @@ from torch_secorder.rules.nodes import gradient_at, has_rule
 # may multiply with few digits.
 TOLERANCES = {(torch.float64, "cpu"): 1e-8, (torch.float32, "cpu"): 1e-4, (torch.float64, "cuda"): 1e-6}
 HALF = (torch.float16, torch.bfloat16)
+TOGETHER = 64  # how many small gradients are put together at most
 TOLERANCE, HALF_TOLERANCE = 1e-2, 5e-2  # elsewhere, and in half precision or under autocast
 
 
@@ -53,6 +54,7 @@ class Block:
 
     Attributes:
         norms: position of a parameter -> ``[n]``, its squared norms in the units of the backward pass.
+        settled: positions that have their norms, or will have.
         held: position -> the sum so far, for parameters that are used more than once.
         shared: call without a batch axis -> ``[n, *shape of its output]``, the gradient of its output for every sample.
         outputs: module name -> its calls, where activations are wanted.
@@ -62,6 +64,7 @@ class Block:
 
     n: int
     norms: dict[int, Tensor] = field(default_factory=dict)
+    settled: set[int] = field(default_factory=set)
     squares: dict[int, Tensor] = field(default_factory=dict)
     held: dict[int, PerSampleGradient] = field(default_factory=dict)
     shared: dict[Record, Tensor] = field(default_factory=dict)
@@ -124,6 +127,7 @@ class Pass:
         self.seen = 0  # elements of all gradients
         self._blocks: dict[object, Block] = {}
         self._rules: dict[int, dict[str, None]] = defaultdict(dict)
+        self._waiting: dict[Hashable, list[tuple[Block, int, Any]]] = {}
 
     def unexplained(self, projections: Mapping[int, Tensor], samples: Samples) -> list[int]:
         """The parameters whose gradient, projected on a direction, is not what was captured of it.
@@ -217,15 +221,14 @@ class Pass:
     def _apply(self, block: Block, record: Record, call: Call, owner: Tensor | None) -> None:
         """The rule's answer for one call."""
         site, forward = record.site, record.forward
-        shapes = {local: self._table.rows[position].shape for local, position in site.parameters.items()}
         try:
-            forms = site.rule(site.module, call, shapes)
+            forms = site.rule(site.module, call, site.shapes)
         except CurvatureError as error:
             raise type(error)(f"{site}: {error}") from error
         for local, form in forms.items():
             whole = form if owner is None else form.regrouped(owner, block.n)
             position = site.parameters[local]
-            if not forward.inside and self._repeated is None and (position in block.norms or position in block.held):
+            if not forward.inside and self._repeated is None and (position in block.settled or position in block.held):
                 raise LifecycleError(
                     f"{site} was called more than once outside of a call of the monitored model, which can mean one sample "
                     'seen twice or two batches: pass repeated_calls="same" or "new", or monitor the submodule'
@@ -246,7 +249,7 @@ class Pass:
                 form = Dense(form.dense())  # now, while the graph that carries it has its tensors
             held = block.held.get(position)
             block.held[position] = form if held is None else held + form
-        elif position in block.norms:
+        elif position in block.settled:
             raise CoverageError(
                 f"{self._table.rows[position].name}: its module was called again in the same backward pass, after its other "
                 "calls had been counted (activation checkpointing of a shared module); use torch.utils.checkpoint with "
@@ -276,6 +279,8 @@ class Pass:
             for position, form in block.held.items():
                 self._settle(block, position, form)
             block.held.clear()
+        for signature in list(self._waiting):
+            self._flush(signature)
         blocks = list(self._blocks.values())
         norms = torch.cat([self._stacked(block) for block in blocks], 1)
         squares = {p: s for block in blocks for p, s in block.squares.items()}
@@ -305,13 +310,27 @@ class Pass:
         return block
 
     def _settle(self, block: Block, position: int, form: PerSampleGradient) -> None:
-        norms = form.squared_norm()
-        block.norms[position] = norms
+        block.settled.add(position)
+        if form.signature is not None and not self._diagonal:
+            waiting = self._waiting.setdefault(form.signature, [])
+            waiting.append((block, position, form))
+            if len(waiting) == TOGETHER:
+                self._flush(form.signature)
+            return
+        norms = block.norms[position] = form.squared_norm()
         if self._diagonal:
             finite = norms.isfinite()
             if bool(finite.any()):
                 part = form if bool(finite.all()) else form.select(finite.nonzero().squeeze(1))
                 block.squares[position] = part.sum_of_squares()
+
+    def _flush(self, signature: Hashable) -> None:
+        """The norms of small gradients that waited for others of their kind."""
+        waiting = self._waiting.pop(signature)
+        forms = [form for _, _, form in waiting]
+        form = forms[0] if len(forms) == 1 else type(forms[0]).stacked(forms)
+        for (block, position, _), norms in zip(waiting, form.squared_norm().split(forms[0].n), strict=True):
+            block.norms[position] = norms
 
     def _stacked(self, block: Block) -> Tensor:
         """``[parameters, n]`` on one device, in at least float32; zeros for what the pass did not reach."""

@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -48,9 +49,9 @@ class Placement:
         """The sample of each index, ``[size]``; None if index n is sample n."""
         if self.listed is not None:
             return self.listed.to(device)
-        samples = torch.arange(n, device=device)
         if self.fold == "none":
             return None
+        samples = torch.arange(n, device=device)
         return samples.repeat_interleave(size // n) if self.fold == "outer" else samples.repeat(size // n)
 
 
@@ -77,49 +78,94 @@ def factors(n: int) -> list[Tensor]:
     return [torch.ones(n), *(2.0 ** (samples // BASE**place % BASE) for place in range(digits))]
 
 
-def evidence(plain: Tensor | None, scaled: Sequence[Tensor | None], n: int) -> Evidence:
+@dataclass(frozen=True)
+class Sketch:
+    """What is kept of a gradient to see where its samples are: every slice along every axis, in two random directions.
+
+    Powers of two that multiply a slice multiply its sketch, exactly as well, and whole gradients of a whole model would not
+    fit into memory.
+
+    Attributes:
+        axes: for each axis of the tensor ``[size, 2]``, in float64.
+        largest: the largest magnitude in the gradient.
+        tiny: the smallest normal number of its dtype.
+    """
+
+    axes: list[Tensor]
+    largest: float
+    tiny: float
+
+    @classmethod
+    def of(cls, grad: Tensor) -> Sketch:
+        """The sketch of a gradient."""
+        value = grad.float() if grad.dtype in (torch.float16, torch.bfloat16) else grad
+        axes = [rows @ _directions(rows.shape[1], rows) for rows in map(partial(_slices, value), range(grad.dim()))]
+        largest = float(value.abs().max()) if value.numel() else 0.0
+        return cls([rows.double() for rows in axes], largest, torch.finfo(grad.dtype).tiny)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The gradient's."""
+        return tuple(len(rows) for rows in self.axes)
+
+
+def _slices(value: Tensor, axis: int) -> Tensor:
+    return value.movedim(axis, 0).reshape(value.shape[axis], -1)
+
+
+@lru_cache(16)
+def _random(size: int) -> Tensor:
+    return torch.randn(size, 2, generator=torch.Generator().manual_seed(size))
+
+
+def _directions(size: int, like: Tensor) -> Tensor:
+    # Large ones are not worth the memory that remembering them takes.
+    return (_random(size) if size < 2**16 else _random.__wrapped__(size)).to(like)
+
+
+def evidence(plain: Sketch | None, scaled: Sequence[Sketch | None], n: int) -> Evidence:
     """What gradients for a seed, and for the seed times each of the :func:`factors`, say of a tensor's samples."""
     found = [g for g in scaled if g is not None]
-    if plain is None or len(found) < len(scaled) or not plain.numel():
+    if plain is None or len(found) < len(scaled):
         return Unplaced.NOTHING
     # What is smaller than the smallest normal number has few digits, and doubling brings some back.
-    if not float(plain.abs().max()) > torch.finfo(plain.dtype).tiny:
+    if not plain.largest > plain.tiny:
         return Unplaced.NOTHING
     # Of several axes that would do, the first with as many indices as samples is meant.
-    folds = [("none", axis) for axis in range(plain.dim())]
-    folds += [(fold, axis) for axis in range(plain.dim()) for fold in ("outer", "inner")]
+    shape = plain.shape
+    folds = [("none", axis) for axis in range(len(shape))]
+    folds += [(fold, axis) for axis in range(len(shape)) for fold in ("outer", "inner")]
     for fold, axis in folds:
         placement = Placement(axis, fold)
-        if placement.fits(plain.shape, n) and (fold == "none" or plain.shape[axis] != n):
-            owner = placement.owner(plain.shape[axis], n, plain.device)
-            if _explains(plain.movedim(axis, 0), [g.movedim(axis, 0) for g in found], owner, n):
+        if placement.fits(shape, n) and (fold == "none" or shape[axis] != n):
+            owner = placement.owner(shape[axis], n, plain.axes[axis].device)
+            if _explains(plain.axes[axis], [g.axes[axis] for g in found], owner, n):
                 return placement
-    if not plain.dim():
+    if not shape:
         return Unplaced.SHARED
-    owner = _owners(plain, found)
-    return Placement(0, "listed", owner) if _explains(plain, found, owner, n) else Unplaced.SHARED
+    rows, others = plain.axes[0], [g.axes[0] for g in found]
+    owner = _owners(rows, others)
+    return Placement(0, "listed", owner) if _explains(rows, others, owner, n) else Unplaced.SHARED
 
 
-def _explains(plain: Tensor, scaled: list[Tensor], owner: Tensor | None, n: int) -> bool:
+def _explains(rows: Tensor, scaled: list[Tensor], owner: Tensor | None, n: int) -> bool:
     """Whether every row came back times the factors of its owner."""
-    rows = plain.double().reshape(len(plain), -1)
     size = rows.norm(dim=1)
     for factor, found in zip(factors(n)[1:], scaled, strict=True):
         factor = factor.to(rows)
         factor = factor if owner is None else factor[owner.clamp(max=n - 1)]
-        off = (found.double().reshape(rows.shape) / factor[:, None] - rows).norm(dim=1)
+        off = (found / factor[:, None] - rows).norm(dim=1)
         # A wrong owner is off by half of the row at least.
         if bool((off > 0.05 * size + 1e-4 * size.max()).any()):
             return False
     return True
 
 
-def _owners(plain: Tensor, scaled: list[Tensor]) -> Tensor:
+def _owners(rows: Tensor, scaled: list[Tensor]) -> Tensor:
     """The sample of each row, if each has one; rows without a gradient may belong to any."""
-    rows = plain.double().reshape(len(plain), -1)
     owner = torch.zeros(len(rows), dtype=torch.long, device=rows.device)
     for place, found in enumerate(scaled):
-        ratio = found.double().reshape(rows.shape).norm(dim=1) / rows.norm(dim=1)
+        ratio = found.norm(dim=1) / rows.norm(dim=1)
         digit = ratio.log2().round().nan_to_num(0, 0, 0).clamp(0, BASE - 1)
         owner += digit.long() * BASE**place
     return owner

@@ -36,7 +36,7 @@ class Plan:
 
     def watched(self, model: nn.Module) -> list[Site]:
         """Sites that only look at outputs, one for each module."""
-        return [Site(name, module, {}, {}, None, self.placement(name)) for name, module in named_modules(model)]
+        return [Site(name, module, {}, {}, {}, None, self.placement(name)) for name, module in named_modules(model)]
 
 
 def planned(model: nn.Module, table: ParameterTable, batch_axis: BatchAxis = None) -> Plan:
@@ -62,7 +62,8 @@ def planned(model: nn.Module, table: ParameterTable, batch_axis: BatchAxis = Non
             rule = structural_rule(module) or rule
         if isinstance(rule, Rule):
             tensors = {local: table.tensors[position] for local, position in owned.items()}
-            sites.append(Site(name, module, owned, tensors, rule, axis(name)))
+            shapes = {local: table.rows[position].shape for local, position in owned.items()}
+            sites.append(Site(name, module, owned, tensors, shapes, rule, axis(name)))
         elif frozen := [local for local, position in owned.items() if not table.tensors[position].requires_grad]:
             missing.append(f"{type(module).__name__} '{name}' ({', '.join(frozen)}): {rule}")
     if missing:

@@ -48,6 +48,7 @@ class Site:
     Attributes:
         parameters: local name -> position in the parameter table.
         tensors: local name -> the parameter, to notice when somebody swapped it.
+        shapes: local name -> the parameter's shape.
         rule: from a :class:`Call` to per-sample gradients; this floor only carries it. None where only the output
             itself is of interest.
         placement: where its outputs have their samples; None to find out.
@@ -57,6 +58,7 @@ class Site:
     module: nn.Module
     parameters: Mapping[str, int]
     tensors: Mapping[str, Tensor]
+    shapes: Mapping[str, tuple[int, ...]]
     rule: Any
     placement: Placement | None = None
 
@@ -135,8 +137,10 @@ class Record:
     def call(self, grad: Tensor) -> Call:
         """What the rule needs, with the axis that counts samples first."""
         assert self.placement is not None
-        first = partial(_first, axis=self.placement.axis, size=self.shape[self.placement.axis])
         inputs, kwargs = self._arguments()
+        if not self.placement.axis:
+            return Call(inputs, kwargs, grad if grad.shape == self.shape else grad.reshape(self.shape))
+        first = partial(_first, axis=self.placement.axis, size=self.shape[self.placement.axis])
         return Call(
             tuple(first(x) for x in inputs), {k: first(x) for k, x in kwargs.items()}, first(grad.reshape(self.shape))
         )

@@ -37,6 +37,7 @@ class Run:
     Attributes:
         n: how many samples the latest forward had.
         random: whether it drew from the global random state.
+        structure: tells its graph from graphs of other nodes.
     """
 
     def __init__(
@@ -46,15 +47,15 @@ class Run:
         plan: Plan,
         *,
         create_graph: bool = False,
-        memory: Memory | None = None,
-        trusting: bool = False,
+        memory: Memory,
+        trusting: bool,
     ):
         self._model, self._table, self._plan, self._create_graph = model, table, plan, create_graph
         self._capture = Capture(
             *(model, plan.sites, self._arrived, plan.batch_axis, plan.guards),
             on_end=self._audited,
         )
-        self._memory = memory or Memory()
+        self._memory = memory
         self._audit = Audit(*(table, self._used, plan.batch_axis, self._memory, self._rehearse), trusting=trusting)
         self._pass: Pass | None = None
         self._error: Exception | None = None
@@ -63,7 +64,7 @@ class Run:
         self._inputs: list[Tensor] = []
         self._defers = False
         self._deferred: list[Callable[[], None]] = []  # what has to wait for the end of the backward pass
-        self.n = 0
+        self.n = self.structure = 0
         self.random = False
 
     def __enter__(self) -> Run:
@@ -108,7 +109,7 @@ class Run:
         ]
         self._starts += [(use, use.edges(node)) for use, node in uses if use.starts_graph]
         self._defers = any(use.calls_nodes for use, _ in uses)
-        self.n = forward.n or 0
+        self.n, self.structure = forward.n or 0, self._audit.structure
 
     def backward(self, root: Tensor, seed: Tensor | None = None, *, last: bool = True) -> Samples:
         """Squared norms of the per-sample gradients of ``root`` (with ``seed`` for its gradient).
@@ -237,8 +238,9 @@ def reduction_of(
         for size, index in ((1, [0]), (n, list(range(n)))):
             # Also for other outputs: the ratio of differences shows a constant that the loss itself may hide.
             single, double = [], []
-            for out in (outputs, mapped(shrunk, outputs)):
-                out, tgt = rows(out, index, n, axis), rows(targets, index, n, axis)
+            few = rows(outputs, index, n, axis)
+            for out in (few, mapped(shrunk, few)):
+                tgt = rows(targets, index, n, axis)
                 single.append(float(loss_fn(out, tgt)))
                 twice = [*range(size)] * 2
                 double.append(float(loss_fn(rows(out, twice, size, axis), rows(tgt, twice, size, axis))))

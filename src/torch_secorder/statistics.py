@@ -88,15 +88,13 @@ class Statistics:
             other.mean = t.mean(1)
             centred = t - other.mean[:, None]
             other.moments = centred @ centred.T
-        for position in reached:
-            other.reached[position] = True
+        other.reached[list(reached)] = True
         for position, found in rules.items():
             other.rules[position] = list(found)
         if gradients and all(map(math.isfinite, gradients.values())):
             other.gradient_passes, other.inverse_batch_sizes = 1, 1 / (other.n + skipped)
-            for position, norm in gradients.items():
-                other.gradient_sums[position] = norm
-                other.gradient_counts[position] = 1
+            other.gradient_sums[list(gradients)] = torch.tensor(list(gradients.values()), dtype=torch.float64)
+            other.gradient_counts[list(gradients)] = 1
         if self.keeps["diagonal"]:
             other.squares = [squares.get(position, torch.zeros(())) for position in range(len(self.names))]
         if self.keeps["per_sample"]:

@@ -75,9 +75,8 @@ def empirical_fisher_trace(
         check_separable(loss_fn, batch.outputs, targets, n, analysis.batch_axis)
         verified(analysis, lambda outputs: loss_fn(outputs, targets) * scale, inputs, batch, by_autograd=False)
 
-    analysis.trusting = not create_graph  # a graph of the checks would be kept along with the result's
     analyse = partial(analysis.empirical, loss_fn, inputs, targets)
-    batch = analyse() if create_graph else trusted(analysis, analyse, check)
+    batch = analyse() if create_graph else trusted(analysis, analyse, check, loss_fn)
     return _as_result(batch.samples.norms.sum(0), batch.reduction, analysis.table)
 
 

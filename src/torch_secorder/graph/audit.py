@@ -31,6 +31,9 @@ class Audit:
         memory: what is known about the model already.
         rehearse: adds to the memory from a smaller batch, called when evidence is needed.
         trusting: believe shapes that allow one reading only, for callers that check a sample afterwards.
+
+    Attributes:
+        structure: of the latest graph.
     """
 
     def __init__(
@@ -50,6 +53,7 @@ class Audit:
             if p.requires_grad
         }
         self._memory, self._rehearse, self._trusting = memory or Memory(), rehearse, trusting
+        self.structure = 0
 
     def uses(self, forward: Forward, outputs: Any) -> list[tuple[Use, Node]]:
         """Place every record of a forward, and hook every use that no record accounts for.
@@ -60,11 +64,12 @@ class Audit:
         """
         roots = [x for x in tensors(outputs) if x.requires_grad]
         walk = Walk(roots, forward, self._leaves)
+        self.structure = walk.structure()
         n = forward.n
         if n is None:
             return []
         fresh = n > 1 and walk.reorders(n)
-        memory, rehearse = (Memory(), None) if fresh else (self._memory.of(walk.structure()), self._rehearse)
+        memory, rehearse = (Memory(), None) if fresh else (self._memory.of(self.structure), self._rehearse)
         reached = [item for item in forward.records if item[0].site.rule is not None and item[1].node in walk.records]
         doubtful = fresh or walk.coincidences(n) or any(record.placement is None for record, _ in reached)
         seen = [x for x in roots if x.dim() > self._axis]

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
-from torch.autograd.graph import GradientEdge
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, Node
 
-from torch_secorder.capture import probe
+from torch_secorder.capture import probe, probing
 from torch_secorder.errors import ShapeError, UnsupportedError
-from torch_secorder.placement import Evidence, Placement, Unplaced, evidence, factors
+from torch_secorder.placement import Evidence, Placement, Sketch, Unplaced, evidence, factors
 
 Key = tuple[object, ...]
 Wanted = tuple[Key, GradientEdge, Sequence[int]]  # what to remember it by, where in the graph, the shape to see it in
@@ -27,6 +32,8 @@ class Memory:
         warned: whether somebody was warned of slow rules.
         turns: how many graphs were looked at.
         others: the memory of each structure of graph, for the memory of a model.
+        trusting: whether shapes that allow one reading only have never misled.
+        checked: function -> structure of graph -> how often samples were taken apart for it, of callers that check some.
     """
 
     known: dict[Key, Evidence] = field(default_factory=dict)
@@ -34,12 +41,38 @@ class Memory:
     warned: bool = False
     turns: int = 0
     others: dict[int, Memory] = field(default_factory=dict)
+    trusting: bool = True
+    checked: WeakKeyDictionary[Any, Counter[int]] = field(default_factory=WeakKeyDictionary)
 
     def of(self, structure: int) -> Memory:
         """What was found out about graphs of this structure: a model may change its way, and its samples their axis."""
         if len(self.others) > 64:  # of a model that never makes the same graph twice nothing is worth keeping
             self.others.clear()
         return self.others.setdefault(structure, Memory())
+
+    def distrust(self) -> None:
+        """Forget everything, and believe no shapes from now on."""
+        self.trusting = False
+        for found in (self.known, self.outputs, self.others, self.checked):
+            found.clear()
+
+    def due(self, function: Callable[..., Any], structure: int) -> bool:
+        """Whether a call of ``function`` with a graph of this structure is to be checked: the 1st, 2nd, 3rd, 5th, 9th, ..."""
+        try:
+            turns = self.checked.setdefault(function, Counter())
+        except TypeError:  # something that can't be remembered
+            return True
+        turns[structure] += 1
+        return (turns[structure] - 1).bit_count() < 2
+
+
+_memories: WeakKeyDictionary[nn.Module, dict[Hashable, Memory]] = WeakKeyDictionary()
+
+
+def memory_of(model: nn.Module, batch_axis: int | Mapping[str, int] | None) -> Memory:
+    """What was found out about a model before, for callers that check a sample now and then."""
+    key = tuple(sorted(batch_axis.items())) if isinstance(batch_axis, Mapping) else batch_axis
+    return _memories.setdefault(model, {}).setdefault(key, Memory())
 
 
 class Look:
@@ -80,7 +113,7 @@ class Look:
             self._rehearse()
             new = [item for item in new if not self._holds(item[0], item[2])]
         if new:
-            columns = zip(*self._gradients(new), strict=True)
+            columns = zip(*self._sketches(new), strict=True)
             for (key, _, _), (plain, *scaled) in zip(new, columns, strict=True):
                 self._known[key] = evidence(plain, scaled, self._n)
         return [self._known[key] for key, _, _ in wanted]
@@ -93,21 +126,30 @@ class Look:
         # (A call keeps its placement from its shape meanwhile; a use has none.)
         return known is Unplaced.SHARED or (known is Unplaced.NOTHING and self._patient and key[0] == "call")
 
-    def _gradients(self, wanted: list[Wanted]) -> list[list[Tensor | None]]:
-        """For each set of factors for the samples, the gradients at the wanted edges in the wanted shapes."""
+    def _sketches(self, wanted: list[Wanted]) -> list[list[Sketch | None]]:
+        """For each set of factors for the samples, sketches of the gradients at the wanted edges in the wanted shapes."""
         if not self._roots:
             raise ShapeError(
                 f"where this model has its {self._n} samples can't be found out: it returns no differentiable tensor with as "
                 f"many indices on axis {self._axis}; return the outputs along with the loss, or pass batch_axis="
             )
-        found = []
         generator = torch.Generator().manual_seed(0)
         seeds = [torch.randn(x.shape, generator=generator).to(x.device, x.dtype) for x in self._roots]
-        with torch.enable_grad(), probe(self._roots) as roots:
-            edges = [edge for _, edge, _ in wanted]
+        found: list[list[Sketch | None]] = []
+        ends = _deepest(self._roots, {edge.node for _, edge, _ in wanted})
+        with torch.enable_grad(), probe(self._roots) as roots, ExitStack() as hooks:
+            for position, (_, edge, shape) in enumerate(wanted):
+                if edge.node not in ends:
+                    hook = partial(_arrived, found, position, edge.output_nr, tuple(shape))
+                    hooks.callback(edge.node.register_prehook(hook).remove)
+            if not ends:
+                return [[None] * len(wanted) for _ in factors(self._n)]
+            last = [(position, item) for position, item in enumerate(wanted) if item[1].node in ends]
             for factor in factors(self._n):
                 scaled = [s * factor.to(s).view(-1, *[1] * (s.dim() - 1 - self._axis)) for s in seeds]
+                found.append([None] * len(wanted))
                 try:
+                    edges = [edge for _, (_, edge, _) in last]
                     grads = torch.autograd.grad(roots, edges, scaled, retain_graph=True, allow_unused=True)
                 except RuntimeError as error:
                     if "use_reentrant" not in str(error):
@@ -116,9 +158,34 @@ class Look:
                         f"the shapes in this model leave open where its {self._n} samples are, and re-entrant activation "
                         "checkpointing hides it: use torch.utils.checkpoint with use_reentrant=False, or another batch size"
                     ) from error
-                found.append([_shaped(g, shape) for g, (_, _, shape) in zip(grads, wanted, strict=True)])
+                for grad, (position, (_, _, shape)) in zip(grads, last, strict=True):
+                    found[-1][position] = None if grad is None else Sketch.of(grad.reshape(tuple(shape)))
         return found
 
 
-def _shaped(grad: Tensor | None, shape: Sequence[int]) -> Tensor | None:
-    return None if grad is None else grad.reshape(tuple(shape))
+def _arrived(
+    found: list[list[Sketch | None]], position: int, nr: int, shape: tuple[int, ...], grads: Sequence[Tensor | None]
+) -> None:
+    """A gradient on its way, in the latest pass."""
+    if probing() and (grad := grads[nr]) is not None:
+        found[-1][position] = Sketch.of(grad.reshape(shape))
+
+
+def _deepest(roots: Sequence[Tensor], wanted: set[Node]) -> set[Node]:
+    """The wanted nodes that lead to no other: what a backward pass has to be asked for, to go through all of them."""
+    leads: dict[Node, bool] = {}  # whether a node is wanted or leads to one that is
+    ends: set[Node] = set()
+    stack = [(x.grad_fn, False) for x in roots if x.grad_fn is not None]
+    while stack:
+        node, done = stack.pop()
+        children = [child for child, _ in node.next_functions if child is not None]
+        if done:
+            below = any(leads.get(child, False) for child in children)
+            leads[node] = below or node in wanted
+            if node in wanted and not below:
+                ends.add(node)
+        elif node not in leads:
+            leads[node] = False
+            stack.append((node, True))
+            stack += [(child, False) for child in children if child not in leads]
+    return ends

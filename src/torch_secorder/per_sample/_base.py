@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 Index = slice | Tensor
+
+# Factors with fewer elements are put together before anything is computed: calling an operation costs as much as reading these.
+SMALL = 2**15
 
 # Temporaries of this size stay in the last-level cache of common machines and are reused by the allocator.
 CHUNK_BYTES = 8 * 2**20
@@ -38,10 +43,14 @@ def cancellation_floor(dtype: torch.dtype) -> float:
 
 def direction(shape: Sequence[int], like: Tensor) -> tuple[Tensor, Tensor]:
     """A fixed direction ``left right^T`` of random signs in a parameter's space, for ``PerSampleGradient.projection``."""
+    return _direction(shape[0] if shape else 1, math.prod(shape[1:]), like.dtype, like.device)
+
+
+@lru_cache(32)
+def _direction(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    sides = (shape[0] if shape else 1, math.prod(shape[1:]))
-    left, right = (2.0 * torch.randint(2, (side,), generator=generator) - 1 for side in sides)
-    return left.to(like), right.to(like)
+    left, right = (2.0 * torch.randint(2, (side,), generator=generator) - 1 for side in (rows, columns))
+    return left.to(device, dtype), right.to(device, dtype)
 
 
 def row_squares(value: Tensor) -> Tensor:
@@ -60,12 +69,14 @@ class PerSampleGradient(ABC):
         shape: the parameter's shape.
         algorithm: how :meth:`squared_norm` goes about it, for the report.
         sparse: whether the dense gradient of even one sample is far larger than the factors.
+        signature: the same for small gradients of different parameters that :meth:`stacked` can put together; None for others.
     """
 
     n: int
     shape: tuple[int, ...]
     algorithm: str = "dense"
     sparse: bool = False
+    signature: Hashable | None = None
 
     @property
     @abstractmethod
@@ -116,6 +127,11 @@ class PerSampleGradient(ABC):
         pairs = ((self.select(rows), other.select(rows)) for rows in self._chunks())
         return torch.cat([(a.dense().flatten(1) * b.dense().flatten(1)).sum(1) for a, b in pairs])
 
+    @classmethod
+    def stacked(cls, forms: Sequence[Any]) -> PerSampleGradient:
+        """Gradients of several parameters, with one signature, as those of one for all of their samples in turn."""
+        raise NotImplementedError
+
     def __add__(self, other: PerSampleGradient) -> PerSampleGradient:
         """The sum of both, for another use of the same parameter by the same samples."""
         if (self.n, self.shape) != (other.n, other.shape):
@@ -150,8 +166,14 @@ class Dense(PerSampleGradient):
     """The gradients as a tensor ``[n, *shape]``: biases, scales, whatever is small."""
 
     def __init__(self, value: Tensor):
-        self.value = widened(value)
+        self.value = value = widened(value)
         self.n, self.shape = value.shape[0], tuple(value.shape[1:])
+        if value.numel() < SMALL:
+            self.signature = (Dense, value.shape, value.dtype, value.device)
+
+    @classmethod
+    def stacked(cls, forms: Sequence[Dense]) -> Dense:
+        return Dense(torch.cat([form.value for form in forms]))
 
     @property
     def like(self) -> Tensor:

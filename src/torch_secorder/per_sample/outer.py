@@ -7,17 +7,37 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from torch_secorder.per_sample._base import Index, PerSampleGradient, chunks, grouped, guarded, row_squares, widened
+from torch_secorder.per_sample._base import (
+    SMALL,
+    Index,
+    PerSampleGradient,
+    chunks,
+    grouped,
+    guarded,
+    row_squares,
+    widened,
+)
+
+MEMORY = 20
+
+
+def _strips(positions: int) -> int:
+    """Into how many strips a Gram matrix is cut: narrower ones multiply too slowly."""
+    return 1 if positions < 128 else 2 if positions < 512 else 4
 
 
 class Outer(PerSampleGradient):
     r"""``G[n, k, o, i] = sum_t g[n, k, t, o] a[n, k, t, i]``, viewed as the parameter's shape.
 
-    The squared norm is taken in one of three ways, whichever needs the fewest operations:
+    The squared norm is taken in one of three ways, whichever is the cheapest:
 
     * ``product``: one position, ``||a||^2 ||g||^2``;
-    * ``gram``: ``sum_{t,s} (a_t . a_s)(g_t . g_s)``, about ``T^2 (I + O)`` operations, guarded against cancellation;
-    * ``direct``: form the ``O x I`` product for a few samples at a time, ``T I O`` operations.
+    * ``gram``: ``sum_{t,s} (a_t . a_s)(g_t . g_s)``, guarded against cancellation. The matrix is symmetric, so that strips of
+      its upper half do: ``s T^2 (I + O + m)`` operations, s = 1, 0.85 or 0.7 for one, two or four strips;
+    * ``direct``: form the ``O x I`` product for a few samples at a time, ``(T + m) I O`` operations.
+
+    An element that is written and read again costs as much as m = 20 multiplications (one core, single precision; s and m
+    as measured, see tests/benchmarks/convolution_cost.py for convolutions).
 
     Args:
         a: layer inputs, ``[n, k, t, i]``.
@@ -30,6 +50,13 @@ class Outer(PerSampleGradient):
         self.a = widened(a.to(g.dtype))
         self.g = widened(g)
         self.n, self.shape = a.shape[0], tuple(shape)
+        if self.a.numel() + self.g.numel() < SMALL:
+            self.signature = (Outer, self.a.shape, self.g.shape, self.shape, self.g.dtype, self.g.device)
+
+    @classmethod
+    def stacked(cls, forms: Sequence[Outer]) -> Outer:
+        a, g = torch.cat([form.a for form in forms]), torch.cat([form.g for form in forms])
+        return Outer(a, g, forms[0].shape)
 
     @property
     def like(self) -> Tensor:
@@ -40,7 +67,9 @@ class Outer(PerSampleGradient):
         positions, i, o = self.a.shape[2], self.a.shape[3], self.g.shape[3]
         if positions == 1:
             return "product"
-        return "gram" if positions * (i + o) < i * o else "direct"
+        saved = {1: 1.0, 2: 0.85, 4: 0.7}[_strips(positions)]
+        gram, direct = saved * positions**2 * (i + o + MEMORY), (positions + MEMORY) * i * o
+        return "gram" if gram < direct else "direct"
 
     def dense(self) -> Tensor:
         return (self.g.mT @ self.a).reshape(self.n, *self.shape)
@@ -64,11 +93,19 @@ class Outer(PerSampleGradient):
     def _gram(self) -> Tensor:
         norms, diagonals = [], []
         k, t = self.a.shape[1:3]
-        for rows in chunks(self.n, 2 * k * t * t * self.dtype.itemsize):
-            a, g = self.a[rows], self.g[rows]
-            gram = (a @ a.mT) * (g @ g.mT)
-            norms.append(gram.sum((1, 2, 3)))
-            diagonals.append(gram.diagonal(dim1=2, dim2=3).sum((1, 2)))
+        size = -(-t // _strips(t))
+        for rows in chunks(self.n, 2 * k * t * size * self.dtype.itemsize):
+            norm, diagonal = [], []
+            for start in range(0, t, size):
+                strip, rest = slice(start, start + size), slice(start, None)
+                a, g = (x[rows, :, strip] @ x[rows, :, rest].mT for x in (self.a, self.g))
+                gram = a * g if torch.is_grad_enabled() else a.mul_(g)
+                norm.append(gram.sum((1, 2, 3)))
+                if gram.shape[3] > size:
+                    norm.append(gram[..., size:].sum((1, 2, 3)))
+                diagonal.append(gram[..., :size].diagonal(dim1=2, dim2=3).sum((1, 2)))
+            norms.append(torch.stack(norm).sum(0))
+            diagonals.append(torch.stack(diagonal).sum(0))
         return guarded(torch.cat(norms), torch.cat(diagonals), self)
 
     def sum_of_squares(self) -> Tensor:

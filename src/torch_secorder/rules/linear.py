@@ -16,5 +16,7 @@ def linear(module: nn.Linear, call: Call) -> Gradients:
     x, g = call.argument(0, "input"), call.grad_output
     if x.dim() < 2:
         raise ShapeError(f"a Linear got an input of shape {tuple(x.shape)}, without a batch axis")
+    if x.dim() == 2:
+        return {"weight": Outer(x[:, None, None], g[:, None, None], module.weight.shape), "bias": g}
     a, g = x.reshape(x.shape[0], 1, -1, x.shape[-1]), g.reshape(g.shape[0], 1, -1, g.shape[-1])
     return {"weight": Outer(a, g, module.weight.shape), "bias": g.sum((1, 2))}

@@ -24,7 +24,7 @@ def lstm_layer(at: Place, grads: Gradients) -> PerSampleGradient | Tensor:
 
 def _is_plain_lstm(at: Place) -> bool:
     node, mode_of_lstm = at.node, 2
-    in_order = at.placement.fold == "none" and at.placement.axis == len(at.output_shape) - 2
+    in_order = (at.placement.fold == "none" and at.placement.axis == len(at.output_shape) - 2) or at.n == 1
     return node._saved_mode == mode_of_lstm and not node._saved_batch_sizes and in_order
 
 
@@ -40,25 +40,28 @@ def _lstm_steps(node: Any, grads: Gradients) -> tuple[Tensor, Tensor, Tensor]:
     if node._saved_reverse:
         x, out, g_out = x.flip(0), out.flip(0), None if g_out is None else g_out.flip(0)
     h = torch.cat([h0[None], out[:-1]])
-    z = x @ w_ih.T + h @ w_hh.T
+    z = x.flatten(0, 1) @ w_ih.T + h.flatten(0, 1) @ w_hh.T
     if node._saved_has_biases:
-        z = z + node._saved_weight2 + node._saved_weight3
-    i, f, u, o = (gate.tanh() if k == 2 else gate.sigmoid() for k, gate in enumerate(z.chunk(4, 2)))
+        z = z + (node._saved_weight2 + node._saved_weight3)
+    i, f, u, o = z.view(*out.shape[:2], 4, -1).unbind(2)
+    i, f, u, o = i.sigmoid(), f.sigmoid(), u.tanh(), o.sigmoid()
     cells = [c0]
-    for t in range(len(x)):
-        cells.append(f[t] * cells[-1] + i[t] * u[t])
-    c = torch.stack(cells)
-    tanh_c = c[1:].tanh()
-    # What multiplies the gradient of c_t on its way to the four gates, and that of h_t on its way to c_t and to o.
-    to_gates = torch.cat([u * i * (1 - i), c[:-1] * f * (1 - f), i * (1 - u * u)], 2)
-    to_cell, to_o = o * (1 - tanh_c * tanh_c), tanh_c * o * (1 - o)
-    dh = out.new_zeros(out[0].shape) if g_h is None else g_h.view_as(out[0])
-    dc = out.new_zeros(out[0].shape) if g_c is None else g_c.view_as(out[0])
-    steps = []
+    for entering, kept in zip((i * u).unbind(), f.unbind(), strict=True):
+        cells.append(torch.addcmul(entering, kept, cells[-1]))
+    before, tanh_c = torch.stack(cells[:-1]), torch.stack(cells[1:]).tanh()
+    # What multiplies the gradient of c_t on its way to the gates i, f and u, and that of h_t on its way to o and to c_t.
+    to_gates = torch.stack([u * i * (1 - i), before * f * (1 - f), i * (1 - u * u)], 2).unbind()
+    to_o, to_cell = (tanh_c * o * (1 - o)).unbind(), (o * (1 - tanh_c * tanh_c)).unbind()
+    zero = out.new_zeros(out[0].shape)
+    dc = zero if g_c is None else g_c.view_as(zero)
+    dh = zero if g_h is None else g_h.view_as(zero)
+    from_out = [zero] * len(x) if g_out is None else g_out.unbind()
+    dh = dh + from_out[-1]
+    forgets, steps = f.unbind(), []
     for t in reversed(range(len(x))):
-        dh = dh if g_out is None else dh + g_out[t]
-        dc = dc + dh * to_cell[t]
-        dz = torch.cat([torch.cat([dc, dc, dc], 1) * to_gates[t], dh * to_o[t]], 1)
+        dc = torch.addcmul(dc, dh, to_cell[t])
+        dz = torch.cat([(dc[:, None] * to_gates[t]).flatten(1), dh * to_o[t]], 1)
         steps.append(dz)
-        dh, dc = dz @ w_hh, dc * f[t]
+        if t:
+            dh, dc = torch.addmm(from_out[t - 1], dz, w_hh), dc * forgets[t]
     return x, h, torch.stack(steps[::-1])
