@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
-from functools import lru_cache, partial
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -99,9 +99,9 @@ class Sketch:
     def of(cls, grad: Tensor) -> Sketch:
         """The sketch of a gradient."""
         value = grad.float() if grad.dtype in (torch.float16, torch.bfloat16) else grad
-        axes = [rows @ _directions(rows.shape[1], rows) for rows in map(partial(_slices, value), range(grad.dim()))]
-        largest = float(value.abs().max()) if value.numel() else 0.0
-        return cls([rows.double() for rows in axes], largest, torch.finfo(grad.dtype).tiny)
+        largest = max(-float(value.min()), float(value.max())) if value.numel() else 0.0
+        axes = [_contracted(value, axis).double() for axis in range(value.dim())]
+        return cls(axes, largest, torch.finfo(grad.dtype).tiny)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -109,8 +109,14 @@ class Sketch:
         return tuple(len(rows) for rows in self.axes)
 
 
-def _slices(value: Tensor, axis: int) -> Tensor:
-    return value.movedim(axis, 0).reshape(value.shape[axis], -1)
+def _contracted(value: Tensor, axis: int) -> Tensor:
+    """Two random numbers for each slice along an axis: random directions for the axes before it, and for those after."""
+    before, size, after = math.prod(value.shape[:axis]), value.shape[axis], math.prod(value.shape[axis + 1 :])
+    left, right = _directions(before, value), _directions(after, value)
+    # The longer side first, which leaves little.
+    if before < after:
+        return torch.einsum("bsd,bd->sd", (value.reshape(-1, after) @ right).view(before, size, 2), left)
+    return torch.einsum("dsa,ad->sd", (left.mT @ value.reshape(before, -1)).view(2, size, after), right)
 
 
 @lru_cache(16)

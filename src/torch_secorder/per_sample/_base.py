@@ -53,12 +53,20 @@ def _direction(rows: int, columns: int, dtype: torch.dtype, device: torch.device
     return left.to(device, dtype), right.to(device, dtype)
 
 
+LONG = 4096
+
+
 def row_squares(value: Tensor) -> Tensor:
     """``sum of x ** 2`` over the last axis."""
     # A norm reads large rows once and writes nothing; its own second derivative does not exist at zero.
-    if value.numel() > 2**16 and not torch.is_grad_enabled():
+    if value.numel() <= 2**16 or torch.is_grad_enabled():
+        return torch.linalg.vecdot(value, value)
+    if value.shape[-1] <= LONG:
         return torch.linalg.vector_norm(value, dim=-1).square()
-    return torch.linalg.vecdot(value, value)
+    # It also adds one square after the other, so that a row of millions loses digits in float32, unlike one of thousands.
+    whole = value.shape[-1] // LONG * LONG
+    squares = torch.linalg.vector_norm(value[..., :whole].unflatten(-1, (-1, LONG)), dim=-1).square().sum(-1)
+    return squares + torch.linalg.vector_norm(value[..., whole:], dim=-1).square()
 
 
 class PerSampleGradient(ABC):

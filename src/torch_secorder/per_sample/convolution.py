@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from torch_secorder.per_sample._base import Index, PerSampleGradient, grouped, widened
+from torch_secorder.per_sample._base import (
+    Index,
+    PerSampleGradient,
+    _total,
+    chunks,
+    grouped,
+    guarded,
+    row_squares,
+    widened,
+)
+from torch_secorder.per_sample.costs import BUDGET, Sizes, predicted
 from torch_secorder.per_sample.outer import Outer
 
 
@@ -17,6 +27,15 @@ class Convolution(PerSampleGradient):
 
     A transposed convolution is the adjoint of a convolution, so its weight gradient is this one with input and output
     gradient exchanged.
+
+    With T positions, P pixels, a kernel of K taps, of which K_0 along the first axis, and I and O channels per group, the
+    norms are taken in one of four ways, whichever :mod:`~torch_secorder.per_sample.costs` predicts to be the fastest:
+
+    * ``direct``: torch's own weight gradient, samples as groups; ``T K I O`` multiplications, fast for depthwise kernels of 3;
+    * ``shifted``: as many, in K_0 matrix products of views (:meth:`shifted`); no copies at all for a kernel of one;
+    * ``gram``: ``sum_{t,s} (sum_taps x_{t+tap} . x_{s+tap}) (g_t . g_s)`` from the pixels' Gram matrix, ``P^2 I + T^2 O``
+      multiplications, guarded against cancellation: small maps with many channels;
+    * ``patches``: products of unfolded patches and g (:class:`Outer`), where patches don't overlap or there is only one.
 
     Args:
         x: inputs ``[n, r, channels in, *map]``, r maps for each sample (of a module that was called r times, or of images
@@ -42,6 +61,10 @@ class Convolution(PerSampleGradient):
         self.x, self.g = widened(x.to(g.dtype)), widened(g)
         self.n, self.shape = x.shape[0], tuple(shape)
         self.stride, self.padding, self.dilation, self.groups = list(stride), list(padding), list(dilation), groups
+        for axis, (kernel, step, sides) in enumerate(zip(self.shape[2:], stride, padding, strict=True), 3):
+            if kernel == 1 and step > 1 and not sides:  # then most of the map is never read
+                self.x = self.x.unfold(axis, 1, step).squeeze(-1).narrow(axis, 0, g.shape[axis])
+                self.stride[axis - 3] = 1
 
     @property
     def like(self) -> Tensor:
@@ -49,9 +72,16 @@ class Convolution(PerSampleGradient):
 
     @property
     def algorithm(self) -> str:  # type: ignore[override]  # a property where the base has a plain string
-        positions = self.g.shape[1] * math.prod(self.g.shape[3:])
-        features, channels = math.prod(self.shape[1:]), self.shape[0] // self.groups
-        return "gram" if positions * (features + channels) < features * channels else "direct"
+        costs = predicted(self.sizes)
+        return min(costs, key=lambda form: costs[form])
+
+    @property
+    def sizes(self) -> Sizes:
+        """What the costs depend on."""
+        channels, features = self.shape[0] // self.groups, self.shape[1]
+        maps = (tuple(self.x.shape[3:]), tuple(self.g.shape[3:]), self.shape[2:])
+        rest = (tuple(self.stride), tuple(self.padding), self.dtype.itemsize)
+        return Sizes(self.n, self.x.shape[1], self.groups, features, channels, *maps, *rest)
 
     def dense(self) -> Tensor:
         """One grouped convolution with the samples as groups."""
@@ -105,7 +135,114 @@ class Convolution(PerSampleGradient):
         return self.shape, self.stride, self.padding, self.dilation, self.groups
 
     def squared_norm(self) -> Tensor:
-        return self.patches().squared_norm() if self.algorithm == "gram" else super().squared_norm()
+        return self.norms(self.algorithm)
+
+    def norms(self, form: str) -> Tensor:
+        """The squared norms by one of the forms, whatever it costs."""
+        match form:
+            case "direct":
+                return super().squared_norm()
+            case "shifted":
+                return torch.cat([part._shifted_norms() for part in self._parts("shifted")])
+            case "gram":
+                values = [part._gram() for part in self._parts("gram")]
+                norms, magnitudes = (torch.cat(value) for value in zip(*values, strict=True))
+                return guarded(norms, magnitudes, self)
+            case _:
+                return torch.cat([part.patches().squared_norm() for part in self._parts("patches")])
+
+    def sum_of_squares(self) -> Tensor:
+        if self.sizes.positions == 1:
+            return self.patches().sum_of_squares()
+        costs = predicted(self.sizes)
+        if costs["direct"] <= costs.get("shifted", math.inf):
+            return super().sum_of_squares()
+        sums: list[Tensor] = []
+        for part in self._parts("shifted"):
+            new = [value.square().unflatten(0, (part.n, -1)).sum(0) for value in part.shifted()]
+            sums = [old + value for old, value in zip(sums, new, strict=True)] if sums else new
+        value = torch.stack(sums).unflatten(2, (self.shape[1], -1))  # [first axis's taps, k, i, other taps, o]
+        return value.permute(1, 4, 2, 0, 3).reshape(self.shape)
+
+    def _parts(self, form: str) -> Iterator[Convolution]:
+        step = self.sizes.step(form)
+        if step == self.n:
+            return iter([self])
+        return (self.select(slice(start, start + step)) for start in range(0, self.n, step))
+
+    def _chunks(self) -> Iterator[slice]:
+        return chunks(self.n, self.sizes.floats("direct") * self.dtype.itemsize, BUDGET)
+
+    def tall(self) -> Convolution:
+        """The same with the r maps of a sample above one another, and zeros between them, as its only map."""
+        if self.x.shape[1] == 1:
+            return self
+        padding, step, above = self.padding[0], self.stride[0], [0, 0] * (len(self.stride) - 1)
+        below = padding + -(self.x.shape[3] + 2 * padding) % step
+        x = torch.nn.functional.pad(self.x, [*above, padding, below])
+        gap = x.shape[3] // step - self.g.shape[3]
+        g = torch.nn.functional.pad(self.g, [*above, 0, gap])
+        x, g = (value.transpose(1, 2).flatten(2, 3)[:, None] for value in (x, g))
+        shape, stride, padding_, dilation, groups = self._settings()
+        g = g.narrow(3, 0, g.shape[3] - gap)
+        return Convolution(x, g, shape, stride, [0, *padding_[1:]], dilation, groups)
+
+    def shifted(self) -> Iterator[Tensor]:
+        """The gradients for the kernel's first slice, second slice and so on, each ``[n k, i * other taps, o]``.
+
+        Patches are unfolded along all axes but the first. Along that one the positions that a tap meets lie next to each
+        other in memory, so that each slice is a matrix product of a view: nothing is copied as often as the kernel is high.
+        With a stride the rows are sorted by their remainder first.
+        """
+        tall = self.tall()
+        x, g, step = tall.x[:, 0], tall.g[:, 0], tall.stride[0]
+        dims = len(tall.stride)
+        sides = [side for p in reversed(tall.padding) for side in (p, p)]
+        sides[-1] += -(x.shape[2] + 2 * tall.padding[0]) % step
+        x = torch.nn.functional.pad(x, sides) if any(sides) else x
+        for axis in range(1, dims):
+            gap = tall.dilation[axis]
+            x = x.unfold(axis + 2, gap * (self.shape[axis + 2] - 1) + 1, tall.stride[axis])[..., ::gap]
+            x = x.narrow(axis + 2, 0, g.shape[axis + 2])
+        # [n, channels, rows, *other axes, *other taps] -> [remainder, n k, i other taps, rows and other axes]
+        x = x.unflatten(2, (-1, step)).movedim(3, 0)
+        axes, taps = range(3, dims + 3), range(dims + 3, 2 * dims + 2)
+        x = x.permute(0, 1, 2, *taps, *axes).reshape(step, self.n * self.groups, -1, math.prod(x.shape[3 : dims + 3]))
+        g = g.reshape(self.n * self.groups, -1, math.prod(g.shape[2:]))
+        row = g.shape[2] // tall.g.shape[3]
+        starts = [divmod(tap * tall.dilation[0], step) for tap in range(self.shape[2])]
+        return (x[rest, :, :, skip * row : skip * row + g.shape[2]] @ g.mT for skip, rest in starts)
+
+    def _shifted_norms(self) -> Tensor:
+        squares = [row_squares(value.reshape(self.n, -1)) for value in self.shifted()]
+        return torch.stack(squares).sum(0) if len(squares) > 1 else squares[0]
+
+    def _gram(self) -> tuple[Tensor, Tensor]:
+        """The norms as a sum over two positions, and the part of it where they are the same, each ``[n]``.
+
+        The sum over the taps adds up copies of the pixels' Gram matrix shifted along its diagonal, one axis of the kernel
+        after the other.
+        """
+        tall = self.tall()
+        x, g = (value[:, 0].reshape(self.n * self.groups, -1, math.prod(value.shape[3:])) for value in (tall.x, tall.g))
+        pixels, positions = x.mT @ x, g.mT @ g
+        size = [*tall.x.shape[3:]]
+        if any(tall.padding):
+            sides = [side for p in reversed(tall.padding) for side in (p, p)]
+            pixels = torch.nn.functional.pad(pixels.view(-1, *size, *size), sides * 2)
+            size = [side + 2 * p for side, p in zip(size, tall.padding, strict=True)]
+            pixels = pixels.view(-1, math.prod(size), math.prod(size))
+        strides = [math.prod(size[axis + 1 :]) for axis in range(len(size))]
+        for kernel, gap, stride in zip(self.shape[2:], self.dilation, strides, strict=True):
+            if kernel > 1:
+                length = pixels.shape[1] - (kernel - 1) * gap * stride
+                shifts = (slice(tap * gap * stride, tap * gap * stride + length) for tap in range(kernel))
+                pixels = _total(pixels[:, shift, shift] for shift in shifts)
+        (outer, row, _), steps = pixels.stride(), [a * b for a, b in zip(self.stride, strides, strict=True)]
+        out = tall.g.shape[3:]
+        seen = pixels.as_strided((len(pixels), *out, *out), (outer, *(row * step for step in steps), *steps))
+        terms = (seen * positions.view(seen.shape)).view(self.n, self.groups, *positions.shape[1:])
+        return terms.sum((1, 2, 3)), terms.diagonal(dim1=2, dim2=3).sum((1, 2))
 
     def patches(self) -> Outer:
         """The same gradients as products over positions, with a the patches that the kernel saw."""

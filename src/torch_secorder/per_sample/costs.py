@@ -1,0 +1,152 @@
+"""What each way to a convolution's norms costs: counts of work times a few measured constants."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import NamedTuple
+
+# Temporaries of this size stay in the caches; with larger ones nothing is gained.
+BUDGET = 4 * 2**20
+# A form whose temporaries for a single sample are larger than this is not offered.
+LIMIT = 4 * BUDGET
+
+Counts = dict[str, float]
+FORMS = ("direct", "shifted", "gram", "patches")
+
+# Nanoseconds for each piece of work, fitted in float32 on one thread of a CPU with AVX2 by tests/benchmarks/convolution_cost.py.
+# Only their ratios matter. Other devices get the same choice: right, if perhaps not the fastest.
+NANOSECONDS: dict[str, Counts] = {
+    "direct": {
+        "calls": 1.8e5,
+        "multiply": 0.031,
+        "outputs": 1.2,
+        "groups": 31,
+        "factors": 0.58,
+        "depthwise": 0.08,
+        "unfolded": 1.0,
+        "runs": 2.8,
+        "loops": 170,
+    },
+    "shifted": {
+        "calls": 5e4,
+        "products": 30,
+        "multiply": 0.024,
+        "packed": 0.2,
+        "outputs": 0.95,
+        "copied": 0.5,
+        "runs": 0.74,
+    },
+    "gram": {"calls": 5e4, "products": 64, "multiply": 0.021, "added": 0.13, "runs": 3.7, "packed": 0.76},
+    "patches": {"calls": 3e4, "products": 64, "multiply": 0.021, "copied": 1.0, "runs": 13, "packed": 0.1},
+}
+
+
+class Sizes(NamedTuple):
+    """A convolution's sizes: n samples of r maps, k groups of ``i`` channels in and ``o`` channels out."""
+
+    n: int
+    r: int
+    k: int
+    i: int
+    o: int
+    map: tuple[int, ...]
+    out: tuple[int, ...]
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    itemsize: int
+
+    @property
+    def positions(self) -> int:
+        """Positions that share the weight."""
+        return self.r * math.prod(self.out)
+
+    @property
+    def padded(self) -> tuple[int, ...]:
+        """The map with its padding."""
+        return tuple(size + 2 * p for size, p in zip(self.map, self.padding, strict=True))
+
+    def floats(self, form: str) -> float:
+        """Temporary numbers that ``form`` needs for one sample."""
+        pixels, taps = self.r * math.prod(self.map), math.prod(self.kernel)
+        match form:
+            case "direct":
+                return self.k * (self.i * pixels + self.o * self.positions + 2 * self.i * self.o * taps)
+            case "shifted":
+                rows = self.r * self.padded[0] * math.prod(self.out[1:])
+                return self.k * math.prod(self.kernel[1:]) * self.i * (rows + self.o)
+            case "gram":
+                return self.k * (3 * (self.r * math.prod(self.padded)) ** 2 + 2 * self.positions**2)
+            case _:
+                return self.k * self.positions * (self.i * taps + 2 * self.positions)
+
+    def step(self, form: str) -> int:
+        """How many samples ``form`` takes at a time."""
+        return max(1, min(self.n, int(BUDGET // (self.floats(form) * self.itemsize))))
+
+
+def counts(form: str, at: Sizes) -> Counts:
+    """How much of each kind of work ``form`` does.
+
+    Calls of torch, matrix products and their multiplications (in units of what vector registers hold), elements that are
+    read, written or copied, and the runs of adjacent elements in which they are.
+    """
+    blocks, taps, steps = -(-at.n // at.step(form)), math.prod(at.kernel), sum(size - 1 for size in at.kernel)
+    pixels, positions, pairs = at.r * math.prod(at.map), at.positions, at.n * at.k
+    work: Counts
+    match form:
+        case "direct":
+            work = {"calls": blocks, "outputs": pairs * at.i * at.o * taps, "groups": pairs}
+            work["factors"] = pairs * (at.i * pixels + at.o * positions)
+            if at.i == at.o == 1 and max(at.kernel) <= 3 <= min(at.map):
+                return {**work, "depthwise": pairs * taps * positions}
+            if at.o < 8:  # there is no code for so few channels: patches are unfolded, group by group
+                unfolded = pairs * taps * positions * at.i
+                return {**work, "unfolded": unfolded, "runs": unfolded / at.out[-1], "loops": pairs}
+            return {**work, "multiply": pairs * taps * positions * _up(at.i, 8) * _up(at.o, 8)}
+        case "shifted":
+            row, products = at.i * math.prod(at.kernel[1:]), pairs * at.kernel[0]
+            copied = 0 if taps == 1 and max(at.stride) == 1 and not any(at.padding) else at.n * at.floats(form)
+            return {
+                "calls": blocks * (2 + at.kernel[0]),
+                "products": products,
+                "multiply": products * positions * _up(row, 8) * (_up(at.o, 16) if at.o > 1 else 1),
+                "packed": products * positions * (row + at.o),
+                "outputs": products * row * at.o,
+                "copied": copied,
+                "runs": copied / at.out[-1],
+            }
+        case "gram":
+            padding = pixels**2 / at.map[-1] if any(at.padding) else 0
+            return {
+                "calls": blocks * (4 + steps),
+                "products": 2 * pairs,
+                "multiply": pairs * (pixels**2 * at.i + positions**2 * at.o),
+                "added": pairs * (at.r * math.prod(at.padded)) ** 2 * (1 + steps),
+                "runs": pairs * (positions**2 / at.out[-1] + padding),
+                "packed": pairs * (pixels * at.i + positions * at.o + positions**2),
+            }
+        case _:
+            copied = pairs * positions * at.i * taps if taps > 1 else 0
+            work = {"calls": 4 * blocks, "copied": copied, "runs": copied / at.kernel[-1]}
+            work["packed"] = pairs * positions * (at.i * taps + at.o + positions)
+            if positions == 1:  # then a norm is a product of norms
+                return work
+            return {**work, "products": 2 * pairs, "multiply": pairs * positions**2 * (at.i * taps + at.o)}
+
+
+@lru_cache(4096)
+def predicted(at: Sizes) -> dict[str, float]:
+    """Milliseconds of each form that fits into memory."""
+    forms = [form for form in FORMS if form == "direct" or at.floats(form) * at.itemsize <= LIMIT]
+    overlapping = any(size > step for size, step in zip(at.kernel, at.stride, strict=True))
+    if at.positions > 1 and (overlapping or max(at.kernel) == 1):  # then the pixels' Gram matrix does no worse
+        forms = [form for form in forms if form != "patches"]
+    return {
+        form: sum(NANOSECONDS[form][kind] * size for kind, size in counts(form, at).items()) / 1e6 for form in forms
+    }
+
+
+def _up(size: int, unit: int) -> int:
+    return -(-size // unit) * unit

@@ -1,0 +1,153 @@
+"""Convolutions: every way to the norms gives the same numbers, and the cost model picks among them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from torch_secorder.per_sample import Convolution, costs
+from torch_secorder.per_sample.costs import FORMS, predicted
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "padding": {"padding": 1},
+    "wide padding": {"padding": 3},
+    "stride": {"stride": 2},
+    "stride and padding": {"stride": 2, "padding": 1},
+    "stride beyond the kernel": {"kernel": 2, "stride": 3},
+    "dilation": {"dilation": 2, "padding": 1},
+    "dilation and stride": {"dilation": 2, "stride": 2, "padding": 3},
+    "groups": {"groups": 2, "padding": 1},
+    "groups and stride": {"groups": 2, "stride": 2, "padding": 1},
+    "depthwise": {"groups": 4, "out": 4, "padding": 1},
+    "depthwise, stride and dilation": {"groups": 4, "out": 8, "stride": 2, "dilation": 2, "padding": 2},
+    "kernel of one": {"kernel": 1},
+    "kernel of one with stride": {"kernel": 1, "stride": 2},
+    "whole map": {"kernel": 5, "map": 5},
+    "several maps": {"r": 2, "padding": 1},
+    "several maps, stride and dilation": {"r": 3, "stride": 2, "dilation": 2, "padding": 3},
+    "several maps in groups": {"r": 2, "groups": 2, "kernel": 1},
+}
+
+
+def convolution(
+    dims: int = 2,
+    n: int = 5,
+    r: int = 1,
+    channels: int = 4,
+    out: int = 6,
+    map: int = 8,
+    kernel: int = 3,
+    stride: int = 1,
+    padding: int = 0,
+    dilation: int = 1,
+    groups: int = 1,
+    dtype: torch.dtype = torch.float64,
+) -> Convolution:
+    """Of random numbers; in several dimensions the map, its stride and its padding differ along the axes."""
+    size = [map if kernel == map else map - axis for axis in range(dims)]
+    pads = [max(padding - axis, min(padding, 1)) for axis in range(dims)]
+    after = [(side + 2 * p - dilation * (kernel - 1) - 1) // stride + 1 for side, p in zip(size, pads, strict=True)]
+    x, g = torch.randn(n, r, channels, *size, dtype=dtype), torch.randn(n, r, out, *after, dtype=dtype)
+    shape = (out, channels // groups, *[kernel] * dims)
+    return Convolution(x, g, shape, [stride] * dims, pads, [dilation] * dims, groups)
+
+
+@pytest.fixture(params=[None, 1], ids=["large chunks", "chunks of one sample"])
+def budget(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param is not None:
+        monkeypatch.setattr("torch_secorder.per_sample.costs.BUDGET", request.param)
+        monkeypatch.setattr("torch_secorder.per_sample.convolution.BUDGET", request.param)
+
+
+@pytest.mark.usefixtures("budget")
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-12), (torch.float32, 1e-5)], ids=["double", "single"])
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_every_form_gives_the_same_norms(name: str, dims: int, dtype: torch.dtype, rtol: float) -> None:
+    form = convolution(dims, **SETTINGS[name], dtype=dtype)
+    exact = Convolution(form.x.double(), form.g.double(), *form._settings()).dense()
+    for way in FORMS:
+        norms = form.norms(way).double()
+        torch.testing.assert_close(norms, exact.flatten(1).square().sum(1), rtol=rtol, atol=0)
+
+
+@pytest.mark.usefixtures("budget")
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_the_diagonal_is_that_of_the_dense_form(name: str, dims: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    form = convolution(dims, **SETTINGS[name])
+    expected = form.dense().square().sum(0)
+    for cheapest in ("direct", "shifted"):
+        costs = {"direct": 2.0, "shifted": 2.0, cheapest: 1.0}
+        monkeypatch.setattr("torch_secorder.per_sample.convolution.predicted", lambda _, costs=costs: costs)
+        torch.testing.assert_close(form.sum_of_squares(), expected, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("way", FORMS)
+@pytest.mark.parametrize("settings", [{"stride": 2, "padding": 1}, {"r": 2}, {"groups": 2}], ids=str)
+def test_every_form_can_be_differentiated(way: str, settings: dict[str, Any]) -> None:
+    form = convolution(n=2, map=5, **settings)
+    x, g = form.x.requires_grad_(), form.g.requires_grad_()
+
+    def norms(x: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+        return Convolution(x, g, *form._settings()).norms(way)
+
+    assert torch.autograd.gradcheck(norms, (x, g), atol=1e-4, rtol=1e-6)
+
+
+@pytest.mark.parametrize("left_over", [0.0, 1e-6, 1e-3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gram_sums_that_cancel_keep_their_digits(left_over: float, dtype: torch.dtype) -> None:
+    """The second half of a map repeats the first, with the output gradient's sign changed."""
+    half, g = torch.randn(3, 1, 24, 2, 2), torch.randn(3, 1, 20, 2, 2)
+    x = torch.cat([half, half * (1 + left_over)], 4).to(dtype)
+    form = Convolution(x, torch.cat([g, -g], 4).to(dtype), (20, 24, 1, 1), (1, 1), (0, 0), (1, 1), 1)
+    exact = Convolution(form.x.double(), form.g.double(), *form._settings()).norms("direct")
+    norms = form.norms("gram")
+    assert (norms >= 0).all()
+    if left_over >= 1e-3 or dtype == torch.float64:
+        torch.testing.assert_close(norms.double(), exact, rtol=1e-4 if dtype == torch.float32 else 1e-8, atol=1e-20)
+    else:
+        magnitude = form.x.double().square().sum((1, 2, 3, 4)) * form.g.double().square().sum((1, 2, 3, 4))
+        assert (norms.double() <= 1e-11 * magnitude).all()
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_the_picked_form_is_an_applicable_one(name: str) -> None:
+    form = convolution(**SETTINGS[name])
+    costs = predicted(form.sizes)
+    assert "direct" in costs
+    assert form.algorithm in costs
+    assert all(0 < cost < math.inf for cost in costs.values())
+    assert form.norms(form.algorithm).equal(form.squared_norm())
+
+
+@pytest.mark.parametrize(
+    ("settings", "algorithm"),
+    [
+        ({"n": 32, "channels": 256, "out": 256, "map": 4, "padding": 1}, "gram"),
+        ({"n": 32, "channels": 64, "out": 64, "map": 4, "kernel": 4}, "patches"),
+        ({"n": 8, "channels": 3, "out": 64, "map": 64, "kernel": 16, "stride": 16}, "patches"),
+        ({"n": 8, "channels": 16, "out": 32, "map": 64, "kernel": 1}, "shifted"),
+        ({"n": 8, "channels": 32, "out": 32, "map": 32, "groups": 32, "padding": 1}, "direct"),
+        ({"n": 8, "channels": 32, "out": 32, "map": 32, "groups": 32, "kernel": 7, "padding": 3}, "shifted"),
+        ({"n": 2, "channels": 64, "out": 3, "map": 32, "padding": 1}, "shifted"),
+    ],
+    ids=str,
+)
+def test_unmistakable_cases(settings: dict[str, Any], algorithm: str) -> None:
+    assert convolution(**settings, dtype=torch.float32).algorithm == algorithm
+
+
+@pytest.mark.parametrize("way", FORMS)
+def test_temporaries_stay_within_their_budget(way: str) -> None:
+    """Several samples at a time only as far as the budget goes, and no form whose single sample is far beyond it."""
+    for size in (4, 16, 64, 256):
+        sizes = convolution(n=32, channels=16, out=16, map=size, padding=1, dtype=torch.float32).sizes
+        assert sizes.step(way) == 1 or sizes.step(way) * sizes.floats(way) * sizes.itemsize <= costs.BUDGET
+        if way in predicted(sizes) and way != "direct":
+            assert sizes.floats(way) * sizes.itemsize <= costs.LIMIT
