@@ -4,15 +4,16 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+BENCH := $(VENV)/.bench
 EXAMPLES := $(wildcard examples/*.py)
 
 # The arrays here are small: threads cost more than they give.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test check lint types doctest examples docs format clean
+.PHONY: help demo test check lint types doctest examples docs format bench bench-growth clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(READY)  ## train on real digits, and see which layers carry the curvature
 	$(BIN)/python examples/digits.py
@@ -45,6 +46,15 @@ format: $(READY)  ## let the formatter have its way
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+bench: $(BENCH)  ## measure time and memory beside other packages, and write docs/concepts/performance.rst
+	PYTHONPATH=tests $(BIN)/python -m benchmarks.speed --save
+	PYTHONPATH=tests $(BIN)/python -m benchmarks.memory --save
+	PYTHONPATH=tests $(BIN)/python -m benchmarks.page
+
+bench-growth: $(READY)  ## measure growth with batch, positions, width and vocabulary, for the same page
+	PYTHONPATH=tests $(BIN)/python -m benchmarks.growth --save
+	PYTHONPATH=tests $(BIN)/python -m benchmarks.page
+
 clean:  ## remove everything that the other targets made
 	rm -rf $(VENV) build dist docs/_build report.csv report.png .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name '*.egg-info' -o -name __pycache__ | xargs rm -rf
@@ -53,4 +63,11 @@ $(READY): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(TORCH)
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+# Without their own requirements: torchvision, which is not used here, does not load beside every build of torch.
+EXTRA := 'from importlib.metadata import requires; \
+	print(*(r.partition(";")[0] for r in requires("torch-secorder") if "extra == \"bench\"" in r))'
+$(BENCH): $(READY)
+	$(BIN)/python -m pip install --quiet --no-deps $$($(BIN)/python -c $(EXTRA))
 	touch $@

@@ -24,6 +24,7 @@ from torch_secorder.errors import (
 from torch_secorder.graph import Use
 from torch_secorder.parameters import ParameterTable
 from torch_secorder.per_sample import Carried, Dense, PerSampleGradient, direction
+from torch_secorder.placement import Grouping
 from torch_secorder.records import Call, Forward, Record
 from torch_secorder.rules.nodes import gradient_at, has_rule
 
@@ -176,8 +177,9 @@ class Pass:
         call = record.shared_call(grad.reshape(1, *record.shape)) if whole else record.call(grad)
         size = len(call.grad_output)
         block = self._block(forward, forward.n or size)
-        owner = record.placement.owner(record.shape[record.placement.axis], block.n, grad.device)
-        owner = owner[:1] if whole and owner is not None else owner
+        groups = record.placement.grouping(record.shape[record.placement.axis], block.n, grad.device)
+        if whole and groups is not None and groups.listed is not None:
+            groups = replace(groups, listed=groups.listed[:1])
         if site.rule is None:
             assert record.moments is not None
             norms = Dense(call.grad_output.flatten(1)).squared_norm()
@@ -188,7 +190,7 @@ class Pass:
                 f"{site}: the loss reaches it by another way than through what the model returns, so that nothing shows where "
                 "its samples are: return what the loss is computed from, in tensors, mappings, sequences or dataclasses"
             )
-        self._apply(block, record, call, owner)
+        self._apply(block, record, call, groups)
         if not self._keep:
             record.inputs = None
 
@@ -218,7 +220,7 @@ class Pass:
                     shared = block.shared.get(target)
                     block.shared[target] = whole.dense() if shared is None else shared + whole.dense()
 
-    def _apply(self, block: Block, record: Record, call: Call, owner: Tensor | None) -> None:
+    def _apply(self, block: Block, record: Record, call: Call, groups: Grouping | None) -> None:
         """The rule's answer for one call."""
         site, forward = record.site, record.forward
         try:
@@ -226,7 +228,7 @@ class Pass:
         except CurvatureError as error:
             raise type(error)(f"{site}: {error}") from error
         for local, form in forms.items():
-            whole = form if owner is None else form.regrouped(owner, block.n)
+            whole = form if groups is None else form.regrouped(groups)
             position = site.parameters[local]
             if not forward.inside and self._repeated is None and (position in block.settled or position in block.held):
                 raise LifecycleError(

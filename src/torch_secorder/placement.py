@@ -19,6 +19,35 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
+class Grouping:
+    """How several rows fall to each of n samples: the runs, turns or list of :class:`Placement`."""
+
+    n: int
+    fold: str
+    listed: Tensor | None = None
+
+    def rows(self, value: Tensor) -> Tensor:
+        """``[rows, ...]`` -> ``[n, most rows of one sample, ...]``, padded with zeros."""
+        if self.listed is None:
+            outer = self.fold == "outer"
+            return value.unflatten(0, (self.n, -1)) if outer else value.unflatten(0, (-1, self.n)).transpose(0, 1)
+        owner = self.listed
+        counts = torch.bincount(owner, minlength=self.n)
+        order = owner.argsort(stable=True)
+        most = int(counts.max())
+        if bool((counts == most).all()):
+            return value[order].unflatten(0, (self.n, most))
+        place = torch.arange(len(owner), device=owner.device) - (counts.cumsum(0) - counts)[owner[order]]
+        return value.new_zeros(self.n, most, *value.shape[1:]).index_put((owner[order], place), value[order])
+
+    def sums(self, value: Tensor) -> Tensor:
+        """``[rows, ...]`` -> ``[n, ...]``, the sums over each sample's rows."""
+        if self.listed is None:
+            return self.rows(value).sum(1)
+        return value.new_zeros(self.n, *value.shape[1:]).index_add(0, self.listed, value)
+
+
+@dataclass(frozen=True)
 class Placement:
     """Which axis counts samples, and how.
 
@@ -44,6 +73,14 @@ class Placement:
     def whole(self) -> bool:
         """Whether all of the tensor belongs to one sample: a module that was called for each sample in turn."""
         return self.listed is not None and bool((self.listed == self.listed[0]).all())
+
+    def grouping(self, size: int, n: int, device: torch.device) -> Grouping | None:
+        """How ``size`` indices fall to n samples; None if index n is sample n."""
+        return (
+            None
+            if self.fold == "none"
+            else Grouping(n, self.fold, self.listed if self.listed is None else self.listed.to(device))
+        )
 
     def owner(self, size: int, n: int, device: torch.device) -> Tensor | None:
         """The sample of each index, ``[size]``; None if index n is sample n."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from torch_secorder.capture import probe
 from torch_secorder.errors import LifecycleError, VerificationError
+from torch_secorder.per_sample import row_squares, widened
 from torch_secorder.trees import mapped, rows, sample_axis, shrunk, tensors
 
 
@@ -25,7 +26,9 @@ def norms_of_first(loss: Tensor, outputs: Sequence[Tensor], parameters: Sequence
         mine.select(axis, 0).copy_(seed.select(axis, 0))
     with torch.enable_grad(), probe([x for x, _ in pairs]) as roots:
         found = torch.autograd.grad(roots, list(parameters), alone, retain_graph=True, allow_unused=True)
-    return torch.stack([torch.zeros(()).double() if g is None else g.double().square().sum().cpu() for g in found])
+    return torch.stack(
+        [torch.zeros(()).double() if g is None else row_squares(widened(g.flatten())).double().cpu() for g in found]
+    )
 
 
 def check_separable(loss_fn: Callable[[Any, Any], Tensor], outputs: Any, targets: Any, n: int, axis: int = 0) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from oracles import assert_equal, call, mapped, per_sample_gradients
 from problems import PROBLEMS, Problem
 from torch_secorder.per_sample import Carried, Convolution, Dense, Outer, PerSampleGradient, Rows, _base
+from torch_secorder.placement import Grouping
 from torch_secorder.records import Call
 from torch_secorder.rules import rule_for
 
@@ -97,12 +98,21 @@ def test_selected_samples(name: str, samples: Any) -> None:
 
 @pytest.mark.parametrize("name", FORMS)
 @pytest.mark.parametrize(
-    ("owner", "n"), [([0, 0, 1, 1], 2), ([1, 0, 1, 0], 2), ([2, 0, 2, 2], 3), ([0, 0, 0, 0], 1)], ids=str
+    ("owner", "n", "fold"),
+    [
+        ([0, 0, 1, 1], 2, "listed"),
+        ([1, 0, 1, 0], 2, "listed"),
+        ([2, 0, 2, 2], 3, "listed"),
+        ([0, 0, 0, 0], 1, "listed"),
+        ([0, 0, 1, 1], 2, "outer"),
+        ([0, 1, 0, 1], 2, "inner"),
+    ],
+    ids=str,
 )
-def test_parts_of_samples_are_added_up(name: str, owner: list[int], n: int) -> None:
+def test_parts_of_samples_are_added_up(name: str, owner: list[int], n: int, fold: str) -> None:
     """Windows or heads folded into the batch axis, in any order, as many for each sample or not."""
     form, index = FORMS[name](), torch.tensor(owner)
-    regrouped = form.regrouped(index, n)
+    regrouped = form.regrouped(Grouping(n, fold, index if fold == "listed" else None))
     expected = torch.zeros(n, *form.shape, dtype=torch.float64).index_add(0, index, form.dense())
     assert torch.allclose(regrouped.dense(), expected, rtol=1e-9, atol=1e-12)
     assert_like_dense(regrouped)

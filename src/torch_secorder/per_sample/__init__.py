@@ -11,10 +11,21 @@ another form, total over samples, dense); :class:`PerSampleGradient` answers the
 samples at a time, and a form overrides what its factors give more cheaply.
 """
 
-from torch_secorder.per_sample._base import Dense, PerSampleGradient, Sum, direction, widened
+from torch_secorder.per_sample._base import Dense, PerSampleGradient, Sum, direction, row_squares, widened
 from torch_secorder.per_sample.carried import Carried
 from torch_secorder.per_sample.convolution import Convolution
 from torch_secorder.per_sample.outer import Outer
 from torch_secorder.per_sample.rows import Rows
 
-__all__ = ["Carried", "Convolution", "Dense", "Outer", "PerSampleGradient", "Rows", "Sum", "direction", "widened"]
+__all__ = [
+    "Carried",
+    "Convolution",
+    "Dense",
+    "Outer",
+    "PerSampleGradient",
+    "Rows",
+    "Sum",
+    "direction",
+    "row_squares",
+    "widened",
+]

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_secorder.placement import Grouping
+
 Index = slice | Tensor
 
 # Factors with fewer elements are put together before anything is computed: calling an operation costs as much as reading these.
@@ -105,8 +107,8 @@ class PerSampleGradient(ABC):
         """The same for some of the samples, by slice or by index tensor."""
 
     @abstractmethod
-    def regrouped(self, owner: Tensor, n: int) -> PerSampleGradient:
-        """The gradients of n samples, when what counts as a sample here is a part of sample ``owner[m]`` in truth.
+    def regrouped(self, groups: Grouping) -> PerSampleGradient:
+        """The gradients of fewer samples, when what counts as a sample here is only a part of one.
 
         That is so where windows, heads or tokens are folded into the batch axis.
         """
@@ -196,8 +198,8 @@ class Dense(PerSampleGradient):
     def squared_norm(self) -> Tensor:
         return row_squares(self.value.reshape(self.n, -1))
 
-    def regrouped(self, owner: Tensor, n: int) -> Dense:
-        return Dense(self.value.new_zeros(n, *self.shape).index_add(0, owner, self.value))
+    def regrouped(self, groups: Grouping) -> Dense:
+        return Dense(groups.sums(self.value))
 
     def joined(self, other: PerSampleGradient) -> PerSampleGradient | None:
         return Dense(self.value + other.value) if isinstance(other, Dense) else None
@@ -225,8 +227,8 @@ class Sum(PerSampleGradient):
     def select(self, samples: Index) -> Sum:
         return Sum([term.select(samples) for term in self.terms])
 
-    def regrouped(self, owner: Tensor, n: int) -> Sum:
-        return Sum([term.regrouped(owner, n) for term in self.terms])
+    def regrouped(self, groups: Grouping) -> Sum:
+        return Sum([term.regrouped(groups) for term in self.terms])
 
     def squared_norm(self) -> Tensor:
         if not any(term.sparse for term in self.terms):
@@ -240,17 +242,6 @@ class Sum(PerSampleGradient):
 
     def projection(self, left: Tensor, right: Tensor) -> Tensor:
         return _total(term.projection(left, right) for term in self.terms)
-
-
-def grouped(value: Tensor, owner: Tensor, n: int) -> Tensor:
-    """The rows of ``value`` by their owner: ``[m, ...]`` -> ``[n, most rows of one owner, ...]``, padded with zeros."""
-    counts = torch.bincount(owner, minlength=n)
-    order = owner.argsort(stable=True)
-    most = int(counts.max())
-    if bool((counts == most).all()):
-        return value[order].unflatten(0, (n, most))
-    place = torch.arange(len(owner), device=owner.device) - (counts.cumsum(0) - counts)[owner[order]]
-    return value.new_zeros(n, most, *value.shape[1:]).index_put((owner[order], place), value[order])
 
 
 def guarded(norms: Tensor, magnitude: Tensor, form: PerSampleGradient) -> Tensor:

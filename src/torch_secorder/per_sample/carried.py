@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from torch_secorder.per_sample._base import Index, PerSampleGradient
+from torch_secorder.placement import Grouping
 
 
 class Carried(PerSampleGradient):
@@ -48,8 +49,8 @@ class Carried(PerSampleGradient):
     def select(self, samples: Index) -> Carried:
         return Carried(self.value.select(samples), self.vjp, self.shape, self.layout)
 
-    def regrouped(self, owner: Tensor, n: int) -> Carried:
-        return Carried(self.value.regrouped(owner, n), self.vjp, self.shape, self.layout)
+    def regrouped(self, groups: Grouping) -> Carried:
+        return Carried(self.value.regrouped(groups), self.vjp, self.shape, self.layout)
 
     def squared_norm(self) -> Tensor:
         return self.value.squared_norm() if self.layout is not None else super().squared_norm()

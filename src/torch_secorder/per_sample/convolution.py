@@ -13,13 +13,13 @@ from torch_secorder.per_sample._base import (
     PerSampleGradient,
     _total,
     chunks,
-    grouped,
     guarded,
     row_squares,
     widened,
 )
 from torch_secorder.per_sample.costs import BUDGET, Sizes, predicted
 from torch_secorder.per_sample.outer import Outer
+from torch_secorder.placement import Grouping
 
 
 class Convolution(PerSampleGradient):
@@ -116,8 +116,8 @@ class Convolution(PerSampleGradient):
     def select(self, samples: Index) -> Convolution:
         return self._like(self.x[samples], self.g[samples])
 
-    def regrouped(self, owner: Tensor, n: int) -> Convolution:
-        return self._like(*(grouped(value, owner, n).flatten(1, 2) for value in (self.x, self.g)))
+    def regrouped(self, groups: Grouping) -> Convolution:
+        return self._like(*(groups.rows(value).flatten(1, 2) for value in (self.x, self.g)))
 
     def joined(self, other: PerSampleGradient) -> PerSampleGradient | None:
         if not isinstance(other, Convolution) or self._settings() != other._settings():

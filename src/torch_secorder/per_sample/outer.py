@@ -8,15 +8,16 @@ import torch
 from torch import Tensor
 
 from torch_secorder.per_sample._base import (
+    CHUNK_BYTES,
     SMALL,
     Index,
     PerSampleGradient,
     chunks,
-    grouped,
     guarded,
     row_squares,
     widened,
 )
+from torch_secorder.placement import Grouping
 
 MEMORY = 20
 
@@ -77,8 +78,8 @@ class Outer(PerSampleGradient):
     def select(self, samples: Index) -> Outer:
         return Outer(self.a[samples], self.g[samples], self.shape)
 
-    def regrouped(self, owner: Tensor, n: int) -> Outer:
-        a, g = (grouped(x, owner, n).transpose(1, 2).flatten(2, 3) for x in (self.a, self.g))
+    def regrouped(self, groups: Grouping) -> Outer:
+        a, g = (groups.rows(x).transpose(1, 2).flatten(2, 3) for x in (self.a, self.g))
         return Outer(a, g, self.shape)
 
     def squared_norm(self) -> Tensor:
@@ -93,8 +94,9 @@ class Outer(PerSampleGradient):
     def _gram(self) -> Tensor:
         norms, diagonals = [], []
         k, t = self.a.shape[1:3]
-        size = -(-t // _strips(t))
-        for rows in chunks(self.n, 2 * k * t * size * self.dtype.itemsize):
+        line = 2 * k * t * self.dtype.itemsize
+        size = max(1, min(-(-t // _strips(t)), CHUNK_BYTES // line))
+        for rows in chunks(self.n, line * size):
             norm, diagonal = [], []
             for start in range(0, t, size):
                 strip, rest = slice(start, start + size), slice(start, None)

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from torch_secorder.per_sample._base import Index, PerSampleGradient, grouped, widened
+from torch_secorder.per_sample._base import Index, PerSampleGradient, widened
 from torch_secorder.per_sample.outer import Outer
+from torch_secorder.placement import Grouping
 
 
 class Rows(PerSampleGradient):
@@ -47,9 +48,9 @@ class Rows(PerSampleGradient):
     def select(self, samples: Index) -> Rows:
         return Rows(self.ids[samples], self.g[samples], self.shape)
 
-    def regrouped(self, owner: Tensor, n: int) -> Rows:
+    def regrouped(self, groups: Grouping) -> Rows:
         # A padded position has a zero gradient, so it may read any row.
-        ids, g = (grouped(x, owner, n).flatten(1, 2) for x in (self.ids, self.g))
+        ids, g = (groups.rows(x).flatten(1, 2) for x in (self.ids, self.g))
         return Rows(ids, g, self.shape)
 
     def squared_norm(self) -> Tensor:

@@ -113,8 +113,8 @@ def gradient_at(place: Place, grads: Gradients, output: int) -> tuple[PerSampleG
         return Dense(_one_by_one(place, grads)), f"{name}, one sample at a time"
     found = rule.function(place, grads if rule.many else grads[output])
     form = Dense(found) if isinstance(found, Tensor) else found
-    owner = place.placement.owner(form.n, place.n, form.like.device)
-    return (form if owner is None else form.regrouped(owner, place.n)), name
+    groups = place.placement.grouping(form.n, place.n, form.like.device)
+    return (form if groups is None else form.regrouped(groups)), name
 
 
 def called(node: Any, grads: Sequence[Tensor | None]) -> list[Tensor | None]:

@@ -1,0 +1,246 @@
+"""Writes docs/concepts/performance.rst and its figures from what was measured: `python -m benchmarks.page`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.results import saved
+from benchmarks.variants import OURS, PEERS, VARIANTS
+from benchmarks.workloads import WORKLOADS
+
+DOCS = Path(__file__).parents[2] / "docs"
+Rows = dict[str, dict[str, Any]]
+
+HEAD = """\
+Performance
+===========
+
+.. This page is written by `make bench` and `make bench-growth`; do not edit it.
+
+What the exact numbers cost, over a plain step: a forward and a backward pass with parameter gradients. 1.00 is the price
+of the step that was running anyway; :func:`~torch_secorder.empirical_fisher_trace` needs no parameter gradients, and can
+be cheaper than it.
+"""
+READING = """\
+How to read it
+--------------
+
+* **FisherMonitor** is a block around one step: hooks on, the step, hooks off, and the trace read. **In a loop** is one
+  step of many inside of a monitor that was there before. **Diagonal** is a block that keeps the Fisher diagonal too.
+* **The floor** is what forward and input gradients take of the operations (those of matrix products and convolutions) and
+  of the bytes (all that operations read and write, as if nothing stayed in a cache) of a plain step. A method that runs
+  those and skips the weight gradients, and whose norms cost nothing, has about that ratio. Small layers are bound by their
+  bytes; and a plain step pays for fresh pages to put large gradients in, which neither count knows.
+* **Time**: one process and one thread, glibc's default allocator. Every run stands between two plain steps, and is divided
+  by their mean; variants take turns, and the median over the rounds is told.
+* **Memory**: the most that a process holds during the step above what it holds with model and batch loaded, each variant in
+  fresh processes, over that of a plain step.
+* **Numbers are checked first** against a loop over single samples in float64. A ratio with a mark is the price of
+  another number, or of a part of it; the notes say which. A dash is a variant that refuses
+  or was not run.
+* A goal in brackets is met where the ratio is no larger.
+"""
+REPRODUCE = """\
+How to reproduce it
+-------------------
+
+``make bench`` measures time and memory and writes this page; ``make bench-growth`` does the same for growth. Both take a
+while. One row alone::
+
+    PYTHONPATH=tests python -m benchmarks.speed --workloads mlp --variants monitor functional
+"""
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], widths: Sequence[int]) -> list[str]:
+    """A list-table, as lines."""
+    lines = [".. list-table::", "   :header-rows: 1", f"   :widths: {' '.join(map(str, widths))}", ""]
+    for row in (head, *rows):
+        lines += [f"   {'*' if number == 0 else ' '} - {cell}".rstrip() for number, cell in enumerate(row)]
+    return [*lines, ""]
+
+
+def ratio(row: Rows, name: str, goal: float | None = None) -> str:
+    """A variant's ratio with its goal, or with a mark where its number is not the whole one."""
+    found = row.get(name, {})
+    if "ratio" not in found:
+        return "–"
+    mark = "" if is_exact(found) else " \\*"
+    return f"{found['ratio']:.2f}{mark}" + ("" if goal is None else f" ({goal:.2f})")
+
+
+def is_exact(found: dict[str, Any]) -> bool:
+    return found.get("verdict", "").startswith("exact") or not found.get("verdict")
+
+
+def speed(rows: dict[str, Rows]) -> list[str]:
+    """Ours, the floors and the goals; then the peers, and what is wrong with their numbers."""
+    ours = [
+        [
+            WORKLOADS[name].label,
+            f"{row['plain']['milliseconds']:.0f}",
+            "{operations:.2f}, {bytes:.2f}".format(**row["plain"]["floor"]),
+            *(ratio(row, variant, getattr(WORKLOADS[name].goals, variant, None)) for variant in OURS),
+        ]
+        for name, row in rows.items()
+    ]
+    head = ["workload", "plain, ms", "floor: operations, bytes", *(VARIANTS[name].label for name in OURS)]
+    peers = [[WORKLOADS[name].label, *(ratio(row, peer) for peer in PEERS)] for name, row in rows.items()]
+    return [
+        *section("Time, over a plain step"),
+        *table(head, ours, [30, 8, 12, *[11] * len(OURS)]),
+        *(".. image:: ../performance.png", "   :alt: Time over a plain step, by workload: ours and exact peers.", ""),
+        *section("Other packages' time, over a plain step"),
+        *table(["workload", *(VARIANTS[name].label for name in PEERS)], peers, [30, *[11] * len(PEERS)]),
+        *notes(rows),
+    ]
+
+
+def notes(rows: dict[str, Rows]) -> list[str]:
+    """What is wrong with the numbers that have a mark, and why there are dashes."""
+    lines = ["What is wrong or missing there:", ""]
+    for name, row in rows.items():
+        told = [
+            f"{VARIANTS[peer].label}: {row[peer]['verdict']}"
+            for peer in PEERS
+            if peer in row and not is_exact(row[peer])
+        ]
+        if told:
+            lines += [f"* {WORKLOADS[name].label}", "", *(f"  * {literal(line)}" for line in told), ""]
+    return lines
+
+
+def literal(text: str) -> str:
+    """Text with nothing in it that reStructuredText would read as markup."""
+    return "".join(f"\\{c}" if c in "*_`|\\" else c for c in text)
+
+
+def memory(rows: dict[str, Rows]) -> list[str]:
+    names = [*OURS, *PEERS]
+    cells = [
+        [
+            WORKLOADS[name].label,
+            f"{row['plain']['mib']:.0f}",
+            *(ratio(row, variant, getattr(WORKLOADS[name].goals, f"{variant}_memory", None)) for variant in names),
+        ]
+        for name, row in rows.items()
+    ]
+    head = ["workload", "plain, MiB", *(VARIANTS[name].label for name in names)]
+    return [*section("Memory, over a plain step"), *table(head, cells, [30, 8, *[9] * len(names)])]
+
+
+def growth(rows: dict[str, Rows]) -> list[str]:
+    names = [name for name in VARIANTS if name in next(iter(rows.values()))]
+    cells = []
+    for axis, row in rows.items():
+        sizes = row["plain"]["sizes"]
+        for kind, what in (("milliseconds", "time"), ("mib", "memory")):
+            slopes = [f"{row[name]['slopes'][kind]:.2f}" if name in row else "–" for name in names]
+            cells.append([f"{axis}, {sizes[0]:,} to {sizes[-1]:,}", what, *slopes])
+    return [
+        *section("Growth"),
+        "Slopes between logarithms for a GPT-2-like model of two layers, one of whose sizes grows, over the larger half of the",
+        "sizes: 1 is in proportion, 2 is as the square.",
+        "",
+        *table(["size", "of", *(VARIANTS[name].label for name in names)], cells, [30, 10, *[15] * len(names)]),
+        *(".. image:: ../growth.png", "   :alt: Time and memory against batch, positions, width and vocabulary.", ""),
+    ]
+
+
+def section(title: str) -> list[str]:
+    return [title, "-" * len(title), ""]
+
+
+def machine(found: dict[str, Any]) -> list[str]:
+    packages = ", ".join(f"{name} {version}" for name, version in found["packages"].items())
+    return [
+        f"Measured on one thread of {found['processor']} ({found['cores']} cores), {found['system']}, "
+        f"Python {found['python']};",
+        f"{packages}.",
+        "",
+    ]
+
+
+def ordered(rows: dict[str, Rows], names: Iterable[str]) -> dict[str, Rows]:
+    return {name: rows[name] for name in names if name in rows}
+
+
+def draw_speed(rows: dict[str, Rows], path: Path) -> None:
+    """A line for each workload, a mark for each variant whose number is exact; the peers' are lower; bars are floors."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    styles = {"functional": ("o", "C0"), "monitor_loop": ("D", "C2"), "monitor": ("s", "C1")}
+    peers = {"batch_l2": "v", "sum_grad_squared": "^", "opacus": "<", "ghost": ">", "vmap": "X", "loop": "P"}
+    styles |= {name: (marker, "0.55") for name, marker in peers.items()}
+    figure, axes = pyplot.subplots(figsize=(9, 1.2 + 0.5 * len(rows)), layout="constrained")
+    for name, (marker, colour) in styles.items():
+        exact = [
+            (row[name]["ratio"], y if name in OURS else y + 0.25)
+            for y, row in enumerate(rows.values())
+            if "ratio" in row.get(name, {}) and is_exact(row[name])
+        ]
+        if exact:
+            x, y = zip(*exact, strict=True)
+            ours = name in OURS
+            axes.scatter(
+                x, y, s=60 if ours else 45, marker=marker, c=colour, label=VARIANTS[name].label, zorder=2 + ours
+            )
+    floors = [row["plain"]["floor"]["operations"] for row in rows.values()]
+    axes.scatter(floors, range(len(rows)), s=160, marker="|", c="black", label="floor by operations")
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set(xscale="log", xlabel="time over a plain step (1 is a plain step)", xlim=(0.35, 200))
+    ticks = (0.5, 1, 2, 5, 10, 20, 50, 100)
+    axes.set_xticks(ticks, map(str, ticks), minor=False)
+    axes.set_yticks(range(len(rows)), [WORKLOADS[name].label.partition(",")[0] for name in rows])
+    axes.invert_yaxis()
+    axes.grid(axis="y", color="0.9")
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    figure.savefig(path, dpi=130)
+
+
+def draw_growth(rows: dict[str, Rows], path: Path) -> None:
+    """Time above, memory below, a column for each size that grows."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    styles = {"plain": ("black", "--"), "functional": ("C0", "-"), "monitor_loop": ("C2", "-"), "monitor": ("C1", "-")}
+    figure, grid = pyplot.subplots(2, len(rows), figsize=(3.1 * len(rows), 5.6), layout="constrained", squeeze=False)
+    for column, (axis, row) in enumerate(rows.items()):
+        for line, (kind, unit) in enumerate((("milliseconds", "time, ms"), ("mib", "peak memory, MiB"))):
+            axes = grid[line][column]
+            for name, (colour, style) in styles.items():
+                if name in row:
+                    values, label = row[name][kind], VARIANTS[name].label
+                    axes.loglog(row[name]["sizes"], values, style, color=colour, marker=".", label=label)
+            axes.grid(color="0.9")
+            axes.set_xlabel(axis)
+            if column == 0:
+                axes.set_ylabel(unit)
+    handles, labels = grid[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(handles), frameon=False)
+    figure.savefig(path, dpi=130)
+
+
+def main() -> None:
+    lines = [HEAD]
+    times, peaks, sizes = saved("speed"), saved("memory"), saved("growth")
+    if rows := ordered(times["rows"], WORKLOADS):
+        lines += [*machine(times["machine"]), *speed(rows)]
+        draw_speed(rows, DOCS / "performance.png")
+    if rows := ordered(peaks["rows"], WORKLOADS):
+        lines += memory(rows)
+    if rows := ordered(sizes["rows"], ("batch", "positions", "width", "vocabulary")):
+        lines += growth(rows)
+        draw_growth(rows, DOCS / "growth.png")
+    lines += [READING, REPRODUCE]
+    (DOCS / "concepts/performance.rst").write_text("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()

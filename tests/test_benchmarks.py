@@ -1,0 +1,70 @@
+"""The benchmark runs, and what it times gives the right number. No test asserts a time."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+
+pytest.importorskip("transformers")
+
+from benchmarks import growth, page, results, speed
+from benchmarks.exactness import exact, verdict
+from benchmarks.variants import OURS, VARIANTS
+from benchmarks.workloads import WORKLOADS
+
+pytestmark = pytest.mark.filterwarnings("ignore::Warning")
+QUICK = [name for name in WORKLOADS if name not in ("wide", "resnet")]  # these are large
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_a_workload_is_exact(name):
+    setting = WORKLOADS[name].setting()
+    functional = VARIANTS["functional"]
+    found = functional.read(functional.prepare(setting.model, setting.loss_fn)(*setting.batch(2)))
+    assert verdict(found, exact(name, 2), rtol=1e-3) == "exact"
+
+
+@pytest.mark.parametrize("name", ["lstm", "encoder"])
+def test_it_runs_without_the_peers(name, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "FOLDER", tmp_path)
+    for package in ("backpack", "opacus", "curvlinops"):
+        monkeypatch.setitem(sys.modules, package, None)
+    speed.main(["--workloads", name, "--batch", "2", "--repeats", "1", "--save"])
+    told = capsys.readouterr().out
+    row = json.loads((tmp_path / "speed.json").read_text())["rows"][name]
+    assert set(row) == set(VARIANTS)
+    assert set(row["plain"]["floor"]) == {"operations", "bytes"}
+    for key in set(VARIANTS) - {"plain"}:
+        start = "exact" if key in (*OURS, "vmap", "loop") else "refuses: ModuleNotFoundError"
+        assert row[key]["verdict"].startswith(start)
+        assert VARIANTS[key].label in told
+    assert any(WORKLOADS[name].label in line for line in page.speed({name: row}))
+
+
+def test_goals_are_met_or_missed():
+    goals = WORKLOADS["mlp"].goals
+    assert goals.told("monitor", 1.034) == "goal 1.03 met"
+    assert goals.told("functional", 0.65) == "goal 0.64 missed"
+    assert goals.told("functional", 0.65, memory=True) == "goal 0.90 met"
+    assert goals.told("loop", 9.0) == ""
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        ({"a": 1.0, "b": 2.0}, "exact"),
+        ({"total": 3.0}, "exact"),
+        ({"total": 3.3}, "wrong, +10 %"),
+        ({"a": 1.0}, "1 of 2 parameters"),
+        ({"a": 1.0, "b": 1.4}, "wrong, -20 % (b -30 %)"),
+        ({"a": 10.0, "b": 2.0}, "wrong, x 4 (a x 10)"),
+    ],
+)
+def test_verdicts(found, expected):
+    assert verdict(found, {"a": 1.0, "b": 2.0}) == expected
+
+
+def test_slopes_are_of_the_larger_half():
+    assert growth.slope([1, 2, 4, 8], [7, 7, 16, 64]) == pytest.approx(2)
