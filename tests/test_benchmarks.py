@@ -45,7 +45,7 @@ def test_it_runs_without_the_peers(name, capsys, tmp_path, monkeypatch):
 
 def test_goals_are_met_or_missed():
     goals = WORKLOADS["mlp"].goals
-    assert goals.told("monitor", 1.034) == "goal 1.03 met"
+    assert goals.told("monitor_loop", 1.034) == "goal 1.03 met"
     assert goals.told("functional", 0.65) == "goal 0.64 missed"
     assert goals.told("functional", 0.65, memory=True) == "goal 0.90 met"
     assert goals.told("loop", 9.0) == ""

@@ -26,8 +26,15 @@ def norms_of_first(loss: Tensor, outputs: Sequence[Tensor], parameters: Sequence
         mine.select(axis, 0).copy_(seed.select(axis, 0))
     with torch.enable_grad(), probe([x for x, _ in pairs]) as roots:
         found = torch.autograd.grad(roots, list(parameters), alone, retain_graph=True, allow_unused=True)
+    return squares(found)
+
+
+def squares(gradients: Sequence[Tensor | None]) -> Tensor:
+    """``||g||^2`` of each parameter, in float64; zero for one without a gradient."""
+    zero = torch.zeros((), dtype=torch.float64)
+    values = (g if g is None or not g.is_sparse else g.coalesce().values() for g in gradients)
     return torch.stack(
-        [torch.zeros(()).double() if g is None else row_squares(widened(g.flatten())).double().cpu() for g in found]
+        [zero if g is None else row_squares(widened(g.detach().flatten())).double().cpu() for g in values]
     )
 
 

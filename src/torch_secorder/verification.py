@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from torch_secorder.analysis import Analysis, Batch
 from torch_secorder.errors import VerificationError
 from torch_secorder.passes import HALF
-from torch_secorder.per_sample import row_squares, widened
 from torch_secorder.run import called, fork_random, undisturbed
-from torch_secorder.single import compare
+from torch_secorder.single import compare, squares
 from torch_secorder.trees import mapped, rows, sample_axis, tensors
 
 
@@ -88,10 +87,7 @@ def verified(
             with torch.enable_grad(), analysis.differentiable():
                 outputs = called(analysis.model, alone)
                 found = torch.autograd.grad(among_the_rest(outputs), analysis.table.tensors, allow_unused=True)
-            zero = torch.zeros((), dtype=torch.float64)
-            norms = torch.stack(
-                [zero if g is None else row_squares(widened(g.detach().flatten())).double().cpu() for g in found]
-            )
+            norms = squares(found)
         else:
             norms = analysis.of(among_the_rest, alone).samples.norms[:, 0].detach().double().cpu()
     half = torch.is_autocast_enabled() or any(
