@@ -28,6 +28,7 @@ FLOORS = [
     "plan",
     "passes",
     "monitor",
+    "backward",
     "run",
     "analysis",
     "verification",

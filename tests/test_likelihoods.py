@@ -53,14 +53,31 @@ def test_the_number_of_exact_passes(loss_type: str, shape: tuple[int, ...], pass
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 @pytest.mark.parametrize("shape", [(2, 4), (2, 3, 2)], ids=str)
-def test_drawn_seeds_are_a_square_root_on_average(loss_type: str, shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_drawn_seeds_are_a_square_root_on_average(loss_type: str, shape: tuple[int, ...], k: int) -> None:
     outputs = torch.randn(shape, dtype=torch.float64)
     model, generator = likelihood(loss_type, outputs, None), torch.Generator().manual_seed(0)
-    draws = torch.stack([products(model.draw(outputs, generator)) for _ in range(4000)])
+    draws = torch.stack([sum(map(products, model.draws(outputs, k, generator))) for _ in range(3000)])
     expected = curvatures(outputs, loss_type)
     error = draws.std(0) / len(draws) ** 0.5
     assert ((draws.mean(0) - expected).abs() <= 5 * error + 1e-9).all()
-    assert float(draws.std(0).max()) > 0
+    exact = k >= model.exact_passes(outputs)
+    assert (float(draws.std(0).max()) < 1e-12) == exact
+
+
+@pytest.mark.parametrize("k", range(1, 6))
+def test_labels_are_drawn_without_replacement(k: int) -> None:
+    """k different labels for each position, or as many as have a probability; the likeliest always, once k allows it."""
+    logits = torch.tensor(
+        [[0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0], [0.0, -1000.0, -1000.0, 0.1, -1000.0, -1000.0, 9.0]]
+    ).double()
+    model, generator = likelihood("nll", logits, None), torch.Generator().manual_seed(k)
+    for _ in range(50):
+        seeds = torch.stack(list(model.draws(logits, k, generator)))
+        labels = seeds.abs().argmax(-1)
+        for sample, possible in ((0, 7), (1, 3)):
+            drawn = labels[seeds[:, sample].abs().sum(-1) > 0, sample].tolist()
+            assert len(set(drawn)) == len(drawn) == min(k, possible)
 
 
 @pytest.mark.parametrize("class_axis", [1, 2, -1, -2])
@@ -78,7 +95,7 @@ def test_ignored_positions() -> None:
     expected = curvatures(outputs, "nll", targets == 7)
     seeds = torch.stack([products(s) for s in model.exact(outputs)]).sum(0)
     torch.testing.assert_close(seeds, expected, rtol=1e-10, atol=1e-12)
-    for seed in (model.draw(outputs, torch.Generator().manual_seed(0)), model.observed(outputs, targets)):
+    for seed in (*model.draws(outputs, 1, torch.Generator().manual_seed(0)), model.observed(outputs, targets)):
         assert (seed.transpose(1, 2)[targets == 7] == 0).all()
         assert (seed.transpose(1, 2)[targets != 7] != 0).all()
 

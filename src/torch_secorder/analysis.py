@@ -37,8 +37,8 @@ class FisherKind:
     class_axis: int = 1
     max_passes: int = 10_000
 
-    def seeds(self, outputs: Tensor, targets: Any, generator: torch.Generator) -> tuple[int, Iterator[Tensor], float]:
-        """How many backward passes, their seeds, and what the sum over passes is multiplied by.
+    def seeds(self, outputs: Tensor, targets: Any, generator: torch.Generator) -> tuple[int, Iterator[Tensor]]:
+        """How many backward passes, and their seeds.
 
         Raises:
             ArgumentError: if the exact expectation takes more than ``max_passes``, or observed labels are missing.
@@ -49,17 +49,16 @@ class FisherKind:
         if self.labels == "observed":
             if not isinstance(targets, Tensor):
                 raise ArgumentError('labels="observed" needs targets')
-            return 1, iter([model.observed(outputs, targets)]), 1.0
+            return 1, iter([model.observed(outputs, targets)])
+        passes = model.exact_passes(outputs)
         if self.num_samples is None:
-            passes = model.exact_passes(outputs)
             if passes > self.max_passes:
                 raise ArgumentError(
                     f"the exact Fisher of outputs of shape {tuple(outputs.shape)} takes {passes:,} backward passes, more than "
                     f"max_passes={self.max_passes:,}: pass num_samples=k for an unbiased estimate from k passes"
                 )
-            return passes, model.exact(outputs), 1.0
-        k = self.num_samples
-        return k, (model.draw(outputs, generator) for _ in range(k)), 1 / k
+            return passes, model.exact(outputs)
+        return min(passes, self.num_samples), model.draws(outputs, self.num_samples, generator)
 
 
 @dataclass(frozen=True)
@@ -131,14 +130,13 @@ class Analysis:
         with self._prepared() as run:
             outputs = logits(run(inputs))
             checked_targets(targets, run.n, self.batch_axis)
-            count, seeds, factor = kind.seeds(outputs.detach(), targets, generator)
+            count, seeds = kind.seeds(outputs.detach(), targets, generator)
             passes = (
                 run.backward(outputs, seed.to(outputs.dtype), last=number == count)
                 for number, seed in enumerate(seeds, start=1)
             )
             nothing = Samples(run.n, outputs.new_zeros(len(self.table), run.n), {}, set(), {})
-            samples = reduce(lambda a, b: replace(b, norms=a.norms + b.norms), passes, nothing)
-        return replace(samples, norms=samples.norms * factor)
+            return reduce(lambda a, b: replace(b, norms=a.norms + b.norms), passes, nothing)
 
     def of(self, root: Callable[[Any], Tensor], inputs: Any) -> Batch:
         """Squared norms of the per-sample gradients of ``root(outputs)``, a sum over samples."""
@@ -165,9 +163,8 @@ class Analysis:
             torch.enable_grad(),
             self.differentiable(),
             Run(
-                *(self.model, self.table, self._plan),
+                *(self.model, self.table, self._plan, self.memory),
                 create_graph=self._create_graph,
-                memory=self.memory,
                 # A graph of the checks would be kept along with the result's, so that there is none.
                 trusting=self.memory.trusting and not self._create_graph,
             ) as run,

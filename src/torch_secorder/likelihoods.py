@@ -28,9 +28,13 @@ class Likelihood(ABC):
     def exact(self, outputs: Tensor) -> Iterator[Tensor]:
         """Seeds with ``sum_s s s^T = A_n`` for every sample."""
 
+    def draws(self, outputs: Tensor, k: int, generator: torch.Generator) -> Iterator[Tensor]:
+        """At most k random seeds with ``E[sum_s s s^T] = A_n``; with as many as the exact ones, those."""
+        return self.exact(outputs) if k >= self.exact_passes(outputs) else self._drawn(outputs, k, generator)
+
     @abstractmethod
-    def draw(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
-        """One random seed with ``E[s s^T] = A_n`` on and between the blocks of A_n."""
+    def _drawn(self, outputs: Tensor, k: int, generator: torch.Generator) -> Iterator[Tensor]:
+        """K random seeds."""
 
     @abstractmethod
     def observed(self, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -60,8 +64,9 @@ class Elementwise(Likelihood):
             seed[:, element] = root[:, element]
             yield seed.view(outputs.shape)
 
-    def draw(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
-        return self._root(outputs) * random_signs(outputs.shape, outputs, generator)
+    def _drawn(self, outputs: Tensor, k: int, generator: torch.Generator) -> Iterator[Tensor]:
+        root = self._root(outputs) / math.sqrt(k)
+        return (root * random_signs(outputs.shape, outputs, generator) for _ in range(k))
 
     def observed(self, outputs: Tensor, targets: Tensor) -> Tensor:
         if targets.shape != outputs.shape:
@@ -111,21 +116,28 @@ class Categorical(Likelihood):
                 seed[:, position, j + 1 :] = -weight[:, None] * share
                 yield self._shaped(seed, outputs)
 
-    def draw(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
-        r"""An importance-drawn label for each position, with a random sign.
+    def _drawn(self, outputs: Tensor, k: int, generator: torch.Generator) -> Iterator[Tensor]:
+        r"""K labels for each position, drawn without replacement by importance, with random signs.
 
-        Label c is drawn with probability ``w_c`` proportional to ``p_c ||e_c - p||^2`` and gives the seed
-        ``sqrt(p_c / w_c) (e_c - p)``. Then ``E[s s^T] = sum_c p_c (e_c - p)(e_c - p)^T = diag(p) - p p^T``; independent
-        signs make the products between positions vanish in expectation.
+        Only a trace is wanted, ``tr(J^T A J) = sum_c p_c q_c`` with ``q_c = ||J^T (e_c - p)||^2``, so a label may be drawn
+        with any probability. Label c is among the k with probability ``pi_c``, as nearly proportional to ``p_c ||e_c -
+        p||^2`` as ``pi_c <= 1`` allows, by systematic sampling: the labels at which ``u, u + 1, ..., u + k - 1`` fall
+        into the cumulated ``pi``, u uniform in [0, 1). Its seed is ``sqrt(p_c / pi_c) (e_c - p)``, so that
+        ``E[sum_s s s^T] = sum_c pi_c (p_c / pi_c) (e_c - p)(e_c - p)^T = diag(p) - p p^T`` (Horvitz and Thompson, 1952);
+        independent signs make the products between positions vanish in expectation.
         """
         p = self._probabilities(outputs)
-        distance = 1 - 2 * p + p.square().sum(-1, keepdim=True)
-        w = p * distance.clamp(min=torch.finfo(p.dtype).eps)
-        w = w / w.sum(-1, keepdim=True)
-        label = torch.multinomial(w.flatten(0, 1).to(generator.device), 1, generator=generator).to(p.device)
-        label = label.view(*p.shape[:2], 1)
-        size = (p.gather(-1, label) / w.gather(-1, label)).sqrt() * random_signs((*p.shape[:2], 1), p, generator)
-        return self._shaped(size * (torch.zeros_like(p).scatter(-1, label, 1.0) - p), outputs)
+        pi = _inclusion(p * (1 - 2 * p + p.square().sum(-1, keepdim=True)).clamp(min=torch.finfo(p.dtype).eps), k)
+        ends = pi.cumsum(-1)
+        start = torch.rand((*p.shape[:2], 1), generator=generator, device=generator.device, dtype=p.dtype).to(p.device)
+        for turn in range(k):
+            label = torch.searchsorted(ends, start + turn, right=True)
+            # Behind the last end there is nothing left to draw, or rounding has left less than a whole turn.
+            drawn = label < p.shape[-1]
+            label = label.clamp(max=p.shape[-1] - 1)
+            share = p.gather(-1, label) / pi.gather(-1, label).clamp(min=torch.finfo(p.dtype).tiny)
+            size = torch.where(drawn, share, 0).sqrt() * random_signs((*p.shape[:2], 1), p, generator)
+            yield self._shaped(size * (torch.zeros_like(p).scatter(-1, label, 1.0) - p), outputs)
 
     def observed(self, outputs: Tensor, targets: Tensor) -> Tensor:
         p = self._probabilities(outputs)
@@ -178,6 +190,21 @@ def likelihood(
             f"expected {positions}"
         )
     return Categorical(axis, targets != ignore_index)
+
+
+def _inclusion(weights: Tensor, k: int) -> Tensor:
+    """Probabilities of being among k, proportional to the weights but at most one."""
+    pi = k * weights / weights.sum(-1, keepdim=True)
+    for _ in range(k):  # each time at least one more label is certain, or none needs to give anything away
+        certain = pi >= 1
+        left = k - certain.sum(-1, keepdim=True)
+        rest = torch.where(certain, 0, weights)
+        total = rest.sum(-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
+        new = torch.where(certain, 1, left * rest / total)
+        if bool((new <= 1).all()):
+            return new
+        pi = torch.maximum(pi.clamp(max=1), new)
+    return pi.clamp(max=1)
 
 
 def random_signs(shape: tuple[int, ...] | torch.Size, like: Tensor, generator: torch.Generator) -> Tensor:

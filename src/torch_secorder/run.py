@@ -1,71 +1,51 @@
-"""One forward of a model under hooks, and any number of backward passes through it that write no ``.grad``."""
+"""One forward of a model under hooks, for any number of backward passes through it; and what leaves the user's model alone."""
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import partial
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, Node
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from torch_secorder.capture import Capture, probing
-from torch_secorder.errors import ArgumentError, CoverageError, ShapeError, UnsupportedError
-from torch_secorder.graph import Audit, Memory, Use
+from torch_secorder.backward import Passes
+from torch_secorder.capture import Capture
+from torch_secorder.errors import ArgumentError, ShapeError
+from torch_secorder.graph import Audit, Memory
 from torch_secorder.parameters import ParameterTable
-from torch_secorder.passes import Pass, Samples
 from torch_secorder.plan import Plan
-from torch_secorder.records import Forward, Record
+from torch_secorder.records import Record
 from torch_secorder.trees import mapped, rows, sample_axis, shrunk, tensors
 
 
-class Run:
-    """``with Run(...) as run: outputs = run(inputs); samples = run.backward(loss)``.
+class Run(Passes):
+    """``with Run(...) as run: outputs = run(inputs); samples = run.backward(loss)``: one forward of a model under hooks.
 
     Args:
         model: the model, unwrapped.
-        table: the analysed parameters.
         plan: how it is captured.
-        create_graph: make the squared norms differentiable.
-        memory: what is known about the model already.
-        trusting: believe shapes that allow one reading only, for callers that check a sample afterwards.
+        options: as for :class:`Passes`.
 
     Attributes:
-        n: how many samples the latest forward had.
-        random: whether it drew from the global random state.
-        structure: tells its graph from graphs of other nodes.
+        random: whether the latest forward drew from the global random state.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        table: ParameterTable,
-        plan: Plan,
-        *,
-        create_graph: bool = False,
-        memory: Memory,
-        trusting: bool,
-    ):
-        self._model, self._table, self._plan, self._create_graph = model, table, plan, create_graph
+    def __init__(self, model: nn.Module, table: ParameterTable, plan: Plan, memory: Memory, **options: bool):
+        super().__init__(table, memory, plan.batch_axis, self._rehearse, **options)
+        self._model, self._plan = model, plan
         self._capture = Capture(
             *(model, plan.sites, self._arrived, plan.batch_axis, plan.guards),
-            on_end=self._audited,
+            on_end=self.audited,
         )
-        self._memory = memory
-        self._audit = Audit(*(table, self._used, plan.batch_axis, self._memory, self._rehearse), trusting=trusting)
-        self._pass: Pass | None = None
-        self._error: Exception | None = None
-        self._starts: list[tuple[Record | Use, list[GradientEdge]]] = []
         self._arguments: Any = None
-        self._inputs: list[Tensor] = []
-        self._defers = False
-        self._deferred: list[Callable[[], None]] = []  # what has to wait for the end of the backward pass
-        self.n = self.structure = 0
         self.random = False
+
+    def active(self) -> bool:
+        """Whether gradients that arrive now are of the pass under way, and not of a rehearsal."""
+        return self._capture.active and super().active()
 
     def __enter__(self) -> Run:
         self._capture.__enter__()
@@ -80,7 +60,7 @@ class Run:
         self._arguments = inputs
         self._inputs = [x for x in tensors(inputs) if x.requires_grad]
         before = random_state()
-        with torch.enable_grad():
+        with torch.enable_grad(), twice_differentiable(self._create_graph):
             outputs = called(self._model, inputs)
         self.random = not all(map(torch.equal, before, random_state()))
         return outputs
@@ -102,83 +82,9 @@ class Run:
         finally:
             self._capture.active = True
 
-    def _audited(self, forward: Forward, outputs: Any) -> None:
-        uses = self._audit.uses(forward, outputs)
-        self._starts = [
-            (record, [edge]) for record, edge in forward.records if record.starts_graph and record.placement
-        ]
-        self._starts += [(use, use.edges(node)) for use, node in uses if use.starts_graph]
-        self._defers = any(use.calls_nodes for use, _ in uses)
-        self.n, self.structure = forward.n or 0, self._audit.structure
-
-    def backward(self, root: Tensor, seed: Tensor | None = None, *, last: bool = True) -> Samples:
-        """Squared norms of the per-sample gradients of ``root`` (with ``seed`` for its gradient).
-
-        Only what lies between the root and the first analysed layers' outputs is differentiated, so no parameter gradient
-        is computed.
-
-        Args:
-            root: what is differentiated.
-            seed: its gradient, for a root that is not a scalar.
-            last: whether the graph may be freed.
-        """
-        self._pass, self._error = Pass(self._table, keep=not last or self._create_graph), None
-        edges = [edge for _, several in self._starts for edge in several]
-        if root.requires_grad and (edges or self._inputs):
-            self._deferred = []
-            found = self._gradients(root, [*edges, *self._inputs], seed, not last or self._create_graph or self._defers)
-            with torch.set_grad_enabled(self._create_graph):
-                for action in self._deferred:
-                    self._guarded(action)
-                arrived = iter(found)
-                for item, several in self._starts:
-                    grads = tuple(itertools.islice(arrived, len(several)))
-                    self._guarded(partial(self._add, item, several[0].node, grads))
-                if self._error is not None:
-                    raise self._error
-                if self._pass:
-                    self._memory.warned = self._memory.warned or self._pass.warned()
-                    return self._pass.finish()
-        raise CoverageError("the loss does not depend on any analysed parameter through a differentiable way")
-
-    def _gradients(self, root: Tensor, inputs: list[Any], seed: Tensor | None, retain: bool) -> Sequence[Tensor | None]:
-        options = {"retain_graph": retain, "create_graph": self._create_graph, "allow_unused": True}
-        try:
-            return torch.autograd.grad(root, inputs, seed, **options)
-        except RuntimeError as error:
-            if "use_reentrant" not in str(error):
-                raise
-            raise UnsupportedError(
-                "re-entrant activation checkpointing computes gradients only together with those of the parameters: use "
-                "torch.utils.checkpoint with use_reentrant=False, or a FisherMonitor around your own backward"
-            ) from error
-
     def _arrived(self, record: Record, grad: Tensor) -> None:
         if not record.starts_graph:  # those that do come from _gradients
             self._guarded(lambda: None if self._pass is None else self._pass.add(record, grad))
-
-    def _used(self, use: Use, grads: tuple[Tensor | None, ...]) -> None:
-        if self._capture.active and not probing() and not use.starts_graph and self._pass is not None:
-            action = partial(self._pass.add_use, use, torch._C._current_autograd_node(), grads)
-            if use.calls_nodes:
-                self._deferred.append(action)
-            else:
-                self._guarded(action)
-
-    def _add(self, item: Record | Use, node: Node, grads: tuple[Tensor | None, ...]) -> None:
-        assert self._pass is not None
-        if isinstance(item, Use):
-            self._pass.add_use(item, node, grads)
-        elif grads[0] is not None:
-            self._pass.add(item, grads[0])
-
-    def _guarded(self, action: Callable[[], None]) -> None:
-        """Do something inside of a backward pass, which must not be left half-way."""
-        if self._error is None and self._pass is not None:
-            try:
-                action()
-            except Exception as error:
-                self._error = error
 
 
 @contextmanager
@@ -201,6 +107,11 @@ def called(model: Callable[..., Any], inputs: Any) -> Any:
     return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
 
 
+def twice_differentiable(wanted: bool) -> AbstractContextManager[object]:
+    """Attention by operations that have second derivatives, where they are wanted: the fused ones have none."""
+    return sdpa_kernel(SDPBackend.MATH) if wanted else nullcontext()
+
+
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """What a forward changes gets its values back: buffers, and tables that ``max_norm`` rewrites."""
@@ -216,7 +127,9 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     finally:
         with torch.no_grad():
             for owner, name, tensor, version, value in before:
-                if tensor._version != version:
+                # (The kernel that updates running statistics counts no version. What is untouched must stay so, for a later
+                # backward pass may want it.)
+                if tensor._version != version or not torch.equal(tensor, value):
                     tensor.copy_(value)
                 owner[name] = tensor
 

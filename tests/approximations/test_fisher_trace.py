@@ -579,14 +579,14 @@ def test_the_sampled_estimate_leaves_out_ignored_positions() -> None:
         [generalized_fisher_trace(model, model(ids), y, num_samples=4, generator=generator) for _ in range(100)]
     )
     expected = float(total(trace(exact_fisher(model, ids, y))))
-    assert abs(float(draws.mean()) - expected) <= 4.5 * float(draws.std()) / 10
+    assert abs(float(draws.mean()) - expected) <= 4.5 * float(draws.std()) / 10 + 1e-12
 
 
 def test_a_generator_makes_the_estimate_reproducible() -> None:
     model, x = classifier(), batch()[0]
     before = torch.get_rng_state()
     values = [
-        generalized_fisher_trace(model, model(x), None, num_samples=2, generator=torch.Generator().manual_seed(seed))
+        generalized_fisher_trace(model, model(x), None, num_samples=1, generator=torch.Generator().manual_seed(seed))
         for seed in (1, 1, 2)
     ]
     assert values[0] == values[1] != values[2]

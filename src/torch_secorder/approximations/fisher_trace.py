@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -10,11 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from torch_secorder.analysis import Analysis, Batch, FisherKind, fresh_generator, logits, positive_int
-from torch_secorder.errors import CoverageError, ShapeError
+from torch_secorder.backward import Passes
+from torch_secorder.capture import probe
+from torch_secorder.errors import CoverageError, CurvatureError, NonFiniteError, ShapeError, SlowFallbackWarning
+from torch_secorder.graph import Memory, memory_of
 from torch_secorder.monitor import checked
 from torch_secorder.parameters import ParameterTable, unwrapped
+from torch_secorder.per_sample import widened
 from torch_secorder.run import checked_targets
-from torch_secorder.single import check_separable
+from torch_secorder.single import check_separable, compare, squares
 from torch_secorder.verification import trusted, verified
 
 
@@ -113,8 +119,9 @@ def generalized_fisher_trace(
     ``poisson``   log rates, any shape        Poisson for each element         diag(exp f)
     ============  ==========================  ===============================  ==========================================
 
-    The samples are taken apart by one backward pass for each of them, through the graph that the outputs carry; that graph
-    is kept. :func:`torch_secorder.fisher_report` runs the model itself and is far cheaper.
+    The samples are taken apart in the graph that the outputs carry, from what its nodes have saved; that graph is kept. Where
+    it doesn't show every sample's gradient (compiled code, samples that influence each other), each sample takes a backward
+    pass of its own, with a :class:`~torch_secorder.errors.SlowFallbackWarning`.
 
     Args:
         model: the model that made the outputs.
@@ -162,26 +169,66 @@ def generalized_fisher_trace(
         raise ShapeError(f"the batch is empty: outputs of shape {tuple(outputs.shape)}")
     checked_targets(targets, len(outputs))
     kind = FisherKind(loss_type, labels, num_samples, ignore_index, class_axis, positive_int("max_passes", max_passes))
-    _, seeds, factor = kind.seeds(outputs if create_graph else outputs.detach(), targets, fresh_generator(generator))
+    _, seeds = kind.seeds(outputs if create_graph else outputs.detach(), targets, fresh_generator(generator))
+    norms = _squared_norms(outputs, seeds, table, memory_of(unwrapped(model), None), create_graph)
+    return _as_result(norms, reduction, table)
+
+
+def _squared_norms(
+    outputs: Tensor, seeds: Iterator[Tensor], table: ParameterTable, memory: Memory, create_graph: bool
+) -> Tensor:
+    """``sum_s ||J_n^T s_n||^2`` of every sample, ``[n]``, from what the graph's nodes have saved, or one by one."""
     norms = outputs.new_zeros(len(outputs), dtype=torch.promote_types(outputs.dtype, torch.float32))
-    for seed in seeds:
-        norms = norms + _one_by_one(outputs, seed, table.tensors, create_graph)
-    return _as_result(norms * factor, reduction, table)
+    seeds = (seed.to(outputs.dtype) for seed in seeds)
+    passes, failed = Passes(table, memory, create_graph=create_graph), None
+    try:
+        with passes.through(outputs):
+            unchecked = memory.due(_squared_norms, passes.structure)
+            for seed in seeds:
+                failed = seed  # until it is done
+                samples = passes.backward(outputs, seed, last=False)
+                if unchecked:
+                    compare(table.names, samples.norms[:, 0].detach(), squares(_of_one(outputs, seed, table, 0)))
+                    unchecked = False
+                norms, failed = norms + samples.norms.sum(0), None
+            return norms
+    except NonFiniteError:
+        raise
+    except CurvatureError as error:
+        reason = error
+    if all(g is None for g in _of_one(outputs, torch.ones_like(outputs), table, 0)):
+        raise CoverageError("the outputs do not depend on any trainable parameter of this model")
+    if len(outputs) > 1:
+        warnings.warn(
+            "the graph of these outputs does not show every sample's gradient, so that each sample takes a backward pass "
+            f"of its own; fisher_report, which runs the model, may be faster ({reason})",
+            SlowFallbackWarning,
+            stacklevel=3,
+        )
+    for seed in seeds if failed is None else itertools.chain([failed], seeds):
+        norms = norms + _one_by_one(outputs, seed, table, create_graph)
+    return norms
 
 
-def _one_by_one(outputs: Tensor, seed: Tensor, parameters: list[Tensor], create_graph: bool) -> Tensor:
+def _of_one(
+    outputs: Tensor, seed: Tensor, table: ParameterTable, n: int, create_graph: bool = False
+) -> Sequence[Tensor | None]:
+    """``J_n^T seed_n`` in every parameter by plain autograd."""
+    alone = torch.zeros_like(seed)
+    alone[n] = seed[n]
+    with probe([outputs]) as (root,):
+        return torch.autograd.grad(
+            root, table.tensors, alone, retain_graph=True, create_graph=create_graph, allow_unused=True
+        )
+
+
+def _one_by_one(outputs: Tensor, seed: Tensor, table: ParameterTable, create_graph: bool) -> Tensor:
     """``||J_n^T seed_n||^2`` of every sample, ``[n]``, by one backward pass for each."""
     norms = []
     for n in range(len(outputs)):
-        alone = torch.zeros_like(seed)
-        alone[n] = seed[n]
-        found = torch.autograd.grad(
-            outputs, parameters, alone, retain_graph=True, create_graph=create_graph, allow_unused=True
-        )
-        squares = [g.to(torch.promote_types(g.dtype, torch.float32)).square().sum() for g in found if g is not None]
-        if not squares:
-            raise CoverageError("the outputs do not depend on any trainable parameter of this model")
-        norms.append(torch.stack([square.to(squares[0].device) for square in squares]).sum())
+        found = _of_one(outputs, seed, table, n, create_graph)
+        squared = [widened(g).square().sum() for g in found if g is not None]
+        norms.append(torch.stack([square.to(squared[0].device) for square in squared]).sum())
     return torch.stack(norms)
 
 

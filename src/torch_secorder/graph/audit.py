@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -34,6 +35,7 @@ class Audit:
 
     Attributes:
         structure: of the latest graph.
+        hooks: on the nodes of all graphs so far, for graphs that outlive the audit.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class Audit:
         }
         self._memory, self._rehearse, self._trusting = memory or Memory(), rehearse, trusting
         self.structure = 0
+        self.hooks = ExitStack()
 
     def uses(self, forward: Forward, outputs: Any) -> list[tuple[Use, Node]]:
         """Place every record of a forward, and hook every use that no record accounts for.
@@ -87,7 +90,7 @@ class Audit:
                 )
             for target, _ in (target for part in use.parts for target in part.targets):
                 forward.calls.update([target] if isinstance(target, int) else target.site.parameters.values())
-            node.register_prehook(partial(self._on_use, use))
+            self.hooks.callback(node.register_prehook(partial(self._on_use, use)).remove)
         for record in shared:
             record.placement = None
         return uses

@@ -1,0 +1,149 @@
+"""The trace of the Hessian itself: the yardstick for every Fisher."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from torch_secorder.analysis import fresh_generator, positive_int
+from torch_secorder.errors import ArgumentError, CoverageError, NonFiniteError, UnsupportedError
+from torch_secorder.likelihoods import random_signs
+from torch_secorder.parameters import ParameterTable, unwrapped
+from torch_secorder.report import By, Report
+from torch_secorder.run import called, checked_loss, twice_differentiable, undisturbed
+from torch_secorder.statistics import Statistics
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+FEWEST = 8  # probes before a standard error is believed
+
+
+def hessian_trace(
+    model: nn.Module,
+    loss_fn: Callable[[Any, Any], Tensor],
+    inputs: Any,
+    targets: Any,
+    num_samples: int = 100,
+    *,
+    tolerance: float | None = None,
+    by: By = None,
+    generator: torch.Generator | None = None,
+) -> pd.DataFrame:
+    r"""The trace of the Hessian of a batch's loss in every parameter, estimated by Hutchinson's method.
+
+    With random signs z, drawn k times, the contribution of parameter p is the mean of
+
+    .. math:: z_p^\top (H z)_p, \qquad \mathbb{E}[z_p^\top (H z)_p] = \operatorname{tr} H_{pp},
+
+    since ``E[z z^T]`` is the identity. H is the Hessian of the loss as it is, with the loss's own reduction; its trace may be
+    negative, which a Fisher's never is. Each probe takes one backward pass through the graph of the gradient, about
+    twice the price of a gradient. Samples may influence each other here (batch statistics, contrastive losses).
+
+    The model runs once, in its current mode; parameters, buffers, ``.grad`` and ``requires_grad`` are left alone.
+
+    Args:
+        model: the model; its trainable parameters are analysed.
+        loss_fn: from ``(outputs, targets)`` to a scalar, twice differentiable.
+        inputs: a tensor; a tuple for several positional arguments; a mapping for keyword arguments.
+        targets: whatever the loss takes.
+        num_samples: how many probes at most.
+        tolerance: stop once the standard error of the total is at most this fraction of the total, after 8 probes at least.
+        by: as in :meth:`torch_secorder.FisherMonitor.report`.
+        generator: for the probes; by default one of its own, with a fresh seed.
+
+    Returns:
+        A DataFrame with the columns of a report up to ``numel``, then ``hessian_trace``, ``hessian_trace_stderr`` (over
+        probes: how far the estimate may be from this batch's Hessian), ``hessian_trace_share`` and ``hessian_mean``; its
+        ``attrs`` say ``num_samples``, ``trace`` and ``trace_stderr``.
+
+    Raises:
+        ArgumentError: for arguments that mean nothing, or a loss that is no scalar.
+        UnsupportedError: if something in the model or the loss has no second derivative.
+        CoverageError: if the loss depends on no trainable parameter.
+        NonFiniteError: naming the parameters whose Hessian is not finite.
+
+    Example:
+        >>> import torch
+        >>> from torch_secorder import hessian_trace
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> table = hessian_trace(model, torch.nn.MSELoss(), torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.zeros(2, 1), 4)
+        >>> table.hessian_trace.round(4).to_dict()  # 2 (1^2 + 2^2) / 2
+        {'weight': 5.0}
+
+    References:
+        Hutchinson (1990), "A stochastic estimator of the trace of the influence matrix for Laplacian smoothing splines".
+    """
+    positive_int("num_samples", num_samples)
+    if tolerance is not None and not (isinstance(tolerance, (int, float)) and tolerance > 0):
+        raise ArgumentError(
+            f"tolerance must be a positive number, or None for all num_samples probes, not {tolerance!r}"
+        )
+    generator = fresh_generator(generator)
+    bare = unwrapped(model)
+    table = ParameterTable(bare)
+    statistics = Statistics(table.names, [row.shape for row in table.rows])
+    with undisturbed(bare), torch.enable_grad(), twice_differentiable(True):
+        loss = checked_loss(loss_fn(called(bare, inputs), targets), 1, targets)
+        gradients = _gradients(loss, table)
+        reached = {position for position, g in enumerate(gradients) if g.requires_grad}
+        rules = {position: ["hutchinson"] for position in reached}
+        for _ in range(num_samples):
+            statistics.update(_probe(gradients, table, generator)[:, None], {}, rules, reached, {})
+            if (
+                tolerance is not None
+                and statistics.n >= FEWEST
+                and _stderr(statistics) <= tolerance * _trace(statistics)
+            ):
+                break
+    frame = Report(table.rows, statistics, "mean", "hessian").table(by).drop(columns=["grad_sq_norm", "rule"])
+    frame = frame.rename(columns=lambda name: name.replace("fisher_", "hessian_"))
+    frame.attrs.clear()
+    trace = float(statistics.mean.sum())
+    frame.attrs.update(num_samples=statistics.n, trace=trace, trace_stderr=_stderr(statistics))
+    return frame
+
+
+def _gradients(loss: Tensor, table: ParameterTable) -> tuple[Tensor, ...]:
+    if not loss.requires_grad:
+        raise CoverageError("the loss does not depend on any trainable parameter of this model")
+    found = torch.autograd.grad(loss, table.tensors, create_graph=True, allow_unused=True)
+    if all(g is None for g in found):
+        raise CoverageError("the loss does not depend on any trainable parameter of this model")
+    return tuple(torch.zeros_like(p) if g is None else g for g, p in zip(found, table.tensors, strict=True))
+
+
+def _probe(gradients: tuple[Tensor, ...], table: ParameterTable, generator: torch.Generator) -> Tensor:
+    """``z_p^T (H z)_p`` of every parameter for one z."""
+    signs = [random_signs(p.shape, p, generator) for p in table.tensors]
+    curved = [(g, z) for g, z in zip(gradients, signs, strict=True) if g.requires_grad]
+    if not curved:  # a loss that is linear in the parameters
+        return torch.zeros(len(signs), dtype=torch.float64)
+    ends, seeds = zip(*curved, strict=True)
+    try:
+        products = torch.autograd.grad(ends, table.tensors, seeds, retain_graph=True, allow_unused=True)
+    except RuntimeError as error:
+        raise UnsupportedError(
+            f"something in the model or the loss has no second derivative ({str(error).splitlines()[0]}): use operations that "
+            "have one, such as attention by matrix products"
+        ) from error
+    zero = torch.zeros((), dtype=torch.float64)
+    values = [
+        zero if h is None else (z.double() * h.double()).sum().cpu() for z, h in zip(signs, products, strict=True)
+    ]
+    found = torch.stack(values)
+    if not bool(found.isfinite().all()):
+        names = [table.names[position] for position in (~found.isfinite()).nonzero().flatten().tolist()]
+        raise NonFiniteError(f"the Hessian is not finite in {', '.join(names)}")
+    return found
+
+
+def _trace(statistics: Statistics) -> float:
+    return abs(float(statistics.mean.sum()))
+
+
+def _stderr(statistics: Statistics) -> float:
+    return (statistics.variance_of_sum(range(len(statistics.names))) / statistics.n) ** 0.5

@@ -1,0 +1,135 @@
+"""A Lightning callback that logs the Fisher trace of every layer while the model trains."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from torch_secorder.errors import LifecycleError
+from torch_secorder.integrations.watching import By, Watch, missing, single_process
+from torch_secorder.plan import BatchAxis
+
+try:
+    from lightning.pytorch import Callback
+except ImportError:
+    try:
+        from pytorch_lightning import Callback
+    except ImportError as error:
+        raise missing("Lightning", "lightning") from error
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+class FisherCallback(Callback):  # type: ignore[misc] # Lightning is optional, and Any where it is missing
+    r"""Logs ``fisher_trace``, by layer and in total, every k optimizer steps.
+
+    A watched step covers all the batches that it accumulates. With :math:`l_n` the loss of its sample n = 1..N, as
+    ``training_step`` returns it,
+
+    .. math:: \mathrm{fisher\_trace}[p] = \frac1N \sum_n \lVert \nabla_p\, l_n \rVert^2
+
+    under ``reduction="mean"``, and the sum under "sum". Lightning divides each batch's loss by
+    ``accumulate_grad_batches``, and half precision multiplies it by a scale; both are undone. Gradients and training are
+    as without the callback, and steps that are not watched cost nothing more.
+
+    Logged, to all of the trainer's loggers at ``trainer.global_step`` and into ``trainer.callback_metrics``:
+    ``fisher_trace`` and ``fisher_trace_stderr`` (of the model), ``fisher_trace/LAYER``, in squared units of the loss per
+    unit of the parameter; ``noise_scale`` and ``noise_scale/LAYER``, in samples, where the batches can tell
+    (:func:`~torch_secorder.noise_scale.gradient_noise_scale`).
+
+    Args:
+        every: watch the first optimizer step and every ``every``-th after it.
+        by: what a LAYER is: "module", "type", None for parameters, or a function from a parameter's name to a group.
+        module: the dotted name of the part of the LightningModule that ``training_step`` calls, such as "model"; by
+            default the LightningModule itself, for ``self(x)``.
+        reduction: how ``training_step``'s loss combines its samples, "mean" or "sum".
+        noise_scale: also log the gradient noise scale.
+        **options: ``parameters``, ``batch_axis`` and ``nonfinite`` of :class:`~torch_secorder.FisherMonitor`.
+
+    Attributes:
+        history: a dict for each watched step: ``step``, and what was logged.
+        report: the latest watched step's table by parameter, as of ``FisherMonitor.report()``.
+
+    Raises:
+        ArgumentError: for an argument that means nothing.
+        LifecycleError: when training starts, under manual optimization (whose backward passes may be of different losses
+            over the same samples), DeepSpeed, or several processes.
+        CurvatureError: in one of its kinds, from the backward pass or when training starts, for whatever can't be exact:
+            BatchNorm in training mode, a weight penalty in the loss. It says what to do.
+
+    Example:
+        >>> from torch_secorder.integrations.lightning import FisherCallback
+        >>> callback = FisherCallback(every=100, module="model")
+
+        and then ``Trainer(callbacks=[callback])``.
+    """
+
+    def __init__(
+        self,
+        every: int = 50,
+        *,
+        by: By = "module",
+        module: str | None = None,
+        reduction: str = "mean",
+        noise_scale: bool = True,
+        parameters: str = "trainable",
+        batch_axis: BatchAxis = None,
+        nonfinite: str | None = None,
+    ):
+        super().__init__()
+        options = {"parameters": parameters, "batch_axis": batch_axis}
+        if nonfinite is not None:
+            options["nonfinite"] = nonfinite
+        self._watch = Watch(every, by, noise_scale, **options)
+        self._module, self._reduction = module, reduction
+
+    @property
+    def history(self) -> list[dict[str, float]]:
+        """A dict for each watched step: ``step``, and what was logged."""
+        return self._watch.history
+
+    @property
+    def report(self) -> pd.DataFrame | None:
+        """The latest watched step's table by parameter; None before the first."""
+        return self._watch.report
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Refuse what can't be right, before the first step."""
+        if not pl_module.automatic_optimization:
+            raise LifecycleError(
+                "FisherCallback watches automatic optimization: under manual optimization one batch may be differentiated "
+                "several times, for several losses; put a FisherMonitor around the backward pass that you mean"
+            )
+        if "deepspeed" in type(trainer.strategy).__name__.lower():
+            raise LifecycleError("FisherCallback does not see DeepSpeed's backward passes: use another strategy")
+        single_process(trainer.world_size, "this Trainer")
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+
+        def loss_scale() -> float | Tensor:
+            return (1.0 if scaler is None else scaler.get_scale()) / trainer.accumulate_grad_batches
+
+        model = pl_module if self._module is None else pl_module.get_submodule(self._module)
+        self._watch.begin(model, self._reduction, loss_scale, scaler is not None)
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """A step may begin."""
+        self._watch.start(trainer.global_step)
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        """All of a step's batches are differentiated."""
+        numbers = self._watch.stop(trainer.global_step)
+        if numbers is not None:
+            trainer.callback_metrics.update({name: torch.tensor(value) for name, value in numbers.items()})
+            for logger in trainer.loggers:
+                logger.log_metrics(numbers, step=trainer.global_step)
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Nothing stays on the model."""
+        self._watch.close()
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Nothing stays on the model."""
+        self._watch.close()

@@ -1,0 +1,132 @@
+"""What the callbacks share: every k-th optimizer step under a monitor, as a dict of numbers to log."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from torch_secorder.errors import ArgumentError, LifecycleError
+from torch_secorder.monitor import FisherMonitor
+from torch_secorder.noise_scale import gradient_noise_scale
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+By = str | Callable[[str], object] | None
+
+
+class Watch:
+    """Has a monitor around every k-th optimizer step, with all of the step's backward passes, and around no other.
+
+    Outside of the watched steps nothing is hooked, so that they cost what they cost without it.
+
+    Args:
+        every: watch the first optimizer step and every ``every``-th after it.
+        by: the rows that are logged: None, "module", "type" or a function from a parameter's name to a group.
+        noise_scale: also log the gradient noise scale.
+        options: for :class:`FisherMonitor`.
+
+    Attributes:
+        history: a dict for each watched step: ``step``, and what was logged.
+        report: the latest watched step's table by parameter; None before the first.
+    """
+
+    def __init__(self, every: int, by: By, noise_scale: bool, **options: Any):
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+            raise ArgumentError(f"every must be a positive number of optimizer steps, not {every!r}")
+        if not (by in (None, "module", "type") or callable(by)):
+            raise ArgumentError(f'by must be None, "module", "type" or a function of a parameter\'s name, not {by!r}')
+        self._every, self._by, self._noise_scale, self._options = every, by, noise_scale, options
+        self._monitor: FisherMonitor | None = None
+        self._active = False
+        self.history: list[dict[str, float]] = []
+        self.report: pd.DataFrame | None = None
+
+    @property
+    def active(self) -> bool:
+        """Whether a step is being watched."""
+        return self._active
+
+    def begin(self, model: nn.Module, reduction: str, loss_scale: Callable[[], float | Tensor], scaled: bool) -> None:
+        """Training starts: refuse now what can't be right later.
+
+        Args:
+            model: what is watched.
+            reduction: of the losses that are differentiated.
+            loss_scale: what they are multiplied by.
+            scaled: whether that includes a GradScaler's scale, at which gradients may overflow in a step that is then
+                skipped. Such a step is not reported.
+        """
+        self.close()
+        options = ({"nonfinite": "skip"} if scaled else {}) | self._options
+        self._monitor = FisherMonitor(model, reduction, loss_scale=loss_scale, **options)
+
+    def start(self, step: int) -> None:
+        """An optimizer step, counted from 0, begins."""
+        if self._monitor is not None and not self._active and step % self._every == 0:
+            self._monitor.reset()
+            self._monitor.__enter__()
+            self._active = True
+
+    def stop(self, step: int, convert: Callable[[pd.DataFrame], pd.DataFrame] | None = None) -> dict[str, float] | None:
+        """The watched step's backward passes are over.
+
+        Args:
+            step: what the host calls it.
+            convert: from a report of what was differentiated to the report that is meant.
+
+        Returns:
+            The numbers to log, without those that are NaN (the standard error of one sample); None if no step was watched, or none of its samples can be told (no backward pass, or an
+            overflow of scaled gradients).
+        """
+        monitor, active = self._monitor, self._active
+        self.close()
+        if monitor is None or not active or not monitor.n_samples or monitor.state_dict()["n_skipped"]:
+            return None
+        table, rows, total = (monitor.report(by) for by in (None, self._by, lambda name: "model"))
+        if convert:
+            table, rows, total = (convert(frame) for frame in (table, rows, total))
+        self.report = table
+        whole = total.iloc[0]
+        numbers = {"fisher_trace": whole["fisher_trace"], "fisher_trace_stderr": whole["fisher_trace_stderr"]}
+        numbers |= {f"fisher_trace/{name}": value for name, value in rows["fisher_trace"].items()}
+        if self._noise_scale:
+            numbers |= _noise_scales(table, self._by)
+        numbers = {name: float(value) for name, value in numbers.items() if value == value}
+        self.history.append({"step": step} | numbers)
+        return numbers
+
+    def close(self) -> None:
+        """Take the hooks off the model, if a step is being watched."""
+        if self._active and self._monitor is not None:
+            self._monitor.__exit__(None, None, None)
+        self._active = False
+
+
+def _noise_scales(table: pd.DataFrame, by: By) -> dict[str, float]:
+    """By group and in total, where they can be told."""
+    try:
+        rows, total = (gradient_noise_scale(table, by=by)["noise_scale"] for by in (by, "model"))
+    except ArgumentError:  # batches of one sample, or of sizes that can't be compared
+        return {}
+    return {"noise_scale": total.iloc[0]} | {f"noise_scale/{name}": value for name, value in rows.items()}
+
+
+def missing(package: str, extra: str) -> ImportError:
+    """What to say where a host is not installed."""
+    return ImportError(f"this callback is for {package}, which is not installed: pip install 'torch-secorder[{extra}]'")
+
+
+def single_process(processes: int, where: str) -> None:
+    """Raise unless there is one process.
+
+    Raises:
+        LifecycleError: with the number of processes.
+    """
+    if processes > 1:
+        raise LifecycleError(
+            f"{where} trains in {processes} processes, each of which sees its own samples only, and this callback does not "
+            "pool them: watch a run in one process, or use FisherMonitor in a loop of your own and merge"
+        )
