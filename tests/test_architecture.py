@@ -25,6 +25,8 @@ FLOORS = [
     "likelihoods",
     "statistics",
     "report",
+    "saving",
+    "results",
     "plan",
     "passes",
     "monitor",
@@ -34,6 +36,9 @@ FLOORS = [
     "verification",
     "loop",
     "approximations",
+    "noise_scale",
+    "integrations",
+    "cli",
 ]
 FILES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py"))
 

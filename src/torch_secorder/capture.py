@@ -62,6 +62,10 @@ class Capture:
         anchored: give outputs that need no gradient one, so that frozen layers are seen too.
         on_replay: called with the backward pass that runs a forward again (activation checkpointing).
         on_end: called with each run of the model and its outputs, when the gradient's way through it is known.
+        every: see the first of every so many runs only.
+
+    Attributes:
+        passed_over: backward passes that reached a run that was not seen.
     """
 
     def __init__(
@@ -75,10 +79,13 @@ class Capture:
         anchored: bool = False,
         on_replay: Callable[[int], object] | None = None,
         on_end: Callable[[Forward, Any], object] | None = None,
+        every: int = 1,
     ):
         self._model, self._sites, self._on_gradient = model, sites, on_gradient
         self.batch_axis, self._guards, self._anchored = batch_axis, guards or {}, anchored
         self._on_replay, self._on_end = on_replay, on_end
+        self._every, self._turn, self._unseen = every, 0, False
+        self.passed_over: set[int] = set()
         self._handles = ExitStack()
         self._running: Forward | None = None
         self.last = Forward()  # the latest complete run of the model
@@ -110,12 +117,23 @@ class Capture:
         """The model is called."""
         if not self.active:
             return
+        replay = current_backward()
+        if replay == -1:
+            self.passed_over.clear()
+            self._turn += 1
+        self._unseen = replay in self.passed_over if replay != -1 else (self._turn - 1) % self._every != 0
+        if self._unseen:
+            return
         n = batch_size((*args, *kwargs.values()), self.batch_axis)
         self._running = Forward(n, replay_of=self._replay())
 
     def end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """The model returns, or raises: then the output is None."""
         forward, self._running = self._running, None
+        if self._unseen:
+            self._unseen = False
+            for node in {x.grad_fn for x in tensors(output) if x.grad_fn is not None}:
+                node.register_prehook(self._pass_over)
         if forward is None:
             return
         self.last = forward
@@ -127,6 +145,10 @@ class Capture:
                 record.boundary = record.boundary[:1]
             forward.records = []
 
+    def _pass_over(self, *_: Any) -> None:
+        if not probing():
+            self.passed_over.add(current_backward())
+
     def guarded(self, guard: Callable[[], None], *_: Any) -> None:
         """A module is called that may be in a state in which no rule is right."""
         guard()
@@ -135,7 +157,7 @@ class Capture:
         self, site: Site, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
     ) -> Tensor | None:
         """Record one call; returns a new output only where a frozen layer's output needs an anchor."""
-        if not self.active:
+        if not self.active or self._unseen or (self.passed_over and current_backward() in self.passed_over):
             return None
         forward = self._running or self._outside(output, site)
         forward.calls.update(site.parameters.values())

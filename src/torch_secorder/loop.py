@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch_secorder.analysis import Analysis, Batch, FisherKind, fresh_generator, logits, positive_int
 from torch_secorder.errors import ArgumentError
 from torch_secorder.likelihoods import random_signs
-from torch_secorder.monitor import checked
 from torch_secorder.plan import BatchAxis
 from torch_secorder.report import By, Report
+from torch_secorder.results import checked
 from torch_secorder.single import check_separable
 from torch_secorder.statistics import Statistics
 from torch_secorder.verification import trusted, verified

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,13 +22,12 @@ from torch_secorder.passes import Output, Pass
 from torch_secorder.per_sample import direction, widened
 from torch_secorder.plan import BatchAxis, planned
 from torch_secorder.records import Forward, Record
-from torch_secorder.report import By, Report
+from torch_secorder.results import Results, checked
 from torch_secorder.single import compare, norms_of_first
-from torch_secorder.statistics import Statistics
 from torch_secorder.trees import tensors
 
 if TYPE_CHECKING:
-    import pandas as pd
+    pass
 
 
 @dataclass(eq=False)
@@ -41,7 +40,7 @@ class _OpenPass:
     error: Exception | None = None
 
 
-class FisherMonitor:
+class FisherMonitor(Results):
     r"""Exact empirical-Fisher traces of every parameter, from the forward and backward passes that run inside.
 
     With samples n = 1..N, l_n a sample's loss and g_n its gradient, the contribution of parameter p is
@@ -66,6 +65,7 @@ class FisherMonitor:
         nonfinite: "raise" when a gradient is infinite or NaN, or "skip" those samples.
         repeated_calls: what it means that one backward pass reaches two calls of the model: "same" if row n of both is
             one sample (siamese networks), "new" if they are different samples. By default that is an error.
+        every: watch the first of every so many calls of the model only, at about the price of a plain step for the others.
 
     Raises:
         ArgumentError: for an argument that means nothing, or a model with no trainable parameter.
@@ -98,21 +98,22 @@ class FisherMonitor:
         batch_axis: BatchAxis = None,
         nonfinite: str = "raise",
         repeated_calls: str | None = None,
+        every: int = 1,
     ):
         checked("reduction", reduction, ("mean", "sum"))
         checked("nonfinite", nonfinite, ("raise", "skip"))
         checked("repeated_calls", repeated_calls, (None, "same", "new"))
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+            raise ArgumentError(f"every must be an int >= 1, not {every!r}")
         if not callable(loss_scale):
             _scale(loss_scale)
         self._model = unwrapped(model)
-        self._reduction, self._loss_scale, self._nonfinite = reduction, loss_scale, nonfinite
+        table = ParameterTable(self._model, parameters)
+        planned(self._model, table, batch_axis)  # refuse now what can't be right later
+        self._table = table
+        super().__init__(table, reduction, diagonal=diagonal, per_sample=per_sample, activations=activations)
+        self._loss_scale, self._nonfinite, self._every = loss_scale, nonfinite, every
         self._repeated_calls, self._batch_axis, self._diagonal = repeated_calls, batch_axis, diagonal
-        self._table = ParameterTable(self._model, parameters)
-        planned(self._model, self._table, batch_axis)  # refuse now what can't be right later
-        shapes = [row.shape for row in self._table.rows]
-        self._statistics = Statistics(
-            self._table.names, shapes, diagonal=diagonal, per_sample=per_sample, activations=activations
-        )
         self._types = {name: type(module).__name__ for name, module in named_modules(self._model)}
         self._all = parameters == "all"
         self._memory = Memory()
@@ -136,6 +137,7 @@ class FisherMonitor:
             anchored=self._all,
             on_replay=self._opened,
             on_end=partial(self._ended, audit.uses),
+            every=self._every,
         )
         with ExitStack() as handles:
             handles.enter_context(capture)
@@ -189,7 +191,13 @@ class FisherMonitor:
 
     def _gradient(self, position: int, grad: Tensor) -> None:
         """The gradient of a parameter, as this backward pass adds it to ``.grad``."""
-        self._guarded(self._add_gradient, position, grad)
+        # Re-entrant checkpointing has backward passes inside of one that is passed over; those open none of ours.
+        if self._passes or not (self._capture and self._capture.passed_over):
+            self._guarded(self._add_gradient, position, grad)
+
+    def _passed_over(self, task: int) -> bool:
+        """Whether a backward pass reached a call of the model that was not watched."""
+        return self._capture is not None and task in self._capture.passed_over
 
     def _add_gradient(self, current: _OpenPass, position: int, grad: Tensor) -> None:
         # At once: what becomes of it later, in .grad or in a communication buffer, is not this pass's gradient any more.
@@ -208,6 +216,12 @@ class FisherMonitor:
         task = current_backward()
         current = self._opened(self._parents.get(task, task))
         if current.error is not None:
+            return
+        if self._passed_over(task):
+            current.error = LifecycleError(
+                f"one backward pass reached a call of the model that every={self._every} passed over, and one that it did not: "
+                "enter and leave the monitor's block for the steps to watch instead"
+            )
             return
         try:
             if is_autocast():
@@ -325,114 +339,12 @@ class FisherMonitor:
         moments = torch.stack([count.sum(), total.sum(), total_squares.sum(), minimum.min(), maximum.max()])
         return self._types[name], squares, moments.tolist()
 
-    # ------------------------------------------------------------------------------------------------ the results
-
-    @property
-    def n_samples(self) -> int:
-        """How many samples were seen."""
-        return self._statistics.n
-
-    @property
-    def trace(self) -> Tensor:
-        """The total over all analysed parameters, a 0-dim float64 tensor."""
-        return torch.tensor(self._report().trace, dtype=torch.float64)
-
-    def report(self, by: By = None) -> pd.DataFrame:
-        """The table: a row for each parameter, or for each group of them.
-
-        Args:
-            by: None, "module", "type", or a function from a parameter's name to a group.
-
-        Returns:
-            A DataFrame with the columns ``module``, ``module_type``, ``shape``, ``numel`` (by group: ``n_parameters``,
-            ``numel``), then ``fisher_trace``, ``fisher_trace_stderr``, ``fisher_trace_share``, ``fisher_mean``,
-            ``grad_sq_norm`` and ``rule``. Its ``attrs`` say ``reduction``, ``fisher``, ``n_samples`` and ``n_passes``.
-
-        Raises:
-            LifecycleError: if no sample was seen.
-        """
-        return self._report().table(by)
-
-    @property
-    def diagonal(self) -> dict[str, Tensor]:
-        """The Fisher diagonal ``c sum_n g_n ** 2``, a dict of tensors of the parameters' shapes that sum to their traces."""
-        self._require(self._diagonal, "diagonal")
-        statistics = self._seen()
-        c = 1 / statistics.n if self._reduction == "mean" else 1.0
-        parameters = zip(statistics.names, statistics.squares, self._table.tensors, strict=True)
-        return {name: (c * squares.to(p.device)).expand(p.shape) for name, squares, p in parameters}
-
-    @property
-    def per_sample(self) -> pd.DataFrame:
-        """Every unscaled t_{n,p}, a row for each sample in the order of backward passes and a column for each parameter."""
-        self._require(self._statistics.keeps["per_sample"], "per_sample")
-        return self._report().per_sample()
-
-    @property
-    def activations(self) -> pd.DataFrame:
-        """A row for each module that returns a tensor: ``module_type``, ``activation_trace`` and moments of the output.
-
-        The activation trace is ``c sum_n ||gradient of l_n in the module's output||^2``; ``numel`` output elements were
-        seen, with these ``mean``, ``std``, ``min`` and ``max``.
-        """
-        self._require(self._statistics.keeps["activations"], "activations")
-        return self._report().activations()
-
-    def reset(self) -> None:
-        """Forget every sample."""
-        self._statistics.clear()
-
-    def merge(self, other: FisherMonitor) -> FisherMonitor:
-        """Add the samples of another monitor of a model with the same parameters, and return self.
-
-        Raises:
-            ArgumentError: if names, shapes, reduction or what is kept differ.
-        """
-        if self._reduction != other._reduction:
-            raise ArgumentError(f"cannot merge reduction={other._reduction!r} into reduction={self._reduction!r}")
-        self._statistics.merge(other._statistics)
-        return self
-
-    def state_dict(self) -> dict[str, Any]:
-        """What was accumulated, as tensors, numbers and strings."""
-        return {"reduction": self._reduction, "fisher": "empirical"} | self._statistics.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Replace what was accumulated by another monitor's :meth:`state_dict`.
-
-        Raises:
-            ArgumentError: if it is of other parameters, another reduction or another kind.
-        """
-        if state.get("reduction") != self._reduction:
-            raise ArgumentError(f"the state has reduction={state.get('reduction')!r}, this monitor {self._reduction!r}")
-        self._statistics.load_state_dict(state)
-
     def __repr__(self) -> str:
         state = "active" if self._capture is not None else "idle"
         return (
             f"FisherMonitor({type(self._model).__name__}, {len(self._table)} parameters, reduction={self._reduction!r}, "
             f"{self.n_samples} samples, {state})"
         )
-
-    def _report(self) -> Report:
-        return Report(self._table.rows, self._seen(), self._reduction, "empirical")
-
-    def _seen(self) -> Statistics:
-        if not self._statistics.n:
-            raise LifecycleError(
-                "no sample was seen yet: run the model's forward and its loss's backward inside the monitor's block"
-            )
-        return self._statistics
-
-    def _require(self, kept: bool, what: str) -> None:
-        if not kept:
-            raise LifecycleError(f"the monitor was not asked to keep this: FisherMonitor(..., {what}=True)")
-
-
-def checked(name: str, value: object, allowed: tuple[object, ...]) -> None:
-    """Raise ArgumentError unless ``value`` is one of the allowed ones."""
-    if value not in allowed:
-        raise ArgumentError(f"{name} must be one of {', '.join(map(repr, allowed))}, not {value!r}")
 
 
 def norm(grad: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -297,7 +298,7 @@ def checked_bits(bits: int) -> int:
     Raises:
         ArgumentError: for anything else.
     """
-    if isinstance(bits, bool) or int(bits) != bits or not 1 <= bits <= 16:
+    if isinstance(bits, bool) or not isinstance(bits, Integral) or not 1 <= bits <= 16:
         raise ArgumentError(f"bits must be whole numbers from 1 to 16, not {bits!r}")
     return int(bits)
 

@@ -16,9 +16,9 @@ from torch_secorder.backward import Passes
 from torch_secorder.capture import probe
 from torch_secorder.errors import CoverageError, CurvatureError, NonFiniteError, ShapeError, SlowFallbackWarning
 from torch_secorder.graph import Memory, memory_of
-from torch_secorder.monitor import checked
 from torch_secorder.parameters import ParameterTable, unwrapped
 from torch_secorder.per_sample import widened
+from torch_secorder.results import checked
 from torch_secorder.run import checked_targets
 from torch_secorder.single import check_separable, compare, squares
 from torch_secorder.verification import trusted, verified

@@ -1,0 +1,280 @@
+"""`create_graph=True` against central differences of the float64 loop over samples; and its graph goes when it is let go."""
+
+from __future__ import annotations
+
+import gc
+import math
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from oracles import assert_equal, call, double, exact_fisher, per_sample_squared_norms, total, trace
+from problems._base import Forward, randomised
+from problems.sharing import TiedHead
+from torch_secorder import empirical_fisher_trace, generalized_fisher_trace
+from torch_secorder.errors import CurvatureError
+
+STEP = 1e-4  # of a central difference of fourth order: its own error is about 1e-16 / STEP + STEP^4
+CLASSES = 3
+
+
+class Attention(nn.Module):
+    """nn.MultiheadAttention on itself, averaged over positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.head = nn.Linear(4, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.attention(x, x, x, need_weights=False)[0].mean(1))
+
+
+class DotProduct(nn.Module):
+    """The same by hand, causal, with F.scaled_dot_product_attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.packed, self.head = nn.Linear(4, 12), nn.Linear(4, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (part.unflatten(-1, (2, 2)).transpose(1, 2) for part in self.packed(x).chunk(3, -1))
+        seen = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.head(seen.transpose(1, 2).flatten(2).mean(1))
+
+
+class TiedClassifier(TiedHead):
+    """A language model whose head shares the embedding's weight; what it says of the next word, averaged."""
+
+    def __init__(self) -> None:
+        super().__init__(words=CLASSES, bias=True)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids).mean(1)
+
+
+def linear() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, CLASSES))
+
+
+def convolution() -> nn.Module:
+    first = nn.Conv2d(2, 4, 3, padding=1, groups=2)
+    return nn.Sequential(first, nn.Tanh(), nn.Conv2d(4, 2, 3, stride=2), nn.Flatten(), nn.Linear(8, CLASSES))
+
+
+def layer_norm() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 5), nn.LayerNorm(5), nn.Tanh(), nn.Linear(5, CLASSES), nn.LayerNorm(CLASSES))
+
+
+def embedding() -> nn.Module:
+    words, head = nn.Embedding(5, 4, padding_idx=0), nn.Linear(4, CLASSES)
+    return Forward(lambda m, ids: m.head(m.words(ids).tanh().mean(1)), words=words, head=head)
+
+
+def ids(vocabulary: int) -> Callable[[], Tensor]:
+    return lambda: torch.randint(vocabulary, (3, 6))
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
+    "linear": (linear, lambda: torch.randn(4, 4)),
+    "convolution": (convolution, lambda: torch.randn(3, 2, 5, 5)),
+    "layer_norm": (layer_norm, lambda: torch.randn(4, 4)),
+    "embedding": (embedding, ids(5)),
+    "tied": (TiedClassifier, ids(CLASSES)),
+    "multihead_attention": (Attention, lambda: torch.randn(3, 4, 4)),
+    "scaled_dot_product_attention": (DotProduct, lambda: torch.randn(3, 4, 4)),
+}
+ATTENTION = [name for name in MODELS if "attention" in name]
+every_model = pytest.mark.parametrize("name", MODELS)
+
+
+def setting(name: str) -> tuple[nn.Module, Tensor, Tensor]:
+    build, inputs = MODELS[name]
+    model, x = randomised(build()).double(), double(inputs())
+    return model, x, torch.arange(len(x)) % CLASSES
+
+
+def assert_gradient(model: nn.Module, value: Tensor, oracle: Callable[[], Tensor]) -> None:
+    """The gradient of `value` is that of `oracle`: in every parameter along two random directions, by differences."""
+    parameters = list(model.parameters())
+    assert_equal(value, oracle(), oracle())
+    slopes = torch.autograd.grad(value, parameters, allow_unused=True)
+    slopes = [torch.zeros_like(p) if slope is None else slope for slope, p in zip(slopes, parameters, strict=True)]
+    scale = math.sqrt(sum(float(slope.square().sum()) for slope in slopes))
+    assert scale > 0
+    for (name, p), slope in zip(model.named_parameters(), slopes, strict=True):
+        for _ in range(2):
+            direction = F.normalize(torch.randn_like(p).flatten(), dim=0).view_as(p)
+            expected, found = difference(p, direction, oracle), float((slope * direction).sum())
+            assert abs(found - expected) <= 1e-7 * abs(expected) + 1e-9 * scale, f"{name}: {found} for {expected}"
+
+
+def difference(p: Tensor, direction: Tensor, oracle: Callable[[], Tensor]) -> float:
+    """d oracle / dp along `direction`, by four values of it."""
+    start, found = p.detach().clone(), []
+    for steps in (-2, -1, 1, 2):
+        with torch.no_grad():
+            p.copy_(start + steps * STEP * direction)
+        found.append(float(oracle()))
+    with torch.no_grad():
+        p.copy_(start)
+    far_below, below, above, far_above = found
+    return (8 * (above - below) - (far_above - far_below)) / (12 * STEP)
+
+
+@every_model
+@pytest.mark.parametrize("loss_fn", [nn.CrossEntropyLoss(), nn.CrossEntropyLoss(reduction="sum")], ids=["mean", "sum"])
+def test_the_gradient_of_the_empirical_trace(name: str, loss_fn: nn.CrossEntropyLoss) -> None:
+    model, x, y = setting(name)
+
+    def oracle() -> Tensor:
+        return total(trace(per_sample_squared_norms(model, loss_fn, x, y), loss_fn.reduction))
+
+    assert_gradient(model, empirical_fisher_trace(model, loss_fn, x, y, create_graph=True), oracle)
+
+
+@every_model
+@pytest.mark.parametrize("loss_type", ["nll", "bce", "mse", "poisson"])
+def test_the_gradient_of_the_generalized_trace(name: str, loss_type: str) -> None:
+    model, x, _ = setting(name)
+
+    def oracle() -> Tensor:
+        return total(trace(exact_fisher(model, x, None, loss_type)))
+
+    with sdpa_kernel(SDPBackend.MATH):  # the fused attention has no second derivative
+        outputs = model(x)
+    assert_gradient(model, generalized_fisher_trace(model, outputs, None, loss_type, create_graph=True), oracle)
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_the_gradient_through_fused_attention_is_right_or_refused(name: str) -> None:
+    model, x, _ = setting(name)
+    try:
+        value = generalized_fisher_trace(model, model(x), None, create_graph=True)
+    except CurvatureError as refusal:
+        assert "second derivative" in str(refusal)
+    else:
+        assert_gradient(model, value, lambda: total(trace(exact_fisher(model, x))))
+
+
+@every_model
+def test_the_gradient_with_observed_labels(name: str) -> None:
+    """The empirical Fisher by the other function."""
+    model, x, y = setting(name)
+
+    def oracle() -> Tensor:
+        return total(trace(per_sample_squared_norms(model, nn.CrossEntropyLoss(), x, y)))
+
+    with sdpa_kernel(SDPBackend.MATH):
+        outputs = model(x)
+    assert_gradient(model, generalized_fisher_trace(model, outputs, y, labels="observed", create_graph=True), oracle)
+
+
+@pytest.mark.parametrize("num_samples", [1, 2])
+def test_the_gradient_of_the_sampled_trace_is_right_on_average(num_samples: int) -> None:
+    """A draw's own gradient is an unbiased estimate of the exact one's, also through the probabilities of the draw."""
+    model, x, _ = setting("linear")
+    parameters = list(model.parameters())
+
+    def gradient(k: int | None) -> Tensor:
+        value = generalized_fisher_trace(model, model(x), None, num_samples=k, create_graph=True, generator=generator)
+        return torch.cat([slope.flatten() for slope in torch.autograd.grad(value, parameters)])
+
+    generator = torch.Generator().manual_seed(0)
+    expected = gradient(None)
+    draws = torch.stack([gradient(num_samples) for _ in range(400)])
+    error = (draws.mean(0) - expected) / (draws.std(0) / math.sqrt(len(draws)))
+    assert float(error.abs().max()) < 4.5
+
+
+# What the graph holds
+
+
+@contextmanager
+def boxes() -> Iterator[weakref.WeakSet[Any]]:
+    """Every tensor that is saved for a backward pass inside, for as long as something may want it."""
+
+    class Box:
+        def __init__(self, tensor: Tensor):
+            self.tensor = tensor
+
+    alive: weakref.WeakSet[Box] = weakref.WeakSet()
+
+    def boxed(tensor: Tensor) -> Box:
+        box = Box(tensor)
+        alive.add(box)
+        return box
+
+    with torch.autograd.graph.saved_tensors_hooks(boxed, lambda box: box.tensor):
+        yield alive
+
+
+@contextmanager
+def no_collector() -> Iterator[None]:
+    """What is freed inside is freed by reference counts alone, at once."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def empirical(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return empirical_fisher_trace(model, nn.CrossEntropyLoss(), x, y, create_graph=True)
+
+
+def generalized(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    with sdpa_kernel(SDPBackend.MATH):
+        outputs = model(x)
+    return generalized_fisher_trace(model, outputs, y, create_graph=True)
+
+
+both = pytest.mark.parametrize("function", [empirical, generalized], ids=["empirical", "generalized"])
+
+
+@every_model
+@both
+def test_memory_goes_with_the_value(name: str, function: Callable[..., Tensor]) -> None:
+    model, x, y = setting(name)
+    function(model, x, y)  # what is remembered of a model is remembered now
+    with no_collector():
+        with boxes() as alive:
+            value = function(model, x, y)
+        assert len(alive) > 0
+        del value
+        assert len(alive) == 0
+
+
+@every_model
+@both
+def test_memory_goes_with_a_backward_pass(name: str, function: Callable[..., Tensor]) -> None:
+    model, x, y = setting(name)
+    function(model, x, y)
+    with no_collector():
+        with boxes() as alive:
+            value = function(model, x, y)
+        value.backward()
+        assert len(alive) == 0
+        assert math.isfinite(float(value))
+
+
+@both
+def test_nothing_is_left_behind_by_many_steps(function: Callable[..., Tensor]) -> None:
+    model, x, y = setting("convolution")
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    left = []
+    with no_collector(), boxes() as alive:
+        for _ in range(4):
+            optimizer.zero_grad()
+            (F.cross_entropy(call(model, x), y) + 0.1 * function(model, x, y)).backward()
+            optimizer.step()
+            left.append(len(alive))
+    assert left == [0] * 4
