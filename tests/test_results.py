@@ -234,7 +234,7 @@ class Checkpointed(nn.Module):
 def test_checkpointed_steps_are_passed_over_too(reentrant: bool) -> None:
     torch.manual_seed(0)
     model = Checkpointed(reentrant).double()
-    same(watched(model, [0, 4, 6, 2], every=2).report(), watched(model, [0, 6]).report())
+    same(watched(model, [0, 1, 2, 5], every=2).report(), watched(model, [0, 2]).report())
 
 
 def test_a_backward_pass_through_a_step_that_is_watched_and_one_that_is_not() -> None:

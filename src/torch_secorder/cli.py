@@ -280,7 +280,7 @@ def _aligned(rows: list[list[str]]) -> str:
 
 
 def _csv(report: pd.DataFrame) -> bytes:
-    return report.assign(**report.attrs).to_csv().encode()
+    return report.assign(**{str(name): value for name, value in report.attrs.items()}).to_csv().encode()
 
 
 def _json(report: pd.DataFrame) -> bytes:
@@ -296,7 +296,7 @@ def _plain(value: Any) -> Any:
 def _html(report: pd.DataFrame) -> bytes:
     facts = report.attrs
     caption = f"{facts['fisher']} Fisher, {facts['reduction']} over {facts['n_samples']:,} samples"
-    numbers = {name: "{:.4g}" for name in ("fisher_trace", "fisher_trace_stderr", "fisher_mean", "grad_sq_norm")}
+    numbers = dict.fromkeys(("fisher_trace", "fisher_trace_stderr", "fisher_mean", "grad_sq_norm"), "{:.4g}")
     style = (
         report.style.format({**numbers, "fisher_trace_share": "{:.1%}", "numel": "{:,}"}, na_rep="", escape="html")
         .format_index(escape="html")

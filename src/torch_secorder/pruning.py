@@ -142,8 +142,8 @@ def prune(
     """Mask the weights or channels of least saliency, through :mod:`torch.nn.utils.prune`.
 
     The masks are PyTorch's own: ``weight_orig`` and ``weight_mask`` appear, :func:`torch.nn.utils.prune.is_pruned` says so, and
-    :func:`torch.nn.utils.prune.remove` makes it permanent. Pruning again adds to the masks that are there: what is pruned
-    already has no saliency, so it counts among ``amount``.
+    :func:`torch.nn.utils.prune.remove` makes it permanent. Pruning again adds to the masks that are there, and what is
+    pruned already counts among ``amount``.
 
     Args:
         model: the model, whose modules get masks.
@@ -176,7 +176,8 @@ def prune(
     if len({channels for _, _, channels in kinds.values()}) > 1:
         raise ArgumentError("saliencies of weights and of channels can't be compared; prune by one after the other")
     by_channel = next(iter(kinds.values()))[2]
-    keep = _kept(saliency, share, scope, minimum if by_channel else 0)
+    left = {name: _unpruned(scores, *kinds[name]) for name, scores in saliency.items()}
+    keep = _kept(left, share, scope, minimum if by_channel else 0)
     for name, (module, local, channels) in kinds.items():
         if not channels:
             torch_prune.custom_from_mask(module, local, keep[name])
@@ -529,6 +530,16 @@ def _target(model: nn.Module, name: str, scores: Tensor) -> tuple[nn.Module, str
     if tuple(scores.shape) != expected:
         raise ArgumentError(f"the saliency of {name} has shape {tuple(scores.shape)}, but {expected} is needed")
     return found
+
+
+def _unpruned(scores: Tensor, module: nn.Module, local: str, channels: bool) -> Tensor:
+    """The scores, with minus infinity where a mask that is there has pruned already."""
+    mask = getattr(module, f"{local}_mask", None)
+    if mask is None:
+        return scores
+    if channels:
+        mask = mask.movedim(channel_axis(module) if mask.dim() > 1 else 0, 0).flatten(1).any(1)
+    return scores.masked_fill(mask.to(scores.device) == 0, -torch.inf)
 
 
 def _kept(saliency: Mapping[str, Tensor], share: float, scope: str, minimum: int) -> dict[str, Tensor]:

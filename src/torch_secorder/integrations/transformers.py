@@ -150,7 +150,7 @@ def _of_means(report: pd.DataFrame) -> pd.DataFrame:
     n, passes = report.attrs["n_samples"], report.attrs["n_passes"]
     inverse = report.attrs.get("mean_inverse_batch_size", math.nan)
     means = report.copy()
-    means.attrs.update(report.attrs, reduction="mean")
+    means.attrs["reduction"] = "mean"
     for column in ("fisher_trace", "fisher_trace_stderr", "fisher_mean"):
         means[column] = report[column] * n
     # (N / N_b)^2 is one number only for micro-batches of one size, where 1 / N_b is passes / N.

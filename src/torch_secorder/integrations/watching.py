@@ -78,8 +78,8 @@ class Watch:
             convert: from a report of what was differentiated to the report that is meant.
 
         Returns:
-            The numbers to log, without those that are NaN (the standard error of one sample); None if no step was watched, or none of its samples can be told (no backward pass, or an
-            overflow of scaled gradients).
+            The numbers to log, without those that are NaN (the standard error of one sample). None if no step was
+            watched, or nothing can be told of it (no backward pass, or an overflow of scaled gradients).
         """
         monitor, active = self._monitor, self._active
         self.close()
