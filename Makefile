@@ -59,15 +59,18 @@ clean:  ## remove everything that the other targets made
 	rm -rf $(VENV) build dist docs/_build report.csv report.png .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name '*.egg-info' -o -name __pycache__ | xargs rm -rf
 
+# Without their own requirements: torchvision, which is not used here, does not load beside every build of torch.
+EXTRA = from importlib.metadata import requires; \
+	print(*(r.partition(";")[0] for r in requires("torch-secorder") if "extra == \"$(1)\"" in r))
+with_extra = $(BIN)/python -m pip install --quiet --no-deps $$($(BIN)/python -c '$(call EXTRA,$(1))')
+
 $(READY): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(TORCH)
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(call with_extra,peers)
 	touch $@
 
-# Without their own requirements: torchvision, which is not used here, does not load beside every build of torch.
-EXTRA := 'from importlib.metadata import requires; \
-	print(*(r.partition(";")[0] for r in requires("torch-secorder") if "extra == \"bench\"" in r))'
 $(BENCH): $(READY)
-	$(BIN)/python -m pip install --quiet --no-deps $$($(BIN)/python -c $(EXTRA))
+	$(call with_extra,bench)
 	touch $@

@@ -1,6 +1,11 @@
-"""Every rank watches its own share of the data, and all print one table: ``torchrun --nproc-per-node 2 examples/distributed.py``."""
+"""Every rank watches its own share of the data, and one prints the table of all of it.
+
+Run it with ``torchrun --nproc-per-node 2 examples/distributed.py``; without torchrun it is a single rank.
+"""
 
 from __future__ import annotations
+
+import os
 
 import torch
 import torch.distributed as dist
@@ -11,7 +16,11 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from torch_secorder import FisherMonitor
 
 
+ALONE = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29531", "RANK": "0", "WORLD_SIZE": "1"}
+
+
 def main() -> None:
+    os.environ.update({name: value for name, value in ALONE.items() if name not in os.environ})
     dist.init_process_group("gloo")
     torch.manual_seed(0)
     images, labels = torch.randn(200, 20), torch.randint(3, (200,))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -14,6 +15,7 @@ from oracles import assert_equal, per_sample_gradients
 from torch_secorder import FisherMonitor, fisher_report
 from torch_secorder.errors import ArgumentError
 from torch_secorder.noise_scale import gradient_noise_scale
+from torch_secorder.tables import read_report
 
 MODULES = {"0": ["0.weight", "0.bias"], "2": ["2.weight", "2.bias"]}
 MODULES["model"] = [*MODULES["0"], *MODULES["2"]]
@@ -98,6 +100,13 @@ def test_parts_add_up_over_every_grouping() -> None:
         for column in ("numel", "true_grad_sq_norm", "noise_trace"):
             assert found[column].sum() == pytest.approx(total[column], rel=1e-12)
     assert gradient_noise_scale(report, by=None).index.equals(report.index)
+
+
+def test_a_report_that_was_written_and_read(tmp_path: Path) -> None:
+    report = report_of(classifier(), data(6), data(5))
+    report.assign(**report.attrs).to_csv(tmp_path / "report.csv")
+    again = gradient_noise_scale(read_report(tmp_path / "report.csv").astype({"module": str}))
+    pd.testing.assert_frame_equal(again, gradient_noise_scale(report), rtol=1e-12, check_index_type=False)
 
 
 def test_same_samples_have_no_noise() -> None:

@@ -13,7 +13,14 @@ from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
 
 from torch_secorder import FisherMonitor, fisher_report
-from torch_secorder.errors import ArgumentError, CoupledSamplesError, CoverageError, LifecycleError, NonFiniteError, ShapeError
+from torch_secorder.errors import (
+    ArgumentError,
+    CoupledSamplesError,
+    CoverageError,
+    LifecycleError,
+    NonFiniteError,
+    ShapeError,
+)
 from torch_secorder.pruning import ChannelGates, GroupImportance, prune, pruning_sensitivity, weight_saliency
 
 cross_entropy = nn.functional.cross_entropy
@@ -232,6 +239,12 @@ def test_the_saliency_of_weights_is_that_of_a_loop(reduction: str) -> None:
             total += 0.5 * torch.autograd.grad(loss, weight, retain_graph=True)[0].square() * weight.detach() ** 2 / 6
     for name, total in expected.items():
         torch.testing.assert_close(found[name], total, rtol=1e-4, atol=1e-12)
+    shrunk = weight_saliency(model, monitor, fisher="sampled", shrinkage=0.25)["6.weight"]
+    square = model[6].weight.detach() ** 2
+    f = 2 * expected["6.weight"] / square
+    torch.testing.assert_close(shrunk, 0.5 * (0.75 * f + 0.25 * f.mean()) * square, rtol=1e-4, atol=1e-12)
+    with pytest.raises(ArgumentError, match="shrinkage must be a share"):
+        weight_saliency(model, monitor, fisher="sampled", shrinkage=2)
     everything = weight_saliency(model, monitor, fisher="sampled", parameters="all")
     assert list(everything) == [name for name, _ in model.named_parameters()]
 
@@ -290,7 +303,9 @@ def test_masks_are_pytorchs_own() -> None:
     assert torch_prune.is_pruned(model)
     reference = net()
     reference.load_state_dict({k.removesuffix("_orig"): v for k, v in model.state_dict().items() if "_mask" not in k})
-    torch_prune.global_unstructured([(reference[i], "weight") for i in (0, 3, 6, 8)], torch_prune.L1Unstructured, amount=0.5)
+    torch_prune.global_unstructured(
+        [(reference[i], "weight") for i in (0, 3, 6, 8)], torch_prune.L1Unstructured, amount=0.5
+    )
     assert all(torch.equal(model[i].weight_mask, reference[i].weight_mask) for i in (0, 3, 6, 8))
     torch.testing.assert_close(model(x), reference(x))
     with FisherMonitor(model, diagonal=True) as monitor:

@@ -20,7 +20,13 @@ from torch_secorder.tables import read_report
 
 def net() -> nn.Sequential:
     return nn.Sequential(
-        nn.Conv2d(2, 4, 3), nn.Tanh(), nn.ConvTranspose2d(4, 3, 2), nn.Flatten(), nn.Linear(75, 6), nn.Tanh(), nn.Linear(6, 4)
+        nn.Conv2d(2, 4, 3),
+        nn.Tanh(),
+        nn.ConvTranspose2d(4, 3, 2),
+        nn.Flatten(),
+        nn.Linear(75, 6),
+        nn.Tanh(),
+        nn.Linear(6, 4),
     )
 
 
@@ -259,7 +265,14 @@ def test_bits_that_mean_nothing(bits: Any) -> None:
 def test_other_arguments_that_mean_nothing() -> None:
     model = net()
     report = exact(model)
-    for options in ({"scheme": "log"}, {"per": "row"}, {"parameters": "some"}, {"bits": ()}, {"bits": (4, 4)}, {"fisher": "x"}):
+    for options in (
+        {"scheme": "log"},
+        {"per": "row"},
+        {"parameters": "some"},
+        {"bits": ()},
+        {"bits": (4, 4)},
+        {"fisher": "x"},
+    ):
         with pytest.raises(ArgumentError):
             quantization_sensitivity(model, report, **options)  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match="infinite or NaN"):

@@ -22,11 +22,13 @@ import torch
 
 from torch_secorder.errors import CurvatureError
 from torch_secorder.loop import fisher_report
+from torch_secorder.plotting import bars, styled
 
 if TYPE_CHECKING:
     import pandas as pd
 
 FORMATS = ("csv", "json", "html", "png")
+MOST_BARS = 100
 DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 DESCRIPTION = "How much curvature (Fisher information) every parameter of a PyTorch model carries."
 EXIT_CODES = (
@@ -296,41 +298,18 @@ def _plain(value: Any) -> Any:
 def _html(report: pd.DataFrame) -> bytes:
     facts = report.attrs
     caption = f"{facts['fisher']} Fisher, {facts['reduction']} over {facts['n_samples']:,} samples"
-    numbers = dict.fromkeys(("fisher_trace", "fisher_trace_stderr", "fisher_mean", "grad_sq_norm"), "{:.4g}")
-    style = (
-        report.style.format({**numbers, "fisher_trace_share": "{:.1%}", "numel": "{:,}"}, na_rep="", escape="html")
-        .format_index(escape="html")
-        .bar(subset=["fisher_trace_share"], color="#7ba7d7", vmin=0)
-        .set_caption(caption)
-        .set_table_styles(
-            [
-                {"selector": "", "props": "border-collapse: collapse; font: 14px system-ui, sans-serif"},
-                {"selector": "th, td", "props": "padding: 3px 10px; text-align: right; border-bottom: 1px solid #ddd"},
-                {"selector": "th.row_heading", "props": "text-align: left; font-weight: normal"},
-                {"selector": "caption", "props": "text-align: left; padding: 8px 10px; font-weight: bold"},
-            ]
-        )
-    )
+    style = styled(report).format_index(escape="html").set_caption(caption)
     return str(style.to_html(doctype_html=True)).encode()
 
 
 def _png(report: pd.DataFrame) -> bytes:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 0.3 * len(report) + 1.3), layout="constrained")
-    axes = figure.subplots()
-    places = range(len(report))
-    axes.barh(
-        places, report["fisher_trace"], xerr=report["fisher_trace_stderr"], height=0.6, capsize=3, color="#7ba7d7"
-    )
-    axes.set_yticks(places, [str(name) or "(model)" for name in report.index])
-    axes.invert_yaxis()
-    axes.set_xlim(left=0)
-    axes.set_xlabel(
-        f"{report.attrs['fisher']} Fisher trace ({report.attrs['reduction']} over {report.attrs['n_samples']:,} samples, "
-        "± standard error)"
-    )
-    axes.spines[["top", "right"]].set_visible(False)
+    rows = min(len(report), MOST_BARS)
+    figure = Figure(figsize=(8, 0.28 * rows + 1.4), layout="constrained")
+    axes = bars(report, top=rows, ax=figure.subplots())
+    if rows < len(report):
+        axes.set_title(f"The {rows} largest of {len(report):,} rows", loc="left", fontsize="medium")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150)
     return buffer.getvalue()

@@ -102,17 +102,18 @@ class Unplaced(Enum):
 Evidence = Placement | Unplaced
 
 
-BASE = 8  # how many different factors one backward pass tells apart; 1 to 128 leaves room even in float16
+# How many different factors one backward pass tells apart, in half precision and in other dtypes: 2^7 and 2^31 leave room.
+BASE_OF_HALF, BASE = 8, 32
 
 
-def factors(n: int) -> list[Tensor]:
+def factors(n: int, base: int = BASE) -> list[Tensor]:
     """Factors for the samples, ``[n]`` each: ones, then a power of two for each digit of a sample's number.
 
     Two samples differ in at least one of them.
     """
     samples = torch.arange(n)
-    digits = max(1, math.ceil(math.log(max(n, 2), BASE) - 1e-9))
-    return [torch.ones(n), *(2.0 ** (samples // BASE**place % BASE) for place in range(digits))]
+    digits = max(1, math.ceil(math.log(max(n, 2), base) - 1e-9))
+    return [torch.ones(n), *(2.0 ** (samples // base**place % base) for place in range(digits))]
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,7 @@ def _directions(size: int, like: Tensor) -> Tensor:
     return (_random(size) if size < 2**16 else _random.__wrapped__(size)).to(like)
 
 
-def evidence(plain: Sketch | None, scaled: Sequence[Sketch | None], n: int) -> Evidence:
+def evidence(plain: Sketch | None, scaled: Sequence[Sketch | None], n: int, base: int = BASE) -> Evidence:
     """What gradients for a seed, and for the seed times each of the :func:`factors`, say of a tensor's samples."""
     found = [g for g in scaled if g is not None]
     if plain is None or len(found) < len(scaled):
@@ -182,19 +183,19 @@ def evidence(plain: Sketch | None, scaled: Sequence[Sketch | None], n: int) -> E
         placement = Placement(axis, fold)
         if placement.fits(shape, n) and (fold == "none" or shape[axis] != n):
             owner = placement.owner(shape[axis], n, plain.axes[axis].device)
-            if _explains(plain.axes[axis], [g.axes[axis] for g in found], owner, n):
+            if _explains(plain.axes[axis], [g.axes[axis] for g in found], owner, n, base):
                 return placement
     if not shape:
         return Unplaced.SHARED
     rows, others = plain.axes[0], [g.axes[0] for g in found]
-    owner = _owners(rows, others)
-    return Placement(0, "listed", owner) if _explains(rows, others, owner, n) else Unplaced.SHARED
+    owner = _owners(rows, others, base)
+    return Placement(0, "listed", owner) if _explains(rows, others, owner, n, base) else Unplaced.SHARED
 
 
-def _explains(rows: Tensor, scaled: list[Tensor], owner: Tensor | None, n: int) -> bool:
+def _explains(rows: Tensor, scaled: list[Tensor], owner: Tensor | None, n: int, base: int) -> bool:
     """Whether every row came back times the factors of its owner."""
     size = rows.norm(dim=1)
-    for factor, found in zip(factors(n)[1:], scaled, strict=True):
+    for factor, found in zip(factors(n, base)[1:], scaled, strict=True):
         factor = factor.to(rows)
         factor = factor if owner is None else factor[owner.clamp(max=n - 1)]
         off = (found / factor[:, None] - rows).norm(dim=1)
@@ -204,11 +205,11 @@ def _explains(rows: Tensor, scaled: list[Tensor], owner: Tensor | None, n: int) 
     return True
 
 
-def _owners(rows: Tensor, scaled: list[Tensor]) -> Tensor:
+def _owners(rows: Tensor, scaled: list[Tensor], base: int) -> Tensor:
     """The sample of each row, if each has one; rows without a gradient may belong to any."""
     owner = torch.zeros(len(rows), dtype=torch.long, device=rows.device)
     for place, found in enumerate(scaled):
         ratio = found.norm(dim=1) / rows.norm(dim=1)
-        digit = ratio.log2().round().nan_to_num(0, 0, 0).clamp(0, BASE - 1)
-        owner += digit.long() * BASE**place
+        digit = ratio.log2().round().nan_to_num(0, 0, 0).clamp(0, base - 1)
+        owner += digit.long() * base**place
     return owner

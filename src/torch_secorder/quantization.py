@@ -13,15 +13,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from torch_secorder.errors import ArgumentError
-from torch_secorder.monitor import FisherMonitor, checked
+from torch_secorder.monitor import FisherMonitor
 from torch_secorder.parameters import named_modules, plain_name, unwrapped
+from torch_secorder.results import checked
 from torch_secorder.sources import Curvature, channel_axis, curvature, warn_if_no_prediction
 from torch_secorder.tables import table
 
@@ -292,15 +292,15 @@ def quantized(
                 named[name].copy_(value)
 
 
-def checked_bits(bits: int) -> int:
+def checked_bits(bits: Any) -> int:
     """Bits that are an int from 1 to 16.
 
     Raises:
         ArgumentError: for anything else.
     """
-    if isinstance(bits, bool) or not isinstance(bits, Integral) or not 1 <= bits <= 16:
+    if isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= 16:
         raise ArgumentError(f"bits must be whole numbers from 1 to 16, not {bits!r}")
-    return int(bits)
+    return bits
 
 
 def _over(axes: list[int], w: Tensor, reduce: Callable[..., Tensor]) -> Tensor:
@@ -384,11 +384,10 @@ def _cheapest(costs: list[list[float]], numel: list[int], widths: list[int], siz
     # HiGHS stops at an absolute gap of 1e-6: the costs are scaled so that this is a billionth of a known solution.
     cost = np.array([costs[p][c] for p, c in pairs]) * (1e3 / enough)
     weight = np.array([numel[p] * widths[c] for p, c in pairs], dtype=float)
-    unity = max(1.0, float(weight.max()))
     one_each = csr_array((np.ones(len(pairs)), ([p for p, _ in pairs], range(len(pairs)))))
     constraints = [
         LinearConstraint(one_each, 1, 1),
-        LinearConstraint(csr_array(weight[None] / unity), -np.inf, size / unity),
+        LinearConstraint(csr_array(weight[None]), -np.inf, size),
     ]
     answer = milp(
         cost,

@@ -148,7 +148,9 @@ def _columns(report: Any) -> tuple[list[str], list[float], list[tuple[int, ...] 
     traces = [float(trace) for trace in report["fisher_trace"]]
     if bad := [name for name, trace in zip(names, traces, strict=True) if not (math.isfinite(trace) and trace >= 0)]:
         raise ArgumentError(f"fisher_trace of {', '.join(bad)} is not a number that is 0 or more")
-    shapes = [shape_of(shape) for shape in report["shape"]] if "shape" in columns else [None] * len(names)
+    shapes: list[tuple[int, ...] | None] = [None] * len(names)
+    if "shape" in columns:
+        shapes = [shape_of(shape) for shape in report["shape"]]
     return names, traces, shapes
 
 

@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from model_state import hooks
 from oracles import assert_equal, per_sample_squared_norms, total, trace
+from torch_secorder import FisherMonitor
 from torch_secorder.errors import ArgumentError, CoupledSamplesError, LifecycleError, ShapeError
 from torch_secorder.integrations.lightning import FisherCallback
 from torch_secorder.noise_scale import gradient_noise_scale
@@ -127,24 +129,35 @@ def test_the_part_that_the_step_calls(tmp_path: Path) -> None:
     assert not hooked(module)
 
 
-def test_noise_scale_is_that_of_the_steps_batches(tmp_path: Path) -> None:
-    callback = FisherCallback(every=100)
-    fit(Classifier(), [callback], tmp_path, accumulate_grad_batches=3)
-    assert callback.report is not None
-    assert callback.report.attrs["n_passes"] == 3
-    expected = gradient_noise_scale(callback.report, by="model")["noise_scale"].iloc[0]
-    assert callback.history[0].get("noise_scale", float("nan")) == pytest.approx(expected, nan_ok=True)
+@pytest.mark.parametrize("decay", [0.0, 0.5, None])
+def test_noise_scale_is_that_of_the_steps_batches(decay: float | None, tmp_path: Path) -> None:
+    """Its parts are those of plain monitors around the same batches, averaged over steps before they are divided."""
+    recorder, callback = Recorder(), FisherCallback(every=1, noise_decay=decay)
+    fit(Classifier(), [callback, recorder], tmp_path, n=48, accumulate_grad_batches=3)
+    signal = noise = 0.0
+    for row, (net, x, y) in zip(callback.history, recorder.steps, strict=True):
+        if decay is None:
+            assert not [name for name in row if "noise" in name]
+            continue
+        with FisherMonitor(net) as monitor:
+            for index in torch.arange(len(x)).split(4):
+                nn.functional.cross_entropy(net(x[index]), y[index]).backward()
+        parts = gradient_noise_scale(monitor.report(), by="model").loc["model"]
+        signal = decay * signal + parts["true_grad_sq_norm"]
+        noise = decay * noise + parts["noise_trace"]
+        expected = noise / signal if signal > 0 else float("nan")
+        assert row.get("noise_scale", float("nan")) == pytest.approx(expected, rel=1e-8, nan_ok=True)
 
 
 def test_numbers_reach_loggers_and_callback_metrics(tmp_path: Path) -> None:
     logger = lightning.loggers.CSVLogger(tmp_path)
     callback = FisherCallback(every=2)
     trainer = fit(Classifier(), [callback], tmp_path, logger=logger, log_every_n_steps=1)
-    rows = [row for row in logger.experiment.metrics if "fisher_trace" in row]
     logger.save()
-    written = (Path(logger.log_dir) / "metrics.csv").read_text()
-    assert "fisher_trace/net.2" in written.splitlines()[0]
-    assert len([line for line in written.splitlines()[1:] if line]) == 3 or rows
+    written = pd.read_csv(Path(logger.log_dir) / "metrics.csv").dropna(subset="fisher_trace")
+    assert list(written["step"]) == [row["step"] for row in callback.history] == [0, 2, 4]
+    for name in ("fisher_trace", "fisher_trace_stderr", "fisher_trace/net.0", "fisher_trace/net.2"):
+        assert list(written[name]) == pytest.approx([row[name] for row in callback.history])
     assert float(trainer.callback_metrics["fisher_trace"]) == pytest.approx(callback.history[-1]["fisher_trace"])
 
 
@@ -172,6 +185,8 @@ def test_refusals_in_words(tmp_path: Path) -> None:
             FisherCallback(every=every)  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match="by must be"):
         FisherCallback(by="layer")
+    with pytest.raises(ArgumentError, match="noise_decay must be"):
+        FisherCallback(noise_decay=1.0)
     module = Classifier(norm=True)
     with pytest.raises(CoupledSamplesError, match="BatchNorm"):
         fit(module, [FisherCallback()], tmp_path)

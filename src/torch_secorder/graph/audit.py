@@ -21,6 +21,8 @@ from torch_secorder.placement import Placement, Unplaced
 from torch_secorder.records import Forward, Record
 from torch_secorder.trees import tensors
 
+AHEAD = 3  # how far a chain from a parameter to the data is expected to be, so that one look sees all of it
+
 
 class Audit:
     """Accounts for every use of every parameter in the graph of one model's outputs.
@@ -77,6 +79,9 @@ class Audit:
         doubtful = fresh or walk.coincidences(n) or any(record.placement is None for record, _ in reached)
         seen = [x for x in roots if x.dim() > self._axis]
         look = Look(memory, seen, self._axis, n, rehearse, doubtful)
+        if walk.uses or doubtful:
+            unclear = [edge.node for record, edge in reached if record.placement is None]
+            look.ahead(walk.above([*(node for edges in walk.uses.values() for node, _ in edges), *unclear], AHEAD))
         shared = self._placed(walk, reached, look, n, doubtful)
         if not walk.uses and not shared:
             return []

@@ -77,11 +77,7 @@ class Frontier:
     def __init__(self, walk: Walk, shared: list[Record], look: Look, n: int, table: ParameterTable):
         self._walk, self._look, self._n, self._table = walk, look, n, table
         self._shared = {node: r for node, records in walk.records.items() for r in records if r in shared}
-        self._parents: dict[Node, list[Edge]] = defaultdict(list)
-        for node, inputs in walk.children.items():
-            for index, (child, _) in enumerate(inputs):
-                if child is not None and (node not in walk.records):
-                    self._parents[child].append((node, index))
+        self._parents = walk.parents
 
     def uses(self, forward: Forward) -> list[tuple[Use, Node]]:
         """Every frontier use."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,7 +16,7 @@ from torch.autograd.graph import GradientEdge, Node
 
 from torch_secorder.capture import probe, probing
 from torch_secorder.errors import ShapeError, UnsupportedError
-from torch_secorder.placement import Evidence, Placement, Sketch, Unplaced, evidence, factors
+from torch_secorder.placement import BASE, BASE_OF_HALF, Evidence, Placement, Sketch, Unplaced, evidence, factors
 
 Key = tuple[object, ...]
 Wanted = tuple[Key, GradientEdge, Sequence[int]]  # what to remember it by, where in the graph, the shape to see it in
@@ -105,6 +105,15 @@ class Look:
         self._patient = not doubtful and memory.turns.bit_count() > 1
         self._rehearse = rehearse
         self._roots = [x for x in roots if x.shape[axis] == n]
+        self._base = BASE_OF_HALF if any(x.dtype in (torch.float16, torch.bfloat16) for x in roots) else BASE
+        self._ahead: list[Wanted] = []
+        self._seen: dict[tuple[Node, int], Evidence] = {}
+
+    def ahead(self, nodes: Iterable[Node]) -> None:
+        """Nodes that may be asked for later: if a backward pass is made, it looks at them too."""
+        for node in nodes:
+            for nr, meta in enumerate(node._input_metadata):
+                self._ahead.append(((node, nr), GradientEdge(node, nr), meta.shape))
 
     def __call__(self, wanted: list[Wanted]) -> list[Evidence]:
         """Evidence for each (key, edge, shape); what was found for a key before holds while it fits the shape."""
@@ -112,10 +121,19 @@ class Look:
         if new and self._rehearse is not None:
             self._rehearse()
             new = [item for item in new if not self._holds(item[0], item[2])]
+        looked_at = [item for item in new if item[0][0] == "use" and (item[1].node, item[1].output_nr) in self._seen]
+        for key, edge, _ in looked_at:
+            self._known[key] = self._seen[edge.node, edge.output_nr]
+        new = [item for item in new if item not in looked_at]
         if new:
-            columns = zip(*self._sketches(new), strict=True)
-            for (key, _, _), (plain, *scaled) in zip(new, columns, strict=True):
-                self._known[key] = evidence(plain, scaled, self._n)
+            ahead, self._ahead = self._ahead, []
+            columns = zip(*self._sketches([*new, *ahead]), strict=True)
+            for (key, edge, _), (plain, *scaled) in zip([*new, *ahead], columns, strict=True):
+                found = evidence(plain, scaled, self._n, self._base)
+                if key == (edge.node, edge.output_nr):
+                    self._seen[edge.node, edge.output_nr] = found
+                else:
+                    self._known[key] = found
         return [self._known[key] for key, _, _ in wanted]
 
     def _holds(self, key: Key, shape: Sequence[int]) -> bool:
@@ -143,9 +161,9 @@ class Look:
                     hook = partial(_arrived, found, position, edge.output_nr, tuple(shape))
                     hooks.callback(edge.node.register_prehook(hook).remove)
             if not ends:
-                return [[None] * len(wanted) for _ in factors(self._n)]
+                return [[None] * len(wanted) for _ in factors(self._n, self._base)]
             last = [(position, item) for position, item in enumerate(wanted) if item[1].node in ends]
-            for factor in factors(self._n):
+            for factor in factors(self._n, self._base):
                 scaled = [s * factor.to(s).view(-1, *[1] * (s.dim() - 1 - self._axis)) for s in seeds]
                 found.append([None] * len(wanted))
                 try:

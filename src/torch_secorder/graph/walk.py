@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -101,6 +102,26 @@ class Walk:
                     seen.add(child)
                     stack.append(child)
         return outside
+
+    @cached_property
+    def parents(self) -> dict[Node, list[Edge]]:
+        """Node -> its consumers outside of hooked modules' calls, each with the index of its input."""
+        found: dict[Node, list[Edge]] = defaultdict(list)
+        for node, inputs in self.children.items():
+            if node not in self.records:
+                for index, (child, _) in enumerate(inputs):
+                    if child is not None:
+                        found[child].append((node, index))
+        return found
+
+    def above(self, nodes: Iterable[Node], levels: int) -> list[Node]:
+        """These nodes, and those that consume them in up to so many steps."""
+        found = dict.fromkeys(nodes)
+        level = list(found)
+        for _ in range(levels):
+            level = [parent for node in level for parent, _ in self.parents[node] if parent not in found]
+            found |= dict.fromkeys(level)
+        return list(found)
 
     def structure(self) -> int:
         """The same for graphs of the same nodes in the same order."""

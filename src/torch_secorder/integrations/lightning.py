@@ -46,7 +46,9 @@ class FisherCallback(Callback):  # type: ignore[misc] # Lightning is optional, a
         module: the dotted name of the part of the LightningModule that ``training_step`` calls, such as "model"; by
             default the LightningModule itself, for ``self(x)``.
         reduction: how ``training_step``'s loss combines its samples, "mean" or "sum".
-        noise_scale: also log the gradient noise scale.
+        noise_decay: the gradient noise scale's two parts are averaged over the watched steps with weights
+            ``noise_decay ** age`` before they are divided, since those of a single step scatter widely. 0 takes each step
+            by itself; None logs no noise scale.
         **options: ``parameters``, ``batch_axis`` and ``nonfinite`` of :class:`~torch_secorder.FisherMonitor`.
 
     Attributes:
@@ -74,7 +76,7 @@ class FisherCallback(Callback):  # type: ignore[misc] # Lightning is optional, a
         by: By = "module",
         module: str | None = None,
         reduction: str = "mean",
-        noise_scale: bool = True,
+        noise_decay: float | None = 0.9,
         parameters: str = "trainable",
         batch_axis: BatchAxis = None,
         nonfinite: str | None = None,
@@ -83,7 +85,7 @@ class FisherCallback(Callback):  # type: ignore[misc] # Lightning is optional, a
         options = {"parameters": parameters, "batch_axis": batch_axis}
         if nonfinite is not None:
             options["nonfinite"] = nonfinite
-        self._watch = Watch(every, by, noise_scale, **options)
+        self._watch = Watch(every, by, noise_decay, **options)
         self._module, self._reduction = module, reduction
 
     @property

@@ -48,7 +48,9 @@ class FisherCallback(TrainerCallback):  # type: ignore[misc] # transformers is o
         by: what a LAYER is: "module", "type", None for parameters, or a function from a parameter's name to a group.
         log: where the numbers go, a function of a dict: ``trainer.log`` for TensorBoard and whatever else the Trainer reports
             to. It can be set later, ``callback.log = trainer.log``. By default they go into ``state.log_history``.
-        noise_scale: also log the gradient noise scale.
+        noise_decay: the gradient noise scale's two parts are averaged over the watched steps with weights
+            ``noise_decay ** age`` before they are divided, since those of a single step scatter widely. 0 takes each step
+            by itself; None logs no noise scale.
         **options: ``parameters``, ``batch_axis`` and ``nonfinite`` of :class:`~torch_secorder.FisherMonitor`.
 
     Attributes:
@@ -77,7 +79,7 @@ class FisherCallback(TrainerCallback):  # type: ignore[misc] # transformers is o
         *,
         by: By = "module",
         log: Callable[[dict[str, float]], object] | None = None,
-        noise_scale: bool = True,
+        noise_decay: float | None = 0.9,
         parameters: str = "trainable",
         batch_axis: BatchAxis = None,
         nonfinite: str | None = None,
@@ -85,7 +87,7 @@ class FisherCallback(TrainerCallback):  # type: ignore[misc] # transformers is o
         options = {"parameters": parameters, "batch_axis": batch_axis}
         if nonfinite is not None:
             options["nonfinite"] = nonfinite
-        self._watch = Watch(every, by, noise_scale, **options)
+        self._watch = Watch(every, by, noise_decay, **options)
         self._numbers: dict[str, float] | None = None
         self._optimizer: Any = None
         self.log = log

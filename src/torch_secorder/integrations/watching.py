@@ -25,7 +25,7 @@ class Watch:
     Args:
         every: watch the first optimizer step and every ``every``-th after it.
         by: the rows that are logged: None, "module", "type" or a function from a parameter's name to a group.
-        noise_scale: also log the gradient noise scale.
+        noise_decay: of the weights of earlier watched steps in the gradient noise scale, in [0, 1); None logs none.
         options: for :class:`FisherMonitor`.
 
     Attributes:
@@ -33,12 +33,17 @@ class Watch:
         report: the latest watched step's table by parameter; None before the first.
     """
 
-    def __init__(self, every: int, by: By, noise_scale: bool, **options: Any):
+    def __init__(self, every: int, by: By, noise_decay: float | None, **options: Any):
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise ArgumentError(f"every must be a positive number of optimizer steps, not {every!r}")
         if not (by in (None, "module", "type") or callable(by)):
             raise ArgumentError(f'by must be None, "module", "type" or a function of a parameter\'s name, not {by!r}')
-        self._every, self._by, self._noise_scale, self._options = every, by, noise_scale, options
+        if noise_decay is not None and not 0 <= noise_decay < 1:
+            raise ArgumentError(
+                f"noise_decay must be a number in [0, 1), or None for no noise scale, not {noise_decay!r}"
+            )
+        self._every, self._by, self._noise_decay, self._options = every, by, noise_decay, options
+        self._parts: dict[str, tuple[float, float]] = {}  # running sums of |G|^2 and tr Sigma, by what is logged
         self._monitor: FisherMonitor | None = None
         self._active = False
         self.history: list[dict[str, float]] = []
@@ -60,6 +65,7 @@ class Watch:
                 skipped. Such a step is not reported.
         """
         self.close()
+        self._parts = {}
         options = ({"nonfinite": "skip"} if scaled else {}) | self._options
         self._monitor = FisherMonitor(model, reduction, loss_scale=loss_scale, **options)
 
@@ -92,26 +98,38 @@ class Watch:
         whole = total.iloc[0]
         numbers = {"fisher_trace": whole["fisher_trace"], "fisher_trace_stderr": whole["fisher_trace_stderr"]}
         numbers |= {f"fisher_trace/{name}": value for name, value in rows["fisher_trace"].items()}
-        if self._noise_scale:
-            numbers |= _noise_scales(table, self._by)
+        if self._noise_decay is not None:
+            numbers |= self._noise_scales(table, self._noise_decay)
         numbers = {name: float(value) for name, value in numbers.items() if value == value}
         self.history.append({"step": step} | numbers)
         return numbers
+
+    def _noise_scales(self, table: pd.DataFrame, decay: float) -> dict[str, float]:
+        """By group and in total, where they can be told.
+
+        The parts are averaged over the watched steps before they are divided, as in McCandlish et al. (2018), appendix
+        A.1: those of one step are unbiased but scatter widely.
+        """
+        try:
+            rows, total = (gradient_noise_scale(table, by=by) for by in (self._by, "model"))
+        except ArgumentError:  # batches of one sample, or of sizes that can't be compared
+            return {}
+        found = {"noise_scale": total.iloc[0]} | {f"noise_scale/{name}": row for name, row in rows.iterrows()}
+        scales = {}
+        for name, row in found.items():
+            signal, noise = (decay * part for part in self._parts.get(name, (0.0, 0.0)))
+            if row["noise_trace"] == row["noise_trace"]:
+                signal, noise = signal + row["true_grad_sq_norm"], noise + row["noise_trace"]
+            self._parts[name] = signal, noise
+            if signal > 0:
+                scales[name] = noise / signal
+        return scales
 
     def close(self) -> None:
         """Take the hooks off the model, if a step is being watched."""
         if self._active and self._monitor is not None:
             self._monitor.__exit__(None, None, None)
         self._active = False
-
-
-def _noise_scales(table: pd.DataFrame, by: By) -> dict[str, float]:
-    """By group and in total, where they can be told."""
-    try:
-        rows, total = (gradient_noise_scale(table, by=by)["noise_scale"] for by in (by, "model"))
-    except ArgumentError:  # batches of one sample, or of sizes that can't be compared
-        return {}
-    return {"noise_scale": total.iloc[0]} | {f"noise_scale/{name}": value for name, value in rows.items()}
 
 
 def missing(package: str, extra: str) -> ImportError:
