@@ -1,12 +1,9 @@
 """Train with a penalty on the Fisher trace, and see it bite.
 
-The trace of the Fisher explodes early in training where learning rates are small, and networks that are kept from it
-tend to generalise better (Jastrzebski et al. 2021, "Catastrophic Fisher Explosion"). With create_graph=True the exact
-trace is a part of the loss like any other. Trains one small network on 300 handwritten digits, with several
-weights of the penalty, and compares the traces, and the accuracy on 1,497 other digits.
+With create_graph=True the exact trace is a part of the loss like any other. Trains a small network on 300 handwritten
+digits, with several weights of the penalty, and tells the Fisher trace and what the network makes of 1,497 other
+digits. Penalties of this kind are studied by Jastrzebski et al. (2021), "Catastrophic Fisher Explosion".
 """
-
-import time
 
 import torch
 from sklearn.datasets import load_digits
@@ -27,7 +24,7 @@ def digits():
 
 
 def train(pixels, labels, penalty):
-    """A network, trained on the loss plus `penalty` times the exact Fisher trace of the batch; and the largest trace."""
+    """A network, trained on the loss plus `penalty` times the exact Fisher trace of each batch; and the largest trace."""
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 10))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -35,8 +32,8 @@ def train(pixels, labels, penalty):
     for _ in range(STEPS):
         rows = torch.randint(len(labels), (BATCH,))
         outputs = model(pixels[rows])
-        # The targets do not enter: the labels are the model's own, integrated out.
-        trace = generalized_fisher_trace(model, outputs, None, create_graph=penalty > 0)
+        # No targets: the labels are those that the model predicts, integrated out.
+        trace = generalized_fisher_trace(model, outputs, None, create_graph=True)
         optimizer.zero_grad()
         (loss_fn(outputs, labels[rows]) + penalty * trace).backward()
         optimizer.step()
@@ -44,27 +41,19 @@ def train(pixels, labels, penalty):
     return model, largest
 
 
-def row(model, training, held_out):
-    """Loss, accuracy on both parts, and the Fisher trace on the training images."""
-    outputs, others = model(training[0]), model(held_out[0])
-    return (
-        float(loss_fn(outputs.detach(), training[1])),
-        float((outputs.argmax(1) == training[1]).float().mean()),
-        float((others.argmax(1) == held_out[1]).float().mean()),
-        float(loss_fn(others.detach(), held_out[1])),
-        float(generalized_fisher_trace(model, outputs, None)),
-    )
+@torch.no_grad()
+def quality(model, pixels, labels):
+    """The loss, and the share of images that are read correctly."""
+    outputs = model(pixels)
+    return float(loss_fn(outputs, labels)), float((outputs.argmax(1) == labels).float().mean())
 
 
 training, held_out = digits()
-print("penalty   training loss  accuracy   held-out loss  accuracy   Fisher trace  largest on the way  seconds")
-found = {}
-for penalty in (0.0, 0.003, 0.01, 0.03, 0.1):
-    start = time.perf_counter()
+print("          Fisher trace          training          held out")
+print("penalty   at the end  largest   loss   accuracy   loss   accuracy")
+for penalty in (0.0, 0.003, 0.01, 0.03):
     model, largest = train(*training, penalty)
-    loss, accuracy, other_accuracy, other_loss, trace = row(model, training, held_out)
-    found[penalty] = trace
-    print(
-        f"{penalty:7}   {loss:13.3f}  {accuracy:8.1%}   {other_loss:13.3f}  {other_accuracy:8.1%}   "
-        f"{trace:12.3f}  {largest:18.1f}  {time.perf_counter() - start:7.1f}"
-    )
+    trace = float(generalized_fisher_trace(model, model(training[0]), None))
+    (loss, accuracy), (loss_held_out, accuracy_held_out) = quality(model, *training), quality(model, *held_out)
+    print(f"{penalty:<7}   {trace:10.2f}  {largest:7.1f}   {loss:.3f}  {accuracy:8.1%}", end="   ")
+    print(f"{loss_held_out:.3f}  {accuracy_held_out:8.1%}")

@@ -61,8 +61,8 @@ def rounded(weight: Tensor, bits: int, scheme: str = "symmetric", per: str = "te
     Example:
         >>> import torch
         >>> from torch_secorder.quantization import rounded
-        >>> rounded(torch.tensor([-1.0, -0.2, 0.3, 0.9]), bits=2)
-        tensor([-1., -0.,  0.,  1.])
+        >>> rounded(torch.tensor([-1.0, 0.2, 0.6, 0.9]), bits=2)
+        tensor([-1.,  0.,  1.,  1.])
 
     Source:
         Jacob et al. (2018), "Quantization and training of neural networks for efficient integer-arithmetic-only inference";
