@@ -19,6 +19,7 @@ ALONE = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29531", "RANK": "0", "WORLD
 
 
 def main() -> None:
+    """One rank's part."""
     os.environ.update({name: value for name, value in ALONE.items() if name not in os.environ})
     dist.init_process_group("gloo")
     torch.manual_seed(0)

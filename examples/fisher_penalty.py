@@ -11,7 +11,7 @@ from torch import nn
 
 from torch_secorder import generalized_fisher_trace
 
-STEPS, BATCH = 300, 50
+STEPS, BATCH = 200, 50
 loss_fn = nn.CrossEntropyLoss()
 
 
@@ -51,7 +51,7 @@ def quality(model, pixels, labels):
 training, held_out = digits()
 print("          Fisher trace          training          held out")
 print("penalty   at the end  largest   loss   accuracy   loss   accuracy")
-for penalty in (0.0, 0.003, 0.01, 0.03):
+for penalty in (0.0, 0.003, 0.03):
     model, largest = train(*training, penalty)
     trace = float(generalized_fisher_trace(model, model(training[0]), None))
     (loss, accuracy), (loss_held_out, accuracy_held_out) = quality(model, *training), quality(model, *held_out)
