@@ -51,6 +51,7 @@ class Passes:
         self._pass: Pass | None = None
         self._error: Exception | None = None
         self._starts: list[tuple[Record | Use, list[GradientEdge]]] = []
+        self._records: list[Record] = []
         self._inputs: list[Tensor] = []
         self._shared = False  # whether the graph is somebody else's, maybe with a monitor's hooks on it
         self._defers = False
@@ -70,6 +71,7 @@ class Passes:
 
     def audited(self, forward: Forward, outputs: Any) -> None:
         """Prepare for backward passes from these outputs."""
+        self._records += [record for record, _ in forward.records]
         uses = self._audit.uses(forward, outputs)
         self._starts = [
             (record, [edge]) for record, edge in forward.records if record.starts_graph and record.placement

@@ -127,7 +127,9 @@ class Categorical(Likelihood):
         independent signs make the products between positions vanish in expectation.
         """
         p = self._probabilities(outputs)
-        pi = _inclusion(p * (1 - 2 * p + p.square().sum(-1, keepdim=True)).clamp(min=torch.finfo(p.dtype).eps), k)
+        # Constants, also where the trace is differentiated: the expectation of the gradient is then that of the expectation.
+        q = p.detach()
+        pi = _inclusion(q * (1 - 2 * q + q.square().sum(-1, keepdim=True)).clamp(min=torch.finfo(q.dtype).eps), k)
         ends = pi.cumsum(-1)
         start = torch.rand((*p.shape[:2], 1), generator=generator, device=generator.device, dtype=p.dtype).to(p.device)
         for turn in range(k):

@@ -53,7 +53,9 @@ class Run(Passes):
 
     def __exit__(self, *exc_info: object) -> None:
         self._capture.__exit__(*exc_info)
-        self._starts, self._arguments = [], None
+        for record in self._records:
+            record.inputs, record.kwargs = None, {}  # the graph, which may outlive this, has the records in its hooks
+        self._starts, self._arguments, self._records = [], None, []
 
     def __call__(self, inputs: Any) -> Any:
         """The model's outputs: a tensor is the argument, a tuple all positional and a mapping all keyword arguments."""

@@ -140,6 +140,24 @@ class Walk:
         return any(n in meta.shape[1:] for node in self.children for meta in node._input_metadata)
 
 
+ONCE = ("ScaledDotProduct", "MkldnnRnn", "CudnnRnn", "MiopenRnn")
+
+
+def without_second_derivative(root: Tensor) -> str | None:
+    """The name of a node in a graph that can't be differentiated twice: of fused attention or a fused recurrent layer."""
+    stack, seen = [root.grad_fn], {root.grad_fn}
+    while stack:
+        node = stack.pop()
+        if node is None:
+            continue
+        if node.name().startswith(ONCE) and "Math" not in node.name():
+            return node.name()
+        new = {child for child, _ in node.next_functions} - seen
+        seen |= new
+        stack += new
+    return None
+
+
 def _reorders(node: Any, n: int) -> bool:
     """Whether a node that picks entries does so on the first axis, in another order than the given one."""
     name = node.name()

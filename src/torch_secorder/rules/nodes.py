@@ -229,7 +229,13 @@ def layer_norm(at: Place, g: Tensor) -> Tensor:
     """Weight and bias of a layer norm."""
     if at.index == 2:
         return at.summed(g)
-    return at.summed(g * ((at.node._saved_input - at.node._saved_result1) * at.node._saved_result2))
+    x, mean, scale = at.node._saved_input, at.node._saved_result1, at.node._saved_result2
+    if torch.is_grad_enabled():
+        # The saved statistics are constants to autograd; the input's own are not. What they differ by is eps.
+        axes = tuple(range(-len(at.node._saved_normalized_shape), 0))
+        mean, variance = x.mean(axes, keepdim=True), x.var(axes, unbiased=False, keepdim=True)
+        scale = (variance + (scale.reciprocal().square() - variance).detach()).rsqrt()
+    return at.summed(g * ((x - mean) * scale))
 
 
 @node_rule("MulBackward0", lambda at: at.is_broadcast)
