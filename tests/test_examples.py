@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
-ARGUMENTS = {"digits.py": ["--quick"], "quantize_pretrained.py": ["--quick"]}
+ARGUMENTS = {"digits.py": ["--quick"], "quantize_pretrained.py": ["--quick"], "which_curvature.py": ["--quick"]}
 
 
 def run(example: Path, folder: Path) -> str:

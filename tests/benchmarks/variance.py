@@ -3,7 +3,7 @@
 The standard deviation of an estimate over its value, for one batch: of labels that are drawn from the prediction, as in
 BackPACK and curvlinops; of random signs on the square root of the outputs' curvature, as in Hutchinson's method; and of
 `generalized_fisher_trace(num_samples=k)`. The first two take k independent draws, and their deviation is that of one over
-the root of k. The last column is the variance of ours over that of labels, for one draw. A deviation that comes from d
+the root of k. The last column is the variance of ours over that of labels, for one draw. A deviation that was found with d
 draws is itself uncertain by a share of 1 / sqrt(2 d).
 """
 
