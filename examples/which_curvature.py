@@ -95,7 +95,8 @@ def picture(table):
     figure = Figure(figsize=(11, 3.4), layout="constrained")
     layers = list(table.index.get_level_values("module").unique())
     panels = figure.subplots(1, len(layers), sharex=True, sharey=True)
-    places = range(len(STAGES))
+    steps = list(table.index.get_level_values("step").unique())
+    places = range(len(steps))
     for axes, layer in zip(panels, layers, strict=True):
         rows = table.xs(layer, level="module")
         for kind, colour in COLOURS.items():
@@ -109,7 +110,7 @@ def picture(table):
                 axes.plot(places, rows[kind], marker="o", **style)
         axes.set_title(layer, loc="left")
         axes.set_yscale("log")
-        axes.set_xticks(places, [f"{stage:,}" for stage in STAGES], rotation=60)
+        axes.set_xticks(places, [f"{step:,}" for step in steps], rotation=60)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", alpha=0.3)
     panels[0].set_ylabel("trace")
