@@ -140,7 +140,7 @@ class PerSampleGradient(ABC):
     @classmethod
     def stacked(cls, forms: Sequence[Any]) -> PerSampleGradient:
         """Gradients of several parameters, with one signature, as those of one for all of their samples in turn."""
-        raise NotImplementedError
+        raise TypeError(f"{cls.__name__} has no signature, so it stands alone")
 
     def __add__(self, other: PerSampleGradient) -> PerSampleGradient:
         """The sum of both, for another use of the same parameter by the same samples."""
