@@ -729,3 +729,24 @@ def test_a_linear_model_by_hand() -> None:
     model, x = nn.Linear(4, 3).double(), batch()[0]
     expected = 3 * (x.square().sum(1) + 1).mean()
     assert_equal(generalized_fisher_trace(model, model(x), None, "mse"), expected, expected)
+
+
+class Turns(nn.Module):
+    """Reads its batch on one axis or on the other, through the same kinds of nodes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.flip = nn.Linear(4, 3), True
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.transpose(0, 1).contiguous() if self.flip else x
+        return self.layer(x).tanh().mean(0 if self.flip else 1)
+
+
+def test_what_is_remembered_of_a_model_goes_by_its_axes_too() -> None:
+    model, x, y = Turns().double(), torch.randn(5, 5, 4).double(), torch.randint(3, (5,))
+    expected = total(trace(per_sample_squared_norms(model, F.cross_entropy, x, y)))
+    for call_number in range(8):  # the sample is checked in the first calls, and seldom later
+        model.flip = call_number < 5
+        value = empirical_fisher_trace(model, F.cross_entropy, x, y)
+        assert_equal(value, expected, expected)

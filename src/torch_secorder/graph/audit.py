@@ -69,7 +69,7 @@ class Audit:
         """
         roots = [x for x in tensors(outputs) if x.requires_grad]
         walk = Walk(roots, forward, self._leaves)
-        self.structure = walk.structure()
+        self.structure = walk.structure(forward.n)
         n = forward.n
         if n is None:
             return []

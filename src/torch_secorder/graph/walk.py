@@ -123,9 +123,11 @@ class Walk:
             found |= dict.fromkeys(level)
         return list(found)
 
-    def structure(self) -> int:
-        """The same for graphs of the same nodes in the same order."""
-        return hash(tuple(node.name() for node in self.children))
+    def structure(self, n: int | None) -> int:
+        """The same for graphs of the same nodes in the same order; where shapes prove nothing, of the same axes too."""
+        names = tuple(node.name() for node in self.children)
+        axes = n is not None and self.coincidences(n)
+        return hash((names, tuple(_axes(node) for node in self.children) if axes else None))
 
     def reorders(self, n: int) -> bool:
         """Whether some node may put the samples into another order, so that what held for other batches may not hold."""
@@ -138,6 +140,11 @@ class Walk:
     def coincidences(self, n: int) -> bool:
         """Whether any tensor in the graph has n indices on another axis than the first, so that shapes prove nothing."""
         return any(n in meta.shape[1:] for node in self.children for meta in node._input_metadata)
+
+
+def _axes(node: Any) -> tuple[str, ...]:
+    """The axes that a node works along, as far as it saved any."""
+    return tuple(str(getattr(node, name, None)) for name in ("_saved_dim", "_saved_dims", "_saved_dim0", "_saved_dim1"))
 
 
 ONCE = ("ScaledDotProduct", "MkldnnRnn", "CudnnRnn", "MiopenRnn")
