@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -104,6 +104,15 @@ class Walk:
         return outside
 
     @cached_property
+    def names(self) -> tuple[str, ...]:
+        """The kinds of the nodes, in the order of ``children``."""
+        return tuple(node.name() for node in self.children)
+
+    @cached_property
+    def _shapes(self) -> set[tuple[int, ...]]:
+        return {tuple(meta.shape) for node in self.children for meta in node._input_metadata}
+
+    @cached_property
     def parents(self) -> dict[Node, list[Edge]]:
         """Node -> its consumers outside of hooked modules' calls, each with the index of its input."""
         found: dict[Node, list[Edge]] = defaultdict(list)
@@ -125,26 +134,32 @@ class Walk:
 
     def structure(self, n: int | None) -> int:
         """The same for graphs of the same nodes in the same order; where shapes prove nothing, of the same axes too."""
-        names = tuple(node.name() for node in self.children)
         axes = n is not None and self.coincidences(n)
-        return hash((names, tuple(_axes(node) for node in self.children) if axes else None))
+        return hash((self.names, tuple(_axes(node) for node in self.children) if axes else None))
 
     def reorders(self, n: int) -> bool:
         """Whether some node may put the samples into another order, so that what held for other batches may not hold."""
-        return any(node.name() in REORDERS and _reorders(node, n) for node in self.children)
+        if REORDERS.isdisjoint(self.names):
+            return False
+        return any(name in REORDERS and _reorders(node, n) for node, name in zip(self.children, self.names, strict=True))
 
     def hides(self) -> bool:
         """Whether re-entrant checkpointing hides parts of the graph, so that no evidence can be had."""
-        return any(node.name() == "CheckpointFunctionBackward" for node in self.children)
+        return "CheckpointFunctionBackward" in self.names
 
     def coincidences(self, n: int) -> bool:
         """Whether any tensor in the graph has n indices on another axis than the first, so that shapes prove nothing."""
-        return any(n in meta.shape[1:] for node in self.children for meta in node._input_metadata)
+        return any(n in shape[1:] for shape in self._shapes)
 
 
 def _axes(node: Any) -> tuple[str, ...]:
     """The axes that a node works along, as far as it saved any."""
-    return tuple(str(getattr(node, name, None)) for name in ("_saved_dim", "_saved_dims", "_saved_dim0", "_saved_dim1"))
+    return tuple(str(getattr(node, name)) for name in _axis_names(type(node)))
+
+
+@cache
+def _axis_names(kind: type) -> list[str]:
+    return [name for name in ("_saved_dim", "_saved_dims", "_saved_dim0", "_saved_dim1") if hasattr(kind, name)]
 
 
 ONCE = ("ScaledDotProduct", "MkldnnRnn", "CudnnRnn", "MiopenRnn")
