@@ -18,10 +18,10 @@ from torch_secorder.capture import Capture, current_backward, probing
 from torch_secorder.errors import ArgumentError, CoverageError, LifecycleError
 from torch_secorder.graph import Audit, Memory, Use
 from torch_secorder.parameters import ParameterTable, named_modules, unwrapped
-from torch_secorder.passes import Output, Pass
+from torch_secorder.passes import TOGETHER, Output, Pass
 from torch_secorder.per_sample import direction, widened
 from torch_secorder.plan import BatchAxis, planned
-from torch_secorder.records import Forward, Record
+from torch_secorder.records import SMALL, Forward, Record
 from torch_secorder.results import Results, checked
 from torch_secorder.single import compare, norms_of_first
 from torch_secorder.trees import tensors
@@ -32,12 +32,38 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False)
 class _OpenPass:
-    """A backward pass that is under way."""
+    """A backward pass that is under way.
+
+    Attributes:
+        autocast: whether its operations may be done in half precision.
+        norms: position -> ||gradient||.
+        small: position -> gradient, for small ones whose norms are still to be taken.
+        projections: position -> the gradient along one direction.
+    """
 
     collected: Pass
-    gradients: dict[int, Tensor] = field(default_factory=dict)
+    autocast: bool
+    norms: dict[int, Tensor] = field(default_factory=dict)
+    small: dict[int, Tensor] = field(default_factory=dict)
     projections: dict[int, Tensor] = field(default_factory=dict)
     error: Exception | None = None
+
+    def add(self, position: int, grad: Tensor) -> None:
+        """A parameter's gradient."""
+        # At once, or a reference to it is kept, so that autograd adds a copy to .grad: what becomes of that later, there or in
+        # a communication buffer, is not this pass's gradient any more.
+        if grad.numel() > SMALL or grad.dtype not in (torch.float32, torch.float64) or grad.is_sparse:
+            self.norms[position] = norm(grad)
+            return
+        self.small[position] = grad
+        if len(self.small) == TOGETHER:
+            self.flush()
+
+    def flush(self) -> None:
+        """Take the norms of the small gradients."""
+        with torch.no_grad():
+            self.norms.update(zip(self.small, torch._foreach_norm(list(self.small.values())), strict=True))
+        self.small.clear()
 
 
 class FisherMonitor(Results):
@@ -178,10 +204,10 @@ class FisherMonitor(Results):
         current.collected.add_use(use, node, grads)
 
     def _add(self, current: _OpenPass, record: Record, grad: Tensor, task: int) -> None:
-        self._once(record, task, str(record.site))
+        self._once(record, task, record.site)
         current.collected.add(record, grad)
 
-    def _once(self, seen: Record | Use, task: int, what: str) -> None:
+    def _once(self, seen: Record | Use, task: int, what: object) -> None:
         if seen.fired_in not in (None, task) and self._repeated_calls != "new":
             raise LifecycleError(
                 f"{what}: a second backward pass went through the same forward, whose samples are counted "
@@ -200,8 +226,7 @@ class FisherMonitor(Results):
         return self._capture is not None and task in self._capture.passed_over
 
     def _add_gradient(self, current: _OpenPass, position: int, grad: Tensor) -> None:
-        # At once: what becomes of it later, in .grad or in a communication buffer, is not this pass's gradient any more.
-        current.gradients[position] = norm(grad)
+        current.add(position, grad)
         if not current.collected.checks or grad.is_sparse:
             return
         # What a hook of the user's makes of a gradient is not ours to check.
@@ -214,7 +239,7 @@ class FisherMonitor(Results):
         if probing():
             return
         task = current_backward()
-        current = self._opened(self._parents.get(task, task))
+        current = self._opened(self._parents.get(task, task) if self._parents else task)
         if current.error is not None:
             return
         if self._passed_over(task):
@@ -224,7 +249,7 @@ class FisherMonitor(Results):
             )
             return
         try:
-            if is_autocast():
+            if current.autocast:
                 with full_precision():
                     action(current, *args)
             else:
@@ -241,7 +266,7 @@ class FisherMonitor(Results):
                 keep=self._repeated_calls == "new",
                 checks=self._statistics.passes.bit_count() < 2,
             )
-            self._passes[task] = _OpenPass(collected)
+            self._passes[task] = _OpenPass(collected, is_autocast())
             _at_the_end(partial(self._closed, task))
         return self._passes[task]
 
@@ -293,11 +318,13 @@ class FisherMonitor(Results):
     def _count(self, current: _OpenPass) -> None:
         if current.error is not None:
             raise current.error
-        if not (current.gradients or current.collected):
+        if current.small:
+            current.flush()
+        if not (current.norms or current.collected):
             return
         samples = current.collected.finish(self._nonfinite) if current.collected else None
         reached = samples.reached if samples else set()
-        if missed := [self._table.names[p] for p in current.gradients if p not in reached]:
+        if missed := [self._table.names[p] for p in current.norms if p not in reached]:
             raise CoverageError(
                 f"the backward pass reached {', '.join(missed)} by a way that nothing accounts for: through something that the "
                 "model doesn't return, inside of re-entrant checkpointing, in compiled code, or in a forward that ran before "
@@ -317,13 +344,16 @@ class FisherMonitor(Results):
         if expected is not None and not samples.skipped:
             compare(self._table.names, samples.norms[:, 0], expected, current.collected.half)
         factor = samples.batch / _scale(self._loss_scale) if self._reduction == "mean" else 1 / _scale(self._loss_scale)
-        norms = [float(norm) / _scale(self._loss_scale) for norm in current.gradients.values()]
+        found = list(current.norms.values())
+        if any(norm.device != found[0].device for norm in found):
+            found = [norm.cpu() for norm in found]
+        norms = torch.stack([norm.double() for norm in found]) / _scale(self._loss_scale) if found else torch.zeros(0)
         self._statistics.update(
             samples.norms.double() * factor**2,
             {position: s * factor**2 for position, s in samples.squares.items()},
             samples.rules,
             reached,
-            dict(zip(current.gradients, (norm**2 for norm in norms), strict=True)),
+            dict(zip(current.norms, norms.square().tolist(), strict=True)),
             samples.skipped,
             {
                 name: self._output(name, samples.outputs[name], factor)

@@ -25,14 +25,14 @@ from torch_secorder.graph import Use
 from torch_secorder.parameters import ParameterTable
 from torch_secorder.per_sample import Carried, Dense, PerSampleGradient, direction
 from torch_secorder.placement import Grouping
-from torch_secorder.records import Call, Forward, Record
+from torch_secorder.records import Call, Forward, Record, Site
 from torch_secorder.rules.nodes import gradient_at, has_rule
 
 # How exactly autograd's own gradient can be expected to be the sum of the captured ones: half precision rounds it, GPUs
 # may multiply with few digits.
 TOLERANCES = {(torch.float64, "cpu"): 1e-8, (torch.float32, "cpu"): 1e-4, (torch.float64, "cuda"): 1e-6}
 HALF = (torch.float16, torch.bfloat16)
-TOGETHER = 64  # how many small gradients are put together at most
+TOGETHER = 64  # how many small calls are put together at most
 TOLERANCE, HALF_TOLERANCE = 1e-2, 5e-2  # elsewhere, and in half precision or under autocast
 
 
@@ -128,7 +128,7 @@ class Pass:
         self.seen = 0  # elements of all gradients
         self._blocks: dict[object, Block] = {}
         self._rules: dict[int, dict[str, None]] = defaultdict(dict)
-        self._waiting: dict[Hashable, list[tuple[Block, int, Any]]] = {}
+        self._waiting: dict[Hashable, list[tuple[Block, Record, Tensor]]] = {}
 
     def unexplained(self, projections: Mapping[int, Tensor], samples: Samples) -> list[int]:
         """The parameters whose gradient, projected on a direction, is not what was captured of it.
@@ -173,6 +173,8 @@ class Pass:
         assert record.placement is not None
         self.half = self.half or grad.dtype in HALF
         self.seen += grad.numel()
+        if self._waits(record, grad):
+            return
         whole = record.placement.whole
         call = record.shared_call(grad.reshape(1, *record.shape)) if whole else record.call(grad)
         size = len(call.grad_output)
@@ -220,14 +222,42 @@ class Pass:
                     shared = block.shared.get(target)
                     block.shared[target] = whole.dense() if shared is None else shared + whole.dense()
 
+    def _waits(self, record: Record, grad: Tensor) -> bool:
+        """Whether a small call, of parameters that have no other, can wait for others of its kind."""
+        if self.checks or self._diagonal or self._repeated is not None or not record.forward.inside:
+            return False
+        positions, calls = record.site.parameters.values(), record.forward.calls
+        if (kind := record.kind(grad)) is None or any(calls[position] > 1 for position in positions):
+            return False
+        block = self._block(record.forward, record.forward.n or len(grad))
+        if not block.settled.isdisjoint(positions):
+            return False
+        block.settled.update(positions)
+        waiting = self._waiting.setdefault(kind, [])
+        waiting.append((block, record, grad))
+        if len(waiting) == TOGETHER:
+            self._together(kind)
+        return True
+
+    def _together(self, kind: Hashable) -> None:
+        """The norms of small calls that waited for others of their kind."""
+        waiting = self._waiting.pop(kind)
+        calls = [record.call(grad) for _, record, grad in waiting]
+        n, site = len(calls[0].grad_output), waiting[0][1].site
+        for local, form in _forms(site, Call.joined(calls)).items():
+            rule = f"{site.rule.name} ({form.algorithm})"
+            for (block, record, _), norms in zip(waiting, form.squared_norm().split(n), strict=True):
+                position = record.site.parameters[local]
+                block.norms[position] = norms
+                self._rules[position][rule] = None
+        if not self._keep:
+            for _, record, _ in waiting:
+                record.inputs = None
+
     def _apply(self, block: Block, record: Record, call: Call, groups: Grouping | None) -> None:
         """The rule's answer for one call."""
         site, forward = record.site, record.forward
-        try:
-            forms = site.rule(site.module, call, site.shapes)
-        except CurvatureError as error:
-            raise type(error)(f"{site}: {error}") from error
-        for local, form in forms.items():
+        for local, form in _forms(site, call).items():
             whole = form if groups is None else form.regrouped(groups)
             position = site.parameters[local]
             if not forward.inside and self._repeated is None and (position in block.settled or position in block.held):
@@ -281,8 +311,8 @@ class Pass:
             for position, form in block.held.items():
                 self._settle(block, position, form)
             block.held.clear()
-        for signature in list(self._waiting):
-            self._flush(signature)
+        for kind in list(self._waiting):
+            self._together(kind)
         blocks = list(self._blocks.values())
         norms = torch.cat([self._stacked(block) for block in blocks], 1)
         squares = {p: s for block in blocks for p, s in block.squares.items()}
@@ -313,26 +343,12 @@ class Pass:
 
     def _settle(self, block: Block, position: int, form: PerSampleGradient) -> None:
         block.settled.add(position)
-        if form.signature is not None and not self._diagonal:
-            waiting = self._waiting.setdefault(form.signature, [])
-            waiting.append((block, position, form))
-            if len(waiting) == TOGETHER:
-                self._flush(form.signature)
-            return
         norms = block.norms[position] = form.squared_norm()
         if self._diagonal:
             finite = norms.isfinite()
             if bool(finite.any()):
                 part = form if bool(finite.all()) else form.select(finite.nonzero().squeeze(1))
                 block.squares[position] = part.sum_of_squares()
-
-    def _flush(self, signature: Hashable) -> None:
-        """The norms of small gradients that waited for others of their kind."""
-        waiting = self._waiting.pop(signature)
-        forms = [form for _, _, form in waiting]
-        form = forms[0] if len(forms) == 1 else type(forms[0]).stacked(forms)
-        for (block, position, _), norms in zip(waiting, form.squared_norm().split(forms[0].n), strict=True):
-            block.norms[position] = norms
 
     def _stacked(self, block: Block) -> Tensor:
         """``[parameters, n]`` on one device, in at least float32; zeros for what the pass did not reach."""
@@ -363,6 +379,15 @@ class Pass:
         norms = samples.norms[:, kept]
         finite = {name: [Output(_finite(c.norms), c.moments) for c in calls] for name, calls in samples.outputs.items()}
         return replace(samples, norms=norms, outputs=finite, skipped=len(rows))
+
+
+def _forms(site: Site, call: Call) -> dict[str, PerSampleGradient]:
+    """What a site's rule says of a call."""
+    try:
+        forms: dict[str, PerSampleGradient] = site.rule(site.module, call, site.shapes)
+    except CurvatureError as error:
+        raise type(error)(f"{site}: {error}") from error
+    return forms
 
 
 def _finite(norms: Tensor) -> Tensor:

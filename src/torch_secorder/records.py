@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -66,6 +66,10 @@ class Site:
         return f"{type(self.module).__name__} '{self.name}'"
 
 
+# Calls with fewer elements are put together before anything is computed: an operation costs as much as reading these.
+SMALL = 2**15
+
+
 @dataclass(frozen=True, eq=False)
 class Call:
     """One call of a module as a rule sees it: every tensor with the batch axis first.
@@ -80,12 +84,20 @@ class Call:
     kwargs: Mapping[str, Any]
     grad_output: Tensor
 
+    @classmethod
+    def joined(cls, calls: Sequence[Call]) -> Call:
+        """Calls of one :meth:`Record.kind` as one of all of their samples in turn."""
+        if len(calls) == 1:
+            return calls[0]
+        inputs, grads = ([call.inputs[0] for call in calls], [call.grad_output for call in calls])
+        return cls((torch.cat(inputs),), {}, torch.cat(grads))
+
     def argument(self, position: int, name: str) -> Any:
         """An argument that callers may pass by position or by name."""
         return self.inputs[position] if len(self.inputs) > position else self.kwargs[name]
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Record:
     """A call between its forward and its backward.
 
@@ -133,6 +145,27 @@ class Record:
     def starts_graph(self) -> bool:
         """Whether no input requires a gradient, so that nothing before this call is differentiated."""
         return not self.boundary
+
+    def kind(self, grad: Tensor) -> Hashable | None:
+        """The same for small calls that :meth:`Call.joined` can put together; None for others."""
+        site, inputs = self.site, self.inputs
+        if grad.numel() > SMALL or site.rule is None or site.rule.reads is None or self.kwargs or not self.audited:
+            return None
+        if self.placement is None or self.placement.axis or self.placement.fold != "none":
+            return None
+        if inputs is None or len(inputs) != 1 or not isinstance(inputs[0], Tensor) or inputs[0].numel() > SMALL:
+            return None
+        x, settings = inputs[0], tuple(getattr(site.module, name) for name in site.rule.reads)
+        return (
+            site.rule.function,
+            settings,
+            *site.shapes.items(),
+            x.shape,
+            x.dtype,
+            self.shape,
+            grad.dtype,
+            grad.device,
+        )
 
     def call(self, grad: Tensor) -> Call:
         """What the rule needs, with the axis that counts samples first."""

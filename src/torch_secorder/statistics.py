@@ -108,7 +108,7 @@ class Statistics:
         n = self.n + other.n
         if other.n:
             shift = other.mean - self.mean
-            self.moments = self.moments + other.moments + torch.outer(shift, shift) * (self.n * other.n / n)
+            self.moments = torch.addr(self.moments + other.moments, shift, shift, alpha=self.n * other.n / n)
             self.mean = self.mean + shift * (other.n / n)
         self.n = n
         self.n_skipped += other.n_skipped
@@ -116,7 +116,9 @@ class Statistics:
         self.gradient_passes += other.gradient_passes
         self.inverse_batch_sizes += other.inverse_batch_sizes
         self.reached = self.reached | other.reached
-        self.rules = [list(dict.fromkeys([*a, *b])) for a, b in zip(self.rules, other.rules, strict=True)]
+        self.rules = [
+            a if a == b else list(dict.fromkeys([*a, *b])) for a, b in zip(self.rules, other.rules, strict=True)
+        ]
         self.gradient_sums = self.gradient_sums + other.gradient_sums
         self.gradient_counts = self.gradient_counts + other.gradient_counts
         if other.squares:

@@ -141,7 +141,9 @@ class Walk:
         """Whether some node may put the samples into another order, so that what held for other batches may not hold."""
         if REORDERS.isdisjoint(self.names):
             return False
-        return any(name in REORDERS and _reorders(node, n) for node, name in zip(self.children, self.names, strict=True))
+        return any(
+            name in REORDERS and _reorders(node, n) for node, name in zip(self.children, self.names, strict=True)
+        )
 
     def hides(self) -> bool:
         """Whether re-entrant checkpointing hides parts of the graph, so that no evidence can be had."""
@@ -154,7 +156,8 @@ class Walk:
 
 def _axes(node: Any) -> tuple[str, ...]:
     """The axes that a node works along, as far as it saved any."""
-    return tuple(str(getattr(node, name)) for name in _axis_names(type(node)))
+    kinds = _axis_names(type(node))  # type: ignore[arg-type]  # a type is hashable
+    return tuple(str(getattr(node, name)) for name in kinds)
 
 
 @cache

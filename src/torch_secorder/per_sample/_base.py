@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,9 +13,6 @@ from torch import Tensor
 from torch_secorder.placement import Grouping
 
 Index = slice | Tensor
-
-# Factors with fewer elements are put together before anything is computed: calling an operation costs as much as reading these.
-SMALL = 2**15
 
 # Temporaries of this size stay in the last-level cache of common machines and are reused by the allocator.
 CHUNK_BYTES = 8 * 2**20
@@ -79,14 +75,12 @@ class PerSampleGradient(ABC):
         shape: the parameter's shape.
         algorithm: how :meth:`squared_norm` goes about it, for the report.
         sparse: whether the dense gradient of even one sample is far larger than the factors.
-        signature: the same for small gradients of different parameters that :meth:`stacked` can put together; None for others.
     """
 
     n: int
     shape: tuple[int, ...]
     algorithm: str = "dense"
     sparse: bool = False
-    signature: Hashable | None = None
 
     @property
     @abstractmethod
@@ -137,11 +131,6 @@ class PerSampleGradient(ABC):
         pairs = ((self.select(rows), other.select(rows)) for rows in self._chunks())
         return torch.cat([(a.dense().flatten(1) * b.dense().flatten(1)).sum(1) for a, b in pairs])
 
-    @classmethod
-    def stacked(cls, forms: Sequence[Any]) -> PerSampleGradient:
-        """Gradients of several parameters, with one signature, as those of one for all of their samples in turn."""
-        raise TypeError(f"{cls.__name__} has no signature, so it stands alone")
-
     def __add__(self, other: PerSampleGradient) -> PerSampleGradient:
         """The sum of both, for another use of the same parameter by the same samples."""
         if (self.n, self.shape) != (other.n, other.shape):
@@ -178,12 +167,6 @@ class Dense(PerSampleGradient):
     def __init__(self, value: Tensor):
         self.value = value = widened(value)
         self.n, self.shape = value.shape[0], tuple(value.shape[1:])
-        if value.numel() < SMALL:
-            self.signature = (Dense, value.shape, value.dtype, value.device)
-
-    @classmethod
-    def stacked(cls, forms: Sequence[Dense]) -> Dense:
-        return Dense(torch.cat([form.value for form in forms]))
 
     @property
     def like(self) -> Tensor:

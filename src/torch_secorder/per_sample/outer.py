@@ -9,7 +9,6 @@ from torch import Tensor
 
 from torch_secorder.per_sample._base import (
     CHUNK_BYTES,
-    SMALL,
     Index,
     PerSampleGradient,
     chunks,
@@ -51,13 +50,6 @@ class Outer(PerSampleGradient):
         self.a = widened(a.to(g.dtype))
         self.g = widened(g)
         self.n, self.shape = a.shape[0], tuple(shape)
-        if self.a.numel() + self.g.numel() < SMALL:
-            self.signature = (Outer, self.a.shape, self.g.shape, self.shape, self.g.dtype, self.g.device)
-
-    @classmethod
-    def stacked(cls, forms: Sequence[Outer]) -> Outer:
-        a, g = torch.cat([form.a for form in forms]), torch.cat([form.g for form in forms])
-        return Outer(a, g, forms[0].shape)
 
     @property
     def like(self) -> Tensor:

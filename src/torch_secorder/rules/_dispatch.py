@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -38,11 +38,14 @@ class Rule:
         name: what the report's ``rule`` column says.
         function: the rule itself.
         layer: the class that it was written for.
+        reads: the attributes that it reads of a module; None if that is not known. Calls of modules that agree in them, in
+            their shapes and in their parameters' shapes can be put together into one.
     """
 
     name: str
     function: Callable[[Any, Call], Gradients]
     layer: type[nn.Module]
+    reads: tuple[str, ...] | None = None
 
     def __call__(
         self, module: nn.Module, call: Call, shapes: Mapping[str, tuple[int, ...]]
@@ -72,7 +75,9 @@ _rules: dict[type[nn.Module], Rule] = {}
 _refusals: dict[type[nn.Module], Callable[[Any], CurvatureError | None]] = {}
 
 
-def register_rule(*layers: type[nn.Module], name: str | None = None) -> Callable[[Function], Function]:
+def register_rule(
+    *layers: type[nn.Module], name: str | None = None, reads: Sequence[str] | None = None
+) -> Callable[[Function], Function]:
     """A decorator that teaches the library a layer.
 
     The function gets the module and one :class:`~torch_secorder.records.Call` of it, and returns a mapping from the
@@ -86,6 +91,8 @@ def register_rule(*layers: type[nn.Module], name: str | None = None) -> Callable
     Args:
         layers: module classes.
         name: what the report calls it; the function's name by default.
+        reads: the attributes of the module that the rule reads, its parameters' shapes aside, if it reads those only and
+            one tensor: then small calls of several modules are put together, which saves time. By default none are.
 
     Raises:
         ArgumentError: for something that is not a subclass of ``torch.nn.Module``.
@@ -112,7 +119,7 @@ def register_rule(*layers: type[nn.Module], name: str | None = None) -> Callable
 
     def register(function: Function) -> Function:
         for layer in layers:
-            _rules[layer] = Rule(name or function.__name__, function, layer)
+            _rules[layer] = Rule(name or function.__name__, function, layer, None if reads is None else tuple(reads))
         return function
 
     return register

@@ -10,7 +10,7 @@ from torch_secorder.records import Call
 from torch_secorder.rules._dispatch import Gradients, register_rule
 
 
-@register_rule(nn.Linear)
+@register_rule(nn.Linear, reads=())
 def linear(module: nn.Linear, call: Call) -> Gradients:
     """``y = x W^T + b`` over any number of middle axes, which are the positions that share W and b."""
     x, g = call.argument(0, "input"), call.grad_output

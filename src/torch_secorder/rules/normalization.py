@@ -17,21 +17,21 @@ from torch_secorder.rules._dispatch import Gradients, register_refusal, register
 MODERATE = 16  # times the deviation
 
 
-@register_rule(nn.LayerNorm)
+@register_rule(nn.LayerNorm, reads=("normalized_shape", "eps"))
 def layer_norm(module: nn.LayerNorm, call: Call) -> Gradients:
     """Statistics of the last axes."""
     x = _input(module, call, len(module.normalized_shape))
     return _last_axes(module, F.layer_norm(x, module.normalized_shape, None, None, module.eps), call.grad_output)
 
 
-@register_rule(nn.RMSNorm)
+@register_rule(nn.RMSNorm, reads=("normalized_shape", "eps"))
 def rms_norm(module: nn.RMSNorm, call: Call) -> Gradients:
     """The root mean square of the last axes."""
     x = _input(module, call, len(module.normalized_shape))
     return _last_axes(module, F.rms_norm(x, module.normalized_shape, None, module.eps), call.grad_output)
 
 
-@register_rule(nn.GroupNorm)
+@register_rule(nn.GroupNorm, reads=("num_groups", "eps"))
 def group_norm(module: nn.GroupNorm, call: Call) -> Gradients:
     """Statistics of each sample's groups of channels."""
     x = _input(module, call, 1)
