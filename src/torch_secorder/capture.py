@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from torch_secorder.errors import CoverageError, ShapeError, UnsupportedError
-from torch_secorder.placement import Placement
+from torch_secorder.placement import FIRST, Placement
 from torch_secorder.records import Forward, Record, Site
 from torch_secorder.trees import tensors
 
@@ -94,16 +94,15 @@ class Capture:
 
     def __enter__(self) -> Capture:
         with ExitStack() as handles:
-            hook = partial(_Hook, self)
             add = handles.callback
-            before = self._model.register_forward_pre_hook(hook("begin"), prepend=True, with_kwargs=True)
+            before = self._model.register_forward_pre_hook(_Hook(self.begin), prepend=True, with_kwargs=True)
             add(before.remove)
             for site in self._sites:
                 # First in line: a user's hook may return something else than what the module computed.
-                add(site.module.register_forward_hook(hook("seen", site), prepend=True, with_kwargs=True).remove)
+                add(site.module.register_forward_hook(_Hook(self.seen, site), prepend=True, with_kwargs=True).remove)
             for module, guard in self._guards.items():
-                add(module.register_forward_pre_hook(hook("guarded", guard)).remove)
-            add(self._model.register_forward_hook(hook("end"), always_call=True).remove)
+                add(module.register_forward_pre_hook(_Hook(self.guarded, guard)).remove)
+            add(self._model.register_forward_hook(_Hook(self.end), always_call=True).remove)
             self._handles = handles.pop_all()
         self.active = True
         return self
@@ -163,7 +162,7 @@ class Capture:
         forward.calls.update(site.parameters.values())
         if not torch.is_grad_enabled():
             return None
-        placement = site.placement or Placement()
+        placement = site.placement or FIRST
         if site.rule is None and not (isinstance(output, Tensor) and placement.fits(output.shape, forward.n or -1)):
             return None
         if not isinstance(output, Tensor):
@@ -193,7 +192,8 @@ class Capture:
                 f"{forward.n} samples; pass batch_axis={{'{site.name}': axis}} if it has one"
             )
         edge = output_edge(output, site)
-        boundary = tuple(_node(x) for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.requires_grad)
+        values = (*args, *kwargs.values()) if kwargs else args
+        boundary = tuple([_node(x) for x in values if isinstance(x, Tensor) and x.requires_grad])
         record = Record.of(site, forward, args, kwargs, output.shape, found, boundary)
         record.audited = not forward.inside or forward.replay_of is not None
         if site.rule is None:
@@ -211,7 +211,7 @@ class Capture:
                 self.loose = Forward(self.last.n, Counter(self.last.calls), replay_of=replay)
         elif self.loose.replay_of is not None or self.loose.n not in (
             None,
-            _size(output, (site.placement or Placement()).axis),
+            _size(output, (site.placement or FIRST).axis),
         ):
             self.loose = Forward(inside=False)
         return self.loose
@@ -229,17 +229,15 @@ class Capture:
             self._on_gradient(record, grad)
 
 
-class _Hook:
+class _Hook(partial[Any]):
     """A hook of ours. A copy of the model (deepcopy, pickle) gets one that does nothing, and not the monitor with it."""
 
-    def __init__(self, capture: Capture | None, method: str = "", *first: Any):
-        self._call = None if capture is None else partial(getattr(capture, method), *first)
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_Hook, (_nothing,))
 
-    def __call__(self, *args: Any) -> Any:
-        return None if self._call is None else self._call(*args)
 
-    def __reduce__(self) -> tuple[type[_Hook], tuple[None]]:
-        return (_Hook, (None,))
+def _nothing(*_: Any) -> None:
+    pass
 
 
 def output_edge(output: Tensor, site: Site) -> GradientEdge:

@@ -35,12 +35,14 @@ class _OpenPass:
     """A backward pass that is under way.
 
     Attributes:
+        task: its number.
         autocast: whether its operations may be done in half precision.
         norms: position -> ||gradient||.
         small: position -> gradient, for small ones whose norms are still to be taken.
         projections: position -> the gradient along one direction.
     """
 
+    task: int
     collected: Pass
     autocast: bool
     norms: dict[int, Tensor] = field(default_factory=dict)
@@ -188,23 +190,22 @@ class FisherMonitor(Results):
     def _arrived(self, record: Record, grad: Tensor) -> None:
         """The gradient of a module's output, inside the backward pass."""
         outer = record.forward.replay_of
-        task = current_backward()
-        if outer is not None and outer != task:
+        if outer is not None and outer != (task := current_backward()):
             self._parents[task] = outer
-        self._guarded(self._add, record, grad, self._parents.get(task, task))
+        self._guarded(self._add, record, grad)
 
     def _used(self, use: Use, grads: tuple[Tensor | None, ...]) -> None:
         """The gradients at a use outside of any hooked module's call have arrived."""
         if self._capture is not None and self._capture.active and not probing():
             node = torch._C._current_autograd_node()
-            self._guarded(self._add_use, use, node, grads, current_backward())
+            self._guarded(self._add_use, use, node, grads)
 
-    def _add_use(self, current: _OpenPass, use: Use, node: Node, grads: tuple[Tensor | None, ...], task: int) -> None:
-        self._once(use, task, "a parameter's use outside of its module")
+    def _add_use(self, current: _OpenPass, use: Use, node: Node, grads: tuple[Tensor | None, ...]) -> None:
+        self._once(use, current.task, "a parameter's use outside of its module")
         current.collected.add_use(use, node, grads)
 
-    def _add(self, current: _OpenPass, record: Record, grad: Tensor, task: int) -> None:
-        self._once(record, task, record.site)
+    def _add(self, current: _OpenPass, record: Record, grad: Tensor) -> None:
+        self._once(record, current.task, record.site)
         current.collected.add(record, grad)
 
     def _once(self, seen: Record | Use, task: int, what: object) -> None:
@@ -266,7 +267,7 @@ class FisherMonitor(Results):
                 keep=self._repeated_calls == "new",
                 checks=self._statistics.passes.bit_count() < 2,
             )
-            self._passes[task] = _OpenPass(collected, is_autocast())
+            self._passes[task] = _OpenPass(task, collected, is_autocast())
             _at_the_end(partial(self._closed, task))
         return self._passes[task]
 
@@ -347,7 +348,7 @@ class FisherMonitor(Results):
         found = list(current.norms.values())
         if any(norm.device != found[0].device for norm in found):
             found = [norm.cpu() for norm in found]
-        norms = torch.stack([norm.double() for norm in found]) / _scale(self._loss_scale) if found else torch.zeros(0)
+        norms = torch.stack(found).double() / _scale(self._loss_scale) if found else torch.zeros(0)
         self._statistics.update(
             samples.norms.double() * factor**2,
             {position: s * factor**2 for position, s in samples.squares.items()},
@@ -355,11 +356,7 @@ class FisherMonitor(Results):
             reached,
             dict(zip(current.norms, norms.square().tolist(), strict=True)),
             samples.skipped,
-            {
-                name: self._output(name, samples.outputs[name], factor)
-                for name in self._types
-                if name in samples.outputs
-            },
+            {name: self._output(name, calls, factor) for name, calls in samples.outputs.items()},
         )
 
     def _output(self, name: str, calls: list[Output], factor: float) -> tuple[str, float, list[float]]:

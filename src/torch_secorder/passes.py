@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections import defaultdict
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -91,7 +92,7 @@ class Samples:
     norms: Tensor
     squares: dict[int, Tensor]
     reached: set[int]
-    rules: dict[int, list[str]]
+    rules: Mapping[int, Iterable[str]]
     outputs: dict[str, list[Output]] = field(default_factory=dict)
     skipped: int = 0
 
@@ -319,12 +320,11 @@ class Pass:
         for block in blocks[:-1]:
             squares |= {p: squares[p] + s for p, s in block.squares.items() if squares[p] is not s}
         reached = {position for block in blocks for position in block.norms}
-        rules = {position: list(found) for position, found in self._rules.items()}
         outputs: dict[str, list[Output]] = {}
         for block in blocks:
             for name, calls in block.outputs.items():
                 outputs.setdefault(name, []).extend(calls)
-        samples = Samples(norms.shape[1], norms, squares, reached, rules, outputs)
+        samples = Samples(norms.shape[1], norms, squares, reached, self._rules, outputs)
         return samples if bool(norms.isfinite().all()) else self._without_nonfinite(samples, nonfinite)
 
     def _block(self, forward: Forward, n: int) -> Block:
@@ -355,10 +355,10 @@ class Pass:
         some = next(iter(block.norms.values()))
         zero = some.new_zeros(block.n)
         rows = [block.norms.get(position, zero) for position in range(len(self._table))]
-        dtype = some.dtype
-        for row in rows:
-            dtype = torch.promote_types(dtype, row.dtype)
-        return torch.stack([row.to(some.device, dtype) for row in rows])
+        if len({(row.dtype, row.device) for row in rows}) > 1:
+            dtype = functools.reduce(torch.promote_types, {row.dtype for row in rows})
+            rows = [row.to(some.device, dtype) for row in rows]
+        return torch.stack(rows)
 
     def _without_nonfinite(self, samples: Samples, nonfinite: str) -> Samples:
         bad = ~samples.norms.isfinite()

@@ -92,6 +92,9 @@ class Placement:
         return samples.repeat_interleave(size // n) if self.fold == "outer" else samples.repeat(size // n)
 
 
+FIRST = Placement()  # index n of the first axis is sample n
+
+
 class Unplaced(Enum):
     """What else the evidence can say of a tensor."""
 

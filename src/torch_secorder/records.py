@@ -215,7 +215,7 @@ def _unpacked(value: Any) -> Any:
 def _versions(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, ...]:
     """How often each tensor was changed in place so far."""
     found = (*args, *kwargs.values()) if kwargs else args
-    return tuple(x._version for x in found if isinstance(x, Tensor) and not x.is_inference())
+    return tuple([x._version for x in found if isinstance(x, Tensor) and not x.is_inference()])
 
 
 def _first(value: Any, axis: int, size: int) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -64,7 +64,7 @@ class Statistics:
         self,
         t: Tensor,
         squares: Mapping[int, Tensor],
-        rules: Mapping[int, Sequence[str]],
+        rules: Mapping[int, Iterable[str]],
         reached: set[int],
         gradients: Mapping[int, float],
         skipped: int = 0,
@@ -141,8 +141,10 @@ class Statistics:
         if self.names != other.names:
             only = sorted(set(self.names) ^ set(other.names)) or ["the order of the parameters"]
             raise ArgumentError(f"these statistics are of different parameters; the first difference is {only[0]}")
-        for name, mine, theirs in zip(self.names, self.shapes, other.shapes, strict=True):
-            if mine != theirs:
+        if self.shapes != other.shapes:
+            for name, mine, theirs in zip(self.names, self.shapes, other.shapes, strict=True):
+                if mine == theirs:
+                    continue
                 raise ArgumentError(f"{name} has shape {mine} here and {theirs} in the other statistics")
         if self.keeps != other.keeps:
             raise ArgumentError(f"these statistics are of different kinds: {self.keeps} here, {other.keeps} there")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -80,8 +81,9 @@ class Audit:
         seen = [x for x in roots if x.dim() > self._axis]
         look = Look(memory, seen, self._axis, n, rehearse, doubtful)
         if walk.uses or doubtful:
-            unclear = [edge.node for record, edge in reached if record.placement is None]
-            look.ahead(walk.above([*(node for edges in walk.uses.values() for node, _ in edges), *unclear], AHEAD))
+            unclear = (edge.node for record, edge in reached if record.placement is None)
+            starts = itertools.chain((node for edges in walk.uses.values() for node, _ in edges), unclear)
+            look.ahead = lambda: walk.above(starts, AHEAD)
         shared = self._placed(walk, reached, look, n, doubtful)
         if not walk.uses and not shared:
             return []

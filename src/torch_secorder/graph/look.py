@@ -80,6 +80,7 @@ class Look:
 
     Attributes:
         outputs: as in :class:`Memory`.
+        ahead: gives nodes that may be asked for later: if a backward pass is made, it looks at them too.
 
     Args:
         memory: what was found out before.
@@ -106,14 +107,8 @@ class Look:
         self._rehearse = rehearse
         self._roots = [x for x in roots if x.shape[axis] == n]
         self._base = BASE_OF_HALF if any(x.dtype in (torch.float16, torch.bfloat16) for x in roots) else BASE
-        self._ahead: list[Wanted] = []
+        self.ahead: Callable[[], Iterable[Node]] = list
         self._seen: dict[tuple[Node, int], Evidence] = {}
-
-    def ahead(self, nodes: Iterable[Node]) -> None:
-        """Nodes that may be asked for later: if a backward pass is made, it looks at them too."""
-        for node in nodes:
-            for nr, meta in enumerate(node._input_metadata):
-                self._ahead.append(((node, nr), GradientEdge(node, nr), meta.shape))
 
     def __call__(self, wanted: list[Wanted]) -> list[Evidence]:
         """Evidence for each (key, edge, shape); what was found for a key before holds while it fits the shape."""
@@ -126,7 +121,12 @@ class Look:
             self._known[key] = self._seen[edge.node, edge.output_nr]
         new = [item for item in new if item not in looked_at]
         if new:
-            ahead, self._ahead = self._ahead, []
+            ahead: list[Wanted] = [
+                ((node, nr), GradientEdge(node, nr), meta.shape)
+                for node in self.ahead()
+                for nr, meta in enumerate(node._input_metadata)
+            ]
+            self.ahead = list
             columns = zip(*self._sketches([*new, *ahead]), strict=True)
             for (key, edge, _), (plain, *scaled) in zip([*new, *ahead], columns, strict=True):
                 found = evidence(plain, scaled, self._n, self._base)

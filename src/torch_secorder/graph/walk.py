@@ -56,36 +56,26 @@ class Walk:
         seen = set(stack)
         while stack:
             node = stack.pop()
-            if node in ends:
-                self.records[node] = ends[node]
-                inside = self._inside(node, ends[node])
-                self.children[node] = inside
-                following: Iterable[Node] = [child for child, _ in inside]
+            found = ends.get(node)
+            if found is not None:
+                self.records[node] = found
+                inputs: Any = self._inside(node, found)
             else:
                 inputs = node.next_functions
-                self.children[node] = inputs
-                following = self._followed(node, inputs)
-            for child in following:
-                if child not in seen:
+            self.children[node] = inputs
+            for index, (child, _) in enumerate(inputs):
+                if child is None or child in seen:
+                    continue
+                if found is None and child in leaves:
+                    self.uses[leaves[child]].append((node, index))
+                else:
                     seen.add(child)
                     stack.append(child)
 
-    def _followed(self, node: Node, inputs: Any) -> list[Node]:
-        following = []
-        for index, (child, _) in enumerate(inputs):
-            if child is None:
-                continue
-            position = self.leaves.get(child)
-            if position is not None:
-                self.uses[position].append((node, index))
-            else:
-                following.append(child)
-        return following
-
     def _inside(self, node: Node, records: list[Record]) -> list[Edge]:
         """What a hooked module's call consumed from outside of it, and the uses of others' parameters inside of it."""
-        owned = {position for record in records for position in record.site.parameters.values()}
-        boundary = {edge for record in records for edge in record.boundary}
+        owned = [position for record in records for position in record.site.parameters.values()]
+        boundary = [edge for record in records for edge in record.boundary]
         outside: list[Edge] = []
         stack, seen = [node], {node}
         while stack:
