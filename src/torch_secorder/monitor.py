@@ -16,7 +16,7 @@ from torch.autograd.graph import Node
 
 from torch_secorder.capture import Capture, current_backward, probing
 from torch_secorder.errors import ArgumentError, CoverageError, LifecycleError
-from torch_secorder.graph import Audit, Memory, Use
+from torch_secorder.graph import Audit, Use, memory_of
 from torch_secorder.parameters import ParameterTable, named_modules, unwrapped
 from torch_secorder.passes import TOGETHER, Output, Pass
 from torch_secorder.per_sample import direction, widened
@@ -144,7 +144,7 @@ class FisherMonitor(Results):
         self._repeated_calls, self._batch_axis, self._diagonal = repeated_calls, batch_axis, diagonal
         self._types = {name: type(module).__name__ for name, module in named_modules(self._model)}
         self._all = parameters == "all"
-        self._memory = Memory()
+        self._memory = memory_of(self._model, batch_axis, checks=False)
         self._capture: Capture | None = None
         self._handles = ExitStack()
         self._passes: dict[int, _OpenPass] = {}

@@ -69,10 +69,10 @@ class Memory:
 _memories: WeakKeyDictionary[nn.Module, dict[Hashable, Memory]] = WeakKeyDictionary()
 
 
-def memory_of(model: nn.Module, batch_axis: int | Mapping[str, int] | None) -> Memory:
-    """What was found out about a model before, for callers that check a sample now and then."""
-    key = tuple(sorted(batch_axis.items())) if isinstance(batch_axis, Mapping) else batch_axis
-    return _memories.setdefault(model, {}).setdefault(key, Memory())
+def memory_of(model: nn.Module, batch_axis: int | Mapping[str, int] | None, *, checks: bool = True) -> Memory:
+    """What was found out about a model before, by callers that check a sample now and then, or by those that don't."""
+    axis = tuple(sorted(batch_axis.items())) if isinstance(batch_axis, Mapping) else batch_axis
+    return _memories.setdefault(model, {}).setdefault((axis, checks), Memory())
 
 
 class Look:
