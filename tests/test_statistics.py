@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from torch_secorder.errors import CurvatureError
+from torch_secorder.per_sample import Squares
 from torch_secorder.statistics import Statistics
 
 NAMES, SHAPES = ["a", "b", "c"], [(2,), (3, 1), ()]
@@ -19,7 +20,8 @@ def statistics(*blocks: Tensor, diagonal: bool = False, per_sample: bool = False
     """Each block [n, p] of t as one backward pass."""
     found = Statistics(NAMES, SHAPES, diagonal=diagonal, per_sample=per_sample)
     for block in blocks:
-        squares = {i: torch.full(shape, float(block[:, i].sum())) for i, shape in enumerate(SHAPES)} if diagonal else {}
+        sums = {i: torch.full(shape, float(block[:, i].sum())) for i, shape in enumerate(SHAPES)} if diagonal else {}
+        squares = {i: [Squares(value, SHAPES[i])] for i, value in sums.items()}
         found.update(block.T, squares, {0: ["rule"]}, {0, 1, 2}, {0: 2.0})
     return found
 

@@ -6,7 +6,7 @@ import math
 import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -351,7 +351,7 @@ class FisherMonitor(Results):
         norms = torch.stack(found).double() / _scale(self._loss_scale) if found else torch.zeros(0)
         self._statistics.update(
             samples.norms.double() * factor**2,
-            {position: s * factor**2 for position, s in samples.squares.items()},
+            {p: [replace(s, factor=factor**2) for s in several] for p, several in samples.squares.items()},
             samples.rules,
             reached,
             dict(zip(current.norms, norms.square().tolist(), strict=True)),

@@ -24,7 +24,7 @@ from torch_secorder.errors import (
 )
 from torch_secorder.graph import Use
 from torch_secorder.parameters import ParameterTable
-from torch_secorder.per_sample import Carried, Dense, PerSampleGradient, direction
+from torch_secorder.per_sample import Carried, Dense, PerSampleGradient, Squares, direction
 from torch_secorder.placement import Grouping
 from torch_secorder.records import Call, Forward, Record, Site
 from torch_secorder.rules.nodes import gradient_at, has_rule
@@ -67,7 +67,7 @@ class Block:
     n: int
     norms: dict[int, Tensor] = field(default_factory=dict)
     settled: set[int] = field(default_factory=set)
-    squares: dict[int, Tensor] = field(default_factory=dict)
+    squares: dict[int, Squares] = field(default_factory=dict)
     held: dict[int, PerSampleGradient] = field(default_factory=dict)
     shared: dict[Record, Tensor] = field(default_factory=dict)
     outputs: dict[str, list[Output]] = field(default_factory=dict)
@@ -81,7 +81,7 @@ class Samples:
     Attributes:
         batch: how many samples the loss was over, N_b.
         norms: ``[parameters, n]``, squared norms of the gradients of each sample's share of the loss.
-        squares: position -> ``[*shape]``, sum of those gradients squared entry by entry, where the diagonal is wanted.
+        squares: position -> sums of those gradients squared entry by entry, where the diagonal is wanted.
         reached: positions that the pass reached.
         rules: position -> the rules and algorithms that gave its numbers.
         outputs: module name -> its calls, where activations are wanted.
@@ -90,7 +90,7 @@ class Samples:
 
     batch: int
     norms: Tensor
-    squares: dict[int, Tensor]
+    squares: dict[int, list[Squares]]
     reached: set[int]
     rules: Mapping[int, Iterable[str]]
     outputs: dict[str, list[Output]] = field(default_factory=dict)
@@ -316,9 +316,10 @@ class Pass:
             self._together(kind)
         blocks = list(self._blocks.values())
         norms = torch.cat([self._stacked(block) for block in blocks], 1)
-        squares = {p: s for block in blocks for p, s in block.squares.items()}
-        for block in blocks[:-1]:
-            squares |= {p: squares[p] + s for p, s in block.squares.items() if squares[p] is not s}
+        squares: dict[int, list[Squares]] = {}
+        for block in blocks:
+            for position, found in block.squares.items():
+                squares.setdefault(position, []).append(found)
         reached = {position for block in blocks for position in block.norms}
         outputs: dict[str, list[Output]] = {}
         for block in blocks:
@@ -348,7 +349,7 @@ class Pass:
             finite = norms.isfinite()
             if bool(finite.any()):
                 part = form if bool(finite.all()) else form.select(finite.nonzero().squeeze(1))
-                block.squares[position] = part.sum_of_squares()
+                block.squares[position] = Squares.of(part)
 
     def _stacked(self, block: Block) -> Tensor:
         """``[parameters, n]`` on one device, in at least float32; zeros for what the pass did not reach."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from torch_secorder.errors import ArgumentError
+from torch_secorder.per_sample import Squares
 
 VERSION = 1
 
@@ -63,7 +64,7 @@ class Statistics:
     def update(
         self,
         t: Tensor,
-        squares: Mapping[int, Tensor],
+        squares: Mapping[int, Sequence[Squares]],
         rules: Mapping[int, Iterable[str]],
         reached: set[int],
         gradients: Mapping[int, float],
@@ -74,7 +75,7 @@ class Statistics:
 
         Args:
             t: squared norms of the gradients of l_n, ``[p, n]``.
-            squares: position -> sum of squared gradients, entry by entry.
+            squares: position -> sums of squared gradients, entry by entry.
             rules: position -> how its numbers were computed.
             reached: positions that the pass reached.
             gradients: position -> ||grad_p L_b||^2, for the parameters whose gradient was computed.
@@ -95,12 +96,30 @@ class Statistics:
             other.gradient_passes, other.inverse_batch_sizes = 1, 1 / (other.n + skipped)
             other.gradient_sums[list(gradients)] = torch.tensor(list(gradients.values()), dtype=torch.float64)
             other.gradient_counts[list(gradients)] = 1
-        if self.keeps["diagonal"]:
-            other.squares = [squares.get(position, torch.zeros(())) for position in range(len(self.names))]
         if self.keeps["per_sample"]:
             other.rows = [t.T]
         other.outputs = dict(outputs or {})
-        self.merge(other)
+        before = dict(vars(self))
+        try:
+            self.merge(other)
+            if self.keeps["diagonal"]:
+                self._add_squares(squares)
+        except BaseException:  # an interrupt in between: half of a batch is worse than none
+            vars(self).update(before)
+            if squares:
+                self.clear()  # what was added in place can't be taken back
+            raise
+
+    def _add_squares(self, squares: Mapping[int, Sequence[Squares]]) -> None:
+        self.squares = self.squares or [torch.zeros(()) for _ in self.names]
+        for position, several in squares.items():
+            for one in several:
+                total = self.squares[position]
+                in_place = (
+                    total.dim() > 0
+                )  # else it stands for a parameter that no pass has reached, or is a single number
+                value = one.added(total if in_place else None)
+                self.squares[position] = value if in_place or value.dim() else value + total.to(value.device)
 
     def merge(self, other: Statistics) -> None:
         """Add the samples of ``other``, which stays as it is."""
@@ -127,10 +146,12 @@ class Statistics:
                 b.to(a.device) + a if a.dim() else b + a.to(b.device) for a, b in zip(mine, other.squares, strict=True)
             ]
         self.rows = [*self.rows, *other.rows]
+        outputs = dict(self.outputs)
         for name, (kind, squares, theirs) in other.outputs.items():
-            _, before, seen = self.outputs.get(name, (kind, 0.0, [0.0, 0.0, 0.0, math.inf, -math.inf]))
+            _, before, seen = outputs.get(name, (kind, 0.0, [0.0, 0.0, 0.0, math.inf, -math.inf]))
             sums = [a + b for a, b in zip(seen[:3], theirs[:3], strict=True)]
-            self.outputs[name] = (kind, before + squares, [*sums, min(seen[3], theirs[3]), max(seen[4], theirs[4])])
+            outputs[name] = (kind, before + squares, [*sums, min(seen[3], theirs[3]), max(seen[4], theirs[4])])
+        self.outputs = outputs
 
     def check_same_kind(self, other: Statistics) -> None:
         """Raise unless ``other`` counts the same things.

@@ -16,6 +16,7 @@ from torch_secorder.per_sample.carried import Carried
 from torch_secorder.per_sample.convolution import Convolution
 from torch_secorder.per_sample.outer import Outer
 from torch_secorder.per_sample.rows import Rows
+from torch_secorder.per_sample.squares import Squares
 
 __all__ = [
     "Carried",
@@ -24,6 +25,7 @@ __all__ = [
     "Outer",
     "PerSampleGradient",
     "Rows",
+    "Squares",
     "Sum",
     "direction",
     "row_squares",
