@@ -177,7 +177,7 @@ def generalized_fisher_trace(
         raise ShapeError(f"the batch is empty: outputs of shape {tuple(outputs.shape)}")
     checked_targets(targets, len(outputs))
     kind = FisherKind(loss_type, labels, num_samples, ignore_index, class_axis, positive_int("max_passes", max_passes))
-    _, seeds = kind.seeds(outputs if create_graph else outputs.detach(), targets, fresh_generator(generator))
+    _, seeds = kind.seeds(outputs, targets, fresh_generator(generator), differentiable=create_graph)
     norms = _squared_norms(outputs, seeds, table, memory_of(unwrapped(model), None), create_graph)
     return _as_result(norms, reduction, table)
 
