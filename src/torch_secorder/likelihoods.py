@@ -35,10 +35,10 @@ class Through:
 
         A ReLU lets no gradient through to a unit that is zero, and neither does dropout; D_n is one for the others.
         """
-        matrix, on = self.matrix.to(p.dtype), (self.units != 0).to(p.dtype)
-        mean = on * (p @ matrix.T)
-        whole = on @ matrix.square()
-        found = whole - 2 * (mean @ matrix) + mean.square().sum(1, keepdim=True)
+        weight, on = self.matrix.T.to(p.dtype), self.units.to(p.dtype).sign().abs()
+        whole = (weight.square() @ on.T).T
+        mixed = (weight @ (on * (p @ weight)).T).T  # M_c . D m, with m = sum_c p_c M_c
+        found = whole - 2 * mixed + (p * mixed).sum(1, keepdim=True)
         # The difference cancels for a class that is nearly certain: as sum_j p_j D (M_c - M_j), it can't be more than this.
         return found.clamp(min=0).minimum(4 * (1 - p).square() * whole.amax(1, keepdim=True))
 

@@ -41,6 +41,7 @@ class Walk:
         records: nodes at which such a call ends.
         uses: position -> edges (consumer, index of its input) that no call accounts for.
         leaves: where the gradients of parameters are accumulated -> position.
+        others: whatever else accumulates gradients: inputs, parameters of other models.
     """
 
     def __init__(self, roots: Sequence[Tensor], forward: Forward, leaves: dict[Node, int]):
@@ -52,6 +53,7 @@ class Walk:
             if record.site.rule is not None:
                 ends[edge.node].append(record)
         self.leaves = leaves
+        self.others: list[Tensor] = []
         stack = [x.grad_fn for x in roots if x.grad_fn is not None]
         seen = set(stack)
         while stack:
@@ -64,6 +66,8 @@ class Walk:
             else:
                 inputs = node.next_functions
                 self.children[node] = inputs
+                if not inputs and hasattr(node, "variable"):
+                    self.others.append(node.variable)
                 following = self._followed(node, inputs)
             for child in following:
                 if child not in seen:
