@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from oracles import output_curvature
+from torch_secorder import likelihoods
 from torch_secorder.errors import CurvatureError
-from torch_secorder.likelihoods import likelihood
+from torch_secorder.likelihoods import Through, likelihood
 
 LOSS_TYPES = ["nll", "bce", "mse", "poisson"]
 SHAPES = [(3, 4), (3, 4, 2), (2, 3, 2, 2)]
@@ -78,6 +79,41 @@ def test_labels_are_drawn_without_replacement(k: int) -> None:
         for sample, possible in ((0, 7), (1, 3)):
             drawn = labels[seeds[:, sample].abs().sum(-1) > 0, sample].tolist()
             assert len(set(drawn)) == len(drawn) == min(k, possible)
+
+
+LOGITS = {
+    "even": [0.0, 0.1, 0.2, -0.1, 0.0, 0.3],
+    "uneven": [0.0, 4.0, -3.0, 1.0, 1.5, -8.0],
+    "certain": [0.0, 18.0, -3.0, 1.0, 1.5, -8.0],
+    "impossible": [0.0, 2.0, -1000.0, 1.0, -1000.0, 0.5],
+}
+
+
+@pytest.mark.parametrize("logits", LOGITS)
+@pytest.mark.parametrize("units", [None, "some", "none"])
+@pytest.mark.parametrize("k", [1, 2, 3, 4])
+def test_every_start_of_the_drawing_taken_together(
+    logits: str, units: str | None, k: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One sample many times, each with another start on an even grid, is the integral over starts but for the grid's width.
+
+    Between two of the points where a label changes, of which there are at most 2 C k, the products of seeds are constant.
+    """
+    n = 20_000
+    outputs = torch.tensor(LOGITS[logits], dtype=torch.float64).expand(n, -1)
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(4, 6, generator=generator, dtype=torch.float64)
+    here = torch.tensor([1.0, -2.0, 0.0, 0.5] if units == "some" else [0.0] * 4, dtype=torch.float64)
+    through = None if units is None else Through(here.expand(n, -1), weight)
+    grid = ((torch.arange(n) + 0.5) / n).double().view(n, 1, 1)
+    monkeypatch.setattr(likelihoods.torch, "rand", lambda *_, **__: grid)
+    found = sum(products(seed) for seed in likelihood("nll", outputs, None).draws(outputs, k, generator, through))
+    expected = output_curvature(outputs[:1], "nll")
+    bound = 2 * 6 * k / n * float(found.abs().max())
+    assert float((found.mean(0) - expected).abs().max()) <= bound + 1e-12
+    largest = outputs[0].softmax(0).max()
+    if largest < 0.9:
+        assert bound < 0.03 * float(expected.abs().max()), "a grid that is too coarse shows nothing"
 
 
 @pytest.mark.parametrize("class_axis", [1, 2, -1, -2])

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from torch_secorder.errors import ArgumentError, CoverageError
-from torch_secorder.graph import memory_of, used_by_loss
-from torch_secorder.likelihoods import Likelihood, likelihood
+from torch_secorder.graph import last_product, memory_of, used_by_loss
+from torch_secorder.likelihoods import Likelihood, Through, likelihood
 from torch_secorder.parameters import ParameterTable, unwrapped
 from torch_secorder.passes import Samples
 from torch_secorder.plan import BatchAxis, planned
@@ -37,12 +37,16 @@ class FisherKind:
     class_axis: int = 1
     max_passes: int = 10_000
 
-    def seeds(self, outputs: Tensor, targets: Any, generator: torch.Generator) -> tuple[int, Iterator[Tensor]]:
-        """How many backward passes, and their seeds.
+    def seeds(
+        self, outputs: Tensor, targets: Any, generator: torch.Generator, *, differentiable: bool = False
+    ) -> tuple[int, Iterator[Tensor]]:
+        """How many backward passes, and their seeds, whose own graph is kept if they are to be ``differentiable``.
 
         Raises:
             ArgumentError: if the exact expectation takes more than ``max_passes``, or observed labels are missing.
         """
+        product = None if self.num_samples is None else last_product(outputs)
+        outputs = outputs if differentiable else outputs.detach()
         model: Likelihood = likelihood(
             self.loss_type, outputs, targets, ignore_index=self.ignore_index, class_axis=self.class_axis
         )
@@ -58,7 +62,8 @@ class FisherKind:
                     f"max_passes={self.max_passes:,}: pass num_samples=k for an unbiased estimate from k passes"
                 )
             return passes, model.exact(outputs)
-        return min(passes, self.num_samples), model.draws(outputs, self.num_samples, generator)
+        through = None if product is None else Through(*product)
+        return min(passes, self.num_samples), model.draws(outputs, self.num_samples, generator, through)
 
 
 @dataclass(frozen=True)
@@ -130,7 +135,7 @@ class Analysis:
         with self._prepared() as run:
             outputs = logits(run(inputs))
             checked_targets(targets, run.n, self.batch_axis)
-            count, seeds = kind.seeds(outputs.detach(), targets, generator)
+            count, seeds = kind.seeds(outputs, targets, generator)
             passes = (
                 run.backward(outputs, seed.to(outputs.dtype), last=number == count)
                 for number, seed in enumerate(seeds, start=1)

@@ -64,10 +64,11 @@ class Passes:
         self._shared = True
         try:
             self.audited(Forward(len(outputs)), outputs)
+            self._inputs = self._audit.others
             yield
         finally:
             self._audit.hooks.close()
-            self._starts, self._shared = [], False
+            self._starts, self._inputs, self._shared = [], [], False
 
     def audited(self, forward: Forward, outputs: Any) -> None:
         """Prepare for backward passes from these outputs."""

@@ -10,11 +10,37 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from torch_secorder.errors import ArgumentError, ShapeError, UnsupportedError
+
+
+@dataclass(frozen=True)
+class Through:
+    """The last layer: outputs are ``units @ matrix``, and a bias.
+
+    Attributes:
+        units: ``[n, i]``.
+        matrix: ``[i, c]``.
+    """
+
+    units: Tensor
+    matrix: Tensor
+
+    def sizes(self, p: Tensor) -> Tensor:
+        """``||D_n M (e_c - p_n)||^2`` for every c, ``[n, c]``: the square of what gets to the units that are not zero.
+
+        A ReLU lets no gradient through to a unit that is zero, and neither does dropout; D_n is one for the others.
+        """
+        weight, on = self.matrix.T.to(p.dtype), self.units.to(p.dtype).sign().abs()
+        whole = (weight.square() @ on.T).T
+        mixed = (weight @ (on * (p @ weight)).T).T  # M_c . D m, with m = sum_c p_c M_c
+        found = whole - 2 * mixed + (p * mixed).sum(1, keepdim=True)
+        # The difference cancels for a class that is nearly certain: as sum_j p_j D (M_c - M_j), it can't be more than this.
+        return found.clamp(min=0).minimum(4 * (1 - p).square() * whole.amax(1, keepdim=True))
 
 
 class Likelihood(ABC):
@@ -28,12 +54,21 @@ class Likelihood(ABC):
     def exact(self, outputs: Tensor) -> Iterator[Tensor]:
         """Seeds with ``sum_s s s^T = A_n`` for every sample."""
 
-    def draws(self, outputs: Tensor, k: int, generator: torch.Generator) -> Iterator[Tensor]:
-        """At most k random seeds with ``E[sum_s s s^T] = A_n``; with as many as the exact ones, those."""
-        return self.exact(outputs) if k >= self.exact_passes(outputs) else self._drawn(outputs, k, generator)
+    def draws(
+        self, outputs: Tensor, k: int, generator: torch.Generator, through: Through | None = None
+    ) -> Iterator[Tensor]:
+        """At most k random seeds with ``E[sum_s s s^T] = A_n``; with as many as the exact ones, those.
+
+        Args:
+            outputs: those of the model.
+            k: how many.
+            generator: where the randomness comes from.
+            through: what the outputs came out of, which may make the seeds vary less.
+        """
+        return self.exact(outputs) if k >= self.exact_passes(outputs) else self._drawn(outputs, k, generator, through)
 
     @abstractmethod
-    def _drawn(self, outputs: Tensor, k: int, generator: torch.Generator) -> Iterator[Tensor]:
+    def _drawn(self, outputs: Tensor, k: int, generator: torch.Generator, through: Through | None) -> Iterator[Tensor]:
         """K random seeds."""
 
     @abstractmethod
@@ -64,7 +99,7 @@ class Elementwise(Likelihood):
             seed[:, element] = root[:, element]
             yield seed.view(outputs.shape)
 
-    def _drawn(self, outputs: Tensor, k: int, generator: torch.Generator) -> Iterator[Tensor]:
+    def _drawn(self, outputs: Tensor, k: int, generator: torch.Generator, through: Through | None) -> Iterator[Tensor]:
         root = self._root(outputs) / math.sqrt(k)
         return (root * random_signs(outputs.shape, outputs, generator) for _ in range(k))
 
@@ -116,20 +151,20 @@ class Categorical(Likelihood):
                 seed[:, position, j + 1 :] = -weight[:, None] * share
                 yield self._shaped(seed, outputs)
 
-    def _drawn(self, outputs: Tensor, k: int, generator: torch.Generator) -> Iterator[Tensor]:
+    def _drawn(self, outputs: Tensor, k: int, generator: torch.Generator, through: Through | None) -> Iterator[Tensor]:
         r"""K labels for each position, drawn without replacement by importance, with random signs.
 
         Only a trace is wanted, ``tr(J^T A J) = sum_c p_c q_c`` with ``q_c = ||J^T (e_c - p)||^2``, so a label may be drawn
-        with any probability. Label c is among the k with probability ``pi_c``, as nearly proportional to ``p_c ||e_c -
-        p||^2`` as ``pi_c <= 1`` allows, by systematic sampling: the labels at which ``u, u + 1, ..., u + k - 1`` fall
-        into the cumulated ``pi``, u uniform in [0, 1). Its seed is ``sqrt(p_c / pi_c) (e_c - p)``, so that
-        ``E[sum_s s s^T] = sum_c pi_c (p_c / pi_c) (e_c - p)(e_c - p)^T = diag(p) - p p^T`` (Horvitz and Thompson, 1952);
-        independent signs make the products between positions vanish in expectation.
+        with any probability that is positive where ``p_c q_c`` is. Label c is among the k with probability ``pi_c``, as
+        nearly proportional to the weights of :meth:`_weights` as ``pi_c <= 1`` allows, by systematic sampling: the labels at
+        which ``u, u + 1, ..., u + k - 1`` fall into the cumulated ``pi``, u uniform in [0, 1). Its seed is
+        ``sqrt(p_c / pi_c) (e_c - p)``, so that ``E[sum_s s s^T] = sum_c pi_c (p_c / pi_c) (e_c - p)(e_c - p)^T
+        = diag(p) - p p^T``, whatever the weights are (Horvitz and Thompson, 1952); independent signs make the products
+        between positions vanish in expectation.
         """
         p = self._probabilities(outputs)
         # Constants, also where the trace is differentiated: the expectation of the gradient is then that of the expectation.
-        q = p.detach()
-        pi = _inclusion(q * (1 - 2 * q + q.square().sum(-1, keepdim=True)).clamp(min=torch.finfo(q.dtype).eps), k)
+        pi = _inclusion(self._weights(p.detach(), through), k)
         ends = pi.cumsum(-1)
         start = torch.rand((*p.shape[:2], 1), generator=generator, device=generator.device, dtype=p.dtype).to(p.device)
         for turn in range(k):
@@ -140,6 +175,24 @@ class Categorical(Likelihood):
             share = p.gather(-1, label) / pi.gather(-1, label).clamp(min=torch.finfo(p.dtype).tiny)
             size = torch.where(drawn, share, 0).sqrt() * random_signs((*p.shape[:2], 1), p, generator)
             yield self._shaped(size * (torch.zeros_like(p).scatter(-1, label, 1.0) - p), outputs)
+
+    def _weights(self, p: Tensor, through: Through | None) -> Tensor:
+        """How the labels' parts ``p_c q_c`` of a trace are expected to relate, ``[n, positions, classes]``; at least zero.
+
+        A last layer's own part of q_c is proportional to ``||e_c - p||^2``. What the layers before it see is roughly
+        proportional to :meth:`Through.sizes`, times nobody knows what: each of the two is given half of the weight. So an
+        estimate's second moment is at most twice that with the better one alone.
+        """
+        eps = torch.finfo(p.dtype).eps
+        rest = (1 - p).clamp(min=eps).square()
+        # ||e_c - p||^2 lies between this and twice this, also where 1 - p has no digits left.
+        parts = [rest + (p.square().sum(-1, keepdim=True) - p.square()).clamp(min=0).minimum(rest)]
+        if through is not None and p.shape == (len(through.units), 1, through.matrix.shape[1]):
+            parts.append(through.sizes(p[:, 0])[:, None])
+        weights = [p * part for part in parts]
+        return sum(
+            (w / w.sum(-1, keepdim=True).clamp(min=torch.finfo(p.dtype).tiny) for w in weights), torch.zeros_like(p)
+        )
 
     def observed(self, outputs: Tensor, targets: Tensor) -> Tensor:
         p = self._probabilities(outputs)

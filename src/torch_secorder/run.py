@@ -13,8 +13,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from torch_secorder.backward import Passes
 from torch_secorder.capture import Capture
-from torch_secorder.errors import ArgumentError, ShapeError
-from torch_secorder.graph import Audit, Memory
+from torch_secorder.errors import ArgumentError, ShapeError, UnsupportedError
+from torch_secorder.graph import Audit, Memory, without_second_derivative
 from torch_secorder.parameters import ParameterTable
 from torch_secorder.plan import Plan
 from torch_secorder.records import Record
@@ -65,6 +65,8 @@ class Run(Passes):
         with torch.enable_grad(), twice_differentiable(self._create_graph):
             outputs = called(self._model, inputs)
         self.random = not all(map(torch.equal, before, random_state()))
+        if self._create_graph:
+            check_twice_differentiable(outputs, self._table)
         return outputs
 
     def _rehearse(self) -> None:
@@ -112,6 +114,15 @@ def called(model: Callable[..., Any], inputs: Any) -> Any:
 def twice_differentiable(wanted: bool) -> AbstractContextManager[object]:
     """Attention by operations that have second derivatives, where they are wanted: the fused ones have none."""
     return sdpa_kernel(SDPBackend.MATH) if wanted else nullcontext()
+
+
+def check_twice_differentiable(outputs: Any, table: ParameterTable) -> None:
+    """Raise if the graph of these outputs has a fused operation that can't be differentiated twice."""
+    if found := without_second_derivative(outputs, table):
+        what, remedy = found
+        raise UnsupportedError(
+            f"create_graph: {what} has no second derivative; compute it under {remedy}, by operations that have one"
+        )
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import math
 import weakref
@@ -162,6 +163,55 @@ def test_the_gradient_through_fused_attention_is_right_or_refused(name: str) -> 
         assert "second derivative" in str(refusal)
     else:
         assert_gradient(model, value, lambda: total(trace(exact_fisher(model, x))))
+
+
+class ChoosesFlash(DotProduct):
+    """Asks for fused attention itself, so that nothing around the model can change it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            return super().forward(x)
+
+
+@pytest.mark.parametrize("function", ["empirical", "generalized"])
+def test_what_has_no_second_derivative_is_refused_in_words(function: str) -> None:
+    model, x, y = ChoosesFlash(), torch.randn(3, 4, 4), torch.arange(3)
+    said = r"ScaledDotProductFlash\w* at packed\.(weight|bias) has no second derivative; compute it under .*SDPBackend\.MATH"
+    with pytest.raises(CurvatureError, match=said):
+        if function == "empirical":
+            empirical_fisher_trace(model, nn.CrossEntropyLoss(), x, y, create_graph=True)
+        else:
+            generalized_fisher_trace(model, model(x), None, create_graph=True)
+
+
+class Recurrent(nn.Module):
+    """An LSTM in float32, which is one fused node for each layer."""
+
+    def __init__(self, layers: int) -> None:
+        super().__init__()
+        self.words, self.body, self.head = (
+            nn.Linear(3, 4),
+            nn.LSTM(4, 4, layers, batch_first=True),
+            nn.Linear(4, CLASSES),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(self.words(x))[0].mean(1))
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("function", ["empirical", "generalized"])
+def test_the_gradient_through_a_fused_lstm_is_that_of_the_plain_one(function: str, layers: int) -> None:
+    model, x, y = Recurrent(layers), torch.randn(5, 6, 3), torch.arange(5) % CLASSES
+    slopes = []
+    for one, inputs in ((model, x), (copy.deepcopy(model).double(), x.double())):
+        if function == "empirical":
+            value = empirical_fisher_trace(one, nn.CrossEntropyLoss(), inputs, y, create_graph=True)
+        else:
+            value = generalized_fisher_trace(one, one(inputs), None, create_graph=True)
+        slopes.append(torch.autograd.grad(value, list(one.parameters())))
+    for (name, _), found, expected in zip(model.named_parameters(), *slopes, strict=True):
+        torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-5, msg=name)
 
 
 @every_model

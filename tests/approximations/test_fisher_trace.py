@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import torch_secorder
+import torch_secorder.analysis
 from model_state import assert_unchanged, gradients, identical, state
 from oracles import (
     assert_equal,
@@ -26,6 +26,7 @@ from oracles import (
     trace,
 )
 from problems import AWKWARD, BY_NAME, PROBLEMS, Problem
+from torch_secorder import fisher_report
 from torch_secorder.approximations.fisher_trace import empirical_fisher_trace, generalized_fisher_trace
 from torch_secorder.errors import CurvatureError
 
@@ -569,6 +570,55 @@ def test_the_sampled_estimate_is_unbiased(loss_type: str, positions: bool) -> No
     many = torch.stack([sample(8) for _ in range(40)])
     assert abs(float(many.mean()) - expected) < 4.5 * float(draws.std()) / 320**0.5
     assert float(many.std()) < float(draws.std()), "more samples, less spread"
+
+
+def rectifier(classes: int = 10) -> tuple[nn.Module, Tensor]:
+    model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, classes)).double()
+    return model, torch.randn(32, 16, dtype=torch.float64)
+
+
+def spread(model: nn.Module, x: Tensor, k: int, draws: int = 150) -> float:
+    generator, outputs = torch.Generator().manual_seed(0), model(x)
+    values = [generalized_fisher_trace(model, outputs, None, num_samples=k, generator=generator) for _ in range(draws)]
+    return float(torch.stack(values).std())
+
+
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_last_layer_is_looked_through(k: int, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model, x = rectifier()
+    model[4] = nn.Linear(32, 10, bias=bias).double()
+    through = spread(model, x, k)
+    monkeypatch.setattr(torch_secorder.analysis, "last_product", lambda outputs: None)
+    assert through < 0.7 * spread(model, x, k)
+
+
+def test_both_ways_in_draw_the_same_labels() -> None:
+    model, x = rectifier()
+    generator = torch.Generator().manual_seed(3)
+    value = generalized_fisher_trace(model, model(x), None, num_samples=2, generator=generator)
+    generator.manual_seed(3)
+    report = fisher_report(model, None, (x, None), fisher="sampled", num_samples=2, generator=generator, progress=False)
+    assert_equal(torch.tensor(report["fisher_trace"].sum()), value, value)
+
+
+@pytest.mark.parametrize("k", [9, 10, 50])
+def test_as_many_samples_as_exact_passes_are_exact(k: int) -> None:
+    model, x = rectifier()
+    expected = generalized_fisher_trace(model, model(x), None)
+    assert generalized_fisher_trace(model, model(x), None, num_samples=k) == expected
+
+
+def test_outputs_of_inputs_that_require_a_gradient() -> None:
+    """Also of another model before this one: no warning of a slow way, and no gradient written."""
+    model, before, (x, _) = classifier(), nn.Linear(4, 4).double(), batch()
+    x.requires_grad_(True)
+    for inputs in (x, before(x)):
+        expected = total(trace(exact_fisher(model, inputs.detach())))
+        assert_equal(generalized_fisher_trace(model, model(inputs), None), expected, expected)
+    assert x.grad is None
+    assert all(p.grad is None for p in before.parameters())
 
 
 def test_the_sampled_estimate_leaves_out_ignored_positions() -> None:

@@ -20,13 +20,12 @@ from torch_secorder.errors import (
     NonFiniteError,
     ShapeError,
     SlowFallbackWarning,
-    UnsupportedError,
 )
-from torch_secorder.graph import Memory, memory_of, without_second_derivative
+from torch_secorder.graph import Memory, memory_of
 from torch_secorder.parameters import ParameterTable, unwrapped
 from torch_secorder.per_sample import widened
 from torch_secorder.results import checked
-from torch_secorder.run import checked_targets
+from torch_secorder.run import check_twice_differentiable, checked_targets
 from torch_secorder.single import check_separable, compare, squares
 from torch_secorder.verification import trusted, verified
 
@@ -177,7 +176,7 @@ def generalized_fisher_trace(
         raise ShapeError(f"the batch is empty: outputs of shape {tuple(outputs.shape)}")
     checked_targets(targets, len(outputs))
     kind = FisherKind(loss_type, labels, num_samples, ignore_index, class_axis, positive_int("max_passes", max_passes))
-    _, seeds = kind.seeds(outputs if create_graph else outputs.detach(), targets, fresh_generator(generator))
+    _, seeds = kind.seeds(outputs, targets, fresh_generator(generator), differentiable=create_graph)
     norms = _squared_norms(outputs, seeds, table, memory_of(unwrapped(model), None), create_graph)
     return _as_result(norms, reduction, table)
 
@@ -186,11 +185,8 @@ def _squared_norms(
     outputs: Tensor, seeds: Iterator[Tensor], table: ParameterTable, memory: Memory, create_graph: bool
 ) -> Tensor:
     """``sum_s ||J_n^T s_n||^2`` of every sample, ``[n]``, from what the graph's nodes have saved, or one by one."""
-    if create_graph and (once := without_second_derivative(outputs)):
-        raise UnsupportedError(
-            f"create_graph: {once} in the graph of these outputs has no second derivative; compute them with "
-            "torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), or torch.backends.mkldnn.flags(enabled=False)"
-        )
+    if create_graph:
+        check_twice_differentiable(outputs, table)
     norms = outputs.new_zeros(len(outputs), dtype=torch.promote_types(outputs.dtype, torch.float32))
     seeds = (seed.to(outputs.dtype) for seed in seeds)
     passes, failed = Passes(table, memory, create_graph=create_graph), None

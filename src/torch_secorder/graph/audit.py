@@ -38,6 +38,7 @@ class Audit:
 
     Attributes:
         structure: of the latest graph.
+        others: what that graph leads to besides the analysed parameters.
         hooks: on the nodes of all graphs so far, for graphs that outlive the audit.
     """
 
@@ -59,6 +60,7 @@ class Audit:
         }
         self._memory, self._rehearse, self._trusting = memory or Memory(), rehearse, trusting
         self.structure = 0
+        self.others: list[Tensor] = []
         self.hooks = ExitStack()
 
     def uses(self, forward: Forward, outputs: Any) -> list[tuple[Use, Node]]:
@@ -70,7 +72,7 @@ class Audit:
         """
         roots = [x for x in tensors(outputs) if x.requires_grad]
         walk = Walk(roots, forward, self._leaves)
-        self.structure = walk.structure(forward.n)
+        self.structure, self.others = walk.structure(forward.n), walk.others
         n = forward.n
         if n is None:
             return []

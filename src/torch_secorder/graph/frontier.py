@@ -64,7 +64,7 @@ class Use:
     def hidden(self, node: Node) -> str | None:
         """The name of a node whose saved tensors are elsewhere, and may be fetched only once: by autograd itself."""
         chains = (between(c.value[0], c.start) for part in self.parts for _, c in part.targets if c.layout is None)
-        return next((one.name() for one in (node, *itertools.chain(*chains)) if _saves_elsewhere(one)), None)
+        return next((one.name() for one in (node, *itertools.chain(*chains)) if saves_elsewhere(one)), None)
 
     def edges(self, node: Node) -> list[GradientEdge]:
         """Where the gradients of the node's outputs arrive."""
@@ -188,7 +188,8 @@ class Frontier:
         return self._table.rows[target].shape if isinstance(target, int) else tuple(target.shape)
 
 
-def _saves_elsewhere(node: Any) -> bool:
+def saves_elsewhere(node: Any) -> bool:
+    """Whether hooks keep the tensors that a node has saved."""
     saved = (getattr(node, name) for name in dir(node) if name.startswith("_raw_saved_"))
     several = (one for value in saved for one in (value if isinstance(value, (list, tuple)) else (value,)))
     return any(getattr(one, "unpack_hook", None) is not None for one in several)

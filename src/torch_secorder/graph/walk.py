@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache, cached_property
 from typing import Any
 
@@ -41,6 +41,7 @@ class Walk:
         records: nodes at which such a call ends.
         uses: position -> edges (consumer, index of its input) that no call accounts for.
         leaves: where the gradients of parameters are accumulated -> position.
+        others: whatever else accumulates gradients: inputs, parameters of other models.
     """
 
     def __init__(self, roots: Sequence[Tensor], forward: Forward, leaves: dict[Node, int]):
@@ -52,6 +53,7 @@ class Walk:
             if record.site.rule is not None:
                 ends[edge.node].append(record)
         self.leaves = leaves
+        self.others: list[Tensor] = []
         stack = [x.grad_fn for x in roots if x.grad_fn is not None]
         seen = set(stack)
         while stack:
@@ -62,6 +64,8 @@ class Walk:
                 inputs: Any = self._inside(node, found)
             else:
                 inputs = node.next_functions
+                if not inputs and hasattr(node, "variable"):
+                    self.others.append(node.variable)
             self.children[node] = inputs
             for index, (child, _) in enumerate(inputs):
                 if child is None or child in seen:
@@ -155,22 +159,36 @@ def _axis_names(kind: type) -> list[str]:
     return [name for name in ("_saved_dim", "_saved_dims", "_saved_dim0", "_saved_dim1") if hasattr(kind, name)]
 
 
-ONCE = ("ScaledDotProduct", "MkldnnRnn", "CudnnRnn", "MiopenRnn")
+# What has no second derivative, and what does the same and has one.
+ONCE = {
+    "ScaledDotProduct": "torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)",
+    "CudnnRnn": "torch.backends.cudnn.flags(enabled=False)",
+    "MiopenRnn": "torch.backends.cudnn.flags(enabled=False)",
+}
 
 
-def without_second_derivative(root: Tensor) -> str | None:
-    """The name of a node in a graph that can't be differentiated twice: of fused attention or a fused recurrent layer."""
-    stack, seen = [root.grad_fn], {root.grad_fn}
-    while stack:
-        node = stack.pop()
-        if node is None:
+def without_second_derivative(outputs: Any, table: ParameterTable) -> tuple[str, str] | None:
+    """A node that can't be differentiated twice and the parameter nearest to it, in words; and the remedy."""
+    for node in _before([x.grad_fn for x in tensors(outputs)]):
+        remedy = next((remedy for name, remedy in ONCE.items() if node.name().startswith(name)), None)
+        if remedy is None or "Math" in node.name():
             continue
-        if node.name().startswith(ONCE) and "Math" not in node.name():
-            return node.name()
-        new = {child for child, _ in node.next_functions} - seen
-        seen |= new
-        stack += new
+        positions = (table.position(getattr(one, "variable", None)) for one in _before([node]))
+        nearest = next((f" at {table.names[position]}" for position in positions if position is not None), "")
+        return f"{node.name()}{nearest}", remedy
     return None
+
+
+def _before(nodes: Sequence[Node | None]) -> Iterator[Node]:
+    """These nodes and whatever they were computed from, the nearest first."""
+    level = list(dict.fromkeys(node for node in nodes if node is not None))
+    seen = set(level)
+    while level:
+        yield from level
+        level = list(
+            dict.fromkeys(c for node in level for c, _ in node.next_functions if c is not None and c not in seen)
+        )
+        seen.update(level)
 
 
 def _reorders(node: Any, n: int) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 
 from torch_secorder.errors import ShapeError
 from torch_secorder.per_sample import Outer
@@ -16,6 +16,11 @@ def bilinear(module: nn.Bilinear, call: Call) -> Gradients:
     x1, x2, g = call.argument(0, "input1"), call.argument(1, "input2"), call.grad_output
     if x1.dim() < 2:
         raise ShapeError(f"a Bilinear got an input of shape {tuple(x1.shape)}, without a batch axis")
-    a = (x1[..., :, None] * x2[..., None, :]).flatten(-2)
+    a = pairs(x1, x2)
     a, g = a.reshape(a.shape[0], 1, -1, a.shape[-1]), g.reshape(g.shape[0], 1, -1, g.shape[-1])
     return {"weight": Outer(a, g, module.weight.shape), "bias": g.sum((1, 2))}
+
+
+def pairs(x1: Tensor, x2: Tensor) -> Tensor:
+    """Every product of an entry of one input and an entry of the other, on one axis."""
+    return (x1[..., :, None] * x2[..., None, :]).flatten(-2)

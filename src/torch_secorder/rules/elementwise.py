@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 
 from torch_secorder.records import Call
 from torch_secorder.rules._dispatch import Gradients, register_rule
@@ -11,7 +11,12 @@ from torch_secorder.rules._dispatch import Gradients, register_rule
 @register_rule(nn.PReLU)
 def prelu(module: nn.PReLU, call: Call) -> Gradients:
     """``y = x`` above zero and ``weight * x`` below; one weight, or one for each channel on axis 1."""
-    product = call.argument(0, "input").clamp(max=0) * call.grad_output
+    product = along_slope(call.argument(0, "input"), call.grad_output)
     if module.num_parameters == 1:
         return {"weight": product.flatten(1).sum(1, keepdim=True) if product.dim() > 1 else product[:, None]}
     return {"weight": product.reshape(*product.shape[:2], -1).sum(2)}
+
+
+def along_slope(x: Tensor, g: Tensor) -> Tensor:
+    """What each element adds to the gradient of the slope that it is multiplied by below zero."""
+    return x.clamp(max=0) * g

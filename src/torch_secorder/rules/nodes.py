@@ -13,10 +13,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from torch_secorder.errors import CoupledSamplesError, CoverageError, ShapeError, UnsupportedError
 from torch_secorder.per_sample import Convolution, Dense, Outer, PerSampleGradient, Rows
 from torch_secorder.placement import Placement
+from torch_secorder.rules.bilinear import pairs
+from torch_secorder.rules.elementwise import along_slope
+from torch_secorder.rules.normalization import over_channels, with_running
 
 
 @dataclass(frozen=True)
@@ -180,12 +184,16 @@ def _rows_times(x: Tensor, g: Tensor, shape: tuple[int, ...]) -> Outer:
     return Outer(g[:, None, None], x.to(g.dtype)[:, None, None], shape)
 
 
+def _times(factor: float, g: Tensor) -> Tensor:
+    return g if factor == 1 else g * factor  # a copy for nothing is a tenth of a plain step in ten passes
+
+
 @node_rule("AddmmBackward0", lambda at: at.is_broadcast if at.index == 0 else _in_rows(2)(at))
 def addmm(at: Place, g: Tensor) -> PerSampleGradient | Tensor:
     """``beta self + alpha mat1 mat2`` with samples in the rows of the result."""
     if at.index == 0:
-        return at.summed(g * at.node._saved_beta)
-    return _rows_times(at.node._saved_mat1, g * at.node._saved_alpha, at.shape)
+        return at.summed(_times(at.node._saved_beta, g))
+    return _rows_times(at.node._saved_mat1, _times(at.node._saved_alpha, g), at.shape)
 
 
 @node_rule("MmBackward0", _in_rows(1))
@@ -238,6 +246,56 @@ def layer_norm(at: Place, g: Tensor) -> Tensor:
     return at.summed(g * ((x - mean) * scale))
 
 
+@node_rule("NativeGroupNormBackward0", _in_rows(1, 2))
+def group_norm(at: Place, g: Tensor) -> Tensor:
+    """Weight and bias of a group norm."""
+    node = at.node
+    return over_channels(F.group_norm(node._saved_input, node._saved_group, eps=node._saved_eps), g)[at.index - 1]
+
+
+@node_rule("CudnnBatchNormBackward0", lambda at: _in_rows(1, 2)(at) and not at.node._saved_training)
+@node_rule("NativeBatchNormBackward0", lambda at: _in_rows(1, 2)(at) and not at.node._saved_training)
+def batch_norm(at: Place, g: Tensor) -> Tensor:
+    """Weight and bias of a batch norm with running statistics."""
+    node = at.node
+    eps = node._saved_epsilon if hasattr(node, "_saved_epsilon") else node._saved_eps
+    statistics = node._saved_running_mean, node._saved_running_var, eps
+    return with_running(node._saved_input, g, *statistics)[at.index - 1]
+
+
+@node_rule("PreluKernelBackward0", lambda at: at.index == 1 and at.is_broadcast)
+def prelu(at: Place, g: Tensor) -> Tensor:
+    """Slopes below zero."""
+    return at.summed(along_slope(at.node._saved_self, g))
+
+
+def _is_bilinear(node: Any) -> bool:
+    expanded = (node._saved_expand1, node._saved_expand2, node._saved_expand3, node._saved_sumdim)
+    return [list(axes) for axes in expanded] == [[1, 3], [0], [1, 2], [2, 3]]
+
+
+@node_rule("TrilinearBackward0", lambda at: _in_rows(1)(at) and _is_bilinear(at.node))
+def bilinear(at: Place, g: Tensor) -> PerSampleGradient:
+    """The weight of ``y_o = x1^T W_o x2``."""
+    return Outer(pairs(at.node._saved_i1, at.node._saved_i3)[:, None, None], g[:, None, None], at.shape)
+
+
+def _repeats_samples(at: Place) -> bool:
+    """Whether no sample has a part of a repetition only."""
+    whole = at.placement.fold == "outer" and at.node._saved_repeats[at.placement.axis] % at.n == 0
+    return at.is_broadcast or whole
+
+
+@node_rule("RepeatBackward0", _repeats_samples)
+def repeat(at: Place, g: Tensor) -> Tensor:
+    """A tensor that is repeated for every sample."""
+    times, axis = at.node._saved_repeats, at.placement.axis
+    sizes = [1] * (g.dim() - len(at.shape)) + list(at.shape)
+    g = g.reshape([size for pair in zip(times, sizes, strict=True) for size in pair])
+    others = [2 * d for d in range(len(times)) if d != axis]
+    return (g.sum(others) if others else g).movedim(axis, 0).reshape(times[axis], *at.shape)
+
+
 @node_rule("MulBackward0", lambda at: at.is_broadcast)
 def mul(at: Place, g: Tensor) -> Tensor:
     """A factor that is broadcast along the batch."""
@@ -247,7 +305,7 @@ def mul(at: Place, g: Tensor) -> Tensor:
 @node_rule("AddBackward0", lambda at: at.is_broadcast)
 def add(at: Place, g: Tensor) -> Tensor:
     """A summand that is broadcast along the batch."""
-    return at.summed(g if at.index == 0 else g * at.node._saved_alpha)
+    return at.summed(g if at.index == 0 else _times(at.node._saved_alpha, g))
 
 
 @node_rule("SubBackward0", lambda at: at.is_broadcast)

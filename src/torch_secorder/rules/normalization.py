@@ -35,7 +35,7 @@ def rms_norm(module: nn.RMSNorm, call: Call) -> Gradients:
 def group_norm(module: nn.GroupNorm, call: Call) -> Gradients:
     """Statistics of each sample's groups of channels."""
     x = _input(module, call, 1)
-    return _channels(F.group_norm(x, module.num_groups, None, None, module.eps), call.grad_output)
+    return _named(*over_channels(F.group_norm(x, module.num_groups, None, None, module.eps), call.grad_output))
 
 
 @register_rule(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
@@ -46,22 +46,15 @@ def instance_norm(module: _InstanceNorm, call: Call) -> Gradients:
     if not any(isinstance(module, kind) and x.dim() == dims for kind, dims in expected.items()):
         raise ShapeError(f"an {type(module).__name__} got an input of shape {tuple(x.shape)}, without a batch axis")
     running = not module.training and module.track_running_stats
-    return _channels(_with_running(module, x) if running else F.instance_norm(x, eps=module.eps), call.grad_output)
+    if running:
+        return _running(module, x, call.grad_output)
+    return _named(*over_channels(F.instance_norm(x, eps=module.eps), call.grad_output))
 
 
 @register_rule(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 def batch_norm(module: _BatchNorm, call: Call) -> Gradients:
     """With running statistics it is an affine map; without, the module is refused in forward."""
-    x, g = _input(module, call, 1), call.grad_output
-    assert module.running_mean is not None  # else it was refused
-    assert module.running_var is not None
-    mean, deviation = module.running_mean, (module.running_var + module.eps).sqrt()
-    if torch.is_grad_enabled() or bool((mean.abs() > MODERATE * deviation).any()):
-        return _channels(_with_running(module, x), g)
-    # sum g (x - m) / s = (sum g x - m sum g) / s needs no normalised input, and only a mean far from zero costs digits.
-    x, g = (value.reshape(*value.shape[:2], -1) for value in (x, g))
-    bias = g.sum(2)
-    return {"weight": (torch.linalg.vecdot(g, x.to(g.dtype)) - mean * bias) / deviation, "bias": bias}
+    return _running(module, _input(module, call, 1), call.grad_output)
 
 
 @register_refusal(_BatchNorm)
@@ -74,10 +67,6 @@ def batch_statistics(module: _BatchNorm) -> CurvatureError | None:
         f"it is {state} and normalises with the statistics of the whole batch, so per-sample gradients do not exist; call "
         "model.eval() (with running statistics), or use GroupNorm"
     )
-
-
-def _with_running(module: Any, x: Tensor) -> Tensor:
-    return F.batch_norm(x, module.running_mean, module.running_var, None, None, False, 0.0, module.eps)
 
 
 def _input(module: nn.Module, call: Call, trailing: int) -> Tensor:
@@ -93,7 +82,27 @@ def _last_axes(module: Any, normalised: Tensor, g: Tensor) -> dict[str, Tensor]:
     return {"weight": (g * normalised).reshape(shape).sum(1), "bias": g.reshape(shape).sum(1)}
 
 
-def _channels(normalised: Tensor, g: Tensor) -> dict[str, Tensor]:
-    """Gradients of parameters over axis 1, summed over all axes after it."""
-    flat = (*g.shape[:2], -1)
-    return {"weight": torch.linalg.vecdot(g.reshape(flat), normalised.reshape(flat)), "bias": g.reshape(flat).sum(2)}
+def _running(module: _BatchNorm | _InstanceNorm, x: Tensor, g: Tensor) -> dict[str, Tensor]:
+    assert module.running_mean is not None  # else it was refused
+    assert module.running_var is not None
+    return _named(*with_running(x, g, module.running_mean, module.running_var, module.eps))
+
+
+def _named(weight: Tensor, bias: Tensor) -> dict[str, Tensor]:
+    return {"weight": weight, "bias": bias}
+
+
+def over_channels(normalised: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of a weight and a bias over axis 1, summed over all axes after it."""
+    g, normalised = (value.reshape(*g.shape[:2], -1) for value in (g, normalised))
+    return torch.linalg.vecdot(g, normalised), g.sum(2)
+
+
+def with_running(x: Tensor, g: Tensor, mean: Tensor, variance: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The same for an input that is normalised by statistics which are none of its own."""
+    deviation = (variance + eps).sqrt()
+    if torch.is_grad_enabled() or bool((mean.abs() > MODERATE * deviation).any()):
+        return over_channels(F.batch_norm(x, mean, variance, None, None, False, 0.0, eps), g)
+    # sum g (x - m) / s = (sum g x - m sum g) / s needs no normalised input, and only a mean far from zero costs digits.
+    along, bias = over_channels(x.to(g.dtype), g)
+    return (along - mean * bias) / deviation, bias

@@ -28,7 +28,6 @@ def _is_plain_lstm(at: Place) -> bool:
     return node._saved_mode == mode_of_lstm and not node._saved_batch_sizes and in_order
 
 
-@torch.no_grad()  # the fused node has no second derivative either
 def _lstm_steps(node: Any, grads: Gradients) -> tuple[Tensor, Tensor, Tensor]:
     """Inputs, previous hidden states and gradients of the gates before their nonlinearity, ``[t, n, ...]`` each.
 
@@ -42,29 +41,26 @@ def _lstm_steps(node: Any, grads: Gradients) -> tuple[Tensor, Tensor, Tensor]:
         x, out, g_out = x.flip(0), out.flip(0), None if g_out is None else g_out.flip(0)
     h = torch.cat([h0[None], out[:-1]])
     bias = node._saved_weight2 + node._saved_weight3 if node._saved_has_biases else w_ih.new_zeros(len(w_ih))
-    z = torch.addmm(bias, x.flatten(0, 1), w_ih.T).addmm_(h.flatten(0, 1), w_hh.T)
+    z = torch.addmm(torch.addmm(bias, x.flatten(0, 1), w_ih.T), h.flatten(0, 1), w_hh.T)
     i, f, u, o = z.view(*out.shape[:2], 4, -1).unbind(2)
     i, f, u, o = i.sigmoid(), f.sigmoid(), u.tanh(), o.sigmoid()
-    entering, cells = i * u, out.new_empty(len(x) + 1, *c0.shape)
-    cells[0] = c0
-    for t, (before, after) in enumerate(zip(cells[:-1].unbind(), cells[1:].unbind(), strict=True)):
-        torch.addcmul(entering[t], f[t], before, out=after)
-    tanh_c = cells[1:].tanh()
+    entering, cells = i * u, [c0]
+    for new, kept in zip(entering.unbind(), f.unbind(), strict=True):
+        cells.append(torch.addcmul(new, kept, cells[-1]))
+    before, tanh_c = torch.stack(cells[:-1]), torch.stack(cells[1:]).tanh()
     # What multiplies the gradient of c_t on its way to the gates i, f and u, and that of h_t on its way to o and to c_t.
-    to_gates = torch.stack([entering * (1 - i), cells[:-1] * f * (1 - f), i * (1 - u * u)], 2).unbind()
+    to_gates = torch.stack([entering * (1 - i), before * f * (1 - f), i * (1 - u * u)], 2).unbind()
     to_o, to_cell = (tanh_c * o * (1 - o)).unbind(), (o * (1 - tanh_c * tanh_c)).unbind()
     zero = out.new_zeros(out[0].shape)
     dc = zero if g_c is None else g_c.view_as(zero)
     dh = zero if g_h is None else g_h.view_as(zero)
     from_out = [zero] * len(x) if g_out is None else g_out.unbind()
     dh = dh + from_out[-1]
-    forgets, dz = f.unbind(), torch.empty_like(z).view(*out.shape[:2], -1)
-    steps, gates = dz.unbind(), dz.view(*out.shape[:2], 4, -1)
-    first_three, last = gates[:, :, :3].unbind(), gates[:, :, 3].unbind()
+    forgets, steps = f.unbind(), []
     for t in reversed(range(len(x))):
         dc = torch.addcmul(dc, dh, to_cell[t])
-        torch.mul(dc[:, None], to_gates[t], out=first_three[t])
-        torch.mul(dh, to_o[t], out=last[t])
+        dz = torch.cat([(dc[:, None] * to_gates[t]).flatten(1), dh * to_o[t]], 1)
+        steps.append(dz)
         if t:
-            dh, dc = torch.addmm(from_out[t - 1], steps[t], w_hh), dc * forgets[t]
-    return x, h, dz
+            dh, dc = torch.addmm(from_out[t - 1], dz, w_hh), dc * forgets[t]
+    return x, h, torch.stack(steps[::-1])
