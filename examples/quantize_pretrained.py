@@ -54,7 +54,7 @@ def random_int(low, high, generator):
 
 def sampled_fisher(model, images, passes, generator):
     """A monitor with the diagonal of the Fisher, from random seeds s with E[s sᵀ] = diag(p) - p pᵀ for each image."""
-    with FisherMonitor(model, "sum", diagonal=True) as monitor:
+    with FisherMonitor(model, "sum", diagonal=True, fisher="sampled") as monitor:
         for _ in tqdm(range(passes), desc="Fisher", leave=False):
             logits = model(images)
             p = logits.detach().softmax(1)
@@ -113,7 +113,7 @@ def show(title, rows):
 
 def quantisation(model, monitor, measure, layers):
     """Rounds one layer at a time and compares. Returns the sensitivity and predicted and measured by bits."""
-    options = {"bits": (2, 3, 4, 5, 6, 8), "fisher": "sampled"}
+    options = {"bits": (2, 3, 4, 5, 6, 8)}
     tables = {"diagonal": quantization_sensitivity(model, monitor, **options)}
     tables["trace"] = quantization_sensitivity(model, monitor.report(), **options)
     pairs, rows = {}, []
@@ -150,9 +150,9 @@ def orders(model, monitor):
     """By what to prune: tensors of the weights' shapes, the least of which go first."""
     return {
         "magnitude": {name: p.detach().abs() for name, p in model.named_parameters() if p.dim() > 1},
-        "Fisher trace": weight_saliency(model, monitor, shrinkage=1.0, fisher="sampled"),
-        "diagonal": weight_saliency(model, monitor, fisher="sampled"),
-        "half of each": weight_saliency(model, monitor, shrinkage=0.5, fisher="sampled"),
+        "Fisher trace": weight_saliency(model, monitor, shrinkage=1.0),
+        "diagonal": weight_saliency(model, monitor),
+        "half of each": weight_saliency(model, monitor, shrinkage=0.5),
     }
 
 

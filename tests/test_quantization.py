@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from torch_secorder import FisherMonitor, fisher_report
+from torch_secorder import FisherMonitor, fisher_report, fisher_results
 from torch_secorder.errors import ArgumentError, CurvatureError
 from torch_secorder.quantization import allocate_bits, quantization_sensitivity, quantized, rounded, uniform_bits
 from torch_secorder.tables import read_report
@@ -357,3 +357,33 @@ def test_quantized_models_come_back() -> None:
     assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
     with pytest.raises(ArgumentError, match=r"no parameter 9\.weight"), quantized(model, {"9.weight": 4}):
         pass
+
+
+def test_a_monitor_says_whose_labels_it_saw() -> None:
+    model = net()
+    x = torch.randn(4, 2, 6, 6)
+    with FisherMonitor(model, diagonal=True, fisher="sampled") as monitor:
+        outputs = model(x)
+        labels = torch.distributions.Categorical(logits=outputs).sample()
+        nn.functional.cross_entropy(outputs, labels).backward()
+    assert monitor.report().attrs["fisher"] == "sampled"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = quantization_sensitivity(model, monitor)
+    assert found.attrs["fisher"] == "sampled"
+    assert found.attrs["basis"] == "diagonal"
+    with pytest.raises(ArgumentError, match="fisher must be one of 'empirical', 'sampled', 'observed'"):
+        FisherMonitor(model, fisher="exact")
+
+
+def test_results_predict_as_their_report_with_its_diagonal() -> None:
+    model = net()
+    data = (torch.randn(4, 2, 6, 6), None)
+    results = fisher_results(
+        model, None, data, fisher="exact", reduction="sum", diagonal=True, activations=True, progress=False
+    )
+    found = quantization_sensitivity(model, results, activations=True)
+    mean = fisher_results(model, None, data, fisher="exact", diagonal=True, activations=True, progress=False)
+    rows = mean.activations.loc[[name for name in mean.activations.index if name]]
+    same = quantization_sensitivity(model, results.report(), activations=rows, diagonal=results.diagonal)
+    pd.testing.assert_frame_equal(found, same, check_exact=False, rtol=1e-5)

@@ -19,9 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from torch_secorder.errors import ArgumentError
-from torch_secorder.monitor import FisherMonitor
 from torch_secorder.parameters import named_modules, plain_name, unwrapped
-from torch_secorder.results import checked
+from torch_secorder.results import Results, checked
 from torch_secorder.sources import Curvature, channel_axis, curvature, warn_if_no_prediction
 from torch_secorder.tables import table
 
@@ -95,7 +94,7 @@ def rounded(weight: Tensor, bits: int, scheme: str = "symmetric", per: str = "te
 
 def quantization_sensitivity(
     model: nn.Module,
-    source: FisherMonitor | pd.DataFrame,
+    source: Results | pd.DataFrame,
     bits: Sequence[int] = (2, 3, 4, 6, 8),
     scheme: str = "symmetric",
     *,
@@ -120,17 +119,18 @@ def quantization_sensitivity(
 
     Args:
         model: the model that was analysed.
-        source: a monitor (with ``diagonal=True`` for the first form), a report by parameter, or a report that was read
-            from a file: see :func:`torch_secorder.tables.read_report`. It should be of the exact or the sampled Fisher.
+        source: a monitor or :func:`~torch_secorder.fisher_results` (with ``diagonal=True`` for the first form), a report
+            by parameter, or a report that was read from a file: see :func:`torch_secorder.tables.read_report`. It should
+            be of the exact or the sampled Fisher.
         bits: the bit widths, each 1 to 16.
         scheme: "symmetric" or "affine".
         per: one step per "tensor" or per output "channel" of a weight. Outputs of modules have one step.
         parameters: "weights" for those with two or more axes, "all", or a function from a name to whether it counts.
-        activations: also give the outputs of modules a row: True for all modules without children, from a monitor with
-            ``activations=True``, or the rows of ``monitor.activations`` to take.
+        activations: also give the outputs of modules a row: True for all modules without children, from a monitor or
+            results with ``activations=True``, or the rows of ``monitor.activations`` to take.
         diagonal: the Fisher diagonal that belongs to a report, in the report's scaling.
-        fisher: which Fisher the source is of, if it can't know: "sampled" for a monitor around backward passes of
-            labels that were drawn from the model's prediction.
+        fisher: which Fisher the source is of, if it doesn't say so itself. A monitor around backward passes of labels that
+            were drawn from the model's prediction is best told at the start: ``FisherMonitor(..., fisher="sampled")``.
 
     Returns:
         A DataFrame with index ``parameter`` (for outputs: the module), columns ``kind`` ("weight" or "activation"), ``numel``
@@ -318,7 +318,7 @@ def _activations(
     model: nn.Module, source: Any, activations: Any, known: Curvature, widths: list[int], scheme: str
 ) -> list[dict[Any, Any]]:
     if activations is True:
-        if not isinstance(source, FisherMonitor):
+        if not isinstance(source, Results):
             raise ArgumentError(
                 "a report has no activations: pass activations=monitor.activations, or the monitor itself"
             )
@@ -334,13 +334,16 @@ def _activations(
             'activations at 1 symmetric bit have no uniform rounding error: use scheme="affine" or more bits'
         )
     rows = []
+    n, divisor = frame.attrs.get("n_samples", known.n_samples), known.divisor
+    if "reduction" in frame.attrs:
+        divisor = n if frame.attrs["reduction"] == "sum" else 1.0
     for name, row in frame.iterrows():
         low, high = min(0.0, float(row["min"])), max(0.0, float(row["max"]))
-        trace = float(row["activation_trace"]) / known.divisor
+        trace = float(row["activation_trace"]) / divisor
         found: dict[Any, Any] = {
             "parameter": str(name),
             "kind": "activation",
-            "numel": int(row["numel"]) // known.n_samples,
+            "numel": int(row["numel"]) // n,
         }
         for b in widths:
             step = max(-low, high) / (2 ** (b - 1) - 1) if scheme == "symmetric" else (high - low) / (2**b - 1)

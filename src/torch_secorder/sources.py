@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from torch_secorder.errors import ArgumentError, LifecycleError
-from torch_secorder.monitor import FisherMonitor
 from torch_secorder.parameters import plain_name, unwrapped
+from torch_secorder.results import Results
 from torch_secorder.tables import ATTRIBUTES, shape_of
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class Curvature:
 
 def curvature(
     model: nn.Module,
-    source: FisherMonitor | pd.DataFrame,
+    source: Results | pd.DataFrame,
     *,
     fisher: str | None = None,
     diagonal: Mapping[str, Tensor] | None = None,
@@ -64,16 +64,16 @@ def curvature(
 
     Args:
         model: the model that was analysed.
-        source: a :class:`~torch_secorder.FisherMonitor`, a report by parameter, or one read back from a file with the
-            columns ``reduction``, ``fisher`` and ``n_samples``.
-        fisher: which Fisher it is, where the source can't know: a monitor whose backward passes were of sampled labels.
+        source: a :class:`~torch_secorder.FisherMonitor` or other results, a report by parameter, or one read back from a
+            file with the columns ``reduction``, ``fisher`` and ``n_samples``.
+        fisher: which Fisher it is, where the source doesn't say so.
         diagonal: the Fisher diagonal that belongs to a report, in the report's scaling.
 
     Raises:
         ArgumentError: if the report is of another model, lacks columns, or doesn't say how it is scaled.
         LifecycleError: if the monitor saw no sample.
     """
-    if isinstance(source, FisherMonitor):
+    if isinstance(source, Results):
         report = source.report()
         if diagonal is None:
             try:
@@ -137,7 +137,7 @@ def warn_if_no_prediction(fisher: str) -> None:
 def _columns(report: Any) -> tuple[list[str], list[float], list[tuple[int, ...] | None]]:
     columns = getattr(report, "columns", None)
     if columns is None:
-        raise ArgumentError(f"expected a FisherMonitor or a report (a DataFrame), not {type(report).__name__}")
+        raise ArgumentError(f"expected a FisherMonitor, results or a report (a DataFrame), not {type(report).__name__}")
     if "parameter" in columns:
         report = report.set_index("parameter")
     if "n_parameters" in columns:
