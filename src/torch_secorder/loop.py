@@ -16,6 +16,7 @@ from torch_secorder.likelihoods import random_signs
 from torch_secorder.plan import BatchAxis
 from torch_secorder.report import By
 from torch_secorder.results import Results, checked
+from torch_secorder.run import fork_random
 from torch_secorder.single import check_separable
 from torch_secorder.verification import trusted, verified
 
@@ -191,7 +192,7 @@ def accumulated(
 
     asked = {name: keeps.get(name, False) for name in ("diagonal", "activations")}
     analysis, results = Analysis(model, parameters, batch_axis, **asked), earlier
-    for number, (inputs, targets) in enumerate(_batches(data, max_batches, progress)):
+    for number, (inputs, targets) in enumerate(batches(data, max_batches, progress)):
         first = verify and number == 0
         if fisher == "empirical":
             assert loss_fn is not None
@@ -203,7 +204,8 @@ def accumulated(
         else:
             if first:
                 analyse = partial(analysis.of, _projection, inputs)
-                trusted(analysis, analyse, partial(verified, analysis, _projection, inputs))
+                with fork_random(analysis.table.tensors):  # the check is one more forward
+                    trusted(analysis, analyse, partial(verified, analysis, _projection, inputs))
             samples = analysis.fisher(kind, inputs, targets, generator)
         results = results or Results(analysis.table, reduction or "mean", fisher, **keeps)
         results._count_in(samples, analysis.types)
@@ -222,7 +224,8 @@ def _projection(outputs: Any) -> Tensor:
     return (f * random_signs(f.shape, f, torch.Generator().manual_seed(0))).sum()
 
 
-def _batches(data: Any, max_batches: int | None, progress: bool) -> Iterable[tuple[Any, Any]]:
+def batches(data: Any, max_batches: int | None, progress: bool) -> Iterable[tuple[Any, Any]]:
+    """Pairs of inputs and targets, of an iterable of them or of one."""
     if _is_pair(data) and (isinstance(data, tuple) or not all(map(_is_pair, data))):
         data = [data]
     total = len(data) if hasattr(data, "__len__") else None
