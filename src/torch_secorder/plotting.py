@@ -5,8 +5,9 @@ Every function draws into the Axes that it is given, or into those of a new figu
 
 from __future__ import annotations
 
+import html
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch_secorder.errors import ArgumentError
@@ -28,6 +29,7 @@ __all__ = [
 BLUE, GREY = "#4c78a8", "#888888"
 COLOURS = ("#4c78a8", "#e1812c", "#3a923a", "#c03d3e", "#9372b2", "#845b53")
 MARKERS = "os^Dvp"
+MOST_NAMES, LONGEST = 60, 40  # on an axis; characters of a name
 
 
 def bars(report: pd.DataFrame, column: str = "fisher_trace", *, top: int | None = None, ax: Axes | None = None) -> Axes:
@@ -51,6 +53,8 @@ def bars(report: pd.DataFrame, column: str = "fisher_trace", *, top: int | None 
         >>> [label.get_text() for label in bars(report).get_yticklabels()]
         ['0', '2']
     """
+    from matplotlib.ticker import PercentFormatter
+
     _has(report, column)
     if top is not None:
         report = report.loc[sorted(range_of_largest(report[column], top), key=list(report.index).index)]
@@ -68,12 +72,14 @@ def bars(report: pd.DataFrame, column: str = "fisher_trace", *, top: int | None 
         error_kw={"ecolor": "#333333", "capsize": 2, "lw": 1},
     )
     if column == "fisher_trace" and "fisher_trace_share" in report.columns:
-        labels = ["" if math.isnan(share) else f"{share:.1%}" for share in report["fisher_trace_share"]]
+        labels = [_percent(share) for share in report["fisher_trace_share"]]
         ax.bar_label(container, labels, padding=5, fontsize="small", color="#444444")
         ax.margins(x=0.12)
     _rows(ax, report)
     ax.set_xlim(left=0)
-    ax.set_xlabel(_label(column, report))
+    ax.set_xlabel(_label(column, report, errors is not None))
+    if column == "fisher_trace_share":
+        ax.xaxis.set_major_formatter(PercentFormatter(1))
     return ax
 
 
@@ -100,7 +106,8 @@ def heat_strip(report: pd.DataFrame, column: str = "fisher_mean", *, log: bool =
     from matplotlib.colors import LogNorm, Normalize
 
     _has(report, column)
-    ax = _axes(ax, height=3.2, width=max(5.0, min(14.0, 0.3 * len(report) + 1.5)))
+    names = _short(report.index)
+    ax = _axes(ax, height=2 + 0.07 * max(map(len, names)), width=max(5.0, min(14.0, 0.3 * len(report) + 1.5)))
     values = [float(v) for v in report[column]]
     seen = [v for v in values if math.isfinite(v) and (v > 0 or not log)]
     if not seen:
@@ -111,12 +118,11 @@ def heat_strip(report: pd.DataFrame, column: str = "fisher_mean", *, log: bool =
     colours = colormaps["viridis"].with_extremes(bad="#cccccc")
     image = ax.imshow(cells, aspect="auto", cmap=colours, norm=norm, interpolation="nearest")
     ax.set_yticks([])
-    step = max(1, math.ceil(len(values) / 60))
-    names = [str(name) for name in report.index]
-    ax.set_xticks(range(0, len(names), step), [_short(name) for name in names[::step]], rotation=90, fontsize="small")
+    step = math.ceil(len(names) / MOST_NAMES)
+    ax.set_xticks(range(0, len(names), step), names[::step], rotation=90, fontsize="small")
     ax.spines[:].set_visible(False)
     ax.set_title(_label(column, report), loc="left", fontsize="medium")
-    ax.figure.colorbar(image, ax=ax, pad=0.02)
+    ax.figure.colorbar(image, ax=ax, pad=0.02, fraction=0.05)
     return ax
 
 
@@ -143,18 +149,17 @@ def sensitivity_by_bits(
     from matplotlib import colormaps
     from matplotlib.colors import LogNorm
 
-    widths = [c for c in getattr(sensitivity, "columns", ()) if isinstance(c, (int, float)) or str(c).isdigit()]
+    widths = _settings(sensitivity)
     if not widths or not len(sensitivity):
         raise ArgumentError("not a sensitivity: pass what quantization_sensitivity() or pruning_sensitivity() returned")
     cells = [[float(v) if v > 0 else math.nan for v in row] for row in sensitivity[widths].to_numpy()]
     seen = [v for row in cells for v in row if not math.isnan(v)] or [1.0]
-    ax = _axes(ax, height=0.22 * len(sensitivity) + 1.5)
+    ax = _axes(ax, height=max(2.6, 0.22 * len(sensitivity) + 1.5))
     colours = colormaps["viridis"].with_extremes(bad="#cccccc")
     norm = LogNorm(min(seen), max(*seen, min(seen) * 1.01))
     image = ax.imshow(cells, aspect="auto", cmap=colours, norm=norm, interpolation="nearest")
-    shares = any(isinstance(c, float) for c in widths)
-    ax.set_xticks(range(len(widths)), [f"{c:.0%}" if shares else str(c) for c in widths])
-    ax.set_xlabel("sparsity" if shares else "bits")
+    ax.set_xticks(range(len(widths)), [_setting(c) for c in widths])
+    ax.set_xlabel("sparsity" if any(isinstance(c, float) for c in widths) else "bits")
     if allocation is not None:
         if list(allocation.index) != list(sensitivity.index):
             raise ArgumentError("the allocation is of other rows than the sensitivity")
@@ -166,7 +171,7 @@ def sensitivity_by_bits(
         ax.legend(loc="lower right", bbox_to_anchor=(1, 1), frameon=False)
     _rows(ax, sensitivity)
     ax.spines[:].set_visible(False)
-    ax.figure.colorbar(image, ax=ax, label="predicted KL divergence (nats per sample)", pad=0.02)
+    ax.figure.colorbar(image, ax=ax, label="predicted KL divergence\n(nats per sample)", pad=0.02)
     return ax
 
 
@@ -286,7 +291,7 @@ def time_series(
 def styled(report: pd.DataFrame) -> Styler:
     """The report for notebooks and web pages: numbers with few digits, shares as bars. ``styled(report).to_html()``.
 
-    Needs jinja2, as pandas' Styler does.
+    Needs jinja2, as pandas' Styler does. Columns without a number are left out.
 
     Args:
         report: a report by parameter or by group, or a sensitivity.
@@ -305,27 +310,44 @@ def styled(report: pd.DataFrame) -> Styler:
         if column in ("numel", "n_parameters"):
             formats[column] = "{:,}"
         elif column == "fisher_trace_share":
-            formats[column] = "{:.1%}"
+            formats[column] = _percent
         elif column == "shape":
             formats[column] = lambda shape: " × ".join(map(str, shape)) if isinstance(shape, tuple) else str(shape)
         elif report[column].dtype.kind == "f":
             formats[column] = "{:.4g}"
-    style = report.style.format(formats, na_rep="–")
+    style = report.style.format(formats, na_rep="–", escape="html")
+    style = style.format_index(lambda name: html.escape(str(name)) or "(model)")
+    style = style.format_index(_setting, axis=1, escape="html")
     if "fisher_trace_share" in report.columns:
         style = style.bar(subset=["fisher_trace_share"], color="#c6d9ec", vmin=0)
-    wide: list[Any] = [column for column in list[Any](report.columns) if isinstance(column, int)]
-    if wide:
+    if wide := _settings(report):
         style = style.background_gradient(cmap="Blues", subset=wide, axis=None, gmap=report[wide].map(_magnitude))
-    numbers: list[Any] = [column for column in report.columns if report[column].dtype.kind in "fi"]
-    heads: list[Any] = [{"selector": "th.col_heading", "props": "text-align: right; padding: 2px 10px"}]
-    heads += [{"selector": "th.row_heading", "props": "text-align: left; padding: 2px 10px; font-weight: normal"}]
-    style = style.set_properties(subset=numbers, **{"text-align": "right", "font-variant-numeric": "tabular-nums"})
-    return style.set_table_styles(heads)
+    sides: list[Any] = [
+        {"selector": "th, td", "props": "text-align: left; white-space: nowrap; padding: 2px 10px; font-weight: normal"}
+    ]
+    sides += [{"selector": "caption", "props": "text-align: left; padding: 6px 10px"}]
+    right = [{"selector": "", "props": "text-align: right; font-variant-numeric: tabular-nums"}]
+    numbers: dict[Any, Any] = {column: right for column in report.columns if report[column].dtype.kind in "fi"}
+    empty: list[Any] = [column for column in report.columns if report[column].isna().all()]
+    return style.set_table_styles(sides).set_table_styles(numbers, overwrite=False).hide(empty, axis="columns")
 
 
 def range_of_largest(values: Any, count: int) -> list[Any]:
     """The labels of the ``count`` largest values, largest first."""
     return list(values.sort_values(ascending=False).index[: max(1, count)])
+
+
+def _settings(table: Any) -> list[Any]:
+    """The columns of a sensitivity that are a number of bits or a share; in a file, names."""
+    return [c for c in getattr(table, "columns", ()) if isinstance(c, (int, float)) or str(c).isdigit()]
+
+
+def _setting(column: Any) -> str:
+    return f"{column:.0%}" if isinstance(column, float) else str(column)
+
+
+def _percent(share: float) -> str:
+    return "" if math.isnan(share) else "< 0.1%" if 0 < share < 0.0005 else f"{share:.1%}"
 
 
 def _magnitude(value: float) -> float:
@@ -351,18 +373,24 @@ def _has(report: Any, column: str) -> None:
 
 
 def _rows(ax: Axes, frame: Any) -> None:
-    names = [_short(str(name)) for name in frame.index]
+    names = _short(frame.index)
     ax.set_yticks(range(len(names)), names, fontsize="small")
     ax.set_ylim(len(names) - 0.5, -0.5)
     ax.spines[["top", "right"]].set_visible(False)
 
 
-def _short(name: str) -> str:
-    """A name that leaves room for the picture; the root module's is empty."""
-    return name if 0 < len(name) <= 40 else (f"…{name[-39:]}" if name else "(model)")
+def _short(index: Iterable[Any]) -> list[str]:
+    """Names that leave room for the picture, without what all of them begin with if they are long."""
+    names = [str(name) for name in index]
+    if len(names) > 1 and max(map(len, names)) > LONGEST:
+        first, last = min(names), max(names)
+        same = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
+        common = first[:same].rpartition(".")[0]
+        names = [f"…{name[len(common) :]}" if common else name for name in names]
+    return [f"…{name[1 - LONGEST :]}" if len(name) > LONGEST else name or "(model)" for name in names]
 
 
-def _label(column: str, report: Any) -> str:
+def _label(column: str, report: Any, errors: bool = False) -> str:
     names = {
         "fisher_trace": "Fisher trace",
         "fisher_mean": "Fisher information per weight",
@@ -371,5 +399,6 @@ def _label(column: str, report: Any) -> str:
     }
     n = report.attrs.get("n_samples")
     per = {"mean": "mean", "sum": "sum"}.get(report.attrs.get("reduction", ""))
-    note = f" ({per} over {int(n):,} samples)" if n and per and column != "fisher_trace_share" else ""
-    return names.get(column, column) + note
+    notes = [f"{per} over {int(n):,} samples"] if n and per and column != "fisher_trace_share" else []
+    notes += ["± standard error"] if errors else []
+    return names.get(column, column) + (f" ({', '.join(notes)})" if notes else "")

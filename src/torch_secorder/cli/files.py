@@ -77,7 +77,7 @@ def _plain(value: Any) -> Any:
 def _html(report: pd.DataFrame) -> bytes:
     facts = report.attrs
     caption = f"{facts['fisher']} Fisher, {facts['reduction']} over {facts['n_samples']:,} samples"
-    style = styled(report).format_index(escape="html").set_caption(caption)
+    style = styled(report).set_caption(caption)
     return str(style.to_html(doctype_html=True)).encode()
 
 
