@@ -143,6 +143,13 @@ def test_what_is_no_report(draw: Any, report: pd.DataFrame) -> None:
     for bad in (report.drop(columns=["fisher_trace", "fisher_mean"]), report.iloc[:0], [1]):
         with pytest.raises(ArgumentError, match="expected a report with the column"):
             draw(bad)
+    with pytest.raises(ArgumentError, match="has no numbers"):
+        draw(report, "rule")
+    for series in ({}, [report]):
+        with pytest.raises(ArgumentError, match="from steps to reports"):
+            time_series(series)  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match="from labels to pairs"):
+        predicted_against_measured([([1], [1])])  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match="expected a report"):
         styled([1])  # type: ignore[arg-type]
 

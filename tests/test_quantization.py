@@ -228,6 +228,10 @@ def test_a_file_that_is_no_report(tmp_path: Any) -> None:
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
     with pytest.raises(ArgumentError, match="no column 'parameter'"):
         read_report(tmp_path / "other.csv")
+    for content in (b"", b"\xff\xfe\x00", b'"a\n'):
+        (tmp_path / "torn.csv").write_bytes(content)
+        with pytest.raises(ArgumentError, match=r"torn\.csv is no CSV file"):
+            read_report(tmp_path / "torn.csv")
 
 
 def test_reports_that_do_not_fit() -> None:
@@ -251,11 +255,26 @@ def test_reports_that_do_not_fit() -> None:
         quantization_sensitivity(model, FisherMonitor(model))
     with pytest.raises(ArgumentError, match="diagonal of"):
         quantization_sensitivity(model, report, diagonal={"0.weight": torch.ones(3)})
+    with pytest.raises(ArgumentError, match="diagonal is of another model: the report has no parameter 'x'"):
+        quantization_sensitivity(model, report, diagonal={"x": torch.ones(3)})
+    with pytest.raises(ArgumentError, match="no numbers"):
+        quantization_sensitivity(model, report.assign(fisher_trace="much"))
+    with pytest.raises(ArgumentError, match="n_samples='x'"):
+        quantization_sensitivity(model, report.assign(n_samples="x"))
+    for no_bits in (report, [4]):
+        with pytest.raises(ArgumentError, match=r"what allocate_bits\(\) returned"), quantized(model, no_bits):  # type: ignore[arg-type]
+            pass
+    one = quantization_sensitivity(model, report, bits=4)
+    pd.testing.assert_frame_equal(one, quantization_sensitivity(model, report, bits=(4,)))
 
 
 @pytest.mark.parametrize("bits", [0, 17, -1, 2.5, True, "4", None])
 def test_bits_that_mean_nothing(bits: Any) -> None:
     model = net()
+    before = model[6].weight.detach().clone()
+    with pytest.raises(ArgumentError, match="whole numbers from 1 to 16"), quantized(model, {"6.weight": bits}):
+        pass
+    assert torch.equal(model[6].weight, before)
     with pytest.raises(ArgumentError, match="whole numbers from 1 to 16"):
         quantization_sensitivity(model, exact(model), bits=(4, bits))
     with pytest.raises(ArgumentError, match="whole numbers from 1 to 16"):

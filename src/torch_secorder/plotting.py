@@ -192,6 +192,8 @@ def predicted_against_measured(pairs: Mapping[str, tuple[Any, Any]], *, ax: Axes
         >>> ax.get_xscale(), ax.get_xlabel()
         ('log', 'measured KL divergence (nats per sample)')
     """
+    if not isinstance(pairs, Mapping):
+        raise ArgumentError(f"pass a mapping from labels to pairs of sequences, not a {type(pairs).__name__}")
     drawn: list[float] = []
     left_out = 0
     found = {}
@@ -250,8 +252,8 @@ def time_series(
         >>> [line.get_label() for line in time_series(reports).lines]
         ['first']
     """
-    if not reports:
-        raise ArgumentError("there is no report to draw")
+    if not isinstance(reports, Mapping) or not reports:
+        raise ArgumentError("there is no report to draw: pass a mapping from steps to reports")
     for report in reports.values():
         _has(report, column)
     steps = sorted(reports)
@@ -370,6 +372,8 @@ def _axes(ax: Axes | None, *, height: float, width: float = 7.5) -> Axes:
 def _has(report: Any, column: str) -> None:
     if column not in getattr(report, "columns", ()) or not len(report):
         raise ArgumentError(f"expected a report with the column {column!r} and one row at least")
+    if report[column].dtype.kind not in "iuf":
+        raise ArgumentError(f"the column {column!r} has no numbers to draw")
 
 
 def _rows(ax: Axes, frame: Any) -> None:

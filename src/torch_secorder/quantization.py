@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -95,7 +96,7 @@ def rounded(weight: Tensor, bits: int, scheme: str = "symmetric", per: str = "te
 def quantization_sensitivity(
     model: nn.Module,
     source: Results | pd.DataFrame,
-    bits: Sequence[int] = (2, 3, 4, 6, 8),
+    bits: int | Sequence[int] = (2, 3, 4, 6, 8),
     scheme: str = "symmetric",
     *,
     per: str = "channel",
@@ -159,9 +160,9 @@ def quantization_sensitivity(
     Source:
         Zandonati et al. (2022), "FIT: a metric for model sensitivity"; LeCun et al. (1990), "Optimal brain damage".
     """
-    widths = [checked_bits(b) for b in bits]
+    widths = [checked_bits(b) for b in ([bits] if isinstance(bits, int) else bits)]
     if not widths or len(set(widths)) < len(widths):
-        raise ArgumentError(f"bits must be one or more different numbers, not {tuple(bits)}")
+        raise ArgumentError(f"bits must be one or more different numbers, not {tuple(widths)}")
     checked("scheme", scheme, SCHEMES)
     checked("per", per, GRAINS)
     known = curvature(model, source, fisher=fisher, diagonal=diagonal)
@@ -271,8 +272,10 @@ def quantized(
     named = {plain_name(name): p for name, p in module.named_parameters()}
     if isinstance(bits, int):
         chosen = {name: bits for name, p in named.items() if p.dim() > 1}
+    elif isinstance(bits, Mapping) or "bits" in getattr(bits, "columns", ()):
+        chosen = {str(name): b for name, b in (bits if isinstance(bits, Mapping) else bits["bits"]).items()}
     else:
-        chosen = {str(k): int(v) for k, v in (bits if isinstance(bits, Mapping) else bits["bits"]).items()}
+        raise ArgumentError(f"bits must be a number, a mapping, or what allocate_bits() returned, not {bits!r:.50}")
     if unknown := sorted(set(chosen) - set(named)):
         raise ArgumentError(f"{type(module).__name__} has no parameter {', '.join(unknown)}")
     owners = dict(named_modules(module))
@@ -298,9 +301,9 @@ def checked_bits(bits: Any) -> int:
     Raises:
         ArgumentError: for anything else.
     """
-    if isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= 16:
+    if isinstance(bits, bool) or not isinstance(bits, Integral) or not 1 <= int(bits) <= 16:
         raise ArgumentError(f"bits must be whole numbers from 1 to 16, not {bits!r}")
-    return bits
+    return int(bits)
 
 
 def _over(axes: list[int], w: Tensor, reduce: Callable[..., Tensor]) -> Tensor:

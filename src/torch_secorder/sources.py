@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -104,6 +105,8 @@ def curvature(
                 f"the report is of another model: {name} has shape {shape} there and {tuple(known[name].shape)} here"
             )
         parameters[name] = known[name].detach()
+    if unknown := [name for name in diagonal or () if name not in parameters]:
+        raise ArgumentError(f"the diagonal is of another model: the report has no parameter {unknown[0]!r}")
     return Curvature(
         parameters,
         {name: channel_axis(owners[name.rpartition(".")[0]]) for name in names},
@@ -145,6 +148,8 @@ def _columns(report: Any) -> tuple[list[str], list[float], list[tuple[int, ...] 
     if "fisher_trace" not in columns:
         raise ArgumentError("the report lacks the column fisher_trace; pass what report() or fisher_report() returned")
     names = [str(name) for name in report.index]
+    if report["fisher_trace"].dtype.kind not in "iuf":
+        raise ArgumentError("the column fisher_trace has entries that are no numbers")
     traces = [float(trace) for trace in report["fisher_trace"]]
     if bad := [name for name, trace in zip(names, traces, strict=True) if not (math.isfinite(trace) and trace >= 0)]:
         raise ArgumentError(f"fisher_trace of {', '.join(bad)} is not a number that is 0 or more")
@@ -169,7 +174,7 @@ def _facts(report: Any) -> dict[str, Any]:
                 f"the report doesn't say its {name}, neither in attrs nor as a column: keep it when it is written to a file, "
                 "with report.assign(**report.attrs).to_csv(path), or set report.attrs"
             )
-    if facts["reduction"] not in ("mean", "sum") or not int(facts["n_samples"]) >= 1:
+    if facts["reduction"] not in ("mean", "sum") or not (isinstance(n := facts["n_samples"], Integral) and int(n) >= 1):
         raise ArgumentError(f"the report has reduction={facts['reduction']!r} and n_samples={facts['n_samples']!r}")
     return facts
 

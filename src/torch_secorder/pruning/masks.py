@@ -50,8 +50,10 @@ def prune(
     share = checked_share(amount)
     checked("scope", scope, ("global", "layer"))
     model = unwrapped(model)
-    if not saliency:
-        raise ArgumentError("the saliency has no entry; nothing can be pruned")
+    if not isinstance(saliency, Mapping) or not saliency:
+        raise ArgumentError("the saliency has no entry; pass what weight_saliency() or ChannelGates.saliency gave")
+    if isinstance(minimum, bool) or not isinstance(minimum, int) or minimum < 0:
+        raise ArgumentError(f"minimum must be a number of channels, not {minimum!r}")
     kinds = {name: _target(model, name, scores) for name, scores in saliency.items()}
     if len({channels for _, _, channels in kinds.values()}) > 1:
         raise ArgumentError("saliencies of weights and of channels can't be compared; prune by one after the other")

@@ -35,8 +35,9 @@ def weight_saliency(
 
     Whoever prunes by an estimated diagonal picks the entries that happen to be underestimated, above all those of channels
     that no sample woke up. ``shrinkage`` :math:`\lambda` guards against that: it puts
-    :math:`(1 - \lambda) F_{ii} + \lambda \operatorname{tr} F_p / d_p` in the place of :math:`F_{ii}`. From few samples, 0.5
-    prunes far better than 0 or 1.
+    :math:`(1 - \lambda) F_{ii} + \lambda \operatorname{tr} F_p / d_p` in the place of :math:`F_{ii}`. From few samples
+    anything but 0 is far better than 0; 0.5 is a safe middle, less is better on data like those of the Fisher, and more
+    on others.
 
     Args:
         model: the model that was analysed.
@@ -86,7 +87,7 @@ def weight_saliency(
 
 def pruning_sensitivity(
     saliency: Mapping[str, Tensor],
-    amounts: Sequence[float] = (0.1, 0.3, 0.5),
+    amounts: float | Sequence[float] = (0.1, 0.3, 0.5),
     *,
     order: Mapping[str, Tensor] | None = None,
 ) -> pd.DataFrame:
@@ -111,7 +112,7 @@ def pruning_sensitivity(
         >>> pruning_sensitivity({"weight": torch.tensor([[3.0, 1.0], [2.0, 4.0]])}, amounts=(0.25, 0.5)).loc["weight", 0.5]
         np.float64(3.0)
     """
-    shares = [checked_share(amount) for amount in amounts]
+    shares = [checked_share(amount) for amount in ([amounts] if isinstance(amounts, float) else amounts)]
     rows: list[dict[Any, Any]] = []
     for name, scores in saliency.items():
         by = scores if order is None else order.get(name)
