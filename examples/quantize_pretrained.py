@@ -139,19 +139,21 @@ def quantisation(model, monitor, measure, layers):
     return tables["diagonal"], pairs
 
 
-def allocation(model, sensitivity, measure):
+def allocation(model, sensitivity, measures):
     """Rounds all layers, with the same bits everywhere and with those that the solver allocates, at equal size."""
     rows = []
     for bits in (3, 4, 5, 6):
         uniform, best = uniform_bits(sensitivity, bits), allocate_bits(sensitivity, budget=bits)
-        found = {}
-        for name, assignment in (("uniform", uniform), ("allocated", best)):
-            with quantized(model, assignment):
-                found[name] = measure()
         sizes = {"bits": bits, "MB": f"{best.attrs['size'] / 8e6:.2f} of {uniform.attrs['size'] / 8e6:.2f}"}
-        factor = {"factor": f"{found['uniform'] / found['allocated']:.1f}"}
-        rows.append(sizes | {name: f"{value:.4f}" for name, value in found.items()} | factor)
-    show("KL divergence of rounding all weights, on other crops", rows)
+        found = []
+        for assignment in (uniform, best):
+            with quantized(model, assignment):
+                found.append({where: measure() for where, measure in measures.items()})
+        for where in measures:
+            alike, chosen = (kl[where] for kl in found)
+            divergences = {"uniform": f"{alike:.4f}", "allocated": f"{chosen:.4f}", "factor": f"{alike / chosen:.1f}"}
+            rows.append(sizes | {"measured on": where} | divergences)
+    show("KL divergence of rounding all weights", rows)
 
 
 def orders(model, monitor):
@@ -225,13 +227,13 @@ def main():
     parameters = sum(p.numel() for p in model.parameters())
     print(f"EfficientNet-Lite0, {parameters:,} parameters: a Fisher of {passes} passes over {count} crops.")
 
-    measure, elsewhere = Measured(model, images), Measured(model, others)
+    measure, strangers = Measured(model, images), crops(unseen, count, side, generator)
+    elsewhere = {"other crops": Measured(model, others), "another photograph": Measured(model, strangers)}
     sensitivity, pairs = quantisation(model, monitor, measure, layers)
     allocation(model, sensitivity, elsewhere)
     criteria = orders(model, monitor)
     pruning(model, criteria, measure, layers)
-    strange = Measured(model, crops(unseen, count, side, generator))
-    pruning_everywhere(model, criteria, {"other crops": elsewhere, "another photograph": strange})
+    pruning_everywhere(model, criteria, elsewhere)
 
     options.out.mkdir(parents=True, exist_ok=True)
     pictures(options.out, sensitivity, pairs)
