@@ -29,7 +29,7 @@ def train(model, images, labels, penalty=lambda: 0.0, steps=400):
 # [fisher]
 def fisher_diagonal(model, images):
     """The Fisher diagonal, per image, with one label for each image drawn from the model's own prediction."""
-    with FisherMonitor(model, diagonal=True) as monitor:
+    with FisherMonitor(model, diagonal=True, fisher="sampled") as monitor:
         for batch in images.split(100):
             logits = model(batch)
             labels = torch.distributions.Categorical(logits=logits.detach()).sample()

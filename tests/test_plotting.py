@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -79,7 +80,7 @@ def test_bars_are_as_long_as_the_numbers(report: pd.DataFrame) -> None:
     ends = [segment[:, 0] for segment in ax.containers[0].lines[2][0].get_segments()]
     for (low, high), (_, row) in zip(ends, report.iterrows(), strict=True):
         assert (high - low) / 2 == pytest.approx(row["fisher_trace_stderr"])
-    assert ax.get_xlabel() == "Fisher trace (mean over 32 samples)"
+    assert ax.get_xlabel() == "Fisher trace (mean over 32 samples, ± standard error)"
     top = bars(report, top=2)
     largest = set(report["fisher_trace"].nlargest(2).index)
     assert [label.get_text() for label in top.get_yticklabels()] == [name for name in report.index if name in largest]
@@ -142,6 +143,13 @@ def test_what_is_no_report(draw: Any, report: pd.DataFrame) -> None:
     for bad in (report.drop(columns=["fisher_trace", "fisher_mean"]), report.iloc[:0], [1]):
         with pytest.raises(ArgumentError, match="expected a report with the column"):
             draw(bad)
+    with pytest.raises(ArgumentError, match="has no numbers"):
+        draw(report, "rule")
+    for series in ({}, [report]):
+        with pytest.raises(ArgumentError, match="from steps to reports"):
+            time_series(series)  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match="from labels to pairs"):
+        predicted_against_measured([([1], [1])])  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match="expected a report"):
         styled([1])  # type: ignore[arg-type]
 
@@ -155,4 +163,56 @@ def test_styled_reports(model: nn.Module, report: pd.DataFrame) -> None:
     assert f"{report.loc['0.weight', 'fisher_trace_share']:.1%}" in page
     assert "–" in page
     assert "nan" not in page.lower()
+    assert "grad_sq_norm" not in page, "nothing is known of it"
     assert "<table" in styled(quantization_sensitivity(model, report)).to_html()
+
+
+def test_a_styled_page_says_what_the_names_say(model: nn.Module) -> None:
+    pytest.importorskip("jinja2")
+    report = fisher_report(model, None, (torch.randn(8, 4), None), fisher="exact", by="module", progress=False)
+    page = styled(report.rename(index={"0": "", "2": "<lambda>"})).to_html()
+    assert ">(model)<" in page
+    assert "&lt;lambda&gt;" in page
+    assert "<lambda>" not in page
+    shares = styled(pruning_sensitivity({"a": torch.rand(4)}, (0.25, 0.5))).to_html()
+    assert ">25%<" in shares
+    assert "background-color" in shares
+
+
+def test_many_long_names_keep_what_tells_them_apart(report: pd.DataFrame) -> None:
+    prefix = "model.decoder.layers.with.a.long.way.to.it"
+    many = pd.concat([report.rename(index=lambda name, k=k: f"{prefix}.{k}.{name}") for k in range(40)])
+    many.attrs.update(report.attrs)
+    names = [label.get_text() for label in bars(many).get_yticklabels()]
+    assert names == [f"….{k}.{name}" for k in range(40) for name in report.index]
+    ax = heat_strip(many)
+    ax.figure.canvas.draw()
+    boxes = [label.get_window_extent() for label in ax.get_xticklabels()]
+    assert all(a.x1 <= b.x0 for a, b in itertools.pairwise(boxes)), "labels overlap"
+    assert ax.get_window_extent().height > 100, "the strip is there"
+    assert len({label.get_text() for label in ax.get_xticklabels()}) == len(boxes) <= 60
+
+
+@pytest.mark.parametrize(
+    "draw", ["bars", "heat_strip", "sensitivity_by_bits", "predicted_against_measured", "time_series"]
+)
+def test_no_text_is_cut_off(draw: str, model: nn.Module, report: pd.DataFrame) -> None:
+    figure = drawings(model, report)[draw](None).figure
+    figure.canvas.draw()
+    width, height = figure.bbox.max
+    for axes in figure.axes:
+        for text in (axes.xaxis.label, axes.yaxis.label, axes.title, *axes.texts):
+            box = text.get_window_extent()
+            if not text.get_text():
+                continue
+            assert min(box.x0, box.y0) >= -1, text.get_text()
+            assert box.x1 <= width + 1, text.get_text()
+            assert box.y1 <= height + 1, text.get_text()
+
+
+def test_shares_are_percent(report: pd.DataFrame) -> None:
+    report.loc["2.bias", "fisher_trace_share"] = 1e-5
+    assert [text.get_text() for text in bars(report).texts][-1] == "< 0.1%"
+    ax = bars(report, "fisher_trace_share")
+    ax.figure.canvas.draw()
+    assert all(label.get_text().endswith("%") for label in ax.get_xticklabels())

@@ -373,8 +373,11 @@ def test_saliencies_that_do_not_fit() -> None:
     ]:
         with pytest.raises(ArgumentError, match=message):
             prune(model, good | bad, 0.5)
-    with pytest.raises(ArgumentError, match="no entry"):
-        prune(model, {}, 0.5)
+    for nothing in ({}, [1]):
+        with pytest.raises(ArgumentError, match="no entry"):
+            prune(model, nothing, 0.5)  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match="minimum"):
+        prune(model, {"6": torch.ones(6)}, 0.5, minimum=-1)
     with pytest.raises(ArgumentError, match="scope"):
         prune(model, good, 0.5, scope="all")
     assert not torch_prune.is_pruned(model), "nothing was pruned"

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from torch_secorder import FisherMonitor, fisher_report
+from torch_secorder import FisherMonitor, fisher_report, fisher_results
 from torch_secorder.errors import ArgumentError, CurvatureError
 from torch_secorder.quantization import allocate_bits, quantization_sensitivity, quantized, rounded, uniform_bits
 from torch_secorder.tables import read_report
@@ -228,6 +228,10 @@ def test_a_file_that_is_no_report(tmp_path: Any) -> None:
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
     with pytest.raises(ArgumentError, match="no column 'parameter'"):
         read_report(tmp_path / "other.csv")
+    for content in (b"", b"\xff\xfe\x00", b'"a\n'):
+        (tmp_path / "torn.csv").write_bytes(content)
+        with pytest.raises(ArgumentError, match=r"torn\.csv is no CSV file"):
+            read_report(tmp_path / "torn.csv")
 
 
 def test_reports_that_do_not_fit() -> None:
@@ -251,11 +255,26 @@ def test_reports_that_do_not_fit() -> None:
         quantization_sensitivity(model, FisherMonitor(model))
     with pytest.raises(ArgumentError, match="diagonal of"):
         quantization_sensitivity(model, report, diagonal={"0.weight": torch.ones(3)})
+    with pytest.raises(ArgumentError, match="diagonal is of another model: the report has no parameter 'x'"):
+        quantization_sensitivity(model, report, diagonal={"x": torch.ones(3)})
+    with pytest.raises(ArgumentError, match="no numbers"):
+        quantization_sensitivity(model, report.assign(fisher_trace="much"))
+    with pytest.raises(ArgumentError, match="n_samples='x'"):
+        quantization_sensitivity(model, report.assign(n_samples="x"))
+    for no_bits in (report, [4]):
+        with pytest.raises(ArgumentError, match=r"what allocate_bits\(\) returned"), quantized(model, no_bits):  # type: ignore[arg-type]
+            pass
+    one = quantization_sensitivity(model, report, bits=4)
+    pd.testing.assert_frame_equal(one, quantization_sensitivity(model, report, bits=(4,)))
 
 
 @pytest.mark.parametrize("bits", [0, 17, -1, 2.5, True, "4", None])
 def test_bits_that_mean_nothing(bits: Any) -> None:
     model = net()
+    before = model[6].weight.detach().clone()
+    with pytest.raises(ArgumentError, match="whole numbers from 1 to 16"), quantized(model, {"6.weight": bits}):
+        pass
+    assert torch.equal(model[6].weight, before)
     with pytest.raises(ArgumentError, match="whole numbers from 1 to 16"):
         quantization_sensitivity(model, exact(model), bits=(4, bits))
     with pytest.raises(ArgumentError, match="whole numbers from 1 to 16"):
@@ -357,3 +376,33 @@ def test_quantized_models_come_back() -> None:
     assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
     with pytest.raises(ArgumentError, match=r"no parameter 9\.weight"), quantized(model, {"9.weight": 4}):
         pass
+
+
+def test_a_monitor_says_whose_labels_it_saw() -> None:
+    model = net()
+    x = torch.randn(4, 2, 6, 6)
+    with FisherMonitor(model, diagonal=True, fisher="sampled") as monitor:
+        outputs = model(x)
+        labels = torch.distributions.Categorical(logits=outputs).sample()
+        nn.functional.cross_entropy(outputs, labels).backward()
+    assert monitor.report().attrs["fisher"] == "sampled"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = quantization_sensitivity(model, monitor)
+    assert found.attrs["fisher"] == "sampled"
+    assert found.attrs["basis"] == "diagonal"
+    with pytest.raises(ArgumentError, match="fisher must be one of 'empirical', 'sampled', 'observed'"):
+        FisherMonitor(model, fisher="exact")
+
+
+def test_results_predict_as_their_report_with_its_diagonal() -> None:
+    model = net()
+    data = (torch.randn(4, 2, 6, 6), None)
+    results = fisher_results(
+        model, None, data, fisher="exact", reduction="sum", diagonal=True, activations=True, progress=False
+    )
+    found = quantization_sensitivity(model, results, activations=True)
+    mean = fisher_results(model, None, data, fisher="exact", diagonal=True, activations=True, progress=False)
+    rows = mean.activations.loc[[name for name in mean.activations.index if name]]
+    same = quantization_sensitivity(model, results.report(), activations=rows, diagonal=results.diagonal)
+    pd.testing.assert_frame_equal(found, same, check_exact=False, rtol=1e-5)

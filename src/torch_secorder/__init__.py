@@ -2,7 +2,7 @@
 
 from torch_secorder.approximations.fisher_trace import empirical_fisher_trace, generalized_fisher_trace
 from torch_secorder.approximations.hessian_trace import hessian_trace
-from torch_secorder.loop import fisher_report
+from torch_secorder.loop import fisher_report, fisher_results
 from torch_secorder.monitor import FisherMonitor
 from torch_secorder.rules import register_rule
 
@@ -10,6 +10,7 @@ __all__ = [
     "FisherMonitor",
     "empirical_fisher_trace",
     "fisher_report",
+    "fisher_results",
     "generalized_fisher_trace",
     "hessian_trace",
     "register_rule",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import reduce
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch_secorder.errors import ArgumentError, CoverageError
 from torch_secorder.graph import last_product, memory_of, used_by_loss
 from torch_secorder.likelihoods import Likelihood, Through, likelihood
-from torch_secorder.parameters import ParameterTable, unwrapped
+from torch_secorder.parameters import ParameterTable, named_modules, unwrapped
 from torch_secorder.passes import Samples
 from torch_secorder.plan import BatchAxis, planned
 from torch_secorder.run import Run, checked_loss, checked_targets, reduction_of, undisturbed
@@ -93,9 +93,12 @@ class Analysis:
         parameters: "trainable" or "all".
         batch_axis: as in FisherMonitor.
         create_graph: make the norms differentiable.
+        diagonal: also take the squares entry by entry.
+        activations: also take the gradients in the outputs of all modules.
 
     Attributes:
         memory: what is known about where the model's samples are.
+        types: module -> its class, of the modules whose outputs are watched.
     """
 
     def __init__(
@@ -105,8 +108,12 @@ class Analysis:
         batch_axis: BatchAxis = None,
         *,
         create_graph: bool = False,
+        diagonal: bool = False,
+        activations: bool = False,
     ):
         self.model = unwrapped(model)
+        self._keeps = {"diagonal": diagonal, "activations": activations}
+        self.types = {name: type(m).__name__ for name, m in named_modules(self.model)} if activations else {}
         self.table = ParameterTable(self.model, parameters)
         self._create_graph, self.memory = create_graph, memory_of(self.model, batch_axis)
         with self.differentiable():
@@ -126,8 +133,7 @@ class Analysis:
                 )
             reduction = reduction_of(loss_fn, outputs, targets, loss, run.n, self.batch_axis)
             samples = run.backward(loss)
-        factor = run.n**2 if reduction == "mean" else 1
-        samples = replace(samples, norms=samples.norms * factor)
+        samples = samples.times(run.n**2 if reduction == "mean" else 1)
         return Batch(samples, mapped(Tensor.detach, outputs), run.random, run.structure, reduction)
 
     def fisher(self, kind: FisherKind, inputs: Any, targets: Any, generator: torch.Generator) -> Samples:
@@ -141,7 +147,7 @@ class Analysis:
                 for number, seed in enumerate(seeds, start=1)
             )
             nothing = Samples(run.n, outputs.new_zeros(len(self.table), run.n), {}, set(), {})
-            return reduce(lambda a, b: replace(b, norms=a.norms + b.norms), passes, nothing)
+            return reduce(Samples.plus, passes, nothing)
 
     def of(self, root: Callable[[Any], Tensor], inputs: Any) -> Batch:
         """Squared norms of the per-sample gradients of ``root(outputs)``, a sum over samples."""
@@ -168,8 +174,12 @@ class Analysis:
             torch.enable_grad(),
             self.differentiable(),
             Run(
-                *(self.model, self.table, self._plan, self.memory),
+                self.model,
+                self.table,
+                self._plan,
+                self.memory,
                 create_graph=self._create_graph,
+                **self._keeps,
                 # A graph of the checks would be kept along with the result's, so that there is none.
                 trusting=self.memory.trusting and not self._create_graph,
             ) as run,

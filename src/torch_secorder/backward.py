@@ -29,6 +29,7 @@ class Passes:
         batch_axis: where the outputs have their samples.
         rehearse: adds to the memory from a smaller batch, if there is a way.
         create_graph: make the squared norms differentiable.
+        diagonal: also add up squares entry by entry.
         trusting: believe shapes that allow one reading only, for callers that check a sample afterwards.
 
     Attributes:
@@ -44,9 +45,10 @@ class Passes:
         rehearse: Callable[[], None] | None = None,
         *,
         create_graph: bool = False,
+        diagonal: bool = False,
         trusting: bool = False,
     ):
-        self._table, self._memory, self._create_graph = table, memory, create_graph
+        self._table, self._memory, self._create_graph, self._diagonal = table, memory, create_graph, diagonal
         self._audit = Audit(table, self._used, batch_axis, memory, rehearse, trusting=trusting)
         self._pass: Pass | None = None
         self._error: Exception | None = None
@@ -96,7 +98,8 @@ class Passes:
             seed: its gradient, for a root that is not a scalar.
             last: whether the graph may be freed.
         """
-        self._pass, self._error = Pass(self._table, keep=not last or self._create_graph), None
+        keep = not last or self._create_graph
+        self._pass, self._error = Pass(self._table, diagonal=self._diagonal, keep=keep), None
         try:
             with probe([root]) if self._shared else nullcontext([root]) as (start,):
                 return self._samples(start, seed, last)

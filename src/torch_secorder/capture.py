@@ -49,6 +49,20 @@ def probing() -> bool:
     return bool(PROBES) and current_backward() in PROBES
 
 
+def at_the_end(callback: Callable[[], None]) -> None:
+    """Call back when the backward pass under way is over."""
+    torch.autograd.Variable._execution_engine.queue_callback(callback)
+
+
+def raise_at_the_end(error: Exception) -> None:
+    """Raise behind whatever else waits for the end of this pass, DistributedDataParallel's reduction for one."""
+
+    def raising() -> None:
+        raise error
+
+    at_the_end(raising)
+
+
 class Capture:
     """Attaches the hooks (``with capture:``) and hands over what they see.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +14,10 @@ from torch_secorder.analysis import Analysis, Batch, FisherKind, fresh_generator
 from torch_secorder.errors import ArgumentError
 from torch_secorder.likelihoods import random_signs
 from torch_secorder.plan import BatchAxis
-from torch_secorder.report import By, Report
-from torch_secorder.results import checked
+from torch_secorder.report import By
+from torch_secorder.results import Results, checked
+from torch_secorder.run import fork_random
 from torch_secorder.single import check_separable
-from torch_secorder.statistics import Statistics
 from torch_secorder.verification import trusted, verified
 
 if TYPE_CHECKING:
@@ -69,7 +69,8 @@ def fisher_report(
         max_passes: the most backward passes per batch that "exact" may take.
 
     Returns:
-        The same table as :meth:`FisherMonitor.report`; ``grad_sq_norm`` is NaN, since no parameter gradient is computed.
+        The same table as :meth:`FisherMonitor.report`; ``grad_sq_norm`` is NaN, since no parameter gradient is computed. For
+        the diagonal and the activations, which no table holds, see :func:`fisher_results`.
 
     Raises:
         ArgumentError: for arguments that mean nothing, no data, or a loss that neither averages nor sums.
@@ -85,6 +86,97 @@ def fisher_report(
         >>> report.attrs["n_samples"]
         32
     """
+    return fisher_results(
+        model,
+        loss_fn,
+        data,
+        fisher=fisher,
+        num_samples=num_samples,
+        loss_type=loss_type,
+        max_batches=max_batches,
+        progress=progress,
+        verify=verify,
+        reduction=reduction,
+        parameters=parameters,
+        batch_axis=batch_axis,
+        ignore_index=ignore_index,
+        class_axis=class_axis,
+        generator=generator,
+        max_passes=max_passes,
+    ).report(by)
+
+
+def fisher_results(
+    model: nn.Module,
+    loss_fn: Callable[[Any, Any], Tensor] | None,
+    data: Any,
+    *,
+    diagonal: bool = False,
+    per_sample: bool = False,
+    activations: bool = False,
+    **options: Any,
+) -> Results:
+    """What :func:`fisher_report` finds, with all that its table can't hold.
+
+    Args:
+        model: as for :func:`fisher_report`, like ``loss_fn`` and ``data``.
+        loss_fn: see there.
+        data: see there.
+        diagonal: also keep the Fisher diagonal, a tensor of each parameter's size.
+        per_sample: also keep every sample's squared norms; under "exact" their expectations.
+        activations: also keep account of every module's output: its Fisher trace and its moments.
+        options: the other arguments of :func:`fisher_report`, but ``by``.
+
+    Returns:
+        Results as those of a :class:`FisherMonitor`: ``report(by)``, ``trace``, ``diagonal``, ``per_sample``, ``activations``,
+        ``merge``, ``save``.
+
+    Raises:
+        CurvatureError: as :func:`fisher_report`.
+
+    Example:
+        >>> import torch
+        >>> from torch_secorder import fisher_results
+        >>> model = torch.nn.Linear(3, 2)
+        >>> results = fisher_results(model, None, (torch.randn(8, 3), None), fisher="exact", diagonal=True, progress=False)
+        >>> results.diagonal["weight"].shape, results.report().attrs["fisher"]
+        (torch.Size([2, 3]), 'exact')
+    """
+    results = None
+    for results in accumulated(  # noqa: B007  # the last one
+        model, loss_fn, data, diagonal=diagonal, per_sample=per_sample, activations=activations, **options
+    ):
+        pass
+    if results is None:
+        raise ArgumentError("data has no batch")
+    return results
+
+
+def accumulated(
+    model: nn.Module,
+    loss_fn: Callable[[Any, Any], Tensor] | None,
+    data: Any,
+    *,
+    fisher: str = "empirical",
+    num_samples: int | None = None,
+    loss_type: str = "nll",
+    max_batches: int | None = None,
+    progress: bool = True,
+    verify: bool = True,
+    reduction: str | None = None,
+    parameters: str = "trainable",
+    batch_axis: BatchAxis = None,
+    ignore_index: int = -100,
+    class_axis: int = 1,
+    generator: torch.Generator | None = None,
+    max_passes: int = 10_000,
+    earlier: Results | None = None,
+    **keeps: bool,
+) -> Iterator[Results]:
+    """The results so far, the same object after every batch.
+
+    The arguments are those of :func:`fisher_results`, with ``earlier`` for results of other batches to add these batches to.
+    """
     checked("fisher", fisher, ("empirical", "exact", "sampled", "observed"))
     checked("reduction", reduction, (None, "mean", "sum"))
     if num_samples is not None and fisher != "sampled":
@@ -98,26 +190,26 @@ def fisher_report(
     kind = FisherKind(loss_type, labels, k if fisher == "sampled" else None, ignore_index, class_axis, max_passes)
     generator = fresh_generator(generator)
 
-    analysis = Analysis(model, parameters, batch_axis)
-    statistics = Statistics(analysis.table.names, [row.shape for row in analysis.table.rows])
-    for number, (inputs, targets) in enumerate(_batches(data, max_batches, progress)):
+    asked = {name: keeps.get(name, False) for name in ("diagonal", "activations")}
+    analysis, results = Analysis(model, parameters, batch_axis, **asked), earlier
+    for number, (inputs, targets) in enumerate(batches(data, max_batches, progress)):
+        first = verify and number == 0
         if fisher == "empirical":
             assert loss_fn is not None
             analyse = partial(analysis.empirical, loss_fn, inputs, targets)
-            first = verify and number == 0
             batch = (
                 trusted(analysis, analyse, partial(_check, analysis, loss_fn, inputs, targets)) if first else analyse()
             )
             samples, reduction = batch.samples, reduction or batch.reduction
         else:
-            if verify and number == 0:
+            if first:
                 analyse = partial(analysis.of, _projection, inputs)
-                trusted(analysis, analyse, partial(verified, analysis, _projection, inputs))
+                with fork_random(analysis.table.tensors):  # the check is one more forward
+                    trusted(analysis, analyse, partial(verified, analysis, _projection, inputs))
             samples = analysis.fisher(kind, inputs, targets, generator)
-        statistics.update(samples.norms, {}, samples.rules, samples.reached, {})
-    if not statistics.n:
-        raise ArgumentError("data has no batch")
-    return Report(analysis.table.rows, statistics, reduction or "mean", fisher).table(by)
+        results = results or Results(analysis.table, reduction or "mean", fisher, **keeps)
+        results._count_in(samples, analysis.types)
+        yield results
 
 
 def _check(analysis: Analysis, loss_fn: Callable[[Any, Any], Tensor], inputs: Any, targets: Any, batch: Batch) -> None:
@@ -132,7 +224,8 @@ def _projection(outputs: Any) -> Tensor:
     return (f * random_signs(f.shape, f, torch.Generator().manual_seed(0))).sum()
 
 
-def _batches(data: Any, max_batches: int | None, progress: bool) -> Iterable[tuple[Any, Any]]:
+def batches(data: Any, max_batches: int | None, progress: bool) -> Iterable[tuple[Any, Any]]:
+    """Pairs of inputs and targets, of an iterable of them or of one."""
     if _is_pair(data) and (isinstance(data, tuple) or not all(map(_is_pair, data))):
         data = [data]
     total = len(data) if hasattr(data, "__len__") else None

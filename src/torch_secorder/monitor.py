@@ -6,28 +6,25 @@ import math
 import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
-from torch_secorder.capture import Capture, current_backward, probing
+from torch_secorder.capture import Capture, at_the_end, current_backward, probing, raise_at_the_end
 from torch_secorder.errors import ArgumentError, CoverageError, LifecycleError
 from torch_secorder.graph import Audit, Use, memory_of
 from torch_secorder.parameters import ParameterTable, named_modules, unwrapped
-from torch_secorder.passes import TOGETHER, Output, Pass
+from torch_secorder.passes import TOGETHER, Pass
 from torch_secorder.per_sample import direction, widened
 from torch_secorder.plan import BatchAxis, planned
 from torch_secorder.records import SMALL, Forward, Record
 from torch_secorder.results import Results, checked
 from torch_secorder.single import compare, norms_of_first
 from torch_secorder.trees import tensors
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(eq=False)
@@ -94,6 +91,9 @@ class FisherMonitor(Results):
         repeated_calls: what it means that one backward pass reaches two calls of the model: "same" if row n of both is
             one sample (siamese networks), "new" if they are different samples. By default that is an error.
         every: watch the first of every so many calls of the model only, at about the price of a plain step for the others.
+        fisher: what the differentiated losses make of it, for ``report().attrs`` and all that reads them: "empirical" for
+            the data's labels, "sampled" for labels that were drawn from the model's own prediction, "observed" for
+            log-likelihoods of the data's labels.
 
     Raises:
         ArgumentError: for an argument that means nothing, or a model with no trainable parameter.
@@ -127,10 +127,12 @@ class FisherMonitor(Results):
         nonfinite: str = "raise",
         repeated_calls: str | None = None,
         every: int = 1,
+        fisher: str = "empirical",
     ):
         checked("reduction", reduction, ("mean", "sum"))
         checked("nonfinite", nonfinite, ("raise", "skip"))
         checked("repeated_calls", repeated_calls, (None, "same", "new"))
+        checked("fisher", fisher, ("empirical", "sampled", "observed"))
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise ArgumentError(f"every must be an int >= 1, not {every!r}")
         if not callable(loss_scale):
@@ -139,7 +141,8 @@ class FisherMonitor(Results):
         table = ParameterTable(self._model, parameters)
         planned(self._model, table, batch_axis)  # refuse now what can't be right later
         self._table = table
-        super().__init__(table, reduction, diagonal=diagonal, per_sample=per_sample, activations=activations)
+        keeps = {"diagonal": diagonal, "per_sample": per_sample, "activations": activations}
+        super().__init__(table, reduction, fisher, **keeps)
         self._loss_scale, self._nonfinite, self._every = loss_scale, nonfinite, every
         self._repeated_calls, self._batch_axis, self._diagonal = repeated_calls, batch_axis, diagonal
         self._types = {name: type(module).__name__ for name, module in named_modules(self._model)}
@@ -268,7 +271,7 @@ class FisherMonitor(Results):
                 checks=self._statistics.passes.bit_count() < 2,
             )
             self._passes[task] = _OpenPass(task, collected, is_autocast())
-            _at_the_end(partial(self._closed, task))
+            at_the_end(partial(self._closed, task))
         return self._passes[task]
 
     def verify(self, loss: Tensor) -> None:
@@ -313,8 +316,7 @@ class FisherMonitor(Results):
             with torch.no_grad(), full_precision():
                 self._count(current)
         except Exception as error:
-            # Behind whatever else waits for the end of this pass, DistributedDataParallel's reduction for one.
-            _at_the_end(partial(_raise, error))
+            raise_at_the_end(error)
 
     def _count(self, current: _OpenPass) -> None:
         if current.error is not None:
@@ -351,20 +353,13 @@ class FisherMonitor(Results):
         norms = torch.stack(found).double() / _scale(self._loss_scale) if found else torch.zeros(0)
         self._statistics.update(
             samples.norms.double() * factor**2,
-            {p: [replace(s, factor=factor**2) for s in several] for p, several in samples.squares.items()},
+            {p: [s.times(factor**2) for s in several] for p, several in samples.squares.items()},
             samples.rules,
             reached,
             dict(zip(current.norms, norms.square().tolist(), strict=True)),
             samples.skipped,
-            {name: self._output(name, calls, factor) for name, calls in samples.outputs.items()},
+            samples.output_sums(self._types, factor**2),
         )
-
-    def _output(self, name: str, calls: list[Output], factor: float) -> tuple[str, float, list[float]]:
-        """One pass's sums for a module's output, over all of its calls."""
-        squares = sum(float(call.norms.double().sum()) for call in calls) * factor**2
-        count, total, total_squares, minimum, maximum = torch.stack([call.moments for call in calls]).unbind(1)
-        moments = torch.stack([count.sum(), total.sum(), total_squares.sum(), minimum.min(), maximum.max()])
-        return self._types[name], squares, moments.tolist()
 
     def __repr__(self) -> str:
         state = "active" if self._capture is not None else "idle"
@@ -403,12 +398,3 @@ def _scale(loss_scale: float | Tensor | Callable[[], float | Tensor]) -> float:
     if not (math.isfinite(number) and number > 0):
         raise ArgumentError(f"loss_scale must be a positive number or a function that returns one, not {value!r}")
     return number
-
-
-def _at_the_end(callback: Callable[[], None]) -> None:
-    """Call back when the backward pass under way is over."""
-    torch.autograd.Variable._execution_engine.queue_callback(callback)
-
-
-def _raise(error: Exception) -> None:
-    raise error

@@ -96,6 +96,42 @@ class Samples:
     outputs: dict[str, list[Output]] = field(default_factory=dict)
     skipped: int = 0
 
+    def times(self, factor: float) -> Samples:
+        """The same with all squares multiplied."""
+        if factor == 1:
+            return self
+        squares = {position: [one.times(factor) for one in several] for position, several in self.squares.items()}
+        outputs = {
+            name: [replace(call, norms=factor * call.norms) for call in calls] for name, calls in self.outputs.items()
+        }
+        return replace(self, norms=self.norms * factor, squares=squares, outputs=outputs)
+
+    def plus(self, other: Samples) -> Samples:
+        """The same samples after another backward pass through the same forward, whose squares add to these."""
+        squares = {p: [Squares.joined([*self.squares.get(p, []), *several])] for p, several in other.squares.items()}
+        outputs = {
+            name: [replace(a, norms=a.norms + b.norms) for a, b in zip(self.outputs[name], calls, strict=True)]
+            if name in self.outputs
+            else calls
+            for name, calls in other.outputs.items()
+        }
+        return replace(
+            other, norms=self.norms + other.norms, squares=self.squares | squares, outputs=self.outputs | outputs
+        )
+
+    def output_sums(self, types: Mapping[str, str], factor: float = 1.0) -> dict[str, tuple[str, float, list[float]]]:
+        """Of each module's output over its calls: module -> its type, sum of squared gradients times a factor, moments."""
+        return {
+            name: (kind, *_sums(self.outputs[name], factor)) for name, kind in types.items() if name in self.outputs
+        }
+
+
+def _sums(calls: list[Output], factor: float) -> tuple[float, list[float]]:
+    squares = sum(float(call.norms.double().sum()) for call in calls) * factor
+    count, total, total_squares, minimum, maximum = torch.stack([call.moments for call in calls]).unbind(1)
+    moments = torch.stack([count.sum(), total.sum(), total_squares.sum(), minimum.min(), maximum.max()])
+    return squares, moments.tolist()
+
 
 class Pass:
     """Collects one backward pass.

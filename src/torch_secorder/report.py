@@ -51,12 +51,15 @@ class Report:
         """The table by parameter, or grouped."""
         frame = self._by_parameter() if by is None else self._grouped(by)
         statistics = self._statistics
-        frame.attrs.update(
-            reduction=self._reduction, fisher=self._fisher, n_samples=statistics.n, n_passes=statistics.passes
-        )
+        frame.attrs.update(self._facts())
         if statistics.gradient_passes:
             frame.attrs["mean_inverse_batch_size"] = statistics.inverse_batch_sizes / statistics.gradient_passes
         return frame
+
+    def _facts(self) -> dict[str, str | int]:
+        """Without which nobody knows what the numbers are."""
+        n, passes = self._statistics.n, self._statistics.passes
+        return {"reduction": self._reduction, "fisher": self._fisher, "n_samples": n, "n_passes": passes}
 
     def per_sample(self) -> pd.DataFrame:
         """t_{n,p}: a row per sample in backward order, a column per parameter."""
@@ -73,7 +76,9 @@ class Report:
             variance = max(0.0, total_squares / numel - mean**2)
             figures = {"mean": mean, "std": math.sqrt(variance), "min": minimum, "max": maximum}
             rows.append({"module": name, "module_type": kind, "activation_trace": trace, "numel": int(numel)} | figures)
-        return pd.DataFrame(rows).set_index("module")
+        frame = pd.DataFrame(rows).set_index("module")
+        frame.attrs.update(self._facts())
+        return frame
 
     def _by_parameter(self) -> pd.DataFrame:
         rows = [asdict(p) | asdict(self._figures([i])) for i, p in enumerate(self._parameters)]

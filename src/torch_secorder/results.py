@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     import pandas as pd
     from typing_extensions import Self
 
+    from torch_secorder.passes import Samples
+
 
 class Named:
     """The rows of a parameter table whose model is elsewhere."""
@@ -36,11 +38,12 @@ class Results:
     Args:
         table: the analysed parameters.
         reduction: "mean" or "sum".
+        fisher: which Fisher the samples are of.
         keeps: what else than squared norms is kept; see :class:`~torch_secorder.statistics.Statistics`.
     """
 
-    def __init__(self, table: ParameterTable | Named, reduction: str, **keeps: bool):
-        self._rows, self._reduction = table.rows, reduction
+    def __init__(self, table: ParameterTable | Named, reduction: str, fisher: str = "empirical", **keeps: bool):
+        self._rows, self._reduction, self._fisher = table.rows, reduction, fisher
         self._statistics = Statistics(table.names, [row.shape for row in table.rows], **keeps)
         self._common = self._like()  # what all ranks were given by all_reduce
 
@@ -106,10 +109,12 @@ class Results:
         """Add the samples of another monitor of a model with the same parameters, and return self.
 
         Raises:
-            ArgumentError: if names, shapes, reduction or what is kept differ.
+            ArgumentError: if names, shapes, reduction, which Fisher it is or what is kept differ.
         """
         if self._reduction != other._reduction:
             raise ArgumentError(f"cannot merge reduction={other._reduction!r} into reduction={self._reduction!r}")
+        if self._fisher != other._fisher:
+            raise ArgumentError(f"cannot merge fisher={other._fisher!r} into fisher={self._fisher!r}")
         self._statistics.merge(other._together())
         return self
 
@@ -132,7 +137,7 @@ class Results:
 
     def state_dict(self) -> dict[str, Any]:
         """What was accumulated, as tensors, numbers and strings."""
-        about = {"reduction": self._reduction, "fisher": "empirical"}
+        about = {"reduction": self._reduction, "fisher": self._fisher}
         return about | {"module_types": [row.module_type for row in self._rows]} | self._together().state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -143,6 +148,8 @@ class Results:
         """
         if state.get("reduction") != self._reduction:
             raise ArgumentError(f"the state has reduction={state.get('reduction')!r}, this monitor {self._reduction!r}")
+        if state.get("fisher", self._fisher) != self._fisher:
+            raise ArgumentError(f"the state has fisher={state['fisher']!r}, this monitor {self._fisher!r}")
         self._statistics.load_state_dict(state)
         self._common.clear()
 
@@ -173,16 +180,22 @@ class Results:
                 Parameter(name, name.rpartition(".")[0], kind, tuple(shape), math.prod(shape))
                 for name, kind, shape in zip(state["names"], state["module_types"], state["shapes"], strict=True)
             )
-            results = Results(table, state["reduction"], **state["keeps"])
+            results = Results(table, state["reduction"], state.get("fisher", "empirical"), **state["keeps"])
         else:
             trainable = [plain_name(name) for name, p in model.named_parameters() if p.requires_grad]
             which = "trainable" if trainable == state["names"] else "all"
-            results = cls(model, state["reduction"], parameters=which, **state["keeps"])  # type: ignore[arg-type]  # a monitor's arguments
+            options = {"parameters": which, "fisher": state.get("fisher", "empirical")} | state["keeps"]
+            results = cls(model, state["reduction"], **options)  # type: ignore[arg-type]  # a monitor's arguments
         results.load_state_dict(state)
         return results
 
+    def _count_in(self, samples: Samples, types: Mapping[str, str]) -> None:
+        """A batch whose squares are those of l_n, and the types of the modules whose outputs were watched."""
+        outputs = samples.output_sums(types)
+        self._statistics.update(samples.norms, samples.squares, samples.rules, samples.reached, {}, 0, outputs)
+
     def _report(self, sync: bool = False) -> Report:
-        return Report(self._rows, self._seen(sync), self._reduction, "empirical")
+        return Report(self._rows, self._seen(sync), self._reduction, self._fisher)
 
     def _seen(self, sync: bool = False) -> Statistics:
         statistics = self._reduced(None) if sync else self._together()

@@ -27,17 +27,28 @@ class Run(Passes):
     Args:
         model: the model, unwrapped.
         plan: how it is captured.
+        activations: also watch every module's output.
         options: as for :class:`Passes`.
 
     Attributes:
         random: whether the latest forward drew from the global random state.
     """
 
-    def __init__(self, model: nn.Module, table: ParameterTable, plan: Plan, memory: Memory, **options: bool):
+    def __init__(
+        self,
+        model: nn.Module,
+        table: ParameterTable,
+        plan: Plan,
+        memory: Memory,
+        *,
+        activations: bool = False,
+        **options: bool,
+    ):
         super().__init__(table, memory, plan.batch_axis, self._rehearse, **options)
         self._model, self._plan = model, plan
+        sites = plan.sites + (plan.watched(model) if activations else [])
         self._capture = Capture(
-            *(model, plan.sites, self._arrived, plan.batch_axis, plan.guards),
+            *(model, sites, self._arrived, plan.batch_axis, plan.guards),
             on_end=self.audited,
         )
         self._arguments: Any = None

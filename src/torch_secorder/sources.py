@@ -6,14 +6,15 @@ import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from torch_secorder.errors import ArgumentError, LifecycleError
-from torch_secorder.monitor import FisherMonitor
 from torch_secorder.parameters import plain_name, unwrapped
+from torch_secorder.results import Results
 from torch_secorder.tables import ATTRIBUTES, shape_of
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ class Curvature:
 
 def curvature(
     model: nn.Module,
-    source: FisherMonitor | pd.DataFrame,
+    source: Results | pd.DataFrame,
     *,
     fisher: str | None = None,
     diagonal: Mapping[str, Tensor] | None = None,
@@ -64,16 +65,16 @@ def curvature(
 
     Args:
         model: the model that was analysed.
-        source: a :class:`~torch_secorder.FisherMonitor`, a report by parameter, or one read back from a file with the
-            columns ``reduction``, ``fisher`` and ``n_samples``.
-        fisher: which Fisher it is, where the source can't know: a monitor whose backward passes were of sampled labels.
+        source: a :class:`~torch_secorder.FisherMonitor` or other results, a report by parameter, or one read back from a
+            file with the columns ``reduction``, ``fisher`` and ``n_samples``.
+        fisher: which Fisher it is, where the source doesn't say so.
         diagonal: the Fisher diagonal that belongs to a report, in the report's scaling.
 
     Raises:
         ArgumentError: if the report is of another model, lacks columns, or doesn't say how it is scaled.
         LifecycleError: if the monitor saw no sample.
     """
-    if isinstance(source, FisherMonitor):
+    if isinstance(source, Results):
         report = source.report()
         if diagonal is None:
             try:
@@ -104,6 +105,8 @@ def curvature(
                 f"the report is of another model: {name} has shape {shape} there and {tuple(known[name].shape)} here"
             )
         parameters[name] = known[name].detach()
+    if unknown := [name for name in diagonal or () if name not in parameters]:
+        raise ArgumentError(f"the diagonal is of another model: the report has no parameter {unknown[0]!r}")
     return Curvature(
         parameters,
         {name: channel_axis(owners[name.rpartition(".")[0]]) for name in names},
@@ -128,7 +131,8 @@ def warn_if_no_prediction(fisher: str) -> None:
     if fisher not in PREDICTIVE:
         warnings.warn(
             f"the report is of the {fisher} Fisher, whose labels are those of the data: half its quadratic form predicts no KL "
-            'divergence, though it ranks layers; use fisher_report(..., fisher="sampled") or "exact"',
+            'divergence, though it ranks layers; use fisher_report(..., fisher="sampled") or "exact", or say '
+            'FisherMonitor(..., fisher="sampled") around labels that are drawn from the prediction',
             UserWarning,
             stacklevel=3,
         )
@@ -137,7 +141,7 @@ def warn_if_no_prediction(fisher: str) -> None:
 def _columns(report: Any) -> tuple[list[str], list[float], list[tuple[int, ...] | None]]:
     columns = getattr(report, "columns", None)
     if columns is None:
-        raise ArgumentError(f"expected a FisherMonitor or a report (a DataFrame), not {type(report).__name__}")
+        raise ArgumentError(f"expected a FisherMonitor, results or a report (a DataFrame), not {type(report).__name__}")
     if "parameter" in columns:
         report = report.set_index("parameter")
     if "n_parameters" in columns:
@@ -145,6 +149,8 @@ def _columns(report: Any) -> tuple[list[str], list[float], list[tuple[int, ...] 
     if "fisher_trace" not in columns:
         raise ArgumentError("the report lacks the column fisher_trace; pass what report() or fisher_report() returned")
     names = [str(name) for name in report.index]
+    if report["fisher_trace"].dtype.kind not in "iuf":
+        raise ArgumentError("the column fisher_trace has entries that are no numbers")
     traces = [float(trace) for trace in report["fisher_trace"]]
     if bad := [name for name, trace in zip(names, traces, strict=True) if not (math.isfinite(trace) and trace >= 0)]:
         raise ArgumentError(f"fisher_trace of {', '.join(bad)} is not a number that is 0 or more")
@@ -169,7 +175,7 @@ def _facts(report: Any) -> dict[str, Any]:
                 f"the report doesn't say its {name}, neither in attrs nor as a column: keep it when it is written to a file, "
                 "with report.assign(**report.attrs).to_csv(path), or set report.attrs"
             )
-    if facts["reduction"] not in ("mean", "sum") or not int(facts["n_samples"]) >= 1:
+    if facts["reduction"] not in ("mean", "sum") or not (isinstance(n := facts["n_samples"], Integral) and int(n) >= 1):
         raise ArgumentError(f"the report has reduction={facts['reduction']!r} and n_samples={facts['n_samples']!r}")
     return facts
 

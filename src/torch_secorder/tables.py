@@ -49,7 +49,11 @@ def read_report(path: str | PathLike[str]) -> pd.DataFrame:
         >>> again.attrs["fisher"], again.attrs["n_samples"], again.loc["weight", "shape"]
         ('exact', 8, (2, 3))
     """
-    frame = pd.read_csv(path, keep_default_na=False, na_values={"grad_sq_norm": [""], "fisher_trace_stderr": [""]})
+    empty = {"grad_sq_norm": [""], "fisher_trace_stderr": [""], "fisher_trace_share": [""]}
+    try:
+        frame = pd.read_csv(path, keep_default_na=False, na_values=empty)
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+        raise ArgumentError(f"{path} is no CSV file: {error}") from error
     if "parameter" not in frame or len(frame) == 0:
         raise ArgumentError(f"{path} has no column 'parameter': write a report by parameter, with report.to_csv(path)")
     if missing := [name for name in ATTRIBUTES if name not in frame]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from torch_secorder.errors import LifecycleError
-from torch_secorder.integrations.watching import By, Watch, missing, single_process
+from torch_secorder.integrations.watching import By, WatchingCallback, missing, single_process
 from torch_secorder.plan import BatchAxis
 
 try:
@@ -19,11 +19,8 @@ except ImportError:
     except ImportError as error:
         raise missing("Lightning", "lightning") from error
 
-if TYPE_CHECKING:
-    import pandas as pd
 
-
-class FisherCallback(Callback):  # type: ignore[misc] # Lightning is optional, and Any where it is missing
+class FisherCallback(WatchingCallback, Callback):  # type: ignore[misc] # Lightning is optional, and Any where it is missing
     r"""Logs ``fisher_trace``, by layer and in total, every k optimizer steps.
 
     A watched step covers all the batches that it accumulates. With :math:`l_n` the loss of its sample n = 1..N, as
@@ -81,22 +78,8 @@ class FisherCallback(Callback):  # type: ignore[misc] # Lightning is optional, a
         batch_axis: BatchAxis = None,
         nonfinite: str | None = None,
     ):
-        super().__init__()
-        options = {"parameters": parameters, "batch_axis": batch_axis}
-        if nonfinite is not None:
-            options["nonfinite"] = nonfinite
-        self._watch = Watch(every, by, noise_decay, **options)
+        super().__init__(every, by, noise_decay, parameters=parameters, batch_axis=batch_axis, nonfinite=nonfinite)
         self._module, self._reduction = module, reduction
-
-    @property
-    def history(self) -> list[dict[str, float]]:
-        """A dict for each watched step: ``step``, and what was logged."""
-        return self._watch.history
-
-    @property
-    def report(self) -> pd.DataFrame | None:
-        """The latest watched step's table by parameter; None before the first."""
-        return self._watch.report
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Refuse what can't be right, before the first step."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from torch_secorder.errors import LifecycleError
-from torch_secorder.integrations.watching import By, Watch, missing, single_process
+from torch_secorder.integrations.watching import By, WatchingCallback, missing, single_process
 from torch_secorder.plan import BatchAxis
 
 try:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-class FisherCallback(TrainerCallback):  # type: ignore[misc] # transformers is optional, and Any where it is missing
+class FisherCallback(WatchingCallback, TrainerCallback):  # type: ignore[misc] # transformers is optional, and Any where it is missing
     r"""Logs ``fisher_trace``, by layer and in total, every k optimizer steps.
 
     The Trainer spreads one optimizer step over micro-batches and differentiates a part of the step's loss in each: a sum
@@ -84,27 +84,10 @@ class FisherCallback(TrainerCallback):  # type: ignore[misc] # transformers is o
         batch_axis: BatchAxis = None,
         nonfinite: str | None = None,
     ):
-        options = {"parameters": parameters, "batch_axis": batch_axis}
-        if nonfinite is not None:
-            options["nonfinite"] = nonfinite
-        self._watch = Watch(every, by, noise_decay, **options)
+        super().__init__(every, by, noise_decay, parameters=parameters, batch_axis=batch_axis, nonfinite=nonfinite)
         self._numbers: dict[str, float] | None = None
         self._optimizer: Any = None
         self.log = log
-
-    @property
-    def history(self) -> list[dict[str, float]]:
-        """A dict for each watched step: ``step``, and what was logged."""
-        return self._watch.history
-
-    @property
-    def report(self) -> pd.DataFrame | None:
-        """The latest watched step's table by parameter; None before the first."""
-        return self._watch.report
-
-    def close(self) -> None:
-        """Take the hooks off the model, after training that ended by an error."""
-        self._watch.close()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Refuse what can't be right, before the first step."""

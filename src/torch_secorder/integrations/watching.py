@@ -132,6 +132,36 @@ class Watch:
         self._active = False
 
 
+class WatchingCallback:
+    """What a callback is beside its host's own base: a watch, and the ways to look at what it saw.
+
+    Args:
+        every: watch the first optimizer step and every ``every``-th after it.
+        by: the rows that are logged.
+        noise_decay: see :class:`Watch`.
+        options: of :class:`FisherMonitor`; a ``nonfinite`` of None leaves it to the watch.
+    """
+
+    def __init__(self, every: int, by: By, noise_decay: float | None, **options: Any):
+        super().__init__()
+        given = {name: value for name, value in options.items() if name != "nonfinite" or value is not None}
+        self._watch = Watch(every, by, noise_decay, **given)
+
+    @property
+    def history(self) -> list[dict[str, float]]:
+        """A dict for each watched step: ``step``, and what was logged."""
+        return self._watch.history
+
+    @property
+    def report(self) -> pd.DataFrame | None:
+        """The latest watched step's table by parameter; None before the first."""
+        return self._watch.report
+
+    def close(self) -> None:
+        """Take the hooks off the model, after training that ended by an error."""
+        self._watch.close()
+
+
 def missing(package: str, extra: str) -> ImportError:
     """What to say where a host is not installed."""
     return ImportError(f"this callback is for {package}, which is not installed: pip install 'torch-secorder[{extra}]'")

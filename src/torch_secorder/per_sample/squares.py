@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -33,6 +34,19 @@ class Squares:
             g, a = form.g.detach(), form.a.detach()
             return cls((g.square().flatten(1).T, a.square().flatten(1)), form.shape)
         return cls(form.sum_of_squares().detach(), form.shape)
+
+    @classmethod
+    def joined(cls, several: Sequence[Squares]) -> Squares:
+        """Their sum, in the first one's memory if it has any."""
+        first, *others = several
+        total = first.values if isinstance(first.values, Tensor) and first.factor == 1 else first.added(None)
+        for one in others:
+            total = one.added(total)
+        return cls(total, first.shape)
+
+    def times(self, factor: float) -> Squares:
+        """The same, multiplied."""
+        return replace(self, factor=factor * self.factor)
 
     def added(self, total: Tensor | None) -> Tensor:
         """The total with them added in place; a new one where there is none."""

@@ -1,0 +1,214 @@
+"""What the command line understands."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from torch_secorder.analysis import fresh_generator
+from torch_secorder.cli import changes
+from torch_secorder.cli.failures import DONE, INTERRUPTED, USAGE, CommandError, Interrupted, needed, told
+from torch_secorder.cli.files import FORMATS, check_targets, write
+from torch_secorder.cli.merging import merged
+from torch_secorder.cli.resuming import Journal
+from torch_secorder.cli.setups import Setup
+from torch_secorder.cli.text import as_text
+from torch_secorder.errors import CurvatureError
+from torch_secorder.loop import accumulated, batches
+from torch_secorder.results import Results
+
+EXIT_CODES = (
+    "Exit codes: 0 done; 1 refused or failed, with the reason on stderr and no table written; 2 a wrong command line; "
+    "130 interrupted."
+)
+SAME = ("fisher", "num_samples", "loss_type", "reduction", "parameters", "seed")  # in a run that goes on
+POSITIVE = click.IntRange(min=1)
+FILE = click.Path(path_type=Path)
+
+
+def _setup(context: click.Context, parameter: click.Parameter, value: str) -> Setup:
+    try:
+        return Setup.parsed(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from error
+
+
+def run(arguments: Sequence[str] | None) -> int:
+    """Run a command, and return its exit code."""
+    try:
+        return int(main.main(arguments, prog_name="torch-secorder", standalone_mode=False) or DONE)
+    except click.UsageError as error:
+        error.show()
+        return USAGE
+    except (CommandError, CurvatureError) as error:
+        kind = "" if isinstance(error, CommandError) else f"{type(error).__name__}: "
+        print(f"torch-secorder: {kind}{error}", file=sys.stderr)
+        return getattr(error, "code", 1)
+    except click.Abort:
+        print("torch-secorder: interrupted; no file was written", file=sys.stderr)
+        return INTERRUPTED
+
+
+@click.group(
+    help="How much curvature (Fisher information) every parameter of a PyTorch model carries.",
+    epilog=EXIT_CODES,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    no_args_is_help=False,
+)
+@click.version_option(version("torch-secorder"), message="torch-secorder %(version)s")
+def main() -> None:
+    """The commands below."""
+
+
+def _tables(command: Callable[..., None]) -> Callable[..., None]:
+    """The options of commands that make a report."""
+    for form in reversed(FORMATS):
+        command = click.option(f"--{form}", type=FILE, metavar="FILE", help=f"Also write the table as {form.upper()}.")(
+            command
+        )
+    rows = click.Choice(["parameter", "module", "type", "model"])
+    return click.option("--by", type=rows, default="parameter", show_default=True, help="What a row is.")(command)
+
+
+@main.command(epilog=EXIT_CODES)
+@click.argument("setup", callback=_setup, metavar="SETUP.py:FUNCTION")
+@click.option(
+    "--fisher",
+    type=click.Choice(["empirical", "exact", "sampled", "observed"]),
+    default="empirical",
+    show_default=True,
+    help="Whose labels: the data's, by the loss; the model's own, integrated out or sampled; or the data's, by the "
+    "likelihood.",
+)
+@click.option("--loss-type", default="nll", show_default=True, help="Likelihood where --fisher is not empirical.")
+@click.option("--num-samples", type=POSITIVE, metavar="K", help="Backward passes per batch of --fisher sampled.")
+@click.option("--max-batches", type=POSITIVE, metavar="K", help="Stop after so many batches.")
+@click.option(
+    "--max-passes", type=POSITIVE, metavar="K", default=10_000, show_default=True, help="The most passes per batch."
+)
+@click.option("--reduction", type=click.Choice(["mean", "sum"]), help="By default as the loss does.")
+@click.option("--parameters", type=click.Choice(["trainable", "all"]), default="trainable", show_default=True)
+@click.option(
+    "--seed", type=int, metavar="N", help="For torch.manual_seed before SETUP.py is run, and for sampled labels."
+)
+@click.option("--verify/--no-verify", default=True, help="Check a sample by plain autograd.  [default: verify]")
+@click.option(
+    "--progress/--no-progress",
+    default=None,
+    help="A progress bar on stderr, with tqdm.  [default: on a terminal]",
+)
+@click.option("--save", type=FILE, metavar="STATE", help="Write the statistics to a file, to merge or to go on from.")
+@click.option("--every", type=POSITIVE, metavar="M", help="Write STATE after every M batches too.")
+@click.option("--resume", is_flag=True, help="Go on from STATE, if it is there.")
+@_tables
+def report(setup: Setup, by: str, max_batches: int | None, progress: bool | None, **options: Any) -> None:
+    """The Fisher trace of every parameter of a model.
+
+    Runs a function of yours that takes no argument and returns a torch.nn.Module, a loss(outputs, targets) (or None, where
+    --fisher needs none), and an iterable of (inputs, targets), such as a DataLoader.
+    """
+    path, every, resume, seed = (options.pop(name) for name in ("save", "every", "resume", "seed"))
+    files = _checked({form: options.pop(form) for form in FORMATS}, path)
+    if path is None and (every or resume):
+        raise click.UsageError("--every and --resume need --save STATE")
+    if path is not None and path.exists() and not resume:
+        raise CommandError(f"{path} is there already: pass --resume to go on from it, or remove it")
+    if seed is not None:
+        torch.manual_seed(seed)
+    generator = fresh_generator(None if seed is None else torch.Generator().manual_seed(seed))
+    with setup.built() as (model, loss, data):
+        journal = None
+        if path is not None:
+            same = {name: seed if name == "seed" else options[name] for name in SAME}
+            journal = Journal(path, every, model, same, generator)
+        earlier = journal.resumed() if journal and resume and path.exists() else None
+        with _running(setup, journal):
+            shown = sys.stderr.isatty() if progress is None else progress
+            whole = batches(data, max_batches, shown)
+            rest = journal.rest(whole) if journal else whole
+            results = earlier
+            for results in accumulated(
+                model, loss, rest, progress=False, generator=generator, earlier=earlier, **options
+            ):
+                if journal:
+                    journal.count(results)
+            if results is None:
+                raise CommandError(f"the data of {setup} has no batch")
+            if journal:
+                journal.save(results)
+    _finish(results, by, files)
+
+
+@contextmanager
+def _running(setup: Setup, journal: Journal | None) -> Iterator[None]:
+    """What fails is told as the user's own; what is refused, as it is."""
+    try:
+        yield
+    except (CommandError, CurvatureError):
+        raise
+    except KeyboardInterrupt:
+        if journal is None or not journal.saved:
+            raise
+        raise Interrupted(f"interrupted; {journal.path} has {journal.saved} batches: pass --resume to go on") from None
+    except Exception as error:
+        raise CommandError(f"the model, the loss or the data of {setup} failed\n{told(error)}") from error
+
+
+@main.command(epilog=EXIT_CODES)
+@click.argument("states", type=FILE, nargs=-1, required=True, metavar="STATE...")
+@click.option("--save", type=FILE, metavar="STATE", help="Also write the statistics of all.")
+@_tables
+def merge(states: tuple[Path, ...], by: str, save: Path | None, **options: Any) -> None:
+    """One report of statistics that several runs saved.
+
+    The files are those of torch-secorder report --save and of FisherMonitor.save, each of a part of the data.
+    """
+    files = _checked(options, save)
+    needed("merge", "safetensors", "save")
+    results = merged(states)
+    if save is not None:
+        results.save(save)
+    _finish(results, by, files)
+
+
+@main.command(epilog=EXIT_CODES)
+@click.argument("before", type=FILE, metavar="A.csv")
+@click.argument("after", type=FILE, metavar="B.csv")
+@click.option("--csv", type=FILE, metavar="FILE", help="Also write the comparison as CSV.")
+def compare(before: Path, after: Path, csv: Path | None) -> None:
+    """What changed from one report to another.
+
+    Shows what changed between two reports that --csv wrote: the ratio of the traces, and their difference in standard
+    errors, taking the two sets of samples for independent.
+    """
+    check_targets([csv] if csv else [])
+    index, rows, totals = changes.changes(before, after)
+    print(changes.as_text(index, rows, totals))
+    if csv:
+        write({csv: changes.as_csv(index, rows)})
+
+
+def _checked(files: dict[str, Path | None], save: Path | None) -> dict[str, Path]:
+    """The files to write, which are known to be writable as far as can be told before."""
+    wanted = {form: path for form, path in files.items() if path is not None}
+    check_targets([*wanted.values(), *([save] if save else [])])
+    if "png" in wanted:
+        needed("--png", "matplotlib", "plot")
+    if save is not None:
+        needed("--save", "safetensors", "save")
+    return wanted
+
+
+def _finish(results: Results, by: str, files: dict[str, Path]) -> None:
+    """Print the table, and write it."""
+    rows: dict[str, Any] = {"parameter": None, "model": lambda name: "model"}
+    table = results.report(rows.get(by, by))
+    print(as_text(table))
+    write({path: FORMATS[form](table) for form, path in files.items()})

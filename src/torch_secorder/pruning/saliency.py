@@ -1,0 +1,142 @@
+"""What a weight is worth, and what pruning a layer costs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from torch_secorder.errors import ArgumentError
+from torch_secorder.results import Results, checked
+from torch_secorder.sources import curvature, warn_if_no_prediction
+from torch_secorder.tables import table
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def weight_saliency(
+    model: nn.Module,
+    source: Results | pd.DataFrame,
+    *,
+    parameters: str | Callable[[str], bool] = "weights",
+    shrinkage: float = 0.0,
+    diagonal: Mapping[str, Tensor] | None = None,
+    fisher: str | None = None,
+) -> dict[str, Tensor]:
+    r"""The predicted KL divergence, in nats per sample, of setting each single weight to zero.
+
+    .. math:: s_i = \tfrac12 F_{ii} w_i^2
+
+    with F averaged over samples whatever the report's reduction. Where only the trace of a parameter is known, its mean
+    :math:`\operatorname{tr} F_p / d_p` stands for every :math:`F_{ii}`: magnitudes within a layer, curvature between layers.
+
+    Whoever prunes by an estimated diagonal picks the entries that happen to be underestimated, above all those of channels
+    that no sample woke up. ``shrinkage`` :math:`\lambda` guards against that: it puts
+    :math:`(1 - \lambda) F_{ii} + \lambda \operatorname{tr} F_p / d_p` in the place of :math:`F_{ii}`. From few samples
+    anything but 0 is far better than 0; 0.5 is a safe middle, less is better on data like those of the Fisher, and more
+    on others.
+
+    Args:
+        model: the model that was analysed.
+        source: a monitor or :func:`~torch_secorder.fisher_results` with ``diagonal=True``, or, for the second form, a
+            report by parameter.
+        parameters: "weights" for those with two or more axes, "all", or a function from a name to whether it counts.
+        shrinkage: from 0, for the diagonal as it is, to 1, for its mean over each parameter.
+        diagonal: the Fisher diagonal that belongs to a report, in the report's scaling.
+        fisher: which Fisher the source is of, if it doesn't say so; see
+            :func:`torch_secorder.quantization.quantization_sensitivity`.
+
+    Returns:
+        A dict from names to tensors of the parameters' shapes.
+
+    Raises:
+        ArgumentError: if the report is of another model or lacks columns, or for a shrinkage outside [0, 1].
+
+    Warns:
+        UserWarning: if the source is of the empirical or the observed Fisher. The order of weights may still be of use.
+
+    Example:
+        >>> import torch
+        >>> from torch_secorder import fisher_report
+        >>> from torch_secorder.pruning import prune, weight_saliency
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+        >>> report = fisher_report(model, None, (torch.randn(32, 4), None), fisher="exact", progress=False)
+        >>> prune(model, weight_saliency(model, report), amount=0.5)
+        >>> sum(int((layer.weight == 0).sum()) for layer in (model[0], model[2]))  # of 32 and 24
+        28
+
+    Source:
+        LeCun, Denker and Solla (1990), "Optimal brain damage".
+    """
+    share = checked_share(shrinkage, "shrinkage")
+    known = curvature(model, source, fisher=fisher, diagonal=diagonal)
+    warn_if_no_prediction(known.fisher)
+    if not callable(parameters):
+        checked("parameters", parameters, ("weights", "all"))
+    return {
+        name: (0.5 * _shrunk(known.of(name).double(), share) * weight.double().square()).to(
+            torch.promote_types(weight.dtype, torch.float32)
+        )
+        for name, weight in known.parameters.items()
+        if (parameters(name) if callable(parameters) else parameters == "all" or weight.dim() > 1)
+    }
+
+
+def pruning_sensitivity(
+    saliency: Mapping[str, Tensor],
+    amounts: float | Sequence[float] = (0.1, 0.3, 0.5),
+    *,
+    order: Mapping[str, Tensor] | None = None,
+) -> pd.DataFrame:
+    r"""The predicted KL divergence, in nats per sample, of pruning each parameter alone to each sparsity.
+
+    It is the sum of the saliencies of the :math:`\operatorname{round}(a\, d_p)` entries that go, of :math:`d_p` in all.
+
+    Args:
+        saliency: what :func:`weight_saliency` or :attr:`ChannelGates.saliency` gave.
+        amounts: shares that are pruned, each from 0 to 1.
+        order: what to prune by, smallest first, if not by the saliency: the weights' absolute values, say.
+
+    Returns:
+        A DataFrame with index ``parameter`` and columns ``numel`` and one for each amount.
+
+    Raises:
+        ArgumentError: for amounts outside [0, 1], or an order with other names or shapes.
+
+    Example:
+        >>> import torch
+        >>> from torch_secorder.pruning import pruning_sensitivity
+        >>> pruning_sensitivity({"weight": torch.tensor([[3.0, 1.0], [2.0, 4.0]])}, amounts=(0.25, 0.5)).loc["weight", 0.5]
+        np.float64(3.0)
+    """
+    shares = [checked_share(amount) for amount in ([amounts] if isinstance(amounts, float) else amounts)]
+    rows: list[dict[Any, Any]] = []
+    for name, scores in saliency.items():
+        by = scores if order is None else order.get(name)
+        if by is None or by.shape != scores.shape:
+            raise ArgumentError(f"order must have a tensor of shape {tuple(scores.shape)} for {name}")
+        sums = scores.flatten().double()[by.flatten().argsort()].cumsum(0)
+        row: dict[Any, Any] = {"parameter": name, "numel": scores.numel()}
+        for share in shares:
+            count = round(share * scores.numel())
+            row[share] = float(sums[count - 1]) if count else 0.0
+        rows.append(row)
+    return table(rows, "parameter", ("numel", *shares), unit="nats per sample")
+
+
+def checked_share(amount: float, name: str = "amount") -> float:
+    """A share from 0 to 1.
+
+    Raises:
+        ArgumentError: for anything else.
+    """
+    if isinstance(amount, bool) or not isinstance(amount, (int, float)) or not 0 <= amount <= 1:
+        raise ArgumentError(f"{name} must be a share from 0 to 1, not {amount!r}")
+    return float(amount)
+
+
+def _shrunk(diagonal: Tensor, share: float) -> Tensor:
+    return (1 - share) * diagonal + share * diagonal.mean() if share else diagonal

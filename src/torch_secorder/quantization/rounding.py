@@ -1,0 +1,149 @@
+"""Weights after rounding to few bits and back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from numbers import Integral
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from torch_secorder.errors import ArgumentError
+from torch_secorder.parameters import named_modules, plain_name, unwrapped
+from torch_secorder.results import checked
+from torch_secorder.sources import channel_axis
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SCHEMES, GRAINS = ("symmetric", "affine"), ("tensor", "channel")
+
+
+def rounded(weight: Tensor, bits: int, scheme: str = "symmetric", per: str = "tensor", axis: int = 0) -> Tensor:
+    r"""The weight after rounding to ``bits`` bits and back, in its own shape and dtype.
+
+    With s the step, ``symmetric`` has the levels of a signed integer without its lowest, and ``affine`` those of an unsigned
+    integer with a zero point z, so that 0 stays 0 in both:
+
+    .. math::
+
+       \hat w &= s\, \operatorname{round}(w / s), & s &= \max|w| / (2^{b-1} - 1) \\
+       \hat w &= s\, (\operatorname{clamp}(\operatorname{round}(w / s) + z,\ 0,\ 2^b - 1) - z), &
+       s &= (h - l) / (2^b - 1),\quad z = \operatorname{round}(-l / s)
+
+    with :math:`l = \min(0, \min w)` and :math:`h = \max(0, \max w)`. One symmetric bit is the sign times the mean of
+    ``|w|``, the nearest two levels of opposite sign. Halves go to the even integer, as in :func:`torch.round`.
+
+    Args:
+        weight: the tensor to round; it stays as it is.
+        bits: 1 to 16.
+        scheme: "symmetric" or "affine".
+        per: one step for the "tensor", or one for each "channel". Tensors with fewer than two axes have one step anyway.
+        axis: the axis of the channels.
+
+    Raises:
+        ArgumentError: for bits outside 1..16, an unknown scheme, or weights that are not finite.
+
+    Example:
+        >>> import torch
+        >>> from torch_secorder.quantization import rounded
+        >>> rounded(torch.tensor([-1.0, 0.2, 0.6, 0.9]), bits=2)
+        tensor([-1.,  0.,  1.,  1.])
+
+    Source:
+        Jacob et al. (2018), "Quantization and training of neural networks for efficient integer-arithmetic-only inference";
+        one bit: Rastegari et al. (2016), "XNOR-Net".
+    """
+    bits = checked_bits(bits)
+    checked("scheme", scheme, SCHEMES)
+    checked("per", per, GRAINS)
+    if not weight.numel():
+        return weight.clone()
+    w = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+    if not bool(torch.isfinite(w).all()):
+        raise ArgumentError("weights that are infinite or NaN can't be rounded")
+    axes = [a for a in range(w.dim()) if per == "tensor" or w.dim() < 2 or a != axis % w.dim()]
+    if scheme == "symmetric" and bits == 1:
+        size = _over(axes, w.abs(), torch.mean)
+        return torch.where(w < 0, -size, size).to(weight.dtype)
+    if scheme == "symmetric":
+        top = 2 ** (bits - 1) - 1
+        step = _over(axes, w.abs(), torch.amax) / top
+        low, zero = -top, torch.zeros_like(step)
+    else:
+        top, low = 2**bits - 1, 0
+        bottom = _over(axes, w, torch.amin).clamp(max=0)
+        step = (_over(axes, w, torch.amax).clamp(min=0) - bottom) / top
+        zero = torch.where(step > 0, (-bottom / step).round(), 0.0)
+    levels = ((w / step).round() + zero).clamp(low, top) - zero
+    return torch.where(step > 0, levels * step, w).to(weight.dtype)
+
+
+@contextmanager
+def quantized(
+    model: nn.Module,
+    bits: int | Mapping[str, int] | pd.DataFrame,
+    scheme: str = "symmetric",
+    per: str = "channel",
+) -> Iterator[nn.Module]:
+    """A context in which the model's weights are rounded; on leaving it, they are bit for bit what they were.
+
+    Args:
+        model: the model.
+        bits: for all parameters with two or more axes, for those that a mapping names, or as :func:`allocate_bits` says.
+        scheme: "symmetric" or "affine".
+        per: "tensor" or "channel".
+
+    Raises:
+        ArgumentError: for bits outside 1..16, or names that the model lacks.
+
+    Example:
+        >>> import torch
+        >>> from torch_secorder.quantization import quantized
+        >>> model = torch.nn.Linear(4, 3)
+        >>> with quantized(model, bits=2):
+        ...     print(len(model.weight[0].unique()) <= 3)
+        True
+    """
+    module = unwrapped(model)
+    named = {plain_name(name): p for name, p in module.named_parameters()}
+    if isinstance(bits, int):
+        chosen = {name: bits for name, p in named.items() if p.dim() > 1}
+    elif isinstance(bits, Mapping) or "bits" in getattr(bits, "columns", ()):
+        chosen = {str(name): b for name, b in (bits if isinstance(bits, Mapping) else bits["bits"]).items()}
+    else:
+        raise ArgumentError(f"bits must be a number, a mapping, or what allocate_bits() returned, not {bits!r:.50}")
+    if unknown := sorted(set(chosen) - set(named)):
+        raise ArgumentError(f"{type(module).__name__} has no parameter {', '.join(unknown)}")
+    owners = dict(named_modules(module))
+    with torch.no_grad():
+        new = {
+            name: rounded(named[name], b, scheme, per, channel_axis(owners.get(name.rpartition(".")[0], module)))
+            for name, b in chosen.items()
+        }
+        old = {name: named[name].clone() for name in chosen}
+        try:
+            for name, value in new.items():
+                named[name].copy_(value)
+            with torch.enable_grad():
+                yield model
+        finally:
+            for name, value in old.items():
+                named[name].copy_(value)
+
+
+def checked_bits(bits: Any) -> int:
+    """Bits that are an int from 1 to 16.
+
+    Raises:
+        ArgumentError: for anything else.
+    """
+    if isinstance(bits, bool) or not isinstance(bits, Integral) or not 1 <= int(bits) <= 16:
+        raise ArgumentError(f"bits must be whole numbers from 1 to 16, not {bits!r}")
+    return int(bits)
+
+
+def _over(axes: list[int], w: Tensor, reduce: Callable[..., Tensor]) -> Tensor:
+    return reduce(w, dim=axes, keepdim=True) if axes else w

@@ -1,0 +1,152 @@
+"""What rounding each parameter and each output costs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from torch_secorder.errors import ArgumentError
+from torch_secorder.parameters import named_modules, unwrapped
+from torch_secorder.quantization.rounding import GRAINS, SCHEMES, checked_bits, rounded
+from torch_secorder.results import Results, checked
+from torch_secorder.sources import Curvature, curvature, warn_if_no_prediction
+from torch_secorder.tables import table
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def quantization_sensitivity(
+    model: nn.Module,
+    source: Results | pd.DataFrame,
+    bits: int | Sequence[int] = (2, 3, 4, 6, 8),
+    scheme: str = "symmetric",
+    *,
+    per: str = "channel",
+    parameters: str | Callable[[str], bool] = "weights",
+    activations: bool | pd.DataFrame = False,
+    diagonal: Mapping[str, Tensor] | None = None,
+    fisher: str | None = None,
+) -> pd.DataFrame:
+    r"""The predicted KL divergence, in nats per sample, of rounding each parameter alone to each number of bits.
+
+    .. math::
+
+       \tfrac12 \sum_i F_{ii}\, \delta_i^2 \quad\text{where the diagonal is there, else}\quad
+       \tfrac12\, \frac{\operatorname{tr} F_p}{d_p}\, \lVert \delta_p \rVert^2 ,
+
+    with :math:`\delta` the error of :func:`rounded`, F averaged over samples whatever the report's reduction, and
+    :math:`d_p` the number of the parameter's entries. For the output a of a module, rounding is noise of variance
+    :math:`\Delta^2 / 12` with step :math:`\Delta` from the range that was seen, and the prediction is
+
+    .. math:: \tfrac12 \cdot \tfrac{1}{12} \Delta^2 \cdot \mathbb{E}_n \lVert \nabla_a \ell_n \rVert^2 .
+
+    Args:
+        model: the model that was analysed.
+        source: a monitor or :func:`~torch_secorder.fisher_results` (with ``diagonal=True`` for the first form), a report
+            by parameter, or a report that was read from a file: see :func:`torch_secorder.tables.read_report`. It should
+            be of the exact or the sampled Fisher.
+        bits: the bit widths, each 1 to 16.
+        scheme: "symmetric" or "affine".
+        per: one step per "tensor" or per output "channel" of a weight. Outputs of modules have one step.
+        parameters: "weights" for those with two or more axes, "all", or a function from a name to whether it counts.
+        activations: also give the outputs of modules a row: True for all modules without children, from a monitor or
+            results with ``activations=True``, or the rows of ``monitor.activations`` to take.
+        diagonal: the Fisher diagonal that belongs to a report, in the report's scaling.
+        fisher: which Fisher the source is of, if it doesn't say so itself. A monitor around backward passes of labels that
+            were drawn from the model's prediction is best told at the start: ``FisherMonitor(..., fisher="sampled")``.
+
+    Returns:
+        A DataFrame with index ``parameter`` (for outputs: the module), columns ``kind`` ("weight" or "activation"), ``numel``
+        (for outputs: per sample), and one for each number of bits, an int. ``attrs`` hold ``scheme``, ``per``, ``fisher``,
+        ``basis`` ("diagonal" or "trace") and ``unit``.
+
+    Raises:
+        ArgumentError: for bits outside 1..16, a report of another model or without the columns that it needs, activations
+            that were not watched, or one symmetric bit for activations, whose error is no uniform noise.
+
+    Warns:
+        UserWarning: if the source is of the empirical or the observed Fisher, which predicts no KL divergence.
+
+    Example:
+        >>> import torch
+        >>> from torch_secorder import fisher_report
+        >>> from torch_secorder.quantization import quantization_sensitivity
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+        >>> report = fisher_report(model, None, (torch.randn(32, 4), None), fisher="exact", progress=False)
+        >>> sensitivity = quantization_sensitivity(model, report, bits=(4, 8))
+        >>> list(sensitivity.columns), list(sensitivity.index)
+        (['kind', 'numel', 4, 8], ['0.weight', '2.weight'])
+        >>> bool((sensitivity[4] > sensitivity[8]).all())
+        True
+
+    Source:
+        Zandonati et al. (2022), "FIT: a metric for model sensitivity"; LeCun et al. (1990), "Optimal brain damage".
+    """
+    widths = [checked_bits(b) for b in ([bits] if isinstance(bits, int) else bits)]
+    if not widths or len(set(widths)) < len(widths):
+        raise ArgumentError(f"bits must be one or more different numbers, not {tuple(widths)}")
+    checked("scheme", scheme, SCHEMES)
+    checked("per", per, GRAINS)
+    known = curvature(model, source, fisher=fisher, diagonal=diagonal)
+    warn_if_no_prediction(known.fisher)
+    rows: list[dict[Any, Any]] = []
+    for name in _chosen(known, parameters):
+        weight, f = known.parameters[name], known.of(name)
+        row: dict[Any, Any] = {"parameter": name, "kind": "weight", "numel": weight.numel()}
+        for b in widths:
+            error = rounded(weight, b, scheme, per, known.axes[name]).double() - weight.double()
+            row[b] = 0.5 * float((f.double() * error.square()).sum())
+        rows.append(row)
+    if activations is not False:
+        rows += _activations(unwrapped(model), source, activations, known, widths, scheme)
+    basis = "diagonal" if known.diagonal else "trace"
+    facts = {"scheme": scheme, "per": per, "fisher": known.fisher, "basis": basis, "unit": "nats per sample"}
+    return table(rows, "parameter", ("kind", "numel", *widths), **facts)
+
+
+def _chosen(known: Curvature, parameters: str | Callable[[str], bool]) -> list[str]:
+    if callable(parameters):
+        return [name for name in known.parameters if parameters(name)]
+    checked("parameters", parameters, ("weights", "all"))
+    return [name for name, p in known.parameters.items() if parameters == "all" or p.dim() > 1]
+
+
+def _activations(
+    model: nn.Module, source: Any, activations: Any, known: Curvature, widths: list[int], scheme: str
+) -> list[dict[Any, Any]]:
+    if activations is True:
+        if not isinstance(source, Results):
+            raise ArgumentError(
+                "a report has no activations: pass activations=monitor.activations, or the monitor itself"
+            )
+        leaves = {name for name, module in named_modules(model) if not any(True for _ in module.children())}
+        frame = source.activations
+        frame = frame.loc[[name in leaves for name in frame.index]]
+    else:
+        frame = activations
+    if missing := [c for c in ("activation_trace", "numel", "min", "max") if c not in getattr(frame, "columns", ())]:
+        raise ArgumentError(f"activations lack {', '.join(missing)}; pass the rows of monitor.activations")
+    if scheme == "symmetric" and 1 in widths:
+        raise ArgumentError(
+            'activations at 1 symmetric bit have no uniform rounding error: use scheme="affine" or more bits'
+        )
+    rows = []
+    n, divisor = frame.attrs.get("n_samples", known.n_samples), known.divisor
+    if "reduction" in frame.attrs:
+        divisor = n if frame.attrs["reduction"] == "sum" else 1.0
+    for name, row in frame.iterrows():
+        low, high = min(0.0, float(row["min"])), max(0.0, float(row["max"]))
+        trace = float(row["activation_trace"]) / divisor
+        found: dict[Any, Any] = {
+            "parameter": str(name),
+            "kind": "activation",
+            "numel": int(row["numel"]) // n,
+        }
+        for b in widths:
+            step = max(-low, high) / (2 ** (b - 1) - 1) if scheme == "symmetric" else (high - low) / (2**b - 1)
+            found[b] = 0.5 * trace * step**2 / 12
+        rows.append(found)
+    return rows
