@@ -103,6 +103,7 @@ class Analysis:
     ):
         self.model = unwrapped(model)
         self.table = ParameterTable(self.model, parameters)
+        self.table.gather(self.model)
         self._create_graph, self.memory = create_graph, memory_of(self.model, batch_axis)
         with self.differentiable():
             self._plan = planned(self.model, self.table, batch_axis)
@@ -147,7 +148,7 @@ class Analysis:
     @contextmanager
     def differentiable(self) -> Iterator[None]:
         """All analysed parameters require a gradient inside."""
-        frozen = [p for p in self.table.tensors if not p.requires_grad]
+        frozen = [p for p in {*self.table.tensors, *self.table.leaves} if not p.requires_grad]
         try:
             for p in frozen:
                 p.requires_grad_(True)

@@ -23,6 +23,7 @@ from torch_secorder.per_sample import direction, widened
 from torch_secorder.plan import BatchAxis, planned
 from torch_secorder.records import Forward, Record
 from torch_secorder.results import Results, checked
+from torch_secorder.sharding import whole, written_class
 from torch_secorder.single import compare, norms_of_first
 from torch_secorder.trees import tensors
 
@@ -114,7 +115,7 @@ class FisherMonitor(Results):
         super().__init__(table, reduction, diagonal=diagonal, per_sample=per_sample, activations=activations)
         self._loss_scale, self._nonfinite, self._every = loss_scale, nonfinite, every
         self._repeated_calls, self._batch_axis, self._diagonal = repeated_calls, batch_axis, diagonal
-        self._types = {name: type(module).__name__ for name, module in named_modules(self._model)}
+        self._types = {name: written_class(module).__name__ for name, module in named_modules(self._model)}
         self._all = parameters == "all"
         self._memory = Memory()
         self._capture: Capture | None = None
@@ -129,6 +130,7 @@ class FisherMonitor(Results):
     def __enter__(self) -> FisherMonitor:
         if self._capture is not None:
             raise LifecycleError("this monitor is active already; leave its block first, or use a second monitor")
+        self._table.gather(self._model)
         plan = planned(self._model, self._table, self._batch_axis)
         sites = plan.sites + (plan.watched(self._model) if self._statistics.keeps["activations"] else [])
         audit = Audit(self._table, self._used, plan.batch_axis, self._memory)
@@ -141,9 +143,10 @@ class FisherMonitor(Results):
         )
         with ExitStack() as handles:
             handles.enter_context(capture)
-            for position, tensor in enumerate(self._table.tensors):
-                if tensor.requires_grad:
-                    handles.callback(tensor.register_hook(partial(self._gradient, position)).remove)
+            for position, (tensor, leaf) in enumerate(zip(self._table.tensors, self._table.leaves, strict=True)):
+                for watched in (leaf,) if leaf is tensor else (leaf, tensor):  # a shard is in the graph of a penalty only
+                    if watched.requires_grad:
+                        handles.callback(watched.register_hook(partial(self._gradient, position)).remove)
             self._handles = handles.pop_all()
         self._capture = capture
         return self
@@ -201,13 +204,15 @@ class FisherMonitor(Results):
 
     def _add_gradient(self, current: _OpenPass, position: int, grad: Tensor) -> None:
         # At once: what becomes of it later, in .grad or in a communication buffer, is not this pass's gradient any more.
+        grad = whole(grad)
         current.gradients[position] = norm(grad)
         if not current.collected.checks or grad.is_sparse:
             return
         # What a hook of the user's makes of a gradient is not ours to check.
-        if len(self._table.tensors[position]._backward_hooks or ()) <= 1:
+        if len(self._table.leaves[position]._backward_hooks or ()) <= 1:
             left, right = direction(grad.shape, grad)
-            current.projections[position] = left @ (grad.detach().reshape(len(left), -1) @ right)
+            along = left @ (grad.detach().reshape(len(left), -1) @ right)
+            current.projections[position] = current.projections.get(position, 0) + along
 
     def _guarded(self, action: Callable[..., None], *args: Any) -> None:
         """Do something for the backward pass under way; what goes wrong must wait for its end."""
@@ -274,7 +279,7 @@ class FisherMonitor(Results):
             raise LifecycleError(
                 "verify: call the model inside the monitor's block, keep its outputs, and pass their loss"
             )
-        self._expected = norms_of_first(loss, outputs, self._table.tensors, self._capture.batch_axis)
+        self._expected = norms_of_first(loss, outputs, self._table.leaves, self._capture.batch_axis)
 
     def _closed(self, task: int) -> None:
         """A backward pass is over: count it, or raise why not. The user's gradients are complete by now."""

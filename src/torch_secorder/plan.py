@@ -61,7 +61,7 @@ def planned(model: nn.Module, table: ParameterTable, batch_axis: BatchAxis = Non
         if not isinstance(rule, Rule):
             rule = structural_rule(module) or rule
         if isinstance(rule, Rule):
-            tensors = {local: table.tensors[position] for local, position in owned.items()}
+            tensors = {local: table.leaves[position] for local, position in owned.items()}
             shapes = {local: table.rows[position].shape for local, position in owned.items()}
             sites.append(Site(name, module, owned, tensors, shapes, rule, axis(name)))
         elif frozen := [local for local, position in owned.items() if not table.tensors[position].requires_grad]:

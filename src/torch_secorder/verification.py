@@ -86,7 +86,7 @@ def verified(
         if by_autograd:
             with torch.enable_grad(), analysis.differentiable():
                 outputs = called(analysis.model, alone)
-                found = torch.autograd.grad(among_the_rest(outputs), analysis.table.tensors, allow_unused=True)
+                found = torch.autograd.grad(among_the_rest(outputs), analysis.table.leaves, allow_unused=True)
             norms = squares(found)
         else:
             norms = analysis.of(among_the_rest, alone).samples.norms[:, 0].detach().double().cpu()

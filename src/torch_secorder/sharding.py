@@ -1,0 +1,141 @@
+"""Models that several ranks hold together: FSDP2's, gathered for each call, and DTensors, which stay apart.
+
+Ranks that hold a model together go through its graph together: each forward and each backward pass of one has collective
+operations in it that wait for the others. So does each pass that the library adds; whether to make one is decided by
+:class:`Ranks`, in common.
+"""
+
+from __future__ import annotations
+
+import sys
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from torch_secorder.errors import CoverageError, UnsupportedError
+
+REFUSED = 2**48
+
+
+def is_spread(x: Any) -> bool:
+    """Whether a tensor is a DTensor, of which this rank has a part."""
+    return isinstance(x, Tensor) and hasattr(x, "full_tensor")
+
+
+def whole(x: Any) -> Any:
+    """A DTensor's whole value, which all ranks have to ask for; anything else as it is."""
+    return x.full_tensor() if is_spread(x) else x
+
+
+def gathers(module: nn.Module) -> bool:
+    """Whether ``fully_shard`` was applied to this very module."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
+
+
+def written_class(module: nn.Module) -> type[nn.Module]:
+    """The class that the module's owner wrote; ``fully_shard`` derives one of its own from it."""
+    kind = type(module)
+    return kind.__bases__[1] if gathers(module) and len(kind.__bases__) == 2 else kind
+
+
+def gathered(model: nn.Module, parameters: Iterable[Tensor]) -> list[Tensor]:
+    """What the autograd graph has for each parameter: for those that FSDP2 shards, the tensor that it gathers them into.
+
+    Modules are gathered one after the other, by all ranks. FSDP2 keeps these tensors for good, and frees their memory.
+    """
+    wanted = {id(p): p for p in parameters}
+    found = dict(wanted)
+    for module in model.modules():
+        if gathers(module):
+            inner = [(m, local, p) for m in module.modules() for local, p in m._parameters.items() if id(p) in wanted]
+            module.unshard()  # type: ignore[operator]  # a method that FSDP2's class adds
+            for owner, local, sharded in inner:
+                now = owner._parameters[local]
+                if now is not None and now is not sharded:
+                    found[id(sharded)] = now
+            module.reshard()  # type: ignore[operator]
+    return [found[key] for key in wanted]
+
+
+def refuse_unknown(model: nn.Module) -> None:
+    """Raise for ways to shard a model that leave its parameters no shape of their own.
+
+    Raises:
+        UnsupportedError: for FullyShardedDataParallel.
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is not None and any(isinstance(module, fsdp.FullyShardedDataParallel) for module in model.modules()):
+        raise UnsupportedError(
+            "FullyShardedDataParallel flattens parameters into one: shard the model with torch.distributed.fsdp.fully_shard"
+        )
+
+
+class Ranks:
+    """The ranks that hold a model together; one that holds all of it is alone.
+
+    Args:
+        parameters: the model's.
+        leaves: what the graph has for each of them.
+
+    Attributes:
+        several: whether there are others.
+        first: whether this rank, of those that compute the same samples together, is the one that counts them.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor] = (), leaves: Iterable[Tensor] = ()):
+        meshes: dict[Any, None] = {p.device_mesh: None for p in parameters if is_spread(p)}  # type: ignore[attr-defined]
+        self._groups = [group for mesh in meshes for group in mesh.get_all_groups()]
+        self._device = next((mesh.device_type for mesh in meshes), "cpu")
+        self.several = any(dist.get_world_size(group) > 1 for group in self._groups)
+        spread = {p.device_mesh: None for p in leaves if is_spread(p)}  # type: ignore[attr-defined]
+        self.first = not any(any(mesh.get_coordinate() or ()) for mesh in spread)
+
+    def most(self, value: int) -> int:
+        """The largest of all ranks' values.
+
+        Raises:
+            CoverageError: if another rank has refused the batch.
+        """
+        if not self.several:
+            return value
+        found = torch.tensor(value, device=self._device)
+        for group in self._groups:
+            dist.all_reduce(found, dist.ReduceOp.MAX, group)
+        if int(found) == REFUSED:
+            raise _Elsewhere("another rank, which holds a part of this model, has refused its batch; its own error says why")
+        return int(found)
+
+    def agreed(self, what: object) -> None:
+        """Raise on all ranks unless all are about to do the same.
+
+        Raises:
+            CoverageError: if they are not.
+        """
+        value = zlib.crc32(repr(what).encode())
+        if self.several and self.most(value) != -self.most(-value):
+            raise _Elsewhere(
+                "the ranks that hold this model together would have to look at different things to find their samples: give them "
+                "batches of more than one sample and of one shape, or pass batch_axis="
+            )
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What every rank does at once: if one fails inside, all fail."""
+        try:
+            yield
+        except Exception as error:
+            if self.several and not isinstance(error, _Elsewhere):
+                for group in self._groups:
+                    dist.all_reduce(torch.tensor(REFUSED, device=self._device), dist.ReduceOp.MAX, group)
+            raise
+        self.most(0)
+
+
+class _Elsewhere(CoverageError):
+    pass
