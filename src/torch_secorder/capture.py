@@ -21,6 +21,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch_secorder.errors import CoverageError, ShapeError, UnsupportedError
 from torch_secorder.placement import Placement
 from torch_secorder.records import Forward, Record, Site
+from torch_secorder.sharding import whole
 from torch_secorder.trees import tensors
 
 current_backward: Callable[[], int] = torch._C._current_graph_task_id  # -1 outside of any backward pass
@@ -197,7 +198,7 @@ class Capture:
         record = Record.of(site, forward, args, kwargs, output.shape, found, boundary)
         record.audited = not forward.inside or forward.replay_of is not None
         if site.rule is None:
-            record.inputs, record.kwargs, record.versions, record.moments = (), {}, (), moments(output)
+            record.inputs, record.kwargs, record.versions, record.moments = (), {}, (), moments(whole(output))
         edge.node.register_prehook(partial(self._fired, record, edge.output_nr))
         if forward.inside and forward.replay_of is None:
             forward.records.append((record, edge))

@@ -157,6 +157,10 @@ class FisherMonitor(Results):
         self._parents.clear()
         self._handles.close()
 
+    @property
+    def _counts(self) -> bool:
+        return self._table.ranks.first
+
     def _ended(self, audit: Callable[[Forward, Any], object], forward: Forward, outputs: Any) -> None:
         """The model returns."""
         audit(forward, outputs)

@@ -20,6 +20,7 @@ from torch_secorder.errors import (
     NonFiniteError,
     ShapeError,
     SlowFallbackWarning,
+    UnsupportedError,
 )
 from torch_secorder.graph import Use
 from torch_secorder.parameters import ParameterTable
@@ -27,6 +28,7 @@ from torch_secorder.per_sample import Carried, Dense, PerSampleGradient, directi
 from torch_secorder.placement import Grouping
 from torch_secorder.records import Call, Forward, Record
 from torch_secorder.rules.nodes import gradient_at, has_rule
+from torch_secorder.sharding import is_spread, whole
 
 # How exactly autograd's own gradient can be expected to be the sum of the captured ones: half precision rounds it, GPUs
 # may multiply with few digits.
@@ -171,14 +173,15 @@ class Pass:
         """The gradient of a recorded call's output has arrived."""
         forward, site = record.forward, record.site
         assert record.placement is not None
+        grad = whole(grad)
         self.half = self.half or grad.dtype in HALF
         self.seen += grad.numel()
-        whole = record.placement.whole
-        call = record.shared_call(grad.reshape(1, *record.shape)) if whole else record.call(grad)
+        alone = record.placement.whole
+        call = record.shared_call(grad.reshape(1, *record.shape)) if alone else record.call(grad)
         size = len(call.grad_output)
         block = self._block(forward, forward.n or size)
         groups = record.placement.grouping(record.shape[record.placement.axis], block.n, grad.device)
-        if whole and groups is not None and groups.listed is not None:
+        if alone and groups is not None and groups.listed is not None:
             groups = replace(groups, listed=groups.listed[:1])
         if site.rule is None:
             assert record.moments is not None
@@ -200,6 +203,11 @@ class Pass:
         if found is None and all(grad is None for grad in grads):
             return
         assert use.forward.n is not None
+        if any(map(is_spread, (*grads, *self._leaves(use)))):
+            raise UnsupportedError(
+                f"{self._names(use)}: used outside of its module's own forward, where ranks compute parts of it: leave this "
+                "parameter out of parallelize_module, or use it in its module's forward only"
+            )
         block = self._block(use.forward, use.forward.n)
         self.half = self.half or any(grad is not None and grad.dtype in HALF for grad in grads)
         if found is None or not use.placement.fits(found.shape, block.n):
@@ -213,12 +221,12 @@ class Pass:
             if not has_rule(place):
                 self.slow[rule] = self.slow.get(rule, 0) + block.n * found.numel()
             for target, carrier in part.targets:
-                whole = carrier(form)
+                carried = carrier(form)
                 if isinstance(target, int):
-                    self._collect(block, use.forward, target, whole, rule)
+                    self._collect(block, use.forward, target, carried, rule)
                 else:
                     shared = block.shared.get(target)
-                    block.shared[target] = whole.dense() if shared is None else shared + whole.dense()
+                    block.shared[target] = carried.dense() if shared is None else shared + carried.dense()
 
     def _apply(self, block: Block, record: Record, call: Call, groups: Grouping | None) -> None:
         """The rule's answer for one call."""
@@ -228,14 +236,14 @@ class Pass:
         except CurvatureError as error:
             raise type(error)(f"{site}: {error}") from error
         for local, form in forms.items():
-            whole = form if groups is None else form.regrouped(groups)
+            regrouped = form if groups is None else form.regrouped(groups)
             position = site.parameters[local]
             if not forward.inside and self._repeated is None and (position in block.settled or position in block.held):
                 raise LifecycleError(
                     f"{site} was called more than once outside of a call of the monitored model, which can mean one sample "
                     'seen twice or two batches: pass repeated_calls="same" or "new", or monitor the submodule'
                 )
-            self._collect(block, forward, position, whole, site.rule.name)
+            self._collect(block, forward, position, regrouped, site.rule.name)
 
     def _collect(self, block: Block, forward: Forward, position: int, form: PerSampleGradient, rule: str) -> None:
         """Settle a parameter, or hold its gradient until all of its uses are there."""
@@ -259,6 +267,10 @@ class Pass:
             )
         else:
             self._settle(block, position, form)
+
+    def _leaves(self, use: Use) -> list[Tensor]:
+        targets = (target for part in use.parts for target, _ in part.targets)
+        return [self._table.leaves[target] for target in targets if isinstance(target, int)]
 
     def _names(self, use: Use) -> str:
         targets = (
@@ -294,6 +306,7 @@ class Pass:
         for block in blocks:
             for name, calls in block.outputs.items():
                 outputs.setdefault(name, []).extend(calls)
+        self._table.ranks.check_same(norms.sum(1), self._table.names)
         samples = Samples(norms.shape[1], norms, squares, reached, rules, outputs)
         return samples if bool(norms.isfinite().all()) else self._without_nonfinite(samples, nonfinite)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -94,6 +94,7 @@ class Ranks:
         self._device = next((mesh.device_type for mesh in meshes), "cpu")
         self.several = any(dist.get_world_size(group) > 1 for group in self._groups)
         spread = {p.device_mesh: None for p in leaves if is_spread(p)}  # type: ignore[attr-defined]
+        self._replicas = [group for mesh in spread for group in mesh.get_all_groups()]
         self.first = not any(any(mesh.get_coordinate() or ()) for mesh in spread)
 
     def most(self, value: int) -> int:
@@ -122,6 +123,23 @@ class Ranks:
             raise _Elsewhere(
                 "the ranks that hold this model together would have to look at different things to find their samples: give them "
                 "batches of more than one sample and of one shape, or pass batch_axis="
+            )
+
+    def check_same(self, values: Tensor, names: Sequence[str]) -> None:
+        """Raise unless all ranks that compute the same samples together found the same squared norms.
+
+        Raises:
+            CoverageError: naming the parameters that differ.
+        """
+        bounds = torch.stack([values, -values]).detach()
+        for group in self._replicas:
+            dist.all_reduce(bounds, dist.ReduceOp.MAX, group)
+        most, least = bounds[0], -bounds[1]
+        if different := (most - least > 1e-3 * most + 1e-6 * most.sum()).nonzero().flatten().tolist():
+            raise CoverageError(
+                f"{', '.join(names[i] for i in different)}: the ranks that hold this model together find different gradients: "
+                "either they were given different samples, or a module that is not parallelized gets only a part of its "
+                "input on each (use torch.distributed.tensor.parallel.SequenceParallel for it)"
             )
 
     @contextmanager
