@@ -18,6 +18,7 @@ from torch_secorder.parameters import ParameterTable, unwrapped
 from torch_secorder.passes import Samples
 from torch_secorder.plan import BatchAxis, planned
 from torch_secorder.run import Run, checked_loss, checked_targets, reduction_of, undisturbed
+from torch_secorder.sharding import Ranks
 from torch_secorder.trees import mapped
 
 
@@ -37,12 +38,20 @@ class FisherKind:
     class_axis: int = 1
     max_passes: int = 10_000
 
-    def seeds(self, outputs: Tensor, targets: Any, generator: torch.Generator) -> tuple[int, Iterator[Tensor]]:
-        """How many backward passes, and their seeds.
+    def seeds(
+        self, outputs: Tensor, targets: Any, generator: torch.Generator, ranks: Ranks
+    ) -> tuple[int, Iterator[Tensor]]:
+        """How many backward passes, and their seeds, in common with the ranks that hold the model together.
 
         Raises:
             ArgumentError: if the exact expectation takes more than ``max_passes``, or observed labels are missing.
+            CoverageError: if other ranks need another number of passes.
         """
+        count, seeds = self._seeds(outputs, targets, ranks.seeded(generator))
+        ranks.agreed(count, "their outputs take different numbers of backward passes; pad them to one shape")
+        return count, seeds
+
+    def _seeds(self, outputs: Tensor, targets: Any, generator: torch.Generator) -> tuple[int, Iterator[Tensor]]:
         model: Likelihood = likelihood(
             self.loss_type, outputs, targets, ignore_index=self.ignore_index, class_axis=self.class_axis
         )
@@ -91,6 +100,7 @@ class Analysis:
 
     Attributes:
         memory: what is known about where the model's samples are.
+        trusting: whether shapes that allow one reading only are believed.
     """
 
     def __init__(
@@ -105,6 +115,9 @@ class Analysis:
         self.table = ParameterTable(self.model, parameters)
         self.table.gather(self.model)
         self._create_graph, self.memory = create_graph, memory_of(self.model, batch_axis)
+        # A graph of the checks would be kept along with the result's, so that there is none; and a check that fails on one rank
+        # can't have the others do the batch once more.
+        self.trusting = self.memory.trusting and not create_graph and not self.table.ranks.several
         with self.differentiable():
             self._plan = planned(self.model, self.table, batch_axis)
         self.batch_axis = self._plan.batch_axis
@@ -131,7 +144,7 @@ class Analysis:
         with self._prepared() as run:
             outputs = logits(run(inputs))
             checked_targets(targets, run.n, self.batch_axis)
-            count, seeds = kind.seeds(outputs.detach(), targets, generator)
+            count, seeds = kind.seeds(outputs.detach(), targets, generator, self.table.ranks)
             passes = (
                 run.backward(outputs, seed.to(outputs.dtype), last=number == count)
                 for number, seed in enumerate(seeds, start=1)
@@ -144,6 +157,11 @@ class Analysis:
         with self._prepared() as run:
             outputs = run(inputs)
             return Batch(run.backward(root(outputs)), mapped(Tensor.detach, outputs), run.random, run.structure)
+
+    def distrust(self) -> None:
+        """Believe no shapes from now on."""
+        self.memory.distrust()
+        self.trusting = False
 
     @contextmanager
     def differentiable(self) -> Iterator[None]:
@@ -166,8 +184,7 @@ class Analysis:
             Run(
                 *(self.model, self.table, self._plan, self.memory),
                 create_graph=self._create_graph,
-                # A graph of the checks would be kept along with the result's, so that there is none.
-                trusting=self.memory.trusting and not self._create_graph,
+                trusting=self.trusting,
             ) as run,
         ):
             yield run

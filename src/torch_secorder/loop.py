@@ -100,7 +100,7 @@ def fisher_report(
 
     analysis = Analysis(model, parameters, batch_axis)
     statistics = Statistics(analysis.table.names, [row.shape for row in analysis.table.rows])
-    for number, (inputs, targets) in enumerate(_batches(data, max_batches, progress)):
+    for number, (inputs, targets) in enumerate(_in_step(analysis, _batches(data, max_batches, progress))):
         if fisher == "empirical":
             assert loss_fn is not None
             analyse = partial(analysis.empirical, loss_fn, inputs, targets)
@@ -142,6 +142,15 @@ def _batches(data: Any, max_batches: int | None, progress: bool) -> Iterable[tup
         if not _is_pair(batch):
             raise ArgumentError(f"data must yield pairs (inputs, targets), not {type(batch).__name__}")
         yield tuple(batch)
+
+
+def _in_step(analysis: Analysis, batches: Iterable[Any]) -> Iterable[Any]:
+    """The batches, as many on every rank that holds a part of the model."""
+    ranks, remedy = analysis.table.ranks, "some have more batches than others; give each as many, or pass max_batches="
+    for batch in batches:
+        ranks.agreed("a batch", remedy)
+        yield batch
+    ranks.agreed("the end", remedy)
 
 
 def _is_pair(value: Any) -> bool:

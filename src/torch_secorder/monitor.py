@@ -144,7 +144,9 @@ class FisherMonitor(Results):
         with ExitStack() as handles:
             handles.enter_context(capture)
             for position, (tensor, leaf) in enumerate(zip(self._table.tensors, self._table.leaves, strict=True)):
-                for watched in (leaf,) if leaf is tensor else (leaf, tensor):  # a shard is in the graph of a penalty only
+                for watched in (
+                    (leaf,) if leaf is tensor else (leaf, tensor)
+                ):  # a shard is in the graph of a penalty only
                     if watched.requires_grad:
                         handles.callback(watched.register_hook(partial(self._gradient, position)).remove)
             self._handles = handles.pop_all()

@@ -63,6 +63,19 @@ def gathered(model: nn.Module, parameters: Iterable[Tensor]) -> list[Tensor]:
     return [found[key] for key in wanted]
 
 
+def refuse_parts(model: nn.Module, what: str) -> None:
+    """Raise for what needs the whole of every parameter.
+
+    Raises:
+        UnsupportedError: if a parameter is a DTensor, naming it.
+    """
+    if name := next((name for name, p in model.named_parameters() if is_spread(p)), None):
+        raise UnsupportedError(
+            f"{what} needs whole parameters, and this rank has a part of '{name}' only: use a copy of the model that is not "
+            "sharded (a report of the sharded one fits it)"
+        )
+
+
 def refuse_unknown(model: nn.Module) -> None:
     """Raise for ways to shard a model that leave its parameters no shape of their own.
 
@@ -109,21 +122,33 @@ class Ranks:
         for group in self._groups:
             dist.all_reduce(found, dist.ReduceOp.MAX, group)
         if int(found) == REFUSED:
-            raise _Elsewhere("another rank, which holds a part of this model, has refused its batch; its own error says why")
+            raise _Elsewhere(
+                "another rank, which holds a part of this model, has refused its batch; its own error says why"
+            )
         return int(found)
 
-    def agreed(self, what: object) -> None:
+    def agreed(self, what: object, remedy: str) -> None:
         """Raise on all ranks unless all are about to do the same.
+
+        Args:
+            what: something whose ``repr`` tells it.
+            remedy: what to do if they are not.
 
         Raises:
             CoverageError: if they are not.
         """
         value = zlib.crc32(repr(what).encode())
         if self.several and self.most(value) != -self.most(-value):
-            raise _Elsewhere(
-                "the ranks that hold this model together would have to look at different things to find their samples: give them "
-                "batches of more than one sample and of one shape, or pass batch_axis="
-            )
+            raise _Elsewhere(f"the ranks that hold this model together would have to do different things: {remedy}")
+
+    def seeded(self, generator: torch.Generator) -> torch.Generator:
+        """A generator that draws the same on all ranks that compute the same samples together."""
+        if not self._replicas:
+            return generator
+        seed = torch.randint(2**31, (), generator=generator, device=generator.device).to(self._device)
+        for group in self._replicas:
+            dist.all_reduce(seed, dist.ReduceOp.MAX, group)
+        return torch.Generator(generator.device).manual_seed(int(seed))
 
     def check_same(self, values: Tensor, names: Sequence[str]) -> None:
         """Raise unless all ranks that compute the same samples together found the same squared norms.

@@ -124,7 +124,11 @@ class Look:
         if self._ranks.several:
             anywhere = self._ranks.most(bool(new))
             new = list(wanted) if anywhere else []
-            self._ranks.agreed([key for key, _, _ in new])
+            self._ranks.agreed(
+                [key for key, _, _ in new],
+                "their graphs leave different places open where the samples are; give all of them batches of more than one "
+                "sample and of one shape, or pass batch_axis=",
+            )
         if new and self._rehearse is not None:
             self._rehearse()
             new = [item for item in new if not self._holds(item[0], item[2])]
