@@ -116,16 +116,20 @@ class Ranks:
         Raises:
             CoverageError: if another rank has refused the batch.
         """
-        if not self.several:
-            return value
-        found = torch.tensor(value, device=self._device)
+        return self.most_each([value])[0]
+
+    def most_each(self, values: Sequence[int]) -> list[int]:
+        """The same for several values, as many on each rank."""
+        if not self.several or not values:
+            return list(values)
+        found = torch.tensor([int(value) for value in values], device=self._device)
         for group in self._groups:
             dist.all_reduce(found, dist.ReduceOp.MAX, group)
-        if int(found) == REFUSED:
+        if REFUSED in found:
             raise _Elsewhere(
                 "another rank, which holds a part of this model, has refused its batch; its own error says why"
             )
-        return int(found)
+        return [int(value) for value in found]
 
     def agreed(self, what: object, remedy: str) -> None:
         """Raise on all ranks unless all are about to do the same.
@@ -175,7 +179,7 @@ class Ranks:
         except Exception as error:
             if self.several and not isinstance(error, _Elsewhere):
                 for group in self._groups:
-                    dist.all_reduce(torch.tensor(REFUSED, device=self._device), dist.ReduceOp.MAX, group)
+                    dist.all_reduce(torch.tensor([REFUSED], device=self._device), dist.ReduceOp.MAX, group)
             raise
         self.most(0)
 

@@ -114,6 +114,8 @@ class Look:
 
     def ahead(self, nodes: Iterable[Node]) -> None:
         """Nodes that may be asked for later: if a backward pass is made, it looks at them too."""
+        if self._ranks.several:  # graphs of one sample have others on the way than those of more
+            return
         for node in nodes:
             for nr, meta in enumerate(node._input_metadata):
                 self._ahead.append(((node, nr), GradientEdge(node, nr), meta.shape))
@@ -122,16 +124,29 @@ class Look:
         """Evidence for each (key, edge, shape); what was found for a key before holds while it fits the shape."""
         new = [item for item in wanted if not self._holds(item[0], item[2])]
         if self._ranks.several:
-            anywhere = self._ranks.most(bool(new))
-            new = list(wanted) if anywhere else []
-            self._ranks.agreed(
-                [key for key, _, _ in new],
-                "their graphs leave different places open where the samples are; give all of them batches of more than one "
-                "sample and of one shape, or pass batch_axis=",
-            )
+            return self._together(wanted, bool(new))
         if new and self._rehearse is not None:
             self._rehearse()
             new = [item for item in new if not self._holds(item[0], item[2])]
+        self._find(new)
+        return [self._known[key] for key, _, _ in wanted]
+
+    def _together(self, wanted: list[Wanted], new: bool) -> list[Evidence]:
+        """All ranks look at all of these, or none looks at any: a pass of one alone would wait for the others forever."""
+        if not self._ranks.most(new):
+            return [self._known[key] for key, _, _ in wanted]
+        self._ranks.agreed(
+            [key for key, _, _ in wanted],
+            "their graphs leave different places open where the samples are; give all of them batches of one shape, or pass "
+            "batch_axis=",
+        )
+        self._find(list(wanted))
+        shared = self._ranks.most_each([self._known[key] is Unplaced.SHARED for key, _, _ in wanted])
+        if self._n == 1:  # nothing tells one sample from all of them, but another rank's evidence
+            self._known |= {key: Unplaced.SHARED for (key, _, _), found in zip(wanted, shared, strict=True) if found}
+        return [self._known[key] for key, _, _ in wanted]
+
+    def _find(self, new: list[Wanted]) -> None:
         looked_at = [item for item in new if item[0][0] == "use" and (item[1].node, item[1].output_nr) in self._seen]
         for key, edge, _ in looked_at:
             self._known[key] = self._seen[edge.node, edge.output_nr]
@@ -145,7 +160,6 @@ class Look:
                     self._seen[edge.node, edge.output_nr] = found
                 else:
                     self._known[key] = found
-        return [self._known[key] for key, _, _ in wanted]
 
     def _holds(self, key: Key, shape: Sequence[int]) -> bool:
         known = self._known.get(key)
