@@ -84,10 +84,10 @@ def mlp() -> nn.Module:
 
 
 def frozen() -> nn.Module:
-    """All but the norms and the head."""
+    """All but the norms, the gain and the head."""
     model = Transformer()
     for name, p in model.named_parameters():
-        p.requires_grad_("n1" in name or "n2" in name or name.startswith(("norm", "head")))
+        p.requires_grad_("n1" in name or "n2" in name or name.startswith(("norm", "head", "gain")))
     return model
 
 
@@ -182,10 +182,10 @@ SETUPS = {
     ),
     "FSDP2, not resharded": Setup(Transformer, partial(fully_sharded, reshard_after_forward=False)),
     "FSDP2, no_sync": Setup(Transformer, fully_sharded, {"loss_scale": 0.5}, accumulates=True, scale=0.5),
-    "FSDP2, scaled": Setup(mlp, fully_sharded, {"loss_scale": 1024.0}, scale=1024.0),
+    "FSDP2, scaled": Setup(mlp, fully_sharded, {"loss_scale": 1024.0, "activations": True}, scale=1024.0),
     "FSDP2, frozen": Setup(frozen, fully_sharded),
     "FSDP2, frozen and analysed": Setup(frozen, fully_sharded, {"parameters": "all"}),
-    "tensor": Setup(Transformer, tensor_parallel, {"diagonal": True, "activations": True}),
+    "tensor": Setup(Transformer, tensor_parallel, {"diagonal": True, "per_sample": True}),
     "tensor, sequence": Setup(Transformer, partial(tensor_parallel, sequence=True)),
 }
 

@@ -72,8 +72,8 @@ def compare(found: dict[str, Any], wanted: dict[str, Any]) -> None:
     pd.testing.assert_frame_equal(report[ABOUT], other[ABOUT])
     assert report.attrs == pytest.approx(other.attrs)
     for column in FIGURES:  # relative to the total: gradients that are zero by symmetry are rounding
-        scale = 1e-6 * other[column] + 1e-12 * other[column].sum()
-        assert ((report[column] - other[column]).abs() <= scale).all(), column
+        atol = 1e-12 * other[column].sum()
+        pd.testing.assert_series_equal(report[column], other[column], rtol=1e-6, atol=atol)
     if "diagonal" in wanted:
         torch.testing.assert_close(found["diagonal"], wanted["diagonal"], rtol=1e-6, atol=1e-12)
     for name in {"per_sample", "activations"} & set(wanted):
@@ -169,6 +169,11 @@ def forgotten(mesh: DeviceMesh, rank: int) -> None:
     watch(SETUPS["tensor"], sharded.split_and_forgotten(made(Transformer), mesh), [0])
 
 
+def parts_of_outputs(mesh: DeviceMesh, rank: int) -> None:
+    setup = Setup(Transformer, sharded.tensor_parallel, {"activations": True})
+    watch(setup, setup.spread(made(Transformer), mesh), [0])
+
+
 def more_batches(mesh: DeviceMesh, rank: int) -> None:
     model = fully_sharded(made(mlp), mesh)
     fisher_report(model, nn.CrossEntropyLoss(), [batch(n, mlp) for n in range(2 + rank)], progress=False)
@@ -183,7 +188,8 @@ def refused_elsewhere(mesh: DeviceMesh, rank: int) -> None:
 
 
 CHECKS = {check.__name__: check for check in (uneven_batches, gradients, functions, sampled, refused)}
-REFUSED = {check.__name__: check for check in (penalty, flattened, curved, forgotten, more_batches, refused_elsewhere)}
+WRONG = (penalty, flattened, curved, forgotten, parts_of_outputs, more_batches, refused_elsewhere)
+REFUSED = {check.__name__: check for check in WRONG}
 
 
 @pytest.fixture(scope="module")
@@ -229,6 +235,7 @@ def test_ranks_of_a_tensor_parallel_group_draw_the_same_labels(two: list[dict[st
         ("flattened", UnsupportedError, "fully_shard"),
         ("curved", UnsupportedError, "'0.weight' only"),
         ("forgotten", CoverageError, "norm.weight.*SequenceParallel"),
+        ("parts_of_outputs", UnsupportedError, "words.*in parts on several ranks"),
         ("more_batches", CoverageError, "more batches than others"),
         ("refused_elsewhere", CurvatureError, "another rank|returns no differentiable tensor"),
     ],

@@ -21,7 +21,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch_secorder.errors import CoverageError, ShapeError, UnsupportedError
 from torch_secorder.placement import Placement
 from torch_secorder.records import Forward, Record, Site
-from torch_secorder.sharding import whole
+from torch_secorder.sharding import is_spread
 from torch_secorder.trees import tensors
 
 current_backward: Callable[[], int] = torch._C._current_graph_task_id  # -1 outside of any backward pass
@@ -169,6 +169,10 @@ class Capture:
             return None
         if not isinstance(output, Tensor):
             raise UnsupportedError(f"{site} returned a {type(output).__name__}; a rule needs a tensor")
+        if site.rule is None and is_spread(output):
+            raise UnsupportedError(
+                f"{site}: its output is in parts on several ranks, of which activations=True knows nothing"
+            )
         for local, tensor in site.tensors.items():
             if module._parameters.get(local) is not tensor:
                 raise CoverageError(
@@ -198,7 +202,7 @@ class Capture:
         record = Record.of(site, forward, args, kwargs, output.shape, found, boundary)
         record.audited = not forward.inside or forward.replay_of is not None
         if site.rule is None:
-            record.inputs, record.kwargs, record.versions, record.moments = (), {}, (), moments(whole(output))
+            record.inputs, record.kwargs, record.versions, record.moments = (), {}, (), moments(output)
         edge.node.register_prehook(partial(self._fired, record, edge.output_nr))
         if forward.inside and forward.replay_of is None:
             forward.records.append((record, edge))

@@ -14,7 +14,7 @@ from torch.autograd.graph import GradientEdge, Node
 
 from torch_secorder.errors import CoverageError
 from torch_secorder.placement import Placement
-from torch_secorder.sharding import whole
+from torch_secorder.sharding import whole, written_class
 
 # The hooks that save tensors elsewhere just now, activation checkpointing's for one, or None.
 saved_elsewhere: Callable[[], tuple[Any, Any] | None] = partial(
@@ -64,7 +64,7 @@ class Site:
     placement: Placement | None = None
 
     def __str__(self) -> str:
-        return f"{type(self.module).__name__} '{self.name}'"
+        return f"{written_class(self.module).__name__} '{self.name}'"
 
 
 @dataclass(frozen=True, eq=False)
