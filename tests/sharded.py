@@ -22,9 +22,8 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 from torch.nn.parallel import DistributedDataParallel
-from transformers import GPT2Config, GPT2LMHeadModel
 
-SIZES = [5, 3, 8, 1, 6, 2]  # of the batches, of which rank r takes every world-size-th
+SIZES = [5, 3, 8, 1, 6, 2, 4, 7]  # of the batches, of which rank r takes every world-size-th
 WORDS, LENGTH, CLASSES = 12, 8, 4  # one batch is as large as its sequences are long
 
 
@@ -72,6 +71,11 @@ class Language(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        from transformers import (  # here, since it takes processes without it seconds to import
+            GPT2Config,
+            GPT2LMHeadModel,
+        )
+
         sizes = {"n_layer": 2, "n_head": 2, "n_embd": 8, "vocab_size": WORDS, "n_positions": LENGTH}
         self.lm = GPT2LMHeadModel(GPT2Config(**sizes, attn_pdrop=0, resid_pdrop=0, embd_pdrop=0, use_cache=False))
 
