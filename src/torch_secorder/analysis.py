@@ -16,6 +16,7 @@ from torch_secorder.graph import memory_of, used_by_loss
 from torch_secorder.likelihoods import Likelihood, likelihood
 from torch_secorder.parameters import ParameterTable, unwrapped
 from torch_secorder.passes import Samples
+from torch_secorder.per_sample import checked_budget
 from torch_secorder.plan import BatchAxis, planned
 from torch_secorder.run import Run, checked_loss, checked_targets, reduction_of, undisturbed
 from torch_secorder.sharding import Ranks
@@ -97,6 +98,7 @@ class Analysis:
         parameters: "trainable" or "all".
         batch_axis: as in FisherMonitor.
         create_graph: make the norms differentiable.
+        max_memory: as in FisherMonitor.
 
     Attributes:
         memory: what is known about where the model's samples are.
@@ -110,8 +112,9 @@ class Analysis:
         batch_axis: BatchAxis = None,
         *,
         create_graph: bool = False,
+        max_memory: int | None = None,
     ):
-        self.model = unwrapped(model)
+        self.model, self._max_memory = unwrapped(model), checked_budget(max_memory)
         self.table = ParameterTable(self.model, parameters)
         self.table.gather(self.model)
         self._create_graph, self.memory = create_graph, memory_of(self.model, batch_axis)
@@ -185,6 +188,7 @@ class Analysis:
                 *(self.model, self.table, self._plan, self.memory),
                 create_graph=self._create_graph,
                 trusting=self.trusting,
+                max_memory=self._max_memory,
             ) as run,
         ):
             yield run

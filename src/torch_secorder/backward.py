@@ -30,6 +30,7 @@ class Passes:
         rehearse: adds to the memory from a smaller batch, if there is a way.
         create_graph: make the squared norms differentiable.
         trusting: believe shapes that allow one reading only, for callers that check a sample afterwards.
+        max_memory: how many bytes the algebra may take for its temporaries at once.
 
     Attributes:
         n: how many samples the latest graph has.
@@ -45,8 +46,10 @@ class Passes:
         *,
         create_graph: bool = False,
         trusting: bool = False,
+        max_memory: int | None = None,
     ):
         self._table, self._memory, self._create_graph = table, memory, create_graph
+        self._max_memory = max_memory
         self._audit = Audit(table, self._used, batch_axis, memory, rehearse, trusting=trusting)
         self._pass: Pass | None = None
         self._error: Exception | None = None
@@ -95,7 +98,8 @@ class Passes:
             seed: its gradient, for a root that is not a scalar.
             last: whether the graph may be freed.
         """
-        self._pass, self._error = Pass(self._table, keep=not last or self._create_graph), None
+        keep = not last or self._create_graph
+        self._pass, self._error = Pass(self._table, keep=keep, max_memory=self._max_memory), None
         try:
             with probe([root]) if self._shared else nullcontext([root]) as (start,):
                 return self._samples(start, seed, last)

@@ -43,6 +43,7 @@ def fisher_report(
     class_axis: int = 1,
     generator: torch.Generator | None = None,
     max_passes: int = 10_000,
+    max_memory: int | None = None,
 ) -> pd.DataFrame:
     """The table of every parameter's Fisher-trace contribution over a data set. Runs the loop itself, writes no ``.grad``.
 
@@ -67,6 +68,7 @@ def fisher_report(
         class_axis: where "nll" outputs have their classes.
         generator: for "sampled".
         max_passes: the most backward passes per batch that "exact" may take.
+        max_memory: as in :class:`FisherMonitor`.
 
     Returns:
         The same table as :meth:`FisherMonitor.report`; ``grad_sq_norm`` is NaN, since no parameter gradient is computed.
@@ -98,7 +100,7 @@ def fisher_report(
     kind = FisherKind(loss_type, labels, k if fisher == "sampled" else None, ignore_index, class_axis, max_passes)
     generator = fresh_generator(generator)
 
-    analysis = Analysis(model, parameters, batch_axis)
+    analysis = Analysis(model, parameters, batch_axis, max_memory=max_memory)
     statistics = Statistics(analysis.table.names, [row.shape for row in analysis.table.rows])
     for number, (inputs, targets) in enumerate(_in_step(analysis, _batches(data, max_batches, progress))):
         if fisher == "empirical":

@@ -19,7 +19,7 @@ from torch_secorder.errors import ArgumentError, CoverageError, LifecycleError
 from torch_secorder.graph import Audit, Memory, Use
 from torch_secorder.parameters import ParameterTable, named_modules, unwrapped
 from torch_secorder.passes import Output, Pass
-from torch_secorder.per_sample import direction, widened
+from torch_secorder.per_sample import checked_budget, direction, widened
 from torch_secorder.plan import BatchAxis, planned
 from torch_secorder.records import Forward, Record
 from torch_secorder.results import Results, checked
@@ -67,6 +67,9 @@ class FisherMonitor(Results):
         repeated_calls: what it means that one backward pass reaches two calls of the model: "same" if row n of both is
             one sample (siamese networks), "new" if they are different samples. By default that is an error.
         every: watch the first of every so many calls of the model only, at about the price of a plain step for the others.
+        max_memory: how many bytes what is computed for one parameter may take at once, above the layer's own input and output
+            gradient and what is kept of the result. By default a few MiB, or one sample's gradient where it is larger;
+            smaller budgets cost time. A convolution takes one sample at least, and so does an operation without a rule.
 
     Raises:
         ArgumentError: for an argument that means nothing, or a model with no trainable parameter.
@@ -100,6 +103,7 @@ class FisherMonitor(Results):
         nonfinite: str = "raise",
         repeated_calls: str | None = None,
         every: int = 1,
+        max_memory: int | None = None,
     ):
         checked("reduction", reduction, ("mean", "sum"))
         checked("nonfinite", nonfinite, ("raise", "skip"))
@@ -116,7 +120,7 @@ class FisherMonitor(Results):
         self._loss_scale, self._nonfinite, self._every = loss_scale, nonfinite, every
         self._repeated_calls, self._batch_axis, self._diagonal = repeated_calls, batch_axis, diagonal
         self._types = {name: written_class(module).__name__ for name, module in named_modules(self._model)}
-        self._all = parameters == "all"
+        self._all, self._max_memory = parameters == "all", checked_budget(max_memory)
         self._memory = Memory()
         self._capture: Capture | None = None
         self._handles = ExitStack()
@@ -251,6 +255,7 @@ class FisherMonitor(Results):
                 repeated_calls=self._repeated_calls,
                 keep=self._repeated_calls == "new",
                 checks=self._statistics.passes.bit_count() < 2,
+                max_memory=self._max_memory,
             )
             self._passes[task] = _OpenPass(collected)
             _at_the_end(partial(self._closed, task))

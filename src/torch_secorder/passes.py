@@ -24,7 +24,7 @@ from torch_secorder.errors import (
 )
 from torch_secorder.graph import Use
 from torch_secorder.parameters import ParameterTable
-from torch_secorder.per_sample import Carried, Dense, PerSampleGradient, direction
+from torch_secorder.per_sample import Carried, Dense, PerSampleGradient, direction, limited
 from torch_secorder.placement import Grouping
 from torch_secorder.records import Call, Forward, Record
 from torch_secorder.rules.nodes import gradient_at, has_rule
@@ -110,6 +110,7 @@ class Pass:
         repeated_calls: what two calls of the model that one backward pass reaches are: "same" or "new" samples.
         keep: leave the records' inputs alone, for another backward pass through the same forward.
         checks: also project the captured gradients on one direction each, to compare them with autograd's.
+        max_memory: how many bytes the algebra may take for its temporaries at once.
     """
 
     def __init__(
@@ -120,9 +121,10 @@ class Pass:
         repeated_calls: str | None = None,
         keep: bool = False,
         checks: bool = False,
+        max_memory: int | None = None,
     ):
         self._table, self._diagonal, self._repeated, self._keep = table, diagonal, repeated_calls, keep
-        self.checks = checks
+        self.checks, self._max_memory = checks, max_memory
         self.half = False  # whether a gradient in half precision was seen
         self.slow: dict[
             str, int
@@ -171,6 +173,10 @@ class Pass:
 
     def add(self, record: Record, grad: Tensor) -> None:
         """The gradient of a recorded call's output has arrived."""
+        with limited(self._max_memory):
+            self._add(record, grad)
+
+    def _add(self, record: Record, grad: Tensor) -> None:
         forward, site = record.forward, record.site
         assert record.placement is not None
         grad = whole(grad)
@@ -199,6 +205,10 @@ class Pass:
 
     def add_use(self, use: Use, node: Node, grads: tuple[Tensor | None, ...]) -> None:
         """The gradients of a frontier node's outputs have arrived."""
+        with limited(self._max_memory):
+            self._add_use(use, node, grads)
+
+    def _add_use(self, use: Use, node: Node, grads: tuple[Tensor | None, ...]) -> None:
         found = grads[use.output]
         if found is None and all(grad is None for grad in grads):
             return
@@ -286,15 +296,8 @@ class Pass:
         Raises:
             NonFiniteError: if a gradient is not finite and ``nonfinite`` is "raise".
         """
-        for block in self._blocks.values():
-            for record, grads in block.shared.items():
-                self._apply(block, record, record.shared_call(grads), None)
-            block.shared.clear()
-            for position, form in block.held.items():
-                self._settle(block, position, form)
-            block.held.clear()
-        for signature in list(self._waiting):
-            self._flush(signature)
+        with limited(self._max_memory):
+            self._settle_all()
         blocks = list(self._blocks.values())
         norms = torch.cat([self._stacked(block) for block in blocks], 1)
         squares = {p: s for block in blocks for p, s in block.squares.items()}
@@ -309,6 +312,18 @@ class Pass:
         self._table.ranks.check_same(norms.sum(1), self._table.names)
         samples = Samples(norms.shape[1], norms, squares, reached, rules, outputs)
         return samples if bool(norms.isfinite().all()) else self._without_nonfinite(samples, nonfinite)
+
+    def _settle_all(self) -> None:
+        """Whatever waited for the end of the pass."""
+        for block in self._blocks.values():
+            for record, grads in block.shared.items():
+                self._apply(block, record, record.shared_call(grads), None)
+            block.shared.clear()
+            for position, form in block.held.items():
+                self._settle(block, position, form)
+            block.held.clear()
+        for signature in list(self._waiting):
+            self._flush(signature)
 
     def _block(self, forward: Forward, n: int) -> Block:
         key: object = forward
@@ -326,7 +341,7 @@ class Pass:
 
     def _settle(self, block: Block, position: int, form: PerSampleGradient) -> None:
         block.settled.add(position)
-        if form.signature is not None and not self._diagonal:
+        if form.signature is not None and not self._diagonal and self._max_memory is None:
             waiting = self._waiting.setdefault(form.signature, [])
             waiting.append((block, position, form))
             if len(waiting) == TOGETHER:

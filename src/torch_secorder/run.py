@@ -33,7 +33,7 @@ class Run(Passes):
         random: whether the latest forward drew from the global random state.
     """
 
-    def __init__(self, model: nn.Module, table: ParameterTable, plan: Plan, memory: Memory, **options: bool):
+    def __init__(self, model: nn.Module, table: ParameterTable, plan: Plan, memory: Memory, **options: Any):
         super().__init__(table, memory, plan.batch_axis, self._rehearse, **options)
         self._model, self._plan = model, plan
         self._capture = Capture(
