@@ -15,6 +15,7 @@ FLOORS = [
     "errors",
     "trees",
     "placement",
+    "sharding",
     "parameters",
     "per_sample",
     "records",

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+from ranks import on_ranks
 from torch_secorder import FisherMonitor
 from torch_secorder.errors import ArgumentError, LifecycleError
 
@@ -52,24 +48,6 @@ def same(one: pd.DataFrame, other: pd.DataFrame, rtol: float = 1e-12) -> None:
 
 
 # Ranks
-
-
-def on_ranks(work: Callable[..., Any], world: int, path: Path) -> list[Any]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(_rank, (work, world, port, path), nprocs=world)
-    return [torch.load(path / f"{rank}.pt", weights_only=False) for rank in range(world)]
-
-
-def _rank(rank: int, work: Callable[..., Any], world: int, port: int, path: Path) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=world)
-    try:
-        torch.save(work(rank, world), path / f"{rank}.pt")
-    finally:
-        dist.destroy_process_group()
 
 
 def by_hand(rank: int, world: int) -> dict[str, Any]:

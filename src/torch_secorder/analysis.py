@@ -16,8 +16,10 @@ from torch_secorder.graph import last_product, memory_of, used_by_loss
 from torch_secorder.likelihoods import Likelihood, Through, likelihood
 from torch_secorder.parameters import ParameterTable, named_modules, unwrapped
 from torch_secorder.passes import Samples
+from torch_secorder.per_sample import checked_budget
 from torch_secorder.plan import BatchAxis, planned
 from torch_secorder.run import Run, checked_loss, checked_targets, reduction_of, undisturbed
+from torch_secorder.sharding import Ranks, written_class
 from torch_secorder.trees import mapped
 
 
@@ -38,15 +40,26 @@ class FisherKind:
     max_passes: int = 10_000
 
     def seeds(
-        self, outputs: Tensor, targets: Any, generator: torch.Generator, *, differentiable: bool = False
+        self, outputs: Tensor, targets: Any, generator: torch.Generator, ranks: Ranks, *, differentiable: bool = False
     ) -> tuple[int, Iterator[Tensor]]:
-        """How many backward passes, and their seeds, whose own graph is kept if they are to be ``differentiable``.
+        """How many backward passes, and their seeds, in common with the ranks that hold the model together.
+
+        Their own graph is kept if they are to be ``differentiable``.
 
         Raises:
             ArgumentError: if the exact expectation takes more than ``max_passes``, or observed labels are missing.
+            CoverageError: if other ranks need another number of passes.
         """
         product = None if self.num_samples is None else last_product(outputs)
         outputs = outputs if differentiable else outputs.detach()
+        through = None if product is None else Through(*product)
+        count, seeds = self._seeds(outputs, targets, ranks.seeded(generator), through)
+        ranks.agreed(count, "their outputs take different numbers of backward passes; pad them to one shape")
+        return count, seeds
+
+    def _seeds(
+        self, outputs: Tensor, targets: Any, generator: torch.Generator, through: Through | None
+    ) -> tuple[int, Iterator[Tensor]]:
         model: Likelihood = likelihood(
             self.loss_type, outputs, targets, ignore_index=self.ignore_index, class_axis=self.class_axis
         )
@@ -62,7 +75,6 @@ class FisherKind:
                     f"max_passes={self.max_passes:,}: pass num_samples=k for an unbiased estimate from k passes"
                 )
             return passes, model.exact(outputs)
-        through = None if product is None else Through(*product)
         return min(passes, self.num_samples), model.draws(outputs, self.num_samples, generator, through)
 
 
@@ -95,9 +107,11 @@ class Analysis:
         create_graph: make the norms differentiable.
         diagonal: also take the squares entry by entry.
         activations: also take the gradients in the outputs of all modules.
+        max_memory: as in FisherMonitor.
 
     Attributes:
         memory: what is known about where the model's samples are.
+        trusting: whether shapes that allow one reading only are believed.
         types: module -> its class, of the modules whose outputs are watched.
     """
 
@@ -110,12 +124,17 @@ class Analysis:
         create_graph: bool = False,
         diagonal: bool = False,
         activations: bool = False,
+        max_memory: int | None = None,
     ):
-        self.model = unwrapped(model)
+        self.model, self._max_memory = unwrapped(model), checked_budget(max_memory)
         self._keeps = {"diagonal": diagonal, "activations": activations}
-        self.types = {name: type(m).__name__ for name, m in named_modules(self.model)} if activations else {}
+        self.types = {name: written_class(m).__name__ for name, m in named_modules(self.model)} if activations else {}
         self.table = ParameterTable(self.model, parameters)
+        self.table.gather(self.model)
         self._create_graph, self.memory = create_graph, memory_of(self.model, batch_axis)
+        # A graph of the checks would be kept along with the result's, so that there is none; and a check that fails on one rank
+        # can't have the others do the batch once more.
+        self.trusting = self.memory.trusting and not create_graph and not self.table.ranks.several
         with self.differentiable():
             self._plan = planned(self.model, self.table, batch_axis)
         self.batch_axis = self._plan.batch_axis
@@ -141,7 +160,7 @@ class Analysis:
         with self._prepared() as run:
             outputs = logits(run(inputs))
             checked_targets(targets, run.n, self.batch_axis)
-            count, seeds = kind.seeds(outputs, targets, generator)
+            count, seeds = kind.seeds(outputs, targets, generator, self.table.ranks)
             passes = (
                 run.backward(outputs, seed.to(outputs.dtype), last=number == count)
                 for number, seed in enumerate(seeds, start=1)
@@ -155,10 +174,15 @@ class Analysis:
             outputs = run(inputs)
             return Batch(run.backward(root(outputs)), mapped(Tensor.detach, outputs), run.random, run.structure)
 
+    def distrust(self) -> None:
+        """Believe no shapes from now on."""
+        self.memory.distrust()
+        self.trusting = False
+
     @contextmanager
     def differentiable(self) -> Iterator[None]:
         """All analysed parameters require a gradient inside."""
-        frozen = [p for p in self.table.tensors if not p.requires_grad]
+        frozen = [p for p in {*self.table.tensors, *self.table.leaves} if not p.requires_grad]
         try:
             for p in frozen:
                 p.requires_grad_(True)
@@ -180,8 +204,8 @@ class Analysis:
                 self.memory,
                 create_graph=self._create_graph,
                 **self._keeps,
-                # A graph of the checks would be kept along with the result's, so that there is none.
-                trusting=self.memory.trusting and not self._create_graph,
+                trusting=self.trusting,
+                max_memory=self._max_memory,
             ) as run,
         ):
             yield run

@@ -31,6 +31,7 @@ class Passes:
         create_graph: make the squared norms differentiable.
         diagonal: also add up squares entry by entry.
         trusting: believe shapes that allow one reading only, for callers that check a sample afterwards.
+        max_memory: how many bytes the algebra may take for its temporaries at once.
 
     Attributes:
         n: how many samples the latest graph has.
@@ -47,8 +48,10 @@ class Passes:
         create_graph: bool = False,
         diagonal: bool = False,
         trusting: bool = False,
+        max_memory: int | None = None,
     ):
         self._table, self._memory, self._create_graph, self._diagonal = table, memory, create_graph, diagonal
+        self._max_memory = max_memory
         self._audit = Audit(table, self._used, batch_axis, memory, rehearse, trusting=trusting)
         self._pass: Pass | None = None
         self._error: Exception | None = None
@@ -99,7 +102,8 @@ class Passes:
             last: whether the graph may be freed.
         """
         keep = not last or self._create_graph
-        self._pass, self._error = Pass(self._table, diagonal=self._diagonal, keep=keep), None
+        self._pass = Pass(self._table, diagonal=self._diagonal, keep=keep, max_memory=self._max_memory)
+        self._error = None
         try:
             with probe([root]) if self._shared else nullcontext([root]) as (start,):
                 return self._samples(start, seed, last)

@@ -21,6 +21,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch_secorder.errors import CoverageError, ShapeError, UnsupportedError
 from torch_secorder.placement import FIRST, Placement
 from torch_secorder.records import Forward, Record, Site
+from torch_secorder.sharding import is_spread
 from torch_secorder.trees import tensors
 
 current_backward: Callable[[], int] = torch._C._current_graph_task_id  # -1 outside of any backward pass
@@ -181,6 +182,10 @@ class Capture:
             return None
         if not isinstance(output, Tensor):
             raise UnsupportedError(f"{site} returned a {type(output).__name__}; a rule needs a tensor")
+        if site.rule is None and is_spread(output):
+            raise UnsupportedError(
+                f"{site}: its output is in parts on several ranks, of which activations=True knows nothing"
+            )
         for local, tensor in site.tensors.items():
             if module._parameters.get(local) is not tensor:
                 raise CoverageError(

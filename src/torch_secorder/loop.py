@@ -43,6 +43,7 @@ def fisher_report(
     class_axis: int = 1,
     generator: torch.Generator | None = None,
     max_passes: int = 10_000,
+    max_memory: int | None = None,
 ) -> pd.DataFrame:
     """The table of every parameter's Fisher-trace contribution over a data set. Runs the loop itself, writes no ``.grad``.
 
@@ -67,6 +68,7 @@ def fisher_report(
         class_axis: where "nll" outputs have their classes.
         generator: for "sampled".
         max_passes: the most backward passes per batch that "exact" may take.
+        max_memory: as in :class:`FisherMonitor`.
 
     Returns:
         The same table as :meth:`FisherMonitor.report`; ``grad_sq_norm`` is NaN, since no parameter gradient is computed. For
@@ -103,6 +105,7 @@ def fisher_report(
         class_axis=class_axis,
         generator=generator,
         max_passes=max_passes,
+        max_memory=max_memory,
     ).report(by)
 
 
@@ -170,6 +173,7 @@ def accumulated(
     class_axis: int = 1,
     generator: torch.Generator | None = None,
     max_passes: int = 10_000,
+    max_memory: int | None = None,
     earlier: Results | None = None,
     **keeps: bool,
 ) -> Iterator[Results]:
@@ -191,8 +195,8 @@ def accumulated(
     generator = fresh_generator(generator)
 
     asked = {name: keeps.get(name, False) for name in ("diagonal", "activations")}
-    analysis, results = Analysis(model, parameters, batch_axis, **asked), earlier
-    for number, (inputs, targets) in enumerate(batches(data, max_batches, progress)):
+    analysis, results = Analysis(model, parameters, batch_axis, max_memory=max_memory, **asked), earlier
+    for number, (inputs, targets) in enumerate(_in_step(analysis, batches(data, max_batches, progress))):
         first = verify and number == 0
         if fisher == "empirical":
             assert loss_fn is not None
@@ -235,6 +239,15 @@ def batches(data: Any, max_batches: int | None, progress: bool) -> Iterable[tupl
         if not _is_pair(batch):
             raise ArgumentError(f"data must yield pairs (inputs, targets), not {type(batch).__name__}")
         yield tuple(batch)
+
+
+def _in_step(analysis: Analysis, batches: Iterable[Any]) -> Iterable[Any]:
+    """The batches, as many on every rank that holds a part of the model."""
+    ranks, remedy = analysis.table.ranks, "some have more batches than others; give each as many, or pass max_batches="
+    for batch in batches:
+        ranks.agreed("a batch", remedy)
+        yield batch
+    ranks.agreed("the end", remedy)
 
 
 def _is_pair(value: Any) -> bool:

@@ -19,10 +19,11 @@ from torch_secorder.errors import ArgumentError, CoverageError, LifecycleError
 from torch_secorder.graph import Audit, Use, memory_of
 from torch_secorder.parameters import ParameterTable, named_modules, unwrapped
 from torch_secorder.passes import TOGETHER, Pass
-from torch_secorder.per_sample import direction, widened
+from torch_secorder.per_sample import checked_budget, direction, widened
 from torch_secorder.plan import BatchAxis, planned
 from torch_secorder.records import SMALL, Forward, Record
 from torch_secorder.results import Results, checked
+from torch_secorder.sharding import whole, written_class
 from torch_secorder.single import compare, norms_of_first
 from torch_secorder.trees import tensors
 
@@ -94,6 +95,9 @@ class FisherMonitor(Results):
         fisher: what the differentiated losses make of it, for ``report().attrs`` and all that reads them: "empirical" for
             the data's labels, "sampled" for labels that were drawn from the model's own prediction, "observed" for
             log-likelihoods of the data's labels.
+        max_memory: how many bytes what is computed for one parameter may take at once, above the layer's own input and output
+            gradient and what is kept of the result. By default a few MiB, or one sample's gradient where it is larger;
+            smaller budgets cost time. A convolution takes one sample at least, and so does an operation without a rule.
 
     Raises:
         ArgumentError: for an argument that means nothing, or a model with no trainable parameter.
@@ -128,6 +132,7 @@ class FisherMonitor(Results):
         repeated_calls: str | None = None,
         every: int = 1,
         fisher: str = "empirical",
+        max_memory: int | None = None,
     ):
         checked("reduction", reduction, ("mean", "sum"))
         checked("nonfinite", nonfinite, ("raise", "skip"))
@@ -145,8 +150,8 @@ class FisherMonitor(Results):
         super().__init__(table, reduction, fisher, **keeps)
         self._loss_scale, self._nonfinite, self._every = loss_scale, nonfinite, every
         self._repeated_calls, self._batch_axis, self._diagonal = repeated_calls, batch_axis, diagonal
-        self._types = {name: type(module).__name__ for name, module in named_modules(self._model)}
-        self._all = parameters == "all"
+        self._types = {name: written_class(module).__name__ for name, module in named_modules(self._model)}
+        self._all, self._max_memory = parameters == "all", checked_budget(max_memory)
         self._memory = memory_of(self._model, batch_axis, checks=False)
         self._capture: Capture | None = None
         self._handles = ExitStack()
@@ -160,6 +165,7 @@ class FisherMonitor(Results):
     def __enter__(self) -> FisherMonitor:
         if self._capture is not None:
             raise LifecycleError("this monitor is active already; leave its block first, or use a second monitor")
+        self._table.gather(self._model)
         plan = planned(self._model, self._table, self._batch_axis)
         sites = plan.sites + (plan.watched(self._model) if self._statistics.keeps["activations"] else [])
         audit = Audit(self._table, self._used, plan.batch_axis, self._memory)
@@ -172,9 +178,12 @@ class FisherMonitor(Results):
         )
         with ExitStack() as handles:
             handles.enter_context(capture)
-            for position, tensor in enumerate(self._table.tensors):
-                if tensor.requires_grad:
-                    handles.callback(tensor.register_hook(partial(self._gradient, position)).remove)
+            for position, (tensor, leaf) in enumerate(zip(self._table.tensors, self._table.leaves, strict=True)):
+                for watched in (
+                    (leaf,) if leaf is tensor else (leaf, tensor)
+                ):  # a shard is in the graph of a penalty only
+                    if watched.requires_grad:
+                        handles.callback(watched.register_hook(partial(self._gradient, position)).remove)
             self._handles = handles.pop_all()
         self._capture = capture
         return self
@@ -184,6 +193,10 @@ class FisherMonitor(Results):
         self._passes.clear()
         self._parents.clear()
         self._handles.close()
+
+    @property
+    def _counts(self) -> bool:
+        return self._table.ranks.first
 
     def _ended(self, audit: Callable[[Forward, Any], object], forward: Forward, outputs: Any) -> None:
         """The model returns."""
@@ -230,13 +243,15 @@ class FisherMonitor(Results):
         return self._capture is not None and task in self._capture.passed_over
 
     def _add_gradient(self, current: _OpenPass, position: int, grad: Tensor) -> None:
+        grad = whole(grad)
         current.add(position, grad)
         if not current.collected.checks or grad.is_sparse:
             return
         # What a hook of the user's makes of a gradient is not ours to check.
-        if len(self._table.tensors[position]._backward_hooks or ()) <= 1:
+        if len(self._table.leaves[position]._backward_hooks or ()) <= 1:
             left, right = direction(grad.shape, grad)
-            current.projections[position] = left @ (grad.detach().reshape(len(left), -1) @ right)
+            along = left @ (grad.detach().reshape(len(left), -1) @ right)
+            current.projections[position] = current.projections.get(position, 0) + along
 
     def _guarded(self, action: Callable[..., None], *args: Any) -> None:
         """Do something for the backward pass under way; what goes wrong must wait for its end."""
@@ -269,6 +284,7 @@ class FisherMonitor(Results):
                 repeated_calls=self._repeated_calls,
                 keep=self._repeated_calls == "new",
                 checks=self._statistics.passes.bit_count() < 2,
+                max_memory=self._max_memory,
             )
             self._passes[task] = _OpenPass(task, collected, is_autocast())
             at_the_end(partial(self._closed, task))
@@ -303,7 +319,7 @@ class FisherMonitor(Results):
             raise LifecycleError(
                 "verify: call the model inside the monitor's block, keep its outputs, and pass their loss"
             )
-        self._expected = norms_of_first(loss, outputs, self._table.tensors, self._capture.batch_axis)
+        self._expected = norms_of_first(loss, outputs, self._table.leaves, self._capture.batch_axis)
 
     def _closed(self, task: int) -> None:
         """A backward pass is over: count it, or raise why not. The user's gradients are complete by now."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from torch_secorder.errors import ArgumentError, UnsupportedError
+from torch_secorder.sharding import Ranks, gathered, refuse_unknown, written_class
 
 # Path components that wrappers add to a module's name and that its owner never wrote.
 WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
@@ -30,13 +31,16 @@ class ParameterTable:
 
     Attributes:
         tensors: the parameters themselves.
+        leaves: what the autograd graph has in their place: the same, or what FSDP2 gathers them into.
+        ranks: those that hold the model together with this one.
         rows: what the report says of them.
     """
 
     def __init__(self, model: nn.Module, which: str = "trainable"):
         if which not in ("trainable", "all"):
             raise ArgumentError(f'parameters must be "trainable" or "all", not {which!r}')
-        owners = {name: type(module).__name__ for name, module in model.named_modules(remove_duplicate=False)}
+        refuse_unknown(model)
+        owners = {name: written_class(module).__name__ for name, module in model.named_modules(remove_duplicate=False)}
         named = [(n, p) for n, p in model.named_parameters() if which == "all" or p.requires_grad]
         if not named:
             frozen = any(True for _ in model.parameters())
@@ -46,7 +50,14 @@ class ParameterTable:
             raise UnsupportedError(f"{', '.join(lazy)}: not initialised yet; run the model once before analysing it")
         self.tensors: list[Tensor] = [p for _, p in named]
         self.rows = [_row(name, p, owners) for name, p in named]
+        self.leaves, self.ranks = self.tensors, Ranks()
         self._positions = {id(p): position for position, p in enumerate(self.tensors)}
+
+    def gather(self, model: nn.Module) -> None:
+        """Find out what stands for the parameters in the graph; where ranks share the model, all have to do it."""
+        self.leaves = gathered(model, self.tensors)
+        self.ranks = Ranks(self.tensors, self.leaves)
+        self._positions |= {id(p): position for position, p in enumerate(self.leaves)}
 
     def __len__(self) -> int:
         return len(self.rows)

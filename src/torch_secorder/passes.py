@@ -21,13 +21,15 @@ from torch_secorder.errors import (
     NonFiniteError,
     ShapeError,
     SlowFallbackWarning,
+    UnsupportedError,
 )
 from torch_secorder.graph import Use
 from torch_secorder.parameters import ParameterTable
-from torch_secorder.per_sample import Carried, Dense, PerSampleGradient, Squares, direction
+from torch_secorder.per_sample import Carried, Dense, PerSampleGradient, Squares, direction, limited
 from torch_secorder.placement import Grouping
 from torch_secorder.records import Call, Forward, Record, Site
 from torch_secorder.rules.nodes import gradient_at, has_rule
+from torch_secorder.sharding import is_spread, whole
 
 # How exactly autograd's own gradient can be expected to be the sum of the captured ones: half precision rounds it, GPUs
 # may multiply with few digits.
@@ -145,6 +147,7 @@ class Pass:
         repeated_calls: what two calls of the model that one backward pass reaches are: "same" or "new" samples.
         keep: leave the records' inputs alone, for another backward pass through the same forward.
         checks: also project the captured gradients on one direction each, to compare them with autograd's.
+        max_memory: how many bytes the algebra may take for its temporaries at once.
     """
 
     def __init__(
@@ -155,9 +158,10 @@ class Pass:
         repeated_calls: str | None = None,
         keep: bool = False,
         checks: bool = False,
+        max_memory: int | None = None,
     ):
         self._table, self._diagonal, self._repeated, self._keep = table, diagonal, repeated_calls, keep
-        self.checks = checks
+        self.checks, self._max_memory = checks, max_memory
         self.half = False  # whether a gradient in half precision was seen
         self.slow: dict[
             str, int
@@ -206,18 +210,23 @@ class Pass:
 
     def add(self, record: Record, grad: Tensor) -> None:
         """The gradient of a recorded call's output has arrived."""
+        with limited(self._max_memory):
+            self._add(record, grad)
+
+    def _add(self, record: Record, grad: Tensor) -> None:
         forward, site = record.forward, record.site
         assert record.placement is not None
+        grad = whole(grad)
         self.half = self.half or grad.dtype in HALF
         self.seen += grad.numel()
         if self._waits(record, grad):
             return
-        whole = record.placement.whole
-        call = record.shared_call(grad.reshape(1, *record.shape)) if whole else record.call(grad)
+        alone = record.placement.whole
+        call = record.shared_call(grad.reshape(1, *record.shape)) if alone else record.call(grad)
         size = len(call.grad_output)
         block = self._block(forward, forward.n or size)
         groups = record.placement.grouping(record.shape[record.placement.axis], block.n, grad.device)
-        if whole and groups is not None and groups.listed is not None:
+        if alone and groups is not None and groups.listed is not None:
             groups = replace(groups, listed=groups.listed[:1])
         if site.rule is None:
             assert record.moments is not None
@@ -235,10 +244,19 @@ class Pass:
 
     def add_use(self, use: Use, node: Node, grads: tuple[Tensor | None, ...]) -> None:
         """The gradients of a frontier node's outputs have arrived."""
+        with limited(self._max_memory):
+            self._add_use(use, node, grads)
+
+    def _add_use(self, use: Use, node: Node, grads: tuple[Tensor | None, ...]) -> None:
         found = grads[use.output]
         if found is None and all(grad is None for grad in grads):
             return
         assert use.forward.n is not None
+        if any(map(is_spread, (*grads, *self._leaves(use)))):
+            raise UnsupportedError(
+                f"{self._names(use)}: used outside of its module's own forward, where ranks compute parts of it: leave this "
+                "parameter out of parallelize_module, or use it in its module's forward only"
+            )
         block = self._block(use.forward, use.forward.n)
         self.half = self.half or any(grad is not None and grad.dtype in HALF for grad in grads)
         if found is None or not use.placement.fits(found.shape, block.n):
@@ -252,16 +270,18 @@ class Pass:
             if not has_rule(place):
                 self.slow[rule] = self.slow.get(rule, 0) + block.n * found.numel()
             for target, carrier in part.targets:
-                whole = carrier(form)
+                carried = carrier(form)
                 if isinstance(target, int):
-                    self._collect(block, use.forward, target, whole, rule)
+                    self._collect(block, use.forward, target, carried, rule)
                 else:
                     shared = block.shared.get(target)
-                    block.shared[target] = whole.dense() if shared is None else shared + whole.dense()
+                    block.shared[target] = carried.dense() if shared is None else shared + carried.dense()
 
     def _waits(self, record: Record, grad: Tensor) -> bool:
         """Whether a small call, of parameters that have no other, can wait for others of its kind."""
-        if self.checks or self._diagonal or self._repeated is not None or not record.forward.inside:
+        if self.checks or self._diagonal or self._repeated is not None or self._max_memory is not None:
+            return False
+        if not record.forward.inside:
             return False
         positions, calls = record.site.parameters.values(), record.forward.calls
         if (kind := record.kind(grad)) is None or any(calls[position] > 1 for position in positions):
@@ -295,14 +315,14 @@ class Pass:
         """The rule's answer for one call."""
         site, forward = record.site, record.forward
         for local, form in _forms(site, call).items():
-            whole = form if groups is None else form.regrouped(groups)
+            regrouped = form if groups is None else form.regrouped(groups)
             position = site.parameters[local]
             if not forward.inside and self._repeated is None and (position in block.settled or position in block.held):
                 raise LifecycleError(
                     f"{site} was called more than once outside of a call of the monitored model, which can mean one sample "
                     'seen twice or two batches: pass repeated_calls="same" or "new", or monitor the submodule'
                 )
-            self._collect(block, forward, position, whole, site.rule.name)
+            self._collect(block, forward, position, regrouped, site.rule.name)
 
     def _collect(self, block: Block, forward: Forward, position: int, form: PerSampleGradient, rule: str) -> None:
         """Settle a parameter, or hold its gradient until all of its uses are there."""
@@ -327,6 +347,10 @@ class Pass:
         else:
             self._settle(block, position, form)
 
+    def _leaves(self, use: Use) -> list[Tensor]:
+        targets = (target for part in use.parts for target, _ in part.targets)
+        return [self._table.leaves[target] for target in targets if isinstance(target, int)]
+
     def _names(self, use: Use) -> str:
         targets = (
             self._table.rows[t].name if isinstance(t, int) else str(t.site)
@@ -341,15 +365,8 @@ class Pass:
         Raises:
             NonFiniteError: if a gradient is not finite and ``nonfinite`` is "raise".
         """
-        for block in self._blocks.values():
-            for record, grads in block.shared.items():
-                self._apply(block, record, record.shared_call(grads), None)
-            block.shared.clear()
-            for position, form in block.held.items():
-                self._settle(block, position, form)
-            block.held.clear()
-        for kind in list(self._waiting):
-            self._together(kind)
+        with limited(self._max_memory):
+            self._settle_all()
         blocks = list(self._blocks.values())
         norms = torch.cat([self._stacked(block) for block in blocks], 1)
         squares: dict[int, list[Squares]] = {}
@@ -361,8 +378,21 @@ class Pass:
         for block in blocks:
             for name, calls in block.outputs.items():
                 outputs.setdefault(name, []).extend(calls)
+        self._table.ranks.check_same(norms.sum(1), self._table.names)
         samples = Samples(norms.shape[1], norms, squares, reached, self._rules, outputs)
         return samples if bool(norms.isfinite().all()) else self._without_nonfinite(samples, nonfinite)
+
+    def _settle_all(self) -> None:
+        """Whatever waited for the end of the pass."""
+        for block in self._blocks.values():
+            for record, grads in block.shared.items():
+                self._apply(block, record, record.shared_call(grads), None)
+            block.shared.clear()
+            for position, form in block.held.items():
+                self._settle(block, position, form)
+            block.held.clear()
+        for kind in list(self._waiting):
+            self._together(kind)
 
     def _block(self, forward: Forward, n: int) -> Block:
         key: object = forward

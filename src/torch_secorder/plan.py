@@ -14,6 +14,7 @@ from torch_secorder.placement import Placement
 from torch_secorder.records import Site
 from torch_secorder.rules import Rule, refusal_for, rule_for
 from torch_secorder.rules.structural import structural_rule
+from torch_secorder.sharding import written_class
 
 BatchAxis = int | Mapping[str, int] | None
 
@@ -61,11 +62,11 @@ def planned(model: nn.Module, table: ParameterTable, batch_axis: BatchAxis = Non
         if not isinstance(rule, Rule):
             rule = structural_rule(module) or rule
         if isinstance(rule, Rule):
-            tensors = {local: table.tensors[position] for local, position in owned.items()}
+            tensors = {local: table.leaves[position] for local, position in owned.items()}
             shapes = {local: table.rows[position].shape for local, position in owned.items()}
             sites.append(Site(name, module, owned, tensors, shapes, rule, axis(name)))
         elif frozen := [local for local, position in owned.items() if not table.tensors[position].requires_grad]:
-            missing.append(f"{type(module).__name__} '{name}' ({', '.join(frozen)}): {rule}")
+            missing.append(f"{written_class(module).__name__} '{name}' ({', '.join(frozen)}): {rule}")
     if missing:
         raise UnsupportedError(
             "no exact rule for the frozen parameters of\n  "
@@ -91,4 +92,4 @@ def _axes(model: nn.Module, batch_axis: BatchAxis) -> Callable[[str], Placement 
 
 def _refuse(name: str, module: nn.Module, refusal: Callable[[nn.Module], CurvatureError | None]) -> None:
     if (error := refusal(module)) is not None:
-        raise type(error)(f"{type(module).__name__} '{name}': {error}")
+        raise type(error)(f"{written_class(module).__name__} '{name}': {error}")

@@ -14,6 +14,7 @@ from torch.autograd.graph import GradientEdge, Node
 
 from torch_secorder.errors import CoverageError
 from torch_secorder.placement import Placement
+from torch_secorder.sharding import whole, written_class
 
 # The hooks that save tensors elsewhere just now, activation checkpointing's for one, or None.
 saved_elsewhere: Callable[[], tuple[Any, Any] | None] = partial(
@@ -63,7 +64,7 @@ class Site:
     placement: Placement | None = None
 
     def __str__(self) -> str:
-        return f"{type(self.module).__name__} '{self.name}'"
+        return f"{written_class(self.module).__name__} '{self.name}'"
 
 
 # Calls with fewer elements are put together before anything is computed: an operation costs as much as reading these.
@@ -194,7 +195,8 @@ class Record:
             raise CoverageError(
                 f"{self.site}: its input was changed in place after the layer saw it; change it out of place"
             )
-        return self.inputs, self.kwargs
+        # What ranks compute in parts, the rules get whole.
+        return tuple(whole(x) for x in self.inputs), {name: whole(x) for name, x in self.kwargs.items()}
 
 
 class _Packed:

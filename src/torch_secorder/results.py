@@ -218,11 +218,17 @@ class Results:
                 "no process group: call torch.distributed.init_process_group first, or run under torchrun"
             )
         states: list[Any] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(states, self._statistics.state_dict(), group)
+        own = self._statistics if self._counts else self._like()
+        dist.all_gather_object(states, own.state_dict(), group)
         others = [self._like() for _ in states]
         for other, state in zip(others, states, strict=True):
             other.load_state_dict(state)
         return self._like(self._common, *others)
+
+    @property
+    def _counts(self) -> bool:
+        """Whether the samples are this rank's to count, and not another's that computes the same ones."""
+        return True
 
     def _like(self, *parts: Statistics) -> Statistics:
         whole = Statistics(self._statistics.names, self._statistics.shapes, **self._statistics.keeps)

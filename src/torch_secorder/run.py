@@ -42,7 +42,7 @@ class Run(Passes):
         memory: Memory,
         *,
         activations: bool = False,
-        **options: bool,
+        **options: Any,
     ):
         super().__init__(table, memory, plan.batch_axis, self._rehearse, **options)
         self._model, self._plan = model, plan

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch_secorder.capture import probe
 from torch_secorder.errors import LifecycleError, VerificationError
 from torch_secorder.per_sample import row_squares, widened
+from torch_secorder.sharding import whole
 from torch_secorder.trees import mapped, rows, sample_axis, shrunk, tensors
 
 
@@ -32,7 +33,7 @@ def norms_of_first(loss: Tensor, outputs: Sequence[Tensor], parameters: Sequence
 def squares(gradients: Sequence[Tensor | None]) -> Tensor:
     """``||g||^2`` of each parameter, in float64; zero for one without a gradient."""
     zero = torch.zeros((), dtype=torch.float64)
-    values = (g if g is None or not g.is_sparse else g.coalesce().values() for g in gradients)
+    values = (g if g is None or not g.is_sparse else g.coalesce().values() for g in map(whole, gradients))
     return torch.stack(
         [zero if g is None else row_squares(widened(g.detach().flatten())).double().cpu() for g in values]
     )

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch_secorder.errors import ArgumentError, LifecycleError
 from torch_secorder.parameters import plain_name, unwrapped
 from torch_secorder.results import Results
+from torch_secorder.sharding import refuse_parts
 from torch_secorder.tables import ATTRIBUTES, shape_of
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ def curvature(
 
     Raises:
         ArgumentError: if the report is of another model, lacks columns, or doesn't say how it is scaled.
+        UnsupportedError: if the model's parameters are spread over ranks.
         LifecycleError: if the monitor saw no sample.
     """
     if isinstance(source, Results):
@@ -93,6 +95,7 @@ def curvature(
     model = unwrapped(model)
     owners = {plain_name(name): module for name, module in model.named_modules(remove_duplicate=False)}
     known = {plain_name(name): p for name, p in model.named_parameters()}
+    refuse_parts(model, "a decision by curvature")
     parameters = {}
     for name, shape in zip(names, shapes, strict=True):
         if name not in known:

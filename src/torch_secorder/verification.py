@@ -33,14 +33,15 @@ def trusted(
         VerificationError: if that doesn't pass either.
     """
     batch = analyse()
-    if function is not None and not analysis.memory.due(function, batch.structure):
+    ranks = analysis.table.ranks
+    if function is not None and not ranks.most(analysis.memory.due(function, batch.structure)):
         return batch
     try:
         check(batch)
     except VerificationError:
-        if not analysis.memory.trusting:
+        if not analysis.trusting:
             raise
-        analysis.memory.distrust()
+        analysis.distrust()
         batch = analyse()
         check(batch)
     return batch
@@ -76,7 +77,7 @@ def verified(
                 warnings.warn("not verified: the model draws random numbers in eval mode too", stacklevel=3)
                 return
         n, axis = batch.samples.batch, analysis.batch_axis
-        if n == 1 and not by_autograd:
+        if analysis.table.ranks.most(n) == 1 and not by_autograd:
             return
         alone = rows(inputs, [0], n, axis)
 
@@ -86,7 +87,7 @@ def verified(
         if by_autograd:
             with torch.enable_grad(), analysis.differentiable():
                 outputs = called(analysis.model, alone)
-                found = torch.autograd.grad(among_the_rest(outputs), analysis.table.tensors, allow_unused=True)
+                found = torch.autograd.grad(among_the_rest(outputs), analysis.table.leaves, allow_unused=True)
             norms = squares(found)
         else:
             norms = analysis.of(among_the_rest, alone).samples.norms[:, 0].detach().double().cpu()

@@ -170,13 +170,14 @@ def generalized_fisher_trace(
         positive_int("num_samples", num_samples)
     outputs = logits(outputs)
     table = ParameterTable(unwrapped(model))
+    table.gather(unwrapped(model))
     if not outputs.requires_grad:
         raise CoverageError("the outputs carry no autograd graph: compute them outside of torch.no_grad()")
     if not outputs.dim() or not len(outputs):
         raise ShapeError(f"the batch is empty: outputs of shape {tuple(outputs.shape)}")
     checked_targets(targets, len(outputs))
     kind = FisherKind(loss_type, labels, num_samples, ignore_index, class_axis, positive_int("max_passes", max_passes))
-    _, seeds = kind.seeds(outputs, targets, fresh_generator(generator), differentiable=create_graph)
+    _, seeds = kind.seeds(outputs, targets, fresh_generator(generator), table.ranks, differentiable=create_graph)
     norms = _squared_norms(outputs, seeds, table, memory_of(unwrapped(model), None), create_graph)
     return _as_result(norms, reduction, table)
 
@@ -192,7 +193,7 @@ def _squared_norms(
     passes, failed = Passes(table, memory, create_graph=create_graph), None
     try:
         with passes.through(outputs):
-            unchecked = memory.due(_squared_norms, passes.structure)
+            unchecked = bool(table.ranks.most(memory.due(_squared_norms, passes.structure)))
             for seed in seeds:
                 failed = seed  # until it is done
                 samples = passes.backward(outputs, seed, last=False)
@@ -204,6 +205,8 @@ def _squared_norms(
     except NonFiniteError:
         raise
     except CurvatureError as error:
+        if table.ranks.several:  # others may not have to take samples one by one
+            raise
         reason = error
     if all(g is None for g in _of_one(outputs, torch.ones_like(outputs), table, 0)):
         raise CoverageError("the outputs do not depend on any trainable parameter of this model")
@@ -227,7 +230,7 @@ def _of_one(
     alone[n] = seed[n]
     with probe([outputs]) as (root,):
         return torch.autograd.grad(
-            root, table.tensors, alone, retain_graph=True, create_graph=create_graph, allow_unused=True
+            root, table.leaves, alone, retain_graph=True, create_graph=create_graph, allow_unused=True
         )
 
 

@@ -14,6 +14,7 @@ from torch_secorder.likelihoods import random_signs
 from torch_secorder.parameters import ParameterTable, unwrapped
 from torch_secorder.report import By, Report
 from torch_secorder.run import called, checked_loss, twice_differentiable, undisturbed
+from torch_secorder.sharding import refuse_parts
 from torch_secorder.statistics import Statistics
 
 if TYPE_CHECKING:
@@ -84,6 +85,7 @@ def hessian_trace(
         )
     generator = fresh_generator(generator)
     bare = unwrapped(model)
+    refuse_parts(bare, "the Hessian")
     table = ParameterTable(bare)
     statistics = Statistics(table.names, [row.shape for row in table.rows])
     with undisturbed(bare), torch.enable_grad(), twice_differentiable(True):

@@ -55,7 +55,7 @@ class Audit:
         self._table, self._on_use, self._axis = table, on_use, batch_axis
         self._leaves = {
             torch.autograd.graph.get_gradient_edge(p).node: position
-            for position, p in enumerate(table.tensors)
+            for position, p in enumerate(table.leaves)
             if p.requires_grad
         }
         self._memory, self._rehearse, self._trusting = memory or Memory(), rehearse, trusting
@@ -70,26 +70,35 @@ class Audit:
             ShapeError: if a call's samples can't be found.
             CoverageError: if a parameter's use can't be taken apart by samples.
         """
+        with self._table.ranks.together():
+            return self._uses(forward, outputs)
+
+    def _uses(self, forward: Forward, outputs: Any) -> list[tuple[Use, Node]]:
+        ranks = self._table.ranks
         roots = [x for x in tensors(outputs) if x.requires_grad]
         walk = Walk(roots, forward, self._leaves)
         self.structure, self.others = walk.structure(forward.n), walk.others
         n = forward.n
         if n is None:
             return []
-        fresh = n > 1 and walk.reorders(n)
+        single = ranks.most(n) == 1
+        fresh = bool(ranks.most(n > 1 and walk.reorders(n)))
         memory, rehearse = (Memory(), None) if fresh else (self._memory.of(self.structure), self._rehearse)
         reached = [item for item in forward.records if item[0].site.rule is not None and item[1].node in walk.records]
         doubtful = fresh or walk.coincidences(n) or any(record.placement is None for record, _ in reached)
+        doubtful = bool(ranks.most(doubtful))
         seen = [x for x in roots if x.dim() > self._axis]
-        look = Look(memory, seen, self._axis, n, rehearse, doubtful)
-        if walk.uses or doubtful:
+        look = Look(memory, seen, self._axis, n, rehearse, doubtful, ranks)
+        if (
+            walk.uses or doubtful
+        ) and not ranks.several:  # graphs of one sample have others on the way than those of more
             unclear = (edge.node for record, edge in reached if record.placement is None)
             starts = itertools.chain((node for edges in walk.uses.values() for node, _ in edges), unclear)
             look.ahead = lambda: walk.above(starts, AHEAD)
-        shared = self._placed(walk, reached, look, n, doubtful)
-        if not walk.uses and not shared:
+        shared = self._placed(walk, reached, look, n, doubtful, single)
+        if not ranks.most(bool(walk.uses or shared)):
             return []
-        uses = Frontier(walk, shared, look, n, self._table).uses(forward)
+        uses = Frontier(walk, shared, look, n, self._table, single).uses(forward)
         for use, node in uses:
             if why := use.hidden(node):
                 raise UnsupportedError(
@@ -109,13 +118,19 @@ class Audit:
         return [self._table.names[t] if isinstance(t, int) else str(t.site) for t in targets]
 
     def _placed(
-        self, walk: Walk, reached: Sequence[tuple[Record, GradientEdge]], look: Look, n: int, doubtful: bool
+        self,
+        walk: Walk,
+        reached: Sequence[tuple[Record, GradientEdge]],
+        look: Look,
+        n: int,
+        doubtful: bool,
+        single: bool,
     ) -> list[Record]:
         """Give each record its placement; returns those without a batch axis."""
         for record, _ in reached:
             record.audited = True
         hidden = walk.hides() and not doubtful
-        if (self._trusting and not doubtful) or hidden or n == 1:
+        if (self._trusting and not doubtful) or hidden or single:
             for record, _ in reached:
                 if record.placement is None:
                     record.placement = Placement(0, "outer")

@@ -74,8 +74,11 @@ class Use:
 class Frontier:
     """From unaccounted uses and shared calls up to the nodes where they meet the data."""
 
-    def __init__(self, walk: Walk, shared: list[Record], look: Look, n: int, table: ParameterTable):
+    def __init__(
+        self, walk: Walk, shared: list[Record], look: Look, n: int, table: ParameterTable, single: bool | None = None
+    ):
         self._walk, self._look, self._n, self._table = walk, look, n, table
+        self._single = n == 1 if single is None else single  # whether there is one sample, and on every rank
         self._shared = {node: r for node, records in walk.records.items() for r in records if r in shared}
         self._parents = walk.parents
 
@@ -90,15 +93,15 @@ class Frontier:
         indices: dict[Node, list[int]] = defaultdict(list)
         done: set[Edge] = set()
         level = starts
-        while level:
+        while self._table.ranks.most(bool(level)):
             level = list({item[:2]: item for item in level if item[:2] not in done}.values())
             done |= {item[:2] for item in level}
             following: list[tuple[Node, int, str]] = []
             # What only moves the entries of a batch-free value gives another one; no evidence is needed for that.
             for node, _, path in level:
-                if node.name() in LAYOUT and self._n > 1:
+                if node.name() in LAYOUT and not self._single:
                     following += [(*edge, f"{path}{node.name()}/") for edge in self._parents[node]]
-            level = [item for item in level if item[0].name() not in LAYOUT or self._n == 1]
+            level = [item for item in level if item[0].name() not in LAYOUT or self._single]
             for (node, index, path), (seen, output) in zip(level, self._evidence(level), strict=True):
                 if isinstance(seen, Placement):
                     found[node] = seen, output
@@ -110,7 +113,7 @@ class Frontier:
 
     def _evidence(self, level: list[tuple[Node, int, str]]) -> list[tuple[Evidence, int]]:
         """For each node the evidence for the first of its outputs that has any, and which that is."""
-        if self._n == 1:
+        if self._single:
             return [(Placement(0, "outer"), 0)] * len(level)
         wanted: list[Wanted] = []
         sizes: list[list[int]] = []

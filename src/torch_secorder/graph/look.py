@@ -17,6 +17,7 @@ from torch.autograd.graph import GradientEdge, Node
 from torch_secorder.capture import probe, probing
 from torch_secorder.errors import ShapeError, UnsupportedError
 from torch_secorder.placement import BASE, BASE_OF_HALF, Evidence, Placement, Sketch, Unplaced, evidence, factors
+from torch_secorder.sharding import Ranks, whole
 
 Key = tuple[object, ...]
 Wanted = tuple[Key, GradientEdge, Sequence[int]]  # what to remember it by, where in the graph, the shape to see it in
@@ -89,6 +90,7 @@ class Look:
         n: how many samples.
         rehearse: fills the memory from a cheaper graph of the same model, if there is a way.
         doubtful: whether shapes leave open where the samples are.
+        ranks: those that look together, at the same places.
     """
 
     def __init__(
@@ -99,12 +101,13 @@ class Look:
         n: int,
         rehearse: Callable[[], None] | None,
         doubtful: bool,
+        ranks: Ranks,
     ):
         self._known, self.outputs, self._n, self._axis = memory.known, memory.outputs, n, axis
         memory.turns += 1
         # A gradient that was zero is asked for again, less and less often unless shapes leave open what its samples are.
         self._patient = not doubtful and memory.turns.bit_count() > 1
-        self._rehearse = rehearse
+        self._rehearse, self._ranks = None if ranks.several else rehearse, ranks
         self._roots = [x for x in roots if x.shape[axis] == n]
         self._base = BASE_OF_HALF if any(x.dtype in (torch.float16, torch.bfloat16) for x in roots) else BASE
         self.ahead: Callable[[], Iterable[Node]] = list
@@ -113,9 +116,30 @@ class Look:
     def __call__(self, wanted: list[Wanted]) -> list[Evidence]:
         """Evidence for each (key, edge, shape); what was found for a key before holds while it fits the shape."""
         new = [item for item in wanted if not self._holds(item[0], item[2])]
+        if self._ranks.several:
+            return self._together(wanted, bool(new))
         if new and self._rehearse is not None:
             self._rehearse()
             new = [item for item in new if not self._holds(item[0], item[2])]
+        self._find(new)
+        return [self._known[key] for key, _, _ in wanted]
+
+    def _together(self, wanted: list[Wanted], new: bool) -> list[Evidence]:
+        """All ranks look at all of these, or none looks at any: a pass of one alone would wait for the others forever."""
+        if not self._ranks.most(new):
+            return [self._known[key] for key, _, _ in wanted]
+        self._ranks.agreed(
+            [key for key, _, _ in wanted],
+            "their graphs leave different places open where the samples are; give all of them batches of one shape, or pass "
+            "batch_axis=",
+        )
+        self._find(list(wanted))
+        shared = self._ranks.most_each([self._known[key] is Unplaced.SHARED for key, _, _ in wanted])
+        if self._n == 1:  # nothing tells one sample from all of them, but another rank's evidence
+            self._known |= {key: Unplaced.SHARED for (key, _, _), found in zip(wanted, shared, strict=True) if found}
+        return [self._known[key] for key, _, _ in wanted]
+
+    def _find(self, new: list[Wanted]) -> None:
         looked_at = [item for item in new if item[0][0] == "use" and (item[1].node, item[1].output_nr) in self._seen]
         for key, edge, _ in looked_at:
             self._known[key] = self._seen[edge.node, edge.output_nr]
@@ -134,7 +158,6 @@ class Look:
                     self._seen[edge.node, edge.output_nr] = found
                 else:
                     self._known[key] = found
-        return [self._known[key] for key, _, _ in wanted]
 
     def _holds(self, key: Key, shape: Sequence[int]) -> bool:
         known = self._known.get(key)
@@ -163,7 +186,7 @@ class Look:
             if not ends:
                 return [[None] * len(wanted) for _ in factors(self._n, self._base)]
             last = [(position, item) for position, item in enumerate(wanted) if item[1].node in ends]
-            for factor in factors(self._n, self._base):
+            for factor in self._factors():
                 scaled = [s * factor.to(s).view(-1, *[1] * (s.dim() - 1 - self._axis)) for s in seeds]
                 found.append([None] * len(wanted))
                 try:
@@ -177,8 +200,13 @@ class Look:
                         "checkpointing hides it: use torch.utils.checkpoint with use_reentrant=False, or another batch size"
                     ) from error
                 for grad, (position, (_, _, shape)) in zip(grads, last, strict=True):
-                    found[-1][position] = None if grad is None else Sketch.of(grad.reshape(tuple(shape)))
-        return found
+                    found[-1][position] = None if grad is None else Sketch.of(whole(grad).reshape(tuple(shape)))
+        return found[: len(factors(self._n, self._base))]
+
+    def _factors(self) -> list[Tensor]:
+        """The factors, and more of them as long as other ranks need more."""
+        own = factors(self._n, self._base)
+        return own + own[:1] * (self._ranks.most(len(own)) - len(own))
 
 
 def _arrived(
@@ -186,7 +214,7 @@ def _arrived(
 ) -> None:
     """A gradient on its way, in the latest pass."""
     if probing() and (grad := grads[nr]) is not None:
-        found[-1][position] = Sketch.of(grad.reshape(shape))
+        found[-1][position] = Sketch.of(whole(grad).reshape(shape))
 
 
 def _deepest(roots: Sequence[Tensor], wanted: set[Node]) -> set[Node]:

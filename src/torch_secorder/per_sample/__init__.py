@@ -12,6 +12,7 @@ samples at a time, and a form overrides what its factors give more cheaply.
 """
 
 from torch_secorder.per_sample._base import Dense, PerSampleGradient, Sum, direction, row_squares, widened
+from torch_secorder.per_sample.budget import checked_budget, limited
 from torch_secorder.per_sample.carried import Carried
 from torch_secorder.per_sample.convolution import Convolution
 from torch_secorder.per_sample.outer import Outer
@@ -27,7 +28,9 @@ __all__ = [
     "Rows",
     "Squares",
     "Sum",
+    "checked_budget",
     "direction",
+    "limited",
     "row_squares",
     "widened",
 ]

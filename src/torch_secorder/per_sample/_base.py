@@ -10,6 +10,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from torch_secorder.per_sample.budget import within
 from torch_secorder.placement import Grouping
 
 Index = slice | Tensor
@@ -23,9 +24,10 @@ def widened(value: Tensor) -> Tensor:
     return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
 
 
-def chunks(n: int, bytes_per_sample: float, budget: int = CHUNK_BYTES) -> Iterator[slice]:
-    """Slices of 0..n, each with as many samples as fit into ``budget`` bytes, but at least one."""
-    step = max(1, min(n, int(budget // max(bytes_per_sample, 1))))
+def chunks(n: int, bytes_per_sample: float, usual: int | None = CHUNK_BYTES) -> Iterator[slice]:
+    """Slices of 0..n, each with as many samples as fit into the budget, ``usual`` bytes or fewer, but at least one."""
+    budget = within(usual)
+    step = max(1, n if budget is None else min(n, int(budget // max(bytes_per_sample, 1))))
     return (slice(start, min(start + step, n)) for start in range(0, n, step))
 
 
@@ -109,6 +111,10 @@ class PerSampleGradient(ABC):
 
     def squared_norm(self) -> Tensor:
         """``sum of G_n ** 2`` over the parameter's entries, ``[n]``."""
+        return self.direct_norm()
+
+    def direct_norm(self) -> Tensor:
+        """:meth:`squared_norm` from the gradients themselves, without a sum in which digits could cancel."""
         return torch.cat([row_squares(part.dense().flatten(1)) for part in self.parts()])
 
     def sum_of_squares(self) -> Tensor:
@@ -233,7 +239,7 @@ def guarded(norms: Tensor, magnitude: Tensor, form: PerSampleGradient) -> Tensor
     if not bool(lost.any()):
         return norms
     samples = lost.nonzero().squeeze(1)
-    return norms.index_copy(0, samples, PerSampleGradient.squared_norm(form.select(samples)))
+    return norms.index_copy(0, samples, form.select(samples).direct_norm())
 
 
 def _total(values: Iterator[Tensor]) -> Tensor:

@@ -17,6 +17,7 @@ from torch_secorder.per_sample._base import (
     row_squares,
     widened,
 )
+from torch_secorder.per_sample.budget import within
 from torch_secorder.per_sample.costs import BUDGET, Sizes, predicted
 from torch_secorder.per_sample.outer import Outer
 from torch_secorder.placement import Grouping
@@ -81,7 +82,9 @@ class Convolution(PerSampleGradient):
         channels, features = self.shape[0] // self.groups, self.shape[1]
         maps = (tuple(self.x.shape[3:]), tuple(self.g.shape[3:]), self.shape[2:])
         rest = (tuple(self.stride), tuple(self.padding), self.dtype.itemsize)
-        return Sizes(self.n, self.x.shape[1], self.groups, features, channels, *maps, *rest)
+        return Sizes(
+            self.n, self.x.shape[1], self.groups, features, channels, *maps, *rest, budget=within(BUDGET) or BUDGET
+        )
 
     def dense(self) -> Tensor:
         """One grouped convolution with the samples as groups."""
@@ -141,7 +144,7 @@ class Convolution(PerSampleGradient):
         """The squared norms by one of the forms, whatever it costs."""
         match form:
             case "direct":
-                return super().squared_norm()
+                return self.direct_norm()
             case "shifted":
                 return torch.cat([part._shifted_norms() for part in self._parts("shifted")])
             case "gram":

@@ -56,6 +56,7 @@ class Sizes(NamedTuple):
     stride: tuple[int, ...]
     padding: tuple[int, ...]
     itemsize: int
+    budget: int = BUDGET  # bytes of temporaries at once
 
     @property
     def positions(self) -> int:
@@ -66,6 +67,11 @@ class Sizes(NamedTuple):
     def padded(self) -> tuple[int, ...]:
         """The map with its padding."""
         return tuple(size + 2 * p for size, p in zip(self.map, self.padding, strict=True))
+
+    @property
+    def limit(self) -> int:
+        """How many bytes of temporaries a form may take for a single sample, to be offered."""
+        return LIMIT if self.budget == BUDGET else self.budget
 
     def floats(self, form: str) -> float:
         """Temporary numbers that ``form`` needs for one sample."""
@@ -83,7 +89,7 @@ class Sizes(NamedTuple):
 
     def step(self, form: str) -> int:
         """How many samples ``form`` takes at a time."""
-        return max(1, min(self.n, int(BUDGET // (self.floats(form) * self.itemsize))))
+        return max(1, min(self.n, int(self.budget // (self.floats(form) * self.itemsize))))
 
 
 def counts(form: str, at: Sizes) -> Counts:
@@ -139,7 +145,7 @@ def counts(form: str, at: Sizes) -> Counts:
 @lru_cache(4096)
 def predicted(at: Sizes) -> dict[str, float]:
     """Milliseconds of each form that fits into memory."""
-    forms = [form for form in FORMS if form == "direct" or at.floats(form) * at.itemsize <= LIMIT]
+    forms = [form for form in FORMS if form == "direct" or at.floats(form) * at.itemsize <= at.limit]
     overlapping = any(size > step for size, step in zip(at.kernel, at.stride, strict=True))
     if at.positions > 1 and (overlapping or max(at.kernel) == 1):  # then the pixels' Gram matrix does no worse
         forms = [form for form in forms if form != "patches"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -11,11 +11,13 @@ from torch_secorder.per_sample._base import (
     CHUNK_BYTES,
     Index,
     PerSampleGradient,
+    _total,
     chunks,
     guarded,
     row_squares,
     widened,
 )
+from torch_secorder.per_sample.budget import within
 from torch_secorder.placement import Grouping
 
 MEMORY = 20
@@ -81,13 +83,13 @@ class Outer(PerSampleGradient):
             case "gram":
                 return self._gram()
             case _:
-                return super().squared_norm()
+                return self.direct_norm()
 
     def _gram(self) -> Tensor:
         norms, diagonals = [], []
         k, t = self.a.shape[1:3]
         line = 2 * k * t * self.dtype.itemsize
-        size = max(1, min(-(-t // _strips(t)), CHUNK_BYTES // line))
+        size = max(1, min(-(-t // _strips(t)), (within(CHUNK_BYTES) or 0) // line))
         for rows in chunks(self.n, line * size):
             norm, diagonal = [], []
             for start in range(0, t, size):
@@ -98,13 +100,27 @@ class Outer(PerSampleGradient):
                 if gram.shape[3] > size:
                     norm.append(gram[..., size:].sum((1, 2, 3)))
                 diagonal.append(gram[..., :size].diagonal(dim1=2, dim2=3).sum((1, 2)))
+                del a, g, gram  # before the next strip's
             norms.append(torch.stack(norm).sum(0))
             diagonals.append(torch.stack(diagonal).sum(0))
         return guarded(torch.cat(norms), torch.cat(diagonals), self)
 
+    def direct_norm(self) -> Tensor:
+        return _total(PerSampleGradient.direct_norm(strip) for strip in self._by_features())
+
+    def _by_features(self) -> Iterator[Outer]:
+        """The gradients of some output features at a time: of as many as one sample's gradient may take in memory."""
+        k, i, o = self.a.shape[1], self.a.shape[3], self.g.shape[3]
+        if (budget := within(None)) is None or k * i * o * self.dtype.itemsize <= budget:
+            return iter([self])
+        strips = chunks(o, k * i * self.dtype.itemsize)
+        return (Outer(self.a, g, (k * g.shape[3], i)) for g in (self.g[..., rows] for rows in strips))
+
     def sum_of_squares(self) -> Tensor:
         if self.a.shape[2] > 1:
-            return super().sum_of_squares()
+            k, i = self.a.shape[1::2]
+            found = [PerSampleGradient.sum_of_squares(strip).view(k, -1, i) for strip in self._by_features()]
+            return torch.cat(found, 1).reshape(self.shape)
         a, g = self.a.square().squeeze(2), self.g.square().squeeze(2)
         return torch.einsum("nki,nko->koi", a, g).reshape(self.shape)
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from torch_secorder.per_sample._base import Index, PerSampleGradient, widened
+from torch_secorder.per_sample._base import Index, PerSampleGradient, chunks, row_squares, widened
 from torch_secorder.per_sample.outer import Outer
 from torch_secorder.placement import Grouping
 
@@ -54,8 +54,15 @@ class Rows(PerSampleGradient):
         return Rows(ids, g, self.shape)
 
     def squared_norm(self) -> Tensor:
+        return torch.cat([self.select(rows)._norms() for rows in self._chunks()])
+
+    def _norms(self) -> Tensor:
         samples, _, summed = self.pairs()
-        return self.g.new_zeros(self.n).index_add(0, samples, summed.square().sum(1))
+        return self.g.new_zeros(self.n).index_add(0, samples, row_squares(summed))
+
+    def _chunks(self) -> Iterator[slice]:
+        # Ids and their order, the sums, and what adds them up.
+        return chunks(self.n, self.ids.shape[1] * (4 * 8 + 2 * self.g.shape[2] * self.dtype.itemsize), None)
 
     def sum_of_squares(self) -> Tensor:
         _, ids, summed = self.pairs()
@@ -71,7 +78,11 @@ class Rows(PerSampleGradient):
         """With a product over positions s: ``sum_{t,s} (a_s . g_t) h_s[id_t]``, h the product's output gradient."""
         if not isinstance(other, Outer) or other.shape != (other.g.shape[3], other.a.shape[3]):
             return None
-        a, h = other.a[:, 0], other.g[:, 0]
+        size = 3 * self.ids.shape[1] * other.a.shape[2] * self.dtype.itemsize
+        pairs = ((self.select(rows), other.select(rows)) for rows in chunks(self.n, size, None))
+        return torch.cat([mine._inner_of(theirs.a[:, 0], theirs.g[:, 0]) for mine, theirs in pairs])
+
+    def _inner_of(self, a: Tensor, h: Tensor) -> Tensor:
         read = h.gather(2, self.ids[:, None].expand(-1, h.shape[1], -1))
         return ((a @ self.g.mT) * read).sum((1, 2))
 

@@ -12,6 +12,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch_secorder.errors import ArgumentError, CurvatureError, ShapeError, UnsupportedError
 from torch_secorder.per_sample import Dense, PerSampleGradient
 from torch_secorder.records import Call
+from torch_secorder.sharding import written_class
 
 Gradients = Mapping[str, PerSampleGradient | Tensor]
 Refusal = TypeVar("Refusal", bound=Callable[[Any], CurvatureError | None])
@@ -143,7 +144,7 @@ def refusal_for(module: nn.Module) -> Callable[[Any], CurvatureError | None] | N
 
 def rule_for(module: nn.Module) -> Rule | str:
     """The rule for a module, or the reason why it has none."""
-    kind = type(module)
+    kind = written_class(module)
     for layer in kind.__mro__:
         if layer in _rules:
             break

@@ -1,0 +1,42 @@
+"""How many bytes the algebra may take for its temporaries at once: what stays in the caches, or less if somebody says so."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+from torch_secorder.errors import ArgumentError
+
+_limit: ContextVar[int | None] = ContextVar("limit", default=None)
+
+
+@contextmanager
+def limited(max_memory: int | None) -> Iterator[None]:
+    """Inside, temporaries of one operation take at most so many bytes together, where they can be cut that small."""
+    token = _limit.set(max_memory)
+    try:
+        yield
+    finally:
+        _limit.reset(token)
+
+
+def within(usual: int | None) -> int | None:
+    """The bytes for temporaries where ``usual`` of them are best (None: any number), and not more than the limit."""
+    limit = _limit.get()
+    # What is computed from a temporary may be as large as it, and the one before it still there.
+    limit = None if limit is None else limit // 2
+    return limit if usual is None else usual if limit is None else min(usual, limit)
+
+
+def checked_budget(max_memory: object) -> int | None:
+    """``max_memory``, if it is None or a number of bytes.
+
+    Raises:
+        ArgumentError: otherwise.
+    """
+    if max_memory is None:
+        return None
+    if isinstance(max_memory, bool) or not isinstance(max_memory, int) or max_memory < 1:
+        raise ArgumentError(f"max_memory must be a number of bytes, an int >= 1, or None, not {max_memory!r}")
+    return max_memory
