@@ -130,6 +130,12 @@ def generalized_fisher_trace(
     it doesn't show every sample's gradient (compiled code, samples that influence each other), each sample takes a backward
     pass of its own, with a :class:`~torch_secorder.errors.SlowFallbackWarning`.
 
+    With ``num_samples=k``, "nll" draws k labels for each position without replacement, each with a probability pi_c in
+    proportion to how much it is expected to add, and takes ``sqrt(p_c / pi_c) (e_c - p)`` for its gradient. Whatever the pi_c
+    are, as long as they are positive where p_c is, ``E sum_c p_c / pi_c ||J^T (e_c - p)||^2 = sum_c p_c ||J^T (e_c - p)||^2``,
+    which is the trace; independent signs make products between positions vanish on average. The other likelihoods take
+    independent signs on the square root of A_n. With as many samples as exact passes, the value is exact.
+
     Args:
         model: the model that made the outputs.
         outputs: a tensor with the batch on axis 0, or a model output with ``logits``.
