@@ -210,17 +210,16 @@ class Pass:
 
     def add(self, record: Record, grad: Tensor) -> None:
         """The gradient of a recorded call's output has arrived."""
-        with limited(self._max_memory):
-            self._add(record, grad)
+        grad = whole(grad)
+        self.half = self.half or grad.dtype in HALF
+        self.seen += grad.numel()
+        if not self._waits(record, grad):
+            with limited(self._max_memory):
+                self._add(record, grad)
 
     def _add(self, record: Record, grad: Tensor) -> None:
         forward, site = record.forward, record.site
         assert record.placement is not None
-        grad = whole(grad)
-        self.half = self.half or grad.dtype in HALF
-        self.seen += grad.numel()
-        if self._waits(record, grad):
-            return
         alone = record.placement.whole
         call = record.shared_call(grad.reshape(1, *record.shape)) if alone else record.call(grad)
         size = len(call.grad_output)

@@ -24,7 +24,7 @@ REFUSED = 2**48
 
 def is_spread(x: Any) -> bool:
     """Whether a tensor is a DTensor, of which this rank has a part."""
-    return isinstance(x, Tensor) and hasattr(x, "full_tensor")
+    return type(x) is not Tensor and isinstance(x, Tensor) and hasattr(x, "full_tensor")
 
 
 def whole(x: Any) -> Any:
