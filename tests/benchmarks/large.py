@@ -114,11 +114,13 @@ def batch(n: int, length: int) -> Batch:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.large", description=(__doc__ or "").partition(":")[0])
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+    parser.add_argument("--repeats", type=int, default=3, help="processes for each row (%(default)s)")
     parser.add_argument("--save", action="store_true", help="write the results")
     options = parser.parse_args(arguments)
     rows = {}
     for name in options.rows:
-        rows[name] = found = in_a_process(measured, name)
+        several = [in_a_process(measured, name) for _ in range(options.repeats)]
+        rows[name] = found = sorted(several, key=lambda row: row.get("mib", 0.0))[options.repeats // 2]
         told = f"{found['mib']:8.0f} MiB {found['seconds']:6.1f} s" if "mib" in found else found["verdict"]
         print(f"{ROWS[name].label:46}{told}", flush=True)
     if options.save:
