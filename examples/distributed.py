@@ -1,15 +1,18 @@
 """Every rank watches its own share of the data, and one prints the table of all of it.
 
-Run it with ``torchrun --nproc-per-node 2 examples/distributed.py``; without torchrun it is a single rank.
+Run it with ``torchrun --nproc-per-node 2 examples/distributed.py``; without torchrun it is a single rank. With ``--shard``
+each rank holds a part of every parameter (FSDP2), else all of them (DistributedDataParallel); the table is the same.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
@@ -24,7 +27,8 @@ def main() -> None:
     dist.init_process_group("gloo")
     torch.manual_seed(0)
     images, labels = torch.randn(200, 20), torch.randint(3, (200,))
-    model = DistributedDataParallel(nn.Sequential(nn.Linear(20, 32), nn.ReLU(), nn.Linear(32, 3)))
+    model = nn.Sequential(nn.Linear(20, 32), nn.ReLU(), nn.Linear(32, 3))
+    model = fully_shard(model) if "--shard" in sys.argv else DistributedDataParallel(model)
     data = TensorDataset(images, labels)
     loader = DataLoader(data, batch_size=25, sampler=DistributedSampler(data, shuffle=False))
     loss_fn = nn.CrossEntropyLoss()

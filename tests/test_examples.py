@@ -34,3 +34,15 @@ def test_example_runs(example, tmp_path):
         assert report["fisher_trace_share"].sum() == pytest.approx(1)
         assert (report["fisher_trace"] > report["grad_sq_norm"]).all()
         assert (tmp_path / "report.png").stat().st_size > 10_000
+
+
+def test_sharded_on_two_ranks(tmp_path):
+    """FSDP2 or not, the ranks print the table of a single process."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [str(ROOT / "examples" / "distributed.py"), "--shard"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    alone = run(ROOT / "examples" / "distributed.py", tmp_path)
+    assert "100 samples on this rank, 200 on all of 2" in result.stdout
+    assert result.stdout.splitlines()[1:] == alone.splitlines()[1:]

@@ -182,7 +182,9 @@ class Analysis:
     @contextmanager
     def differentiable(self) -> Iterator[None]:
         """All analysed parameters require a gradient inside."""
-        frozen = [p for p in {*self.table.tensors, *self.table.leaves} if not p.requires_grad]
+        coded = {id(self.table.tensors[position]) for position in self.table.coded}
+        wanted = {id(p): p for p in (*self.table.tensors, *self.table.leaves) if id(p) not in coded}
+        frozen = [p for p in wanted.values() if not p.requires_grad]
         try:
             for p in frozen:
                 p.requires_grad_(True)

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from torch_secorder.errors import ArgumentError, UnsupportedError
-from torch_secorder.sharding import Ranks, gathered, refuse_unknown, written_class
+from torch_secorder.sharding import Ranks, gathered, is_spread, refuse_unknown, written_class
 
 # Path components that wrappers add to a module's name and that its owner never wrote.
 WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
@@ -33,6 +34,7 @@ class ParameterTable:
         tensors: the parameters themselves.
         leaves: what the autograd graph has in their place: the same, or what FSDP2 gathers them into.
         ranks: those that hold the model together with this one.
+        coded: positions of those that hold codes (quantized weights), in which autograd gives no gradient.
         rows: what the report says of them.
     """
 
@@ -50,6 +52,12 @@ class ParameterTable:
             raise UnsupportedError(f"{', '.join(lazy)}: not initialised yet; run the model once before analysing it")
         self.tensors: list[Tensor] = [p for _, p in named]
         self.rows = [_row(name, p, owners) for name, p in named]
+        self.coded = {position for position, p in enumerate(self.tensors) if _is_coded(p)}
+        if trained := [self.names[position] for position in self.coded if self.tensors[position].requires_grad]:
+            raise UnsupportedError(
+                f"{', '.join(trained)}: a {type(self.tensors[min(self.coded)]).__name__} that requires a gradient; what is "
+                "quantized can be analysed frozen (requires_grad_(False)), from its layer's inputs and output gradients"
+            )
         self.leaves, self.ranks = self.tensors, Ranks()
         self._positions = {id(p): position for position, p in enumerate(self.tensors)}
 
@@ -75,6 +83,10 @@ class ParameterTable:
         """The module's own analysed parameters: local name -> position."""
         found = ((local, self.position(p)) for local, p in module._parameters.items())
         return {local: position for local, position in found if position is not None}
+
+
+def _is_coded(p: Tensor) -> bool:
+    return not is_spread(p) and (not p.is_floating_point() or is_traceable_wrapper_subclass(p))
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -50,6 +50,7 @@ class Run(Passes):
         self._capture = Capture(
             *(model, sites, self._arrived, plan.batch_axis, plan.guards),
             on_end=self.audited,
+            anchored=bool(table.coded),
         )
         self._arguments: Any = None
         self.random = False
@@ -87,7 +88,9 @@ class Run(Passes):
             return
         few = rows(self._arguments, [0, 1, 2], n, axis)
         capture = Capture(
-            *(self._model, self._plan.sites, lambda record, grad: None, axis), on_end=lambda *found: audit.uses(*found)
+            *(self._model, self._plan.sites, lambda record, grad: None, axis),
+            on_end=lambda *found: audit.uses(*found),
+            anchored=bool(self._table.coded),
         )
         audit = Audit(self._table, lambda use, grads: None, axis, self._memory)
         self._capture.active = False

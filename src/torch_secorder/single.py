@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor
 from torch_secorder.capture import probe
 from torch_secorder.errors import LifecycleError, VerificationError
 from torch_secorder.per_sample import row_squares, widened
-from torch_secorder.sharding import whole
+from torch_secorder.sharding import is_spread, whole
 from torch_secorder.trees import mapped, rows, sample_axis, shrunk, tensors
 
 
@@ -28,6 +30,22 @@ def norms_of_first(loss: Tensor, outputs: Sequence[Tensor], parameters: Sequence
     with torch.enable_grad(), probe([x for x, _ in pairs]) as roots:
         found = torch.autograd.grad(roots, list(parameters), alone, retain_graph=True, allow_unused=True)
     return squares(found)
+
+
+def squares_of(root: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+    """``||gradient of root||^2`` of each parameter, in float64, of which there is never more than one gradient at once."""
+    norms = torch.zeros(len(parameters), dtype=torch.float64)
+
+    def arrived(position: int, grad: Tensor) -> Tensor | None:
+        norms[position] = squares([grad])[0]
+        # What is handed on instead takes no memory.
+        return None if grad.is_sparse or is_spread(grad) else grad.new_zeros(()).expand_as(grad)
+
+    with ExitStack() as hooks:
+        for position, p in enumerate(parameters):
+            hooks.callback(p.register_hook(partial(arrived, position)).remove)
+        torch.autograd.grad(root, list(parameters), allow_unused=True)
+    return norms
 
 
 def squares(gradients: Sequence[Tensor | None]) -> Tensor:

@@ -15,7 +15,7 @@ from torch_secorder.analysis import Analysis, Batch
 from torch_secorder.errors import VerificationError
 from torch_secorder.passes import HALF
 from torch_secorder.run import called, fork_random, undisturbed
-from torch_secorder.single import compare, squares
+from torch_secorder.single import compare, squares_of
 from torch_secorder.trees import mapped, rows, sample_axis, tensors
 
 
@@ -61,7 +61,8 @@ def verified(
         loss: from the model's outputs to a sum over samples.
         inputs: a batch.
         batch: what the analysis says of it.
-        by_autograd: differentiate the sample's loss by plain autograd, which also checks the rules; else by the rules, which
+        by_autograd: differentiate the sample's loss by plain autograd, which also checks the rules, unless a weight is
+            quantized, so that it has no gradient there; else by the rules, which
             needs no parameter gradient and still shows a batch axis mistaken for another and samples that are coupled.
 
     Raises:
@@ -84,11 +85,9 @@ def verified(
         def among_the_rest(own: Any) -> Tensor:
             return loss(mapped(partial(_inserted, tensors(own), n, axis), batch.outputs))
 
-        if by_autograd:
+        if by_autograd and not analysis.table.coded:
             with torch.enable_grad(), analysis.differentiable():
-                outputs = called(analysis.model, alone)
-                found = torch.autograd.grad(among_the_rest(outputs), analysis.table.leaves, allow_unused=True)
-            norms = squares(found)
+                norms = squares_of(among_the_rest(called(analysis.model, alone)), analysis.table.leaves)
         else:
             norms = analysis.of(among_the_rest, alone).samples.norms[:, 0].detach().double().cpu()
     half = torch.is_autocast_enabled() or any(
