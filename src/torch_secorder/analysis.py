@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from torch_secorder.errors import ArgumentError, CoverageError
-from torch_secorder.graph import memory_of, used_by_loss
+from torch_secorder.graph import memory_of, one_at_a_time, used_by_loss
+from torch_secorder.hooks import at_last
 from torch_secorder.likelihoods import Likelihood, likelihood
 from torch_secorder.parameters import ParameterTable, unwrapped
 from torch_secorder.passes import Samples
@@ -104,7 +105,7 @@ class Analysis:
         self.model = unwrapped(model)
         self.table = ParameterTable(self.model, parameters)
         self._create_graph, self.memory = create_graph, memory_of(self.model, batch_axis)
-        with self.differentiable():
+        with one_at_a_time(self.model), self.differentiable():
             self._plan = planned(self.model, self.table, batch_axis)
         self.batch_axis = self._plan.batch_axis
 
@@ -148,13 +149,14 @@ class Analysis:
     def differentiable(self) -> Iterator[None]:
         """All analysed parameters require a gradient inside."""
         frozen = [p for p in self.table.tensors if not p.requires_grad]
-        try:
+
+        def require(wanted: bool) -> None:
             for p in frozen:
-                p.requires_grad_(True)
+                p.requires_grad_(wanted)
+
+        with at_last(partial(require, False)):
+            require(True)
             yield
-        finally:
-            for p in frozen:
-                p.requires_grad_(False)
 
     @contextmanager
     def _prepared(self) -> Iterator[Run]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from torch_secorder.analysis import Analysis, Batch, FisherKind, fresh_generator, logits, positive_int
 from torch_secorder.errors import ArgumentError
+from torch_secorder.graph import one_at_a_time
 from torch_secorder.likelihoods import random_signs
 from torch_secorder.plan import BatchAxis
 from torch_secorder.report import By, Report
@@ -101,19 +102,22 @@ def fisher_report(
     analysis = Analysis(model, parameters, batch_axis)
     statistics = Statistics(analysis.table.names, [row.shape for row in analysis.table.rows])
     for number, (inputs, targets) in enumerate(_batches(data, max_batches, progress)):
-        if fisher == "empirical":
-            assert loss_fn is not None
-            analyse = partial(analysis.empirical, loss_fn, inputs, targets)
-            first = verify and number == 0
-            batch = (
-                trusted(analysis, analyse, partial(_check, analysis, loss_fn, inputs, targets)) if first else analyse()
-            )
-            samples, reduction = batch.samples, reduction or batch.reduction
-        else:
-            if verify and number == 0:
-                analyse = partial(analysis.of, _projection, inputs)
-                trusted(analysis, analyse, partial(verified, analysis, _projection, inputs))
-            samples = analysis.fisher(kind, inputs, targets, generator)
+        with one_at_a_time(analysis.model):
+            if fisher == "empirical":
+                assert loss_fn is not None
+                analyse = partial(analysis.empirical, loss_fn, inputs, targets)
+                first = verify and number == 0
+                batch = (
+                    trusted(analysis, analyse, partial(_check, analysis, loss_fn, inputs, targets))
+                    if first
+                    else analyse()
+                )
+                samples, reduction = batch.samples, reduction or batch.reduction
+            else:
+                if verify and number == 0:
+                    analyse = partial(analysis.of, _projection, inputs)
+                    trusted(analysis, analyse, partial(verified, analysis, _projection, inputs))
+                samples = analysis.fisher(kind, inputs, targets, generator)
         statistics.update(samples.norms, {}, samples.rules, samples.reached, {})
     if not statistics.n:
         raise ArgumentError("data has no batch")

@@ -8,7 +8,9 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
+from threading import RLock
 from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,7 @@ from torch.autograd.graph import Node
 from torch_secorder.capture import Capture, current_backward, probing
 from torch_secorder.errors import ArgumentError, CoverageError, LifecycleError
 from torch_secorder.graph import Audit, Memory, Use
+from torch_secorder.hooks import Attached, Hooks
 from torch_secorder.parameters import ParameterTable, named_modules, unwrapped
 from torch_secorder.passes import Output, Pass
 from torch_secorder.per_sample import direction, widened
@@ -40,7 +43,7 @@ class _OpenPass:
     error: Exception | None = None
 
 
-class FisherMonitor(Results):
+class FisherMonitor(Attached, Results):
     r"""Exact empirical-Fisher traces of every parameter, from the forward and backward passes that run inside.
 
     With samples n = 1..N, l_n a sample's loss and g_n its gradient, the contribution of parameter p is
@@ -118,8 +121,9 @@ class FisherMonitor(Results):
         self._all = parameters == "all"
         self._memory = Memory()
         self._capture: Capture | None = None
-        self._handles = ExitStack()
-        self._passes: dict[int, _OpenPass] = {}
+        self._hooks = Hooks()
+        self._passes: WeakValueDictionary[int, _OpenPass] = WeakValueDictionary()
+        self._turn = RLock()  # several threads may train the model
         self._outputs: list[weakref.ref[Tensor]] = []  # of the model's latest call
         self._expected: Tensor | None = None  # the first sample's squared norms, where they are to be verified
         self._parents: dict[int, int] = {}  # a backward pass inside of another one (checkpointing) -> the outer one
@@ -129,30 +133,31 @@ class FisherMonitor(Results):
     def __enter__(self) -> FisherMonitor:
         if self._capture is not None:
             raise LifecycleError("this monitor is active already; leave its block first, or use a second monitor")
+        return super().__enter__()
+
+    def _attach(self) -> None:
         plan = planned(self._model, self._table, self._batch_axis)
         sites = plan.sites + (plan.watched(self._model) if self._statistics.keeps["activations"] else [])
         audit = Audit(self._table, self._used, plan.batch_axis, self._memory)
-        capture = Capture(
+        self._capture = Capture(
             *(self._model, sites, self._arrived, plan.batch_axis, plan.guards),
             anchored=self._all,
             on_replay=self._opened,
             on_end=partial(self._ended, audit.uses),
             every=self._every,
         )
-        with ExitStack() as handles:
-            handles.enter_context(capture)
-            for position, tensor in enumerate(self._table.tensors):
-                if tensor.requires_grad:
-                    handles.callback(tensor.register_hook(partial(self._gradient, position)).remove)
-            self._handles = handles.pop_all()
-        self._capture = capture
-        return self
+        self._capture.__enter__()
+        for position, tensor in enumerate(self._table.tensors):
+            if tensor.requires_grad:
+                self._hooks.add(tensor, tensor.register_hook, partial(self._gradient, position))
 
-    def __exit__(self, *exc_info: object) -> None:
-        self._capture = None
+    def _detach(self) -> None:
         self._passes.clear()
         self._parents.clear()
-        self._handles.close()
+        self._hooks.remove()
+        if self._capture is not None:
+            self._capture.__exit__()
+            self._capture = None
 
     def _ended(self, audit: Callable[[Forward, Any], object], forward: Forward, outputs: Any) -> None:
         """The model returns."""
@@ -241,8 +246,9 @@ class FisherMonitor(Results):
                 keep=self._repeated_calls == "new",
                 checks=self._statistics.passes.bit_count() < 2,
             )
-            self._passes[task] = _OpenPass(collected)
-            _at_the_end(partial(self._closed, task))
+            current = self._passes[task] = _OpenPass(collected)
+            # Autograd alone keeps it: a pass that an exception breaks off is gone with its traceback.
+            _at_the_end(partial(self._closed, task, current))
         return self._passes[task]
 
     def verify(self, loss: Tensor) -> None:
@@ -276,15 +282,15 @@ class FisherMonitor(Results):
             )
         self._expected = norms_of_first(loss, outputs, self._table.tensors, self._capture.batch_axis)
 
-    def _closed(self, task: int) -> None:
+    def _closed(self, task: int, current: _OpenPass) -> None:
         """A backward pass is over: count it, or raise why not. The user's gradients are complete by now."""
-        current = self._passes.pop(task, None)
-        if current is None or self._capture is None:
+        if self._passes.pop(task, None) is None or self._capture is None:
             return
-        self._parents.clear()
+        for inner in [inner for inner, outer in self._parents.items() if outer == task]:
+            del self._parents[inner]
         self._capture.loose = Forward(inside=False)
         try:
-            with torch.no_grad(), full_precision():
+            with torch.no_grad(), full_precision(), self._turn:
                 self._count(current)
         except Exception as error:
             # Behind whatever else waits for the end of this pass, DistributedDataParallel's reduction for one.

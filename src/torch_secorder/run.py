@@ -15,13 +15,14 @@ from torch_secorder.backward import Passes
 from torch_secorder.capture import Capture
 from torch_secorder.errors import ArgumentError, ShapeError
 from torch_secorder.graph import Audit, Memory
+from torch_secorder.hooks import Attached, at_last
 from torch_secorder.parameters import ParameterTable
 from torch_secorder.plan import Plan
 from torch_secorder.records import Record
 from torch_secorder.trees import mapped, rows, sample_axis, shrunk, tensors
 
 
-class Run(Passes):
+class Run(Attached, Passes):
     """``with Run(...) as run: outputs = run(inputs); samples = run.backward(loss)``: one forward of a model under hooks.
 
     Args:
@@ -39,6 +40,7 @@ class Run(Passes):
         self._capture = Capture(
             *(model, plan.sites, self._arrived, plan.batch_axis, plan.guards),
             on_end=self.audited,
+            alone=True,
         )
         self._arguments: Any = None
         self.random = False
@@ -47,12 +49,11 @@ class Run(Passes):
         """Whether gradients that arrive now are of the pass under way, and not of a rehearsal."""
         return self._capture.active and super().active()
 
-    def __enter__(self) -> Run:
+    def _attach(self) -> None:
         self._capture.__enter__()
-        return self
 
-    def __exit__(self, *exc_info: object) -> None:
-        self._capture.__exit__(*exc_info)
+    def _detach(self) -> None:
+        self._capture.__exit__()
         for record in self._records:
             record.inputs, record.kwargs = None, {}  # the graph, which may outlive this, has the records in its hooks
         self._starts, self._arguments, self._records = [], None, []
@@ -124,16 +125,18 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         if getattr(m, "max_norm", None) is not None:
             kept += [(m._parameters, name, p) for name, p in m._parameters.items() if p is not None]
     before = [(owner, name, value, value._version, value.detach().clone()) for owner, name, value in kept]
-    try:
+
+    @torch.no_grad()
+    def restore() -> None:
+        for owner, name, tensor, version, value in before:
+            # (The kernel that updates running statistics counts no version. What is untouched must stay so, for a later
+            # backward pass may want it.)
+            if tensor._version != version or not torch.equal(tensor, value):
+                tensor.copy_(value)
+            owner[name] = tensor
+
+    with at_last(restore):
         yield
-    finally:
-        with torch.no_grad():
-            for owner, name, tensor, version, value in before:
-                # (The kernel that updates running statistics counts no version. What is untouched must stay so, for a later
-                # backward pass may want it.)
-                if tensor._version != version or not torch.equal(tensor, value):
-                    tensor.copy_(value)
-                owner[name] = tensor
 
 
 def reduction_of(

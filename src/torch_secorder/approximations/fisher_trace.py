@@ -22,7 +22,7 @@ from torch_secorder.errors import (
     SlowFallbackWarning,
     UnsupportedError,
 )
-from torch_secorder.graph import Memory, memory_of, without_second_derivative
+from torch_secorder.graph import Memory, memory_of, one_at_a_time, without_second_derivative
 from torch_secorder.parameters import ParameterTable, unwrapped
 from torch_secorder.per_sample import widened
 from torch_secorder.results import checked
@@ -90,7 +90,8 @@ def empirical_fisher_trace(
         verified(analysis, lambda outputs: loss_fn(outputs, targets) * scale, inputs, batch, by_autograd=False)
 
     analyse = partial(analysis.empirical, loss_fn, inputs, targets)
-    batch = analyse() if create_graph else trusted(analysis, analyse, check, loss_fn)
+    with one_at_a_time(analysis.model):
+        batch = analyse() if create_graph else trusted(analysis, analyse, check, loss_fn)
     return _as_result(batch.samples.norms.sum(0), batch.reduction, analysis.table)
 
 
@@ -178,7 +179,8 @@ def generalized_fisher_trace(
     checked_targets(targets, len(outputs))
     kind = FisherKind(loss_type, labels, num_samples, ignore_index, class_axis, positive_int("max_passes", max_passes))
     _, seeds = kind.seeds(outputs if create_graph else outputs.detach(), targets, fresh_generator(generator))
-    norms = _squared_norms(outputs, seeds, table, memory_of(unwrapped(model), None), create_graph)
+    with one_at_a_time(unwrapped(model)):
+        norms = _squared_norms(outputs, seeds, table, memory_of(unwrapped(model), None), create_graph)
     return _as_result(norms, reduction, table)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from torch_secorder.analysis import fresh_generator, positive_int
 from torch_secorder.errors import ArgumentError, CoverageError, NonFiniteError, UnsupportedError
+from torch_secorder.graph import one_at_a_time
 from torch_secorder.likelihoods import random_signs
 from torch_secorder.parameters import ParameterTable, unwrapped
 from torch_secorder.report import By, Report
@@ -86,7 +87,7 @@ def hessian_trace(
     bare = unwrapped(model)
     table = ParameterTable(bare)
     statistics = Statistics(table.names, [row.shape for row in table.rows])
-    with undisturbed(bare), torch.enable_grad(), twice_differentiable(True):
+    with one_at_a_time(bare), undisturbed(bare), torch.enable_grad(), twice_differentiable(True):
         loss = checked_loss(loss_fn(called(bare, inputs), targets), 1, targets)
         gradients = _gradients(loss, table)
         reached = {position for position, g in enumerate(gradients) if g.requires_grad}

@@ -37,7 +37,7 @@ class Audit:
 
     Attributes:
         structure: of the latest graph.
-        hooks: on the nodes of all graphs so far, for graphs that outlive the audit.
+        hooks: on the nodes of the latest graph, which may outlive the audit.
     """
 
     def __init__(
@@ -67,6 +67,7 @@ class Audit:
             ShapeError: if a call's samples can't be found.
             CoverageError: if a parameter's use can't be taken apart by samples.
         """
+        self.hooks.pop_all()  # earlier graphs keep theirs
         roots = [x for x in tensors(outputs) if x.requires_grad]
         walk = Walk(roots, forward, self._leaves)
         self.structure = walk.structure(forward.n)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
+from threading import RLock
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -73,6 +74,14 @@ def memory_of(model: nn.Module, batch_axis: int | Mapping[str, int] | None) -> M
     """What was found out about a model before, for callers that check a sample now and then."""
     key = tuple(sorted(batch_axis.items())) if isinstance(batch_axis, Mapping) else batch_axis
     return _memories.setdefault(model, {}).setdefault(key, Memory())
+
+
+_turns: WeakKeyDictionary[nn.Module, RLock] = WeakKeyDictionary()
+
+
+def one_at_a_time(model: nn.Module) -> RLock:
+    """A lock for what changes a model for a while, or what is known of it: other threads wait for their turn."""
+    return _turns.setdefault(model, RLock())
 
 
 class Look:
