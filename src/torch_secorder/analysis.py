@@ -160,17 +160,14 @@ class Analysis:
 
     @contextmanager
     def _prepared(self) -> Iterator[Run]:
-        with (
-            undisturbed(self.model),
-            torch.enable_grad(),
-            self.differentiable(),
-            Run(
-                *(self.model, self.table, self._plan, self.memory),
-                create_graph=self._create_graph,
-                # A graph of the checks would be kept along with the result's, so that there is none.
-                trusting=self.memory.trusting and not self._create_graph,
-            ) as run,
-        ):
+        run = Run(
+            *(self.model, self.table, self._plan, self.memory),
+            create_graph=self._create_graph,
+            # A graph of the checks would be kept along with the result's, so that there is none.
+            trusting=self.memory.trusting and not self._create_graph,
+        )
+        # (Left twice: an interruption at the first instruction of an __exit__ is one that it can't help.)
+        with undisturbed(self.model), torch.enable_grad(), self.differentiable(), at_last(run.__exit__), run:
             yield run
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from torch_secorder.errors import CoverageError, ShapeError, UnsupportedError
-from torch_secorder.hooks import Attached, Hooks
+from torch_secorder.hooks import Attached, Hook, Hooks
 from torch_secorder.placement import Placement
 from torch_secorder.records import Forward, Record, Site
 from torch_secorder.trees import tensors
@@ -104,7 +104,7 @@ class Capture(Attached):
         self.active = False
 
     def _attach(self) -> None:
-        hook, add = partial(_Hook, self), self._hooks.add
+        hook, add = partial(Hook, self), self._hooks.add
         add(self._model, self._model.register_forward_pre_hook, hook("begin"), prepend=True, with_kwargs=True)
         for site in self._sites:
             # First in line: a user's hook may return something else than what the module computed.
@@ -243,19 +243,6 @@ class Capture(Attached):
     def _fired(self, record: Record, output_nr: int, grads: tuple[Tensor | None, ...]) -> None:
         if self.active and not probing() and record.placement is not None and (grad := grads[output_nr]) is not None:
             self._on_gradient(record, grad)
-
-
-class _Hook:
-    """A hook of ours. A copy of the model (deepcopy, pickle) gets one that does nothing, and not the monitor with it."""
-
-    def __init__(self, capture: Capture | None, method: str = "", *first: Any):
-        self._call = None if capture is None else partial(getattr(capture, method), *first)
-
-    def __call__(self, *args: Any) -> Any:
-        return None if self._call is None else self._call(*args)
-
-    def __reduce__(self) -> tuple[type[_Hook], tuple[None]]:
-        return (_Hook, (None,))
 
 
 def output_edge(output: Tensor, site: Site) -> GradientEdge:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -54,11 +55,30 @@ class Attached(ABC):
         """Undo what :meth:`_attach` did, all or a part of it, also if that is undone already."""
 
 
+class Hook:
+    """A method of an object as a hook, which does not keep the object alive.
+
+    A copy of the model (deepcopy, pickle) gets one that does nothing, and not the object with it.
+    """
+
+    def __init__(self, owner: object, method: str = "", *first: Any):
+        self._of, self._method, self._first = None if owner is None else weakref.ref(owner), method, first
+
+    def __call__(self, *args: Any) -> Any:
+        """The method's answer, if its owner is still there."""
+        owner = None if self._of is None else self._of()
+        return None if owner is None else getattr(owner, self._method)(*self._first, *args)
+
+    def __reduce__(self) -> tuple[type[Hook], tuple[None]]:
+        return (Hook, (None,))
+
+
 class Hooks:
     """Hooks of ours on modules and tensors.
 
     They are found again where they are, and not by the handles that torch gave: an interruption between the moment when a
-    hook is there and the one when its handle is kept, a Ctrl-C say, would leave it on the user's model for good.
+    hook is there and the one when its handle is kept, a Ctrl-C say, would leave it on the user's model for good. An interruption
+    at the first instruction of ``__exit__`` is the one that no block can help; then they go with whoever held them.
     """
 
     def __init__(self) -> None:
@@ -74,6 +94,8 @@ class Hooks:
         for owner, hook in self._ours:
             _take(owner, hook)
         self._ours = []
+
+    __del__ = remove
 
 
 def _take(owner: Owner, hook: Callable[..., Any]) -> None:

@@ -19,7 +19,7 @@ from torch.autograd.graph import Node
 from torch_secorder.capture import Capture, current_backward, probing
 from torch_secorder.errors import ArgumentError, CoverageError, LifecycleError
 from torch_secorder.graph import Audit, Memory, Use
-from torch_secorder.hooks import Attached, Hooks
+from torch_secorder.hooks import Attached, Hook, Hooks
 from torch_secorder.parameters import ParameterTable, named_modules, unwrapped
 from torch_secorder.passes import Output, Pass
 from torch_secorder.per_sample import direction, widened
@@ -149,7 +149,7 @@ class FisherMonitor(Attached, Results):
         self._capture.__enter__()
         for position, tensor in enumerate(self._table.tensors):
             if tensor.requires_grad:
-                self._hooks.add(tensor, tensor.register_hook, partial(self._gradient, position))
+                self._hooks.add(tensor, tensor.register_hook, Hook(self, "_gradient", position))
 
     def _detach(self) -> None:
         self._passes.clear()

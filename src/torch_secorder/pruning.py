@@ -18,7 +18,7 @@ from torch.nn.utils import prune as torch_prune
 
 from torch_secorder.capture import current_backward, output_edge, probing
 from torch_secorder.errors import ArgumentError, CoverageError, LifecycleError, NonFiniteError, ShapeError
-from torch_secorder.hooks import Attached, Hooks
+from torch_secorder.hooks import Attached, Hook, Hooks
 from torch_secorder.monitor import FisherMonitor
 from torch_secorder.parameters import named_modules, plain_name, unwrapped
 from torch_secorder.records import Site
@@ -312,7 +312,7 @@ class ChannelGates(Attached):
     def _attach(self) -> None:
         for site in self._sites:
             add = site.module.register_forward_hook
-            self._hooks.add(site.module, add, partial(self._seen, site), prepend=True, with_kwargs=True)
+            self._hooks.add(site.module, add, Hook(self, "_seen", site), prepend=True, with_kwargs=True)
         self._active = True
 
     def _detach(self) -> None:
