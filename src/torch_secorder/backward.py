@@ -17,6 +17,7 @@ from torch_secorder.errors import CoverageError, UnsupportedError
 from torch_secorder.graph import Audit, Memory, Use
 from torch_secorder.parameters import ParameterTable
 from torch_secorder.passes import Pass, Samples
+from torch_secorder.per_sample import explained
 from torch_secorder.records import Forward, Record
 
 
@@ -118,7 +119,10 @@ class Passes:
                     raise self._error
                 if self._pass:
                     self._memory.warned = self._memory.warned or self._pass.warned()
-                    return self._pass.finish()
+                    try:
+                        return self._pass.finish()
+                    except Exception as error:
+                        raise explained(error)  # noqa: B904  # which names its cause itself
         raise CoverageError("the loss does not depend on any analysed parameter through a differentiable way")
 
     def _gradients(self, root: Tensor, inputs: list[Any], seed: Tensor | None, retain: bool) -> Sequence[Tensor | None]:
@@ -156,4 +160,4 @@ class Passes:
             try:
                 action()
             except Exception as error:
-                self._error = error
+                self._error = explained(error)

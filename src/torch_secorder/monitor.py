@@ -22,7 +22,7 @@ from torch_secorder.graph import Audit, Memory, Use
 from torch_secorder.hooks import Attached, Hook, Hooks
 from torch_secorder.parameters import ParameterTable, named_modules, unwrapped
 from torch_secorder.passes import Output, Pass
-from torch_secorder.per_sample import direction, widened
+from torch_secorder.per_sample import direction, explained, widened
 from torch_secorder.plan import BatchAxis, planned
 from torch_secorder.records import Forward, Record
 from torch_secorder.results import Results, checked
@@ -235,7 +235,7 @@ class FisherMonitor(Attached, Results):
             else:
                 action(current, *args)
         except Exception as error:
-            current.error = error
+            current.error = explained(error)
 
     def _opened(self, task: int) -> _OpenPass:
         if task not in self._passes:
@@ -294,7 +294,7 @@ class FisherMonitor(Attached, Results):
                 self._count(current)
         except Exception as error:
             # Behind whatever else waits for the end of this pass, DistributedDataParallel's reduction for one.
-            _at_the_end(partial(_raise, error))
+            _at_the_end(partial(_raise, explained(error)))
 
     def _count(self, current: _OpenPass) -> None:
         if current.error is not None:

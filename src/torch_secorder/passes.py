@@ -23,7 +23,7 @@ from torch_secorder.errors import (
 )
 from torch_secorder.graph import Use
 from torch_secorder.parameters import ParameterTable
-from torch_secorder.per_sample import Carried, Dense, PerSampleGradient, direction
+from torch_secorder.per_sample import Carried, Dense, PerSampleGradient, direction, in_halves
 from torch_secorder.placement import Grouping
 from torch_secorder.records import Call, Forward, Record
 from torch_secorder.rules.nodes import gradient_at, has_rule
@@ -241,10 +241,11 @@ class Pass:
         """Settle a parameter, or hold its gradient until all of its uses are there."""
         self._rules[position][f"{rule} ({form.algorithm})"] = None
         if self.checks:
-            along = form.projection(*direction(form.shape, form.like))
+            left, right = direction(form.shape, form.like)
+            along = in_halves(form, lambda part: part.projection(left, right), torch.add)
             before, size = block.projections.get(position, (torch.zeros_like(along), 0.0))
             # Uses of one parameter may cancel; rounding goes by the size of each.
-            own = math.sqrt(float(form.squared_norm().double().sum()) * block.n)
+            own = math.sqrt(float(_norms(form).double().sum()) * block.n)
             block.projections[position] = before + along, size + own
         if self._repeated == "same" or forward.calls[position] > 1:
             if isinstance(form, Carried) and form.layout is None:
@@ -319,19 +320,19 @@ class Pass:
             if len(waiting) == TOGETHER:
                 self._flush(form.signature)
             return
-        norms = block.norms[position] = form.squared_norm()
+        norms = block.norms[position] = _norms(form)
         if self._diagonal:
             finite = norms.isfinite()
             if bool(finite.any()):
                 part = form if bool(finite.all()) else form.select(finite.nonzero().squeeze(1))
-                block.squares[position] = part.sum_of_squares()
+                block.squares[position] = in_halves(part, PerSampleGradient.sum_of_squares, torch.add)
 
     def _flush(self, signature: Hashable) -> None:
         """The norms of small gradients that waited for others of their kind."""
         waiting = self._waiting.pop(signature)
         forms = [form for _, _, form in waiting]
         form = forms[0] if len(forms) == 1 else type(forms[0]).stacked(forms)
-        for (block, position, _), norms in zip(waiting, form.squared_norm().split(forms[0].n), strict=True):
+        for (block, position, _), norms in zip(waiting, _norms(form).split(forms[0].n), strict=True):
             block.norms[position] = norms
 
     def _stacked(self, block: Block) -> Tensor:
@@ -363,6 +364,10 @@ class Pass:
         norms = samples.norms[:, kept]
         finite = {name: [Output(_finite(c.norms), c.moments) for c in calls] for name, calls in samples.outputs.items()}
         return replace(samples, norms=norms, outputs=finite, skipped=len(rows))
+
+
+def _norms(form: PerSampleGradient) -> Tensor:
+    return in_halves(form, PerSampleGradient.squared_norm, lambda a, b: torch.cat([a, b]))
 
 
 def _finite(norms: Tensor) -> Tensor:

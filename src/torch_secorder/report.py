@@ -54,6 +54,8 @@ class Report:
         frame.attrs.update(
             reduction=self._reduction, fisher=self._fisher, n_samples=statistics.n, n_passes=statistics.passes
         )
+        if statistics.n_skipped:
+            frame.attrs["n_skipped"] = statistics.n_skipped
         if statistics.gradient_passes:
             frame.attrs["mean_inverse_batch_size"] = statistics.inverse_batch_sizes / statistics.gradient_passes
         return frame

@@ -65,7 +65,8 @@ class Results:
         Returns:
             A DataFrame with the columns ``module``, ``module_type``, ``shape``, ``numel`` (by group: ``n_parameters``,
             ``numel``), then ``fisher_trace``, ``fisher_trace_stderr``, ``fisher_trace_share``, ``fisher_mean``,
-            ``grad_sq_norm`` and ``rule``. Its ``attrs`` say ``reduction``, ``fisher``, ``n_samples`` and ``n_passes``.
+            ``grad_sq_norm`` and ``rule``. Its ``attrs`` say ``reduction``, ``fisher``, ``n_samples``, ``n_passes``
+            and, where ``nonfinite="skip"`` left out samples, ``n_skipped``.
 
         Raises:
             LifecycleError: if no sample was seen.

@@ -16,6 +16,7 @@ from torch_secorder.per_sample.carried import Carried
 from torch_secorder.per_sample.convolution import Convolution
 from torch_secorder.per_sample.outer import Outer
 from torch_secorder.per_sample.rows import Rows
+from torch_secorder.per_sample.scarce import explained, in_halves
 
 __all__ = [
     "Carried",
@@ -26,6 +27,8 @@ __all__ = [
     "Rows",
     "Sum",
     "direction",
+    "explained",
+    "in_halves",
     "row_squares",
     "widened",
 ]
