@@ -103,8 +103,9 @@ class Analysis:
         create_graph: bool = False,
     ):
         self.model = unwrapped(model)
-        self.table = ParameterTable(self.model, parameters)
         self._create_graph, self.memory = create_graph, memory_of(self.model, batch_axis)
+        with one_at_a_time(self.model):
+            self.table = ParameterTable(self.model, parameters)
         with one_at_a_time(self.model), self.differentiable():
             self._plan = planned(self.model, self.table, batch_axis)
         self.batch_axis = self._plan.batch_axis

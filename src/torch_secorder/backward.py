@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from torch_secorder.capture import probe, probing
-from torch_secorder.errors import CoverageError, UnsupportedError
+from torch_secorder.errors import CoverageError, NonFiniteError, UnsupportedError
 from torch_secorder.graph import Audit, Memory, Use
 from torch_secorder.parameters import ParameterTable
 from torch_secorder.passes import Pass, Samples
@@ -123,6 +123,11 @@ class Passes:
                         return self._pass.finish()
                     except Exception as error:
                         raise explained(error)  # noqa: B904  # which names its cause itself
+        if not bool(root.isfinite().all()):
+            raise NonFiniteError(
+                "the outputs or their loss are not finite, in the first batch in which it was looked for where the model has its "
+                "samples, which such a batch can't show"
+            )
         raise CoverageError("the loss does not depend on any analysed parameter through a differentiable way")
 
     def _gradients(self, root: Tensor, inputs: list[Any], seed: Tensor | None, retain: bool) -> Sequence[Tensor | None]:

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from torch_secorder.capture import Capture, current_backward, probing
-from torch_secorder.errors import ArgumentError, CoverageError, LifecycleError
-from torch_secorder.graph import Audit, Memory, Use
+from torch_secorder.errors import ArgumentError, CoverageError, LifecycleError, NonFiniteError
+from torch_secorder.graph import Audit, Memory, Use, one_at_a_time
 from torch_secorder.hooks import Attached, Hook, Hooks
 from torch_secorder.parameters import ParameterTable, named_modules, unwrapped
 from torch_secorder.passes import Output, Pass
@@ -111,7 +111,8 @@ class FisherMonitor(Attached, Results):
         if not callable(loss_scale):
             _scale(loss_scale)
         self._model = unwrapped(model)
-        table = ParameterTable(self._model, parameters)
+        with one_at_a_time(self._model):
+            table = ParameterTable(self._model, parameters)
         planned(self._model, table, batch_axis)  # refuse now what can't be right later
         self._table = table
         super().__init__(table, reduction, diagonal=diagonal, per_sample=per_sample, activations=activations)
@@ -303,9 +304,15 @@ class FisherMonitor(Attached, Results):
             return
         samples = current.collected.finish(self._nonfinite) if current.collected else None
         reached = samples.reached if samples else set()
-        if missed := [self._table.names[p] for p in current.gradients if p not in reached]:
+        if missed := [p for p in current.gradients if p not in reached]:
+            names = ", ".join(self._table.names[p] for p in missed)
+            if not all(bool(current.gradients[p].isfinite()) for p in missed):
+                raise NonFiniteError(
+                    f"the gradients of {names} are not finite, in the first batch in which it was looked for where the model "
+                    "has its samples, which such a batch can't show; it is left out as a whole"
+                )
             raise CoverageError(
-                f"the backward pass reached {', '.join(missed)} by a way that nothing accounts for: through something that the "
+                f"the backward pass reached {names} by a way that nothing accounts for: through something that the "
                 "model doesn't return, inside of re-entrant checkpointing, in compiled code, or in a forward that ran before "
                 "the monitor was entered; the batch is left out"
             )

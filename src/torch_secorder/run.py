@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from torch_secorder.backward import Passes
@@ -80,7 +81,13 @@ class Run(Attached, Passes):
         audit = Audit(self._table, lambda use, grads: None, axis, self._memory)
         self._capture.active = False
         try:
-            with fork_random(self._table.tensors), undisturbed(self._model), torch.enable_grad(), capture:
+            with (
+                fork_random(self._table.tensors),
+                same_versions(self._model),
+                undisturbed(self._model),
+                torch.enable_grad(),
+                capture,
+            ):
                 called(self._model, few)
         finally:
             self._capture.active = True
@@ -113,6 +120,11 @@ def called(model: Callable[..., Any], inputs: Any) -> Any:
 def twice_differentiable(wanted: bool) -> AbstractContextManager[object]:
     """Attention by operations that have second derivatives, where they are wanted: the fused ones have none."""
     return sdpa_kernel(SDPBackend.MATH) if wanted else nullcontext()
+
+
+def same_versions(model: nn.Module) -> AbstractContextManager[object]:
+    """What a forward changes and :func:`undisturbed` puts back is as good as untouched, for a graph that is there already."""
+    return _unsafe_preserve_version_counter((*model.parameters(), *model.buffers()))
 
 
 @contextmanager

@@ -171,7 +171,8 @@ def generalized_fisher_trace(
     if num_samples is not None:
         positive_int("num_samples", num_samples)
     outputs = logits(outputs)
-    table = ParameterTable(unwrapped(model))
+    with one_at_a_time(unwrapped(model)):
+        table = ParameterTable(unwrapped(model))
     if not outputs.requires_grad:
         raise CoverageError("the outputs carry no autograd graph: compute them outside of torch.no_grad()")
     if not outputs.dim() or not len(outputs):

@@ -85,7 +85,8 @@ def hessian_trace(
         )
     generator = fresh_generator(generator)
     bare = unwrapped(model)
-    table = ParameterTable(bare)
+    with one_at_a_time(bare):
+        table = ParameterTable(bare)
     statistics = Statistics(table.names, [row.shape for row in table.rows])
     with one_at_a_time(bare), undisturbed(bare), torch.enable_grad(), twice_differentiable(True):
         loss = checked_loss(loss_fn(called(bare, inputs), targets), 1, targets)

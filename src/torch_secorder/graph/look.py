@@ -80,7 +80,7 @@ _turns: WeakKeyDictionary[nn.Module, RLock] = WeakKeyDictionary()
 
 
 def one_at_a_time(model: nn.Module) -> RLock:
-    """A lock for what changes a model for a while, or what is known of it: other threads wait for their turn."""
+    """A lock for what changes a model for a while (which parameters require a gradient, say), and for what it would mislead."""
     return _turns.setdefault(model, RLock())
 
 
