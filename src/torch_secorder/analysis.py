@@ -38,6 +38,12 @@ class FisherKind:
     class_axis: int = 1
     max_passes: int = 10_000
 
+    def __post_init__(self) -> None:
+        for name in ("ignore_index", "class_axis"):
+            if isinstance(value := getattr(self, name), bool) or not isinstance(value, int):
+                raise ArgumentError(f"{name} must be an int, not {value!r}")
+        positive_int("max_passes", self.max_passes)
+
     def seeds(self, outputs: Tensor, targets: Any, generator: torch.Generator) -> tuple[int, Iterator[Tensor]]:
         """How many backward passes, and their seeds.
 
@@ -103,12 +109,12 @@ class Analysis:
         create_graph: bool = False,
     ):
         self.model = unwrapped(model)
-        self._create_graph, self.memory = create_graph, memory_of(self.model, batch_axis)
+        self._create_graph = create_graph
         with one_at_a_time(self.model):
             self.table = ParameterTable(self.model, parameters)
         with one_at_a_time(self.model), self.differentiable():
             self._plan = planned(self.model, self.table, batch_axis)
-        self.batch_axis = self._plan.batch_axis
+        self.batch_axis, self.memory = self._plan.batch_axis, memory_of(self.model, batch_axis)
 
     def empirical(self, loss_fn: Callable[[Any, Any], Tensor], inputs: Any, targets: Any) -> Batch:
         """Squared norms of g_n."""
@@ -195,9 +201,21 @@ def positive_int(name: str, value: object) -> int:
     return value
 
 
+def a_function(name: str, value: Any) -> None:
+    """Raise unless ``value`` can be called.
+
+    Raises:
+        ArgumentError: naming the argument.
+    """
+    if not callable(value):
+        raise ArgumentError(f"{name} must be a module or a function of (outputs, targets), not {value!r}")
+
+
 def fresh_generator(generator: torch.Generator | None) -> torch.Generator:
     """The given generator, or one of its own with a fresh seed, so that the global random state is left alone."""
     if generator is None:
         generator = torch.Generator()
         generator.seed()
+    if not isinstance(generator, torch.Generator):
+        raise ArgumentError(f"generator must be a torch.Generator, not {generator!r}")
     return generator

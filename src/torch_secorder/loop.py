@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sized
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from torch_secorder.analysis import Analysis, Batch, FisherKind, fresh_generator, logits, positive_int
+from torch_secorder.analysis import Analysis, Batch, FisherKind, a_function, fresh_generator, logits, positive_int
 from torch_secorder.errors import ArgumentError
 from torch_secorder.graph import one_at_a_time
 from torch_secorder.likelihoods import random_signs
@@ -90,8 +90,8 @@ def fisher_report(
     checked("reduction", reduction, (None, "mean", "sum"))
     if num_samples is not None and fisher != "sampled":
         raise ArgumentError(f'num_samples is for fisher="sampled", not fisher={fisher!r}')
-    if fisher == "empirical" and not callable(loss_fn):
-        raise ArgumentError('fisher="empirical" needs a loss_fn(outputs, targets)')
+    if fisher == "empirical":
+        a_function("loss_fn", loss_fn)
     if max_batches is not None:
         positive_int("max_batches", max_batches)
     k = positive_int("num_samples", 1 if num_samples is None else num_samples)
@@ -139,7 +139,9 @@ def _projection(outputs: Any) -> Tensor:
 def _batches(data: Any, max_batches: int | None, progress: bool) -> Iterable[tuple[Any, Any]]:
     if _is_pair(data) and (isinstance(data, tuple) or not all(map(_is_pair, data))):
         data = [data]
-    total = len(data) if hasattr(data, "__len__") else None
+    if not isinstance(data, Iterable):
+        raise ArgumentError(f"data must be an iterable of pairs (inputs, targets), or one such pair, not {data!r}")
+    total = len(data) if isinstance(data, Sized) else None
     if max_batches is not None:
         data, total = itertools.islice(data, max_batches), min(total or max_batches, max_batches)
     for batch in _with_progress(data, total) if progress else data:

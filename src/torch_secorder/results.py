@@ -109,6 +109,8 @@ class Results:
         Raises:
             ArgumentError: if names, shapes, reduction or what is kept differ.
         """
+        if not isinstance(other, Results):
+            raise ArgumentError(f"only monitors and what was loaded of them can be merged, not {type(other).__name__}")
         if self._reduction != other._reduction:
             raise ArgumentError(f"cannot merge reduction={other._reduction!r} into reduction={self._reduction!r}")
         self._statistics.merge(other._together())
@@ -142,6 +144,8 @@ class Results:
         Raises:
             ArgumentError: if it is of other parameters, another reduction or another kind.
         """
+        if not isinstance(state, Mapping):
+            raise ArgumentError(f"a state is a mapping as state_dict() returns it, not {type(state).__name__}")
         if state.get("reduction") != self._reduction:
             raise ArgumentError(f"the state has reduction={state.get('reduction')!r}, this monitor {self._reduction!r}")
         self._statistics.load_state_dict(state)
@@ -225,5 +229,5 @@ class Results:
 
 def checked(name: str, value: object, allowed: tuple[object, ...]) -> None:
     """Raise ArgumentError unless ``value`` is one of the allowed ones."""
-    if value not in allowed:
+    if not isinstance(value, (str, type(None))) or value not in allowed:
         raise ArgumentError(f"{name} must be one of {', '.join(map(repr, allowed))}, not {value!r}")

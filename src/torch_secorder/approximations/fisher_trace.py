@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch_secorder.analysis import Analysis, Batch, FisherKind, fresh_generator, logits, positive_int
+from torch_secorder.analysis import Analysis, Batch, FisherKind, a_function, fresh_generator, logits, positive_int
 from torch_secorder.backward import Passes
 from torch_secorder.capture import probe
 from torch_secorder.errors import (
@@ -82,6 +82,7 @@ def empirical_fisher_trace(
         Hennig (2019), "Limitations of the empirical Fisher approximation for natural gradient descent".
     """
     positive_int("num_samples", num_samples)
+    a_function("loss_fn", loss_fn)
     analysis = Analysis(model, create_graph=create_graph)
 
     def check(batch: Batch) -> None:
@@ -178,7 +179,7 @@ def generalized_fisher_trace(
     if not outputs.dim() or not len(outputs):
         raise ShapeError(f"the batch is empty: outputs of shape {tuple(outputs.shape)}")
     checked_targets(targets, len(outputs))
-    kind = FisherKind(loss_type, labels, num_samples, ignore_index, class_axis, positive_int("max_passes", max_passes))
+    kind = FisherKind(loss_type, labels, num_samples, ignore_index, class_axis, max_passes)
     _, seeds = kind.seeds(outputs if create_graph else outputs.detach(), targets, fresh_generator(generator))
     with one_at_a_time(unwrapped(model)):
         norms = _squared_norms(outputs, seeds, table, memory_of(unwrapped(model), None), create_graph)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from torch_secorder.analysis import fresh_generator, positive_int
+from torch_secorder.analysis import a_function, fresh_generator, positive_int
 from torch_secorder.errors import ArgumentError, CoverageError, NonFiniteError, UnsupportedError
 from torch_secorder.graph import one_at_a_time
 from torch_secorder.likelihoods import random_signs
@@ -79,6 +79,7 @@ def hessian_trace(
         Hutchinson (1990), "A stochastic estimator of the trace of the influence matrix for Laplacian smoothing splines".
     """
     positive_int("num_samples", num_samples)
+    a_function("loss_fn", loss_fn)
     if tolerance is not None and not (isinstance(tolerance, (int, float)) and tolerance > 0):
         raise ArgumentError(
             f"tolerance must be a positive number, or None for all num_samples probes, not {tolerance!r}"
