@@ -171,9 +171,9 @@ def reduction_of(
             few = rows(outputs, index, n, axis)
             for out in (few, mapped(shrunk, few)):
                 tgt = rows(targets, index, n, axis)
-                single.append(float(loss_fn(out, tgt)))
+                single.append(_number(loss_fn, out, tgt))
                 twice = [*range(size)] * 2
-                double.append(float(loss_fn(rows(out, twice, size, axis), rows(tgt, twice, size, axis))))
+                double.append(_number(loss_fn, rows(out, twice, size, axis), rows(tgt, twice, size, axis)))
             ratio = _ratio(double[0], single[0])
             change = _ratio(double[0] - double[1], single[0] - single[1])
             for value, name in ((1.0, "mean"), (2.0, "sum")):
@@ -191,6 +191,15 @@ def reduction_of(
         f"{' / '.join(f'{ratio:.6g}' for ratio in found)} times as large, not 1 or 2 times (a loss that compares samples "
         "with each other has no per-sample gradients)"
     )
+
+
+def _number(loss_fn: Callable[[Any, Any], Tensor], outputs: Any, targets: Any) -> float:
+    try:
+        return float(loss_fn(outputs, targets))
+    except Exception as error:
+        raise ArgumentError(
+            f"the loss can't be told to average or to sum, since it takes no other number of samples ({str(error)[:200]})"
+        ) from error
 
 
 def _ratio(a: float, b: float) -> float:

@@ -6,7 +6,6 @@ What plain PyTorch refuses (a model and a loss that don't fit the data) may be r
 from __future__ import annotations
 
 import math
-import os
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -30,9 +29,8 @@ from torch_secorder import (
 )
 from torch_secorder.errors import CurvatureError
 
-MANY = int(os.environ.get("MANY", "150"))
 fuzz = settings(
-    max_examples=MANY,
+    max_examples=100,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
@@ -206,11 +204,12 @@ def test_empirical_fisher_trace(problem: Any) -> None:
     refused, before = plainly(model, loss_fn, x, y), state(model)
     value = outcome(lambda: empirical_fisher_trace(model, loss_fn, x, y), refused)
     assert_unchanged(before, model)
-    if value is not None:
+    if value is not None and not mixes(model, x):
         assert refused is None
-        # (Where twice the samples give the same loss as well as twice the loss, both readings are right.)
-        reduction = "sum" if getattr(loss_fn, "reduction", "sum") == "sum" else "mean"
-        right(value, model, loss_fn, x, y, reduction)
+        if isinstance(loss_fn, nn.Module):
+            right(value, model, loss_fn, x, y, loss_fn.reduction)  # type: ignore[arg-type]
+        elif loss_fn is LOSSES["summed"]:
+            right(value, model, loss_fn, x, y, "sum")
 
 
 @fuzz
@@ -220,14 +219,18 @@ def test_fisher_report(problem: Any) -> None:
     refused, before = plainly(model, loss_fn, x, y), state(model)
     table = outcome(lambda: fisher_report(model, loss_fn, [(x, y)], progress=False), refused)
     assert_unchanged(before, model)
-    if table is not None:
+    if table is not None and not mixes(model, x):
         assert refused is None
         right(table.fisher_trace.sum(), model, loss_fn, x, y, table.attrs["reduction"])
 
 
 def mixes(model: nn.Module, x: Any) -> bool:
     """Whether a sample alone has another output: attention over what has no batch axis."""
-    return len(x) > 1 and not torch.allclose(model(x)[:1].double(), model(x[:1]).double(), 1e-3, 1e-3, equal_nan=True)
+    with torch.no_grad():
+        if not isinstance(x, Tensor) or not isinstance(model(x), Tensor):
+            return True  # nothing to compare
+        alone = torch.cat([model(x[n : n + 1]) for n in range(len(x))])
+        return not torch.allclose(model(x).double(), alone.double(), 1e-2, 1e-2, equal_nan=True)
 
 
 @fuzz
@@ -260,11 +263,9 @@ def test_generalized_fisher_trace(problem: Any, loss_type: str, num_samples: Any
     before = state(model)
     value = outcome(lambda: generalized_fisher_trace(model, outputs, None, loss_type, num_samples), None)
     assert_unchanged(before, model)
-    if value is not None and num_samples is None:
-        assert isinstance(outputs, Tensor | tuple)
-        first = model if isinstance(outputs, Tensor) else nn.Sequential(model.one)
+    if value is not None and num_samples is None and not mixes(model, x):
         dtype = next(model.parameters()).dtype
-        total = sum(t.mean() for t in exact_fisher(first, x, None, loss_type).values())
+        total = sum(t.mean() for t in exact_fisher(model, x, None, loss_type).values())
         if dtype == torch.bfloat16:
             assert abs(float(value) - float(total)) <= 0.1 * float(total) + 1e-3
         else:
