@@ -14,6 +14,7 @@ ROOT = Path(torch_secorder.__file__).parent
 FLOORS = [
     "errors",
     "trees",
+    "hooks",
     "placement",
     "sharding",
     "parameters",

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from torch_secorder.errors import ArgumentError, CoverageError
-from torch_secorder.graph import last_product, memory_of, used_by_loss
+from torch_secorder.graph import last_product, memory_of, one_at_a_time, used_by_loss
+from torch_secorder.hooks import at_last
 from torch_secorder.likelihoods import Likelihood, Through, likelihood
 from torch_secorder.parameters import ParameterTable, named_modules, unwrapped
 from torch_secorder.passes import Samples
@@ -38,6 +39,12 @@ class FisherKind:
     ignore_index: int = -100
     class_axis: int = 1
     max_passes: int = 10_000
+
+    def __post_init__(self) -> None:
+        for name in ("ignore_index", "class_axis"):
+            if isinstance(value := getattr(self, name), bool) or not isinstance(value, int):
+                raise ArgumentError(f"{name} must be an int, not {value!r}")
+        positive_int("max_passes", self.max_passes)
 
     def seeds(
         self, outputs: Tensor, targets: Any, generator: torch.Generator, ranks: Ranks, *, differentiable: bool = False
@@ -129,13 +136,15 @@ class Analysis:
         self.model, self._max_memory = unwrapped(model), checked_budget(max_memory)
         self._keeps = {"diagonal": diagonal, "activations": activations}
         self.types = {name: written_class(m).__name__ for name, m in named_modules(self.model)} if activations else {}
-        self.table = ParameterTable(self.model, parameters)
-        self.table.gather(self.model)
-        self._create_graph, self.memory = create_graph, memory_of(self.model, batch_axis)
+        self._create_graph = create_graph
+        with one_at_a_time(self.model):
+            self.table = ParameterTable(self.model, parameters)
+            self.table.gather(self.model)
+        self.memory = memory_of(self.model, batch_axis)
         # A graph of the checks would be kept along with the result's, so that there is none; and a check that fails on one rank
         # can't have the others do the batch once more.
         self.trusting = self.memory.trusting and not create_graph and not self.table.ranks.several
-        with self.differentiable():
+        with one_at_a_time(self.model), self.differentiable():
             self._plan = planned(self.model, self.table, batch_axis)
         self.batch_axis = self._plan.batch_axis
 
@@ -183,33 +192,31 @@ class Analysis:
     def differentiable(self) -> Iterator[None]:
         """All analysed parameters require a gradient inside."""
         coded = {id(self.table.tensors[position]) for position in self.table.coded}
-        wanted = {id(p): p for p in (*self.table.tensors, *self.table.leaves) if id(p) not in coded}
-        frozen = [p for p in wanted.values() if not p.requires_grad]
-        try:
+        analysed = {id(p): p for p in (*self.table.tensors, *self.table.leaves) if id(p) not in coded}
+        frozen = [p for p in analysed.values() if not p.requires_grad]
+
+        def require(wanted: bool) -> None:
             for p in frozen:
-                p.requires_grad_(True)
+                p.requires_grad_(wanted)
+
+        with at_last(partial(require, False)):
+            require(True)
             yield
-        finally:
-            for p in frozen:
-                p.requires_grad_(False)
 
     @contextmanager
     def _prepared(self) -> Iterator[Run]:
-        with (
-            undisturbed(self.model),
-            torch.enable_grad(),
-            self.differentiable(),
-            Run(
-                self.model,
-                self.table,
-                self._plan,
-                self.memory,
-                create_graph=self._create_graph,
-                **self._keeps,
-                trusting=self.trusting,
-                max_memory=self._max_memory,
-            ) as run,
-        ):
+        run = Run(
+            self.model,
+            self.table,
+            self._plan,
+            self.memory,
+            create_graph=self._create_graph,
+            **self._keeps,
+            trusting=self.trusting,
+            max_memory=self._max_memory,
+        )
+        # (Left twice: an interruption at the first instruction of an __exit__ is one that it can't help.)
+        with undisturbed(self.model), torch.enable_grad(), self.differentiable(), at_last(run.__exit__), run:
             yield run
 
 
@@ -236,9 +243,21 @@ def positive_int(name: str, value: object) -> int:
     return value
 
 
+def a_function(name: str, value: Any) -> None:
+    """Raise unless ``value`` can be called.
+
+    Raises:
+        ArgumentError: naming the argument.
+    """
+    if not callable(value):
+        raise ArgumentError(f"{name} must be a module or a function of (outputs, targets), not {value!r}")
+
+
 def fresh_generator(generator: torch.Generator | None) -> torch.Generator:
     """The given generator, or one of its own with a fresh seed, so that the global random state is left alone."""
     if generator is None:
         generator = torch.Generator()
         generator.seed()
+    if not isinstance(generator, torch.Generator):
+        raise ArgumentError(f"generator must be a torch.Generator, not {generator!r}")
     return generator

@@ -13,10 +13,11 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from torch_secorder.capture import probe, probing
-from torch_secorder.errors import CoverageError, UnsupportedError
+from torch_secorder.errors import CoverageError, NonFiniteError, UnsupportedError
 from torch_secorder.graph import Audit, Memory, Use
 from torch_secorder.parameters import ParameterTable
 from torch_secorder.passes import Pass, Samples
+from torch_secorder.per_sample import explained
 from torch_secorder.records import Forward, Record
 
 
@@ -126,7 +127,15 @@ class Passes:
                     raise self._error
                 if self._pass:
                     self._memory.warned = self._memory.warned or self._pass.warned()
-                    return self._pass.finish()
+                    try:
+                        return self._pass.finish()
+                    except Exception as error:
+                        raise explained(error)  # noqa: B904  # which names its cause itself
+        if not bool(root.isfinite().all()):
+            raise NonFiniteError(
+                "the outputs or their loss are not finite, in the first batch in which it was looked for where the model has its "
+                "samples, which such a batch can't show"
+            )
         raise CoverageError("the loss does not depend on any analysed parameter through a differentiable way")
 
     def _gradients(self, root: Tensor, inputs: list[Any], seed: Tensor | None, retain: bool) -> Sequence[Tensor | None]:
@@ -164,4 +173,4 @@ class Passes:
             try:
                 action()
             except Exception as error:
-                self._error = error
+                self._error = explained(error)

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from torch_secorder.errors import CoverageError, ShapeError, UnsupportedError
+from torch_secorder.hooks import Attached, Hook, Hooks
 from torch_secorder.placement import FIRST, Placement
 from torch_secorder.records import Forward, Record, Site
 from torch_secorder.sharding import is_spread
@@ -34,15 +36,20 @@ PROBES: set[int] = set()
 @contextmanager
 def probe(roots: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     """Copies of the roots, from which backward passes inside are the library's own."""
-    copies = [x.view_as(x) for x in roots]
+    copies, mine = [x.view_as(x) for x in roots], set[int]()
+
+    def begun(grads: object) -> None:
+        mine.add(current_backward())
+        PROBES.update(mine)
+
     for root in copies:
         assert root.grad_fn is not None
         # Nodes of our own run before all others, so that no monitor of this model takes the pass for the user's.
-        root.grad_fn.register_prehook(lambda grads: PROBES.add(current_backward()))
+        root.grad_fn.register_prehook(begun)
     try:
         yield copies
     finally:
-        PROBES.clear()
+        PROBES.difference_update(mine)
 
 
 def probing() -> bool:
@@ -64,7 +71,7 @@ def raise_at_the_end(error: Exception) -> None:
     at_the_end(raising)
 
 
-class Capture:
+class Capture(Attached):
     """Attaches the hooks (``with capture:``) and hands over what they see.
 
     Args:
@@ -78,6 +85,7 @@ class Capture:
         on_replay: called with the backward pass that runs a forward again (activation checkpointing).
         on_end: called with each run of the model and its outputs, when the gradient's way through it is known.
         every: see the first of every so many runs only.
+        alone: see nothing of what other threads do with the model.
 
     Attributes:
         passed_over: backward passes that reached a run that was not seen.
@@ -95,57 +103,58 @@ class Capture:
         on_replay: Callable[[int], object] | None = None,
         on_end: Callable[[Forward, Any], object] | None = None,
         every: int = 1,
+        alone: bool = False,
     ):
         self._model, self._sites, self._on_gradient = model, sites, on_gradient
         self.batch_axis, self._guards, self._anchored = batch_axis, guards or {}, anchored
         self._on_replay, self._on_end = on_replay, on_end
-        self._every, self._turn, self._unseen = every, 0, False
+        self._every, self._turn = every, 0
+        self._thread = get_ident() if alone else None
         self.passed_over: set[int] = set()
-        self._handles = ExitStack()
-        self._running: Forward | None = None
+        self._running: dict[int, Forward] = {}  # in which thread (of several that train the model, say) what runs
+        self._unseen: set[int] = set()  # threads whose run is not to be seen
+        self._hooks = Hooks()
         self.last = Forward()  # the latest complete run of the model
         self.loose = Forward(inside=False)  # calls of submodules with no call of the model around them
         self.active = False
 
-    def __enter__(self) -> Capture:
-        with ExitStack() as handles:
-            add = handles.callback
-            before = self._model.register_forward_pre_hook(_Hook(self.begin), prepend=True, with_kwargs=True)
-            add(before.remove)
-            for site in self._sites:
-                # First in line: a user's hook may return something else than what the module computed.
-                add(site.module.register_forward_hook(_Hook(self.seen, site), prepend=True, with_kwargs=True).remove)
-            for module, guard in self._guards.items():
-                add(module.register_forward_pre_hook(_Hook(self.guarded, guard)).remove)
-            add(self._model.register_forward_hook(_Hook(self.end), always_call=True).remove)
-            self._handles = handles.pop_all()
+    def _attach(self) -> None:
+        hook, add = partial(Hook, self), self._hooks.add
+        add(self._model, self._model.register_forward_pre_hook, hook("begin"), prepend=True, with_kwargs=True)
+        for site in self._sites:
+            # First in line: a user's hook may return something else than what the module computed.
+            add(site.module, site.module.register_forward_hook, hook("seen", site), prepend=True, with_kwargs=True)
+        for module, guard in self._guards.items():
+            add(module, module.register_forward_pre_hook, hook("guarded", guard))
+        add(self._model, self._model.register_forward_hook, hook("end"), always_call=True)
         self.active = True
-        return self
 
-    def __exit__(self, *exc_info: object) -> None:
+    def _detach(self) -> None:
         self.active = False
-        self._running = None
-        self._handles.close()
+        self._hooks.remove()
 
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """The model is called."""
-        if not self.active:
+        if not self._listens():
             return
         replay = current_backward()
         if replay == -1:
             self.passed_over.clear()
             self._turn += 1
-        self._unseen = replay in self.passed_over if replay != -1 else (self._turn - 1) % self._every != 0
-        if self._unseen:
+        if replay in self.passed_over if replay != -1 else (self._turn - 1) % self._every != 0:
+            self._unseen.add(get_ident())
             return
+        self._unseen.discard(get_ident())
         n = batch_size((*args, *kwargs.values()), self.batch_axis)
-        self._running = Forward(n, replay_of=self._replay())
+        self._running[get_ident()] = Forward(n, replay_of=self._replay())
 
     def end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """The model returns, or raises: then the output is None."""
-        forward, self._running = self._running, None
-        if self._unseen:
-            self._unseen = False
+        if not self._listens():
+            return
+        forward = self._running.pop(get_ident(), None)
+        if get_ident() in self._unseen:
+            self._unseen.discard(get_ident())
             for node in {x.grad_fn for x in tensors(output) if x.grad_fn is not None}:
                 node.register_prehook(self._pass_over)
         if forward is None:
@@ -165,15 +174,20 @@ class Capture:
 
     def guarded(self, guard: Callable[[], None], *_: Any) -> None:
         """A module is called that may be in a state in which no rule is right."""
-        guard()
+        if self._listens():
+            guard()
 
     def seen(
         self, site: Site, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
     ) -> Tensor | None:
         """Record one call; returns a new output only where a frozen layer's output needs an anchor."""
-        if not self.active or self._unseen or (self.passed_over and current_backward() in self.passed_over):
+        if (
+            not self._listens()
+            or get_ident() in self._unseen
+            or (self.passed_over and current_backward() in self.passed_over)
+        ):
             return None
-        forward = self._running or self._outside(output, site)
+        forward = self._running.get(get_ident()) or self._outside(output, site)
         forward.calls.update(site.parameters.values())
         if not torch.is_grad_enabled():
             return None
@@ -222,6 +236,9 @@ class Capture:
             forward.records.append((record, edge))
         return anchor
 
+    def _listens(self) -> bool:
+        return self.active and self._thread in (None, get_ident())
+
     def _outside(self, output: Any, site: Site) -> Forward:
         """The forward of a call with no call of the model around it."""
         replay = self._replay()
@@ -246,17 +263,6 @@ class Capture:
     def _fired(self, record: Record, output_nr: int, grads: tuple[Tensor | None, ...]) -> None:
         if self.active and not probing() and record.placement is not None and (grad := grads[output_nr]) is not None:
             self._on_gradient(record, grad)
-
-
-class _Hook(partial[Any]):
-    """A hook of ours. A copy of the model (deepcopy, pickle) gets one that does nothing, and not the monitor with it."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (_Hook, (_nothing,))
-
-
-def _nothing(*_: Any) -> None:
-    pass
 
 
 def output_edge(output: Tensor, site: Site) -> GradientEdge:

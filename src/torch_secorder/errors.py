@@ -13,6 +13,7 @@ __all__ = [
     "CurvatureError",
     "LifecycleError",
     "NonFiniteError",
+    "OutOfMemoryError",
     "ShapeError",
     "SlowFallbackWarning",
     "UnsupportedError",
@@ -50,6 +51,10 @@ class LifecycleError(CurvatureError):
 
 class NonFiniteError(CurvatureError, ArithmeticError):
     """A gradient is infinite or not a number."""
+
+
+class OutOfMemoryError(CurvatureError, MemoryError):
+    """There is no memory for taking gradients apart by samples, not even for one sample at a time."""
 
 
 class VerificationError(CurvatureError):

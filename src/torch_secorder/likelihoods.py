@@ -93,7 +93,7 @@ class Elementwise(Likelihood):
         return math.prod(outputs.shape[1:])
 
     def exact(self, outputs: Tensor) -> Iterator[Tensor]:
-        root = self._root(outputs).flatten(1)
+        root = self._root(outputs).reshape(len(outputs), -1)
         for element in range(root.shape[1]):
             seed = torch.zeros_like(root)
             seed[:, element] = root[:, element]
@@ -106,7 +106,9 @@ class Elementwise(Likelihood):
     def observed(self, outputs: Tensor, targets: Tensor) -> Tensor:
         if targets.shape != outputs.shape:
             raise ShapeError(f"targets of shape {tuple(targets.shape)} for outputs of shape {tuple(outputs.shape)}")
-        return self._mean(outputs) - targets
+        if targets.is_complex():
+            raise ArgumentError(f"targets must be real numbers, not {targets.dtype}")
+        return self._mean(outputs) - targets.to(outputs.dtype)
 
     def _mean(self, f: Tensor) -> Tensor:
         return {"bce": torch.sigmoid, "mse": lambda f: f, "poisson": torch.exp}[self._kind](f)

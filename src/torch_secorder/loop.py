@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from torch_secorder.analysis import Analysis, Batch, FisherKind, fresh_generator, logits, positive_int
+from torch_secorder.analysis import Analysis, Batch, FisherKind, a_function, fresh_generator, logits, positive_int
 from torch_secorder.errors import ArgumentError
+from torch_secorder.graph import one_at_a_time
 from torch_secorder.likelihoods import random_signs
 from torch_secorder.plan import BatchAxis
 from torch_secorder.report import By
@@ -185,8 +186,8 @@ def accumulated(
     checked("reduction", reduction, (None, "mean", "sum"))
     if num_samples is not None and fisher != "sampled":
         raise ArgumentError(f'num_samples is for fisher="sampled", not fisher={fisher!r}')
-    if fisher == "empirical" and not callable(loss_fn):
-        raise ArgumentError('fisher="empirical" needs a loss_fn(outputs, targets)')
+    if fisher == "empirical":
+        a_function("loss_fn", loss_fn)
     if max_batches is not None:
         positive_int("max_batches", max_batches)
     k = positive_int("num_samples", 1 if num_samples is None else num_samples)
@@ -198,19 +199,19 @@ def accumulated(
     analysis, results = Analysis(model, parameters, batch_axis, max_memory=max_memory, **asked), earlier
     for number, (inputs, targets) in enumerate(_in_step(analysis, batches(data, max_batches, progress))):
         first = verify and number == 0
-        if fisher == "empirical":
-            assert loss_fn is not None
-            analyse = partial(analysis.empirical, loss_fn, inputs, targets)
-            batch = (
-                trusted(analysis, analyse, partial(_check, analysis, loss_fn, inputs, targets)) if first else analyse()
-            )
-            samples, reduction = batch.samples, reduction or batch.reduction
-        else:
-            if first:
-                analyse = partial(analysis.of, _projection, inputs)
-                with fork_random(analysis.table.tensors):  # the check is one more forward
-                    trusted(analysis, analyse, partial(verified, analysis, _projection, inputs))
-            samples = analysis.fisher(kind, inputs, targets, generator)
+        with one_at_a_time(analysis.model):
+            if fisher == "empirical":
+                assert loss_fn is not None
+                analyse = partial(analysis.empirical, loss_fn, inputs, targets)
+                check = partial(_check, analysis, loss_fn, inputs, targets)
+                batch = trusted(analysis, analyse, check) if first else analyse()
+                samples, reduction = batch.samples, reduction or batch.reduction
+            else:
+                if first:
+                    analyse = partial(analysis.of, _projection, inputs)
+                    with fork_random(analysis.table.tensors):  # the check is one more forward
+                        trusted(analysis, analyse, partial(verified, analysis, _projection, inputs))
+                samples = analysis.fisher(kind, inputs, targets, generator)
         results = results or Results(analysis.table, reduction or "mean", fisher, **keeps)
         results._count_in(samples, analysis.types)
         yield results
@@ -232,7 +233,9 @@ def batches(data: Any, max_batches: int | None, progress: bool) -> Iterable[tupl
     """Pairs of inputs and targets, of an iterable of them or of one."""
     if _is_pair(data) and (isinstance(data, tuple) or not all(map(_is_pair, data))):
         data = [data]
-    total = len(data) if hasattr(data, "__len__") else None
+    if not isinstance(data, Iterable):
+        raise ArgumentError(f"data must be an iterable of pairs (inputs, targets), or one such pair, not {data!r}")
+    total = len(data) if isinstance(data, Sized) else None
     if max_batches is not None:
         data, total = itertools.islice(data, max_batches), min(total or max_batches, max_batches)
     for batch in _with_progress(data, total) if progress else data:

@@ -8,18 +8,21 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
+from threading import RLock
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from torch_secorder.capture import Capture, at_the_end, current_backward, probing, raise_at_the_end
-from torch_secorder.errors import ArgumentError, CoverageError, LifecycleError
-from torch_secorder.graph import Audit, Use, memory_of
+from torch_secorder.errors import ArgumentError, CoverageError, LifecycleError, NonFiniteError
+from torch_secorder.graph import Audit, Use, memory_of, one_at_a_time
+from torch_secorder.hooks import Attached, Hook, Hooks
 from torch_secorder.parameters import ParameterTable, named_modules, unwrapped
 from torch_secorder.passes import TOGETHER, Pass
-from torch_secorder.per_sample import checked_budget, direction, widened
+from torch_secorder.per_sample import checked_budget, direction, explained, widened
 from torch_secorder.plan import BatchAxis, planned
 from torch_secorder.records import SMALL, Forward, Record
 from torch_secorder.results import Results, checked
@@ -66,7 +69,7 @@ class _OpenPass:
         self.small.clear()
 
 
-class FisherMonitor(Results):
+class FisherMonitor(Attached, Results):
     r"""Exact empirical-Fisher traces of every parameter, from the forward and backward passes that run inside.
 
     With samples n = 1..N, l_n a sample's loss and g_n its gradient, the contribution of parameter p is
@@ -143,7 +146,8 @@ class FisherMonitor(Results):
         if not callable(loss_scale):
             _scale(loss_scale)
         self._model = unwrapped(model)
-        table = ParameterTable(self._model, parameters)
+        with one_at_a_time(self._model):
+            table = ParameterTable(self._model, parameters)
         planned(self._model, table, batch_axis)  # refuse now what can't be right later
         self._table = table
         keeps = {"diagonal": diagonal, "per_sample": per_sample, "activations": activations}
@@ -154,8 +158,9 @@ class FisherMonitor(Results):
         self._all, self._max_memory = parameters == "all", checked_budget(max_memory)
         self._memory = memory_of(self._model, batch_axis, checks=False)
         self._capture: Capture | None = None
-        self._handles = ExitStack()
-        self._passes: dict[int, _OpenPass] = {}
+        self._hooks = Hooks()
+        self._passes: WeakValueDictionary[int, _OpenPass] = WeakValueDictionary()
+        self._turn = RLock()  # several threads may train the model
         self._outputs: list[weakref.ref[Tensor]] = []  # of the model's latest call
         self._expected: Tensor | None = None  # the first sample's squared norms, where they are to be verified
         self._parents: dict[int, int] = {}  # a backward pass inside of another one (checkpointing) -> the outer one
@@ -165,34 +170,33 @@ class FisherMonitor(Results):
     def __enter__(self) -> FisherMonitor:
         if self._capture is not None:
             raise LifecycleError("this monitor is active already; leave its block first, or use a second monitor")
+        return super().__enter__()
+
+    def _attach(self) -> None:
         self._table.gather(self._model)
         plan = planned(self._model, self._table, self._batch_axis)
         sites = plan.sites + (plan.watched(self._model) if self._statistics.keeps["activations"] else [])
         audit = Audit(self._table, self._used, plan.batch_axis, self._memory)
-        capture = Capture(
+        self._capture = Capture(
             *(self._model, sites, self._arrived, plan.batch_axis, plan.guards),
             anchored=self._all,
             on_replay=self._opened,
             on_end=partial(self._ended, audit.uses),
             every=self._every,
         )
-        with ExitStack() as handles:
-            handles.enter_context(capture)
-            for position, (tensor, leaf) in enumerate(zip(self._table.tensors, self._table.leaves, strict=True)):
-                for watched in (
-                    (leaf,) if leaf is tensor else (leaf, tensor)
-                ):  # a shard is in the graph of a penalty only
-                    if watched.requires_grad:
-                        handles.callback(watched.register_hook(partial(self._gradient, position)).remove)
-            self._handles = handles.pop_all()
-        self._capture = capture
-        return self
+        self._capture.__enter__()
+        for position, (tensor, leaf) in enumerate(zip(self._table.tensors, self._table.leaves, strict=True)):
+            for watched in (leaf,) if leaf is tensor else (leaf, tensor):  # a shard is in the graph of a penalty only
+                if watched.requires_grad:
+                    self._hooks.add(watched, watched.register_hook, Hook(self, "_gradient", position))
 
-    def __exit__(self, *exc_info: object) -> None:
-        self._capture = None
+    def _detach(self) -> None:
         self._passes.clear()
         self._parents.clear()
-        self._handles.close()
+        self._hooks.remove()
+        if self._capture is not None:
+            self._capture.__exit__()
+            self._capture = None
 
     @property
     def _counts(self) -> bool:
@@ -274,7 +278,7 @@ class FisherMonitor(Results):
             else:
                 action(current, *args)
         except Exception as error:
-            current.error = error
+            current.error = explained(error)
 
     def _opened(self, task: int) -> _OpenPass:
         if task not in self._passes:
@@ -286,8 +290,9 @@ class FisherMonitor(Results):
                 checks=self._statistics.passes.bit_count() < 2,
                 max_memory=self._max_memory,
             )
-            self._passes[task] = _OpenPass(task, collected, is_autocast())
-            at_the_end(partial(self._closed, task))
+            current = self._passes[task] = _OpenPass(task, collected, is_autocast())
+            # Autograd alone keeps it: a pass that an exception breaks off is gone with its traceback.
+            at_the_end(partial(self._closed, task, current))
         return self._passes[task]
 
     def verify(self, loss: Tensor) -> None:
@@ -321,18 +326,18 @@ class FisherMonitor(Results):
             )
         self._expected = norms_of_first(loss, outputs, self._table.leaves, self._capture.batch_axis)
 
-    def _closed(self, task: int) -> None:
+    def _closed(self, task: int, current: _OpenPass) -> None:
         """A backward pass is over: count it, or raise why not. The user's gradients are complete by now."""
-        current = self._passes.pop(task, None)
-        if current is None or self._capture is None:
+        if self._passes.pop(task, None) is None or self._capture is None:
             return
-        self._parents.clear()
+        for inner in [inner for inner, outer in self._parents.items() if outer == task]:
+            del self._parents[inner]
         self._capture.loose = Forward(inside=False)
         try:
-            with torch.no_grad(), full_precision():
+            with torch.no_grad(), full_precision(), self._turn:
                 self._count(current)
         except Exception as error:
-            raise_at_the_end(error)
+            raise_at_the_end(explained(error))
 
     def _count(self, current: _OpenPass) -> None:
         if current.error is not None:
@@ -343,9 +348,15 @@ class FisherMonitor(Results):
             return
         samples = current.collected.finish(self._nonfinite) if current.collected else None
         reached = samples.reached if samples else set()
-        if missed := [self._table.names[p] for p in current.norms if p not in reached]:
+        if missed := [p for p in current.norms if p not in reached]:
+            names = ", ".join(self._table.names[p] for p in missed)
+            if not all(bool(current.norms[p].isfinite()) for p in missed):
+                raise NonFiniteError(
+                    f"the gradients of {names} are not finite, in the first batch in which it was looked for where the model "
+                    "has its samples, which such a batch can't show; it is left out as a whole"
+                )
             raise CoverageError(
-                f"the backward pass reached {', '.join(missed)} by a way that nothing accounts for: through something that the "
+                f"the backward pass reached {names} by a way that nothing accounts for: through something that the "
                 "model doesn't return, inside of re-entrant checkpointing, in compiled code, or in a forward that ran before "
                 "the monitor was entered; the batch is left out"
             )

@@ -25,7 +25,7 @@ from torch_secorder.errors import (
 )
 from torch_secorder.graph import Use
 from torch_secorder.parameters import ParameterTable
-from torch_secorder.per_sample import Carried, Dense, PerSampleGradient, Squares, direction, limited
+from torch_secorder.per_sample import Carried, Dense, PerSampleGradient, Squares, direction, in_halves, limited
 from torch_secorder.placement import Grouping
 from torch_secorder.records import Call, Forward, Record, Site
 from torch_secorder.rules.nodes import gradient_at, has_rule
@@ -302,7 +302,7 @@ class Pass:
         n, site = len(calls[0].grad_output), waiting[0][1].site
         for local, form in _forms(site, Call.joined(calls)).items():
             rule = f"{site.rule.name} ({form.algorithm})"
-            for (block, record, _), norms in zip(waiting, form.squared_norm().split(n), strict=True):
+            for (block, record, _), norms in zip(waiting, _norms(form).split(n), strict=True):
                 position = record.site.parameters[local]
                 block.norms[position] = norms
                 self._rules[position][rule] = None
@@ -327,10 +327,11 @@ class Pass:
         """Settle a parameter, or hold its gradient until all of its uses are there."""
         self._rules[position][f"{rule} ({form.algorithm})"] = None
         if self.checks:
-            along = form.projection(*direction(form.shape, form.like))
+            left, right = direction(form.shape, form.like)
+            along = in_halves(form, lambda part: part.projection(left, right), torch.add)
             before, size = block.projections.get(position, (torch.zeros_like(along), 0.0))
             # Uses of one parameter may cancel; rounding goes by the size of each.
-            own = math.sqrt(float(form.squared_norm().double().sum()) * block.n)
+            own = math.sqrt(float(_norms(form).double().sum()) * block.n)
             block.projections[position] = before + along, size + own
         if self._repeated == "same" or forward.calls[position] > 1:
             if isinstance(form, Carried) and form.layout is None:
@@ -409,12 +410,12 @@ class Pass:
 
     def _settle(self, block: Block, position: int, form: PerSampleGradient) -> None:
         block.settled.add(position)
-        norms = block.norms[position] = form.squared_norm()
+        norms = block.norms[position] = _norms(form)
         if self._diagonal:
             finite = norms.isfinite()
             if bool(finite.any()):
                 part = form if bool(finite.all()) else form.select(finite.nonzero().squeeze(1))
-                block.squares[position] = Squares.of(part)
+                block.squares[position] = in_halves(part, Squares.of, lambda a, b: Squares.joined([a, b]))
 
     def _stacked(self, block: Block) -> Tensor:
         """``[parameters, n]`` on one device, in at least float32; zeros for what the pass did not reach."""
@@ -454,6 +455,10 @@ def _forms(site: Site, call: Call) -> dict[str, PerSampleGradient]:
     except CurvatureError as error:
         raise type(error)(f"{site}: {error}") from error
     return forms
+
+
+def _norms(form: PerSampleGradient) -> Tensor:
+    return in_halves(form, PerSampleGradient.squared_norm, lambda a, b: torch.cat([a, b]))
 
 
 def _finite(norms: Tensor) -> Tensor:

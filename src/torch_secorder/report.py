@@ -52,6 +52,8 @@ class Report:
         frame = self._by_parameter() if by is None else self._grouped(by)
         statistics = self._statistics
         frame.attrs.update(self._facts())
+        if statistics.n_skipped:
+            frame.attrs["n_skipped"] = statistics.n_skipped
         if statistics.gradient_passes:
             frame.attrs["mean_inverse_batch_size"] = statistics.inverse_batch_sizes / statistics.gradient_passes
         return frame

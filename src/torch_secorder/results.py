@@ -68,7 +68,8 @@ class Results:
         Returns:
             A DataFrame with the columns ``module``, ``module_type``, ``shape``, ``numel`` (by group: ``n_parameters``,
             ``numel``), then ``fisher_trace``, ``fisher_trace_stderr``, ``fisher_trace_share``, ``fisher_mean``,
-            ``grad_sq_norm`` and ``rule``. Its ``attrs`` say ``reduction``, ``fisher``, ``n_samples`` and ``n_passes``.
+            ``grad_sq_norm`` and ``rule``. Its ``attrs`` say ``reduction``, ``fisher``, ``n_samples``, ``n_passes``
+            and, where ``nonfinite="skip"`` left out samples, ``n_skipped``.
 
         Raises:
             LifecycleError: if no sample was seen.
@@ -111,6 +112,8 @@ class Results:
         Raises:
             ArgumentError: if names, shapes, reduction, which Fisher it is or what is kept differ.
         """
+        if not isinstance(other, Results):
+            raise ArgumentError(f"only monitors and what was loaded of them can be merged, not {type(other).__name__}")
         if self._reduction != other._reduction:
             raise ArgumentError(f"cannot merge reduction={other._reduction!r} into reduction={self._reduction!r}")
         if self._fisher != other._fisher:
@@ -146,6 +149,8 @@ class Results:
         Raises:
             ArgumentError: if it is of other parameters, another reduction or another kind.
         """
+        if not isinstance(state, Mapping):
+            raise ArgumentError(f"a state is a mapping as state_dict() returns it, not {type(state).__name__}")
         if state.get("reduction") != self._reduction:
             raise ArgumentError(f"the state has reduction={state.get('reduction')!r}, this monitor {self._reduction!r}")
         if state.get("fisher", self._fisher) != self._fisher:
@@ -243,5 +248,5 @@ class Results:
 
 def checked(name: str, value: object, allowed: tuple[object, ...]) -> None:
     """Raise ArgumentError unless ``value`` is one of the allowed ones."""
-    if value not in allowed:
+    if not isinstance(value, (str, type(None))) or value not in allowed:
         raise ArgumentError(f"{name} must be one of {', '.join(map(repr, allowed))}, not {value!r}")

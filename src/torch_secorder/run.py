@@ -9,19 +9,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from torch_secorder.backward import Passes
 from torch_secorder.capture import Capture
 from torch_secorder.errors import ArgumentError, ShapeError, UnsupportedError
 from torch_secorder.graph import Audit, Memory, without_second_derivative
+from torch_secorder.hooks import Attached, at_last
 from torch_secorder.parameters import ParameterTable
 from torch_secorder.plan import Plan
 from torch_secorder.records import Record
 from torch_secorder.trees import mapped, rows, sample_axis, shrunk, tensors
 
 
-class Run(Passes):
+class Run(Attached, Passes):
     """``with Run(...) as run: outputs = run(inputs); samples = run.backward(loss)``: one forward of a model under hooks.
 
     Args:
@@ -51,6 +53,7 @@ class Run(Passes):
             *(model, sites, self._arrived, plan.batch_axis, plan.guards),
             on_end=self.audited,
             anchored=bool(table.coded),
+            alone=True,
         )
         self._arguments: Any = None
         self.random = False
@@ -59,12 +62,11 @@ class Run(Passes):
         """Whether gradients that arrive now are of the pass under way, and not of a rehearsal."""
         return self._capture.active and super().active()
 
-    def __enter__(self) -> Run:
+    def _attach(self) -> None:
         self._capture.__enter__()
-        return self
 
-    def __exit__(self, *exc_info: object) -> None:
-        self._capture.__exit__(*exc_info)
+    def _detach(self) -> None:
+        self._capture.__exit__()
         for record in self._records:
             record.inputs, record.kwargs = None, {}  # the graph, which may outlive this, has the records in its hooks
         self._starts, self._arguments, self._records = [], None, []
@@ -95,7 +97,13 @@ class Run(Passes):
         audit = Audit(self._table, lambda use, grads: None, axis, self._memory)
         self._capture.active = False
         try:
-            with fork_random(self._table.tensors), undisturbed(self._model), torch.enable_grad(), capture:
+            with (
+                fork_random(self._table.tensors),
+                same_versions(self._model),
+                undisturbed(self._model),
+                torch.enable_grad(),
+                capture,
+            ):
                 called(self._model, few)
         finally:
             self._capture.active = True
@@ -139,6 +147,11 @@ def check_twice_differentiable(outputs: Any, table: ParameterTable) -> None:
         )
 
 
+def same_versions(model: nn.Module) -> AbstractContextManager[object]:
+    """What a forward changes and :func:`undisturbed` puts back is as good as untouched, for a graph that is there already."""
+    return _unsafe_preserve_version_counter((*model.parameters(), *model.buffers()))
+
+
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """What a forward changes gets its values back: buffers, and tables that ``max_norm`` rewrites."""
@@ -149,16 +162,18 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         if getattr(m, "max_norm", None) is not None:
             kept += [(m._parameters, name, p) for name, p in m._parameters.items() if p is not None]
     before = [(owner, name, value, value._version, value.detach().clone()) for owner, name, value in kept]
-    try:
+
+    @torch.no_grad()
+    def restore() -> None:
+        for owner, name, tensor, version, value in before:
+            # (The kernel that updates running statistics counts no version. What is untouched must stay so, for a later
+            # backward pass may want it.)
+            if tensor._version != version or not torch.equal(tensor, value):
+                tensor.copy_(value)
+            owner[name] = tensor
+
+    with at_last(restore):
         yield
-    finally:
-        with torch.no_grad():
-            for owner, name, tensor, version, value in before:
-                # (The kernel that updates running statistics counts no version. What is untouched must stay so, for a later
-                # backward pass may want it.)
-                if tensor._version != version or not torch.equal(tensor, value):
-                    tensor.copy_(value)
-                owner[name] = tensor
 
 
 def reduction_of(
@@ -181,9 +196,9 @@ def reduction_of(
             few = rows(outputs, index, n, axis)
             for out in (few, mapped(shrunk, few)):
                 tgt = rows(targets, index, n, axis)
-                single.append(float(loss_fn(out, tgt)))
+                single.append(_number(loss_fn, out, tgt))
                 twice = [*range(size)] * 2
-                double.append(float(loss_fn(rows(out, twice, size, axis), rows(tgt, twice, size, axis))))
+                double.append(_number(loss_fn, rows(out, twice, size, axis), rows(tgt, twice, size, axis)))
             ratio = _ratio(double[0], single[0])
             change = _ratio(double[0] - double[1], single[0] - single[1])
             for value, name in ((1.0, "mean"), (2.0, "sum")):
@@ -201,6 +216,15 @@ def reduction_of(
         f"{' / '.join(f'{ratio:.6g}' for ratio in found)} times as large, not 1 or 2 times (a loss that compares samples "
         "with each other has no per-sample gradients)"
     )
+
+
+def _number(loss_fn: Callable[[Any, Any], Tensor], outputs: Any, targets: Any) -> float:
+    try:
+        return float(loss_fn(outputs, targets))
+    except Exception as error:
+        raise ArgumentError(
+            f"the loss can't be told to average or to sum, since it takes no other number of samples ({str(error)[:200]})"
+        ) from error
 
 
 def _ratio(a: float, b: float) -> float:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from torch_secorder.analysis import Analysis, Batch
 from torch_secorder.errors import VerificationError
+from torch_secorder.hooks import at_last
 from torch_secorder.passes import HALF
 from torch_secorder.run import called, fork_random, undisturbed
 from torch_secorder.single import compare, squares_of
@@ -108,9 +109,11 @@ def _inserted(own: Iterator[Tensor], n: int, axis: int, rest: Tensor) -> Tensor:
 @contextmanager
 def _eval_mode(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
+
+    def restore() -> None:
         for module, mode in modes:
             module.training = mode
+
+    with at_last(restore):
+        model.eval()
+        yield

@@ -157,6 +157,34 @@ def growth(rows: dict[str, Rows]) -> list[str]:
     ]
 
 
+# What the formulas of docs/concepts/scaling.rst say: from the terms of the lowest order to those of the highest.
+PREDICTED = {
+    "batch": "1",
+    "positions": "1 to 2",
+    "width": "1 to 2",
+    "depth": "1",
+    "vocabulary": "1",
+    "classes": "1 to 2",
+    "seeds": "1",
+    "batches": "1",
+}
+
+
+def scaling(rows: dict[str, Rows]) -> list[str]:
+    """Slopes of time as predicted and as measured."""
+    cells = []
+    for axis, row in rows.items():
+        sizes = next(iter(row.values()))["sizes"]
+        found = [row.get(name) or row.get("fisher_report") for name in ("plain", "monitor_loop", "functional")]
+        told = [f"{x['slopes']['milliseconds']:.2f}" if x else "–" for x in found]
+        told[0] = "–" if "plain" not in row else told[0]
+        if "fisher_report" in row:
+            told[1] = "–"
+        cells.append([f"{axis}, {sizes[0]:,} to {sizes[-1]:,}", PREDICTED[axis], *told])
+    names = ["plain step", "a monitor", "a function, without parameter gradients"]
+    return table(["size", "predicted", *names], cells, [30, 12, 15, 15, 20])
+
+
 def section(title: str) -> list[str]:
     return [title, "-" * len(title), ""]
 
@@ -236,6 +264,33 @@ def draw_growth(rows: dict[str, Rows], path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
+def draw_scaling(rows: dict[str, Rows], path: Path) -> None:
+    """Time against every size that grows, both over their smallest, so that slopes can be seen side by side."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, 2, figsize=(10, 4.2), layout="constrained", sharey=True)
+    titles = {
+        "monitor_loop": "FisherMonitor, in a loop",
+        "functional": "functions: one call for a batch, or fisher_report",
+    }
+    for axes, (name, title) in zip(panels, titles.items(), strict=True):
+        for axis, row in rows.items():
+            if found := row.get(name) or (row.get("fisher_report") if name == "functional" else None):
+                size, time = found["sizes"], found["milliseconds"]
+                axes.loglog([x / size[0] for x in size], [y / time[0] for y in time], marker=".", label=axis)
+        ends = (1, 64)
+        axes.loglog(ends, ends, ":", color="0.6")
+        axes.loglog(ends, (1, 64**2), ":", color="0.6")
+        axes.set(title=title, xlabel="size over the smallest", ylim=(0.7, 2000))
+        axes.grid(color="0.9")
+        axes.legend(fontsize=8)
+    panels[0].set_ylabel("time over the smallest's; dotted: slopes 1 and 2")
+    figure.savefig(path, dpi=130)
+
+
 def main() -> None:
     lines = [HEAD]
     times, peaks, sizes = saved("speed"), saved("memory"), saved("growth")
@@ -247,6 +302,9 @@ def main() -> None:
     if rows := ordered(sizes["rows"], ("batch", "positions", "width", "vocabulary")):
         lines += growth(rows)
         draw_growth(rows, DOCS / "growth.png")
+    if rows := ordered(sizes["rows"], PREDICTED):
+        (DOCS / "concepts/scaling_slopes.txt").write_text("\n".join(scaling(rows)))
+        draw_scaling(rows, DOCS / "scaling.png")
     lines += [READING, COMPILED, REPRODUCE]
     (DOCS / "concepts/performance.rst").write_text("\n".join(lines))
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch_secorder.analysis import Analysis, Batch, FisherKind, fresh_generator, logits, positive_int
+from torch_secorder.analysis import Analysis, Batch, FisherKind, a_function, fresh_generator, logits, positive_int
 from torch_secorder.backward import Passes
 from torch_secorder.capture import probe
 from torch_secorder.errors import (
@@ -21,7 +21,7 @@ from torch_secorder.errors import (
     ShapeError,
     SlowFallbackWarning,
 )
-from torch_secorder.graph import Memory, memory_of
+from torch_secorder.graph import Memory, memory_of, one_at_a_time
 from torch_secorder.parameters import ParameterTable, unwrapped
 from torch_secorder.per_sample import widened
 from torch_secorder.results import checked
@@ -81,6 +81,7 @@ def empirical_fisher_trace(
         Hennig (2019), "Limitations of the empirical Fisher approximation for natural gradient descent".
     """
     positive_int("num_samples", num_samples)
+    a_function("loss_fn", loss_fn)
     analysis = Analysis(model, create_graph=create_graph)
 
     def check(batch: Batch) -> None:
@@ -89,7 +90,8 @@ def empirical_fisher_trace(
         verified(analysis, lambda outputs: loss_fn(outputs, targets) * scale, inputs, batch, by_autograd=False)
 
     analyse = partial(analysis.empirical, loss_fn, inputs, targets)
-    batch = analyse() if create_graph else trusted(analysis, analyse, check, loss_fn)
+    with one_at_a_time(analysis.model):
+        batch = analyse() if create_graph else trusted(analysis, analyse, check, loss_fn)
     return _as_result(batch.samples.norms.sum(0), batch.reduction, analysis.table)
 
 
@@ -175,16 +177,18 @@ def generalized_fisher_trace(
     if num_samples is not None:
         positive_int("num_samples", num_samples)
     outputs = logits(outputs)
-    table = ParameterTable(unwrapped(model))
-    table.gather(unwrapped(model))
+    with one_at_a_time(unwrapped(model)):
+        table = ParameterTable(unwrapped(model))
+        table.gather(unwrapped(model))
     if not outputs.requires_grad:
         raise CoverageError("the outputs carry no autograd graph: compute them outside of torch.no_grad()")
     if not outputs.dim() or not len(outputs):
         raise ShapeError(f"the batch is empty: outputs of shape {tuple(outputs.shape)}")
     checked_targets(targets, len(outputs))
-    kind = FisherKind(loss_type, labels, num_samples, ignore_index, class_axis, positive_int("max_passes", max_passes))
+    kind = FisherKind(loss_type, labels, num_samples, ignore_index, class_axis, max_passes)
     _, seeds = kind.seeds(outputs, targets, fresh_generator(generator), table.ranks, differentiable=create_graph)
-    norms = _squared_norms(outputs, seeds, table, memory_of(unwrapped(model), None), create_graph)
+    with one_at_a_time(unwrapped(model)):
+        norms = _squared_norms(outputs, seeds, table, memory_of(unwrapped(model), None), create_graph)
     return _as_result(norms, reduction, table)
 
 

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from torch_secorder.analysis import fresh_generator, positive_int
+from torch_secorder.analysis import a_function, fresh_generator, positive_int
 from torch_secorder.errors import ArgumentError, CoverageError, NonFiniteError, UnsupportedError
+from torch_secorder.graph import one_at_a_time
 from torch_secorder.likelihoods import random_signs
 from torch_secorder.parameters import ParameterTable, unwrapped
 from torch_secorder.report import By, Report
@@ -79,6 +80,7 @@ def hessian_trace(
         Hutchinson (1990), "A stochastic estimator of the trace of the influence matrix for Laplacian smoothing splines".
     """
     positive_int("num_samples", num_samples)
+    a_function("loss_fn", loss_fn)
     if tolerance is not None and not (isinstance(tolerance, (int, float)) and tolerance > 0):
         raise ArgumentError(
             f"tolerance must be a positive number, or None for all num_samples probes, not {tolerance!r}"
@@ -86,9 +88,10 @@ def hessian_trace(
     generator = fresh_generator(generator)
     bare = unwrapped(model)
     refuse_parts(bare, "the Hessian")
-    table = ParameterTable(bare)
+    with one_at_a_time(bare):
+        table = ParameterTable(bare)
     statistics = Statistics(table.names, [row.shape for row in table.rows])
-    with undisturbed(bare), torch.enable_grad(), twice_differentiable(True):
+    with one_at_a_time(bare), undisturbed(bare), torch.enable_grad(), twice_differentiable(True):
         loss = checked_loss(loss_fn(called(bare, inputs), targets), 1, targets)
         gradients = _gradients(loss, table)
         reached = {position for position, g in enumerate(gradients) if g.requires_grad}

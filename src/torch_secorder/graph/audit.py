@@ -39,7 +39,7 @@ class Audit:
     Attributes:
         structure: of the latest graph.
         others: what that graph leads to besides the analysed parameters.
-        hooks: on the nodes of all graphs so far, for graphs that outlive the audit.
+        hooks: on the nodes of the latest graph, which may outlive the audit.
     """
 
     def __init__(
@@ -70,6 +70,7 @@ class Audit:
             ShapeError: if a call's samples can't be found.
             CoverageError: if a parameter's use can't be taken apart by samples.
         """
+        self.hooks.pop_all()  # earlier graphs keep theirs
         with self._table.ranks.together():
             return self._uses(forward, outputs)
 

@@ -46,7 +46,8 @@ class Carrier:
             return form
         if isinstance(form, Outer) and form.a.shape[1] == 1 and self._transposes(form):
             return Outer(form.g, form.a, self.shape)
-        return Carried(form, partial(_vjp, self.value, self.start, self.shape), self.shape, self.layout)
+        vjp = partial(_vjp, self.value, self.start, self.shape, self.layout is not None)
+        return Carried(form, vjp, self.shape, self.layout)
 
     def _transposes(self, form: Outer) -> bool:
         single = self.value[0].name() in TRANSPOSES and self.layout is not None and len(self.layout) == 1
@@ -81,14 +82,16 @@ def _settings(node: Node) -> tuple[object, ...]:
     return tuple((name, str(value)) for name, value in values if not isinstance(value, Tensor))
 
 
-def _vjp(value: Edge, start: Node, shape: tuple[int, ...], grads: Tensor) -> Tensor:
+def _vjp(value: Edge, start: Node, shape: tuple[int, ...], moves: bool, grads: Tensor) -> Tensor:
     """``[n, *value shape]`` -> ``[n, *shape]`` through the batch-free chain between the two.
 
     The nodes are called one after the other, not through the engine, which would call hooks on the parameters.
     """
     order = between(value[0], start)
     found = []
-    for grad in grads:
+    # What computes anything has saved tensors of the model's dtype, which may be narrower than ours.
+    dtype = grads.dtype if moves else value[0]._input_metadata[value[1]].dtype
+    for grad in grads.to(dtype):
         pending: dict[Edge, Tensor] = {value: grad}
         for node in order:
             arrived = [pending.pop((node, nr), None) for nr in range(len(node._input_metadata))]

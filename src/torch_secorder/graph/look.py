@@ -7,6 +7,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
+from threading import RLock
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -74,6 +75,14 @@ def memory_of(model: nn.Module, batch_axis: int | Mapping[str, int] | None, *, c
     """What was found out about a model before, by callers that check a sample now and then, or by those that don't."""
     axis = tuple(sorted(batch_axis.items())) if isinstance(batch_axis, Mapping) else batch_axis
     return _memories.setdefault(model, {}).setdefault((axis, checks), Memory())
+
+
+_turns: WeakKeyDictionary[nn.Module, RLock] = WeakKeyDictionary()
+
+
+def one_at_a_time(model: nn.Module) -> RLock:
+    """A lock for what changes a model for a while (which parameters require a gradient, say), and for what it would mislead."""
+    return _turns.setdefault(model, RLock())
 
 
 class Look:

@@ -17,6 +17,7 @@ from torch_secorder.per_sample.carried import Carried
 from torch_secorder.per_sample.convolution import Convolution
 from torch_secorder.per_sample.outer import Outer
 from torch_secorder.per_sample.rows import Rows
+from torch_secorder.per_sample.scarce import explained, in_halves
 from torch_secorder.per_sample.squares import Squares
 
 __all__ = [
@@ -30,6 +31,8 @@ __all__ = [
     "Sum",
     "checked_budget",
     "direction",
+    "explained",
+    "in_halves",
     "limited",
     "row_squares",
     "widened",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from torch_secorder.capture import at_the_end, current_backward, output_edge, probing, raise_at_the_end
 from torch_secorder.errors import ArgumentError, CoverageError, LifecycleError, NonFiniteError, ShapeError
+from torch_secorder.hooks import Attached, Hook, Hooks
 from torch_secorder.parameters import named_modules, unwrapped
 from torch_secorder.records import Site
 from torch_secorder.results import checked
@@ -56,7 +56,7 @@ class _Call:
         return both.movedim((batch, channel), (0, 1)).flatten(2).sum(2) if both.dim() > 2 else both.movedim(batch, 0)
 
 
-class ChannelGates:
+class ChannelGates(Attached):
     r"""Watches the Fisher information of a gate on each output channel, in the passes that run inside.
 
     A gate :math:`m_k = 1` multiplies channel k of a module's output :math:`a`. With positions i of the channel,
@@ -116,7 +116,7 @@ class ChannelGates:
         ]
         if not self._sites:
             raise ArgumentError(f"{type(self._model).__name__} has no module of those to watch")
-        self._handles = ExitStack()
+        self._hooks = Hooks()
         self._active = False
         self._sums: dict[str, Tensor] = {}
         self._n = 0
@@ -128,18 +128,18 @@ class ChannelGates:
         for name, module in named_modules(self._model):
             if (refusal := refusal_for(module)) is not None and (error := refusal(module)) is not None:
                 raise type(error)(f"{type(module).__name__} '{name}': {error}")
-        with ExitStack() as handles:
-            for site in self._sites:
-                handle = site.module.register_forward_hook(partial(self._seen, site), prepend=True, with_kwargs=True)
-                handles.callback(handle.remove)
-            self._handles = handles.pop_all()
-        self._active = True
-        return self
+        return super().__enter__()
 
-    def __exit__(self, *exc_info: object) -> None:
+    def _attach(self) -> None:
+        for site in self._sites:
+            add = site.module.register_forward_hook
+            self._hooks.add(site.module, add, Hook(self, "_seen", site), prepend=True, with_kwargs=True)
+        self._active = True
+
+    def _detach(self) -> None:
         self._active = False
         self._passes.clear()
-        self._handles.close()
+        self._hooks.remove()
 
     @property
     def n_samples(self) -> int:
