@@ -58,7 +58,7 @@ class Passes:
         self._error: Exception | None = None
         self._starts: list[tuple[Record | Use, list[GradientEdge]]] = []
         self._records: list[Record] = []
-        self._inputs: list[Tensor] = []
+        self._inputs: Sequence[Tensor | GradientEdge] = []
         self._shared = False  # whether the graph is somebody else's, maybe with a monitor's hooks on it
         self._defers = False
         self._deferred: list[Callable[[], None]] = []  # what has to wait for the end of the backward pass

@@ -458,7 +458,7 @@ def _forms(site: Site, call: Call) -> dict[str, PerSampleGradient]:
 
 
 def _norms(form: PerSampleGradient) -> Tensor:
-    return in_halves(form, PerSampleGradient.squared_norm, lambda a, b: torch.cat([a, b]))
+    return in_halves(form, lambda part: part.squared_norm(), lambda a, b: torch.cat([a, b]))
 
 
 def _finite(norms: Tensor) -> Tensor:

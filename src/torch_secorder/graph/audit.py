@@ -60,7 +60,7 @@ class Audit:
         }
         self._memory, self._rehearse, self._trusting = memory or Memory(), rehearse, trusting
         self.structure = 0
-        self.others: list[Tensor] = []
+        self.others: list[GradientEdge] = []
         self.hooks = ExitStack()
 
     def uses(self, forward: Forward, outputs: Any) -> list[tuple[Use, Node]]:

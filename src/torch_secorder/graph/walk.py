@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import Node
+from torch.autograd.graph import GradientEdge, Node
 
 from torch_secorder.graph.chain import Edge
 from torch_secorder.parameters import ParameterTable
@@ -53,7 +53,7 @@ class Walk:
             if record.site.rule is not None:
                 ends[edge.node].append(record)
         self.leaves = leaves
-        self.others: list[Tensor] = []
+        self.others: list[GradientEdge] = []
         stack = [x.grad_fn for x in roots if x.grad_fn is not None]
         seen = set(stack)
         while stack:
@@ -65,7 +65,7 @@ class Walk:
             else:
                 inputs = node.next_functions
                 if not inputs and hasattr(node, "variable"):
-                    self.others.append(node.variable)
+                    self.others.append(GradientEdge(node, 0))
             self.children[node] = inputs
             for index, (child, _) in enumerate(inputs):
                 if child is None or child in seen:
