@@ -1,6 +1,8 @@
 # Every target sets up what it needs; `make help` lists them.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+# Python and torch at both ends.
+VERSIONS ?= 3.10:2.7.1 3.13:2.14.1
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -10,7 +12,7 @@ EXAMPLES := $(wildcard examples/*.py)
 # The arrays here are small: threads cost more than they give.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test check lint types doctest examples docs format bench bench-growth clean
+.PHONY: help demo test check lint types doctest examples docs format bench bench-growth versions clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -56,6 +58,9 @@ bench: $(BENCH)  ## measure time and memory beside other packages, and write doc
 bench-growth: $(READY)  ## measure growth with batch, positions, width and vocabulary, for the same page
 	PYTHONPATH=tests $(BIN)/python -m benchmarks.growth --save
 	PYTHONPATH=tests $(BIN)/python -m benchmarks.page
+
+versions:  ## run the tests with the oldest and the newest Python and torch, in environments of their own: takes GBs and an hour
+	@for pair in $(VERSIONS); do sh tests/versions.sh $$(echo $$pair | tr : ' ') || exit 1; done
 
 clean:  ## remove everything that the other targets made
 	rm -rf $(VENV) build dist docs/_build report.csv report.png .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -33,6 +33,11 @@ current_backward: Callable[[], int] = torch._C._current_graph_task_id  # -1 outs
 PROBES: set[int] = set()
 
 
+# For a moment a new hook is there, and torch doesn't know yet that it takes keyword arguments: another thread's call of the model
+# may come in between.
+NO_OUTPUT = object()
+
+
 @contextmanager
 def probe(roots: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     """Copies of the roots, from which backward passes inside are the library's own."""
@@ -133,9 +138,9 @@ class Capture(Attached):
         self.active = False
         self._hooks.remove()
 
-    def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> None:
         """The model is called."""
-        if not self._listens():
+        if not self._listens() or kwargs is None:
             return
         replay = current_backward()
         if replay == -1:
@@ -178,11 +183,12 @@ class Capture(Attached):
             guard()
 
     def seen(
-        self, site: Site, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
+        self, site: Site, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any = NO_OUTPUT
     ) -> Tensor | None:
         """Record one call; returns a new output only where a frozen layer's output needs an anchor."""
         if (
             not self._listens()
+            or output is NO_OUTPUT
             or get_ident() in self._unseen
             or (self.passed_over and current_backward() in self.passed_over)
         ):
