@@ -186,14 +186,12 @@ class Capture(Attached):
         self, site: Site, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any = NO_OUTPUT
     ) -> Tensor | None:
         """Record one call; returns a new output only where a frozen layer's output needs an anchor."""
-        if (
-            not self._listens()
-            or output is NO_OUTPUT
-            or get_ident() in self._unseen
-            or (self.passed_over and current_backward() in self.passed_over)
-        ):
+        thread = get_ident()
+        if not self._listens() or output is NO_OUTPUT or thread in self._unseen:
             return None
-        forward = self._running.get(get_ident()) or self._outside(output, site)
+        if self.passed_over and current_backward() in self.passed_over:
+            return None
+        forward = self._running.get(thread) or self._outside(output, site)
         forward.calls.update(site.parameters.values())
         if not torch.is_grad_enabled():
             return None

@@ -281,7 +281,8 @@ class FisherMonitor(Attached, Results):
             current.error = explained(error)
 
     def _opened(self, task: int) -> _OpenPass:
-        if task not in self._passes:
+        current = self._passes.get(task)
+        if current is None:
             collected = Pass(
                 self._table,
                 diagonal=self._diagonal,
@@ -293,7 +294,7 @@ class FisherMonitor(Attached, Results):
             current = self._passes[task] = _OpenPass(task, collected, is_autocast())
             # Autograd alone keeps it: a pass that an exception breaks off is gone with its traceback.
             at_the_end(partial(self._closed, task, current))
-        return self._passes[task]
+        return current
 
     def verify(self, loss: Tensor) -> None:
         """Have the next backward pass, which must be that of ``loss``, checked for one sample.
