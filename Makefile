@@ -2,7 +2,7 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 # Python and torch at both ends.
-VERSIONS ?= 3.10:2.7.1 3.13:2.14.1
+VERSIONS ?= 3.10:2.8.0 3.13:2.14.1
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready

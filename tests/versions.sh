@@ -1,5 +1,5 @@
 #!/bin/sh
-# The tests that need nothing but torch, pandas and a few small packages, with one Python and one torch: versions.sh 3.10 2.7.1
+# The tests that need nothing but torch, pandas and a few small packages, with one Python and one torch: versions.sh 3.10 2.8.0
 set -e
 venv=build/versions/python$1-torch$2
 if ! python=$(command -v "python$1") || ! "$python" --version > /dev/null 2>&1; then
