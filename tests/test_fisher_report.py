@@ -256,6 +256,28 @@ def test_the_diagonal_and_the_activations_of_every_fisher_are_those_of_a_loop() 
         assert all(p.grad is None for p in model.parameters())
 
 
+class SequenceFirst(nn.Module):
+    """A position embedding that is turned before it meets the data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.positions, self.first, self.last = nn.Parameter(torch.randn(4, 6)), nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(torch.tanh(self.first(x.transpose(0, 1)) + self.positions[:, None]).mean(0))
+
+
+def test_the_diagonal_of_a_parameter_in_another_layout_behind_the_first_layer() -> None:
+    """Unlike its norm it takes calls of nodes, which have to wait for the end of the backward pass."""
+    model = SequenceFirst().double()
+    x, y = torch.randn(5, 4, 6, dtype=torch.float64), torch.randint(3, (5,))
+    results = fisher_results(model, nn.CrossEntropyLoss(), (x, y), diagonal=True, progress=False)
+    for name, parameter in model.named_parameters():
+        losses = (nn.functional.cross_entropy(model(x[n : n + 1]), y[n : n + 1]) for n in range(5))
+        squares = [torch.autograd.grad(loss, parameter)[0].square() for loss in losses]
+        torch.testing.assert_close(results.diagonal[name], torch.stack(squares).mean(0))
+
+
 def test_results_keep_what_was_asked_for(tmp_path: Path) -> None:
     model = nn.Linear(3, 2)
     data = (torch.randn(6, 3), None)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from oracles import output_curvature
 from torch_secorder import likelihoods
-from torch_secorder.errors import CurvatureError
+from torch_secorder.errors import ArgumentError, CurvatureError
 from torch_secorder.likelihoods import Through, likelihood
 
 LOSS_TYPES = ["nll", "bce", "mse", "poisson"]
@@ -134,6 +134,13 @@ def test_ignored_positions() -> None:
     for seed in (*model.draws(outputs, 1, torch.Generator().manual_seed(0)), model.observed(outputs, targets)):
         assert (seed.transpose(1, 2)[targets == 7] == 0).all()
         assert (seed.transpose(1, 2)[targets != 7] != 0).all()
+
+
+@pytest.mark.parametrize("wrong", [3, -1, 0.5])
+def test_observed_labels_that_are_no_class(wrong: float) -> None:
+    outputs, targets = torch.randn(2, 3), torch.tensor([wrong, 0])
+    with pytest.raises(ArgumentError, match="targets"):
+        likelihood("nll", outputs, targets).observed(outputs, targets)
 
 
 NEGATIVE_LOG_LIKELIHOODS: dict[str, Any] = {

@@ -84,7 +84,7 @@ class Passes:
             (record, [edge]) for record, edge in forward.records if record.starts_graph and record.placement
         ]
         self._starts += [(use, use.edges(node)) for use, node in uses if use.starts_graph]
-        self._defers = any(use.calls_nodes for use, _ in uses)
+        self._defers = any(self._calls_nodes(use) for use, _ in uses)
         self.n, self.structure = forward.n or 0, self._audit.structure
 
     def active(self) -> bool:
@@ -155,10 +155,13 @@ class Passes:
             return
         assert self._pass is not None
         action = partial(self._pass.add_use, use, torch._C._current_autograd_node(), grads)
-        if use.calls_nodes:
+        if self._calls_nodes(use):
             self._deferred.append(action)
         else:
             self._guarded(action)
+
+    def _calls_nodes(self, use: Use) -> bool:
+        return use.calls_nodes or (self._diagonal and use.rearranges)
 
     def _add(self, item: Record | Use, node: Node, grads: tuple[Tensor | None, ...]) -> None:
         assert self._pass is not None

@@ -73,7 +73,11 @@ class Likelihood(ABC):
 
     @abstractmethod
     def observed(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """The gradient of ``-log p(targets | outputs)``."""
+        """The gradient of ``-log p(targets | outputs)``.
+
+        Raises:
+            ArgumentError: for targets that the likelihood gives no meaning to.
+        """
 
 
 class Elementwise(Likelihood):
@@ -198,8 +202,17 @@ class Categorical(Likelihood):
 
     def observed(self, outputs: Tensor, targets: Tensor) -> Tensor:
         p = self._probabilities(outputs)
-        label = targets.reshape(*p.shape[:2], 1)
-        hot = torch.zeros_like(p).scatter(-1, label.clamp(0, p.shape[-1] - 1), 1.0)
+        if targets.is_floating_point() or targets.is_complex():
+            raise ArgumentError(f"targets must be class indices, integers, not {targets.dtype}")
+        label = targets.long().reshape(*p.shape[:2], 1)
+        if self._counted is not None:
+            label = label.where(self._counted.reshape(label.shape), 0)
+        if bool(((label < 0) | (label >= p.shape[-1])).any()):
+            raise ArgumentError(
+                f"targets from {int(label.min())} to {int(label.max())} for {p.shape[-1]} classes, 0 to {p.shape[-1] - 1}: pass "
+                "ignore_index= if one of them means that there is none"
+            )
+        hot = torch.zeros_like(p).scatter(-1, label, 1.0)
         return self._shaped(p - hot, outputs)
 
     def _positions(self, outputs: Tensor) -> int:

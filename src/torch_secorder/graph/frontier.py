@@ -45,6 +45,7 @@ class Use:
         starts_graph: whether nothing before the node is differentiated but batch-free values.
         calls_nodes: whether its gradients take calls of nodes, which have no answer inside of a backward pass that was asked
             for other gradients only.
+        rearranges: whether its gradients' entries, though not their norms, take such calls.
     """
 
     forward: Forward
@@ -53,6 +54,7 @@ class Use:
     output: int
     starts_graph: bool
     calls_nodes: bool = False
+    rearranges: bool = False
     fired_in: int | None = None
 
     def place(self, node: Node, part: Part, memo: dict[str, Any]) -> Place:
@@ -149,7 +151,8 @@ class Frontier:
         others = [c for i, (c, _) in enumerate(node.next_functions) if i not in indices and c is not None]
         use = Use(forward, parts, placement, output, all(self._is_free(c, frontier) for c in others))
         ruled = all(has_rule(use.place(node, part, {})) for part in parts)
-        targets = (target for part in parts for target in part.targets)
+        targets = [target for part in parts for target in part.targets]
+        use.rearranges = any(c.layout != () for _, c in targets)
         simple = all(c.layout == () or (c.layout is not None and isinstance(target, int)) for target, c in targets)
         use.calls_nodes = not (ruled and simple)
         return use, node
