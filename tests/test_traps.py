@@ -802,6 +802,44 @@ def test_trap_16_random_draws_and_routing_are_those_of_the_users_forward(dtype: 
         assert_equal(found, t.mean(), total(trace(expected)), dtype)
 
 
+class Routed(nn.Module):
+    """Experts that get as many rows as fall to them, none in most batches; or each sample's rows in a call of its own."""
+
+    def __init__(self, expert: Callable[[], nn.Module], way: str) -> None:
+        super().__init__()
+        self.router, self.experts = nn.Linear(6, 5), nn.ModuleList([expert() for _ in range(5)])
+        self.head, self.way = nn.Linear(6, 3), way
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.way == "experts":
+            rows = x.flatten(0, 1)
+            chosen, found = self.router(rows).argmax(1), torch.zeros_like(rows)
+            for number, expert in enumerate(self.experts):
+                mine = (chosen == number).nonzero().squeeze(1)
+                found = found.index_add(0, mine, expert(rows[mine]).tanh())
+            return self.head(found.view_as(x).mean(1))
+        if self.way == "sample":  # as many rows as features, whose axes must not be confused
+            return self.head(torch.stack([self.experts[0](rows).tanh().mean(0) for rows in x]))
+        return self.head(torch.cat([self.experts[0](row).tanh() for row in x[:, 0].split(1)]))
+
+
+EXPERTS: dict[str, Callable[[], nn.Module]] = {
+    "linear": lambda: nn.Linear(6, 6),
+    "layer norm": lambda: nn.LayerNorm(6),
+    "group norm": lambda: nn.GroupNorm(2, 6),
+    "running statistics": lambda: nn.BatchNorm1d(6).eval(),
+    "slopes": lambda: nn.PReLU(6),
+    "convolution": lambda: nn.Sequential(nn.Unflatten(1, (2, 3)), nn.Conv1d(2, 2, 3, padding=1), nn.Flatten()),
+}
+
+
+@pytest.mark.parametrize("way", ["experts", "sample", "row"])
+@pytest.mark.parametrize("name", EXPERTS)
+def test_trap_16_rows_of_one_sample_and_no_rows(name: str, way: str) -> None:
+    torch.manual_seed(3)
+    assert_exact(*drawn(Routed(EXPERTS[name], way), 4, 6, 6))
+
+
 class Scaled(nn.Module):
     """Like many norms: a weight times something that is not its own business, and not the same thing in every call."""
 

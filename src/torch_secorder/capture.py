@@ -217,7 +217,9 @@ class Capture(Attached):
             output = anchor = output + output.new_zeros((), requires_grad=True)
         if forward.n is None:
             forward.n = _size(output, placement.axis)
-        found: Placement | None = placement if placement.fits(output.shape, forward.n or -1) else None
+        # (What has no elements, an expert's output that no token was sent to, is nobody's.)
+        fits = not output.numel() or placement.fits(output.shape, forward.n or -1)
+        found: Placement | None = placement if fits else None
         if not forward.inside and site.placement is None:
             raise ShapeError(
                 f"{site} was called outside of a call of the monitored model, where nothing shows which axis counts the "

@@ -25,7 +25,7 @@ from torch_secorder.errors import (
 )
 from torch_secorder.graph import Use
 from torch_secorder.parameters import ParameterTable
-from torch_secorder.per_sample import Carried, Dense, PerSampleGradient, Squares, direction, in_halves, limited
+from torch_secorder.per_sample import Carried, Dense, PerSampleGradient, Squares, direction, in_halves, limited, widened
 from torch_secorder.placement import Grouping
 from torch_secorder.records import Call, Forward, Record, Site
 from torch_secorder.rules.nodes import gradient_at, has_rule
@@ -213,20 +213,24 @@ class Pass:
         grad = whole(grad)
         self.half = self.half or grad.dtype in HALF
         self.seen += grad.numel()
-        if not self._waits(record, grad):
+        if not grad.numel():
+            self._add_nothing(record, grad)
+        elif not self._waits(record, grad):
             with limited(self._max_memory):
                 self._add(record, grad)
+
+    def _add_nothing(self, record: Record, grad: Tensor) -> None:
+        """A call without any position, an expert's that no token was sent to, say."""
+        block = self._block(record.forward, record.forward.n or len(grad))
+        for position in record.site.parameters.values():
+            block.norms.setdefault(position, widened(grad.new_zeros(block.n)))
+            self._rules[position][f"{record.site.rule.name} (empty)"] = None
 
     def _add(self, record: Record, grad: Tensor) -> None:
         forward, site = record.forward, record.site
         assert record.placement is not None
-        alone = record.placement.whole
-        call = record.shared_call(grad.reshape(1, *record.shape)) if alone else record.call(grad)
-        size = len(call.grad_output)
-        block = self._block(forward, forward.n or size)
-        groups = record.placement.grouping(record.shape[record.placement.axis], block.n, grad.device)
-        if alone and groups is not None and groups.listed is not None:
-            groups = replace(groups, listed=groups.listed[:1])
+        call = record.call(grad)
+        block = self._block(forward, forward.n or len(call.grad_output))
         if site.rule is None:
             assert record.moments is not None
             norms = Dense(call.grad_output.flatten(1)).squared_norm()
@@ -237,7 +241,17 @@ class Pass:
                 f"{site}: the loss reaches it by another way than through what the model returns, so that nothing shows where "
                 "its samples are: return what the loss is computed from, in tensors, mappings, sequences or dataclasses"
             )
-        self._apply(block, record, call, groups)
+        groups = record.placement.grouping(record.shape[record.placement.axis], block.n, grad.device)
+        try:
+            forms = _forms(site, call)
+        except ShapeError:
+            if not (record.placement.whole or block.n == 1):
+                raise
+            # All of it belongs to one sample: the module was called for one at a time, without a batch axis.
+            if groups is not None and groups.listed is not None:
+                groups = replace(groups, listed=groups.listed[:1])
+            forms = _forms(site, record.shared_call(grad.reshape(1, *record.shape)))
+        self._apply(block, record, forms, groups)
         if not self._keep:
             record.inputs = None
 
@@ -310,10 +324,12 @@ class Pass:
             for _, record, _ in waiting:
                 record.inputs = None
 
-    def _apply(self, block: Block, record: Record, call: Call, groups: Grouping | None) -> None:
+    def _apply(
+        self, block: Block, record: Record, forms: Mapping[str, PerSampleGradient], groups: Grouping | None
+    ) -> None:
         """The rule's answer for one call."""
         site, forward = record.site, record.forward
-        for local, form in _forms(site, call).items():
+        for local, form in forms.items():
             regrouped = form if groups is None else form.regrouped(groups)
             position = site.parameters[local]
             if not forward.inside and self._repeated is None and (position in block.settled or position in block.held):
@@ -386,7 +402,7 @@ class Pass:
         """Whatever waited for the end of the pass."""
         for block in self._blocks.values():
             for record, grads in block.shared.items():
-                self._apply(block, record, record.shared_call(grads), None)
+                self._apply(block, record, _forms(record.site, record.shared_call(grads)), None)
             block.shared.clear()
             for position, form in block.held.items():
                 self._settle(block, position, form)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from torch_secorder.errors import CoupledSamplesError, CurvatureError
+from torch_secorder.errors import CoupledSamplesError, CurvatureError, ShapeError
 from torch_secorder.per_sample import Rows
 from torch_secorder.records import Call
 from torch_secorder.rules._dispatch import Gradients, register_refusal, register_rule
@@ -14,6 +14,8 @@ from torch_secorder.rules._dispatch import Gradients, register_refusal, register
 def embedding(module: nn.Embedding, call: Call) -> Gradients:
     """Rows of a table; the padding row gets no gradient."""
     ids, g = call.argument(0, "input"), call.grad_output
+    if not ids.dim():
+        raise ShapeError("an Embedding got a single id, without a batch axis")
     if module.padding_idx is not None:
         g = g.masked_fill((ids == module.padding_idx)[..., None], 0)
     return {"weight": Rows(ids.reshape(len(ids), -1), g.reshape(len(g), -1, g.shape[-1]), module.weight.shape)}
