@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
+from torch.utils.data import TensorDataset
 
 from model_state import assert_unchanged, state
 from oracles import assert_equal, exact_fisher, per_sample_squared_norms, total, trace
@@ -243,6 +244,9 @@ def test_frozen_parameters_on_request() -> None:
         ({"fisher": "sampled", "num_samples": True}, r"num_samples"),
         ({"fisher": "exact", "loss_type": "hinge"}, r"loss_type.*hinge|hinge"),
         ({"max_batches": 0}, r"max_batches"),
+        ({"loss_fn": list(range(100))}, r"^loss_fn must be a module or a function.{,120}$"),
+        ({"data": TensorDataset(torch.randn(5, 4))}, r"not a TensorDataset.*DataLoader"),
+        ({"data": [{"inputs": torch.randn(5, 4), "labels": None}]}, r"not a dict.*batch\['labels'\]"),
     ],
     ids=str,
 )
@@ -257,6 +261,22 @@ def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
 def test_data_that_are_not_pairs() -> None:
     with pytest.raises(CurvatureError, match=r"inputs, targets"):
         fisher_report(classifier(), nn.CrossEntropyLoss(), [torch.randn(5, 4, dtype=torch.float64)], progress=False)
+
+
+def test_a_model_without_numbers() -> None:
+    for analysis in (
+        FisherMonitor,
+        lambda model: fisher_report(model, nn.CrossEntropyLoss(), batches(), progress=False),
+    ):
+        with pytest.raises(CurvatureError, match=r"weight, bias.*meta device.*load"):
+            analysis(nn.Linear(4, 3, device="meta"))
+
+
+def test_inference_mode_and_unknown_options() -> None:
+    with torch.inference_mode(), pytest.raises(ArgumentError, match="inference_mode"):
+        fisher_report(classifier(), nn.CrossEntropyLoss(), batches(), progress=False)
+    with pytest.raises(TypeError, match=r"fisher_results\(\).*'by'"):
+        fisher_results(classifier(), nn.CrossEntropyLoss(), batches(), by="module")
 
 
 def test_the_diagonal_and_the_activations_of_every_fisher_are_those_of_a_loop() -> None:
