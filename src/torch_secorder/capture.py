@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from torch_secorder.errors import CoverageError, ShapeError, UnsupportedError
-from torch_secorder.hooks import Attached, Hook, Hooks
+from torch_secorder.hooks import Attached, Hook, Hooks, at_last
 from torch_secorder.placement import FIRST, Placement
 from torch_secorder.records import Forward, Record, Site
 from torch_secorder.sharding import is_spread
@@ -45,13 +45,12 @@ NO_OUTPUT = object()
 @contextmanager
 def own_call() -> Iterator[None]:
     """Calls of models inside are the library's own."""
-    outermost = get_ident() not in CALLERS
-    CALLERS.add(get_ident())
-    try:
+    if get_ident() in CALLERS:
         yield
-    finally:
-        if outermost:
-            CALLERS.discard(get_ident())
+        return
+    with at_last(partial(CALLERS.discard, get_ident())):
+        CALLERS.add(get_ident())
+        yield
 
 
 def calling() -> bool:
