@@ -161,7 +161,7 @@ class Results:
         self._common.clear()
 
     def save(self, path: str | Path) -> None:
-        """Write what was accumulated to a file, whole or not at all (safetensors; ``pip install torch-secorder[save]``).
+        """Write what was accumulated to a file, whole or not at all (safetensors; ``pip install 'torch-secorder[save]'``).
 
         Raises:
             ArgumentError: if safetensors is not installed, or there is no such folder.
