@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +10,15 @@ import pandas as pd
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import TensorDataset
 
 from model_state import assert_unchanged, state
 from oracles import assert_equal, exact_fisher, per_sample_squared_norms, total, trace
-from torch_secorder import FisherMonitor, fisher_report, fisher_results
+from torch_secorder import FisherMonitor, empirical_fisher_trace, fisher_report, fisher_results, hessian_trace
 from torch_secorder.errors import ArgumentError, CurvatureError, LifecycleError
+from torch_secorder.pruning import ChannelGates
 
 Batch = tuple[Tensor, Tensor]
 
@@ -55,6 +59,40 @@ def test_empirical_is_what_a_monitor_sees(reduction: str) -> None:
     assert report.attrs["fisher"] == "empirical"
     assert report.attrs["n_samples"] == 8
     assert report.attrs["n_passes"] == 2
+
+
+class Checkpointed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(checkpoint(self.first, x, use_reentrant=False).tanh())
+
+
+@pytest.mark.parametrize("model", [classifier(), Checkpointed().double()], ids=["plain", "checkpointed"])
+@pytest.mark.parametrize(
+    "analysis",
+    [
+        lambda model, x, y: fisher_report(model, cross_entropy, (x, y), progress=False),
+        lambda model, x, y: fisher_report(model, None, (x, y), fisher="exact", progress=False),
+        lambda model, x, y: empirical_fisher_trace(model, cross_entropy, x, y, create_graph=True),
+        lambda model, x, y: hessian_trace(model, cross_entropy, x, y, 2),
+    ],
+    ids=["empirical", "exact", "differentiable", "hessian"],
+)
+def test_monitors_around_it_see_only_what_the_user_runs(analysis: Callable[..., object], model: nn.Module) -> None:
+    x, y = torch.randn(8, 4, dtype=torch.float64), torch.randint(3, (8,))
+    expected = per_sample_squared_norms(model, cross_entropy, x, y)
+    with FisherMonitor(model) as monitor, FisherMonitor(model.last if hasattr(model, "last") else model[2]) as inner:
+        with ChannelGates(model, modules=(nn.Linear,)) as gates:
+            analysis(model, x, y)
+            loss = cross_entropy(model(x), y)
+            analysis(model, x, y)
+            loss.backward()
+        analysis(model, x, y)
+    assert_report(monitor.report(), expected)
+    assert (monitor.n_samples, inner.n_samples, gates.n_samples) == (8, 8, 8)
 
 
 def test_grad_sq_norm_is_that_of_the_batches_or_not_there() -> None:
@@ -206,6 +244,9 @@ def test_frozen_parameters_on_request() -> None:
         ({"fisher": "sampled", "num_samples": True}, r"num_samples"),
         ({"fisher": "exact", "loss_type": "hinge"}, r"loss_type.*hinge|hinge"),
         ({"max_batches": 0}, r"max_batches"),
+        ({"loss_fn": list(range(100))}, r"^loss_fn must be a module or a function.{,120}$"),
+        ({"data": TensorDataset(torch.randn(5, 4))}, r"not a TensorDataset.*DataLoader"),
+        ({"data": [{"inputs": torch.randn(5, 4), "labels": None}]}, r"not a dict.*batch\['labels'\]"),
     ],
     ids=str,
 )
@@ -220,6 +261,22 @@ def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
 def test_data_that_are_not_pairs() -> None:
     with pytest.raises(CurvatureError, match=r"inputs, targets"):
         fisher_report(classifier(), nn.CrossEntropyLoss(), [torch.randn(5, 4, dtype=torch.float64)], progress=False)
+
+
+def test_a_model_without_numbers() -> None:
+    for analysis in (
+        FisherMonitor,
+        lambda model: fisher_report(model, nn.CrossEntropyLoss(), batches(), progress=False),
+    ):
+        with pytest.raises(CurvatureError, match=r"weight, bias.*meta device.*load"):
+            analysis(nn.Linear(4, 3, device="meta"))
+
+
+def test_inference_mode_and_unknown_options() -> None:
+    with torch.inference_mode(), pytest.raises(ArgumentError, match="inference_mode"):
+        fisher_report(classifier(), nn.CrossEntropyLoss(), batches(), progress=False)
+    with pytest.raises(TypeError, match=r"fisher_results\(\).*'by'"):
+        fisher_results(classifier(), nn.CrossEntropyLoss(), batches(), by="module")
 
 
 def test_the_diagonal_and_the_activations_of_every_fisher_are_those_of_a_loop() -> None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from model_state import assert_same_gradients, gradients, hooks
-from oracles import Inputs, assert_equal, call, per_sample_squared_norms, total, trace
+from oracles import Inputs, assert_equal, call, exact_fisher, per_sample_squared_norms, total, trace
 from problems._base import Forward, randomised
 from torch_secorder import FisherMonitor, fisher_report
 from torch_secorder.errors import CoupledSamplesError, CoverageError, CurvatureError, ShapeError, SlowFallbackWarning
@@ -400,6 +400,20 @@ def test_trap_09_checkpointed_blocks(use_reentrant: bool, shape: tuple[int, ...]
         check()
     if not use_reentrant:
         assert_exact(model, x, y)
+
+
+def test_trap_09_the_first_layer_in_a_checkpoint() -> None:
+    """No gradient goes through it to where the layer's input would be asked for, and several passes ask."""
+
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        return m.last(checkpoint(m.first, x, use_reentrant=False).tanh())
+
+    model, x, y = drawn(Forward(forward, first=nn.Linear(4, 5), last=nn.Linear(5, 3)), 6, 4)
+    assert_exact(model, x, y)
+    report = fisher_report(model, None, (x, None), fisher="exact", progress=False)
+    expected = trace(exact_fisher(model, x))
+    for name, value in expected.items():
+        assert_equal(torch.tensor(report.loc[name, "fisher_trace"]), value, total(expected), torch.float64)
 
 
 def test_trap_09_reentrant_checkpoints_need_a_monitor() -> None:

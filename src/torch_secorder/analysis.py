@@ -133,6 +133,8 @@ class Analysis:
         activations: bool = False,
         max_memory: int | None = None,
     ):
+        if torch.is_inference_mode_enabled():
+            raise ArgumentError("torch.inference_mode() forbids gradients: call this outside of it")
         self.model, self._max_memory = unwrapped(model), checked_budget(max_memory)
         self._keeps = {"diagonal": diagonal, "activations": activations}
         self.types = {name: written_class(m).__name__ for name, m in named_modules(self.model)} if activations else {}
@@ -250,7 +252,7 @@ def a_function(name: str, value: Any) -> None:
         ArgumentError: naming the argument.
     """
     if not callable(value):
-        raise ArgumentError(f"{name} must be a module or a function of (outputs, targets), not {value!r}")
+        raise ArgumentError(f"{name} must be a module or a function of (outputs, targets), not {value!r:.80}")
 
 
 def fresh_generator(generator: torch.Generator | None) -> torch.Generator:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from torch_secorder.capture import probe, probing
+from torch_secorder.capture import own_pass, probe, probing
 from torch_secorder.errors import CoverageError, NonFiniteError, UnsupportedError
 from torch_secorder.graph import Audit, Memory, Use
 from torch_secorder.parameters import ParameterTable
@@ -106,7 +106,9 @@ class Passes:
         self._pass = Pass(self._table, diagonal=self._diagonal, keep=keep, max_memory=self._max_memory)
         self._error = None
         try:
-            with probe([root]) if self._shared else nullcontext([root]) as (start,):
+            if not root.requires_grad:
+                return self._samples(root, seed, last)
+            with (probe if self._shared else own_pass)([root]) as (start,):
                 return self._samples(start, seed, last)
         finally:
             self._pass = None

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from torch_secorder.errors import CoverageError, ShapeError, UnsupportedError
-from torch_secorder.hooks import Attached, Hook, Hooks
+from torch_secorder.hooks import Attached, Hook, Hooks, at_last
 from torch_secorder.placement import FIRST, Placement
 from torch_secorder.records import Forward, Record, Site
 from torch_secorder.sharding import is_spread
@@ -32,6 +32,10 @@ current_backward: Callable[[], int] = torch._C._current_graph_task_id  # -1 outs
 # where hooks of other monitors may be; device threads run them too, so this can't be a thread's own.
 PROBES: set[int] = set()
 
+# Where the library calls a model itself: threads, and backward passes under way. That is not for the user's monitors to see.
+CALLERS: set[int] = set()
+PASSES: set[int] = set()
+
 
 # For a moment a new hook is there, and torch doesn't know yet that it takes keyword arguments: another thread's call of the model
 # may come in between.
@@ -39,13 +43,29 @@ NO_OUTPUT = object()
 
 
 @contextmanager
-def probe(roots: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+def own_call() -> Iterator[None]:
+    """Calls of models inside are the library's own."""
+    if get_ident() in CALLERS:
+        yield
+        return
+    with at_last(partial(CALLERS.discard, get_ident())):
+        CALLERS.add(get_ident())
+        yield
+
+
+def calling() -> bool:
+    """Whether the forward under way is not the user's."""
+    return get_ident() in CALLERS or (bool(PASSES) and current_backward() in PASSES)
+
+
+@contextmanager
+def probe(roots: Sequence[Tensor], passes: set[int] = PROBES) -> Iterator[list[Tensor]]:
     """Copies of the roots, from which backward passes inside are the library's own."""
     copies, mine = [x.view_as(x) for x in roots], set[int]()
 
     def begun(grads: object) -> None:
         mine.add(current_backward())
-        PROBES.update(mine)
+        passes.update(mine)
 
     for root in copies:
         assert root.grad_fn is not None
@@ -54,7 +74,14 @@ def probe(roots: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     try:
         yield copies
     finally:
-        PROBES.difference_update(mine)
+        passes.difference_update(mine)
+
+
+@contextmanager
+def own_pass(roots: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Copies of what the library's own call of a model returned, to differentiate inside."""
+    with own_call(), probe(roots, PASSES) as copies:
+        yield copies
 
 
 def probing() -> bool:
@@ -90,7 +117,7 @@ class Capture(Attached):
         on_replay: called with the backward pass that runs a forward again (activation checkpointing).
         on_end: called with each run of the model and its outputs, when the gradient's way through it is known.
         every: see the first of every so many runs only.
-        alone: see nothing of what other threads do with the model.
+        alone: see the library's own calls of the model in this thread, and nothing else; by default all others.
 
     Attributes:
         passed_over: backward passes that reached a run that was not seen.
@@ -137,6 +164,15 @@ class Capture(Attached):
     def _detach(self) -> None:
         self.active = False
         self._hooks.remove()
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """Layers run again inside, outside of any backward pass, for what a checkpoint threw away."""
+        self._running[get_ident()] = Forward(self.last.n, Counter(self.last.calls), replay_of=-1)
+        try:
+            yield
+        finally:
+            del self._running[get_ident()]
 
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> None:
         """The model is called."""
@@ -243,7 +279,7 @@ class Capture(Attached):
         return anchor
 
     def _listens(self) -> bool:
-        return self.active and self._thread in (None, get_ident())
+        return self.active and (not calling() if self._thread is None else self._thread == get_ident())
 
     def _outside(self, output: Any, site: Site) -> Forward:
         """The forward of a call with no call of the model around it."""

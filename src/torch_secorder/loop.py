@@ -146,6 +146,8 @@ def fisher_results(
         >>> results.diagonal["weight"].shape, results.report().attrs["fisher"]
         (torch.Size([2, 3]), 'exact')
     """
+    if unknown := options.keys() - (accumulated.__kwdefaults__ or {}).keys():
+        raise TypeError(f"fisher_results() got an unexpected keyword argument {min(unknown)!r}")
     results = None
     for results in accumulated(  # noqa: B007  # the last one
         model, loss_fn, data, diagonal=diagonal, per_sample=per_sample, activations=activations, **options
@@ -176,7 +178,9 @@ def accumulated(
     max_passes: int = 10_000,
     max_memory: int | None = None,
     earlier: Results | None = None,
-    **keeps: bool,
+    diagonal: bool = False,
+    per_sample: bool = False,
+    activations: bool = False,
 ) -> Iterator[Results]:
     """The results so far, the same object after every batch.
 
@@ -197,8 +201,8 @@ def accumulated(
     kind = FisherKind(loss_type, labels, k if fisher == "sampled" else None, ignore_index, class_axis, max_passes)
     generator = fresh_generator(generator)
 
-    asked = {name: keeps.get(name, False) for name in ("diagonal", "activations")}
-    analysis, results = Analysis(model, parameters, batch_axis, max_memory=max_memory, **asked), earlier
+    keeps = {"diagonal": diagonal, "activations": activations}
+    analysis, results = Analysis(model, parameters, batch_axis, max_memory=max_memory, **keeps), earlier
     for number, (inputs, targets) in enumerate(_in_step(analysis, batches(data, max_batches, progress))):
         first = verify and number == 0
         with one_at_a_time(analysis.model):
@@ -214,7 +218,7 @@ def accumulated(
                     with fork_random(analysis.table.tensors):  # the check is one more forward
                         trusted(analysis, analyse, partial(verified, analysis, _projection, inputs))
                 samples = analysis.fisher(kind, inputs, targets, generator)
-        results = results or Results(analysis.table, reduction or "mean", fisher, **keeps)
+        results = results or Results(analysis.table, reduction or "mean", fisher, per_sample=per_sample, **keeps)
         results._count_in(samples, analysis.types)
         yield results
 
@@ -236,13 +240,19 @@ def batches(data: Any, max_batches: int | None, progress: bool) -> Iterable[tupl
     if _is_pair(data) and (isinstance(data, tuple) or not all(map(_is_pair, data))):
         data = [data]
     if not isinstance(data, Iterable):
-        raise ArgumentError(f"data must be an iterable of pairs (inputs, targets), or one such pair, not {data!r}")
+        raise ArgumentError(
+            f"data must be an iterable of pairs (inputs, targets), or one such pair, not a {type(data).__name__}; a data set "
+            "goes into a torch.utils.data.DataLoader"
+        )
     total = len(data) if isinstance(data, Sized) else None
     if max_batches is not None:
         data, total = itertools.islice(data, max_batches), min(total or max_batches, max_batches)
     for batch in _with_progress(data, total) if progress else data:
         if not _is_pair(batch):
-            raise ArgumentError(f"data must yield pairs (inputs, targets), not {type(batch).__name__}")
+            raise ArgumentError(
+                f"data must yield pairs (inputs, targets), not a {type(batch).__name__}; make pairs of what it yields, as in "
+                "((batch['inputs'], batch['labels']) for batch in data)"
+            )
         yield tuple(batch)
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
-from torch_secorder.capture import Capture, at_the_end, current_backward, probing, raise_at_the_end
+from torch_secorder.capture import Capture, at_the_end, calling, current_backward, probing, raise_at_the_end
 from torch_secorder.errors import ArgumentError, CoverageError, LifecycleError, NonFiniteError
 from torch_secorder.graph import Audit, Use, memory_of, one_at_a_time
 from torch_secorder.hooks import Attached, Hook, Hooks
@@ -259,7 +259,7 @@ class FisherMonitor(Attached, Results):
 
     def _guarded(self, action: Callable[..., None], *args: Any) -> None:
         """Do something for the backward pass under way; what goes wrong must wait for its end."""
-        if probing():
+        if probing() or calling():
             return
         task = current_backward()
         current = self._opened(self._parents.get(task, task) if self._parents else task)

@@ -50,6 +50,10 @@ class ParameterTable:
             raise ArgumentError(f"{type(model).__name__} has no trainable parameter: {remedy}")
         if lazy := [name for name, p in named if nn.parameter.is_lazy(p)]:
             raise UnsupportedError(f"{', '.join(lazy)}: not initialised yet; run the model once before analysing it")
+        if bare := [name for name, p in named if p.is_meta]:
+            raise UnsupportedError(
+                f"{', '.join(bare[:3])}: on the meta device, without numbers; load the weights first"
+            )
         self.tensors: list[Tensor] = [p for _, p in named]
         self.rows = [_row(name, p, owners) for name, p in named]
         self.coded = {position for position, p in enumerate(self.tensors) if _is_coded(p)}

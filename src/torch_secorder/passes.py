@@ -449,8 +449,8 @@ class Pass:
         rows = bad.any(0).nonzero().flatten().tolist()
         if nonfinite == "raise":
             raise NonFiniteError(
-                f"the gradients of {_listed(rows, 'sample')} are not finite, in {_listed(names, 'parameter')}; the batch is "
-                'left out and what was accumulated before is kept (nonfinite="skip" leaves out only such samples)'
+                f"the gradients of {_listed(rows, 'sample')} are not finite, in {_listed(names, 'parameter')}; their batch "
+                'is left out whole (FisherMonitor(nonfinite="skip") leaves out such samples alone)'
             )
         kept = (~bad.any(0)).nonzero().flatten()
         late = [p for p in samples.squares if bool(bad.any(0).logical_and(~bad[p]).any())]

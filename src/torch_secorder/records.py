@@ -191,6 +191,7 @@ class Record:
         if any(isinstance(x, _Packed) for x in (*self.inputs, *self.kwargs.values())):
             self.inputs = tuple(_unpacked(x) for x in self.inputs)
             self.kwargs = {name: _unpacked(x) for name, x in self.kwargs.items()}
+            self.versions = _versions(self.inputs, self.kwargs)
         elif _versions(self.inputs, self.kwargs) != self.versions:
             raise CoverageError(
                 f"{self.site}: its input was changed in place after the layer saw it; change it out of place"

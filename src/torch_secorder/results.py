@@ -149,20 +149,22 @@ class Results:
         Raises:
             ArgumentError: if it is of other parameters, another reduction or another kind.
         """
-        if not isinstance(state, Mapping):
-            raise ArgumentError(f"a state is a mapping as state_dict() returns it, not {type(state).__name__}")
-        if state.get("reduction") != self._reduction:
-            raise ArgumentError(f"the state has reduction={state.get('reduction')!r}, this monitor {self._reduction!r}")
+        if not isinstance(state, Mapping) or "reduction" not in state:
+            raise ArgumentError(
+                f"a state is a mapping as a monitor's state_dict() returns it, not this {type(state).__name__}"
+            )
+        if state["reduction"] != self._reduction:
+            raise ArgumentError(f"the state has reduction={state['reduction']!r}, this monitor {self._reduction!r}")
         if state.get("fisher", self._fisher) != self._fisher:
             raise ArgumentError(f"the state has fisher={state['fisher']!r}, this monitor {self._fisher!r}")
         self._statistics.load_state_dict(state)
         self._common.clear()
 
     def save(self, path: str | Path) -> None:
-        """Write what was accumulated to a file, whole or not at all (safetensors; ``pip install torch-secorder[save]``).
+        """Write what was accumulated to a file, whole or not at all (safetensors; ``pip install 'torch-secorder[save]'``).
 
         Raises:
-            ArgumentError: if safetensors is not installed.
+            ArgumentError: if safetensors is not installed, or there is no such folder.
         """
         save(self.state_dict(), Path(path))
 
@@ -243,7 +245,7 @@ class Results:
 
     def _require(self, kept: bool, what: str) -> None:
         if not kept:
-            raise LifecycleError(f"the monitor was not asked to keep this: FisherMonitor(..., {what}=True)")
+            raise LifecycleError(f"{what} was not asked for: pass {what}=True to FisherMonitor or fisher_results")
 
 
 def checked(name: str, value: object, allowed: tuple[object, ...]) -> None:

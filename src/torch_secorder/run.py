@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
+from torch.autograd.graph import Node
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from torch_secorder.backward import Passes
-from torch_secorder.capture import Capture
+from torch_secorder.capture import Capture, own_call
 from torch_secorder.errors import ArgumentError, ShapeError, UnsupportedError
-from torch_secorder.graph import Audit, Memory, without_second_derivative
+from torch_secorder.graph import Audit, Memory, Use, without_second_derivative
 from torch_secorder.hooks import Attached, at_last
 from torch_secorder.parameters import ParameterTable
 from torch_secorder.plan import Plan
@@ -93,6 +94,7 @@ class Run(Attached, Passes):
             *(self._model, self._plan.sites, lambda record, grad: None, axis),
             on_end=lambda *found: audit.uses(*found),
             anchored=bool(self._table.coded),
+            alone=True,
         )
         audit = Audit(self._table, lambda use, grads: None, axis, self._memory)
         self._capture.active = False
@@ -107,6 +109,10 @@ class Run(Attached, Passes):
                 called(self._model, few)
         finally:
             self._capture.active = True
+
+    def _add(self, item: Record | Use, node: Node, grads: tuple[Tensor | None, ...]) -> None:
+        with self._capture.again():
+            super()._add(item, node, grads)
 
     def _arrived(self, record: Record, grad: Tensor) -> None:
         if not record.starts_graph:  # those that do come from _gradients
@@ -128,9 +134,10 @@ def random_state() -> list[Tensor]:
 
 def called(model: Callable[..., Any], inputs: Any) -> Any:
     """``model(inputs)``, with a tuple spread over positions and a mapping over keywords."""
-    if isinstance(inputs, Mapping):
-        return model(**inputs)
-    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+    with own_call():
+        if isinstance(inputs, Mapping):
+            return model(**inputs)
+        return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
 
 
 def twice_differentiable(wanted: bool) -> AbstractContextManager[object]:

@@ -19,6 +19,8 @@ KEY = "torch_secorder"
 def save(state: Mapping[str, Any], path: Path) -> None:
     """Write tensors, lists of tensors, and what JSON can hold; the file appears complete or not at all."""
     files = _safetensors()
+    if not path.parent.is_dir():
+        raise ArgumentError(f"{path}: there is no folder {path.parent}")
     held: dict[str, Tensor] = {}
     plain: dict[str, Any] = {}
     for name, value in state.items():

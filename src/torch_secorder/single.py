@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_secorder.capture import probe
+from torch_secorder.capture import own_pass, probe
 from torch_secorder.errors import LifecycleError, VerificationError
 from torch_secorder.per_sample import row_squares, widened
 from torch_secorder.sharding import is_spread, whole
@@ -44,7 +44,8 @@ def squares_of(root: Tensor, parameters: Sequence[Tensor]) -> Tensor:
     with ExitStack() as hooks:
         for position, p in enumerate(parameters):
             hooks.callback(p.register_hook(partial(arrived, position)).remove)
-        torch.autograd.grad(root, list(parameters), allow_unused=True)
+        with own_pass([root]) as (start,):
+            torch.autograd.grad(start, list(parameters), allow_unused=True)
     return norms
 
 

@@ -68,7 +68,10 @@ def read_report(path: str | PathLike[str]) -> pd.DataFrame:
         value = frame[name].iloc[0]
         frame.attrs[name] = value.item() if hasattr(value, "item") else value
     if "shape" in frame:
-        frame["shape"] = frame["shape"].map(shape_of)
+        try:
+            frame["shape"] = frame["shape"].map(shape_of)
+        except ArgumentError as error:
+            raise ArgumentError(f"{path}: in the column shape, {error}") from error
     return frame.drop(columns=kept)
 
 

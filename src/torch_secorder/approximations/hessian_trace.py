@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_secorder.analysis import a_function, fresh_generator, positive_int
+from torch_secorder.capture import own_pass
 from torch_secorder.errors import ArgumentError, CoverageError, NonFiniteError, UnsupportedError
 from torch_secorder.graph import one_at_a_time
 from torch_secorder.likelihoods import random_signs
@@ -115,7 +116,8 @@ def hessian_trace(
 def _gradients(loss: Tensor, table: ParameterTable) -> tuple[Tensor, ...]:
     if not loss.requires_grad:
         raise CoverageError("the loss does not depend on any trainable parameter of this model")
-    found = torch.autograd.grad(loss, table.tensors, create_graph=True, allow_unused=True)
+    with own_pass([loss]) as (root,):
+        found = torch.autograd.grad(root, table.tensors, create_graph=True, allow_unused=True)
     if all(g is None for g in found):
         raise CoverageError("the loss does not depend on any trainable parameter of this model")
     return tuple(torch.zeros_like(p) if g is None else g for g, p in zip(found, table.tensors, strict=True))
@@ -129,7 +131,8 @@ def _probe(gradients: tuple[Tensor, ...], table: ParameterTable, generator: torc
         return torch.zeros(len(signs), dtype=torch.float64)
     ends, seeds = zip(*curved, strict=True)
     try:
-        products = torch.autograd.grad(ends, table.tensors, seeds, retain_graph=True, allow_unused=True)
+        with own_pass(ends) as roots:
+            products = torch.autograd.grad(roots, table.tensors, seeds, retain_graph=True, allow_unused=True)
     except RuntimeError as error:
         raise UnsupportedError(
             f"something in the model or the loss has no second derivative ({str(error).splitlines()[0]}): use operations that "

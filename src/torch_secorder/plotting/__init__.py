@@ -1,4 +1,4 @@
-"""Pictures of reports and of what is decided with them. Needs matplotlib: ``pip install torch-secorder[plot]``.
+"""Pictures of reports and of what is decided with them. Needs matplotlib: ``pip install 'torch-secorder[plot]'``.
 
 Every function draws into the Axes that it is given, or into those of a new figure, and returns them.
 """

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch_secorder.capture import at_the_end, current_backward, output_edge, probing, raise_at_the_end
+from torch_secorder.capture import at_the_end, calling, current_backward, output_edge, probing, raise_at_the_end
 from torch_secorder.errors import ArgumentError, CoverageError, LifecycleError, NonFiniteError, ShapeError
 from torch_secorder.hooks import Attached, Hook, Hooks
 from torch_secorder.parameters import named_modules, unwrapped
@@ -159,7 +159,10 @@ class ChannelGates(Attached):
         return {name: 0.5 * values for name, values in self.fisher.items()}
 
     def _seen(self, site: Site, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if not (self._active and torch.is_grad_enabled() and isinstance(output, Tensor) and output.requires_grad):
+        if (
+            not (self._active and torch.is_grad_enabled() and isinstance(output, Tensor) and output.requires_grad)
+            or calling()
+        ):
             return
         replay_of = current_backward()  # activation checkpointing runs this forward inside of a backward pass
         if replay_of != -1:

@@ -35,7 +35,7 @@ def allocate_bits(sensitivity: pd.DataFrame, budget: float, *, unit: str = "bits
 
     Raises:
         ArgumentError: if not even the fewest bits fit, naming the smallest budget, or the table is not a sensitivity.
-        ImportError: without scipy: ``pip install torch-secorder[decide]``.
+        ImportError: without scipy: ``pip install 'torch-secorder[decide]'``.
 
     Example:
         >>> import torch

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -85,7 +85,7 @@ def quantization_sensitivity(
     Source:
         Zandonati et al. (2022), "FIT: a metric for model sensitivity"; LeCun et al. (1990), "Optimal brain damage".
     """
-    widths = [checked_bits(b) for b in ([bits] if isinstance(bits, int) else bits)]
+    widths = [checked_bits(b) for b in (bits if isinstance(bits, Iterable) else [bits])]
     if not widths or len(set(widths)) < len(widths):
         raise ArgumentError(f"bits must be one or more different numbers, not {tuple(widths)}")
     checked("scheme", scheme, SCHEMES)
