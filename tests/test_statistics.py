@@ -91,3 +91,23 @@ def test_a_state_that_does_not_fit_changes_nothing(damage: dict[str, object]) ->
     with pytest.raises(CurvatureError, match="moments"):
         found.load_state_dict({key: value for key, value in found.state_dict().items() if key != "moments"})
     assert_moments(found, t)
+
+
+@pytest.mark.parametrize(("begun", "left"), [(False, 5), (True, 0)])
+def test_an_interruption_costs_earlier_samples_only_if_their_squares_are_half_changed(
+    monkeypatch: pytest.MonkeyPatch, begun: bool, left: int
+) -> None:
+    found = statistics(torch.rand(5, 3), diagonal=True)
+    owner, method = (Squares, "added") if begun else (Statistics, "merge")
+    original = getattr(owner, method)
+
+    def interrupted(*args: object) -> None:
+        original(*args)
+        raise KeyboardInterrupt
+
+    squares = {0: [Squares(torch.ones(2), (2,))]}
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(owner, method, interrupted)
+        found.update(torch.rand(3, 2), squares, {}, {0}, {})
+    assert found.n == left
+    assert bool(found.squares) == (left > 0)

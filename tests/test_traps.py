@@ -311,6 +311,47 @@ def test_trap_06_in_place_after_views_and_outputs_of_every_kind() -> None:
     assert_exact(*drawn(Forward(forward, both=Both(), last=nn.Linear(4, 2)), 5, 3, 4))
 
 
+class Reversed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return grads[0].mul_(-3)  # which a sum gave to others too
+
+
+class Adversarial(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 3), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        adverse = Reversed.apply(self.second(x).tanh())
+        return adverse + self.first(x)
+
+
+def test_trap_6_a_gradient_that_is_changed_in_place_while_it_waits() -> None:
+    """Right, or refused: the first passes take each at once, later ones put small calls together."""
+    model, x, y = drawn(Adversarial(), 4, 6)
+    expected, refused = [], 0
+    for n in range(4):
+        model.zero_grad()
+        numbers(model(x[n : n + 1]), y[n : n + 1]).backward()
+        expected.append([float(p.grad.square().sum()) for p in model.parameters() if p.grad is not None])
+    with FisherMonitor(model, per_sample=True) as monitor:
+        for _ in range(6):
+            loss = numbers(model(x), y)
+            try:
+                loss.backward()
+            except CoverageError as error:
+                assert "'first': the gradient of its output was changed in place" in str(error)  # or no error
+                refused += 1
+    assert monitor.n_samples == 4 * (6 - refused)
+    found = torch.tensor(monitor.per_sample.to_numpy())
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64).repeat(6 - refused, 1))
+
+
 # 7. Coupled samples
 
 

@@ -169,7 +169,7 @@ class Pass:
         self.seen = 0  # elements of all gradients
         self._blocks: dict[object, Block] = {}
         self._rules: dict[int, dict[str, None]] = defaultdict(dict)
-        self._waiting: dict[Hashable, list[tuple[Block, Record, Tensor]]] = {}
+        self._waiting: dict[Hashable, list[tuple[Block, Record, Tensor, int]]] = {}
 
     def unexplained(self, projections: Mapping[int, Tensor], samples: Samples) -> list[int]:
         """The parameters whose gradient, projected on a direction, is not what was captured of it.
@@ -304,7 +304,7 @@ class Pass:
             return False
         block.settled.update(positions)
         waiting = self._waiting.setdefault(kind, [])
-        waiting.append((block, record, grad))
+        waiting.append((block, record, grad, grad._version))
         if len(waiting) == TOGETHER:
             self._together(kind)
         return True
@@ -312,16 +312,22 @@ class Pass:
     def _together(self, kind: Hashable) -> None:
         """The norms of small calls that waited for others of their kind."""
         waiting = self._waiting.pop(kind)
-        calls = [record.call(grad) for _, record, grad in waiting]
+        for _, record, grad, version in waiting:
+            if grad._version != version:
+                raise CoverageError(
+                    f"{record.site}: the gradient of its output was changed in place after it had arrived, by a hook or a "
+                    "backward of the user's that gets the same tensor; return a new one there"
+                )
+        calls = [record.call(grad) for _, record, grad, _ in waiting]
         n, site = len(calls[0].grad_output), waiting[0][1].site
         for local, form in _forms(site, Call.joined(calls)).items():
             rule = f"{site.rule.name} ({form.algorithm})"
-            for (block, record, _), norms in zip(waiting, _norms(form).split(n), strict=True):
+            for (block, record, *_), norms in zip(waiting, _norms(form).split(n), strict=True):
                 position = record.site.parameters[local]
                 block.norms[position] = norms
                 self._rules[position][rule] = None
         if not self._keep:
-            for _, record, _ in waiting:
+            for _, record, *_ in waiting:
                 record.inputs = None
 
     def _apply(

@@ -105,19 +105,19 @@ class Statistics:
             if self.keeps["diagonal"]:
                 self._add_squares(squares)
         except BaseException:  # an interrupt in between: half of a batch is worse than none
+            begun = self.squares is not before["squares"]
             vars(self).update(before)
-            if squares:
+            if begun:
                 self.clear()  # what was added in place can't be taken back
             raise
 
     def _add_squares(self, squares: Mapping[int, Sequence[Squares]]) -> None:
-        self.squares = self.squares or [torch.zeros(()) for _ in self.names]
+        self.squares = list(self.squares) or [torch.zeros(()) for _ in self.names]
         for position, several in squares.items():
             for one in several:
                 total = self.squares[position]
-                in_place = (
-                    total.dim() > 0
-                )  # else it stands for a parameter that no pass has reached, or is a single number
+                # Else it stands for a parameter that no pass has reached, or is a single number.
+                in_place = total.dim() > 0
                 value = one.added(total if in_place else None)
                 self.squares[position] = value if in_place or value.dim() else value + total.to(value.device)
 
