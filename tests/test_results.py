@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from ranks import on_ranks
-from torch_secorder import FisherMonitor
+from torch_secorder import FisherMonitor, fisher_results
 from torch_secorder.errors import ArgumentError, LifecycleError
 
 FIGURES = ["fisher_trace", "fisher_trace_stderr", "fisher_trace_share", "fisher_mean", "grad_sq_norm"]
@@ -224,3 +226,13 @@ def test_a_backward_pass_through_a_step_that_is_watched_and_one_that_is_not() ->
         assert monitor.n_samples == 0
     with pytest.raises(ArgumentError, match="every"):
         FisherMonitor(model, every=0)
+
+
+def test_results_are_copied_and_a_monitor_says_what_to_copy() -> None:
+    model = nn.Linear(3, 2)
+    results = fisher_results(model, None, (torch.randn(6, 3), None), fisher="exact", progress=False)
+    assert repr(results) == "Results(2 parameters, reduction='mean', fisher='exact', 6 samples)"
+    pd.testing.assert_frame_equal(pickle.loads(pickle.dumps(results)).report(), results.report())
+    for copied in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match=r"state_dict\(\)"):
+            copied(FisherMonitor(model))

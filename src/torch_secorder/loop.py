@@ -192,7 +192,9 @@ def accumulated(
         raise ArgumentError(f'num_samples is for fisher="sampled", not fisher={fisher!r}')
     if fisher == "empirical":
         if loss_fn is None:
-            raise ArgumentError('fisher="empirical" needs a loss_fn(outputs, targets)')
+            raise ArgumentError(
+                'fisher="empirical" needs a loss_fn; fisher="exact", of the model\'s own labels, needs none'
+            )
         a_function("loss_fn", loss_fn)
     if max_batches is not None:
         positive_int("max_batches", max_batches)

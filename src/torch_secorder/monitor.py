@@ -389,6 +389,11 @@ class FisherMonitor(Attached, Results):
             samples.output_sums(self._types, factor**2),
         )
 
+    def __reduce__(self) -> str:
+        raise TypeError(
+            "a monitor belongs to its model and is not copied: take its report(), its state_dict(), or save(path)"
+        )
+
     def __repr__(self) -> str:
         state = "active" if self._capture is not None else "idle"
         return (

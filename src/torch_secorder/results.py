@@ -47,6 +47,12 @@ class Results:
         self._statistics = Statistics(table.names, [row.shape for row in table.rows], **keeps)
         self._common = self._like()  # what all ranks were given by all_reduce
 
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}({len(self._rows)} parameters, reduction={self._reduction!r}, fisher={self._fisher!r}, "
+            f"{self.n_samples} samples)"
+        )
+
     @property
     def n_samples(self) -> int:
         """How many samples were seen."""

@@ -29,6 +29,8 @@ How to read it
 
 * **FisherMonitor** is a block around one step: hooks on, the step, hooks off, and the trace read. **In a loop** is one
   step of many inside of a monitor that was there before. **Diagonal** is a block that keeps the Fisher diagonal too.
+* **After nine steps.** The first ones look for the samples and check more: the 1st, 2nd, 3rd, 5th, 9th, 17th and so on. A block
+  around a single step checks in each.
 * **The floor** is what forward and input gradients take of the operations (those of matrix products and convolutions) and
   of the bytes (all that operations read and write, as if nothing stayed in a cache) of a plain step. A method that runs
   those and skips the weight gradients, and whose norms cost nothing, has about that ratio. Small layers are bound by their
