@@ -25,6 +25,7 @@ from oracles import Inputs, assert_equal, call, exact_fisher, per_sample_squared
 from problems._base import Forward, randomised
 from torch_secorder import FisherMonitor, fisher_report
 from torch_secorder.errors import CoupledSamplesError, CoverageError, CurvatureError, ShapeError, SlowFallbackWarning
+from torch_secorder.placement import Sketch, Unplaced, evidence, factors
 
 pytestmark = pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")  # re-entrant checkpoints
 
@@ -287,6 +288,47 @@ def test_trap_05_windows_and_heads_folded_into_the_batch() -> None:
     model = Forward(forward, one=nn.Linear(4, 4), norm=nn.LayerNorm(2), two=nn.Linear(2, 3))
     assert_exact(*drawn(model, 3, 6, 4))
     assert_exact(*drawn(model, 6, 6, 4))
+
+
+class Placed(nn.Module):
+    """A table of positions, read by ids that each sample has of its own or that all share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.features = nn.Parameter(torch.randn(9, 6)), nn.Parameter(torch.randn(6, 2))
+        self.tokens, self.head = nn.Embedding(9, 6), nn.Linear(6, 3)
+
+    def forward(self, ids: Tensor, positions: Tensor) -> Tensor:
+        angles = torch.stack([positions.double().sin(), positions.double().cos()], -1)
+        places = F.embedding(positions, self.table) + F.linear(angles, self.features)
+        return self.head(torch.tanh(self.tokens(ids) + places).mean(1))
+
+
+@pytest.mark.parametrize("n", [2, 4, 5])
+@pytest.mark.parametrize("order", ["own, one, shared", "one, own, shared", "own, shared, one"])
+def test_trap_4_ids_that_are_shared_in_some_batches(order: str, n: int) -> None:
+    """What was found out in one batch must not be believed of another kind, whatever coincides."""
+    positions = {"own": (n, 4), "one": (1, 4), "shared": (4,)}
+    torch.manual_seed(17)
+    model, ids, y = Placed().double(), torch.randint(9, (n, 4)), torch.randn(n, 3).double()
+    for kind in order.split(", ") * 2:
+        read = torch.randint(9, positions[kind])
+        with FisherMonitor(model, per_sample=True) as monitor:
+            numbers(model(ids, read), y).backward()
+        for name, parameter in model.named_parameters():
+            own = [read[i : i + 1] if kind == "own" else read for i in range(n)]
+            losses = [numbers(model(ids[i : i + 1], own[i]), y[i : i + 1]) for i in range(n)]
+            t = torch.stack([torch.autograd.grad(loss, parameter)[0].square().sum() for loss in losses])
+            torch.testing.assert_close(torch.tensor(monitor.per_sample[name].to_numpy()), t)
+
+
+def test_trap_4_what_samples_share_does_not_look_like_one_samples_by_chance() -> None:
+    generator = torch.Generator().manual_seed(0)
+    (weights,) = factors(5)[1:]
+    for _ in range(300):
+        parts = torch.randn(5, 1, 4, 6, generator=generator)
+        scaled = Sketch.of((weights.to(parts).view(5, 1, 1, 1) * parts).sum(0))
+        assert evidence(Sketch.of(parts.sum(0)), [scaled], 5) is Unplaced.SHARED
 
 
 # 6. In-place operations, outputs of every kind, keywords

@@ -103,8 +103,8 @@ class Walk:
         return tuple(node.name() for node in self.children)
 
     @cached_property
-    def _shapes(self) -> set[tuple[int, ...]]:
-        return {tuple(meta.shape) for node in self.children for meta in node._input_metadata}
+    def _shapes(self) -> list[tuple[int, ...]]:
+        return [tuple(meta.shape) for node in self.children for meta in node._input_metadata]
 
     @cached_property
     def parents(self) -> dict[Node, list[Edge]]:
@@ -127,9 +127,19 @@ class Walk:
         return list(found)
 
     def structure(self, n: int | None) -> int:
-        """The same for graphs of the same nodes in the same order; where shapes prove nothing, of the same axes too."""
-        axes = n is not None and self.coincidences(n)
-        return hash((self.names, tuple(_axes(node) for node in self.children) if axes else None))
+        """The same for graphs of the same nodes in the same order, whose shapes differ by the names of their sizes only.
+
+        Where shapes prove nothing, their axes are the same too.
+        """
+        if n is None:
+            return hash(self.names)
+        axes = tuple(_axes(node) for node in self.children) if self.coincidences(n) else None
+        return hash((self.names, self._pattern(n), axes))
+
+    def _pattern(self, n: int) -> tuple[tuple[int, ...], ...]:
+        """The nodes' shapes, with each size as the number of different ones before it."""
+        sizes = {n: 0}
+        return tuple([tuple([sizes.setdefault(size, len(sizes)) for size in shape]) for shape in self._shapes])
 
     def reorders(self, n: int) -> bool:
         """Whether some node may put the samples into another order, so that what held for other batches may not hold."""
@@ -145,7 +155,7 @@ class Walk:
 
     def coincidences(self, n: int) -> bool:
         """Whether any tensor in the graph has n indices on another axis than the first, so that shapes prove nothing."""
-        return any(n in shape[1:] for shape in self._shapes)
+        return any(n in shape[1:] for shape in set(self._shapes))
 
 
 def _axes(node: Any) -> tuple[str, ...]:
