@@ -27,8 +27,9 @@ READING = """\
 How to read it
 --------------
 
-* **FisherMonitor** is a block around one step: hooks on, the step, hooks off, and the trace read. **In a loop** is one
-  step of many inside of a monitor that was there before. **Diagonal** is a block that keeps the Fisher diagonal too.
+* **FisherMonitor** is a block around one step: hooks on, the step, hooks off, and the trace read. (What monitors find out about
+  a model outlives them; the very first block also looks for the samples.) **In a loop** is one step of many inside of a
+  monitor that was there before. **Diagonal** is a block that keeps the Fisher diagonal too.
 * **After nine steps.** The first ones look for the samples and check more: the 1st, 2nd, 3rd, 5th, 9th, 17th and so on. A block
   around a single step checks in each.
 * **The floor** is what forward and input gradients take of the operations (those of matrix products and convolutions) and
