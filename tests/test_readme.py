@@ -35,8 +35,7 @@ def test_what_it_costs_is_what_the_page_says():
     rows = re.findall(r"^   \* - (\S.*)\n((?:     - .*\n)+)", page.partition("Other packages")[0], flags=re.MULTILINE)
     columns = {label.split()[0]: re.findall(r"- ([\d.]+|\S+)", cells) for label, cells in rows}
     for name, label in {"MLP": "MLP", "ResNet-18": "ResNet-18", "GPT-2": "GPT-2-like,"}.items():
-        _, _, first, in_a_loop, functional, *_ = columns[label]
-        assert 1.5 <= float(first) < 7
+        _, _, _, in_a_loop, functional, *_ = columns[label]
         told = re.search(rf"{name}\b[^\d]*([\d.]+)[^\d]*([\d.]+\d)", README.partition("## What it costs")[2])
         assert told is not None
         assert list(told.groups()) == [in_a_loop, functional], name
