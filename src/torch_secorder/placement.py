@@ -119,15 +119,19 @@ def factors(n: int, base: int = BASE) -> list[Tensor]:
     return [torch.ones(n), *(2.0 ** (samples // base**place % base) for place in range(digits))]
 
 
+# What several samples share looks like one sample's by chance in one direction now and then, in half precision above all.
+DIRECTIONS = 8
+
+
 @dataclass(frozen=True)
 class Sketch:
-    """What is kept of a gradient to see where its samples are: every slice along every axis, in two random directions.
+    """What is kept of a gradient to see where its samples are: every slice along every axis, in a few random directions.
 
     Powers of two that multiply a slice multiply its sketch, exactly as well, and whole gradients of a whole model would not
     fit into memory.
 
     Attributes:
-        axes: for each axis of the tensor ``[size, 2]``, in float64.
+        axes: for each axis of the tensor ``[size, DIRECTIONS]``, in float64.
         largest: the largest magnitude in the gradient.
         tiny: the smallest normal number of its dtype.
     """
@@ -151,18 +155,18 @@ class Sketch:
 
 
 def _contracted(value: Tensor, axis: int) -> Tensor:
-    """Two random numbers for each slice along an axis: random directions for the axes before it, and for those after."""
+    """A few random numbers for each slice along an axis: random directions for the axes before it, and for those after."""
     before, size, after = math.prod(value.shape[:axis]), value.shape[axis], math.prod(value.shape[axis + 1 :])
     left, right = _directions(before, value), _directions(after, value)
     # The longer side first, which leaves little.
     if before < after:
-        return torch.einsum("bsd,bd->sd", (value.reshape(-1, after) @ right).view(before, size, 2), left)
-    return torch.einsum("dsa,ad->sd", (left.mT @ value.reshape(before, -1)).view(2, size, after), right)
+        return torch.einsum("bsd,bd->sd", (value.reshape(-1, after) @ right).view(before, size, DIRECTIONS), left)
+    return torch.einsum("dsa,ad->sd", (left.mT @ value.reshape(before, -1)).view(DIRECTIONS, size, after), right)
 
 
 @lru_cache(16)
 def _random(size: int) -> Tensor:
-    return torch.randn(size, 2, generator=torch.Generator().manual_seed(size))
+    return torch.randn(size, DIRECTIONS, generator=torch.Generator().manual_seed(size))
 
 
 def _directions(size: int, like: Tensor) -> Tensor:
