@@ -38,6 +38,7 @@ How to read it
   bytes; and a plain step pays for fresh pages to put large gradients in, which neither count knows.
 * **Time** is the processor's, of one process with one thread, with glibc's default allocator. Every run stands between two
   plain steps, and is divided by their mean; variants take turns, and the median over the rounds is told.
+  Rows of Opacus, the loop over samples and curvlinops are of an earlier run, which counted wall-clock time.
 * **Memory**: the most that a process holds during the step above what it holds with model and batch loaded, each variant in
   fresh processes, over that of a plain step.
 * **Numbers are checked first** against a loop over single samples in float64. A ratio with a mark is the price of
