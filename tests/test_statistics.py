@@ -98,7 +98,7 @@ def test_an_interruption_costs_earlier_samples_only_if_their_squares_are_half_ch
     monkeypatch: pytest.MonkeyPatch, begun: bool, left: int
 ) -> None:
     found = statistics(torch.rand(5, 3), diagonal=True)
-    owner, method = (Squares, "added") if begun else (Statistics, "merge")
+    owner, method = (Squares, "added") if begun else (Statistics, "_absorb")
     original = getattr(owner, method)
 
     def interrupted(*args: object) -> None:

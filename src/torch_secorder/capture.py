@@ -89,6 +89,11 @@ def probing() -> bool:
     return bool(PROBES) and current_backward() in PROBES
 
 
+def own(task: int) -> bool:
+    """Whether this backward pass, which is under way, is the library's own in any way."""
+    return task in PROBES or task in PASSES or get_ident() in CALLERS
+
+
 def at_the_end(callback: Callable[[], None]) -> None:
     """Call back when the backward pass under way is over."""
     torch.autograd.Variable._execution_engine.queue_callback(callback)
@@ -228,7 +233,9 @@ class Capture(Attached):
         if self.passed_over and current_backward() in self.passed_over:
             return None
         forward = self._running.get(thread) or self._outside(output, site)
-        forward.calls.update(site.parameters.values())
+        calls = forward.calls
+        for position in site.positions:
+            calls[position] = calls.get(position, 0) + 1
         if not torch.is_grad_enabled():
             return None
         placement = site.placement or FIRST

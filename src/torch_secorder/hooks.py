@@ -62,12 +62,14 @@ class Hook:
     """
 
     def __init__(self, owner: object, method: str = "", *first: Any):
-        self._of, self._method, self._first = None if owner is None else weakref.ref(owner), method, first
+        self._owner = None if owner is None else weakref.ref(owner)
+        self._function, self._first = getattr(type(owner), method, None), first
 
     def __call__(self, *args: Any) -> Any:
         """The method's answer, if its owner is still there."""
-        owner = None if self._of is None else self._of()
-        return None if owner is None else getattr(owner, self._method)(*self._first, *args)
+        if self._owner is None or (owner := self._owner()) is None or self._function is None:
+            return None
+        return self._function(owner, *self._first, *args)
 
     def __reduce__(self) -> tuple[type[Hook], tuple[None]]:
         return (Hook, (None,))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
-from torch_secorder.capture import Capture, at_the_end, calling, current_backward, probing, raise_at_the_end
+from torch_secorder.capture import Capture, at_the_end, current_backward, own, probing, raise_at_the_end
 from torch_secorder.errors import ArgumentError, CoverageError, LifecycleError, NonFiniteError
 from torch_secorder.graph import Audit, Use, memory_of, one_at_a_time
 from torch_secorder.hooks import Attached, Hook, Hooks
@@ -39,6 +40,7 @@ class _OpenPass:
         task: its number.
         autocast: whether its operations may be done in half precision.
         norms: position -> ||gradient||.
+        several: the same for gradients that were taken together: their positions, and a norm for each.
         small: position -> gradient, for small ones whose norms are still to be taken.
         projections: position -> the gradient along one direction.
     """
@@ -47,6 +49,7 @@ class _OpenPass:
     collected: Pass
     autocast: bool
     norms: dict[int, Tensor] = field(default_factory=dict)
+    several: list[tuple[list[int], Tensor]] = field(default_factory=list)
     small: dict[int, Tensor] = field(default_factory=dict)
     projections: dict[int, Tensor] = field(default_factory=dict)
     error: Exception | None = None
@@ -64,9 +67,23 @@ class _OpenPass:
 
     def flush(self) -> None:
         """Take the norms of the small gradients."""
-        with torch.no_grad():
-            self.norms.update(zip(self.small, torch._foreach_norm(list(self.small.values())), strict=True))
+        alike: dict[Hashable, list[int]] = {}
+        for position, grad in self.small.items():
+            alike.setdefault((grad.shape, grad.dtype, grad.device), []).append(position)
+        for positions in alike.values():
+            rows = torch.stack([self.small[position] for position in positions]).reshape(len(positions), -1)
+            self.several.append((positions, torch.linalg.vector_norm(rows, dim=1)))
         self.small.clear()
+
+    def all_norms(self) -> tuple[list[int], Tensor]:
+        """Every ||gradient|| in float64 on one device, and of which parameter it is."""
+        if self.small:
+            self.flush()
+        parts = [*(norm[None] for norm in self.norms.values()), *(norms for _, norms in self.several)]
+        positions = list(itertools.chain(self.norms, *(several for several, _ in self.several)))
+        if len({(part.device, part.dtype) for part in parts}) > 1:
+            parts = [part.to("cpu", torch.float64) for part in parts]
+        return positions, torch.cat(parts).double() if parts else torch.zeros(0)
 
 
 class FisherMonitor(Attached, Results):
@@ -242,10 +259,6 @@ class FisherMonitor(Attached, Results):
         if self._passes or not (self._capture and self._capture.passed_over):
             self._guarded(self._add_gradient, position, grad)
 
-    def _passed_over(self, task: int) -> bool:
-        """Whether a backward pass reached a call of the model that was not watched."""
-        return self._capture is not None and task in self._capture.passed_over
-
     def _add_gradient(self, current: _OpenPass, position: int, grad: Tensor) -> None:
         grad = whole(grad)
         current.add(position, grad)
@@ -259,13 +272,13 @@ class FisherMonitor(Attached, Results):
 
     def _guarded(self, action: Callable[..., None], *args: Any) -> None:
         """Do something for the backward pass under way; what goes wrong must wait for its end."""
-        if probing() or calling():
-            return
         task = current_backward()
+        if own(task):
+            return
         current = self._opened(self._parents.get(task, task) if self._parents else task)
         if current.error is not None:
             return
-        if self._passed_over(task):
+        if self._capture is not None and task in self._capture.passed_over:
             current.error = LifecycleError(
                 f"one backward pass reached a call of the model that every={self._every} passed over, and one that it did not: "
                 "enter and leave the monitor's block for the steps to watch instead"
@@ -343,15 +356,14 @@ class FisherMonitor(Attached, Results):
     def _count(self, current: _OpenPass) -> None:
         if current.error is not None:
             raise current.error
-        if current.small:
-            current.flush()
-        if not (current.norms or current.collected):
+        positions, norms = current.all_norms()
+        if not (positions or current.collected):
             return
         samples = current.collected.finish(self._nonfinite) if current.collected else None
         reached = samples.reached if samples else set()
-        if missed := [p for p in current.norms if p not in reached]:
-            names = ", ".join(self._table.names[p] for p in missed)
-            if not all(bool(current.norms[p].isfinite()) for p in missed):
+        if missed := [index for index, p in enumerate(positions) if p not in reached]:
+            names = ", ".join(self._table.names[positions[index]] for index in missed)
+            if not bool(norms[missed].isfinite().all()):
                 raise NonFiniteError(
                     f"the gradients of {names} are not finite, in the first batch in which it was looked for where the model "
                     "has its samples, which such a batch can't show; it is left out as a whole"
@@ -375,16 +387,13 @@ class FisherMonitor(Attached, Results):
         if expected is not None and not samples.skipped:
             compare(self._table.names, samples.norms[:, 0], expected, current.collected.half)
         factor = samples.batch / _scale(self._loss_scale) if self._reduction == "mean" else 1 / _scale(self._loss_scale)
-        found = list(current.norms.values())
-        if any(norm.device != found[0].device for norm in found):
-            found = [norm.cpu() for norm in found]
-        norms = torch.stack(found).double() / _scale(self._loss_scale) if found else torch.zeros(0)
+        norms = norms / _scale(self._loss_scale)
         self._statistics.update(
             samples.norms.double() * factor**2,
             {p: [s.times(factor**2) for s in several] for p, several in samples.squares.items()},
             samples.rules,
             reached,
-            dict(zip(current.norms, norms.square().tolist(), strict=True)),
+            dict(zip(positions, norms.square().tolist(), strict=True)),
             samples.skipped,
             samples.output_sums(self._types, factor**2),
         )

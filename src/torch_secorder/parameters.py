@@ -110,6 +110,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 def plain_name(name: str) -> str:
     """``name`` without what wrappers added to it."""
+    if not any(wrapper in name for wrapper in WRAPPERS):
+        return name
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import warnings
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -58,6 +59,7 @@ class Block:
 
     Attributes:
         norms: position of a parameter -> ``[n]``, its squared norms in the units of the backward pass.
+        several: the same for parameters that were taken together: their positions, ``[positions, n]``.
         settled: positions that have their norms, or will have.
         held: position -> the sum so far, for parameters that are used more than once.
         shared: call without a batch axis -> ``[n, *shape of its output]``, the gradient of its output for every sample.
@@ -68,12 +70,24 @@ class Block:
 
     n: int
     norms: dict[int, Tensor] = field(default_factory=dict)
+    several: list[tuple[list[int], Tensor]] = field(default_factory=list)
     settled: set[int] = field(default_factory=set)
     squares: dict[int, Squares] = field(default_factory=dict)
     held: dict[int, PerSampleGradient] = field(default_factory=dict)
     shared: dict[Record, Tensor] = field(default_factory=dict)
     outputs: dict[str, list[Output]] = field(default_factory=dict)
     projections: dict[int, tuple[Tensor, float]] = field(default_factory=dict)
+
+    def stacked(self) -> tuple[list[int], Tensor]:
+        """All squared norms, ``[positions, n]`` on one device and in at least float32, and whose they are."""
+        rows, parts = list(self.norms.values()), [part for _, part in self.several]
+        if len({(x.dtype, x.device) for x in (*rows, *parts)}) > 1:
+            some = (rows or parts)[0]
+            dtype = functools.reduce(torch.promote_types, {x.dtype for x in (*rows, *parts)})
+            rows, parts = ([x.to(some.device, dtype) for x in values] for values in (rows, parts))
+        parts = [torch.stack(rows), *parts] if rows else parts
+        positions = itertools.chain(self.norms, *(several for several, _ in self.several))
+        return list(positions), parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 @dataclass
@@ -169,6 +183,7 @@ class Pass:
         self.seen = 0  # elements of all gradients
         self._blocks: dict[object, Block] = {}
         self._rules: dict[int, dict[str, None]] = defaultdict(dict)
+        self._joins = not (checks or diagonal or repeated_calls is not None or max_memory is not None)
         self._waiting: dict[Hashable, list[tuple[Block, Record, Tensor, int]]] = {}
 
     def unexplained(self, projections: Mapping[int, Tensor], samples: Samples) -> list[int]:
@@ -179,7 +194,7 @@ class Pass:
         the sum of the gradients' norms, for each use of the parameter, with a hundredth of that of all parameters for
         gradients that are zero but for rounding.
         """
-        if samples.skipped:
+        if samples.skipped or not projections:
             return []
         wrong = []
         floor = 1e-2 * math.sqrt(float(samples.norms.double().sum()) * samples.batch)
@@ -292,17 +307,14 @@ class Pass:
 
     def _waits(self, record: Record, grad: Tensor) -> bool:
         """Whether a small call, of parameters that have no other, can wait for others of its kind."""
-        if self.checks or self._diagonal or self._repeated is not None or self._max_memory is not None:
+        if not self._joins or not record.forward.inside or (kind := record.kind(grad)) is None:
             return False
-        if not record.forward.inside:
-            return False
-        positions, calls = record.site.parameters.values(), record.forward.calls
-        if (kind := record.kind(grad)) is None or any(calls[position] > 1 for position in positions):
-            return False
+        calls = record.forward.calls
         block = self._block(record.forward, record.forward.n or len(grad))
-        if not block.settled.isdisjoint(positions):
-            return False
-        block.settled.update(positions)
+        for position in record.site.positions:
+            if calls[position] > 1 or position in block.settled:
+                return False
+        block.settled.update(record.site.positions)
         waiting = self._waiting.setdefault(kind, [])
         waiting.append((block, record, grad, grad._version))
         if len(waiting) == TOGETHER:
@@ -318,16 +330,20 @@ class Pass:
                     f"{record.site}: the gradient of its output was changed in place after it had arrived, by a hook or a "
                     "backward of the user's that gets the same tensor; return a new one there"
                 )
-        calls = [record.call(grad) for _, record, grad, _ in waiting]
-        n, site = len(calls[0].grad_output), waiting[0][1].site
-        for local, form in _forms(site, Call.joined(calls)).items():
-            rule = f"{site.rule.name} ({form.algorithm})"
-            for (block, record, *_), norms in zip(waiting, _norms(form).split(n), strict=True):
-                position = record.site.parameters[local]
-                block.norms[position] = norms
-                self._rules[position][rule] = None
+        blocks, records, grads, _ = zip(*waiting, strict=True)
+        site = records[0].site
+        for local, form in _forms(site, Record.joined(records, grads)).items():
+            rule = {f"{site.rule.name} ({form.algorithm})": None}
+            positions = [record.site.parameters[local] for record in records]
+            self._rules.update(dict.fromkeys(positions, rule))
+            norms = _norms(form).view(len(waiting), -1)
+            if len(set(map(id, blocks))) == 1:
+                blocks[0].several.append((positions, norms))
+                continue
+            for block, position, own in zip(blocks, positions, norms, strict=True):
+                block.norms[position] = own
         if not self._keep:
-            for _, record, *_ in waiting:
+            for record in records:
                 record.inputs = None
 
     def _apply(
@@ -390,12 +406,11 @@ class Pass:
         with limited(self._max_memory):
             self._settle_all()
         blocks = list(self._blocks.values())
-        norms = torch.cat([self._stacked(block) for block in blocks], 1)
+        reached, norms = self._all_norms(blocks)
         squares: dict[int, list[Squares]] = {}
         for block in blocks:
             for position, found in block.squares.items():
                 squares.setdefault(position, []).append(found)
-        reached = {position for block in blocks for position in block.norms}
         outputs: dict[str, list[Output]] = {}
         for block in blocks:
             for name, calls in block.outputs.items():
@@ -420,12 +435,14 @@ class Pass:
         key: object = forward
         if self._repeated == "same" or forward.replay_of is not None:
             key = next(iter(self._blocks), forward)
-        if key not in self._blocks and self._blocks and self._repeated != "new":
+        block = self._blocks.get(key)
+        if block is None and self._blocks and self._repeated != "new":
             raise LifecycleError(
                 "one backward pass reached two calls of the model, which can mean one sample seen twice or two batches: pass "
                 'repeated_calls="same" if row n of both calls belongs to one sample, or "new" if they are different samples'
             )
-        block = self._blocks.setdefault(key, Block(n))
+        if block is None:
+            block = self._blocks[key] = Block(n)
         if block.n != n:
             raise ShapeError(f"calls with {block.n} and with {n} samples in one backward pass: which is the batch?")
         return block
@@ -439,15 +456,19 @@ class Pass:
                 part = form if bool(finite.all()) else form.select(finite.nonzero().squeeze(1))
                 block.squares[position] = in_halves(part, Squares.of, lambda a, b: Squares.joined([a, b]))
 
-    def _stacked(self, block: Block) -> Tensor:
-        """``[parameters, n]`` on one device, in at least float32; zeros for what the pass did not reach."""
-        some = next(iter(block.norms.values()))
-        zero = some.new_zeros(block.n)
-        rows = [block.norms.get(position, zero) for position in range(len(self._table))]
-        if len({(row.dtype, row.device) for row in rows}) > 1:
-            dtype = functools.reduce(torch.promote_types, {row.dtype for row in rows})
-            rows = [row.to(some.device, dtype) for row in rows]
-        return torch.stack(rows)
+    def _all_norms(self, blocks: Sequence[Block]) -> tuple[set[int], Tensor]:
+        """The positions that the pass reached, and ``[parameters, samples]``, zeros for what it did not reach."""
+        found = [block.stacked() for block in blocks]
+        some, everything = found[0][1], list(range(len(self._table)))
+        columns = []
+        for positions, values in found:
+            if positions != everything:
+                index = torch.tensor(positions, device=some.device)
+                values = some.new_zeros(len(everything), values.shape[1]).index_copy(0, index, values.to(some))
+            columns.append(values)
+        return {p for positions, _ in found for p in positions}, columns[0] if len(columns) == 1 else torch.cat(
+            columns, 1
+        )
 
     def _without_nonfinite(self, samples: Samples, nonfinite: str) -> Samples:
         bad = ~samples.norms.isfinite()

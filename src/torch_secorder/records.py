@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -66,6 +66,16 @@ class Site:
     def __str__(self) -> str:
         return f"{written_class(self.module).__name__} '{self.name}'"
 
+    @cached_property
+    def positions(self) -> tuple[int, ...]:
+        """Those of its parameters."""
+        return tuple(self.parameters.values())
+
+    @cached_property
+    def family(self) -> tuple[Hashable, ...]:
+        """What its small calls have in common with those that they can be put together with, as far as the site shows it."""
+        return (self.rule.function, *self.shapes.items())
+
 
 # Calls with fewer elements are put together before anything is computed: an operation costs as much as reading these.
 SMALL = 2**15
@@ -85,14 +95,6 @@ class Call:
     kwargs: Mapping[str, Any]
     grad_output: Tensor
 
-    @classmethod
-    def joined(cls, calls: Sequence[Call]) -> Call:
-        """Calls of one :meth:`Record.kind` as one of all of their samples in turn."""
-        if len(calls) == 1:
-            return calls[0]
-        inputs, grads = ([call.inputs[0] for call in calls], [call.grad_output for call in calls])
-        return cls((torch.cat(inputs),), {}, torch.cat(grads))
-
     def argument(self, position: int, name: str) -> Any:
         """An argument that callers may pass by position or by name."""
         return self.inputs[position] if len(self.inputs) > position else self.kwargs[name]
@@ -107,6 +109,7 @@ class Record:
         audited: whether the graph of the model's outputs was seen to contain it.
         boundary: the graph's nodes that made the inputs.
         versions: how often each input had been changed in place when the module saw it.
+        packed: whether the hooks for saved tensors have the inputs.
         fired_in: the last backward pass that reached it.
         moments: of the output, where only that is of interest.
     """
@@ -119,6 +122,7 @@ class Record:
     placement: Placement | None
     boundary: tuple[Node, ...]
     versions: tuple[int, ...] = ()
+    packed: bool = False
     audited: bool = False
     fired_in: int | None = None
     moments: Tensor | None = None
@@ -135,12 +139,12 @@ class Record:
         boundary: tuple[Node, ...],
     ) -> Record:
         """A call as it is seen in forward."""
-        versions = _versions(inputs, kwargs)
-        if (hooks := saved_elsewhere()) is not None:
-            # A tensor that we kept ourselves would stay in memory, which is what checkpointing is there to avoid.
-            inputs, versions = tuple(_Packed(x, *hooks) if isinstance(x, Tensor) else x for x in inputs), ()
-            kwargs = {k: _Packed(x, *hooks) if isinstance(x, Tensor) else x for k, x in kwargs.items()}
-        return cls(site, forward, inputs, kwargs, shape, placement, boundary, versions)
+        if (hooks := saved_elsewhere()) is None:
+            return cls(site, forward, inputs, kwargs, shape, placement, boundary, _versions(inputs, kwargs))
+        # A tensor that we kept ourselves would stay in memory, which is what checkpointing is there to avoid.
+        inputs = tuple(_Packed(x, *hooks) if isinstance(x, Tensor) else x for x in inputs)
+        kwargs = {k: _Packed(x, *hooks) if isinstance(x, Tensor) else x for k, x in kwargs.items()}
+        return cls(site, forward, inputs, kwargs, shape, placement, boundary, packed=True)
 
     @property
     def starts_graph(self) -> bool:
@@ -148,25 +152,18 @@ class Record:
         return not self.boundary
 
     def kind(self, grad: Tensor) -> Hashable | None:
-        """The same for small calls that :meth:`Call.joined` can put together; None for others."""
+        """The same for small calls that :meth:`joined` can put together; None for others."""
         site, inputs = self.site, self.inputs
-        if grad.numel() > SMALL or site.rule is None or site.rule.reads is None or self.kwargs or not self.audited:
+        if grad.numel() > SMALL or grad.shape != self.shape or self.kwargs or not self.audited:
+            return None
+        if site.rule is None or site.rule.reads is None:
             return None
         if self.placement is None or self.placement.axis or self.placement.fold != "none":
             return None
         if inputs is None or len(inputs) != 1 or not isinstance(inputs[0], Tensor) or inputs[0].numel() > SMALL:
             return None
-        x, settings = inputs[0], tuple(getattr(site.module, name) for name in site.rule.reads)
-        return (
-            site.rule.function,
-            settings,
-            *site.shapes.items(),
-            x.shape,
-            x.dtype,
-            self.shape,
-            grad.dtype,
-            grad.device,
-        )
+        x, settings = inputs[0], tuple([getattr(site.module, name) for name in site.rule.reads])
+        return (site.family, settings, x.shape, x.dtype, self.shape, grad.dtype, grad.device)
 
     def call(self, grad: Tensor) -> Call:
         """What the rule needs, with the axis that counts samples first."""
@@ -179,6 +176,13 @@ class Record:
             tuple(first(x) for x in inputs), {k: first(x) for k, x in kwargs.items()}, first(grad.reshape(self.shape))
         )
 
+    @staticmethod
+    def joined(records: Sequence[Record], grads: Sequence[Tensor]) -> Call:
+        """Calls of one :meth:`kind` as one of all of their samples in turn."""
+        if len(records) == 1:
+            return records[0].call(grads[0])
+        return Call((torch.cat([record._arguments()[0][0] for record in records]),), {}, torch.cat(list(grads)))
+
     def shared_call(self, grads: Tensor) -> Call:
         """The same for a call without a batch axis, given the gradient of its output for every sample, ``[n, ...]``."""
         inputs, kwargs = self._arguments()
@@ -188,16 +192,16 @@ class Record:
     def _arguments(self) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
         if self.inputs is None:
             raise CoverageError(f"{self.site}: its inputs are gone, since a backward pass has been here already")
-        if any(isinstance(x, _Packed) for x in (*self.inputs, *self.kwargs.values())):
+        if self.packed:
             self.inputs = tuple(_unpacked(x) for x in self.inputs)
             self.kwargs = {name: _unpacked(x) for name, x in self.kwargs.items()}
-            self.versions = _versions(self.inputs, self.kwargs)
+            self.versions, self.packed = _versions(self.inputs, self.kwargs), False
         elif _versions(self.inputs, self.kwargs) != self.versions:
             raise CoverageError(
                 f"{self.site}: its input was changed in place after the layer saw it; change it out of place"
             )
         # What ranks compute in parts, the rules get whole.
-        return tuple(whole(x) for x in self.inputs), {name: whole(x) for name, x in self.kwargs.items()}
+        return tuple([whole(x) for x in self.inputs]), {name: whole(x) for name, x in self.kwargs.items()}
 
 
 class _Packed:

@@ -160,6 +160,8 @@ class Ranks:
         Raises:
             CoverageError: naming the parameters that differ.
         """
+        if not self._replicas:
+            return
         bounds = torch.stack([values, -values]).detach()
         for group in self._replicas:
             dist.all_reduce(bounds, dist.ReduceOp.MAX, group)

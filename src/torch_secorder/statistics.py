@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import copy
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,13 +44,14 @@ class Statistics:
         self.keeps = {"diagonal": diagonal, "per_sample": per_sample, "activations": activations}
         self.clear()
 
-    def clear(self) -> None:
-        """Forget every sample."""
+    def clear(self, *, moments: bool = True) -> None:
+        """Forget every sample, with the moments or without those."""
         p = len(self.names)
         self.n = 0
         self.n_skipped = 0
         self.mean = torch.zeros(p, dtype=torch.float64)
-        self.moments = torch.zeros(p, p, dtype=torch.float64)  # sum_n (t_n - mean)(t_n - mean)^T
+        if moments:
+            self.moments = torch.zeros(p, p, dtype=torch.float64)  # sum_n (t_n - mean)(t_n - mean)^T
         self.reached = torch.zeros(p, dtype=torch.bool)
         self.rules: list[list[str]] = [[] for _ in range(p)]
         self.passes = 0
@@ -82,13 +85,12 @@ class Statistics:
             skipped: samples that were left out.
             outputs: module -> its type, sum of squared gradients in its output, and the output's moments.
         """
-        other = Statistics(self.names, self.shapes, **self.keeps)
+        other = copy(self)
+        other.clear(moments=False)
         t = t.detach().to("cpu", torch.float64)
         other.n, other.n_skipped, other.passes = t.shape[1], skipped, 1
         if other.n:
             other.mean = t.mean(1)
-            centred = t - other.mean[:, None]
-            other.moments = centred @ centred.T
         other.reached[list(reached)] = True
         for position, found in rules.items():
             other.rules[position] = list(found)
@@ -101,7 +103,7 @@ class Statistics:
         other.outputs = dict(outputs or {})
         before = dict(vars(self))
         try:
-            self.merge(other)
+            self._absorb(other, partial(self._with_samples, t - other.mean[:, None]))
             if self.keeps["diagonal"]:
                 self._add_squares(squares)
         except BaseException:  # an interrupt in between: half of a batch is worse than none
@@ -124,10 +126,19 @@ class Statistics:
     def merge(self, other: Statistics) -> None:
         """Add the samples of ``other``, which stays as it is."""
         self.check_same_kind(other)
+        self._absorb(other, lambda shift, weight: torch.addr(self.moments + other.moments, shift, shift, alpha=weight))
+
+    def _with_samples(self, deviations: Tensor, shift: Tensor, weight: float) -> Tensor:
+        """The moments with those of some samples, ``[p, n]``, in one product: for many parameters they are large."""
+        factors = torch.cat([deviations, math.sqrt(weight) * shift[:, None]], 1)
+        return torch.addmm(self.moments, factors, factors.T)
+
+    def _absorb(self, other: Statistics, moments: Callable[[Tensor, float], Tensor]) -> None:
+        """Add the samples of ``other``; ``moments(shift, weight)`` are those of all, their means being ``shift`` apart."""
         n = self.n + other.n
         if other.n:
             shift = other.mean - self.mean
-            self.moments = torch.addr(self.moments + other.moments, shift, shift, alpha=self.n * other.n / n)
+            self.moments = moments(shift, self.n * other.n / n)
             self.mean = self.mean + shift * (other.n / n)
         self.n = n
         self.n_skipped += other.n_skipped

@@ -81,12 +81,11 @@ def diagonal(model: nn.Module, loss_fn: Loss) -> Step:
 
 
 def monitor_loop(model: nn.Module, loss_fn: Loss) -> Step:
-    """One step of many inside of a training loop's monitor, which is read rarely."""
-    watching = FisherMonitor(model)
+    """One step of many inside of a block around the training loop, as README has it."""
+    watching = FisherMonitor(model).__enter__()
 
     def step(inputs: Tensor, targets: Tensor) -> FisherMonitor:
-        with watching:
-            loss_fn(model(inputs), targets).backward()
+        loss_fn(model(inputs), targets).backward()
         return watching
 
     return step

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -100,11 +100,11 @@ class Walk:
     @cached_property
     def names(self) -> tuple[str, ...]:
         """The kinds of the nodes, in the order of ``children``."""
-        return tuple(node.name() for node in self.children)
+        return tuple([node.name() for node in self.children])
 
     @cached_property
-    def _shapes(self) -> list[tuple[int, ...]]:
-        return [tuple(meta.shape) for node in self.children for meta in node._input_metadata]
+    def _shapes(self) -> tuple[tuple[int, ...], ...]:
+        return tuple([tuple(meta.shape) for node in self.children for meta in node._input_metadata])
 
     @cached_property
     def parents(self) -> dict[Node, list[Edge]]:
@@ -133,13 +133,8 @@ class Walk:
         """
         if n is None:
             return hash(self.names)
-        axes = tuple(_axes(node) for node in self.children) if self.coincidences(n) else None
-        return hash((self.names, self._pattern(n), axes))
-
-    def _pattern(self, n: int) -> tuple[tuple[int, ...], ...]:
-        """The nodes' shapes, with each size as the number of different ones before it."""
-        sizes = {n: 0}
-        return tuple([tuple([sizes.setdefault(size, len(sizes)) for size in shape]) for shape in self._shapes])
+        axes = tuple([_axes(node) for node in self.children]) if self.coincidences(n) else None
+        return hash((self.names, _pattern(n, self._shapes), axes))
 
     def reorders(self, n: int) -> bool:
         """Whether some node may put the samples into another order, so that what held for other batches may not hold."""
@@ -155,13 +150,26 @@ class Walk:
 
     def coincidences(self, n: int) -> bool:
         """Whether any tensor in the graph has n indices on another axis than the first, so that shapes prove nothing."""
-        return any(n in shape[1:] for shape in set(self._shapes))
+        return _coincides(n, self._shapes)
+
+
+# (Step after step has the same shapes.)
+@lru_cache(64)
+def _pattern(n: int, shapes: tuple[tuple[int, ...], ...]) -> int:
+    """Of shapes with each size as the number of different ones before it."""
+    sizes = {n: 0}
+    return hash(tuple([tuple([sizes.setdefault(size, len(sizes)) for size in shape]) for shape in shapes]))
+
+
+@lru_cache(64)
+def _coincides(n: int, shapes: tuple[tuple[int, ...], ...]) -> bool:
+    return any(n in shape[1:] for shape in set(shapes))
 
 
 def _axes(node: Any) -> tuple[str, ...]:
     """The axes that a node works along, as far as it saved any."""
     kinds = _axis_names(type(node))  # type: ignore[arg-type]  # a type is hashable
-    return tuple(str(getattr(node, name)) for name in kinds)
+    return tuple([str(getattr(node, name)) for name in kinds]) if kinds else ()
 
 
 @cache
