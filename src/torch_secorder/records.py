@@ -89,11 +89,14 @@ class Call:
         inputs: positional arguments.
         kwargs: keyword arguments.
         grad_output: gradient of the batch's loss with respect to the output.
+        node: the autograd node under way, which is the one that made the output unless that is a view of what it made; None
+            where the gradient comes from elsewhere.
     """
 
     inputs: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     grad_output: Tensor
+    node: Any = None
 
     def argument(self, position: int, name: str) -> Any:
         """An argument that callers may pass by position or by name."""
@@ -170,7 +173,8 @@ class Record:
         assert self.placement is not None
         inputs, kwargs = self._arguments()
         if not self.placement.axis:
-            return Call(inputs, kwargs, grad if grad.shape == self.shape else grad.reshape(self.shape))
+            node = torch._C._current_autograd_node()
+            return Call(inputs, kwargs, grad if grad.shape == self.shape else grad.reshape(self.shape), node)
         first = partial(_first, axis=self.placement.axis, size=self.shape[self.placement.axis])
         return Call(
             tuple(first(x) for x in inputs), {k: first(x) for k, x in kwargs.items()}, first(grad.reshape(self.shape))

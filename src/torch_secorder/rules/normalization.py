@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,12 +17,15 @@ from torch_secorder.records import Call
 from torch_secorder.rules._dispatch import Gradients, register_refusal, register_rule
 
 MODERATE = 16  # times the deviation
+LARGE, MANY = 2**14, 512  # numbers of a sample, rows of it
 
 
 @register_rule(nn.LayerNorm, reads=("normalized_shape", "eps"))
 def layer_norm(module: nn.LayerNorm, call: Call) -> Gradients:
     """Statistics of the last axes."""
     x = _input(module, call, len(module.normalized_shape))
+    if (statistics := _kept(call, x)) is not None:
+        return _named(*_with_statistics(module.normalized_shape, x, call.grad_output, *statistics))
     return _last_axes(module, F.layer_norm(x, module.normalized_shape, None, None, module.eps), call.grad_output)
 
 
@@ -74,6 +79,40 @@ def _input(module: nn.Module, call: Call, trailing: int) -> Tensor:
     if x.dim() <= trailing:
         raise ShapeError(f"a {type(module).__name__} got an input of shape {tuple(x.shape)}, without a batch axis")
     return x
+
+
+def _kept(call: Call, x: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The statistics that the layer norm under way kept of its input, if that is ``x``: to autograd they are constants."""
+    node, g = call.node, call.grad_output
+    if torch.is_grad_enabled() or node is None or node.name() != "NativeLayerNormBackward0":
+        return None
+    if g.dtype != x.dtype or g.dtype not in (torch.float32, torch.float64):
+        return None
+    if getattr(node._raw_saved_input, "unpack_hook", None) is not None:  # then it may be fetched once only
+        return None
+    same = node._saved_input
+    if (same.data_ptr(), same.shape, same.stride()) != (x.data_ptr(), x.shape, x.stride()):
+        return None
+    return node._saved_result1, node._saved_result2
+
+
+def _with_statistics(shape: Sequence[int], x: Tensor, g: Tensor, mean: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of a layer norm's weight and bias over the axes ``shape``, given the statistics of the input's other axes."""
+    n, size = len(g), math.prod(shape)
+    x, g, mean, scale = (value.reshape(n, -1, last) for value, last in ((x, size), (g, size), (mean, 1), (scale, 1)))
+    if x[0].numel() < LARGE:
+        return ((x - mean).mul_(scale).mul_(g)).sum(1).view(n, *shape), g.sum(1).view(n, *shape)
+    # torch's own gradient reads x and g once and writes nothing else; it adds up in the order of the rows, too many of
+    # which would cost digits.
+    own, like = torch.ops.aten.native_layer_norm_backward, x.new_empty(size)
+    weight, bias = x.new_zeros(2, n, size)
+    for start in range(0, x.shape[1], MANY):
+        parts = (value[:, start : start + MANY] for value in (g, x, mean, scale))
+        for own_weight, own_bias, g_n, x_n, mean_n, scale_n in zip(weight, bias, *parts, strict=True):
+            _, more_weight, more_bias = own(g_n, x_n, [size], mean_n, scale_n, like, like, [False, True, True])
+            own_weight += more_weight
+            own_bias += more_bias
+    return weight.view(n, *shape), bias.view(n, *shape)
 
 
 def _last_axes(module: Any, normalised: Tensor, g: Tensor) -> dict[str, Tensor]:
