@@ -28,6 +28,31 @@ def _strips(positions: int) -> int:
     return 1 if positions < 128 else 2 if positions < 512 else 4
 
 
+class Factor:
+    """A factor ``[n, k, t, f]`` that several forms have in common: what one computes of its Gram matrix, the others find.
+
+    That is kept as long as this object, where the whole matrix is no more than temporaries may take at once.
+    """
+
+    def __init__(self, value: Tensor):
+        self.value = value
+        self._kept: dict[tuple[int, int, int], Tensor] = {}
+
+    def gram(self, rows: slice, start: int, stop: int) -> tuple[Tensor, bool]:
+        """For some samples a strip of the matrix's upper half, and whether it is kept and must not be changed."""
+        n, k, t, _ = self.value.shape
+        if n * k * t * t * self.value.dtype.itemsize > (within(CHUNK_BYTES) or 0):
+            return _strip(self.value, rows, start, stop), False
+        key = rows.start, start, stop
+        if key not in self._kept:
+            self._kept[key] = _strip(self.value, rows, start, stop)
+        return self._kept[key], True
+
+
+def _strip(x: Tensor, rows: slice, start: int, stop: int) -> Tensor:
+    return x[rows, :, start:stop] @ x[rows, :, start:].mT
+
+
 class Outer(PerSampleGradient):
     r"""``G[n, k, o, i] = sum_t g[n, k, t, o] a[n, k, t, i]``, viewed as the parameter's shape.
 
@@ -42,16 +67,17 @@ class Outer(PerSampleGradient):
     as measured, see tests/benchmarks/convolution_cost.py for convolutions).
 
     Args:
-        a: layer inputs, ``[n, k, t, i]``.
-        g: output gradients, ``[n, k, t, o]``.
+        a: layer inputs, ``[n, k, t, i]``, or a :class:`Factor` of them.
+        g: output gradients, ``[n, k, t, o]``, or a :class:`Factor` of them.
         shape: the parameter's shape, a view of ``(k * o, i)``.
     """
 
-    def __init__(self, a: Tensor, g: Tensor, shape: Sequence[int]):
+    def __init__(self, a: Tensor | Factor, g: Tensor | Factor, shape: Sequence[int]):
+        inputs, grads = (x.value if isinstance(x, Factor) else x for x in (a, g))
         # Under autocast the operation saw its input in the dtype of its output, and so must we.
-        self.a = widened(a.to(g.dtype))
-        self.g = widened(g)
-        self.n, self.shape = a.shape[0], tuple(shape)
+        self.a, self.g = widened(inputs.to(grads.dtype)), widened(grads)
+        self._common = [x for x in (a, g) if isinstance(x, Factor)]
+        self.n, self.shape = inputs.shape[0], tuple(shape)
 
     @property
     def like(self) -> Tensor:
@@ -93,17 +119,26 @@ class Outer(PerSampleGradient):
         for rows in chunks(self.n, line * size):
             norm, diagonal = [], []
             for start in range(0, t, size):
-                strip, rest = slice(start, start + size), slice(start, None)
-                a, g = (x[rows, :, strip] @ x[rows, :, rest].mT for x in (self.a, self.g))
-                gram = a * g if torch.is_grad_enabled() else a.mul_(g)
+                gram = self._strip(rows, start, start + size)
                 norm.append(gram.sum((1, 2, 3)))
                 if gram.shape[3] > size:
                     norm.append(gram[..., size:].sum((1, 2, 3)))
                 diagonal.append(gram[..., :size].diagonal(dim1=2, dim2=3).sum((1, 2)))
-                del a, g, gram  # before the next strip's
+                del gram  # before the next strip's
             norms.append(torch.stack(norm).sum(0))
             diagonals.append(torch.stack(diagonal).sum(0))
         return guarded(torch.cat(norms), torch.cat(diagonals), self)
+
+    def _strip(self, rows: slice, start: int, stop: int) -> Tensor:
+        """For some samples a strip of the upper half of the product of both Gram matrices."""
+        found = []
+        for x in (self.a, self.g):
+            common = next((factor for factor in self._common if factor.value is x), None)
+            found.append((_strip(x, rows, start, stop), False) if common is None else common.gram(rows, start, stop))
+        (a, a_is_kept), (g, g_is_kept) = found
+        if torch.is_grad_enabled() or (a_is_kept and g_is_kept):
+            return a * g
+        return g.mul_(a) if a_is_kept else a.mul_(g)
 
     def direct_norm(self) -> Tensor:
         return _total(PerSampleGradient.direct_norm(strip) for strip in self._by_features())
