@@ -23,9 +23,9 @@ from torch_secorder.placement import Grouping
 MEMORY = 20
 
 
-def _strips(positions: int) -> int:
-    """Into how many strips a Gram matrix is cut: narrower ones multiply too slowly."""
-    return 1 if positions < 128 else 2 if positions < 512 else 4
+def _width(positions: int) -> int:
+    """How many columns of a Gram matrix are computed at once; products are fastest for a multiple of 16, here of few."""
+    return min(positions, 32 if positions < 512 else 64)
 
 
 class Factor:
@@ -39,7 +39,7 @@ class Factor:
         self._kept: dict[tuple[int, int, int], Tensor] = {}
 
     def gram(self, rows: slice, start: int, stop: int) -> tuple[Tensor, bool]:
-        """For some samples a strip of the matrix's upper half, and whether it is kept and must not be changed."""
+        """For some samples some columns of the matrix's lower half, and whether it is kept and must not be changed."""
         n, k, t, _ = self.value.shape
         if n * k * t * t * self.value.dtype.itemsize > (within(CHUNK_BYTES) or 0):
             return _strip(self.value, rows, start, stop), False
@@ -50,7 +50,7 @@ class Factor:
 
 
 def _strip(x: Tensor, rows: slice, start: int, stop: int) -> Tensor:
-    return x[rows, :, start:stop] @ x[rows, :, start:].mT
+    return x[rows, :, start:] @ x[rows, :, start:stop].mT
 
 
 class Outer(PerSampleGradient):
@@ -60,7 +60,7 @@ class Outer(PerSampleGradient):
 
     * ``product``: one position, ``||a||^2 ||g||^2``;
     * ``gram``: ``sum_{t,s} (a_t . a_s)(g_t . g_s)``, guarded against cancellation. The matrix is symmetric, so that strips of
-      its upper half do: ``s T^2 (I + O + m)`` operations, s = 1, 0.85 or 0.7 for one, two or four strips;
+      columns of its lower half do: ``s T^2 (I + O + m)`` operations, s = 1 for one strip and 0.7 for more;
     * ``direct``: form the ``O x I`` product for a few samples at a time, ``(T + m) I O`` operations.
 
     An element that is written and read again costs as much as m = 20 multiplications (one core, single precision; s and m
@@ -88,7 +88,7 @@ class Outer(PerSampleGradient):
         positions, i, o = self.a.shape[2], self.a.shape[3], self.g.shape[3]
         if positions == 1:
             return "product"
-        saved = {1: 1.0, 2: 0.85, 4: 0.7}[_strips(positions)]
+        saved = 1.0 if _width(positions) == positions else 0.7
         gram, direct = saved * positions**2 * (i + o + MEMORY), (positions + MEMORY) * i * o
         return "gram" if gram < direct else "direct"
 
@@ -115,22 +115,22 @@ class Outer(PerSampleGradient):
         norms, diagonals = [], []
         k, t = self.a.shape[1:3]
         line = 2 * k * t * self.dtype.itemsize
-        size = max(1, min(-(-t // _strips(t)), (within(CHUNK_BYTES) or 0) // line))
+        size = max(1, min(_width(t), (within(CHUNK_BYTES) or 0) // line))
         for rows in chunks(self.n, line * size):
             norm, diagonal = [], []
             for start in range(0, t, size):
                 gram = self._strip(rows, start, start + size)
                 norm.append(gram.sum((1, 2, 3)))
-                if gram.shape[3] > size:
-                    norm.append(gram[..., size:].sum((1, 2, 3)))
-                diagonal.append(gram[..., :size].diagonal(dim1=2, dim2=3).sum((1, 2)))
+                if gram.shape[2] > size:
+                    norm.append(gram[:, :, size:].sum((1, 2, 3)))
+                diagonal.append(gram[:, :, :size].diagonal(dim1=2, dim2=3).sum((1, 2)))
                 del gram  # before the next strip's
             norms.append(torch.stack(norm).sum(0))
             diagonals.append(torch.stack(diagonal).sum(0))
         return guarded(torch.cat(norms), torch.cat(diagonals), self)
 
     def _strip(self, rows: slice, start: int, stop: int) -> Tensor:
-        """For some samples a strip of the upper half of the product of both Gram matrices."""
+        """For some samples some columns of the lower half of the product of both Gram matrices."""
         found = []
         for x in (self.a, self.g):
             common = next((factor for factor in self._common if factor.value is x), None)
