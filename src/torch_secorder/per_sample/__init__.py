@@ -15,7 +15,7 @@ from torch_secorder.per_sample._base import Dense, PerSampleGradient, Sum, direc
 from torch_secorder.per_sample.budget import checked_budget, limited
 from torch_secorder.per_sample.carried import Carried
 from torch_secorder.per_sample.convolution import Convolution
-from torch_secorder.per_sample.outer import Outer
+from torch_secorder.per_sample.outer import Factor, Outer
 from torch_secorder.per_sample.rows import Rows
 from torch_secorder.per_sample.scarce import explained, in_halves
 from torch_secorder.per_sample.squares import Squares
@@ -24,6 +24,7 @@ __all__ = [
     "Carried",
     "Convolution",
     "Dense",
+    "Factor",
     "Outer",
     "PerSampleGradient",
     "Rows",

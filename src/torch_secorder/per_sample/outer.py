@@ -23,9 +23,34 @@ from torch_secorder.placement import Grouping
 MEMORY = 20
 
 
-def _strips(positions: int) -> int:
-    """Into how many strips a Gram matrix is cut: narrower ones multiply too slowly."""
-    return 1 if positions < 128 else 2 if positions < 512 else 4
+def _width(positions: int) -> int:
+    """How many columns of a Gram matrix are computed at once; products are fastest for a multiple of 16, here of few."""
+    return min(positions, 32 if positions < 512 else 64)
+
+
+class Factor:
+    """A factor ``[n, k, t, f]`` that several forms have in common: what one computes of its Gram matrix, the others find.
+
+    That is kept as long as this object, where the whole matrix is no more than temporaries may take at once.
+    """
+
+    def __init__(self, value: Tensor):
+        self.value = value
+        self._kept: dict[tuple[int, int, int], Tensor] = {}
+
+    def gram(self, rows: slice, start: int, stop: int) -> tuple[Tensor, bool]:
+        """For some samples some columns of the matrix's lower half, and whether it is kept and must not be changed."""
+        n, k, t, _ = self.value.shape
+        if n * k * t * t * self.value.dtype.itemsize > (within(CHUNK_BYTES) or 0):
+            return _strip(self.value, rows, start, stop), False
+        key = rows.start, start, stop
+        if key not in self._kept:
+            self._kept[key] = _strip(self.value, rows, start, stop)
+        return self._kept[key], True
+
+
+def _strip(x: Tensor, rows: slice, start: int, stop: int) -> Tensor:
+    return x[rows, :, start:] @ x[rows, :, start:stop].mT
 
 
 class Outer(PerSampleGradient):
@@ -35,23 +60,24 @@ class Outer(PerSampleGradient):
 
     * ``product``: one position, ``||a||^2 ||g||^2``;
     * ``gram``: ``sum_{t,s} (a_t . a_s)(g_t . g_s)``, guarded against cancellation. The matrix is symmetric, so that strips of
-      its upper half do: ``s T^2 (I + O + m)`` operations, s = 1, 0.85 or 0.7 for one, two or four strips;
+      columns of its lower half do: ``s T^2 (I + O + m)`` operations, s = 1 for one strip and 0.7 for more;
     * ``direct``: form the ``O x I`` product for a few samples at a time, ``(T + m) I O`` operations.
 
     An element that is written and read again costs as much as m = 20 multiplications (one core, single precision; s and m
     as measured, see tests/benchmarks/convolution_cost.py for convolutions).
 
     Args:
-        a: layer inputs, ``[n, k, t, i]``.
-        g: output gradients, ``[n, k, t, o]``.
+        a: layer inputs, ``[n, k, t, i]``, or a :class:`Factor` of them.
+        g: output gradients, ``[n, k, t, o]``, or a :class:`Factor` of them.
         shape: the parameter's shape, a view of ``(k * o, i)``.
     """
 
-    def __init__(self, a: Tensor, g: Tensor, shape: Sequence[int]):
+    def __init__(self, a: Tensor | Factor, g: Tensor | Factor, shape: Sequence[int]):
+        inputs, grads = (x.value if isinstance(x, Factor) else x for x in (a, g))
         # Under autocast the operation saw its input in the dtype of its output, and so must we.
-        self.a = widened(a.to(g.dtype))
-        self.g = widened(g)
-        self.n, self.shape = a.shape[0], tuple(shape)
+        self.a, self.g = widened(inputs.to(grads.dtype)), widened(grads)
+        self._common = [x for x in (a, g) if isinstance(x, Factor)]
+        self.n, self.shape = inputs.shape[0], tuple(shape)
 
     @property
     def like(self) -> Tensor:
@@ -62,7 +88,7 @@ class Outer(PerSampleGradient):
         positions, i, o = self.a.shape[2], self.a.shape[3], self.g.shape[3]
         if positions == 1:
             return "product"
-        saved = {1: 1.0, 2: 0.85, 4: 0.7}[_strips(positions)]
+        saved = 1.0 if _width(positions) == positions else 0.7
         gram, direct = saved * positions**2 * (i + o + MEMORY), (positions + MEMORY) * i * o
         return "gram" if gram < direct else "direct"
 
@@ -89,21 +115,30 @@ class Outer(PerSampleGradient):
         norms, diagonals = [], []
         k, t = self.a.shape[1:3]
         line = 2 * k * t * self.dtype.itemsize
-        size = max(1, min(-(-t // _strips(t)), (within(CHUNK_BYTES) or 0) // line))
+        size = max(1, min(_width(t), (within(CHUNK_BYTES) or 0) // line))
         for rows in chunks(self.n, line * size):
             norm, diagonal = [], []
             for start in range(0, t, size):
-                strip, rest = slice(start, start + size), slice(start, None)
-                a, g = (x[rows, :, strip] @ x[rows, :, rest].mT for x in (self.a, self.g))
-                gram = a * g if torch.is_grad_enabled() else a.mul_(g)
+                gram = self._strip(rows, start, start + size)
                 norm.append(gram.sum((1, 2, 3)))
-                if gram.shape[3] > size:
-                    norm.append(gram[..., size:].sum((1, 2, 3)))
-                diagonal.append(gram[..., :size].diagonal(dim1=2, dim2=3).sum((1, 2)))
-                del a, g, gram  # before the next strip's
+                if gram.shape[2] > size:
+                    norm.append(gram[:, :, size:].sum((1, 2, 3)))
+                diagonal.append(gram[:, :, :size].diagonal(dim1=2, dim2=3).sum((1, 2)))
+                del gram  # before the next strip's
             norms.append(torch.stack(norm).sum(0))
             diagonals.append(torch.stack(diagonal).sum(0))
         return guarded(torch.cat(norms), torch.cat(diagonals), self)
+
+    def _strip(self, rows: slice, start: int, stop: int) -> Tensor:
+        """For some samples some columns of the lower half of the product of both Gram matrices."""
+        found = []
+        for x in (self.a, self.g):
+            common = next((factor for factor in self._common if factor.value is x), None)
+            found.append((_strip(x, rows, start, stop), False) if common is None else common.gram(rows, start, stop))
+        (a, a_is_kept), (g, g_is_kept) = found
+        if torch.is_grad_enabled() or (a_is_kept and g_is_kept):
+            return a * g
+        return g.mul_(a) if a_is_kept else a.mul_(g)
 
     def direct_norm(self) -> Tensor:
         return _total(PerSampleGradient.direct_norm(strip) for strip in self._by_features())

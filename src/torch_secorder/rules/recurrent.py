@@ -7,19 +7,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_secorder.per_sample import Outer, PerSampleGradient
+from torch_secorder.per_sample import Factor, Outer, PerSampleGradient
 from torch_secorder.rules.nodes import Gradients, Place, node_rule
+
+# By how much gates that oneDNN kept may differ from ours. It is exact to a few 1e-7, and what isn't the gate that is expected is
+# off by far more in most of the numbers.
+TOLERANCE = 1e-4
 
 
 @node_rule("MkldnnRnnLayerBackward0", lambda at: at.index in (1, 2, 3, 4) and _is_plain_lstm(at), many=True)
 def lstm_layer(at: Place, grads: Gradients) -> PerSampleGradient | Tensor:
     """One direction of one layer of an LSTM: weights and biases are shared by the steps."""
-    if "steps" not in at.memo:
-        at.memo["steps"] = _lstm_steps(at.node, grads)
-    x, h, dz = at.memo["steps"]
-    if at.index in (3, 4):
-        return dz.sum(0)
-    return Outer((x if at.index == 1 else h).transpose(0, 1)[:, None], dz.transpose(0, 1)[:, None], at.shape)
+    if "layer" not in at.memo:
+        layer = _Layer(at.node)
+        at.memo["layer"] = layer, Factor(layer.gate_gradients(grads).transpose(0, 1)[:, None])
+    layer, dz = at.memo["layer"]
+    if at.index in (1, 2):
+        return Outer((layer.x if at.index == 1 else layer.h).transpose(0, 1)[:, None], dz, at.shape)
+    if "bias" not in at.memo:
+        at.memo["bias"] = dz.value.sum((1, 2))
+    bias: Tensor = at.memo["bias"]
+    return bias
 
 
 def _is_plain_lstm(at: Place) -> bool:
@@ -28,39 +36,124 @@ def _is_plain_lstm(at: Place) -> bool:
     return node._saved_mode == mode_of_lstm and not node._saved_batch_sizes and in_order
 
 
-def _lstm_steps(node: Any, grads: Gradients) -> tuple[Tensor, Tensor, Tensor]:
-    """Inputs, previous hidden states and gradients of the gates before their nonlinearity, ``[t, n, ...]`` each.
+def _over(value: Tensor) -> Tensor | None:
+    """Where a result goes: over a value that is needed no more, or to a new place if a graph needs all values."""
+    return None if torch.is_grad_enabled() else value
 
-    The outputs that the layer saved are its hidden states, so the gates of all steps are one matrix product; the cells need a
-    loop over steps and the gradients another one, as in Hochreiter and Schmidhuber (1997), "Long short-term memory".
+
+def _vanishes(difference: Tensor) -> bool:
+    return bool(torch.linalg.vector_norm(difference, torch.inf) < TOLERANCE)
+
+
+class _Layer:
+    """What the forward of a layer left behind, its steps in the order in which they were taken.
+
+    Attributes:
+        x: inputs, ``[t, n, i]``.
+        h: hidden states before each step, ``[t, n, h]``.
+        out: hidden states after each step, ``[t, n, h]``.
     """
-    x, out, w_ih, w_hh = node._saved_input, node._saved_result0, node._saved_weight0, node._saved_weight1
-    h0, c0 = node._saved_hx_.view_as(out[0]), node._saved_cx_.view_as(out[0])
-    g_out, g_h, g_c = (None if g is None else g for g in grads[:3])
-    if node._saved_reverse:
-        x, out, g_out = x.flip(0), out.flip(0), None if g_out is None else g_out.flip(0)
-    h = torch.cat([h0[None], out[:-1]])
-    bias = node._saved_weight2 + node._saved_weight3 if node._saved_has_biases else w_ih.new_zeros(len(w_ih))
-    z = torch.addmm(torch.addmm(bias, x.flatten(0, 1), w_ih.T), h.flatten(0, 1), w_hh.T)
-    i, f, u, o = z.view(*out.shape[:2], 4, -1).unbind(2)
-    i, f, u, o = i.sigmoid(), f.sigmoid(), u.tanh(), o.sigmoid()
-    entering, cells = i * u, [c0]
-    for new, kept in zip(entering.unbind(), f.unbind(), strict=True):
-        cells.append(torch.addcmul(new, kept, cells[-1]))
-    before, tanh_c = torch.stack(cells[:-1]), torch.stack(cells[1:]).tanh()
-    # What multiplies the gradient of c_t on its way to the gates i, f and u, and that of h_t on its way to o and to c_t.
-    to_gates = torch.stack([entering * (1 - i), before * f * (1 - f), i * (1 - u * u)], 2).unbind()
-    to_o, to_cell = (tanh_c * o * (1 - o)).unbind(), (o * (1 - tanh_c * tanh_c)).unbind()
-    zero = out.new_zeros(out[0].shape)
-    dc = zero if g_c is None else g_c.view_as(zero)
-    dh = zero if g_h is None else g_h.view_as(zero)
-    from_out = [zero] * len(x) if g_out is None else g_out.unbind()
-    dh = dh + from_out[-1]
-    forgets, steps = f.unbind(), []
-    for t in reversed(range(len(x))):
-        dc = torch.addcmul(dc, dh, to_cell[t])
-        dz = torch.cat([(dc[:, None] * to_gates[t]).flatten(1), dh * to_o[t]], 1)
-        steps.append(dz)
-        if t:
-            dh, dc = torch.addmm(from_out[t - 1], dz, w_hh), dc * forgets[t]
-    return x, h, torch.stack(steps[::-1])
+
+    def __init__(self, node: Any):
+        self._node = node
+        self.x, self.out = self._in_order(node._saved_input), self._in_order(node._saved_result0)
+        h0 = node._saved_hx_.view_as(self.out[0])
+        # (Samples come first in memory: products over one sample's steps are faster then.)
+        self.h = torch.cat([h0[:, None], self.out[:-1].transpose(0, 1)], 1).transpose(0, 1)
+
+    def _in_order(self, value: Tensor) -> Tensor:
+        return value.flip(0) if self._node._saved_reverse else value
+
+    def gate_gradients(self, grads: Gradients) -> Tensor:
+        """Gradients of the gates before their nonlinearities, ``[t, n, 4 h]``.
+
+        A loop over the steps gives the cells and another one the gradients, as in Hochreiter and Schmidhuber (1997), "Long
+        short-term memory".
+        """
+        kept = self._kept_gates()
+        factors, to_cell, agree = self._factors(self._gates() if kept is None else kept)
+        if kept is not None and not agree:
+            factors, to_cell, _ = self._factors(self._gates())
+        return self._backwards(factors, to_cell, grads)
+
+    def _gates(self, samples: slice = slice(None)) -> Tensor:
+        """Input, forget, cell and output gates of all steps at once, ``[t, n, 4, h]``: the hidden states are known."""
+        node, x, h = self._node, self.x[:, samples], self.h[:, samples]
+        w_ih, w_hh = node._saved_weight0, node._saved_weight1
+        bias = node._saved_weight2 + node._saved_weight3 if node._saved_has_biases else w_ih.new_zeros(len(w_ih))
+        z = torch.addmm(bias, x.flatten(0, 1), w_ih.T)
+        z = torch.addmm(z, h.flatten(0, 1), w_hh.T, out=_over(z)).view(*h.shape[:2], 4, -1)
+        ways = (torch.sigmoid, torch.sigmoid, torch.tanh, torch.sigmoid)
+        gates = [way(part, out=_over(part)) for way, part in zip(ways, z.unbind(2), strict=True)]
+        return torch.stack(gates, 2) if torch.is_grad_enabled() else z
+
+    def _kept_gates(self) -> Tensor | None:
+        """The same from the workspace that oneDNN's forward left for its backward, or None if they aren't there.
+
+        How that is laid out is nowhere promised: gates come first, those of one sample and step padded to a multiple of 16
+        numbers that is none of 256. So one sample's are compared with ours, and all with the hidden states later.
+        """
+        workspace, (t, n, width) = self._node._saved_result3, self.out.shape
+        line = -(-4 * width // 16) * 16
+        line += 16 if line % 256 == 0 else 0
+        size = t * n * line * self.out.itemsize
+        readable = workspace.dtype == torch.uint8 and workspace.is_contiguous() and workspace.numel() >= size
+        if torch.is_grad_enabled() or self.out.dtype != torch.float32 or not readable:
+            return None
+        gates = workspace[:size].view(torch.float32).view(t, n, line)[..., : 4 * width].unflatten(2, (4, width))
+        return gates if _vanishes(self._gates(slice(n - 1, n)) - gates[:, -1:]) else None
+
+    def _factors(self, gates: Tensor) -> tuple[Tensor, Tensor, bool]:
+        """What gradients are multiplied by on their way back through a step, and whether gates agree with hidden states.
+
+        That of ``c_t`` on its way to ``c_{t-1}`` and the gates i, f and u, and that of ``h_t`` to the gate o, ``[t, n, 5, h]``;
+        that of ``h_t`` to ``c_t``, ``[t, n, h]``.
+        """
+        (i, f, u, o), out = gates.unbind(2), self.out
+        t, n, width = out.shape
+        factors, cells = out.new_empty(n, t, 5, width).transpose(0, 1), out.new_empty(t + 1, n, width)
+        to_before, to_i, to_f, to_u, to_o = map(_over, factors.unbind(2))
+        entering = torch.mul(i, u, out=_over(cells[1:]))
+        to_i = torch.addcmul(entering, entering, i, value=-1, out=to_i)
+        to_u = torch.addcmul(i, entering, u, value=-1, out=to_u)
+        before, after = self._cells(cells, entering, f)
+        to_f = torch.mul(before, f, out=to_f)
+        to_f = torch.addcmul(to_f, to_f, f, value=-1, out=_over(to_f))
+        tanh_c = torch.tanh(after, out=to_o)
+        agree = torch.is_grad_enabled() or _vanishes(torch.addcmul(out, o, tanh_c, value=-1, out=after))
+        to_cell = torch.addcmul(o, out, tanh_c, value=-1, out=_over(after))
+        to_o = torch.addcmul(out, out, o, value=-1, out=to_o)
+        if to_before is None:
+            return torch.stack([f, to_i, to_f, to_u, to_o], 2), to_cell, agree
+        to_before.copy_(f)
+        return factors, to_cell, agree
+
+    def _cells(self, cells: Tensor, entering: Tensor, f: Tensor) -> tuple[Tensor, Tensor]:
+        """The cells before and after each step, ``[t, n, h]``, in a place for ``[t + 1, n, h]`` of them."""
+        found = [self._node._saved_cx_.view_as(cells[0])]
+        for new, kept in zip(entering.unbind(), f.unbind(), strict=True):
+            found.append(torch.addcmul(new, kept, found[-1], out=_over(new)))
+        if torch.is_grad_enabled():
+            return torch.stack(found[:-1]), torch.stack(found[1:])
+        cells[0] = found[0]
+        return cells[:-1], cells[1:]
+
+    def _backwards(self, factors: Tensor, to_cell: Tensor, grads: Gradients) -> Tensor:
+        """The way back through the steps; factors become gradients."""
+        g_out, g_h, g_c = grads[:3]
+        g_out = torch.zeros_like(self.out) if g_out is None else self._in_order(g_out)
+        dh = g_out[-1] + (0 if g_h is None else g_h.view_as(g_out[-1]))
+        dc = torch.zeros_like(dh) if g_c is None else g_c.view_as(dh).clone()
+        from_c, from_h = factors[:, :, :4].unbind(), factors[:, :, 4].unbind()
+        all_dz, found = factors[:, :, 1:].flatten(2), []
+        for t, dz in reversed([*enumerate(all_dz.unbind())]):
+            dc = torch.addcmul(dc, dh, to_cell[t], out=_over(dc))
+            along_c = torch.mul(dc[:, None], from_c[t], out=_over(from_c[t]))
+            along_h = torch.mul(dh, from_h[t], out=_over(from_h[t]))
+            if torch.is_grad_enabled():
+                dz = torch.cat([along_c[:, 1:].flatten(1), along_h], 1)
+                found.append(dz)
+            dc = along_c[:, 0]
+            if t:
+                dh = torch.addmm(g_out[t - 1], dz, self._node._saved_weight1, out=_over(dh))
+        return torch.stack(found[::-1]) if found else all_dz
