@@ -69,6 +69,11 @@ class Sizes(NamedTuple):
         return tuple(size + 2 * p for size, p in zip(self.map, self.padding, strict=True))
 
     @property
+    def depthwise(self) -> bool:
+        """Whether torch has code of its own for this: one channel in each group and a small kernel."""
+        return self.i == self.o == 1 and max(self.kernel) <= 3 <= min(self.map)
+
+    @property
     def limit(self) -> int:
         """How many bytes of temporaries a form may take for a single sample, to be offered."""
         return LIMIT if self.budget == BUDGET else self.budget
@@ -89,7 +94,12 @@ class Sizes(NamedTuple):
 
     def step(self, form: str) -> int:
         """How many samples ``form`` takes at a time."""
-        return max(1, min(self.n, int(self.budget // (self.floats(form) * self.itemsize))))
+        # Every call for depthwise gradients has work to do that doesn't depend on the samples.
+        budget = self.limit if form == "direct" and self.depthwise else self.budget
+        most = max(1, min(self.n, int(budget // (self.floats(form) * self.itemsize))))
+        return -(
+            -self.n // -(-self.n // most)
+        )  # parts of one size: a call for the last few samples costs nearly as much
 
 
 def counts(form: str, at: Sizes) -> Counts:
@@ -105,7 +115,7 @@ def counts(form: str, at: Sizes) -> Counts:
         case "direct":
             work = {"calls": blocks, "outputs": pairs * at.i * at.o * taps, "groups": pairs}
             work["factors"] = pairs * (at.i * pixels + at.o * positions)
-            if at.i == at.o == 1 and max(at.kernel) <= 3 <= min(at.map):
+            if at.depthwise:
                 return {**work, "depthwise": pairs * taps * positions}
             if at.o < 8:  # there is no code for so few channels: patches are unfolded, group by group
                 unfolded = pairs * taps * positions * at.i
