@@ -14,31 +14,32 @@ LIMIT = 4 * BUDGET
 Counts = dict[str, float]
 FORMS = ("direct", "shifted", "gram", "patches")
 
-# Nanoseconds for each piece of work, fitted in float32 on one thread of a CPU with AVX2 by tests/benchmarks/convolution_cost.py.
-# Only their ratios matter. Other devices get the same choice: right, if perhaps not the fastest.
+# Nanoseconds for each piece of work in float32 on one thread, fitted by tests/benchmarks/convolution_cost.py to times with
+# AVX-512 and with AVX2 together: the form that they pick takes 1.007 times as long as the best one on the average with
+# either. Only their ratios matter. Other devices get the same choice: right, if perhaps not the fastest.
 NANOSECONDS: dict[str, Counts] = {
     "direct": {
-        "calls": 1.8e5,
-        "multiply": 0.031,
-        "outputs": 1.2,
-        "groups": 31,
-        "factors": 0.58,
-        "depthwise": 0.08,
-        "unfolded": 1.0,
+        "calls": 1.4e5,
+        "multiply": 0.019,
+        "outputs": 0.8,
+        "groups": 24,
+        "factors": 0.34,
+        "depthwise": 0.049,
+        "unfolded": 0.74,
         "runs": 2.8,
-        "loops": 170,
+        "loops": 110,
     },
     "shifted": {
-        "calls": 5e4,
-        "products": 30,
-        "multiply": 0.024,
-        "packed": 0.2,
-        "outputs": 0.95,
-        "copied": 0.5,
-        "runs": 0.74,
+        "calls": 4.1e4,
+        "products": 49,
+        "multiply": 0.017,
+        "packed": 0.091,
+        "outputs": 0.25,
+        "copied": 0.56,
+        "runs": 0.025,
     },
-    "gram": {"calls": 5e4, "products": 64, "multiply": 0.021, "added": 0.13, "runs": 3.7, "packed": 0.76},
-    "patches": {"calls": 3e4, "products": 64, "multiply": 0.021, "copied": 1.0, "runs": 13, "packed": 0.1},
+    "gram": {"calls": 3e4, "products": 52, "multiply": 0.013, "added": 0.19, "runs": 5.0, "packed": 0.45},
+    "patches": {"calls": 2.5e4, "products": 81, "multiply": 0.013, "copied": 1.0, "runs": 9.0, "packed": 0.03},
 }
 
 
@@ -69,6 +70,11 @@ class Sizes(NamedTuple):
         return tuple(size + 2 * p for size, p in zip(self.map, self.padding, strict=True))
 
     @property
+    def depthwise(self) -> bool:
+        """Whether torch has code of its own for this: one channel in each group and a small kernel."""
+        return self.i == self.o == 1 and max(self.kernel) <= 3 <= min(self.map)
+
+    @property
     def limit(self) -> int:
         """How many bytes of temporaries a form may take for a single sample, to be offered."""
         return LIMIT if self.budget == BUDGET else self.budget
@@ -89,7 +95,12 @@ class Sizes(NamedTuple):
 
     def step(self, form: str) -> int:
         """How many samples ``form`` takes at a time."""
-        return max(1, min(self.n, int(self.budget // (self.floats(form) * self.itemsize))))
+        # Every call for depthwise gradients has work to do that doesn't depend on the samples.
+        budget = self.limit if form == "direct" and self.depthwise else self.budget
+        most = max(1, min(self.n, int(budget // (self.floats(form) * self.itemsize))))
+        return -(
+            -self.n // -(-self.n // most)
+        )  # parts of one size: a call for the last few samples costs nearly as much
 
 
 def counts(form: str, at: Sizes) -> Counts:
@@ -105,7 +116,7 @@ def counts(form: str, at: Sizes) -> Counts:
         case "direct":
             work = {"calls": blocks, "outputs": pairs * at.i * at.o * taps, "groups": pairs}
             work["factors"] = pairs * (at.i * pixels + at.o * positions)
-            if at.i == at.o == 1 and max(at.kernel) <= 3 <= min(at.map):
+            if at.depthwise:
                 return {**work, "depthwise": pairs * taps * positions}
             if at.o < 8:  # there is no code for so few channels: patches are unfolded, group by group
                 unfolded = pairs * taps * positions * at.i
