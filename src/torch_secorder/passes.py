@@ -26,7 +26,17 @@ from torch_secorder.errors import (
 )
 from torch_secorder.graph import Use
 from torch_secorder.parameters import ParameterTable
-from torch_secorder.per_sample import Carried, Dense, PerSampleGradient, Squares, direction, in_halves, limited, widened
+from torch_secorder.per_sample import (
+    Carried,
+    Dense,
+    Factor,
+    PerSampleGradient,
+    Squares,
+    direction,
+    in_halves,
+    limited,
+    widened,
+)
 from torch_secorder.placement import Grouping
 from torch_secorder.records import Call, Forward, Record, Site
 from torch_secorder.rules.nodes import gradient_at, has_rule
@@ -184,6 +194,7 @@ class Pass:
         self._blocks: dict[object, Block] = {}
         self._rules: dict[int, dict[str, None]] = defaultdict(dict)
         self._joins = not (checks or diagonal or repeated_calls is not None or max_memory is not None)
+        self._inputs: dict[int, tuple[int, dict[torch.Size, Factor]]] = {}  # of several calls
         self._waiting: dict[Hashable, list[tuple[Block, Record, Tensor, int]]] = {}
 
     def unexplained(self, projections: Mapping[int, Tensor], samples: Samples) -> list[int]:
@@ -244,7 +255,7 @@ class Pass:
     def _add(self, record: Record, grad: Tensor) -> None:
         forward, site = record.forward, record.site
         assert record.placement is not None
-        call = record.call(grad)
+        call = record.call(grad, self._common(record))
         block = self._block(forward, forward.n or len(call.grad_output))
         if site.rule is None:
             assert record.moments is not None
@@ -269,6 +280,15 @@ class Pass:
         self._apply(block, record, forms, groups)
         if not self._keep:
             record.inputs = None
+
+    def _common(self, record: Record) -> dict[torch.Size, Factor] | None:
+        """What this call has in common with those that got the same input; forgotten with the last of them."""
+        if not record.inputs or (takers := record.forward.takers.get(key := id(record.inputs[0]), 0)) < 2:
+            return None
+        left, common = self._inputs.pop(key, (takers, {}))
+        if left > 1:
+            self._inputs[key] = left - 1, common
+        return common
 
     def add_use(self, use: Use, node: Node, grads: tuple[Tensor | None, ...]) -> None:
         """The gradients of a frontier node's outputs have arrived."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
 from torch_secorder.errors import CoverageError
+from torch_secorder.per_sample import Factor
 from torch_secorder.placement import Placement
 from torch_secorder.sharding import whole, written_class
 
@@ -30,6 +31,7 @@ class Forward:
         n: its batch size, None as long as nobody knows.
         calls: how often each parameter's module was called, by position in the parameter table.
         inside: False for calls of submodules with no call of the model around them.
+        takers: how often each tensor was a call's first input, by its id while such a call has it.
         replay_of: the backward pass that runs this forward again (activation checkpointing), or None.
         records: its calls so far, each with the place in the graph where its gradient arrives; empty once it is over, since a
             record that holds its own node is a cycle that outlives the graph.
@@ -37,6 +39,7 @@ class Forward:
 
     n: int | None = None
     calls: Counter[int] = field(default_factory=Counter)
+    takers: dict[int, int] = field(default_factory=dict)
     inside: bool = True
     replay_of: int | None = None
     records: list[tuple[Record, GradientEdge]] = field(default_factory=list)
@@ -91,12 +94,18 @@ class Call:
         grad_output: gradient of the batch's loss with respect to the output.
         node: the autograd node under way, which is the one that made the output unless that is a view of what it made; None
             where the gradient comes from elsewhere.
+        common: what calls with the same input have in common, for :meth:`factor`; None for others.
     """
 
     inputs: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     grad_output: Tensor
     node: Any = None
+    common: dict[torch.Size, Factor] | None = None
+
+    def factor(self, value: Tensor) -> Tensor | Factor:
+        """``value``, a view of the input, as something whose Gram matrix is computed once for all calls with this input."""
+        return value if self.common is None else self.common.setdefault(value.shape, Factor(value))
 
     def argument(self, position: int, name: str) -> Any:
         """An argument that callers may pass by position or by name."""
@@ -168,13 +177,13 @@ class Record:
         x, settings = inputs[0], tuple([getattr(site.module, name) for name in site.rule.reads])
         return (site.family, settings, x.shape, x.dtype, self.shape, grad.dtype, grad.device)
 
-    def call(self, grad: Tensor) -> Call:
+    def call(self, grad: Tensor, common: dict[torch.Size, Factor] | None = None) -> Call:
         """What the rule needs, with the axis that counts samples first."""
         assert self.placement is not None
         inputs, kwargs = self._arguments()
         if not self.placement.axis:
             node = torch._C._current_autograd_node()
-            return Call(inputs, kwargs, grad if grad.shape == self.shape else grad.reshape(self.shape), node)
+            return Call(inputs, kwargs, grad if grad.shape == self.shape else grad.reshape(self.shape), node, common)
         first = partial(_first, axis=self.placement.axis, size=self.shape[self.placement.axis])
         return Call(
             tuple(first(x) for x in inputs), {k: first(x) for k, x in kwargs.items()}, first(grad.reshape(self.shape))

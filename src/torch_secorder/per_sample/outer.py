@@ -50,7 +50,8 @@ class Factor:
 
 
 def _strip(x: Tensor, rows: slice, start: int, stop: int) -> Tensor:
-    return x[rows, :, start:] @ x[rows, :, start:stop].mT
+    x = x[rows].flatten(0, 1)
+    return torch.bmm(x[:, start:], x[:, start:stop].mT)
 
 
 class Outer(PerSampleGradient):
@@ -112,25 +113,29 @@ class Outer(PerSampleGradient):
                 return self.direct_norm()
 
     def _gram(self) -> Tensor:
-        norms, diagonals = [], []
         k, t = self.a.shape[1:3]
         line = 2 * k * t * self.dtype.itemsize
         size = max(1, min(_width(t), (within(CHUNK_BYTES) or 0) // line))
-        for rows in chunks(self.n, line * size):
-            norm, diagonal = [], []
-            for start in range(0, t, size):
-                gram = self._strip(rows, start, start + size)
-                norm.append(gram.sum((1, 2, 3)))
-                if gram.shape[2] > size:
-                    norm.append(gram[:, :, size:].sum((1, 2, 3)))
-                diagonal.append(gram[:, :, :size].diagonal(dim1=2, dim2=3).sum((1, 2)))
-                del gram  # before the next strip's
-            norms.append(torch.stack(norm).sum(0))
-            diagonals.append(torch.stack(diagonal).sum(0))
-        return guarded(torch.cat(norms), torch.cat(diagonals), self)
+        found = [self._gram_sums(rows, size) for rows in chunks(self.n, line * size)]
+        norms, diagonals = found[0] if len(found) == 1 else (torch.cat(parts) for parts in zip(*found, strict=True))
+        if k > 1:
+            norms, diagonals = (value.view(self.n, k).sum(1) for value in (norms, diagonals))
+        return guarded(norms, diagonals, self)
+
+    def _gram_sums(self, rows: slice, size: int) -> tuple[Tensor, Tensor]:
+        """For some samples, ``size`` columns at a time: the sum over two positions, and the part where they are the same."""
+        norms, diagonals = [], []
+        for start in range(0, self.a.shape[2], size):
+            gram = self._strip(rows, start, start + size)
+            norms.append(gram.sum((1, 2)))
+            if gram.shape[1] > size:
+                norms.append(gram[:, size:].sum((1, 2)))
+            diagonals.append(gram[:, :size].diagonal(dim1=1, dim2=2).sum(1))
+            del gram  # before the next strip's
+        return torch.stack(norms).sum(0), torch.stack(diagonals).sum(0)
 
     def _strip(self, rows: slice, start: int, stop: int) -> Tensor:
-        """For some samples some columns of the lower half of the product of both Gram matrices."""
+        """For some samples some columns of the lower half of the product of both Gram matrices, ``[n k, t - start, columns]``."""
         found = []
         for x in (self.a, self.g):
             common = next((factor for factor in self._common if factor.value is x), None)
