@@ -161,7 +161,9 @@ class Analysis:
                     f"the loss uses {', '.join(direct)} by another way than through the model's outputs; a penalty on weights "
                     "belongs to no sample: leave it out of the loss, or move the computation into the model's forward"
                 )
-            reduction = reduction_of(loss_fn, outputs, targets, loss, run.n, self.batch_axis)
+            reduction = self.memory.reduction(
+                loss_fn, partial(reduction_of, loss_fn, outputs, targets, loss, run.n, self.batch_axis)
+            )
             samples = run.backward(loss)
         samples = samples.times(run.n**2 if reduction == "mean" else 1)
         return Batch(samples, mapped(Tensor.detach, outputs), run.random, run.structure, reduction)

@@ -184,12 +184,19 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 
 def reduction_of(
-    loss_fn: Callable[[Any, Any], Tensor], outputs: Any, targets: Any, loss: Tensor, n: int, axis: int = 0
+    loss_fn: Callable[[Any, Any], Tensor],
+    outputs: Any,
+    targets: Any,
+    loss: Tensor,
+    n: int,
+    axis: int = 0,
+    expected: str | None = None,
 ) -> str:
     """Whether a loss averages or sums over the batch, found out by giving it samples twice.
 
     One sample twice is enough; where its loss says nothing (zero, or NaN because its target is ignored), the whole batch
-    is taken, and after that the batch with other outputs.
+    is taken, and after that the batch with other outputs. What was found out for this loss before, and is ``expected``, only has
+    to hold for the loss of one sample.
 
     Raises:
         ArgumentError: if twice the samples give neither the loss nor twice the loss.
@@ -197,6 +204,11 @@ def reduction_of(
     found: list[float] = []
     tolerance = 2e-2 if loss.dtype in (torch.float16, torch.bfloat16) else 1e-4
     with torch.no_grad(), torch.random.fork_rng(devices=[loss.device] if loss.is_cuda else []):
+        if expected is not None:
+            one = [rows(value, [0], n, axis) for value in (outputs, targets)]
+            alone, again = _number(loss_fn, *one), _number(loss_fn, *(rows(value, [0, 0], 1, axis) for value in one))
+            if abs(_ratio(again, alone) - {"mean": 1, "sum": 2}[expected]) < tolerance:
+                return expected
         for size, index in ((1, [0]), (n, list(range(n)))):
             # Also for other outputs: the ratio of differences shows a constant that the loss itself may hide.
             single, double = [], []

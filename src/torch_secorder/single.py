@@ -95,12 +95,12 @@ def _gradients_in_first(
     return [g.select(w, 0).double() for g, (_, w) in zip(found, leaves, strict=True) if g is not None]
 
 
-def compare(names: list[str], batched: Tensor, alone: Tensor, half: bool = False) -> None:
-    """Raise if a sample's squared norms differ by more than rounding, which is coarse in half precision."""
+def compare(names: list[str], batched: Tensor, alone: Tensor, half: bool = False, noise: Tensor | float = 0.0) -> None:
+    """Raise if a sample's squared norms differ by more than rounding, which is coarse in half precision, and by ``noise``."""
     # Looser than rounding allows and tighter than any mistake of principle, which is off by per cents.
     rtol, atol = (5e-2, 1e-3) if half else (1e-6, 1e-12) if batched.dtype == torch.float64 else (1e-3, 1e-7)
     batched = batched.double().cpu()
-    tolerance = rtol * torch.maximum(batched, alone) + atol * alone.sum()
+    tolerance = rtol * torch.maximum(batched, alone) + atol * alone.sum() + noise
     wrong = ((batched - alone).abs() > tolerance).nonzero().flatten().tolist()
     if wrong:
         lines = [f"{names[i]}: {batched[i]:.6g} in its batch, {alone[i]:.6g} alone" for i in wrong[:8]]

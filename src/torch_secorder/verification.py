@@ -86,15 +86,27 @@ def verified(
         def among_the_rest(own: Any) -> Tensor:
             return loss(mapped(partial(_inserted, tensors(own), n, axis), batch.outputs))
 
-        if by_autograd and not analysis.table.coded:
+        def norms_of(root: Callable[[Any], Tensor]) -> Tensor:
+            if not by_autograd or analysis.table.coded:
+                return analysis.of(root, alone).samples.norms[:, 0].detach().double().cpu()
             with torch.enable_grad(), analysis.differentiable():
-                norms = squares_of(among_the_rest(called(analysis.model, alone)), analysis.table.leaves)
-        else:
-            norms = analysis.of(among_the_rest, alone).samples.norms[:, 0].detach().double().cpu()
-    half = torch.is_autocast_enabled() or any(
-        x.dtype in HALF for x in (*analysis.table.tensors, *tensors(batch.outputs))
-    )
-    compare(analysis.table.names, batch.samples.norms[:, 0].detach(), norms, half)
+                return squares_of(root(called(analysis.model, alone)), analysis.table.leaves)
+
+        norms, found = norms_of(among_the_rest), batch.samples.norms[:, 0].detach()
+        half = torch.is_autocast_enabled() or any(
+            x.dtype in HALF for x in (*analysis.table.tensors, *tensors(batch.outputs))
+        )
+        try:
+            compare(analysis.table.names, found, norms, half)
+        except VerificationError:
+            # A sample alone may be rounded differently, which is all that a perfect fit leaves of its gradient.
+            noise = (8 * torch.finfo(found.dtype).eps) ** 2 * norms_of(_half_square)
+            compare(analysis.table.names, found, norms, half, noise)
+
+
+def _half_square(outputs: Any) -> Tensor:
+    """What has the outputs themselves for its gradient in them."""
+    return sum((x.square().sum() / 2 for x in tensors(outputs) if x.requires_grad), torch.zeros(()))
 
 
 def _inserted(own: Iterator[Tensor], n: int, axis: int, rest: Tensor) -> Tensor:

@@ -35,6 +35,7 @@ class Memory:
         turns: how many graphs were looked at.
         others: the memory of each structure of graph, for the memory of a model.
         trusting: whether shapes that allow one reading only have never misled.
+        reductions: how functions combine samples.
         checked: function -> structure of graph -> how often samples were taken apart for it, of callers that check some.
     """
 
@@ -44,6 +45,7 @@ class Memory:
     turns: int = 0
     others: dict[int, Memory] = field(default_factory=dict)
     trusting: bool = True
+    reductions: WeakKeyDictionary[Any, str] = field(default_factory=WeakKeyDictionary)
     checked: WeakKeyDictionary[Any, Counter[int]] = field(default_factory=WeakKeyDictionary)
 
     def of(self, structure: int) -> Memory:
@@ -57,6 +59,15 @@ class Memory:
         self.trusting = False
         for found in (self.known, self.outputs, self.others, self.checked):
             found.clear()
+
+    def reduction(self, function: Callable[..., Any], find: Callable[[str | None], str]) -> str:
+        """How a function combines samples: ``find(what it did before)``."""
+        try:
+            before = self.reductions.get(function)
+        except TypeError:  # something that can't be remembered
+            return find(None)
+        found = self.reductions[function] = find(before)
+        return found
 
     def due(self, function: Callable[..., Any], structure: int) -> bool:
         """Whether a call of ``function`` with a graph of this structure is to be checked: the 1st, 2nd, 3rd, 5th, 9th, ..."""
