@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -77,9 +77,14 @@ def _line(value: Edge, start: Node) -> list[Edge] | None:
 
 def _settings(node: Node) -> tuple[object, ...]:
     """What distinguishes two nodes of one kind: the sizes, axes and offsets that they saved."""
-    names = sorted(name for name in dir(node) if name.startswith("_saved_"))
-    values = [(name, getattr(node, name)) for name in names]
-    return tuple((name, str(value)) for name, value in values if not isinstance(value, Tensor))
+    values = [(name, getattr(node, name)) for name in attributes(type(node), "_saved_")]
+    return tuple([(name, str(value)) for name, value in values if not isinstance(value, Tensor)])
+
+
+@cache
+def attributes(kind: type[Node], prefix: str) -> tuple[str, ...]:
+    """The attributes of nodes of one kind whose names start so."""
+    return tuple(sorted(name for name in dir(kind) if name.startswith(prefix)))
 
 
 def _vjp(value: Edge, start: Node, shape: tuple[int, ...], moves: bool, grads: Tensor) -> Tensor:

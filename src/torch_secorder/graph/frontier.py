@@ -9,7 +9,7 @@ from typing import Any
 
 from torch.autograd.graph import GradientEdge, Node
 
-from torch_secorder.graph.chain import LAYOUT, Carrier, Edge, between, carrier, value_shape
+from torch_secorder.graph.chain import LAYOUT, Carrier, Edge, attributes, between, carrier, value_shape
 from torch_secorder.graph.look import Key, Look, Wanted
 from torch_secorder.graph.walk import Walk
 from torch_secorder.parameters import ParameterTable
@@ -196,6 +196,6 @@ class Frontier:
 
 def saves_elsewhere(node: Any) -> bool:
     """Whether hooks keep the tensors that a node has saved."""
-    saved = (getattr(node, name) for name in dir(node) if name.startswith("_raw_saved_"))
+    saved = (getattr(node, name) for name in attributes(type(node), "_raw_saved_"))  # type: ignore[arg-type]  # as above
     several = (one for value in saved for one in (value if isinstance(value, (list, tuple)) else (value,)))
     return any(getattr(one, "unpack_hook", None) is not None for one in several)

@@ -19,4 +19,5 @@ def linear(module: nn.Linear, call: Call) -> Gradients:
     if x.dim() == 2:
         return {"weight": Outer(x[:, None, None], g[:, None, None], module.weight.shape), "bias": g}
     a, g = x.reshape(x.shape[0], 1, -1, x.shape[-1]), g.reshape(g.shape[0], 1, -1, g.shape[-1])
-    return {"weight": Outer(call.factor(a), g, module.weight.shape), "bias": g.sum((1, 2))}
+    weight = Outer(call.factor(a), g, module.weight.shape)
+    return {"weight": weight} if module.bias is None else {"weight": weight, "bias": g.sum((1, 2))}

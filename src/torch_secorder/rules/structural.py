@@ -53,7 +53,8 @@ def affine(module: nn.Module, call: Call) -> Gradients:
     """``y = x weight + bias`` over the last axis."""
     x, g = next(iter((*call.inputs, *call.kwargs.values()))), call.grad_output
     x, g = (value.reshape(len(value), 1, -1, value.shape[-1]) for value in (x, g))
-    return {"weight": Outer(g, x, (x.shape[-1], g.shape[-1])), "bias": g.sum((1, 2))}
+    weight = Outer(g, x, (x.shape[-1], g.shape[-1]))
+    return {"weight": weight, "bias": g.sum((1, 2))} if "bias" in module._parameters else {"weight": weight}
 
 
 def _scale(module: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> Rule | None:
