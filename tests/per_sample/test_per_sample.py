@@ -11,7 +11,18 @@ from torch import Tensor, nn
 
 from oracles import assert_equal, call, mapped, per_sample_gradients
 from problems import PROBLEMS, Problem
-from torch_secorder.per_sample import Carried, Convolution, Dense, Outer, PerSampleGradient, Rows, _base
+from torch_secorder.per_sample import (
+    Carried,
+    Convolution,
+    Dense,
+    Factor,
+    Outer,
+    PerSampleGradient,
+    Rows,
+    _base,
+    limited,
+)
+from torch_secorder.per_sample import outer as outer_module
 from torch_secorder.placement import Grouping
 from torch_secorder.records import Call
 from torch_secorder.rules import rule_for
@@ -263,3 +274,38 @@ def test_rules_conserve_the_gradient(problem: Problem) -> None:
         torch.testing.assert_close(form.total(), batch[name], rtol=1e-8, atol=1e-11 * scale)
         torch.testing.assert_close(form.dense().sum(0), batch[name], rtol=1e-8, atol=1e-11 * scale)
         assert_like_dense(form)
+
+
+@pytest.mark.parametrize("t", [3, 40])
+@pytest.mark.parametrize("gradient", [False, True])
+def test_forms_with_a_common_factor_compute_its_gram_matrix_once(
+    t: int, gradient: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    strips, made = outer_module._strip, []
+
+    def counted(x: Tensor, *part: Any) -> Tensor:
+        made.append(x)
+        return strips(x, *part)
+
+    monkeypatch.setattr(outer_module, "_strip", counted)
+    g, (a, b) = normal(N, 1, t, 70).requires_grad_(gradient), (normal(N, 1, t, 60) for _ in range(2))
+    common = Factor(g)
+    for left, right, shape in (
+        (a, common, (70, 60)),
+        (b, common, (70, 60)),
+        (common, a, (60, 70)),
+        (common, common, (70, 70)),
+    ):
+        form = Outer(left, right, shape)
+        assert form.algorithm == "gram"
+        with torch.set_grad_enabled(gradient):
+            torch.testing.assert_close(form.squared_norm(), form.dense().flatten(1).square().sum(1))
+    assert sum(x is g for x in made) == -(-t // 32)
+
+
+def test_a_common_gram_matrix_is_not_kept_beyond_the_budget() -> None:
+    common, a = Factor(normal(N, 1, 40, 70)), normal(N, 1, 40, 60)
+    with limited(2**14):
+        found = Outer(a, common, (70, 60)).squared_norm()
+    torch.testing.assert_close(found, Outer(a, common.value, (70, 60)).squared_norm())
+    assert not common._kept

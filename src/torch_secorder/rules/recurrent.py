@@ -41,8 +41,28 @@ def _over(value: Tensor) -> Tensor | None:
     return None if torch.is_grad_enabled() else value
 
 
+def _sigmoid_backward(g: Tensor, y: Tensor, out: Tensor | None) -> Tensor:
+    """``g y (1 - y)``, in one go."""
+    found: Tensor = (
+        torch.ops.aten.sigmoid_backward(g, y)
+        if out is None
+        else torch.ops.aten.sigmoid_backward.grad_input(g, y, grad_input=out)
+    )
+    return found
+
+
+def _tanh_backward(g: Tensor, y: Tensor, out: Tensor | None) -> Tensor:
+    """``g (1 - y ** 2)``, in one go."""
+    found: Tensor = (
+        torch.ops.aten.tanh_backward(g, y)
+        if out is None
+        else torch.ops.aten.tanh_backward.grad_input(g, y, grad_input=out)
+    )
+    return found
+
+
 def _vanishes(difference: Tensor) -> bool:
-    return bool(torch.linalg.vector_norm(difference, torch.inf) < TOLERANCE)
+    return bool(difference.abs().max() < TOLERANCE)
 
 
 class _Layer:
@@ -76,9 +96,9 @@ class _Layer:
             factors, to_cell, _ = self._factors(self._gates())
         return self._backwards(factors, to_cell, grads)
 
-    def _gates(self, samples: slice = slice(None)) -> Tensor:
-        """Input, forget, cell and output gates of all steps at once, ``[t, n, 4, h]``: the hidden states are known."""
-        node, x, h = self._node, self.x[:, samples], self.h[:, samples]
+    def _gates(self, steps: slice = slice(None), samples: slice = slice(None)) -> Tensor:
+        """Input, forget, cell and output gates, ``[t, n, 4, h]``, of all steps at once, whose hidden states are known."""
+        node, x, h = self._node, self.x[steps, samples], self.h[steps, samples]
         w_ih, w_hh = node._saved_weight0, node._saved_weight1
         bias = node._saved_weight2 + node._saved_weight3 if node._saved_has_biases else w_ih.new_zeros(len(w_ih))
         z = torch.addmm(bias, x.flatten(0, 1), w_ih.T)
@@ -91,7 +111,7 @@ class _Layer:
         """The same from the workspace that oneDNN's forward left for its backward, or None if they aren't there.
 
         How that is laid out is nowhere promised: gates come first, those of one sample and step padded to a multiple of 16
-        numbers that is none of 256. So one sample's are compared with ours, and all with the hidden states later.
+        numbers that is none of 256. So the last ones are compared with ours, and others with the hidden states later on.
         """
         workspace, (t, n, width) = self._node._saved_result3, self.out.shape
         line = -(-4 * width // 16) * 16
@@ -101,7 +121,7 @@ class _Layer:
         if torch.is_grad_enabled() or self.out.dtype != torch.float32 or not readable:
             return None
         gates = workspace[:size].view(torch.float32).view(t, n, line)[..., : 4 * width].unflatten(2, (4, width))
-        return gates if _vanishes(self._gates(slice(n - 1, n)) - gates[:, -1:]) else None
+        return gates if _vanishes(self._gates(slice(t - 1, t), slice(n - 1, n)) - gates[-1:, -1:]) else None
 
     def _factors(self, gates: Tensor) -> tuple[Tensor, Tensor, bool]:
         """What gradients are multiplied by on their way back through a step, and whether gates agree with hidden states.
@@ -113,16 +133,12 @@ class _Layer:
         t, n, width = out.shape
         factors, cells = out.new_empty(n, t, 5, width).transpose(0, 1), out.new_empty(t + 1, n, width)
         to_before, to_i, to_f, to_u, to_o = map(_over, factors.unbind(2))
-        entering = torch.mul(i, u, out=_over(cells[1:]))
-        to_i = torch.addcmul(entering, entering, i, value=-1, out=to_i)
-        to_u = torch.addcmul(i, entering, u, value=-1, out=to_u)
-        before, after = self._cells(cells, entering, f)
-        to_f = torch.mul(before, f, out=to_f)
-        to_f = torch.addcmul(to_f, to_f, f, value=-1, out=_over(to_f))
-        tanh_c = torch.tanh(after, out=to_o)
-        agree = torch.is_grad_enabled() or _vanishes(torch.addcmul(out, o, tanh_c, value=-1, out=after))
-        to_cell = torch.addcmul(o, out, tanh_c, value=-1, out=_over(after))
-        to_o = torch.addcmul(out, out, o, value=-1, out=to_o)
+        before, after = self._cells(cells, torch.mul(i, u, out=_over(cells[1:])), f)
+        to_i, to_f, to_u = _sigmoid_backward(u, i, to_i), _sigmoid_backward(before, f, to_f), _tanh_backward(i, u, to_u)
+        tanh_c = torch.tanh(after, out=_over(after))
+        some = slice((t - 1) % 8, None, 8)
+        agree = torch.is_grad_enabled() or _vanishes(o[some] * tanh_c[some] - out[some])
+        to_o, to_cell = _sigmoid_backward(tanh_c, o, to_o), _tanh_backward(o, tanh_c, _over(tanh_c))
         if to_before is None:
             return torch.stack([f, to_i, to_f, to_u, to_o], 2), to_cell, agree
         to_before.copy_(f)
@@ -144,10 +160,11 @@ class _Layer:
         g_out = torch.zeros_like(self.out) if g_out is None else self._in_order(g_out)
         dh = g_out[-1] + (0 if g_h is None else g_h.view_as(g_out[-1]))
         dc = torch.zeros_like(dh) if g_c is None else g_c.view_as(dh).clone()
+        w_hh, arriving, to_cells = self._node._saved_weight1, g_out.unbind(), to_cell.unbind()
         from_c, from_h = factors[:, :, :4].unbind(), factors[:, :, 4].unbind()
         all_dz, found = factors[:, :, 1:].flatten(2), []
         for t, dz in reversed([*enumerate(all_dz.unbind())]):
-            dc = torch.addcmul(dc, dh, to_cell[t], out=_over(dc))
+            dc = torch.addcmul(dc, dh, to_cells[t], out=_over(dc))
             along_c = torch.mul(dc[:, None], from_c[t], out=_over(from_c[t]))
             along_h = torch.mul(dh, from_h[t], out=_over(from_h[t]))
             if torch.is_grad_enabled():
@@ -155,5 +172,5 @@ class _Layer:
                 found.append(dz)
             dc = along_c[:, 0]
             if t:
-                dh = torch.addmm(g_out[t - 1], dz, self._node._saved_weight1, out=_over(dh))
+                dh = torch.addmm(arriving[t - 1], dz, w_hh, out=_over(dh))
         return torch.stack(found[::-1]) if found else all_dz
