@@ -11,7 +11,6 @@ from torch import Tensor
 from torch_secorder.per_sample._base import (
     Index,
     PerSampleGradient,
-    _total,
     guarded,
     row_squares,
     widened,
@@ -109,8 +108,8 @@ class Convolution(PerSampleGradient):
         return (seen * summed).sum()
 
     def _weight_gradient(self, x: Tensor, g: Tensor, copies: int) -> Tensor:
-        # Only the weight's shape matters here; expanding a scalar gives it one without memory.
-        weight = x.new_zeros(()).expand(copies * self.shape[0], *self.shape[1:])
+        # Only the weight's shape matters here. As an expanded scalar it would be copied.
+        weight = x.new_empty(copies * self.shape[0], *self.shape[1:])
         dims = len(self.stride)
         return torch.ops.aten.convolution_backward(
             *(g, x, weight, None, self.stride, self.padding, self.dilation),
@@ -243,7 +242,10 @@ class Convolution(PerSampleGradient):
             if kernel > 1:
                 length = pixels.shape[1] - (kernel - 1) * gap * stride
                 shifts = (slice(tap * gap * stride, tap * gap * stride + length) for tap in range(kernel))
-                pixels = _total(pixels[:, shift, shift] for shift in shifts)
+                first, second, *others = (pixels[:, shift, shift] for shift in shifts)
+                pixels = first + second
+                for other in others:
+                    pixels += other
         (outer, row, _), steps = pixels.stride(), [a * b for a, b in zip(self.stride, strides, strict=True)]
         out = tall.g.shape[3:]
         seen = pixels.as_strided((len(pixels), *out, *out), (outer, *(row * step for step in steps), *steps))

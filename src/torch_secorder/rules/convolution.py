@@ -28,7 +28,7 @@ def convolution(module: _ConvNd, call: Call) -> Gradients:
     weight = Convolution(
         x[:, None], g[:, None], module.weight.shape, module.stride, tuple(padding), module.dilation, module.groups
     )
-    return {"weight": weight, "bias": g.flatten(2).sum(2)}
+    return _with_bias(module, weight, g)
 
 
 @register_rule(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -46,7 +46,12 @@ def transposed_convolution(module: _ConvTransposeNd, call: Call) -> Gradients:
     weight = Convolution(
         F.pad(g, sides)[:, None], x[:, None], module.weight.shape, module.stride, none, module.dilation, module.groups
     )
-    return {"weight": weight, "bias": g.flatten(2).sum(2)}
+    return _with_bias(module, weight, g)
+
+
+def _with_bias(module: _ConvNd, weight: Convolution, g: Tensor) -> Gradients:
+    # A sum that nobody wants would cost one more pass over the map; before a batch norm there is no bias.
+    return {"weight": weight} if module.bias is None else {"weight": weight, "bias": g.flatten(2).sum(2)}
 
 
 def _check_batched(module: _ConvNd, x: Tensor) -> None:

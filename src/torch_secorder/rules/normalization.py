@@ -167,7 +167,7 @@ def _as_torch_does(x: Tensor, g: Tensor, mean: Tensor, variance: Tensor, eps: fl
     It reads x and g once and writes nothing, where a product and two sums go through main memory four times.
     """
     n, channels = g.shape[:2]
-    mean, variance = (value.to(g.dtype).repeat(n) for value in (mean, variance))
+    mean, variance = (value.to(g.dtype).expand(n, -1).flatten() for value in (mean, variance))
     _, weight, bias = torch.ops.aten.native_batch_norm_backward(
         *(g.view(1, n * channels, -1), x.view(1, n * channels, -1), None, mean, variance, None, None, False, eps),
         [False, True, True],
