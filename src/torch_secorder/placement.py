@@ -157,11 +157,36 @@ class Sketch:
 def _contracted(value: Tensor, axis: int) -> Tensor:
     """A few random numbers for each slice along an axis: random directions for the axes before it, and for those after."""
     before, size, after = math.prod(value.shape[:axis]), value.shape[axis], math.prod(value.shape[axis + 1 :])
-    left, right = _directions(before, value), _directions(after, value)
     # The longer side first, which leaves little.
     if before < after:
-        return torch.einsum("bsd,bd->sd", (value.reshape(-1, after) @ right).view(before, size, DIRECTIONS), left)
-    return torch.einsum("dsa,ad->sd", (left.mT @ value.reshape(before, -1)).view(DIRECTIONS, size, after), right)
+        rows = _after(value.reshape(-1, after)).view(before, size, DIRECTIONS)
+        return torch.einsum("bsd,bd->sd", rows, _directions(before, value))
+    columns = _before(value.reshape(before, -1)).view(DIRECTIONS, size, after)
+    return torch.einsum("dsa,ad->sd", columns, _directions(after, value))
+
+
+LONG = (
+    2**12
+)  # Directions for a longer side are products of shorter ones, which would take as much memory as a gradient.
+
+
+def _after(value: Tensor) -> Tensor:
+    """``[rows, columns]`` -> ``[rows, DIRECTIONS]``, by directions for the columns."""
+    if (columns := value.shape[1]) <= LONG:
+        return value @ _directions(columns, value)
+    whole = columns // LONG
+    parts = value[:, : whole * LONG].unflatten(1, (whole, LONG)) @ _directions(LONG, value)
+    along = torch.einsum("rpd,pd->rd", parts, _directions(whole, value))
+    return along + _after(value[:, whole * LONG :]) if columns % LONG else along
+
+
+def _before(value: Tensor) -> Tensor:
+    """``[rows, columns]`` -> ``[DIRECTIONS, columns]``, by directions for the rows."""
+    if (rows := value.shape[0]) <= LONG:
+        return _directions(rows, value).mT @ value
+    left, outer = _directions(LONG, value), _directions(-(-rows // LONG), value)
+    parts = zip(value.split(LONG), outer, strict=True)
+    return sum(((left[: len(part)] * factor).mT @ part for part, factor in parts), value.new_zeros(()))
 
 
 @lru_cache(16)
@@ -170,8 +195,7 @@ def _random(size: int) -> Tensor:
 
 
 def _directions(size: int, like: Tensor) -> Tensor:
-    # Large ones are not worth the memory that remembering them takes.
-    return (_random(size) if size < 2**16 else _random.__wrapped__(size)).to(like)
+    return _random(size).to(like)
 
 
 def evidence(plain: Sketch | None, scaled: Sequence[Sketch | None], n: int, base: int = BASE) -> Evidence:

@@ -20,6 +20,7 @@ from torch_secorder.errors import ShapeError, UnsupportedError
 from torch_secorder.placement import BASE, BASE_OF_HALF, Evidence, Placement, Sketch, Unplaced, evidence, factors
 from torch_secorder.sharding import Ranks, whole
 
+TILE = 2**18
 Key = tuple[object, ...]
 Wanted = tuple[Key, GradientEdge, Sequence[int]]  # what to remember it by, where in the graph, the shape to see it in
 
@@ -195,7 +196,7 @@ class Look:
                 f"many indices on axis {self._axis}; return the outputs along with the loss, or pass batch_axis="
             )
         generator = torch.Generator().manual_seed(0)
-        seeds = [torch.randn(x.shape, generator=generator).to(x.device, x.dtype) for x in self._roots]
+        tiles = [torch.randn(min(x.numel(), TILE), generator=generator).to(x.device, x.dtype) for x in self._roots]
         found: list[list[Sketch | None]] = []
         ends = _deepest(self._roots, {edge.node for _, edge, _ in wanted})
         with torch.enable_grad(), probe(self._roots) as roots, ExitStack() as hooks:
@@ -207,11 +208,11 @@ class Look:
                 return [[None] * len(wanted) for _ in factors(self._n, self._base)]
             last = [(position, item) for position, item in enumerate(wanted) if item[1].node in ends]
             for factor in self._factors():
-                scaled = [s * factor.to(s).view(-1, *[1] * (s.dim() - 1 - self._axis)) for s in seeds]
+                seeds = [self._seed(x, tile, factor) for x, tile in zip(self._roots, tiles, strict=True)]
                 found.append([None] * len(wanted))
                 try:
                     edges = [edge for _, (_, edge, _) in last]
-                    grads = torch.autograd.grad(roots, edges, scaled, retain_graph=True, allow_unused=True)
+                    grads = torch.autograd.grad(roots, edges, seeds, retain_graph=True, allow_unused=True)
                 except RuntimeError as error:
                     if "use_reentrant" not in str(error):
                         raise
@@ -222,6 +223,12 @@ class Look:
                 for grad, (position, (_, _, shape)) in zip(grads, last, strict=True):
                     found[-1][position] = None if grad is None else Sketch.of(whole(grad).reshape(tuple(shape)))
         return found[: len(factors(self._n, self._base))]
+
+    def _seed(self, root: Tensor, tile: Tensor, factor: Tensor) -> Tensor:
+        """A gradient for a root: the same numbers in each pass, times a factor for each sample."""
+        # Made anew, since a backward may change it in place; and never two at once, for some are as large as all else.
+        seed = tile.repeat(-(-root.numel() // len(tile)))[: root.numel()].view(root.shape)
+        return seed.mul_(factor.to(seed).view(-1, *[1] * (root.dim() - 1 - self._axis)))
 
     def _factors(self) -> list[Tensor]:
         """The factors, and more of them as long as other ranks need more."""
