@@ -105,8 +105,9 @@ class _Layer:
             found = self._at_once(kept, *left, grads)
             if found is not None:
                 return found
-        factors, to_cell, agree = self._factors(self._gates() if kept is None else kept)
-        if kept is not None and not agree:
+        believed = kept is not None and self._ends_with_ours(kept)
+        factors, to_cell, agree = self._factors(kept if kept is not None and believed else self._gates())
+        if believed and not agree:
             factors, to_cell, _ = self._factors(self._gates())
         return self._backwards(factors, to_cell, grads)
 
@@ -122,17 +123,20 @@ class _Layer:
         return torch.stack(gates, 2) if torch.is_grad_enabled() else z
 
     def _kept_gates(self) -> Tensor | None:
-        """The same from the workspace that oneDNN's forward left for its backward, or None if they aren't there.
+        """What should be the same, in the workspace that oneDNN's forward left for its backward; None if that is too small.
 
-        How that is laid out is nowhere promised. So the last ones are compared with ours, and others with hidden states later.
+        How it is laid out is nowhere promised: gates have to agree with the hidden states that the layer returned, and the last
+        ones with ours (else i and u might be each other), or all with what the backward left behind.
         """
         workspace, (t, n, width) = self._workspace(), self.out.shape
         line = _line(4 * width)
         if workspace is None or len(workspace) < t * n * line:
             return None
-        gates = workspace[: t * n * line].view(t, n, line)[..., : 4 * width].unflatten(2, (4, width))
-        last = slice(t - 1, t), slice(n - 1, n)
-        return gates if _vanishes(self._gates(*last) - gates[last]) else None
+        return workspace[: t * n * line].view(t, n, line)[..., : 4 * width].unflatten(2, (4, width))
+
+    def _ends_with_ours(self, gates: Tensor) -> bool:
+        """Whether the last sample's gates of the last step are those that are computed."""
+        return _vanishes(self._gates(slice(-1, None), slice(-1, None)) - gates[-1:, -1:])
 
     def _workspace(self) -> Tensor | None:
         """What oneDNN keeps between forward and backward, if it can be read as numbers."""
@@ -144,10 +148,10 @@ class _Layer:
         return numbers
 
     def _left_behind(self) -> tuple[Tensor, Tensor, Tensor] | None:
-        """What the next step sent to each hidden state and cell but the last, and those cells, if the node has just run.
+        """If the node has just run: what each step sent to the hidden state and the cell before it, and cells but the last.
 
-        They are ``[t - 1, n, h]`` each, in four tables for two layers' states before and after all steps, at the workspace's
-        end and on pages of their own: cells, gradients of inputs, of hidden states, of cells.
+        They are ``[t, n, h]``, or one step less, in four tables for two layers' states before and after all steps, at the
+        workspace's end and on pages of their own: cells, gradients of inputs, of hidden states, of cells.
         """
         workspace, (t, n, width) = self._workspace(), self.out.shape
         if workspace is None or t == 1 or torch._C._current_autograd_node() is not self._node:
@@ -161,28 +165,31 @@ class _Layer:
                 return None
             tables.append(workspace[end : end + size].view(2, t + 1, n, columns)[..., :width])
         dc, dh, _, cells = tables
-        return dh[0, 1:-1], dc[0, 1:-1], cells[1, 1:-1]
+        return dh[0, :-1], dc[0, :-1], cells[1, 1:-1]
 
     def _at_once(
-        self, gates: Tensor, dh_later: Tensor, dc_later: Tensor, cells: Tensor, grads: Gradients
+        self, gates: Tensor, dh_sent: Tensor, dc_sent: Tensor, cells: Tensor, grads: Gradients
     ) -> Tensor | None:
-        """All steps' gradients from what was left behind, or None if that doesn't follow from them."""
+        """All steps' gradients from what was left behind, or None if that doesn't follow from them.
+
+        What a step sends back is a product with its gates' gradients: of all of them, along one direction, it has to be right.
+        """
         factors, to_cell, agree = self._factors(gates, cells)
         if not agree:
             return None
         g_out, g_h, g_c = self._arriving(grads)
         dh, dc = torch.empty_like(to_cell), to_cell
-        torch.add(g_out[:-1], dh_later, out=dh[:-1])
+        torch.add(g_out[:-1], dh_sent[1:], out=dh[:-1])
         torch.add(g_out[-1], g_h, out=dh[-1])
-        torch.addcmul(dc_later, dh[:-1], to_cell[:-1], out=dc[:-1])
+        torch.addcmul(dc_sent[1:], dh[:-1], to_cell[:-1], out=dc[:-1])
         dc[-1].mul_(dh[-1]).add_(g_c)
         factors[:, :, 1:4] *= dc[:, :, None]
         factors[:, :, 4] *= dh
-        dz, w_hh, some = factors[:, :, 1:].flatten(2), self._node._saved_weight1, slice((len(dh) - 2) % 8, None, 8)
+        dz, w_hh, some = factors[:, :, 1:].flatten(2), self._node._saved_weight1, slice((len(dh) - 1) % 8, None, 8)
         signs = direction(w_hh.shape, w_hh)[1]
-        to_h, to_c = dz[1:][some] @ (w_hh @ signs), dc[1:][some] * gates[1:, :, 1][some]
-        right = _vanishes(dh_later[some] @ signs - to_h, to_h.abs().max())
-        return dz if right and _vanishes(dc_later[some] - to_c, to_c.abs().max()) else None
+        to_h, to_c = dz @ (w_hh @ signs), dc[some] * gates[some, :, 1]
+        right = _vanishes(dh_sent @ signs - to_h, to_h.abs().max())
+        return dz if right and _vanishes(dc_sent[some] - to_c, to_c.abs().max()) else None
 
     def _arriving(self, grads: Gradients) -> tuple[Tensor, Tensor | float, Tensor | float]:
         """The gradients of the hidden states, ``[t, n, h]``, and of the last hidden state and cell as outputs of their own."""
