@@ -27,6 +27,12 @@ SIZES = [(6, 5), (1, 5), (6, 1), (40, 3)]
 
 def fused(n: int = 5, t: int = 6, state: bool = False, **options: Any) -> Any:
     """What the node of an LSTM's last direction has saved."""
+    node = node_of(n, t, state, **options)
+    return SimpleNamespace(**{name: getattr(node, name) for name in dir(node) if name.startswith("_saved")})
+
+
+def node_of(n: int = 5, t: int = 6, state: bool = False, **options: Any) -> Any:
+    """The node of an LSTM's last direction."""
     torch.manual_seed(0)
     body = nn.LSTM(**options)
     directions = 2 if body.bidirectional else 1
@@ -37,8 +43,15 @@ def fused(n: int = 5, t: int = 6, state: bool = False, **options: Any) -> Any:
         if not parents or parents[-1].name() == "torch::autograd::AccumulateGrad":
             pytest.skip("no oneDNN in this build")
         node = parents[-1]
-    saved = (name for name in dir(node) if name.startswith("_saved"))
-    return SimpleNamespace(**{name: getattr(node, name) for name in saved})
+    return node
+
+
+def run(node: Any, grads: tuple[Tensor | None, ...], monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """What the node holds when it has run, as if it had just done so."""
+    node(*grads)
+    ran = SimpleNamespace(**{name: getattr(node, name) for name in dir(node) if name.startswith("_saved")})
+    monkeypatch.setattr(torch._C, "_current_autograd_node", lambda: ran)
+    return ran
 
 
 def gradients(node: Any) -> tuple[Tensor | None, ...]:
@@ -56,6 +69,7 @@ def test_kept_gates_are_those_that_are_computed(name: str, t: int, n: int, state
         kept = layer._kept_gates()
         assert kept is not None
         torch.testing.assert_close(kept, layer._gates(), rtol=1e-4, atol=1e-5)
+        assert layer._ends_with_ours(kept)
         assert layer._factors(kept)[2]
 
 
@@ -107,8 +121,64 @@ def test_a_workspace_of_another_layout_is_not_believed(change: Callable[[Tensor]
         node._saved_result3 = change(node._saved_result3.clone())
         layer = _Layer(node)
         kept = layer._kept_gates()
-        assert kept is None or not layer._factors(kept)[2]
+        assert kept is None or not layer._ends_with_ours(kept) or not layer._factors(kept)[2]
         torch.testing.assert_close(layer.gate_gradients(gradients(node)), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "given", [(True, True, True), (True, False, False), (False, True, False), (False, False, True)]
+)
+@pytest.mark.parametrize(("t", "n"), SIZES)
+@pytest.mark.parametrize("name", LAYERS)
+def test_what_the_node_leaves_behind_gives_the_same_gradients(
+    name: str, t: int, n: int, given: tuple[bool, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = node_of(n, t, True, **LAYERS[name])
+    grads = tuple(g if wanted else None for g, wanted in zip(gradients(node), given, strict=True))
+    with torch.no_grad():
+        expected = _Layer(node).gate_gradients(grads)
+        layer = _Layer(run(node, grads, monkeypatch))
+        left = layer._left_behind()
+        assert (left is None) == (t == 1)
+        if left is not None:
+            kept = layer._kept_gates()
+            assert kept is not None
+            found = layer._at_once(kept, *left, grads)
+            assert found is not None
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_swapped_gates_do_not_agree_with_what_the_node_leaves_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    node = node_of(**LAYERS["plain"])
+    grads = gradients(node)
+    with torch.no_grad():
+        expected = _Layer(node).gate_gradients(grads)
+        ran = run(node, grads, monkeypatch)
+        swapped(ran._saved_result3)
+        layer = _Layer(ran)
+        left, kept = layer._left_behind(), layer._kept_gates()
+        assert left is not None
+        assert kept is not None
+        assert layer._at_once(kept, *left, grads) is None
+        torch.testing.assert_close(layer.gate_gradients(grads), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("table", [1, 2, 4])  # from the end: gradients of cells, of hidden states (of inputs), cells
+def test_what_does_not_follow_from_the_gates_is_not_believed(table: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    node = node_of(n=5, t=40, input_size=9, hidden_size=33)
+    grads = gradients(node)
+    with torch.no_grad():
+        expected = _Layer(node).gate_gradients(grads)
+        ran = run(node, grads, monkeypatch)
+        sizes = [-(-2 * 41 * 5 * columns // 1024) * 1024 for columns in (33, 48, 48, 33)]
+        start = len(ran._saved_result3) // 4 - sum(sizes[:table])
+        ran._saved_result3.view(torch.float32)[start : start + sizes[table - 1]] *= 1.001
+        layer = _Layer(ran)
+        left, kept = layer._left_behind(), layer._kept_gates()
+        assert left is not None
+        assert kept is not None
+        assert layer._at_once(kept, *left, grads) is None
+        torch.testing.assert_close(layer.gate_gradients(grads), expected, rtol=1e-4, atol=1e-6)
 
 
 class Tagger(nn.Module):

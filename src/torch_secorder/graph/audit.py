@@ -20,6 +20,7 @@ from torch_secorder.graph.walk import Walk
 from torch_secorder.parameters import ParameterTable
 from torch_secorder.placement import Placement, Unplaced
 from torch_secorder.records import Forward, Record
+from torch_secorder.rules.nodes import asked_after
 from torch_secorder.trees import tensors
 
 AHEAD = 3  # how far a chain from a parameter to the data is expected to be, so that one look sees all of it
@@ -109,7 +110,9 @@ class Audit:
                 )
             for target, _ in (target for part in use.parts for target in part.targets):
                 forward.calls.update([target] if isinstance(target, int) else target.site.parameters.values())
-            self.hooks.callback(node.register_prehook(partial(self._on_use, use)).remove)
+            hook = partial(self._on_use, use)
+            handle = node.register_hook(partial(_behind, hook)) if asked_after(node) else node.register_prehook(hook)
+            self.hooks.callback(handle.remove)
         for record in shared:
             record.placement = None
         return uses
@@ -149,6 +152,11 @@ class Audit:
                     f"found out, since the model's outputs don't depend on it; pass batch_axis={{'{record.site.name}': axis}}"
                 )
         return shared
+
+
+def _behind(hook: Callable[..., None], _: object, grads: tuple[Tensor | None, ...]) -> None:
+    """What a node calls after it has run is told the gradients that it gives, too."""
+    hook(grads)
 
 
 def _numbered(items: Sequence[tuple[Record, GradientEdge]]) -> list[tuple[int, tuple[Record, GradientEdge]]]:

@@ -76,24 +76,34 @@ class NodeRule:
         function: from the place and the gradient of the node's output to that of the value.
         when: the places where it holds.
         many: whether it takes the gradients of all of the node's outputs.
+        after: whether it is better asked when the node has run, for what that leaves behind.
     """
 
     function: Function
     when: Callable[[Place], bool]
     many: bool
+    after: bool
 
 
 _rules: dict[str, NodeRule] = {}
 
 
-def node_rule(name: str, when: Callable[[Place], bool], *, many: bool = False) -> Callable[[Function], Function]:
+def node_rule(
+    name: str, when: Callable[[Place], bool], *, many: bool = False, after: bool = False
+) -> Callable[[Function], Function]:
     """A decorator for the rule of the nodes called ``name``, for the places where ``when`` is true."""
 
     def register(rule: Function) -> Function:
-        _rules[name] = NodeRule(rule, when, many)
+        _rules[name] = NodeRule(rule, when, many, after)
         return rule
 
     return register
+
+
+def asked_after(node: Any) -> bool:
+    """Whether the rule for such nodes is better asked when the node has run."""
+    rule = _rules.get(node.name())
+    return rule is not None and rule.after
 
 
 def has_rule(place: Place) -> bool:

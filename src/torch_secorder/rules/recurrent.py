@@ -7,15 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_secorder.per_sample import Factor, Outer, PerSampleGradient
+from torch_secorder.per_sample import Factor, Outer, PerSampleGradient, direction
 from torch_secorder.rules.nodes import Gradients, Place, node_rule
 
 # By how much gates that oneDNN kept may differ from ours. It is exact to a few 1e-7, and what isn't the gate that is expected is
 # off by far more in most of the numbers.
-TOLERANCE = 1e-4
+TOLERANCE = 1e-5
 
 
-@node_rule("MkldnnRnnLayerBackward0", lambda at: at.index in (1, 2, 3, 4) and _is_plain_lstm(at), many=True)
+@node_rule("MkldnnRnnLayerBackward0", lambda at: at.index in (1, 2, 3, 4) and _is_plain_lstm(at), many=True, after=True)
 def lstm_layer(at: Place, grads: Gradients) -> PerSampleGradient | Tensor:
     """One direction of one layer of an LSTM: weights and biases are shared by the steps."""
     if "layer" not in at.memo:
@@ -61,8 +61,18 @@ def _tanh_backward(g: Tensor, y: Tensor, out: Tensor | None) -> Tensor:
     return found
 
 
-def _vanishes(difference: Tensor) -> bool:
-    return bool(difference.abs().max() < TOLERANCE)
+def _vanishes(difference: Tensor, size: Tensor | float = 1.0) -> bool:
+    return not difference.numel() or bool(difference.abs().max() <= TOLERANCE * size)
+
+
+def _padded(numbers: int, unit: int) -> int:
+    return -(-numbers // unit) * unit
+
+
+def _line(width: int) -> int:
+    """How far apart oneDNN keeps rows: by a multiple of 16 numbers that is none of 256."""
+    line = _padded(width, 16)
+    return line + 16 if line % 256 == 0 else line
 
 
 class _Layer:
@@ -88,11 +98,16 @@ class _Layer:
         """Gradients of the gates before their nonlinearities, ``[t, n, 4 h]``.
 
         A loop over the steps gives the cells and another one the gradients, as in Hochreiter and Schmidhuber (1997), "Long
-        short-term memory".
+        short-term memory"; neither is needed where oneDNN's own forward and backward left what the loops find.
         """
         kept = self._kept_gates()
-        factors, to_cell, agree = self._factors(self._gates() if kept is None else kept)
-        if kept is not None and not agree:
+        if kept is not None and (left := self._left_behind()) is not None:
+            found = self._at_once(kept, *left, grads)
+            if found is not None:
+                return found
+        believed = kept is not None and self._ends_with_ours(kept)
+        factors, to_cell, agree = self._factors(kept if kept is not None and believed else self._gates())
+        if believed and not agree:
             factors, to_cell, _ = self._factors(self._gates())
         return self._backwards(factors, to_cell, grads)
 
@@ -108,32 +123,96 @@ class _Layer:
         return torch.stack(gates, 2) if torch.is_grad_enabled() else z
 
     def _kept_gates(self) -> Tensor | None:
-        """The same from the workspace that oneDNN's forward left for its backward, or None if they aren't there.
+        """What should be the same, in the workspace that oneDNN's forward left for its backward; None if that is too small.
 
-        How that is laid out is nowhere promised: gates come first, those of one sample and step padded to a multiple of 16
-        numbers that is none of 256. So the last ones are compared with ours, and others with the hidden states later on.
+        How it is laid out is nowhere promised: gates have to agree with the hidden states that the layer returned, and the last
+        ones with ours (else i and u might be each other), or all with what the backward left behind.
         """
-        workspace, (t, n, width) = self._node._saved_result3, self.out.shape
-        line = -(-4 * width // 16) * 16
-        line += 16 if line % 256 == 0 else 0
-        size = t * n * line * self.out.itemsize
-        readable = workspace.dtype == torch.uint8 and workspace.is_contiguous() and workspace.numel() >= size
+        workspace, (t, n, width) = self._workspace(), self.out.shape
+        line = _line(4 * width)
+        if workspace is None or len(workspace) < t * n * line:
+            return None
+        return workspace[: t * n * line].view(t, n, line)[..., : 4 * width].unflatten(2, (4, width))
+
+    def _ends_with_ours(self, gates: Tensor) -> bool:
+        """Whether the last sample's gates of the last step are those that are computed."""
+        return _vanishes(self._gates(slice(-1, None), slice(-1, None)) - gates[-1:, -1:])
+
+    def _workspace(self) -> Tensor | None:
+        """What oneDNN keeps between forward and backward, if it can be read as numbers."""
+        workspace = self._node._saved_result3
+        readable = workspace.dtype == torch.uint8 and workspace.is_contiguous() and workspace.numel() % 4 == 0
         if torch.is_grad_enabled() or self.out.dtype != torch.float32 or not readable:
             return None
-        gates = workspace[:size].view(torch.float32).view(t, n, line)[..., : 4 * width].unflatten(2, (4, width))
-        return gates if _vanishes(self._gates(slice(t - 1, t), slice(n - 1, n)) - gates[-1:, -1:]) else None
+        numbers: Tensor = workspace.view(torch.float32)
+        return numbers
 
-    def _factors(self, gates: Tensor) -> tuple[Tensor, Tensor, bool]:
+    def _left_behind(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """If the node has just run: what each step sent to the hidden state and the cell before it, and cells but the last.
+
+        They are ``[t, n, h]``, or one step less, in four tables for two layers' states before and after all steps, at the
+        workspace's end and on pages of their own: cells, gradients of inputs, of hidden states, of cells.
+        """
+        workspace, (t, n, width) = self._workspace(), self.out.shape
+        if workspace is None or t == 1 or torch._C._current_autograd_node() is not self._node:
+            return None
+        line = _line(max(width, self.x.shape[2]))
+        tables, end = [], len(workspace)
+        for columns in (width, line, line, width):
+            size = 2 * (t + 1) * n * columns
+            end -= _padded(size, 1024)
+            if end < 0:
+                return None
+            tables.append(workspace[end : end + size].view(2, t + 1, n, columns)[..., :width])
+        dc, dh, _, cells = tables
+        return dh[0, :-1], dc[0, :-1], cells[1, 1:-1]
+
+    def _at_once(
+        self, gates: Tensor, dh_sent: Tensor, dc_sent: Tensor, cells: Tensor, grads: Gradients
+    ) -> Tensor | None:
+        """All steps' gradients from what was left behind, or None if that doesn't follow from them.
+
+        What a step sends back is a product with its gates' gradients: of all of them, along one direction, it has to be right.
+        """
+        factors, to_cell, agree = self._factors(gates, cells)
+        if not agree:
+            return None
+        g_out, g_h, g_c = self._arriving(grads)
+        dh, dc = torch.empty_like(to_cell), to_cell
+        torch.add(g_out[:-1], dh_sent[1:], out=dh[:-1])
+        torch.add(g_out[-1], g_h, out=dh[-1])
+        torch.addcmul(dc_sent[1:], dh[:-1], to_cell[:-1], out=dc[:-1])
+        dc[-1].mul_(dh[-1]).add_(g_c)
+        factors[:, :, 1:4] *= dc[:, :, None]
+        factors[:, :, 4] *= dh
+        dz, w_hh, some = factors[:, :, 1:].flatten(2), self._node._saved_weight1, slice((len(dh) - 1) % 8, None, 8)
+        signs = direction(w_hh.shape, w_hh)[1]
+        to_h, to_c = dz @ (w_hh @ signs), dc[some] * gates[some, :, 1]
+        right = _vanishes(dh_sent @ signs - to_h, to_h.abs().max())
+        return dz if right and _vanishes(dc_sent[some] - to_c, to_c.abs().max()) else None
+
+    def _arriving(self, grads: Gradients) -> tuple[Tensor, Tensor | float, Tensor | float]:
+        """The gradients of the hidden states, ``[t, n, h]``, and of the last hidden state and cell as outputs of their own."""
+        g_out = torch.zeros_like(self.out) if grads[0] is None else self._in_order(grads[0])
+        g_h, g_c = (0.0 if g is None else g.view_as(g_out[-1]) for g in grads[1:3])
+        return g_out, g_h, g_c
+
+    def _factors(self, gates: Tensor, known: Tensor | None = None) -> tuple[Tensor, Tensor, bool]:
         """What gradients are multiplied by on their way back through a step, and whether gates agree with hidden states.
 
         That of ``c_t`` on its way to ``c_{t-1}`` and the gates i, f and u, and that of ``h_t`` to the gate o, ``[t, n, 5, h]``;
-        that of ``h_t`` to ``c_t``, ``[t, n, h]``.
+        that of ``h_t`` to ``c_t``, ``[t, n, h]``. Where cells are known there is no way step by step, nor the first factor.
         """
         (i, f, u, o), out = gates.unbind(2), self.out
         t, n, width = out.shape
         factors, cells = out.new_empty(n, t, 5, width).transpose(0, 1), out.new_empty(t + 1, n, width)
         to_before, to_i, to_f, to_u, to_o = map(_over, factors.unbind(2))
-        before, after = self._cells(cells, torch.mul(i, u, out=_over(cells[1:])), f)
+        if known is None:
+            before, after = self._cells(cells, torch.mul(i, u, out=_over(cells[1:])), f)
+        else:
+            before, after = cells[:-1], cells[1:]
+            cells[0], cells[1:-1] = self._node._saved_cx_.view_as(cells[0]), known
+            torch.addcmul(i[-1] * u[-1], f[-1], before[-1], out=after[-1])
         to_i, to_f, to_u = _sigmoid_backward(u, i, to_i), _sigmoid_backward(before, f, to_f), _tanh_backward(i, u, to_u)
         tanh_c = torch.tanh(after, out=_over(after))
         some = slice((t - 1) % 8, None, 8)
@@ -141,7 +220,8 @@ class _Layer:
         to_o, to_cell = _sigmoid_backward(tanh_c, o, to_o), _tanh_backward(o, tanh_c, _over(tanh_c))
         if to_before is None:
             return torch.stack([f, to_i, to_f, to_u, to_o], 2), to_cell, agree
-        to_before.copy_(f)
+        if known is None:
+            to_before.copy_(f)
         return factors, to_cell, agree
 
     def _cells(self, cells: Tensor, entering: Tensor, f: Tensor) -> tuple[Tensor, Tensor]:
@@ -156,10 +236,8 @@ class _Layer:
 
     def _backwards(self, factors: Tensor, to_cell: Tensor, grads: Gradients) -> Tensor:
         """The way back through the steps; factors become gradients."""
-        g_out, g_h, g_c = grads[:3]
-        g_out = torch.zeros_like(self.out) if g_out is None else self._in_order(g_out)
-        dh = g_out[-1] + (0 if g_h is None else g_h.view_as(g_out[-1]))
-        dc = torch.zeros_like(dh) if g_c is None else g_c.view_as(dh).clone()
+        g_out, g_h, g_c = self._arriving(grads)
+        dh, dc = g_out[-1] + g_h, torch.zeros_like(g_out[-1]) + g_c
         w_hh, arriving, to_cells = self._node._saved_weight1, g_out.unbind(), to_cell.unbind()
         from_c, from_h = factors[:, :, :4].unbind(), factors[:, :, 4].unbind()
         all_dz, found = factors[:, :, 1:].flatten(2), []
