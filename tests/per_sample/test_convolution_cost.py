@@ -60,6 +60,7 @@ def convolution(
 def budget(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param is not None:
         monkeypatch.setattr("torch_secorder.per_sample.costs.BUDGET", request.param)
+        monkeypatch.setattr("torch_secorder.per_sample.costs.LIMIT", request.param)
         monkeypatch.setattr("torch_secorder.per_sample.convolution.BUDGET", request.param)
 
 
