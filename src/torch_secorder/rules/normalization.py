@@ -124,7 +124,7 @@ def _in_one_pass(x: Tensor, g: Tensor) -> bool:
 
 
 def _as_torch_does(x: Tensor, g: Tensor, mean: Tensor, variance: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Torch's own gradient of a batch norm that has every sample's channels as channels of one sample.
+    """The gradient that torch has for a batch norm, with every sample's channels as channels of one sample.
 
     It reads x and g once and writes nothing, where a product and two sums go through main memory four times.
     """
