@@ -60,6 +60,7 @@ def convolution(
 def budget(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param is not None:
         monkeypatch.setattr("torch_secorder.per_sample.costs.BUDGET", request.param)
+        monkeypatch.setattr("torch_secorder.per_sample.costs.LIMIT", request.param)
         monkeypatch.setattr("torch_secorder.per_sample.convolution.BUDGET", request.param)
 
 
@@ -85,6 +86,16 @@ def test_the_diagonal_is_that_of_the_dense_form(name: str, dims: int, monkeypatc
         costs = {"direct": 2.0, "shifted": 2.0, cheapest: 1.0}
         monkeypatch.setattr("torch_secorder.per_sample.convolution.predicted", lambda _, costs=costs: costs)
         torch.testing.assert_close(form.sum_of_squares(), expected, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.usefixtures("budget")
+@pytest.mark.parametrize("sizes", [(16, 20), (20, 16), (3, 40), (40, 3)], ids=str)
+def test_either_order_of_the_factors_gives_the_same(sizes: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    form = convolution(channels=sizes[0], out=sizes[1], kernel=1, groups=1)
+    dense = form.dense()
+    torch.testing.assert_close(form.norms("shifted"), dense.flatten(1).square().sum(1), rtol=1e-12, atol=0)
+    monkeypatch.setattr("torch_secorder.per_sample.convolution.predicted", lambda _: {"direct": 2.0, "shifted": 1.0})
+    torch.testing.assert_close(form.sum_of_squares(), dense.square().sum(0), rtol=1e-12, atol=1e-13)
 
 
 @pytest.mark.parametrize("way", FORMS)
@@ -141,6 +152,15 @@ def test_the_picked_form_is_an_applicable_one(name: str) -> None:
 )
 def test_unmistakable_cases(settings: dict[str, Any], algorithm: str) -> None:
     assert convolution(**settings, dtype=torch.float32).algorithm == algorithm
+
+
+@pytest.mark.parametrize("n", [1, 7, 32, 33])
+@pytest.mark.parametrize("way", FORMS)
+def test_no_part_is_left_over(way: str, n: int) -> None:
+    """Parts are of one size as nearly as can be: none is smaller by more than their number."""
+    sizes = convolution(n=n, channels=32, out=32, map=32, padding=1, dtype=torch.float32).sizes
+    parts = -(-n // sizes.step(way))
+    assert parts * sizes.step(way) - n < parts
 
 
 @pytest.mark.parametrize("way", FORMS)

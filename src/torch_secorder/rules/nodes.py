@@ -260,7 +260,11 @@ def layer_norm(at: Place, g: Tensor) -> Tensor:
 def group_norm(at: Place, g: Tensor) -> Tensor:
     """Weight and bias of a group norm."""
     node = at.node
-    return over_channels(F.group_norm(node._saved_input, node._saved_group, eps=node._saved_eps), g)[at.index - 1]
+    if node.name() not in at.memo:
+        normalised = F.group_norm(node._saved_input, node._saved_group, eps=node._saved_eps)
+        at.memo[node.name()] = over_channels(normalised, g)
+    sums: tuple[Tensor, Tensor] = at.memo[node.name()]
+    return sums[at.index - 1]
 
 
 @node_rule("CudnnBatchNormBackward0", lambda at: _in_rows(1, 2)(at) and not at.node._saved_training)
@@ -269,8 +273,11 @@ def batch_norm(at: Place, g: Tensor) -> Tensor:
     """Weight and bias of a batch norm with running statistics."""
     node = at.node
     eps = node._saved_epsilon if hasattr(node, "_saved_epsilon") else node._saved_eps
-    statistics = node._saved_running_mean, node._saved_running_var, eps
-    return with_running(node._saved_input, g, *statistics)[at.index - 1]
+    if node.name() not in at.memo:
+        statistics = node._saved_running_mean, node._saved_running_var, eps
+        at.memo[node.name()] = with_running(node._saved_input, g, *statistics)
+    sums: tuple[Tensor, Tensor] = at.memo[node.name()]
+    return sums[at.index - 1]
 
 
 @node_rule("PreluKernelBackward0", lambda at: at.index == 1 and at.is_broadcast)
