@@ -29,6 +29,7 @@ from oracles import (
 )
 from torch_secorder import FisherMonitor
 from torch_secorder.errors import CurvatureError
+from torch_secorder.per_sample import Outer
 
 REDUCTIONS = ["mean", "sum"]
 FIGURES = ["fisher_trace", "fisher_trace_stderr", "fisher_trace_share", "fisher_mean", "grad_sq_norm"]
@@ -1101,3 +1102,28 @@ def test_squared_norms_that_nearly_cancel_stay_accurate_in_float32() -> None:
     with FisherMonitor(model) as monitor:
         loss(model(x), y).backward()
     assert_equal(torch.tensor(monitor.report().loc["weight", "fisher_trace"]), expected["weight"], 0, torch.float32)
+
+
+def test_norms_of_whole_gradients_from_their_factors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are those of .grad, in passes that check it and in those that do not."""
+    model = nn.Sequential(nn.Linear(300, 400), nn.Tanh(), nn.Linear(400, 300)).double()
+    found: list[Tensor | None] = []
+    total_norm = Outer.total_norm
+
+    def counted(form: Outer) -> Tensor | None:
+        found.append(total_norm(form))
+        return found[-1]
+
+    monkeypatch.setattr(Outer, "total_norm", counted)
+    squares = {name: 0.0 for name, _ in model.named_parameters()}
+    with FisherMonitor(model) as monitor:
+        for _ in range(8):
+            model.zero_grad()
+            x, y = torch.randn(8, 300, dtype=torch.float64), torch.randn(8, 300, dtype=torch.float64)
+            nn.functional.mse_loss(model(x), y).backward()
+            for name, p in model.named_parameters():
+                assert p.grad is not None
+                squares[name] += float(p.grad.square().sum()) / 8
+    assert len(found) > 2 and all(norm is not None for norm in found)
+    for name, value in monitor.report()["grad_sq_norm"].items():
+        assert value == pytest.approx(squares[str(name)], rel=1e-9)

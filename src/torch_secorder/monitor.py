@@ -58,6 +58,9 @@ class _OpenPass:
         """A parameter's gradient."""
         # At once, or a reference to it is kept, so that autograd adds a copy to .grad: what becomes of that later, there or in
         # a communication buffer, is not this pass's gradient any more.
+        if (known := self.collected.gradient_norms.pop(position, None)) is not None and grad.dtype == known.dtype:
+            self.norms[position] = known
+            return
         if grad.numel() > SMALL or grad.dtype not in (torch.float32, torch.float64) or grad.is_sparse:
             self.norms[position] = norm(grad)
             return
@@ -302,6 +305,7 @@ class FisherMonitor(Attached, Results):
                 repeated_calls=self._repeated_calls,
                 keep=self._repeated_calls == "new",
                 checks=self._statistics.passes.bit_count() < 2,
+                gradients=True,
                 max_memory=self._max_memory,
             )
             current = self._passes[task] = _OpenPass(task, collected, is_autocast())

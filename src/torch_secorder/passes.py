@@ -171,6 +171,7 @@ class Pass:
         repeated_calls: what two calls of the model that one backward pass reaches are: "same" or "new" samples.
         keep: leave the records' inputs alone, for another backward pass through the same forward.
         checks: also project the captured gradients on one direction each, to compare them with autograd's.
+        gradients: also take the norms of whole gradients from their factors, where that is cheaper than reading them.
         max_memory: how many bytes the algebra may take for its temporaries at once.
     """
 
@@ -182,6 +183,7 @@ class Pass:
         repeated_calls: str | None = None,
         keep: bool = False,
         checks: bool = False,
+        gradients: bool = False,
         max_memory: int | None = None,
     ):
         self._table, self._diagonal, self._repeated, self._keep = table, diagonal, repeated_calls, keep
@@ -194,6 +196,8 @@ class Pass:
         self._blocks: dict[object, Block] = {}
         self._rules: dict[int, dict[str, None]] = defaultdict(dict)
         self._joins = not (checks or diagonal or repeated_calls is not None or max_memory is not None)
+        self._gradients = gradients and repeated_calls is None and not checks and not table.ranks.several
+        self.gradient_norms: dict[int, Tensor] = {}  # position -> ||gradient||, where its factors told
         self._inputs: dict[int, tuple[int, dict[torch.Size, Factor]]] = {}  # of several calls
         self._waiting: dict[Hashable, list[tuple[Block, Record, Tensor, int]]] = {}
 
@@ -404,6 +408,8 @@ class Pass:
             )
         else:
             self._settle(block, position, form)
+            if self._gradients and forward.inside and not self.half and (norm := form.total_norm()) is not None:
+                self.gradient_norms[position] = norm
 
     def _leaves(self, use: Use) -> list[Tensor]:
         targets = (target for part in use.parts for target, _ in part.targets)

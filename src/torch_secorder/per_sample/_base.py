@@ -125,6 +125,10 @@ class PerSampleGradient(ABC):
         """``sum_n G_n``, ``[*shape]``: what autograd's gradient of the batch is."""
         return _total(part.dense().sum(0) for part in self.parts())
 
+    def total_norm(self) -> Tensor | None:
+        """``||sum_n G_n||``, if the factors tell it for less than reading a tensor of the parameter's size takes."""
+        return None
+
     def projection(self, left: Tensor, right: Tensor) -> Tensor:
         """``<left right^T, sum_n G_n>`` with the shape read as ``(left, right)``: one number to compare with autograd's."""
         return left @ self.total().reshape(len(left), -1) @ right

@@ -12,6 +12,7 @@ from torch_secorder.per_sample._base import (
     Index,
     PerSampleGradient,
     _total,
+    cancellation_floor,
     chunks,
     guarded,
     row_squares,
@@ -168,6 +169,17 @@ class Outer(PerSampleGradient):
         k = self.a.shape[1]
         a, g = (x.movedim(1, 0).reshape(k, -1, x.shape[3]) for x in (self.a, self.g))
         return (g.mT @ a).reshape(self.shape)
+
+    def total_norm(self) -> Tensor | None:
+        n, k, t, i = self.a.shape
+        o = self.g.shape[3]
+        # A number that is read costs as much as some thirty multiplications of a matrix product.
+        if k * t > 1 or n**2 * (i + o) > 8 * i * o or self.g.device.type != "cpu" or torch.is_grad_enabled():
+            return None
+        a, g = self.a.view(n, i), self.g.view(n, o)
+        products = (a @ a.mT).mul_(g @ g.mT).double()
+        total, magnitude = products.sum(), products.abs().sum()
+        return total.sqrt().to(self.dtype) if total > cancellation_floor(self.dtype) * magnitude else None
 
     def projection(self, left: Tensor, right: Tensor) -> Tensor:
         k, i, o = self.a.shape[1], self.a.shape[3], self.g.shape[3]
