@@ -173,8 +173,14 @@ class Outer(PerSampleGradient):
     def total_norm(self) -> Tensor | None:
         n, k, t, i = self.a.shape
         o = self.g.shape[3]
-        # A number that is read costs as much as some thirty multiplications of a matrix product.
-        if k * t > 1 or n**2 * (i + o) > 8 * i * o or self.g.device.type != "cpu" or torch.is_grad_enabled():
+        # A number that is read costs as much as some thirty multiplications of a matrix product; few are soon read.
+        if (
+            k * t > 1
+            or i * o < 2**16
+            or n**2 * (i + o) > 8 * i * o
+            or self.g.device.type != "cpu"
+            or torch.is_grad_enabled()
+        ):
             return None
         a, g = self.a.view(n, i), self.g.view(n, o)
         products = (a @ a.mT).mul_(g @ g.mT).double()
