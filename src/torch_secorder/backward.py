@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from torch_secorder.capture import own_pass, probe, probing
+from torch_secorder.engine import own_pass, probe, probing
 from torch_secorder.errors import CoverageError, NonFiniteError, UnsupportedError
 from torch_secorder.graph import Audit, Memory, Use
 from torch_secorder.parameters import ParameterTable

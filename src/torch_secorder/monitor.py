@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import weakref
-from collections.abc import Callable, Hashable
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from functools import partial
 from threading import RLock
 from typing import Any
@@ -17,76 +14,21 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
-from torch_secorder.capture import Capture, at_the_end, current_backward, own, probing, raise_at_the_end
+from torch_secorder.capture import Capture
+from torch_secorder.engine import at_the_end, current_backward, own, probing, raise_at_the_end
 from torch_secorder.errors import ArgumentError, CoverageError, LifecycleError, NonFiniteError
 from torch_secorder.graph import Audit, Use, memory_of, one_at_a_time
 from torch_secorder.hooks import Attached, Hook, Hooks
+from torch_secorder.open_pass import OpenPass, full_precision, is_autocast
 from torch_secorder.parameters import ParameterTable, named_modules, unwrapped
-from torch_secorder.passes import TOGETHER, Pass
-from torch_secorder.per_sample import checked_budget, direction, explained, widened
+from torch_secorder.passes import Pass
+from torch_secorder.per_sample import checked_budget, direction, explained
 from torch_secorder.plan import BatchAxis, planned
-from torch_secorder.records import SMALL, Forward, Record
+from torch_secorder.records import Forward, Record
 from torch_secorder.results import Results, checked
 from torch_secorder.sharding import whole, written_class
 from torch_secorder.single import compare, norms_of_first
 from torch_secorder.trees import tensors
-
-
-@dataclass(eq=False)
-class _OpenPass:
-    """A backward pass that is under way.
-
-    Attributes:
-        task: its number.
-        autocast: whether its operations may be done in half precision.
-        norms: position -> ||gradient||.
-        several: the same for gradients that were taken together: their positions, and a norm for each.
-        small: position -> gradient, for small ones whose norms are still to be taken.
-        projections: position -> the gradient along one direction.
-    """
-
-    task: int
-    collected: Pass
-    autocast: bool
-    norms: dict[int, Tensor] = field(default_factory=dict)
-    several: list[tuple[list[int], Tensor]] = field(default_factory=list)
-    small: dict[int, Tensor] = field(default_factory=dict)
-    projections: dict[int, Tensor] = field(default_factory=dict)
-    error: Exception | None = None
-
-    def add(self, position: int, grad: Tensor) -> None:
-        """A parameter's gradient."""
-        # At once, or a reference to it is kept, so that autograd adds a copy to .grad: what becomes of that later, there or in
-        # a communication buffer, is not this pass's gradient any more.
-        if (known := self.collected.gradient_norms.pop(position, None)) is not None and grad.dtype == known.dtype:
-            self.norms[position] = known
-            return
-        if grad.numel() > SMALL or grad.dtype not in (torch.float32, torch.float64) or grad.is_sparse:
-            self.norms[position] = norm(grad)
-            return
-        self.small[position] = grad
-        if len(self.small) == TOGETHER:
-            self.flush()
-
-    def flush(self) -> None:
-        """Take the norms of the small gradients."""
-        alike: dict[Hashable, list[int]] = {}
-        for position, grad in self.small.items():
-            alike.setdefault((grad.shape, grad.dtype, grad.device), []).append(position)
-        for positions in alike.values():
-            rows = torch.stack([self.small[position] for position in positions]).reshape(len(positions), -1)
-            self.several.append((positions, torch.linalg.vector_norm(rows, dim=1)))
-        self.small.clear()
-
-    def all_norms(self) -> tuple[list[int], Tensor]:
-        """Every ||gradient|| in float64 on one device, and of which parameter it is."""
-        if self.small:
-            self.flush()
-        parts = [*(norm[None] for norm in self.norms.values()), *(norms for _, norms in self.several)]
-        positions = list(itertools.chain(self.norms, *(several for several, _ in self.several)))
-        if len({(part.device, part.dtype) for part in parts}) > 1:
-            parts = [part.to("cpu", torch.float64) for part in parts]
-        return positions, torch.cat(parts).double() if parts else torch.zeros(0)
 
 
 class FisherMonitor(Attached, Results):
@@ -179,7 +121,7 @@ class FisherMonitor(Attached, Results):
         self._memory = memory_of(self._model, batch_axis, checks=False)
         self._capture: Capture | None = None
         self._hooks = Hooks()
-        self._passes: WeakValueDictionary[int, _OpenPass] = WeakValueDictionary()
+        self._passes: WeakValueDictionary[int, OpenPass] = WeakValueDictionary()
         self._turn = RLock()  # several threads may train the model
         self._outputs: list[weakref.ref[Tensor]] = []  # of the model's latest call
         self._expected: Tensor | None = None  # the first sample's squared norms, where they are to be verified
@@ -240,11 +182,11 @@ class FisherMonitor(Attached, Results):
             node = torch._C._current_autograd_node()
             self._guarded(self._add_use, use, node, grads)
 
-    def _add_use(self, current: _OpenPass, use: Use, node: Node, grads: tuple[Tensor | None, ...]) -> None:
+    def _add_use(self, current: OpenPass, use: Use, node: Node, grads: tuple[Tensor | None, ...]) -> None:
         self._once(use, current.task, "a parameter's use outside of its module")
         current.collected.add_use(use, node, grads)
 
-    def _add(self, current: _OpenPass, record: Record, grad: Tensor) -> None:
+    def _add(self, current: OpenPass, record: Record, grad: Tensor) -> None:
         self._once(record, current.task, record.site)
         current.collected.add(record, grad)
 
@@ -262,7 +204,7 @@ class FisherMonitor(Attached, Results):
         if self._passes or not (self._capture and self._capture.passed_over):
             self._guarded(self._add_gradient, position, grad)
 
-    def _add_gradient(self, current: _OpenPass, position: int, grad: Tensor) -> None:
+    def _add_gradient(self, current: OpenPass, position: int, grad: Tensor) -> None:
         grad = whole(grad)
         current.add(position, grad)
         if not current.collected.checks or grad.is_sparse:
@@ -296,7 +238,7 @@ class FisherMonitor(Attached, Results):
         except Exception as error:
             current.error = explained(error)
 
-    def _opened(self, task: int) -> _OpenPass:
+    def _opened(self, task: int) -> OpenPass:
         current = self._passes.get(task)
         if current is None:
             collected = Pass(
@@ -308,7 +250,7 @@ class FisherMonitor(Attached, Results):
                 gradients=True,
                 max_memory=self._max_memory,
             )
-            current = self._passes[task] = _OpenPass(task, collected, is_autocast())
+            current = self._passes[task] = OpenPass(task, collected, is_autocast())
             # Autograd alone keeps it: a pass that an exception breaks off is gone with its traceback.
             at_the_end(partial(self._closed, task, current))
         return current
@@ -344,7 +286,7 @@ class FisherMonitor(Attached, Results):
             )
         self._expected = norms_of_first(loss, outputs, self._table.leaves, self._capture.batch_axis)
 
-    def _closed(self, task: int, current: _OpenPass) -> None:
+    def _closed(self, task: int, current: OpenPass) -> None:
         """A backward pass is over: count it, or raise why not. The user's gradients are complete by now."""
         if self._passes.pop(task, None) is None or self._capture is None:
             return
@@ -357,7 +299,7 @@ class FisherMonitor(Attached, Results):
         except Exception as error:
             raise_at_the_end(explained(error))
 
-    def _count(self, current: _OpenPass) -> None:
+    def _count(self, current: OpenPass) -> None:
         if current.error is not None:
             raise current.error
         positions, norms = current.all_norms()
@@ -413,26 +355,6 @@ class FisherMonitor(Attached, Results):
             f"FisherMonitor({type(self._model).__name__}, {len(self._table)} parameters, reduction={self._reduction!r}, "
             f"{self.n_samples} samples, {state})"
         )
-
-
-def norm(grad: Tensor) -> Tensor:
-    """||grad||, in at least float32."""
-    values = grad.detach().coalesce().values() if grad.is_sparse else grad.detach()
-    return torch.linalg.vector_norm(widened(values))
-
-
-def is_autocast() -> bool:
-    """Whether operations may be done in half precision."""
-    return torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
-
-
-def full_precision() -> ExitStack:
-    """A context without autocast, which a backward pass inside an autocast block would otherwise put on our sums."""
-    stack = ExitStack()
-    for device in ("cpu", "cuda"):
-        if torch.is_autocast_enabled(device):
-            stack.enter_context(torch.autocast(device, enabled=False))
-    return stack
 
 
 def _scale(loss_scale: float | Tensor | Callable[[], float | Tensor]) -> float:

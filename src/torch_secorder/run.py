@@ -14,7 +14,8 @@ from torch.autograd.graph import Node
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from torch_secorder.backward import Passes
-from torch_secorder.capture import Capture, batch_size, own_call
+from torch_secorder.capture import Capture, batch_size
+from torch_secorder.engine import own_call
 from torch_secorder.errors import ArgumentError, ShapeError, UnsupportedError
 from torch_secorder.graph import Audit, Memory, Use, without_second_derivative
 from torch_secorder.hooks import Attached, at_last

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_secorder.capture import own_pass, probe
+from torch_secorder.engine import own_pass, probe
 from torch_secorder.errors import LifecycleError, VerificationError
 from torch_secorder.per_sample import row_squares, widened
 from torch_secorder.sharding import is_spread, whole

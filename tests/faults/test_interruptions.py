@@ -21,7 +21,7 @@ from faults.subjects import EMPIRICAL, WAYS, assert_exact, batch, loss_fn, model
 from model_state import assert_unchanged, hooks, state
 from oracles import assert_equal
 from torch_secorder import FisherMonitor, empirical_fisher_trace, fisher_report
-from torch_secorder.capture import CALLERS
+from torch_secorder.engine import CALLERS
 
 
 class AtOperation(TorchDispatchMode):

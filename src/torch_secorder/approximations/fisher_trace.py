@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from torch_secorder.analysis import Analysis, Batch, FisherKind, a_function, fresh_generator, logits, positive_int
 from torch_secorder.backward import Passes
-from torch_secorder.capture import probe
+from torch_secorder.engine import probe
 from torch_secorder.errors import (
     CoverageError,
     CurvatureError,

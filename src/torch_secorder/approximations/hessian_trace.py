@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_secorder.analysis import a_function, fresh_generator, positive_int
-from torch_secorder.capture import own_pass
+from torch_secorder.engine import own_pass
 from torch_secorder.errors import ArgumentError, CoverageError, NonFiniteError, UnsupportedError
 from torch_secorder.graph import one_at_a_time
 from torch_secorder.likelihoods import random_signs

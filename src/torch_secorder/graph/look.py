@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
-from torch_secorder.capture import probe, probing
+from torch_secorder.engine import probe, probing
 from torch_secorder.errors import ShapeError, UnsupportedError
 from torch_secorder.placement import BASE, BASE_OF_HALF, Evidence, Placement, Sketch, Unplaced, evidence, factors
 from torch_secorder.sharding import Ranks, whole

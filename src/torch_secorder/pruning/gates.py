@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch_secorder.capture import at_the_end, calling, current_backward, output_edge, probing, raise_at_the_end
+from torch_secorder.capture import output_edge
+from torch_secorder.engine import at_the_end, calling, current_backward, probing, raise_at_the_end
 from torch_secorder.errors import ArgumentError, CoverageError, LifecycleError, NonFiniteError, ShapeError
 from torch_secorder.hooks import Attached, Hook, Hooks
 from torch_secorder.parameters import named_modules, unwrapped

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import functools
-import itertools
 import math
 import warnings
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,15 +15,16 @@ from torch.autograd.graph import Node
 
 from torch_secorder.errors import (
     CoverageError,
-    CurvatureError,
     LifecycleError,
-    NonFiniteError,
     ShapeError,
     SlowFallbackWarning,
     UnsupportedError,
 )
 from torch_secorder.graph import Use
 from torch_secorder.parameters import ParameterTable
+from torch_secorder.passes.block import Block, all_norms, forms_of, norms_of
+from torch_secorder.passes.samples import Output, Samples
+from torch_secorder.passes.small import SmallCalls
 from torch_secorder.per_sample import (
     Carried,
     Dense,
@@ -38,7 +37,7 @@ from torch_secorder.per_sample import (
     widened,
 )
 from torch_secorder.placement import Grouping
-from torch_secorder.records import Call, Forward, Record, Site
+from torch_secorder.records import Forward, Record
 from torch_secorder.rules.nodes import gradient_at, has_rule
 from torch_secorder.sharding import is_spread, whole
 
@@ -46,117 +45,7 @@ from torch_secorder.sharding import is_spread, whole
 # may multiply with few digits.
 TOLERANCES = {(torch.float64, "cpu"): 1e-8, (torch.float32, "cpu"): 1e-4, (torch.float64, "cuda"): 1e-6}
 HALF = (torch.float16, torch.bfloat16)
-TOGETHER = 64  # how many small calls are put together at most
 TOLERANCE, HALF_TOLERANCE = 1e-2, 5e-2  # elsewhere, and in half precision or under autocast
-
-
-@dataclass
-class Output:
-    """One call of a module whose outputs are of interest.
-
-    Attributes:
-        norms: ``[n]``, squared norms of the gradients in the output.
-        moments: of the output; see :func:`torch_secorder.capture.moments`.
-    """
-
-    norms: Tensor
-    moments: Tensor
-
-
-@dataclass
-class Block:
-    """One batch of samples: a forward that the backward pass reached.
-
-    Attributes:
-        norms: position of a parameter -> ``[n]``, its squared norms in the units of the backward pass.
-        several: the same for parameters that were taken together: their positions, ``[positions, n]``.
-        settled: positions that have their norms, or will have.
-        held: position -> the sum so far, for parameters that are used more than once.
-        shared: call without a batch axis -> ``[n, *shape of its output]``, the gradient of its output for every sample.
-        outputs: module name -> its calls, where activations are wanted.
-        projections: position -> its gradient along one direction, where that is compared with autograd's, and a bound on
-            the sizes of what was added up.
-    """
-
-    n: int
-    norms: dict[int, Tensor] = field(default_factory=dict)
-    several: list[tuple[list[int], Tensor]] = field(default_factory=list)
-    settled: set[int] = field(default_factory=set)
-    squares: dict[int, Squares] = field(default_factory=dict)
-    held: dict[int, PerSampleGradient] = field(default_factory=dict)
-    shared: dict[Record, Tensor] = field(default_factory=dict)
-    outputs: dict[str, list[Output]] = field(default_factory=dict)
-    projections: dict[int, tuple[Tensor, float]] = field(default_factory=dict)
-
-    def stacked(self) -> tuple[list[int], Tensor]:
-        """All squared norms, ``[positions, n]`` on one device and in at least float32, and whose they are."""
-        rows, parts = list(self.norms.values()), [part for _, part in self.several]
-        if len({(x.dtype, x.device) for x in (*rows, *parts)}) > 1:
-            some = (rows or parts)[0]
-            dtype = functools.reduce(torch.promote_types, {x.dtype for x in (*rows, *parts)})
-            rows, parts = ([x.to(some.device, dtype) for x in values] for values in (rows, parts))
-        parts = [torch.stack(rows), *parts] if rows else parts
-        positions = itertools.chain(self.norms, *(several for several, _ in self.several))
-        return list(positions), parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-@dataclass
-class Samples:
-    """What a backward pass says of its samples, in the user's units still.
-
-    Attributes:
-        batch: how many samples the loss was over, N_b.
-        norms: ``[parameters, n]``, squared norms of the gradients of each sample's share of the loss.
-        squares: position -> sums of those gradients squared entry by entry, where the diagonal is wanted.
-        reached: positions that the pass reached.
-        rules: position -> the rules and algorithms that gave its numbers.
-        outputs: module name -> its calls, where activations are wanted.
-        skipped: how many samples were left out because their gradients are not finite.
-    """
-
-    batch: int
-    norms: Tensor
-    squares: dict[int, list[Squares]]
-    reached: set[int]
-    rules: Mapping[int, Iterable[str]]
-    outputs: dict[str, list[Output]] = field(default_factory=dict)
-    skipped: int = 0
-
-    def times(self, factor: float) -> Samples:
-        """The same with all squares multiplied."""
-        if factor == 1:
-            return self
-        squares = {position: [one.times(factor) for one in several] for position, several in self.squares.items()}
-        outputs = {
-            name: [replace(call, norms=factor * call.norms) for call in calls] for name, calls in self.outputs.items()
-        }
-        return replace(self, norms=self.norms * factor, squares=squares, outputs=outputs)
-
-    def plus(self, other: Samples) -> Samples:
-        """The same samples after another backward pass through the same forward, whose squares add to these."""
-        squares = {p: [Squares.joined([*self.squares.get(p, []), *several])] for p, several in other.squares.items()}
-        outputs = {
-            name: [replace(a, norms=a.norms + b.norms) for a, b in zip(self.outputs[name], calls, strict=True)]
-            if name in self.outputs
-            else calls
-            for name, calls in other.outputs.items()
-        }
-        return replace(
-            other, norms=self.norms + other.norms, squares=self.squares | squares, outputs=self.outputs | outputs
-        )
-
-    def output_sums(self, types: Mapping[str, str], factor: float = 1.0) -> dict[str, tuple[str, float, list[float]]]:
-        """Of each module's output over its calls: module -> its type, sum of squared gradients times a factor, moments."""
-        return {
-            name: (kind, *_sums(self.outputs[name], factor)) for name, kind in types.items() if name in self.outputs
-        }
-
-
-def _sums(calls: list[Output], factor: float) -> tuple[float, list[float]]:
-    squares = sum(float(call.norms.double().sum()) for call in calls) * factor
-    count, total, total_squares, minimum, maximum = torch.stack([call.moments for call in calls]).unbind(1)
-    moments = torch.stack([count.sum(), total.sum(), total_squares.sum(), minimum.min(), maximum.max()])
-    return squares, moments.tolist()
 
 
 class Pass:
@@ -199,7 +88,7 @@ class Pass:
         self._gradients = gradients and repeated_calls is None and not checks and not table.ranks.several
         self.gradient_norms: dict[int, Tensor] = {}  # position -> ||gradient||, where its factors told
         self._inputs: dict[int, tuple[int, dict[torch.Size, Factor]]] = {}  # of several calls
-        self._waiting: dict[Hashable, list[tuple[Block, Record, Tensor, int]]] = {}
+        self._small = SmallCalls(self._rules, keep=keep)
 
     def unexplained(self, projections: Mapping[int, Tensor], samples: Samples) -> list[int]:
         """The parameters whose gradient, projected on a direction, is not what was captured of it.
@@ -273,14 +162,14 @@ class Pass:
             )
         groups = record.placement.grouping(record.shape[record.placement.axis], block.n, grad.device)
         try:
-            forms = _forms(site, call)
+            forms = forms_of(site, call)
         except ShapeError:
             if not (record.placement.whole or block.n == 1):
                 raise
             # All of it belongs to one sample: the module was called for one at a time, without a batch axis.
             if groups is not None and groups.listed is not None:
                 groups = replace(groups, listed=groups.listed[:1])
-            forms = _forms(site, record.shared_call(grad.reshape(1, *record.shape)))
+            forms = forms_of(site, record.shared_call(grad.reshape(1, *record.shape)))
         self._apply(block, record, forms, groups)
         if not self._keep:
             record.inputs = None
@@ -339,36 +228,8 @@ class Pass:
             if calls[position] > 1 or position in block.settled:
                 return False
         block.settled.update(record.site.positions)
-        waiting = self._waiting.setdefault(kind, [])
-        waiting.append((block, record, grad, grad._version))
-        if len(waiting) == TOGETHER:
-            self._together(kind)
+        self._small.add(kind, block, record, grad)
         return True
-
-    def _together(self, kind: Hashable) -> None:
-        """The norms of small calls that waited for others of their kind."""
-        waiting = self._waiting.pop(kind)
-        for _, record, grad, version in waiting:
-            if grad._version != version:
-                raise CoverageError(
-                    f"{record.site}: the gradient of its output was changed in place after it had arrived, by a hook or a "
-                    "backward of the user's that gets the same tensor; return a new one there"
-                )
-        blocks, records, grads, _ = zip(*waiting, strict=True)
-        site = records[0].site
-        for local, form in _forms(site, Record.joined(records, grads)).items():
-            rule = {f"{site.rule.name} ({form.algorithm})": None}
-            positions = [record.site.parameters[local] for record in records]
-            self._rules.update(dict.fromkeys(positions, rule))
-            norms = _norms(form).view(len(waiting), -1)
-            if len(set(map(id, blocks))) == 1:
-                blocks[0].several.append((positions, norms))
-                continue
-            for block, position, own in zip(blocks, positions, norms, strict=True):
-                block.norms[position] = own
-        if not self._keep:
-            for record in records:
-                record.inputs = None
 
     def _apply(
         self, block: Block, record: Record, forms: Mapping[str, PerSampleGradient], groups: Grouping | None
@@ -393,7 +254,7 @@ class Pass:
             along = in_halves(form, lambda part: part.projection(left, right), torch.add)
             before, size = block.projections.get(position, (torch.zeros_like(along), 0.0))
             # Uses of one parameter may cancel; rounding goes by the size of each.
-            own = math.sqrt(float(_norms(form).double().sum()) * block.n)
+            own = math.sqrt(float(norms_of(form).double().sum()) * block.n)
             block.projections[position] = before + along, size + own
         if self._repeated == "same" or forward.calls[position] > 1:
             if isinstance(form, Carried) and form.layout is None:
@@ -432,7 +293,7 @@ class Pass:
         with limited(self._max_memory):
             self._settle_all()
         blocks = list(self._blocks.values())
-        reached, norms = self._all_norms(blocks)
+        reached, norms = all_norms(blocks, len(self._table))
         squares: dict[int, list[Squares]] = {}
         for block in blocks:
             for position, found in block.squares.items():
@@ -443,19 +304,18 @@ class Pass:
                 outputs.setdefault(name, []).extend(calls)
         self._table.ranks.check_same(norms.sum(1), self._table.names)
         samples = Samples(norms.shape[1], norms, squares, reached, self._rules, outputs)
-        return samples if bool(norms.isfinite().all()) else self._without_nonfinite(samples, nonfinite)
+        return samples.finite(self._table.names, nonfinite)
 
     def _settle_all(self) -> None:
         """Whatever waited for the end of the pass."""
         for block in self._blocks.values():
             for record, grads in block.shared.items():
-                self._apply(block, record, _forms(record.site, record.shared_call(grads)), None)
+                self._apply(block, record, forms_of(record.site, record.shared_call(grads)), None)
             block.shared.clear()
             for position, form in block.held.items():
                 self._settle(block, position, form)
             block.held.clear()
-        for kind in list(self._waiting):
-            self._together(kind)
+        self._small.finish()
 
     def _block(self, forward: Forward, n: int) -> Block:
         key: object = forward
@@ -475,66 +335,9 @@ class Pass:
 
     def _settle(self, block: Block, position: int, form: PerSampleGradient) -> None:
         block.settled.add(position)
-        norms = block.norms[position] = _norms(form)
+        norms = block.norms[position] = norms_of(form)
         if self._diagonal:
             finite = norms.isfinite()
             if bool(finite.any()):
                 part = form if bool(finite.all()) else form.select(finite.nonzero().squeeze(1))
                 block.squares[position] = in_halves(part, Squares.of, lambda a, b: Squares.joined([a, b]))
-
-    def _all_norms(self, blocks: Sequence[Block]) -> tuple[set[int], Tensor]:
-        """The positions that the pass reached, and ``[parameters, samples]``, zeros for what it did not reach."""
-        found = [block.stacked() for block in blocks]
-        some, everything = found[0][1], list(range(len(self._table)))
-        columns = []
-        for positions, values in found:
-            if positions != everything:
-                index = torch.tensor(positions, device=some.device)
-                values = some.new_zeros(len(everything), values.shape[1]).index_copy(0, index, values.to(some))
-            columns.append(values)
-        return {p for positions, _ in found for p in positions}, columns[0] if len(columns) == 1 else torch.cat(
-            columns, 1
-        )
-
-    def _without_nonfinite(self, samples: Samples, nonfinite: str) -> Samples:
-        bad = ~samples.norms.isfinite()
-        names = [self._table.rows[position].name for position in bad.any(1).nonzero().flatten().tolist()]
-        rows = bad.any(0).nonzero().flatten().tolist()
-        if nonfinite == "raise":
-            raise NonFiniteError(
-                f"the gradients of {_listed(rows, 'sample')} are not finite, in {_listed(names, 'parameter')}; their batch "
-                'is left out whole (FisherMonitor(nonfinite="skip") leaves out such samples alone)'
-            )
-        kept = (~bad.any(0)).nonzero().flatten()
-        late = [p for p in samples.squares if bool(bad.any(0).logical_and(~bad[p]).any())]
-        if late:
-            raise NonFiniteError(
-                f"{_listed(rows, 'sample')}: the gradient became infinite half-way through the backward pass, after "
-                f"{self._table.rows[late[0]].name} had been added to the diagonal; the batch is left out"
-            )
-        norms = samples.norms[:, kept]
-        finite = {name: [Output(_finite(c.norms), c.moments) for c in calls] for name, calls in samples.outputs.items()}
-        return replace(samples, norms=norms, outputs=finite, skipped=len(rows))
-
-
-def _forms(site: Site, call: Call) -> dict[str, PerSampleGradient]:
-    """What a site's rule says of a call."""
-    try:
-        forms: dict[str, PerSampleGradient] = site.rule(site.module, call, site.shapes)
-    except CurvatureError as error:
-        raise type(error)(f"{site}: {error}") from error
-    return forms
-
-
-def _norms(form: PerSampleGradient) -> Tensor:
-    return in_halves(form, lambda part: part.squared_norm(), lambda a, b: torch.cat([a, b]))
-
-
-def _finite(norms: Tensor) -> Tensor:
-    return norms[norms.isfinite()]
-
-
-def _listed(items: list[object] | list[str] | list[int], noun: str) -> str:
-    shown = ", ".join(str(item) for item in items[:5])
-    more = f" and {len(items) - 5} more" if len(items) > 5 else ""
-    return f"{noun}{'s' if len(items) > 1 else ''} {shown}{more}"
