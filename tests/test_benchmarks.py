@@ -36,7 +36,8 @@ def test_it_runs_without_the_peers(name, capsys, tmp_path, monkeypatch):
     row = json.loads((tmp_path / "speed.json").read_text())["rows"][name]
     assert set(row) == set(VARIANTS)
     assert set(row["plain"]["floor"]) == {"operations", "bytes"}
-    for key in set(VARIANTS) - {"plain"}:
+    assert row["bare"]["verdict"] == ""
+    for key in set(VARIANTS) - {"plain", "bare"}:
         start = "exact" if key in (*OURS, "vmap", "loop") else "refuses: ModuleNotFoundError"
         assert row[key]["verdict"].startswith(start)
         assert VARIANTS[key].label in told

@@ -91,7 +91,7 @@ class Batch:
 
     Attributes:
         samples: squared norms of its per-sample gradients.
-        outputs: what the model returned, without its graph.
+        outputs: what the model returned, without its graph, if that is to be checked.
         random: whether the forward drew random numbers.
         structure: tells the graph from graphs of other nodes.
         reduction: how the loss combines samples, where that was found out.
@@ -150,8 +150,18 @@ class Analysis:
             self._plan = planned(self.model, self.table, batch_axis)
         self.batch_axis = self._plan.batch_axis
 
-    def empirical(self, loss_fn: Callable[[Any, Any], Tensor], inputs: Any, targets: Any) -> Batch:
-        """Squared norms of g_n."""
+    def empirical(
+        self,
+        loss_fn: Callable[[Any, Any], Tensor],
+        inputs: Any,
+        targets: Any,
+        checked: Callable[[int], bool] = lambda structure: True,
+    ) -> Batch:
+        """Squared norms of g_n.
+
+        ``checked`` tells by the graph's structure whether the outputs will be wanted; else they are gone before the backward
+        pass, which is when memory is scarcest.
+        """
         with self._prepared() as run:
             outputs = run(inputs)
             checked_targets(targets, run.n, self.batch_axis)
@@ -164,9 +174,11 @@ class Analysis:
             reduction = self.memory.reduction(
                 loss_fn, partial(reduction_of, loss_fn, outputs, targets, loss, run.n, self.batch_axis)
             )
+            kept = mapped(Tensor.detach, outputs) if self.table.ranks.several or checked(run.structure) else None
+            del outputs
             samples = run.backward(loss)
         samples = samples.times(run.n**2 if reduction == "mean" else 1)
-        return Batch(samples, mapped(Tensor.detach, outputs), run.random, run.structure, reduction)
+        return Batch(samples, kept, run.random, run.structure, reduction)
 
     def fisher(self, kind: FisherKind, inputs: Any, targets: Any, generator: torch.Generator) -> Samples:
         """Expected squared norms of the gradient of -log p(y | x_n)."""

@@ -210,7 +210,7 @@ def accumulated(
         with one_at_a_time(analysis.model):
             if fisher == "empirical":
                 assert loss_fn is not None
-                analyse = partial(analysis.empirical, loss_fn, inputs, targets)
+                analyse = partial(analysis.empirical, loss_fn, inputs, targets, _always if first else _never)
                 check = partial(_check, analysis, loss_fn, inputs, targets)
                 batch = trusted(analysis, analyse, check) if first else analyse()
                 samples, reduction = batch.samples, reduction or batch.reduction
@@ -223,6 +223,14 @@ def accumulated(
         results = results or Results(analysis.table, reduction or "mean", fisher, per_sample=per_sample, **keeps)
         results._count_in(samples, analysis.types)
         yield results
+
+
+def _always(structure: int) -> bool:
+    return True
+
+
+def _never(structure: int) -> bool:
+    return False
 
 
 def _check(analysis: Analysis, loss_fn: Callable[[Any, Any], Tensor], inputs: Any, targets: Any, batch: Batch) -> None:

@@ -1,7 +1,7 @@
 """Peak memory of a step with the numbers, over that of a plain one: `python -m benchmarks.memory`.
 
-Each variant runs in a process of its own. Counted is the most that the process holds during one step above what it holds
-before it, with the model and the batch loaded and a first step taken on two samples.
+Each variant runs in a process of its own. Counted is the most that the process holds during three steps above what it holds
+before them, with the model and the batch loaded and a first step taken on two samples.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from benchmarks.variants import VARIANTS, Step
 from benchmarks.workloads import WORKLOADS, Setting, Workload
 
 MIB = 2**20
+STEPS = 3  # the first looks for the samples, and where the heap's holes are shows in later ones
 FORKS = multiprocessing.get_context(
     "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 )
@@ -74,13 +75,15 @@ def status(field: str) -> int:
 
 
 def peak(setting: Setting, variant: str) -> tuple[int | None, str]:
-    """Bytes that a step of the variant needs, in this process, which should be a fresh one."""
+    """Bytes that steps of the variant need, in this process, which should be a fresh one."""
     step, refusal = refused(lambda: warm(setting, variant))
     if step is None:
         return None, refusal
     with Peak() as found:
-        result, refusal = refused(lambda: (step(*setting.batch()),))
-    del result
+        for _ in range(STEPS):
+            result, refusal = refused(lambda: (step(*setting.batch()),))
+            del result
+            setting.model.zero_grad(set_to_none=True)
     return (None, refusal) if refusal else (found.bytes, "")
 
 

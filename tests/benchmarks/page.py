@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.results import saved
-from benchmarks.variants import OURS, PEERS, VARIANTS
+from benchmarks.variants import ALONE, OURS, PEERS, VARIANTS
 from benchmarks.workloads import WORKLOADS
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -28,19 +28,19 @@ How to read it
 --------------
 
 * **FisherMonitor** is a block around one step: hooks on, the step, hooks off, and the trace read. (What monitors find out about
-  a model outlives them; the very first block also looks for the samples.) **In a loop** is one step of many inside of a
-  monitor that was there before. **Diagonal** is a block that keeps the Fisher diagonal too.
+  a model outlives them; the very first block also looks for the samples.) **In a loop** is one step of many inside of one
+  block. **Diagonal** is a block around one step that keeps the Fisher diagonal too.
 * **After nine steps.** The first ones look for the samples and check more: the 1st, 2nd, 3rd, 5th, 9th, 17th and so on. A block
   around a single step checks in each.
 * **The floor** is what forward and input gradients take of the operations (those of matrix products and convolutions) and
-  of the bytes (all that operations read and write, as if nothing stayed in a cache) of a plain step. A method that runs
-  those and skips the weight gradients, and whose norms cost nothing, has about that ratio. Small layers are bound by their
-  bytes; and a plain step pays for fresh pages to put large gradients in, which neither count knows.
+  of the bytes (all that operations read and write, as if nothing stayed in a cache) of a plain step, and of its time, measured
+  with all parameters frozen and gradients up to the first layers' outputs. A function whose norms cost nothing has about that
+  ratio; a monitor has 1. Small layers are bound by their bytes; a plain step pays for fresh pages to put large gradients in,
+  which neither count knows; and a fused LSTM computes its weights' gradients whether asked for or not.
 * **Time** is the processor's, of one process with one thread, with glibc's default allocator. Every run stands between two
   plain steps, and is divided by their mean; variants take turns, and the median over the rounds is told.
-  Rows of Opacus, the loop over samples and curvlinops are of an earlier run, which counted wall-clock time.
-* **Memory**: the most that a process holds during the step above what it holds with model and batch loaded, each variant in
-  fresh processes, over that of a plain step.
+* **Memory**: the most that a process holds during its first three steps above what it holds with model and batch loaded, each
+  variant in fresh processes, over that of a plain step.
 * **Numbers are checked first** against a loop over single samples in float64. A ratio with a mark is the price of
   another number, or of a part of it; the notes say which. A dash is a variant that refuses
   or was not run.
@@ -93,12 +93,12 @@ def speed(rows: dict[str, Rows]) -> list[str]:
         [
             WORKLOADS[name].label,
             f"{row['plain']['milliseconds']:.0f}",
-            "{operations:.2f}, {bytes:.2f}".format(**row["plain"]["floor"]),
+            "{operations:.2f}, {bytes:.2f}, ".format(**row["plain"]["floor"]) + ratio(row, ALONE),
             *(ratio(row, variant, getattr(WORKLOADS[name].goals, variant, None)) for variant in OURS),
         ]
         for name, row in rows.items()
     ]
-    head = ["workload", "plain, ms", "floor: operations, bytes", *(VARIANTS[name].label for name in OURS)]
+    head = ["workload", "plain, ms", "floor: operations, bytes, time", *(VARIANTS[name].label for name in OURS)]
     peers = [[WORKLOADS[name].label, *(ratio(row, peer) for peer in PEERS)] for name, row in rows.items()]
     return [
         *section("Time, over a plain step"),

@@ -282,5 +282,6 @@ VARIANTS = {
         Variant("curvlinops", "curvlinops, 10 vectors", curvlinops, total, estimates=True),
     )
 }
+ALONE = "bare"
 OURS = ("monitor", "monitor_loop", "functional", "report", "diagonal")
-PEERS = tuple(name for name in VARIANTS if name not in (*OURS, "plain", "bare"))
+PEERS = tuple(name for name in VARIANTS if name not in (*OURS, "plain", ALONE))

@@ -89,7 +89,8 @@ def empirical_fisher_trace(
         check_separable(loss_fn, batch.outputs, targets, n, analysis.batch_axis)
         verified(analysis, lambda outputs: loss_fn(outputs, targets) * scale, inputs, batch, by_autograd=False)
 
-    analyse = partial(analysis.empirical, loss_fn, inputs, targets)
+    wanted = partial(analysis.memory.will_be_due, loss_fn)
+    analyse = partial(analysis.empirical, loss_fn, inputs, targets, wanted)
     with one_at_a_time(analysis.model):
         batch = analyse() if create_graph else trusted(analysis, analyse, check, loss_fn)
     return _as_result(batch.samples.norms.sum(0), batch.reduction, analysis.table)

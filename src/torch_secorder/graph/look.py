@@ -70,6 +70,13 @@ class Memory:
         found = self.reductions[function] = find(before)
         return found
 
+    def will_be_due(self, function: Callable[..., Any], structure: int) -> bool:
+        """What :meth:`due` will say."""
+        try:
+            return self.checked.get(function, Counter())[structure].bit_count() < 2
+        except TypeError:
+            return True
+
     def due(self, function: Callable[..., Any], structure: int) -> bool:
         """Whether a call of ``function`` with a graph of this structure is to be checked: the 1st, 2nd, 3rd, 5th, 9th, ..."""
         try:
