@@ -29,7 +29,7 @@ from oracles import (
 )
 from torch_secorder import FisherMonitor
 from torch_secorder.errors import CurvatureError
-from torch_secorder.per_sample import Outer
+from torch_secorder.per_sample import Outer, outer
 
 REDUCTIONS = ["mean", "sum"]
 FIGURES = ["fisher_trace", "fisher_trace_stderr", "fisher_trace_share", "fisher_mean", "grad_sq_norm"]
@@ -1128,3 +1128,46 @@ def test_norms_of_whole_gradients_from_their_factors(monkeypatch: pytest.MonkeyP
     assert all(norm is not None for norm in found)
     for name, value in monitor.report()["grad_sq_norm"].items():
         assert value == pytest.approx(squares[str(name)], rel=1e-9)
+
+
+class Projections(nn.Module):
+    """Several layers that get the same tensor, as queries, keys and values do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 40), nn.Linear(48, 3)
+        self.query, self.key, self.value = (nn.Linear(40, width) for width in (48, 48, 32))
+        self.gate = nn.Linear(40, 48, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x).tanh()
+        scores = self.query(h) @ self.key(input=h).mT
+        mixed = (scores.softmax(-1) @ torch.cat([self.value(h), self.value(h.clone())[..., :16]], -1)).tanh()
+        return self.last(mixed * self.gate(h)).mean(1)
+
+
+@pytest.mark.parametrize("positions", [1, 5, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_layers_with_the_same_input_share_its_gram_matrix(
+    positions: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Projections().to(dtype)
+    x, y = torch.randn(4, positions, 6, dtype=dtype), torch.randint(3, (4,))
+    products, strip = [], outer._strip
+
+    def counted(value: Tensor, *where: Any) -> Tensor:
+        products.append(value.shape[-1])
+        return strip(value, *where)
+
+    monkeypatch.setattr(outer, "_strip", counted)
+    for _ in range(4):  # of which the last is not checked
+        products.clear()
+        with FisherMonitor(model) as monitor:
+            nn.functional.cross_entropy(model(x), y).backward()
+    expected = trace(per_sample_squared_norms(model, nn.CrossEntropyLoss(), x, y))
+    found = monitor.report()["fisher_trace"]
+    for name, value in expected.items():
+        assert_equal(found[name], value, total(expected), dtype=dtype)
+    if positions == 40:
+        # Two strips for the query and the gate together, two for the key, three for the value's two calls.
+        assert products.count(40) == 7
