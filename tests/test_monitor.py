@@ -1135,14 +1135,14 @@ class Projections(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.last = nn.Linear(6, 40), nn.Linear(48, 3)
-        self.query, self.key, self.value = (nn.Linear(40, width) for width in (48, 48, 32))
-        self.gate = nn.Linear(40, 48, bias=False)
+        self.first, self.last = nn.Linear(6, 256), nn.Linear(256, 3)
+        self.query, self.key, self.value = (nn.Linear(256, width) for width in (256, 256, 192))
+        self.gate = nn.Linear(256, 256, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.first(x).tanh()
         scores = self.query(h) @ self.key(input=h).mT
-        mixed = (scores.softmax(-1) @ torch.cat([self.value(h), self.value(h.clone())[..., :16]], -1)).tanh()
+        mixed = (scores.softmax(-1) @ torch.cat([self.value(h), self.value(h.clone())[..., :64]], -1)).tanh()
         return self.last(mixed * self.gate(h)).mean(1)
 
 
@@ -1152,7 +1152,7 @@ def test_layers_with_the_same_input_share_its_gram_matrix(
     positions: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = Projections().to(dtype)
-    x, y = torch.randn(4, positions, 6, dtype=dtype), torch.randint(3, (4,))
+    x, y = torch.randn(6, positions, 6, dtype=dtype), torch.randint(3, (6,))
     products, strip = [], outer._strip
 
     def counted(value: Tensor, *where: Any) -> Tensor:
@@ -1160,14 +1160,15 @@ def test_layers_with_the_same_input_share_its_gram_matrix(
         return strip(value, *where)
 
     monkeypatch.setattr(outer, "_strip", counted)
-    for _ in range(4):  # of which the last is not checked
-        products.clear()
-        with FisherMonitor(model) as monitor:
+    with FisherMonitor(model) as monitor:
+        for _ in range(4):  # of which the last is not checked
+            products.clear()
             nn.functional.cross_entropy(model(x), y).backward()
     expected = trace(per_sample_squared_norms(model, nn.CrossEntropyLoss(), x, y))
     found = monitor.report()["fisher_trace"]
     for name, value in expected.items():
         assert_equal(found[name], value, total(expected), dtype=dtype)
     if positions == 40:
-        # Two strips for the query and the gate together, two for the key, three for the value's two calls.
-        assert products.count(40) == 7
+        # Of inputs two strips for the query and the gate together, two for the key, three for the value's two calls; of
+        # gradients two for each of the query, the key and the gate.
+        assert products.count(256) == 7 + 6

@@ -249,12 +249,14 @@ class Pass:
     def _collect(self, block: Block, forward: Forward, position: int, form: PerSampleGradient, rule: str) -> None:
         """Settle a parameter, or hold its gradient until all of its uses are there."""
         self._rules[position][f"{rule} ({form.algorithm})"] = None
+        norms: Tensor | None = None
         if self.checks:
             left, right = direction(form.shape, form.like)
             along = in_halves(form, lambda part: part.projection(left, right), torch.add)
             before, size = block.projections.get(position, (torch.zeros_like(along), 0.0))
             # Uses of one parameter may cancel; rounding goes by the size of each.
-            own = math.sqrt(float(norms_of(form).double().sum()) * block.n)
+            norms = norms_of(form)
+            own = math.sqrt(float(norms.double().sum()) * block.n)
             block.projections[position] = before + along, size + own
         if self._repeated == "same" or forward.calls[position] > 1:
             if isinstance(form, Carried) and form.layout is None:
@@ -268,7 +270,7 @@ class Pass:
                 "use_reentrant=False, or run this part without checkpointing"
             )
         else:
-            self._settle(block, position, form)
+            self._settle(block, position, form, norms)
             if self._gradients and forward.inside and not self.half and (norm := form.total_norm()) is not None:
                 self.gradient_norms[position] = norm
 
@@ -333,9 +335,9 @@ class Pass:
             raise ShapeError(f"calls with {block.n} and with {n} samples in one backward pass: which is the batch?")
         return block
 
-    def _settle(self, block: Block, position: int, form: PerSampleGradient) -> None:
+    def _settle(self, block: Block, position: int, form: PerSampleGradient, norms: Tensor | None = None) -> None:
         block.settled.add(position)
-        norms = block.norms[position] = norms_of(form)
+        norms = block.norms[position] = norms_of(form) if norms is None else norms
         if self._diagonal:
             finite = norms.isfinite()
             if bool(finite.any()):
