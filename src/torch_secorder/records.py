@@ -105,7 +105,13 @@ class Call:
 
     def factor(self, value: Tensor) -> Tensor | Factor:
         """``value``, a view of the input, as something whose Gram matrix is computed once for all calls with this input."""
-        return value if self.common is None else self.common.setdefault(value.shape, Factor(value))
+        if self.common is None:
+            return value
+        found = self.common.get(value.shape)
+        # Whatever else may have had the same id once: it is the same memory, which the one that is there keeps in use.
+        if found is None or (found.value.data_ptr(), found.value.stride()) != (value.data_ptr(), value.stride()):
+            found = self.common[value.shape] = Factor(value)
+        return found
 
     def argument(self, position: int, name: str) -> Any:
         """An argument that callers may pass by position or by name."""
