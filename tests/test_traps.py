@@ -12,6 +12,7 @@ import pickle
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from oracles import Inputs, assert_equal, call, exact_fisher, per_sample_squared
 from problems._base import Forward, randomised
 from torch_secorder import FisherMonitor, fisher_report
 from torch_secorder.errors import CoupledSamplesError, CoverageError, CurvatureError, ShapeError, SlowFallbackWarning
+from torch_secorder.per_sample import Factor
 from torch_secorder.placement import Sketch, Unplaced, evidence, factors
 
 pytestmark = pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")  # re-entrant checkpoints
@@ -1088,3 +1090,67 @@ def test_trap_05_a_model_that_changes_its_batch_axis() -> None:
             numbers(model(x).tanh(), y).backward()
         traces.append(float(monitor.trace))
     assert traces == pytest.approx([traces[0]] * 3, rel=1e-12)
+
+
+class Opposite(nn.Module):
+    """Two equal and opposite halves of a large output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.scale = nn.Linear(6, 4), nn.Parameter(torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = (self.first(x) * self.scale).repeat(1, 2**16)
+        return torch.cat([z, -z], 1)
+
+
+def test_large_outputs_of_two_opposite_halves_show_their_samples() -> None:
+    assert_exact(*drawn(Opposite(), 5, 6))
+
+
+class WithNothing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.scale = nn.Linear(6, 4), nn.Parameter(torch.ones(4))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = self.first(x) * self.scale
+        return h, h[:, :0]
+
+
+@pytest.mark.parametrize("n", [5, 9])
+def test_an_output_without_elements_beside_another(n: int) -> None:
+    model, x, y = randomised(WithNothing()).double(), torch.randn(n, 6).double(), torch.randn(n, 4).double()
+    assert_exact(model, x, y, lambda outputs, targets: numbers(outputs[0], targets))
+
+
+class Recomputed(nn.Module):
+    """Inputs that die in the backward pass, one checkpointed block after the other, so that new ones get their ids."""
+
+    def __init__(self, blocks: int = 12) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.ModuleList([nn.Linear(8, 8) for _ in range(3)]) for _ in range(blocks)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = checkpoint(partial(self._mixed, block), x, use_reentrant=True)
+        return x
+
+    def _mixed(self, block: nn.ModuleList, x: Tensor) -> Tensor:
+        h = x.tanh().mT.contiguous().mT
+        return x + block[0](h) * block[1](h).sigmoid() + block[2](h)
+
+
+def test_inputs_are_not_shared_where_checkpoints_run_blocks_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An id is a tensor's as long as that lives."""
+    shared: list[object] = []
+    monkeypatch.setattr("torch_secorder.records.Factor", lambda value: shared.append(value) or Factor(value))
+    model, x, y = drawn(Recomputed(), 3, 4, 8)
+    expected = per_sample_squared_norms(model, numbers, x, y)
+    with FisherMonitor(model, per_sample=True) as monitor:
+        for _ in range(12):
+            numbers(model(x.requires_grad_()), y).backward()
+    for name, t in expected.items():
+        everything = total(trace(expected)) * len(t)
+        assert_equal(torch.tensor(monitor.per_sample[name].to_numpy()), t.repeat(12), everything, torch.float64)
+    assert not shared

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from model_state import assert_unchanged, hooks, state
 from oracles import assert_equal, per_sample_squared_norms, total, trace
 from problems import AWKWARD, PROBLEMS, Problem
-from torch_secorder import fisher_report, register_rule
-from torch_secorder.errors import CurvatureError
+from torch_secorder import empirical_fisher_trace, fisher_report, register_rule
+from torch_secorder.errors import CurvatureError, VerificationError
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths"),
@@ -145,3 +145,50 @@ def test_every_fisher_is_verified(fisher: str) -> None:
     model = nn.Sequential(nn.Linear(4, 6), Coupled(), nn.Tanh(), nn.Linear(6, 3)).double()
     with pytest.raises(CurvatureError, match=r"0\.weight"):
         fisher_report(model, None, batch(), fisher=fisher, progress=False)
+
+
+class Centred(nn.Module):
+    """The batch's mean is subtracted, which couples samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Sequential(nn.Linear(20, 32), nn.ReLU(), nn.Linear(32, 32)), nn.Linear(32, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        return self.last(h - 0.5 * h.mean(0) * (len(x) > 1))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_samples_that_a_trained_model_couples(seed: int) -> None:
+    """Small gradients are no rounding."""
+    torch.manual_seed(seed)
+    x = torch.randn(64, 20)
+    y = (x[:, 0] > 0).long()
+    x[:, 0] += 2 * y - 1
+    model = Centred()
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    for _ in range(300):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    with pytest.raises(VerificationError):
+        empirical_fisher_trace(model, nn.functional.cross_entropy, x, y)
+
+
+class WithLargeNumbers(nn.Module):
+    """Returns what the loss doesn't use, in large units."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 4), Scale()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = self.first(x).tanh()
+        return self.last(h), 1000 * h
+
+
+def test_a_wrong_rule_beside_outputs_that_the_loss_does_not_use() -> None:
+    x, y = torch.randn(5, 6), torch.randn(5, 4)
+    with pytest.raises(VerificationError, match=r"last\.factor"):
+        fisher_report(WithLargeNumbers(), lambda out, y: nn.functional.mse_loss(out[0], y), (x, y), progress=False)

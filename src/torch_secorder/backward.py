@@ -52,7 +52,7 @@ class Passes:
         max_memory: int | None = None,
     ):
         self._table, self._memory, self._create_graph, self._diagonal = table, memory, create_graph, diagonal
-        self._max_memory, self._trusting = max_memory, trusting
+        self._max_memory = max_memory
         self._audit = Audit(table, self._used, batch_axis, memory, rehearse, trusting=trusting)
         self._pass: Pass | None = None
         self._error: Exception | None = None

@@ -202,7 +202,7 @@ class Capture(Attached):
         boundary = tuple([_node(x) for x in values if isinstance(x, Tensor) and x.requires_grad])
         record = Record.of(site, forward, args, kwargs, output.shape, found, boundary)
         record.audited = not forward.inside or forward.replay_of is not None
-        if args and isinstance(args[0], Tensor):
+        if site.rule is not None and args and isinstance(args[0], Tensor):
             forward.takers[id(args[0])] = forward.takers.get(id(args[0]), 0) + 1
         if site.rule is None:
             record.inputs, record.kwargs, record.versions, record.moments = (), {}, (), moments(output)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch.autograd.graph import Node
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from torch_secorder.backward import Passes
-from torch_secorder.capture import Capture, batch_size
+from torch_secorder.capture import Capture
 from torch_secorder.engine import own_call
 from torch_secorder.errors import ArgumentError, ShapeError, UnsupportedError
 from torch_secorder.graph import Audit, Memory, Use, without_second_derivative
@@ -77,10 +77,6 @@ class Run(Attached, Passes):
         """The model's outputs: a tensor is the argument, a tuple all positional and a mapping all keyword arguments."""
         self._arguments = inputs
         self._inputs = [x for x in tensors(inputs) if x.requires_grad]
-        if not self._memory.others and not self._table.ranks.several:
-            # Now, since later there would be two graphs at once. What goes wrong will do so again.
-            with suppress(Exception):
-                self._rehearse(batch_size(list(tensors(inputs)), self._plan.batch_axis), trusting=self._trusting)
         before = random_state()
         with torch.enable_grad(), twice_differentiable(self._create_graph):
             outputs = called(self._model, inputs)
@@ -89,9 +85,9 @@ class Run(Attached, Passes):
             check_twice_differentiable(outputs, self._table)
         return outputs
 
-    def _rehearse(self, n: int | None = None, *, trusting: bool = False) -> None:
-        """See where samples are in a batch of three of n, by default of those of the latest run: it costs far less."""
-        n, axis = n or self._capture.last.n, self._plan.batch_axis
+    def _rehearse(self) -> None:
+        """See where samples are in a batch of three of them, which costs far less than in the whole batch."""
+        n, axis = self._capture.last.n, self._plan.batch_axis
         if n is None or n < 8:
             return
         few = rows(self._arguments, [0, 1, 2], n, axis)
@@ -101,7 +97,7 @@ class Run(Attached, Passes):
             anchored=bool(self._table.coded),
             alone=True,
         )
-        audit = Audit(self._table, lambda use, grads: None, axis, self._memory, trusting=trusting)
+        audit = Audit(self._table, lambda use, grads: None, axis, self._memory)
         self._capture.active = False
         try:
             with (

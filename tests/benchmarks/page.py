@@ -143,7 +143,7 @@ def memory(rows: dict[str, Rows]) -> list[str]:
     return [*section("Memory, over a plain step"), *table(head, cells, [30, 8, *[9] * len(names)])]
 
 
-def growth(rows: dict[str, Rows]) -> list[str]:
+def growth(rows: dict[str, Rows], processor: str) -> list[str]:
     names = [name for name in VARIANTS if name in next(iter(rows.values()))]
     cells = []
     for axis, row in rows.items():
@@ -154,7 +154,7 @@ def growth(rows: dict[str, Rows]) -> list[str]:
     return [
         *section("Growth"),
         "Slopes between logarithms for a GPT-2-like model of two layers, one of whose sizes grows, over the larger half of the",
-        "sizes: 1 is in proportion, 2 is as the square.",
+        f"sizes: 1 is in proportion, 2 is as the square. Measured on {processor}.",
         "",
         *table(["size", "of", *(VARIANTS[name].label for name in names)], cells, [30, 10, *[15] * len(names)]),
         *(".. image:: ../growth.png", "   :alt: Time and memory against batch, positions, width and vocabulary.", ""),
@@ -304,7 +304,7 @@ def main() -> None:
     if rows := ordered(peaks["rows"], WORKLOADS):
         lines += memory(rows)
     if rows := ordered(sizes["rows"], ("batch", "positions", "width", "vocabulary")):
-        lines += growth(rows)
+        lines += growth(rows, sizes["machine"]["processor"])
         draw_growth(rows, DOCS / "growth.png")
     if rows := ordered(sizes["rows"], PREDICTED):
         (DOCS / "concepts/scaling_slopes.txt").write_text("\n".join(scaling(rows)))

@@ -20,7 +20,7 @@ from torch_secorder.errors import ShapeError, UnsupportedError
 from torch_secorder.placement import BASE, BASE_OF_HALF, Evidence, Placement, Sketch, Unplaced, evidence, factors
 from torch_secorder.sharding import Ranks, whole
 
-TILE = 2**18
+TILE = 262_139  # a prime: whatever else is periodic in a root has another period
 Key = tuple[object, ...]
 Wanted = tuple[Key, GradientEdge, Sequence[int]]  # what to remember it by, where in the graph, the shape to see it in
 
@@ -234,6 +234,8 @@ class Look:
     def _seed(self, root: Tensor, tile: Tensor, factor: Tensor) -> Tensor:
         """A gradient for a root: the same numbers in each pass, times a factor for each sample."""
         # Made anew, since a backward may change it in place; and never two at once, for some are as large as all else.
+        if not root.numel():
+            return torch.zeros_like(root)
         seed = tile.repeat(-(-root.numel() // len(tile)))[: root.numel()].view(root.shape)
         return seed.mul_(factor.to(seed).view(-1, *[1] * (root.dim() - 1 - self._axis)))
 

@@ -87,7 +87,7 @@ class Pass:
         self._joins = not (checks or diagonal or repeated_calls is not None or max_memory is not None)
         self._gradients = gradients and repeated_calls is None and not checks and not table.ranks.several
         self.gradient_norms: dict[int, Tensor] = {}  # position -> ||gradient||, where its factors told
-        self._inputs: dict[int, tuple[int, dict[torch.Size, Factor]]] = {}  # of several calls
+        self._inputs: dict[int, tuple[Any, int, dict[torch.Size, Factor]]] = {}  # of several calls
         self._small = SmallCalls(self._rules, keep=keep)
 
     def unexplained(self, projections: Mapping[int, Tensor], samples: Samples) -> list[int]:
@@ -176,11 +176,16 @@ class Pass:
 
     def _common(self, record: Record) -> dict[torch.Size, Factor] | None:
         """What this call has in common with those that got the same input; forgotten with the last of them."""
-        if not record.inputs or (takers := record.forward.takers.get(key := id(record.inputs[0]), 0)) < 2:
+        if not record.inputs or record.packed or record.forward.replay_of is not None:
             return None
-        left, common = self._inputs.pop(key, (takers, {}))
+        x, takers = record.inputs[0], record.forward.takers.get(id(record.inputs[0]), 0)
+        if takers < 2:
+            return None
+        # (The entry keeps the input, so that no other can get its id; takers may count some that had it before.)
+        same, left, common = self._inputs.pop(id(x), (x, takers, {}))
+        assert same is x
         if left > 1:
-            self._inputs[key] = left - 1, common
+            self._inputs[id(x)] = x, left - 1, common
         return common
 
     def add_use(self, use: Use, node: Node, grads: tuple[Tensor | None, ...]) -> None:
@@ -200,7 +205,9 @@ class Pass:
             )
         block = self._block(use.forward, use.forward.n)
         self.half = self.half or any(grad is not None and grad.dtype in HALF for grad in grads)
-        if found is None or not use.placement.fits(found.shape, block.n):
+        if found is None and block.n == 1:
+            found = next(grad for grad in grads if grad is not None)  # all of it is that sample's
+        elif found is None or not use.placement.fits(found.shape, block.n):
             shape = None if found is None else tuple(found.shape)
             raise ShapeError(f"{self._names(use)}: the {block.n} samples are not in a gradient of shape {shape}")
         self.seen += found.numel()
