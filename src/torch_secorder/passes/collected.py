@@ -330,7 +330,10 @@ class Pass:
         key: object = forward
         if self._repeated == "same" or forward.replay_of is not None:
             key = next(iter(self._blocks), forward)
-        block = self._blocks.get(key)
+        block, first = self._blocks.get(key), next(iter(self._blocks), None)
+        if block is None and isinstance(first, Forward) and first.replay_of is not None:
+            # Parts of this forward that a checkpoint ran again came before what it ran once.
+            block = self._blocks[key] = self._blocks.pop(first)
         if block is None and self._blocks and self._repeated != "new":
             raise LifecycleError(
                 "one backward pass reached two calls of the model, which can mean one sample seen twice or two batches: pass "
