@@ -163,11 +163,12 @@ def same_versions(model: nn.Module) -> AbstractContextManager[object]:
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """What a forward changes gets its values back: buffers, and tables that ``max_norm`` rewrites."""
+    modules = list(model.modules())
     kept: list[tuple[Any, str, Tensor]] = [
-        (m._buffers, name, b) for m in model.modules() for name, b in m._buffers.items() if b is not None
+        (m._buffers, name, b) for m in modules for name, b in m._buffers.items() if b is not None
     ]
-    for m in model.modules():
-        if getattr(m, "max_norm", None) is not None:
+    for m in modules:
+        if vars(m).get("max_norm", getattr(type(m), "max_norm", None)) is not None:
             kept += [(m._parameters, name, p) for name, p in m._parameters.items() if p is not None]
     before = [(owner, name, value, value._version, value.detach().clone()) for owner, name, value in kept]
 

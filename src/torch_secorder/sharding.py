@@ -51,7 +51,7 @@ def gathered(model: nn.Module, parameters: Iterable[Tensor]) -> list[Tensor]:
     """
     wanted = {id(p): p for p in parameters}
     found = dict(wanted)
-    for module in model.modules():
+    for module in model.modules() if "torch.distributed.fsdp" in sys.modules else ():
         if gathers(module):
             inner = [(m, local, p) for m in module.modules() for local, p in m._parameters.items() if id(p) in wanted]
             module.unshard()  # type: ignore[operator]  # a method that FSDP2's class adds

@@ -153,7 +153,7 @@ def rule_for(module: nn.Module) -> Rule | str:
     if "forward" in vars(module):
         return "its forward was replaced on the instance"
     computed = [local for local, value in vars(module).items() if isinstance(value, Tensor)]
-    if is_parametrized(module):
+    if module._modules.get("parametrizations") is not None and is_parametrized(module):
         computed += [local for local, _ in module.parametrizations.named_children()]  # type: ignore[union-attr]  # a ModuleDict there
     if computed:
         return f"its {', '.join(computed)} is computed from other tensors (pruning, weight_norm, a parametrization)"
