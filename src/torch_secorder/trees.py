@@ -44,11 +44,12 @@ def sample_axis(x: Tensor, n: int, axis: int = 0) -> int | None:
 
 
 def rows(value: Any, index: list[int], n: int, axis: int = 0) -> Any:
-    """Those samples of every tensor in ``value`` that counts n of them."""
+    """Those samples of every tensor in ``value`` that counts n of them, in memory of their own."""
 
     def picked(x: Tensor) -> Tensor:
         where = sample_axis(x, n, axis)
-        return x if where is None else x.index_select(where, torch.tensor(index, device=x.device))
+        # (Large rows are copied several times faster so than by index_select.)
+        return x if where is None else torch.cat([x.narrow(where, i, 1) for i in index], where)
 
     return mapped(picked, value)
 
