@@ -208,7 +208,7 @@ def ordered(rows: dict[str, Rows], names: Iterable[str]) -> dict[str, Rows]:
 
 
 def draw_speed(rows: dict[str, Rows], path: Path) -> None:
-    """A line for each workload, a mark for each variant whose number is exact; the peers' are lower; bars are floors."""
+    """A line for each workload, a mark for each variant whose number is exact; the peers' are lower; bars are the floor."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -230,8 +230,8 @@ def draw_speed(rows: dict[str, Rows], path: Path) -> None:
             axes.scatter(
                 x, y, s=60 if ours else 45, marker=marker, c=colour, label=VARIANTS[name].label, zorder=2 + ours
             )
-    floors = [row["plain"]["floor"]["operations"] for row in rows.values()]
-    axes.scatter(floors, range(len(rows)), s=160, marker="|", c="black", label="floor by operations")
+    floors = [row[ALONE]["ratio"] for row in rows.values()]
+    axes.scatter(floors, range(len(rows)), s=160, marker="|", c="black", label="without parameter gradients")
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set(xscale="log", xlabel="time over a plain step (1 is a plain step)", xlim=(0.35, 200))
     ticks = (0.5, 1, 2, 5, 10, 20, 50, 100)
