@@ -13,6 +13,7 @@ from torch_secorder.rules.nodes import Gradients, Place, node_rule
 # By how much gates that oneDNN kept may differ from ours. It is exact to a few 1e-7, and what isn't the gate that is expected is
 # off by far more in most of the numbers.
 TOLERANCE = 1e-5
+SIGMOID, TANH = torch.ops.aten.sigmoid_backward, torch.ops.aten.tanh_backward
 
 
 @node_rule("MkldnnRnnLayerBackward0", lambda at: at.index in (1, 2, 3, 4) and _is_plain_lstm(at), many=True, after=True)
@@ -41,23 +42,9 @@ def _over(value: Tensor) -> Tensor | None:
     return None if torch.is_grad_enabled() else value
 
 
-def _sigmoid_backward(g: Tensor, y: Tensor, out: Tensor | None) -> Tensor:
-    """``g y (1 - y)``, in one go."""
-    found: Tensor = (
-        torch.ops.aten.sigmoid_backward(g, y)
-        if out is None
-        else torch.ops.aten.sigmoid_backward.grad_input(g, y, grad_input=out)
-    )
-    return found
-
-
-def _tanh_backward(g: Tensor, y: Tensor, out: Tensor | None) -> Tensor:
-    """``g (1 - y ** 2)``, in one go."""
-    found: Tensor = (
-        torch.ops.aten.tanh_backward(g, y)
-        if out is None
-        else torch.ops.aten.tanh_backward.grad_input(g, y, grad_input=out)
-    )
+def _through(derivative: Any, g: Tensor, y: Tensor, out: Tensor | None) -> Tensor:
+    """``g`` times the derivative of a nonlinearity with value ``y``, in one go: ``y (1 - y)``, ``1 - y ** 2``."""
+    found: Tensor = derivative(g, y) if out is None else derivative.grad_input(g, y, grad_input=out)
     return found
 
 
@@ -213,11 +200,11 @@ class _Layer:
             before, after = cells[:-1], cells[1:]
             cells[0], cells[1:-1] = self._node._saved_cx_.view_as(cells[0]), known
             torch.addcmul(i[-1] * u[-1], f[-1], before[-1], out=after[-1])
-        to_i, to_f, to_u = _sigmoid_backward(u, i, to_i), _sigmoid_backward(before, f, to_f), _tanh_backward(i, u, to_u)
+        to_i, to_f, to_u = _through(SIGMOID, u, i, to_i), _through(SIGMOID, before, f, to_f), _through(TANH, i, u, to_u)
         tanh_c = torch.tanh(after, out=_over(after))
         some = slice((t - 1) % 8, None, 8)
         agree = torch.is_grad_enabled() or _vanishes(o[some] * tanh_c[some] - out[some])
-        to_o, to_cell = _sigmoid_backward(tanh_c, o, to_o), _tanh_backward(o, tanh_c, _over(tanh_c))
+        to_o, to_cell = _through(SIGMOID, tanh_c, o, to_o), _through(TANH, o, tanh_c, _over(tanh_c))
         if to_before is None:
             return torch.stack([f, to_i, to_f, to_u, to_o], 2), to_cell, agree
         if known is None:
