@@ -1130,6 +1130,19 @@ def test_norms_of_whole_gradients_from_their_factors(monkeypatch: pytest.MonkeyP
         assert value == pytest.approx(squares[str(name)], rel=1e-9)
 
 
+def test_norms_of_whole_gradients_are_of_what_a_hook_makes_of_them() -> None:
+    """In every pass, and not only in those that read the gradient anyway."""
+    model, squares = nn.Linear(1200, 1300).double(), 0.0
+    model.weight.register_hook(lambda grad: grad / 2)
+    with FisherMonitor(model) as monitor:
+        for _ in range(6):
+            model.zero_grad()
+            nn.functional.mse_loss(model(torch.randn(32, 1200).double()), torch.zeros(32, 1300).double()).backward()
+            assert model.weight.grad is not None
+            squares += float(model.weight.grad.square().sum()) / 6
+    assert monitor.report().loc["weight", "grad_sq_norm"] == pytest.approx(squares, rel=1e-9)
+
+
 class Projections(nn.Module):
     """Several layers that get the same tensor, as queries, keys and values do."""
 

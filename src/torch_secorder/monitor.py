@@ -206,11 +206,12 @@ class FisherMonitor(Attached, Results):
 
     def _add_gradient(self, current: OpenPass, position: int, grad: Tensor) -> None:
         grad = whole(grad)
+        # What a hook of the user's makes of a gradient is not in its factors, and not ours to check.
+        as_computed = len(self._table.leaves[position]._backward_hooks or ()) <= 1
+        if not as_computed:
+            current.collected.gradient_norms.pop(position, None)
         current.add(position, grad)
-        if not current.collected.checks or grad.is_sparse:
-            return
-        # What a hook of the user's makes of a gradient is not ours to check.
-        if len(self._table.leaves[position]._backward_hooks or ()) <= 1:
+        if as_computed and current.collected.checks and not grad.is_sparse:
             left, right = direction(grad.shape, grad)
             along = left @ (grad.detach().reshape(len(left), -1) @ right)
             current.projections[position] = current.projections.get(position, 0) + along

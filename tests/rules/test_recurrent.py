@@ -148,6 +148,15 @@ def test_what_the_node_leaves_behind_gives_the_same_gradients(
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
+def assert_not_believed(layer: _Layer, grads: Any, expected: Tensor) -> None:
+    """What was left behind can be read, is found to be wrong, and the answer is right."""
+    left, kept = layer._left_behind(), layer._kept_gates()
+    assert left is not None
+    assert kept is not None
+    assert layer._at_once(kept, *left, grads) is None
+    torch.testing.assert_close(layer.gate_gradients(grads), expected, rtol=1e-4, atol=1e-6)
+
+
 def test_swapped_gates_do_not_agree_with_what_the_node_leaves_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     node = node_of(**LAYERS["plain"])
     grads = gradients(node)
@@ -155,12 +164,7 @@ def test_swapped_gates_do_not_agree_with_what_the_node_leaves_behind(monkeypatch
         expected = _Layer(node).gate_gradients(grads)
         ran = run(node, grads, monkeypatch)
         swapped(ran._saved_result3)
-        layer = _Layer(ran)
-        left, kept = layer._left_behind(), layer._kept_gates()
-        assert left is not None
-        assert kept is not None
-        assert layer._at_once(kept, *left, grads) is None
-        torch.testing.assert_close(layer.gate_gradients(grads), expected, rtol=1e-4, atol=1e-6)
+        assert_not_believed(_Layer(ran), grads, expected)
 
 
 @pytest.mark.parametrize("table", [1, 2, 4])  # from the end: gradients of cells, of hidden states (of inputs), cells
@@ -173,12 +177,7 @@ def test_what_does_not_follow_from_the_gates_is_not_believed(table: int, monkeyp
         sizes = [-(-2 * 41 * 5 * columns // 1024) * 1024 for columns in (33, 48, 48, 33)]
         start = len(ran._saved_result3) // 4 - sum(sizes[:table])
         ran._saved_result3.view(torch.float32)[start : start + sizes[table - 1]] *= 1.001
-        layer = _Layer(ran)
-        left, kept = layer._left_behind(), layer._kept_gates()
-        assert left is not None
-        assert kept is not None
-        assert layer._at_once(kept, *left, grads) is None
-        torch.testing.assert_close(layer.gate_gradients(grads), expected, rtol=1e-4, atol=1e-6)
+        assert_not_believed(_Layer(ran), grads, expected)
 
 
 class Tagger(nn.Module):

@@ -196,6 +196,6 @@ class Frontier:
 
 def saves_elsewhere(node: Any) -> bool:
     """Whether hooks keep the tensors that a node has saved."""
-    saved = (getattr(node, name) for name in attributes(type(node), "_raw_saved_"))  # type: ignore[arg-type]  # as above
+    saved = (getattr(node, name) for name in attributes(type(node), "_raw_saved_"))  # type: ignore[arg-type]  # a type is hashable
     several = (one for value in saved for one in (value if isinstance(value, (list, tuple)) else (value,)))
     return any(getattr(one, "unpack_hook", None) is not None for one in several)
