@@ -61,7 +61,7 @@ def of_numbers(outputs: Any, targets: Tensor, batch_axis: int = 0) -> Tensor:
 def at_full_width(dtype: torch.dtype) -> Iterator[None]:
     """In float64, casts to float32 are casts to float64: norms that are always taken in float32 hide what float64 shows."""
 
-    def widened(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def at_least_float32(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         wide = lambda x: torch.float64 if x is torch.float32 else x  # noqa: E731
         return lambda *args, **kwargs: function(*map(wide, args), **{key: wide(x) for key, x in kwargs.items()})
 
@@ -69,9 +69,9 @@ def at_full_width(dtype: torch.dtype) -> Iterator[None]:
         yield
         return
     with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(Tensor, "to", widened(Tensor.to)))
+        stack.enter_context(mock.patch.object(Tensor, "to", at_least_float32(Tensor.to)))
         stack.enter_context(mock.patch.object(Tensor, "float", Tensor.double))
-        stack.enter_context(mock.patch.object(F, "softmax", widened(F.softmax)))
+        stack.enter_context(mock.patch.object(F, "softmax", at_least_float32(F.softmax)))
         yield
 
 

@@ -132,8 +132,8 @@ def tensor_parallel(model: nn.Module, mesh: DeviceMesh, *, sequence: bool = Fals
     plan |= {"attention.o": RowwiseParallel(output_layouts=along), "down": RowwiseParallel(output_layouts=along)}
     plan |= {"up": ColwiseParallel(input_layouts=along)}
     if sequence:
-        gathered = PrepareModuleInput(input_layouts=(along,), desired_input_layouts=(Replicate(),))
-        plan |= {"n1": SequenceParallel(), "n2": SequenceParallel(), "attention": gathered}
+        unsharded_leaves = PrepareModuleInput(input_layouts=(along,), desired_input_layouts=(Replicate(),))
+        plan |= {"n1": SequenceParallel(), "n2": SequenceParallel(), "attention": unsharded_leaves}
     for block in model.blocks:
         parallelize_module(block, mesh, plan)
     ends = {"words": RowwiseParallel(input_layouts=Replicate()), "head": ColwiseParallel(output_layouts=Replicate())}

@@ -1108,13 +1108,13 @@ def test_norms_of_whole_gradients_from_their_factors(monkeypatch: pytest.MonkeyP
     """They are those of .grad, in passes that check it and in those that do not."""
     model = nn.Sequential(nn.Linear(1200, 1300), nn.Tanh(), nn.Linear(1300, 1200)).double()
     found: list[Tensor | None] = []
-    total_norm = Outer.total_norm
+    batch_gradient_norm = Outer.batch_gradient_norm
 
     def counted(form: Outer) -> Tensor | None:
-        found.append(total_norm(form))
+        found.append(batch_gradient_norm(form))
         return found[-1]
 
-    monkeypatch.setattr(Outer, "total_norm", counted)
+    monkeypatch.setattr(Outer, "batch_gradient_norm", counted)
     squares = {name: 0.0 for name, _ in model.named_parameters()}
     with FisherMonitor(model) as monitor:
         for _ in range(8):

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from torch_secorder.errors import CurvatureError
-from torch_secorder.per_sample import Squares
-from torch_secorder.statistics import Statistics
+from torch_secorder.per_sample import SquareSum
+from torch_secorder.results.statistics import Statistics
 
 NAMES, SHAPES = ["a", "b", "c"], [(2,), (3, 1), ()]
 
@@ -21,7 +21,7 @@ def statistics(*blocks: Tensor, diagonal: bool = False, per_sample: bool = False
     found = Statistics(NAMES, SHAPES, diagonal=diagonal, per_sample=per_sample)
     for block in blocks:
         sums = {i: torch.full(shape, float(block[:, i].sum())) for i, shape in enumerate(SHAPES)} if diagonal else {}
-        squares = {i: [Squares(value, SHAPES[i])] for i, value in sums.items()}
+        squares = {i: [SquareSum(value, SHAPES[i])] for i, value in sums.items()}
         found.update(block.T, squares, {0: ["rule"]}, {0, 1, 2}, {0: 2.0})
     return found
 
@@ -98,14 +98,14 @@ def test_an_interruption_costs_earlier_samples_only_if_their_squares_are_half_ch
     monkeypatch: pytest.MonkeyPatch, begun: bool, left: int
 ) -> None:
     found = statistics(torch.rand(5, 3), diagonal=True)
-    owner, method = (Squares, "added") if begun else (Statistics, "_absorb")
+    owner, method = (SquareSum, "added") if begun else (Statistics, "_absorb")
     original = getattr(owner, method)
 
     def interrupted(*args: object) -> None:
         original(*args)
         raise KeyboardInterrupt
 
-    squares = {0: [Squares(torch.ones(2), (2,))]}
+    squares = {0: [SquareSum(torch.ones(2), (2,))]}
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(owner, method, interrupted)
         found.update(torch.rand(3, 2), squares, {}, {0}, {})

@@ -1,8 +1,8 @@
 """How much curvature (Fisher information) every parameter of a PyTorch model carries."""
 
+from torch_secorder.approximations.fisher_report import fisher_report, fisher_results
 from torch_secorder.approximations.fisher_trace import empirical_fisher_trace, generalized_fisher_trace
 from torch_secorder.approximations.hessian_trace import hessian_trace
-from torch_secorder.loop import fisher_report, fisher_results
 from torch_secorder.monitor import FisherMonitor
 from torch_secorder.rules import register_rule
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Callable
 from functools import partial
@@ -14,24 +13,35 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
-from torch_secorder.capture import Capture
-from torch_secorder.engine import at_the_end, current_backward, own, probing, raise_at_the_end
+from torch_secorder.arguments import loss_scale_value, require_choice, require_max_memory
+from torch_secorder.autograd.engine import (
+    after_backward,
+    current_graph_task,
+    current_node,
+    in_search_pass,
+    is_library_pass,
+    raise_after_backward,
+)
+from torch_secorder.batch_axis.knowledge import knowledge_of
+from torch_secorder.capture.module_hooks import Capture
+from torch_secorder.capture.records import Forward, Record
 from torch_secorder.errors import ArgumentError, CoverageError, LifecycleError, NonFiniteError
-from torch_secorder.graph import Audit, Use, memory_of, one_at_a_time
-from torch_secorder.hooks import Attached, Hook, Hooks
-from torch_secorder.open_pass import OpenPass, full_precision, is_autocast
-from torch_secorder.parameters import ParameterTable, named_modules, unwrapped
-from torch_secorder.passes import Pass
-from torch_secorder.per_sample import checked_budget, direction, explained
-from torch_secorder.plan import BatchAxis, planned
-from torch_secorder.records import Forward, Record
-from torch_secorder.results import Results, checked
-from torch_secorder.sharding import whole, written_class
-from torch_secorder.single import compare, norms_of_first
-from torch_secorder.trees import tensors
+from torch_secorder.graph.audit import Audit
+from torch_secorder.graph.frontier import Use
+from torch_secorder.model.containers import tensors
+from torch_secorder.model.hooks import Hook, Hooks, HookScope
+from torch_secorder.model.parameters import ParameterTable, named_modules, unwrapped
+from torch_secorder.model.ranks import class_as_written, whole
+from torch_secorder.model.restore import lock_of
+from torch_secorder.per_sample import as_refusal, direction
+from torch_secorder.recording.accumulator import Pass
+from torch_secorder.recording.gradient_norms import OpenPass, full_precision, is_autocast
+from torch_secorder.recording.plan import BatchAxis, planned
+from torch_secorder.results.results import Results
+from torch_secorder.verification.plain_autograd import compare, squared_norms_of_first
 
 
-class FisherMonitor(Attached, Results):
+class FisherMonitor(HookScope, Results):
     r"""Exact empirical-Fisher traces of every parameter, from the forward and backward passes that run inside.
 
     With samples n = 1..N, l_n a sample's loss and g_n its gradient, the contribution of parameter p is
@@ -99,16 +109,16 @@ class FisherMonitor(Attached, Results):
         fisher: str = "empirical",
         max_memory: int | None = None,
     ):
-        checked("reduction", reduction, ("mean", "sum"))
-        checked("nonfinite", nonfinite, ("raise", "skip"))
-        checked("repeated_calls", repeated_calls, (None, "same", "new"))
-        checked("fisher", fisher, ("empirical", "sampled", "observed"))
+        require_choice("reduction", reduction, ("mean", "sum"))
+        require_choice("nonfinite", nonfinite, ("raise", "skip"))
+        require_choice("repeated_calls", repeated_calls, (None, "same", "new"))
+        require_choice("fisher", fisher, ("empirical", "sampled", "observed"))
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise ArgumentError(f"every must be an int >= 1, not {every!r}")
         if not callable(loss_scale):
-            _scale(loss_scale)
+            loss_scale_value(loss_scale)
         self._model = unwrapped(model)
-        with one_at_a_time(self._model):
+        with lock_of(self._model):
             table = ParameterTable(self._model, parameters)
         planned(self._model, table, batch_axis)  # refuse now what can't be right later
         self._table = table
@@ -116,9 +126,9 @@ class FisherMonitor(Attached, Results):
         super().__init__(table, reduction, fisher, **keeps)
         self._loss_scale, self._nonfinite, self._every = loss_scale, nonfinite, every
         self._repeated_calls, self._batch_axis, self._diagonal = repeated_calls, batch_axis, diagonal
-        self._types = {name: written_class(module).__name__ for name, module in named_modules(self._model)}
-        self._all, self._max_memory = parameters == "all", checked_budget(max_memory)
-        self._memory = memory_of(self._model, batch_axis, checks=False)
+        self._types = {name: class_as_written(module).__name__ for name, module in named_modules(self._model)}
+        self._all, self._max_memory = parameters == "all", require_max_memory(max_memory)
+        self._memory = knowledge_of(self._model, batch_axis, checks=False)
         self._capture: Capture | None = None
         self._hooks = Hooks()
         self._passes: WeakValueDictionary[int, OpenPass] = WeakValueDictionary()
@@ -171,15 +181,15 @@ class FisherMonitor(Attached, Results):
 
     def _arrived(self, record: Record, grad: Tensor) -> None:
         """The gradient of a module's output, inside the backward pass."""
-        outer = record.forward.replay_of
-        if outer is not None and outer != (task := current_backward()):
+        outer = record.forward.recomputed_in
+        if outer is not None and outer != (task := current_graph_task()):
             self._parents[task] = outer
         self._guarded(self._add, record, grad)
 
     def _used(self, use: Use, grads: tuple[Tensor | None, ...]) -> None:
         """The gradients at a use outside of any hooked module's call have arrived."""
-        if self._capture is not None and self._capture.active and not probing():
-            node = torch._C._current_autograd_node()
+        if self._capture is not None and self._capture.active and not in_search_pass():
+            node = current_node()
             self._guarded(self._add_use, use, node, grads)
 
     def _add_use(self, current: OpenPass, use: Use, node: Node, grads: tuple[Tensor | None, ...]) -> None:
@@ -191,12 +201,12 @@ class FisherMonitor(Attached, Results):
         current.collected.add(record, grad)
 
     def _once(self, seen: Record | Use, task: int, what: object) -> None:
-        if seen.fired_in not in (None, task) and self._repeated_calls != "new":
+        if seen.last_pass not in (None, task) and self._repeated_calls != "new":
             raise LifecycleError(
                 f"{what}: a second backward pass went through the same forward, whose samples are counted "
                 'already; call the model again, or pass repeated_calls="new" to count them as new samples'
             )
-        seen.fired_in = task
+        seen.last_pass = task
 
     def _gradient(self, position: int, grad: Tensor) -> None:
         """The gradient of a parameter, as this backward pass adds it to ``.grad``."""
@@ -218,8 +228,8 @@ class FisherMonitor(Attached, Results):
 
     def _guarded(self, action: Callable[..., None], *args: Any) -> None:
         """Do something for the backward pass under way; what goes wrong must wait for its end."""
-        task = current_backward()
-        if own(task):
+        task = current_graph_task()
+        if is_library_pass(task):
             return
         current = self._opened(self._parents.get(task, task) if self._parents else task)
         if current.error is not None:
@@ -237,7 +247,7 @@ class FisherMonitor(Attached, Results):
             else:
                 action(current, *args)
         except Exception as error:
-            current.error = explained(error)
+            current.error = as_refusal(error)
 
     def _opened(self, task: int) -> OpenPass:
         current = self._passes.get(task)
@@ -253,7 +263,7 @@ class FisherMonitor(Attached, Results):
             )
             current = self._passes[task] = OpenPass(task, collected, is_autocast())
             # Autograd alone keeps it: a pass that an exception breaks off is gone with its traceback.
-            at_the_end(partial(self._closed, task, current))
+            after_backward(partial(self._closed, task, current))
         return current
 
     def verify(self, loss: Tensor) -> None:
@@ -285,7 +295,7 @@ class FisherMonitor(Attached, Results):
             raise LifecycleError(
                 "verify: call the model inside the monitor's block, keep its outputs, and pass their loss"
             )
-        self._expected = norms_of_first(loss, outputs, self._table.leaves, self._capture.batch_axis)
+        self._expected = squared_norms_of_first(loss, outputs, self._table.leaves, self._capture.batch_axis)
 
     def _closed(self, task: int, current: OpenPass) -> None:
         """A backward pass is over: count it, or raise why not. The user's gradients are complete by now."""
@@ -298,7 +308,7 @@ class FisherMonitor(Attached, Results):
             with torch.no_grad(), full_precision(), self._turn:
                 self._count(current)
         except Exception as error:
-            raise_at_the_end(explained(error))
+            raise_after_backward(as_refusal(error))
 
     def _count(self, current: OpenPass) -> None:
         if current.error is not None:
@@ -333,8 +343,12 @@ class FisherMonitor(Attached, Results):
         expected, self._expected = self._expected, None
         if expected is not None and not samples.skipped:
             compare(self._table.names, samples.norms[:, 0], expected, current.collected.half)
-        factor = samples.batch / _scale(self._loss_scale) if self._reduction == "mean" else 1 / _scale(self._loss_scale)
-        norms = norms / _scale(self._loss_scale)
+        factor = (
+            samples.batch / loss_scale_value(self._loss_scale)
+            if self._reduction == "mean"
+            else 1 / loss_scale_value(self._loss_scale)
+        )
+        norms = norms / loss_scale_value(self._loss_scale)
         self._statistics.update(
             samples.norms.double() * factor**2,
             {p: [s.times(factor**2) for s in several] for p, several in samples.squares.items()},
@@ -356,14 +370,3 @@ class FisherMonitor(Attached, Results):
             f"FisherMonitor({type(self._model).__name__}, {len(self._table)} parameters, reduction={self._reduction!r}, "
             f"{self.n_samples} samples, {state})"
         )
-
-
-def _scale(loss_scale: float | Tensor | Callable[[], float | Tensor]) -> float:
-    value = loss_scale() if callable(loss_scale) else loss_scale
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not (math.isfinite(number) and number > 0):
-        raise ArgumentError(f"loss_scale must be a positive number or a function that returns one, not {value!r}")
-    return number

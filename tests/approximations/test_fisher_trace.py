@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import torch_secorder.analysis
+import torch_secorder.running.fisher_kind
 from model_state import assert_unchanged, gradients, identical, state
 from oracles import (
     assert_equal,
@@ -590,7 +590,7 @@ def test_the_last_layer_is_looked_through(k: int, bias: bool, monkeypatch: pytes
     model, x = rectifier()
     model[4] = nn.Linear(32, 10, bias=bias).double()
     through = spread(model, x, k)
-    monkeypatch.setattr(torch_secorder.analysis, "last_product", lambda outputs: None)
+    monkeypatch.setattr(torch_secorder.running.fisher_kind, "last_linear_factors", lambda outputs: None)
     assert through < 0.7 * spread(model, x, k)
 
 

@@ -11,7 +11,7 @@ from benchmarks.variants import ALONE, OURS, PEERS, VARIANTS
 from benchmarks.workloads import WORKLOADS
 
 DOCS = Path(__file__).parents[2] / "docs"
-Rows = dict[str, dict[str, Any]]
+RowSparse = dict[str, dict[str, Any]]
 
 HEAD = """\
 Performance
@@ -74,7 +74,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], widths: Sequence[i
     return [*lines, ""]
 
 
-def ratio(row: Rows, name: str, goal: float | None = None) -> str:
+def ratio(row: RowSparse, name: str, goal: float | None = None) -> str:
     """A variant's ratio with its goal, or with a mark where its number is not the whole one."""
     found = row.get(name, {})
     if "ratio" not in found:
@@ -87,7 +87,7 @@ def is_exact(found: dict[str, Any]) -> bool:
     return found.get("verdict", "").startswith("exact") or not found.get("verdict")
 
 
-def speed(rows: dict[str, Rows]) -> list[str]:
+def speed(rows: dict[str, RowSparse]) -> list[str]:
     """Ours, the floors and the goals; then the peers, and what is wrong with their numbers."""
     ours = [
         [
@@ -110,7 +110,7 @@ def speed(rows: dict[str, Rows]) -> list[str]:
     ]
 
 
-def notes(rows: dict[str, Rows]) -> list[str]:
+def notes(rows: dict[str, RowSparse]) -> list[str]:
     """What is wrong with the numbers that have a mark, and why there are dashes."""
     lines = ["What is wrong or missing there:", ""]
     for name, row in rows.items():
@@ -129,7 +129,7 @@ def literal(text: str) -> str:
     return "".join(f"\\{c}" if c in "*_`|\\" else c for c in text)
 
 
-def memory(rows: dict[str, Rows]) -> list[str]:
+def memory(rows: dict[str, RowSparse]) -> list[str]:
     names = [*OURS, *PEERS]
     cells = [
         [
@@ -143,7 +143,7 @@ def memory(rows: dict[str, Rows]) -> list[str]:
     return [*section("Memory, over a plain step"), *table(head, cells, [30, 8, *[9] * len(names)])]
 
 
-def growth(rows: dict[str, Rows], processor: str) -> list[str]:
+def growth(rows: dict[str, RowSparse], processor: str) -> list[str]:
     names = [name for name in VARIANTS if name in next(iter(rows.values()))]
     cells = []
     for axis, row in rows.items():
@@ -174,7 +174,7 @@ PREDICTED = {
 }
 
 
-def scaling(rows: dict[str, Rows]) -> list[str]:
+def scaling(rows: dict[str, RowSparse]) -> list[str]:
     """Slopes of time as predicted and as measured."""
     cells = []
     for axis, row in rows.items():
@@ -203,11 +203,11 @@ def machine(found: dict[str, Any]) -> list[str]:
     ]
 
 
-def ordered(rows: dict[str, Rows], names: Iterable[str]) -> dict[str, Rows]:
+def ordered(rows: dict[str, RowSparse], names: Iterable[str]) -> dict[str, RowSparse]:
     return {name: rows[name] for name in names if name in rows}
 
 
-def draw_speed(rows: dict[str, Rows], path: Path) -> None:
+def draw_speed(rows: dict[str, RowSparse], path: Path) -> None:
     """A line for each workload, a mark for each variant whose number is exact; the peers' are lower; bars are the floor."""
     import matplotlib
 
@@ -243,7 +243,7 @@ def draw_speed(rows: dict[str, Rows], path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def draw_growth(rows: dict[str, Rows], path: Path) -> None:
+def draw_growth(rows: dict[str, RowSparse], path: Path) -> None:
     """Time above, memory below, a column for each size that grows."""
     import matplotlib
 
@@ -268,7 +268,7 @@ def draw_growth(rows: dict[str, Rows], path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def draw_scaling(rows: dict[str, Rows], path: Path) -> None:
+def draw_scaling(rows: dict[str, RowSparse], path: Path) -> None:
     """Time against every size that grows, both over their smallest, so that slopes can be seen side by side."""
     import matplotlib
 

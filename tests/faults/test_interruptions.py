@@ -21,7 +21,7 @@ from faults.subjects import EMPIRICAL, WAYS, assert_exact, batch, loss_fn, model
 from model_state import assert_unchanged, hooks, state
 from oracles import assert_equal
 from torch_secorder import FisherMonitor, empirical_fisher_trace, fisher_report
-from torch_secorder.engine import CALLERS
+from torch_secorder.autograd.engine import _THREADS
 
 
 class AtOperation(TorchDispatchMode):
@@ -82,10 +82,10 @@ def interrupt(way: str, moment: Callable[[int], Any], first: int, step: int) -> 
         if at.left > 0:
             return n
         subject.zero_grad()
-        if any(hooks(subject).values()) or CALLERS:
+        if any(hooks(subject).values()) or _THREADS:
             gc.collect()  # at the first instruction of an __exit__: then hooks go with whoever held them
         assert_unchanged(before, subject)
-        assert not CALLERS
+        assert not _THREADS
         if n % 3 == 0:
             assert_equal(run(subject), right, right.abs(), torch.float64)
             subject.zero_grad()

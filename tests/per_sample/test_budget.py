@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from torch_secorder import FisherMonitor, fisher_report
 from torch_secorder.errors import ArgumentError
-from torch_secorder.per_sample import Convolution, Outer, PerSampleGradient, Rows, Sum, limited
+from torch_secorder.per_sample import Convolution, Outer, PerSampleGradient, RowSparse, Sum, limited
 
 KIB = 2**10
 
@@ -45,8 +45,8 @@ class Peak(TorchDispatchMode):
         self.bytes -= size
 
 
-def rows(n: int, t: int, d: int) -> Rows:
-    return Rows(torch.randint(50, (n, t)), torch.randn(n, t, d), (50, d))
+def rows(n: int, t: int, d: int) -> RowSparse:
+    return RowSparse(torch.randint(50, (n, t)), torch.randn(n, t, d), (50, d))
 
 
 FORMS: dict[str, Any] = {

@@ -11,20 +11,20 @@ from torch import Tensor, nn
 
 from oracles import assert_equal, call, mapped, per_sample_gradients
 from problems import PROBLEMS, Problem
+from torch_secorder.batch_axis.placement import Grouping
+from torch_secorder.capture.records import Call
 from torch_secorder.per_sample import (
-    Carried,
     Convolution,
     Dense,
     Factor,
     Outer,
     PerSampleGradient,
-    Rows,
+    PulledBack,
+    RowSparse,
     _base,
     limited,
 )
 from torch_secorder.per_sample import outer as outer_module
-from torch_secorder.placement import Grouping
-from torch_secorder.records import Call
 from torch_secorder.rules import rule_for
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
@@ -40,8 +40,8 @@ def outer(t: int = 3, k: int = 1, i: int = 4, o: int = 6) -> Outer:
     return Outer(normal(N, k, t, i), normal(N, k, t, o), (k * o, i))
 
 
-def rows(t: int = 5) -> Rows:
-    return Rows(torch.randint(6, (N, t)), normal(N, t, 4), (6, 4))
+def rows(t: int = 5) -> RowSparse:
+    return RowSparse(torch.randint(6, (N, t)), normal(N, t, 4), (6, 4))
 
 
 def convolution(size: int = 6, channels: int = 4, groups: int = 1, stride: int = 1, maps: int = 1) -> Convolution:
@@ -65,8 +65,8 @@ FORMS: dict[str, Callable[[], PerSampleGradient]] = {
     "convolution gram of several maps": lambda: convolution(size=1, channels=24, maps=3),
     "convolution twice": lambda: convolution() + convolution(maps=2),
     "convolution of two sizes": lambda: convolution() + convolution(size=4),
-    "carried by a transpose": lambda: Carried(outer(o=4, i=6), lambda value: value.mT, (6, 4), "transpose"),
-    "carried by a function": lambda: Carried(outer(), lambda value: value * torch.arange(4.0), (6, 4)),
+    "carried by a transpose": lambda: PulledBack(outer(o=4, i=6), lambda value: value.mT, (6, 4), "transpose"),
+    "carried by a function": lambda: PulledBack(outer(), lambda value: value * torch.arange(4.0), (6, 4)),
     "sum with rows": lambda: rows() + outer(),
     "sum without rows": lambda: Dense(normal(N, 6, 4)) + outer(),
     "sum of three": lambda: Dense(normal(N, 6, 4)) + outer() + rows(),
@@ -198,7 +198,7 @@ def test_tied_terms_that_cancel_keep_their_digits(left_over: float) -> None:
     """An embedding and the head tied to it, whose gradients point in opposite directions."""
     ids, g = torch.tensor([[0, 2, 2], [1, 1, 1]]), normal(2, 3, 4)
     one_hot = torch.nn.functional.one_hot(ids, 6).double()[:, None]
-    form = Rows(ids, g, (6, 4)) + Outer(-g[:, None] * (1 - left_over), one_hot, (6, 4))
+    form = RowSparse(ids, g, (6, 4)) + Outer(-g[:, None] * (1 - left_over), one_hot, (6, 4))
     exact = form.dense().flatten(1).square().sum(1)
     assert (form.squared_norm() >= 0).all()
     torch.testing.assert_close(form.squared_norm(), exact, rtol=1e-8, atol=1e-24)
@@ -211,7 +211,9 @@ def test_half_precision_factors_are_squared_in_float32(name: str, dtype: torch.d
     form = {
         "dense": lambda: Dense(torch.full((N, 3), large, dtype=dtype)),
         "outer": lambda: Outer(*(torch.full((N, 1, 1, 3), large, dtype=dtype),) * 2, (3, 3)),
-        "rows": lambda: Rows(torch.zeros(N, 1, dtype=torch.long), torch.full((N, 1, 3), large, dtype=dtype), (2, 3)),
+        "rows": lambda: RowSparse(
+            torch.zeros(N, 1, dtype=torch.long), torch.full((N, 1, 3), large, dtype=dtype), (2, 3)
+        ),
         "convolution": lambda: Convolution(
             *(torch.full((N, 1, 1, 2, 2), large, dtype=dtype), torch.full((N, 1, 1, 1, 1), large, dtype=dtype)),
             *((1, 1, 2, 2), (1, 1), (0, 0), (1, 1), 1),
@@ -282,7 +284,7 @@ def test_rules_conserve_the_gradient(problem: Problem) -> None:
 def test_the_norm_of_a_sum_from_its_factors_or_not_at_all(left_over: float, dtype: torch.dtype) -> None:
     a, g = normal(2, 1, 1, 280), normal(2, 1, 1, 290)
     form = Outer(*(x.to(dtype) for x in (torch.cat([a, a]), torch.cat([g, (left_over - 1) * g]))), (290, 280))
-    found, expected = form.total_norm(), (left_over * g.flatten(1).T @ a.flatten(1)).norm()
+    found, expected = form.batch_gradient_norm(), (left_over * g.flatten(1).T @ a.flatten(1)).norm()
     if left_over > 0.5:
         assert found is not None
     if found is not None:
@@ -291,8 +293,10 @@ def test_the_norm_of_a_sum_from_its_factors_or_not_at_all(left_over: float, dtyp
 
 @torch.no_grad()
 def test_the_norm_of_a_sum_is_not_taken_from_factors_where_that_is_dear() -> None:
-    assert outer(t=1).total_norm() is None  # small
-    assert Outer(normal(4, 1, 2, 300), normal(4, 1, 2, 300), (300, 300)).total_norm() is None  # of several positions
+    assert outer(t=1).batch_gradient_norm() is None  # small
+    assert (
+        Outer(normal(4, 1, 2, 300), normal(4, 1, 2, 300), (300, 300)).batch_gradient_norm() is None
+    )  # of several positions
 
 
 @pytest.mark.parametrize("t", [3, 40])

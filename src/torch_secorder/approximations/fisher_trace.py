@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch_secorder.analysis import Analysis, Batch, FisherKind, a_function, fresh_generator, logits, positive_int
-from torch_secorder.backward import Passes
-from torch_secorder.engine import probe
+from torch_secorder.arguments import fresh_generator, require_callable, require_choice, require_positive_int
+from torch_secorder.autograd.engine import search_pass
+from torch_secorder.batch_axis.knowledge import Memory, knowledge_of
 from torch_secorder.errors import (
     CoverageError,
     CurvatureError,
@@ -21,13 +21,17 @@ from torch_secorder.errors import (
     ShapeError,
     SlowFallbackWarning,
 )
-from torch_secorder.graph import Memory, memory_of, one_at_a_time
-from torch_secorder.parameters import ParameterTable, unwrapped
-from torch_secorder.per_sample import widened
-from torch_secorder.results import checked
-from torch_secorder.run import check_twice_differentiable, checked_targets
-from torch_secorder.single import check_separable, compare, squares
-from torch_secorder.verification import trusted, verified
+from torch_secorder.model.parameters import ParameterTable, unwrapped
+from torch_secorder.model.restore import lock_of
+from torch_secorder.per_sample import at_least_float32
+from torch_secorder.running.analysis import Analysis, Batch, logits
+from torch_secorder.running.fisher_kind import FisherKind
+from torch_secorder.running.graph_backward import Passes
+from torch_secorder.running.loss import require_separable, require_targets_of_batch
+from torch_secorder.running.run import check_twice_differentiable
+from torch_secorder.verification.plain_autograd import compare, squares
+from torch_secorder.verification.samples_alone import verified
+from torch_secorder.verification.schedule import analyse_and_verify
 
 
 def empirical_fisher_trace(
@@ -80,19 +84,19 @@ def empirical_fisher_trace(
         Martens (2020), "New insights and perspectives on the natural gradient method", section 11; Kunstner, Balles and
         Hennig (2019), "Limitations of the empirical Fisher approximation for natural gradient descent".
     """
-    positive_int("num_samples", num_samples)
-    a_function("loss_fn", loss_fn)
+    require_positive_int("num_samples", num_samples)
+    require_callable("loss_fn", loss_fn)
     analysis = Analysis(model, create_graph=create_graph)
 
     def check(batch: Batch) -> None:
         n, scale = batch.samples.batch, batch.samples.batch if batch.reduction == "mean" else 1
-        check_separable(loss_fn, batch.outputs, targets, n, analysis.batch_axis)
+        require_separable(loss_fn, batch.outputs, targets, n, analysis.batch_axis)
         verified(analysis, lambda outputs: loss_fn(outputs, targets) * scale, inputs, batch, by_autograd=False)
 
     wanted = partial(analysis.memory.will_be_due, loss_fn)
     analyse = partial(analysis.empirical, loss_fn, inputs, targets, wanted)
-    with one_at_a_time(analysis.model):
-        batch = analyse() if create_graph else trusted(analysis, analyse, check, loss_fn)
+    with lock_of(analysis.model):
+        batch = analyse() if create_graph else analyse_and_verify(analysis, analyse, check, loss_fn)
     return _as_result(batch.samples.norms.sum(0), batch.reduction, analysis.table)
 
 
@@ -173,23 +177,23 @@ def generalized_fisher_trace(
         Martens (2020), "New insights and perspectives on the natural gradient method"; Schraudolph (2002), "Fast curvature
         matrix-vector products for second-order gradient descent".
     """
-    checked("labels", labels, ("model", "observed"))
-    checked("reduction", reduction, ("mean", "sum"))
+    require_choice("labels", labels, ("model", "observed"))
+    require_choice("reduction", reduction, ("mean", "sum"))
     if num_samples is not None:
-        positive_int("num_samples", num_samples)
+        require_positive_int("num_samples", num_samples)
     outputs = logits(outputs)
-    with one_at_a_time(unwrapped(model)):
+    with lock_of(unwrapped(model)):
         table = ParameterTable(unwrapped(model))
         table.gather(unwrapped(model))
     if not outputs.requires_grad:
         raise CoverageError("the outputs carry no autograd graph: compute them outside of torch.no_grad()")
     if not outputs.dim() or not len(outputs):
         raise ShapeError(f"the batch is empty: outputs of shape {tuple(outputs.shape)}")
-    checked_targets(targets, len(outputs))
+    require_targets_of_batch(targets, len(outputs))
     kind = FisherKind(loss_type, labels, num_samples, ignore_index, class_axis, max_passes)
     _, seeds = kind.seeds(outputs, targets, fresh_generator(generator), table.ranks, differentiable=create_graph)
-    with one_at_a_time(unwrapped(model)):
-        norms = _squared_norms(outputs, seeds, table, memory_of(unwrapped(model), None), create_graph)
+    with lock_of(unwrapped(model)):
+        norms = _squared_norms(outputs, seeds, table, knowledge_of(unwrapped(model), None), create_graph)
     return _as_result(norms, reduction, table)
 
 
@@ -239,7 +243,7 @@ def _of_one(
     """``J_n^T seed_n`` in every parameter by plain autograd."""
     alone = torch.zeros_like(seed)
     alone[n] = seed[n]
-    with probe([outputs]) as (root,):
+    with search_pass([outputs]) as (root,):
         return torch.autograd.grad(
             root, table.leaves, alone, retain_graph=True, create_graph=create_graph, allow_unused=True
         )
@@ -250,7 +254,7 @@ def _one_by_one(outputs: Tensor, seed: Tensor, table: ParameterTable, create_gra
     norms = []
     for n in range(len(outputs)):
         found = _of_one(outputs, seed, table, n, create_graph)
-        squared = [widened(g).square().sum() for g in found if g is not None]
+        squared = [at_least_float32(g).square().sum() for g in found if g is not None]
         norms.append(torch.stack([square.to(squared[0].device) for square in squared]).sum())
     return torch.stack(norms)
 

@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from torch_secorder.analysis import a_function, fresh_generator, positive_int
-from torch_secorder.engine import own_pass
+from torch_secorder.arguments import fresh_generator, require_callable, require_positive_int
+from torch_secorder.autograd.engine import call_model, library_pass
 from torch_secorder.errors import ArgumentError, CoverageError, NonFiniteError, UnsupportedError
-from torch_secorder.graph import one_at_a_time
 from torch_secorder.likelihoods import random_signs
-from torch_secorder.parameters import ParameterTable, unwrapped
-from torch_secorder.report import By, Report
-from torch_secorder.run import called, checked_loss, twice_differentiable, undisturbed
-from torch_secorder.sharding import refuse_parts
-from torch_secorder.statistics import Statistics
+from torch_secorder.model.parameters import ParameterTable, unwrapped
+from torch_secorder.model.ranks import refuse_dtensors
+from torch_secorder.model.restore import lock_of, restoring_buffers, twice_differentiable
+from torch_secorder.results.report import By, Report
+from torch_secorder.results.statistics import Statistics
+from torch_secorder.running.loss import require_scalar_loss
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -80,20 +80,20 @@ def hessian_trace(
     References:
         Hutchinson (1990), "A stochastic estimator of the trace of the influence matrix for Laplacian smoothing splines".
     """
-    positive_int("num_samples", num_samples)
-    a_function("loss_fn", loss_fn)
+    require_positive_int("num_samples", num_samples)
+    require_callable("loss_fn", loss_fn)
     if tolerance is not None and not (isinstance(tolerance, (int, float)) and tolerance > 0):
         raise ArgumentError(
             f"tolerance must be a positive number, or None for all num_samples probes, not {tolerance!r}"
         )
     generator = fresh_generator(generator)
     bare = unwrapped(model)
-    refuse_parts(bare, "the Hessian")
-    with one_at_a_time(bare):
+    refuse_dtensors(bare, "the Hessian")
+    with lock_of(bare):
         table = ParameterTable(bare)
     statistics = Statistics(table.names, [row.shape for row in table.rows])
-    with one_at_a_time(bare), undisturbed(bare), torch.enable_grad(), twice_differentiable(True):
-        loss = checked_loss(loss_fn(called(bare, inputs), targets), 1, targets)
+    with lock_of(bare), restoring_buffers(bare), torch.enable_grad(), twice_differentiable(True):
+        loss = require_scalar_loss(loss_fn(call_model(bare, inputs), targets), 1, targets)
         gradients = _gradients(loss, table)
         reached = {position for position, g in enumerate(gradients) if g.requires_grad}
         rules = {position: ["hutchinson"] for position in reached}
@@ -116,7 +116,7 @@ def hessian_trace(
 def _gradients(loss: Tensor, table: ParameterTable) -> tuple[Tensor, ...]:
     if not loss.requires_grad:
         raise CoverageError("the loss does not depend on any trainable parameter of this model")
-    with own_pass([loss]) as (root,):
+    with library_pass([loss]) as (root,):
         found = torch.autograd.grad(root, table.tensors, create_graph=True, allow_unused=True)
     if all(g is None for g in found):
         raise CoverageError("the loss does not depend on any trainable parameter of this model")
@@ -131,7 +131,7 @@ def _probe(gradients: tuple[Tensor, ...], table: ParameterTable, generator: torc
         return torch.zeros(len(signs), dtype=torch.float64)
     ends, seeds = zip(*curved, strict=True)
     try:
-        with own_pass(ends) as roots:
+        with library_pass(ends) as roots:
             products = torch.autograd.grad(roots, table.tensors, seeds, retain_graph=True, allow_unused=True)
     except RuntimeError as error:
         raise UnsupportedError(

@@ -12,7 +12,8 @@ from typing import Any
 import click
 import torch
 
-from torch_secorder.analysis import fresh_generator
+from torch_secorder.approximations.fisher_report import accumulated, batches
+from torch_secorder.arguments import fresh_generator
 from torch_secorder.cli import changes
 from torch_secorder.cli.failures import DONE, INTERRUPTED, USAGE, CommandError, Interrupted, needed, told
 from torch_secorder.cli.files import FORMATS, check_targets, write
@@ -21,8 +22,7 @@ from torch_secorder.cli.resuming import Journal
 from torch_secorder.cli.setups import Setup
 from torch_secorder.cli.text import as_text
 from torch_secorder.errors import CurvatureError
-from torch_secorder.loop import accumulated, batches
-from torch_secorder.results import Results
+from torch_secorder.results.results import Results
 
 EXIT_CODES = (
     "Exit codes: 0 done; 1 refused or failed, with the reason on stderr and no table written; 2 a wrong command line; "

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from torch_secorder.cli.failures import CommandError
 from torch_secorder.errors import CurvatureError
-from torch_secorder.results import Results
-from torch_secorder.saving import load
+from torch_secorder.results.results import Results
+from torch_secorder.results.saving import load
 
 
 def merged(paths: Sequence[Path]) -> Results:

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from torch_secorder.cli.failures import CommandError
-from torch_secorder.results import Results
-from torch_secorder.run import random_state
-from torch_secorder.saving import load, save
-from torch_secorder.trees import tensors
+from torch_secorder.model.containers import tensors
+from torch_secorder.model.restore import random_state
+from torch_secorder.results.results import Results
+from torch_secorder.results.saving import load, save
 
 
 class Journal:

@@ -13,15 +13,17 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
+from torch_secorder.batch_axis.evidence import Unplaced
+from torch_secorder.batch_axis.knowledge import Memory
+from torch_secorder.batch_axis.placement import Placement
+from torch_secorder.batch_axis.search import Look
+from torch_secorder.capture.records import Forward, Record
 from torch_secorder.errors import ShapeError, UnsupportedError
 from torch_secorder.graph.frontier import Frontier, Use
-from torch_secorder.graph.look import Look, Memory
 from torch_secorder.graph.walk import Walk
-from torch_secorder.parameters import ParameterTable
-from torch_secorder.placement import Placement, Unplaced
-from torch_secorder.records import Forward, Record
-from torch_secorder.rules.nodes import asked_after
-from torch_secorder.trees import tensors
+from torch_secorder.model.containers import tensors
+from torch_secorder.model.parameters import ParameterTable
+from torch_secorder.rules.node_rules import runs_after_node
 
 AHEAD = 3  # how far a chain from a parameter to the data is expected to be, so that one look sees all of it
 
@@ -111,7 +113,9 @@ class Audit:
             for target, _ in (target for part in use.parts for target in part.targets):
                 forward.calls.update([target] if isinstance(target, int) else target.site.parameters.values())
             hook = partial(self._on_use, use)
-            handle = node.register_hook(partial(_behind, hook)) if asked_after(node) else node.register_prehook(hook)
+            handle = (
+                node.register_hook(partial(_behind, hook)) if runs_after_node(node) else node.register_prehook(hook)
+            )
             self.hooks.callback(handle.remove)
         for record in shared:
             record.placement = None
@@ -132,7 +136,7 @@ class Audit:
     ) -> list[Record]:
         """Give each record its placement; returns those without a batch axis."""
         for record, _ in reached:
-            record.audited = True
+            record.in_output_graph = True
         hidden = walk.hides() and not doubtful
         if (self._trusting and not doubtful) or hidden or single:
             for record, _ in reached:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
+from torch_secorder.autograd.nodes import Edge, attributes, node_vjp, value_shape
 from torch_secorder.errors import CoverageError
-from torch_secorder.per_sample import Carried, Outer, PerSampleGradient
-from torch_secorder.rules.nodes import called
-
-Edge = tuple[Node, int]
+from torch_secorder.per_sample import Outer, PerSampleGradient, PulledBack
 
 # Nodes that only move entries, so that they change no norm.
 _NAMES = (
@@ -25,7 +23,7 @@ TRANSPOSES = {"TBackward0", "TransposeBackward0", "PermuteBackward0"}
 
 
 @dataclass(frozen=True)
-class Carrier:
+class BatchFreeVjp:
     """The way from a parameter, or a call without a batch axis, through a batch-free chain to a value.
 
     Attributes:
@@ -47,20 +45,20 @@ class Carrier:
         if isinstance(form, Outer) and form.a.shape[1] == 1 and self._transposes(form):
             return Outer(form.g, form.a, self.shape)
         vjp = partial(_vjp, self.value, self.start, self.shape, self.layout is not None)
-        return Carried(form, vjp, self.shape, self.layout)
+        return PulledBack(form, vjp, self.shape, self.layout)
 
     def _transposes(self, form: Outer) -> bool:
         single = self.value[0].name() in TRANSPOSES and self.layout is not None and len(self.layout) == 1
         return single and len(self.shape) == 2 and form.shape == self.shape[::-1]
 
 
-def carrier(value: Edge, start: Node, shape: tuple[int, ...]) -> Carrier:
+def carrier(value: Edge, start: Node, shape: tuple[int, ...]) -> BatchFreeVjp:
     """The way from ``start`` to ``value``, looked through once."""
     chain = _line(value, start)
     layout = None
     if chain is not None and all(node.name() in LAYOUT for node, _ in chain):
         layout = tuple((node.name(), nr, _settings(node)) for node, nr in chain)
-    return Carrier(value, start, shape, layout)
+    return BatchFreeVjp(value, start, shape, layout)
 
 
 def _line(value: Edge, start: Node) -> list[Edge] | None:
@@ -81,12 +79,6 @@ def _settings(node: Node) -> tuple[object, ...]:
     return tuple([(name, str(value)) for name, value in values if not isinstance(value, Tensor)])
 
 
-@cache
-def attributes(kind: type[Node], prefix: str) -> tuple[str, ...]:
-    """The attributes of nodes of one kind whose names start so."""
-    return tuple(sorted(name for name in dir(kind) if name.startswith(prefix)))
-
-
 def _vjp(value: Edge, start: Node, shape: tuple[int, ...], moves: bool, grads: Tensor) -> Tensor:
     """``[n, *value shape]`` -> ``[n, *shape]`` through the batch-free chain between the two.
 
@@ -102,7 +94,7 @@ def _vjp(value: Edge, start: Node, shape: tuple[int, ...], moves: bool, grads: T
             arrived = [pending.pop((node, nr), None) for nr in range(len(node._input_metadata))]
             if all(g is None for g in arrived):
                 continue
-            for (child, nr), result in zip(node.next_functions, called(node, arrived), strict=True):
+            for (child, nr), result in zip(node.next_functions, node_vjp(node, arrived), strict=True):
                 if child is not None and (child == start or child in order):
                     if result is None:
                         raise CoverageError(
@@ -132,9 +124,3 @@ def between(first: Node, last: Node) -> list[Node]:
             stack.append((node, True))
             stack += [(child, False) for child, _ in node.next_functions if child is not None and child.next_functions]
     return order[::-1]
-
-
-def value_shape(node: Node, nr: int) -> tuple[int, ...]:
-    """The shape of a node's output, or of the parameter whose gradient the node accumulates."""
-    variable = getattr(node, "variable", None)
-    return tuple(variable.shape if variable is not None else node._input_metadata[nr].shape)

@@ -9,13 +9,16 @@ from typing import Any
 
 from torch.autograd.graph import GradientEdge, Node
 
-from torch_secorder.graph.chain import LAYOUT, Carrier, Edge, attributes, between, carrier, value_shape
-from torch_secorder.graph.look import Key, Look, Wanted
+from torch_secorder.autograd.nodes import Edge, has_packed_tensors, value_shape
+from torch_secorder.batch_axis.evidence import Evidence, Unplaced
+from torch_secorder.batch_axis.knowledge import Key
+from torch_secorder.batch_axis.placement import Placement
+from torch_secorder.batch_axis.search import Look, Wanted
+from torch_secorder.capture.records import Forward, Record
+from torch_secorder.graph.chain import LAYOUT, BatchFreeVjp, between, carrier
 from torch_secorder.graph.walk import Walk
-from torch_secorder.parameters import ParameterTable
-from torch_secorder.placement import Evidence, Placement, Unplaced
-from torch_secorder.records import Forward, Record
-from torch_secorder.rules.nodes import Place, has_rule
+from torch_secorder.model.parameters import ParameterTable
+from torch_secorder.rules.node_rules import Place, has_rule
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class Part:
 
     index: int
     shape: tuple[int, ...]
-    targets: list[tuple[int | Record, Carrier]]
+    targets: list[tuple[int | Record, BatchFreeVjp]]
 
 
 @dataclass(eq=False)
@@ -55,10 +58,11 @@ class Use:
     starts_graph: bool
     calls_nodes: bool = False
     rearranges: bool = False
-    fired_in: int | None = None
+    last_pass: int | None = None
 
-    def place(self, node: Node, part: Part, memo: dict[str, Any]) -> Place:
+    def place(self, node: Node | None, part: Part, memo: dict[str, Any]) -> Place:
         """One of the values, for its rule."""
+        assert node is not None  # a hook of this node runs
         assert self.forward.n is not None
         shape = tuple(node._input_metadata[self.output].shape)
         return Place(node, part.index, part.shape, shape, self.placement, self.forward.n, memo)
@@ -66,7 +70,7 @@ class Use:
     def hidden(self, node: Node) -> str | None:
         """The name of a node whose saved tensors are elsewhere, and may be fetched only once: by autograd itself."""
         chains = (between(c.value[0], c.start) for part in self.parts for _, c in part.targets if c.layout is None)
-        return next((one.name() for one in (node, *itertools.chain(*chains)) if saves_elsewhere(one)), None)
+        return next((one.name() for one in (node, *itertools.chain(*chains)) if has_packed_tensors(one)), None)
 
     def edges(self, node: Node) -> list[GradientEdge]:
         """Where the gradients of the node's outputs arrive."""
@@ -172,7 +176,7 @@ class Frontier:
                     stack.append(child)
         return True
 
-    def _targets(self, value: Node, nr: int) -> list[tuple[int | Record, Carrier]]:
+    def _targets(self, value: Node, nr: int) -> list[tuple[int | Record, BatchFreeVjp]]:
         """Everything that a batch-free value was computed from."""
         leaves = self._walk.leaves
         ends: dict[Node, int | Record] = {}
@@ -192,10 +196,3 @@ class Frontier:
 
     def _shape_of(self, target: int | Record) -> tuple[int, ...]:
         return self._table.rows[target].shape if isinstance(target, int) else tuple(target.shape)
-
-
-def saves_elsewhere(node: Any) -> bool:
-    """Whether hooks keep the tensors that a node has saved."""
-    saved = (getattr(node, name) for name in attributes(type(node), "_raw_saved_"))  # type: ignore[arg-type]  # a type is hashable
-    several = (one for value in saved for one in (value if isinstance(value, (list, tuple)) else (value,)))
-    return any(getattr(one, "unpack_hook", None) is not None for one in several)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from torch_secorder.errors import LifecycleError
 from torch_secorder.integrations.watching import By, WatchingCallback, missing, single_process
-from torch_secorder.plan import BatchAxis
+from torch_secorder.recording.plan import BatchAxis
 
 try:
     from transformers import TrainerCallback

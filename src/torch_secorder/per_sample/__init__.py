@@ -11,30 +11,36 @@ another form, total over samples, dense); :class:`PerSampleGradient` answers the
 samples at a time, and a form overrides what its factors give more cheaply.
 """
 
-from torch_secorder.per_sample._base import Dense, PerSampleGradient, Sum, direction, row_squares, widened
-from torch_secorder.per_sample.budget import checked_budget, limited
-from torch_secorder.per_sample.carried import Carried
+from torch_secorder.per_sample._base import (
+    Dense,
+    PerSampleGradient,
+    Sum,
+    at_least_float32,
+    direction,
+    squared_norm_of_rows,
+)
+from torch_secorder.per_sample.budget import limited
 from torch_secorder.per_sample.convolution import Convolution
+from torch_secorder.per_sample.out_of_memory import as_refusal, halving_on_oom
 from torch_secorder.per_sample.outer import Factor, Outer
-from torch_secorder.per_sample.rows import Rows
-from torch_secorder.per_sample.scarce import explained, in_halves
-from torch_secorder.per_sample.squares import Squares
+from torch_secorder.per_sample.pulled_back import PulledBack
+from torch_secorder.per_sample.row_sparse import RowSparse
+from torch_secorder.per_sample.square_sum import SquareSum
 
 __all__ = [
-    "Carried",
     "Convolution",
     "Dense",
     "Factor",
     "Outer",
     "PerSampleGradient",
-    "Rows",
-    "Squares",
+    "PulledBack",
+    "RowSparse",
+    "SquareSum",
     "Sum",
-    "checked_budget",
+    "as_refusal",
+    "at_least_float32",
     "direction",
-    "explained",
-    "in_halves",
+    "halving_on_oom",
     "limited",
-    "row_squares",
-    "widened",
+    "squared_norm_of_rows",
 ]

@@ -10,8 +10,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from torch_secorder.batch_axis.placement import Grouping
 from torch_secorder.per_sample.budget import within
-from torch_secorder.placement import Grouping
 
 Index = slice | Tensor
 
@@ -19,7 +19,7 @@ Index = slice | Tensor
 CHUNK_BYTES = 8 * 2**20
 
 
-def widened(value: Tensor) -> Tensor:
+def at_least_float32(value: Tensor) -> Tensor:
     """``value`` in at least float32: squares of half-precision numbers overflow and underflow."""
     return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
 
@@ -56,7 +56,7 @@ def _direction(rows: int, columns: int, dtype: torch.dtype, device: torch.device
 LONG = 4096
 
 
-def row_squares(value: Tensor) -> Tensor:
+def squared_norm_of_rows(value: Tensor) -> Tensor:
     """``sum of x ** 2`` over the last axis."""
     # A norm reads large rows once and writes nothing; its own second derivative does not exist at zero.
     if value.numel() <= 2**16 or torch.is_grad_enabled():
@@ -111,11 +111,11 @@ class PerSampleGradient(ABC):
 
     def squared_norm(self) -> Tensor:
         """``sum of G_n ** 2`` over the parameter's entries, ``[n]``."""
-        return self.direct_norm()
+        return self.dense_squared_norm()
 
-    def direct_norm(self) -> Tensor:
+    def dense_squared_norm(self) -> Tensor:
         """:meth:`squared_norm` from the gradients themselves, without a sum in which digits could cancel."""
-        return torch.cat([row_squares(part.dense().flatten(1)) for part in self.parts()])
+        return torch.cat([squared_norm_of_rows(part.dense().flatten(1)) for part in self.parts()])
 
     def sum_of_squares(self) -> Tensor:
         """``sum_n G_n ** 2`` entry by entry, ``[*shape]``: the diagonal of ``sum_n vec(G_n) vec(G_n)^T``."""
@@ -125,7 +125,7 @@ class PerSampleGradient(ABC):
         """``sum_n G_n``, ``[*shape]``: what autograd's gradient of the batch is."""
         return _total(part.dense().sum(0) for part in self.parts())
 
-    def total_norm(self) -> Tensor | None:
+    def batch_gradient_norm(self) -> Tensor | None:
         """``||sum_n G_n||``, if the factors tell it for less than reading a tensor of the parameter's size takes."""
         return None
 
@@ -175,7 +175,7 @@ class Dense(PerSampleGradient):
     """The gradients as a tensor ``[n, *shape]``: biases, scales, whatever is small."""
 
     def __init__(self, value: Tensor):
-        self.value = value = widened(value)
+        self.value = value = at_least_float32(value)
         self.n, self.shape = value.shape[0], tuple(value.shape[1:])
 
     @property
@@ -189,7 +189,7 @@ class Dense(PerSampleGradient):
         return Dense(self.value[samples])
 
     def squared_norm(self) -> Tensor:
-        return row_squares(self.value.reshape(self.n, -1))
+        return squared_norm_of_rows(self.value.reshape(self.n, -1))
 
     def regrouped(self, groups: Grouping) -> Dense:
         return Dense(groups.sums(self.value))
@@ -243,7 +243,7 @@ def guarded(norms: Tensor, magnitude: Tensor, form: PerSampleGradient) -> Tensor
     if not bool(lost.any()):
         return norms
     samples = lost.nonzero().squeeze(1)
-    return norms.index_copy(0, samples, form.select(samples).direct_norm())
+    return norms.index_copy(0, samples, form.select(samples).dense_squared_norm())
 
 
 def _total(values: Iterator[Tensor]) -> Tensor:

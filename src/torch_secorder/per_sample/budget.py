@@ -6,8 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-from torch_secorder.errors import ArgumentError
-
 _limit: ContextVar[int | None] = ContextVar("limit", default=None)
 
 
@@ -27,16 +25,3 @@ def within(usual: int | None) -> int | None:
     # What is computed from a temporary may be as large as it, and the one before it still there.
     limit = None if limit is None else limit // 2
     return limit if usual is None else usual if limit is None else min(usual, limit)
-
-
-def checked_budget(max_memory: object) -> int | None:
-    """``max_memory``, if it is None or a number of bytes.
-
-    Raises:
-        ArgumentError: otherwise.
-    """
-    if max_memory is None:
-        return None
-    if isinstance(max_memory, bool) or not isinstance(max_memory, int) or max_memory < 1:
-        raise ArgumentError(f"max_memory must be a number of bytes, an int >= 1, or None, not {max_memory!r}")
-    return max_memory

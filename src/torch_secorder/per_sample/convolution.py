@@ -8,17 +8,17 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from torch_secorder.batch_axis.placement import Grouping
 from torch_secorder.per_sample._base import (
     Index,
     PerSampleGradient,
+    at_least_float32,
     guarded,
-    row_squares,
-    widened,
+    squared_norm_of_rows,
 )
 from torch_secorder.per_sample.budget import within
 from torch_secorder.per_sample.costs import BUDGET, Sizes, predicted
 from torch_secorder.per_sample.outer import Outer
-from torch_secorder.placement import Grouping
 
 FILLED = 16  # rows
 
@@ -59,7 +59,7 @@ class Convolution(PerSampleGradient):
         dilation: Sequence[int],
         groups: int,
     ):
-        self.x, self.g = widened(x.to(g.dtype)), widened(g)
+        self.x, self.g = at_least_float32(x.to(g.dtype)), at_least_float32(g)
         self.n, self.shape = x.shape[0], tuple(shape)
         self.stride, self.padding, self.dilation, self.groups = list(stride), list(padding), list(dilation), groups
         for axis, (kernel, step, sides) in enumerate(zip(self.shape[2:], stride, padding, strict=True), 3):
@@ -144,7 +144,7 @@ class Convolution(PerSampleGradient):
         """The squared norms by one of the forms, whatever it costs."""
         match form:
             case "direct":
-                return self.direct_norm()
+                return self.dense_squared_norm()
             case "shifted":
                 return torch.cat([part._shifted_norms() for part in self._parts("shifted")])
             case "gram":
@@ -219,7 +219,7 @@ class Convolution(PerSampleGradient):
 
     def _shifted_norms(self) -> Tensor:
         products = (value if value.is_contiguous() else value.mT for value in self.shifted())  # as they lie in memory
-        squares = [row_squares(value.reshape(self.n, -1)) for value in products]
+        squares = [squared_norm_of_rows(value.reshape(self.n, -1)) for value in products]
         return torch.stack(squares).sum(0) if len(squares) > 1 else squares[0]
 
     def _gram(self) -> tuple[Tensor, Tensor]:

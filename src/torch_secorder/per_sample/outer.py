@@ -7,19 +7,19 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from torch_secorder.batch_axis.placement import Grouping
 from torch_secorder.per_sample._base import (
     CHUNK_BYTES,
     Index,
     PerSampleGradient,
     _total,
+    at_least_float32,
     cancellation_floor,
     chunks,
     guarded,
-    row_squares,
-    widened,
+    squared_norm_of_rows,
 )
 from torch_secorder.per_sample.budget import within
-from torch_secorder.placement import Grouping
 
 MEMORY = 20
 
@@ -77,7 +77,7 @@ class Outer(PerSampleGradient):
     def __init__(self, a: Tensor | Factor, g: Tensor | Factor, shape: Sequence[int]):
         inputs, grads = (x.value if isinstance(x, Factor) else x for x in (a, g))
         # Under autocast the operation saw its input in the dtype of its output, and so must we.
-        self.a, self.g = widened(inputs.to(grads.dtype)), widened(grads)
+        self.a, self.g = at_least_float32(inputs.to(grads.dtype)), at_least_float32(grads)
         self._common = [x for x in (a, g) if isinstance(x, Factor)]
         self.n, self.shape = inputs.shape[0], tuple(shape)
 
@@ -107,11 +107,11 @@ class Outer(PerSampleGradient):
     def squared_norm(self) -> Tensor:
         match self.algorithm:
             case "product":
-                return (row_squares(self.a) * row_squares(self.g)).sum((1, 2))
+                return (squared_norm_of_rows(self.a) * squared_norm_of_rows(self.g)).sum((1, 2))
             case "gram":
                 return self._gram()
             case _:
-                return self.direct_norm()
+                return self.dense_squared_norm()
 
     def _gram(self) -> Tensor:
         k, t = self.a.shape[1:3]
@@ -146,8 +146,8 @@ class Outer(PerSampleGradient):
             return a * g
         return g.mul_(a) if a_is_kept else a.mul_(g)
 
-    def direct_norm(self) -> Tensor:
-        return _total(PerSampleGradient.direct_norm(strip) for strip in self._by_features())
+    def dense_squared_norm(self) -> Tensor:
+        return _total(PerSampleGradient.dense_squared_norm(strip) for strip in self._by_features())
 
     def _by_features(self) -> Iterator[Outer]:
         """The gradients of some output features at a time: of as many as one sample's gradient may take in memory."""
@@ -170,7 +170,7 @@ class Outer(PerSampleGradient):
         a, g = (x.movedim(1, 0).reshape(k, -1, x.shape[3]) for x in (self.a, self.g))
         return (g.mT @ a).reshape(self.shape)
 
-    def total_norm(self) -> Tensor | None:
+    def batch_gradient_norm(self) -> Tensor | None:
         n, k, t, i = self.a.shape
         o = self.g.shape[3]
         # A number that is read costs as much as some thirty multiplications of a matrix product; few are soon read.

@@ -10,13 +10,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch_secorder.capture import output_edge
-from torch_secorder.engine import at_the_end, calling, current_backward, probing, raise_at_the_end
-from torch_secorder.errors import ArgumentError, CoverageError, LifecycleError, NonFiniteError, ShapeError
-from torch_secorder.hooks import Attached, Hook, Hooks
-from torch_secorder.parameters import named_modules, unwrapped
-from torch_secorder.records import Site
-from torch_secorder.results import checked
+from torch_secorder.arguments import require_choice
+from torch_secorder.autograd.engine import (
+    after_backward,
+    current_graph_task,
+    in_library_call,
+    in_search_pass,
+    raise_after_backward,
+)
+from torch_secorder.autograd.nodes import gradient_edge_of
+from torch_secorder.capture.records import Site
+from torch_secorder.errors import (
+    ArgumentError,
+    CoverageError,
+    LifecycleError,
+    NonFiniteError,
+    ShapeError,
+    UnsupportedError,
+)
+from torch_secorder.model.hooks import Hook, Hooks, HookScope
+from torch_secorder.model.parameters import named_modules, unwrapped
 from torch_secorder.rules import refusal_for
 
 _UNBATCHED: dict[type[nn.Module], int] = {nn.Conv1d: 2, nn.Conv2d: 3, nn.Conv3d: 4}
@@ -57,7 +70,7 @@ class _Call:
         return both.movedim((batch, channel), (0, 1)).flatten(2).sum(2) if both.dim() > 2 else both.movedim(batch, 0)
 
 
-class ChannelGates(Attached):
+class ChannelGates(HookScope):
     r"""Watches the Fisher information of a gate on each output channel, in the passes that run inside.
 
     A gate :math:`m_k = 1` multiplies channel k of a module's output :math:`a`. With positions i of the channel,
@@ -106,7 +119,7 @@ class ChannelGates(Attached):
         modules: tuple[type[nn.Module], ...] | Callable[[str], bool] | None = None,
         batch_axis: int = 0,
     ):
-        checked("reduction", reduction, ("mean", "sum"))
+        require_choice("reduction", reduction, ("mean", "sum"))
         if isinstance(loss_scale, bool) or not (isinstance(loss_scale, (int, float)) and 0 < loss_scale < float("inf")):
             raise ArgumentError(f"loss_scale must be a positive number, not {loss_scale!r}")
         self._model, self._reduction, self._loss_scale, self._axis = unwrapped(model), reduction, loss_scale, batch_axis
@@ -162,26 +175,30 @@ class ChannelGates(Attached):
     def _seen(self, site: Site, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if (
             not (self._active and torch.is_grad_enabled() and isinstance(output, Tensor) and output.requires_grad)
-            or calling()
+            or in_library_call()
         ):
             return
-        replay_of = current_backward()  # activation checkpointing runs this forward inside of a backward pass
-        if replay_of != -1:
-            self._opened(replay_of)
+        recomputed_in = current_graph_task()  # activation checkpointing runs this forward inside of a backward pass
+        if recomputed_in != -1:
+            self._opened(recomputed_in)
         if (unbatched := _UNBATCHED.get(type(module))) is not None and output.dim() == unbatched:
             raise ShapeError(f"{site}: its output of shape {tuple(output.shape)} has no batch axis")
-        edge = output_edge(output, site)
+        edge = gradient_edge_of(output)
+        if edge is None:
+            raise UnsupportedError(
+                f"{site}: its output is a leaf of the autograd graph, not something that it computed"
+            )
         inputs = [(x, x._version) for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
         call = _Call(
             site, output.detach(), output._version, inputs, partial(type(module).forward, module, *args, **kwargs)
         )
-        edge.node.register_prehook(partial(self._fired, call, replay_of, edge.output_nr))
+        edge.node.register_prehook(partial(self._fired, call, recomputed_in, edge.output_nr))
 
-    def _fired(self, call: _Call, replay_of: int, output_nr: int, grads: tuple[Tensor | None, ...]) -> None:
+    def _fired(self, call: _Call, recomputed_in: int, output_nr: int, grads: tuple[Tensor | None, ...]) -> None:
         grad = grads[output_nr]
-        if not self._active or probing() or grad is None:
+        if not self._active or in_search_pass() or grad is None:
             return
-        current = self._opened(current_backward() if replay_of == -1 else replay_of)
+        current = self._opened(current_graph_task() if recomputed_in == -1 else recomputed_in)
         try:
             name, found = call.site.name, call.products(grad, self._axis)
             if current.gradients and len(found) != len(next(iter(current.gradients.values()))):
@@ -195,7 +212,7 @@ class ChannelGates(Attached):
     def _opened(self, task: int) -> _GatePass:
         if task not in self._passes:
             self._passes[task] = _GatePass()
-            at_the_end(partial(self._closed, task))
+            after_backward(partial(self._closed, task))
         return self._passes[task]
 
     def _closed(self, task: int) -> None:
@@ -213,7 +230,7 @@ class ChannelGates(Attached):
                     f"the gates of {', '.join(bad)} have gradients that are infinite or NaN; the pass is left out"
                 )
         if current.error is not None:
-            raise_at_the_end(current.error)
+            raise_after_backward(current.error)
             return
         self._n += n
         for name, values in squares.items():

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torch_secorder.curvature import channel_axis
 from torch_secorder.errors import ArgumentError
-from torch_secorder.parameters import named_modules, unwrapped
-from torch_secorder.sources import channel_axis
+from torch_secorder.model.parameters import named_modules, unwrapped
 
 _Norm = nn.modules.batchnorm._NormBase
 

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
 
+from torch_secorder.arguments import require_choice, require_share
+from torch_secorder.curvature import channel_axis
 from torch_secorder.errors import ArgumentError
-from torch_secorder.parameters import plain_name, unwrapped
-from torch_secorder.pruning.saliency import checked_share
-from torch_secorder.results import checked
-from torch_secorder.sources import channel_axis
+from torch_secorder.model.parameters import plain_name, unwrapped
 
 
 def prune(
@@ -47,8 +46,8 @@ def prune(
         tensor([[0., 1.],
                 [1., 0.]])
     """
-    share = checked_share(amount)
-    checked("scope", scope, ("global", "layer"))
+    share = require_share(amount)
+    require_choice("scope", scope, ("global", "layer"))
     model = unwrapped(model)
     if not isinstance(saliency, Mapping) or not saliency:
         raise ArgumentError("the saliency has no entry; pass what weight_saliency() or ChannelGates.saliency gave")

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from torch_secorder.arguments import require_choice, require_share
+from torch_secorder.curvature import curvature, warn_if_no_prediction
 from torch_secorder.errors import ArgumentError
-from torch_secorder.results import Results, checked
-from torch_secorder.sources import curvature, warn_if_no_prediction
+from torch_secorder.results.results import Results
 from torch_secorder.tables import table
 
 if TYPE_CHECKING:
@@ -71,11 +72,11 @@ def weight_saliency(
     Source:
         LeCun, Denker and Solla (1990), "Optimal brain damage".
     """
-    share = checked_share(shrinkage, "shrinkage")
+    share = require_share(shrinkage, "shrinkage")
     known = curvature(model, source, fisher=fisher, diagonal=diagonal)
     warn_if_no_prediction(known.fisher)
     if not callable(parameters):
-        checked("parameters", parameters, ("weights", "all"))
+        require_choice("parameters", parameters, ("weights", "all"))
     return {
         name: (0.5 * _shrunk(known.of(name).double(), share) * weight.double().square()).to(
             torch.promote_types(weight.dtype, torch.float32)
@@ -112,7 +113,7 @@ def pruning_sensitivity(
         >>> pruning_sensitivity({"weight": torch.tensor([[3.0, 1.0], [2.0, 4.0]])}, amounts=(0.25, 0.5)).loc["weight", 0.5]
         np.float64(3.0)
     """
-    shares = [checked_share(amount) for amount in ([amounts] if isinstance(amounts, float) else amounts)]
+    shares = [require_share(amount) for amount in ([amounts] if isinstance(amounts, float) else amounts)]
     rows: list[dict[Any, Any]] = []
     for name, scores in saliency.items():
         by = scores if order is None else order.get(name)
@@ -125,17 +126,6 @@ def pruning_sensitivity(
             row[share] = float(sums[count - 1]) if count else 0.0
         rows.append(row)
     return table(rows, "parameter", ("numel", *shares), unit="nats per sample")
-
-
-def checked_share(amount: float, name: str = "amount") -> float:
-    """A share from 0 to 1.
-
-    Raises:
-        ArgumentError: for anything else.
-    """
-    if isinstance(amount, bool) or not isinstance(amount, (int, float)) or not 0 <= amount <= 1:
-        raise ArgumentError(f"{name} must be a share from 0 to 1, not {amount!r}")
-    return float(amount)
 
 
 def _shrunk(diagonal: Tensor, share: float) -> Tensor:

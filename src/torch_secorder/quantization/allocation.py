@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from torch_secorder.arguments import require_choice
 from torch_secorder.errors import ArgumentError
 from torch_secorder.quantization.rounding import checked_bits
-from torch_secorder.results import checked
 from torch_secorder.tables import table
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def allocate_bits(sensitivity: pd.DataFrame, budget: float, *, unit: str = "bits
         >>> best.attrs["predicted"] <= uniform_bits(sensitivity, 4).attrs["predicted"]
         True
     """
-    checked("unit", unit, ("bits per weight", "bytes", "bits"))
+    require_choice("unit", unit, ("bits per weight", "bytes", "bits"))
     costs, numel, widths = _choices(sensitivity)
     if isinstance(budget, bool) or not isinstance(budget, (int, float)) or not budget > 0:
         raise ArgumentError(f"budget must be a positive number of {unit}, not {budget!r}")

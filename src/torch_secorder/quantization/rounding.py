@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from torch_secorder.arguments import require_choice
+from torch_secorder.curvature import channel_axis
 from torch_secorder.errors import ArgumentError
-from torch_secorder.parameters import named_modules, plain_name, unwrapped
-from torch_secorder.results import checked
-from torch_secorder.sources import channel_axis
+from torch_secorder.model.parameters import named_modules, plain_name, unwrapped
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -57,8 +57,8 @@ def rounded(weight: Tensor, bits: int, scheme: str = "symmetric", per: str = "te
         one bit: Rastegari et al. (2016), "XNOR-Net".
     """
     bits = checked_bits(bits)
-    checked("scheme", scheme, SCHEMES)
-    checked("per", per, GRAINS)
+    require_choice("scheme", scheme, SCHEMES)
+    require_choice("per", per, GRAINS)
     if not weight.numel():
         return weight.clone()
     w = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from torch_secorder.arguments import require_choice
+from torch_secorder.curvature import Curvature, curvature, warn_if_no_prediction
 from torch_secorder.errors import ArgumentError
-from torch_secorder.parameters import named_modules, unwrapped
+from torch_secorder.model.parameters import named_modules, unwrapped
 from torch_secorder.quantization.rounding import GRAINS, SCHEMES, checked_bits, rounded
-from torch_secorder.results import Results, checked
-from torch_secorder.sources import Curvature, curvature, warn_if_no_prediction
+from torch_secorder.results.results import Results
 from torch_secorder.tables import table
 
 if TYPE_CHECKING:
@@ -88,8 +89,8 @@ def quantization_sensitivity(
     widths = [checked_bits(b) for b in (bits if isinstance(bits, Iterable) else [bits])]
     if not widths or len(set(widths)) < len(widths):
         raise ArgumentError(f"bits must be one or more different numbers, not {tuple(widths)}")
-    checked("scheme", scheme, SCHEMES)
-    checked("per", per, GRAINS)
+    require_choice("scheme", scheme, SCHEMES)
+    require_choice("per", per, GRAINS)
     known = curvature(model, source, fisher=fisher, diagonal=diagonal)
     warn_if_no_prediction(known.fisher)
     rows: list[dict[Any, Any]] = []
@@ -110,7 +111,7 @@ def quantization_sensitivity(
 def _chosen(known: Curvature, parameters: str | Callable[[str], bool]) -> list[str]:
     if callable(parameters):
         return [name for name in known.parameters if parameters(name)]
-    checked("parameters", parameters, ("weights", "all"))
+    require_choice("parameters", parameters, ("weights", "all"))
     return [name for name, p in known.parameters.items() if parameters == "all" or p.dim() > 1]
 
 

@@ -4,10 +4,12 @@ A rule is one function, ``rule(module, call) -> {local parameter name: per-sampl
 family. Importing this package registers the built-in ones.
 """
 
+from torch_secorder.capture.records import Call
 from torch_secorder.rules import bilinear, convolution, elementwise, embedding, linear, normalization, recurrent
-from torch_secorder.rules._dispatch import Gradients, Rule, refusal_for, register_refusal, register_rule, rule_for
+from torch_secorder.rules.registry import Gradients, Rule, refusal_for, register_refusal, register_rule, rule_for
 
 __all__ = [
+    "Call",
     "Gradients",
     "Rule",
     "bilinear",

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from torch_secorder.capture.records import Call
 from torch_secorder.errors import ShapeError
 from torch_secorder.per_sample import Outer
-from torch_secorder.records import Call
-from torch_secorder.rules._dispatch import Gradients, register_rule
+from torch_secorder.rules.registry import Gradients, register_rule
 
 
 @register_rule(nn.Bilinear)

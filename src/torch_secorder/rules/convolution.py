@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from torch_secorder.capture.records import Call
 from torch_secorder.errors import ShapeError
 from torch_secorder.per_sample import Convolution
-from torch_secorder.records import Call
-from torch_secorder.rules._dispatch import Gradients, register_rule
+from torch_secorder.rules.registry import Gradients, register_rule
 
 
 @register_rule(nn.Conv1d, nn.Conv2d, nn.Conv3d)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from torch_secorder.records import Call
-from torch_secorder.rules._dispatch import Gradients, register_rule
+from torch_secorder.capture.records import Call
+from torch_secorder.rules.registry import Gradients, register_rule
 
 
 @register_rule(nn.PReLU)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import nn
 
+from torch_secorder.capture.records import Call
 from torch_secorder.errors import CoupledSamplesError, CurvatureError, ShapeError
-from torch_secorder.per_sample import Rows
-from torch_secorder.records import Call
-from torch_secorder.rules._dispatch import Gradients, register_refusal, register_rule
+from torch_secorder.per_sample import RowSparse
+from torch_secorder.rules.registry import Gradients, register_refusal, register_rule
 
 
 @register_rule(nn.Embedding)
@@ -18,7 +18,7 @@ def embedding(module: nn.Embedding, call: Call) -> Gradients:
         raise ShapeError("an Embedding got a single id, without a batch axis")
     if module.padding_idx is not None:
         g = g.masked_fill((ids == module.padding_idx)[..., None], 0)
-    return {"weight": Rows(ids.reshape(len(ids), -1), g.reshape(len(g), -1, g.shape[-1]), module.weight.shape)}
+    return {"weight": RowSparse(ids.reshape(len(ids), -1), g.reshape(len(g), -1, g.shape[-1]), module.weight.shape)}
 
 
 @register_refusal(nn.Embedding, nn.EmbeddingBag)

@@ -12,9 +12,9 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from torch_secorder.capture.records import Call
 from torch_secorder.errors import CoupledSamplesError, CurvatureError, ShapeError
-from torch_secorder.records import Call
-from torch_secorder.rules._dispatch import Gradients, register_refusal, register_rule
+from torch_secorder.rules.registry import Gradients, register_refusal, register_rule
 
 _SINGLE_OR_DOUBLE = (torch.float32, torch.float64)
 MODERATE = 16  # times the deviation

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_secorder.autograd.engine import current_node
 from torch_secorder.per_sample import Factor, Outer, PerSampleGradient, direction
-from torch_secorder.rules.nodes import Gradients, Place, node_rule
+from torch_secorder.rules.node_rules import Gradients, Place, node_rule
 
 # By how much gates that oneDNN kept may differ from ours. It is exact to a few 1e-7, and what isn't the gate that is expected is
 # off by far more in most of the numbers.
@@ -141,7 +142,7 @@ class _Layer:
         workspace's end and on pages of their own: cells, gradients of inputs, of hidden states, of cells.
         """
         workspace, (t, n, width) = self._workspace(), self.out.shape
-        if workspace is None or t == 1 or torch._C._current_autograd_node() is not self._node:
+        if workspace is None or t == 1 or current_node() is not self._node:
             return None
         line = _line(max(width, self.x.shape[2]))
         tables, end = [], len(workspace)

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torch_secorder.capture.records import Call
 from torch_secorder.errors import UnsupportedError
 from torch_secorder.per_sample import Outer
-from torch_secorder.records import Call
-from torch_secorder.rules._dispatch import Gradients, Rule
+from torch_secorder.rules.registry import Gradients, Rule
 
 
 def structural_rule(module: nn.Module) -> Rule | None:

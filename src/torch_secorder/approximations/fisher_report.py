@@ -1,0 +1,289 @@
+"""fisher_report: the whole loop over data in one call."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sized
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from torch_secorder.arguments import fresh_generator, require_callable, require_choice, require_positive_int
+from torch_secorder.errors import ArgumentError
+from torch_secorder.likelihoods import random_signs
+from torch_secorder.model.restore import forked_random, lock_of
+from torch_secorder.recording.plan import BatchAxis
+from torch_secorder.results.report import By
+from torch_secorder.results.results import Results
+from torch_secorder.running.analysis import Analysis, Batch, logits
+from torch_secorder.running.fisher_kind import FisherKind
+from torch_secorder.running.loss import require_separable
+from torch_secorder.verification.samples_alone import verified
+from torch_secorder.verification.schedule import analyse_and_verify
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def fisher_report(
+    model: nn.Module,
+    loss_fn: Callable[[Any, Any], Tensor] | None,
+    data: Any,
+    *,
+    fisher: str = "empirical",
+    num_samples: int | None = None,
+    loss_type: str = "nll",
+    max_batches: int | None = None,
+    progress: bool = True,
+    verify: bool = True,
+    by: By = None,
+    reduction: str | None = None,
+    parameters: str = "trainable",
+    batch_axis: BatchAxis = None,
+    ignore_index: int = -100,
+    class_axis: int = 1,
+    generator: torch.Generator | None = None,
+    max_passes: int = 10_000,
+    max_memory: int | None = None,
+) -> pd.DataFrame:
+    """The table of every parameter's Fisher-trace contribution over a data set. Runs the loop itself, writes no ``.grad``.
+
+    Args:
+        model: the model; it runs in its current mode.
+        loss_fn: from ``(outputs, targets)`` to a scalar; may be None unless ``fisher="empirical"``.
+        data: an iterable of ``(inputs, targets)``, a DataLoader say, or one such pair. Inputs may be a tensor, a tuple of
+            positional arguments or a mapping of keyword arguments.
+        fisher: "empirical" for gradients of the loss; "exact" for the Fisher with the model's own labels integrated out;
+            "sampled" for an unbiased estimate of it; "observed" for gradients of log p(target).
+        num_samples: how many backward passes per batch "sampled" takes, 1 by default.
+        loss_type: the likelihood, for everything but "empirical"; see
+            :func:`~torch_secorder.approximations.fisher_trace.generalized_fisher_trace`.
+        max_batches: stop after so many.
+        progress: show a progress bar, if tqdm is installed.
+        verify: check one sample of the first batch against plain autograd.
+        by: as in :meth:`FisherMonitor.report`.
+        reduction: "mean" or "sum"; by default as the loss does ("empirical"), else "mean".
+        parameters: "trainable" or "all".
+        batch_axis: as in :class:`FisherMonitor`.
+        ignore_index: "nll" positions with this target contribute nothing.
+        class_axis: where "nll" outputs have their classes.
+        generator: for "sampled".
+        max_passes: the most backward passes per batch that "exact" may take.
+        max_memory: as in :class:`FisherMonitor`.
+
+    Returns:
+        The same table as :meth:`FisherMonitor.report`; ``grad_sq_norm`` is NaN, since no parameter gradient is computed. For
+        the diagonal and the activations, which no table holds, see :func:`fisher_results`.
+
+    Raises:
+        ArgumentError: for arguments that mean nothing, no data, or a loss that neither averages nor sums.
+        VerificationError: if one sample alone has other gradients than in its batch, or the loss compares samples.
+        CurvatureError: in one of its kinds, for whatever can't be exact; it says what to do.
+
+    Example:
+        >>> import torch
+        >>> from torch_secorder import fisher_report
+        >>> model = torch.nn.Linear(3, 2)
+        >>> data = [(torch.randn(8, 3), torch.randint(2, (8,))) for _ in range(4)]
+        >>> report = fisher_report(model, torch.nn.CrossEntropyLoss(), data, progress=False)
+        >>> report.attrs["n_samples"]
+        32
+    """
+    return fisher_results(
+        model,
+        loss_fn,
+        data,
+        fisher=fisher,
+        num_samples=num_samples,
+        loss_type=loss_type,
+        max_batches=max_batches,
+        progress=progress,
+        verify=verify,
+        reduction=reduction,
+        parameters=parameters,
+        batch_axis=batch_axis,
+        ignore_index=ignore_index,
+        class_axis=class_axis,
+        generator=generator,
+        max_passes=max_passes,
+        max_memory=max_memory,
+    ).report(by)
+
+
+def fisher_results(
+    model: nn.Module,
+    loss_fn: Callable[[Any, Any], Tensor] | None,
+    data: Any,
+    *,
+    diagonal: bool = False,
+    per_sample: bool = False,
+    activations: bool = False,
+    **options: Any,
+) -> Results:
+    """What :func:`fisher_report` finds, with all that its table can't hold.
+
+    Args:
+        model: as for :func:`fisher_report`, like ``loss_fn`` and ``data``.
+        loss_fn: see there.
+        data: see there.
+        diagonal: also keep the Fisher diagonal, a tensor of each parameter's size.
+        per_sample: also keep every sample's squared norms; under "exact" their expectations.
+        activations: also keep account of every module's output: its Fisher trace and its moments.
+        options: the other arguments of :func:`fisher_report`, but ``by``.
+
+    Returns:
+        Results as those of a :class:`FisherMonitor`: ``report(by)``, ``trace``, ``diagonal``, ``per_sample``, ``activations``,
+        ``merge``, ``save``.
+
+    Raises:
+        CurvatureError: as :func:`fisher_report`.
+
+    Example:
+        >>> import torch
+        >>> from torch_secorder import fisher_results
+        >>> model = torch.nn.Linear(3, 2)
+        >>> results = fisher_results(model, None, (torch.randn(8, 3), None), fisher="exact", diagonal=True, progress=False)
+        >>> results.diagonal["weight"].shape, results.report().attrs["fisher"]
+        (torch.Size([2, 3]), 'exact')
+    """
+    if unknown := options.keys() - (accumulated.__kwdefaults__ or {}).keys():
+        raise TypeError(f"fisher_results() got an unexpected keyword argument {min(unknown)!r}")
+    results = None
+    for results in accumulated(  # noqa: B007  # the last one
+        model, loss_fn, data, diagonal=diagonal, per_sample=per_sample, activations=activations, **options
+    ):
+        pass
+    if results is None:
+        raise ArgumentError("data has no batch")
+    return results
+
+
+def accumulated(
+    model: nn.Module,
+    loss_fn: Callable[[Any, Any], Tensor] | None,
+    data: Any,
+    *,
+    fisher: str = "empirical",
+    num_samples: int | None = None,
+    loss_type: str = "nll",
+    max_batches: int | None = None,
+    progress: bool = True,
+    verify: bool = True,
+    reduction: str | None = None,
+    parameters: str = "trainable",
+    batch_axis: BatchAxis = None,
+    ignore_index: int = -100,
+    class_axis: int = 1,
+    generator: torch.Generator | None = None,
+    max_passes: int = 10_000,
+    max_memory: int | None = None,
+    earlier: Results | None = None,
+    diagonal: bool = False,
+    per_sample: bool = False,
+    activations: bool = False,
+) -> Iterator[Results]:
+    """The results so far, the same object after every batch.
+
+    The arguments are those of :func:`fisher_results`, with ``earlier`` for results of other batches to add these batches to.
+    """
+    require_choice("fisher", fisher, ("empirical", "exact", "sampled", "observed"))
+    require_choice("reduction", reduction, (None, "mean", "sum"))
+    if num_samples is not None and fisher != "sampled":
+        raise ArgumentError(f'num_samples is for fisher="sampled", not fisher={fisher!r}')
+    if fisher == "empirical":
+        if loss_fn is None:
+            raise ArgumentError(
+                'fisher="empirical" needs a loss_fn; fisher="exact", of the model\'s own labels, needs none'
+            )
+        require_callable("loss_fn", loss_fn)
+    if max_batches is not None:
+        require_positive_int("max_batches", max_batches)
+    k = require_positive_int("num_samples", 1 if num_samples is None else num_samples)
+    labels = "observed" if fisher == "observed" else "model"
+    kind = FisherKind(loss_type, labels, k if fisher == "sampled" else None, ignore_index, class_axis, max_passes)
+    generator = fresh_generator(generator)
+
+    keeps = {"diagonal": diagonal, "activations": activations}
+    analysis, results = Analysis(model, parameters, batch_axis, max_memory=max_memory, **keeps), earlier
+    for number, (inputs, targets) in enumerate(_in_step(analysis, batches(data, max_batches, progress))):
+        first = verify and number == 0
+        with lock_of(analysis.model):
+            if fisher == "empirical":
+                assert loss_fn is not None
+                analyse = partial(analysis.empirical, loss_fn, inputs, targets, _always if first else _never)
+                check = partial(_check, analysis, loss_fn, inputs, targets)
+                batch = analyse_and_verify(analysis, analyse, check) if first else analyse()
+                samples, reduction = batch.samples, reduction or batch.reduction
+            else:
+                if first:
+                    analyse = partial(analysis.of, _projection, inputs)
+                    with forked_random(analysis.table.tensors):  # the check is one more forward
+                        analyse_and_verify(analysis, analyse, partial(verified, analysis, _projection, inputs))
+                samples = analysis.fisher(kind, inputs, targets, generator)
+        results = results or Results(analysis.table, reduction or "mean", fisher, per_sample=per_sample, **keeps)
+        results._count_in(samples, analysis.types)
+        yield results
+
+
+def _always(structure: int) -> bool:
+    return True
+
+
+def _never(structure: int) -> bool:
+    return False
+
+
+def _check(analysis: Analysis, loss_fn: Callable[[Any, Any], Tensor], inputs: Any, targets: Any, batch: Batch) -> None:
+    scale = batch.samples.batch if batch.reduction == "mean" else 1
+    require_separable(loss_fn, batch.outputs, targets, batch.samples.batch, analysis.batch_axis)
+    verified(analysis, lambda outputs: loss_fn(outputs, targets) * scale, inputs, batch)
+
+
+def _projection(outputs: Any) -> Tensor:
+    """The outputs along one fixed random direction, which every Fisher's gradients are like."""
+    f = logits(outputs)
+    return (f * random_signs(f.shape, f, torch.Generator().manual_seed(0))).sum()
+
+
+def batches(data: Any, max_batches: int | None, progress: bool) -> Iterable[tuple[Any, Any]]:
+    """Pairs of inputs and targets, of an iterable of them or of one."""
+    if _is_pair(data) and (isinstance(data, tuple) or not all(map(_is_pair, data))):
+        data = [data]
+    if not isinstance(data, Iterable):
+        raise ArgumentError(
+            f"data must be an iterable of pairs (inputs, targets), or one such pair, not a {type(data).__name__}; a data set "
+            "goes into a torch.utils.data.DataLoader"
+        )
+    total = len(data) if isinstance(data, Sized) else None
+    if max_batches is not None:
+        data, total = itertools.islice(data, max_batches), min(total or max_batches, max_batches)
+    for batch in _with_progress(data, total) if progress else data:
+        if not _is_pair(batch):
+            raise ArgumentError(
+                f"data must yield pairs (inputs, targets), not a {type(batch).__name__}; make pairs of what it yields, as in "
+                "((batch['inputs'], batch['labels']) for batch in data)"
+            )
+        yield tuple(batch)
+
+
+def _in_step(analysis: Analysis, batches: Iterable[Any]) -> Iterable[Any]:
+    """The batches, as many on every rank that holds a part of the model."""
+    ranks, remedy = analysis.table.ranks, "some have more batches than others; give each as many, or pass max_batches="
+    for batch in batches:
+        ranks.agreed("a batch", remedy)
+        yield batch
+    ranks.agreed("the end", remedy)
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, (tuple, list)) and len(value) == 2
+
+
+def _with_progress(data: Iterable[Any], total: int | None) -> Iterable[Any]:
+    try:
+        from tqdm.auto import tqdm
+    except ImportError:
+        return data
+    return tqdm(data, total=total, desc="Fisher", unit="batch", leave=False)

@@ -1,0 +1,112 @@
+"""Which forward and backward passes are under way, and whose: the user's, or those that the library adds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from threading import get_ident
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node
+
+from torch_secorder.model.hooks import restoring
+
+# The number of the backward pass under way in this thread; -1 outside of any.
+current_graph_task: Callable[[], int] = torch._C._current_graph_task_id
+
+# The node under way, whose hooks run or which runs itself; None outside of any backward pass.
+current_node: Callable[[], Node | None] = torch._C._current_autograd_node
+
+# The hooks that keep saved tensors elsewhere just now, those of activation checkpointing for one, or None.
+saved_tensors_hooks: Callable[[], tuple[Any, Any] | None] = partial(
+    torch._C._autograd._top_saved_tensors_default_hooks, False
+)
+
+Owner = Literal["search", "library"]
+
+# Backward passes under way that the library started, and what for: to see where samples are ("search": through the user's graph,
+# where hooks of other monitors may be), or through a model that it called itself ("library"). Threads of devices run them too,
+# so that this can't be a thread's own.
+_PASSES: dict[int, Owner] = {}
+
+# Threads in which the library is calling a model. User's monitors must not see these calls.
+_THREADS: set[int] = set()
+
+
+@contextmanager
+def library_call() -> Iterator[None]:
+    """Calls of models inside are the library's own."""
+    thread = get_ident()
+    if thread in _THREADS:
+        yield
+        return
+    with restoring(partial(_THREADS.discard, thread)):
+        _THREADS.add(thread)
+        yield
+
+
+def in_library_call() -> bool:
+    """Whether the library, and not the user, is calling the model."""
+    return get_ident() in _THREADS or (bool(_PASSES) and _PASSES.get(current_graph_task()) == "library")
+
+
+@contextmanager
+def search_pass(roots: Sequence[Tensor], owner: Owner = "search") -> Iterator[list[Tensor]]:
+    """Copies of the roots, from which backward passes inside are the library's own."""
+    copies, begun = [x.view_as(x) for x in roots], set[int]()
+
+    def begin(grads: object) -> None:
+        begun.add(task := current_graph_task())
+        _PASSES[task] = owner
+
+    for root in copies:
+        assert root.grad_fn is not None
+        # Nodes of our own run before all others, so that no monitor of this model takes the pass for the user's.
+        root.grad_fn.register_prehook(begin)
+    try:
+        yield copies
+    finally:
+        for task in begun:
+            _PASSES.pop(task, None)
+
+
+@contextmanager
+def library_pass(roots: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Copies of what the library's own call of a model returned, to differentiate inside."""
+    with library_call(), search_pass(roots, "library") as copies:
+        yield copies
+
+
+def in_search_pass() -> bool:
+    """Whether the backward pass under way is one that looks for samples, or for one sample's gradient."""
+    return bool(_PASSES) and _PASSES.get(current_graph_task()) == "search"
+
+
+def is_library_pass(task: int) -> bool:
+    """Whether the library started this backward pass, or it runs in a thread where the library calls a model."""
+    return task in _PASSES or get_ident() in _THREADS
+
+
+def after_backward(callback: Callable[[], None]) -> None:
+    """Have the engine call back when the backward pass under way is over."""
+    torch.autograd.Variable._execution_engine.queue_callback(callback)
+
+
+def raise_after_backward(error: Exception) -> None:
+    """Raise behind whatever else waits for the end of this pass, DistributedDataParallel's reduction for one."""
+
+    def raise_it() -> None:
+        raise error
+
+    after_backward(raise_it)
+
+
+def call_model(model: Callable[..., Any], inputs: Any) -> Any:
+    """``model(inputs)`` as a call of the library's; a tuple is spread over positions and a mapping over keywords."""
+    with library_call():
+        if isinstance(inputs, Mapping):
+            return model(**inputs)
+        return model(*inputs) if isinstance(inputs, tuple) else model(inputs)

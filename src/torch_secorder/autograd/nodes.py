@@ -1,0 +1,69 @@
+"""The nodes of the autograd graph: what they saved, what shapes they take, and how one is called by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+
+from torch_secorder.errors import UnsupportedError
+
+Edge = tuple[Node, int]
+
+
+@cache
+def attributes(kind: type[Node], prefix: str) -> tuple[str, ...]:
+    """The attributes of nodes of one kind whose names start so."""
+    return tuple(sorted(name for name in dir(kind) if name.startswith(prefix)))
+
+
+def value_shape(node: Node, nr: int) -> tuple[int, ...]:
+    """The shape of a node's output, or of the parameter whose gradient the node accumulates."""
+    variable = getattr(node, "variable", None)
+    return tuple(variable.shape if variable is not None else node._input_metadata[nr].shape)
+
+
+def has_packed_tensors(node: Any) -> bool:
+    """Whether hooks keep the tensors that a node has saved."""
+    saved = (getattr(node, name) for name in attributes(type(node), "_raw_saved_"))  # type: ignore[arg-type]  # a type is hashable
+    several = (one for value in saved for one in (value if isinstance(value, (list, tuple)) else (value,)))
+    return any(getattr(one, "unpack_hook", None) is not None for one in several)
+
+
+def node_vjp(node: Any, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The gradients of a node's inputs, in the order of its ``next_functions``, given those of its outputs."""
+    if node.name() == "CompiledFunctionBackward":
+        raise UnsupportedError(
+            "a compiled function can't be asked for single samples: run the original module inside the analysis "
+            "(model._orig_mod), or compile after it"
+        )
+    if not isinstance(node, torch.autograd.function.BackwardCFunction):
+        results = node(*grads)
+        return list(results) if isinstance(results, tuple) else [results]
+    # A user's own function answers for every argument, tensor or not; those with an edge are the ones that need a gradient.
+    results = node.apply(*grads)
+    answers = results if isinstance(results, tuple) else (results,)
+    wanted = iter([answer for answer, needs in zip(answers, node.needs_input_grad, strict=True) if needs])
+    return [None if child is None else next(wanted) for child, _ in node.next_functions]
+
+
+def gradient_edge_of(output: Tensor) -> GradientEdge | None:
+    """Where in the graph the gradient of ``output`` arrives, whatever is done to ``output`` later; None for a leaf.
+
+    An in-place operation on a view replaces the view's node, so the node of its base is taken, which sees the same
+    numbers in the base's shape.
+    """
+    whole = output
+    if output._is_view() and output._base is not None:
+        base = output._base
+        whole = base if base.numel() == output.numel() and base.is_contiguous() and output.is_contiguous() else output
+    return None if whole.grad_fn is None else GradientEdge(whole.grad_fn, whole.output_nr)
+
+
+def made_by(x: Tensor) -> Node:
+    """The node that made a tensor; for a leaf, the one that takes its gradient."""
+    return x.grad_fn if x.grad_fn is not None else get_gradient_edge(x).node

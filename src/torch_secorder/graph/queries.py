@@ -1,0 +1,62 @@
+"""Questions to a graph that need no analysis of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.autograd.graph import Node
+
+from torch_secorder.model.containers import tensors
+from torch_secorder.model.parameters import ParameterTable
+
+# What has no second derivative, and what does the same and has one.
+ONCE = {
+    "ScaledDotProduct": "torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)",
+    "CudnnRnn": "torch.backends.cudnn.flags(enabled=False)",
+    "MiopenRnn": "torch.backends.cudnn.flags(enabled=False)",
+}
+
+
+def without_second_derivative(outputs: Any, table: ParameterTable) -> tuple[str, str] | None:
+    """A node that can't be differentiated twice and the parameter nearest to it, in words; and the remedy."""
+    for node in _before([x.grad_fn for x in tensors(outputs)]):
+        remedy = next((remedy for name, remedy in ONCE.items() if node.name().startswith(name)), None)
+        if remedy is None or "Math" in node.name():
+            continue
+        positions = (table.position(getattr(one, "variable", None)) for one in _before([node]))
+        nearest = next((f" at {table.names[position]}" for position in positions if position is not None), "")
+        return f"{node.name()}{nearest}", remedy
+    return None
+
+
+def _before(nodes: Sequence[Node | None]) -> Iterator[Node]:
+    """These nodes and whatever they were computed from, the nearest first."""
+    level = list(dict.fromkeys(node for node in nodes if node is not None))
+    seen = set(level)
+    while level:
+        yield from level
+        level = list(
+            dict.fromkeys(c for node in level for c, _ in node.next_functions if c is not None and c not in seen)
+        )
+        seen.update(level)
+
+
+def used_by_loss(loss: Tensor, outputs: Any, table: ParameterTable) -> list[str]:
+    """The parameters that a loss uses by another way than through the model's outputs: weight penalties, for one."""
+    stop = {x.grad_fn for x in tensors(outputs) if x.grad_fn is not None}
+    found: dict[str, None] = {}
+    stack: list[Node | None] = [loss.grad_fn]
+    seen = set(stack)
+    while stack:
+        node = stack.pop()
+        if node is None or node in stop:
+            continue
+        if (position := table.position(getattr(node, "variable", None))) is not None:
+            found[table.names[position]] = None
+        for child, _ in node.next_functions:
+            if child not in seen:
+                seen.add(child)
+                stack.append(child)
+    return list(found)

@@ -1,0 +1,114 @@
+"""What was changed for a while is put back, at whatever moment something interrupts: hooks on the user's model, for one."""
+
+from __future__ import annotations
+
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+Owner = nn.Module | Tensor
+
+
+@contextmanager
+def restoring(action: Callable[[], None]) -> Iterator[None]:
+    """A block after which ``action`` is done whatever happens, once more if that is interrupted: it may be done twice."""
+    try:
+        try:
+            yield
+        finally:
+            action()
+    except BaseException:
+        action()
+        raise
+
+
+class HookScope(ABC):
+    """A ``with`` block that attaches something, and takes it off again; once more if that is interrupted."""
+
+    def __enter__(self) -> Self:
+        try:
+            self._attach()
+        except BaseException:
+            self._detach()
+            raise
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        try:
+            self._detach()
+        except BaseException:
+            self._detach()
+            raise
+
+    @abstractmethod
+    def _attach(self) -> None: ...
+
+    @abstractmethod
+    def _detach(self) -> None:
+        """Undo what :meth:`_attach` did, all or a part of it, also if that is undone already."""
+
+
+class Hook:
+    """A method of an object as a hook, which does not keep the object alive.
+
+    A copy of the model (deepcopy, pickle) gets one that does nothing, and not the object with it.
+    """
+
+    def __init__(self, owner: object, method: str = "", *first: Any):
+        self._owner = None if owner is None else weakref.ref(owner)
+        self._function, self._first = getattr(type(owner), method, None), first
+
+    def __call__(self, *args: Any) -> Any:
+        """The method's answer, if its owner is still there."""
+        if self._owner is None or (owner := self._owner()) is None or self._function is None:
+            return None
+        return self._function(owner, *self._first, *args)
+
+    def __reduce__(self) -> tuple[type[Hook], tuple[None]]:
+        return (Hook, (None,))
+
+
+class Hooks:
+    """Hooks of ours on modules and tensors.
+
+    They are found again where they are, and not by the handles that torch gave: an interruption between the moment when a
+    hook is there and the one when its handle is kept, a Ctrl-C say, would leave it on the user's model for good. An interruption
+    at the first instruction of ``__exit__`` is the one that no block can help; then they go with whoever held them.
+    """
+
+    def __init__(self) -> None:
+        self._ours: list[tuple[Owner, Callable[..., Any]]] = []
+
+    def add(self, owner: Owner, register: Callable[..., object], hook: Callable[..., Any], **options: bool) -> None:
+        """Have ``register(hook, **options)`` put a hook on ``owner``."""
+        self._ours.append((owner, hook))
+        register(hook, **options)
+
+    def remove(self) -> None:
+        """Take them all off."""
+        for owner, hook in self._ours:
+            _take(owner, hook)
+        self._ours = []
+
+    __del__ = remove
+
+
+def _take(owner: Owner, hook: Callable[..., Any]) -> None:
+    """Remove one hook from all tables of its owner, which torch keys by the same number."""
+    if isinstance(owner, Tensor):
+        tables = [owner._backward_hooks or {}]
+    else:
+        tables = [table for name, table in vars(owner).items() if "hooks" in name and isinstance(table, dict)]
+    found = [(table, key) for table in tables for key, mine in table.items() if mine is hook]
+    for where, key in found:
+        for table in tables:
+            if table is not where:
+                table.pop(key, None)
+        where.pop(key)  # last, since this is how it's found

@@ -1,0 +1,128 @@
+"""Which parameters are analysed, and what they are called."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from torch_secorder.errors import ArgumentError, UnsupportedError
+from torch_secorder.model.ranks import Ranks, class_as_written, is_dtensor, refuse_fully_sharded, unsharded_leaves
+
+# Path components that wrappers add to a module's name and that its owner never wrote.
+WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One analysed parameter; a tied one under the first of its names."""
+
+    name: str
+    module: str
+    module_type: str
+    shape: tuple[int, ...]
+    numel: int
+
+
+class ParameterTable:
+    """The analysed parameters of a model, in the order of ``named_parameters()``.
+
+    Attributes:
+        tensors: the parameters themselves.
+        leaves: what the autograd graph has in their place: the same, or what FSDP2 is_fsdp them into.
+        ranks: those that hold the model together with this one.
+        coded: positions of those that hold codes (quantized weights), in which autograd gives no gradient.
+        rows: what the report says of them.
+    """
+
+    def __init__(self, model: nn.Module, which: str = "trainable"):
+        if which not in ("trainable", "all"):
+            raise ArgumentError(f'parameters must be "trainable" or "all", not {which!r}')
+        refuse_fully_sharded(model)
+        owners = {
+            name: class_as_written(module).__name__ for name, module in model.named_modules(remove_duplicate=False)
+        }
+        named = [(n, p) for n, p in model.named_parameters() if which == "all" or p.requires_grad]
+        if not named:
+            frozen = any(True for _ in model.parameters())
+            remedy = 'pass parameters="all" to analyse frozen ones' if frozen else "it has none at all"
+            raise ArgumentError(f"{type(model).__name__} has no trainable parameter: {remedy}")
+        if lazy := [name for name, p in named if nn.parameter.is_lazy(p)]:
+            raise UnsupportedError(f"{', '.join(lazy)}: not initialised yet; run the model once before analysing it")
+        if bare := [name for name, p in named if p.is_meta]:
+            raise UnsupportedError(
+                f"{', '.join(bare[:3])}: on the meta device, without numbers; load the weights first"
+            )
+        self.tensors: list[Tensor] = [p for _, p in named]
+        self.rows = [_row(name, p, owners) for name, p in named]
+        self.coded = {position for position, p in enumerate(self.tensors) if _is_coded(p)}
+        if trained := [self.names[position] for position in self.coded if self.tensors[position].requires_grad]:
+            raise UnsupportedError(
+                f"{', '.join(trained)}: a {type(self.tensors[min(self.coded)]).__name__} that requires a gradient; what is "
+                "quantized can be analysed frozen (requires_grad_(False)), from its layer's inputs and output gradients"
+            )
+        self.leaves, self.ranks = self.tensors, Ranks()
+        self._positions = {id(p): position for position, p in enumerate(self.tensors)}
+
+    def gather(self, model: nn.Module) -> None:
+        """Find out what stands for the parameters in the graph; where ranks share the model, all have to do it."""
+        self.leaves = unsharded_leaves(model, self.tensors)
+        self.ranks = Ranks(self.tensors, self.leaves)
+        self._positions |= {id(p): position for position, p in enumerate(self.leaves)}
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def names(self) -> list[str]:
+        """The parameters' names."""
+        return [row.name for row in self.rows]
+
+    def position(self, tensor: Tensor | None) -> int | None:
+        """Where ``tensor`` stands in the table; None for one that is not analysed."""
+        return self._positions.get(id(tensor))
+
+    def owned(self, module: nn.Module) -> dict[str, int]:
+        """The module's own analysed parameters: local name -> position."""
+        found = ((local, self.position(p)) for local, p in module._parameters.items())
+        return {local: position for local, position in found if position is not None}
+
+
+def _is_coded(p: Tensor) -> bool:
+    return not is_dtensor(p) and (not p.is_floating_point() or is_traceable_wrapper_subclass(p))
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The user's own model inside DistributedDataParallel and torch.compile."""
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+    if isinstance(model, DataParallel):
+        raise UnsupportedError(
+            "DataParallel runs copies of the model, whose parameters are not the model's own: "
+            "use the bare model, or DistributedDataParallel"
+        )
+    if isinstance(model, DistributedDataParallel):
+        return unwrapped(model.module)
+    # torch.compile's wrapper, whose class sits in a module that takes seconds to import; its attribute is typed as any module's.
+    return unwrapped(model._orig_mod) if "_orig_mod" in model._modules else model  # type: ignore[arg-type]
+
+
+def plain_name(name: str) -> str:
+    """``name`` without what wrappers added to it."""
+    if not any(wrapper in name for wrapper in WRAPPERS):
+        return name
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+
+def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every module once, under its plain name."""
+    return ((plain_name(name), module) for name, module in model.named_modules())
+
+
+def _row(name: str, p: Tensor, owners: dict[str, str]) -> Parameter:
+    owner = name.rpartition(".")[0]
+    shape = tuple(int(side) for side in p.shape)
+    return Parameter(plain_name(name), plain_name(owner), owners[owner], shape, p.numel())

@@ -1,0 +1,190 @@
+"""Models that several ranks hold together: FSDP2's, gathered for each call, and DTensors, which stay apart.
+
+Ranks that hold a model together go through its graph together: each forward and each backward pass of one has collective
+operations in it that wait for the others. So does each pass that the library adds; whether to make one is decided by
+:class:`Ranks`, in common.
+"""
+
+from __future__ import annotations
+
+import sys
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from torch_secorder.errors import CoverageError, UnsupportedError
+
+REFUSED = 2**48
+
+
+def is_dtensor(x: Any) -> bool:
+    """Whether a tensor is a DTensor, of which this rank has a part."""
+    return type(x) is not Tensor and isinstance(x, Tensor) and hasattr(x, "full_tensor")
+
+
+def whole(x: Any) -> Any:
+    """A DTensor's whole value, which all ranks have to ask for; anything else as it is."""
+    return x.full_tensor() if is_dtensor(x) else x
+
+
+def is_fsdp(module: nn.Module) -> bool:
+    """Whether ``fully_shard`` was applied to this very module."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
+
+
+def class_as_written(module: nn.Module) -> type[nn.Module]:
+    """The class that the module's owner wrote; ``fully_shard`` derives one of its own from it."""
+    kind = type(module)
+    return kind.__bases__[1] if is_fsdp(module) and len(kind.__bases__) == 2 else kind
+
+
+def unsharded_leaves(model: nn.Module, parameters: Iterable[Tensor]) -> list[Tensor]:
+    """What the autograd graph has for each parameter: for those that FSDP2 shards, the tensor that it is_fsdp them into.
+
+    Modules are gathered one after the other, by all ranks. FSDP2 keeps these tensors for good, and frees their memory.
+    """
+    wanted = {id(p): p for p in parameters}
+    found = dict(wanted)
+    for module in model.modules() if "torch.distributed.fsdp" in sys.modules else ():
+        if is_fsdp(module):
+            inner = [(m, local, p) for m in module.modules() for local, p in m._parameters.items() if id(p) in wanted]
+            module.unshard()  # type: ignore[operator]  # a method that FSDP2's class adds
+            for owner, local, sharded in inner:
+                now = owner._parameters[local]
+                if now is not None and now is not sharded:
+                    found[id(sharded)] = now
+            module.reshard()  # type: ignore[operator]
+    return [found[key] for key in wanted]
+
+
+def refuse_dtensors(model: nn.Module, what: str) -> None:
+    """Raise for what needs the whole of every parameter.
+
+    Raises:
+        UnsupportedError: if a parameter is a DTensor, naming it.
+    """
+    if name := next((name for name, p in model.named_parameters() if is_dtensor(p)), None):
+        raise UnsupportedError(
+            f"{what} needs whole parameters, and this rank has a part of '{name}' only: use a copy of the model that is not "
+            "sharded (a report of the sharded one fits it)"
+        )
+
+
+def refuse_fully_sharded(model: nn.Module) -> None:
+    """Raise for ways to shard a model that leave its parameters no shape of their own.
+
+    Raises:
+        UnsupportedError: for FullyShardedDataParallel.
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is not None and any(isinstance(module, fsdp.FullyShardedDataParallel) for module in model.modules()):
+        raise UnsupportedError(
+            "FullyShardedDataParallel flattens parameters into one: shard the model with torch.distributed.fsdp.fully_shard"
+        )
+
+
+class Ranks:
+    """The ranks that hold a model together; one that holds all of it is alone.
+
+    Args:
+        parameters: the model's.
+        leaves: what the graph has for each of them.
+
+    Attributes:
+        several: whether there are others.
+        first: whether this rank, of those that compute the same samples together, is the one that counts them.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor] = (), leaves: Iterable[Tensor] = ()):
+        meshes: dict[Any, None] = {p.device_mesh: None for p in parameters if is_dtensor(p)}  # type: ignore[attr-defined]
+        self._groups = [group for mesh in meshes for group in mesh.get_all_groups()]
+        self._device = next((mesh.device_type for mesh in meshes), "cpu")
+        self.several = any(dist.get_world_size(group) > 1 for group in self._groups)
+        spread = {p.device_mesh: None for p in leaves if is_dtensor(p)}  # type: ignore[attr-defined]
+        self._replicas = [group for mesh in spread for group in mesh.get_all_groups()]
+        self.first = not any(any(mesh.get_coordinate() or ()) for mesh in spread)
+
+    def most(self, value: int) -> int:
+        """The largest of all ranks' values.
+
+        Raises:
+            CoverageError: if another rank has refused the batch.
+        """
+        return self.most_each([value])[0]
+
+    def most_each(self, values: Sequence[int]) -> list[int]:
+        """The same for several values, as many on each rank."""
+        if not self.several or not values:
+            return list(values)
+        found = torch.tensor([int(value) for value in values], device=self._device)
+        for group in self._groups:
+            dist.all_reduce(found, dist.ReduceOp.MAX, group)
+        if REFUSED in found:
+            raise _Elsewhere(
+                "another rank, which holds a part of this model, has refused its batch; its own error says why"
+            )
+        return [int(value) for value in found]
+
+    def agreed(self, what: object, remedy: str) -> None:
+        """Raise on all ranks unless all are about to do the same.
+
+        Args:
+            what: something whose ``repr`` tells it.
+            remedy: what to do if they are not.
+
+        Raises:
+            CoverageError: if they are not.
+        """
+        value = zlib.crc32(repr(what).encode())
+        if self.several and self.most(value) != -self.most(-value):
+            raise _Elsewhere(f"the ranks that hold this model together would have to do different things: {remedy}")
+
+    def seeded(self, generator: torch.Generator) -> torch.Generator:
+        """A generator that draws the same on all ranks that compute the same samples together."""
+        if not self._replicas:
+            return generator
+        seed = torch.randint(2**31, (), generator=generator, device=generator.device).to(self._device)
+        for group in self._replicas:
+            dist.all_reduce(seed, dist.ReduceOp.MAX, group)
+        return torch.Generator(generator.device).manual_seed(int(seed))
+
+    def check_same(self, values: Tensor, names: Sequence[str]) -> None:
+        """Raise unless all ranks that compute the same samples together found the same squared norms.
+
+        Raises:
+            CoverageError: naming the parameters that differ.
+        """
+        if not self._replicas:
+            return
+        bounds = torch.stack([values, -values]).detach()
+        for group in self._replicas:
+            dist.all_reduce(bounds, dist.ReduceOp.MAX, group)
+        most, least = bounds[0], -bounds[1]
+        if different := (most - least > 1e-3 * most + 1e-6 * most.sum()).nonzero().flatten().tolist():
+            raise CoverageError(
+                f"{', '.join(names[i] for i in different)}: the ranks that hold this model together find different gradients: "
+                "either they were given different samples, or a module that is not parallelized gets only a part of its "
+                "input on each (use torch.distributed.tensor.parallel.SequenceParallel for it)"
+            )
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What every rank does at once: if one fails inside, all fail."""
+        try:
+            yield
+        except Exception as error:
+            if self.several and not isinstance(error, _Elsewhere):
+                for group in self._groups:
+                    dist.all_reduce(torch.tensor([REFUSED], device=self._device), dist.ReduceOp.MAX, group)
+            raise
+        self.most(0)
+
+
+class _Elsewhere(CoverageError):
+    pass

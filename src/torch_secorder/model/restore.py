@@ -1,0 +1,85 @@
+"""Leaving the user's model as it was: buffers, modes, flags and random state are put back, whatever happens inside."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from threading import RLock
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from torch_secorder.model.hooks import restoring
+
+_turns: WeakKeyDictionary[nn.Module, RLock] = WeakKeyDictionary()
+
+
+def lock_of(model: nn.Module) -> RLock:
+    """A lock for what changes a model for a while (which parameters require a gradient, say), and for what it would mislead."""
+    return _turns.setdefault(model, RLock())
+
+
+@contextmanager
+def forked_random(parameters: Sequence[Tensor]) -> Iterator[None]:
+    """What is drawn inside leaves the global random state alone, also on the parameters' devices."""
+    devices = list({p.device for p in parameters if p.is_cuda})
+    with torch.random.fork_rng(devices=devices):
+        yield
+
+
+def random_state() -> list[Tensor]:
+    """The state of every global random generator in use."""
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [])]
+
+
+def twice_differentiable(wanted: bool) -> AbstractContextManager[object]:
+    """Attention by operations that have second derivatives, where they are wanted: the fused ones have none."""
+    return sdpa_kernel(SDPBackend.MATH) if wanted else nullcontext()
+
+
+def hiding_changes(model: nn.Module) -> AbstractContextManager[object]:
+    """Version counters stay as they are inside: buffers are restored, so that an earlier graph may still be differentiated."""
+    return _unsafe_preserve_version_counter((*model.parameters(), *model.buffers()))
+
+
+@contextmanager
+def restoring_buffers(model: nn.Module) -> Iterator[None]:
+    """What a forward changes gets its values back: buffers, and tables that ``max_norm`` rewrites."""
+    modules = list(model.modules())
+    kept: list[tuple[Any, str, Tensor]] = [
+        (m._buffers, name, b) for m in modules for name, b in m._buffers.items() if b is not None
+    ]
+    for m in modules:
+        if vars(m).get("max_norm", getattr(type(m), "max_norm", None)) is not None:
+            kept += [(m._parameters, name, p) for name, p in m._parameters.items() if p is not None]
+    before = [(owner, name, value, value._version, value.detach().clone()) for owner, name, value in kept]
+
+    @torch.no_grad()
+    def restore() -> None:
+        for owner, name, tensor, version, value in before:
+            # (The kernel that updates running statistics counts no version. What is untouched must stay so, for a later
+            # backward pass may want it.)
+            if tensor._version != version or not torch.equal(tensor, value):
+                tensor.copy_(value)
+            owner[name] = tensor
+
+    with restoring(restore):
+        yield
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """The model is in eval mode inside, each module in its own mode afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+
+    def restore() -> None:
+        for module, mode in modes:
+            module.training = mode
+
+    with restoring(restore):
+        model.eval()
+        yield

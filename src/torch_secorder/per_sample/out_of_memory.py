@@ -1,0 +1,52 @@
+"""When memory runs out: fewer samples at a time, then a refusal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+from torch_secorder.errors import CurvatureError, OutOfMemoryError
+from torch_secorder.per_sample._base import PerSampleGradient
+
+Answer = TypeVar("Answer")
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed; torch has an error of its own for that on a GPU only."""
+    if isinstance(error, CurvatureError):
+        return False
+    return isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or "can't allocate memory" in str(error)
+
+
+def as_refusal(error: Exception) -> Exception:
+    """The error, or a refusal with its remedy where memory ran out."""
+    if not out_of_memory(error):
+        return error
+    refusal = OutOfMemoryError(
+        f"no memory for taking the gradients of this batch apart by samples, even a sample at a time ({str(error)[:200]}); the "
+        "batch is left out and the gradients in .grad are complete: use smaller batches, or keep less (diagonal=False, "
+        "per_sample=False, activations=False)"
+    )
+    refusal.__cause__ = error.with_traceback(None)  # whose frames hold what was allocated
+    return refusal
+
+
+def halving_on_oom(
+    form: PerSampleGradient,
+    question: Callable[[PerSampleGradient], Answer],
+    together: Callable[[Answer, Answer], Answer],
+) -> Answer:
+    """``question(form)``, asked of half of the samples at a time, and so on, where memory doesn't suffice."""
+    try:
+        return question(form)
+    except Exception as error:
+        if form.n == 1 or not out_of_memory(error):
+            raise
+    # (Not in there, where the error holds all that was allocated.)
+    half = form.n // 2
+    first, second = (
+        halving_on_oom(form.select(part), question, together) for part in (slice(0, half), slice(half, form.n))
+    )
+    return together(first, second)

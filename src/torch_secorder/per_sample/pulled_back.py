@@ -1,0 +1,73 @@
+"""The gradient of a parameter that reaches the data through other tensors first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from torch_secorder.batch_axis.placement import Grouping
+from torch_secorder.per_sample._base import Index, PerSampleGradient
+
+
+class PulledBack(PerSampleGradient):
+    """``V^T vec(G_n)``: G_n the gradient of a value that was computed from the parameter alone, V that computation's Jacobian.
+
+    A value may be a part of the parameter (a chunk of a packed projection, one expert of a stack), the parameter in
+    another layout, or a function of it (a weight norm, a pruning mask). For parts and layouts V^T only moves entries,
+    so the norm of G_n is the answer and nothing is formed.
+
+    Args:
+        value: gradients of the value.
+        vjp: from ``[n, *value shape]`` to ``[n, *shape]``.
+        shape: the parameter's shape.
+        layout: for a vjp that only moves entries, something hashable that says which; None for any other.
+    """
+
+    def __init__(
+        self,
+        value: PerSampleGradient,
+        vjp: Callable[[Tensor], Tensor],
+        shape: Sequence[int],
+        layout: object | None = None,
+    ):
+        self.value, self.vjp, self.shape, self.layout = value, vjp, tuple(shape), layout
+        self.n, self.sparse = value.n, value.sparse or layout is not None
+
+    @property
+    def algorithm(self) -> str:  # type: ignore[override]  # a property where the base has a plain string
+        return self.value.algorithm if self.layout is not None else "dense"
+
+    @property
+    def like(self) -> Tensor:
+        return self.value.like
+
+    def dense(self) -> Tensor:
+        return self.vjp(self.value.dense())
+
+    def select(self, samples: Index) -> PulledBack:
+        return PulledBack(self.value.select(samples), self.vjp, self.shape, self.layout)
+
+    def regrouped(self, groups: Grouping) -> PulledBack:
+        return PulledBack(self.value.regrouped(groups), self.vjp, self.shape, self.layout)
+
+    def squared_norm(self) -> Tensor:
+        return self.value.squared_norm() if self.layout is not None else super().squared_norm()
+
+    def total(self) -> Tensor:
+        return self.vjp(self.value.total()[None])[0]
+
+    def joined(self, other: PerSampleGradient) -> PerSampleGradient | None:
+        if not isinstance(other, PulledBack) or self.layout is None or self.layout != other.layout:
+            return None
+        return PulledBack(self.value + other.value, self.vjp, self.shape, self.layout)
+
+    def factored_inner(self, other: PerSampleGradient) -> Tensor | None:
+        """Zero for two parts that have no entry in common."""
+        if not isinstance(other, PulledBack) or self.layout is None or other.layout is None:
+            return None
+        return None if bool((self._touched() & other._touched()).any()) else self.value.squared_norm().new_zeros(self.n)
+
+    def _touched(self) -> Tensor:
+        return self.vjp(torch.ones_like(self.value.select(slice(0, 1)).dense()))[0] != 0

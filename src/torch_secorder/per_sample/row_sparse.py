@@ -1,0 +1,94 @@
+"""Gradients that touch a few rows of a table: embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from torch_secorder.batch_axis.placement import Grouping
+from torch_secorder.per_sample._base import Index, PerSampleGradient, at_least_float32, chunks, squared_norm_of_rows
+from torch_secorder.per_sample.outer import Outer
+
+
+class RowSparse(PerSampleGradient):
+    """Row ``r`` of ``G_n`` is the sum of ``g[n, t]`` over the positions t whose id is r.
+
+    Nothing of the table's size is formed: the gradients are added up per pair of sample and id first.
+
+    Args:
+        ids: ``[n, t]``, which row each position read.
+        g: ``[n, t, d]``, the gradient of what it read.
+        shape: ``(number of rows, d)``.
+    """
+
+    algorithm = "rows"
+    sparse = True
+
+    def __init__(self, ids: Tensor, g: Tensor, shape: Sequence[int]):
+        self.ids, self.g = ids.long(), at_least_float32(g)
+        self.n, self.shape = ids.shape[0], tuple(shape)
+
+    @property
+    def like(self) -> Tensor:
+        return self.g
+
+    def pairs(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The distinct pairs of sample ``[u]`` and id ``[u]``, and the summed gradient ``[u, d]`` of each."""
+        samples = torch.arange(self.n, device=self.ids.device)[:, None]
+        keys, inverse = (samples * self.shape[0] + self.ids).flatten().unique(return_inverse=True)
+        summed = self.g.new_zeros(len(keys), self.shape[1]).index_add(0, inverse, self.g.flatten(0, 1))
+        return keys // self.shape[0], keys % self.shape[0], summed
+
+    def dense(self) -> Tensor:
+        samples, ids, summed = self.pairs()
+        return self.g.new_zeros(self.n, *self.shape).index_put((samples, ids), summed)
+
+    def select(self, samples: Index) -> RowSparse:
+        return RowSparse(self.ids[samples], self.g[samples], self.shape)
+
+    def regrouped(self, groups: Grouping) -> RowSparse:
+        # A padded position has a zero gradient, so it may read any row.
+        ids, g = (groups.rows(x).flatten(1, 2) for x in (self.ids, self.g))
+        return RowSparse(ids, g, self.shape)
+
+    def squared_norm(self) -> Tensor:
+        return torch.cat([self.select(rows)._norms() for rows in self._chunks()])
+
+    def _norms(self) -> Tensor:
+        samples, _, summed = self.pairs()
+        return self.g.new_zeros(self.n).index_add(0, samples, squared_norm_of_rows(summed))
+
+    def _chunks(self) -> Iterator[slice]:
+        # Ids and their order, the sums, and what adds them up.
+        return chunks(self.n, self.ids.shape[1] * (4 * 8 + 2 * self.g.shape[2] * self.dtype.itemsize), None)
+
+    def sum_of_squares(self) -> Tensor:
+        _, ids, summed = self.pairs()
+        return self.g.new_zeros(self.shape).index_add(0, ids, summed.square())
+
+    def total(self) -> Tensor:
+        return self.g.new_zeros(self.shape).index_add(0, self.ids.flatten(), self.g.flatten(0, 1))
+
+    def projection(self, left: Tensor, right: Tensor) -> Tensor:
+        return (left[self.ids] * (self.g @ right)).sum()
+
+    def factored_inner(self, other: PerSampleGradient) -> Tensor | None:
+        """With a product over positions s: ``sum_{t,s} (a_s . g_t) h_s[id_t]``, h the product's output gradient."""
+        if not isinstance(other, Outer) or other.shape != (other.g.shape[3], other.a.shape[3]):
+            return None
+        size = 3 * self.ids.shape[1] * other.a.shape[2] * self.dtype.itemsize
+        pairs = ((self.select(rows), other.select(rows)) for rows in chunks(self.n, size, None))
+        return torch.cat([mine._inner_of(theirs.a[:, 0], theirs.g[:, 0]) for mine, theirs in pairs])
+
+    def _inner_of(self, a: Tensor, h: Tensor) -> Tensor:
+        read = h.gather(2, self.ids[:, None].expand(-1, h.shape[1], -1))
+        return ((a @ self.g.mT) * read).sum((1, 2))
+
+    def joined(self, other: PerSampleGradient) -> PerSampleGradient | None:
+        if not isinstance(other, RowSparse):
+            return None
+        dtype = torch.promote_types(self.dtype, other.dtype)
+        ids = torch.cat([self.ids, other.ids], 1)
+        return RowSparse(ids, torch.cat([self.g.to(dtype), other.g.to(dtype)], 1), self.shape)

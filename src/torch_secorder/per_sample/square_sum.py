@@ -1,0 +1,59 @@
+"""Sums of squared per-sample gradients that are added to a total only when it is known that they count."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from torch_secorder.per_sample._base import PerSampleGradient
+from torch_secorder.per_sample.outer import Outer
+
+
+@dataclass(frozen=True, eq=False)
+class SquareSum:
+    """``factor * sum_n G_n ** 2`` entry by entry.
+
+    For one position it is the product of the squared factors, which goes straight into a total: as large as the parameter,
+    every other pass over memory would cost as much again.
+
+    Attributes:
+        values: the sum without the factor, ``[*shape]``, or ``(g^T ** 2, a ** 2)`` whose product it is.
+        shape: the parameter's.
+    """
+
+    values: Tensor | tuple[Tensor, Tensor]
+    shape: tuple[int, ...]
+    factor: float = 1.0
+
+    @classmethod
+    def of(cls, form: PerSampleGradient) -> SquareSum:
+        """Those of a form."""
+        if isinstance(form, Outer) and form.a.shape[1:3] == (1, 1):
+            g, a = form.g.detach(), form.a.detach()
+            return cls((g.square().flatten(1).T, a.square().flatten(1)), form.shape)
+        return cls(form.sum_of_squares().detach(), form.shape)
+
+    @classmethod
+    def joined(cls, several: Sequence[SquareSum]) -> SquareSum:
+        """Their sum, in the first one's memory if it has any."""
+        first, *others = several
+        total = first.values if isinstance(first.values, Tensor) and first.factor == 1 else first.added(None)
+        for one in others:
+            total = one.added(total)
+        return cls(total, first.shape)
+
+    def times(self, factor: float) -> SquareSum:
+        """The same, multiplied."""
+        return replace(self, factor=factor * self.factor)
+
+    def added(self, total: Tensor | None) -> Tensor:
+        """The total with them added in place; a new one where there is none."""
+        if isinstance(self.values, Tensor):
+            return self.values * self.factor if total is None else total.add_(self.values.to(total), alpha=self.factor)
+        left, right = self.values
+        if total is None:
+            return ((self.factor * left) @ right).reshape(self.shape)
+        left, right = left.to(total), right.to(total)
+        return total.view(len(left), -1).addmm_(left, right, alpha=self.factor).view(self.shape)

@@ -1,0 +1,1 @@
+"""One backward pass: captured calls in, squared norms of per-sample gradients out."""

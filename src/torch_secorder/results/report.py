@@ -1,0 +1,129 @@
+"""Statistics in, DataFrame out. The only file that knows pandas."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+
+import pandas as pd
+
+from torch_secorder.errors import ArgumentError
+from torch_secorder.model.parameters import Parameter
+from torch_secorder.results.statistics import Statistics
+
+By = str | Callable[[str], object] | None
+
+
+@dataclass(frozen=True)
+class Figures:
+    """The numbers of a row, whether it is one parameter or a group."""
+
+    fisher_trace: float
+    fisher_trace_stderr: float
+    fisher_trace_share: float
+    fisher_mean: float
+    grad_sq_norm: float
+    rule: str
+
+
+class Report:
+    """Makes the tables of one set of statistics.
+
+    Args:
+        parameters: the analysed parameters.
+        statistics: their sums over samples.
+        reduction: "mean" or "sum".
+        fisher: which Fisher the statistics are of.
+    """
+
+    def __init__(self, parameters: Sequence[Parameter], statistics: Statistics, reduction: str, fisher: str):
+        self._parameters, self._statistics = list(parameters), statistics
+        self._reduction, self._fisher = reduction, fisher
+        self._scale = statistics.n if reduction == "sum" else 1  # c N
+
+    @property
+    def trace(self) -> float:
+        """The total."""
+        return float(self._statistics.mean.sum()) * self._scale
+
+    def table(self, by: By = None) -> pd.DataFrame:
+        """The table by parameter, or grouped."""
+        frame = self._by_parameter() if by is None else self._grouped(by)
+        statistics = self._statistics
+        frame.attrs.update(self._facts())
+        if statistics.n_skipped:
+            frame.attrs["n_skipped"] = statistics.n_skipped
+        if statistics.gradient_passes:
+            frame.attrs["mean_inverse_batch_size"] = statistics.inverse_batch_sizes / statistics.gradient_passes
+        return frame
+
+    def _facts(self) -> dict[str, str | int]:
+        """Without which nobody knows what the numbers are."""
+        n, passes = self._statistics.n, self._statistics.passes
+        return {"reduction": self._reduction, "fisher": self._fisher, "n_samples": n, "n_passes": passes}
+
+    def per_sample(self) -> pd.DataFrame:
+        """t_{n,p}: a row per sample in backward order, a column per parameter."""
+        rows = [block.numpy() for block in self._statistics.rows]
+        frames = [pd.DataFrame(block, columns=self._statistics.names) for block in rows]
+        return pd.concat(frames, ignore_index=True).rename_axis(index="sample", columns="parameter")
+
+    def activations(self) -> pd.DataFrame:
+        """A row for each module whose output was seen."""
+        rows = []
+        for name, (kind, squares, (numel, total, total_squares, minimum, maximum)) in self._statistics.outputs.items():
+            mean = total / numel
+            trace = squares / self._statistics.n * self._scale
+            variance = max(0.0, total_squares / numel - mean**2)
+            figures = {"mean": mean, "std": math.sqrt(variance), "min": minimum, "max": maximum}
+            rows.append({"module": name, "module_type": kind, "activation_trace": trace, "numel": int(numel)} | figures)
+        frame = pd.DataFrame(rows).set_index("module")
+        frame.attrs.update(self._facts())
+        return frame
+
+    def _by_parameter(self) -> pd.DataFrame:
+        rows = [asdict(p) | asdict(self._figures([i])) for i, p in enumerate(self._parameters)]
+        return pd.DataFrame(rows).rename(columns={"name": "parameter"}).set_index("parameter")
+
+    def _grouped(self, by: By) -> pd.DataFrame:
+        label, key = _grouping(by)
+        groups: dict[object, list[int]] = {}
+        for position, parameter in enumerate(self._parameters):
+            groups.setdefault(key(parameter), []).append(position)
+        rows = []
+        for name, positions in groups.items():
+            numel = sum(self._parameters[position].numel for position in positions)
+            counts = {"n_parameters": len(positions), "numel": numel}
+            rows.append({label: name} | counts | asdict(self._figures(positions)))
+        return pd.DataFrame(rows).set_index(label)
+
+    def _figures(self, positions: list[int]) -> Figures:
+        statistics, total = self._statistics, self.trace
+        trace = float(statistics.mean[positions].sum()) * self._scale
+        numel = sum(self._parameters[position].numel for position in positions)
+        rules = (rule for position in positions for rule in statistics.rules[position] or ["unused"])
+        return Figures(
+            fisher_trace=trace,
+            fisher_trace_stderr=math.sqrt(statistics.variance_of_sum(positions) / statistics.n) * self._scale,
+            fisher_trace_share=trace / total if total else math.nan,
+            fisher_mean=trace / numel if numel else math.nan,
+            grad_sq_norm=self._gradient(positions),
+            rule=" + ".join(dict.fromkeys(rules)),
+        )
+
+    def _gradient(self, positions: list[int]) -> float:
+        """Mean over passes of the squared gradient; NaN where no parameter gradient was computed."""
+        if not bool((self._statistics.gradient_counts[positions] > 0).any()):
+            return math.nan
+        return float(self._statistics.gradient_sums[positions].sum()) / self._statistics.gradient_passes
+
+
+def _grouping(by: By) -> tuple[str, Callable[[Parameter], object]]:
+    if by == "module":
+        return "module", lambda parameter: parameter.module
+    if by == "type":
+        return "type", lambda parameter: parameter.module_type
+    if callable(by):
+        return "group", lambda parameter: by(parameter.name)
+    raise ArgumentError(f'by must be None, "module", "type" or a function of a parameter\'s name, not {by!r}')

@@ -1,0 +1,321 @@
+"""Rules for uses of a tensor that no module's forward explains: from a node of the autograd graph to per-sample gradients.
+
+A node rule is told the place, a node whose output has samples and the input of it that has none (a weight in F.linear, a
+position embedding where it is added to the tokens), and gives that input's gradient for every sample. A node without a rule
+is called with the gradient of each sample in turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from torch_secorder.autograd.nodes import node_vjp
+from torch_secorder.batch_axis.placement import Placement
+from torch_secorder.errors import CoupledSamplesError, CoverageError, ShapeError
+from torch_secorder.per_sample import Convolution, Dense, Outer, PerSampleGradient, RowSparse
+from torch_secorder.rules.bilinear import pairs
+from torch_secorder.rules.elementwise import along_slope
+from torch_secorder.rules.normalization import over_channels, with_running
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a batch-free value meets the data.
+
+    Attributes:
+        node: the autograd node.
+        index: which of its inputs the value is.
+        shape: the value's shape.
+        output_shape: the node's output's.
+        placement: where the output has its samples.
+        n: how many samples.
+        memo: what the rules for several inputs of one node share.
+    """
+
+    node: Any
+    index: int
+    shape: tuple[int, ...]
+    output_shape: tuple[int, ...]
+    placement: Placement
+    n: int
+    memo: dict[str, Any] = field(default_factory=dict)
+
+    def rows(self, value: Tensor) -> Tensor:
+        """``value`` with the axis that counts samples first."""
+        return value.movedim(self.placement.axis, 0)
+
+    @property
+    def is_broadcast(self) -> bool:
+        """Whether the value is repeated along the axis that counts samples."""
+        axis, lead = self.placement.axis, len(self.output_shape) - len(self.shape)
+        return axis < lead or self.shape[axis - lead] == 1
+
+    def summed(self, product: Tensor) -> Tensor:
+        """``product``, shaped like the output, summed to ``[axis of samples, *shape]``: undoing the broadcast."""
+        axis, lead = self.placement.axis, product.dim() - len(self.shape)
+        sizes = [1] * lead + list(self.shape)
+        axes = [d for d in range(product.dim()) if d != axis and sizes[d] == 1 != product.shape[d]]
+        summed = product.sum(axes, keepdim=True) if axes else product
+        return summed.movedim(axis, 0).reshape(product.shape[axis], *self.shape)
+
+
+Gradients = tuple[Tensor | None, ...]
+Function = Callable[[Place, Any], PerSampleGradient | Tensor]
+
+
+@dataclass(frozen=True)
+class NodeRule:
+    """A rule for nodes of one kind.
+
+    Attributes:
+        function: from the place and the gradient of the node's output to that of the value.
+        when: the places where it holds.
+        many: whether it takes the gradients of all of the node's outputs.
+        after: whether it is better asked when the node has run, for what that leaves behind.
+    """
+
+    function: Function
+    when: Callable[[Place], bool]
+    many: bool
+    after: bool
+
+
+_rules: dict[str, NodeRule] = {}
+
+
+def node_rule(
+    name: str, when: Callable[[Place], bool], *, many: bool = False, after: bool = False
+) -> Callable[[Function], Function]:
+    """A decorator for the rule of the nodes called ``name``, for the places where ``when`` is true."""
+
+    def register(rule: Function) -> Function:
+        _rules[name] = NodeRule(rule, when, many, after)
+        return rule
+
+    return register
+
+
+def runs_after_node(node: Any) -> bool:
+    """Whether the rule for such nodes is better asked when the node has run."""
+    rule = _rules.get(node.name())
+    return rule is not None and rule.after
+
+
+def has_rule(place: Place) -> bool:
+    """Whether a rule knows the gradient here without in_library_call the node."""
+    rule = _rules.get(place.node.name())
+    return rule is not None and rule.when(place)
+
+
+def gradient_at(place: Place, grads: Gradients, output: int) -> tuple[PerSampleGradient, str]:
+    """The gradient of the value for every sample, given those of the node's outputs, and the name of the rule that gave it.
+
+    Args:
+        place: which value.
+        grads: one for each output of the node.
+        output: the one that the place's placement is of.
+    """
+    name = place.node.name().removesuffix("Backward0").removesuffix("Backward").lower()
+    rule = _rules.get(place.node.name())
+    single = all(grad is None for nr, grad in enumerate(grads) if nr != output)
+    if rule is None or not rule.when(place) or not (rule.many or single):
+        return Dense(_one_by_one(place, grads)), f"{name}, one sample at a time"
+    found = rule.function(place, grads if rule.many else grads[output])
+    form = Dense(found) if isinstance(found, Tensor) else found
+    groups = place.placement.grouping(form.n, place.n, form.like.device)
+    return (form if groups is None else form.regrouped(groups)), name
+
+
+def _one_by_one(place: Place, grads: Gradients) -> Tensor:
+    """``[n, *shape]`` from the node itself, given the gradients of one sample at a time."""
+    if "one by one" not in place.memo:
+        place.memo["one by one"] = [node_vjp(place.node, _alone(place, grads, sample)) for sample in range(place.n)]
+    found = []
+    for results in place.memo["one by one"]:
+        result = results[place.index]
+        if result is None:
+            raise CoverageError(
+                f"{place.node.name()} gives no gradient for what it uses: the backward pass under way was asked for some "
+                "gradients only (inputs=); call backward() without"
+            )
+        found.append(result.sum_to_size(place.shape))
+    return torch.stack(found)
+
+
+def _alone(place: Place, grads: Gradients, sample: int) -> list[Tensor | None]:
+    """The gradients with every other sample's part set to zero."""
+    alone: list[Tensor | None] = []
+    axis = place.placement.axis
+    for grad in grads:
+        if grad is not None and not place.placement.fits(grad.shape, place.n):
+            raise ShapeError(
+                f"the {place.n} samples are not on axis {axis} of {tuple(grad.shape)} behind {place.node.name()}"
+            )
+        if grad is None:
+            alone.append(None)
+            continue
+        size = grad.shape[axis]
+        owner = place.placement.owner(size, place.n, grad.device)
+        owner = torch.arange(size, device=grad.device) if owner is None else owner
+        column = [-1] + [1] * (grad.dim() - axis - 1)
+        alone.append(torch.where((owner == sample).view(column), grad, 0))
+    return alone
+
+
+def _in_rows(*indices: int) -> Callable[[Place], bool]:
+    """For these inputs of nodes that have samples on the first axis of their output."""
+    return lambda at: at.index in indices and at.placement.axis == 0
+
+
+def _rows_times(x: Tensor, g: Tensor, shape: tuple[int, ...]) -> Outer:
+    """The gradient ``x^T g`` of the right factor of a matrix product."""
+    return Outer(g[:, None, None], x.to(g.dtype)[:, None, None], shape)
+
+
+def _times(factor: float, g: Tensor) -> Tensor:
+    return g if factor == 1 else g * factor  # a copy for nothing is a tenth of a plain step in ten passes
+
+
+@node_rule("AddmmBackward0", lambda at: at.is_broadcast if at.index == 0 else _in_rows(2)(at))
+def addmm(at: Place, g: Tensor) -> PerSampleGradient | Tensor:
+    """``beta self + alpha mat1 mat2`` with samples in the rows of the result."""
+    if at.index == 0:
+        return at.summed(_times(at.node._saved_beta, g))
+    return _rows_times(at.node._saved_mat1, _times(at.node._saved_alpha, g), at.shape)
+
+
+@node_rule("MmBackward0", _in_rows(1))
+def mm(at: Place, g: Tensor) -> PerSampleGradient:
+    """``self mat2`` with samples in the rows of the result."""
+    return _rows_times(at.node._saved_self, g, at.shape)
+
+
+@node_rule("BmmBackward0", lambda at: at.index == 1 and at.placement.axis == 1)
+def bmm(at: Place, g: Tensor) -> PerSampleGradient:
+    """``self mat2`` for several matrices, with samples in the rows of each result; einsum is made of these."""
+    g, x = (value.transpose(0, 1)[:, :, None] for value in (g, at.node._saved_self.to(g.dtype)))
+    return Outer(g, x, at.shape)
+
+
+@node_rule("ConvolutionBackward0", lambda at: _in_rows(1, 2)(at) and not any(at.node._saved_output_padding))
+def convolution(at: Place, g: Tensor) -> PerSampleGradient | Tensor:
+    """Weight and bias of a convolution."""
+    node = at.node
+    if at.index == 2:
+        return g.flatten(2).sum(2)
+    x, g = (g, node._saved_input) if node._saved_transposed else (node._saved_input, g)
+    settings = (node._saved_stride, node._saved_padding, node._saved_dilation, node._saved_groups)
+    return Convolution(x[:, None], g[:, None], at.shape, *settings)
+
+
+@node_rule("EmbeddingBackward0", lambda at: at.placement.axis < at.node._saved_indices.dim())
+def embedding(at: Place, g: Tensor) -> PerSampleGradient:
+    """Rows of a table."""
+    ids, padding = at.node._saved_indices, at.node._saved_padding_idx
+    if at.node._saved_scale_grad_by_freq:
+        raise CoupledSamplesError("an embedding with scale_grad_by_freq=True divides by frequencies in the whole batch")
+    if 0 <= padding < at.shape[0]:
+        g = g.masked_fill((ids == padding)[..., None], 0)
+    ids, g = at.rows(ids), at.rows(g)
+    return RowSparse(ids.reshape(len(ids), -1), g.reshape(len(g), -1, g.shape[-1]), at.shape)
+
+
+@node_rule("NativeLayerNormBackward0", lambda at: at.index in (1, 2) and at.is_broadcast)
+def layer_norm(at: Place, g: Tensor) -> Tensor:
+    """Weight and bias of a layer norm."""
+    if at.index == 2:
+        return at.summed(g)
+    x, mean, scale = at.node._saved_input, at.node._saved_result1, at.node._saved_result2
+    if torch.is_grad_enabled():
+        # The saved statistics are constants to autograd; the input's own are not. What they differ by is eps.
+        axes = tuple(range(-len(at.node._saved_normalized_shape), 0))
+        mean, variance = x.mean(axes, keepdim=True), x.var(axes, unbiased=False, keepdim=True)
+        scale = (variance + (scale.reciprocal().square() - variance).detach()).rsqrt()
+    return at.summed(g * ((x - mean) * scale))
+
+
+@node_rule("NativeGroupNormBackward0", _in_rows(1, 2))
+def group_norm(at: Place, g: Tensor) -> Tensor:
+    """Weight and bias of a group norm."""
+    node = at.node
+    if node.name() not in at.memo:
+        normalised = F.group_norm(node._saved_input, node._saved_group, eps=node._saved_eps)
+        at.memo[node.name()] = over_channels(normalised, g)
+    sums: tuple[Tensor, Tensor] = at.memo[node.name()]
+    return sums[at.index - 1]
+
+
+@node_rule("CudnnBatchNormBackward0", lambda at: _in_rows(1, 2)(at) and not at.node._saved_training)
+@node_rule("NativeBatchNormBackward0", lambda at: _in_rows(1, 2)(at) and not at.node._saved_training)
+def batch_norm(at: Place, g: Tensor) -> Tensor:
+    """Weight and bias of a batch norm with running statistics."""
+    node = at.node
+    eps = node._saved_epsilon if hasattr(node, "_saved_epsilon") else node._saved_eps
+    if node.name() not in at.memo:
+        statistics = node._saved_running_mean, node._saved_running_var, eps
+        at.memo[node.name()] = with_running(node._saved_input, g, *statistics)
+    sums: tuple[Tensor, Tensor] = at.memo[node.name()]
+    return sums[at.index - 1]
+
+
+@node_rule("PreluKernelBackward0", lambda at: at.index == 1 and at.is_broadcast)
+def prelu(at: Place, g: Tensor) -> Tensor:
+    """Slopes below zero."""
+    return at.summed(along_slope(at.node._saved_self, g))
+
+
+def _is_bilinear(node: Any) -> bool:
+    expanded = (node._saved_expand1, node._saved_expand2, node._saved_expand3, node._saved_sumdim)
+    return [list(axes) for axes in expanded] == [[1, 3], [0], [1, 2], [2, 3]]
+
+
+@node_rule("TrilinearBackward0", lambda at: _in_rows(1)(at) and _is_bilinear(at.node))
+def bilinear(at: Place, g: Tensor) -> PerSampleGradient:
+    """The weight of ``y_o = x1^T W_o x2``."""
+    return Outer(pairs(at.node._saved_i1, at.node._saved_i3)[:, None, None], g[:, None, None], at.shape)
+
+
+def _repeats_samples(at: Place) -> bool:
+    """Whether no sample has a part of a repetition only."""
+    whole = at.placement.fold == "outer" and at.node._saved_repeats[at.placement.axis] % at.n == 0
+    return at.is_broadcast or whole
+
+
+@node_rule("RepeatBackward0", _repeats_samples)
+def repeat(at: Place, g: Tensor) -> Tensor:
+    """A tensor that is repeated for every sample."""
+    times, axis = at.node._saved_repeats, at.placement.axis
+    sizes = [1] * (g.dim() - len(at.shape)) + list(at.shape)
+    g = g.reshape([size for pair in zip(times, sizes, strict=True) for size in pair])
+    others = [2 * d for d in range(len(times)) if d != axis]
+    return (g.sum(others) if others else g).movedim(axis, 0).reshape(times[axis], *at.shape)
+
+
+@node_rule("MulBackward0", lambda at: at.is_broadcast)
+def mul(at: Place, g: Tensor) -> Tensor:
+    """A factor that is broadcast along the batch."""
+    return at.summed(g * (at.node._saved_other if at.index == 0 else at.node._saved_self))
+
+
+@node_rule("AddBackward0", lambda at: at.is_broadcast)
+def add(at: Place, g: Tensor) -> Tensor:
+    """A summand that is broadcast along the batch."""
+    return at.summed(g if at.index == 0 else _times(at.node._saved_alpha, g))
+
+
+@node_rule("SubBackward0", lambda at: at.is_broadcast)
+def sub(at: Place, g: Tensor) -> Tensor:
+    """Either side of a difference that is broadcast along the batch."""
+    return at.summed(g if at.index == 0 else g * -at.node._saved_alpha)
+
+
+@node_rule("ExpandBackward0", lambda at: at.is_broadcast)
+def expand(at: Place, g: Tensor) -> Tensor:
+    """A tensor that is expanded to the batch, as class tokens are."""
+    return at.summed(g)

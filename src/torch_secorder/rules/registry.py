@@ -1,0 +1,173 @@
+"""Which rule a module gets: the one place that decides it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from torch_secorder.capture.records import Call
+from torch_secorder.errors import ArgumentError, CurvatureError, ShapeError, UnsupportedError
+from torch_secorder.model.ranks import class_as_written
+from torch_secorder.per_sample import Dense, PerSampleGradient
+
+Gradients = Mapping[str, PerSampleGradient | Tensor]
+Refusal = TypeVar("Refusal", bound=Callable[[Any], CurvatureError | None])
+Function = TypeVar("Function", bound=Callable[[Any, Call], Gradients])
+
+# Methods that a subclass may change without changing what the layer computes.
+HARMLESS = {
+    "__init__",
+    "__repr__",
+    "__str__",
+    "__doc__",
+    "extra_repr",
+    "reset_parameters",
+    "__module__",
+    "__annotations__",
+}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A registered rule.
+
+    Attributes:
+        name: what the report's ``rule`` column says.
+        function: the rule itself.
+        layer: the class that it was written for.
+        reads: the attributes that it reads of a module; None if that is not known. Calls of modules that agree in them, in
+            their shapes and in their parameters' shapes can be put together into one.
+    """
+
+    name: str
+    function: Callable[[Any, Call], Gradients]
+    layer: type[nn.Module]
+    reads: tuple[str, ...] | None = None
+
+    def __call__(
+        self, module: nn.Module, call: Call, shapes: Mapping[str, tuple[int, ...]]
+    ) -> dict[str, PerSampleGradient]:
+        """The per-sample gradients of the parameters in ``shapes``, checked against those shapes."""
+        found = self.function(module, call)
+        if not isinstance(found, Mapping):
+            raise UnsupportedError(f"the rule for {self.layer.__name__} returned {found!r}, not a mapping")
+        n = call.grad_output.shape[0]
+        forms = {
+            name: Dense(value) if isinstance(value, Tensor) else value
+            for name, value in found.items()
+            if name in shapes
+        }
+        for name, shape in shapes.items():
+            if name not in forms:
+                raise UnsupportedError(f"the rule for {self.layer.__name__} says nothing of its parameter '{name}'")
+            if (forms[name].n, forms[name].shape) != (n, shape):
+                raise ShapeError(
+                    f"the rule for {self.layer.__name__} gave '{name}' gradients of shape "
+                    f"{(forms[name].n, *forms[name].shape)} where (N, *shape) is {(n, *shape)}"
+                )
+        return forms
+
+
+_rules: dict[type[nn.Module], Rule] = {}
+_refusals: dict[type[nn.Module], Callable[[Any], CurvatureError | None]] = {}
+
+
+def register_rule(
+    *layers: type[nn.Module], name: str | None = None, reads: Sequence[str] | None = None
+) -> Callable[[Function], Function]:
+    """A decorator that teaches the library a layer.
+
+    The function gets the module and one :class:`~torch_secorder.rules.Call` of it, and returns a mapping from the
+    module's own parameter names to per-sample gradients of the batch's loss: a tensor ``(N, *shape)``, or a factored form
+    of :mod:`torch_secorder.per_sample`. In the call, ``inputs``, ``kwargs`` and ``grad_output`` have the batch axis
+    first. Averaging, ``loss_scale`` and N are the library's business.
+
+    A rule holds for subclasses too, as long as they compute the same: a class or an instance with another ``forward`` is
+    not the layer that it inherits from. Registering a class again replaces its rule.
+
+    Args:
+        layers: module classes.
+        name: what the report calls it; the function's name by default.
+        reads: the attributes of the module that the rule reads, its parameters' shapes aside, if it reads those only and
+            one tensor: then small calls of several modules are put together, which saves time. By default none are.
+
+    Raises:
+        ArgumentError: for something that is not a subclass of ``torch.nn.Module``.
+
+    Example:
+        >>> import torch
+        >>> from torch_secorder import empirical_fisher_trace, register_rule
+        >>> class Scale(torch.nn.Module):
+        ...     def __init__(self, width):
+        ...         super().__init__()
+        ...         self.weight = torch.nn.Parameter(torch.ones(width))
+        ...     def forward(self, x):
+        ...         return x * self.weight
+        >>> @register_rule(Scale)
+        ... def scale(module, call):
+        ...     return {"weight": call.inputs[0] * call.grad_output}
+        >>> x = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+        >>> empirical_fisher_trace(Scale(2), lambda out, _: out.sum(1).mean(), x, None)
+        tensor(15.)
+    """
+    for layer in layers:
+        if not (isinstance(layer, type) and issubclass(layer, nn.Module)):
+            raise ArgumentError(f"register_rule takes subclasses of torch.nn.Module, not {layer!r}")
+
+    def register(function: Function) -> Function:
+        for layer in layers:
+            _rules[layer] = Rule(name or function.__name__, function, layer, None if reads is None else tuple(reads))
+        return function
+
+    return register
+
+
+def register_refusal(*layers: type[nn.Module]) -> Callable[[Refusal], Refusal]:
+    """A decorator for a function that says, before each call of a layer, why no rule can be right; None if one can."""
+
+    def register(function: Refusal) -> Refusal:
+        for layer in layers:
+            _refusals[layer] = function
+        return function
+
+    return register
+
+
+def refusal_for(module: nn.Module) -> Callable[[Any], CurvatureError | None] | None:
+    """What has to be asked before each call of this module."""
+    return next((_refusals[layer] for layer in type(module).__mro__ if layer in _refusals), None)
+
+
+def rule_for(module: nn.Module) -> Rule | str:
+    """The rule for a module, or the reason why it has none."""
+    kind = class_as_written(module)
+    for layer in kind.__mro__:
+        if layer in _rules:
+            break
+    else:
+        return f"no rule for {kind.__name__}"
+    if "forward" in vars(module):
+        return "its forward was replaced on the instance"
+    computed = [local for local, value in vars(module).items() if isinstance(value, Tensor)]
+    if module._modules.get("parametrizations") is not None and is_parametrized(module):
+        computed += [local for local, _ in module.parametrizations.named_children()]  # type: ignore[union-attr]  # a ModuleDict there
+    if computed:
+        return f"its {', '.join(computed)} is computed from other tensors (pruning, weight_norm, a parametrization)"
+    if changed := _overridden(kind, layer):
+        return f"a {layer.__name__} that changes {', '.join(changed)}"
+    return _rules[layer]
+
+
+def _overridden(kind: type, layer: type) -> list[str]:
+    """The methods of ``layer`` that ``kind`` or a class between the two computes differently."""
+    between = kind.__mro__[: kind.__mro__.index(layer)]
+    names = {
+        name for cls in between for name, value in vars(cls).items() if callable(value) or isinstance(value, property)
+    }
+    return sorted(
+        name for name in names - HARMLESS if hasattr(layer, name) and getattr(kind, name) is not getattr(layer, name)
+    )

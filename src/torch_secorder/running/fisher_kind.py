@@ -1,0 +1,77 @@
+"""Which Fisher an analysis is of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_secorder.arguments import require_positive_int
+from torch_secorder.errors import ArgumentError
+from torch_secorder.graph.last_layer import last_linear_factors
+from torch_secorder.likelihoods import Likelihood, Through, likelihood
+from torch_secorder.model.ranks import Ranks
+
+
+@dataclass(frozen=True)
+class FisherKind:
+    """Which Fisher, for everything but the empirical one.
+
+    Attributes:
+        labels: "model" for labels of the model's own prediction, "observed" for the given targets.
+        num_samples: None for the exact expectation over the model's labels, k for an estimate from k backward passes.
+    """
+
+    loss_type: str = "nll"
+    labels: str = "model"
+    num_samples: int | None = None
+    ignore_index: int = -100
+    class_axis: int = 1
+    max_passes: int = 10_000
+
+    def __post_init__(self) -> None:
+        for name in ("ignore_index", "class_axis"):
+            if isinstance(value := getattr(self, name), bool) or not isinstance(value, int):
+                raise ArgumentError(f"{name} must be an int, not {value!r}")
+        require_positive_int("max_passes", self.max_passes)
+
+    def seeds(
+        self, outputs: Tensor, targets: Any, generator: torch.Generator, ranks: Ranks, *, differentiable: bool = False
+    ) -> tuple[int, Iterator[Tensor]]:
+        """How many backward passes, and their seeds, in common with the ranks that hold the model together.
+
+        Their own graph is kept if they are to be ``differentiable``.
+
+        Raises:
+            ArgumentError: if the exact expectation takes more than ``max_passes``, or observed labels are missing.
+            CoverageError: if other ranks need another number of passes.
+        """
+        product = None if self.num_samples is None else last_linear_factors(outputs)
+        outputs = outputs if differentiable else outputs.detach()
+        through = None if product is None else Through(*product)
+        count, seeds = self._seeds(outputs, targets, ranks.seeded(generator), through)
+        ranks.agreed(count, "their outputs take different numbers of backward passes; pad them to one shape")
+        return count, seeds
+
+    def _seeds(
+        self, outputs: Tensor, targets: Any, generator: torch.Generator, through: Through | None
+    ) -> tuple[int, Iterator[Tensor]]:
+        model: Likelihood = likelihood(
+            self.loss_type, outputs, targets, ignore_index=self.ignore_index, class_axis=self.class_axis
+        )
+        if self.labels == "observed":
+            if not isinstance(targets, Tensor):
+                raise ArgumentError('labels="observed" needs targets')
+            return 1, iter([model.observed(outputs, targets)])
+        passes = model.exact_passes(outputs)
+        if self.num_samples is None:
+            if passes > self.max_passes:
+                raise ArgumentError(
+                    f"the exact Fisher of outputs of shape {tuple(outputs.shape)} takes {passes:,} backward passes, more than "
+                    f"max_passes={self.max_passes:,}: pass num_samples=k for an unbiased estimate from k passes"
+                )
+            return passes, model.exact(outputs)
+        return min(passes, self.num_samples), model.draws(outputs, self.num_samples, generator, through)

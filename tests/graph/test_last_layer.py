@@ -1,0 +1,57 @@
+"""The matrix that outputs come out of: found where there is one, and nothing is said where there is none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from torch_secorder.graph.last_layer import last_linear_factors
+
+
+def features() -> Tensor:
+    return nn.Linear(3, 4)(torch.randn(5, 3)).relu()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_linear_layer(bias: bool) -> None:
+    layer, h = nn.Linear(4, 6, bias=bias), features()
+    found = last_linear_factors(layer(h))
+    assert found is not None
+    assert torch.equal(found[0], h)
+    assert torch.equal(found[1], layer.weight.T)
+    assert not found[0].requires_grad
+    assert not found[1].requires_grad
+
+
+def changed() -> Tensor:
+    h = features()
+    outputs = nn.Linear(4, 6)(h)
+    h.mul_(2)
+    return outputs
+
+
+def freed() -> Tensor:
+    outputs = nn.Linear(4, 6)(features())
+    outputs.sum().backward()
+    return outputs
+
+
+NONE: dict[str, Callable[[], Tensor]] = {
+    "no graph": lambda: torch.randn(5, 6),
+    "scaled": lambda: nn.Linear(4, 6)(features()) / 2,
+    "positions": lambda: nn.Linear(4, 6)(features()[:, None].expand(5, 2, 4)),
+    "nothing before it": lambda: nn.Linear(4, 6)(torch.randn(5, 4)),
+    "frozen": lambda: nn.Linear(4, 6).requires_grad_(False)(features()),
+    "checkpointed": lambda: checkpoint(nn.Linear(4, 6), features(), use_reentrant=False),
+    "changed since": changed,
+    "freed": freed,
+}
+
+
+@pytest.mark.parametrize("name", NONE)
+def test_nothing_of_the_kind(name: str) -> None:
+    assert last_linear_factors(NONE[name]()) is None
