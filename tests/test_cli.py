@@ -480,8 +480,9 @@ def test_a_run_goes_on_with_the_same_thing_only(long: Path, capsys: pytest.Captu
         assert main(["report", "long.py:ordered", *save]) == 1
         assert words in capsys.readouterr().err
         assert Path("state.safetensors").read_bytes() == content
-    with FisherMonitor(torch.nn.Linear(2, 2)) as monitor:
-        torch.nn.functional.cross_entropy(monitor._model(torch.randn(3, 2)), torch.tensor([0, 1, 1])).backward()
+    linear = torch.nn.Linear(2, 2)
+    with FisherMonitor(linear) as monitor:
+        torch.nn.functional.cross_entropy(linear(torch.randn(3, 2)), torch.tensor([0, 1, 1])).backward()
     Path("state.safetensors").unlink()
     monitor.save("state.safetensors")
     assert main(["report", "long.py:ordered", *save]) == 1

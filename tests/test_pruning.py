@@ -179,8 +179,10 @@ def test_what_gates_refuse() -> None:
         ChannelGates(model, "none")
     with pytest.raises(ArgumentError, match="loss_scale"):
         ChannelGates(model, loss_scale=0)
-    with pytest.raises(ShapeError, match="no batch axis"), ChannelGates(model):
+    with pytest.raises(ShapeError, match="without a batch axis"), ChannelGates(model[0]):
         model[0](torch.randn(2, 6, 6))
+    with pytest.raises(ShapeError, match="outside of a call of the monitored model"), ChannelGates(model):
+        model[0](torch.randn(5, 2, 6, 6))
     linear = nn.Linear(3, 2)
     linear.weight.requires_grad_(False)
     x = torch.randn(5, 3)
@@ -191,7 +193,7 @@ def test_what_gates_refuse() -> None:
             torch.autograd.backward(outputs.sum(), inputs=[linear.bias])
     assert linear.bias.grad is not None, "gradients are complete"
     assert gates.n_samples == 0
-    with pytest.raises(NonFiniteError, match="infinite or NaN"), ChannelGates(linear):
+    with pytest.raises(NonFiniteError, match="not finite"), ChannelGates(linear):
         (linear(torch.randn(5, 3)).sum() * math.inf).backward()
 
 

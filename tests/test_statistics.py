@@ -11,6 +11,10 @@ from torch import Tensor
 
 from torch_secorder.errors import CurvatureError
 from torch_secorder.per_sample import SquareSum
+from torch_secorder.recording.quantities import Diagonal, SampleRows
+from torch_secorder.recording.quantities.diagonal import DiagonalPart
+from torch_secorder.recording.sample_norms import SampleNorms
+from torch_secorder.results.moments import SampleMoments
 from torch_secorder.results.statistics import Statistics
 
 NAMES, SHAPES = ["a", "b", "c"], [(2,), (3, 1), ()]
@@ -21,9 +25,21 @@ def statistics(*blocks: Tensor, diagonal: bool = False, per_sample: bool = False
     found = Statistics(NAMES, SHAPES, diagonal=diagonal, per_sample=per_sample)
     for block in blocks:
         sums = {i: torch.full(shape, float(block[:, i].sum())) for i, shape in enumerate(SHAPES)} if diagonal else {}
-        squares = {i: [SquareSum(value, SHAPES[i])] for i, value in sums.items()}
-        found.update(block.T, squares, {0: ["rule"]}, {0, 1, 2}, {0: 2.0})
+        parts = {"diagonal": DiagonalPart({i: [SquareSum(value, SHAPES[i])] for i, value in sums.items()})}
+        found.update(SampleNorms(len(block), block.T, {0, 1, 2}, {0: ["rule"]}, parts), {0: 2.0})
     return found
+
+
+def rows(found: Statistics) -> list[Tensor]:
+    quantity = found.quantities["per_sample"]
+    assert isinstance(quantity, SampleRows)
+    return quantity.blocks
+
+
+def totals(found: Statistics) -> list[Tensor]:
+    quantity = found.quantities["diagonal"]
+    assert isinstance(quantity, Diagonal)
+    return quantity.totals
 
 
 def assert_moments(found: Statistics, t: Tensor) -> None:
@@ -31,7 +47,7 @@ def assert_moments(found: Statistics, t: Tensor) -> None:
     np.testing.assert_allclose(found.mean.numpy(), t.numpy().mean(0), rtol=1e-12)
     for positions in ([0], [1], [0, 2], [0, 1, 2]):
         expected = t[:, positions].sum(1).numpy().var(ddof=1)
-        assert found.variance_of_sum(positions) == pytest.approx(expected, rel=1e-9)
+        assert found.squared_norms.variance_of_sum(positions) == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize("sizes", [[7], [1, 6], [3, 1, 1, 2]], ids=str)
@@ -47,19 +63,19 @@ def test_merging_is_exact_in_any_grouping() -> None:
     one.merge(two)
     assert_moments(one, t)
     assert one.passes == 3
-    assert one.inverse_batch_sizes == pytest.approx(1 / 4 + 1 / 3 + 1 / 2)
-    assert torch.equal(torch.cat(one.rows), t)
-    assert [tuple(s.shape) for s in one.squares] == SHAPES
+    assert one.gradients.inverse_batch_sizes == pytest.approx(1 / 4 + 1 / 3 + 1 / 2)
+    assert torch.equal(torch.cat(rows(one)), t)
+    assert [tuple(s.shape) for s in totals(one)] == SHAPES
 
 
 def test_a_small_spread_around_a_large_mean_is_not_lost() -> None:
     t = 1e9 + torch.rand(1000, 3, dtype=torch.float64)
     found = statistics(*t.split(7))
-    assert found.variance_of_sum([0]) == pytest.approx(float(t[:, 0].var()), rel=1e-6)
+    assert found.squared_norms.variance_of_sum([0]) == pytest.approx(float(t[:, 0].var()), rel=1e-6)
 
 
 def test_one_sample_has_no_variance() -> None:
-    assert np.isnan(statistics(torch.rand(1, 3)).variance_of_sum([0]))
+    assert np.isnan(statistics(torch.rand(1, 3)).squared_norms.variance_of_sum([0]))
 
 
 def test_the_state_survives_a_file_and_shares_nothing() -> None:
@@ -77,7 +93,7 @@ def test_the_state_survives_a_file_and_shares_nothing() -> None:
     state["mean"].zero_()
     state["rows"][0].zero_()
     assert_moments(found, t)
-    assert torch.equal(found.rows[0], t)
+    assert torch.equal(rows(found)[0], t)
 
 
 @pytest.mark.parametrize(
@@ -98,16 +114,16 @@ def test_an_interruption_costs_earlier_samples_only_if_their_squares_are_half_ch
     monkeypatch: pytest.MonkeyPatch, begun: bool, left: int
 ) -> None:
     found = statistics(torch.rand(5, 3), diagonal=True)
-    owner, method = (SquareSum, "added") if begun else (Statistics, "_absorb")
+    owner, method = (SquareSum, "added") if begun else (SampleMoments, "add")
     original = getattr(owner, method)
 
     def interrupted(*args: object) -> None:
         original(*args)
         raise KeyboardInterrupt
 
-    squares = {0: [SquareSum(torch.ones(2), (2,))]}
+    parts = {"diagonal": DiagonalPart({0: [SquareSum(torch.ones(2), (2,))]})}
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(owner, method, interrupted)
-        found.update(torch.rand(3, 2), squares, {}, {0}, {})
+        found.update(SampleNorms(2, torch.rand(3, 2), {0}, {}, parts))
     assert found.n == left
-    assert bool(found.squares) == (left > 0)
+    assert bool(totals(found)) == (left > 0)

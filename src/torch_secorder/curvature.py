@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch_secorder.errors import ArgumentError, LifecycleError
 from torch_secorder.model.parameters import plain_name, unwrapped
 from torch_secorder.model.ranks import refuse_dtensors
-from torch_secorder.results.results import Results
+from torch_secorder.results.results import Results, results_of
 from torch_secorder.tables import ATTRIBUTES, shape_of
 
 if TYPE_CHECKING:
@@ -76,6 +76,7 @@ def curvature(
         UnsupportedError: if the model's parameters are spread over ranks.
         LifecycleError: if the monitor saw no sample.
     """
+    source = results_of(source)
     if isinstance(source, Results):
         report = source.report()
         if diagonal is None:

@@ -6,6 +6,8 @@ or module, the reason and the remedy; the alternative, a wrong number, is never 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 __all__ = [
     "ArgumentError",
     "CoupledSamplesError",
@@ -63,3 +65,10 @@ class VerificationError(CurvatureError):
 
 class SlowFallbackWarning(UserWarning):
     """Most of the work goes into operations without a rule, which are differentiated for one sample at a time."""
+
+
+def listed(items: Sequence[object], noun: str) -> str:
+    """The first few of some items in words: "sample 3", "parameters a, b, c, d, e and 2 more"."""
+    shown = ", ".join(str(item) for item in items[:5])
+    more = f" and {len(items) - 5} more" if len(items) > 5 else ""
+    return f"{noun}{'s' if len(items) > 1 else ''} {shown}{more}"

@@ -2,46 +2,90 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable
-from functools import partial
-from threading import RLock
-from typing import Any
-from weakref import WeakValueDictionary
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
-from torch.autograd.graph import Node
 
-from torch_secorder.arguments import loss_scale_value, require_choice, require_max_memory
-from torch_secorder.autograd.engine import (
-    after_backward,
-    current_graph_task,
-    current_node,
-    in_search_pass,
-    is_library_pass,
-    raise_after_backward,
+from torch_secorder.arguments import (
+    loss_scale_value,
+    require_choice,
+    require_max_memory,
+    require_positive_int,
 )
-from torch_secorder.batch_axis.knowledge import knowledge_of
-from torch_secorder.capture.module_hooks import Capture
-from torch_secorder.capture.records import Forward, Record
-from torch_secorder.errors import ArgumentError, CoverageError, LifecycleError, NonFiniteError
-from torch_secorder.graph.audit import Audit
-from torch_secorder.graph.frontier import Use
-from torch_secorder.model.containers import tensors
+from torch_secorder.batch_axis.knowledge import Memory, knowledge_of
+from torch_secorder.errors import CoverageError, LifecycleError
 from torch_secorder.model.hooks import Hook, Hooks, HookScope
-from torch_secorder.model.parameters import ParameterTable, named_modules, unwrapped
-from torch_secorder.model.ranks import class_as_written, whole
+from torch_secorder.model.parameters import ParameterTable, plain_name, unwrapped
 from torch_secorder.model.restore import lock_of
-from torch_secorder.per_sample import as_refusal, direction
-from torch_secorder.recording.accumulator import Pass
-from torch_secorder.recording.gradient_norms import OpenPass, full_precision, is_autocast
+from torch_secorder.recording.accumulator import PassOptions
 from torch_secorder.recording.plan import BatchAxis, planned
+from torch_secorder.recording.recorder import BackwardPass, not_finite
+from torch_secorder.recording.sample_norms import SampleNorms
+from torch_secorder.recording.user_recorder import UserRecorder
+from torch_secorder.results.report import By
 from torch_secorder.results.results import Results
+from torch_secorder.verification.gradient_sums import unexplained_gradients
 from torch_secorder.verification.plain_autograd import compare, squared_norms_of_first
 
+if TYPE_CHECKING:
+    import pandas as pd
+    from typing_extensions import Self
 
-class FisherMonitor(HookScope, Results):
+
+@dataclass(frozen=True)
+class MonitorOptions:
+    """The arguments of a :class:`FisherMonitor`, which has their meaning."""
+
+    reduction: str = "mean"
+    loss_scale: float | Tensor | Callable[[], float | Tensor] = 1.0
+    parameters: str = "trainable"
+    batch_axis: BatchAxis = None
+    nonfinite: str = "raise"
+    repeated_calls: str | None = None
+    every: int = 1
+    fisher: str = "empirical"
+    max_memory: int | None = None
+    keeps: Mapping[str, bool] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        require_choice("reduction", self.reduction, ("mean", "sum"))
+        require_choice("nonfinite", self.nonfinite, ("raise", "skip"))
+        require_choice("repeated_calls", self.repeated_calls, (None, "same", "new"))
+        require_choice("fisher", self.fisher, ("empirical", "sampled", "observed"))
+        require_positive_int("every", self.every)
+        require_max_memory(self.max_memory)
+        if not callable(self.loss_scale):
+            loss_scale_value(self.loss_scale)
+
+    @property
+    def of_passes(self) -> PassOptions:
+        """What each backward pass collects."""
+        quantities = tuple(name for name, wanted in self.keeps.items() if wanted)
+        return PassOptions(quantities, self.repeated_calls, self.max_memory)
+
+
+@dataclass(frozen=True)
+class _Watched:
+    """A model to watch, and what is known of it from one block to the next."""
+
+    model: nn.Module
+    table: ParameterTable
+    knowledge: Memory
+
+    @classmethod
+    def of(cls, model: nn.Module, options: MonitorOptions) -> _Watched:
+        """The model inside of its wrappers; what can't be right later is refused now."""
+        bare = unwrapped(model)
+        with lock_of(bare):
+            table = ParameterTable(bare, options.parameters)
+        planned(bare, table, options.batch_axis)
+        return cls(bare, table, knowledge_of(bare, options.batch_axis, checks=False))
+
+
+class FisherMonitor(HookScope):
     r"""Exact empirical-Fisher traces of every parameter, from the forward and backward passes that run inside.
 
     With samples n = 1..N, l_n a sample's loss and g_n its gradient, the contribution of parameter p is
@@ -73,6 +117,9 @@ class FisherMonitor(HookScope, Results):
         max_memory: how many bytes what is computed for one parameter may take at once, above the layer's own input and output
             gradient and what is kept of the result. By default a few MiB, or one sample's gradient where it is larger;
             smaller budgets cost time. A convolution takes one sample at least, and so does an operation without a rule.
+
+    Attributes:
+        results: what was accumulated; the monitor's own ``report``, ``trace``, ``merge``, ``save`` and so on are those of it.
 
     Raises:
         ArgumentError: for an argument that means nothing, or a model with no trainable parameter.
@@ -109,162 +156,64 @@ class FisherMonitor(HookScope, Results):
         fisher: str = "empirical",
         max_memory: int | None = None,
     ):
-        require_choice("reduction", reduction, ("mean", "sum"))
-        require_choice("nonfinite", nonfinite, ("raise", "skip"))
-        require_choice("repeated_calls", repeated_calls, (None, "same", "new"))
-        require_choice("fisher", fisher, ("empirical", "sampled", "observed"))
-        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-            raise ArgumentError(f"every must be an int >= 1, not {every!r}")
-        if not callable(loss_scale):
-            loss_scale_value(loss_scale)
-        self._model = unwrapped(model)
-        with lock_of(self._model):
-            table = ParameterTable(self._model, parameters)
-        planned(self._model, table, batch_axis)  # refuse now what can't be right later
-        self._table = table
         keeps = {"diagonal": diagonal, "per_sample": per_sample, "activations": activations}
-        super().__init__(table, reduction, fisher, **keeps)
-        self._loss_scale, self._nonfinite, self._every = loss_scale, nonfinite, every
-        self._repeated_calls, self._batch_axis, self._diagonal = repeated_calls, batch_axis, diagonal
-        self._types = {name: class_as_written(module).__name__ for name, module in named_modules(self._model)}
-        self._all, self._max_memory = parameters == "all", require_max_memory(max_memory)
-        self._memory = knowledge_of(self._model, batch_axis, checks=False)
-        self._capture: Capture | None = None
+        options = MonitorOptions(
+            *(reduction, loss_scale, parameters, batch_axis, nonfinite),
+            *(repeated_calls, every, fisher, max_memory, keeps),
+        )
+        watched = _Watched.of(model, options)
+        self._set_up(options, watched, Results(watched.table.rows, reduction, fisher, **keeps))
+
+    def _set_up(self, options: MonitorOptions, watched: _Watched | None, results: Results) -> None:
+        self._options, self._watched, self.results = options, watched, results
+        self._recorder: UserRecorder | None = None
         self._hooks = Hooks()
-        self._passes: WeakValueDictionary[int, OpenPass] = WeakValueDictionary()
-        self._turn = RLock()  # several threads may train the model
-        self._outputs: list[weakref.ref[Tensor]] = []  # of the model's latest call
         self._expected: Tensor | None = None  # the first sample's squared norms, where they are to be verified
-        self._parents: dict[int, int] = {}  # a backward pass inside of another one (checkpointing) -> the outer one
 
     # ------------------------------------------------------------------------------------------------ the block
 
-    def __enter__(self) -> FisherMonitor:
-        if self._capture is not None:
+    def __enter__(self) -> Self:
+        if self._recorder is not None:
             raise LifecycleError("this monitor is active already; leave its block first, or use a second monitor")
+        if self._watched is None:
+            raise LifecycleError("this monitor was loaded without its model: pass it, FisherMonitor.load(path, model)")
+        if self.results.fisher == "exact":
+            raise LifecycleError(
+                "this monitor was loaded from results of the exact Fisher, to which backward passes of a training loop can't be "
+                "added; report it, or merge it with other exact results"
+            )
         return super().__enter__()
 
     def _attach(self) -> None:
-        self._table.gather(self._model)
-        plan = planned(self._model, self._table, self._batch_axis)
-        sites = plan.sites + (plan.watched(self._model) if self._statistics.keeps["activations"] else [])
-        audit = Audit(self._table, self._used, plan.batch_axis, self._memory)
-        self._capture = Capture(
-            *(self._model, sites, self._arrived, plan.batch_axis, plan.guards),
-            anchored=self._all,
-            on_replay=self._opened,
-            on_end=partial(self._ended, audit.uses),
-            every=self._every,
+        assert self._watched is not None
+        options, model, table = self._options, self._watched.model, self._watched.table
+        table.gather(model)
+        self.results.counts_samples = table.ranks.first
+        passes = options.of_passes
+        plan = planned(model, table, options.batch_axis, passes.quantities)
+        self._recorder = UserRecorder(
+            *(table, plan, self._watched.knowledge, passes),
+            on_pass=self._count,
+            checks_next=self._is_due,
+            every=options.every,
+            attach_leaf=options.parameters == "all",
         )
-        self._capture.__enter__()
-        for position, (tensor, leaf) in enumerate(zip(self._table.tensors, self._table.leaves, strict=True)):
+        self._recorder.__enter__()
+        for position, (tensor, leaf) in enumerate(zip(table.tensors, table.leaves, strict=True)):
             for watched in (leaf,) if leaf is tensor else (leaf, tensor):  # a shard is in the graph of a penalty only
                 if watched.requires_grad:
-                    self._hooks.add(watched, watched.register_hook, Hook(self, "_gradient", position))
+                    hook = Hook(self._recorder, "on_parameter_gradient", position)
+                    self._hooks.add(watched, watched.register_hook, hook)
 
     def _detach(self) -> None:
-        self._passes.clear()
-        self._parents.clear()
         self._hooks.remove()
-        if self._capture is not None:
-            self._capture.__exit__()
-            self._capture = None
+        if self._recorder is not None:
+            self._recorder.__exit__()
+            self._recorder = None
 
-    @property
-    def _counts(self) -> bool:
-        return self._table.ranks.first
-
-    def _ended(self, audit: Callable[[Forward, Any], object], forward: Forward, outputs: Any) -> None:
-        """The model returns."""
-        audit(forward, outputs)
-        self._outputs = [weakref.ref(x) for x in tensors(outputs)]
-
-    def _arrived(self, record: Record, grad: Tensor) -> None:
-        """The gradient of a module's output, inside the backward pass."""
-        outer = record.forward.recomputed_in
-        if outer is not None and outer != (task := current_graph_task()):
-            self._parents[task] = outer
-        self._guarded(self._add, record, grad)
-
-    def _used(self, use: Use, grads: tuple[Tensor | None, ...]) -> None:
-        """The gradients at a use outside of any hooked module's call have arrived."""
-        if self._capture is not None and self._capture.active and not in_search_pass():
-            node = current_node()
-            self._guarded(self._add_use, use, node, grads)
-
-    def _add_use(self, current: OpenPass, use: Use, node: Node, grads: tuple[Tensor | None, ...]) -> None:
-        self._once(use, current.task, "a parameter's use outside of its module")
-        current.collected.add_use(use, node, grads)
-
-    def _add(self, current: OpenPass, record: Record, grad: Tensor) -> None:
-        self._once(record, current.task, record.site)
-        current.collected.add(record, grad)
-
-    def _once(self, seen: Record | Use, task: int, what: object) -> None:
-        if seen.last_pass not in (None, task) and self._repeated_calls != "new":
-            raise LifecycleError(
-                f"{what}: a second backward pass went through the same forward, whose samples are counted "
-                'already; call the model again, or pass repeated_calls="new" to count them as new samples'
-            )
-        seen.last_pass = task
-
-    def _gradient(self, position: int, grad: Tensor) -> None:
-        """The gradient of a parameter, as this backward pass adds it to ``.grad``."""
-        # Re-entrant checkpointing has backward passes inside of one that is passed over; those open none of ours.
-        if self._passes or not (self._capture and self._capture.passed_over):
-            self._guarded(self._add_gradient, position, grad)
-
-    def _add_gradient(self, current: OpenPass, position: int, grad: Tensor) -> None:
-        grad = whole(grad)
-        # What a hook of the user's makes of a gradient is not in its factors, and not ours to check.
-        as_computed = len(self._table.leaves[position]._backward_hooks or ()) <= 1
-        if not as_computed:
-            current.collected.gradient_norms.pop(position, None)
-        current.add(position, grad)
-        if as_computed and current.collected.checks and not grad.is_sparse:
-            left, right = direction(grad.shape, grad)
-            along = left @ (grad.detach().reshape(len(left), -1) @ right)
-            current.projections[position] = current.projections.get(position, 0) + along
-
-    def _guarded(self, action: Callable[..., None], *args: Any) -> None:
-        """Do something for the backward pass under way; what goes wrong must wait for its end."""
-        task = current_graph_task()
-        if is_library_pass(task):
-            return
-        current = self._opened(self._parents.get(task, task) if self._parents else task)
-        if current.error is not None:
-            return
-        if self._capture is not None and task in self._capture.passed_over:
-            current.error = LifecycleError(
-                f"one backward pass reached a call of the model that every={self._every} passed over, and one that it did not: "
-                "enter and leave the monitor's block for the steps to watch instead"
-            )
-            return
-        try:
-            if current.autocast:
-                with full_precision():
-                    action(current, *args)
-            else:
-                action(current, *args)
-        except Exception as error:
-            current.error = as_refusal(error)
-
-    def _opened(self, task: int) -> OpenPass:
-        current = self._passes.get(task)
-        if current is None:
-            collected = Pass(
-                self._table,
-                diagonal=self._diagonal,
-                repeated_calls=self._repeated_calls,
-                keep=self._repeated_calls == "new",
-                checks=self._statistics.passes.bit_count() < 2,
-                gradients=True,
-                max_memory=self._max_memory,
-            )
-            current = self._passes[task] = OpenPass(task, collected, is_autocast())
-            # Autograd alone keeps it: a pass that an exception breaks off is gone with its traceback.
-            after_backward(partial(self._closed, task, current))
-        return current
+    def _is_due(self) -> bool:
+        """Whether the sums of the next pass are checked: the 1st, 2nd, 3rd, 5th, 9th, ..."""
+        return self.results.statistics.passes.bit_count() < 2
 
     def verify(self, loss: Tensor) -> None:
         """Have the next backward pass, which must be that of ``loss``, checked for one sample.
@@ -290,74 +239,179 @@ class FisherMonitor(HookScope, Results):
             ...     monitor.verify(loss)
             ...     loss.backward()
         """
-        outputs = [x for reference in self._outputs if (x := reference()) is not None and x.requires_grad]
-        if self._capture is None or not outputs:
+        outputs = [] if self._recorder is None else self._recorder.outputs
+        if self._recorder is None or not outputs:
             raise LifecycleError(
                 "verify: call the model inside the monitor's block, keep its outputs, and pass their loss"
             )
-        self._expected = squared_norms_of_first(loss, outputs, self._table.leaves, self._capture.batch_axis)
+        leaves, axis = self._recorder.table.leaves, self._recorder.plan.batch_axis
+        self._expected = squared_norms_of_first(loss, outputs, leaves, axis)
 
-    def _closed(self, task: int, current: OpenPass) -> None:
-        """A backward pass is over: count it, or raise why not. The user's gradients are complete by now."""
-        if self._passes.pop(task, None) is None or self._capture is None:
+    def _count(self, current: BackwardPass) -> None:
+        """A backward pass is over: count it, or raise why not."""
+        recorder = self._recorder
+        if recorder is None:
             return
-        for inner in [inner for inner, outer in self._parents.items() if outer == task]:
-            del self._parents[inner]
-        self._capture.loose = Forward(inside=False)
-        try:
-            with torch.no_grad(), full_precision(), self._turn:
-                self._count(current)
-        except Exception as error:
-            raise_after_backward(as_refusal(error))
+        positions, norms = current.gradients.all()
+        if current.error is None and not (positions or current.accumulator):
+            return
+        if current.error is None and not current.accumulator:
+            raise self._unreached(positions, norms)
+        checks = (self._check_reached, self._check_sums, self._check_first)
+        samples = recorder.finish(current, self._options.nonfinite, checks)
+        loss_scale = loss_scale_value(self._options.loss_scale)
+        scale = (samples.batch / loss_scale if self._options.reduction == "mean" else 1 / loss_scale) ** 2
+        squares = (norms / loss_scale).square().tolist()
+        self.results.add(samples, dict(zip(positions, squares, strict=True)), scale)
 
-    def _count(self, current: OpenPass) -> None:
-        if current.error is not None:
-            raise current.error
-        positions, norms = current.all_norms()
-        if not (positions or current.collected):
+    # ------------------------------------------------------------------------------------------------ its checks
+
+    def _check_reached(self, current: BackwardPass, samples: SampleNorms) -> None:
+        """Every parameter that got a gradient has to be accounted for."""
+        positions, norms = current.gradients.all()
+        if missed := [index for index, p in enumerate(positions) if p not in samples.reached]:
+            raise self._unreached([positions[index] for index in missed], norms[missed])
+
+    def _unreached(self, positions: list[int], norms: Tensor) -> Exception:
+        names = ", ".join(self.results.statistics.names[position] for position in positions)
+        if not bool(norms.isfinite().all()):
+            return not_finite(f"the gradients of {names}")
+        return CoverageError(
+            f"the backward pass reached {names} by a way that nothing accounts for: through something that the "
+            "model doesn't return, inside of re-entrant checkpointing, in compiled code, or in a forward that ran before "
+            "the monitor was entered; the batch is left out"
+        )
+
+    def _check_sums(self, current: BackwardPass, samples: SampleNorms) -> None:
+        """Where a pass is checked, what was captured has to add up to autograd's own gradients."""
+        if not current.projections or samples.skipped:
             return
-        samples = current.collected.finish(self._nonfinite) if current.collected else None
-        reached = samples.reached if samples else set()
-        if missed := [index for index, p in enumerate(positions) if p not in reached]:
-            names = ", ".join(self._table.names[positions[index]] for index in missed)
-            if not bool(norms[missed].isfinite().all()):
-                raise NonFiniteError(
-                    f"the gradients of {names} are not finite, in the first batch in which it was looked for where the model "
-                    "has its samples, which such a batch can't show; it is left out as a whole"
-                )
+        accumulator = current.accumulator
+        wrong = unexplained_gradients(
+            accumulator.projections, current.projections, samples.squared_norms, accumulator.half
+        )
+        if wrong:
+            names = ", ".join(self.results.statistics.names[position] for position in wrong)
             raise CoverageError(
-                f"the backward pass reached {names} by a way that nothing accounts for: through something that the "
-                "model doesn't return, inside of re-entrant checkpointing, in compiled code, or in a forward that ran before "
-                "the monitor was entered; the batch is left out"
-            )
-        assert samples is not None
-        if wrong := current.collected.unexplained(current.projections, samples):
-            raise CoverageError(
-                f"the gradient of {', '.join(self._table.names[p] for p in wrong)} is not the sum of what the model's samples "
+                f"the gradient of {names} is not the sum of what the model's samples "
                 "contribute: the loss uses these parameters by another way than through the model (a weight penalty, "
                 "which belongs to no sample: differentiate it in a backward pass outside of the monitor, or use the "
                 "optimizer's weight_decay), or they are used inside of re-entrant checkpointing and outside of it (use "
                 "use_reentrant=False), or a rule is wrong; the batch is left out"
             )
-        self._memory.warned = self._memory.warned or current.collected.warned()
+
+    def _check_first(self, current: BackwardPass, samples: SampleNorms) -> None:
+        """Where :meth:`verify` was asked for, the first sample has to be as by plain autograd."""
         expected, self._expected = self._expected, None
         if expected is not None and not samples.skipped:
-            compare(self._table.names, samples.norms[:, 0], expected, current.collected.half)
-        factor = (
-            samples.batch / loss_scale_value(self._loss_scale)
-            if self._reduction == "mean"
-            else 1 / loss_scale_value(self._loss_scale)
-        )
-        norms = norms / loss_scale_value(self._loss_scale)
-        self._statistics.update(
-            samples.norms.double() * factor**2,
-            {p: [s.times(factor**2) for s in several] for p, several in samples.squares.items()},
-            samples.rules,
-            reached,
-            dict(zip(positions, norms.square().tolist(), strict=True)),
-            samples.skipped,
-            samples.output_sums(self._types, factor**2),
-        )
+            compare(self.results.statistics.names, samples.squared_norms[:, 0], expected, current.accumulator.half)
+
+    # ------------------------------------------------------------------------------------------------ its results
+
+    @property
+    def n_samples(self) -> int:
+        """How many samples were seen."""
+        return self.results.n_samples
+
+    @property
+    def trace(self) -> Tensor:
+        """The total over all analysed parameters, a 0-dim float64 tensor."""
+        return self.results.trace
+
+    @property
+    def diagonal(self) -> dict[str, Tensor]:
+        """The Fisher diagonal ``c sum_n g_n ** 2``, a dict of tensors of the parameters' shapes that sum to their traces."""
+        return self.results.diagonal
+
+    @property
+    def per_sample(self) -> pd.DataFrame:
+        """Every unscaled t_{n,p}, a row for each sample in the order of backward passes and a column for each parameter."""
+        return self.results.per_sample
+
+    @property
+    def activations(self) -> pd.DataFrame:
+        """A row for each module that returns a tensor; see :attr:`Results.activations`."""
+        return self.results.activations
+
+    def report(self, by: By = None, *, sync: bool = False) -> pd.DataFrame:
+        """The table: a row for each parameter, or for each group of them; see :meth:`Results.report`.
+
+        Args:
+            by: None, "module", "type", or a function from a parameter's name to a group.
+            sync: of the samples of all ranks of the default process group, which all have to ask; what this rank has
+                accumulated stays its own.
+
+        Raises:
+            LifecycleError: if no sample was seen.
+        """
+        return self.results.report(by, sync=sync)
+
+    def reset(self) -> None:
+        """Forget every sample."""
+        self.results.reset()
+
+    def merge(self, other: FisherMonitor | Results) -> Self:
+        """Add the samples of another monitor or of results, of a model with the same parameters; returns self.
+
+        Raises:
+            ArgumentError: if names, shapes, reduction, which Fisher it is or what is kept differ.
+        """
+        self.results.merge(other)
+        return self
+
+    def all_reduce(self, group: Any = None) -> Self:
+        """Add the samples of all ranks of a process group, each once however often this is called; returns self.
+
+        All ranks have to call it, also those that saw no sample; see :meth:`Results.all_reduce`.
+
+        Raises:
+            LifecycleError: if no process group was initialised.
+            ArgumentError: if the ranks analyse different parameters, or keep different things.
+        """
+        self.results.all_reduce(group)
+        return self
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was accumulated, as tensors, numbers and strings."""
+        return self.results.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Replace what was accumulated by another monitor's :meth:`state_dict`.
+
+        Raises:
+            ArgumentError: if it is of other parameters, another reduction or another kind, or of another version.
+        """
+        self.results.load_state_dict(state)
+
+    def save(self, path: str | Path) -> None:
+        """Write what was accumulated to a file, whole or not at all (safetensors; ``pip install 'torch-secorder[save]'``).
+
+        Raises:
+            ArgumentError: if safetensors is not installed, or there is no such folder.
+        """
+        self.results.save(path)
+
+    @classmethod
+    def load(cls, path: str | Path, model: nn.Module | None = None) -> Self:
+        """A monitor with what :meth:`save` wrote. Nothing in the file is executed.
+
+        Args:
+            path: the file.
+            model: the model that was analysed, for a monitor that can go on. Without it the monitor reports and merges, and
+                can't be entered.
+
+        Raises:
+            ArgumentError: if the file is torn, foreign, of another version, or of other parameters than the model's.
+        """
+        results = Results.load(path, model)
+        which, fisher = "trainable", "empirical" if results.fisher == "exact" else results.fisher
+        if model is not None:
+            trainable = [plain_name(name) for name, p in unwrapped(model).named_parameters() if p.requires_grad]
+            which = "trainable" if trainable == results.statistics.names else "all"
+        options = MonitorOptions(results.reduction, parameters=which, fisher=fisher, keeps=results.statistics.keeps)
+        monitor = cls.__new__(cls)
+        monitor._set_up(options, None if model is None else _Watched.of(model, options), results)
+        return monitor
 
     def __reduce__(self) -> str:
         raise TypeError(
@@ -365,8 +419,8 @@ class FisherMonitor(HookScope, Results):
         )
 
     def __repr__(self) -> str:
-        state = "active" if self._capture is not None else "idle"
+        state = "active" if self._recorder is not None else "idle"
         return (
-            f"FisherMonitor({type(self._model).__name__}, {len(self._table)} parameters, reduction={self._reduction!r}, "
-            f"{self.n_samples} samples, {state})"
+            f"FisherMonitor({'no model' if self._watched is None else type(self._watched.model).__name__}, "
+            f"{len(self.results.rows)} parameters, reduction={self.results.reduction!r}, {self.n_samples} samples, {state})"
         )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -148,83 +149,126 @@ def fisher_results(
         >>> results.diagonal["weight"].shape, results.report().attrs["fisher"]
         (torch.Size([2, 3]), 'exact')
     """
-    if unknown := options.keys() - (accumulated.__kwdefaults__ or {}).keys():
+    keeps = {"diagonal": diagonal, "per_sample": per_sample, "activations": activations}
+    if unknown := options.keys() - ReportOptions.names():
         raise TypeError(f"fisher_results() got an unexpected keyword argument {min(unknown)!r}")
     results = None
-    for results in accumulated(  # noqa: B007  # the last one
-        model, loss_fn, data, diagonal=diagonal, per_sample=per_sample, activations=activations, **options
-    ):
+    for results in accumulated(model, loss_fn, data, ReportOptions(keeps=keeps, **options)):  # noqa: B007  # the last one
         pass
     if results is None:
         raise ArgumentError("data has no batch")
     return results
 
 
+@dataclass(frozen=True)
+class ReportOptions:
+    """The arguments of :func:`fisher_results`, which has their meaning; ``keeps`` are the quantities that it keeps."""
+
+    fisher: str = "empirical"
+    num_samples: int | None = None
+    loss_type: str = "nll"
+    max_batches: int | None = None
+    progress: bool = True
+    verify: bool = True
+    reduction: str | None = None
+    parameters: str = "trainable"
+    batch_axis: BatchAxis = None
+    ignore_index: int = -100
+    class_axis: int = 1
+    generator: torch.Generator | None = None
+    max_passes: int = 10_000
+    max_memory: int | None = None
+    keeps: Mapping[str, bool] = field(default_factory=dict)
+
+    @classmethod
+    def names(cls) -> set[str]:
+        """Those of the arguments."""
+        return {one.name for one in fields(cls)} - {"keeps"}
+
+    def __post_init__(self) -> None:
+        require_choice("fisher", self.fisher, ("empirical", "exact", "sampled", "observed"))
+        require_choice("reduction", self.reduction, (None, "mean", "sum"))
+        if self.num_samples is not None and self.fisher != "sampled":
+            raise ArgumentError(f'num_samples is for fisher="sampled", not fisher={self.fisher!r}')
+        for name in ("max_batches", "num_samples"):
+            if getattr(self, name) is not None:
+                require_positive_int(name, getattr(self, name))
+
+    @property
+    def kind(self) -> FisherKind:
+        """Which Fisher, unless it is the empirical one."""
+        labels = "observed" if self.fisher == "observed" else "model"
+        draws = (self.num_samples or 1) if self.fisher == "sampled" else None
+        return FisherKind(self.loss_type, labels, draws, self.ignore_index, self.class_axis, self.max_passes)
+
+    @property
+    def quantities(self) -> tuple[str, ...]:
+        """The names of those that are kept."""
+        return tuple(name for name, wanted in self.keeps.items() if wanted)
+
+
 def accumulated(
     model: nn.Module,
     loss_fn: Callable[[Any, Any], Tensor] | None,
     data: Any,
-    *,
-    fisher: str = "empirical",
-    num_samples: int | None = None,
-    loss_type: str = "nll",
-    max_batches: int | None = None,
-    progress: bool = True,
-    verify: bool = True,
-    reduction: str | None = None,
-    parameters: str = "trainable",
-    batch_axis: BatchAxis = None,
-    ignore_index: int = -100,
-    class_axis: int = 1,
-    generator: torch.Generator | None = None,
-    max_passes: int = 10_000,
-    max_memory: int | None = None,
+    options: ReportOptions,
     earlier: Results | None = None,
-    diagonal: bool = False,
-    per_sample: bool = False,
-    activations: bool = False,
 ) -> Iterator[Results]:
     """The results so far, the same object after every batch.
 
-    The arguments are those of :func:`fisher_results`, with ``earlier`` for results of other batches to add these batches to.
+    Args:
+        model: as for :func:`fisher_results`, like ``loss_fn`` and ``data``.
+        loss_fn: see there.
+        data: see there.
+        options: the other arguments.
+        earlier: results of other batches, to add these batches to.
     """
-    require_choice("fisher", fisher, ("empirical", "exact", "sampled", "observed"))
-    require_choice("reduction", reduction, (None, "mean", "sum"))
-    if num_samples is not None and fisher != "sampled":
-        raise ArgumentError(f'num_samples is for fisher="sampled", not fisher={fisher!r}')
-    if fisher == "empirical":
+    if options.fisher == "empirical":
         if loss_fn is None:
             raise ArgumentError(
                 'fisher="empirical" needs a loss_fn; fisher="exact", of the model\'s own labels, needs none'
             )
         require_callable("loss_fn", loss_fn)
-    if max_batches is not None:
-        require_positive_int("max_batches", max_batches)
-    k = require_positive_int("num_samples", 1 if num_samples is None else num_samples)
-    labels = "observed" if fisher == "observed" else "model"
-    kind = FisherKind(loss_type, labels, k if fisher == "sampled" else None, ignore_index, class_axis, max_passes)
-    generator = fresh_generator(generator)
-
-    keeps = {"diagonal": diagonal, "activations": activations}
-    analysis, results = Analysis(model, parameters, batch_axis, max_memory=max_memory, **keeps), earlier
-    for number, (inputs, targets) in enumerate(_in_step(analysis, batches(data, max_batches, progress))):
-        first = verify and number == 0
+    kind, generator = options.kind, fresh_generator(options.generator)
+    analysis = Analysis(
+        model, options.parameters, options.batch_axis, quantities=options.quantities, max_memory=options.max_memory
+    )
+    results, reduction = earlier, options.reduction
+    for number, (inputs, targets) in enumerate(
+        _in_step(analysis, batches(data, options.max_batches, options.progress))
+    ):
+        verify = options.verify and number == 0
         with lock_of(analysis.model):
-            if fisher == "empirical":
-                assert loss_fn is not None
-                analyse = partial(analysis.empirical, loss_fn, inputs, targets, _always if first else _never)
-                check = partial(_check, analysis, loss_fn, inputs, targets)
-                batch = analyse_and_verify(analysis, analyse, check) if first else analyse()
+            if loss_fn is not None and options.fisher == "empirical":
+                batch = _empirical(analysis, loss_fn, inputs, targets, verify)
                 samples, reduction = batch.samples, reduction or batch.reduction
             else:
-                if first:
-                    analyse = partial(analysis.of, _projection, inputs)
-                    with forked_random(analysis.table.tensors):  # the check is one more forward
-                        analyse_and_verify(analysis, analyse, partial(verified, analysis, _projection, inputs))
+                if verify:
+                    _verify_projection(analysis, inputs)
                 samples = analysis.fisher(kind, inputs, targets, generator)
-        results = results or Results(analysis.table, reduction or "mean", fisher, per_sample=per_sample, **keeps)
-        results._count_in(samples, analysis.types)
+        results = results or Results(analysis.table.rows, reduction or "mean", options.fisher, **options.keeps)
+        results.add(samples)
         yield results
+
+
+def _empirical(
+    analysis: Analysis, loss_fn: Callable[[Any, Any], Tensor], inputs: Any, targets: Any, verify: bool
+) -> Batch:
+    """One batch's gradients of the loss, and whether its first sample is as it is alone."""
+    analyse = partial(analysis.empirical, loss_fn, inputs, targets, _always if verify else _never)
+    return (
+        analyse_and_verify(analysis, analyse, partial(_check, analysis, loss_fn, inputs, targets))
+        if verify
+        else analyse()
+    )
+
+
+def _verify_projection(analysis: Analysis, inputs: Any) -> None:
+    """Whether gradients of the outputs along one direction, which those of every Fisher are like, are right."""
+    with forked_random(analysis.table.tensors):  # the check is one more forward
+        analyse_and_verify(
+            analysis, partial(analysis.of, _projection, inputs), partial(verified, analysis, _projection, inputs)
+        )
 
 
 def _always(structure: int) -> bool:

@@ -24,11 +24,13 @@ from torch_secorder.errors import (
 from torch_secorder.model.parameters import ParameterTable, unwrapped
 from torch_secorder.model.restore import lock_of
 from torch_secorder.per_sample import at_least_float32
+from torch_secorder.recording.accumulator import PassOptions
+from torch_secorder.recording.plan import Plan
 from torch_secorder.running.analysis import Analysis, Batch, logits
 from torch_secorder.running.fisher_kind import FisherKind
-from torch_secorder.running.graph_backward import Passes
+from torch_secorder.running.graph_backward import GraphBackward
 from torch_secorder.running.loss import require_separable, require_targets_of_batch
-from torch_secorder.running.run import check_twice_differentiable
+from torch_secorder.running.run import require_twice_differentiable
 from torch_secorder.verification.plain_autograd import compare, squares
 from torch_secorder.verification.samples_alone import verified
 from torch_secorder.verification.schedule import analyse_and_verify
@@ -97,7 +99,7 @@ def empirical_fisher_trace(
     analyse = partial(analysis.empirical, loss_fn, inputs, targets, wanted)
     with lock_of(analysis.model):
         batch = analyse() if create_graph else analyse_and_verify(analysis, analyse, check, loss_fn)
-    return _as_result(batch.samples.norms.sum(0), batch.reduction, analysis.table)
+    return _as_result(batch.samples.squared_norms.sum(0), batch.reduction, analysis.table)
 
 
 def generalized_fisher_trace(
@@ -202,10 +204,10 @@ def _squared_norms(
 ) -> Tensor:
     """``sum_s ||J_n^T s_n||^2`` of every sample, ``[n]``, from what the graph's nodes have saved, or one by one."""
     if create_graph:
-        check_twice_differentiable(outputs, table)
+        require_twice_differentiable(outputs, table)
     norms = outputs.new_zeros(len(outputs), dtype=torch.promote_types(outputs.dtype, torch.float32))
     seeds = (seed.to(outputs.dtype) for seed in seeds)
-    passes, failed = Passes(table, memory, create_graph=create_graph), None
+    passes, failed = GraphBackward(table, Plan(), memory, PassOptions(), create_graph=create_graph), None
     try:
         with passes.through(outputs):
             unchecked = bool(table.ranks.most(memory.due(_squared_norms, passes.structure)))
@@ -213,9 +215,11 @@ def _squared_norms(
                 failed = seed  # until it is done
                 samples = passes.backward(outputs, seed, last=False)
                 if unchecked:
-                    compare(table.names, samples.norms[:, 0].detach(), squares(_of_one(outputs, seed, table, 0)))
+                    compare(
+                        table.names, samples.squared_norms[:, 0].detach(), squares(_of_one(outputs, seed, table, 0))
+                    )
                     unchecked = False
-                norms, failed = norms + samples.norms.sum(0), None
+                norms, failed = norms + samples.squared_norms.sum(0), None
             return norms
     except NonFiniteError:
         raise

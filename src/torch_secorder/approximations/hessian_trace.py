@@ -15,6 +15,7 @@ from torch_secorder.likelihoods import random_signs
 from torch_secorder.model.parameters import ParameterTable, unwrapped
 from torch_secorder.model.ranks import refuse_dtensors
 from torch_secorder.model.restore import lock_of, restoring_buffers, twice_differentiable
+from torch_secorder.recording.sample_norms import SampleNorms
 from torch_secorder.results.report import By, Report
 from torch_secorder.results.statistics import Statistics
 from torch_secorder.running.loss import require_scalar_loss
@@ -98,7 +99,7 @@ def hessian_trace(
         reached = {position for position, g in enumerate(gradients) if g.requires_grad}
         rules = {position: ["hutchinson"] for position in reached}
         for _ in range(num_samples):
-            statistics.update(_probe(gradients, table, generator)[:, None], {}, rules, reached, {})
+            statistics.update(SampleNorms(1, _probe(gradients, table, generator)[:, None], reached, rules))
             if (
                 tolerance is not None
                 and statistics.n >= FEWEST
@@ -154,4 +155,4 @@ def _trace(statistics: Statistics) -> float:
 
 
 def _stderr(statistics: Statistics) -> float:
-    return (statistics.variance_of_sum(range(len(statistics.names))) / statistics.n) ** 0.5
+    return (statistics.squared_norms.variance_of_sum(range(len(statistics.names))) / statistics.n) ** 0.5

@@ -67,6 +67,11 @@ class Placement:
         return size == n if self.fold == "none" else size > 0 and size % n == 0
 
     @property
+    def is_first_axis(self) -> bool:
+        """Whether index n of the first axis is sample n."""
+        return self.axis == 0 and self.fold == "none"
+
+    @property
     def whole(self) -> bool:
         """Whether all of the tensor belongs to one sample: a module that was called for each sample in turn."""
         return self.listed is not None and bool((self.listed == self.listed[0]).all())

@@ -19,15 +19,15 @@ from torch_secorder.model.ranks import class_as_written, whole
 from torch_secorder.per_sample import Factor
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Forward:
     """One run of the model: what makes the calls of its modules belong to the same samples.
 
     Attributes:
         n: its batch size, None as long as nobody knows.
         calls: how often each parameter's module was called, by position in the parameter table.
-        inside: False for calls of submodules with no call of the model around them.
-        takers: how often each tensor was a call's first input, by its id while such a call has it.
+        input_uses: how often each tensor was a call's first input, by its id while such a call has it.
+        in_model_call: False for calls of submodules with no call of the model around them.
         recomputed_in: the backward pass that runs this forward again (activation checkpointing), or None.
         records: its calls so far, each with the place in the graph where its gradient arrives; empty once it is over, since a
             record that holds its own node is a cycle that outlives the graph.
@@ -35,23 +35,32 @@ class Forward:
 
     n: int | None = None
     calls: Counter[int] = field(default_factory=Counter)
-    takers: dict[int, int] = field(default_factory=dict)
-    inside: bool = True
+    input_uses: dict[int, int] = field(default_factory=dict)
+    in_model_call: bool = True
     recomputed_in: int | None = None
     records: list[tuple[Record, GradientEdge]] = field(default_factory=list)
 
+    def forget_graph(self) -> None:
+        """Let go of all nodes, once the graph was looked through."""
+        for record, _ in self.records:
+            record.input_nodes = record.input_nodes[:1]
+        self.records = []
+
 
 @dataclass(frozen=True, eq=False)
-class Site:
+class HookedModule:
     """A hooked module, with what is decided once for all of its calls.
 
     Attributes:
         parameters: local name -> position in the parameter table.
-        tensors: local name -> the parameter, to notice when somebody swapped it.
+        tensors: local name -> the parameter, to notice when somebody replaced it.
         shapes: local name -> the parameter's shape.
         rule: from a :class:`Call` to per-sample gradients; this floor only carries it. None where only the output
             itself is of interest.
         placement: where its outputs have their samples; None to find out.
+        keep: for a module whose rule needs something else than its inputs, what to keep of a call, from ``(module, args, kwargs,
+            output)``; None for one whose rule needs the inputs.
+        number: its place among the model's modules, for tables in their order.
     """
 
     name: str
@@ -61,9 +70,16 @@ class Site:
     shapes: Mapping[str, tuple[int, ...]]
     rule: Any
     placement: Placement | None = None
+    keep: Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any], Tensor], Any] | None = None
+    number: int = 0
 
     def __str__(self) -> str:
-        return f"{class_as_written(self.module).__name__} '{self.name}'"
+        return f"{self.kind} '{self.name}'"
+
+    @property
+    def kind(self) -> str:
+        """The name of the module's class."""
+        return class_as_written(self.module).__name__
 
     @cached_property
     def positions(self) -> tuple[int, ...]:
@@ -71,16 +87,16 @@ class Site:
         return tuple(self.parameters.values())
 
     @cached_property
-    def family(self) -> tuple[Hashable, ...]:
-        """What its small calls have in common with those that they can be put together with, as far as the site shows it."""
+    def batching_key(self) -> tuple[Hashable, ...]:
+        """What its small calls have in common with those that they can be batched with, as far as the module shows it."""
         return (self.rule.function, *self.shapes.items())
 
 
-# Calls with fewer elements are put together before anything is computed: an operation costs as much as reading these.
+# Calls with fewer elements are batched before anything is computed: starting an operation costs as much as reading these.
 SMALL = 2**15
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, slots=True)
 class Call:
     """One call of a module as a rule sees it: every tensor with the batch axis first.
 
@@ -88,25 +104,30 @@ class Call:
         inputs: positional arguments.
         kwargs: keyword arguments.
         grad_output: gradient of the batch's loss with respect to the output.
-        node: the autograd node under way, which is the one that made the output unless that is a view of what it made; None
-            where the gradient comes from elsewhere.
-        common: what calls with the same input have in common, for :meth:`factor`; None for others.
+        node: the node whose hook is running: it made the output, or the tensor that the output is a view of. None where the
+            gradient comes from elsewhere.
+        shared_factors: Gram matrices shared with other layers that received the same input tensor; None if no other did.
+        kept: what the hooked module's ``keep`` took of the call, as it was in the forward.
+        batch_axis: the axis that counted the samples before it was moved; None if the call had none.
     """
 
     inputs: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     grad_output: Tensor
     node: Any = None
-    common: dict[torch.Size, Factor] | None = None
+    shared_factors: dict[torch.Size, Factor] | None = None
+    kept: Any = None
+    batch_axis: int | None = 0
 
-    def factor(self, value: Tensor) -> Tensor | Factor:
+    def shared(self, value: Tensor) -> Tensor | Factor:
         """``value``, a view of the input, as something whose Gram matrix is computed once for all calls with this input."""
-        if self.common is None:
+        if self.shared_factors is None:
             return value
-        found = self.common.get(value.shape)
-        # Whatever else may have had the same id once: it is the same memory, which the one that is there keeps in use.
+        found = self.shared_factors.get(value.shape)
+        # Tensors are compared by address and stride, not by id: the one that is there keeps its memory in use, so that equal
+        # addresses mean the same data.
         if found is None or (found.value.data_ptr(), found.value.stride()) != (value.data_ptr(), value.stride()):
-            found = self.common[value.shape] = Factor(value)
+            found = self.shared_factors[value.shape] = Factor(value)
         return found
 
     def argument(self, position: int, name: str) -> Any:
@@ -119,104 +140,99 @@ class Record:
     """A call between its forward and its backward.
 
     Attributes:
+        shape: the output's.
         placement: where the output has its samples; None while that is not known, and for a call without a batch axis.
         in_output_graph: whether the graph of the model's outputs was seen to contain it.
-        boundary: the graph's nodes that made the inputs.
+        input_nodes: the nodes that made the inputs.
         versions: how often each input had been changed in place when the module saw it.
-        packed: whether the hooks for saved tensors have the inputs.
+        inputs_packed: True while the inputs are held by hooks for saved tensors (activation checkpointing) and must be unpacked
+            before they are used.
         last_pass: the last backward pass that reached it.
-        moments: of the output, where only that is of interest.
+        kept: what the hooked module's ``keep`` took of the call.
     """
 
-    site: Site
+    site: HookedModule
     forward: Forward
     inputs: tuple[Any, ...] | None
     kwargs: Mapping[str, Any]
     shape: torch.Size
     placement: Placement | None
-    boundary: tuple[Node, ...]
+    input_nodes: tuple[Node, ...]
     versions: tuple[int, ...] = ()
-    packed: bool = False
+    inputs_packed: bool = False
     in_output_graph: bool = False
     last_pass: int | None = None
-    moments: Tensor | None = None
+    kept: Any = None
 
-    @classmethod
-    def of(
-        cls,
-        site: Site,
-        forward: Forward,
-        inputs: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-        shape: torch.Size,
-        placement: Placement | None,
-        boundary: tuple[Node, ...],
-    ) -> Record:
-        """A call as it is seen in forward."""
+    def keep_inputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Hold on to the inputs, as the module got them."""
         if (hooks := saved_tensors_hooks()) is None:
-            return cls(site, forward, inputs, kwargs, shape, placement, boundary, _versions(inputs, kwargs))
+            self.inputs, self.kwargs, self.versions = args, kwargs, _versions(args, kwargs)
+            return
         # A tensor that we kept ourselves would stay in memory, which is what checkpointing is there to avoid.
-        inputs = tuple(_Packed(x, *hooks) if isinstance(x, Tensor) else x for x in inputs)
-        kwargs = {k: _Packed(x, *hooks) if isinstance(x, Tensor) else x for k, x in kwargs.items()}
-        return cls(site, forward, inputs, kwargs, shape, placement, boundary, packed=True)
+        self.inputs = tuple(_Packed(x, *hooks) if isinstance(x, Tensor) else x for x in args)
+        self.kwargs = {k: _Packed(x, *hooks) if isinstance(x, Tensor) else x for k, x in kwargs.items()}
+        self.inputs_packed = True
 
     @property
     def starts_graph(self) -> bool:
         """Whether no input requires a gradient, so that nothing before this call is differentiated."""
-        return not self.boundary
+        return not self.input_nodes
 
-    def kind(self, grad: Tensor) -> Hashable | None:
-        """The same for small calls that :meth:`joined` can put together; None for others."""
+    def batching_key(self, grad: Tensor) -> Hashable | None:
+        """The same for small calls that :meth:`concatenated` can batch; None for others."""
         site, inputs = self.site, self.inputs
         if grad.numel() > SMALL or grad.shape != self.shape or self.kwargs or not self.in_output_graph:
             return None
-        if site.rule is None or site.rule.reads is None:
+        if site.rule is None or site.rule.depends_on is None:
             return None
-        if self.placement is None or self.placement.axis or self.placement.fold != "none":
+        if self.placement is None or not self.placement.is_first_axis:
             return None
         if inputs is None or len(inputs) != 1 or not isinstance(inputs[0], Tensor) or inputs[0].numel() > SMALL:
             return None
-        x, settings = inputs[0], tuple([getattr(site.module, name) for name in site.rule.reads])
-        return (site.family, settings, x.shape, x.dtype, self.shape, grad.dtype, grad.device)
+        x, settings = inputs[0], tuple([getattr(site.module, name) for name in site.rule.depends_on])
+        return (site.batching_key, settings, x.shape, x.dtype, self.shape, grad.dtype, grad.device)
 
-    def call(self, grad: Tensor, common: dict[torch.Size, Factor] | None = None) -> Call:
+    def call(self, grad: Tensor, shared_factors: dict[torch.Size, Factor] | None = None) -> Call:
         """What the rule needs, with the axis that counts samples first."""
         assert self.placement is not None
         inputs, kwargs = self._arguments()
-        if not self.placement.axis:
-            node = current_node()
-            return Call(inputs, kwargs, grad if grad.shape == self.shape else grad.reshape(self.shape), node, common)
-        first = partial(_first, axis=self.placement.axis, size=self.shape[self.placement.axis])
-        return Call(
-            tuple(first(x) for x in inputs), {k: first(x) for k, x in kwargs.items()}, first(grad.reshape(self.shape))
-        )
+        grad = grad if grad.shape == self.shape else grad.reshape(self.shape)
+        axis = self.placement.axis
+        if not axis:
+            return Call(inputs, kwargs, grad, current_node(), shared_factors, self.kept)
+        first = partial(_first, axis=axis, size=self.shape[axis])
+        moved = {k: first(x) for k, x in kwargs.items()}
+        return Call(tuple(map(first, inputs)), moved, first(grad), kept=self.kept, batch_axis=axis)
 
     @staticmethod
-    def joined(records: Sequence[Record], grads: Sequence[Tensor]) -> Call:
-        """Calls of one :meth:`kind` as one of all of their samples in turn."""
+    def concatenated(records: Sequence[Record], grads: Sequence[Tensor]) -> Call:
+        """Calls of one :meth:`batching_key` as one call of all of their samples in turn."""
         if len(records) == 1:
             return records[0].call(grads[0])
         return Call((torch.cat([record._arguments()[0][0] for record in records]),), {}, torch.cat(list(grads)))
 
-    def shared_call(self, grads: Tensor) -> Call:
-        """The same for a call without a batch axis, given the gradient of its output for every sample, ``[n, ...]``."""
+    def expanded_to_samples(self, grads: Tensor) -> Call:
+        """A call without a batch axis as one for every sample, given the gradient of its output for each, ``[n, ...]``."""
         inputs, kwargs = self._arguments()
         each = partial(_for_each, n=len(grads))
-        return Call(tuple(each(x) for x in inputs), {k: each(x) for k, x in kwargs.items()}, grads)
+        expanded = {k: each(x) for k, x in kwargs.items()}
+        return Call(tuple(map(each, inputs)), expanded, grads, kept=self.kept, batch_axis=None)
 
     def _arguments(self) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
         if self.inputs is None:
             raise CoverageError(f"{self.site}: its inputs are gone, since a backward pass has been here already")
-        if self.packed:
+        if self.inputs_packed:
             self.inputs = tuple(_unpacked(x) for x in self.inputs)
             self.kwargs = {name: _unpacked(x) for name, x in self.kwargs.items()}
-            self.versions, self.packed = _versions(self.inputs, self.kwargs), False
-        elif _versions(self.inputs, self.kwargs) != self.versions:
+            self.versions, self.inputs_packed = _versions(self.inputs, self.kwargs), False
+        elif self.versions and _versions(self.inputs, self.kwargs) != self.versions:
             raise CoverageError(
                 f"{self.site}: its input was changed in place after the layer saw it; change it out of place"
             )
         # What ranks compute in parts, the rules get whole.
-        return tuple([whole(x) for x in self.inputs]), {name: whole(x) for name, x in self.kwargs.items()}
+        kwargs = {name: whole(x) for name, x in self.kwargs.items()} if self.kwargs else self.kwargs
+        return tuple([whole(x) for x in self.inputs]), kwargs
 
 
 class _Packed:

@@ -12,7 +12,7 @@ from typing import Any
 import click
 import torch
 
-from torch_secorder.approximations.fisher_report import accumulated, batches
+from torch_secorder.approximations.fisher_report import ReportOptions, accumulated, batches
 from torch_secorder.arguments import fresh_generator
 from torch_secorder.cli import changes
 from torch_secorder.cli.failures import DONE, INTERRUPTED, USAGE, CommandError, Interrupted, needed, told
@@ -134,9 +134,8 @@ def report(setup: Setup, by: str, max_batches: int | None, progress: bool | None
             whole = batches(data, max_batches, shown)
             rest = journal.rest(whole) if journal else whole
             results = earlier
-            for results in accumulated(
-                model, loss, rest, progress=False, generator=generator, earlier=earlier, **options
-            ):
+            asked = ReportOptions(progress=False, generator=generator, **options)
+            for results in accumulated(model, loss, rest, asked, earlier):
                 if journal:
                     journal.count(results)
             if results is None:

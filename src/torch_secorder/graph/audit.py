@@ -22,7 +22,7 @@ from torch_secorder.errors import ShapeError, UnsupportedError
 from torch_secorder.graph.frontier import Frontier, Use
 from torch_secorder.graph.walk import Walk
 from torch_secorder.model.containers import tensors
-from torch_secorder.model.parameters import ParameterTable
+from torch_secorder.model.parameters import Table
 from torch_secorder.rules.node_rules import runs_after_node
 
 AHEAD = 3  # how far a chain from a parameter to the data is expected to be, so that one look sees all of it
@@ -47,7 +47,7 @@ class Audit:
 
     def __init__(
         self,
-        table: ParameterTable,
+        table: Table,
         on_use: Callable[[Use, tuple[Tensor | None, ...]], None],
         batch_axis: int = 0,
         memory: Memory | None = None,

@@ -17,7 +17,7 @@ from torch_secorder.batch_axis.search import Look, Wanted
 from torch_secorder.capture.records import Forward, Record
 from torch_secorder.graph.chain import LAYOUT, BatchFreeVjp, between, carrier
 from torch_secorder.graph.walk import Walk
-from torch_secorder.model.parameters import ParameterTable
+from torch_secorder.model.parameters import Table
 from torch_secorder.rules.node_rules import Place, has_rule
 
 
@@ -80,9 +80,7 @@ class Use:
 class Frontier:
     """From unaccounted uses and shared calls up to the nodes where they meet the data."""
 
-    def __init__(
-        self, walk: Walk, shared: list[Record], look: Look, n: int, table: ParameterTable, single: bool | None = None
-    ):
+    def __init__(self, walk: Walk, shared: list[Record], look: Look, n: int, table: Table, single: bool | None = None):
         self._walk, self._look, self._n, self._table = walk, look, n, table
         self._single = n == 1 if single is None else single  # whether there is one sample, and on every rank
         self._shared = {node: r for node, records in walk.records.items() for r in records if r in shared}

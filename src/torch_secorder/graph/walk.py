@@ -61,7 +61,7 @@ class Walk:
     def _inside(self, node: Node, records: list[Record]) -> list[Edge]:
         """What a hooked module's call consumed from outside of it, and the uses of others' parameters inside of it."""
         owned = [position for record in records for position in record.site.parameters.values()]
-        boundary = [edge for record in records for edge in record.boundary]
+        boundary = [edge for record in records for edge in record.input_nodes]
         outside: list[Edge] = []
         stack, seen = [node], {node}
         while stack:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
@@ -10,17 +10,21 @@ import torch
 from torch import Tensor
 
 
-def tensors(value: Any) -> Iterator[Tensor]:
-    """Every tensor in nested mappings, sequences and dataclasses."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        yield from tensors(list(value.values()))
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from tensors(item)
-    elif is_dataclass(value) and not isinstance(value, type):
-        yield from tensors([getattr(value, f.name) for f in fields(value)])
+def tensors(value: Any) -> list[Tensor]:
+    """Every tensor in nested mappings, sequences and dataclasses, in order."""
+    found: list[Tensor] = []
+    pending = [value]
+    while pending:
+        item = pending.pop()
+        if isinstance(item, Tensor):
+            found.append(item)
+        elif isinstance(item, Mapping):
+            pending.extend(reversed(list(item.values())))
+        elif isinstance(item, (list, tuple)):
+            pending.extend(reversed(item))
+        elif is_dataclass(item) and not isinstance(item, type):
+            pending.extend([getattr(item, f.name) for f in reversed(fields(item))])
+    return found
 
 
 def mapped(function: Callable[[Tensor], Tensor], value: Any) -> Any:

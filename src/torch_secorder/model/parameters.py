@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -27,15 +27,34 @@ class Parameter:
     numel: int
 
 
-class ParameterTable:
+class Table:
+    """What is analysed, in a fixed order: a position in it stands for a parameter, or for whatever else has per-sample gradients.
+
+    Attributes:
+        rows: what a report says of each.
+        names: their names.
+        leaves: what the autograd graph has in their place; empty for what is no leaf of it.
+        ranks: those that hold the model together with this one.
+    """
+
+    def __init__(self, rows: Iterable[Parameter]):
+        self.rows = list(rows)
+        self.names = [row.name for row in self.rows]
+        self.leaves: list[Tensor] = []
+        self.ranks = Ranks()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+class ParameterTable(Table):
     """The analysed parameters of a model, in the order of ``named_parameters()``.
+
+    Their leaves are the parameters themselves, or what FSDP2 gathers them into.
 
     Attributes:
         tensors: the parameters themselves.
-        leaves: what the autograd graph has in their place: the same, or what FSDP2 is_fsdp them into.
-        ranks: those that hold the model together with this one.
         coded: positions of those that hold codes (quantized weights), in which autograd gives no gradient.
-        rows: what the report says of them.
     """
 
     def __init__(self, model: nn.Module, which: str = "trainable"):
@@ -57,14 +76,14 @@ class ParameterTable:
                 f"{', '.join(bare[:3])}: on the meta device, without numbers; load the weights first"
             )
         self.tensors: list[Tensor] = [p for _, p in named]
-        self.rows = [_row(name, p, owners) for name, p in named]
+        super().__init__(_row(name, p, owners) for name, p in named)
         self.coded = {position for position, p in enumerate(self.tensors) if _is_coded(p)}
         if trained := [self.names[position] for position in self.coded if self.tensors[position].requires_grad]:
             raise UnsupportedError(
                 f"{', '.join(trained)}: a {type(self.tensors[min(self.coded)]).__name__} that requires a gradient; what is "
                 "quantized can be analysed frozen (requires_grad_(False)), from its layer's inputs and output gradients"
             )
-        self.leaves, self.ranks = self.tensors, Ranks()
+        self.leaves = self.tensors
         self._positions = {id(p): position for position, p in enumerate(self.tensors)}
 
     def gather(self, model: nn.Module) -> None:
@@ -72,14 +91,6 @@ class ParameterTable:
         self.leaves = unsharded_leaves(model, self.tensors)
         self.ranks = Ranks(self.tensors, self.leaves)
         self._positions |= {id(p): position for position, p in enumerate(self.leaves)}
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    @property
-    def names(self) -> list[str]:
-        """The parameters' names."""
-        return [row.name for row in self.rows]
 
     def position(self, tensor: Tensor | None) -> int | None:
         """Where ``tensor`` stands in the table; None for one that is not analysed."""

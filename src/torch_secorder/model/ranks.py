@@ -29,7 +29,7 @@ def is_dtensor(x: Any) -> bool:
 
 def whole(x: Any) -> Any:
     """A DTensor's whole value, which all ranks have to ask for; anything else as it is."""
-    return x.full_tensor() if is_dtensor(x) else x
+    return x.full_tensor() if type(x) is not Tensor and is_dtensor(x) else x
 
 
 def is_fsdp(module: nn.Module) -> bool:
@@ -45,7 +45,7 @@ def class_as_written(module: nn.Module) -> type[nn.Module]:
 
 
 def unsharded_leaves(model: nn.Module, parameters: Iterable[Tensor]) -> list[Tensor]:
-    """What the autograd graph has for each parameter: for those that FSDP2 shards, the tensor that it is_fsdp them into.
+    """What the autograd graph has for each parameter: for those that FSDP2 shards, the tensor that it gathers them into.
 
     Modules are gathered one after the other, by all ranks. FSDP2 keeps these tensors for good, and frees their memory.
     """
@@ -154,15 +154,16 @@ class Ranks:
             dist.all_reduce(seed, dist.ReduceOp.MAX, group)
         return torch.Generator(generator.device).manual_seed(int(seed))
 
-    def check_same(self, values: Tensor, names: Sequence[str]) -> None:
-        """Raise unless all ranks that compute the same samples together found the same squared norms.
+    def check_same(self, squared_norms: Tensor, names: Sequence[str]) -> None:
+        """Raise unless all ranks that compute the same samples together found the same, ``[parameters, n]``.
 
         Raises:
             CoverageError: naming the parameters that differ.
         """
         if not self._replicas:
             return
-        bounds = torch.stack([values, -values]).detach()
+        values = squared_norms.sum(1).detach()
+        bounds = torch.stack([values, -values])
         for group in self._replicas:
             dist.all_reduce(bounds, dist.ReduceOp.MAX, group)
         most, least = bounds[0], -bounds[1]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from threading import RLock
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -82,4 +83,18 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
     with restoring(restore):
         model.eval()
+        yield
+
+
+@contextmanager
+def requiring_grad(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """All of these parameters require a gradient inside, and those that did not before don't afterwards."""
+    frozen = [p for p in parameters if not p.requires_grad]
+
+    def require(wanted: bool) -> None:
+        for p in frozen:
+            p.requires_grad_(wanted)
+
+    with restoring(partial(require, False)):
+        require(True)
         yield

@@ -2,72 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from torch_secorder.arguments import require_choice
-from torch_secorder.autograd.engine import (
-    after_backward,
-    current_graph_task,
-    in_library_call,
-    in_search_pass,
-    raise_after_backward,
-)
-from torch_secorder.autograd.nodes import gradient_edge_of
-from torch_secorder.capture.records import Site
-from torch_secorder.errors import (
-    ArgumentError,
-    CoverageError,
-    LifecycleError,
-    NonFiniteError,
-    ShapeError,
-    UnsupportedError,
-)
-from torch_secorder.model.hooks import Hook, Hooks, HookScope
-from torch_secorder.model.parameters import named_modules, unwrapped
-from torch_secorder.rules import refusal_for
+from torch_secorder.arguments import loss_scale_value, require_choice
+from torch_secorder.batch_axis.knowledge import knowledge_of
+from torch_secorder.capture.records import Call, HookedModule
+from torch_secorder.errors import ArgumentError, CoverageError, LifecycleError, ShapeError, UnsupportedError
+from torch_secorder.model.hooks import HookScope
+from torch_secorder.model.parameters import Parameter, Table, named_modules, unwrapped
+from torch_secorder.model.ranks import class_as_written
+from torch_secorder.per_sample import Dense, PerSampleGradient
+from torch_secorder.recording.accumulator import PassOptions
+from torch_secorder.recording.plan import BatchAxis, Plan, axis_of_inputs, guards, placements
+from torch_secorder.recording.quantities import Diagonal
+from torch_secorder.recording.recorder import BackwardPass
+from torch_secorder.recording.user_recorder import UserRecorder
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 _UNBATCHED: dict[type[nn.Module], int] = {nn.Conv1d: 2, nn.Conv2d: 3, nn.Conv3d: 4}
-
-
-@dataclass(eq=False)
-class _GatePass:
-    """A backward pass that is under way: module -> ``[n, channels]``, the gradients of its gates so far."""
-
-    gradients: dict[str, Tensor] = field(default_factory=dict)
-    error: Exception | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class _Call:
-    """One call of a watched module; its output and inputs with their versions, and how to run it again."""
-
-    site: Site
-    output: Tensor
-    version: int
-    inputs: list[tuple[Tensor, int]]
-    again: Callable[[], Tensor]
-
-    @torch.no_grad()
-    def products(self, grad: Tensor, batch_axis: int) -> Tensor:
-        """Output times gradient, summed over everything but samples and channels: ``[n, channels]``, float64."""
-        output = self.output
-        if output._version != self.version:  # an in-place activation came after it
-            if any(x._version != seen for x, seen in self.inputs):
-                raise CoverageError(
-                    f"{self.site}: its input and its output were both changed in place; change one of them out of place"
-                )
-            output = self.again()
-        both = output.double() * grad.reshape(output.shape).double()
-        batch, channel = batch_axis % both.dim(), both.dim() - 1 if isinstance(self.site.module, nn.Linear) else 1
-        if channel == batch:
-            raise ShapeError(f"{self.site}: axis {channel} counts its channels and can't count the samples")
-        return both.movedim((batch, channel), (0, 1)).flatten(2).sum(2) if both.dim() > 2 else both.movedim(batch, 0)
 
 
 class ChannelGates(HookScope):
@@ -89,12 +48,13 @@ class ChannelGates(HookScope):
         loss_scale: the factor that the loss was multiplied by.
         modules: types of modules, or a function from a module's name to whether it is watched; by default convolutions and
             linear layers. For structured pruning of networks with BatchNorm, watch ``(nn.BatchNorm2d,)``.
-        batch_axis: where the modules' outputs count the samples.
+        batch_axis: where the samples are counted, if not on axis 0; as in :class:`~torch_secorder.FisherMonitor`.
+        repeated_calls: what two calls of the model in one backward pass mean, as there.
 
     Raises:
         ArgumentError: for arguments that mean nothing, or if no module is watched.
         CoupledSamplesError: on entry, for layers that mix samples.
-        ShapeError: in forward, for outputs with other batch sizes than the first in that pass.
+        CurvatureError: as a :class:`~torch_secorder.FisherMonitor`, which finds samples and counts calls in the same way.
 
     Example:
         >>> import torch
@@ -117,43 +77,56 @@ class ChannelGates(HookScope):
         *,
         loss_scale: float = 1.0,
         modules: tuple[type[nn.Module], ...] | Callable[[str], bool] | None = None,
-        batch_axis: int = 0,
+        batch_axis: BatchAxis = None,
+        repeated_calls: str | None = None,
     ):
         require_choice("reduction", reduction, ("mean", "sum"))
-        if isinstance(loss_scale, bool) or not (isinstance(loss_scale, (int, float)) and 0 < loss_scale < float("inf")):
-            raise ArgumentError(f"loss_scale must be a positive number, not {loss_scale!r}")
-        self._model, self._reduction, self._loss_scale, self._axis = unwrapped(model), reduction, loss_scale, batch_axis
-        self._sites = [
-            Site(name, module, {}, {}, {}, None)
-            for name, module in named_modules(self._model)
-            if _is_watched(name, module, modules)
-        ]
-        if not self._sites:
+        require_choice("repeated_calls", repeated_calls, (None, "same", "new"))
+        self._model, self._reduction, self._loss_scale = unwrapped(model), reduction, loss_scale_value(loss_scale)
+        self._batch_axis, self._passes = batch_axis, PassOptions(("diagonal",), repeated_calls)
+        placement = placements(self._model, batch_axis)
+        watched = [(name, m) for name, m in named_modules(self._model) if _is_watched(name, m, modules)]
+        if not watched:
             raise ArgumentError(f"{type(self._model).__name__} has no module of those to watch")
-        self._hooks = Hooks()
-        self._active = False
-        self._sums: dict[str, Tensor] = {}
-        self._n = 0
-        self._passes: dict[int, _GatePass] = {}
+        self._sites = [
+            HookedModule(name, m, {"gate": position}, {}, {}, _GATE, placement(name), _Output.of)
+            for position, (name, m) in enumerate(watched)
+        ]
+        self._table = Table(Parameter(name, name, class_as_written(m).__name__, (), 0) for name, m in watched)
+        self._recorder: UserRecorder | None = None
+        self._sums, self._n = self._nothing(), 0
 
-    def __enter__(self) -> ChannelGates:
-        if self._active:
+    def _nothing(self) -> Diagonal:
+        return Diagonal(self._table.names, [row.shape for row in self._table.rows])
+
+    def __enter__(self) -> Self:
+        if self._recorder is not None:
             raise LifecycleError("these gates are watched already; leave the block first")
-        for name, module in named_modules(self._model):
-            if (refusal := refusal_for(module)) is not None and (error := refusal(module)) is not None:
-                raise type(error)(f"{type(module).__name__} '{name}': {error}")
+        for guard in guards(self._model).values():
+            guard()
         return super().__enter__()
 
     def _attach(self) -> None:
-        for site in self._sites:
-            add = site.module.register_forward_hook
-            self._hooks.add(site.module, add, Hook(self, "_seen", site), prepend=True, with_kwargs=True)
-        self._active = True
+        plan = Plan(
+            self._model, self._sites, guards(self._model), axis_of_inputs(placements(self._model, self._batch_axis))
+        )
+        knowledge = knowledge_of(self._model, self._batch_axis, checks=False)
+        self._recorder = UserRecorder(self._table, plan, knowledge, self._passes, on_pass=self._count)
+        self._recorder.__enter__()
 
     def _detach(self) -> None:
-        self._active = False
-        self._passes.clear()
-        self._hooks.remove()
+        if self._recorder is not None:
+            self._recorder.__exit__()
+            self._recorder = None
+
+    def _count(self, current: BackwardPass) -> None:
+        """A backward pass is over: add up the squares of its gates' gradients."""
+        if self._recorder is None or not (current.accumulator or current.error):
+            return
+        samples = self._recorder.finish(current)
+        scale = ((samples.batch if self._reduction == "mean" else 1) / self._loss_scale) ** 2
+        self._sums.add(samples.parts["diagonal"], samples.squared_norms, scale)  # type: ignore[arg-type]  # its own part
+        self._n += samples.batch
 
     @property
     def n_samples(self) -> int:
@@ -165,76 +138,98 @@ class ChannelGates(HookScope):
         """The Fisher information of each gate per sample: module name -> ``[channels]``, float64."""
         if not self._n:
             raise LifecycleError("no sample was seen yet: run forward and backward inside the block")
-        return {site.name: self._sums[site.name] / self._n for site in self._sites if site.name in self._sums}
+        found = zip(self._table.names, self._sums.totals, strict=True)
+        return {name: total / self._n for name, total in found if total.dim()}
 
     @property
     def saliency(self) -> dict[str, Tensor]:
         """Half of :attr:`fisher`: the predicted rise of the loss, in nats per sample, when a channel is removed."""
         return {name: 0.5 * values for name, values in self.fisher.items()}
 
-    def _seen(self, site: Site, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if (
-            not (self._active and torch.is_grad_enabled() and isinstance(output, Tensor) and output.requires_grad)
-            or in_library_call()
-        ):
-            return
-        recomputed_in = current_graph_task()  # activation checkpointing runs this forward inside of a backward pass
-        if recomputed_in != -1:
-            self._opened(recomputed_in)
+
+class _Gate:
+    """The rule of a gate: its gradient is the sum over positions of the output times the output's gradient."""
+
+    name = "gate"
+    depends_on = None
+
+    def __call__(
+        self, module: nn.Module, call: Call, shapes: Mapping[str, tuple[int, ...]]
+    ) -> dict[str, PerSampleGradient]:
+        kept: _Output = call.kept
+        output, g, axis = kept.value(), call.grad_output.double(), call.batch_axis
+        both = g * (output[None] if axis is None else output.movedim(axis, 0)).double()
+        channels = _axis_of_channels(module, axis, both.dim())
+        product = both.movedim(channels, 1)
+        return {"gate": Dense(product.flatten(2).sum(2) if product.dim() > 2 else product)}
+
+
+_GATE = _Gate()
+
+
+def _axis_of_channels(module: nn.Module, batch_axis: int | None, dims: int) -> int:
+    """Where a module's output has its channels once the samples come first.
+
+    Linear layers have them last, all others on axis 1 of their output.
+
+    Raises:
+        ShapeError: if that axis counts the samples, or an output without a batch axis leaves it open.
+    """
+    channels = dims - 1 if isinstance(module, nn.Linear) else 1
+    if batch_axis is None:
+        if not isinstance(module, nn.Linear):
+            raise ShapeError("it was called without a batch axis, so that nothing shows which axis counts its channels")
+        return channels
+    if dims < 2 or channels == batch_axis:
+        raise ShapeError(f"axis {batch_axis} counts its channels and can't count the samples")
+    # Axes before that of the samples move up by one when the samples come first.
+    return channels + 1 if channels < batch_axis else channels
+
+
+@dataclass(frozen=True, eq=False)
+class _Output:
+    """A module's output as it was in forward, and how to get it again."""
+
+    name: str
+    module: nn.Module
+    output: Tensor
+    version: int
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    versions: list[int]
+
+    @classmethod
+    def of(cls, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> _Output:
+        """That of a call under way."""
         if (unbatched := _UNBATCHED.get(type(module))) is not None and output.dim() == unbatched:
-            raise ShapeError(f"{site}: its output of shape {tuple(output.shape)} has no batch axis")
-        edge = gradient_edge_of(output)
-        if edge is None:
-            raise UnsupportedError(
-                f"{site}: its output is a leaf of the autograd graph, not something that it computed"
+            raise ShapeError(
+                f"a {type(module).__name__} gave an output of shape {tuple(output.shape)}, without a batch axis"
             )
-        inputs = [(x, x._version) for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
-        call = _Call(
-            site, output.detach(), output._version, inputs, partial(type(module).forward, module, *args, **kwargs)
-        )
-        edge.node.register_prehook(partial(self._fired, call, recomputed_in, edge.output_nr))
+        versions = [x._version for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+        return cls(type(module).__name__, module, output.detach(), output._version, args, kwargs, versions)
 
-    def _fired(self, call: _Call, recomputed_in: int, output_nr: int, grads: tuple[Tensor | None, ...]) -> None:
-        grad = grads[output_nr]
-        if not self._active or in_search_pass() or grad is None:
-            return
-        current = self._opened(current_graph_task() if recomputed_in == -1 else recomputed_in)
-        try:
-            name, found = call.site.name, call.products(grad, self._axis)
-            if current.gradients and len(found) != len(next(iter(current.gradients.values()))):
-                raise ShapeError(
-                    f"{call.site}: its output of {len(found)} samples is in a pass of others; set batch_axis="
-                )
-            current.gradients[name] = current.gradients[name] + found if name in current.gradients else found
-        except Exception as error:  # what goes wrong waits for the end of the pass, so that .grad is complete
-            current.error = current.error or error
+    @torch.no_grad()
+    def value(self) -> Tensor:
+        """The output; computed again if an activation in place came after it.
 
-    def _opened(self, task: int) -> _GatePass:
-        if task not in self._passes:
-            self._passes[task] = _GatePass()
-            after_backward(partial(self._closed, task))
-        return self._passes[task]
-
-    def _closed(self, task: int) -> None:
-        """A backward pass is over: square its gates' gradients and add them up."""
-        current = self._passes.pop(task, None)
-        if current is None or not (current.gradients or current.error):
-            return
-        squares: dict[str, Tensor] = {}
-        if current.error is None:
-            n = len(next(iter(current.gradients.values())))
-            factor = (n if self._reduction == "mean" else 1) / self._loss_scale
-            squares = {name: (g * factor).square().sum(0) for name, g in current.gradients.items()}
-            if bad := [name for name, values in squares.items() if not bool(torch.isfinite(values).all())]:
-                current.error = NonFiniteError(
-                    f"the gates of {', '.join(bad)} have gradients that are infinite or NaN; the pass is left out"
-                )
-        if current.error is not None:
-            raise_after_backward(current.error)
-            return
-        self._n += n
-        for name, values in squares.items():
-            self._sums[name] = self._sums.get(name, torch.zeros_like(values)) + values
+        Raises:
+            CoverageError: if the input was changed as well.
+            UnsupportedError: if the module draws random numbers, which can't be drawn again.
+        """
+        if self.output._version == self.version:
+            return self.output
+        now = [x._version for x in (*self.args, *self.kwargs.values()) if isinstance(x, Tensor)]
+        if now != self.versions:
+            raise CoverageError("its input and its output were both changed in place; change one of them out of place")
+        before = torch.get_rng_state()
+        found: Tensor = type(self.module).forward(self.module, *self.args, **self.kwargs)
+        if not torch.equal(before, torch.get_rng_state()):
+            torch.set_rng_state(before)
+            raise UnsupportedError(
+                "its output was changed in place and it draws random numbers, so that the output can't be had again: change "
+                "it out of place"
+            )
+        return found
 
 
 def _is_watched(name: str, module: nn.Module, modules: Any) -> bool:

@@ -12,7 +12,7 @@ from torch_secorder.curvature import Curvature, curvature, warn_if_no_prediction
 from torch_secorder.errors import ArgumentError
 from torch_secorder.model.parameters import named_modules, unwrapped
 from torch_secorder.quantization.rounding import GRAINS, SCHEMES, checked_bits, rounded
-from torch_secorder.results.results import Results
+from torch_secorder.results.results import Results, results_of
 from torch_secorder.tables import table
 
 if TYPE_CHECKING:
@@ -119,6 +119,7 @@ def _activations(
     model: nn.Module, source: Any, activations: Any, known: Curvature, widths: list[int], scheme: str
 ) -> list[dict[Any, Any]]:
     if activations is True:
+        source = results_of(source)
         if not isinstance(source, Results):
             raise ArgumentError(
                 "a report has no activations: pass activations=monitor.activations, or the monitor itself"

@@ -4,70 +4,71 @@ from __future__ import annotations
 
 import functools
 import itertools
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from torch_secorder.capture.records import Call, Record, Site
+from torch_secorder.capture.records import Call, HookedModule, Record
 from torch_secorder.errors import CurvatureError
-from torch_secorder.per_sample import PerSampleGradient, SquareSum, halving_on_oom
-from torch_secorder.recording.sample_norms import Output
+from torch_secorder.per_sample import PerSampleGradient, halving_on_oom
+
+_SQUARED_NORM = operator.methodcaller("squared_norm")
 
 
 @dataclass
-class Block:
+class SampleBatch:
     """One batch of samples: a forward that the backward pass reached.
 
     Attributes:
-        norms: position of a parameter -> ``[n]``, its squared norms in the units of the backward pass.
-        several: the same for parameters that were taken together: their positions, ``[positions, n]``.
-        settled: positions that have their norms, or will have.
+        squared_norms: position of a parameter -> ``[n]``, in the units of the backward pass.
+        batched: the same for parameters that were taken together: their positions, ``[positions, n]``.
+        settled: positions that have their squared norms, or will have.
         held: position -> the sum so far, for parameters that are used more than once.
         shared: call without a batch axis -> ``[n, *shape of its output]``, the gradient of its output for every sample.
-        outputs: module name -> its calls, where activations are wanted.
         projections: position -> its gradient along one direction, where that is compared with autograd's, and a bound on
             the sizes of what was added up.
     """
 
     n: int
-    norms: dict[int, Tensor] = field(default_factory=dict)
-    several: list[tuple[list[int], Tensor]] = field(default_factory=list)
+    squared_norms: dict[int, Tensor] = field(default_factory=dict)
+    batched: list[tuple[list[int], Tensor]] = field(default_factory=list)
     settled: set[int] = field(default_factory=set)
-    squares: dict[int, SquareSum] = field(default_factory=dict)
     held: dict[int, PerSampleGradient] = field(default_factory=dict)
     shared: dict[Record, Tensor] = field(default_factory=dict)
-    outputs: dict[str, list[Output]] = field(default_factory=dict)
     projections: dict[int, tuple[Tensor, float]] = field(default_factory=dict)
 
     def stacked(self) -> tuple[list[int], Tensor]:
         """All squared norms, ``[positions, n]`` on one device and in at least float32, and whose they are."""
-        rows, parts = list(self.norms.values()), [part for _, part in self.several]
-        if len({(x.dtype, x.device) for x in (*rows, *parts)}) > 1:
-            some = (rows or parts)[0]
-            dtype = functools.reduce(torch.promote_types, {x.dtype for x in (*rows, *parts)})
-            rows, parts = ([x.to(some.device, dtype) for x in values] for values in (rows, parts))
-        parts = [torch.stack(rows), *parts] if rows else parts
-        positions = itertools.chain(self.norms, *(several for several, _ in self.several))
-        return list(positions), parts[0] if len(parts) == 1 else torch.cat(parts)
+        positions, parts = list(self.squared_norms), [part for _, part in self.batched]
+        positions.extend(itertools.chain.from_iterable([several for several, _ in self.batched]))
+        if not self.squared_norms and len(parts) == 1:
+            return positions, parts[0]
+        parts = [*[norms[None] for norms in self.squared_norms.values()], *parts]
+        if len({(x.dtype, x.device) for x in parts}) > 1:
+            dtype = functools.reduce(torch.promote_types, [x.dtype for x in parts])
+            parts = [x.to(parts[0].device, dtype) for x in parts]
+        return positions, torch.cat(parts) if parts else torch.zeros(0, self.n)
 
 
-def all_norms(blocks: Sequence[Block], count: int) -> tuple[set[int], Tensor]:
+def all_squared_norms(batches: Sequence[SampleBatch], count: int) -> tuple[set[int], Tensor]:
     """Of ``count`` parameters the positions that the pass reached, and ``[count, samples]``, zeros for what it did not reach."""
-    found = [block.stacked() for block in blocks]
-    some, everything = found[0][1], list(range(count))
-    columns = []
-    for positions, values in found:
-        if positions != everything:
-            index = torch.tensor(positions, device=some.device)
-            values = some.new_zeros(len(everything), values.shape[1]).index_copy(0, index, values.to(some))
-        columns.append(values)
-    return {p for positions, _ in found for p in positions}, columns[0] if len(columns) == 1 else torch.cat(columns, 1)
+    reached: set[int] = set()
+    columns: list[Tensor] = []
+    for batch in batches:
+        positions, values = batch.stacked()
+        reached.update(positions)
+        if positions != list(range(count)):
+            index = torch.tensor(positions, device=values.device, dtype=torch.long)
+            values = values.new_zeros(count, batch.n).index_copy(0, index, values)
+        columns.append(values if not columns else values.to(columns[0]))
+    return reached, columns[0] if len(columns) == 1 else torch.cat(columns, 1)
 
 
-def forms_of(site: Site, call: Call) -> dict[str, PerSampleGradient]:
-    """What a site's rule says of a call."""
+def forms_of(site: HookedModule, call: Call) -> dict[str, PerSampleGradient]:
+    """What a module's rule says of a call."""
     try:
         forms: dict[str, PerSampleGradient] = site.rule(site.module, call, site.shapes)
     except CurvatureError as error:
@@ -75,6 +76,6 @@ def forms_of(site: Site, call: Call) -> dict[str, PerSampleGradient]:
     return forms
 
 
-def norms_of(form: PerSampleGradient) -> Tensor:
+def squared_norms_of(form: PerSampleGradient) -> Tensor:
     """A form's squared norms, of half of the samples at a time where memory runs out."""
-    return halving_on_oom(form, lambda part: part.squared_norm(), lambda a, b: torch.cat([a, b]))
+    return halving_on_oom(form, _SQUARED_NORM, lambda a, b: torch.cat([a, b]))

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 
 from torch import nn
 
 from torch_secorder.batch_axis.placement import Placement
-from torch_secorder.capture.records import Site
+from torch_secorder.capture.module_hooks import moments
+from torch_secorder.capture.records import HookedModule
 from torch_secorder.errors import ArgumentError, CurvatureError, UnsupportedError
 from torch_secorder.model.parameters import ParameterTable, named_modules
 from torch_secorder.model.ranks import class_as_written
+from torch_secorder.recording.quantities import QUANTITIES
 from torch_secorder.rules import Rule, refusal_for, rule_for
 from torch_secorder.rules.structural import structural_rule
 
@@ -24,23 +26,21 @@ class Plan:
     """How a model will be captured.
 
     Attributes:
+        model: the model to hook; None where its graph is there already.
         sites: the modules to hook.
         guards: modules that may be in a state in which no rule is right, with a check for each call.
         batch_axis: where the model's own inputs and outputs have the batch axis.
-        placement: what the user says of a module's batch axis, by its name.
     """
 
-    sites: list[Site]
-    guards: dict[nn.Module, Callable[[], None]]
-    batch_axis: int
-    placement: Callable[[str], Placement | None]
-
-    def watched(self, model: nn.Module) -> list[Site]:
-        """Sites that only look at outputs, one for each module."""
-        return [Site(name, module, {}, {}, {}, None, self.placement(name)) for name, module in named_modules(model)]
+    model: nn.Module | None = None
+    sites: Sequence[HookedModule] = ()
+    guards: Mapping[nn.Module, Callable[[], None]] = field(default_factory=dict)
+    batch_axis: int = 0
 
 
-def planned(model: nn.Module, table: ParameterTable, batch_axis: BatchAxis = None) -> Plan:
+def planned(
+    model: nn.Module, table: ParameterTable, batch_axis: BatchAxis = None, quantities: Sequence[str] = ()
+) -> Plan:
     """The plan for a model.
 
     Modules without a rule are left to the autograd graph, where every use of a parameter can be found, unless it is frozen.
@@ -49,13 +49,10 @@ def planned(model: nn.Module, table: ParameterTable, batch_axis: BatchAxis = Non
         UnsupportedError: naming every module without a rule that owns an analysed but frozen parameter.
         ArgumentError: if ``batch_axis`` is neither an axis nor a mapping from module names to axes.
     """
-    axis = _axes(model, batch_axis)
-    sites: list[Site] = []
+    placement = placements(model, batch_axis)
+    sites: list[HookedModule] = []
     missing: list[str] = []
-    guards: dict[nn.Module, Callable[[], None]] = {}
     for name, module in named_modules(model):
-        if (refusal := refusal_for(module)) is not None:
-            guards[module] = partial(_refuse, name, module, refusal)
         if not (owned := table.owned(module)):
             continue
         rule = rule_for(module)
@@ -64,7 +61,7 @@ def planned(model: nn.Module, table: ParameterTable, batch_axis: BatchAxis = Non
         if isinstance(rule, Rule):
             tensors = {local: table.leaves[position] for local, position in owned.items()}
             shapes = {local: table.rows[position].shape for local, position in owned.items()}
-            sites.append(Site(name, module, owned, tensors, shapes, rule, axis(name)))
+            sites.append(HookedModule(name, module, owned, tensors, shapes, rule, placement(name)))
         elif frozen := [local for local, position in owned.items() if not table.tensors[position].requires_grad]:
             missing.append(f"{class_as_written(module).__name__} '{name}' ({', '.join(frozen)}): {rule}")
     if missing:
@@ -74,11 +71,36 @@ def planned(model: nn.Module, table: ParameterTable, batch_axis: BatchAxis = Non
             + "\nteach the library these layers with torch_secorder.register_rule, or let these parameters require a gradient, "
             "so that the autograd graph shows where they are used"
         )
-    own = axis("")
-    return Plan(sites, guards, own.axis if own else 0, axis)
+    if any(QUANTITIES[name].watches_outputs for name in quantities):
+        sites += _watched(model, placement)
+    return Plan(model, sites, guards(model), axis_of_inputs(placement))
 
 
-def _axes(model: nn.Module, batch_axis: BatchAxis) -> Callable[[str], Placement | None]:
+def _watched(model: nn.Module, placement: Callable[[str], Placement | None]) -> list[HookedModule]:
+    """One hooked module for each of the model's modules, that only looks at its output."""
+    return [
+        HookedModule(name, module, {}, {}, {}, None, placement(name), moments, number)
+        for number, (name, module) in enumerate(named_modules(model))
+    ]
+
+
+def guards(model: nn.Module) -> dict[nn.Module, Callable[[], None]]:
+    """For each module that may be in a state in which no rule is right, what raises if it is."""
+    found = {module: (name, refusal_for(module)) for name, module in named_modules(model)}
+    return {
+        module: partial(_refuse, name, module, refusal)
+        for module, (name, refusal) in found.items()
+        if refusal is not None
+    }
+
+
+def _refuse(name: str, module: nn.Module, refusal: Callable[[nn.Module], CurvatureError | None]) -> None:
+    if (error := refusal(module)) is not None:
+        raise type(error)(f"{class_as_written(module).__name__} '{name}': {error}")
+
+
+def placements(model: nn.Module, batch_axis: BatchAxis) -> Callable[[str], Placement | None]:
+    """From a module's name to where the user says that its samples are; None where nothing is said."""
     if batch_axis is None:
         return lambda name: None
     if isinstance(batch_axis, int) and not isinstance(batch_axis, bool):
@@ -90,6 +112,7 @@ def _axes(model: nn.Module, batch_axis: BatchAxis) -> Callable[[str], Placement 
     return lambda name: Placement(batch_axis[name]) if name in batch_axis else None
 
 
-def _refuse(name: str, module: nn.Module, refusal: Callable[[nn.Module], CurvatureError | None]) -> None:
-    if (error := refusal(module)) is not None:
-        raise type(error)(f"{class_as_written(module).__name__} '{name}': {error}")
+def axis_of_inputs(placement: Callable[[str], Placement | None]) -> int:
+    """Where the model's own inputs and outputs have the batch axis."""
+    own = placement("")
+    return own.axis if own else 0

@@ -1,4 +1,4 @@
-"""Small calls of one kind, put together: an operation costs as much as reading what they have."""
+"""Small calls of one kind are computed as one: starting an operation costs as much as reading what they have."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from torch import Tensor
 
 from torch_secorder.capture.records import Record
 from torch_secorder.errors import CoverageError
-from torch_secorder.recording.batch import Block, forms_of, norms_of
+from torch_secorder.recording.batch import SampleBatch, forms_of, squared_norms_of
 
-TOGETHER = 64  # calls, at most
+MOST_CALLS = 64  # that wait for each other
 
 
 class SmallCallBatch:
@@ -18,45 +18,44 @@ class SmallCallBatch:
 
     Args:
         rules: position -> how its numbers were computed, to add to.
-        keep: leave the records' inputs alone.
+        keep_inputs: leave the records' inputs alone.
     """
 
-    def __init__(self, rules: dict[int, dict[str, None]], *, keep: bool):
-        self._rules, self._keep = rules, keep
-        self._waiting: dict[Hashable, list[tuple[Block, Record, Tensor, int]]] = {}
+    def __init__(self, rules: dict[int, dict[str, None]], *, keep_inputs: bool):
+        self._rules, self._keep_inputs = rules, keep_inputs
+        self._waiting: dict[Hashable, list[tuple[SampleBatch, Record, Tensor, int]]] = {}
 
-    def add(self, kind: Hashable, block: Block, record: Record, grad: Tensor) -> None:
-        """A call of a kind, and the gradient of its output."""
-        waiting = self._waiting.setdefault(kind, [])
-        waiting.append((block, record, grad, grad._version))
-        if len(waiting) == TOGETHER:
-            self._together(kind)
+    def add(self, key: Hashable, batch: SampleBatch, record: Record, grad: Tensor) -> None:
+        """A call of the kind that a key stands for, and the gradient of its output."""
+        waiting = self._waiting.setdefault(key, [])
+        waiting.append((batch, record, grad, grad._version))
+        if len(waiting) == MOST_CALLS:
+            self._compute(self._waiting.pop(key))
 
     def finish(self) -> None:
         """Take the norms of all that still wait."""
-        for kind in list(self._waiting):
-            self._together(kind)
+        for key in list(self._waiting):
+            self._compute(self._waiting.pop(key))
 
-    def _together(self, kind: Hashable) -> None:
-        waiting = self._waiting.pop(kind)
+    def _compute(self, waiting: list[tuple[SampleBatch, Record, Tensor, int]]) -> None:
         for _, record, grad, version in waiting:
             if grad._version != version:
                 raise CoverageError(
                     f"{record.site}: the gradient of its output was changed in place after it had arrived, by a hook or a "
                     "backward of the user's that gets the same tensor; return a new one there"
                 )
-        blocks, records, grads, _ = zip(*waiting, strict=True)
+        batches, records, grads, _ = zip(*waiting, strict=True)
         site = records[0].site
-        for local, form in forms_of(site, Record.joined(records, grads)).items():
+        for local, form in forms_of(site, Record.concatenated(records, grads)).items():
             rule = {f"{site.rule.name} ({form.algorithm})": None}
             positions = [record.site.parameters[local] for record in records]
             self._rules.update(dict.fromkeys(positions, rule))
-            norms = norms_of(form).view(len(waiting), -1)
-            if len(set(map(id, blocks))) == 1:
-                blocks[0].several.append((positions, norms))
+            norms = squared_norms_of(form).view(len(waiting), -1)
+            if len(set(map(id, batches))) == 1:
+                batches[0].batched.append((positions, norms))
                 continue
-            for block, position, own in zip(blocks, positions, norms, strict=True):
-                block.norms[position] = own
-        if not self._keep:
+            for batch, position, own in zip(batches, positions, norms, strict=True):
+                batch.squared_norms[position] = own
+        if not self._keep_inputs:
             for record in records:
                 record.inputs = None

@@ -1,4 +1,4 @@
-"""Statistics in, DataFrame out. The only file that knows pandas."""
+"""Statistics in, DataFrame out."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pandas as pd
 
 from torch_secorder.errors import ArgumentError
 from torch_secorder.model.parameters import Parameter
+from torch_secorder.recording.quantities import OutputTraces, SampleRows
 from torch_secorder.results.statistics import Statistics
 
 By = str | Callable[[str], object] | None
@@ -54,8 +55,8 @@ class Report:
         frame.attrs.update(self._facts())
         if statistics.n_skipped:
             frame.attrs["n_skipped"] = statistics.n_skipped
-        if statistics.gradient_passes:
-            frame.attrs["mean_inverse_batch_size"] = statistics.inverse_batch_sizes / statistics.gradient_passes
+        if passes := statistics.gradients.passes:
+            frame.attrs["mean_inverse_batch_size"] = statistics.gradients.inverse_batch_sizes / passes
         return frame
 
     def _facts(self) -> dict[str, str | int]:
@@ -65,19 +66,17 @@ class Report:
 
     def per_sample(self) -> pd.DataFrame:
         """t_{n,p}: a row per sample in backward order, a column per parameter."""
-        rows = [block.numpy() for block in self._statistics.rows]
+        quantity = self._statistics.quantities["per_sample"]
+        assert isinstance(quantity, SampleRows)
+        rows = [block.numpy() for block in quantity.blocks]
         frames = [pd.DataFrame(block, columns=self._statistics.names) for block in rows]
         return pd.concat(frames, ignore_index=True).rename_axis(index="sample", columns="parameter")
 
     def activations(self) -> pd.DataFrame:
         """A row for each module whose output was seen."""
-        rows = []
-        for name, (kind, squares, (numel, total, total_squares, minimum, maximum)) in self._statistics.outputs.items():
-            mean = total / numel
-            trace = squares / self._statistics.n * self._scale
-            variance = max(0.0, total_squares / numel - mean**2)
-            figures = {"mean": mean, "std": math.sqrt(variance), "min": minimum, "max": maximum}
-            rows.append({"module": name, "module_type": kind, "activation_trace": trace, "numel": int(numel)} | figures)
+        quantity = self._statistics.quantities["activations"]
+        assert isinstance(quantity, OutputTraces)
+        rows = quantity.rows(self._statistics.n, self._scale)
         frame = pd.DataFrame(rows).set_index("module")
         frame.attrs.update(self._facts())
         return frame
@@ -105,18 +104,13 @@ class Report:
         rules = (rule for position in positions for rule in statistics.rules[position] or ["unused"])
         return Figures(
             fisher_trace=trace,
-            fisher_trace_stderr=math.sqrt(statistics.variance_of_sum(positions) / statistics.n) * self._scale,
+            fisher_trace_stderr=math.sqrt(statistics.squared_norms.variance_of_sum(positions) / statistics.n)
+            * self._scale,
             fisher_trace_share=trace / total if total else math.nan,
             fisher_mean=trace / numel if numel else math.nan,
-            grad_sq_norm=self._gradient(positions),
+            grad_sq_norm=statistics.gradients.mean_of(positions),
             rule=" + ".join(dict.fromkeys(rules)),
         )
-
-    def _gradient(self, positions: list[int]) -> float:
-        """Mean over passes of the squared gradient; NaN where no parameter gradient was computed."""
-        if not bool((self._statistics.gradient_counts[positions] > 0).any()):
-            return math.nan
-        return float(self._statistics.gradient_sums[positions].sum()) / self._statistics.gradient_passes
 
 
 def _grouping(by: By) -> tuple[str, Callable[[Parameter], object]]:

@@ -10,7 +10,7 @@ from torch_secorder.per_sample import Outer
 from torch_secorder.rules.registry import Gradients, register_rule
 
 
-@register_rule(nn.Linear, reads=())
+@register_rule(nn.Linear, depends_on=())
 def linear(module: nn.Linear, call: Call) -> Gradients:
     """``y = x W^T + b`` over any number of middle axes, which are the positions that share W and b."""
     x, g = call.argument(0, "input"), call.grad_output
@@ -19,5 +19,5 @@ def linear(module: nn.Linear, call: Call) -> Gradients:
     if x.dim() == 2:
         return {"weight": Outer(x[:, None, None], g[:, None, None], module.weight.shape), "bias": g}
     a, g = x.reshape(x.shape[0], 1, -1, x.shape[-1]), g.reshape(g.shape[0], 1, -1, g.shape[-1])
-    weight = Outer(call.factor(a), g, module.weight.shape)
+    weight = Outer(call.shared(a), g, module.weight.shape)
     return {"weight": weight} if module.bias is None else {"weight": weight, "bias": g.sum((1, 2))}

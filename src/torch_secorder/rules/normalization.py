@@ -22,7 +22,7 @@ LARGE, MANY = 2**14, 512  # numbers of a sample, rows of it
 ROWS = range(16, 2**17)  # elements of a channel: fewer fill no vector register, more lose digits in float32
 
 
-@register_rule(nn.LayerNorm, reads=("normalized_shape", "eps"))
+@register_rule(nn.LayerNorm, depends_on=("normalized_shape", "eps"))
 def layer_norm(module: nn.LayerNorm, call: Call) -> Gradients:
     """Statistics of the last axes."""
     x = _input(module, call, len(module.normalized_shape))
@@ -31,14 +31,14 @@ def layer_norm(module: nn.LayerNorm, call: Call) -> Gradients:
     return _last_axes(module, F.layer_norm(x, module.normalized_shape, None, None, module.eps), call.grad_output)
 
 
-@register_rule(nn.RMSNorm, reads=("normalized_shape", "eps"))
+@register_rule(nn.RMSNorm, depends_on=("normalized_shape", "eps"))
 def rms_norm(module: nn.RMSNorm, call: Call) -> Gradients:
     """The root mean square of the last axes."""
     x = _input(module, call, len(module.normalized_shape))
     return _last_axes(module, F.rms_norm(x, module.normalized_shape, None, module.eps), call.grad_output)
 
 
-@register_rule(nn.GroupNorm, reads=("num_groups", "eps"))
+@register_rule(nn.GroupNorm, depends_on=("num_groups", "eps"))
 def group_norm(module: nn.GroupNorm, call: Call) -> Gradients:
     """Statistics of each sample's groups of channels."""
     x = _input(module, call, 1)

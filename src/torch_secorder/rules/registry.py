@@ -39,14 +39,14 @@ class Rule:
         name: what the report's ``rule`` column says.
         function: the rule itself.
         layer: the class that it was written for.
-        reads: the attributes that it reads of a module; None if that is not known. Calls of modules that agree in them, in
+        depends_on: the attributes that it reads of a module; None if that is not known. Calls of modules that agree in them, in
             their shapes and in their parameters' shapes can be put together into one.
     """
 
     name: str
     function: Callable[[Any, Call], Gradients]
     layer: type[nn.Module]
-    reads: tuple[str, ...] | None = None
+    depends_on: tuple[str, ...] | None = None
 
     def __call__(
         self, module: nn.Module, call: Call, shapes: Mapping[str, tuple[int, ...]]
@@ -77,7 +77,7 @@ _refusals: dict[type[nn.Module], Callable[[Any], CurvatureError | None]] = {}
 
 
 def register_rule(
-    *layers: type[nn.Module], name: str | None = None, reads: Sequence[str] | None = None
+    *layers: type[nn.Module], name: str | None = None, depends_on: Sequence[str] | None = None
 ) -> Callable[[Function], Function]:
     """A decorator that teaches the library a layer.
 
@@ -92,7 +92,7 @@ def register_rule(
     Args:
         layers: module classes.
         name: what the report calls it; the function's name by default.
-        reads: the attributes of the module that the rule reads, its parameters' shapes aside, if it reads those only and
+        depends_on: the attributes of the module that the rule reads, its parameters' shapes aside, if it reads those only and
             one tensor: then small calls of several modules are put together, which saves time. By default none are.
 
     Raises:
@@ -120,7 +120,9 @@ def register_rule(
 
     def register(function: Function) -> Function:
         for layer in layers:
-            _rules[layer] = Rule(name or function.__name__, function, layer, None if reads is None else tuple(reads))
+            _rules[layer] = Rule(
+                name or function.__name__, function, layer, None if depends_on is None else tuple(depends_on)
+            )
         return function
 
     return register

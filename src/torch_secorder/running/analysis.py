@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial, reduce
 from typing import Any
@@ -17,14 +17,14 @@ from torch_secorder.errors import ArgumentError, CoverageError
 from torch_secorder.graph.queries import used_by_loss
 from torch_secorder.model.containers import mapped
 from torch_secorder.model.hooks import restoring
-from torch_secorder.model.parameters import ParameterTable, named_modules, unwrapped
-from torch_secorder.model.ranks import class_as_written
-from torch_secorder.model.restore import lock_of, restoring_buffers
+from torch_secorder.model.parameters import ParameterTable, unwrapped
+from torch_secorder.model.restore import lock_of, requiring_grad, restoring_buffers
+from torch_secorder.recording.accumulator import PassOptions
 from torch_secorder.recording.plan import BatchAxis, planned
-from torch_secorder.recording.sample_norms import Samples
+from torch_secorder.recording.sample_norms import SampleNorms
 from torch_secorder.running.fisher_kind import FisherKind
 from torch_secorder.running.loss import reduction_of, require_scalar_loss, require_targets_of_batch
-from torch_secorder.running.run import Run
+from torch_secorder.running.run import HookedForward
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,11 @@ class Batch:
         samples: squared norms of its per-sample gradients.
         outputs: what the model returned, without its graph, if that is to be checked.
         random: whether the forward drew random numbers.
-        structure: tells the graph from graphs of other nodes.
+        structure: a hash of the graph, equal for graphs of the same kind.
         reduction: how the loss combines samples, where that was found out.
     """
 
-    samples: Samples
+    samples: SampleNorms
     outputs: Any
     random: bool
     structure: int
@@ -54,14 +54,12 @@ class Analysis:
         parameters: "trainable" or "all".
         batch_axis: as in FisherMonitor.
         create_graph: make the norms differentiable.
-        diagonal: also take the squares entry by entry.
-        activations: also take the gradients in the outputs of all modules.
+        quantities: the names of what is taken besides squared norms.
         max_memory: as in FisherMonitor.
 
     Attributes:
         memory: what is known about where the model's samples are.
         trusting: whether shapes that allow one reading only are believed.
-        types: module -> its class, of the modules whose outputs are watched.
     """
 
     def __init__(
@@ -71,27 +69,23 @@ class Analysis:
         batch_axis: BatchAxis = None,
         *,
         create_graph: bool = False,
-        diagonal: bool = False,
-        activations: bool = False,
+        quantities: tuple[str, ...] = (),
         max_memory: int | None = None,
     ):
         if torch.is_inference_mode_enabled():
             raise ArgumentError("torch.inference_mode() forbids gradients: call this outside of it")
-        self.model, self._max_memory = unwrapped(model), require_max_memory(max_memory)
-        self._keeps = {"diagonal": diagonal, "activations": activations}
-        self.types = (
-            {name: class_as_written(m).__name__ for name, m in named_modules(self.model)} if activations else {}
-        )
+        self.model = unwrapped(model)
+        self._passes = PassOptions(quantities, max_memory=require_max_memory(max_memory))
         self._create_graph = create_graph
         with lock_of(self.model):
             self.table = ParameterTable(self.model, parameters)
             self.table.gather(self.model)
         self.memory = knowledge_of(self.model, batch_axis)
-        # A graph of the checks would be kept along with the result's, so that there is none; and a check that fails on one rank
-        # can't have the others do the batch once more.
+        # Nothing is verified with create_graph, whose result would keep the check's graph alive, nor on several ranks, where one
+        # rank's failure can't make the others repeat the batch; so shapes are not believed there.
         self.trusting = self.memory.trusting and not create_graph and not self.table.ranks.several
         with lock_of(self.model), self.differentiable():
-            self._plan = planned(self.model, self.table, batch_axis)
+            self._plan = planned(self.model, self.table, batch_axis, quantities)
         self.batch_axis = self._plan.batch_axis
 
     def empirical(
@@ -121,10 +115,10 @@ class Analysis:
             kept = mapped(Tensor.detach, outputs) if self.table.ranks.several or checked(run.structure) else None
             del outputs
             samples = run.backward(loss)
-        samples = samples.times(run.n**2 if reduction == "mean" else 1)
+        samples = samples.scaled(run.n**2 if reduction == "mean" else 1)
         return Batch(samples, kept, run.random, run.structure, reduction)
 
-    def fisher(self, kind: FisherKind, inputs: Any, targets: Any, generator: torch.Generator) -> Samples:
+    def fisher(self, kind: FisherKind, inputs: Any, targets: Any, generator: torch.Generator) -> SampleNorms:
         """Expected squared norms of the gradient of -log p(y | x_n)."""
         with self._prepared() as run:
             outputs = logits(run(inputs))
@@ -134,8 +128,8 @@ class Analysis:
                 run.backward(outputs, seed.to(outputs.dtype), last=number == count)
                 for number, seed in enumerate(seeds, start=1)
             )
-            nothing = Samples(run.n, outputs.new_zeros(len(self.table), run.n), {}, set(), {})
-            return reduce(Samples.plus, passes, nothing)
+            nothing = SampleNorms(run.n, outputs.new_zeros(len(self.table), run.n), set(), {})
+            return reduce(SampleNorms.plus, passes, nothing)
 
     def of(self, root: Callable[[Any], Tensor], inputs: Any) -> Batch:
         """Squared norms of the per-sample gradients of ``root(outputs)``, a sum over samples."""
@@ -148,35 +142,27 @@ class Analysis:
         self.memory.distrust()
         self.trusting = False
 
-    @contextmanager
-    def differentiable(self) -> Iterator[None]:
-        """All analysed parameters require a gradient inside."""
+    def differentiable(self) -> AbstractContextManager[None]:
+        """All analysed parameters require a gradient inside, but those that hold codes and can't."""
         coded = {id(self.table.tensors[position]) for position in self.table.coded}
         analysed = {id(p): p for p in (*self.table.tensors, *self.table.leaves) if id(p) not in coded}
-        frozen = [p for p in analysed.values() if not p.requires_grad]
-
-        def require(wanted: bool) -> None:
-            for p in frozen:
-                p.requires_grad_(wanted)
-
-        with restoring(partial(require, False)):
-            require(True)
-            yield
+        return requiring_grad(analysed.values())
 
     @contextmanager
-    def _prepared(self) -> Iterator[Run]:
-        run = Run(
-            self.model,
-            self.table,
-            self._plan,
-            self.memory,
+    def _prepared(self) -> Iterator[HookedForward]:
+        run = HookedForward(
+            *(self.table, self._plan, self.memory, self._passes),
             create_graph=self._create_graph,
-            **self._keeps,
             trusting=self.trusting,
-            max_memory=self._max_memory,
         )
-        # (Left twice: an interruption at the first instruction of an __exit__ is one that it can't help.)
-        with restoring_buffers(self.model), torch.enable_grad(), self.differentiable(), restoring(run.__exit__), run:
+        # The run is left twice: an interrupt at the first instruction of its __exit__ is one that __exit__ itself can't help.
+        with (
+            restoring_buffers(self.model),
+            torch.enable_grad(),
+            self.differentiable(),
+            restoring(run.__exit__),
+            run,
+        ):
             yield run
 
 

@@ -1,4 +1,4 @@
-"""Backward passes through a graph that is there, its parameters' uses found in it."""
+"""Backward passes that the library makes through a graph that is there, its parameters' uses found in it."""
 
 from __future__ import annotations
 
@@ -10,78 +10,58 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, Node
+from torch.autograd.graph import GradientEdge
 
 from torch_secorder.autograd.engine import current_node, in_search_pass, library_pass, search_pass
-from torch_secorder.batch_axis.knowledge import Memory
 from torch_secorder.capture.records import Forward, Record
-from torch_secorder.errors import CoverageError, NonFiniteError, UnsupportedError
-from torch_secorder.graph.audit import Audit
+from torch_secorder.errors import CoverageError, UnsupportedError
 from torch_secorder.graph.frontier import Use
-from torch_secorder.model.parameters import ParameterTable
-from torch_secorder.per_sample import as_refusal
-from torch_secorder.recording.accumulator import Pass
-from torch_secorder.recording.sample_norms import Samples
+from torch_secorder.recording.quantities import QUANTITIES
+from torch_secorder.recording.recorder import BackwardPass, Recorder, not_finite
+from torch_secorder.recording.sample_norms import SampleNorms
 
 
-class Passes:
+class GraphBackward(Recorder):
     """Any number of backward passes through one graph, that write no ``.grad``.
 
     Args:
-        table: the analysed parameters.
-        memory: what is known about the model already.
-        batch_axis: where the outputs have their samples.
-        rehearse: adds to the memory from a smaller batch, if there is a way.
         create_graph: make the squared norms differentiable.
-        diagonal: also add up squares entry by entry.
-        trusting: believe shapes that allow one reading only, for callers that check a sample afterwards.
-        max_memory: how many bytes the algebra may take for its temporaries at once.
+        options: as for :class:`Recorder`.
 
     Attributes:
         n: how many samples the latest graph has.
-        structure: tells that graph from graphs of other nodes.
+        structure: a hash of the graph: equal for graphs with the same nodes in the same order and the same pattern of sizes.
     """
 
-    def __init__(
-        self,
-        table: ParameterTable,
-        memory: Memory,
-        batch_axis: int = 0,
-        rehearse: Callable[[], None] | None = None,
-        *,
-        create_graph: bool = False,
-        diagonal: bool = False,
-        trusting: bool = False,
-        max_memory: int | None = None,
-    ):
-        self._table, self._memory, self._create_graph, self._diagonal = table, memory, create_graph, diagonal
-        self._max_memory = max_memory
-        self._audit = Audit(table, self._used, batch_axis, memory, rehearse, trusting=trusting)
-        self._pass: Pass | None = None
-        self._error: Exception | None = None
+    counts_again = True
+
+    def __init__(self, *args: Any, create_graph: bool = False, **options: Any):
+        super().__init__(*args, **options)
+        self._create_graph = create_graph
+        self._takes_forms = any(QUANTITIES[name].takes_forms for name in self.options.quantities)
+        self._current: BackwardPass | None = None
+        self._count = 0  # of the passes so far
         self._starts: list[tuple[Record | Use, list[GradientEdge]]] = []
-        self._records: list[Record] = []
         self._inputs: Sequence[Tensor | GradientEdge] = []
-        self._shared = False  # whether the graph is somebody else's, maybe with a monitor's hooks on it
+        self._shared_graph = False  # whether the graph is somebody else's, maybe with a monitor's hooks on it
         self._defers = False
         self._deferred: list[Callable[[], None]] = []  # what has to wait for the end of the backward pass
         self.n = self.structure = 0
 
     @contextmanager
     def through(self, outputs: Tensor) -> Iterator[None]:
-        """Outputs that were computed before, whose graph is left as it was."""
-        self._shared = True
+        """Inside, passes go through outputs that were computed before, whose graph is left as it was."""
+        self._shared_graph = True
         try:
-            self.audited(Forward(len(outputs)), outputs)
+            self._on_model_exit(Forward(len(outputs)), outputs)
             self._inputs = self._audit.others
             yield
         finally:
             self._audit.hooks.close()
-            self._starts, self._inputs, self._shared = [], [], False
+            self._starts, self._inputs, self._shared_graph = [], [], False
 
-    def audited(self, forward: Forward, outputs: Any) -> None:
+    def _on_model_exit(self, forward: Forward, outputs: Any) -> None:
         """Prepare for backward passes from these outputs."""
-        self._records += [record for record, _ in forward.records]
         uses = self._audit.uses(forward, outputs)
         self._starts = [
             (record, [edge]) for record, edge in forward.records if record.starts_graph and record.placement
@@ -90,11 +70,7 @@ class Passes:
         self._defers = any(self._calls_nodes(use) for use, _ in uses)
         self.n, self.structure = forward.n or 0, self._audit.structure
 
-    def active(self) -> bool:
-        """Whether gradients that arrive now are of the pass under way."""
-        return self._pass is not None and (self._shared or not in_search_pass())
-
-    def backward(self, root: Tensor, seed: Tensor | None = None, *, last: bool = True) -> Samples:
+    def backward(self, root: Tensor, seed: Tensor | None = None, *, last: bool = True) -> SampleNorms:
         """Squared norms of the per-sample gradients of ``root`` (with ``seed`` for its gradient).
 
         Only what lies between the root and the first analysed layers' outputs is differentiated, so no parameter gradient
@@ -105,45 +81,25 @@ class Passes:
             seed: its gradient, for a root that is not a scalar.
             last: whether the graph may be freed.
         """
-        keep = not last or self._create_graph
-        self._pass = Pass(self._table, diagonal=self._diagonal, keep=keep, max_memory=self._max_memory)
-        self._error = None
+        self._count += 1
+        current = self._current = self._begin(self._count, keep_inputs=not last or self._create_graph)
         try:
-            if not root.requires_grad:
-                return self._samples(root, seed, last)
-            with (search_pass if self._shared else library_pass)([root]) as (start,):
-                return self._samples(start, seed, last)
+            edges = [edge for _, several in self._starts for edge in several]
+            if root.requires_grad and (edges or self._inputs):
+                retain = not last or self._create_graph or self._defers
+                with (search_pass if self._shared_graph else library_pass)([root]) as (start,):
+                    found = self._differentiated(start, [*edges, *self._inputs], seed, retain)
+                    with torch.set_grad_enabled(self._create_graph):
+                        return self._finished(current, root, found)
+            raise self._nothing_found(root)
         finally:
-            self._pass = None
+            self._current = None
 
-    def _samples(self, root: Tensor, seed: Tensor | None, last: bool) -> Samples:
-        edges = [edge for _, several in self._starts for edge in several]
-        if root.requires_grad and (edges or self._inputs):
-            self._deferred = []
-            found = self._gradients(root, [*edges, *self._inputs], seed, not last or self._create_graph or self._defers)
-            with torch.set_grad_enabled(self._create_graph):
-                for action in self._deferred:
-                    self._guarded(action)
-                arrived = iter(found)
-                for item, several in self._starts:
-                    grads = tuple(itertools.islice(arrived, len(several)))
-                    self._guarded(partial(self._add, item, several[0].node, grads))
-                if self._error is not None:
-                    raise self._error
-                if self._pass:
-                    self._memory.warned = self._memory.warned or self._pass.warned()
-                    try:
-                        return self._pass.finish()
-                    except Exception as error:
-                        raise as_refusal(error)  # noqa: B904  # which names its cause itself
-        if not bool(root.isfinite().all()):
-            raise NonFiniteError(
-                "the outputs or their loss are not finite, in the first batch in which it was looked for where the model has its "
-                "samples, which such a batch can't show"
-            )
-        raise CoverageError("the loss does not depend on any analysed parameter through a differentiable way")
-
-    def _gradients(self, root: Tensor, inputs: list[Any], seed: Tensor | None, retain: bool) -> Sequence[Tensor | None]:
+    def _differentiated(
+        self, root: Tensor, inputs: list[Any], seed: Tensor | None, retain: bool
+    ) -> Sequence[Tensor | None]:
+        """The gradients where nothing analysed comes before; those at all other places arrive at hooks meanwhile."""
+        self._deferred = []
         options = {"retain_graph": retain, "create_graph": self._create_graph, "allow_unused": True}
         try:
             return torch.autograd.grad(root, inputs, seed, **options)
@@ -155,30 +111,47 @@ class Passes:
                 "torch.utils.checkpoint with use_reentrant=False, or a FisherMonitor around your own backward"
             ) from error
 
-    def _used(self, use: Use, grads: tuple[Tensor | None, ...]) -> None:
-        if not self.active() or use.starts_graph:
+    def _finished(self, current: BackwardPass, root: Tensor, found: Sequence[Tensor | None]) -> SampleNorms:
+        for action in self._deferred:
+            self._within(current, action)
+        arrived = iter(found)
+        for item, several in self._starts:
+            grads = tuple(itertools.islice(arrived, len(several)))
+            if isinstance(item, Use):
+                self._within(current, self._add_use, current, item, several[0].node, grads)
+            elif grads[0] is not None:
+                self._within(current, self._add_start, current, item, grads[0])
+        if current.error is None and not current.accumulator:
+            raise self._nothing_found(root)
+        return self.finish(current)
+
+    def _add_start(self, current: BackwardPass, record: Record, grad: Tensor) -> None:
+        """The gradient of a layer before which nothing is differentiated."""
+        with self.forwards.recomputing():
+            self._add_record(current, record, grad)
+
+    def _nothing_found(self, root: Tensor) -> Exception:
+        if not bool(root.isfinite().all()):
+            return not_finite("the outputs or their loss")
+        return CoverageError("the loss does not depend on any analysed parameter through a differentiable way")
+
+    # ------------------------------------------------------------------------------------------------ what arrives
+
+    def _pass_under_way(self) -> BackwardPass | None:
+        return self._current if self._shared_graph or not in_search_pass() else None
+
+    def _on_output_gradient(self, record: Record, grad: Tensor) -> None:
+        if not record.starts_graph:  # the gradients of those that do are results of the pass
+            super()._on_output_gradient(record, grad)
+
+    def _on_use_gradients(self, use: Use, grads: tuple[Tensor | None, ...]) -> None:
+        current = self._pass_under_way()
+        if current is None or use.starts_graph:
             return
-        assert self._pass is not None
-        action = partial(self._pass.add_use, use, current_node(), grads)
         if self._calls_nodes(use):
-            self._deferred.append(action)
+            self._deferred.append(partial(self._add_use, current, use, current_node(), grads))
         else:
-            self._guarded(action)
+            super()._on_use_gradients(use, grads)
 
     def _calls_nodes(self, use: Use) -> bool:
-        return use.calls_nodes or (self._diagonal and use.rearranges)
-
-    def _add(self, item: Record | Use, node: Node, grads: tuple[Tensor | None, ...]) -> None:
-        assert self._pass is not None
-        if isinstance(item, Use):
-            self._pass.add_use(item, node, grads)
-        elif grads[0] is not None:
-            self._pass.add(item, grads[0])
-
-    def _guarded(self, action: Callable[[], None]) -> None:
-        """Do something inside of a backward pass, which must not be left half-way."""
-        if self._error is None and self._pass is not None:
-            try:
-                action()
-            except Exception as error:
-                self._error = as_refusal(error)
+        return use.calls_nodes or (use.rearranges and self._takes_forms)

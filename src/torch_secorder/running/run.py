@@ -1,23 +1,19 @@
-"""One forward of a model under hooks, for any number of backward passes through it; and what leaves the user's model alone."""
+"""One forward of a model under hooks, for any number of backward passes through it."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.autograd.graph import Node
+from torch import Tensor
 
 from torch_secorder.autograd.engine import call_model
 from torch_secorder.batch_axis.knowledge import Memory
-from torch_secorder.capture.module_hooks import Capture
-from torch_secorder.capture.records import Record
+from torch_secorder.capture.records import Forward, Record
 from torch_secorder.errors import UnsupportedError
-from torch_secorder.graph.audit import Audit
-from torch_secorder.graph.frontier import Use
 from torch_secorder.graph.queries import without_second_derivative
 from torch_secorder.model.containers import rows, tensors
-from torch_secorder.model.hooks import HookScope
 from torch_secorder.model.parameters import ParameterTable
 from torch_secorder.model.restore import (
     forked_random,
@@ -26,107 +22,102 @@ from torch_secorder.model.restore import (
     restoring_buffers,
     twice_differentiable,
 )
+from torch_secorder.recording.accumulator import PassOptions
 from torch_secorder.recording.plan import Plan
-from torch_secorder.running.graph_backward import Passes
+from torch_secorder.recording.recorder import BackwardPass, Recorder
+from torch_secorder.running.graph_backward import GraphBackward
 
 
-class Run(HookScope, Passes):
-    """``with Run(...) as run: outputs = run(inputs); samples = run.backward(loss)``: one forward of a model under hooks.
+class HookedForward(GraphBackward):
+    """``with HookedForward(...) as run: outputs = run(inputs); samples = run.backward(loss)``.
 
     Args:
-        model: the model, unwrapped.
-        plan: how it is captured.
-        activations: also watch every module's output.
-        options: as for :class:`Passes`.
+        table: the analysed parameters.
+        plan: how the model is captured.
+        knowledge: what is known about the model already.
+        options: what each pass collects.
+        others: as for :class:`GraphBackward`.
 
     Attributes:
         random: whether the latest forward drew from the global random state.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        table: ParameterTable,
-        plan: Plan,
-        memory: Memory,
-        *,
-        activations: bool = False,
-        **options: Any,
-    ):
-        super().__init__(table, memory, plan.batch_axis, self._rehearse, **options)
-        self._model, self._plan = model, plan
-        sites = plan.sites + (plan.watched(model) if activations else [])
-        self._capture = Capture(
-            *(model, sites, self._arrived, plan.batch_axis, plan.guards),
-            on_end=self.audited,
-            anchored=bool(table.coded),
-            alone=True,
+    def __init__(self, table: ParameterTable, plan: Plan, knowledge: Memory, options: PassOptions, **others: Any):
+        self._frozen_codes = bool(table.coded)
+        super().__init__(
+            *(table, plan, knowledge, options),
+            rehearse=self._rehearse,
+            attach_leaf=self._frozen_codes,
+            only_library_calls=True,
+            **others,
         )
+        self._parameters = table
+        self._records: list[Record] = []
         self._arguments: Any = None
         self.random = False
 
-    def active(self) -> bool:
-        """Whether gradients that arrive now are of the pass under way, and not of a rehearsal."""
-        return self._capture.active and super().active()
-
-    def _attach(self) -> None:
-        self._capture.__enter__()
-
     def _detach(self) -> None:
-        self._capture.__exit__()
+        super()._detach()
         for record in self._records:
             record.inputs, record.kwargs = None, {}  # the graph, which may outlive this, has the records in its hooks
         self._starts, self._arguments, self._records = [], None, []
 
     def __call__(self, inputs: Any) -> Any:
         """The model's outputs: a tensor is the argument, a tuple all positional and a mapping all keyword arguments."""
+        assert self.plan.model is not None
         self._arguments = inputs
         self._inputs = [x for x in tensors(inputs) if x.requires_grad]
         before = random_state()
         with torch.enable_grad(), twice_differentiable(self._create_graph):
-            outputs = call_model(self._model, inputs)
+            outputs = call_model(self.plan.model, inputs)
         self.random = not all(map(torch.equal, before, random_state()))
         if self._create_graph:
-            check_twice_differentiable(outputs, self._table)
+            require_twice_differentiable(outputs, self._parameters)
         return outputs
+
+    def _on_model_exit(self, forward: Forward, outputs: Any) -> None:
+        self._records += [record for record, _ in forward.records]
+        super()._on_model_exit(forward, outputs)
 
     def _rehearse(self) -> None:
         """See where samples are in a batch of three of them, which costs far less than in the whole batch."""
-        n, axis = self._capture.last.n, self._plan.batch_axis
+        plan, n = self.plan, self.forwards.latest.n
         if n is None or n < 8:
             return
-        few = rows(self._arguments, [0, 1, 2], n, axis)
-        capture = Capture(
-            *(self._model, self._plan.sites, lambda record, grad: None, axis),
-            on_end=lambda *found: audit.uses(*found),
-            anchored=bool(self._table.coded),
-            alone=True,
-        )
-        audit = Audit(self._table, lambda use, grads: None, axis, self._memory)
-        self._capture.active = False
+        assert plan.model is not None
+        few = rows(self._arguments, [0, 1, 2], n, plan.batch_axis)
+        layers = replace(plan, sites=[site for site in plan.sites if site.rule is not None])
+        self.forwards.active = False
         try:
             with (
-                forked_random(self._table.tensors),
-                hiding_changes(self._model),
-                restoring_buffers(self._model),
+                forked_random(self._parameters.tensors),
+                hiding_changes(plan.model),
+                restoring_buffers(plan.model),
                 torch.enable_grad(),
-                capture,
+                _Rehearsal(
+                    *(self.table, layers, self._knowledge, PassOptions()),
+                    attach_leaf=self._frozen_codes,
+                    only_library_calls=True,
+                ),
             ):
-                call_model(self._model, few)
+                call_model(plan.model, few)
         finally:
-            self._capture.active = True
-
-    def _add(self, item: Record | Use, node: Node, grads: tuple[Tensor | None, ...]) -> None:
-        with self._capture.again():
-            super()._add(item, node, grads)
-
-    def _arrived(self, record: Record, grad: Tensor) -> None:
-        if not record.starts_graph:  # those that do come from _gradients
-            self._guarded(lambda: None if self._pass is None else self._pass.add(record, grad))
+            self.forwards.active = True
 
 
-def check_twice_differentiable(outputs: Any, table: ParameterTable) -> None:
-    """Raise if the graph of these outputs has a fused operation that can't be differentiated twice."""
+class _Rehearsal(Recorder):
+    """Records a forward for where its samples are only; no backward pass of it counts."""
+
+    def _pass_under_way(self) -> BackwardPass | None:
+        return None
+
+
+def require_twice_differentiable(outputs: Tensor | Any, table: ParameterTable) -> None:
+    """Raise if the graph of these outputs has a fused operation that can't be differentiated twice.
+
+    Raises:
+        UnsupportedError: naming the operation, the parameter nearest to it and the remedy.
+    """
     if found := without_second_derivative(outputs, table):
         what, remedy = found
         raise UnsupportedError(

@@ -58,15 +58,15 @@ def verified(
         alone = rows(inputs, [0], n, axis)
 
         def among_the_rest(own: Any) -> Tensor:
-            return loss(mapped(partial(_inserted, tensors(own), n, axis), batch.outputs))
+            return loss(mapped(partial(_inserted, iter(tensors(own)), n, axis), batch.outputs))
 
         def norms_of(root: Callable[[Any], Tensor]) -> Tensor:
             if not by_autograd or analysis.table.coded:
-                return analysis.of(root, alone).samples.norms[:, 0].detach().double().cpu()
+                return analysis.of(root, alone).samples.squared_norms[:, 0].detach().double().cpu()
             with torch.enable_grad(), analysis.differentiable():
                 return squared_norms_of_loss(root(call_model(analysis.model, alone)), analysis.table.leaves)
 
-        norms, found = norms_of(among_the_rest), batch.samples.norms[:, 0].detach()
+        norms, found = norms_of(among_the_rest), batch.samples.squared_norms[:, 0].detach()
         half = torch.is_autocast_enabled() or any(
             x.dtype in HALF for x in (*analysis.table.tensors, *tensors(batch.outputs))
         )

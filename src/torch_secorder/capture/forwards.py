@@ -1,0 +1,161 @@
+"""Which run of the model a call of a module belongs to: in this thread, recomputed by a checkpoint, or outside of any."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from threading import get_ident
+from typing import Any
+
+from torch import Tensor, nn
+
+from torch_secorder.autograd.engine import current_graph_task, in_library_call, in_search_pass
+from torch_secorder.capture.records import Forward
+from torch_secorder.errors import ShapeError
+from torch_secorder.model.containers import tensors
+
+
+class ForwardTracker:
+    """Follows the runs of one model through the hooks before and after its call.
+
+    Args:
+        batch_axis: where the model's own inputs have the batch axis.
+        every: record every k-th call of the model, beginning with the first.
+        only_library_calls: record calls that this library makes in this thread, instead of the user's.
+        on_recomputation: called with the backward pass that runs a forward again (activation checkpointing).
+        on_exit: called with each recorded run of the model and its outputs, when the gradient's way through it is known.
+
+    Attributes:
+        active: whether calls are recorded at all.
+        latest: the latest complete run of the model.
+        skipped_passes: backward passes that reached a run that was not recorded.
+    """
+
+    def __init__(
+        self,
+        batch_axis: int,
+        *,
+        every: int = 1,
+        only_library_calls: bool = False,
+        on_recomputation: Callable[[int], object] | None = None,
+        on_exit: Callable[[Forward, Any], object],
+    ):
+        self.batch_axis, self._every, self._calls = batch_axis, every, 0
+        self._thread = get_ident() if only_library_calls else None
+        self._on_recomputation, self._on_exit = on_recomputation, on_exit
+        self._running: dict[int, Forward] = {}  # thread -> its run of the model; several threads may train one model
+        self._skipping: set[int] = set()  # threads whose run of the model is not recorded
+        self._outside_calls = Forward(in_model_call=False)
+        self.skipped_passes: set[int] = set()
+        self.latest = Forward()
+        self.active = False
+
+    def records_calls(self) -> bool:
+        """Whether a call made now, in this thread, is one to record."""
+        return self.active and (not in_library_call() if self._thread is None else self._thread == get_ident())
+
+    def on_model_enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> None:
+        """The model is called."""
+        # torch registers a hook before it notes `with_kwargs`; another thread that calls the model in between passes none.
+        if kwargs is None or not self.records_calls():
+            return
+        task, thread = current_graph_task(), get_ident()
+        if task == -1:
+            self.skipped_passes.clear()
+            self._calls += 1
+        if task in self.skipped_passes if task != -1 else (self._calls - 1) % self._every:
+            self._skipping.add(thread)
+            return
+        self._skipping.discard(thread)
+        n = batch_size((*args, *kwargs.values()) if kwargs else args, self.batch_axis)
+        self._running[thread] = Forward(n, recomputed_in=self._recomputation(task))
+
+    def on_model_exit(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """The model returns, or raises: then the output is None."""
+        if not self.records_calls():
+            return
+        thread = get_ident()
+        forward = self._running.pop(thread, None)
+        if thread in self._skipping:
+            self._skipping.discard(thread)
+            for node in {x.grad_fn for x in tensors(output) if x.grad_fn is not None}:
+                node.register_prehook(self._note_skipped_pass)
+        if forward is None:
+            return
+        self.latest = forward
+        try:
+            if output is not None and forward.recomputed_in is None:
+                self._on_exit(forward, output)
+        finally:
+            forward.forget_graph()
+
+    def _note_skipped_pass(self, *_: Any) -> None:
+        if not in_search_pass():
+            self.skipped_passes.add(current_graph_task())
+
+    def of_call(self, output: Any, axis: int) -> Forward | None:
+        """The run that a module's call belongs to; None if it is not to be recorded.
+
+        Args:
+            output: what the module returned.
+            axis: where its samples would be, if it was called outside of the model.
+        """
+        thread = get_ident()
+        if thread in self._skipping or not self.records_calls():
+            return None
+        if self.skipped_passes and current_graph_task() in self.skipped_passes:
+            return None
+        return self._running.get(thread) or self._outside(output, axis)
+
+    def _outside(self, output: Any, axis: int) -> Forward:
+        """The run of a call with no call of the model around it: a checkpoint's, or the user's call of a submodule."""
+        task, found = self._recomputation(current_graph_task()), self._outside_calls
+        if task is not None:
+            if found.recomputed_in != task:
+                found = Forward(self.latest.n, Counter(self.latest.calls), recomputed_in=task)
+        elif found.recomputed_in is not None or found.n not in (None, size_on(output, axis)):
+            found = Forward(in_model_call=False)
+        self._outside_calls = found
+        return found
+
+    def _recomputation(self, task: int) -> int | None:
+        """The backward pass in which a forward runs again, for a task that is one."""
+        if task == -1:
+            return None
+        if self._on_recomputation is not None:
+            self._on_recomputation(task)
+        return task
+
+    def forget_outside_calls(self) -> None:
+        """Calls outside of the model are of other samples from now on: the backward pass that reached them is over."""
+        self._outside_calls = Forward(in_model_call=False)
+
+    @contextmanager
+    def recomputing(self) -> Iterator[None]:
+        """Layers run again inside, after the backward pass, for what a checkpoint threw away."""
+        self._running[get_ident()] = Forward(self.latest.n, Counter(self.latest.calls), recomputed_in=-1)
+        try:
+            yield
+        finally:
+            del self._running[get_ident()]
+
+
+def batch_size(values: Sequence[Any], axis: int) -> int | None:
+    """The size that the tensors among ``values`` (also inside of mappings and sequences) have on the batch axis.
+
+    A tensor of size 1 there is shared by all samples, as position ids often are, unless all have size 1. Of several other
+    sizes the first tensor's counts: masks come after what they mask.
+    """
+    sizes = [x.shape[axis] for x in tensors(values) if x.dim() > axis]
+    if 0 in sizes:
+        raise ShapeError("the batch is empty: a tensor among the model's inputs has 0 samples")
+    for size in sizes:
+        if size != 1:
+            return size
+    return 1 if sizes else None
+
+
+def size_on(value: Any, axis: int) -> int | None:
+    """How many indices a tensor has on an axis; None for anything else."""
+    return value.shape[axis] if isinstance(value, Tensor) and value.dim() > axis else None

@@ -1,0 +1,91 @@
+"""What a quantity has to say of itself."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import Tensor
+
+from torch_secorder.capture.records import HookedModule
+from torch_secorder.per_sample import PerSampleGradient
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class Part:
+    """What one backward pass adds to a quantity, in the units of that pass. This one takes nothing."""
+
+    def on_form(self, position: int, form: PerSampleGradient, squared_norms: Tensor) -> None:
+        """A parameter's gradients for all samples of a batch, and their squared norms, ``[n]``."""
+
+    def on_output(self, site: HookedModule, kept: Any, grad: Tensor) -> None:
+        """A watched module's output: what was kept of it in forward, and its gradient with the batch axis first."""
+
+    def scaled(self, factor: float) -> Self:
+        """The same with all squares multiplied."""
+        return self
+
+    def plus(self, other: Self) -> Self:
+        """The same samples after another backward pass through the same forward, whose squares add to these."""
+        return self
+
+    def finite(self, bad: Tensor, names: Sequence[str]) -> Self:
+        """The same without the samples that are not finite.
+
+        Args:
+            bad: ``[parameters, n]``, True where a squared norm is not finite.
+            names: the parameters' names, for errors.
+
+        Raises:
+            NonFiniteError: if such a sample can't be taken out any more.
+        """
+        return self
+
+
+class Quantity(ABC):
+    """What is accumulated over the samples of all backward passes.
+
+    Attributes:
+        name: the argument that asks for it, and the property of the results that shows it.
+        takes_forms: whether its parts are made of the parameters' gradients.
+        watches_outputs: whether the outputs of all modules are hooked for it.
+        torn: whether an addition in place was begun and not finished, so that nothing of it can be believed.
+    """
+
+    name: ClassVar[str]
+    takes_forms: ClassVar[bool] = False
+    watches_outputs: ClassVar[bool] = False
+    torn = False
+
+    def __init__(self, names: Sequence[str], shapes: Sequence[tuple[int, ...]]):
+        self.names, self.shapes = list(names), list(shapes)
+
+    @staticmethod
+    def part() -> Part:
+        """An empty part, for one backward pass."""
+        return Part()
+
+    @abstractmethod
+    def add(self, part: Any, t: Tensor, scale: float) -> None:
+        """Add a pass.
+
+        Args:
+            part: what :meth:`part` has collected.
+            t: the squared norms of the gradients of l_n, ``[p, n]`` in float64.
+            scale: what the part's squares are multiplied by.
+        """
+
+    @abstractmethod
+    def merge(self, other: Any) -> None:
+        """Add what another of this kind has accumulated, which stays as it is."""
+
+    @abstractmethod
+    def state(self) -> dict[str, Any]:
+        """Everything, as tensors, numbers, strings, and lists and mappings of them."""
+
+    @abstractmethod
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Replace everything by what :meth:`state` gave."""

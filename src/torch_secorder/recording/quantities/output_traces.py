@@ -1,0 +1,140 @@
+"""Activation traces: the squared norms of the gradients in every module's output, and the output's own moments."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from torch_secorder.capture.records import HookedModule
+from torch_secorder.per_sample import Dense
+from torch_secorder.recording.quantities._base import Part, Quantity
+
+
+@dataclass(frozen=True)
+class OutputNorms:
+    """One call of a watched module.
+
+    Attributes:
+        squared_norms: ``[n]``, of the gradients in its output.
+        moments: of the output; see :func:`torch_secorder.capture.module_hooks.moments`.
+    """
+
+    squared_norms: Tensor
+    moments: Tensor
+
+
+Calls = dict[HookedModule, list[OutputNorms]]
+
+
+class OutputTracesPart(Part):
+    """Of one backward pass, every call of each watched module."""
+
+    def __init__(self, calls: Calls | None = None):
+        self.calls: Calls = {} if calls is None else calls
+
+    def on_output(self, site: HookedModule, kept: Any, grad: Tensor) -> None:
+        norms = OutputNorms(Dense(grad.flatten(1)).squared_norm(), kept)
+        self.calls.setdefault(site, []).append(norms)
+
+    def _mapped(self, function: Any) -> OutputTracesPart:
+        return OutputTracesPart(
+            {
+                site: [replace(call, squared_norms=function(call.squared_norms)) for call in calls]
+                for site, calls in self.calls.items()
+            }
+        )
+
+    def scaled(self, factor: float) -> OutputTracesPart:
+        return self._mapped(lambda norms: factor * norms)
+
+    def plus(self, other: OutputTracesPart) -> OutputTracesPart:
+        both = {
+            site: [
+                replace(a, squared_norms=a.squared_norms + b.squared_norms)
+                for a, b in zip(self.calls[site], calls, strict=True)
+            ]
+            if site in self.calls
+            else calls
+            for site, calls in other.calls.items()
+        }
+        return OutputTracesPart(self.calls | both)
+
+    def finite(self, bad: Tensor, names: Sequence[str]) -> OutputTracesPart:
+        return self._mapped(lambda norms: norms[norms.isfinite()])
+
+
+class OutputTraces(Quantity):
+    """For each module whose output was seen: its class, ``sum_n ||gradient in its output||^2``, and the output's moments.
+
+    Attributes:
+        sums: module name -> class name, sum of squares, and number, sum, sum of squares, minimum and maximum of the outputs.
+    """
+
+    name: ClassVar[str] = "activations"
+    watches_outputs: ClassVar[bool] = True
+
+    def __init__(self, names: Sequence[str], shapes: Sequence[tuple[int, ...]]):
+        super().__init__(names, shapes)
+        self.sums: dict[str, tuple[str, float, list[float]]] = {}
+
+    @staticmethod
+    def part() -> OutputTracesPart:
+        return OutputTracesPart()
+
+    def add(self, part: OutputTracesPart, t: Tensor, scale: float) -> None:
+        sums = dict(self.sums)
+        for site in sorted(part.calls, key=lambda site: site.number):
+            calls = part.calls[site]
+            squares = sum(float(call.squared_norms.double().sum()) for call in calls) * scale
+            _add(sums, site.name, site.kind, squares, _pooled(torch.stack([call.moments for call in calls])))
+        self.sums = sums
+
+    def merge(self, other: OutputTraces) -> None:
+        sums = dict(self.sums)
+        for name, (kind, squares, moments) in other.sums.items():
+            _add(sums, name, kind, squares, moments)
+        self.sums = sums
+
+    def rows(self, n: int, factor: float) -> list[dict[str, Any]]:
+        """A row of a table for each module, its trace ``factor`` times the mean over n samples."""
+        rows = []
+        for name, (kind, squares, (numel, total, total_squares, minimum, maximum)) in self.sums.items():
+            mean = total / numel
+            figures = {
+                "mean": mean,
+                "std": math.sqrt(max(0.0, total_squares / numel - mean**2)),
+                "min": minimum,
+                "max": maximum,
+            }
+            row = {"module": name, "module_type": kind, "activation_trace": squares / n * factor, "numel": int(numel)}
+            rows.append(row | figures)
+        return rows
+
+    def state(self) -> dict[str, Any]:
+        return {"outputs": dict(self.sums)}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        self.sums = {
+            name: (kind, squares, list(moments)) for name, (kind, squares, moments) in state["outputs"].items()
+        }
+
+
+def _pooled(moments: Tensor) -> list[float]:
+    """The moments of several outputs, ``[calls, 5]``, as those of one."""
+    count, total, total_squares, minimum, maximum = moments.unbind(1)
+    pooled = torch.stack([count.sum(), total.sum(), total_squares.sum(), minimum.min(), maximum.max()])
+    found: list[float] = pooled.tolist()
+    return found
+
+
+def _add(
+    sums: dict[str, tuple[str, float, list[float]]], name: str, kind: str, squares: float, moments: list[float]
+) -> None:
+    _, before, seen = sums.get(name, (kind, 0.0, [0.0, 0.0, 0.0, math.inf, -math.inf]))
+    totals = [a + b for a, b in zip(seen[:3], moments[:3], strict=True)]
+    sums[name] = (kind, before + squares, [*totals, min(seen[3], moments[3]), max(seen[4], moments[4])])
