@@ -27,7 +27,7 @@ from problems._base import Forward, randomised
 from torch_secorder import FisherMonitor, fisher_report
 from torch_secorder.batch_axis.evidence import Sketch, Unplaced, evidence, factors
 from torch_secorder.errors import CoupledSamplesError, CoverageError, CurvatureError, ShapeError, SlowFallbackWarning
-from torch_secorder.per_sample import Factor
+from torch_secorder.per_sample import SharedFactor
 
 pytestmark = pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")  # re-entrant checkpoints
 
@@ -1146,7 +1146,9 @@ class Recomputed(nn.Module):
 def test_inputs_are_not_shared_where_checkpoints_run_blocks_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """An id is a tensor's as long as that lives."""
     shared: list[object] = []
-    monkeypatch.setattr("torch_secorder.capture.records.Factor", lambda value: shared.append(value) or Factor(value))
+    monkeypatch.setattr(
+        "torch_secorder.capture.records.SharedFactor", lambda value: shared.append(value) or SharedFactor(value)
+    )
     model, x, y = drawn(Recomputed(), 3, 4, 8)
     expected = per_sample_squared_norms(model, numbers, x, y)
     with FisherMonitor(model, per_sample=True) as monitor:

@@ -33,7 +33,7 @@ from torch_secorder.model.hooks import Hook, Hooks, HookScope
 from torch_secorder.model.parameters import ParameterTable, named_modules, unwrapped
 from torch_secorder.model.ranks import class_as_written, whole
 from torch_secorder.model.restore import lock_of
-from torch_secorder.per_sample import as_refusal, direction
+from torch_secorder.per_sample import as_refusal, sign_vectors
 from torch_secorder.recording.accumulator import Pass
 from torch_secorder.recording.gradient_norms import OpenPass, full_precision, is_autocast
 from torch_secorder.recording.plan import BatchAxis, planned
@@ -222,7 +222,7 @@ class FisherMonitor(HookScope, Results):
             current.collected.gradient_norms.pop(position, None)
         current.add(position, grad)
         if as_computed and current.collected.checks and not grad.is_sparse:
-            left, right = direction(grad.shape, grad)
+            left, right = sign_vectors(grad.shape, grad)
             along = left @ (grad.detach().reshape(len(left), -1) @ right)
             current.projections[position] = current.projections.get(position, 0) + along
 

@@ -16,7 +16,7 @@ from torch_secorder.autograd.engine import current_node, saved_tensors_hooks
 from torch_secorder.batch_axis.placement import Placement
 from torch_secorder.errors import CoverageError
 from torch_secorder.model.ranks import class_as_written, whole
-from torch_secorder.per_sample import Factor
+from torch_secorder.per_sample import SharedFactor
 
 
 @dataclass(eq=False)
@@ -97,16 +97,16 @@ class Call:
     kwargs: Mapping[str, Any]
     grad_output: Tensor
     node: Any = None
-    common: dict[torch.Size, Factor] | None = None
+    common: dict[torch.Size, SharedFactor] | None = None
 
-    def factor(self, value: Tensor) -> Tensor | Factor:
+    def factor(self, value: Tensor) -> Tensor | SharedFactor:
         """``value``, a view of the input, as something whose Gram matrix is computed once for all calls with this input."""
         if self.common is None:
             return value
         found = self.common.get(value.shape)
         # Whatever else may have had the same id once: it is the same memory, which the one that is there keeps in use.
         if found is None or (found.value.data_ptr(), found.value.stride()) != (value.data_ptr(), value.stride()):
-            found = self.common[value.shape] = Factor(value)
+            found = self.common[value.shape] = SharedFactor(value)
         return found
 
     def argument(self, position: int, name: str) -> Any:
@@ -179,7 +179,7 @@ class Record:
         x, settings = inputs[0], tuple([getattr(site.module, name) for name in site.rule.reads])
         return (site.family, settings, x.shape, x.dtype, self.shape, grad.dtype, grad.device)
 
-    def call(self, grad: Tensor, common: dict[torch.Size, Factor] | None = None) -> Call:
+    def call(self, grad: Tensor, common: dict[torch.Size, SharedFactor] | None = None) -> Call:
         """What the rule needs, with the axis that counts samples first."""
         assert self.placement is not None
         inputs, kwargs = self._arguments()

@@ -49,8 +49,8 @@ class PulledBack(PerSampleGradient):
     def select(self, samples: Index) -> PulledBack:
         return PulledBack(self.value.select(samples), self.vjp, self.shape, self.layout)
 
-    def regrouped(self, groups: Grouping) -> PulledBack:
-        return PulledBack(self.value.regrouped(groups), self.vjp, self.shape, self.layout)
+    def grouped_by_sample(self, groups: Grouping) -> PulledBack:
+        return PulledBack(self.value.grouped_by_sample(groups), self.vjp, self.shape, self.layout)
 
     def squared_norm(self) -> Tensor:
         return self.value.squared_norm() if self.layout is not None else super().squared_norm()
@@ -58,7 +58,7 @@ class PulledBack(PerSampleGradient):
     def total(self) -> Tensor:
         return self.vjp(self.value.total()[None])[0]
 
-    def joined(self, other: PerSampleGradient) -> PerSampleGradient | None:
+    def concatenated(self, other: PerSampleGradient) -> PerSampleGradient | None:
         if not isinstance(other, PulledBack) or self.layout is None or self.layout != other.layout:
             return None
         return PulledBack(self.value + other.value, self.vjp, self.shape, self.layout)

@@ -27,16 +27,16 @@ from torch_secorder.model.parameters import ParameterTable
 from torch_secorder.model.ranks import is_dtensor, whole
 from torch_secorder.per_sample import (
     Dense,
-    Factor,
     PerSampleGradient,
     PulledBack,
+    SharedFactor,
     SquareSum,
     at_least_float32,
-    direction,
     halving_on_oom,
-    limited,
+    memory_limit,
+    sign_vectors,
 )
-from torch_secorder.recording.batch import Block, all_norms, forms_of, norms_of
+from torch_secorder.recording.batch import Block, all_norms, forms_of, squared_norms_of
 from torch_secorder.recording.sample_norms import Output, Samples
 from torch_secorder.recording.small_calls import SmallCallBatch
 from torch_secorder.rules.node_rules import gradient_at, has_rule
@@ -87,7 +87,7 @@ class Pass:
         self._joins = not (checks or diagonal or repeated_calls is not None or max_memory is not None)
         self._gradients = gradients and repeated_calls is None and not checks and not table.ranks.several
         self.gradient_norms: dict[int, Tensor] = {}  # position -> ||gradient||, where its factors told
-        self._inputs: dict[int, tuple[Any, int, dict[torch.Size, Factor]]] = {}  # of several calls
+        self._inputs: dict[int, tuple[Any, int, dict[torch.Size, SharedFactor]]] = {}  # of several calls
         self._small = SmallCallBatch(self._rules, keep=keep)
 
     def unexplained(self, projections: Mapping[int, Tensor], samples: Samples) -> list[int]:
@@ -135,7 +135,7 @@ class Pass:
         if not grad.numel():
             self._add_nothing(record, grad)
         elif not self._waits(record, grad):
-            with limited(self._max_memory):
+            with memory_limit(self._max_memory):
                 self._add(record, grad)
 
     def _add_nothing(self, record: Record, grad: Tensor) -> None:
@@ -174,7 +174,7 @@ class Pass:
         if not self._keep:
             record.inputs = None
 
-    def _common(self, record: Record) -> dict[torch.Size, Factor] | None:
+    def _common(self, record: Record) -> dict[torch.Size, SharedFactor] | None:
         """What this call has in common with those that got the same input; forgotten with the last of them."""
         if not record.inputs or record.packed or record.forward.recomputed_in is not None:
             return None
@@ -190,7 +190,7 @@ class Pass:
 
     def add_use(self, use: Use, node: Node | None, grads: tuple[Tensor | None, ...]) -> None:
         """The gradients of a frontier node's outputs have arrived."""
-        with limited(self._max_memory):
+        with memory_limit(self._max_memory):
             self._add_use(use, node, grads)
 
     def _add_use(self, use: Use, node: Node | None, grads: tuple[Tensor | None, ...]) -> None:
@@ -244,25 +244,25 @@ class Pass:
         """The rule's answer for one call."""
         site, forward = record.site, record.forward
         for local, form in forms.items():
-            regrouped = form if groups is None else form.regrouped(groups)
+            grouped_by_sample = form if groups is None else form.grouped_by_sample(groups)
             position = site.parameters[local]
             if not forward.inside and self._repeated is None and (position in block.settled or position in block.held):
                 raise LifecycleError(
                     f"{site} was called more than once outside of a call of the monitored model, which can mean one sample "
                     'seen twice or two batches: pass repeated_calls="same" or "new", or monitor the submodule'
                 )
-            self._collect(block, forward, position, regrouped, site.rule.name)
+            self._collect(block, forward, position, grouped_by_sample, site.rule.name)
 
     def _collect(self, block: Block, forward: Forward, position: int, form: PerSampleGradient, rule: str) -> None:
         """Settle a parameter, or hold its gradient until all of its uses are there."""
         self._rules[position][f"{rule} ({form.algorithm})"] = None
         norms: Tensor | None = None
         if self.checks:
-            left, right = direction(form.shape, form.like)
-            along = halving_on_oom(form, lambda part: part.projection(left, right), torch.add)
+            left, right = sign_vectors(form.shape, form.like)
+            along = halving_on_oom(form, lambda part: part.along(left, right), torch.add)
             before, size = block.projections.get(position, (torch.zeros_like(along), 0.0))
             # Uses of one parameter may cancel; rounding goes by the size of each.
-            norms = norms_of(form)
+            norms = squared_norms_of(form)
             own = math.sqrt(float(norms.double().sum()) * block.n)
             block.projections[position] = before + along, size + own
         if self._repeated == "same" or forward.calls[position] > 1:
@@ -304,7 +304,7 @@ class Pass:
         Raises:
             NonFiniteError: if a gradient is not finite and ``nonfinite`` is "raise".
         """
-        with limited(self._max_memory):
+        with memory_limit(self._max_memory):
             self._settle_all()
         blocks = list(self._blocks.values())
         reached, norms = all_norms(blocks, len(self._table))
@@ -352,9 +352,9 @@ class Pass:
 
     def _settle(self, block: Block, position: int, form: PerSampleGradient, norms: Tensor | None = None) -> None:
         block.settled.add(position)
-        norms = block.norms[position] = norms_of(form) if norms is None else norms
+        norms = block.norms[position] = squared_norms_of(form) if norms is None else norms
         if self._diagonal:
             finite = norms.isfinite()
             if bool(finite.any()):
                 part = form if bool(finite.all()) else form.select(finite.nonzero().squeeze(1))
-                block.squares[position] = halving_on_oom(part, SquareSum.of, lambda a, b: SquareSum.joined([a, b]))
+                block.squares[position] = halving_on_oom(part, SquareSum.of, lambda a, b: SquareSum.summed([a, b]))

@@ -75,6 +75,6 @@ def forms_of(site: Site, call: Call) -> dict[str, PerSampleGradient]:
     return forms
 
 
-def norms_of(form: PerSampleGradient) -> Tensor:
+def squared_norms_of(form: PerSampleGradient) -> Tensor:
     """A form's squared norms, of half of the samples at a time where memory runs out."""
     return halving_on_oom(form, lambda part: part.squared_norm(), lambda a, b: torch.cat([a, b]))

@@ -59,7 +59,7 @@ class Samples:
 
     def plus(self, other: Samples) -> Samples:
         """The same samples after another backward pass through the same forward, whose squares add to these."""
-        squares = {p: [SquareSum.joined([*self.squares.get(p, []), *several])] for p, several in other.squares.items()}
+        squares = {p: [SquareSum.summed([*self.squares.get(p, []), *several])] for p, several in other.squares.items()}
         outputs = {
             name: [replace(a, norms=a.norms + b.norms) for a, b in zip(self.outputs[name], calls, strict=True)]
             if name in self.outputs

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from torch_secorder.capture.records import Record
 from torch_secorder.errors import CoverageError
-from torch_secorder.recording.batch import Block, forms_of, norms_of
+from torch_secorder.recording.batch import Block, forms_of, squared_norms_of
 
 TOGETHER = 64  # calls, at most
 
@@ -51,7 +51,7 @@ class SmallCallBatch:
             rule = {f"{site.rule.name} ({form.algorithm})": None}
             positions = [record.site.parameters[local] for record in records]
             self._rules.update(dict.fromkeys(positions, rule))
-            norms = norms_of(form).view(len(waiting), -1)
+            norms = squared_norms_of(form).view(len(waiting), -1)
             if len(set(map(id, blocks))) == 1:
                 blocks[0].several.append((positions, norms))
                 continue

@@ -129,7 +129,7 @@ def gradient_at(place: Place, grads: Gradients, output: int) -> tuple[PerSampleG
     found = rule.function(place, grads if rule.many else grads[output])
     form = Dense(found) if isinstance(found, Tensor) else found
     groups = place.placement.grouping(form.n, place.n, form.like.device)
-    return (form if groups is None else form.regrouped(groups)), name
+    return (form if groups is None else form.grouped_by_sample(groups)), name
 
 
 def _one_by_one(place: Place, grads: Gradients) -> Tensor:
