@@ -29,9 +29,9 @@ from torch_secorder.errors import ArgumentError, CoverageError, LifecycleError, 
 from torch_secorder.graph.audit import Audit
 from torch_secorder.graph.frontier import Use
 from torch_secorder.model.containers import tensors
-from torch_secorder.model.hooks import Hook, Hooks, HookScope
+from torch_secorder.model.hooks import HookScope, HookSet, WeakHook
 from torch_secorder.model.parameters import ParameterTable, named_modules, unwrapped
-from torch_secorder.model.ranks import class_as_written, whole
+from torch_secorder.model.ranks import class_as_written, full_tensor
 from torch_secorder.model.restore import lock_of
 from torch_secorder.per_sample import as_refusal, sign_vectors
 from torch_secorder.recording.accumulator import Pass
@@ -130,7 +130,7 @@ class FisherMonitor(HookScope, Results):
         self._all, self._max_memory = parameters == "all", require_max_memory(max_memory)
         self._memory = knowledge_of(self._model, batch_axis, checks=False)
         self._capture: Capture | None = None
-        self._hooks = Hooks()
+        self._hooks = HookSet()
         self._passes: WeakValueDictionary[int, OpenPass] = WeakValueDictionary()
         self._turn = RLock()  # several threads may train the model
         self._outputs: list[weakref.ref[Tensor]] = []  # of the model's latest call
@@ -160,7 +160,7 @@ class FisherMonitor(HookScope, Results):
         for position, (tensor, leaf) in enumerate(zip(self._table.tensors, self._table.leaves, strict=True)):
             for watched in (leaf,) if leaf is tensor else (leaf, tensor):  # a shard is in the graph of a penalty only
                 if watched.requires_grad:
-                    self._hooks.add(watched, watched.register_hook, Hook(self, "_gradient", position))
+                    self._hooks.add(watched, watched.register_hook, WeakHook(self, "_gradient", position))
 
     def _detach(self) -> None:
         self._passes.clear()
@@ -172,7 +172,7 @@ class FisherMonitor(HookScope, Results):
 
     @property
     def _counts(self) -> bool:
-        return self._table.ranks.first
+        return self._table.ranks.counts_samples
 
     def _ended(self, audit: Callable[[Forward, Any], object], forward: Forward, outputs: Any) -> None:
         """The model returns."""
@@ -215,7 +215,7 @@ class FisherMonitor(HookScope, Results):
             self._guarded(self._add_gradient, position, grad)
 
     def _add_gradient(self, current: OpenPass, position: int, grad: Tensor) -> None:
-        grad = whole(grad)
+        grad = full_tensor(grad)
         # What a hook of the user's makes of a gradient is not in its factors, and not ours to check.
         as_computed = len(self._table.leaves[position]._backward_hooks or ()) <= 1
         if not as_computed:

@@ -208,7 +208,7 @@ def _squared_norms(
     passes, failed = Passes(table, memory, create_graph=create_graph), None
     try:
         with passes.through(outputs):
-            unchecked = bool(table.ranks.most(memory.due(_squared_norms, passes.structure)))
+            unchecked = bool(table.ranks.max_over_ranks(memory.due(_squared_norms, passes.structure)))
             for seed in seeds:
                 failed = seed  # until it is done
                 samples = passes.backward(outputs, seed, last=False)
@@ -220,7 +220,7 @@ def _squared_norms(
     except NonFiniteError:
         raise
     except CurvatureError as error:
-        if table.ranks.several:  # others may not have to take samples one by one
+        if table.ranks.distributed:  # others may not have to take samples one by one
             raise
         reason = error
     if all(g is None for g in _of_one(outputs, torch.ones_like(outputs), table, 0)):

@@ -15,7 +15,7 @@ from torch_secorder.batch_axis.evidence import BASE, BASE_OF_HALF, Evidence, Ske
 from torch_secorder.batch_axis.knowledge import Key, Memory
 from torch_secorder.batch_axis.placement import Placement
 from torch_secorder.errors import ShapeError, UnsupportedError
-from torch_secorder.model.ranks import Ranks, whole
+from torch_secorder.model.ranks import Ranks, full_tensor
 
 TILE = 262_139  # a prime: whatever else is periodic in a root has another period
 Wanted = tuple[Key, GradientEdge, Sequence[int]]  # what to remember it by, where in the graph, the shape to see it in
@@ -52,7 +52,7 @@ class Look:
         memory.turns += 1
         # A gradient that was zero is asked for again, less and less often unless shapes leave open what its samples are.
         self._patient = not doubtful and memory.turns.bit_count() > 1
-        self._rehearse, self._ranks = None if ranks.several else rehearse, ranks
+        self._rehearse, self._ranks = None if ranks.distributed else rehearse, ranks
         self._roots = [x for x in roots if x.shape[axis] == n]
         self._base = BASE_OF_HALF if any(x.dtype in (torch.float16, torch.bfloat16) for x in roots) else BASE
         self.ahead: Callable[[], Iterable[Node]] = list
@@ -61,7 +61,7 @@ class Look:
     def __call__(self, wanted: list[Wanted]) -> list[Evidence]:
         """Evidence for each (key, edge, shape); what was found for a key before holds while it fits the shape."""
         new = [item for item in wanted if not self._holds(item[0], item[2])]
-        if self._ranks.several:
+        if self._ranks.distributed:
             return self._together(wanted, bool(new))
         if new and self._rehearse is not None:
             self._rehearse()
@@ -71,15 +71,15 @@ class Look:
 
     def _together(self, wanted: list[Wanted], new: bool) -> list[Evidence]:
         """All ranks look at all of these, or none looks at any: a pass of one alone would wait for the others forever."""
-        if not self._ranks.most(new):
+        if not self._ranks.max_over_ranks(new):
             return [self._known[key] for key, _, _ in wanted]
-        self._ranks.agreed(
+        self._ranks.require_same(
             [key for key, _, _ in wanted],
             "their graphs leave different places open where the samples are; give all of them batches of one shape, or pass "
             "batch_axis=",
         )
         self._find(list(wanted))
-        shared = self._ranks.most_each([self._known[key] is Unplaced.SHARED for key, _, _ in wanted])
+        shared = self._ranks.max_each_over_ranks([self._known[key] is Unplaced.SHARED for key, _, _ in wanted])
         if self._n == 1:  # nothing tells one sample from all of them, but another rank's evidence
             self._known |= {key: Unplaced.SHARED for (key, _, _), found in zip(wanted, shared, strict=True) if found}
         return [self._known[key] for key, _, _ in wanted]
@@ -145,7 +145,7 @@ class Look:
                         "checkpointing hides it: use torch.utils.checkpoint with use_reentrant=False, or another batch size"
                     ) from error
                 for grad, (position, (_, _, shape)) in zip(grads, last, strict=True):
-                    found[-1][position] = None if grad is None else Sketch.of(whole(grad).reshape(tuple(shape)))
+                    found[-1][position] = None if grad is None else Sketch.of(full_tensor(grad).reshape(tuple(shape)))
         return found[: len(factors(self._n, self._base))]
 
     def _seed(self, root: Tensor, tile: Tensor, factor: Tensor) -> Tensor:
@@ -159,7 +159,7 @@ class Look:
     def _factors(self) -> list[Tensor]:
         """The factors, and more of them as long as other ranks need more."""
         own = factors(self._n, self._base)
-        return own + own[:1] * (self._ranks.most(len(own)) - len(own))
+        return own + own[:1] * (self._ranks.max_over_ranks(len(own)) - len(own))
 
 
 def _arrived(
@@ -167,7 +167,7 @@ def _arrived(
 ) -> None:
     """A gradient on its way, in the latest pass."""
     if in_search_pass() and (grad := grads[nr]) is not None:
-        found[-1][position] = Sketch.of(whole(grad).reshape(shape))
+        found[-1][position] = Sketch.of(full_tensor(grad).reshape(shape))
 
 
 def _deepest(roots: Sequence[Tensor], wanted: set[Node]) -> set[Node]:

@@ -24,7 +24,7 @@ from torch_secorder.batch_axis.placement import FIRST, Placement
 from torch_secorder.capture.records import Forward, Record, Site
 from torch_secorder.errors import CoverageError, ShapeError, UnsupportedError
 from torch_secorder.model.containers import tensors
-from torch_secorder.model.hooks import Hook, Hooks, HookScope
+from torch_secorder.model.hooks import HookScope, HookSet, WeakHook
 from torch_secorder.model.ranks import is_dtensor
 
 # For a moment a new hook is there, and torch doesn't know yet that it takes keyword arguments: another thread's call of the model
@@ -74,13 +74,13 @@ class Capture(HookScope):
         self.passed_over: set[int] = set()
         self._running: dict[int, Forward] = {}  # in which thread (of several that train the model, say) what runs
         self._unseen: set[int] = set()  # threads whose run is not to be seen
-        self._hooks = Hooks()
+        self._hooks = HookSet()
         self.last = Forward()  # the latest complete run of the model
         self.loose = Forward(inside=False)  # calls of submodules with no call of the model around them
         self.active = False
 
     def _attach(self) -> None:
-        hook, add = partial(Hook, self), self._hooks.add
+        hook, add = partial(WeakHook, self), self._hooks.add
         add(self._model, self._model.register_forward_pre_hook, hook("begin"), prepend=True, with_kwargs=True)
         for site in self._sites:
             # First in line: a user's hook may return something else than what the module computed.

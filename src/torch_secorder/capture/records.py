@@ -15,7 +15,7 @@ from torch.autograd.graph import GradientEdge, Node
 from torch_secorder.autograd.engine import current_node, saved_tensors_hooks
 from torch_secorder.batch_axis.placement import Placement
 from torch_secorder.errors import CoverageError
-from torch_secorder.model.ranks import class_as_written, whole
+from torch_secorder.model.ranks import class_as_written, full_tensor
 from torch_secorder.per_sample import SharedFactor
 
 
@@ -216,7 +216,7 @@ class Record:
                 f"{self.site}: its input was changed in place after the layer saw it; change it out of place"
             )
         # What ranks compute in parts, the rules get whole.
-        return tuple([whole(x) for x in self.inputs]), {name: whole(x) for name, x in self.kwargs.items()}
+        return tuple([full_tensor(x) for x in self.inputs]), {name: full_tensor(x) for name, x in self.kwargs.items()}
 
 
 class _Packed:

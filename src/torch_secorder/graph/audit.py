@@ -74,7 +74,7 @@ class Audit:
             CoverageError: if a parameter's use can't be taken apart by samples.
         """
         self.hooks.pop_all()  # earlier graphs keep theirs
-        with self._table.ranks.together():
+        with self._table.ranks.fail_together():
             return self._uses(forward, outputs)
 
     def _uses(self, forward: Forward, outputs: Any) -> list[tuple[Use, Node]]:
@@ -85,22 +85,22 @@ class Audit:
         n = forward.n
         if n is None:
             return []
-        single = ranks.most(n) == 1
-        fresh = bool(ranks.most(n > 1 and walk.reorders(n)))
+        single = ranks.max_over_ranks(n) == 1
+        fresh = bool(ranks.max_over_ranks(n > 1 and walk.reorders(n)))
         memory, rehearse = (Memory(), None) if fresh else (self._memory.of(self.structure), self._rehearse)
         reached = [item for item in forward.records if item[0].site.rule is not None and item[1].node in walk.records]
         doubtful = fresh or walk.coincidences(n) or any(record.placement is None for record, _ in reached)
-        doubtful = bool(ranks.most(doubtful))
+        doubtful = bool(ranks.max_over_ranks(doubtful))
         seen = [x for x in roots if x.dim() > self._axis]
         look = Look(memory, seen, self._axis, n, rehearse, doubtful, ranks)
         if (
             walk.uses or doubtful
-        ) and not ranks.several:  # graphs of one sample have others on the way than those of more
+        ) and not ranks.distributed:  # graphs of one sample have others on the way than those of more
             unclear = (edge.node for record, edge in reached if record.placement is None)
             starts = itertools.chain((node for edges in walk.uses.values() for node, _ in edges), unclear)
             look.ahead = lambda: walk.above(starts, AHEAD)
         shared = self._placed(walk, reached, look, n, doubtful, single)
-        if not ranks.most(bool(walk.uses or shared)):
+        if not ranks.max_over_ranks(bool(walk.uses or shared)):
             return []
         uses = Frontier(walk, shared, look, n, self._table, single).uses(forward)
         for use, node in uses:

@@ -99,7 +99,7 @@ class Frontier:
         indices: dict[Node, list[int]] = defaultdict(list)
         done: set[Edge] = set()
         level = starts
-        while self._table.ranks.most(bool(level)):
+        while self._table.ranks.max_over_ranks(bool(level)):
             level = list({item[:2]: item for item in level if item[:2] not in done}.values())
             done |= {item[:2] for item in level}
             following: list[tuple[Node, int, str]] = []

@@ -34,7 +34,7 @@ class ParameterTable:
         tensors: the parameters themselves.
         leaves: what the autograd graph has in their place: the same, or what FSDP2 is_fsdp them into.
         ranks: those that hold the model together with this one.
-        coded: positions of those that hold codes (quantized weights), in which autograd gives no gradient.
+        quantized: positions of those that hold codes (quantized weights), in which autograd gives no gradient.
         rows: what the report says of them.
     """
 
@@ -58,10 +58,10 @@ class ParameterTable:
             )
         self.tensors: list[Tensor] = [p for _, p in named]
         self.rows = [_row(name, p, owners) for name, p in named]
-        self.coded = {position for position, p in enumerate(self.tensors) if _is_coded(p)}
-        if trained := [self.names[position] for position in self.coded if self.tensors[position].requires_grad]:
+        self.quantized = {position for position, p in enumerate(self.tensors) if _is_quantized(p)}
+        if trained := [self.names[position] for position in self.quantized if self.tensors[position].requires_grad]:
             raise UnsupportedError(
-                f"{', '.join(trained)}: a {type(self.tensors[min(self.coded)]).__name__} that requires a gradient; what is "
+                f"{', '.join(trained)}: a {type(self.tensors[min(self.quantized)]).__name__} that requires a gradient; what is "
                 "quantized can be analysed frozen (requires_grad_(False)), from its layer's inputs and output gradients"
             )
         self.leaves, self.ranks = self.tensors, Ranks()
@@ -91,7 +91,7 @@ class ParameterTable:
         return {local: position for local, position in found if position is not None}
 
 
-def _is_coded(p: Tensor) -> bool:
+def _is_quantized(p: Tensor) -> bool:
     return not is_dtensor(p) and (not p.is_floating_point() or is_traceable_wrapper_subclass(p))
 
 

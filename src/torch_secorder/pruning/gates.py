@@ -28,7 +28,7 @@ from torch_secorder.errors import (
     ShapeError,
     UnsupportedError,
 )
-from torch_secorder.model.hooks import Hook, Hooks, HookScope
+from torch_secorder.model.hooks import HookScope, HookSet, WeakHook
 from torch_secorder.model.parameters import named_modules, unwrapped
 from torch_secorder.rules import refusal_for
 
@@ -130,7 +130,7 @@ class ChannelGates(HookScope):
         ]
         if not self._sites:
             raise ArgumentError(f"{type(self._model).__name__} has no module of those to watch")
-        self._hooks = Hooks()
+        self._hooks = HookSet()
         self._active = False
         self._sums: dict[str, Tensor] = {}
         self._n = 0
@@ -147,7 +147,7 @@ class ChannelGates(HookScope):
     def _attach(self) -> None:
         for site in self._sites:
             add = site.module.register_forward_hook
-            self._hooks.add(site.module, add, Hook(self, "_seen", site), prepend=True, with_kwargs=True)
+            self._hooks.add(site.module, add, WeakHook(self, "_seen", site), prepend=True, with_kwargs=True)
         self._active = True
 
     def _detach(self) -> None:

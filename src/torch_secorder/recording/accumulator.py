@@ -24,7 +24,7 @@ from torch_secorder.errors import (
 )
 from torch_secorder.graph.frontier import Use
 from torch_secorder.model.parameters import ParameterTable
-from torch_secorder.model.ranks import is_dtensor, whole
+from torch_secorder.model.ranks import full_tensor, is_dtensor
 from torch_secorder.per_sample import (
     Dense,
     PerSampleGradient,
@@ -85,7 +85,7 @@ class Pass:
         self._blocks: dict[object, Block] = {}
         self._rules: dict[int, dict[str, None]] = defaultdict(dict)
         self._joins = not (checks or diagonal or repeated_calls is not None or max_memory is not None)
-        self._gradients = gradients and repeated_calls is None and not checks and not table.ranks.several
+        self._gradients = gradients and repeated_calls is None and not checks and not table.ranks.distributed
         self.gradient_norms: dict[int, Tensor] = {}  # position -> ||gradient||, where its factors told
         self._inputs: dict[int, tuple[Any, int, dict[torch.Size, SharedFactor]]] = {}  # of several calls
         self._small = SmallCallBatch(self._rules, keep=keep)
@@ -129,7 +129,7 @@ class Pass:
 
     def add(self, record: Record, grad: Tensor) -> None:
         """The gradient of a recorded call's output has arrived."""
-        grad = whole(grad)
+        grad = full_tensor(grad)
         self.half = self.half or grad.dtype in HALF
         self.seen += grad.numel()
         if not grad.numel():
@@ -316,7 +316,7 @@ class Pass:
         for block in blocks:
             for name, calls in block.outputs.items():
                 outputs.setdefault(name, []).extend(calls)
-        self._table.ranks.check_same(norms.sum(1), self._table.names)
+        self._table.ranks.require_same_norms(norms.sum(1), self._table.names)
         samples = Samples(norms.shape[1], norms, squares, reached, self._rules, outputs)
         return samples.finite(self._table.names, nonfinite)
 

@@ -89,7 +89,7 @@ class Analysis:
         self.memory = knowledge_of(self.model, batch_axis)
         # A graph of the checks would be kept along with the result's, so that there is none; and a check that fails on one rank
         # can't have the others do the batch once more.
-        self.trusting = self.memory.trusting and not create_graph and not self.table.ranks.several
+        self.trusting = self.memory.trusting and not create_graph and not self.table.ranks.distributed
         with lock_of(self.model), self.differentiable():
             self._plan = planned(self.model, self.table, batch_axis)
         self.batch_axis = self._plan.batch_axis
@@ -118,7 +118,7 @@ class Analysis:
             reduction = self.memory.reduction(
                 loss_fn, partial(reduction_of, loss_fn, outputs, targets, loss, run.n, self.batch_axis)
             )
-            kept = mapped(Tensor.detach, outputs) if self.table.ranks.several or checked(run.structure) else None
+            kept = mapped(Tensor.detach, outputs) if self.table.ranks.distributed or checked(run.structure) else None
             del outputs
             samples = run.backward(loss)
         samples = samples.times(run.n**2 if reduction == "mean" else 1)
@@ -151,8 +151,8 @@ class Analysis:
     @contextmanager
     def differentiable(self) -> Iterator[None]:
         """All analysed parameters require a gradient inside."""
-        coded = {id(self.table.tensors[position]) for position in self.table.coded}
-        analysed = {id(p): p for p in (*self.table.tensors, *self.table.leaves) if id(p) not in coded}
+        quantized = {id(self.table.tensors[position]) for position in self.table.quantized}
+        analysed = {id(p): p for p in (*self.table.tensors, *self.table.leaves) if id(p) not in quantized}
         frozen = [p for p in analysed.values() if not p.requires_grad]
 
         def require(wanted: bool) -> None:

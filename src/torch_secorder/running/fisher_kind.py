@@ -52,8 +52,8 @@ class FisherKind:
         product = None if self.num_samples is None else last_linear_factors(outputs)
         outputs = outputs if differentiable else outputs.detach()
         through = None if product is None else Through(*product)
-        count, seeds = self._seeds(outputs, targets, ranks.seeded(generator), through)
-        ranks.agreed(count, "their outputs take different numbers of backward passes; pad them to one shape")
+        count, seeds = self._seeds(outputs, targets, ranks.common_generator(generator), through)
+        ranks.require_same(count, "their outputs take different numbers of backward passes; pad them to one shape")
         return count, seeds
 
     def _seeds(

@@ -59,7 +59,7 @@ class Run(HookScope, Passes):
         self._capture = Capture(
             *(model, sites, self._arrived, plan.batch_axis, plan.guards),
             on_end=self.audited,
-            anchored=bool(table.coded),
+            anchored=bool(table.quantized),
             alone=True,
         )
         self._arguments: Any = None
@@ -99,7 +99,7 @@ class Run(HookScope, Passes):
         capture = Capture(
             *(self._model, self._plan.sites, lambda record, grad: None, axis),
             on_end=lambda *found: audit.uses(*found),
-            anchored=bool(self._table.coded),
+            anchored=bool(self._table.quantized),
             alone=True,
         )
         audit = Audit(self._table, lambda use, grads: None, axis, self._memory)
