@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from oracles import assert_equal, call, mapped, per_sample_gradients
 from problems import PROBLEMS, Problem
-from torch_secorder.batch_axis.placement import Grouping
+from torch_secorder.batch_axis.placement import Grouping, Layout
 from torch_secorder.capture.records import Call
 from torch_secorder.per_sample import (
     Convolution,
@@ -109,21 +109,21 @@ def test_selected_samples(name: str, samples: Any) -> None:
 
 @pytest.mark.parametrize("name", FORMS)
 @pytest.mark.parametrize(
-    ("owner", "n", "fold"),
+    ("owner", "n", "layout"),
     [
-        ([0, 0, 1, 1], 2, "listed"),
-        ([1, 0, 1, 0], 2, "listed"),
-        ([2, 0, 2, 2], 3, "listed"),
-        ([0, 0, 0, 0], 1, "listed"),
-        ([0, 0, 1, 1], 2, "outer"),
-        ([0, 1, 0, 1], 2, "inner"),
+        ([0, 0, 1, 1], 2, Layout.INDEXED),
+        ([1, 0, 1, 0], 2, Layout.INDEXED),
+        ([2, 0, 2, 2], 3, Layout.INDEXED),
+        ([0, 0, 0, 0], 1, Layout.INDEXED),
+        ([0, 0, 1, 1], 2, Layout.BLOCKS),
+        ([0, 1, 0, 1], 2, Layout.INTERLEAVED),
     ],
     ids=str,
 )
-def test_parts_of_samples_are_added_up(name: str, owner: list[int], n: int, fold: str) -> None:
+def test_parts_of_samples_are_added_up(name: str, owner: list[int], n: int, layout: Layout) -> None:
     """Windows or heads folded into the batch axis, in any order, as many for each sample or not."""
     form, index = FORMS[name](), torch.tensor(owner)
-    grouped_by_sample = form.grouped_by_sample(Grouping(n, fold, index if fold == "listed" else None))
+    grouped_by_sample = form.grouped_by_sample(Grouping(n, layout, index if layout is Layout.INDEXED else None))
     expected = torch.zeros(n, *form.shape, dtype=torch.float64).index_add(0, index, form.dense())
     assert torch.allclose(grouped_by_sample.dense(), expected, rtol=1e-9, atol=1e-12)
     assert_like_dense(grouped_by_sample)

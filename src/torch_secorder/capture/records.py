@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
 from torch_secorder.autograd.engine import current_node, saved_tensors_hooks
-from torch_secorder.batch_axis.placement import Placement
+from torch_secorder.batch_axis.placement import Layout, Placement
 from torch_secorder.errors import CoverageError
 from torch_secorder.model.ranks import class_as_written, full_tensor
 from torch_secorder.per_sample import SharedFactor
@@ -172,7 +172,7 @@ class Record:
             return None
         if site.rule is None or site.rule.reads is None:
             return None
-        if self.placement is None or self.placement.axis or self.placement.fold != "none":
+        if self.placement is None or self.placement.axis or self.placement.layout is not Layout.ONE_EACH:
             return None
         if inputs is None or len(inputs) != 1 or not isinstance(inputs[0], Tensor) or inputs[0].numel() > SMALL:
             return None

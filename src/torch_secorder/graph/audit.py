@@ -15,8 +15,8 @@ from torch.autograd.graph import GradientEdge, Node
 
 from torch_secorder.batch_axis.evidence import Unplaced
 from torch_secorder.batch_axis.knowledge import Memory
-from torch_secorder.batch_axis.placement import Placement
-from torch_secorder.batch_axis.search import Look
+from torch_secorder.batch_axis.placement import Layout, Placement
+from torch_secorder.batch_axis.search import SampleSearch
 from torch_secorder.capture.records import Forward, Record
 from torch_secorder.errors import ShapeError, UnsupportedError
 from torch_secorder.graph.frontier import Frontier, Use
@@ -25,7 +25,7 @@ from torch_secorder.model.containers import tensors
 from torch_secorder.model.parameters import ParameterTable
 from torch_secorder.rules.node_rules import runs_after_node
 
-AHEAD = 3  # how far a chain from a parameter to the data is expected to be, so that one look sees all of it
+LOOK_AHEAD = 3  # how far a chain from a parameter to the data is expected to be, so that one look sees all of it
 
 
 class Audit:
@@ -36,7 +36,7 @@ class Audit:
         on_use: called with a use and the gradients that arrived at its node, inside the backward pass.
         batch_axis: where the model's outputs have the batch axis.
         memory: what is known about the model already.
-        rehearse: adds to the memory from a smaller batch, called when evidence is needed.
+        locate_on_three_samples: adds to the memory from a smaller batch, called when evidence is needed.
         trusting: believe shapes that allow one reading only, for callers that check a sample afterwards.
 
     Attributes:
@@ -51,7 +51,7 @@ class Audit:
         on_use: Callable[[Use, tuple[Tensor | None, ...]], None],
         batch_axis: int = 0,
         memory: Memory | None = None,
-        rehearse: Callable[[], None] | None = None,
+        locate_on_three_samples: Callable[[], None] | None = None,
         *,
         trusting: bool = False,
     ):
@@ -61,7 +61,11 @@ class Audit:
             for position, p in enumerate(table.leaves)
             if p.requires_grad
         }
-        self._memory, self._rehearse, self._trusting = memory or Memory(), rehearse, trusting
+        self._memory, self._locate_on_three_samples, self._trusting = (
+            memory or Memory(),
+            locate_on_three_samples,
+            trusting,
+        )
         self.structure = 0
         self.others: list[GradientEdge] = []
         self.hooks = ExitStack()
@@ -87,22 +91,24 @@ class Audit:
             return []
         single = ranks.max_over_ranks(n) == 1
         fresh = bool(ranks.max_over_ranks(n > 1 and walk.reorders(n)))
-        memory, rehearse = (Memory(), None) if fresh else (self._memory.of(self.structure), self._rehearse)
+        memory, locate_on_three_samples = (
+            (Memory(), None) if fresh else (self._memory.of(self.structure), self._locate_on_three_samples)
+        )
         reached = [item for item in forward.records if item[0].site.rule is not None and item[1].node in walk.records]
         doubtful = fresh or walk.coincidences(n) or any(record.placement is None for record, _ in reached)
         doubtful = bool(ranks.max_over_ranks(doubtful))
         seen = [x for x in roots if x.dim() > self._axis]
-        look = Look(memory, seen, self._axis, n, rehearse, doubtful, ranks)
+        search = SampleSearch(memory, seen, self._axis, n, locate_on_three_samples, doubtful, ranks)
         if (
             walk.uses or doubtful
         ) and not ranks.distributed:  # graphs of one sample have others on the way than those of more
             unclear = (edge.node for record, edge in reached if record.placement is None)
             starts = itertools.chain((node for edges in walk.uses.values() for node, _ in edges), unclear)
-            look.ahead = lambda: walk.above(starts, AHEAD)
-        shared = self._placed(walk, reached, look, n, doubtful, single)
+            search.look_ahead = lambda: walk.above(starts, LOOK_AHEAD)
+        shared = self._placed(walk, reached, search, n, doubtful, single)
         if not ranks.max_over_ranks(bool(walk.uses or shared)):
             return []
-        uses = Frontier(walk, shared, look, n, self._table, single).uses(forward)
+        uses = Frontier(walk, shared, search, n, self._table, single).uses(forward)
         for use, node in uses:
             if why := use.hidden(node):
                 raise UnsupportedError(
@@ -129,7 +135,7 @@ class Audit:
         self,
         walk: Walk,
         reached: Sequence[tuple[Record, GradientEdge]],
-        look: Look,
+        search: SampleSearch,
         n: int,
         doubtful: bool,
         single: bool,
@@ -141,12 +147,12 @@ class Audit:
         if (self._trusting and not doubtful) or hidden or single:
             for record, _ in reached:
                 if record.placement is None:
-                    record.placement = Placement(0, "outer")
+                    record.placement = Placement(0, Layout.BLOCKS)
             return []
-        found = look([(("call", r.site.name, len(r.shape), i), edge, r.shape) for i, (r, edge) in _numbered(reached)])
+        found = search([(("call", r.site.name, len(r.shape), i), edge, r.shape) for i, (r, edge) in _numbered(reached)])
         shared = []
         for (record, _), what in zip(reached, found, strict=True):
-            if what is Unplaced.SHARED:
+            if what is Unplaced.SHARED_BY_SAMPLES:
                 shared.append(record)
             elif isinstance(what, Placement):
                 record.placement = what

@@ -12,10 +12,10 @@ from torch.autograd.graph import GradientEdge, Node
 from torch_secorder.autograd.nodes import Edge, has_packed_tensors, value_shape
 from torch_secorder.batch_axis.evidence import Evidence, Unplaced
 from torch_secorder.batch_axis.knowledge import Key
-from torch_secorder.batch_axis.placement import Placement
-from torch_secorder.batch_axis.search import Look, Wanted
+from torch_secorder.batch_axis.placement import Layout, Placement
+from torch_secorder.batch_axis.search import SampleSearch, Wanted
 from torch_secorder.capture.records import Forward, Record
-from torch_secorder.graph.chain import LAYOUT, BatchFreeVjp, between, carrier
+from torch_secorder.graph.chain import PERMUTES_ENTRIES, BatchFreeVjp, between, carrier
 from torch_secorder.graph.walk import Walk
 from torch_secorder.model.parameters import ParameterTable
 from torch_secorder.rules.node_rules import Place, has_rule
@@ -69,7 +69,7 @@ class Use:
 
     def hidden(self, node: Node) -> str | None:
         """The name of a node whose saved tensors are elsewhere, and may be fetched only once: by autograd itself."""
-        chains = (between(c.value[0], c.start) for part in self.parts for _, c in part.targets if c.layout is None)
+        chains = (between(c.value[0], c.start) for part in self.parts for _, c in part.targets if c.permutation is None)
         return next((one.name() for one in (node, *itertools.chain(*chains)) if has_packed_tensors(one)), None)
 
     def edges(self, node: Node) -> list[GradientEdge]:
@@ -81,9 +81,15 @@ class Frontier:
     """From unaccounted uses and shared calls up to the nodes where they meet the data."""
 
     def __init__(
-        self, walk: Walk, shared: list[Record], look: Look, n: int, table: ParameterTable, single: bool | None = None
+        self,
+        walk: Walk,
+        shared: list[Record],
+        search: SampleSearch,
+        n: int,
+        table: ParameterTable,
+        single: bool | None = None,
     ):
-        self._walk, self._look, self._n, self._table = walk, look, n, table
+        self._walk, self._search, self._n, self._table = walk, search, n, table
         self._single = n == 1 if single is None else single  # whether there is one sample, and on every rank
         self._shared = {node: r for node, records in walk.records.items() for r in records if r in shared}
         self._parents = walk.parents
@@ -105,14 +111,14 @@ class Frontier:
             following: list[tuple[Node, int, str]] = []
             # What only moves the entries of a batch-free value gives another one; no evidence is needed for that.
             for node, _, path in level:
-                if node.name() in LAYOUT and not self._single:
+                if node.name() in PERMUTES_ENTRIES and not self._single:
                     following += [(*edge, f"{path}{node.name()}/") for edge in self._parents[node]]
-            level = [item for item in level if item[0].name() not in LAYOUT or self._single]
+            level = [item for item in level if item[0].name() not in PERMUTES_ENTRIES or self._single]
             for (node, index, path), (seen, output) in zip(level, self._evidence(level), strict=True):
                 if isinstance(seen, Placement):
                     found[node] = seen, output
                     indices[node].append(index)
-                elif seen is Unplaced.SHARED:
+                elif seen is Unplaced.SHARED_BY_SAMPLES:
                     following += [(*edge, f"{path}{node.name()}/") for edge in self._parents[node]]
             level = following
         return [self._use(forward, node, indices[node], *found[node], set(found)) for node in found]
@@ -120,7 +126,7 @@ class Frontier:
     def _evidence(self, level: list[tuple[Node, int, str]]) -> list[tuple[Evidence, int]]:
         """For each node the evidence for the first of its outputs that has any, and which that is."""
         if self._single:
-            return [(Placement(0, "outer"), 0)] * len(level)
+            return [(Placement(0, Layout.BLOCKS), 0)] * len(level)
         wanted: list[Wanted] = []
         sizes: list[list[int]] = []
         counts: dict[str, int] = defaultdict(int)
@@ -128,18 +134,18 @@ class Frontier:
             what = f"{path}{node.name()}:{index}"
             counts[what] += 1
             place: Key = ("use", what, counts[what])
-            known = self._look.outputs.get(place)
+            known = self._search.outputs.get(place)
             sizes.append(list(range(len(node._input_metadata))) if known is None else [known])
             for nr in sizes[-1]:
                 wanted.append(((*place, nr), GradientEdge(node, nr), node._input_metadata[nr].shape))
-        found, keys = iter(self._look(wanted)), iter(key for key, _, _ in wanted)
+        found, keys = iter(self._search(wanted)), iter(key for key, _, _ in wanted)
         chosen: list[tuple[Evidence, int]] = []
         for outputs in sizes:
             several = [(next(found), nr, next(keys)) for nr in outputs]
-            told = [item for item in several if item[0] is not Unplaced.NOTHING]
+            told = [item for item in several if item[0] is not Unplaced.NO_GRADIENT]
             best, nr, key = next((item for item in told if isinstance(item[0], Placement)), (told or several)[0])
             if told:
-                self._look.outputs[key[:-1]] = nr
+                self._search.outputs[key[:-1]] = nr
             chosen.append((best, nr))
         return chosen
 
@@ -156,8 +162,10 @@ class Frontier:
         use = Use(forward, parts, placement, output, all(self._is_free(c, frontier) for c in others))
         ruled = all(has_rule(use.place(node, part, {})) for part in parts)
         targets = [target for part in parts for target in part.targets]
-        use.rearranges = any(c.layout != () for _, c in targets)
-        simple = all(c.layout == () or (c.layout is not None and isinstance(target, int)) for target, c in targets)
+        use.rearranges = any(c.permutation != () for _, c in targets)
+        simple = all(
+            c.permutation == () or (c.permutation is not None and isinstance(target, int)) for target, c in targets
+        )
         use.calls_nodes = not (ruled and simple)
         return use, node
 

@@ -164,11 +164,11 @@ class Pass:
         try:
             forms = forms_of(site, call)
         except ShapeError:
-            if not (record.placement.whole or block.n == 1):
+            if not (record.placement.is_one_sample or block.n == 1):
                 raise
             # All of it belongs to one sample: the module was called for one at a time, without a batch axis.
-            if groups is not None and groups.listed is not None:
-                groups = replace(groups, listed=groups.listed[:1])
+            if groups is not None and groups.sample_index is not None:
+                groups = replace(groups, sample_index=groups.sample_index[:1])
             forms = forms_of(site, record.shared_call(grad.reshape(1, *record.shape)))
         self._apply(block, record, forms, groups)
         if not self._keep:
@@ -266,7 +266,7 @@ class Pass:
             own = math.sqrt(float(norms.double().sum()) * block.n)
             block.projections[position] = before + along, size + own
         if self._repeated == "same" or forward.calls[position] > 1:
-            if isinstance(form, PulledBack) and form.layout is None:
+            if isinstance(form, PulledBack) and form.permutation is None:
                 form = Dense(form.dense())  # now, while the graph that carries it has its tensors
             held = block.held.get(position)
             block.held[position] = form if held is None else held + form

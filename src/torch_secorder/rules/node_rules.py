@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from torch_secorder.autograd.nodes import node_vjp
-from torch_secorder.batch_axis.placement import Placement
+from torch_secorder.batch_axis.placement import Layout, Placement
 from torch_secorder.errors import CoupledSamplesError, CoverageError, ShapeError
 from torch_secorder.per_sample import Convolution, Dense, Outer, PerSampleGradient, RowSparse
 from torch_secorder.rules.bilinear import pairs
@@ -161,7 +161,7 @@ def _alone(place: Place, grads: Gradients, sample: int) -> list[Tensor | None]:
             alone.append(None)
             continue
         size = grad.shape[axis]
-        owner = place.placement.owner(size, place.n, grad.device)
+        owner = place.placement.sample_of_index(size, place.n, grad.device)
         owner = torch.arange(size, device=grad.device) if owner is None else owner
         column = [-1] + [1] * (grad.dim() - axis - 1)
         alone.append(torch.where((owner == sample).view(column), grad, 0))
@@ -283,7 +283,7 @@ def bilinear(at: Place, g: Tensor) -> PerSampleGradient:
 
 def _repeats_samples(at: Place) -> bool:
     """Whether no sample has a part of a repetition only."""
-    whole = at.placement.fold == "outer" and at.node._saved_repeats[at.placement.axis] % at.n == 0
+    whole = at.placement.layout is Layout.BLOCKS and at.node._saved_repeats[at.placement.axis] % at.n == 0
     return at.is_broadcast or whole
 
 

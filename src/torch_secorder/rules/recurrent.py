@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from torch_secorder.autograd.engine import current_node
+from torch_secorder.batch_axis.placement import Layout
 from torch_secorder.per_sample import Outer, PerSampleGradient, SharedFactor, sign_vectors
 from torch_secorder.rules.node_rules import Gradients, Place, node_rule
 
@@ -34,7 +35,7 @@ def lstm_layer(at: Place, grads: Gradients) -> PerSampleGradient | Tensor:
 
 def _is_plain_lstm(at: Place) -> bool:
     node, mode_of_lstm = at.node, 2
-    in_order = (at.placement.fold == "none" and at.placement.axis == len(at.output_shape) - 2) or at.n == 1
+    in_order = (at.placement.layout is Layout.ONE_EACH and at.placement.axis == len(at.output_shape) - 2) or at.n == 1
     return node._saved_mode == mode_of_lstm and not node._saved_batch_sizes and in_order
 
 

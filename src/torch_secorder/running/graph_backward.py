@@ -31,7 +31,7 @@ class Passes:
         table: the analysed parameters.
         memory: what is known about the model already.
         batch_axis: where the outputs have their samples.
-        rehearse: adds to the memory from a smaller batch, if there is a way.
+        locate_on_three_samples: adds to the memory from a smaller batch, if there is a way.
         create_graph: make the squared norms differentiable.
         diagonal: also add up squares entry by entry.
         trusting: believe shapes that allow one reading only, for callers that check a sample afterwards.
@@ -47,7 +47,7 @@ class Passes:
         table: ParameterTable,
         memory: Memory,
         batch_axis: int = 0,
-        rehearse: Callable[[], None] | None = None,
+        locate_on_three_samples: Callable[[], None] | None = None,
         *,
         create_graph: bool = False,
         diagonal: bool = False,
@@ -56,7 +56,7 @@ class Passes:
     ):
         self._table, self._memory, self._create_graph, self._diagonal = table, memory, create_graph, diagonal
         self._max_memory = max_memory
-        self._audit = Audit(table, self._used, batch_axis, memory, rehearse, trusting=trusting)
+        self._audit = Audit(table, self._used, batch_axis, memory, locate_on_three_samples, trusting=trusting)
         self._pass: Pass | None = None
         self._error: Exception | None = None
         self._starts: list[tuple[Record | Use, list[GradientEdge]]] = []

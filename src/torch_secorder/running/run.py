@@ -53,7 +53,7 @@ class Run(HookScope, Passes):
         activations: bool = False,
         **options: Any,
     ):
-        super().__init__(table, memory, plan.batch_axis, self._rehearse, **options)
+        super().__init__(table, memory, plan.batch_axis, self._locate_on_three_samples, **options)
         self._model, self._plan = model, plan
         sites = plan.sites + (plan.watched(model) if activations else [])
         self._capture = Capture(
@@ -90,7 +90,7 @@ class Run(HookScope, Passes):
             check_twice_differentiable(outputs, self._table)
         return outputs
 
-    def _rehearse(self) -> None:
+    def _locate_on_three_samples(self) -> None:
         """See where samples are in a batch of three of them, which costs far less than in the whole batch."""
         n, axis = self._capture.last.n, self._plan.batch_axis
         if n is None or n < 8:
