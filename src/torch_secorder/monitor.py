@@ -27,7 +27,7 @@ from torch_secorder.capture.module_hooks import Capture
 from torch_secorder.capture.records import Forward, Record
 from torch_secorder.errors import ArgumentError, CoverageError, LifecycleError, NonFiniteError
 from torch_secorder.graph.audit import Audit
-from torch_secorder.graph.frontier import Use
+from torch_secorder.graph.frontier import ParameterUse
 from torch_secorder.model.containers import tensors
 from torch_secorder.model.hooks import HookScope, HookSet, WeakHook
 from torch_secorder.model.parameters import ParameterTable, named_modules, unwrapped
@@ -186,13 +186,13 @@ class FisherMonitor(HookScope, Results):
             self._parents[task] = outer
         self._guarded(self._add, record, grad)
 
-    def _used(self, use: Use, grads: tuple[Tensor | None, ...]) -> None:
+    def _used(self, use: ParameterUse, grads: tuple[Tensor | None, ...]) -> None:
         """The gradients at a use outside of any hooked module's call have arrived."""
         if self._capture is not None and self._capture.active and not in_search_pass():
             node = current_node()
             self._guarded(self._add_use, use, node, grads)
 
-    def _add_use(self, current: OpenPass, use: Use, node: Node, grads: tuple[Tensor | None, ...]) -> None:
+    def _add_use(self, current: OpenPass, use: ParameterUse, node: Node, grads: tuple[Tensor | None, ...]) -> None:
         self._once(use, current.task, "a parameter's use outside of its module")
         current.collected.add_use(use, node, grads)
 
@@ -200,7 +200,7 @@ class FisherMonitor(HookScope, Results):
         self._once(record, current.task, record.site)
         current.collected.add(record, grad)
 
-    def _once(self, seen: Record | Use, task: int, what: object) -> None:
+    def _once(self, seen: Record | ParameterUse, task: int, what: object) -> None:
         if seen.last_pass not in (None, task) and self._repeated_calls != "new":
             raise LifecycleError(
                 f"{what}: a second backward pass went through the same forward, whose samples are counted "

@@ -42,7 +42,7 @@ class SampleSearch:
         axis: where those have their samples; others tell nothing.
         n: how many samples.
         locate_on_three_samples: fills the memory from a cheaper graph of the same model, if there is a way.
-        doubtful: whether shapes leave open where the samples are.
+        ambiguous_shapes: whether shapes leave open where the samples are.
         ranks: those that look together, at the same places.
     """
 
@@ -53,13 +53,13 @@ class SampleSearch:
         axis: int,
         n: int,
         locate_on_three_samples: Callable[[], None] | None,
-        doubtful: bool,
+        ambiguous_shapes: bool,
         ranks: Ranks,
     ):
         self._known, self.outputs, self._n, self._axis = memory.known, memory.outputs, n, axis
         memory.turns += 1
         # A gradient that was zero is asked for again, less and less often unless shapes leave open what its samples are.
-        self._skip_zero = not doubtful and memory.turns.bit_count() > 1
+        self._skip_zero = not ambiguous_shapes and memory.turns.bit_count() > 1
         self._locate_on_three_samples, self._ranks = None if ranks.distributed else locate_on_three_samples, ranks
         self._roots = [x for x in roots if x.shape[axis] == n]
         half = any(x.dtype in (torch.float16, torch.bfloat16) for x in roots)

@@ -52,7 +52,7 @@ class BatchFreeVjp:
         return single and len(self.shape) == 2 and form.shape == self.shape[::-1]
 
 
-def carrier(value: Edge, start: Node, shape: tuple[int, ...]) -> BatchFreeVjp:
+def batch_free_vjp(value: Edge, start: Node, shape: tuple[int, ...]) -> BatchFreeVjp:
     """The way from ``start`` to ``value``, looked through once."""
     chain = _line(value, start)
     permutation = None

@@ -15,14 +15,14 @@ from torch_secorder.batch_axis.knowledge import Key
 from torch_secorder.batch_axis.placement import Layout, Placement
 from torch_secorder.batch_axis.search import SampleSearch, Wanted
 from torch_secorder.capture.records import Forward, Record
-from torch_secorder.graph.chain import PERMUTES_ENTRIES, BatchFreeVjp, between, carrier
+from torch_secorder.graph.chain import PERMUTES_ENTRIES, BatchFreeVjp, batch_free_vjp, between
 from torch_secorder.graph.walk import Walk
 from torch_secorder.model.parameters import ParameterTable
-from torch_secorder.rules.node_rules import Place, has_rule
+from torch_secorder.rules.node_rules import NodeUse, has_rule
 
 
 @dataclass(frozen=True)
-class Part:
+class UsedValue:
     """A batch-free value that a frontier node takes.
 
     Attributes:
@@ -38,36 +38,36 @@ class Part:
 
 
 @dataclass(eq=False)
-class Use:
+class ParameterUse:
     """A frontier node: where batch-free values meet the data, outside of any hooked module's call.
 
     Attributes:
         parts: the values.
         placement: where the node's output has its samples.
         output: which of its outputs that is.
-        starts_graph: whether nothing before the node is differentiated but batch-free values.
-        calls_nodes: whether its gradients take calls of nodes, which have no answer inside of a backward pass that was asked
+        is_first: whether nothing before the node is differentiated but batch-free values.
+        needs_node_calls: whether its gradients take calls of nodes, which have no answer inside of a backward pass that was asked
             for other gradients only.
-        rearranges: whether its gradients' entries, though not their norms, take such calls.
+        permutes_entries: whether its gradients' entries, though not their norms, take such calls.
     """
 
     forward: Forward
-    parts: list[Part]
+    parts: list[UsedValue]
     placement: Placement
     output: int
-    starts_graph: bool
-    calls_nodes: bool = False
-    rearranges: bool = False
+    is_first: bool
+    needs_node_calls: bool = False
+    permutes_entries: bool = False
     last_pass: int | None = None
 
-    def place(self, node: Node | None, part: Part, memo: dict[str, Any]) -> Place:
+    def node_use(self, node: Node | None, part: UsedValue, memo: dict[str, Any]) -> NodeUse:
         """One of the values, for its rule."""
         assert node is not None  # a hook of this node runs
         assert self.forward.n is not None
         shape = tuple(node._input_metadata[self.output].shape)
-        return Place(node, part.index, part.shape, shape, self.placement, self.forward.n, memo)
+        return NodeUse(node, part.index, part.shape, shape, self.placement, self.forward.n, memo)
 
-    def hidden(self, node: Node) -> str | None:
+    def unreadable_because(self, node: Node) -> str | None:
         """The name of a node whose saved tensors are elsewhere, and may be fetched only once: by autograd itself."""
         chains = (between(c.value[0], c.start) for part in self.parts for _, c in part.targets if c.permutation is None)
         return next((one.name() for one in (node, *itertools.chain(*chains)) if has_packed_tensors(one)), None)
@@ -87,14 +87,16 @@ class Frontier:
         search: SampleSearch,
         n: int,
         table: ParameterTable,
-        single: bool | None = None,
+        one_sample: bool | None = None,
     ):
         self._walk, self._search, self._n, self._table = walk, search, n, table
-        self._single = n == 1 if single is None else single  # whether there is one sample, and on every rank
+        self._one_sample = (
+            n == 1 if one_sample is None else one_sample
+        )  # whether there is one sample, and on every rank
         self._shared = {node: r for node, records in walk.records.items() for r in records if r in shared}
         self._parents = walk.parents
 
-    def uses(self, forward: Forward) -> list[tuple[Use, Node]]:
+    def uses(self, forward: Forward) -> list[tuple[ParameterUse, Node]]:
         """Every frontier use."""
         starts = [
             (*edge, f"{self._table.names[position]}/") for position, edges in self._walk.uses.items() for edge in edges
@@ -111,9 +113,9 @@ class Frontier:
             following: list[tuple[Node, int, str]] = []
             # What only moves the entries of a batch-free value gives another one; no evidence is needed for that.
             for node, _, path in level:
-                if node.name() in PERMUTES_ENTRIES and not self._single:
+                if node.name() in PERMUTES_ENTRIES and not self._one_sample:
                     following += [(*edge, f"{path}{node.name()}/") for edge in self._parents[node]]
-            level = [item for item in level if item[0].name() not in PERMUTES_ENTRIES or self._single]
+            level = [item for item in level if item[0].name() not in PERMUTES_ENTRIES or self._one_sample]
             for (node, index, path), (seen, output) in zip(level, self._evidence(level), strict=True):
                 if isinstance(seen, Placement):
                     found[node] = seen, output
@@ -125,7 +127,7 @@ class Frontier:
 
     def _evidence(self, level: list[tuple[Node, int, str]]) -> list[tuple[Evidence, int]]:
         """For each node the evidence for the first of its outputs that has any, and which that is."""
-        if self._single:
+        if self._one_sample:
             return [(Placement(0, Layout.BLOCKS), 0)] * len(level)
         wanted: list[Wanted] = []
         sizes: list[list[int]] = []
@@ -151,22 +153,22 @@ class Frontier:
 
     def _use(
         self, forward: Forward, node: Node, indices: list[int], placement: Placement, output: int, frontier: set[Node]
-    ) -> tuple[Use, Node]:
+    ) -> tuple[ParameterUse, Node]:
         parts = []
         for index in indices:
             child, nr = node.next_functions[index]
             assert child is not None
             shape = value_shape(child, nr)
-            parts.append(Part(index, shape, self._targets(child, nr)))
+            parts.append(UsedValue(index, shape, self._targets(child, nr)))
         others = [c for i, (c, _) in enumerate(node.next_functions) if i not in indices and c is not None]
-        use = Use(forward, parts, placement, output, all(self._is_free(c, frontier) for c in others))
-        ruled = all(has_rule(use.place(node, part, {})) for part in parts)
+        use = ParameterUse(forward, parts, placement, output, all(self._is_free(c, frontier) for c in others))
+        ruled = all(has_rule(use.node_use(node, part, {})) for part in parts)
         targets = [target for part in parts for target in part.targets]
-        use.rearranges = any(c.permutation != () for _, c in targets)
+        use.permutes_entries = any(c.permutation != () for _, c in targets)
         simple = all(
             c.permutation == () or (c.permutation is not None and isinstance(target, int)) for target, c in targets
         )
-        use.calls_nodes = not (ruled and simple)
+        use.needs_node_calls = not (ruled and simple)
         return use, node
 
     def _is_free(self, node: Node, frontier: set[Node]) -> bool:
@@ -200,7 +202,7 @@ class Frontier:
                     if child is not None and child not in seen:
                         seen.add(child)
                         stack.append(child)
-        return [(target, carrier((value, nr), node, self._shape_of(target))) for node, target in ends.items()]
+        return [(target, batch_free_vjp((value, nr), node, self._shape_of(target))) for node, target in ends.items()]
 
     def _shape_of(self, target: int | Record) -> tuple[int, ...]:
         return self._table.rows[target].shape if isinstance(target, int) else tuple(target.shape)

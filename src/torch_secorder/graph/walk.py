@@ -23,7 +23,7 @@ class Walk:
         records: nodes at which such a call ends.
         uses: position -> edges (consumer, index of its input) that no call accounts for.
         leaves: where the gradients of parameters are accumulated -> position.
-        others: whatever else accumulates gradients: inputs, parameters of other models.
+        other_leaves: whatever else accumulates gradients: inputs, parameters of other models.
     """
 
     def __init__(self, roots: Sequence[Tensor], forward: Forward, leaves: dict[Node, int]):
@@ -35,7 +35,7 @@ class Walk:
             if record.site.rule is not None:
                 ends[edge.node].append(record)
         self.leaves = leaves
-        self.others: list[GradientEdge] = []
+        self.other_leaves: list[GradientEdge] = []
         stack = [x.grad_fn for x in roots if x.grad_fn is not None]
         seen = set(stack)
         while stack:
@@ -47,7 +47,7 @@ class Walk:
             else:
                 inputs = node.next_functions
                 if not inputs and hasattr(node, "variable"):
-                    self.others.append(GradientEdge(node, 0))
+                    self.other_leaves.append(GradientEdge(node, 0))
             self.children[node] = inputs
             for index, (child, _) in enumerate(inputs):
                 if child is None or child in seen:
@@ -108,14 +108,14 @@ class Walk:
             found |= dict.fromkeys(level)
         return list(found)
 
-    def structure(self, n: int | None) -> int:
+    def fingerprint(self, n: int | None) -> int:
         """The same for graphs of the same nodes in the same order, whose shapes differ by the names of their sizes only.
 
         Where shapes prove nothing, their axes are the same too.
         """
         if n is None:
             return hash(self.names)
-        axes = tuple([_axes(node) for node in self.children]) if self.coincidences(n) else None
+        axes = tuple([_axes(node) for node in self.children]) if self.has_ambiguous_axis(n) else None
         return hash((self.names, size_pattern(n, self._shapes), axes))
 
     def reorders(self, n: int) -> bool:
@@ -126,10 +126,10 @@ class Walk:
             name in REORDERS and _reorders(node, n) for node, name in zip(self.children, self.names, strict=True)
         )
 
-    def hides(self) -> bool:
+    def has_reentrant_checkpoint(self) -> bool:
         """Whether re-entrant checkpointing hides parts of the graph, so that no evidence can be had."""
         return "CheckpointFunctionBackward" in self.names
 
-    def coincidences(self, n: int) -> bool:
+    def has_ambiguous_axis(self, n: int) -> bool:
         """Whether any tensor in the graph has n indices on another axis than the first, so that shapes prove nothing."""
         return has_ambiguous_axis(n, self._shapes)

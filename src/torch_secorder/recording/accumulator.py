@@ -22,7 +22,7 @@ from torch_secorder.errors import (
     SlowFallbackWarning,
     UnsupportedError,
 )
-from torch_secorder.graph.frontier import Use
+from torch_secorder.graph.frontier import ParameterUse
 from torch_secorder.model.parameters import ParameterTable
 from torch_secorder.model.ranks import full_tensor, is_dtensor
 from torch_secorder.per_sample import (
@@ -188,12 +188,12 @@ class Pass:
             self._inputs[id(x)] = x, left - 1, common
         return common
 
-    def add_use(self, use: Use, node: Node | None, grads: tuple[Tensor | None, ...]) -> None:
+    def add_use(self, use: ParameterUse, node: Node | None, grads: tuple[Tensor | None, ...]) -> None:
         """The gradients of a frontier node's outputs have arrived."""
         with memory_limit(self._max_memory):
             self._add_use(use, node, grads)
 
-    def _add_use(self, use: Use, node: Node | None, grads: tuple[Tensor | None, ...]) -> None:
+    def _add_use(self, use: ParameterUse, node: Node | None, grads: tuple[Tensor | None, ...]) -> None:
         found = grads[use.output]
         if found is None and all(grad is None for grad in grads):
             return
@@ -213,12 +213,12 @@ class Pass:
         self.seen += found.numel()
         memo: dict[str, Any] = {}
         for part in use.parts:
-            place = use.place(node, part, memo)
+            place = use.node_use(node, part, memo)
             form, rule = gradient_at(place, grads, use.output)
             if not has_rule(place):
                 self.slow[rule] = self.slow.get(rule, 0) + block.n * found.numel()
-            for target, carrier in part.targets:
-                carried = carrier(form)
+            for target, batch_free_vjp in part.targets:
+                carried = batch_free_vjp(form)
                 if isinstance(target, int):
                     self._collect(block, use.forward, target, carried, rule)
                 else:
@@ -286,11 +286,11 @@ class Pass:
             ):
                 self.gradient_norms[position] = norm
 
-    def _leaves(self, use: Use) -> list[Tensor]:
+    def _leaves(self, use: ParameterUse) -> list[Tensor]:
         targets = (target for part in use.parts for target, _ in part.targets)
         return [self._table.leaves[target] for target in targets if isinstance(target, int)]
 
-    def _names(self, use: Use) -> str:
+    def _names(self, use: ParameterUse) -> str:
         targets = (
             self._table.rows[t].name if isinstance(t, int) else str(t.site)
             for part in use.parts

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch_secorder.autograd.engine import current_node
 from torch_secorder.batch_axis.placement import Layout
 from torch_secorder.per_sample import Outer, PerSampleGradient, SharedFactor, sign_vectors
-from torch_secorder.rules.node_rules import Gradients, Place, node_rule
+from torch_secorder.rules.node_rules import Gradients, NodeUse, node_rule
 
 # By how much gates that oneDNN kept may differ from ours. It is exact to a few 1e-7, and what isn't the gate that is expected is
 # off by far more in most of the numbers.
@@ -19,7 +19,7 @@ SIGMOID, TANH = torch.ops.aten.sigmoid_backward, torch.ops.aten.tanh_backward
 
 
 @node_rule("MkldnnRnnLayerBackward0", lambda at: at.index in (1, 2, 3, 4) and _is_plain_lstm(at), many=True, after=True)
-def lstm_layer(at: Place, grads: Gradients) -> PerSampleGradient | Tensor:
+def lstm_layer(at: NodeUse, grads: Gradients) -> PerSampleGradient | Tensor:
     """One direction of one layer of an LSTM: weights and biases are shared by the steps."""
     if "layer" not in at.memo:
         layer = _Layer(at.node)
@@ -33,7 +33,7 @@ def lstm_layer(at: Place, grads: Gradients) -> PerSampleGradient | Tensor:
     return bias
 
 
-def _is_plain_lstm(at: Place) -> bool:
+def _is_plain_lstm(at: NodeUse) -> bool:
     node, mode_of_lstm = at.node, 2
     in_order = (at.placement.layout is Layout.ONE_EACH and at.placement.axis == len(at.output_shape) - 2) or at.n == 1
     return node._saved_mode == mode_of_lstm and not node._saved_batch_sizes and in_order

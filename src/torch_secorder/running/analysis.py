@@ -172,7 +172,7 @@ class Analysis:
             self.memory,
             create_graph=self._create_graph,
             **self._keeps,
-            trusting=self.trusting,
+            trust_shapes=self.trusting,
             max_memory=self._max_memory,
         )
         # (Left twice: an interruption at the first instruction of an __exit__ is one that it can't help.)

@@ -17,7 +17,7 @@ from torch_secorder.batch_axis.knowledge import Memory
 from torch_secorder.capture.records import Forward, Record
 from torch_secorder.errors import CoverageError, NonFiniteError, UnsupportedError
 from torch_secorder.graph.audit import Audit
-from torch_secorder.graph.frontier import Use
+from torch_secorder.graph.frontier import ParameterUse
 from torch_secorder.model.parameters import ParameterTable
 from torch_secorder.per_sample import as_refusal
 from torch_secorder.recording.accumulator import Pass
@@ -34,7 +34,7 @@ class Passes:
         locate_on_three_samples: adds to the memory from a smaller batch, if there is a way.
         create_graph: make the squared norms differentiable.
         diagonal: also add up squares entry by entry.
-        trusting: believe shapes that allow one reading only, for callers that check a sample afterwards.
+        trust_shapes: believe shapes that allow one reading only, for callers that check a sample afterwards.
         max_memory: how many bytes the algebra may take for its temporaries at once.
 
     Attributes:
@@ -51,15 +51,15 @@ class Passes:
         *,
         create_graph: bool = False,
         diagonal: bool = False,
-        trusting: bool = False,
+        trust_shapes: bool = False,
         max_memory: int | None = None,
     ):
         self._table, self._memory, self._create_graph, self._diagonal = table, memory, create_graph, diagonal
         self._max_memory = max_memory
-        self._audit = Audit(table, self._used, batch_axis, memory, locate_on_three_samples, trusting=trusting)
+        self._audit = Audit(table, self._used, batch_axis, memory, locate_on_three_samples, trust_shapes=trust_shapes)
         self._pass: Pass | None = None
         self._error: Exception | None = None
-        self._starts: list[tuple[Record | Use, list[GradientEdge]]] = []
+        self._starts: list[tuple[Record | ParameterUse, list[GradientEdge]]] = []
         self._records: list[Record] = []
         self._inputs: Sequence[Tensor | GradientEdge] = []
         self._shared = False  # whether the graph is somebody else's, maybe with a monitor's hooks on it
@@ -73,7 +73,7 @@ class Passes:
         self._shared = True
         try:
             self.audited(Forward(len(outputs)), outputs)
-            self._inputs = self._audit.others
+            self._inputs = self._audit.other_leaves
             yield
         finally:
             self._audit.hooks.close()
@@ -86,9 +86,9 @@ class Passes:
         self._starts = [
             (record, [edge]) for record, edge in forward.records if record.starts_graph and record.placement
         ]
-        self._starts += [(use, use.edges(node)) for use, node in uses if use.starts_graph]
-        self._defers = any(self._calls_nodes(use) for use, _ in uses)
-        self.n, self.structure = forward.n or 0, self._audit.structure
+        self._starts += [(use, use.edges(node)) for use, node in uses if use.is_first]
+        self._defers = any(self._needs_node_calls(use) for use, _ in uses)
+        self.n, self.structure = forward.n or 0, self._audit.fingerprint
 
     def active(self) -> bool:
         """Whether gradients that arrive now are of the pass under way."""
@@ -155,22 +155,22 @@ class Passes:
                 "torch.utils.checkpoint with use_reentrant=False, or a FisherMonitor around your own backward"
             ) from error
 
-    def _used(self, use: Use, grads: tuple[Tensor | None, ...]) -> None:
-        if not self.active() or use.starts_graph:
+    def _used(self, use: ParameterUse, grads: tuple[Tensor | None, ...]) -> None:
+        if not self.active() or use.is_first:
             return
         assert self._pass is not None
         action = partial(self._pass.add_use, use, current_node(), grads)
-        if self._calls_nodes(use):
+        if self._needs_node_calls(use):
             self._deferred.append(action)
         else:
             self._guarded(action)
 
-    def _calls_nodes(self, use: Use) -> bool:
-        return use.calls_nodes or (self._diagonal and use.rearranges)
+    def _needs_node_calls(self, use: ParameterUse) -> bool:
+        return use.needs_node_calls or (self._diagonal and use.permutes_entries)
 
-    def _add(self, item: Record | Use, node: Node, grads: tuple[Tensor | None, ...]) -> None:
+    def _add(self, item: Record | ParameterUse, node: Node, grads: tuple[Tensor | None, ...]) -> None:
         assert self._pass is not None
-        if isinstance(item, Use):
+        if isinstance(item, ParameterUse):
             self._pass.add_use(item, node, grads)
         elif grads[0] is not None:
             self._pass.add(item, grads[0])

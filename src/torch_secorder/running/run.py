@@ -14,7 +14,7 @@ from torch_secorder.capture.module_hooks import Capture
 from torch_secorder.capture.records import Record
 from torch_secorder.errors import UnsupportedError
 from torch_secorder.graph.audit import Audit
-from torch_secorder.graph.frontier import Use
+from torch_secorder.graph.frontier import ParameterUse
 from torch_secorder.graph.queries import without_second_derivative
 from torch_secorder.model.containers import rows, tensors
 from torch_secorder.model.hooks import HookScope
@@ -116,7 +116,7 @@ class Run(HookScope, Passes):
         finally:
             self._capture.active = True
 
-    def _add(self, item: Record | Use, node: Node, grads: tuple[Tensor | None, ...]) -> None:
+    def _add(self, item: Record | ParameterUse, node: Node, grads: tuple[Tensor | None, ...]) -> None:
         with self._capture.again():
             super()._add(item, node, grads)
 
