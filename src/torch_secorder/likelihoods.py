@@ -19,23 +19,23 @@ from torch_secorder.errors import ArgumentError, ShapeError, UnsupportedError
 
 
 @dataclass(frozen=True)
-class Through:
-    """The last layer: outputs are ``units @ matrix``, and a bias.
+class LastLayer:
+    """The last layer: outputs are ``inputs @ matrix``, and a bias.
 
     Attributes:
-        units: ``[n, i]``.
+        inputs: ``[n, i]``.
         matrix: ``[i, c]``.
     """
 
-    units: Tensor
+    inputs: Tensor
     matrix: Tensor
 
-    def sizes(self, p: Tensor) -> Tensor:
+    def influence(self, p: Tensor) -> Tensor:
         """``||D_n M (e_c - p_n)||^2`` for every c, ``[n, c]``: the square of what gets to the units that are not zero.
 
         A ReLU lets no gradient through to a unit that is zero, and neither does dropout; D_n is one for the others.
         """
-        weight, on = self.matrix.T.to(p.dtype), self.units.to(p.dtype).sign().abs()
+        weight, on = self.matrix.T.to(p.dtype), self.inputs.to(p.dtype).sign().abs()
         whole = (weight.square() @ on.T).T
         mixed = (weight @ (on * (p @ weight)).T).T  # M_c . D m, with m = sum_c p_c M_c
         found = whole - 2 * mixed + (p * mixed).sum(1, keepdim=True)
@@ -48,14 +48,14 @@ class Likelihood(ABC):
 
     @abstractmethod
     def exact_passes(self, outputs: Tensor) -> int:
-        """How many seeds :meth:`exact` yields."""
+        """How many seeds :meth:`exact_output_gradients` yields."""
 
     @abstractmethod
-    def exact(self, outputs: Tensor) -> Iterator[Tensor]:
+    def exact_output_gradients(self, outputs: Tensor) -> Iterator[Tensor]:
         """Seeds with ``sum_s s s^T = A_n`` for every sample."""
 
-    def draws(
-        self, outputs: Tensor, k: int, generator: torch.Generator, through: Through | None = None
+    def sampled_output_gradients(
+        self, outputs: Tensor, k: int, generator: torch.Generator, last_layer: LastLayer | None = None
     ) -> Iterator[Tensor]:
         """At most k random seeds with ``E[sum_s s s^T] = A_n``; with as many as the exact ones, those.
 
@@ -63,16 +63,22 @@ class Likelihood(ABC):
             outputs: those of the model.
             k: how many.
             generator: where the randomness comes from.
-            through: what the outputs came out of, which may make the seeds vary less.
+            last_layer: what the outputs came out of, which may make the seeds vary less.
         """
-        return self.exact(outputs) if k >= self.exact_passes(outputs) else self._drawn(outputs, k, generator, through)
+        return (
+            self.exact_output_gradients(outputs)
+            if k >= self.exact_passes(outputs)
+            else self._sampled_output_gradients(outputs, k, generator, last_layer)
+        )
 
     @abstractmethod
-    def _drawn(self, outputs: Tensor, k: int, generator: torch.Generator, through: Through | None) -> Iterator[Tensor]:
+    def _sampled_output_gradients(
+        self, outputs: Tensor, k: int, generator: torch.Generator, last_layer: LastLayer | None
+    ) -> Iterator[Tensor]:
         """K random seeds."""
 
     @abstractmethod
-    def observed(self, outputs: Tensor, targets: Tensor) -> Tensor:
+    def observed_output_gradient(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """The gradient of ``-log p(targets | outputs)``.
 
         Raises:
@@ -96,18 +102,20 @@ class Elementwise(Likelihood):
     def exact_passes(self, outputs: Tensor) -> int:
         return math.prod(outputs.shape[1:])
 
-    def exact(self, outputs: Tensor) -> Iterator[Tensor]:
+    def exact_output_gradients(self, outputs: Tensor) -> Iterator[Tensor]:
         root = self._root(outputs).reshape(len(outputs), -1)
         for element in range(root.shape[1]):
             seed = torch.zeros_like(root)
             seed[:, element] = root[:, element]
             yield seed.view(outputs.shape)
 
-    def _drawn(self, outputs: Tensor, k: int, generator: torch.Generator, through: Through | None) -> Iterator[Tensor]:
+    def _sampled_output_gradients(
+        self, outputs: Tensor, k: int, generator: torch.Generator, last_layer: LastLayer | None
+    ) -> Iterator[Tensor]:
         root = self._root(outputs) / math.sqrt(k)
         return (root * random_signs(outputs.shape, outputs, generator) for _ in range(k))
 
-    def observed(self, outputs: Tensor, targets: Tensor) -> Tensor:
+    def observed_output_gradient(self, outputs: Tensor, targets: Tensor) -> Tensor:
         if targets.shape != outputs.shape:
             raise ShapeError(f"targets of shape {tuple(targets.shape)} for outputs of shape {tuple(outputs.shape)}")
         if targets.is_complex():
@@ -137,7 +145,7 @@ class Categorical(Likelihood):
     def exact_passes(self, outputs: Tensor) -> int:
         return self._positions(outputs) * (outputs.shape[self._axis] - 1)
 
-    def exact(self, outputs: Tensor) -> Iterator[Tensor]:
+    def exact_output_gradients(self, outputs: Tensor) -> Iterator[Tensor]:
         r"""Columns of the Cholesky factor of ``diag(p) - p p^T``, in closed form.
 
         With tails ``q_j = sum_{i >= j} p_i``, column j is ``sqrt(p_j q_{j+1} / q_j) (e_j - r_j)``, where
@@ -157,7 +165,9 @@ class Categorical(Likelihood):
                 seed[:, position, j + 1 :] = -weight[:, None] * share
                 yield self._shaped(seed, outputs)
 
-    def _drawn(self, outputs: Tensor, k: int, generator: torch.Generator, through: Through | None) -> Iterator[Tensor]:
+    def _sampled_output_gradients(
+        self, outputs: Tensor, k: int, generator: torch.Generator, last_layer: LastLayer | None
+    ) -> Iterator[Tensor]:
         r"""K labels for each position, drawn without replacement by importance, with random signs.
 
         Only a trace is wanted, ``tr(J^T A J) = sum_c p_c q_c`` with ``q_c = ||J^T (e_c - p)||^2``, so a label may be drawn
@@ -170,7 +180,7 @@ class Categorical(Likelihood):
         """
         p = self._probabilities(outputs)
         # Constants, also where the trace is differentiated: the expectation of the gradient is then that of the expectation.
-        pi = _inclusion(self._weights(p.detach(), through), k)
+        pi = _inclusion(self._weights(p.detach(), last_layer), k)
         ends = pi.cumsum(-1)
         start = torch.rand((*p.shape[:2], 1), generator=generator, device=generator.device, dtype=p.dtype).to(p.device)
         for turn in range(k):
@@ -182,25 +192,25 @@ class Categorical(Likelihood):
             size = torch.where(drawn, share, 0).sqrt() * random_signs((*p.shape[:2], 1), p, generator)
             yield self._shaped(size * (torch.zeros_like(p).scatter(-1, label, 1.0) - p), outputs)
 
-    def _weights(self, p: Tensor, through: Through | None) -> Tensor:
+    def _weights(self, p: Tensor, last_layer: LastLayer | None) -> Tensor:
         """How the labels' parts ``p_c q_c`` of a trace are expected to relate, ``[n, positions, classes]``; at least zero.
 
         A last layer's own part of q_c is proportional to ``||e_c - p||^2``. What the layers before it see is roughly
-        proportional to :meth:`Through.sizes`, times nobody knows what: each of the two is given half of the weight. So an
+        proportional to :meth:`LastLayer.influence`, times nobody knows what: each of the two is given half of the weight. So an
         estimate's second moment is at most twice that with the better one alone.
         """
         eps = torch.finfo(p.dtype).eps
         rest = (1 - p).clamp(min=eps).square()
         # ||e_c - p||^2 lies between this and twice this, also where 1 - p has no digits left.
         parts = [rest + (p.square().sum(-1, keepdim=True) - p.square()).clamp(min=0).minimum(rest)]
-        if through is not None and p.shape == (len(through.units), 1, through.matrix.shape[1]):
-            parts.append(through.sizes(p[:, 0])[:, None])
+        if last_layer is not None and p.shape == (len(last_layer.inputs), 1, last_layer.matrix.shape[1]):
+            parts.append(last_layer.influence(p[:, 0])[:, None])
         weights = [p * part for part in parts]
         return sum(
             (w / w.sum(-1, keepdim=True).clamp(min=torch.finfo(p.dtype).tiny) for w in weights), torch.zeros_like(p)
         )
 
-    def observed(self, outputs: Tensor, targets: Tensor) -> Tensor:
+    def observed_output_gradient(self, outputs: Tensor, targets: Tensor) -> Tensor:
         p = self._probabilities(outputs)
         if targets.is_floating_point() or targets.is_complex():
             raise ArgumentError(f"targets must be class indices, integers, not {targets.dtype}")

@@ -191,7 +191,9 @@ def generalized_fisher_trace(
         raise ShapeError(f"the batch is empty: outputs of shape {tuple(outputs.shape)}")
     require_targets_of_batch(targets, len(outputs))
     kind = FisherKind(loss_type, labels, num_samples, ignore_index, class_axis, max_passes)
-    _, seeds = kind.seeds(outputs, targets, fresh_generator(generator), table.ranks, differentiable=create_graph)
+    _, seeds = kind.output_gradients(
+        outputs, targets, fresh_generator(generator), table.ranks, differentiable=create_graph
+    )
     with lock_of(unwrapped(model)):
         norms = _squared_norms(outputs, seeds, table, knowledge_of(unwrapped(model), None), create_graph)
     return _as_result(norms, reduction, table)

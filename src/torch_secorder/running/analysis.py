@@ -129,7 +129,7 @@ class Analysis:
         with self._prepared() as run:
             outputs = logits(run(inputs))
             require_targets_of_batch(targets, run.n, self.batch_axis)
-            count, seeds = kind.seeds(outputs, targets, generator, self.table.ranks)
+            count, seeds = kind.output_gradients(outputs, targets, generator, self.table.ranks)
             passes = (
                 run.backward(outputs, seed.to(outputs.dtype), last=number == count)
                 for number, seed in enumerate(seeds, start=1)
