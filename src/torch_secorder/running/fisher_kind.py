@@ -41,9 +41,9 @@ class FisherKind:
     def output_gradients(
         self, outputs: Tensor, targets: Any, generator: torch.Generator, ranks: Ranks, *, differentiable: bool = False
     ) -> tuple[int, Iterator[Tensor]]:
-        """How many backward passes, and their seeds, in common with the ranks that hold the model together.
+        """How many backward passes the trace takes, and the output gradient that each of them starts with.
 
-        Their own graph is kept if they are to be ``differentiable``.
+        Ranks that hold the model together agree on both. With ``differentiable`` the gradients keep their own graph.
 
         Raises:
             ArgumentError: if the exact expectation takes more than ``max_passes``, or observed labels are missing.
@@ -52,11 +52,9 @@ class FisherKind:
         product = None if self.num_samples is None else last_linear_factors(outputs)
         outputs = outputs if differentiable else outputs.detach()
         last_layer = None if product is None else LastLayer(*product)
-        count, output_gradients = self._output_gradients(
-            outputs, targets, ranks.common_generator(generator), last_layer
-        )
+        count, gradients = self._output_gradients(outputs, targets, ranks.common_generator(generator), last_layer)
         ranks.require_same(count, "their outputs take different numbers of backward passes; pad them to one shape")
-        return count, output_gradients
+        return count, gradients
 
     def _output_gradients(
         self, outputs: Tensor, targets: Any, generator: torch.Generator, last_layer: LastLayer | None
@@ -76,6 +74,5 @@ class FisherKind:
                     f"max_passes={self.max_passes:,}: pass num_samples=k for an unbiased estimate from k passes"
                 )
             return passes, model.exact_output_gradients(outputs)
-        return min(passes, self.num_samples), model.sampled_output_gradients(
-            outputs, self.num_samples, generator, last_layer
-        )
+        sampled = model.sampled_output_gradients(outputs, self.num_samples, generator, last_layer)
+        return min(passes, self.num_samples), sampled
