@@ -118,7 +118,7 @@ class Audit:
                     "tensors), where the autograd graph can't be read: teach the library the layer with "
                     "torch_secorder.register_rule, or run it without checkpointing"
                 )
-            for target, _ in (target for part in use.parts for target in part.targets):
+            for target, _ in (target for value in use.values for target in value.targets):
                 forward.calls.update([target] if isinstance(target, int) else target.site.parameters.values())
             hook = partial(self._on_use, use)
             handle = (
@@ -130,7 +130,7 @@ class Audit:
         return uses
 
     def _names(self, use: ParameterUse) -> list[str]:
-        targets = (target for part in use.parts for target, _ in part.targets)
+        targets = (target for value in use.values for target, _ in value.targets)
         return [self._table.names[t] if isinstance(t, int) else str(t.site) for t in targets]
 
     def _placed(

@@ -42,7 +42,7 @@ class ParameterUse:
     """A frontier node: where batch-free values meet the data, outside of any hooked module's call.
 
     Attributes:
-        parts: the values.
+        values: the values.
         placement: where the node's output has its samples.
         output: which of its outputs that is.
         is_first: whether nothing before the node is differentiated but batch-free values.
@@ -52,7 +52,7 @@ class ParameterUse:
     """
 
     forward: Forward
-    parts: list[UsedValue]
+    values: list[UsedValue]
     placement: Placement
     output: int
     is_first: bool
@@ -69,7 +69,9 @@ class ParameterUse:
 
     def unreadable_because(self, node: Node) -> str | None:
         """The name of a node whose saved tensors are elsewhere, and may be fetched only once: by autograd itself."""
-        chains = (between(c.value[0], c.start) for part in self.parts for _, c in part.targets if c.permutation is None)
+        chains = (
+            between(c.value[0], c.start) for value in self.values for _, c in value.targets if c.permutation is None
+        )
         return next((one.name() for one in (node, *itertools.chain(*chains)) if has_packed_tensors(one)), None)
 
     def edges(self, node: Node) -> list[GradientEdge]:

@@ -212,12 +212,12 @@ class Pass:
             raise ShapeError(f"{self._names(use)}: the {block.n} samples are not in a gradient of shape {shape}")
         self.seen += found.numel()
         memo: dict[str, Any] = {}
-        for part in use.parts:
-            place = use.node_use(node, part, memo)
+        for value in use.values:
+            place = use.node_use(node, value, memo)
             form, rule = gradient_at(place, grads, use.output)
             if not has_rule(place):
                 self.slow[rule] = self.slow.get(rule, 0) + block.n * found.numel()
-            for target, batch_free_vjp in part.targets:
+            for target, batch_free_vjp in value.targets:
                 carried = batch_free_vjp(form)
                 if isinstance(target, int):
                     self._collect(block, use.forward, target, carried, rule)
@@ -287,14 +287,14 @@ class Pass:
                 self.gradient_norms[position] = norm
 
     def _leaves(self, use: ParameterUse) -> list[Tensor]:
-        targets = (target for part in use.parts for target, _ in part.targets)
+        targets = (target for value in use.values for target, _ in value.targets)
         return [self._table.leaves[target] for target in targets if isinstance(target, int)]
 
     def _names(self, use: ParameterUse) -> str:
         targets = (
             self._table.rows[t].name if isinstance(t, int) else str(t.site)
-            for part in use.parts
-            for t, _ in part.targets
+            for value in use.values
+            for t, _ in value.targets
         )
         return ", ".join(targets)
 
