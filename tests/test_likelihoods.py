@@ -12,7 +12,7 @@ from torch import Tensor
 from oracles import output_curvature
 from torch_secorder import likelihoods
 from torch_secorder.errors import ArgumentError, CurvatureError
-from torch_secorder.likelihoods import Through, likelihood
+from torch_secorder.likelihoods import LastLayer, likelihood
 
 LOSS_TYPES = ["nll", "bce", "mse", "poisson"]
 SHAPES = [(3, 4), (3, 4, 2), (2, 3, 2, 2)]
@@ -36,7 +36,7 @@ def products(seed: Tensor) -> Tensor:
 def test_exact_seeds_are_a_square_root(loss_type: str, shape: tuple[int, ...]) -> None:
     outputs = torch.randn(shape, dtype=torch.float64)
     model = likelihood(loss_type, outputs, None)
-    seeds = list(model.exact(outputs))
+    seeds = list(model.exact_output_gradients(outputs))
     assert len(seeds) == model.exact_passes(outputs)
     assert all(seed.shape == outputs.shape for seed in seeds)
     total = torch.stack([products(seed) for seed in seeds]).sum(0)
@@ -58,7 +58,9 @@ def test_the_number_of_exact_passes(loss_type: str, shape: tuple[int, ...], pass
 def test_drawn_seeds_are_a_square_root_on_average(loss_type: str, shape: tuple[int, ...], k: int) -> None:
     outputs = torch.randn(shape, dtype=torch.float64)
     model, generator = likelihood(loss_type, outputs, None), torch.Generator().manual_seed(0)
-    draws = torch.stack([sum(map(products, model.draws(outputs, k, generator))) for _ in range(3000)])
+    draws = torch.stack(
+        [sum(map(products, model.sampled_output_gradients(outputs, k, generator))) for _ in range(3000)]
+    )
     expected = curvatures(outputs, loss_type)
     error = draws.std(0) / len(draws) ** 0.5
     assert ((draws.mean(0) - expected).abs() <= 5 * error + 1e-9).all()
@@ -74,7 +76,7 @@ def test_labels_are_drawn_without_replacement(k: int) -> None:
     ).double()
     model, generator = likelihood("nll", logits, None), torch.Generator().manual_seed(k)
     for _ in range(50):
-        seeds = torch.stack(list(model.draws(logits, k, generator)))
+        seeds = torch.stack(list(model.sampled_output_gradients(logits, k, generator)))
         labels = seeds.abs().argmax(-1)
         for sample, possible in ((0, 7), (1, 3)):
             drawn = labels[seeds[:, sample].abs().sum(-1) > 0, sample].tolist()
@@ -90,10 +92,10 @@ LOGITS = {
 
 
 @pytest.mark.parametrize("logits", LOGITS)
-@pytest.mark.parametrize("units", [None, "some", "none"])
+@pytest.mark.parametrize("inputs", [None, "some", "none"])
 @pytest.mark.parametrize("k", [1, 2, 3, 4])
 def test_every_start_of_the_drawing_taken_together(
-    logits: str, units: str | None, k: int, monkeypatch: pytest.MonkeyPatch
+    logits: str, inputs: str | None, k: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One sample many times, each with another start on an even grid, is the integral over starts but for the grid's width.
 
@@ -103,11 +105,14 @@ def test_every_start_of_the_drawing_taken_together(
     outputs = torch.tensor(LOGITS[logits], dtype=torch.float64).expand(n, -1)
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(4, 6, generator=generator, dtype=torch.float64)
-    here = torch.tensor([1.0, -2.0, 0.0, 0.5] if units == "some" else [0.0] * 4, dtype=torch.float64)
-    through = None if units is None else Through(here.expand(n, -1), weight)
+    here = torch.tensor([1.0, -2.0, 0.0, 0.5] if inputs == "some" else [0.0] * 4, dtype=torch.float64)
+    last_layer = None if inputs is None else LastLayer(here.expand(n, -1), weight)
     grid = ((torch.arange(n) + 0.5) / n).double().view(n, 1, 1)
     monkeypatch.setattr(likelihoods.torch, "rand", lambda *_, **__: grid)
-    found = sum(products(seed) for seed in likelihood("nll", outputs, None).draws(outputs, k, generator, through))
+    found = sum(
+        products(seed)
+        for seed in likelihood("nll", outputs, None).sampled_output_gradients(outputs, k, generator, last_layer)
+    )
     expected = output_curvature(outputs[:1], "nll")
     bound = 2 * 6 * k / n * float(found.abs().max())
     assert float((found.mean(0) - expected).abs().max()) <= bound + 1e-12
@@ -119,7 +124,7 @@ def test_every_start_of_the_drawing_taken_together(
 @pytest.mark.parametrize("class_axis", [1, 2, -1, -2])
 def test_the_class_axis(class_axis: int) -> None:
     outputs = torch.randn(2, 3, 4, dtype=torch.float64)
-    seeds = likelihood("nll", outputs, None, class_axis=class_axis).exact(outputs)
+    seeds = likelihood("nll", outputs, None, class_axis=class_axis).exact_output_gradients(outputs)
     expected = curvatures(outputs, "nll", class_axis=class_axis)
     torch.testing.assert_close(torch.stack([products(s) for s in seeds]).sum(0), expected, rtol=1e-10, atol=1e-12)
 
@@ -129,9 +134,12 @@ def test_ignored_positions() -> None:
     targets[0, :2] = targets[1, 3] = 7
     model = likelihood("nll", outputs, targets, ignore_index=7)
     expected = curvatures(outputs, "nll", targets == 7)
-    seeds = torch.stack([products(s) for s in model.exact(outputs)]).sum(0)
+    seeds = torch.stack([products(s) for s in model.exact_output_gradients(outputs)]).sum(0)
     torch.testing.assert_close(seeds, expected, rtol=1e-10, atol=1e-12)
-    for seed in (*model.draws(outputs, 1, torch.Generator().manual_seed(0)), model.observed(outputs, targets)):
+    for seed in (
+        *model.sampled_output_gradients(outputs, 1, torch.Generator().manual_seed(0)),
+        model.observed_output_gradient(outputs, targets),
+    ):
         assert (seed.transpose(1, 2)[targets == 7] == 0).all()
         assert (seed.transpose(1, 2)[targets != 7] != 0).all()
 
@@ -140,7 +148,7 @@ def test_ignored_positions() -> None:
 def test_observed_labels_that_are_no_class(wrong: float) -> None:
     outputs, targets = torch.randn(2, 3), torch.tensor([wrong, 0])
     with pytest.raises(ArgumentError, match="targets"):
-        likelihood("nll", outputs, targets).observed(outputs, targets)
+        likelihood("nll", outputs, targets).observed_output_gradient(outputs, targets)
 
 
 NEGATIVE_LOG_LIKELIHOODS: dict[str, Any] = {
@@ -159,14 +167,16 @@ def test_the_observed_seed_is_the_gradient(loss_type: str, shape: tuple[int, ...
         torch.randint(shape[1], (shape[0], *shape[2:])) if loss_type == "nll" else torch.randint(2, shape).double()
     )
     (expected,) = torch.autograd.grad(NEGATIVE_LOG_LIKELIHOODS[loss_type](outputs, targets), outputs)
-    torch.testing.assert_close(likelihood(loss_type, outputs, targets).observed(outputs.detach(), targets), expected)
+    torch.testing.assert_close(
+        likelihood(loss_type, outputs, targets).observed_output_gradient(outputs.detach(), targets), expected
+    )
 
 
 @pytest.mark.parametrize("confidence", [5.0, 20.0, 60.0, 1e3])
 @pytest.mark.parametrize("order", [[0, 1, 2], [1, 2, 0], [2, 0, 1]], ids=str)
 def test_certain_predictions_keep_their_digits_in_float32(confidence: float, order: list[int]) -> None:
     outputs = torch.tensor([[confidence, 0.3, -1.0]])[:, order]
-    seeds = torch.stack([products(s) for s in likelihood("nll", outputs, None).exact(outputs)]).sum(0)
+    seeds = torch.stack([products(s) for s in likelihood("nll", outputs, None).exact_output_gradients(outputs)]).sum(0)
     p = outputs.double().softmax(1)
     expected = p * (p[:, None] * (1 - torch.eye(3))).sum(2)  # p (1 - p), without the subtraction
     if confidence > 100:
@@ -178,7 +188,9 @@ def test_certain_predictions_keep_their_digits_in_float32(confidence: float, ord
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_half_precision_outputs_keep_float32_seeds(loss_type: str) -> None:
     outputs = torch.randn(3, 4).bfloat16()
-    seeds = torch.stack([products(s.float()) for s in likelihood(loss_type, outputs, None).exact(outputs)]).sum(0)
+    seeds = torch.stack(
+        [products(s.float()) for s in likelihood(loss_type, outputs, None).exact_output_gradients(outputs)]
+    ).sum(0)
     torch.testing.assert_close(seeds.double(), curvatures(outputs.double(), loss_type), rtol=2e-2, atol=1e-3)
 
 

@@ -25,9 +25,9 @@ from model_state import assert_same_gradients, gradients, hooks
 from oracles import Inputs, assert_equal, call, exact_fisher, per_sample_squared_norms, total, trace
 from problems._base import Forward, randomised
 from torch_secorder import FisherMonitor, fisher_report
-from torch_secorder.batch_axis.evidence import Sketch, Unplaced, evidence, factors
+from torch_secorder.batch_axis.evidence import Sketch, Unplaced, evidence, sample_marks
 from torch_secorder.errors import CoupledSamplesError, CoverageError, CurvatureError, ShapeError, SlowFallbackWarning
-from torch_secorder.per_sample import Factor
+from torch_secorder.per_sample import SharedFactor
 
 pytestmark = pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")  # re-entrant checkpoints
 
@@ -326,11 +326,11 @@ def test_trap_4_ids_that_are_shared_in_some_batches(order: str, n: int) -> None:
 
 def test_trap_4_what_samples_share_does_not_look_like_one_samples_by_chance() -> None:
     generator = torch.Generator().manual_seed(0)
-    (weights,) = factors(5)[1:]
+    (weights,) = sample_marks(5)[1:]
     for _ in range(300):
         parts = torch.randn(5, 1, 4, 6, generator=generator)
         scaled = Sketch.of((weights.to(parts).view(5, 1, 1, 1) * parts).sum(0))
-        assert evidence(Sketch.of(parts.sum(0)), [scaled], 5) is Unplaced.SHARED
+        assert evidence(Sketch.of(parts.sum(0)), [scaled], 5) is Unplaced.SHARED_BY_SAMPLES
 
 
 # 6. In-place operations, outputs of every kind, keywords
@@ -1146,7 +1146,9 @@ class Recomputed(nn.Module):
 def test_inputs_are_not_shared_where_checkpoints_run_blocks_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """An id is a tensor's as long as that lives."""
     shared: list[object] = []
-    monkeypatch.setattr("torch_secorder.capture.records.Factor", lambda value: shared.append(value) or Factor(value))
+    monkeypatch.setattr(
+        "torch_secorder.capture.records.SharedFactor", lambda value: shared.append(value) or SharedFactor(value)
+    )
     model, x, y = drawn(Recomputed(), 3, 4, 8)
     expected = per_sample_squared_norms(model, numbers, x, y)
     with FisherMonitor(model, per_sample=True) as monitor:

@@ -1,15 +1,16 @@
-r"""What is sent back through the model for the Fisher itself: square roots of the output's curvature.
+r"""Likelihoods: what a loss type says of the labels, and the output gradients whose squares add up to the Fisher.
 
 For outputs f_n and a likelihood p(y | f_n), the Fisher is ``c sum_n J_n^T A_n J_n`` with A_n the curvature of
-``-log p`` in f. Each seed s here is shaped like the outputs, and the trace's part of sample n is the sum, or the
-expectation, of ``||J_n^T s_n||^2`` over the seeds, since ``sum_s s s^T``, or ``E[s s^T]``, is A_n.
+``-log p`` in f. A likelihood returns gradients s for the outputs, to be sent back through the model one after the other.
+They are square roots of that curvature: ``sum_s s s^T = A_n`` if they are exact, ``E[sum_s s s^T] = A_n`` if they are
+sampled. So the trace's part of sample n is the sum of ``||J_n^T s_n||^2`` over them, or its expectation.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -19,28 +20,30 @@ from torch_secorder.errors import ArgumentError, ShapeError, UnsupportedError
 
 
 @dataclass(frozen=True)
-class Through:
-    """The last layer: outputs are ``units @ matrix``, and a bias.
+class LastLayer:
+    """The product that ends a model: its outputs are ``inputs @ matrix``, plus a bias if there is one.
 
     Attributes:
-        units: ``[n, i]``.
+        inputs: ``[n, i]``.
         matrix: ``[i, c]``.
     """
 
-    units: Tensor
+    inputs: Tensor
     matrix: Tensor
 
-    def sizes(self, p: Tensor) -> Tensor:
-        """``||D_n M (e_c - p_n)||^2`` for every c, ``[n, c]``: the square of what gets to the units that are not zero.
+    def influence(self, p: Tensor) -> Tensor:
+        """How strongly each label of each sample acts on the layers before: ``||D_n M (e_c - p_n)||^2``, ``[n, c]``.
 
-        A ReLU lets no gradient through to a unit that is zero, and neither does dropout; D_n is one for the others.
+        D_n is one for the layer's inputs that are not zero: a ReLU lets no gradient through to the others, and neither
+        does dropout.
         """
-        weight, on = self.matrix.T.to(p.dtype), self.units.to(p.dtype).sign().abs()
-        whole = (weight.square() @ on.T).T
-        mixed = (weight @ (on * (p @ weight)).T).T  # M_c . D m, with m = sum_c p_c M_c
-        found = whole - 2 * mixed + (p * mixed).sum(1, keepdim=True)
-        # The difference cancels for a class that is nearly certain: as sum_j p_j D (M_c - M_j), it can't be more than this.
-        return found.clamp(min=0).minimum(4 * (1 - p).square() * whole.amax(1, keepdim=True))
+        weight, active = self.matrix.T.to(p.dtype), self.inputs.to(p.dtype).sign().abs()
+        sizes = (weight.square() @ active.T).T  # ||D M_c||^2
+        mixed = (weight @ (active * (p @ weight)).T).T  # M_c . D m, with m = sum_c p_c M_c
+        found = sizes - 2 * mixed + (p * mixed).sum(1, keepdim=True)
+        # The difference has no digits left for a class that is nearly certain. Written as sum_j p_j D (M_c - M_j), its norm
+        # can't exceed 2 (1 - p_c) max_j ||D M_j||.
+        return found.clamp(min=0).minimum(4 * (1 - p).square() * sizes.amax(1, keepdim=True))
 
 
 class Likelihood(ABC):
@@ -48,31 +51,35 @@ class Likelihood(ABC):
 
     @abstractmethod
     def exact_passes(self, outputs: Tensor) -> int:
-        """How many seeds :meth:`exact` yields."""
+        """How many gradients :meth:`exact_output_gradients` yields, each of which takes a backward pass."""
 
     @abstractmethod
-    def exact(self, outputs: Tensor) -> Iterator[Tensor]:
-        """Seeds with ``sum_s s s^T = A_n`` for every sample."""
+    def exact_output_gradients(self, outputs: Tensor) -> Iterator[Tensor]:
+        """Gradients s, shaped like the outputs, with ``sum_s s s^T = A_n`` for every sample."""
 
-    def draws(
-        self, outputs: Tensor, k: int, generator: torch.Generator, through: Through | None = None
+    def sampled_output_gradients(
+        self, outputs: Tensor, k: int, generator: torch.Generator, last_layer: LastLayer | None = None
     ) -> Iterator[Tensor]:
-        """At most k random seeds with ``E[sum_s s s^T] = A_n``; with as many as the exact ones, those.
+        """At most k random gradients with ``E[sum_s s s^T] = A_n``; the exact ones where k of them suffice.
 
         Args:
             outputs: those of the model.
             k: how many.
             generator: where the randomness comes from.
-            through: what the outputs came out of, which may make the seeds vary less.
+            last_layer: the product that made the outputs; knowing it may lower the variance.
         """
-        return self.exact(outputs) if k >= self.exact_passes(outputs) else self._drawn(outputs, k, generator, through)
+        if k >= self.exact_passes(outputs):
+            return self.exact_output_gradients(outputs)
+        return self._sampled_output_gradients(outputs, k, generator, last_layer)
 
     @abstractmethod
-    def _drawn(self, outputs: Tensor, k: int, generator: torch.Generator, through: Through | None) -> Iterator[Tensor]:
-        """K random seeds."""
+    def _sampled_output_gradients(
+        self, outputs: Tensor, k: int, generator: torch.Generator, last_layer: LastLayer | None
+    ) -> Iterator[Tensor]:
+        """K random gradients, for fewer than the exact ones."""
 
     @abstractmethod
-    def observed(self, outputs: Tensor, targets: Tensor) -> Tensor:
+    def observed_output_gradient(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """The gradient of ``-log p(targets | outputs)``.
 
         Raises:
@@ -80,47 +87,52 @@ class Likelihood(ABC):
         """
 
 
+@dataclass(frozen=True)
 class Elementwise(Likelihood):
-    """One independent variable for each output element; A_n is diagonal.
+    """One independent variable for each output element, so that A_n is diagonal.
 
     Random signs on the square root of a diagonal A are unbiased for a trace, ``E[r r^T] = I``, and vary less than
     drawing the variable itself.
 
-    Args:
-        kind: "bce", "mse" or "poisson".
+    Attributes:
+        mean: from the outputs to the mean of each element's variable.
+        root: from the outputs to the square root of A_n's diagonal.
     """
 
-    def __init__(self, kind: str):
-        self._kind = kind
+    mean: Callable[[Tensor], Tensor]
+    root: Callable[[Tensor], Tensor]
 
     def exact_passes(self, outputs: Tensor) -> int:
         return math.prod(outputs.shape[1:])
 
-    def exact(self, outputs: Tensor) -> Iterator[Tensor]:
-        root = self._root(outputs).reshape(len(outputs), -1)
+    def exact_output_gradients(self, outputs: Tensor) -> Iterator[Tensor]:
+        root = self.root(outputs).reshape(len(outputs), -1)
         for element in range(root.shape[1]):
-            seed = torch.zeros_like(root)
-            seed[:, element] = root[:, element]
-            yield seed.view(outputs.shape)
+            gradient = torch.zeros_like(root)
+            gradient[:, element] = root[:, element]
+            yield gradient.view(outputs.shape)
 
-    def _drawn(self, outputs: Tensor, k: int, generator: torch.Generator, through: Through | None) -> Iterator[Tensor]:
-        root = self._root(outputs) / math.sqrt(k)
+    def _sampled_output_gradients(
+        self, outputs: Tensor, k: int, generator: torch.Generator, last_layer: LastLayer | None
+    ) -> Iterator[Tensor]:
+        root = self.root(outputs) / math.sqrt(k)
         return (root * random_signs(outputs.shape, outputs, generator) for _ in range(k))
 
-    def observed(self, outputs: Tensor, targets: Tensor) -> Tensor:
+    def observed_output_gradient(self, outputs: Tensor, targets: Tensor) -> Tensor:
         if targets.shape != outputs.shape:
             raise ShapeError(f"targets of shape {tuple(targets.shape)} for outputs of shape {tuple(outputs.shape)}")
         if targets.is_complex():
             raise ArgumentError(f"targets must be real numbers, not {targets.dtype}")
-        return self._mean(outputs) - targets.to(outputs.dtype)
+        return self.mean(outputs) - targets.to(outputs.dtype)
 
-    def _mean(self, f: Tensor) -> Tensor:
-        return {"bce": torch.sigmoid, "mse": lambda f: f, "poisson": torch.exp}[self._kind](f)
 
-    def _root(self, f: Tensor) -> Tensor:
-        if self._kind == "bce":
-            return (torch.sigmoid(f) * torch.sigmoid(-f)).sqrt()
-        return (f / 2).exp() if self._kind == "poisson" else torch.ones_like(f)
+# Loss type -> its likelihood. A further one is a row here.
+ELEMENTWISE = {
+    "bce": Elementwise(mean=torch.sigmoid, root=lambda f: (torch.sigmoid(f) * torch.sigmoid(-f)).sqrt()),
+    "mse": Elementwise(mean=lambda f: f, root=torch.ones_like),
+    "poisson": Elementwise(mean=torch.exp, root=lambda f: (f / 2).exp()),
+}
+LOSS_TYPES = ("nll", *ELEMENTWISE)
 
 
 class Categorical(Likelihood):
@@ -128,7 +140,7 @@ class Categorical(Likelihood):
 
     Args:
         class_axis: the axis of the classes.
-        counted: ``[n, *positions]``, False where ``ignore_index`` says that a position has no target; None counts all.
+        counted: ``[n, *positions]``, False for positions whose target is ``ignore_index``; None if all positions count.
     """
 
     def __init__(self, class_axis: int = 1, counted: Tensor | None = None):
@@ -137,7 +149,7 @@ class Categorical(Likelihood):
     def exact_passes(self, outputs: Tensor) -> int:
         return self._positions(outputs) * (outputs.shape[self._axis] - 1)
 
-    def exact(self, outputs: Tensor) -> Iterator[Tensor]:
+    def exact_output_gradients(self, outputs: Tensor) -> Iterator[Tensor]:
         r"""Columns of the Cholesky factor of ``diag(p) - p p^T``, in closed form.
 
         With tails ``q_j = sum_{i >= j} p_i``, column j is ``sqrt(p_j q_{j+1} / q_j) (e_j - r_j)``, where
@@ -152,55 +164,58 @@ class Categorical(Likelihood):
                 p_j, here, after = p[:, position, j], tails[:, position, j], tails[:, position, j + 1]
                 weight = torch.where(here > 0, p_j * (after / here.clamp(min=torch.finfo(p.dtype).tiny)), 0).sqrt()
                 share = p[:, position, j + 1 :] / after.clamp(min=torch.finfo(p.dtype).tiny)[:, None]
-                seed = torch.zeros_like(p)
-                seed[:, position, j] = weight
-                seed[:, position, j + 1 :] = -weight[:, None] * share
-                yield self._shaped(seed, outputs)
+                gradient = torch.zeros_like(p)
+                gradient[:, position, j] = weight
+                gradient[:, position, j + 1 :] = -weight[:, None] * share
+                yield self._shaped(gradient, outputs)
 
-    def _drawn(self, outputs: Tensor, k: int, generator: torch.Generator, through: Through | None) -> Iterator[Tensor]:
+    def _sampled_output_gradients(
+        self, outputs: Tensor, k: int, generator: torch.Generator, last_layer: LastLayer | None
+    ) -> Iterator[Tensor]:
         r"""K labels for each position, drawn without replacement by importance, with random signs.
 
-        Only a trace is wanted, ``tr(J^T A J) = sum_c p_c q_c`` with ``q_c = ||J^T (e_c - p)||^2``, so a label may be drawn
+        Only a trace is needed, ``tr(J^T A J) = sum_c p_c q_c`` with ``q_c = ||J^T (e_c - p)||^2``, so a label may be drawn
         with any probability that is positive where ``p_c q_c`` is. Label c is among the k with probability ``pi_c``, as
         nearly proportional to the weights of :meth:`_weights` as ``pi_c <= 1`` allows, by systematic sampling: the labels at
-        which ``u, u + 1, ..., u + k - 1`` fall into the cumulated ``pi``, u uniform in [0, 1). Its seed is
+        which ``u, u + 1, ..., u + k - 1`` fall into the cumulated ``pi``, u uniform in [0, 1). Its output gradient is
         ``sqrt(p_c / pi_c) (e_c - p)``, so that ``E[sum_s s s^T] = sum_c pi_c (p_c / pi_c) (e_c - p)(e_c - p)^T
         = diag(p) - p p^T``, whatever the weights are (Horvitz and Thompson, 1952); independent signs make the products
         between positions vanish in expectation.
         """
         p = self._probabilities(outputs)
-        # Constants, also where the trace is differentiated: the expectation of the gradient is then that of the expectation.
-        pi = _inclusion(self._weights(p.detach(), through), k)
+        # The probabilities are constants even where the trace is differentiated: any pi > 0 is unbiased, so that the expected
+        # gradient is the gradient of the expectation.
+        pi = _inclusion(self._weights(p.detach(), last_layer), k)
         ends = pi.cumsum(-1)
         start = torch.rand((*p.shape[:2], 1), generator=generator, device=generator.device, dtype=p.dtype).to(p.device)
         for turn in range(k):
             label = torch.searchsorted(ends, start + turn, right=True)
-            # Behind the last end there is nothing left to draw, or rounding has left less than a whole turn.
+            # A start behind the last end draws nothing: fewer than k labels are possible, or rounding has shortened the sum.
             drawn = label < p.shape[-1]
             label = label.clamp(max=p.shape[-1] - 1)
             share = p.gather(-1, label) / pi.gather(-1, label).clamp(min=torch.finfo(p.dtype).tiny)
             size = torch.where(drawn, share, 0).sqrt() * random_signs((*p.shape[:2], 1), p, generator)
             yield self._shaped(size * (torch.zeros_like(p).scatter(-1, label, 1.0) - p), outputs)
 
-    def _weights(self, p: Tensor, through: Through | None) -> Tensor:
-        """How the labels' parts ``p_c q_c`` of a trace are expected to relate, ``[n, positions, classes]``; at least zero.
+    def _weights(self, p: Tensor, last_layer: LastLayer | None) -> Tensor:
+        """Guesses of how the labels' parts ``p_c q_c`` of a trace relate, ``[n, positions, classes]``, none below zero.
 
-        A last layer's own part of q_c is proportional to ``||e_c - p||^2``. What the layers before it see is roughly
-        proportional to :meth:`Through.sizes`, times nobody knows what: each of the two is given half of the weight. So an
-        estimate's second moment is at most twice that with the better one alone.
+        There are two proxies for q_c. The last layer's own part is proportional to ``||e_c - p||^2``; the part of the layers
+        before it is roughly proportional to :meth:`LastLayer.influence`. How large the two are beside each other is unknown,
+        so each is normalised and they are added. An estimate's second moment is at most twice that with the better one alone.
         """
         eps = torch.finfo(p.dtype).eps
         rest = (1 - p).clamp(min=eps).square()
         # ||e_c - p||^2 lies between this and twice this, also where 1 - p has no digits left.
         parts = [rest + (p.square().sum(-1, keepdim=True) - p.square()).clamp(min=0).minimum(rest)]
-        if through is not None and p.shape == (len(through.units), 1, through.matrix.shape[1]):
-            parts.append(through.sizes(p[:, 0])[:, None])
+        if last_layer is not None and p.shape == (len(last_layer.inputs), 1, last_layer.matrix.shape[1]):
+            parts.append(last_layer.influence(p[:, 0])[:, None])
         weights = [p * part for part in parts]
         return sum(
             (w / w.sum(-1, keepdim=True).clamp(min=torch.finfo(p.dtype).tiny) for w in weights), torch.zeros_like(p)
         )
 
-    def observed(self, outputs: Tensor, targets: Tensor) -> Tensor:
+    def observed_output_gradient(self, outputs: Tensor, targets: Tensor) -> Tensor:
         p = self._probabilities(outputs)
         if targets.is_floating_point() or targets.is_complex():
             raise ArgumentError(f"targets must be class indices, integers, not {targets.dtype}")
@@ -224,12 +239,12 @@ class Categorical(Likelihood):
         dtype = torch.promote_types(outputs.dtype, torch.float32)
         return logits.reshape(len(logits), -1, logits.shape[-1]).to(dtype).softmax(-1)
 
-    def _shaped(self, seed: Tensor, outputs: Tensor) -> Tensor:
-        """A seed ``[n, positions, classes]`` in the outputs' layout, zero where no position counts."""
+    def _shaped(self, gradient: Tensor, outputs: Tensor) -> Tensor:
+        """A gradient ``[n, positions, classes]`` in the shape of the outputs, zero at positions that don't count."""
         if self._counted is not None:
-            seed = seed * self._counted.reshape(*seed.shape[:2], 1)
+            gradient = gradient * self._counted.reshape(*gradient.shape[:2], 1)
         moved = outputs.movedim(self._axis, -1).shape
-        return seed.reshape(moved).movedim(-1, self._axis)
+        return gradient.reshape(moved).movedim(-1, self._axis)
 
 
 def likelihood(
@@ -242,10 +257,15 @@ def likelihood(
         ArgumentError: if ``class_axis`` is the batch axis or none of the outputs'.
         ShapeError: if targets don't have the outputs' shape without the class axis.
     """
-    if loss_type in ("bce", "mse", "poisson"):
-        return Elementwise(loss_type)
+    if loss_type in ELEMENTWISE:
+        return ELEMENTWISE[loss_type]
     if loss_type != "nll":
-        raise UnsupportedError(f'loss_type must be "nll", "bce", "mse" or "poisson", not {loss_type!r}')
+        *names, last = (f'"{name}"' for name in LOSS_TYPES)
+        raise UnsupportedError(f"loss_type must be {', '.join(names)} or {last}, not {loss_type!r}")
+    return _categorical(outputs, targets, ignore_index, class_axis)
+
+
+def _categorical(outputs: Tensor, targets: Tensor | None, ignore_index: int, class_axis: int) -> Categorical:
     if not 1 <= class_axis % max(outputs.dim(), 1) < outputs.dim():
         raise ArgumentError(
             f"class_axis={class_axis} for outputs of shape {tuple(outputs.shape)}, whose axis 0 is the batch"
@@ -263,9 +283,11 @@ def likelihood(
 
 
 def _inclusion(weights: Tensor, k: int) -> Tensor:
-    """Probabilities of being among k, proportional to the weights but at most one."""
+    """Each label's probability of being among k drawn ones: proportional to its weight, but at most one."""
     pi = k * weights / weights.sum(-1, keepdim=True)
-    for _ in range(k):  # each time at least one more label is certain, or none needs to give anything away
+    for _ in range(
+        k
+    ):  # each round makes at least one more label certain, or else no probability exceeds one and it returns
         certain = pi >= 1
         left = k - certain.sum(-1, keepdim=True)
         rest = torch.where(certain, 0, weights)

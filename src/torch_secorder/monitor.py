@@ -17,7 +17,7 @@ from torch_secorder.arguments import (
 )
 from torch_secorder.batch_axis.knowledge import Memory, knowledge_of
 from torch_secorder.errors import CoverageError, LifecycleError
-from torch_secorder.model.hooks import Hook, Hooks, HookScope
+from torch_secorder.model.hooks import HookScope, HookSet, WeakHook
 from torch_secorder.model.parameters import ParameterTable, plain_name, unwrapped
 from torch_secorder.model.restore import lock_of
 from torch_secorder.recording.accumulator import PassOptions
@@ -167,7 +167,7 @@ class FisherMonitor(HookScope):
     def _set_up(self, options: MonitorOptions, watched: _Watched | None, results: Results) -> None:
         self._options, self._watched, self.results = options, watched, results
         self._recorder: UserRecorder | None = None
-        self._hooks = Hooks()
+        self._hooks = HookSet()
         self._expected: Tensor | None = None  # the first sample's squared norms, where they are to be verified
 
     # ------------------------------------------------------------------------------------------------ the block
@@ -188,7 +188,7 @@ class FisherMonitor(HookScope):
         assert self._watched is not None
         options, model, table = self._options, self._watched.model, self._watched.table
         table.gather(model)
-        self.results.counts_samples = table.ranks.first
+        self.results.counts_samples = table.ranks.counts_samples
         passes = options.of_passes
         plan = planned(model, table, options.batch_axis, passes.quantities)
         self._recorder = UserRecorder(
@@ -202,7 +202,7 @@ class FisherMonitor(HookScope):
         for position, (tensor, leaf) in enumerate(zip(table.tensors, table.leaves, strict=True)):
             for watched in (leaf,) if leaf is tensor else (leaf, tensor):  # a shard is in the graph of a penalty only
                 if watched.requires_grad:
-                    hook = Hook(self._recorder, "on_parameter_gradient", position)
+                    hook = WeakHook(self._recorder, "on_parameter_gradient", position)
                     self._hooks.add(watched, watched.register_hook, hook)
 
     def _detach(self) -> None:

@@ -1,6 +1,6 @@
 """How often the library's own functions call each other in one step, and how often that leads into another file.
 
-``PYTHONPATH=tests python -m benchmarks.calls`` prints a table for a model of three layers: a Linear, a ReLU and a Linear, with five
+``PYTHONPATH=tests python -m benchmarks.calls`` prints a table for a Linear, a ReLU and a Linear with five
 samples. A call counts wherever Python enters a function of the package, comprehensions and resumed generators included; a change
 of file counts where the function entered is in another file than the one entered before.
 """

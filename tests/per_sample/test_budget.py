@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from torch_secorder import FisherMonitor, fisher_report
 from torch_secorder.errors import ArgumentError
-from torch_secorder.per_sample import Convolution, Outer, PerSampleGradient, RowSparse, Sum, limited
+from torch_secorder.per_sample import Convolution, Outer, PerSampleGradient, RowSparse, Sum, memory_limit
 
 KIB = 2**10
 
@@ -62,7 +62,7 @@ FORMS: dict[str, Any] = {
 
 
 def norms_and_peak(form: PerSampleGradient, budget: int | None) -> tuple[Tensor, int]:
-    with Peak() as peak, limited(budget):
+    with Peak() as peak, memory_limit(budget):
         norms = form.squared_norm()
     return norms, peak.peak
 
@@ -84,7 +84,7 @@ def test_temporaries_keep_to_the_budget(name: str, budget: int) -> None:
 @pytest.mark.parametrize("name", ["gram", "direct", "direct, groups"])
 def test_the_diagonal_keeps_to_the_budget_beside_itself(name: str) -> None:
     form = FORMS[name]()
-    with Peak() as peak, limited(64 * KIB):
+    with Peak() as peak, memory_limit(64 * KIB):
         found = form.sum_of_squares()
     torch.testing.assert_close(found, form.dense().square().sum(0), rtol=2e-5, atol=1e-6)
     assert peak.peak <= 64 * KIB + 3 * found.nbytes

@@ -72,7 +72,7 @@ def test_every_form_gives_the_same_norms(name: str, dims: int, dtype: torch.dtyp
     form = convolution(dims, **SETTINGS[name], dtype=dtype)
     exact = Convolution(form.x.double(), form.g.double(), *form._settings()).dense()
     for way in FORMS:
-        norms = form.norms(way).double()
+        norms = form.squared_norms(way).double()
         torch.testing.assert_close(norms, exact.flatten(1).square().sum(1), rtol=rtol, atol=0)
 
 
@@ -93,7 +93,7 @@ def test_the_diagonal_is_that_of_the_dense_form(name: str, dims: int, monkeypatc
 def test_either_order_of_the_factors_gives_the_same(sizes: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     form = convolution(channels=sizes[0], out=sizes[1], kernel=1, groups=1)
     dense = form.dense()
-    torch.testing.assert_close(form.norms("shifted"), dense.flatten(1).square().sum(1), rtol=1e-12, atol=0)
+    torch.testing.assert_close(form.squared_norms("shifted"), dense.flatten(1).square().sum(1), rtol=1e-12, atol=0)
     monkeypatch.setattr("torch_secorder.per_sample.convolution.predicted", lambda _: {"direct": 2.0, "shifted": 1.0})
     torch.testing.assert_close(form.sum_of_squares(), dense.square().sum(0), rtol=1e-12, atol=1e-13)
 
@@ -105,7 +105,7 @@ def test_every_form_can_be_differentiated(way: str, settings: dict[str, Any]) ->
     x, g = form.x.requires_grad_(), form.g.requires_grad_()
 
     def norms(x: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
-        return Convolution(x, g, *form._settings()).norms(way)
+        return Convolution(x, g, *form._settings()).squared_norms(way)
 
     assert torch.autograd.gradcheck(norms, (x, g), atol=1e-4, rtol=1e-6)
 
@@ -117,8 +117,8 @@ def test_gram_sums_that_cancel_keep_their_digits(left_over: float, dtype: torch.
     half, g = torch.randn(3, 1, 24, 2, 2), torch.randn(3, 1, 20, 2, 2)
     x = torch.cat([half, half * (1 + left_over)], 4).to(dtype)
     form = Convolution(x, torch.cat([g, -g], 4).to(dtype), (20, 24, 1, 1), (1, 1), (0, 0), (1, 1), 1)
-    exact = Convolution(form.x.double(), form.g.double(), *form._settings()).norms("direct")
-    norms = form.norms("gram")
+    exact = Convolution(form.x.double(), form.g.double(), *form._settings()).squared_norms("direct")
+    norms = form.squared_norms("gram")
     assert (norms >= 0).all()
     if left_over >= 1e-3 or dtype == torch.float64:
         torch.testing.assert_close(norms.double(), exact, rtol=1e-4 if dtype == torch.float32 else 1e-8, atol=1e-20)
@@ -134,7 +134,7 @@ def test_the_picked_form_is_an_applicable_one(name: str) -> None:
     assert "direct" in costs
     assert form.algorithm in costs
     assert all(0 < cost < math.inf for cost in costs.values())
-    assert form.norms(form.algorithm).equal(form.squared_norm())
+    assert form.squared_norms(form.algorithm).equal(form.squared_norm())
 
 
 @pytest.mark.parametrize(

@@ -11,18 +11,18 @@ from torch import Tensor, nn
 
 from oracles import assert_equal, call, mapped, per_sample_gradients
 from problems import PROBLEMS, Problem
-from torch_secorder.batch_axis.placement import Grouping
+from torch_secorder.batch_axis.placement import Grouping, Layout
 from torch_secorder.capture.records import Call
 from torch_secorder.per_sample import (
     Convolution,
     Dense,
-    Factor,
     Outer,
     PerSampleGradient,
     PulledBack,
     RowSparse,
+    SharedFactor,
     _base,
-    limited,
+    memory_limit,
 )
 from torch_secorder.per_sample import outer as outer_module
 from torch_secorder.rules import rule_for
@@ -109,24 +109,24 @@ def test_selected_samples(name: str, samples: Any) -> None:
 
 @pytest.mark.parametrize("name", FORMS)
 @pytest.mark.parametrize(
-    ("owner", "n", "fold"),
+    ("owner", "n", "layout"),
     [
-        ([0, 0, 1, 1], 2, "listed"),
-        ([1, 0, 1, 0], 2, "listed"),
-        ([2, 0, 2, 2], 3, "listed"),
-        ([0, 0, 0, 0], 1, "listed"),
-        ([0, 0, 1, 1], 2, "outer"),
-        ([0, 1, 0, 1], 2, "inner"),
+        ([0, 0, 1, 1], 2, Layout.INDEXED),
+        ([1, 0, 1, 0], 2, Layout.INDEXED),
+        ([2, 0, 2, 2], 3, Layout.INDEXED),
+        ([0, 0, 0, 0], 1, Layout.INDEXED),
+        ([0, 0, 1, 1], 2, Layout.BLOCKS),
+        ([0, 1, 0, 1], 2, Layout.INTERLEAVED),
     ],
     ids=str,
 )
-def test_parts_of_samples_are_added_up(name: str, owner: list[int], n: int, fold: str) -> None:
+def test_parts_of_samples_are_added_up(name: str, owner: list[int], n: int, layout: Layout) -> None:
     """Windows or heads folded into the batch axis, in any order, as many for each sample or not."""
     form, index = FORMS[name](), torch.tensor(owner)
-    regrouped = form.regrouped(Grouping(n, fold, index if fold == "listed" else None))
+    grouped_by_sample = form.grouped_by_sample(Grouping(n, layout, index if layout is Layout.INDEXED else None))
     expected = torch.zeros(n, *form.shape, dtype=torch.float64).index_add(0, index, form.dense())
-    assert torch.allclose(regrouped.dense(), expected, rtol=1e-9, atol=1e-12)
-    assert_like_dense(regrouped)
+    assert torch.allclose(grouped_by_sample.dense(), expected, rtol=1e-9, atol=1e-12)
+    assert_like_dense(grouped_by_sample)
 
 
 SAME_SHAPE = [
@@ -312,7 +312,7 @@ def test_forms_with_a_common_factor_compute_its_gram_matrix_once(
 
     monkeypatch.setattr(outer_module, "_strip", counted)
     g, (a, b) = normal(N, 1, t, 70).requires_grad_(gradient), (normal(N, 1, t, 60) for _ in range(2))
-    common = Factor(g)
+    common = SharedFactor(g)
     for left, right, shape in (
         (a, common, (70, 60)),
         (b, common, (70, 60)),
@@ -327,8 +327,8 @@ def test_forms_with_a_common_factor_compute_its_gram_matrix_once(
 
 
 def test_a_common_gram_matrix_is_not_kept_beyond_the_budget() -> None:
-    common, a = Factor(normal(N, 1, 40, 70)), normal(N, 1, 40, 60)
-    with limited(2**14):
+    common, a = SharedFactor(normal(N, 1, 40, 70)), normal(N, 1, 40, 60)
+    with memory_limit(2**14):
         found = Outer(a, common, (70, 60)).squared_norm()
     torch.testing.assert_close(found, Outer(a, common.value, (70, 60)).squared_norm())
     assert not common._kept

@@ -16,7 +16,7 @@ from problems import BY_NAME
 from torch_secorder import empirical_fisher_trace, generalized_fisher_trace
 from torch_secorder.batch_axis.placement import Placement
 from torch_secorder.rules import node_rules
-from torch_secorder.rules.node_rules import Place, gradient_at, has_rule
+from torch_secorder.rules.node_rules import NodeUse, gradient_at, has_rule
 
 FAMILIES = ("norm-", "prelu-", "bilinear-")
 
@@ -25,7 +25,7 @@ FAMILIES = ("norm-", "prelu-", "bilinear-")
 def no_calls_for_each_sample(monkeypatch: pytest.MonkeyPatch) -> None:
     one_by_one = node_rules._one_by_one
 
-    def refuse(place: Place, grads: Any) -> Tensor:
+    def refuse(place: NodeUse, grads: Any) -> Tensor:
         if place.n == 1:  # one sample alone, with which results are verified
             return one_by_one(place, grads)
         raise AssertionError(f"{place.node.name()} was called for one sample at a time")
@@ -120,7 +120,7 @@ def test_the_batch_norm_of_gpus(training: bool) -> None:
         _saved_epsilon=1e-3,
         _saved_training=training,
     )
-    place = Place(node, 1, (4,), (3, 4, 5), Placement(), 3)
+    place = NodeUse(node, 1, (4,), (3, 4, 5), Placement(), 3)
     assert has_rule(place) == (not training)
     if not training:
         form, rule = gradient_at(place, (g, None, None, None), 0)

@@ -316,9 +316,9 @@ def _in_step(analysis: Analysis, batches: Iterable[Any]) -> Iterable[Any]:
     """The batches, as many on every rank that holds a part of the model."""
     ranks, remedy = analysis.table.ranks, "some have more batches than others; give each as many, or pass max_batches="
     for batch in batches:
-        ranks.agreed("a batch", remedy)
+        ranks.require_same("a batch", remedy)
         yield batch
-    ranks.agreed("the end", remedy)
+    ranks.require_same("the end", remedy)
 
 
 def _is_pair(value: Any) -> bool:

@@ -193,7 +193,9 @@ def generalized_fisher_trace(
         raise ShapeError(f"the batch is empty: outputs of shape {tuple(outputs.shape)}")
     require_targets_of_batch(targets, len(outputs))
     kind = FisherKind(loss_type, labels, num_samples, ignore_index, class_axis, max_passes)
-    _, seeds = kind.seeds(outputs, targets, fresh_generator(generator), table.ranks, differentiable=create_graph)
+    _, seeds = kind.output_gradients(
+        outputs, targets, fresh_generator(generator), table.ranks, differentiable=create_graph
+    )
     with lock_of(unwrapped(model)):
         norms = _squared_norms(outputs, seeds, table, knowledge_of(unwrapped(model), None), create_graph)
     return _as_result(norms, reduction, table)
@@ -210,7 +212,7 @@ def _squared_norms(
     passes, failed = GraphBackward(table, Plan(), memory, PassOptions(), create_graph=create_graph), None
     try:
         with passes.through(outputs):
-            unchecked = bool(table.ranks.most(memory.due(_squared_norms, passes.structure)))
+            unchecked = bool(table.ranks.max_over_ranks(memory.due(_squared_norms, passes.structure)))
             for seed in seeds:
                 failed = seed  # until it is done
                 samples = passes.backward(outputs, seed, last=False)
@@ -224,7 +226,7 @@ def _squared_norms(
     except NonFiniteError:
         raise
     except CurvatureError as error:
-        if table.ranks.several:  # others may not have to take samples one by one
+        if table.ranks.distributed:  # others may not have to take samples one by one
             raise
         reason = error
     if all(g is None for g in _of_one(outputs, torch.ones_like(outputs), table, 0)):

@@ -11,31 +11,31 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from torch_secorder.batch_axis.placement import Placement
+from torch_secorder.batch_axis.placement import Layout, Placement
 
 
 class Unplaced(Enum):
     """What else the evidence can say of a tensor."""
 
-    SHARED = "it belongs to no single sample"
-    NOTHING = "no gradient reaches it"
+    SHARED_BY_SAMPLES = "it belongs to no single sample"
+    NO_GRADIENT = "no gradient reaches it"
 
 
 Evidence = Placement | Unplaced
 
 
 # How many different factors one backward pass tells apart, in half precision and in other dtypes: 2^7 and 2^31 leave room.
-BASE_OF_HALF, BASE = 8, 32
+MARKS_PER_PASS_OF_HALF, MARKS_PER_PASS = 8, 32
 
 
-def factors(n: int, base: int = BASE) -> list[Tensor]:
+def sample_marks(n: int, marks_per_pass: int = MARKS_PER_PASS) -> list[Tensor]:
     """Factors for the samples, ``[n]`` each: ones, then a power of two for each digit of a sample's number.
 
     Two samples differ in at least one of them.
     """
     samples = torch.arange(n)
-    digits = max(1, math.ceil(math.log(max(n, 2), base) - 1e-9))
-    return [torch.ones(n), *(2.0 ** (samples // base**place % base) for place in range(digits))]
+    digits = max(1, math.ceil(math.log(max(n, 2), marks_per_pass) - 1e-9))
+    return [torch.ones(n), *(2.0 ** (samples // marks_per_pass**place % marks_per_pass) for place in range(digits))]
 
 
 # What several samples share looks like one sample's by chance in one direction now and then, in half precision above all.
@@ -117,38 +117,44 @@ def _directions(size: int, like: Tensor) -> Tensor:
     return _random(size).to(like)
 
 
-def evidence(plain: Sketch | None, scaled: Sequence[Sketch | None], n: int, base: int = BASE) -> Evidence:
-    """What gradients for a seed, and for the seed times each of the :func:`factors`, say of a tensor's samples."""
+def evidence(
+    plain: Sketch | None, scaled: Sequence[Sketch | None], n: int, marks_per_pass: int = MARKS_PER_PASS
+) -> Evidence:
+    """What gradients for a seed, and for the seed times each of the :func:`sample_marks`, say of a tensor's samples."""
     found = [g for g in scaled if g is not None]
     if plain is None or len(found) < len(scaled):
-        return Unplaced.NOTHING
+        return Unplaced.NO_GRADIENT
     # What is smaller than the smallest normal number has few digits, and doubling brings some back.
     if not plain.largest > plain.tiny:
-        return Unplaced.NOTHING
+        return Unplaced.NO_GRADIENT
     # Of several axes that would do, the first with as many indices as samples is meant.
     shape = plain.shape
-    folds = [("none", axis) for axis in range(len(shape))]
-    folds += [(fold, axis) for axis in range(len(shape)) for fold in ("outer", "inner")]
-    for fold, axis in folds:
-        placement = Placement(axis, fold)
-        if placement.fits(shape, n) and (fold == "none" or shape[axis] != n):
-            owner = placement.owner(shape[axis], n, plain.axes[axis].device)
-            if _explains(plain.axes[axis], [g.axes[axis] for g in found], owner, n, base):
+    layouts = [(Layout.ONE_EACH, axis) for axis in range(len(shape))]
+    layouts += [(layout, axis) for axis in range(len(shape)) for layout in (Layout.BLOCKS, Layout.INTERLEAVED)]
+    for layout, axis in layouts:
+        placement = Placement(axis, layout)
+        if placement.fits(shape, n) and (layout is Layout.ONE_EACH or shape[axis] != n):
+            owner = placement.sample_of_index(shape[axis], n, plain.axes[axis].device)
+            if _explains(plain.axes[axis], [g.axes[axis] for g in found], owner, n, marks_per_pass):
                 return placement
     if not shape:
-        return Unplaced.SHARED
+        return Unplaced.SHARED_BY_SAMPLES
     rows, others = plain.axes[0], [g.axes[0] for g in found]
-    owner = _owners(rows, others, base)
-    return Placement(0, "listed", owner) if _explains(rows, others, owner, n, base) else Unplaced.SHARED
+    owner = _owners(rows, others, marks_per_pass)
+    return (
+        Placement(0, Layout.INDEXED, owner)
+        if _explains(rows, others, owner, n, marks_per_pass)
+        else Unplaced.SHARED_BY_SAMPLES
+    )
 
 
-def _explains(rows: Tensor, scaled: list[Tensor], owner: Tensor | None, n: int, base: int) -> bool:
+def _explains(rows: Tensor, scaled: list[Tensor], owner: Tensor | None, n: int, marks_per_pass: int) -> bool:
     """Whether every row came back times the factors of its owner."""
     size = rows.norm(dim=1)
     # Powers of two leave every rounding as it was; only half precision may underflow. What several samples share may look like
     # one sample's by chance, the less likely the less is forgiven.
-    forgiven = 0.05 if base == BASE_OF_HALF else 1e-3
-    for factor, found in zip(factors(n, base)[1:], scaled, strict=True):
+    forgiven = 0.05 if marks_per_pass == MARKS_PER_PASS_OF_HALF else 1e-3
+    for factor, found in zip(sample_marks(n, marks_per_pass)[1:], scaled, strict=True):
         factor = factor.to(rows)
         factor = factor if owner is None else factor[owner.clamp(max=n - 1)]
         off = (found / factor[:, None] - rows).norm(dim=1)
@@ -158,11 +164,11 @@ def _explains(rows: Tensor, scaled: list[Tensor], owner: Tensor | None, n: int, 
     return True
 
 
-def _owners(rows: Tensor, scaled: list[Tensor], base: int) -> Tensor:
+def _owners(rows: Tensor, scaled: list[Tensor], marks_per_pass: int) -> Tensor:
     """The sample of each row, if each has one; rows without a gradient may belong to any."""
     owner = torch.zeros(len(rows), dtype=torch.long, device=rows.device)
     for place, found in enumerate(scaled):
         ratio = found.norm(dim=1) / rows.norm(dim=1)
-        digit = ratio.log2().round().nan_to_num(0, 0, 0).clamp(0, base - 1)
-        owner += digit.long() * base**place
+        digit = ratio.log2().round().nan_to_num(0, 0, 0).clamp(0, marks_per_pass - 1)
+        owner += digit.long() * marks_per_pass**place
     return owner

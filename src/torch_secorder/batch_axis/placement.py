@@ -10,9 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import Enum
 
 import torch
 from torch import Tensor
+
+
+class Layout(Enum):
+    """How samples lie along the axis that counts them."""
+
+    ONE_EACH = "index n is sample n"
+    BLOCKS = "each sample has a run of neighbouring indices"
+    INTERLEAVED = "the samples alternate"
+    INDEXED = "only a list tells, as behind a router"
 
 
 @dataclass(frozen=True)
@@ -20,15 +30,15 @@ class Grouping:
     """How several rows fall to each of n samples: the runs, turns or list of :class:`Placement`."""
 
     n: int
-    fold: str
-    listed: Tensor | None = None
+    layout: Layout
+    sample_index: Tensor | None = None
 
     def rows(self, value: Tensor) -> Tensor:
         """``[rows, ...]`` -> ``[n, most rows of one sample, ...]``, padded with zeros."""
-        if self.listed is None:
-            outer = self.fold == "outer"
+        if self.sample_index is None:
+            outer = self.layout is Layout.BLOCKS
             return value.unflatten(0, (self.n, -1)) if outer else value.unflatten(0, (-1, self.n)).transpose(0, 1)
-        owner = self.listed
+        owner = self.sample_index
         counts = torch.bincount(owner, minlength=self.n)
         order = owner.argsort(stable=True)
         most = int(counts.max())
@@ -39,9 +49,9 @@ class Grouping:
 
     def sums(self, value: Tensor) -> Tensor:
         """``[rows, ...]`` -> ``[n, ...]``, the sums over each sample's rows."""
-        if self.listed is None:
+        if self.sample_index is None:
             return self.rows(value).sum(1)
-        return value.new_zeros(self.n, *value.shape[1:]).index_add(0, self.listed, value)
+        return value.new_zeros(self.n, *value.shape[1:]).index_add(0, self.sample_index, value)
 
 
 @dataclass(frozen=True)
@@ -56,42 +66,44 @@ class Placement:
     """
 
     axis: int = 0
-    fold: str = "none"
-    listed: Tensor | None = None
+    layout: Layout = Layout.ONE_EACH
+    sample_index: Tensor | None = None
 
     def fits(self, shape: Sequence[int], n: int) -> bool:
         """Whether a tensor of this shape can be placed so."""
         size = shape[self.axis] if len(shape) > self.axis else 0
-        if self.listed is not None:
-            return size == len(self.listed)
-        return size == n if self.fold == "none" else size > 0 and size % n == 0
+        if self.sample_index is not None:
+            return size == len(self.sample_index)
+        return size == n if self.layout is Layout.ONE_EACH else size > 0 and size % n == 0
 
     @property
     def is_first_axis(self) -> bool:
         """Whether index n of the first axis is sample n."""
-        return self.axis == 0 and self.fold == "none"
+        return self.axis == 0 and self.layout is Layout.ONE_EACH
 
     @property
-    def whole(self) -> bool:
+    def is_one_sample(self) -> bool:
         """Whether all of the tensor belongs to one sample: a module that was called for each sample in turn."""
-        return self.listed is not None and bool((self.listed == self.listed[0]).all())
+        return self.sample_index is not None and bool((self.sample_index == self.sample_index[0]).all())
 
     def grouping(self, size: int, n: int, device: torch.device) -> Grouping | None:
         """How ``size`` indices fall to n samples; None if index n is sample n."""
         return (
             None
-            if self.fold == "none"
-            else Grouping(n, self.fold, self.listed if self.listed is None else self.listed.to(device))
+            if self.layout is Layout.ONE_EACH
+            else Grouping(
+                n, self.layout, self.sample_index if self.sample_index is None else self.sample_index.to(device)
+            )
         )
 
-    def owner(self, size: int, n: int, device: torch.device) -> Tensor | None:
+    def sample_of_index(self, size: int, n: int, device: torch.device) -> Tensor | None:
         """The sample of each index, ``[size]``; None if index n is sample n."""
-        if self.listed is not None:
-            return self.listed.to(device)
-        if self.fold == "none":
+        if self.sample_index is not None:
+            return self.sample_index.to(device)
+        if self.layout is Layout.ONE_EACH:
             return None
         samples = torch.arange(n, device=device)
-        return samples.repeat_interleave(size // n) if self.fold == "outer" else samples.repeat(size // n)
+        return samples.repeat_interleave(size // n) if self.layout is Layout.BLOCKS else samples.repeat(size // n)
 
 
 FIRST = Placement()  # index n of the first axis is sample n

@@ -11,30 +11,38 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from torch_secorder.autograd.engine import in_search_pass, search_pass
-from torch_secorder.batch_axis.evidence import BASE, BASE_OF_HALF, Evidence, Sketch, Unplaced, evidence, factors
+from torch_secorder.batch_axis.evidence import (
+    MARKS_PER_PASS,
+    MARKS_PER_PASS_OF_HALF,
+    Evidence,
+    Sketch,
+    Unplaced,
+    evidence,
+    sample_marks,
+)
 from torch_secorder.batch_axis.knowledge import Key, Memory
 from torch_secorder.batch_axis.placement import Placement
 from torch_secorder.errors import ShapeError, UnsupportedError
-from torch_secorder.model.ranks import Ranks, whole
+from torch_secorder.model.ranks import Ranks, full_tensor
 
-TILE = 262_139  # a prime: whatever else is periodic in a root has another period
+SEED_PERIOD = 262_139  # a prime: whatever else is periodic in a root has another period
 Wanted = tuple[Key, GradientEdge, Sequence[int]]  # what to remember it by, where in the graph, the shape to see it in
 
 
-class Look:
+class SampleSearch:
     """Evidence for nodes of one graph, remembered for later graphs of the same model.
 
     Attributes:
         outputs: as in :class:`Memory`.
-        ahead: gives nodes that may be asked for later: if a backward pass is made, it looks at them too.
+        look_ahead: gives nodes that may be asked for later: if a backward pass is made, it looks at them too.
 
     Args:
         memory: what was found out before.
         roots: the model's outputs.
         axis: where those have their samples; others tell nothing.
         n: how many samples.
-        rehearse: fills the memory from a cheaper graph of the same model, if there is a way.
-        doubtful: whether shapes leave open where the samples are.
+        locate_on_three_samples: fills the memory from a cheaper graph of the same model, if there is a way.
+        ambiguous_shapes: whether shapes leave open where the samples are.
         ranks: those that look together, at the same places.
     """
 
@@ -44,44 +52,49 @@ class Look:
         roots: list[Tensor],
         axis: int,
         n: int,
-        rehearse: Callable[[], None] | None,
-        doubtful: bool,
+        locate_on_three_samples: Callable[[], None] | None,
+        ambiguous_shapes: bool,
         ranks: Ranks,
     ):
         self._known, self.outputs, self._n, self._axis = memory.known, memory.outputs, n, axis
         memory.turns += 1
         # A gradient that was zero is asked for again, less and less often unless shapes leave open what its samples are.
-        self._patient = not doubtful and memory.turns.bit_count() > 1
-        self._rehearse, self._ranks = None if ranks.several else rehearse, ranks
+        self._skip_zero = not ambiguous_shapes and memory.turns.bit_count() > 1
+        self._locate_on_three_samples, self._ranks = None if ranks.distributed else locate_on_three_samples, ranks
         self._roots = [x for x in roots if x.shape[axis] == n]
-        self._base = BASE_OF_HALF if any(x.dtype in (torch.float16, torch.bfloat16) for x in roots) else BASE
-        self.ahead: Callable[[], Iterable[Node]] = list
+        half = any(x.dtype in (torch.float16, torch.bfloat16) for x in roots)
+        self._marks_per_pass = MARKS_PER_PASS_OF_HALF if half else MARKS_PER_PASS
+        self.look_ahead: Callable[[], Iterable[Node]] = list
         self._seen: dict[tuple[Node, int], Evidence] = {}
 
     def __call__(self, wanted: list[Wanted]) -> list[Evidence]:
         """Evidence for each (key, edge, shape); what was found for a key before holds while it fits the shape."""
         new = [item for item in wanted if not self._holds(item[0], item[2])]
-        if self._ranks.several:
+        if self._ranks.distributed:
             return self._together(wanted, bool(new))
-        if new and self._rehearse is not None:
-            self._rehearse()
+        if new and self._locate_on_three_samples is not None:
+            self._locate_on_three_samples()
             new = [item for item in new if not self._holds(item[0], item[2])]
         self._find(new)
         return [self._known[key] for key, _, _ in wanted]
 
     def _together(self, wanted: list[Wanted], new: bool) -> list[Evidence]:
         """All ranks look at all of these, or none looks at any: a pass of one alone would wait for the others forever."""
-        if not self._ranks.most(new):
+        if not self._ranks.max_over_ranks(new):
             return [self._known[key] for key, _, _ in wanted]
-        self._ranks.agreed(
+        self._ranks.require_same(
             [key for key, _, _ in wanted],
             "their graphs leave different places open where the samples are; give all of them batches of one shape, or pass "
             "batch_axis=",
         )
         self._find(list(wanted))
-        shared = self._ranks.most_each([self._known[key] is Unplaced.SHARED for key, _, _ in wanted])
+        shared = self._ranks.max_each_over_ranks(
+            [self._known[key] is Unplaced.SHARED_BY_SAMPLES for key, _, _ in wanted]
+        )
         if self._n == 1:  # nothing tells one sample from all of them, but another rank's evidence
-            self._known |= {key: Unplaced.SHARED for (key, _, _), found in zip(wanted, shared, strict=True) if found}
+            self._known |= {
+                key: Unplaced.SHARED_BY_SAMPLES for (key, _, _), found in zip(wanted, shared, strict=True) if found
+            }
         return [self._known[key] for key, _, _ in wanted]
 
     def _find(self, new: list[Wanted]) -> None:
@@ -92,13 +105,13 @@ class Look:
         if new:
             ahead: list[Wanted] = [
                 ((node, nr), GradientEdge(node, nr), meta.shape)
-                for node in self.ahead()
+                for node in self.look_ahead()
                 for nr, meta in enumerate(node._input_metadata)
             ]
-            self.ahead = list
+            self.look_ahead = list
             columns = zip(*self._sketches([*new, *ahead]), strict=True)
             for (key, edge, _), (plain, *scaled) in zip([*new, *ahead], columns, strict=True):
-                found = evidence(plain, scaled, self._n, self._base)
+                found = evidence(plain, scaled, self._n, self._marks_per_pass)
                 if key == (edge.node, edge.output_nr):
                     self._seen[edge.node, edge.output_nr] = found
                 else:
@@ -108,9 +121,11 @@ class Look:
         known = self._known.get(key)
         if isinstance(known, Placement):
             # A list is never remembered: a router decides anew for each batch.
-            return known.listed is None and known.fits(shape, self._n)
+            return known.sample_index is None and known.fits(shape, self._n)
         # (A call keeps its placement from its shape meanwhile; a use has none.)
-        return known is Unplaced.SHARED or (known is Unplaced.NOTHING and self._patient and key[0] == "call")
+        return known is Unplaced.SHARED_BY_SAMPLES or (
+            known is Unplaced.NO_GRADIENT and self._skip_zero and key[0] == "call"
+        )
 
     def _sketches(self, wanted: list[Wanted]) -> list[list[Sketch | None]]:
         """For each set of factors for the samples, sketches of the gradients at the wanted edges in the wanted shapes."""
@@ -120,7 +135,9 @@ class Look:
                 f"many indices on axis {self._axis}; return the outputs along with the loss, or pass batch_axis="
             )
         generator = torch.Generator().manual_seed(0)
-        tiles = [torch.randn(min(x.numel(), TILE), generator=generator).to(x.device, x.dtype) for x in self._roots]
+        tiles = [
+            torch.randn(min(x.numel(), SEED_PERIOD), generator=generator).to(x.device, x.dtype) for x in self._roots
+        ]
         found: list[list[Sketch | None]] = []
         ends = _deepest(self._roots, {edge.node for _, edge, _ in wanted})
         with torch.enable_grad(), search_pass(self._roots) as roots, ExitStack() as hooks:
@@ -129,7 +146,7 @@ class Look:
                     hook = partial(_arrived, found, position, edge.output_nr, tuple(shape))
                     hooks.callback(edge.node.register_prehook(hook).remove)
             if not ends:
-                return [[None] * len(wanted) for _ in factors(self._n, self._base)]
+                return [[None] * len(wanted) for _ in sample_marks(self._n, self._marks_per_pass)]
             last = [(position, item) for position, item in enumerate(wanted) if item[1].node in ends]
             for factor in self._factors():
                 seeds = [self._seed(x, tile, factor) for x, tile in zip(self._roots, tiles, strict=True)]
@@ -145,8 +162,8 @@ class Look:
                         "checkpointing hides it: use torch.utils.checkpoint with use_reentrant=False, or another batch size"
                     ) from error
                 for grad, (position, (_, _, shape)) in zip(grads, last, strict=True):
-                    found[-1][position] = None if grad is None else Sketch.of(whole(grad).reshape(tuple(shape)))
-        return found[: len(factors(self._n, self._base))]
+                    found[-1][position] = None if grad is None else Sketch.of(full_tensor(grad).reshape(tuple(shape)))
+        return found[: len(sample_marks(self._n, self._marks_per_pass))]
 
     def _seed(self, root: Tensor, tile: Tensor, factor: Tensor) -> Tensor:
         """A gradient for a root: the same numbers in each pass, times a factor for each sample."""
@@ -158,8 +175,8 @@ class Look:
 
     def _factors(self) -> list[Tensor]:
         """The factors, and more of them as long as other ranks need more."""
-        own = factors(self._n, self._base)
-        return own + own[:1] * (self._ranks.most(len(own)) - len(own))
+        own = sample_marks(self._n, self._marks_per_pass)
+        return own + own[:1] * (self._ranks.max_over_ranks(len(own)) - len(own))
 
 
 def _arrived(
@@ -167,7 +184,7 @@ def _arrived(
 ) -> None:
     """A gradient on its way, in the latest pass."""
     if in_search_pass() and (grad := grads[nr]) is not None:
-        found[-1][position] = Sketch.of(whole(grad).reshape(shape))
+        found[-1][position] = Sketch.of(full_tensor(grad).reshape(shape))
 
 
 def _deepest(roots: Sequence[Tensor], wanted: set[Node]) -> set[Node]:

@@ -21,7 +21,7 @@ from torch_secorder.batch_axis.placement import FIRST
 from torch_secorder.capture.forwards import ForwardTracker, size_on
 from torch_secorder.capture.records import Forward, HookedModule, Record
 from torch_secorder.errors import CoverageError, ShapeError, UnsupportedError
-from torch_secorder.model.hooks import Hook, Hooks, HookScope
+from torch_secorder.model.hooks import HookScope, HookSet, WeakHook
 from torch_secorder.model.ranks import is_dtensor
 
 # torch registers a hook before it notes `with_kwargs`. Another thread that calls the module in between passes the output in the
@@ -54,18 +54,18 @@ class ModuleHooks(HookScope):
     ):
         self._model, self._sites, self._on_gradient = model, sites, on_gradient
         self.forwards, self._guards, self._attach_leaf = forwards, guards, attach_leaf
-        self._hooks = Hooks()
+        self._hooks = HookSet()
 
     def _attach(self) -> None:
         add, model, forwards = self._hooks.add, self._model, self.forwards
-        enter, leave = Hook(forwards, "on_model_enter"), Hook(forwards, "on_model_exit")
+        enter, leave = WeakHook(forwards, "on_model_enter"), WeakHook(forwards, "on_model_exit")
         add(model, model.register_forward_pre_hook, enter, prepend=True, with_kwargs=True)
         for site in self._sites:
             # The hook is first in line: a user's hook may return something else than what the module computed.
-            hook = Hook(self, "on_watched_output" if site.rule is None else "on_module_output", site)
+            hook = WeakHook(self, "on_watched_output" if site.rule is None else "on_module_output", site)
             add(site.module, site.module.register_forward_hook, hook, prepend=True, with_kwargs=True)
         for module, guard in self._guards.items():
-            add(module, module.register_forward_pre_hook, Hook(self, "check_state", guard))
+            add(module, module.register_forward_pre_hook, WeakHook(self, "check_state", guard))
         add(model, model.register_forward_hook, leave, always_call=True)
         forwards.active = True
 

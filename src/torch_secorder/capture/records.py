@@ -15,8 +15,8 @@ from torch.autograd.graph import GradientEdge, Node
 from torch_secorder.autograd.engine import current_node, saved_tensors_hooks
 from torch_secorder.batch_axis.placement import Placement
 from torch_secorder.errors import CoverageError
-from torch_secorder.model.ranks import class_as_written, whole
-from torch_secorder.per_sample import Factor
+from torch_secorder.model.ranks import class_as_written, full_tensor
+from torch_secorder.per_sample import SharedFactor
 
 
 @dataclass(eq=False, slots=True)
@@ -115,11 +115,11 @@ class Call:
     kwargs: Mapping[str, Any]
     grad_output: Tensor
     node: Any = None
-    shared_factors: dict[torch.Size, Factor] | None = None
+    shared_factors: dict[torch.Size, SharedFactor] | None = None
     kept: Any = None
     batch_axis: int | None = 0
 
-    def shared(self, value: Tensor) -> Tensor | Factor:
+    def shared(self, value: Tensor) -> Tensor | SharedFactor:
         """``value``, a view of the input, as something whose Gram matrix is computed once for all calls with this input."""
         if self.shared_factors is None:
             return value
@@ -127,7 +127,7 @@ class Call:
         # Tensors are compared by address and stride, not by id: the one that is there keeps its memory in use, so that equal
         # addresses mean the same data.
         if found is None or (found.value.data_ptr(), found.value.stride()) != (value.data_ptr(), value.stride()):
-            found = self.shared_factors[value.shape] = Factor(value)
+            found = self.shared_factors[value.shape] = SharedFactor(value)
         return found
 
     def argument(self, position: int, name: str) -> Any:
@@ -193,7 +193,7 @@ class Record:
         x, settings = inputs[0], tuple([getattr(site.module, name) for name in site.rule.depends_on])
         return (site.batching_key, settings, x.shape, x.dtype, self.shape, grad.dtype, grad.device)
 
-    def call(self, grad: Tensor, shared_factors: dict[torch.Size, Factor] | None = None) -> Call:
+    def call(self, grad: Tensor, shared_factors: dict[torch.Size, SharedFactor] | None = None) -> Call:
         """What the rule needs, with the axis that counts samples first."""
         assert self.placement is not None
         inputs, kwargs = self._arguments()
@@ -231,8 +231,8 @@ class Record:
                 f"{self.site}: its input was changed in place after the layer saw it; change it out of place"
             )
         # What ranks compute in parts, the rules get whole.
-        kwargs = {name: whole(x) for name, x in self.kwargs.items()} if self.kwargs else self.kwargs
-        return tuple([whole(x) for x in self.inputs]), kwargs
+        kwargs = {name: full_tensor(x) for name, x in self.kwargs.items()} if self.kwargs else self.kwargs
+        return tuple([full_tensor(x) for x in self.inputs]), kwargs
 
 
 class _Packed:

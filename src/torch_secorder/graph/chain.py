@@ -18,7 +18,7 @@ _NAMES = (
     "T Transpose Permute View UnsafeView ReshapeAlias Unsqueeze Squeeze Alias Clone ToCopy "
     "Select Slice Split SplitWithSizes UnsafeSplit Chunk Unbind Narrow"
 )
-LAYOUT = {f"{name}Backward0" for name in _NAMES.split()}
+PERMUTES_ENTRIES = {f"{name}Backward0" for name in _NAMES.split()}
 TRANSPOSES = {"TBackward0", "TransposeBackward0", "PermuteBackward0"}
 
 
@@ -30,35 +30,35 @@ class BatchFreeVjp:
         value: the node that made the value, and which of its outputs it is.
         start: the node of the parameter, or of the call's output.
         shape: of what is at the start.
-        layout: what distinguishes the chain, if it only moves entries; else None.
+        permutation: what distinguishes the chain, if it only moves entries; else None.
     """
 
     value: Edge
     start: Node
     shape: tuple[int, ...]
-    layout: tuple[object, ...] | None
+    permutation: tuple[object, ...] | None
 
     def __call__(self, form: PerSampleGradient) -> PerSampleGradient:
         """The gradient of the start, given that of the value."""
-        if self.layout == ():
+        if self.permutation == ():
             return form
         if isinstance(form, Outer) and form.a.shape[1] == 1 and self._transposes(form):
             return Outer(form.g, form.a, self.shape)
-        vjp = partial(_vjp, self.value, self.start, self.shape, self.layout is not None)
-        return PulledBack(form, vjp, self.shape, self.layout)
+        vjp = partial(_vjp, self.value, self.start, self.shape, self.permutation is not None)
+        return PulledBack(form, vjp, self.shape, self.permutation)
 
     def _transposes(self, form: Outer) -> bool:
-        single = self.value[0].name() in TRANSPOSES and self.layout is not None and len(self.layout) == 1
+        single = self.value[0].name() in TRANSPOSES and self.permutation is not None and len(self.permutation) == 1
         return single and len(self.shape) == 2 and form.shape == self.shape[::-1]
 
 
-def carrier(value: Edge, start: Node, shape: tuple[int, ...]) -> BatchFreeVjp:
+def batch_free_vjp(value: Edge, start: Node, shape: tuple[int, ...]) -> BatchFreeVjp:
     """The way from ``start`` to ``value``, looked through once."""
     chain = _line(value, start)
-    layout = None
-    if chain is not None and all(node.name() in LAYOUT for node, _ in chain):
-        layout = tuple((node.name(), nr, _settings(node)) for node, nr in chain)
-    return BatchFreeVjp(value, start, shape, layout)
+    permutation = None
+    if chain is not None and all(node.name() in PERMUTES_ENTRIES for node, _ in chain):
+        permutation = tuple((node.name(), nr, _settings(node)) for node, nr in chain)
+    return BatchFreeVjp(value, start, shape, permutation)
 
 
 def _line(value: Edge, start: Node) -> list[Edge] | None:

@@ -12,17 +12,17 @@ from torch.autograd.graph import GradientEdge, Node
 from torch_secorder.autograd.nodes import Edge, has_packed_tensors, value_shape
 from torch_secorder.batch_axis.evidence import Evidence, Unplaced
 from torch_secorder.batch_axis.knowledge import Key
-from torch_secorder.batch_axis.placement import Placement
-from torch_secorder.batch_axis.search import Look, Wanted
+from torch_secorder.batch_axis.placement import Layout, Placement
+from torch_secorder.batch_axis.search import SampleSearch, Wanted
 from torch_secorder.capture.records import Forward, Record
-from torch_secorder.graph.chain import LAYOUT, BatchFreeVjp, between, carrier
+from torch_secorder.graph.chain import PERMUTES_ENTRIES, BatchFreeVjp, batch_free_vjp, between
 from torch_secorder.graph.walk import Walk
 from torch_secorder.model.parameters import Table
-from torch_secorder.rules.node_rules import Place, has_rule
+from torch_secorder.rules.node_rules import NodeUse, has_rule
 
 
 @dataclass(frozen=True)
-class Part:
+class UsedValue:
     """A batch-free value that a frontier node takes.
 
     Attributes:
@@ -38,38 +38,40 @@ class Part:
 
 
 @dataclass(eq=False)
-class Use:
+class ParameterUse:
     """A frontier node: where batch-free values meet the data, outside of any hooked module's call.
 
     Attributes:
-        parts: the values.
+        values: the values.
         placement: where the node's output has its samples.
         output: which of its outputs that is.
-        starts_graph: whether nothing before the node is differentiated but batch-free values.
-        calls_nodes: whether its gradients take calls of nodes, which have no answer inside of a backward pass that was asked
+        is_first: whether nothing before the node is differentiated but batch-free values.
+        needs_node_calls: whether its gradients take calls of nodes, which have no answer inside of a backward pass that was asked
             for other gradients only.
-        rearranges: whether its gradients' entries, though not their norms, take such calls.
+        permutes_entries: whether its gradients' entries, though not their norms, take such calls.
     """
 
     forward: Forward
-    parts: list[Part]
+    values: list[UsedValue]
     placement: Placement
     output: int
-    starts_graph: bool
-    calls_nodes: bool = False
-    rearranges: bool = False
+    is_first: bool
+    needs_node_calls: bool = False
+    permutes_entries: bool = False
     last_pass: int | None = None
 
-    def place(self, node: Node | None, part: Part, memo: dict[str, Any]) -> Place:
+    def node_use(self, node: Node | None, part: UsedValue, memo: dict[str, Any]) -> NodeUse:
         """One of the values, for its rule."""
         assert node is not None  # a hook of this node runs
         assert self.forward.n is not None
         shape = tuple(node._input_metadata[self.output].shape)
-        return Place(node, part.index, part.shape, shape, self.placement, self.forward.n, memo)
+        return NodeUse(node, part.index, part.shape, shape, self.placement, self.forward.n, memo)
 
-    def hidden(self, node: Node) -> str | None:
+    def unreadable_because(self, node: Node) -> str | None:
         """The name of a node whose saved tensors are elsewhere, and may be fetched only once: by autograd itself."""
-        chains = (between(c.value[0], c.start) for part in self.parts for _, c in part.targets if c.layout is None)
+        chains = (
+            between(c.value[0], c.start) for value in self.values for _, c in value.targets if c.permutation is None
+        )
         return next((one.name() for one in (node, *itertools.chain(*chains)) if has_packed_tensors(one)), None)
 
     def edges(self, node: Node) -> list[GradientEdge]:
@@ -80,13 +82,23 @@ class Use:
 class Frontier:
     """From unaccounted uses and shared calls up to the nodes where they meet the data."""
 
-    def __init__(self, walk: Walk, shared: list[Record], look: Look, n: int, table: Table, single: bool | None = None):
-        self._walk, self._look, self._n, self._table = walk, look, n, table
-        self._single = n == 1 if single is None else single  # whether there is one sample, and on every rank
+    def __init__(
+        self,
+        walk: Walk,
+        shared: list[Record],
+        search: SampleSearch,
+        n: int,
+        table: Table,
+        one_sample: bool | None = None,
+    ):
+        self._walk, self._search, self._n, self._table = walk, search, n, table
+        self._one_sample = (
+            n == 1 if one_sample is None else one_sample
+        )  # whether there is one sample, and on every rank
         self._shared = {node: r for node, records in walk.records.items() for r in records if r in shared}
         self._parents = walk.parents
 
-    def uses(self, forward: Forward) -> list[tuple[Use, Node]]:
+    def uses(self, forward: Forward) -> list[tuple[ParameterUse, Node]]:
         """Every frontier use."""
         starts = [
             (*edge, f"{self._table.names[position]}/") for position, edges in self._walk.uses.items() for edge in edges
@@ -97,28 +109,28 @@ class Frontier:
         indices: dict[Node, list[int]] = defaultdict(list)
         done: set[Edge] = set()
         level = starts
-        while self._table.ranks.most(bool(level)):
+        while self._table.ranks.max_over_ranks(bool(level)):
             level = list({item[:2]: item for item in level if item[:2] not in done}.values())
             done |= {item[:2] for item in level}
             following: list[tuple[Node, int, str]] = []
             # What only moves the entries of a batch-free value gives another one; no evidence is needed for that.
             for node, _, path in level:
-                if node.name() in LAYOUT and not self._single:
+                if node.name() in PERMUTES_ENTRIES and not self._one_sample:
                     following += [(*edge, f"{path}{node.name()}/") for edge in self._parents[node]]
-            level = [item for item in level if item[0].name() not in LAYOUT or self._single]
+            level = [item for item in level if item[0].name() not in PERMUTES_ENTRIES or self._one_sample]
             for (node, index, path), (seen, output) in zip(level, self._evidence(level), strict=True):
                 if isinstance(seen, Placement):
                     found[node] = seen, output
                     indices[node].append(index)
-                elif seen is Unplaced.SHARED:
+                elif seen is Unplaced.SHARED_BY_SAMPLES:
                     following += [(*edge, f"{path}{node.name()}/") for edge in self._parents[node]]
             level = following
         return [self._use(forward, node, indices[node], *found[node], set(found)) for node in found]
 
     def _evidence(self, level: list[tuple[Node, int, str]]) -> list[tuple[Evidence, int]]:
         """For each node the evidence for the first of its outputs that has any, and which that is."""
-        if self._single:
-            return [(Placement(0, "outer"), 0)] * len(level)
+        if self._one_sample:
+            return [(Placement(0, Layout.BLOCKS), 0)] * len(level)
         wanted: list[Wanted] = []
         sizes: list[list[int]] = []
         counts: dict[str, int] = defaultdict(int)
@@ -126,37 +138,39 @@ class Frontier:
             what = f"{path}{node.name()}:{index}"
             counts[what] += 1
             place: Key = ("use", what, counts[what])
-            known = self._look.outputs.get(place)
+            known = self._search.outputs.get(place)
             sizes.append(list(range(len(node._input_metadata))) if known is None else [known])
             for nr in sizes[-1]:
                 wanted.append(((*place, nr), GradientEdge(node, nr), node._input_metadata[nr].shape))
-        found, keys = iter(self._look(wanted)), iter(key for key, _, _ in wanted)
+        found, keys = iter(self._search(wanted)), iter(key for key, _, _ in wanted)
         chosen: list[tuple[Evidence, int]] = []
         for outputs in sizes:
             several = [(next(found), nr, next(keys)) for nr in outputs]
-            told = [item for item in several if item[0] is not Unplaced.NOTHING]
+            told = [item for item in several if item[0] is not Unplaced.NO_GRADIENT]
             best, nr, key = next((item for item in told if isinstance(item[0], Placement)), (told or several)[0])
             if told:
-                self._look.outputs[key[:-1]] = nr
+                self._search.outputs[key[:-1]] = nr
             chosen.append((best, nr))
         return chosen
 
     def _use(
         self, forward: Forward, node: Node, indices: list[int], placement: Placement, output: int, frontier: set[Node]
-    ) -> tuple[Use, Node]:
+    ) -> tuple[ParameterUse, Node]:
         parts = []
         for index in indices:
             child, nr = node.next_functions[index]
             assert child is not None
             shape = value_shape(child, nr)
-            parts.append(Part(index, shape, self._targets(child, nr)))
+            parts.append(UsedValue(index, shape, self._targets(child, nr)))
         others = [c for i, (c, _) in enumerate(node.next_functions) if i not in indices and c is not None]
-        use = Use(forward, parts, placement, output, all(self._is_free(c, frontier) for c in others))
-        ruled = all(has_rule(use.place(node, part, {})) for part in parts)
+        use = ParameterUse(forward, parts, placement, output, all(self._is_free(c, frontier) for c in others))
+        ruled = all(has_rule(use.node_use(node, part, {})) for part in parts)
         targets = [target for part in parts for target in part.targets]
-        use.rearranges = any(c.layout != () for _, c in targets)
-        simple = all(c.layout == () or (c.layout is not None and isinstance(target, int)) for target, c in targets)
-        use.calls_nodes = not (ruled and simple)
+        use.permutes_entries = any(c.permutation != () for _, c in targets)
+        simple = all(
+            c.permutation == () or (c.permutation is not None and isinstance(target, int)) for target, c in targets
+        )
+        use.needs_node_calls = not (ruled and simple)
         return use, node
 
     def _is_free(self, node: Node, frontier: set[Node]) -> bool:
@@ -190,7 +204,7 @@ class Frontier:
                     if child is not None and child not in seen:
                         seen.add(child)
                         stack.append(child)
-        return [(target, carrier((value, nr), node, self._shape_of(target))) for node, target in ends.items()]
+        return [(target, batch_free_vjp((value, nr), node, self._shape_of(target))) for node, target in ends.items()]
 
     def _shape_of(self, target: int | Record) -> tuple[int, ...]:
         return self._table.rows[target].shape if isinstance(target, int) else tuple(target.shape)

@@ -1,4 +1,4 @@
-"""One traversal of the autograd graph, from the model's outputs to its parameters."""
+"""The walk: one traversal of the autograd graph, from the model's outputs to its parameters."""
 
 from __future__ import annotations
 
@@ -16,52 +16,69 @@ from torch_secorder.graph.conditions import REORDERS, _axes, _reorders, has_ambi
 
 
 class Walk:
-    """One traversal of the graph.
+    """What one traversal of a forward's graph has met.
+
+    A hooked module's call counts as one node: the one that made its output. What the call computed inside is only searched
+    for parameters that are not the module's own.
 
     Attributes:
-        children: node -> its inputs, for the nodes outside of hooked modules' calls.
-        records: nodes at which such a call ends.
-        uses: position -> edges (consumer, index of its input) that no call accounts for.
-        leaves: where the gradients of parameters are accumulated -> position.
-        others: whatever else accumulates gradients: inputs, parameters of other models.
+        children: node -> its inputs, in the order in which the nodes were met.
+        names: the kind of each of these nodes.
+        shapes: the shapes of their outputs.
+        records: node that made a hooked call's output -> the calls that end there.
+        uses: position of a parameter -> its uses that no call accounts for, as edges (consumer, index of the input).
+        leaves: node that accumulates an analysed parameter's gradient -> the parameter's position.
+        other_leaves: where the gradients of other tensors are accumulated: inputs, parameters of other models.
     """
 
     def __init__(self, roots: Sequence[Tensor], forward: Forward, leaves: dict[Node, int]):
         self.children: dict[Node, Any] = {}
-        self.records: dict[Node, list[Record]] = defaultdict(list)
+        self.names: list[str] = []
+        self.shapes: list[tuple[int, ...]] = []
+        self.records: dict[Node, list[Record]] = {}
         self.uses: dict[int, list[Edge]] = defaultdict(list)
-        ends: dict[Node, list[Record]] = defaultdict(list)
+        self.leaves = leaves
+        self.other_leaves: list[GradientEdge] = []
+        calls: dict[Node, list[Record]] = defaultdict(list)
         for record, edge in forward.records:
             if record.site.rule is not None:
-                ends[edge.node].append(record)
-        self.leaves = leaves
-        self.others: list[GradientEdge] = []
+                calls[edge.node].append(record)
+        self._traverse(roots, calls)
+
+    def _traverse(self, roots: Sequence[Tensor], calls: dict[Node, list[Record]]) -> None:
+        # This runs in every step: one loop, and no function for each node.
         stack = [x.grad_fn for x in roots if x.grad_fn is not None]
         seen = set(stack)
         while stack:
             node = stack.pop()
-            found = ends.get(node)
-            if found is not None:
-                self.records[node] = found
-                inputs: Any = self._inside(node, found)
+            ending = calls.get(node)
+            if ending is not None:
+                self.records[node] = ending
+                inputs: Any = self._inputs_of_call(node, ending)
             else:
                 inputs = node.next_functions
                 if not inputs and hasattr(node, "variable"):
-                    self.others.append(GradientEdge(node, 0))
+                    self.other_leaves.append(GradientEdge(node, 0))
             self.children[node] = inputs
+            self.names.append(node.name())
+            for meta in node._input_metadata:
+                self.shapes.append(tuple(meta.shape))
             for index, (child, _) in enumerate(inputs):
                 if child is None or child in seen:
                     continue
-                if found is None and child in leaves:
-                    self.uses[leaves[child]].append((node, index))
+                if ending is None and child in self.leaves:
+                    self.uses[self.leaves[child]].append((node, index))
                 else:
                     seen.add(child)
                     stack.append(child)
 
-    def _inside(self, node: Node, records: list[Record]) -> list[Edge]:
-        """What a hooked module's call consumed from outside of it, and the uses of others' parameters inside of it."""
-        owned = [position for record in records for position in record.site.parameters.values()]
-        boundary = [edge for record in records for edge in record.input_nodes]
+    def _inputs_of_call(self, node: Node, records: list[Record]) -> list[Edge]:
+        """What a hooked call took from outside; uses inside of it of parameters that its module doesn't own are noted."""
+        owned: set[int] = set()
+        boundary: set[Node] = set()
+        for record in records:
+            owned.update(record.site.positions)
+            boundary.update(record.input_nodes)
         outside: list[Edge] = []
         stack, seen = [node], {node}
         while stack:
@@ -78,15 +95,6 @@ class Walk:
                     seen.add(child)
                     stack.append(child)
         return outside
-
-    @cached_property
-    def names(self) -> tuple[str, ...]:
-        """The kinds of the nodes, in the order of ``children``."""
-        return tuple([node.name() for node in self.children])
-
-    @cached_property
-    def _shapes(self) -> tuple[tuple[int, ...], ...]:
-        return tuple([tuple(meta.shape) for node in self.children for meta in node._input_metadata])
 
     @cached_property
     def parents(self) -> dict[Node, list[Edge]]:
@@ -108,15 +116,17 @@ class Walk:
             found |= dict.fromkeys(level)
         return list(found)
 
-    def structure(self, n: int | None) -> int:
-        """The same for graphs of the same nodes in the same order, whose shapes differ by the names of their sizes only.
+    def fingerprint(self, n: int | None) -> int:
+        """A hash of the graph: equal for graphs with the same nodes in the same order and the same pattern of sizes.
 
-        Where shapes prove nothing, their axes are the same too.
+        Two batches of different sizes have one pattern if the same sizes are equal in both. Where sizes prove nothing, since
+        another axis has n indices too, the axes that the nodes work along are hashed as well.
         """
+        names, shapes = tuple(self.names), tuple(self.shapes)
         if n is None:
-            return hash(self.names)
-        axes = tuple([_axes(node) for node in self.children]) if self.coincidences(n) else None
-        return hash((self.names, size_pattern(n, self._shapes), axes))
+            return hash(names)
+        axes = tuple([_axes(node) for node in self.children]) if has_ambiguous_axis(n, shapes) else None
+        return hash((names, size_pattern(n, shapes), axes))
 
     def reorders(self, n: int) -> bool:
         """Whether some node may put the samples into another order, so that what held for other batches may not hold."""
@@ -126,10 +136,10 @@ class Walk:
             name in REORDERS and _reorders(node, n) for node, name in zip(self.children, self.names, strict=True)
         )
 
-    def hides(self) -> bool:
-        """Whether re-entrant checkpointing hides parts of the graph, so that no evidence can be had."""
+    def has_reentrant_checkpoint(self) -> bool:
+        """Whether re-entrant checkpointing hides parts of the graph, so that no evidence can be found in it."""
         return "CheckpointFunctionBackward" in self.names
 
-    def coincidences(self, n: int) -> bool:
-        """Whether any tensor in the graph has n indices on another axis than the first, so that shapes prove nothing."""
-        return has_ambiguous_axis(n, self._shapes)
+    def has_ambiguous_axis(self, n: int) -> bool:
+        """Whether some tensor in the graph has n indices on another axis than the first, so that sizes prove nothing."""
+        return has_ambiguous_axis(n, tuple(self.shapes))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
@@ -10,21 +10,29 @@ import torch
 from torch import Tensor
 
 
-def tensors(value: Any) -> list[Tensor]:
-    """Every tensor in nested mappings, sequences and dataclasses, in order."""
+def tensors(value: Any) -> Iterator[Tensor]:
+    """Every tensor in nested mappings, sequences and dataclasses."""
+    if isinstance(value, Tensor):
+        return iter((value,))
     found: list[Tensor] = []
-    pending = [value]
-    while pending:
-        item = pending.pop()
+    _collect(value, found)
+    return iter(found)
+
+
+def _collect(value: Any, found: list[Tensor]) -> None:
+    """Append every tensor in a container; no generator, which Python would call for each tensor and at each level."""
+    items: Iterable[Any] = ()
+    if isinstance(value, Mapping):
+        items = value.values()
+    elif isinstance(value, (list, tuple)):
+        items = value
+    elif is_dataclass(value) and not isinstance(value, type):
+        items = [getattr(value, f.name) for f in fields(value)]
+    for item in items:
         if isinstance(item, Tensor):
             found.append(item)
-        elif isinstance(item, Mapping):
-            pending.extend(reversed(list(item.values())))
-        elif isinstance(item, (list, tuple)):
-            pending.extend(reversed(item))
-        elif is_dataclass(item) and not isinstance(item, type):
-            pending.extend([getattr(item, f.name) for f in reversed(fields(item))])
-    return found
+        else:
+            _collect(item, found)
 
 
 def mapped(function: Callable[[Tensor], Tensor], value: Any) -> Any:
@@ -43,23 +51,23 @@ def mapped(function: Callable[[Tensor], Tensor], value: Any) -> Any:
 
 
 def sample_axis(x: Tensor, n: int, axis: int = 0) -> int | None:
-    """Where a tensor counts n samples: on ``axis``, else on the first as labels do, else nowhere."""
+    """The axis on which a tensor counts n samples: ``axis``, else the first one, as for labels; None if it counts none."""
     return next((a for a in (axis, 0) if x.dim() > a and x.shape[a] == n), None)
 
 
 def rows(value: Any, index: list[int], n: int, axis: int = 0) -> Any:
-    """Those samples of every tensor in ``value`` that counts n of them, in memory of their own."""
+    """The samples in ``index`` of every tensor in ``value`` that counts n of them, copied; other tensors as they are."""
 
     def picked(x: Tensor) -> Tensor:
         where = sample_axis(x, n, axis)
-        # (Large rows are copied several times faster so than by index_select.)
+        # Copying large rows one by one is several times faster than index_select.
         return x if where is None else torch.cat([x.narrow(where, i, 1) for i in index], where)
 
     return mapped(picked, value)
 
 
 def shrunk(x: Tensor) -> Tensor:
-    """Other values of the same kind: probabilities stay probabilities."""
+    """Other values of the same kind, for comparison: entries become smaller, so that probabilities stay probabilities."""
     if not x.is_floating_point():
         return x
     return x * torch.linspace(0.5, 1.0, max(x.numel(), 1), device=x.device, dtype=x.dtype)[: x.numel()].view(x.shape)

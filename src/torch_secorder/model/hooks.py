@@ -55,7 +55,7 @@ class HookScope(ABC):
         """Undo what :meth:`_attach` did, all or a part of it, also if that is undone already."""
 
 
-class Hook:
+class WeakHook:
     """A method of an object as a hook, which does not keep the object alive.
 
     A copy of the model (deepcopy, pickle) gets one that does nothing, and not the object with it.
@@ -71,11 +71,11 @@ class Hook:
             return None
         return self._function(owner, *self._first, *args)
 
-    def __reduce__(self) -> tuple[type[Hook], tuple[None]]:
-        return (Hook, (None,))
+    def __reduce__(self) -> tuple[type[WeakHook], tuple[None]]:
+        return (WeakHook, (None,))
 
 
-class Hooks:
+class HookSet:
     """Hooks of ours on modules and tensors.
 
     They are found again where they are, and not by the handles that torch gave: an interruption between the moment when a
@@ -94,13 +94,13 @@ class Hooks:
     def remove(self) -> None:
         """Take them all off."""
         for owner, hook in self._ours:
-            _take(owner, hook)
+            _remove(owner, hook)
         self._ours = []
 
     __del__ = remove
 
 
-def _take(owner: Owner, hook: Callable[..., Any]) -> None:
+def _remove(owner: Owner, hook: Callable[..., Any]) -> None:
     """Remove one hook from all tables of its owner, which torch keys by the same number."""
     if isinstance(owner, Tensor):
         tables = [owner._backward_hooks or {}]

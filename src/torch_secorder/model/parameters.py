@@ -54,7 +54,7 @@ class ParameterTable(Table):
 
     Attributes:
         tensors: the parameters themselves.
-        coded: positions of those that hold codes (quantized weights), in which autograd gives no gradient.
+        quantized: positions of those that hold codes (quantized weights), in which autograd gives no gradient.
     """
 
     def __init__(self, model: nn.Module, which: str = "trainable"):
@@ -77,10 +77,10 @@ class ParameterTable(Table):
             )
         self.tensors: list[Tensor] = [p for _, p in named]
         super().__init__(_row(name, p, owners) for name, p in named)
-        self.coded = {position for position, p in enumerate(self.tensors) if _is_coded(p)}
-        if trained := [self.names[position] for position in self.coded if self.tensors[position].requires_grad]:
+        self.quantized = {position for position, p in enumerate(self.tensors) if _is_quantized(p)}
+        if trained := [self.names[position] for position in self.quantized if self.tensors[position].requires_grad]:
             raise UnsupportedError(
-                f"{', '.join(trained)}: a {type(self.tensors[min(self.coded)]).__name__} that requires a gradient; what is "
+                f"{', '.join(trained)}: a {type(self.tensors[min(self.quantized)]).__name__} that requires a gradient; what is "
                 "quantized can be analysed frozen (requires_grad_(False)), from its layer's inputs and output gradients"
             )
         self.leaves = self.tensors
@@ -102,7 +102,7 @@ class ParameterTable(Table):
         return {local: position for local, position in found if position is not None}
 
 
-def _is_coded(p: Tensor) -> bool:
+def _is_quantized(p: Tensor) -> bool:
     return not is_dtensor(p) and (not p.is_floating_point() or is_traceable_wrapper_subclass(p))
 
 

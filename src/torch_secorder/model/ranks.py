@@ -27,9 +27,9 @@ def is_dtensor(x: Any) -> bool:
     return type(x) is not Tensor and isinstance(x, Tensor) and hasattr(x, "full_tensor")
 
 
-def whole(x: Any) -> Any:
+def full_tensor(x: Any) -> Any:
     """A DTensor's whole value, which all ranks have to ask for; anything else as it is."""
-    return x.full_tensor() if type(x) is not Tensor and is_dtensor(x) else x
+    return x.full_tensor() if is_dtensor(x) else x
 
 
 def is_fsdp(module: nn.Module) -> bool:
@@ -97,30 +97,30 @@ class Ranks:
         leaves: what the graph has for each of them.
 
     Attributes:
-        several: whether there are others.
-        first: whether this rank, of those that compute the same samples together, is the one that counts them.
+        distributed: whether there are others.
+        counts_samples: whether this rank, of those that compute the same samples together, is the one that counts them.
     """
 
     def __init__(self, parameters: Iterable[Tensor] = (), leaves: Iterable[Tensor] = ()):
         meshes: dict[Any, None] = {p.device_mesh: None for p in parameters if is_dtensor(p)}  # type: ignore[attr-defined]
         self._groups = [group for mesh in meshes for group in mesh.get_all_groups()]
         self._device = next((mesh.device_type for mesh in meshes), "cpu")
-        self.several = any(dist.get_world_size(group) > 1 for group in self._groups)
+        self.distributed = any(dist.get_world_size(group) > 1 for group in self._groups)
         spread = {p.device_mesh: None for p in leaves if is_dtensor(p)}  # type: ignore[attr-defined]
         self._replicas = [group for mesh in spread for group in mesh.get_all_groups()]
-        self.first = not any(any(mesh.get_coordinate() or ()) for mesh in spread)
+        self.counts_samples = not any(any(mesh.get_coordinate() or ()) for mesh in spread)
 
-    def most(self, value: int) -> int:
+    def max_over_ranks(self, value: int) -> int:
         """The largest of all ranks' values.
 
         Raises:
             CoverageError: if another rank has refused the batch.
         """
-        return self.most_each([value])[0]
+        return self.max_each_over_ranks([value])[0]
 
-    def most_each(self, values: Sequence[int]) -> list[int]:
+    def max_each_over_ranks(self, values: Sequence[int]) -> list[int]:
         """The same for several values, as many on each rank."""
-        if not self.several or not values:
+        if not self.distributed or not values:
             return list(values)
         found = torch.tensor([int(value) for value in values], device=self._device)
         for group in self._groups:
@@ -131,7 +131,7 @@ class Ranks:
             )
         return [int(value) for value in found]
 
-    def agreed(self, what: object, remedy: str) -> None:
+    def require_same(self, what: object, remedy: str) -> None:
         """Raise on all ranks unless all are about to do the same.
 
         Args:
@@ -142,10 +142,10 @@ class Ranks:
             CoverageError: if they are not.
         """
         value = zlib.crc32(repr(what).encode())
-        if self.several and self.most(value) != -self.most(-value):
+        if self.distributed and self.max_over_ranks(value) != -self.max_over_ranks(-value):
             raise _Elsewhere(f"the ranks that hold this model together would have to do different things: {remedy}")
 
-    def seeded(self, generator: torch.Generator) -> torch.Generator:
+    def common_generator(self, generator: torch.Generator) -> torch.Generator:
         """A generator that draws the same on all ranks that compute the same samples together."""
         if not self._replicas:
             return generator
@@ -154,7 +154,7 @@ class Ranks:
             dist.all_reduce(seed, dist.ReduceOp.MAX, group)
         return torch.Generator(generator.device).manual_seed(int(seed))
 
-    def check_same(self, squared_norms: Tensor, names: Sequence[str]) -> None:
+    def require_same_norms(self, squared_norms: Tensor, names: Sequence[str]) -> None:
         """Raise unless all ranks that compute the same samples together found the same, ``[parameters, n]``.
 
         Raises:
@@ -175,16 +175,16 @@ class Ranks:
             )
 
     @contextmanager
-    def together(self) -> Iterator[None]:
+    def fail_together(self) -> Iterator[None]:
         """What every rank does at once: if one fails inside, all fail."""
         try:
             yield
         except Exception as error:
-            if self.several and not isinstance(error, _Elsewhere):
+            if self.distributed and not isinstance(error, _Elsewhere):
                 for group in self._groups:
                     dist.all_reduce(torch.tensor([REFUSED], device=self._device), dist.ReduceOp.MAX, group)
             raise
-        self.most(0)
+        self.max_over_ranks(0)
 
 
 class _Elsewhere(CoverageError):

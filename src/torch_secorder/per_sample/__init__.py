@@ -16,13 +16,13 @@ from torch_secorder.per_sample._base import (
     PerSampleGradient,
     Sum,
     at_least_float32,
-    direction,
+    sign_vectors,
     squared_norm_of_rows,
 )
-from torch_secorder.per_sample.budget import limited
+from torch_secorder.per_sample.budget import memory_limit
 from torch_secorder.per_sample.convolution import Convolution
 from torch_secorder.per_sample.out_of_memory import as_refusal, halving_on_oom
-from torch_secorder.per_sample.outer import Factor, Outer
+from torch_secorder.per_sample.outer import Outer, SharedFactor
 from torch_secorder.per_sample.pulled_back import PulledBack
 from torch_secorder.per_sample.row_sparse import RowSparse
 from torch_secorder.per_sample.square_sum import SquareSum
@@ -30,17 +30,17 @@ from torch_secorder.per_sample.square_sum import SquareSum
 __all__ = [
     "Convolution",
     "Dense",
-    "Factor",
     "Outer",
     "PerSampleGradient",
     "PulledBack",
     "RowSparse",
+    "SharedFactor",
     "SquareSum",
     "Sum",
     "as_refusal",
     "at_least_float32",
-    "direction",
     "halving_on_oom",
-    "limited",
+    "memory_limit",
+    "sign_vectors",
     "squared_norm_of_rows",
 ]

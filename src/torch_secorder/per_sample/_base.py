@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from torch_secorder.batch_axis.placement import Grouping
-from torch_secorder.per_sample.budget import within
+from torch_secorder.per_sample.budget import chunk_bytes
 
 Index = slice | Tensor
 
@@ -26,7 +26,7 @@ def at_least_float32(value: Tensor) -> Tensor:
 
 def chunks(n: int, bytes_per_sample: float, usual: int | None = CHUNK_BYTES) -> Iterator[slice]:
     """Slices of 0..n, each with as many samples as fit into the budget, ``usual`` bytes or fewer, but at least one."""
-    budget = within(usual)
+    budget = chunk_bytes(usual)
     step = max(1, n if budget is None else min(n, int(budget // max(bytes_per_sample, 1))))
     return (slice(start, min(start + step, n)) for start in range(0, n, step))
 
@@ -41,13 +41,13 @@ def cancellation_floor(dtype: torch.dtype) -> float:
     return 4 * torch.finfo(dtype).eps / wanted
 
 
-def direction(shape: Sequence[int], like: Tensor) -> tuple[Tensor, Tensor]:
-    """A fixed direction ``left right^T`` of random signs in a parameter's space, for ``PerSampleGradient.projection``."""
-    return _direction(shape[0] if shape else 1, math.prod(shape[1:]), like.dtype, like.device)
+def sign_vectors(shape: Sequence[int], like: Tensor) -> tuple[Tensor, Tensor]:
+    """A fixed direction ``left right^T`` of random signs in a parameter's space, for ``PerSampleGradient.along``."""
+    return _sign_vectors(shape[0] if shape else 1, math.prod(shape[1:]), like.dtype, like.device)
 
 
 @lru_cache(32)
-def _direction(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+def _sign_vectors(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     left, right = (2.0 * torch.randint(2, (side,), generator=generator) - 1 for side in (rows, columns))
     return left.to(device, dtype), right.to(device, dtype)
@@ -103,7 +103,7 @@ class PerSampleGradient(ABC):
         """The same for some of the samples, by slice or by index tensor."""
 
     @abstractmethod
-    def regrouped(self, groups: Grouping) -> PerSampleGradient:
+    def grouped_by_sample(self, groups: Grouping) -> PerSampleGradient:
         """The gradients of fewer samples, when what counts as a sample here is only a part of one.
 
         That is so where windows, heads or tokens are folded into the batch axis.
@@ -129,7 +129,7 @@ class PerSampleGradient(ABC):
         """``||sum_n G_n||``, if the factors tell it for less than reading a tensor of the parameter's size takes."""
         return None
 
-    def projection(self, left: Tensor, right: Tensor) -> Tensor:
+    def along(self, left: Tensor, right: Tensor) -> Tensor:
         """``<left right^T, sum_n G_n>`` with the shape read as ``(left, right)``: one number to compare with autograd's."""
         return left @ self.total().reshape(len(left), -1) @ right
 
@@ -148,14 +148,14 @@ class PerSampleGradient(ABC):
         terms = [*(self.terms if isinstance(self, Sum) else [self])]
         for new in other.terms if isinstance(other, Sum) else [other]:
             for position, term in enumerate(terms):
-                if (joined := term.joined(new)) is not None:
-                    terms[position] = joined
+                if (both := term.concatenated(new)) is not None:
+                    terms[position] = both
                     break
             else:
                 terms.append(new)
         return terms[0] if len(terms) == 1 else Sum(terms)
 
-    def joined(self, other: PerSampleGradient) -> PerSampleGradient | None:
+    def concatenated(self, other: PerSampleGradient) -> PerSampleGradient | None:
         """Both uses as one form of the same kind, or None if the kinds don't allow it."""
         return None
 
@@ -191,10 +191,10 @@ class Dense(PerSampleGradient):
     def squared_norm(self) -> Tensor:
         return squared_norm_of_rows(self.value.reshape(self.n, -1))
 
-    def regrouped(self, groups: Grouping) -> Dense:
+    def grouped_by_sample(self, groups: Grouping) -> Dense:
         return Dense(groups.sums(self.value))
 
-    def joined(self, other: PerSampleGradient) -> PerSampleGradient | None:
+    def concatenated(self, other: PerSampleGradient) -> PerSampleGradient | None:
         return Dense(self.value + other.value) if isinstance(other, Dense) else None
 
 
@@ -220,24 +220,24 @@ class Sum(PerSampleGradient):
     def select(self, samples: Index) -> Sum:
         return Sum([term.select(samples) for term in self.terms])
 
-    def regrouped(self, groups: Grouping) -> Sum:
-        return Sum([term.regrouped(groups) for term in self.terms])
+    def grouped_by_sample(self, groups: Grouping) -> Sum:
+        return Sum([term.grouped_by_sample(groups) for term in self.terms])
 
     def squared_norm(self) -> Tensor:
         if not any(term.sparse for term in self.terms):
             return super().squared_norm()
         squares = torch.stack([term.squared_norm() for term in self.terms]).sum(0)
         cross = [a.inner(b) for i, a in enumerate(self.terms) for b in self.terms[:i]]
-        return guarded(squares + 2 * torch.stack(cross).sum(0), squares, self)
+        return recompute_cancelled(squares + 2 * torch.stack(cross).sum(0), squares, self)
 
     def total(self) -> Tensor:
         return _total(term.total() for term in self.terms)
 
-    def projection(self, left: Tensor, right: Tensor) -> Tensor:
-        return _total(term.projection(left, right) for term in self.terms)
+    def along(self, left: Tensor, right: Tensor) -> Tensor:
+        return _total(term.along(left, right) for term in self.terms)
 
 
-def guarded(norms: Tensor, magnitude: Tensor, form: PerSampleGradient) -> Tensor:
+def recompute_cancelled(norms: Tensor, magnitude: Tensor, form: PerSampleGradient) -> Tensor:
     """``norms``, with those that cancelled below :func:`cancellation_floor` of ``magnitude`` computed densely."""
     lost = norms.detach() < cancellation_floor(norms.dtype) * magnitude.detach()
     if not bool(lost.any()):

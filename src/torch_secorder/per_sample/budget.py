@@ -10,7 +10,7 @@ _limit: ContextVar[int | None] = ContextVar("limit", default=None)
 
 
 @contextmanager
-def limited(max_memory: int | None) -> Iterator[None]:
+def memory_limit(max_memory: int | None) -> Iterator[None]:
     """Inside, temporaries of one operation take at most so many bytes together, where they can be cut that small."""
     token = _limit.set(max_memory)
     try:
@@ -19,7 +19,7 @@ def limited(max_memory: int | None) -> Iterator[None]:
         _limit.reset(token)
 
 
-def within(usual: int | None) -> int | None:
+def chunk_bytes(usual: int | None) -> int | None:
     """The bytes for temporaries where ``usual`` of them are best (None: any number), and not more than the limit."""
     limit = _limit.get()
     # What is computed from a temporary may be as large as it, and the one before it still there.

@@ -13,10 +13,10 @@ from torch_secorder.per_sample._base import (
     Index,
     PerSampleGradient,
     at_least_float32,
-    guarded,
+    recompute_cancelled,
     squared_norm_of_rows,
 )
-from torch_secorder.per_sample.budget import within
+from torch_secorder.per_sample.budget import chunk_bytes
 from torch_secorder.per_sample.costs import BUDGET, Sizes, predicted
 from torch_secorder.per_sample.outer import Outer
 
@@ -83,7 +83,7 @@ class Convolution(PerSampleGradient):
         maps = (tuple(self.x.shape[3:]), tuple(self.g.shape[3:]), self.shape[2:])
         rest = (tuple(self.stride), tuple(self.padding), self.dtype.itemsize)
         return Sizes(
-            self.n, self.x.shape[1], self.groups, features, channels, *maps, *rest, budget=within(BUDGET) or BUDGET
+            self.n, self.x.shape[1], self.groups, features, channels, *maps, *rest, budget=chunk_bytes(BUDGET) or BUDGET
         )
 
     def dense(self) -> Tensor:
@@ -94,7 +94,7 @@ class Convolution(PerSampleGradient):
     def total(self) -> Tensor:
         return self._weight_gradient(self.x.flatten(0, 1), self.g.flatten(0, 1), 1)
 
-    def projection(self, left: Tensor, right: Tensor) -> Tensor:
+    def along(self, left: Tensor, right: Tensor) -> Tensor:
         """A convolution with ``right`` as its only kernel, against the channels of g summed with ``left``."""
         kernel = right.view(1, *self.shape[1:]).expand(self.groups, *self.shape[1:])
         x, g = self.x.flatten(0, 1), self.g.flatten(0, 1)
@@ -119,10 +119,10 @@ class Convolution(PerSampleGradient):
     def select(self, samples: Index) -> Convolution:
         return self._like(self.x[samples], self.g[samples])
 
-    def regrouped(self, groups: Grouping) -> Convolution:
+    def grouped_by_sample(self, groups: Grouping) -> Convolution:
         return self._like(*(groups.rows(value).flatten(1, 2) for value in (self.x, self.g)))
 
-    def joined(self, other: PerSampleGradient) -> PerSampleGradient | None:
+    def concatenated(self, other: PerSampleGradient) -> PerSampleGradient | None:
         if not isinstance(other, Convolution) or self._settings() != other._settings():
             return None
         if self.x.shape[2:] != other.x.shape[2:]:
@@ -138,19 +138,19 @@ class Convolution(PerSampleGradient):
         return self.shape, self.stride, self.padding, self.dilation, self.groups
 
     def squared_norm(self) -> Tensor:
-        return self.norms(self.algorithm)
+        return self.squared_norms(self.algorithm)
 
-    def norms(self, form: str) -> Tensor:
+    def squared_norms(self, form: str) -> Tensor:
         """The squared norms by one of the forms, whatever it costs."""
         match form:
             case "direct":
                 return self.dense_squared_norm()
             case "shifted":
-                return torch.cat([part._shifted_norms() for part in self._parts("shifted")])
+                return torch.cat([part._shifted_squared_norms() for part in self._parts("shifted")])
             case "gram":
                 values = [part._gram() for part in self._parts("gram")]
                 norms, magnitudes = (torch.cat(value) for value in zip(*values, strict=True))
-                return guarded(norms, magnitudes, self)
+                return recompute_cancelled(norms, magnitudes, self)
             case _:
                 return torch.cat([part.patches().squared_norm() for part in self._parts("patches")])
 
@@ -217,7 +217,7 @@ class Convolution(PerSampleGradient):
         starts = [divmod(tap * tall.dilation[0], step) for tap in range(self.shape[2])]
         return (_product(x[rest, :, :, skip * row : skip * row + g.shape[2]], g) for skip, rest in starts)
 
-    def _shifted_norms(self) -> Tensor:
+    def _shifted_squared_norms(self) -> Tensor:
         products = (value if value.is_contiguous() else value.mT for value in self.shifted())  # as they lie in memory
         squares = [squared_norm_of_rows(value.reshape(self.n, -1)) for value in products]
         return torch.stack(squares).sum(0) if len(squares) > 1 else squares[0]

@@ -16,12 +16,12 @@ from torch_secorder.per_sample._base import (
     at_least_float32,
     cancellation_floor,
     chunks,
-    guarded,
+    recompute_cancelled,
     squared_norm_of_rows,
 )
-from torch_secorder.per_sample.budget import within
+from torch_secorder.per_sample.budget import chunk_bytes
 
-MEMORY = 20
+PRICE_OF_A_WRITE = 20
 
 
 def _width(positions: int) -> int:
@@ -29,7 +29,7 @@ def _width(positions: int) -> int:
     return min(positions, 32 if positions < 512 else 64)
 
 
-class Factor:
+class SharedFactor:
     """A factor ``[n, k, t, f]`` that several forms have in common: what one computes of its Gram matrix, the others find.
 
     That is kept as long as this object, where the whole matrix is no more than temporaries may take at once.
@@ -42,7 +42,7 @@ class Factor:
     def gram(self, rows: slice, start: int, stop: int) -> tuple[Tensor, bool]:
         """For some samples some columns of the matrix's lower half, and whether it is kept and must not be changed."""
         n, k, t, _ = self.value.shape
-        if n * k * t * t * self.value.dtype.itemsize > (within(CHUNK_BYTES) or 0):
+        if n * k * t * t * self.value.dtype.itemsize > (chunk_bytes(CHUNK_BYTES) or 0):
             return _strip(self.value, rows, start, stop), False
         key = rows.start, start, stop
         if key not in self._kept:
@@ -69,16 +69,16 @@ class Outer(PerSampleGradient):
     as measured, see tests/benchmarks/convolution_cost.py for convolutions).
 
     Args:
-        a: layer inputs, ``[n, k, t, i]``, or a :class:`Factor` of them.
-        g: output gradients, ``[n, k, t, o]``, or a :class:`Factor` of them.
+        a: layer inputs, ``[n, k, t, i]``, or a :class:`SharedFactor` of them.
+        g: output gradients, ``[n, k, t, o]``, or a :class:`SharedFactor` of them.
         shape: the parameter's shape, a view of ``(k * o, i)``.
     """
 
-    def __init__(self, a: Tensor | Factor, g: Tensor | Factor, shape: Sequence[int]):
-        inputs, grads = (x.value if isinstance(x, Factor) else x for x in (a, g))
+    def __init__(self, a: Tensor | SharedFactor, g: Tensor | SharedFactor, shape: Sequence[int]):
+        inputs, grads = (x.value if isinstance(x, SharedFactor) else x for x in (a, g))
         # Under autocast the operation saw its input in the dtype of its output, and so must we.
         self.a, self.g = at_least_float32(inputs.to(grads.dtype)), at_least_float32(grads)
-        self._common = [x for x in (a, g) if isinstance(x, Factor)]
+        self._common = [x for x in (a, g) if isinstance(x, SharedFactor)]
         self.n, self.shape = inputs.shape[0], tuple(shape)
 
     @property
@@ -91,7 +91,7 @@ class Outer(PerSampleGradient):
         if positions == 1:
             return "product"
         saved = 1.0 if _width(positions) == positions else 0.7
-        gram, direct = saved * positions**2 * (i + o + MEMORY), (positions + MEMORY) * i * o
+        gram, direct = saved * positions**2 * (i + o + PRICE_OF_A_WRITE), (positions + PRICE_OF_A_WRITE) * i * o
         return "gram" if gram < direct else "direct"
 
     def dense(self) -> Tensor:
@@ -100,7 +100,7 @@ class Outer(PerSampleGradient):
     def select(self, samples: Index) -> Outer:
         return Outer(self.a[samples], self.g[samples], self.shape)
 
-    def regrouped(self, groups: Grouping) -> Outer:
+    def grouped_by_sample(self, groups: Grouping) -> Outer:
         a, g = (groups.rows(x).transpose(1, 2).flatten(2, 3) for x in (self.a, self.g))
         return Outer(a, g, self.shape)
 
@@ -116,12 +116,12 @@ class Outer(PerSampleGradient):
     def _gram(self) -> Tensor:
         k, t = self.a.shape[1:3]
         line = 2 * k * t * self.dtype.itemsize
-        size = max(1, min(_width(t), (within(CHUNK_BYTES) or 0) // line))
+        size = max(1, min(_width(t), (chunk_bytes(CHUNK_BYTES) or 0) // line))
         found = [self._gram_sums(rows, size) for rows in chunks(self.n, line * size)]
         norms, diagonals = found[0] if len(found) == 1 else (torch.cat(parts) for parts in zip(*found, strict=True))
         if k > 1:
             norms, diagonals = (value.view(self.n, k).sum(1) for value in (norms, diagonals))
-        return guarded(norms, diagonals, self)
+        return recompute_cancelled(norms, diagonals, self)
 
     def _gram_sums(self, rows: slice, size: int) -> tuple[Tensor, Tensor]:
         """For some samples, ``size`` columns at a time: the sum over two positions, and the part where they are the same."""
@@ -152,7 +152,7 @@ class Outer(PerSampleGradient):
     def _by_features(self) -> Iterator[Outer]:
         """The gradients of some output features at a time: of as many as one sample's gradient may take in memory."""
         k, i, o = self.a.shape[1], self.a.shape[3], self.g.shape[3]
-        if (budget := within(None)) is None or k * i * o * self.dtype.itemsize <= budget:
+        if (budget := chunk_bytes(None)) is None or k * i * o * self.dtype.itemsize <= budget:
             return iter([self])
         strips = chunks(o, k * i * self.dtype.itemsize)
         return (Outer(self.a, g, (k * g.shape[3], i)) for g in (self.g[..., rows] for rows in strips))
@@ -187,14 +187,14 @@ class Outer(PerSampleGradient):
         total, magnitude = products.sum(), products.abs().sum()
         return total.sqrt().to(self.dtype) if total > cancellation_floor(self.dtype) * magnitude else None
 
-    def projection(self, left: Tensor, right: Tensor) -> Tensor:
+    def along(self, left: Tensor, right: Tensor) -> Tensor:
         k, i, o = self.a.shape[1], self.a.shape[3], self.g.shape[3]
         if len(left) != k * o or len(right) != i:
-            return super().projection(left, right)
+            return super().along(left, right)
         g = (self.g @ left.view(k, o, 1)).squeeze(3)
         return ((self.a @ right) * g).sum()
 
-    def joined(self, other: PerSampleGradient) -> PerSampleGradient | None:
+    def concatenated(self, other: PerSampleGradient) -> PerSampleGradient | None:
         if not isinstance(other, Outer) or self.a.shape[1::2] != other.a.shape[1::2]:
             return None
         dtype = torch.promote_types(self.dtype, other.dtype)

@@ -15,14 +15,14 @@ class PulledBack(PerSampleGradient):
     """``V^T vec(G_n)``: G_n the gradient of a value that was computed from the parameter alone, V that computation's Jacobian.
 
     A value may be a part of the parameter (a chunk of a packed projection, one expert of a stack), the parameter in
-    another layout, or a function of it (a weight norm, a pruning mask). For parts and layouts V^T only moves entries,
+    another permutation, or a function of it (a weight norm, a pruning mask). For parts and layouts V^T only moves entries,
     so the norm of G_n is the answer and nothing is formed.
 
     Args:
         value: gradients of the value.
         vjp: from ``[n, *value shape]`` to ``[n, *shape]``.
         shape: the parameter's shape.
-        layout: for a vjp that only moves entries, something hashable that says which; None for any other.
+        permutation: for a vjp that only moves entries, something hashable that says which; None for any other.
     """
 
     def __init__(
@@ -30,14 +30,14 @@ class PulledBack(PerSampleGradient):
         value: PerSampleGradient,
         vjp: Callable[[Tensor], Tensor],
         shape: Sequence[int],
-        layout: object | None = None,
+        permutation: object | None = None,
     ):
-        self.value, self.vjp, self.shape, self.layout = value, vjp, tuple(shape), layout
-        self.n, self.sparse = value.n, value.sparse or layout is not None
+        self.value, self.vjp, self.shape, self.permutation = value, vjp, tuple(shape), permutation
+        self.n, self.sparse = value.n, value.sparse or permutation is not None
 
     @property
     def algorithm(self) -> str:  # type: ignore[override]  # a property where the base has a plain string
-        return self.value.algorithm if self.layout is not None else "dense"
+        return self.value.algorithm if self.permutation is not None else "dense"
 
     @property
     def like(self) -> Tensor:
@@ -47,25 +47,25 @@ class PulledBack(PerSampleGradient):
         return self.vjp(self.value.dense())
 
     def select(self, samples: Index) -> PulledBack:
-        return PulledBack(self.value.select(samples), self.vjp, self.shape, self.layout)
+        return PulledBack(self.value.select(samples), self.vjp, self.shape, self.permutation)
 
-    def regrouped(self, groups: Grouping) -> PulledBack:
-        return PulledBack(self.value.regrouped(groups), self.vjp, self.shape, self.layout)
+    def grouped_by_sample(self, groups: Grouping) -> PulledBack:
+        return PulledBack(self.value.grouped_by_sample(groups), self.vjp, self.shape, self.permutation)
 
     def squared_norm(self) -> Tensor:
-        return self.value.squared_norm() if self.layout is not None else super().squared_norm()
+        return self.value.squared_norm() if self.permutation is not None else super().squared_norm()
 
     def total(self) -> Tensor:
         return self.vjp(self.value.total()[None])[0]
 
-    def joined(self, other: PerSampleGradient) -> PerSampleGradient | None:
-        if not isinstance(other, PulledBack) or self.layout is None or self.layout != other.layout:
+    def concatenated(self, other: PerSampleGradient) -> PerSampleGradient | None:
+        if not isinstance(other, PulledBack) or self.permutation is None or self.permutation != other.permutation:
             return None
-        return PulledBack(self.value + other.value, self.vjp, self.shape, self.layout)
+        return PulledBack(self.value + other.value, self.vjp, self.shape, self.permutation)
 
     def factored_inner(self, other: PerSampleGradient) -> Tensor | None:
         """Zero for two parts that have no entry in common."""
-        if not isinstance(other, PulledBack) or self.layout is None or other.layout is None:
+        if not isinstance(other, PulledBack) or self.permutation is None or other.permutation is None:
             return None
         return None if bool((self._touched() & other._touched()).any()) else self.value.squared_norm().new_zeros(self.n)
 

@@ -48,15 +48,15 @@ class RowSparse(PerSampleGradient):
     def select(self, samples: Index) -> RowSparse:
         return RowSparse(self.ids[samples], self.g[samples], self.shape)
 
-    def regrouped(self, groups: Grouping) -> RowSparse:
+    def grouped_by_sample(self, groups: Grouping) -> RowSparse:
         # A padded position has a zero gradient, so it may read any row.
         ids, g = (groups.rows(x).flatten(1, 2) for x in (self.ids, self.g))
         return RowSparse(ids, g, self.shape)
 
     def squared_norm(self) -> Tensor:
-        return torch.cat([self.select(rows)._norms() for rows in self._chunks()])
+        return torch.cat([self.select(rows)._squared_norms() for rows in self._chunks()])
 
-    def _norms(self) -> Tensor:
+    def _squared_norms(self) -> Tensor:
         samples, _, summed = self.pairs()
         return self.g.new_zeros(self.n).index_add(0, samples, squared_norm_of_rows(summed))
 
@@ -71,7 +71,7 @@ class RowSparse(PerSampleGradient):
     def total(self) -> Tensor:
         return self.g.new_zeros(self.shape).index_add(0, self.ids.flatten(), self.g.flatten(0, 1))
 
-    def projection(self, left: Tensor, right: Tensor) -> Tensor:
+    def along(self, left: Tensor, right: Tensor) -> Tensor:
         return (left[self.ids] * (self.g @ right)).sum()
 
     def factored_inner(self, other: PerSampleGradient) -> Tensor | None:
@@ -86,7 +86,7 @@ class RowSparse(PerSampleGradient):
         read = h.gather(2, self.ids[:, None].expand(-1, h.shape[1], -1))
         return ((a @ self.g.mT) * read).sum((1, 2))
 
-    def joined(self, other: PerSampleGradient) -> PerSampleGradient | None:
+    def concatenated(self, other: PerSampleGradient) -> PerSampleGradient | None:
         if not isinstance(other, RowSparse):
             return None
         dtype = torch.promote_types(self.dtype, other.dtype)

@@ -36,7 +36,7 @@ class SquareSum:
         return cls(form.sum_of_squares().detach(), form.shape)
 
     @classmethod
-    def joined(cls, several: Sequence[SquareSum]) -> SquareSum:
+    def summed(cls, several: Sequence[SquareSum]) -> SquareSum:
         """Their sum, in the first one's memory if it has any."""
         first, *others = several
         total = first.values if isinstance(first.values, Tensor) and first.factor == 1 else first.added(None)

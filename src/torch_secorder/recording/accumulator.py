@@ -16,17 +16,17 @@ from torch.autograd.graph import Node
 from torch_secorder.batch_axis.placement import Grouping
 from torch_secorder.capture.records import Forward, Record
 from torch_secorder.errors import CoverageError, LifecycleError, ShapeError, SlowFallbackWarning, UnsupportedError
-from torch_secorder.graph.frontier import Use
+from torch_secorder.graph.frontier import ParameterUse
 from torch_secorder.model.parameters import Table
-from torch_secorder.model.ranks import is_dtensor, whole
+from torch_secorder.model.ranks import full_tensor, is_dtensor
 from torch_secorder.per_sample import (
     Dense,
-    Factor,
     PerSampleGradient,
     PulledBack,
+    SharedFactor,
     at_least_float32,
-    direction,
     halving_on_oom,
+    sign_vectors,
 )
 from torch_secorder.recording.batch import SampleBatch, all_squared_norms, forms_of, squared_norms_of
 from torch_secorder.recording.gradient_norms import GradientNorms
@@ -87,9 +87,9 @@ class PassAccumulator:
         self._of_forms = [self.parts[name] for name in options.quantities if QUANTITIES[name].takes_forms]
         alone = options.repeated_calls is None
         self._waits = alone and not (checks or self._of_forms or options.max_memory is not None)
-        self._gradients = gradients if alone and not checks and not table.ranks.several else None
+        self._gradients = gradients if alone and not checks and not table.ranks.distributed else None
         self._shared: dict[
-            int, tuple[Any, int, dict[torch.Size, Factor]]
+            int, tuple[Any, int, dict[torch.Size, SharedFactor]]
         ] = {}  # id of an input -> it, uses left, factors
         self._small = SmallCallBatch(self._rules, keep_inputs=keep_inputs)
         self._slow: dict[
@@ -126,7 +126,7 @@ class PassAccumulator:
 
     def add(self, record: Record, grad: Tensor) -> None:
         """The gradient of a recorded call's output has arrived."""
-        grad = whole(grad)
+        grad = full_tensor(grad)
         self.half = self.half or grad.dtype in HALF
         self._seen += grad.numel()
         if not grad.numel():
@@ -177,17 +177,17 @@ class PassAccumulator:
         try:
             forms = forms_of(site, call)
         except ShapeError:
-            if not (record.placement.whole or batch.n == 1):
+            if not (record.placement.is_one_sample or batch.n == 1):
                 raise
             # All of it belongs to one sample: the module was called for one at a time, without a batch axis.
-            if groups is not None and groups.listed is not None:
-                groups = replace(groups, listed=groups.listed[:1])
+            if groups is not None and groups.sample_index is not None:
+                groups = replace(groups, sample_index=groups.sample_index[:1])
             forms = forms_of(site, record.expanded_to_samples(grad.reshape(1, *record.shape)))
         self._apply(batch, record, forms, groups)
         if not self._keep_inputs:
             record.inputs = None
 
-    def _shared_factors(self, record: Record) -> dict[torch.Size, Factor] | None:
+    def _shared_factors(self, record: Record) -> dict[torch.Size, SharedFactor] | None:
         """What this call has in common with those that got the same input; forgotten with the last of them."""
         if not record.inputs or record.inputs_packed or record.forward.recomputed_in is not None:
             return None
@@ -201,7 +201,7 @@ class PassAccumulator:
             self._shared[id(x)] = x, left - 1, factors
         return factors
 
-    def add_use(self, use: Use, node: Node | None, grads: tuple[Tensor | None, ...]) -> None:
+    def add_use(self, use: ParameterUse, node: Node | None, grads: tuple[Tensor | None, ...]) -> None:
         """The gradients of a frontier node's outputs have arrived."""
         found = grads[use.output]
         if found is None and all(grad is None for grad in grads):
@@ -221,13 +221,13 @@ class PassAccumulator:
             raise ShapeError(f"{self._names(use)}: the {batch.n} samples are not in a gradient of shape {shape}")
         self._seen += found.numel()
         memo: dict[str, Any] = {}
-        for part in use.parts:
-            place = use.place(node, part, memo)
+        for value in use.values:
+            place = use.node_use(node, value, memo)
             form, rule = gradient_at(place, grads, use.output)
             if not has_rule(place):
                 self._slow[rule] = self._slow.get(rule, 0) + batch.n * found.numel()
-            for target, carrier in part.targets:
-                self._add_to_target(batch, use.forward, target, carrier(form), rule)
+            for target, batch_free_vjp in value.targets:
+                self._add_to_target(batch, use.forward, target, batch_free_vjp(form), rule)
 
     def _add_to_target(
         self, batch: SampleBatch, forward: Forward, target: int | Record, form: PerSampleGradient, rule: str
@@ -247,7 +247,7 @@ class PassAccumulator:
         """The rule's answer for one call."""
         site, forward = record.site, record.forward
         for local, form in forms.items():
-            form = form if groups is None else form.regrouped(groups)
+            form = form if groups is None else form.grouped_by_sample(groups)
             position = site.parameters[local]
             twice = position in batch.settled or position in batch.held
             if twice and not forward.in_model_call and self._options.repeated_calls is None:
@@ -262,7 +262,7 @@ class PassAccumulator:
         self._rules[position][f"{rule} ({form.algorithm})"] = None
         norms = self._project(batch, position, form) if self.checks else None
         if self._options.repeated_calls == "same" or forward.calls[position] > 1:
-            if isinstance(form, PulledBack) and form.layout is None:
+            if isinstance(form, PulledBack) and form.permutation is None:
                 form = Dense(form.dense())  # now, while the graph that it is pulled back through has its tensors
             held = batch.held.get(position)
             batch.held[position] = form if held is None else held + form
@@ -280,8 +280,8 @@ class PassAccumulator:
 
     def _project(self, batch: SampleBatch, position: int, form: PerSampleGradient) -> Tensor:
         """Note the captured gradient along one direction, for a check of the sums; returns the squared norms."""
-        left, right = direction(form.shape, form.like)
-        along = halving_on_oom(form, lambda part: part.projection(left, right), torch.add)
+        left, right = sign_vectors(form.shape, form.like)
+        along = halving_on_oom(form, lambda part: part.along(left, right), torch.add)
         before, size = batch.projections.get(position, (torch.zeros_like(along), 0.0))
         norms = squared_norms_of(form)
         # Uses of one parameter may cancel; rounding goes by the size of each.
@@ -295,12 +295,12 @@ class PassAccumulator:
         for part in self._of_forms:
             part.on_form(position, form, norms)
 
-    def _leaves(self, use: Use) -> list[Tensor]:
-        targets = [target for part in use.parts for target, _ in part.targets]
+    def _leaves(self, use: ParameterUse) -> list[Tensor]:
+        targets = [target for value in use.values for target, _ in value.targets]
         return [self._table.leaves[target] for target in targets if isinstance(target, int)]
 
-    def _names(self, use: Use) -> str:
-        targets = [target for part in use.parts for target, _ in part.targets]
+    def _names(self, use: ParameterUse) -> str:
+        targets = [target for value in use.values for target, _ in value.targets]
         return ", ".join(self._table.rows[t].name if isinstance(t, int) else str(t.site) for t in targets)
 
     # ------------------------------------------------------------------------------------------------ batches
@@ -339,7 +339,7 @@ class PassAccumulator:
             self._settle_waiting(batch)
         self._small.finish()
         reached, norms = all_squared_norms(list(self._batches.values()), len(self._table))
-        self._table.ranks.check_same(norms, self._table.names)
+        self._table.ranks.require_same_norms(norms, self._table.names)
         samples = SampleNorms(norms.shape[1], norms, reached, self._rules, self.parts)
         return samples.finite(self._table.names, nonfinite)
 

@@ -23,10 +23,10 @@ from torch_secorder.capture.module_hooks import ModuleHooks
 from torch_secorder.capture.records import Forward, Record
 from torch_secorder.errors import LifecycleError, NonFiniteError
 from torch_secorder.graph.audit import Audit
-from torch_secorder.graph.frontier import Use
+from torch_secorder.graph.frontier import ParameterUse
 from torch_secorder.model.hooks import HookScope
 from torch_secorder.model.parameters import Table
-from torch_secorder.per_sample import as_refusal, limited
+from torch_secorder.per_sample import as_refusal, memory_limit
 from torch_secorder.recording.accumulator import PassAccumulator, PassOptions
 from torch_secorder.recording.gradient_norms import GradientNorms
 from torch_secorder.recording.plan import Plan
@@ -42,7 +42,7 @@ class BackwardPass:
         accumulator: what it adds up to.
         gradients: the norms of the parameters' own gradients.
         projections: position -> the parameter's own gradient along one direction, in a pass that is checked.
-        special: whether our sums take a setting of their own: autocast is on, or memory is limited.
+        special: whether our sums take a setting of their own: autocast is on, or memory is memory_limit.
         error: the first that went wrong, which waits for the end of the pass.
     """
 
@@ -65,8 +65,8 @@ class Recorder(HookScope):
         plan: the modules to hook, the states to refuse and the batch axis; the modules of a model that ran before aren't hooked.
         knowledge: what is known about the model already.
         options: what each pass collects.
-        rehearse: adds to the knowledge from a smaller batch, if there is a way.
-        trusting: believe shapes that allow one reading only, for callers that check a sample afterwards.
+        locate_on_three_samples: adds to the knowledge from a smaller batch, if there is a way.
+        trust_shapes: believe shapes that allow one reading only, for callers that check a sample afterwards.
         attach_leaf: give outputs that need no gradient one, so that frozen layers are seen too.
         every: record every k-th call of the model, beginning with the first.
         only_library_calls: record calls that this library makes in this thread, instead of the user's.
@@ -84,14 +84,21 @@ class Recorder(HookScope):
         knowledge: Memory,
         options: PassOptions,
         *,
-        rehearse: Callable[[], None] | None = None,
-        trusting: bool = False,
+        locate_on_three_samples: Callable[[], None] | None = None,
+        trust_shapes: bool = False,
         attach_leaf: bool = False,
         every: int = 1,
         only_library_calls: bool = False,
     ):
         self.table, self.plan, self.options, self._knowledge = table, plan, options, knowledge
-        self._audit = Audit(table, self._on_use_gradients, plan.batch_axis, knowledge, rehearse, trusting=trusting)
+        self._audit = Audit(
+            table,
+            self._on_use_gradients,
+            plan.batch_axis,
+            knowledge,
+            locate_on_three_samples,
+            trust_shapes=trust_shapes,
+        )
         self.forwards = ForwardTracker(
             plan.batch_axis,
             every=every,
@@ -134,7 +141,7 @@ class Recorder(HookScope):
         if current is not None:
             self._within(current, self._add_record, current, record, grad)
 
-    def _on_use_gradients(self, use: Use, grads: tuple[Tensor | None, ...]) -> None:
+    def _on_use_gradients(self, use: ParameterUse, grads: tuple[Tensor | None, ...]) -> None:
         """The gradients at a use of a parameter outside of any hooked module's call."""
         current = self._pass_under_way()
         if current is not None:
@@ -145,12 +152,12 @@ class Recorder(HookScope):
             self._refuse_second_pass(record, current.task, record.site)
         current.accumulator.add(record, grad)
 
-    def _add_use(self, current: BackwardPass, use: Use, node: Any, grads: tuple[Tensor | None, ...]) -> None:
+    def _add_use(self, current: BackwardPass, use: ParameterUse, node: Any, grads: tuple[Tensor | None, ...]) -> None:
         if use.last_pass != current.task:
             self._refuse_second_pass(use, current.task, "a parameter's use outside of its module")
         current.accumulator.add_use(use, node, grads)
 
-    def _refuse_second_pass(self, seen: Record | Use, task: int, what: object) -> None:
+    def _refuse_second_pass(self, seen: Record | ParameterUse, task: int, what: object) -> None:
         """Raise if another backward pass has counted these samples already."""
         if seen.last_pass is not None and not self.counts_again:
             raise LifecycleError(
@@ -184,7 +191,7 @@ class Recorder(HookScope):
     def _settings(self) -> ExitStack:
         """Inside, our sums are in full precision, also in an autocast block, and within the memory that they may take."""
         stack = full_precision()
-        stack.enter_context(limited(self.options.max_memory))
+        stack.enter_context(memory_limit(self.options.max_memory))
         return stack
 
     def finish(self, current: BackwardPass, nonfinite: str = "raise", checks: Sequence[Check] = ()) -> SampleNorms:

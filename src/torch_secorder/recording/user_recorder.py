@@ -21,10 +21,10 @@ from torch_secorder.autograd.engine import (
 )
 from torch_secorder.capture.records import Forward, Record
 from torch_secorder.errors import LifecycleError
-from torch_secorder.graph.frontier import Use
+from torch_secorder.graph.frontier import ParameterUse
 from torch_secorder.model.containers import tensors
-from torch_secorder.model.ranks import whole
-from torch_secorder.per_sample import as_refusal, direction
+from torch_secorder.model.ranks import full_tensor
+from torch_secorder.per_sample import as_refusal, sign_vectors
 from torch_secorder.recording.recorder import BackwardPass, Recorder
 
 
@@ -76,7 +76,7 @@ class UserRecorder(Recorder):
             self._outer_of[task] = outer
         super()._on_output_gradient(record, grad)
 
-    def _on_use_gradients(self, use: Use, grads: tuple[Tensor | None, ...]) -> None:
+    def _on_use_gradients(self, use: ParameterUse, grads: tuple[Tensor | None, ...]) -> None:
         if self.forwards.active and not in_search_pass():
             super()._on_use_gradients(use, grads)
 
@@ -90,12 +90,12 @@ class UserRecorder(Recorder):
             self._within(current, self._add_gradient, current, position, grad)
 
     def _add_gradient(self, current: BackwardPass, position: int, grad: Tensor) -> None:
-        grad, leaf = whole(grad), self.table.leaves[position]
+        grad, leaf = full_tensor(grad), self.table.leaves[position]
         # What a hook of the user's makes of a gradient is not in its factors, and not ours to check.
         as_computed = len(leaf._backward_hooks or ()) <= 1
         current.gradients.add(position, grad, as_computed=as_computed)
         if current.accumulator.checks and as_computed and not grad.is_sparse:
-            left, right = direction(grad.shape, grad)
+            left, right = sign_vectors(grad.shape, grad)
             along = left @ (grad.detach().reshape(len(left), -1) @ right)
             current.projections[position] = current.projections.get(position, 0) + along
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from torch_secorder.autograd.nodes import node_vjp
-from torch_secorder.batch_axis.placement import Placement
+from torch_secorder.batch_axis.placement import Layout, Placement
 from torch_secorder.errors import CoupledSamplesError, CoverageError, ShapeError
 from torch_secorder.per_sample import Convolution, Dense, Outer, PerSampleGradient, RowSparse
 from torch_secorder.rules.bilinear import pairs
@@ -25,7 +25,7 @@ from torch_secorder.rules.normalization import over_channels, with_running
 
 
 @dataclass(frozen=True)
-class Place:
+class NodeUse:
     """Where a batch-free value meets the data.
 
     Attributes:
@@ -66,7 +66,7 @@ class Place:
 
 
 Gradients = tuple[Tensor | None, ...]
-Function = Callable[[Place, Any], PerSampleGradient | Tensor]
+Function = Callable[[NodeUse, Any], PerSampleGradient | Tensor]
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class NodeRule:
     """
 
     function: Function
-    when: Callable[[Place], bool]
+    when: Callable[[NodeUse], bool]
     many: bool
     after: bool
 
@@ -90,7 +90,7 @@ _rules: dict[str, NodeRule] = {}
 
 
 def node_rule(
-    name: str, when: Callable[[Place], bool], *, many: bool = False, after: bool = False
+    name: str, when: Callable[[NodeUse], bool], *, many: bool = False, after: bool = False
 ) -> Callable[[Function], Function]:
     """A decorator for the rule of the nodes called ``name``, for the places where ``when`` is true."""
 
@@ -107,13 +107,13 @@ def runs_after_node(node: Any) -> bool:
     return rule is not None and rule.after
 
 
-def has_rule(place: Place) -> bool:
+def has_rule(place: NodeUse) -> bool:
     """Whether a rule knows the gradient here without in_library_call the node."""
     rule = _rules.get(place.node.name())
     return rule is not None and rule.when(place)
 
 
-def gradient_at(place: Place, grads: Gradients, output: int) -> tuple[PerSampleGradient, str]:
+def gradient_at(place: NodeUse, grads: Gradients, output: int) -> tuple[PerSampleGradient, str]:
     """The gradient of the value for every sample, given those of the node's outputs, and the name of the rule that gave it.
 
     Args:
@@ -129,10 +129,10 @@ def gradient_at(place: Place, grads: Gradients, output: int) -> tuple[PerSampleG
     found = rule.function(place, grads if rule.many else grads[output])
     form = Dense(found) if isinstance(found, Tensor) else found
     groups = place.placement.grouping(form.n, place.n, form.like.device)
-    return (form if groups is None else form.regrouped(groups)), name
+    return (form if groups is None else form.grouped_by_sample(groups)), name
 
 
-def _one_by_one(place: Place, grads: Gradients) -> Tensor:
+def _one_by_one(place: NodeUse, grads: Gradients) -> Tensor:
     """``[n, *shape]`` from the node itself, given the gradients of one sample at a time."""
     if "one by one" not in place.memo:
         place.memo["one by one"] = [node_vjp(place.node, _alone(place, grads, sample)) for sample in range(place.n)]
@@ -148,7 +148,7 @@ def _one_by_one(place: Place, grads: Gradients) -> Tensor:
     return torch.stack(found)
 
 
-def _alone(place: Place, grads: Gradients, sample: int) -> list[Tensor | None]:
+def _alone(place: NodeUse, grads: Gradients, sample: int) -> list[Tensor | None]:
     """The gradients with every other sample's part set to zero."""
     alone: list[Tensor | None] = []
     axis = place.placement.axis
@@ -161,14 +161,14 @@ def _alone(place: Place, grads: Gradients, sample: int) -> list[Tensor | None]:
             alone.append(None)
             continue
         size = grad.shape[axis]
-        owner = place.placement.owner(size, place.n, grad.device)
+        owner = place.placement.sample_of_index(size, place.n, grad.device)
         owner = torch.arange(size, device=grad.device) if owner is None else owner
         column = [-1] + [1] * (grad.dim() - axis - 1)
         alone.append(torch.where((owner == sample).view(column), grad, 0))
     return alone
 
 
-def _in_rows(*indices: int) -> Callable[[Place], bool]:
+def _in_rows(*indices: int) -> Callable[[NodeUse], bool]:
     """For these inputs of nodes that have samples on the first axis of their output."""
     return lambda at: at.index in indices and at.placement.axis == 0
 
@@ -183,7 +183,7 @@ def _times(factor: float, g: Tensor) -> Tensor:
 
 
 @node_rule("AddmmBackward0", lambda at: at.is_broadcast if at.index == 0 else _in_rows(2)(at))
-def addmm(at: Place, g: Tensor) -> PerSampleGradient | Tensor:
+def addmm(at: NodeUse, g: Tensor) -> PerSampleGradient | Tensor:
     """``beta self + alpha mat1 mat2`` with samples in the rows of the result."""
     if at.index == 0:
         return at.summed(_times(at.node._saved_beta, g))
@@ -191,20 +191,20 @@ def addmm(at: Place, g: Tensor) -> PerSampleGradient | Tensor:
 
 
 @node_rule("MmBackward0", _in_rows(1))
-def mm(at: Place, g: Tensor) -> PerSampleGradient:
+def mm(at: NodeUse, g: Tensor) -> PerSampleGradient:
     """``self mat2`` with samples in the rows of the result."""
     return _rows_times(at.node._saved_self, g, at.shape)
 
 
 @node_rule("BmmBackward0", lambda at: at.index == 1 and at.placement.axis == 1)
-def bmm(at: Place, g: Tensor) -> PerSampleGradient:
+def bmm(at: NodeUse, g: Tensor) -> PerSampleGradient:
     """``self mat2`` for several matrices, with samples in the rows of each result; einsum is made of these."""
     g, x = (value.transpose(0, 1)[:, :, None] for value in (g, at.node._saved_self.to(g.dtype)))
     return Outer(g, x, at.shape)
 
 
 @node_rule("ConvolutionBackward0", lambda at: _in_rows(1, 2)(at) and not any(at.node._saved_output_padding))
-def convolution(at: Place, g: Tensor) -> PerSampleGradient | Tensor:
+def convolution(at: NodeUse, g: Tensor) -> PerSampleGradient | Tensor:
     """Weight and bias of a convolution."""
     node = at.node
     if at.index == 2:
@@ -215,7 +215,7 @@ def convolution(at: Place, g: Tensor) -> PerSampleGradient | Tensor:
 
 
 @node_rule("EmbeddingBackward0", lambda at: at.placement.axis < at.node._saved_indices.dim())
-def embedding(at: Place, g: Tensor) -> PerSampleGradient:
+def embedding(at: NodeUse, g: Tensor) -> PerSampleGradient:
     """Rows of a table."""
     ids, padding = at.node._saved_indices, at.node._saved_padding_idx
     if at.node._saved_scale_grad_by_freq:
@@ -227,7 +227,7 @@ def embedding(at: Place, g: Tensor) -> PerSampleGradient:
 
 
 @node_rule("NativeLayerNormBackward0", lambda at: at.index in (1, 2) and at.is_broadcast)
-def layer_norm(at: Place, g: Tensor) -> Tensor:
+def layer_norm(at: NodeUse, g: Tensor) -> Tensor:
     """Weight and bias of a layer norm."""
     if at.index == 2:
         return at.summed(g)
@@ -241,7 +241,7 @@ def layer_norm(at: Place, g: Tensor) -> Tensor:
 
 
 @node_rule("NativeGroupNormBackward0", _in_rows(1, 2))
-def group_norm(at: Place, g: Tensor) -> Tensor:
+def group_norm(at: NodeUse, g: Tensor) -> Tensor:
     """Weight and bias of a group norm."""
     node = at.node
     if node.name() not in at.memo:
@@ -253,7 +253,7 @@ def group_norm(at: Place, g: Tensor) -> Tensor:
 
 @node_rule("CudnnBatchNormBackward0", lambda at: _in_rows(1, 2)(at) and not at.node._saved_training)
 @node_rule("NativeBatchNormBackward0", lambda at: _in_rows(1, 2)(at) and not at.node._saved_training)
-def batch_norm(at: Place, g: Tensor) -> Tensor:
+def batch_norm(at: NodeUse, g: Tensor) -> Tensor:
     """Weight and bias of a batch norm with running statistics."""
     node = at.node
     eps = node._saved_epsilon if hasattr(node, "_saved_epsilon") else node._saved_eps
@@ -265,7 +265,7 @@ def batch_norm(at: Place, g: Tensor) -> Tensor:
 
 
 @node_rule("PreluKernelBackward0", lambda at: at.index == 1 and at.is_broadcast)
-def prelu(at: Place, g: Tensor) -> Tensor:
+def prelu(at: NodeUse, g: Tensor) -> Tensor:
     """Slopes below zero."""
     return at.summed(along_slope(at.node._saved_self, g))
 
@@ -276,19 +276,19 @@ def _is_bilinear(node: Any) -> bool:
 
 
 @node_rule("TrilinearBackward0", lambda at: _in_rows(1)(at) and _is_bilinear(at.node))
-def bilinear(at: Place, g: Tensor) -> PerSampleGradient:
+def bilinear(at: NodeUse, g: Tensor) -> PerSampleGradient:
     """The weight of ``y_o = x1^T W_o x2``."""
     return Outer(pairs(at.node._saved_i1, at.node._saved_i3)[:, None, None], g[:, None, None], at.shape)
 
 
-def _repeats_samples(at: Place) -> bool:
+def _repeats_samples(at: NodeUse) -> bool:
     """Whether no sample has a part of a repetition only."""
-    whole = at.placement.fold == "outer" and at.node._saved_repeats[at.placement.axis] % at.n == 0
+    whole = at.placement.layout is Layout.BLOCKS and at.node._saved_repeats[at.placement.axis] % at.n == 0
     return at.is_broadcast or whole
 
 
 @node_rule("RepeatBackward0", _repeats_samples)
-def repeat(at: Place, g: Tensor) -> Tensor:
+def repeat(at: NodeUse, g: Tensor) -> Tensor:
     """A tensor that is repeated for every sample."""
     times, axis = at.node._saved_repeats, at.placement.axis
     sizes = [1] * (g.dim() - len(at.shape)) + list(at.shape)
@@ -298,24 +298,24 @@ def repeat(at: Place, g: Tensor) -> Tensor:
 
 
 @node_rule("MulBackward0", lambda at: at.is_broadcast)
-def mul(at: Place, g: Tensor) -> Tensor:
+def mul(at: NodeUse, g: Tensor) -> Tensor:
     """A factor that is broadcast along the batch."""
     return at.summed(g * (at.node._saved_other if at.index == 0 else at.node._saved_self))
 
 
 @node_rule("AddBackward0", lambda at: at.is_broadcast)
-def add(at: Place, g: Tensor) -> Tensor:
+def add(at: NodeUse, g: Tensor) -> Tensor:
     """A summand that is broadcast along the batch."""
     return at.summed(g if at.index == 0 else _times(at.node._saved_alpha, g))
 
 
 @node_rule("SubBackward0", lambda at: at.is_broadcast)
-def sub(at: Place, g: Tensor) -> Tensor:
+def sub(at: NodeUse, g: Tensor) -> Tensor:
     """Either side of a difference that is broadcast along the batch."""
     return at.summed(g if at.index == 0 else g * -at.node._saved_alpha)
 
 
 @node_rule("ExpandBackward0", lambda at: at.is_broadcast)
-def expand(at: Place, g: Tensor) -> Tensor:
+def expand(at: NodeUse, g: Tensor) -> Tensor:
     """A tensor that is expanded to the batch, as class tokens are."""
     return at.summed(g)

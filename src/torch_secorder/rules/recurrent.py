@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from torch_secorder.autograd.engine import current_node
-from torch_secorder.per_sample import Factor, Outer, PerSampleGradient, direction
-from torch_secorder.rules.node_rules import Gradients, Place, node_rule
+from torch_secorder.batch_axis.placement import Layout
+from torch_secorder.per_sample import Outer, PerSampleGradient, SharedFactor, sign_vectors
+from torch_secorder.rules.node_rules import Gradients, NodeUse, node_rule
 
 # By how much gates that oneDNN kept may differ from ours. It is exact to a few 1e-7, and what isn't the gate that is expected is
 # off by far more in most of the numbers.
@@ -18,11 +19,11 @@ SIGMOID, TANH = torch.ops.aten.sigmoid_backward, torch.ops.aten.tanh_backward
 
 
 @node_rule("MkldnnRnnLayerBackward0", lambda at: at.index in (1, 2, 3, 4) and _is_plain_lstm(at), many=True, after=True)
-def lstm_layer(at: Place, grads: Gradients) -> PerSampleGradient | Tensor:
+def lstm_layer(at: NodeUse, grads: Gradients) -> PerSampleGradient | Tensor:
     """One direction of one layer of an LSTM: weights and biases are shared by the steps."""
     if "layer" not in at.memo:
         layer = _Layer(at.node)
-        at.memo["layer"] = layer, Factor(layer.gate_gradients(grads).transpose(0, 1)[:, None])
+        at.memo["layer"] = layer, SharedFactor(layer.gate_gradients(grads).transpose(0, 1)[:, None])
     layer, dz = at.memo["layer"]
     if at.index in (1, 2):
         return Outer((layer.x if at.index == 1 else layer.h).transpose(0, 1)[:, None], dz, at.shape)
@@ -32,9 +33,9 @@ def lstm_layer(at: Place, grads: Gradients) -> PerSampleGradient | Tensor:
     return bias
 
 
-def _is_plain_lstm(at: Place) -> bool:
+def _is_plain_lstm(at: NodeUse) -> bool:
     node, mode_of_lstm = at.node, 2
-    in_order = (at.placement.fold == "none" and at.placement.axis == len(at.output_shape) - 2) or at.n == 1
+    in_order = (at.placement.layout is Layout.ONE_EACH and at.placement.axis == len(at.output_shape) - 2) or at.n == 1
     return node._saved_mode == mode_of_lstm and not node._saved_batch_sizes and in_order
 
 
@@ -174,7 +175,7 @@ class _Layer:
         factors[:, :, 1:4] *= dc[:, :, None]
         factors[:, :, 4] *= dh
         dz, w_hh, some = factors[:, :, 1:].flatten(2), self._node._saved_weight1, slice((len(dh) - 1) % 8, None, 8)
-        signs = direction(w_hh.shape, w_hh)[1]
+        signs = sign_vectors(w_hh.shape, w_hh)[1]
         to_h, to_c = dz @ (w_hh @ signs), dc[some] * gates[some, :, 1]
         right = _vanishes(dh_sent @ signs - to_h, to_h.abs().max())
         return dz if right and _vanishes(dc_sent[some] - to_c, to_c.abs().max()) else None

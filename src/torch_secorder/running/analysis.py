@@ -83,7 +83,7 @@ class Analysis:
         self.memory = knowledge_of(self.model, batch_axis)
         # Nothing is verified with create_graph, whose result would keep the check's graph alive, nor on several ranks, where one
         # rank's failure can't make the others repeat the batch; so shapes are not believed there.
-        self.trusting = self.memory.trusting and not create_graph and not self.table.ranks.several
+        self.trusting = self.memory.trusting and not create_graph and not self.table.ranks.distributed
         with lock_of(self.model), self.differentiable():
             self._plan = planned(self.model, self.table, batch_axis, quantities)
         self.batch_axis = self._plan.batch_axis
@@ -112,7 +112,7 @@ class Analysis:
             reduction = self.memory.reduction(
                 loss_fn, partial(reduction_of, loss_fn, outputs, targets, loss, run.n, self.batch_axis)
             )
-            kept = mapped(Tensor.detach, outputs) if self.table.ranks.several or checked(run.structure) else None
+            kept = mapped(Tensor.detach, outputs) if self.table.ranks.distributed or checked(run.structure) else None
             del outputs
             samples = run.backward(loss)
         samples = samples.scaled(run.n**2 if reduction == "mean" else 1)
@@ -123,7 +123,7 @@ class Analysis:
         with self._prepared() as run:
             outputs = logits(run(inputs))
             require_targets_of_batch(targets, run.n, self.batch_axis)
-            count, seeds = kind.seeds(outputs, targets, generator, self.table.ranks)
+            count, seeds = kind.output_gradients(outputs, targets, generator, self.table.ranks)
             passes = (
                 run.backward(outputs, seed.to(outputs.dtype), last=number == count)
                 for number, seed in enumerate(seeds, start=1)
@@ -144,8 +144,8 @@ class Analysis:
 
     def differentiable(self) -> AbstractContextManager[None]:
         """All analysed parameters require a gradient inside, but those that hold codes and can't."""
-        coded = {id(self.table.tensors[position]) for position in self.table.coded}
-        analysed = {id(p): p for p in (*self.table.tensors, *self.table.leaves) if id(p) not in coded}
+        quantized = {id(self.table.tensors[position]) for position in self.table.quantized}
+        analysed = {id(p): p for p in (*self.table.tensors, *self.table.leaves) if id(p) not in quantized}
         return requiring_grad(analysed.values())
 
     @contextmanager
@@ -153,7 +153,7 @@ class Analysis:
         run = HookedForward(
             *(self.table, self._plan, self.memory, self._passes),
             create_graph=self._create_graph,
-            trusting=self.trusting,
+            trust_shapes=self.trusting,
         )
         # The run is left twice: an interrupt at the first instruction of its __exit__ is one that __exit__ itself can't help.
         with (

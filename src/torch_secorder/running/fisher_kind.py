@@ -12,7 +12,7 @@ from torch import Tensor
 from torch_secorder.arguments import require_positive_int
 from torch_secorder.errors import ArgumentError
 from torch_secorder.graph.last_layer import last_linear_factors
-from torch_secorder.likelihoods import Likelihood, Through, likelihood
+from torch_secorder.likelihoods import LastLayer, Likelihood, likelihood
 from torch_secorder.model.ranks import Ranks
 
 
@@ -38,12 +38,12 @@ class FisherKind:
                 raise ArgumentError(f"{name} must be an int, not {value!r}")
         require_positive_int("max_passes", self.max_passes)
 
-    def seeds(
+    def output_gradients(
         self, outputs: Tensor, targets: Any, generator: torch.Generator, ranks: Ranks, *, differentiable: bool = False
     ) -> tuple[int, Iterator[Tensor]]:
-        """How many backward passes, and their seeds, in common with the ranks that hold the model together.
+        """How many backward passes the trace takes, and the output gradient that each of them starts with.
 
-        Their own graph is kept if they are to be ``differentiable``.
+        Ranks that hold the model together agree on both. With ``differentiable`` the gradients keep their own graph.
 
         Raises:
             ArgumentError: if the exact expectation takes more than ``max_passes``, or observed labels are missing.
@@ -51,13 +51,13 @@ class FisherKind:
         """
         product = None if self.num_samples is None else last_linear_factors(outputs)
         outputs = outputs if differentiable else outputs.detach()
-        through = None if product is None else Through(*product)
-        count, seeds = self._seeds(outputs, targets, ranks.seeded(generator), through)
-        ranks.agreed(count, "their outputs take different numbers of backward passes; pad them to one shape")
-        return count, seeds
+        last_layer = None if product is None else LastLayer(*product)
+        count, gradients = self._output_gradients(outputs, targets, ranks.common_generator(generator), last_layer)
+        ranks.require_same(count, "their outputs take different numbers of backward passes; pad them to one shape")
+        return count, gradients
 
-    def _seeds(
-        self, outputs: Tensor, targets: Any, generator: torch.Generator, through: Through | None
+    def _output_gradients(
+        self, outputs: Tensor, targets: Any, generator: torch.Generator, last_layer: LastLayer | None
     ) -> tuple[int, Iterator[Tensor]]:
         model: Likelihood = likelihood(
             self.loss_type, outputs, targets, ignore_index=self.ignore_index, class_axis=self.class_axis
@@ -65,7 +65,7 @@ class FisherKind:
         if self.labels == "observed":
             if not isinstance(targets, Tensor):
                 raise ArgumentError('labels="observed" needs targets')
-            return 1, iter([model.observed(outputs, targets)])
+            return 1, iter([model.observed_output_gradient(outputs, targets)])
         passes = model.exact_passes(outputs)
         if self.num_samples is None:
             if passes > self.max_passes:
@@ -73,5 +73,6 @@ class FisherKind:
                     f"the exact Fisher of outputs of shape {tuple(outputs.shape)} takes {passes:,} backward passes, more than "
                     f"max_passes={self.max_passes:,}: pass num_samples=k for an unbiased estimate from k passes"
                 )
-            return passes, model.exact(outputs)
-        return min(passes, self.num_samples), model.draws(outputs, self.num_samples, generator, through)
+            return passes, model.exact_output_gradients(outputs)
+        sampled = model.sampled_output_gradients(outputs, self.num_samples, generator, last_layer)
+        return min(passes, self.num_samples), sampled

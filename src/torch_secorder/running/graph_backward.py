@@ -15,7 +15,7 @@ from torch.autograd.graph import GradientEdge
 from torch_secorder.autograd.engine import current_node, in_search_pass, library_pass, search_pass
 from torch_secorder.capture.records import Forward, Record
 from torch_secorder.errors import CoverageError, UnsupportedError
-from torch_secorder.graph.frontier import Use
+from torch_secorder.graph.frontier import ParameterUse
 from torch_secorder.recording.quantities import QUANTITIES
 from torch_secorder.recording.recorder import BackwardPass, Recorder, not_finite
 from torch_secorder.recording.sample_norms import SampleNorms
@@ -41,7 +41,7 @@ class GraphBackward(Recorder):
         self._takes_forms = any(QUANTITIES[name].takes_forms for name in self.options.quantities)
         self._current: BackwardPass | None = None
         self._count = 0  # of the passes so far
-        self._starts: list[tuple[Record | Use, list[GradientEdge]]] = []
+        self._starts: list[tuple[Record | ParameterUse, list[GradientEdge]]] = []
         self._inputs: Sequence[Tensor | GradientEdge] = []
         self._shared_graph = False  # whether the graph is somebody else's, maybe with a monitor's hooks on it
         self._defers = False
@@ -54,7 +54,7 @@ class GraphBackward(Recorder):
         self._shared_graph = True
         try:
             self._on_model_exit(Forward(len(outputs)), outputs)
-            self._inputs = self._audit.others
+            self._inputs = self._audit.other_leaves
             yield
         finally:
             self._audit.hooks.close()
@@ -66,9 +66,9 @@ class GraphBackward(Recorder):
         self._starts = [
             (record, [edge]) for record, edge in forward.records if record.starts_graph and record.placement
         ]
-        self._starts += [(use, use.edges(node)) for use, node in uses if use.starts_graph]
-        self._defers = any(self._calls_nodes(use) for use, _ in uses)
-        self.n, self.structure = forward.n or 0, self._audit.structure
+        self._starts += [(use, use.edges(node)) for use, node in uses if use.is_first]
+        self._defers = any(self._needs_node_calls(use) for use, _ in uses)
+        self.n, self.structure = forward.n or 0, self._audit.fingerprint
 
     def backward(self, root: Tensor, seed: Tensor | None = None, *, last: bool = True) -> SampleNorms:
         """Squared norms of the per-sample gradients of ``root`` (with ``seed`` for its gradient).
@@ -117,7 +117,7 @@ class GraphBackward(Recorder):
         arrived = iter(found)
         for item, several in self._starts:
             grads = tuple(itertools.islice(arrived, len(several)))
-            if isinstance(item, Use):
+            if isinstance(item, ParameterUse):
                 self._within(current, self._add_use, current, item, several[0].node, grads)
             elif grads[0] is not None:
                 self._within(current, self._add_start, current, item, grads[0])
@@ -144,14 +144,14 @@ class GraphBackward(Recorder):
         if not record.starts_graph:  # the gradients of those that do are results of the pass
             super()._on_output_gradient(record, grad)
 
-    def _on_use_gradients(self, use: Use, grads: tuple[Tensor | None, ...]) -> None:
+    def _on_use_gradients(self, use: ParameterUse, grads: tuple[Tensor | None, ...]) -> None:
         current = self._pass_under_way()
-        if current is None or use.starts_graph:
+        if current is None or use.is_first:
             return
-        if self._calls_nodes(use):
+        if self._needs_node_calls(use):
             self._deferred.append(partial(self._add_use, current, use, current_node(), grads))
         else:
             super()._on_use_gradients(use, grads)
 
-    def _calls_nodes(self, use: Use) -> bool:
-        return use.calls_nodes or (use.rearranges and self._takes_forms)
+    def _needs_node_calls(self, use: ParameterUse) -> bool:
+        return use.needs_node_calls or (use.permutes_entries and self._takes_forms)

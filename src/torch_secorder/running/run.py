@@ -43,10 +43,10 @@ class HookedForward(GraphBackward):
     """
 
     def __init__(self, table: ParameterTable, plan: Plan, knowledge: Memory, options: PassOptions, **others: Any):
-        self._frozen_codes = bool(table.coded)
+        self._frozen_codes = bool(table.quantized)
         super().__init__(
             *(table, plan, knowledge, options),
-            rehearse=self._rehearse,
+            locate_on_three_samples=self._locate_on_three_samples,
             attach_leaf=self._frozen_codes,
             only_library_calls=True,
             **others,
@@ -79,7 +79,7 @@ class HookedForward(GraphBackward):
         self._records += [record for record, _ in forward.records]
         super()._on_model_exit(forward, outputs)
 
-    def _rehearse(self) -> None:
+    def _locate_on_three_samples(self) -> None:
         """See where samples are in a batch of three of them, which costs far less than in the whole batch."""
         plan, n = self.plan, self.forwards.latest.n
         if n is None or n < 8:

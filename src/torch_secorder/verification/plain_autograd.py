@@ -11,7 +11,7 @@ from torch import Tensor
 
 from torch_secorder.autograd.engine import library_pass, search_pass
 from torch_secorder.errors import LifecycleError, VerificationError
-from torch_secorder.model.ranks import is_dtensor, whole
+from torch_secorder.model.ranks import full_tensor, is_dtensor
 from torch_secorder.per_sample import at_least_float32, squared_norm_of_rows
 
 
@@ -50,7 +50,7 @@ def squared_norms_of_loss(root: Tensor, parameters: Sequence[Tensor]) -> Tensor:
 def squares(gradients: Sequence[Tensor | None]) -> Tensor:
     """``||g||^2`` of each parameter, in float64; zero for one without a gradient."""
     zero = torch.zeros((), dtype=torch.float64)
-    values = (g if g is None or not g.is_sparse else g.coalesce().values() for g in map(whole, gradients))
+    values = (g if g is None or not g.is_sparse else g.coalesce().values() for g in map(full_tensor, gradients))
     return torch.stack(
         [
             zero if g is None else squared_norm_of_rows(at_least_float32(g.detach().flatten())).double().cpu()

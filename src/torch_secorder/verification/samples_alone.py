@@ -53,7 +53,7 @@ def verified(
                 warnings.warn("not verified: the model draws random numbers in eval mode too", stacklevel=3)
                 return
         n, axis = batch.samples.batch, analysis.batch_axis
-        if analysis.table.ranks.most(n) == 1 and not by_autograd:
+        if analysis.table.ranks.max_over_ranks(n) == 1 and not by_autograd:
             return
         alone = rows(inputs, [0], n, axis)
 
@@ -61,7 +61,7 @@ def verified(
             return loss(mapped(partial(_inserted, iter(tensors(own)), n, axis), batch.outputs))
 
         def norms_of(root: Callable[[Any], Tensor]) -> Tensor:
-            if not by_autograd or analysis.table.coded:
+            if not by_autograd or analysis.table.quantized:
                 return analysis.of(root, alone).samples.squared_norms[:, 0].detach().double().cpu()
             with torch.enable_grad(), analysis.differentiable():
                 return squared_norms_of_loss(root(call_model(analysis.model, alone)), analysis.table.leaves)

@@ -23,14 +23,14 @@ class DiagonalPart(Part):
         finite = squared_norms.isfinite()
         if bool(finite.any()):
             form = form if bool(finite.all()) else form.select(finite.nonzero().squeeze(1))
-            new = halving_on_oom(form, SquareSum.of, lambda a, b: SquareSum.joined([a, b]))
+            new = halving_on_oom(form, SquareSum.of, lambda a, b: SquareSum.summed([a, b]))
             self.sums.setdefault(position, []).append(new)
 
     def scaled(self, factor: float) -> DiagonalPart:
         return DiagonalPart({position: [one.times(factor) for one in found] for position, found in self.sums.items()})
 
     def plus(self, other: DiagonalPart) -> DiagonalPart:
-        both = {p: [SquareSum.joined([*self.sums.get(p, []), *found])] for p, found in other.sums.items()}
+        both = {p: [SquareSum.summed([*self.sums.get(p, []), *found])] for p, found in other.sums.items()}
         return DiagonalPart(self.sums | both)
 
     def finite(self, bad: Tensor, names: Sequence[str]) -> DiagonalPart:
