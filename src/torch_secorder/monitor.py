@@ -15,7 +15,7 @@ from torch_secorder.arguments import (
     require_max_memory,
     require_positive_int,
 )
-from torch_secorder.batch_axis.knowledge import Memory, knowledge_of
+from torch_secorder.batch_axis.knowledge import ModelKnowledge, is_due, knowledge_of
 from torch_secorder.errors import CoverageError, LifecycleError
 from torch_secorder.model.hooks import HookScope, HookSet, WeakHook
 from torch_secorder.model.parameters import ParameterTable, plain_name, unwrapped
@@ -27,8 +27,8 @@ from torch_secorder.recording.sample_norms import SampleNorms
 from torch_secorder.recording.user_recorder import UserRecorder
 from torch_secorder.results.report import By
 from torch_secorder.results.results import Results
+from torch_secorder.verification.expected_norms import ExpectedNorms, expected_norms
 from torch_secorder.verification.gradient_sums import unexplained_gradients
-from torch_secorder.verification.plain_autograd import compare, squared_norms_of_first
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -73,7 +73,7 @@ class _Watched:
 
     model: nn.Module
     table: ParameterTable
-    knowledge: Memory
+    knowledge: ModelKnowledge
 
     @classmethod
     def of(cls, model: nn.Module, options: MonitorOptions) -> _Watched:
@@ -168,7 +168,7 @@ class FisherMonitor(HookScope):
         self._options, self._watched, self.results = options, watched, results
         self._recorder: UserRecorder | None = None
         self._hooks = HookSet()
-        self._expected: Tensor | None = None  # the first sample's squared norms, where they are to be verified
+        self._expected: ExpectedNorms | None = None  # of the first sample, where the next pass is to be verified
 
     # ------------------------------------------------------------------------------------------------ the block
 
@@ -212,8 +212,8 @@ class FisherMonitor(HookScope):
             self._recorder = None
 
     def _is_due(self) -> bool:
-        """Whether the sums of the next pass are checked: the 1st, 2nd, 3rd, 5th, 9th, ..."""
-        return self.results.statistics.passes.bit_count() < 2
+        """Whether the sums of the next pass are checked."""
+        return is_due(self.results.statistics.passes + 1)
 
     def verify(self, loss: Tensor) -> None:
         """Have the next backward pass, which must be that of ``loss``, checked for one sample.
@@ -245,7 +245,7 @@ class FisherMonitor(HookScope):
                 "verify: call the model inside the monitor's block, keep its outputs, and pass their loss"
             )
         leaves, axis = self._recorder.table.leaves, self._recorder.plan.batch_axis
-        self._expected = squared_norms_of_first(loss, outputs, leaves, axis)
+        self._expected = expected_norms(loss, outputs, leaves, axis=axis)
 
     def _count(self, current: BackwardPass) -> None:
         """A backward pass is over: count it, or raise why not."""
@@ -304,7 +304,7 @@ class FisherMonitor(HookScope):
         """Where :meth:`verify` was asked for, the first sample has to be as by plain autograd."""
         expected, self._expected = self._expected, None
         if expected is not None and not samples.skipped:
-            compare(self.results.statistics.names, samples.squared_norms[:, 0], expected, current.accumulator.half)
+            expected.require(self.results.statistics.names, samples.squared_norms)
 
     # ------------------------------------------------------------------------------------------------ its results
 

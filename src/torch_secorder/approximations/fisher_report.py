@@ -18,10 +18,9 @@ from torch_secorder.model.restore import forked_random, lock_of
 from torch_secorder.recording.plan import BatchAxis
 from torch_secorder.results.report import By
 from torch_secorder.results.results import Results
-from torch_secorder.running.analysis import Analysis, Batch, logits
+from torch_secorder.running.analysis import Analysis, Batch, Checked, logits
 from torch_secorder.running.fisher_kind import FisherKind
-from torch_secorder.running.loss import require_separable
-from torch_secorder.verification.samples_alone import verified
+from torch_secorder.verification.samples_alone import verify_empirical, verify_samples
 from torch_secorder.verification.schedule import analyse_and_verify
 
 if TYPE_CHECKING:
@@ -254,35 +253,18 @@ def accumulated(
 def _empirical(
     analysis: Analysis, loss_fn: Callable[[Any, Any], Tensor], inputs: Any, targets: Any, verify: bool
 ) -> Batch:
-    """One batch's gradients of the loss, and whether its first sample is as it is alone."""
-    analyse = partial(analysis.empirical, loss_fn, inputs, targets, _always if verify else _never)
-    return (
-        analyse_and_verify(analysis, analyse, partial(_check, analysis, loss_fn, inputs, targets))
-        if verify
-        else analyse()
-    )
+    """One batch's gradients of the loss, and whether a sample's are as they are alone."""
+    checked: Checked = "always" if verify else "never"
+    analyse = partial(analysis.empirical, loss_fn, inputs, targets, checked=checked)
+    return analyse_and_verify(analysis, analyse, partial(verify_empirical, analysis, loss_fn, inputs, targets))
 
 
 def _verify_projection(analysis: Analysis, inputs: Any) -> None:
     """Whether gradients of the outputs along one direction, which those of every Fisher are like, are right."""
     with forked_random(analysis.table.tensors):  # the check is one more forward
         analyse_and_verify(
-            analysis, partial(analysis.of, _projection, inputs), partial(verified, analysis, _projection, inputs)
+            analysis, partial(analysis.of, _projection, inputs), partial(verify_samples, analysis, _projection, inputs)
         )
-
-
-def _always(structure: int) -> bool:
-    return True
-
-
-def _never(structure: int) -> bool:
-    return False
-
-
-def _check(analysis: Analysis, loss_fn: Callable[[Any, Any], Tensor], inputs: Any, targets: Any, batch: Batch) -> None:
-    scale = batch.samples.batch if batch.reduction == "mean" else 1
-    require_separable(loss_fn, batch.outputs, targets, batch.samples.batch, analysis.batch_axis)
-    verified(analysis, lambda outputs: loss_fn(outputs, targets) * scale, inputs, batch)
 
 
 def _projection(outputs: Any) -> Tensor:

@@ -2,37 +2,24 @@
 
 from __future__ import annotations
 
-import itertools
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from torch_secorder.approximations.samples_of_graph import SamplesOfGraph
 from torch_secorder.arguments import fresh_generator, require_callable, require_choice, require_positive_int
-from torch_secorder.autograd.engine import search_pass
-from torch_secorder.batch_axis.knowledge import Memory, knowledge_of
-from torch_secorder.errors import (
-    CoverageError,
-    CurvatureError,
-    NonFiniteError,
-    ShapeError,
-    SlowFallbackWarning,
-)
+from torch_secorder.batch_axis.knowledge import ModelKnowledge, knowledge_of
+from torch_secorder.errors import CoverageError, ShapeError
 from torch_secorder.model.parameters import ParameterTable, unwrapped
 from torch_secorder.model.restore import lock_of
-from torch_secorder.per_sample import at_least_float32
-from torch_secorder.recording.accumulator import PassOptions
-from torch_secorder.recording.plan import Plan
-from torch_secorder.running.analysis import Analysis, Batch, logits
+from torch_secorder.running.analysis import Analysis, Checked, logits
 from torch_secorder.running.fisher_kind import FisherKind
-from torch_secorder.running.graph_backward import GraphBackward
-from torch_secorder.running.loss import require_separable, require_targets_of_batch
+from torch_secorder.running.loss import require_targets_of_batch
 from torch_secorder.running.run import require_twice_differentiable
-from torch_secorder.verification.plain_autograd import compare, squares
-from torch_secorder.verification.samples_alone import verified
+from torch_secorder.verification.samples_alone import verify_empirical
 from torch_secorder.verification.schedule import analyse_and_verify
 
 
@@ -89,16 +76,11 @@ def empirical_fisher_trace(
     require_positive_int("num_samples", num_samples)
     require_callable("loss_fn", loss_fn)
     analysis = Analysis(model, create_graph=create_graph)
-
-    def check(batch: Batch) -> None:
-        n, scale = batch.samples.batch, batch.samples.batch if batch.reduction == "mean" else 1
-        require_separable(loss_fn, batch.outputs, targets, n, analysis.batch_axis)
-        verified(analysis, lambda outputs: loss_fn(outputs, targets) * scale, inputs, batch, by_autograd=False)
-
-    wanted = partial(analysis.memory.will_be_due, loss_fn)
-    analyse = partial(analysis.empirical, loss_fn, inputs, targets, wanted)
+    checked: Checked = "never" if create_graph else "when due"
+    analyse = partial(analysis.empirical, loss_fn, inputs, targets, checked=checked)
+    check = partial(verify_empirical, analysis, loss_fn, inputs, targets)
     with lock_of(analysis.model):
-        batch = analyse() if create_graph else analyse_and_verify(analysis, analyse, check, loss_fn)
+        batch = analyse_and_verify(analysis, analyse, check)
     return _as_result(batch.samples.squared_norms.sum(0), batch.reduction, analysis.table)
 
 
@@ -202,67 +184,16 @@ def generalized_fisher_trace(
 
 
 def _squared_norms(
-    outputs: Tensor, seeds: Iterator[Tensor], table: ParameterTable, memory: Memory, create_graph: bool
+    outputs: Tensor, seeds: Iterable[Tensor], table: ParameterTable, knowledge: ModelKnowledge, create_graph: bool
 ) -> Tensor:
-    """``sum_s ||J_n^T s_n||^2`` of every sample, ``[n]``, from what the graph's nodes have saved, or one by one."""
+    """``sum_s ||J_n^T s_n||^2`` of every sample, ``[n]``."""
     if create_graph:
         require_twice_differentiable(outputs, table)
     norms = outputs.new_zeros(len(outputs), dtype=torch.promote_types(outputs.dtype, torch.float32))
-    seeds = (seed.to(outputs.dtype) for seed in seeds)
-    passes, failed = GraphBackward(table, Plan(), memory, PassOptions(), create_graph=create_graph), None
-    try:
-        with passes.through(outputs):
-            unchecked = bool(table.ranks.max_over_ranks(memory.due(_squared_norms, passes.structure)))
-            for seed in seeds:
-                failed = seed  # until it is done
-                samples = passes.backward(outputs, seed, last=False)
-                if unchecked:
-                    compare(
-                        table.names, samples.squared_norms[:, 0].detach(), squares(_of_one(outputs, seed, table, 0))
-                    )
-                    unchecked = False
-                norms, failed = norms + samples.squared_norms.sum(0), None
-            return norms
-    except NonFiniteError:
-        raise
-    except CurvatureError as error:
-        if table.ranks.distributed:  # others may not have to take samples one by one
-            raise
-        reason = error
-    if all(g is None for g in _of_one(outputs, torch.ones_like(outputs), table, 0)):
-        raise CoverageError("the outputs do not depend on any trainable parameter of this model")
-    if len(outputs) > 1:
-        warnings.warn(
-            "the graph of these outputs does not show every sample's gradient, so that each sample takes a backward pass "
-            f"of its own; fisher_report, which runs the model, may be faster ({reason})",
-            SlowFallbackWarning,
-            stacklevel=3,
-        )
-    for seed in seeds if failed is None else itertools.chain([failed], seeds):
-        norms = norms + _one_by_one(outputs, seed, table, create_graph)
+    with SamplesOfGraph(outputs, table, knowledge, create_graph) as of_seed:
+        for seed in seeds:
+            norms = norms + of_seed(seed.to(outputs.dtype))
     return norms
-
-
-def _of_one(
-    outputs: Tensor, seed: Tensor, table: ParameterTable, n: int, create_graph: bool = False
-) -> Sequence[Tensor | None]:
-    """``J_n^T seed_n`` in every parameter by plain autograd."""
-    alone = torch.zeros_like(seed)
-    alone[n] = seed[n]
-    with search_pass([outputs]) as (root,):
-        return torch.autograd.grad(
-            root, table.leaves, alone, retain_graph=True, create_graph=create_graph, allow_unused=True
-        )
-
-
-def _one_by_one(outputs: Tensor, seed: Tensor, table: ParameterTable, create_graph: bool) -> Tensor:
-    """``||J_n^T seed_n||^2`` of every sample, ``[n]``, by one backward pass for each."""
-    norms = []
-    for n in range(len(outputs)):
-        found = _of_one(outputs, seed, table, n, create_graph)
-        squared = [at_least_float32(g).square().sum() for g in found if g is not None]
-        norms.append(torch.stack([square.to(squared[0].device) for square in squared]).sum())
-    return torch.stack(norms)
 
 
 def _as_result(norms: Tensor, reduction: str, table: ParameterTable) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from torch_secorder.arguments import fresh_generator, require_callable, require_positive_int
 from torch_secorder.autograd.engine import call_model, library_pass
+from torch_secorder.autograd.tensor_hooks import silenced_in_library_passes
 from torch_secorder.errors import ArgumentError, CoverageError, NonFiniteError, UnsupportedError
 from torch_secorder.likelihoods import random_signs
 from torch_secorder.model.parameters import ParameterTable, unwrapped
@@ -23,7 +24,7 @@ from torch_secorder.running.loss import require_scalar_loss
 if TYPE_CHECKING:
     import pandas as pd
 
-FEWEST = 8  # probes before a standard error is believed
+MIN_PROBES = 8  # A standard error from fewer of them is no more than a guess.
 
 
 def hessian_trace(
@@ -93,18 +94,20 @@ def hessian_trace(
     with lock_of(bare):
         table = ParameterTable(bare)
     statistics = Statistics(table.names, [row.shape for row in table.rows])
-    with lock_of(bare), restoring_buffers(bare), torch.enable_grad(), twice_differentiable(True):
-        loss = require_scalar_loss(loss_fn(call_model(bare, inputs), targets), 1, targets)
+    with (
+        lock_of(bare),
+        restoring_buffers(bare),
+        silenced_in_library_passes(table.tensors),
+        torch.enable_grad(),
+        twice_differentiable(True),
+    ):
+        loss = require_scalar_loss(loss_fn(call_model(bare, inputs), targets))
         gradients = _gradients(loss, table)
         reached = {position for position, g in enumerate(gradients) if g.requires_grad}
         rules = {position: ["hutchinson"] for position in reached}
         for _ in range(num_samples):
             statistics.update(SampleNorms(1, _probe(gradients, table, generator)[:, None], reached, rules))
-            if (
-                tolerance is not None
-                and statistics.n >= FEWEST
-                and _stderr(statistics) <= tolerance * _trace(statistics)
-            ):
+            if tolerance is not None and _is_known_to(tolerance, statistics):
                 break
     frame = Report(table.rows, statistics, "mean", "hessian").table(by).drop(columns=["grad_sq_norm", "rule"])
     frame = frame.rename(columns=lambda name: name.replace("fisher_", "hessian_"))
@@ -115,6 +118,7 @@ def hessian_trace(
 
 
 def _gradients(loss: Tensor, table: ParameterTable) -> tuple[Tensor, ...]:
+    """The loss's gradient in every parameter, with its graph; zeros where the loss doesn't depend on one."""
     if not loss.requires_grad:
         raise CoverageError("the loss does not depend on any trainable parameter of this model")
     with library_pass([loss]) as (root,):
@@ -150,9 +154,11 @@ def _probe(gradients: tuple[Tensor, ...], table: ParameterTable, generator: torc
     return found
 
 
-def _trace(statistics: Statistics) -> float:
-    return abs(float(statistics.mean.sum()))
+def _is_known_to(tolerance: float, statistics: Statistics) -> bool:
+    """Whether the standard error of the total is at most this fraction of the total."""
+    return statistics.n >= MIN_PROBES and _stderr(statistics) <= tolerance * abs(float(statistics.mean.sum()))
 
 
 def _stderr(statistics: Statistics) -> float:
+    """The standard error of the total, over probes."""
     return (statistics.squared_norms.variance_of_sum(range(len(statistics.names))) / statistics.n) ** 0.5

@@ -1,21 +1,74 @@
-"""Half precision and autocast: what they are, and a block without them."""
+"""Half precision: which dtypes have it, and whether autocast or the autograd graph brings it in."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import ExitStack
+from functools import cache
 
 import torch
+from torch import Tensor
+
+HALF = (torch.float16, torch.bfloat16)
+
+# The device types for which some release of torch has had autocast; a private backend has a name of its own.
+_DEVICE_TYPES = ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "maia", "xla", "ipu")
 
 
-def is_autocast() -> bool:
-    """Whether operations may be done in half precision."""
-    return torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
+def is_half(x: Tensor) -> bool:
+    """Whether a tensor has half precision."""
+    return x.dtype in HALF
+
+
+def autocast_devices() -> list[str]:
+    """The device types on which autocast is on."""
+    return [device for device in _devices_with_autocast(_private_backend()) if torch.is_autocast_enabled(device)]
 
 
 def full_precision() -> ExitStack:
-    """A block without autocast, which a backward pass inside an autocast block would otherwise put on our sums."""
+    """A context without autocast, so that sums taken inside an autocast block keep the precision of what is summed."""
     stack = ExitStack()
-    for device in ("cpu", "cuda"):
-        if torch.is_autocast_enabled(device):
-            stack.enter_context(torch.autocast(device, enabled=False))
+    for device in autocast_devices():
+        stack.enter_context(torch.autocast(device, enabled=False))
     return stack
+
+
+def has_half_precision(*values: Tensor) -> bool:
+    """Whether half precision takes part in how these tensors are, or were, computed.
+
+    Autocast tells, and so do the dtypes of the tensors and of all that the autograd graph behind them passes on: a model that
+    runs under autocast may well return float32. (What re-entrant checkpointing hides is not seen; autocast around it is.)
+    """
+    return (
+        bool(autocast_devices()) or any(map(is_half, values)) or any(dtype in HALF for dtype in _graph_dtypes(values))
+    )
+
+
+def _graph_dtypes(roots: tuple[Tensor, ...]) -> Iterator[torch.dtype]:
+    """The dtype of every gradient that a backward pass from these tensors would bring to some node."""
+    stack = [x.grad_fn for x in roots if x.grad_fn is not None]
+    seen = set(stack)
+    while stack:
+        node = stack.pop()
+        yield from (meta.dtype for meta in node._input_metadata)
+        for child, _ in node.next_functions:
+            if child is not None and child not in seen:
+                seen.add(child)
+                stack.append(child)
+
+
+def _private_backend() -> str:
+    """What torch calls the device type that somebody else's package provides."""
+    return str(torch._C._get_privateuse1_backend_name())
+
+
+@cache
+def _devices_with_autocast(private_backend: str) -> tuple[str, ...]:
+    return tuple(device for device in (*_DEVICE_TYPES, private_backend) if _has_autocast(device))
+
+
+def _has_autocast(device: str) -> bool:
+    try:
+        return torch.amp.is_autocast_available(device)
+    except RuntimeError:  # a device type that this torch does not know
+        return False

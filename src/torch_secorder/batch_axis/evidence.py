@@ -11,6 +11,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from torch_secorder.autograd.precision import full_precision, is_half
 from torch_secorder.batch_axis.placement import Layout, Placement
 
 
@@ -62,9 +63,10 @@ class Sketch:
     @classmethod
     def of(cls, grad: Tensor) -> Sketch:
         """The sketch of a gradient."""
-        value = grad.float() if grad.dtype in (torch.float16, torch.bfloat16) else grad
+        value = grad.float() if is_half(grad) else grad
         largest = max(-float(value.min()), float(value.max())) if value.numel() else 0.0
-        axes = [_contracted(value, axis).double() for axis in range(value.dim())]
+        with full_precision():
+            axes = [_contracted(value, axis).double() for axis in range(value.dim())]
         return cls(axes, largest, torch.finfo(grad.dtype).tiny)
 
     @property
@@ -159,7 +161,7 @@ def _explains(rows: Tensor, scaled: list[Tensor], owner: Tensor | None, n: int, 
         factor = factor if owner is None else factor[owner.clamp(max=n - 1)]
         off = (found / factor[:, None] - rows).norm(dim=1)
         # A wrong owner is off by half of the row at least.
-        if bool((off > forgiven * size + 1e-4 * size.max()).any()):
+        if not bool((off <= forgiven * size + 1e-4 * size.max()).all()):  # NaN is no explanation
             return False
     return True
 

@@ -14,73 +14,100 @@ from torch_secorder.batch_axis.evidence import Evidence
 
 Key = tuple[object, ...]
 
+# How many kinds of graph are remembered. A model that makes more of them hardly makes the same one twice, so that there is
+# little to gain from remembering, and the memory would grow without end.
+KINDS_OF_GRAPH = 64
+
+
+def is_due(count: int) -> bool:
+    """Whether the ``count``-th of something is looked at: the 1st, 2nd, 3rd, 5th, 9th, 17th, ..., ever more rarely."""
+    return (count - 1).bit_count() < 2
+
+
+class Schedule:
+    """When a function of the user's is checked again: it is counted for each kind of graph by itself."""
+
+    def __init__(self) -> None:
+        self._counts: WeakKeyDictionary[Any, Counter[int]] = WeakKeyDictionary()
+
+    def due(self, function: Callable[..., Any], fingerprint: int) -> bool:
+        """Count an analysis of ``function`` with a graph of this kind; returns whether this one is to be checked."""
+        try:
+            counts = self._counts.setdefault(function, Counter())
+        except TypeError:  # A function without a weak reference or a hash can't be counted.
+            return True
+        if len(counts) > KINDS_OF_GRAPH:
+            counts.clear()
+        counts[fingerprint] += 1
+        return is_due(counts[fingerprint])
+
+    def restart(self) -> None:
+        """Count from the beginning."""
+        self._counts.clear()
+
 
 @dataclass(eq=False)
-class Memory:
+class PlacementCache:
+    """Where graphs of one kind have their samples.
+
+    Attributes:
+        evidence: what was found at each place that was looked at.
+        telling_outputs: for nodes with several outputs, the one whose gradient shows the samples.
+        graphs_seen: how many graphs of this kind there were.
+    """
+
+    evidence: dict[Key, Evidence] = field(default_factory=dict)
+    telling_outputs: dict[Key, int] = field(default_factory=dict)
+    graphs_seen: int = 0
+
+
+class ModelKnowledge:
     """What was found out about one model.
 
     Attributes:
-        known: the evidence for each place that was looked at.
-        outputs: for nodes with several outputs, which one tells.
-        warned: whether somebody was warned of slow rules.
-        turns: how many graphs were looked at.
-        others: the memory of each structure of graph, for the memory of a model.
-        trusting: whether shapes that allow one reading only have never misled.
-        reductions: how functions combine samples.
-        checked: function -> structure of graph -> how often samples were taken apart for it, of callers that check some.
+        trusts_shapes: whether a shape that allows one reading only is believed; false once that was a mistake.
+        schedule: when the analyses of a function are checked again.
+        warned_of_slow_rules: whether the user was told that most of the work is done by slow rules.
     """
 
-    known: dict[Key, Evidence] = field(default_factory=dict)
-    outputs: dict[Key, int] = field(default_factory=dict)
-    warned: bool = False
-    turns: int = 0
-    others: dict[int, Memory] = field(default_factory=dict)
-    trusting: bool = True
-    reductions: WeakKeyDictionary[Any, str] = field(default_factory=WeakKeyDictionary)
-    checked: WeakKeyDictionary[Any, Counter[int]] = field(default_factory=WeakKeyDictionary)
+    def __init__(self) -> None:
+        self.trusts_shapes = True
+        self.schedule = Schedule()
+        self.warned_of_slow_rules = False
+        self._by_fingerprint: dict[int, PlacementCache] = {}
+        self._reductions: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
 
-    def of(self, structure: int) -> Memory:
-        """What was found out about graphs of this structure: a model may change its way, and its samples their axis."""
-        if len(self.others) > 64:  # of a model that never makes the same graph twice nothing is worth keeping
-            self.others.clear()
-        return self.others.setdefault(structure, Memory())
+    def placements(self, fingerprint: int) -> PlacementCache:
+        """Those of one kind of graph: another branch of the model may have its samples on another axis."""
+        if len(self._by_fingerprint) > KINDS_OF_GRAPH:
+            self._by_fingerprint.clear()
+        return self._by_fingerprint.setdefault(fingerprint, PlacementCache())
 
-    def distrust(self) -> None:
-        """Forget everything, and believe no shapes from now on."""
-        self.trusting = False
-        for found in (self.known, self.outputs, self.others, self.checked):
-            found.clear()
+    def forget_shapes(self) -> None:
+        """Forget where samples are, trust no shapes from now on, and check the next analysis of every function."""
+        self.trusts_shapes = False
+        self._by_fingerprint.clear()
+        self.schedule.restart()
 
     def reduction(self, function: Callable[..., Any], find: Callable[[str | None], str]) -> str:
-        """How a function combines samples: ``find(what it did before)``."""
+        """How a loss combines samples, "mean" or "sum": ``find`` of what it was the last time, or of None."""
         try:
-            before = self.reductions.get(function)
-        except TypeError:  # something that can't be remembered
+            before = self._reductions.get(function)
+        except TypeError:  # A function without a weak reference or a hash can't be remembered.
             return find(None)
-        found = self.reductions[function] = find(before)
+        found = self._reductions[function] = find(before)
         return found
 
-    def will_be_due(self, function: Callable[..., Any], structure: int) -> bool:
-        """What :meth:`due` will say."""
-        try:
-            return self.checked.get(function, Counter())[structure].bit_count() < 2
-        except TypeError:
-            return True
 
-    def due(self, function: Callable[..., Any], structure: int) -> bool:
-        """Whether a call of ``function`` with a graph of this structure is to be checked: the 1st, 2nd, 3rd, 5th, 9th, ..."""
-        try:
-            turns = self.checked.setdefault(function, Counter())
-        except TypeError:  # something that can't be remembered
-            return True
-        turns[structure] += 1
-        return (turns[structure] - 1).bit_count() < 2
+_knowledge: WeakKeyDictionary[nn.Module, dict[Hashable, ModelKnowledge]] = WeakKeyDictionary()
 
 
-_memories: WeakKeyDictionary[nn.Module, dict[Hashable, Memory]] = WeakKeyDictionary()
+def knowledge_of(
+    model: nn.Module, batch_axis: int | Mapping[str, int] | None, *, checks: bool = True
+) -> ModelKnowledge:
+    """What was found out about a model before: by callers that check samples now and then, or by those that don't.
 
-
-def knowledge_of(model: nn.Module, batch_axis: int | Mapping[str, int] | None, *, checks: bool = True) -> Memory:
-    """What was found out about a model before, by callers that check a sample now and then, or by those that don't."""
+    The two are kept apart, since only the former find out that shapes have misled them.
+    """
     axis = tuple(sorted(batch_axis.items())) if isinstance(batch_axis, Mapping) else batch_axis
-    return _memories.setdefault(model, {}).setdefault((axis, checks), Memory())
+    return _knowledge.setdefault(model, {}).setdefault((axis, checks), ModelKnowledge())

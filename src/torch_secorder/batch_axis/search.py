@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from torch_secorder.autograd.engine import in_search_pass, search_pass
+from torch_secorder.autograd.precision import has_half_precision
 from torch_secorder.batch_axis.evidence import (
     MARKS_PER_PASS,
     MARKS_PER_PASS_OF_HALF,
@@ -20,7 +21,7 @@ from torch_secorder.batch_axis.evidence import (
     evidence,
     sample_marks,
 )
-from torch_secorder.batch_axis.knowledge import Key, Memory
+from torch_secorder.batch_axis.knowledge import Key, PlacementCache, is_due
 from torch_secorder.batch_axis.placement import Placement
 from torch_secorder.errors import ShapeError, UnsupportedError
 from torch_secorder.model.ranks import Ranks, full_tensor
@@ -33,22 +34,22 @@ class SampleSearch:
     """Evidence for nodes of one graph, remembered for later graphs of the same model.
 
     Attributes:
-        outputs: as in :class:`Memory`.
+        outputs: as ``telling_outputs`` of :class:`PlacementCache`.
         look_ahead: gives nodes that may be asked for later: if a backward pass is made, it looks at them too.
 
     Args:
-        memory: what was found out before.
+        placements: what was found out before.
         roots: the model's outputs.
         axis: where those have their samples; others tell nothing.
         n: how many samples.
-        locate_on_three_samples: fills the memory from a cheaper graph of the same model, if there is a way.
+        locate_on_three_samples: adds to the placements from a cheaper graph of the same model, if there is a way.
         ambiguous_shapes: whether shapes leave open where the samples are.
         ranks: those that look together, at the same places.
     """
 
     def __init__(
         self,
-        memory: Memory,
+        placements: PlacementCache,
         roots: list[Tensor],
         axis: int,
         n: int,
@@ -56,16 +57,18 @@ class SampleSearch:
         ambiguous_shapes: bool,
         ranks: Ranks,
     ):
-        self._known, self.outputs, self._n, self._axis = memory.known, memory.outputs, n, axis
-        memory.turns += 1
+        self._known, self.outputs, self._n, self._axis = placements.evidence, placements.telling_outputs, n, axis
+        placements.graphs_seen += 1
         # A gradient that was zero is asked for again, less and less often unless shapes leave open what its samples are.
-        self._skip_zero = not ambiguous_shapes and memory.turns.bit_count() > 1
+        self._skip_zero = not ambiguous_shapes and not is_due(placements.graphs_seen)
         self._locate_on_three_samples, self._ranks = None if ranks.distributed else locate_on_three_samples, ranks
         self._roots = [x for x in roots if x.shape[axis] == n]
-        half = any(x.dtype in (torch.float16, torch.bfloat16) for x in roots)
-        self._marks_per_pass = MARKS_PER_PASS_OF_HALF if half else MARKS_PER_PASS
         self.look_ahead: Callable[[], Iterable[Node]] = list
         self._seen: dict[tuple[Node, int], Evidence] = {}
+
+    @cached_property
+    def _marks_per_pass(self) -> int:
+        return MARKS_PER_PASS_OF_HALF if has_half_precision(*self._roots) else MARKS_PER_PASS
 
     def __call__(self, wanted: list[Wanted]) -> list[Evidence]:
         """Evidence for each (key, edge, shape); what was found for a key before holds while it fits the shape."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from torch_secorder.batch_axis.evidence import Unplaced
-from torch_secorder.batch_axis.knowledge import Memory
+from torch_secorder.batch_axis.knowledge import ModelKnowledge, PlacementCache
 from torch_secorder.batch_axis.placement import Layout, Placement
 from torch_secorder.batch_axis.search import SampleSearch
 from torch_secorder.capture.records import Forward, Record
@@ -35,8 +35,8 @@ class Audit:
         table: the analysed parameters.
         on_use: called with a use and the gradients that arrived at its node, inside the backward pass.
         batch_axis: where the model's outputs have the batch axis.
-        memory: what is known about the model already.
-        locate_on_three_samples: adds to the memory from a smaller batch, called when evidence is needed.
+        knowledge: what is known about the model already.
+        locate_on_three_samples: adds to the knowledge from a smaller batch, called when evidence is needed.
         trust_shapes: believe shapes that allow one reading only, for callers that check a sample afterwards.
 
     Attributes:
@@ -50,7 +50,7 @@ class Audit:
         table: Table,
         on_use: Callable[[ParameterUse, tuple[Tensor | None, ...]], None],
         batch_axis: int = 0,
-        memory: Memory | None = None,
+        knowledge: ModelKnowledge | None = None,
         locate_on_three_samples: Callable[[], None] | None = None,
         *,
         trust_shapes: bool = False,
@@ -61,8 +61,8 @@ class Audit:
             for position, p in enumerate(table.leaves)
             if p.requires_grad
         }
-        self._memory, self._locate_on_three_samples, self._trust_shapes = (
-            memory or Memory(),
+        self._knowledge, self._locate_on_three_samples, self._trust_shapes = (
+            knowledge or ModelKnowledge(),
             locate_on_three_samples,
             trust_shapes,
         )
@@ -91,16 +91,19 @@ class Audit:
             return []
         one_sample = ranks.max_over_ranks(n) == 1
         reorders_samples = bool(ranks.max_over_ranks(n > 1 and walk.reorders(n)))
-        memory, locate_on_three_samples = (
-            (Memory(), None) if reorders_samples else (self._memory.of(self.fingerprint), self._locate_on_three_samples)
-        )
+        placements, locate_on_three_samples = PlacementCache(), None
+        if not reorders_samples:
+            placements, locate_on_three_samples = (
+                self._knowledge.placements(self.fingerprint),
+                self._locate_on_three_samples,
+            )
         reached = [item for item in forward.records if item[0].site.rule is not None and item[1].node in walk.records]
         ambiguous_shapes = (
             reorders_samples or walk.has_ambiguous_axis(n) or any(record.placement is None for record, _ in reached)
         )
         ambiguous_shapes = bool(ranks.max_over_ranks(ambiguous_shapes))
         seen = [x for x in roots if x.dim() > self._axis]
-        search = SampleSearch(memory, seen, self._axis, n, locate_on_three_samples, ambiguous_shapes, ranks)
+        search = SampleSearch(placements, seen, self._axis, n, locate_on_three_samples, ambiguous_shapes, ranks)
         if (
             walk.uses or ambiguous_shapes
         ) and not ranks.distributed:  # graphs of one sample have others on the way than those of more

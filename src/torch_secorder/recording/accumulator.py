@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
+from torch_secorder.autograd.precision import is_half
 from torch_secorder.batch_axis.placement import Grouping
 from torch_secorder.capture.records import Forward, Record
 from torch_secorder.errors import CoverageError, LifecycleError, ShapeError, SlowFallbackWarning, UnsupportedError
@@ -34,8 +35,6 @@ from torch_secorder.recording.quantities import QUANTITIES, Part
 from torch_secorder.recording.sample_norms import SampleNorms
 from torch_secorder.recording.small_calls import SmallCallBatch
 from torch_secorder.rules.node_rules import gradient_at, has_rule
-
-HALF = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -127,7 +126,7 @@ class PassAccumulator:
     def add(self, record: Record, grad: Tensor) -> None:
         """The gradient of a recorded call's output has arrived."""
         grad = full_tensor(grad)
-        self.half = self.half or grad.dtype in HALF
+        self.half = self.half or is_half(grad)
         self._seen += grad.numel()
         if not grad.numel():
             self._add_empty(record, grad)
@@ -213,7 +212,7 @@ class PassAccumulator:
                 "parameter out of parallelize_module, or use it in its module's forward only"
             )
         batch = self._batch(use.forward, use.forward.n)
-        self.half = self.half or any(grad is not None and grad.dtype in HALF for grad in grads)
+        self.half = self.half or any(grad is not None and is_half(grad) for grad in grads)
         if found is None and batch.n == 1:
             found = next(grad for grad in grads if grad is not None)  # all of it is that sample's
         elif found is None or not use.placement.fits(found.shape, batch.n):

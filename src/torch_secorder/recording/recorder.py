@@ -16,8 +16,8 @@ from typing import Any
 from torch import Tensor
 
 from torch_secorder.autograd.engine import current_node
-from torch_secorder.autograd.precision import full_precision, is_autocast
-from torch_secorder.batch_axis.knowledge import Memory
+from torch_secorder.autograd.precision import autocast_devices, full_precision
+from torch_secorder.batch_axis.knowledge import ModelKnowledge
 from torch_secorder.capture.forwards import ForwardTracker
 from torch_secorder.capture.module_hooks import ModuleHooks
 from torch_secorder.capture.records import Forward, Record
@@ -81,7 +81,7 @@ class Recorder(HookScope):
         self,
         table: Table,
         plan: Plan,
-        knowledge: Memory,
+        knowledge: ModelKnowledge,
         options: PassOptions,
         *,
         locate_on_three_samples: Callable[[], None] | None = None,
@@ -186,7 +186,9 @@ class Recorder(HookScope):
         accumulator = PassAccumulator(
             self.table, self.options, keep_inputs=keep_inputs, checks=checks, gradients=gradients
         )
-        return BackwardPass(task, accumulator, gradients, is_autocast() or self.options.max_memory is not None)
+        return BackwardPass(
+            task, accumulator, gradients, bool(autocast_devices()) or self.options.max_memory is not None
+        )
 
     def _settings(self) -> ExitStack:
         """Inside, our sums are in full precision, also in an autocast block, and within the memory that they may take."""
@@ -209,7 +211,8 @@ class Recorder(HookScope):
                     check(current, samples)
         except Exception as error:
             raise as_refusal(error)  # noqa: B904  # a refusal names its cause itself
-        self._knowledge.warned = self._knowledge.warned or current.accumulator.warned()
+        known = self._knowledge
+        known.warned_of_slow_rules = known.warned_of_slow_rules or current.accumulator.warned()
         return samples
 
 

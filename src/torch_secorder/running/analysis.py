@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial, reduce
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,8 @@ from torch_secorder.running.fisher_kind import FisherKind
 from torch_secorder.running.loss import reduction_of, require_scalar_loss, require_targets_of_batch
 from torch_secorder.running.run import HookedForward
 
+Checked = Literal["always", "when due", "never"]
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -33,16 +35,16 @@ class Batch:
 
     Attributes:
         samples: squared norms of its per-sample gradients.
-        outputs: what the model returned, without its graph, if that is to be checked.
+        outputs: what the model returned, without its graph; None unless the batch is to be checked.
         random: whether the forward drew random numbers.
-        structure: a hash of the graph, equal for graphs of the same kind.
+        fingerprint: a hash of the graph, equal for graphs of the same kind.
         reduction: how the loss combines samples, where that was found out.
     """
 
     samples: SampleNorms
     outputs: Any
     random: bool
-    structure: int
+    fingerprint: int
     reduction: str = "sum"
 
 
@@ -58,8 +60,8 @@ class Analysis:
         max_memory: as in FisherMonitor.
 
     Attributes:
-        memory: what is known about where the model's samples are.
-        trusting: whether shapes that allow one reading only are believed.
+        knowledge: what is known about where the model's samples are.
+        trusts_shapes: whether shapes that allow one reading only are believed.
     """
 
     def __init__(
@@ -80,10 +82,10 @@ class Analysis:
         with lock_of(self.model):
             self.table = ParameterTable(self.model, parameters)
             self.table.gather(self.model)
-        self.memory = knowledge_of(self.model, batch_axis)
+        self.knowledge = knowledge_of(self.model, batch_axis)
         # Nothing is verified with create_graph, whose result would keep the check's graph alive, nor on several ranks, where one
         # rank's failure can't make the others repeat the batch; so shapes are not believed there.
-        self.trusting = self.memory.trusting and not create_graph and not self.table.ranks.distributed
+        self.trusts_shapes = self.knowledge.trusts_shapes and not create_graph and not self.table.ranks.distributed
         with lock_of(self.model), self.differentiable():
             self._plan = planned(self.model, self.table, batch_axis, quantities)
         self.batch_axis = self._plan.batch_axis
@@ -93,30 +95,36 @@ class Analysis:
         loss_fn: Callable[[Any, Any], Tensor],
         inputs: Any,
         targets: Any,
-        checked: Callable[[int], bool] = lambda structure: True,
+        *,
+        checked: Checked = "always",
     ) -> Batch:
         """Squared norms of g_n.
 
-        ``checked`` tells by the graph's structure whether the outputs will be wanted; else they are gone before the backward
-        pass, which is when memory is scarcest.
+        Args:
+            loss_fn: from ``(outputs, targets)`` to a scalar.
+            inputs: a batch.
+            targets: whatever the loss takes.
+            checked: whether the caller is going to check the batch. "when due" asks the schedule, as soon as the forward has
+                shown what kind of graph this is. The outputs of a batch that isn't checked are gone before the backward pass,
+                which is when memory is scarcest.
         """
         with self._prepared() as run:
             outputs = run(inputs)
             require_targets_of_batch(targets, run.n, self.batch_axis)
-            loss = require_scalar_loss(loss_fn(outputs, targets), run.n, targets)
+            loss = require_scalar_loss(loss_fn(outputs, targets))
             if direct := used_by_loss(loss, outputs, self.table):
                 raise CoverageError(
                     f"the loss uses {', '.join(direct)} by another way than through the model's outputs; a penalty on weights "
                     "belongs to no sample: leave it out of the loss, or move the computation into the model's forward"
                 )
-            reduction = self.memory.reduction(
+            reduction = self.knowledge.reduction(
                 loss_fn, partial(reduction_of, loss_fn, outputs, targets, loss, run.n, self.batch_axis)
             )
-            kept = mapped(Tensor.detach, outputs) if self.table.ranks.distributed or checked(run.structure) else None
+            kept = mapped(Tensor.detach, outputs) if self._is_checked(checked, loss_fn, run.fingerprint) else None
             del outputs
             samples = run.backward(loss)
         samples = samples.scaled(run.n**2 if reduction == "mean" else 1)
-        return Batch(samples, kept, run.random, run.structure, reduction)
+        return Batch(samples, kept, run.random, run.fingerprint, reduction)
 
     def fisher(self, kind: FisherKind, inputs: Any, targets: Any, generator: torch.Generator) -> SampleNorms:
         """Expected squared norms of the gradient of -log p(y | x_n)."""
@@ -135,12 +143,18 @@ class Analysis:
         """Squared norms of the per-sample gradients of ``root(outputs)``, a sum over samples."""
         with self._prepared() as run:
             outputs = run(inputs)
-            return Batch(run.backward(root(outputs)), mapped(Tensor.detach, outputs), run.random, run.structure)
+            return Batch(run.backward(root(outputs)), mapped(Tensor.detach, outputs), run.random, run.fingerprint)
 
-    def distrust(self) -> None:
+    def _is_checked(self, checked: Checked, loss_fn: Callable[..., Any], fingerprint: int) -> bool:
+        """Whether a batch is checked, on all ranks that hold the model together if on one."""
+        if checked == "when due":
+            return bool(self.table.ranks.max_over_ranks(self.knowledge.schedule.due(loss_fn, fingerprint)))
+        return checked == "always"
+
+    def forget_shapes(self) -> None:
         """Believe no shapes from now on."""
-        self.memory.distrust()
-        self.trusting = False
+        self.knowledge.forget_shapes()
+        self.trusts_shapes = False
 
     def differentiable(self) -> AbstractContextManager[None]:
         """All analysed parameters require a gradient inside, but those that hold codes and can't."""
@@ -151,9 +165,9 @@ class Analysis:
     @contextmanager
     def _prepared(self) -> Iterator[HookedForward]:
         run = HookedForward(
-            *(self.table, self._plan, self.memory, self._passes),
+            *(self.table, self._plan, self.knowledge, self._passes),
             create_graph=self._create_graph,
-            trust_shapes=self.trusting,
+            trust_shapes=self.trusts_shapes,
         )
         # The run is left twice: an interrupt at the first instruction of its __exit__ is one that __exit__ itself can't help.
         with (

@@ -30,7 +30,7 @@ class GraphBackward(Recorder):
 
     Attributes:
         n: how many samples the latest graph has.
-        structure: a hash of the graph: equal for graphs with the same nodes in the same order and the same pattern of sizes.
+        fingerprint: a hash of the graph: equal for graphs with the same nodes in the same order and the same pattern of sizes.
     """
 
     counts_again = True
@@ -46,7 +46,7 @@ class GraphBackward(Recorder):
         self._shared_graph = False  # whether the graph is somebody else's, maybe with a monitor's hooks on it
         self._defers = False
         self._deferred: list[Callable[[], None]] = []  # what has to wait for the end of the backward pass
-        self.n = self.structure = 0
+        self.n = self.fingerprint = 0
 
     @contextmanager
     def through(self, outputs: Tensor) -> Iterator[None]:
@@ -68,7 +68,7 @@ class GraphBackward(Recorder):
         ]
         self._starts += [(use, use.edges(node)) for use, node in uses if use.is_first]
         self._defers = any(self._needs_node_calls(use) for use, _ in uses)
-        self.n, self.structure = forward.n or 0, self._audit.fingerprint
+        self.n, self.fingerprint = forward.n or 0, self._audit.fingerprint
 
     def backward(self, root: Tensor, seed: Tensor | None = None, *, last: bool = True) -> SampleNorms:
         """Squared norms of the per-sample gradients of ``root`` (with ``seed`` for its gradient).

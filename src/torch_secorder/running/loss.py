@@ -1,20 +1,33 @@
-"""The user's loss: that it is a scalar, how it combines samples, and that it takes them apart."""
+"""The user's loss: that it is a scalar, and how it combines samples."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from torch_secorder.errors import ArgumentError, ShapeError, VerificationError
+from torch_secorder.autograd.precision import has_half_precision, is_half
+from torch_secorder.errors import ArgumentError, ShapeError
 from torch_secorder.model.containers import mapped, rows, sample_axis, shrunk, tensors
+
+LossFunction = Callable[[Any, Any], Tensor]
+Samples = Sequence[Any]  # the outputs and the targets of some samples
+
+# What the loss of every sample given twice is, as a multiple of the loss.
+MULTIPLES = {"mean": 1.0, "sum": 2.0}
+
+# How near the multiple has to be: a sum over twice as many terms is rounded differently, in half precision by up to a per cent.
+NEAR, NEAR_IN_HALF_PRECISION = 1e-4, 2e-2
+
+# The same for the multiple of a difference of two losses, which has lost digits: 1 and 2 are to be told apart.
+NEAR_FOR_DIFFERENCES = 0.1
 
 
 def reduction_of(
-    loss_fn: Callable[[Any, Any], Tensor],
+    loss_fn: LossFunction,
     outputs: Any,
     targets: Any,
     loss: Tensor,
@@ -25,49 +38,76 @@ def reduction_of(
     """Whether a loss averages or sums over the batch, found out by giving it samples twice.
 
     One sample twice is enough; where its loss says nothing (zero, or NaN because its target is ignored), the whole batch
-    is taken, and after that the batch with other outputs. What was found out for this loss before, and is ``expected``, only has
-    to hold for the loss of one sample.
+    is taken. What was found out for this loss before, and is ``expected``, only has to hold for the loss of one sample.
 
     Raises:
         ArgumentError: if twice the samples give neither the loss nor twice the loss.
     """
-    found: list[float] = []
-    tolerance = 2e-2 if loss.dtype in (torch.float16, torch.bfloat16) else 1e-4
+    near = NEAR_IN_HALF_PRECISION if is_half(loss) else NEAR
     with torch.no_grad(), torch.random.fork_rng(devices=[loss.device] if loss.is_cuda else []):
         if expected is not None:
             one = [rows(value, [0], n, axis) for value in (outputs, targets)]
-            alone, again = _number(loss_fn, *one), _number(loss_fn, *(rows(value, [0, 0], 1, axis) for value in one))
-            if abs(_ratio(again, alone) - {"mean": 1, "sum": 2}[expected]) < tolerance:
+            if abs(_multiple(*_losses(loss_fn, one, 1, axis)) - MULTIPLES[expected]) < near:
                 return expected
-        for size, index in ((1, [0]), (n, list(range(n)))):
-            # Also for other outputs: the ratio of differences shows a constant that the loss itself may hide.
-            single, double = [], []
-            few = rows(outputs, index, n, axis)
-            for out in (few, mapped(shrunk, few)):
-                tgt = rows(targets, index, n, axis)
-                single.append(_number(loss_fn, out, tgt))
-                twice = [*range(size)] * 2
-                double.append(_number(loss_fn, rows(out, twice, size, axis), rows(tgt, twice, size, axis)))
-            ratio = _ratio(double[0], single[0])
-            change = _ratio(double[0] - double[1], single[0] - single[1])
-            for value, name in ((1.0, "mean"), (2.0, "sum")):
-                agrees = math.isnan(change) or abs(change - value) < 0.1
-                if (
-                    abs((change if math.isnan(ratio) else ratio) - value) < (0.1 if math.isnan(ratio) else tolerance)
-                    and agrees
-                ):
-                    return name
-            found.append(ratio)
-    if not bool(loss.isfinite()):
-        return "mean"  # the gradients will say which parameters are hit
+        if has_half_precision(loss, *tensors(outputs)):
+            near = NEAR_IN_HALF_PRECISION
+        found = []
+        for index in ([0], list(range(n))):
+            some = [rows(value, index, n, axis) for value in (outputs, targets)]
+            multiple, of_difference = _multiples(loss_fn, some, len(index), axis)
+            if (reduction := _reduction(multiple, of_difference, near)) is not None:
+                return reduction
+            found.append(multiple)
+    if not bool(loss.isfinite()) and not _has_finite_gradient(loss_fn, outputs, targets):
+        return "mean"  # The batch is going to be refused with the names of the parameters that are hit.
     raise ArgumentError(
         "the loss neither averages nor sums over the batch: given every sample twice it is "
-        f"{' / '.join(f'{ratio:.6g}' for ratio in found)} times as large, not 1 or 2 times (a loss that compares samples "
+        f"{' / '.join(f'{multiple:.6g}' for multiple in found)} times as large, not 1 or 2 times (a loss that compares samples "
         "with each other has no per-sample gradients)"
     )
 
 
-def _number(loss_fn: Callable[[Any, Any], Tensor], outputs: Any, targets: Any) -> float:
+def _reduction(multiple: float, of_difference: float, near: float) -> str | None:
+    """The reduction that both multiples agree with, as far as they are numbers; None without one."""
+    for name, value in MULTIPLES.items():
+        if not math.isnan(of_difference) and not abs(of_difference - value) < NEAR_FOR_DIFFERENCES:
+            continue
+        if abs(multiple - value) < near or (math.isnan(multiple) and not math.isnan(of_difference)):
+            return name
+    return None
+
+
+def _multiples(loss_fn: LossFunction, samples: Samples, size: int, axis: int) -> tuple[float, float]:
+    """The loss of samples given twice as a multiple of their loss; and the same for its change with other outputs.
+
+    The change shows a constant that the loss itself may hide.
+    """
+    outputs, targets = samples
+    twice, once = _losses(loss_fn, samples, size, axis)
+    twice_other, once_other = _losses(loss_fn, (mapped(shrunk, outputs), targets), size, axis)
+    return _multiple(twice, once), _multiple(twice - twice_other, once - once_other)
+
+
+def _losses(loss_fn: LossFunction, samples: Samples, size: int, axis: int) -> tuple[float, float]:
+    """The loss of samples given twice, and their loss."""
+    twice = [rows(value, [*range(size)] * 2, size, axis) for value in samples]
+    once = _number(loss_fn, *samples)
+    return _number(loss_fn, *twice), once
+
+
+def _has_finite_gradient(loss_fn: LossFunction, outputs: Any, targets: Any) -> bool:
+    """Whether the loss's gradient in the outputs is finite, which it may be for a loss that overflows."""
+    with torch.enable_grad():
+        leaves = mapped(lambda x: x.detach().clone().requires_grad_(x.is_floating_point()), outputs)
+        wanted = [x for x in tensors(leaves) if x.requires_grad]
+        loss = loss_fn(leaves, targets)
+        if not loss.requires_grad:
+            return False
+        gradients = torch.autograd.grad(loss, wanted, allow_unused=True)
+    return all(bool(g.isfinite().all()) for g in gradients if g is not None)
+
+
+def _number(loss_fn: LossFunction, outputs: Any, targets: Any) -> float:
     try:
         return float(loss_fn(outputs, targets))
     except Exception as error:
@@ -76,11 +116,11 @@ def _number(loss_fn: Callable[[Any, Any], Tensor], outputs: Any, targets: Any) -
         ) from error
 
 
-def _ratio(a: float, b: float) -> float:
+def _multiple(a: float, b: float) -> float:
     return a / b if b and math.isfinite(b) else math.nan
 
 
-def require_scalar_loss(loss: Any, n: int, targets: Any) -> Tensor:
+def require_scalar_loss(loss: Any) -> Tensor:
     """The loss, if it is a scalar tensor."""
     if not isinstance(loss, Tensor):
         raise ArgumentError(f"the loss must be a scalar tensor, not {type(loss).__name__}")
@@ -95,40 +135,3 @@ def require_targets_of_batch(targets: Any, n: int, axis: int = 0) -> None:
     """Raise if there is another number of targets than of samples."""
     if isinstance(targets, Tensor) and targets.dim() and sample_axis(targets, n, axis) is None:
         raise ShapeError(f"{n} samples in the inputs and {targets.shape[0]} in the targets")
-
-
-def require_separable(loss_fn: Callable[[Any, Any], Tensor], outputs: Any, targets: Any, n: int, axis: int = 0) -> None:
-    """Raise if the loss's gradient in one sample's outputs depends on other samples' outputs, tried on three samples."""
-    few = min(n, 3)
-    outputs, targets = (rows(value, list(range(few)), n, axis) for value in (outputs, targets))
-    first = _gradients_in_first(loss_fn, outputs, outputs, targets, few, axis)
-    second = _gradients_in_first(loss_fn, mapped(shrunk, outputs), outputs, targets, few, axis)
-    for here, there in zip(first, second, strict=True):
-        if (here - there).norm() > 1e-3 * here.norm():
-            raise VerificationError(
-                "the loss's gradient in the first sample's outputs changes with the other samples' outputs: a loss that "
-                "compares samples with each other (contrastive, load balancing, batch statistics) has no per-sample gradients"
-            )
-
-
-def _gradients_in_first(
-    loss_fn: Callable[[Any, Any], Tensor], rest: Any, outputs: Any, targets: Any, n: int, axis: int
-) -> list[Tensor]:
-    """The loss's gradient in the first sample of ``outputs``, with the other samples of ``rest``."""
-    leaves: list[tuple[Tensor, int]] = []
-    originals = iter(tensors(outputs))
-
-    def leaf(x: Tensor) -> Tensor:
-        original = next(originals)
-        where = sample_axis(x, n, axis)
-        if where is None or not x.is_floating_point():
-            return original
-        x = x.detach().clone()
-        x.select(where, 0).copy_(original.select(where, 0))
-        leaves.append((x.requires_grad_(), where))
-        return x
-
-    with torch.enable_grad():
-        loss = loss_fn(mapped(leaf, rest), targets)
-        found = torch.autograd.grad(loss, [x for x, _ in leaves], allow_unused=True)
-    return [g.select(w, 0).double() for g, (_, w) in zip(found, leaves, strict=True) if g is not None]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from torch_secorder.autograd.engine import call_model
-from torch_secorder.batch_axis.knowledge import Memory
+from torch_secorder.batch_axis.knowledge import ModelKnowledge
 from torch_secorder.capture.records import Forward, Record
 from torch_secorder.errors import UnsupportedError
 from torch_secorder.graph.queries import without_second_derivative
@@ -42,7 +42,9 @@ class HookedForward(GraphBackward):
         random: whether the latest forward drew from the global random state.
     """
 
-    def __init__(self, table: ParameterTable, plan: Plan, knowledge: Memory, options: PassOptions, **others: Any):
+    def __init__(
+        self, table: ParameterTable, plan: Plan, knowledge: ModelKnowledge, options: PassOptions, **others: Any
+    ):
         self._frozen_codes = bool(table.quantized)
         super().__init__(
             *(table, plan, knowledge, options),

@@ -1,79 +1,113 @@
-"""One sample by plain autograd: what self-verification compares with."""
+"""Squared norms of one sample's gradient by plain autograd: what every check compares with.
+
+No rule takes part, and no hook of the library's but those that read a parameter's whole gradient.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from torch_secorder.autograd.engine import library_pass, search_pass
-from torch_secorder.errors import LifecycleError, VerificationError
+from torch_secorder.autograd.engine import current_graph_task, library_pass, search_pass
+from torch_secorder.autograd.precision import full_precision
+from torch_secorder.autograd.tensor_hooks import silenced_in_library_passes
 from torch_secorder.model.ranks import full_tensor, is_dtensor
 from torch_secorder.per_sample import at_least_float32, squared_norm_of_rows
 
-
-def squared_norms_of_first(loss: Tensor, outputs: Sequence[Tensor], parameters: Sequence[Tensor], axis: int) -> Tensor:
-    """``||g||^2`` of each parameter for the first sample of a loss, through the graph of its outputs, which is kept."""
-    with torch.enable_grad(), search_pass([loss]) as (root,):
-        seeds = torch.autograd.grad(root, list(outputs), retain_graph=True, allow_unused=True)
-    pairs = [(x, seed) for x, seed in zip(outputs, seeds, strict=True) if seed is not None and x.dim() > axis]
-    if not pairs:
-        raise LifecycleError("verify: the loss doesn't depend on the outputs of the model's latest call in this block")
-    alone = [torch.zeros_like(seed) for _, seed in pairs]
-    for mine, (_, seed) in zip(alone, pairs, strict=True):
-        mine.select(axis, 0).copy_(seed.select(axis, 0))
-    with torch.enable_grad(), search_pass([x for x, _ in pairs]) as roots:
-        found = torch.autograd.grad(roots, list(parameters), alone, retain_graph=True, allow_unused=True)
-    return squares(found)
+SquaredNorm = Tensor | None  # 0-dim; None for a parameter that the backward pass does not reach
 
 
-def squared_norms_of_loss(root: Tensor, parameters: Sequence[Tensor]) -> Tensor:
-    """``||gradient of root||^2`` of each parameter, in float64, of which there is never more than one gradient at once."""
-    norms = torch.zeros(len(parameters), dtype=torch.float64)
+def squared_norms_of_loss(loss: Tensor, leaves: Sequence[Tensor]) -> list[SquaredNorm]:
+    """``||gradient of loss||^2`` of each parameter, for the loss of a model that the library called itself."""
+    if not loss.requires_grad:
+        return [None] * len(leaves)
+    with library_pass([loss]) as starts, _squared_norms_of_pass(starts, leaves) as found:
+        torch.autograd.grad(starts, list(leaves), allow_unused=True)
+    return found
 
-    def arrived(position: int, grad: Tensor) -> Tensor | None:
-        norms[position] = squares([grad])[0]
-        # What is handed on instead takes no memory.
-        return None if grad.is_sparse or is_dtensor(grad) else grad.new_zeros(()).expand_as(grad)
+
+def squared_norms_of_sample(
+    outputs: Sequence[Tensor],
+    output_gradients: Sequence[Tensor],
+    leaves: Sequence[Tensor],
+    sample: int,
+    *,
+    axis: int = 0,
+    create_graph: bool = False,
+) -> list[SquaredNorm]:
+    """``||J_n^T s_n||^2`` of each parameter, through the user's own graph, which is kept.
+
+    Args:
+        outputs: what the model returned, with the samples on ``axis``.
+        output_gradients: the gradients s of all samples, of the outputs' shapes.
+        leaves: the parameters.
+        sample: n, the one whose gradient is taken.
+        axis: where the outputs have their samples.
+        create_graph: make the norms differentiable.
+    """
+    seeds = [_of_one_sample(gradient, sample, axis) for gradient in output_gradients]
+    with torch.enable_grad(), search_pass(outputs) as starts, _squared_norms_of_pass(starts, leaves) as found:
+        torch.autograd.grad(
+            *(starts, list(leaves), seeds), retain_graph=True, create_graph=create_graph, allow_unused=True
+        )
+    return found
+
+
+def as_row(norms: Sequence[SquaredNorm]) -> Tensor:
+    """``[parameters]`` in float64 on the CPU; zero for a parameter that is not reached."""
+    return torch.tensor([0.0 if norm is None else float(norm) for norm in norms], dtype=torch.float64)
+
+
+def _of_one_sample(gradient: Tensor, sample: int, axis: int) -> Tensor:
+    """The gradient with zeros for all other samples."""
+    alone = torch.zeros_like(gradient)
+    alone.select(axis, sample).copy_(gradient.select(axis, sample))
+    return alone
+
+
+@contextmanager
+def _squared_norms_of_pass(starts: Sequence[Tensor], leaves: Sequence[Tensor]) -> Iterator[list[SquaredNorm]]:
+    """The squared norm of each parameter's gradient, taken when it arrives in the backward pass from these tensors.
+
+    There is never more than one parameter's gradient at once. Other passes that go through the parameters meanwhile, in other
+    threads, see none of it, and no hook of the user's changes what arrives.
+    """
+    norms: list[SquaredNorm] = [None] * len(leaves)
+    tasks: set[int] = set()
+
+    def begin(grads: object) -> None:
+        tasks.add(current_graph_task())
+
+    def take(position: int, grad: Tensor) -> Tensor | None:
+        if current_graph_task() not in tasks:
+            return None
+        norms[position] = _squared_norm(grad)
+        return _without_memory(grad)
 
     with ExitStack() as hooks:
-        for position, p in enumerate(parameters):
-            hooks.callback(p.register_hook(partial(arrived, position)).remove)
-        with library_pass([root]) as (start,):
-            torch.autograd.grad(start, list(parameters), allow_unused=True)
-    return norms
+        hooks.enter_context(silenced_in_library_passes(leaves))
+        for start in starts:
+            assert start.grad_fn is not None
+            hooks.callback(start.grad_fn.register_prehook(begin).remove)
+        for position, leaf in enumerate(leaves):
+            hooks.callback(leaf.register_hook(partial(take, position)).remove)
+        yield norms
 
 
-def squares(gradients: Sequence[Tensor | None]) -> Tensor:
-    """``||g||^2`` of each parameter, in float64; zero for one without a gradient."""
-    zero = torch.zeros((), dtype=torch.float64)
-    values = (g if g is None or not g.is_sparse else g.coalesce().values() for g in map(full_tensor, gradients))
-    return torch.stack(
-        [
-            zero if g is None else squared_norm_of_rows(at_least_float32(g.detach().flatten())).double().cpu()
-            for g in values
-        ]
-    )
+def _squared_norm(grad: Tensor) -> Tensor:
+    """``||grad||^2`` in at least float32."""
+    grad = full_tensor(grad if torch.is_grad_enabled() else grad.detach())
+    values = grad.coalesce().values() if grad.is_sparse else grad
+    with full_precision():
+        return squared_norm_of_rows(at_least_float32(values.flatten()))
 
 
-def compare(names: list[str], batched: Tensor, alone: Tensor, half: bool = False, noise: Tensor | float = 0.0) -> None:
-    """Raise if a sample's squared norms differ by more than rounding, which is coarse in half precision, and by ``noise``."""
-    # Looser than rounding allows and tighter than any mistake of principle, which is off by per cents.
-    rtol, atol = (5e-2, 1e-3) if half else (1e-6, 1e-12) if batched.dtype == torch.float64 else (1e-3, 1e-7)
-    batched = batched.double().cpu()
-    tolerance = rtol * torch.maximum(batched, alone) + atol * alone.sum() + noise
-    wrong = ((batched - alone).abs() > tolerance).nonzero().flatten().tolist()
-    if wrong:
-        lines = [f"{names[i]}: {batched[i]:.6g} in its batch, {alone[i]:.6g} alone" for i in wrong[:8]]
-        more = f"\n  and {len(wrong) - 8} more" if len(wrong) > 8 else ""
-        raise VerificationError(
-            "the first sample's squared gradient norms differ from those that plain autograd gives for that sample alone:\n  "
-            + "\n  ".join(lines)
-            + more
-            + "\neither samples influence each other (batch statistics, a loss that compares samples), or the loss depends on "
-            "parameters outside of the model's outputs (a weight penalty), or the batch is not on the axis assumed "
-            "(batch_axis=), or a rule is wrong; verify=False returns the numbers unchecked"
-        )
+def _without_memory(grad: Tensor) -> Tensor | None:
+    """What autograd may keep in place of a gradient that was read; None where that has to be the gradient itself."""
+    if grad.is_sparse or is_dtensor(grad) or torch.is_grad_enabled():
+        return None
+    return grad.new_zeros(()).expand_as(grad)

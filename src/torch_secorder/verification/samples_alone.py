@@ -1,9 +1,9 @@
-"""Self-verification: one sample alone, through plain autograd, against what its batch's analysis says of it."""
+"""One sample alone, through plain autograd, against what the analysis of its batch says of it."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -11,34 +11,60 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_secorder.autograd.engine import call_model
+from torch_secorder.autograd.precision import has_half_precision
 from torch_secorder.errors import VerificationError
 from torch_secorder.model.containers import mapped, rows, sample_axis, tensors
 from torch_secorder.model.restore import eval_mode, forked_random, restoring_buffers
-from torch_secorder.recording.accumulator import HALF
 from torch_secorder.running.analysis import Analysis, Batch
-from torch_secorder.verification.plain_autograd import compare, squared_norms_of_loss
+from torch_secorder.verification.comparison import require_equal_norms, unequal_norms
+from torch_secorder.verification.differentiable_model import DifferentiableModel
+from torch_secorder.verification.plain_autograd import as_row, squared_norms_of_loss
+from torch_secorder.verification.separable_loss import require_separable
+from torch_secorder.verification.tolerances import ROUNDED_OUTPUTS
 
-ROUNDING = 100  # times the relative distance of two numbers
+Loss = Callable[[Any], Tensor]  # from the model's outputs to a sum over samples
 
 
-def verified(
-    analysis: Analysis, loss: Callable[[Any], Tensor], inputs: Any, batch: Batch, *, by_autograd: bool = True
+def verify_empirical(
+    analysis: Analysis,
+    loss_fn: Callable[[Any, Any], Tensor],
+    inputs: Any,
+    targets: Any,
+    batch: Batch,
+    samples: Sequence[int] = (0,),
 ) -> None:
-    """Raise unless a batch's first sample has the squared norms that the batch's analysis says.
+    """Raise unless the loss takes samples apart, and these samples have the squared norms that the batch's analysis says.
 
-    The sample runs through the model alone; its output takes its row in the batch's outputs, which are constants, and
-    the loss of that is differentiated: a step of one sample. Where the model draws random numbers, both are done once more
-    in eval mode, which stops dropout.
+    Args:
+        analysis: what is verified.
+        loss_fn: from ``(outputs, targets)`` to the batch's loss.
+        inputs: the batch.
+        targets: the batch's.
+        batch: what the analysis says of it.
+        samples: the numbers of the samples to look at.
+
+    Raises:
+        VerificationError: if not, naming the parameters that differ, with both numbers.
+    """
+    n = batch.samples.batch
+    require_separable(loss_fn, batch.outputs, targets, n, analysis.batch_axis)
+    scale = n if batch.reduction == "mean" else 1
+    verify_samples(analysis, lambda outputs: loss_fn(outputs, targets) * scale, inputs, batch, samples)
+
+
+def verify_samples(analysis: Analysis, loss: Loss, inputs: Any, batch: Batch, samples: Sequence[int] = (0,)) -> None:
+    """Raise unless these samples of a batch have the squared norms that the batch's analysis says.
+
+    Each sample runs through the model alone. Its output takes its row in the batch's outputs, which are constants, and the loss
+    of that is differentiated by plain autograd: a step of one sample, in which no rule takes part. Where the model draws random
+    numbers, the batch is analysed once more in eval mode, which stops dropout, for the comparison.
 
     Args:
         analysis: what is verified.
         loss: from the model's outputs to a sum over samples.
-        inputs: a batch.
+        inputs: the batch.
         batch: what the analysis says of it.
-        by_autograd: differentiate the sample's loss by plain autograd, which also checks the rules, unless a weight is
-            quantized, so that it has no gradient there; else by the rules, which
-            needs no parameter gradient and still shows a batch axis mistaken for another and samples that are coupled.
+        samples: the numbers of the samples to look at.
 
     Raises:
         VerificationError: naming the parameters that differ, with both numbers.
@@ -53,49 +79,104 @@ def verified(
                 warnings.warn("not verified: the model draws random numbers in eval mode too", stacklevel=3)
                 return
         n, axis = batch.samples.batch, analysis.batch_axis
-        if analysis.table.ranks.max_over_ranks(n) == 1 and not by_autograd:
-            return
-        alone = rows(inputs, [0], n, axis)
-
-        def among_the_rest(own: Any) -> Tensor:
-            return loss(mapped(partial(_inserted, iter(tensors(own)), n, axis), batch.outputs))
-
-        def norms_of(root: Callable[[Any], Tensor]) -> Tensor:
-            if not by_autograd or analysis.table.quantized:
-                return analysis.of(root, alone).samples.squared_norms[:, 0].detach().double().cpu()
-            with torch.enable_grad(), analysis.differentiable():
-                return squared_norms_of_loss(root(call_model(analysis.model, alone)), analysis.table.leaves)
-
-        norms, found = norms_of(among_the_rest), batch.samples.squared_norms[:, 0].detach()
-        half = torch.is_autocast_enabled() or any(
-            x.dtype in HALF for x in (*analysis.table.tensors, *tensors(batch.outputs))
-        )
-        try:
-            compare(analysis.table.names, found, norms, half)
-        except VerificationError:
-            # A sample alone may be rounded differently, which is all that a perfect fit leaves of its gradient.
-            own = mapped(Tensor.detach, call_model(analysis.model, alone))
-            off = _rounded_off(among_the_rest, own, rows(batch.outputs, [0], n, axis))
-            if off is None:
-                raise
-            squares = norms_of(lambda outputs: _product(outputs, off))
-            compare(analysis.table.names, found, norms, half, 4 * (squares + 2 * (squares * norms).sqrt()))
+        model = DifferentiableModel(analysis.model, analysis.table, rows(inputs, [samples[0]], n, axis))
+        for sample in samples:
+            _SampleAlone(analysis, model, loss, inputs, batch, sample).verify()
 
 
-def _rounded_off(loss: Callable[[Any], Tensor], here: Any, there: Any) -> list[Tensor | None] | None:
-    """The difference of a loss's gradients in outputs that differ by rounding; None if they differ by more than that."""
-    for x, y in zip(tensors(here), tensors(there), strict=True):
-        if x.shape != y.shape or x.dtype != y.dtype:
-            return None
-        numbers = x.is_floating_point() and x.numel() > 0
-        if numbers and not (x - y).abs().max() <= ROUNDING * torch.finfo(x.dtype).eps * y.abs().max():
-            return None
-    pairs = zip(_gradients(loss, here), _gradients(loss, there), strict=True)
-    return [None if a is None or b is None else a - b for a, b in pairs]
+class _SampleAlone:
+    """One sample of a batch that runs through the model alone."""
+
+    def __init__(
+        self, analysis: Analysis, model: DifferentiableModel, loss: Loss, inputs: Any, batch: Batch, sample: int
+    ):
+        self._analysis, self._model, self._loss, self._sample = analysis, model, loss, sample
+        self._n, self._axis = batch.samples.batch, analysis.batch_axis
+        self._inputs, self._in_batch = self._of_sample(inputs), self._of_sample(batch.outputs)
+        self._outputs, self._norms = batch.outputs, batch.samples.squared_norms[:, sample].detach()[model.positions]
+
+    def verify(self) -> None:
+        """Raise unless the sample has the same squared norms alone as in its batch."""
+        ranks = self._analysis.table.ranks
+        alone, half = self._squared_norms(self._loss_in_batch)
+        rounding = torch.zeros_like(alone)
+        # Ranks that hold the model together differentiate it together.
+        if ranks.max_over_ranks(bool(unequal_norms(self._norms, alone, half=half))):
+            rounding = self._effect_of_rounding(alone)
+        names = [self._analysis.table.names[position] for position in self._model.positions]
+        with ranks.fail_together():
+            require_equal_norms(names, self._norms, alone, half=half, rounding=rounding, sample=self._sample)
+
+    def _of_sample(self, value: Any) -> Any:
+        return rows(value, [self._sample], self._n, self._axis)
+
+    def _squared_norms(self, loss: Loss) -> tuple[Tensor, bool]:
+        """``||g||^2`` of each parameter for a loss of the sample's own outputs, and whether half precision takes part."""
+        with torch.enable_grad(), self._analysis.differentiable():
+            outputs = self._model(self._inputs)
+            root = loss(outputs)
+            half = has_half_precision(root, *tensors(outputs), *self._analysis.table.tensors)
+            return as_row(squared_norms_of_loss(root, self._model.leaves)), half
+
+    def _loss_in_batch(self, own: Any) -> Tensor:
+        """The batch's loss with the sample's own outputs in their place, and all others constant."""
+        mine, batch = list(tensors(own)), list(tensors(self._outputs))
+        if len(mine) != len(batch):
+            raise VerificationError(
+                f"the model returns {len(batch)} tensors for a batch and {len(mine)} for one of its samples alone, so that "
+                "the two can't be compared; verify=False returns the numbers unchecked"
+            )
+        filled = map(partial(_with_own_row, self._sample, self._n, self._axis), mine, batch)
+        return self._loss(mapped(lambda _: next(filled), self._outputs))
+
+    def _effect_of_rounding(self, alone: Tensor) -> Tensor:
+        """By how much the norms may differ because the sample's outputs are rounded differently alone and in its batch.
+
+        A loss near its minimum is a small difference of outputs and targets, of which rounding may be a large part. With g a
+        gradient and d the gradient of what rounding does to the loss, ``||g + d||^2`` differs from ``||g||^2`` by at most
+        ``||d||^2 + 2 ||d|| ||g||``.
+        """
+        own = mapped(Tensor.detach, self._model(self._inputs))
+        change = self._change_of_gradients(own)
+        squared, _ = self._squared_norms(partial(_inner, change))
+        return 4 * (squared + 2 * (squared * alone).sqrt())  # d is itself an estimate
+
+    def _change_of_gradients(self, own: Any) -> list[Tensor | None]:
+        """How the loss's gradient in the outputs changes by rounding: by nothing, if the outputs differ by more than that."""
+        pairs = list(zip(tensors(own), tensors(self._in_batch), strict=True))
+        if not all(_differs_by_rounding(x, y) for x, y in pairs):
+            return [torch.zeros_like(x) for x, _ in pairs]
+        both = (_gradients(self._loss_in_batch, outputs) for outputs in (own, self._in_batch))
+        return [None if a is None or b is None else a - b for a, b in zip(*both, strict=True)]
 
 
-def _gradients(loss: Callable[[Any], Tensor], outputs: Any) -> list[Tensor | None]:
-    """Those of a loss in each tensor that it is computed from."""
+def _with_own_row(sample: int, n: int, axis: int, own: Tensor, batch: Tensor) -> Tensor:
+    """One of the batch's outputs with the sample's own in its row; the sample's, or the batch's, if there are no rows."""
+    where = sample_axis(batch, n, axis)
+    if where is not None:
+        row = batch.narrow(where, sample, 1)
+        # A model that squeezes its outputs drops the axis of a single sample.
+        if [s for s in own.shape if s != 1] == [s for s in row.shape if s != 1]:
+            parts = [
+                batch.narrow(where, 0, sample),
+                own.reshape(row.shape),
+                batch.narrow(where, sample + 1, n - sample - 1),
+            ]
+            return torch.cat(parts, where)
+    return own if own.shape == batch.shape else batch
+
+
+def _differs_by_rounding(x: Tensor, y: Tensor) -> bool:
+    """Whether two outputs are the same but for rounding."""
+    if x.shape != y.shape or x.dtype != y.dtype:
+        return False
+    if not x.is_floating_point() or not x.numel():
+        return True
+    return bool((x - y).abs().max() <= ROUNDED_OUTPUTS * torch.finfo(x.dtype).eps * y.abs().max())
+
+
+def _gradients(loss: Loss, outputs: Any) -> list[Tensor | None]:
+    """The gradients of a loss in each tensor that it is computed from."""
     with torch.enable_grad():
         leaves = mapped(lambda x: x.clone().requires_grad_(x.is_floating_point()), outputs)
         wanted = [x for x in tensors(leaves) if x.requires_grad]
@@ -103,16 +184,7 @@ def _gradients(loss: Callable[[Any], Tensor], outputs: Any) -> list[Tensor | Non
     return [next(found) if x.requires_grad else None for x in tensors(leaves)]
 
 
-def _product(outputs: Any, gradients: list[Tensor | None]) -> Tensor:
-    """What has these gradients in the outputs."""
+def _inner(gradients: Sequence[Tensor | None], outputs: Any) -> Tensor:
+    """``sum of outputs times gradients``, whose gradients in the outputs these are."""
     pairs = zip(tensors(outputs), gradients, strict=True)
     return sum(((x * g).sum() for x, g in pairs if g is not None and x.requires_grad), torch.zeros(()))
-
-
-def _inserted(own: Iterator[Tensor], n: int, axis: int, rest: Tensor) -> Tensor:
-    """One of the batch's outputs with the sample's own in its place."""
-    mine = next(own)
-    where = sample_axis(rest, n, axis)
-    if where is None or mine.shape != rest.narrow(where, 0, 1).shape:
-        return mine if mine.shape == rest.shape else rest
-    return torch.cat([mine, rest.narrow(where, 1, n - 1)], where)

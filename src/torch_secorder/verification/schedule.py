@@ -1,37 +1,35 @@
-"""When an analysis is verified, and what happens if it fails."""
+"""What is verified when: an analysis of a batch, and what is done if it doesn't pass."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from torch_secorder.errors import VerificationError
 from torch_secorder.running.analysis import Analysis, Batch
 
 
-def analyse_and_verify(
-    analysis: Analysis,
-    analyse: Callable[[], Batch],
-    check: Callable[[Batch], None],
-    function: Callable[..., Any] | None = None,
-) -> Batch:
-    """The analysis of a batch that passes the check, if need be with evidence for what was read from shapes first.
+def analyse_and_verify(analysis: Analysis, analyse: Callable[[], Batch], check: Callable[[Batch], None]) -> Batch:
+    """The analysis of a batch, which passes the check if it is one to be checked.
 
-    For the same function and graphs of the same structure, the check is made at the 1st, 2nd, 3rd, 5th, 9th, ... batch.
+    If it doesn't pass, it is made once more from evidence for all that was read from shapes.
+
+    Args:
+        analysis: what the batch is analysed with.
+        analyse: gives the batch, with its outputs if it is to be checked.
+        check: raises a VerificationError if the batch is wrong.
 
     Raises:
-        VerificationError: if that doesn't pass either.
+        VerificationError: if the batch doesn't pass either time.
     """
     batch = analyse()
-    ranks = analysis.table.ranks
-    if function is not None and not ranks.max_over_ranks(analysis.memory.due(function, batch.structure)):
+    if batch.outputs is None:
         return batch
     try:
         check(batch)
     except VerificationError:
-        if not analysis.trusting:
+        if not analysis.trusts_shapes:
             raise
-        analysis.distrust()
+        analysis.forget_shapes()
         batch = analyse()
         check(batch)
     return batch

@@ -1,0 +1,45 @@
+"""The user's hooks on parameters, which must not see gradients that are none of the user's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from torch import Tensor
+
+from torch_secorder.autograd.engine import current_graph_task, is_library_pass
+from torch_secorder.model.hooks import WeakHook, restoring
+
+TensorHook = Callable[[Tensor], "Tensor | None"]
+
+
+@contextmanager
+def silenced_in_library_passes(leaves: Sequence[Tensor]) -> Iterator[None]:
+    """The user's hooks on these tensors run in the user's backward passes only, and change no gradient in the library's.
+
+    They stay in their places, so that a backward pass in another thread misses none of them.
+    """
+    tables = [leaf._backward_hooks for leaf in leaves if leaf._backward_hooks]
+
+    def restore() -> None:
+        for hooks in tables:
+            for key, hook in list(hooks.items()):
+                if isinstance(hook, _Silenced):
+                    hooks[key] = hook.hook
+
+    with restoring(restore):
+        for hooks in tables:
+            for key, hook in list(hooks.items()):
+                if not isinstance(hook, WeakHook):  # The library's own know which passes are theirs.
+                    hooks[key] = _Silenced(hook)
+        yield
+
+
+class _Silenced:
+    """A hook that does nothing in the library's own passes."""
+
+    def __init__(self, hook: TensorHook):
+        self.hook = hook
+
+    def __call__(self, grad: Tensor) -> Tensor | None:
+        return None if is_library_pass(current_graph_task()) else self.hook(grad)

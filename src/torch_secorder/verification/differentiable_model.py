@@ -1,0 +1,92 @@
+"""The model as plain autograd differentiates it: quantized weights are replaced by the numbers that their codes stand for."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from torch_secorder.autograd.engine import call_model
+from torch_secorder.model.containers import tensors
+from torch_secorder.model.parameters import ParameterTable
+from torch_secorder.verification.tolerances import DEQUANTIZED_OUTPUTS
+
+
+class DifferentiableModel:
+    """The model, and a leaf for every parameter in which it has a gradient.
+
+    Args:
+        model: the model.
+        table: its analysed parameters.
+        inputs: a batch on which quantized weights are replaced for a trial. Where that changes the outputs by more than rounding,
+            such weights have no leaf, and a warning says so.
+
+    Attributes:
+        positions: the parameters that have a leaf, by their position in the table.
+        leaves: the leaves, in the same order.
+    """
+
+    def __init__(self, model: nn.Module, table: ParameterTable, inputs: Any):
+        leaves = {position: leaf for position, leaf in enumerate(table.leaves) if position not in table.quantized}
+        self._call: Callable[..., Any] = model
+        if table.quantized:
+            weights = _dequantized(table)
+            call = partial(_called_with, model, _by_name(model, table, weights))
+            if weights and _agree(model, call, inputs):
+                self._call, leaves = call, leaves | weights
+            else:
+                _warn([table.names[position] for position in sorted(table.quantized)])
+        self.positions = sorted(leaves)
+        self.leaves = [leaves[position] for position in self.positions]
+
+    def __call__(self, inputs: Any) -> Any:
+        """The model's outputs; a tuple is spread over positions and a mapping over keywords."""
+        return call_model(self._call, inputs)
+
+
+def _dequantized(table: ParameterTable) -> dict[int, Tensor]:
+    """Position -> what the codes of a quantized weight stand for, as a leaf; empty if some weight doesn't tell."""
+    try:
+        plain = {position: table.tensors[position].detach().dequantize() for position in table.quantized}
+        return {position: value.detach().requires_grad_() for position, value in plain.items()}
+    except Exception:  # Whatever a package for quantized tensors raises; and there may be no memory for them.
+        return {}
+
+
+def _by_name(model: nn.Module, table: ParameterTable, weights: dict[int, Tensor]) -> dict[str, Tensor]:
+    named = ((name, table.position(p)) for name, p in model.named_parameters())
+    return {name: weights[position] for name, position in named if position in weights}
+
+
+def _called_with(model: nn.Module, weights: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+    """What the model returns with other weights."""
+    return functional_call(model, weights, args, kwargs)
+
+
+def _agree(model: Callable[..., Any], other: Callable[..., Any], inputs: Any) -> bool:
+    """Whether both return the same, up to rounding."""
+    ours = list(tensors(call_model(model, inputs)))
+    try:
+        theirs = list(tensors(call_model(other, inputs)))
+    except Exception:  # A layer that takes nothing but its own kind of weight.
+        return False
+    return len(ours) == len(theirs) and all(map(_is_near, ours, theirs))
+
+
+def _is_near(x: Tensor, y: Tensor) -> bool:
+    if x.shape != y.shape or not x.is_floating_point() or not x.numel():
+        return x.shape == y.shape
+    return bool((x - y).abs().max() <= DEQUANTIZED_OUTPUTS * x.abs().max())
+
+
+def _warn(names: list[str]) -> None:
+    warnings.warn(
+        f"not verified: {', '.join(names[:3])}{' and others' if len(names) > 3 else ''}. Autograd gives no gradient in quantized "
+        "weights, and with the numbers that their codes stand for the model can't run or is another function. All other "
+        "parameters are verified.",
+        stacklevel=2,
+    )

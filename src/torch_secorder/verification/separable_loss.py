@@ -1,0 +1,56 @@
+"""Whether a loss takes samples apart: otherwise there are no per-sample gradients to speak of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_secorder.errors import VerificationError
+from torch_secorder.model.containers import mapped, rows, sample_axis, shrunk, tensors
+from torch_secorder.verification.tolerances import SEPARABLE_LOSS
+
+SAMPLES = 3  # as many as it takes for a loss that compares each sample with two others
+
+
+def require_separable(loss_fn: Callable[[Any, Any], Tensor], outputs: Any, targets: Any, n: int, axis: int = 0) -> None:
+    """Raise if the loss's gradient in one sample's outputs depends on other samples' outputs, tried on three samples.
+
+    Raises:
+        VerificationError: if it does.
+    """
+    few = min(n, SAMPLES)
+    outputs, targets = (rows(value, list(range(few)), n, axis) for value in (outputs, targets))
+    first = _gradients_in_first(loss_fn, outputs, outputs, targets, few, axis)
+    second = _gradients_in_first(loss_fn, mapped(shrunk, outputs), outputs, targets, few, axis)
+    for here, there in zip(first, second, strict=True):
+        if not (here - there).norm() <= SEPARABLE_LOSS * here.norm():  # NaN is no agreement
+            raise VerificationError(
+                "the loss's gradient in the first sample's outputs changes with the other samples' outputs: a loss that "
+                "compares samples with each other (contrastive, load balancing, batch statistics) has no per-sample gradients"
+            )
+
+
+def _gradients_in_first(
+    loss_fn: Callable[[Any, Any], Tensor], rest: Any, outputs: Any, targets: Any, n: int, axis: int
+) -> list[Tensor]:
+    """The loss's gradient in the first sample of ``outputs``, with the other samples of ``rest``."""
+    leaves: list[tuple[Tensor, int]] = []
+    originals = tensors(outputs)
+
+    def leaf(x: Tensor) -> Tensor:
+        original = next(originals)
+        where = sample_axis(x, n, axis)
+        if where is None or not x.is_floating_point():
+            return original
+        x = x.detach().clone()
+        x.select(where, 0).copy_(original.select(where, 0))
+        leaves.append((x.requires_grad_(), where))
+        return x
+
+    with torch.enable_grad():
+        loss = loss_fn(mapped(leaf, rest), targets)
+        found = torch.autograd.grad(loss, [x for x, _ in leaves], allow_unused=True)
+    return [g.select(w, 0).double() for g, (_, w) in zip(found, leaves, strict=True) if g is not None]
