@@ -22,6 +22,7 @@ from torch_secorder.autograd.engine import (
     is_library_pass,
     raise_after_backward,
 )
+from torch_secorder.autograd.hooks import Hooks, hook_count
 from torch_secorder.batch_axis.knowledge import knowledge_of
 from torch_secorder.capture.module_hooks import Capture
 from torch_secorder.capture.records import Forward, Record
@@ -29,7 +30,7 @@ from torch_secorder.errors import ArgumentError, CoverageError, LifecycleError, 
 from torch_secorder.graph.audit import Audit
 from torch_secorder.graph.frontier import Use
 from torch_secorder.model.containers import tensors
-from torch_secorder.model.hooks import Hook, Hooks, HookScope
+from torch_secorder.model.hooks import Hook, HookScope
 from torch_secorder.model.parameters import ParameterTable, named_modules, unwrapped
 from torch_secorder.model.ranks import class_as_written, whole
 from torch_secorder.model.restore import lock_of
@@ -217,7 +218,7 @@ class FisherMonitor(HookScope, Results):
     def _add_gradient(self, current: OpenPass, position: int, grad: Tensor) -> None:
         grad = whole(grad)
         # What a hook of the user's makes of a gradient is not in its factors, and not ours to check.
-        as_computed = len(self._table.leaves[position]._backward_hooks or ()) <= 1
+        as_computed = hook_count(self._table.leaves[position]) <= 1
         if not as_computed:
             current.collected.gradient_norms.pop(position, None)
         current.add(position, grad)

@@ -19,12 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from torch_secorder.autograd.engine import current_graph_task, in_library_call, in_search_pass
+from torch_secorder.autograd.hooks import Hooks
 from torch_secorder.autograd.nodes import gradient_edge_of, made_by
 from torch_secorder.batch_axis.placement import FIRST, Placement
 from torch_secorder.capture.records import Forward, Record, Site
 from torch_secorder.errors import CoverageError, ShapeError, UnsupportedError
 from torch_secorder.model.containers import tensors
-from torch_secorder.model.hooks import Hook, Hooks, HookScope
+from torch_secorder.model.hooks import Hook, HookScope
 from torch_secorder.model.ranks import is_dtensor
 
 # For a moment a new hook is there, and torch doesn't know yet that it takes keyword arguments: another thread's call of the model

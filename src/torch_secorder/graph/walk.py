@@ -10,9 +10,10 @@ from typing import Any
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from torch_secorder.autograd.nodes import Edge
+from torch_secorder.autograd.nodes import Edge, output_shapes
+from torch_secorder.autograd.saved import axes
 from torch_secorder.capture.records import Forward, Record
-from torch_secorder.graph.conditions import REORDERS, _axes, _reorders, has_ambiguous_axis, size_pattern
+from torch_secorder.graph.conditions import REORDERS, _reorders, has_ambiguous_axis, size_pattern
 
 
 class Walk:
@@ -86,7 +87,7 @@ class Walk:
 
     @cached_property
     def _shapes(self) -> tuple[tuple[int, ...], ...]:
-        return tuple([tuple(meta.shape) for node in self.children for meta in node._input_metadata])
+        return output_shapes(*self.children)
 
     @cached_property
     def parents(self) -> dict[Node, list[Edge]]:
@@ -115,8 +116,8 @@ class Walk:
         """
         if n is None:
             return hash(self.names)
-        axes = tuple([_axes(node) for node in self.children]) if self.coincidences(n) else None
-        return hash((self.names, size_pattern(n, self._shapes), axes))
+        along = tuple([axes(node) for node in self.children]) if self.coincidences(n) else None
+        return hash((self.names, size_pattern(n, self._shapes), along))
 
     def reorders(self, n: int) -> bool:
         """Whether some node may put the samples into another order, so that what held for other batches may not hold."""

@@ -18,7 +18,9 @@ from torch_secorder.autograd.engine import (
     in_search_pass,
     raise_after_backward,
 )
+from torch_secorder.autograd.hooks import Hooks
 from torch_secorder.autograd.nodes import gradient_edge_of
+from torch_secorder.autograd.versions import version
 from torch_secorder.capture.records import Site
 from torch_secorder.errors import (
     ArgumentError,
@@ -28,10 +30,11 @@ from torch_secorder.errors import (
     ShapeError,
     UnsupportedError,
 )
-from torch_secorder.model.hooks import Hook, Hooks, HookScope
+from torch_secorder.model.hooks import Hook, HookScope
 from torch_secorder.model.parameters import named_modules, unwrapped
 from torch_secorder.rules import refusal_for
 
+_ANY_CONVOLUTION: Any = nn.Conv1d.__base__
 _UNBATCHED: dict[type[nn.Module], int] = {nn.Conv1d: 2, nn.Conv2d: 3, nn.Conv3d: 4}
 
 
@@ -57,8 +60,8 @@ class _Call:
     def products(self, grad: Tensor, batch_axis: int) -> Tensor:
         """Output times gradient, summed over everything but samples and channels: ``[n, channels]``, float64."""
         output = self.output
-        if output._version != self.version:  # an in-place activation came after it
-            if any(x._version != seen for x, seen in self.inputs):
+        if version(output) != self.version:  # an in-place activation came after it
+            if any(version(x) != seen for x, seen in self.inputs):
                 raise CoverageError(
                     f"{self.site}: its input and its output were both changed in place; change one of them out of place"
                 )
@@ -188,9 +191,9 @@ class ChannelGates(HookScope):
             raise UnsupportedError(
                 f"{site}: its output is a leaf of the autograd graph, not something that it computed"
             )
-        inputs = [(x, x._version) for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+        inputs = [(x, version(x)) for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
         call = _Call(
-            site, output.detach(), output._version, inputs, partial(type(module).forward, module, *args, **kwargs)
+            site, output.detach(), version(output), inputs, partial(type(module).forward, module, *args, **kwargs)
         )
         edge.node.register_prehook(partial(self._fired, call, recomputed_in, edge.output_nr))
 
@@ -239,5 +242,5 @@ class ChannelGates(HookScope):
 
 def _is_watched(name: str, module: nn.Module, modules: Any) -> bool:
     if modules is None:
-        return isinstance(module, (nn.modules.conv._ConvNd, nn.Linear))
+        return isinstance(module, (_ANY_CONVOLUTION, nn.Linear))
     return isinstance(module, modules) if isinstance(modules, (tuple, type)) else bool(modules(name))

@@ -6,6 +6,7 @@ from collections.abc import Hashable
 
 from torch import Tensor
 
+from torch_secorder.autograd.versions import version
 from torch_secorder.capture.records import Record
 from torch_secorder.errors import CoverageError
 from torch_secorder.recording.batch import Block, forms_of, norms_of
@@ -28,7 +29,7 @@ class SmallCallBatch:
     def add(self, kind: Hashable, block: Block, record: Record, grad: Tensor) -> None:
         """A call of a kind, and the gradient of its output."""
         waiting = self._waiting.setdefault(kind, [])
-        waiting.append((block, record, grad, grad._version))
+        waiting.append((block, record, grad, version(grad)))
         if len(waiting) == TOGETHER:
             self._together(kind)
 
@@ -39,8 +40,8 @@ class SmallCallBatch:
 
     def _together(self, kind: Hashable) -> None:
         waiting = self._waiting.pop(kind)
-        for _, record, grad, version in waiting:
-            if grad._version != version:
+        for _, record, grad, seen in waiting:
+            if version(grad) != seen:
                 raise CoverageError(
                     f"{record.site}: the gradient of its output was changed in place after it had arrived, by a hook or a "
                     "backward of the user's that gets the same tensor; return a new one there"

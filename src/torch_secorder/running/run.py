@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from torch_secorder.autograd.engine import call_model
+from torch_secorder.autograd.versions import hiding_changes
 from torch_secorder.batch_axis.knowledge import Memory
 from torch_secorder.capture.module_hooks import Capture
 from torch_secorder.capture.records import Record
@@ -21,7 +22,6 @@ from torch_secorder.model.hooks import HookScope
 from torch_secorder.model.parameters import ParameterTable
 from torch_secorder.model.restore import (
     forked_random,
-    hiding_changes,
     random_state,
     restoring_buffers,
     twice_differentiable,
