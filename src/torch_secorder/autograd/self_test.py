@@ -8,6 +8,7 @@ unknown, and is never read.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import cache
@@ -90,18 +91,23 @@ def _is(found: Any, expected: Any) -> bool:
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Whatever surrounds the first use of the library (no_grad, autocast, a checkpoint, a mode) has no part in the test."""
+    """Whatever surrounds the first use (no_grad, autocast, a checkpoint, a transform, a mode) has no part in the test."""
 
     def as_it_is(x: Tensor) -> Tensor:
         return x
 
     with ExitStack() as stack:
+        if (transforms := sys.modules.get("torch._functorch.pyfunctorch")) is not None:
+            stack.enter_context(transforms.temporarily_clear_interpreter_stack())
+        private = torch._C._autograd
+        if (message := private._saved_tensors_hooks_get_disabled_error_message()) is not None:
+            private._saved_tensors_hooks_enable()
+            stack.callback(private._saved_tensors_hooks_disable, message)
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.autocast("cpu", enabled=False))
         stack.enter_context(torch._C.DisableTorchFunction())
         stack.enter_context(torch._C._DisableTorchDispatch())
-        stack.enter_context(torch._C._DisableFuncTorch())
         stack.enter_context(saved_tensors_hooks(as_it_is, as_it_is))
         yield
 
