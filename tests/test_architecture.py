@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -82,6 +83,29 @@ def test_names_say_what_is_inside(file: str) -> None:
     for node in ast.walk(ast.parse((ROOT / file).read_text())):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             assert not node.name.startswith(("compute_", "get_")), f"{file}: {node.name}"
+
+
+PRIVATE = re.compile(
+    r"torch\._[a-zA-Z]|torch\.[\w.]*\._[a-zA-Z]|from torch(\.\w+)* import _|from torch(\.\w+)*\._"  # modules and their names
+    r"|_execution_engine|_input_metadata|_(raw_)?saved_|_functorch|_python_dispatch|_unsafe_preserve_version_counter"
+    r"|(?<!self)(?<!per_sample)\._(version|base|is_view|backward_hooks)\b|\b_(NormBase|BatchNorm|InstanceNorm|ConvNd|ConvTransposeNd)\b"
+    r"|_reversed_padding_repeated_twice"
+)
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if not file.startswith("autograd/")])
+def test_torchs_private_names_stand_in_autograd_only(file: str) -> None:
+    assert not [line for line in (ROOT / file).read_text().splitlines() if PRIVATE.search(line)]
+
+
+def test_the_search_for_private_names_finds_some() -> None:
+    found = {
+        match[0]
+        for file in FILES
+        if file.startswith("autograd/")
+        for match in PRIVATE.finditer((ROOT / file).read_text())
+    }
+    assert {"torch._C", "_saved_", "_raw_saved_", "_input_metadata", "._version", "._base", "._backward_hooks"} <= found
 
 
 def test_the_public_names() -> None:

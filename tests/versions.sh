@@ -1,20 +1,35 @@
 #!/bin/sh
-# The tests that need nothing but torch, pandas and a few small packages, with one Python and one torch: versions.sh 3.10 2.8.0
+# Tests that need nothing but torch, pandas and a few small packages, with one Python and one torch, in an environment that is
+# kept in $ENVIRONMENTS (build/versions by default): versions.sh 3.10 2.8.0, or with "short" behind it for a few of them.
 set -e
-venv=build/versions/python$1-torch$2
-if ! python=$(command -v "python$1") || ! "$python" --version > /dev/null 2>&1; then
-    echo "not run: there is no Python $1 on this machine (PATH has no working python$1)"
+environment=${ENVIRONMENTS:-build/versions}/python$1-torch$2
+not_run() {
+    echo "torch $2 was not tested: $3"
     exit 0
+}
+python=""
+for found in "python$1" "${PYENV_ROOT:-$HOME/.pyenv}/versions/$1".*/bin/python; do
+    if "$found" --version > /dev/null 2>&1; then
+        python=$found
+        break
+    fi
+done
+test -n "$python" || not_run "$1" "$2" "there is no Python $1 on this machine"
+if ! test -e "$environment/.ready"; then
+    mkdir -p "$environment"
+    # Released wheels for Linux bring a GPU's libraries: about 6 GB, and as much room again while they are unpacked.
+    if test "$(df -Pk "$environment" | awk 'NR == 2 { print $4 }')" -lt $((8 * 1024 * 1024)); then
+        rm -rf "$environment"
+        not_run "$1" "$2" "its environment needs 8 GB, which are not free in $(dirname "$environment")"
+    fi
+    "$python" -m venv "$environment"
+    if ! "$environment/bin/python" -m pip install --quiet --no-cache-dir "torch==$2"; then
+        rm -rf "$environment"
+        not_run "$1" "$2" "no wheel of it for Python $1 is to be had here"
+    fi
+    "$environment/bin/python" -m pip install --quiet --no-cache-dir numpy pandas pytest hypothesis safetensors jinja2 scipy
+    touch "$environment/.ready"
 fi
-test -x "$venv/bin/python" || "$python" -m venv "$venv"
-# Released wheels for Linux bring a GPU's libraries: about 5 GB each.
-if ! "$venv/bin/python" -m pip install --quiet "torch==$2"; then
-    echo "not run: no wheel of torch $2 for Python $1 is to be had here"
-    rm -rf "$venv"
-    exit 0
-fi
-"$venv/bin/python" -m pip install --quiet numpy pandas pytest hypothesis safetensors jinja2 scipy
-"$venv/bin/python" -m pip install --quiet --no-deps --editable .
 echo "Python $1, torch $2"
 known=""
 case $2 in
@@ -23,8 +38,14 @@ case $2 in
     echo "left out, since torch $2 raises errors of its own: $known"
     ;;
 esac
-"$venv/bin/python" -m pytest -q -p no:cacheprovider -k "${known:+not ($known)}" \
-    tests/test_monitor.py tests/test_traps.py tests/test_properties.py tests/test_fisher_report.py tests/test_errors.py \
-    tests/test_verification.py tests/test_statistics.py tests/test_results.py tests/test_likelihoods.py tests/test_report.py \
-    tests/rules tests/per_sample tests/faults \
-    tests/approximations/test_fisher_trace.py tests/approximations/test_hessian_trace.py
+if test "$3" = short; then
+    tests="tests/autograd tests/rules tests/graph tests/test_traps.py tests/approximations/test_hessian_trace.py"
+else
+    tests="tests/test_monitor.py tests/test_traps.py tests/test_properties.py tests/test_fisher_report.py tests/test_errors.py
+        tests/test_verification.py tests/test_statistics.py tests/test_results.py tests/test_likelihoods.py
+        tests/test_report.py tests/autograd tests/rules tests/graph tests/per_sample tests/faults
+        tests/approximations/test_fisher_trace.py tests/approximations/test_hessian_trace.py"
+fi
+# shellcheck disable=SC2086  # the names of the files have no spaces
+PYTHONPATH=src "$environment/bin/python" -m pytest -q -p no:cacheprovider -k "${known:+not ($known)}" $tests
+echo "tested: Python $1, torch $2"

@@ -15,9 +15,10 @@ from torch_secorder.arguments import (
     require_max_memory,
     require_positive_int,
 )
+from torch_secorder.autograd.hooks import HookSet
 from torch_secorder.batch_axis.knowledge import ModelKnowledge, is_due, knowledge_of
 from torch_secorder.errors import CoverageError, LifecycleError
-from torch_secorder.model.hooks import HookScope, HookSet, WeakHook
+from torch_secorder.model.hooks import HookScope, WeakHook
 from torch_secorder.model.parameters import ParameterTable, plain_name, unwrapped
 from torch_secorder.model.restore import lock_of
 from torch_secorder.recording.accumulator import PassOptions

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from oracles import per_sample_squared_norms
 from torch_secorder import FisherMonitor
+from torch_secorder.autograd import onednn
+from torch_secorder.autograd.onednn import gates_in_workspace, left_by_backward
 from torch_secorder.rules.recurrent import _Layer
 
 LAYERS: dict[str, dict[str, Any]] = {
@@ -27,8 +29,13 @@ SIZES = [(6, 5), (1, 5), (6, 1), (40, 3)]
 
 def fused(n: int = 5, t: int = 6, state: bool = False, **options: Any) -> Any:
     """What the node of an LSTM's last direction has saved."""
-    node = node_of(n, t, state, **options)
-    return SimpleNamespace(**{name: getattr(node, name) for name in dir(node) if name.startswith("_saved")})
+    return copied(node_of(n, t, state, **options))
+
+
+def copied(node: Any) -> Any:
+    """Something with what a node has saved."""
+    names = [name for name in dir(node) if name.startswith("_saved")]
+    return SimpleNamespace(name=node.name, **{name: getattr(node, name) for name in names})
 
 
 def node_of(n: int = 5, t: int = 6, state: bool = False, **options: Any) -> Any:
@@ -49,8 +56,8 @@ def node_of(n: int = 5, t: int = 6, state: bool = False, **options: Any) -> Any:
 def run(node: Any, grads: tuple[Tensor | None, ...], monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """What the node holds when it has run, as if it had just done so."""
     node(*grads)
-    ran = SimpleNamespace(**{name: getattr(node, name) for name in dir(node) if name.startswith("_saved")})
-    monkeypatch.setattr(torch._C, "_current_autograd_node", lambda: ran)
+    ran = copied(node)
+    monkeypatch.setattr(onednn, "current_node", lambda: ran)
     return ran
 
 
@@ -66,7 +73,7 @@ def gradients(node: Any) -> tuple[Tensor | None, ...]:
 def test_kept_gates_are_those_that_are_computed(name: str, t: int, n: int, state: bool) -> None:
     layer = _Layer(fused(n, t, state, **LAYERS[name]))
     with torch.no_grad():
-        kept = layer._kept_gates()
+        kept = gates_in_workspace(layer._node)
         assert kept is not None
         torch.testing.assert_close(kept, layer._gates(), rtol=1e-4, atol=1e-5)
         assert layer._ends_with_ours(kept)
@@ -120,7 +127,7 @@ def test_a_workspace_of_another_layout_is_not_believed(change: Callable[[Tensor]
         expected = _Layer(node).gate_gradients(gradients(node))
         node._saved_result3 = change(node._saved_result3.clone())
         layer = _Layer(node)
-        kept = layer._kept_gates()
+        kept = gates_in_workspace(layer._node)
         assert kept is None or not layer._ends_with_ours(kept) or not layer._factors(kept)[2]
         torch.testing.assert_close(layer.gate_gradients(gradients(node)), expected, rtol=1e-4, atol=1e-6)
 
@@ -138,22 +145,22 @@ def test_what_the_node_leaves_behind_gives_the_same_gradients(
     with torch.no_grad():
         expected = _Layer(node).gate_gradients(grads)
         layer = _Layer(run(node, grads, monkeypatch))
-        left = layer._left_behind()
+        left = left_by_backward(layer._node)
         assert (left is None) == (t == 1)
         if left is not None:
-            kept = layer._kept_gates()
+            kept = gates_in_workspace(layer._node)
             assert kept is not None
-            found = layer._at_once(kept, *left, grads)
+            found = layer._at_once(kept, left, grads)
             assert found is not None
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
 def assert_not_believed(layer: _Layer, grads: Any, expected: Tensor) -> None:
     """What was left behind can be read, is found to be wrong, and the answer is right."""
-    left, kept = layer._left_behind(), layer._kept_gates()
+    left, kept = left_by_backward(layer._node), gates_in_workspace(layer._node)
     assert left is not None
     assert kept is not None
-    assert layer._at_once(kept, *left, grads) is None
+    assert layer._at_once(kept, left, grads) is None
     torch.testing.assert_close(layer.gate_gradients(grads), expected, rtol=1e-4, atol=1e-6)
 
 

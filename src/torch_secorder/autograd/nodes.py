@@ -3,35 +3,56 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
+from torch_secorder.autograd.self_test import hooks_are_seen, raw_tensors
 from torch_secorder.errors import UnsupportedError
 
 Edge = tuple[Node, int]
 
 
-@cache
-def attributes(kind: type[Node], prefix: str) -> tuple[str, ...]:
-    """The attributes of nodes of one kind whose names start so."""
-    return tuple(sorted(name for name in dir(kind) if name.startswith(prefix)))
-
-
 def value_shape(node: Node, nr: int) -> tuple[int, ...]:
     """The shape of a node's output, or of the parameter whose gradient the node accumulates."""
     variable = getattr(node, "variable", None)
-    return tuple(variable.shape if variable is not None else node._input_metadata[nr].shape)
+    return tuple(variable.shape if variable is not None else _metadata(node)[nr].shape)
+
+
+def output_shapes(*nodes: Node) -> tuple[tuple[int, ...], ...]:
+    """The shapes of all outputs of these nodes, in turn."""
+    return tuple([tuple(output.shape) for node in nodes for output in _metadata(node)])
+
+
+def output_count(node: Node) -> int:
+    """How many outputs a node has, which is how many gradients it takes."""
+    return len(_metadata(node))
+
+
+def output_dtype(node: Node, nr: int) -> torch.dtype:
+    """The dtype of a node's output."""
+    dtype: torch.dtype = _metadata(node)[nr].dtype
+    return dtype
+
+
+def _metadata(node: Any) -> Any:
+    try:
+        return node._input_metadata
+    except AttributeError:
+        raise UnsupportedError(
+            f"torch {torch.__version__} does not show the shapes in its autograd graph, without which no use of a parameter "
+            "outside of layers with rules can be found: use a version that `make versions` names"
+        ) from None
 
 
 def has_packed_tensors(node: Any) -> bool:
-    """Whether hooks keep the tensors that a node has saved."""
-    saved = (getattr(node, name) for name in attributes(type(node), "_raw_saved_"))  # type: ignore[arg-type]  # a type is hashable
-    several = (one for value in saved for one in (value if isinstance(value, (list, tuple)) else (value,)))
-    return any(getattr(one, "unpack_hook", None) is not None for one in several)
+    """Whether hooks keep the tensors that a node has saved, as activation checkpointing's do.
+
+    A torch that does not show it could have them anywhere.
+    """
+    return not hooks_are_seen() or any(getattr(one, "unpack_hook", None) is not None for one in raw_tensors(node))
 
 
 def node_vjp(node: Any, grads: Sequence[Tensor | None]) -> list[Tensor | None]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from torch_secorder.autograd.engine import in_search_pass, search_pass
+from torch_secorder.autograd.nodes import output_shapes
 from torch_secorder.autograd.precision import has_half_precision
 from torch_secorder.batch_axis.evidence import (
     MARKS_PER_PASS,
@@ -107,9 +108,9 @@ class SampleSearch:
         new = [item for item in new if item not in looked_at]
         if new:
             ahead: list[Wanted] = [
-                ((node, nr), GradientEdge(node, nr), meta.shape)
+                ((node, nr), GradientEdge(node, nr), shape)
                 for node in self.look_ahead()
-                for nr, meta in enumerate(node._input_metadata)
+                for nr, shape in enumerate(output_shapes(node))
             ]
             self.look_ahead = list
             columns = zip(*self._sketches([*new, *ahead]), strict=True)

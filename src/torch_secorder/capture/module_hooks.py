@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from torch_secorder.autograd.engine import in_search_pass
+from torch_secorder.autograd.hooks import HookSet
 from torch_secorder.autograd.nodes import gradient_edge_of, made_by
 from torch_secorder.batch_axis.placement import FIRST
 from torch_secorder.capture.forwards import ForwardTracker, size_on
 from torch_secorder.capture.records import Forward, HookedModule, Record
 from torch_secorder.errors import CoverageError, ShapeError, UnsupportedError
-from torch_secorder.model.hooks import HookScope, HookSet, WeakHook
+from torch_secorder.model.hooks import HookScope, WeakHook
 from torch_secorder.model.ranks import is_dtensor
 
 # torch registers a hook before it notes `with_kwargs`. Another thread that calls the module in between passes the output in the

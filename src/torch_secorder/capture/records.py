@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
 from torch_secorder.autograd.engine import current_node, saved_tensors_hooks
+from torch_secorder.autograd.versions import versions
 from torch_secorder.batch_axis.placement import Placement
 from torch_secorder.errors import CoverageError
 from torch_secorder.model.ranks import class_as_written, full_tensor
@@ -252,8 +253,7 @@ def _unpacked(value: Any) -> Any:
 
 def _versions(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, ...]:
     """How often each tensor was changed in place so far."""
-    found = (*args, *kwargs.values()) if kwargs else args
-    return tuple([x._version for x in found if isinstance(x, Tensor) and not x.is_inference()])
+    return versions((*args, *kwargs.values()) if kwargs else args)
 
 
 def _first(value: Any, axis: int, size: int) -> Any:

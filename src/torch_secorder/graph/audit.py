@@ -97,7 +97,7 @@ class Audit:
                 self._knowledge.placements(self.fingerprint),
                 self._locate_on_three_samples,
             )
-        reached = [item for item in forward.records if item[0].site.rule is not None and item[1].node in walk.records]
+        reached = [item for item in forward.records if item[0].site.rule is not None and item[1].node in walk.children]
         ambiguous_shapes = (
             reorders_samples or walk.has_ambiguous_axis(n) or any(record.placement is None for record, _ in reached)
         )

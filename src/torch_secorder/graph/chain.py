@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from torch_secorder.autograd.nodes import Edge, attributes, node_vjp, value_shape
+from torch_secorder.autograd.nodes import Edge, node_vjp, output_count, output_dtype, value_shape
+from torch_secorder.autograd.saved import settings
 from torch_secorder.errors import CoverageError
 from torch_secorder.per_sample import Outer, PerSampleGradient, PulledBack
 
@@ -57,7 +58,8 @@ def batch_free_vjp(value: Edge, start: Node, shape: tuple[int, ...]) -> BatchFre
     chain = _line(value, start)
     permutation = None
     if chain is not None and all(node.name() in PERMUTES_ENTRIES for node, _ in chain):
-        permutation = tuple((node.name(), nr, _settings(node)) for node, nr in chain)
+        settled = [(node.name(), nr, settings(node)) for node, nr in chain]
+        permutation = None if any(found is None for _, _, found in settled) else tuple(settled)
     return BatchFreeVjp(value, start, shape, permutation)
 
 
@@ -73,12 +75,6 @@ def _line(value: Edge, start: Node) -> list[Edge] | None:
     return chain
 
 
-def _settings(node: Node) -> tuple[object, ...]:
-    """What distinguishes two nodes of one kind: the sizes, axes and offsets that they saved."""
-    values = [(name, getattr(node, name)) for name in attributes(type(node), "_saved_")]
-    return tuple([(name, str(value)) for name, value in values if not isinstance(value, Tensor)])
-
-
 def _vjp(value: Edge, start: Node, shape: tuple[int, ...], moves: bool, grads: Tensor) -> Tensor:
     """``[n, *value shape]`` -> ``[n, *shape]`` through the batch-free chain between the two.
 
@@ -87,11 +83,11 @@ def _vjp(value: Edge, start: Node, shape: tuple[int, ...], moves: bool, grads: T
     order = between(value[0], start)
     found = []
     # What computes anything has saved tensors of the model's dtype, which may be narrower than ours.
-    dtype = grads.dtype if moves else value[0]._input_metadata[value[1]].dtype
+    dtype = grads.dtype if moves else output_dtype(*value)
     for grad in grads.to(dtype):
         pending: dict[Edge, Tensor] = {value: grad}
         for node in order:
-            arrived = [pending.pop((node, nr), None) for nr in range(len(node._input_metadata))]
+            arrived = [pending.pop((node, nr), None) for nr in range(output_count(node))]
             if all(g is None for g in arrived):
                 continue
             for (child, nr), result in zip(node.next_functions, node_vjp(node, arrived), strict=True):

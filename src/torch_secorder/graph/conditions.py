@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from torch_secorder.autograd.nodes import value_shape
+from torch_secorder.autograd.saved import knows, saved
 
 REORDERS = {
     f"{name}Backward0"
@@ -39,27 +42,16 @@ def has_ambiguous_axis(n: int, shapes: tuple[tuple[int, ...], ...]) -> bool:
     return any(n in shape[1:] for shape in set(shapes))
 
 
-def _axes(node: Any) -> tuple[str, ...]:
-    """The axes that a node works along, as far as it saved any."""
-    kinds = _axis_names(type(node))  # type: ignore[arg-type]  # a type is hashable
-    return tuple([str(getattr(node, name)) for name in kinds]) if kinds else ()
-
-
-@cache
-def _axis_names(kind: type) -> list[str]:
-    return [name for name in ("_saved_dim", "_saved_dims", "_saved_dim0", "_saved_dim1") if hasattr(kind, name)]
-
-
 def _reorders(node: Any, n: int) -> bool:
     """Whether a node that picks entries does so on the first axis, in another order than the given one."""
     name = node.name()
-    if name == "FlipBackward0":
-        return any(axis % len(node._input_metadata[0].shape) == 0 for axis in node._saved_dims)
-    if name == "IndexBackward0":
-        first = node._saved_indices[0]
+    if name == "FlipBackward0" and knows(name, "axes"):
+        return any(axis % len(value_shape(node, 0)) == 0 for axis in saved(node, "axes"))
+    if name == "IndexBackward0" and knows(name, "indices"):
+        first = saved(node, "indices")[0]
         return first is not None and not _in_order(first, n)
-    if name == "IndexSelectBackward0":
-        return node._saved_dim == 0 and not _in_order(node._saved_index, n)
+    if name == "IndexSelectBackward0" and knows(name, "axis", "index"):
+        return saved(node, "axis") == 0 and not _in_order(saved(node, "index"), n)
     return True
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch.autograd.graph import GradientEdge, Node
 
-from torch_secorder.autograd.nodes import Edge, has_packed_tensors, value_shape
+from torch_secorder.autograd.nodes import Edge, has_packed_tensors, output_count, output_shapes, value_shape
 from torch_secorder.batch_axis.evidence import Evidence, Unplaced
 from torch_secorder.batch_axis.knowledge import Key
 from torch_secorder.batch_axis.placement import Layout, Placement
@@ -64,7 +64,7 @@ class ParameterUse:
         """One of the values, for its rule."""
         assert node is not None  # a hook of this node runs
         assert self.forward.n is not None
-        shape = tuple(node._input_metadata[self.output].shape)
+        shape = value_shape(node, self.output)
         return NodeUse(node, part.index, part.shape, shape, self.placement, self.forward.n, memo)
 
     def unreadable_because(self, node: Node) -> str | None:
@@ -76,7 +76,7 @@ class ParameterUse:
 
     def edges(self, node: Node) -> list[GradientEdge]:
         """Where the gradients of the node's outputs arrive."""
-        return [GradientEdge(node, nr) for nr in range(len(node._input_metadata))]
+        return [GradientEdge(node, nr) for nr in range(output_count(node))]
 
 
 class Frontier:
@@ -139,9 +139,10 @@ class Frontier:
             counts[what] += 1
             place: Key = ("use", what, counts[what])
             known = self._search.outputs.get(place)
-            sizes.append(list(range(len(node._input_metadata))) if known is None else [known])
+            shapes = output_shapes(node)
+            sizes.append(list(range(len(shapes))) if known is None else [known])
             for nr in sizes[-1]:
-                wanted.append(((*place, nr), GradientEdge(node, nr), node._input_metadata[nr].shape))
+                wanted.append(((*place, nr), GradientEdge(node, nr), shapes[nr]))
         found, keys = iter(self._search(wanted)), iter(key for key, _, _ in wanted)
         chosen: list[tuple[Evidence, int]] = []
         for outputs in sizes:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from torch_secorder.autograd.nodes import has_packed_tensors
+from torch_secorder.autograd.saved import knows, saved
 
-# The names under which a node keeps the factors of its product.
-FACTORS = {"AddmmBackward0": ("_saved_mat1", "_saved_mat2"), "MmBackward0": ("_saved_self", "_saved_mat2")}
+PRODUCTS = ("AddmmBackward0", "MmBackward0")
 
 
 def last_linear_factors(outputs: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -16,11 +16,12 @@ def last_linear_factors(outputs: Tensor) -> tuple[Tensor, Tensor] | None:
     None as well where no gradient goes through the product to what made h, or where h was changed since.
     """
     node = outputs.grad_fn
-    names = FACTORS.get("" if node is None else node.name())
-    if names is None or has_packed_tensors(node):
+    if node is None or node.name() not in PRODUCTS or not knows(node.name(), "left", "right"):
+        return None
+    if has_packed_tensors(node):
         return None
     try:
-        h, matrix = (getattr(node, name) for name in names)
+        h, matrix = saved(node, "left"), saved(node, "right")
     except RuntimeError:
         return None
     return None if h is None or matrix is None else (h.detach(), matrix.detach())

@@ -10,9 +10,10 @@ from typing import Any
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from torch_secorder.autograd.nodes import Edge
+from torch_secorder.autograd.nodes import Edge, output_shapes
+from torch_secorder.autograd.saved import axes
 from torch_secorder.capture.records import Forward, Record
-from torch_secorder.graph.conditions import REORDERS, _axes, _reorders, has_ambiguous_axis, size_pattern
+from torch_secorder.graph.conditions import REORDERS, _reorders, has_ambiguous_axis, size_pattern
 
 
 class Walk:
@@ -24,7 +25,6 @@ class Walk:
     Attributes:
         children: node -> its inputs, in the order in which the nodes were met.
         names: the kind of each of these nodes.
-        shapes: the shapes of their outputs.
         records: node that made a hooked call's output -> the calls that end there.
         uses: position of a parameter -> its uses that no call accounts for, as edges (consumer, index of the input).
         leaves: node that accumulates an analysed parameter's gradient -> the parameter's position.
@@ -34,7 +34,6 @@ class Walk:
     def __init__(self, roots: Sequence[Tensor], forward: Forward, leaves: dict[Node, int]):
         self.children: dict[Node, Any] = {}
         self.names: list[str] = []
-        self.shapes: list[tuple[int, ...]] = []
         self.records: dict[Node, list[Record]] = {}
         self.uses: dict[int, list[Edge]] = defaultdict(list)
         self.leaves = leaves
@@ -52,17 +51,15 @@ class Walk:
         while stack:
             node = stack.pop()
             ending = calls.get(node)
-            if ending is not None:
+            inputs: Any = None if ending is None else self._inputs_of_call(node, ending)
+            if inputs is not None and ending is not None:
                 self.records[node] = ending
-                inputs: Any = self._inputs_of_call(node, ending)
             else:
-                inputs = node.next_functions
+                ending, inputs = None, node.next_functions
                 if not inputs and hasattr(node, "variable"):
                     self.other_leaves.append(GradientEdge(node, 0))
             self.children[node] = inputs
             self.names.append(node.name())
-            for meta in node._input_metadata:
-                self.shapes.append(tuple(meta.shape))
             for index, (child, _) in enumerate(inputs):
                 if child is None or child in seen:
                     continue
@@ -72,13 +69,21 @@ class Walk:
                     seen.add(child)
                     stack.append(child)
 
-    def _inputs_of_call(self, node: Node, records: list[Record]) -> list[Edge]:
-        """What a hooked call took from outside; uses inside of it of parameters that its module doesn't own are noted."""
+    def _inputs_of_call(self, node: Node, records: list[Record]) -> list[Edge] | None:
+        """What a hooked call took from outside; uses inside of it of parameters that its module doesn't own are noted.
+
+        It is None for modules that return their input as it is, since then the node is none of theirs.
+        """
         owned: set[int] = set()
         boundary: set[Node] = set()
+        computes = False
         for record in records:
-            owned.update(record.site.positions)
-            boundary.update(record.input_nodes)
+            if node not in record.input_nodes:
+                computes = True
+                owned.update(record.site.positions)
+                boundary.update(record.input_nodes)
+        if not computes:
+            return None
         outside: list[Edge] = []
         stack, seen = [node], {node}
         while stack:
@@ -95,6 +100,11 @@ class Walk:
                     seen.add(child)
                     stack.append(child)
         return outside
+
+    @cached_property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """The shapes of the outputs of all nodes that were met."""
+        return output_shapes(*self.children)
 
     @cached_property
     def parents(self) -> dict[Node, list[Edge]]:
@@ -122,11 +132,11 @@ class Walk:
         Two batches of different sizes have one pattern if the same sizes are equal in both. Where sizes prove nothing, since
         another axis has n indices too, the axes that the nodes work along are hashed as well.
         """
-        names, shapes = tuple(self.names), tuple(self.shapes)
+        names = tuple(self.names)
         if n is None:
             return hash(names)
-        axes = tuple([_axes(node) for node in self.children]) if has_ambiguous_axis(n, shapes) else None
-        return hash((names, size_pattern(n, shapes), axes))
+        along = tuple([axes(node) for node in self.children]) if has_ambiguous_axis(n, self.shapes) else None
+        return hash((names, size_pattern(n, self.shapes), along))
 
     def reorders(self, n: int) -> bool:
         """Whether some node may put the samples into another order, so that what held for other batches may not hold."""
@@ -142,4 +152,4 @@ class Walk:
 
     def has_ambiguous_axis(self, n: int) -> bool:
         """Whether some tensor in the graph has n indices on another axis than the first, so that sizes prove nothing."""
-        return has_ambiguous_axis(n, tuple(self.shapes))
+        return has_ambiguous_axis(n, self.shapes)

@@ -8,12 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
-
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-Owner = nn.Module | Tensor
 
 
 @contextmanager
@@ -73,42 +69,3 @@ class WeakHook:
 
     def __reduce__(self) -> tuple[type[WeakHook], tuple[None]]:
         return (WeakHook, (None,))
-
-
-class HookSet:
-    """Hooks of ours on modules and tensors.
-
-    They are found again where they are, and not by the handles that torch gave: an interruption between the moment when a
-    hook is there and the one when its handle is kept, a Ctrl-C say, would leave it on the user's model for good. An interruption
-    at the first instruction of ``__exit__`` is the one that no block can help; then they go with whoever held them.
-    """
-
-    def __init__(self) -> None:
-        self._ours: list[tuple[Owner, Callable[..., Any]]] = []
-
-    def add(self, owner: Owner, register: Callable[..., object], hook: Callable[..., Any], **options: bool) -> None:
-        """Have ``register(hook, **options)`` put a hook on ``owner``."""
-        self._ours.append((owner, hook))
-        register(hook, **options)
-
-    def remove(self) -> None:
-        """Take them all off."""
-        for owner, hook in self._ours:
-            _remove(owner, hook)
-        self._ours = []
-
-    __del__ = remove
-
-
-def _remove(owner: Owner, hook: Callable[..., Any]) -> None:
-    """Remove one hook from all tables of its owner, which torch keys by the same number."""
-    if isinstance(owner, Tensor):
-        tables = [owner._backward_hooks or {}]
-    else:
-        tables = [table for name, table in vars(owner).items() if "hooks" in name and isinstance(table, dict)]
-    found = [(table, key) for table in tables for key, mine in table.items() if mine is hook]
-    for where, key in found:
-        for table in tables:
-            if table is not where:
-                table.pop(key, None)
-        where.pop(key)  # last, since this is how it's found

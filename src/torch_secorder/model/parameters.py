@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from torch_secorder.errors import ArgumentError, UnsupportedError
 from torch_secorder.model.ranks import Ranks, class_as_written, is_dtensor, refuse_fully_sharded, unsharded_leaves
@@ -103,7 +102,8 @@ class ParameterTable(Table):
 
 
 def _is_quantized(p: Tensor) -> bool:
-    return not is_dtensor(p) and (not p.is_floating_point() or is_traceable_wrapper_subclass(p))
+    # A tensor that wraps others says by this method which they are.
+    return not is_dtensor(p) and (not p.is_floating_point() or hasattr(p, "__tensor_flatten__"))
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -11,7 +11,6 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from torch_secorder.model.hooks import restoring
@@ -42,11 +41,6 @@ def twice_differentiable(wanted: bool) -> AbstractContextManager[object]:
     return sdpa_kernel(SDPBackend.MATH) if wanted else nullcontext()
 
 
-def hiding_changes(model: nn.Module) -> AbstractContextManager[object]:
-    """Version counters stay as they are inside: buffers are restored, so that an earlier graph may still be differentiated."""
-    return _unsafe_preserve_version_counter((*model.parameters(), *model.buffers()))
-
-
 @contextmanager
 def restoring_buffers(model: nn.Module) -> Iterator[None]:
     """What a forward changes gets its values back: buffers, and tables that ``max_norm`` rewrites."""
@@ -57,14 +51,13 @@ def restoring_buffers(model: nn.Module) -> Iterator[None]:
     for m in modules:
         if vars(m).get("max_norm", getattr(type(m), "max_norm", None)) is not None:
             kept += [(m._parameters, name, p) for name, p in m._parameters.items() if p is not None]
-    before = [(owner, name, value, value._version, value.detach().clone()) for owner, name, value in kept]
+    before = [(owner, name, value, value.detach().clone()) for owner, name, value in kept]
 
     @torch.no_grad()
     def restore() -> None:
-        for owner, name, tensor, version, value in before:
-            # (The kernel that updates running statistics counts no version. What is untouched must stay so, for a later
-            # backward pass may want it.)
-            if tensor._version != version or not torch.equal(tensor, value):
+        for owner, name, tensor, value in before:
+            # What has its values still must not be written to: an earlier graph may have saved it for its backward.
+            if not torch.equal(tensor, value):
                 tensor.copy_(value)
             owner[name] = tensor
 

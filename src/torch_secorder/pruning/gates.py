@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_secorder.arguments import loss_scale_value, require_choice
+from torch_secorder.autograd.versions import version, versions
 from torch_secorder.batch_axis.knowledge import knowledge_of
 from torch_secorder.capture.records import Call, HookedModule
 from torch_secorder.errors import ArgumentError, CoverageError, LifecycleError, ShapeError, UnsupportedError
@@ -26,6 +27,7 @@ from torch_secorder.recording.user_recorder import UserRecorder
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+_ANY_CONVOLUTION: Any = nn.Conv1d.__base__
 _UNBATCHED: dict[type[nn.Module], int] = {nn.Conv1d: 2, nn.Conv2d: 3, nn.Conv3d: 4}
 
 
@@ -190,13 +192,12 @@ def _axis_of_channels(module: nn.Module, batch_axis: int | None, dims: int) -> i
 class _Output:
     """A module's output as it was in forward, and how to get it again."""
 
-    name: str
     module: nn.Module
     output: Tensor
-    version: int
+    output_version: int
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
-    versions: list[int]
+    versions: tuple[int, ...]
 
     @classmethod
     def of(cls, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> _Output:
@@ -205,8 +206,8 @@ class _Output:
             raise ShapeError(
                 f"a {type(module).__name__} gave an output of shape {tuple(output.shape)}, without a batch axis"
             )
-        versions = [x._version for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
-        return cls(type(module).__name__, module, output.detach(), output._version, args, kwargs, versions)
+        before = versions((*args, *kwargs.values()))
+        return cls(module, output.detach(), version(output), args, kwargs, before)
 
     @torch.no_grad()
     def value(self) -> Tensor:
@@ -216,10 +217,9 @@ class _Output:
             CoverageError: if the input was changed as well.
             UnsupportedError: if the module draws random numbers, which can't be drawn again.
         """
-        if self.output._version == self.version:
+        if version(self.output) == self.output_version:
             return self.output
-        now = [x._version for x in (*self.args, *self.kwargs.values()) if isinstance(x, Tensor)]
-        if now != self.versions:
+        if versions((*self.args, *self.kwargs.values())) != self.versions:
             raise CoverageError("its input and its output were both changed in place; change one of them out of place")
         before = torch.get_rng_state()
         found: Tensor = type(self.module).forward(self.module, *self.args, **self.kwargs)
@@ -234,5 +234,5 @@ class _Output:
 
 def _is_watched(name: str, module: nn.Module, modules: Any) -> bool:
     if modules is None:
-        return isinstance(module, (nn.modules.conv._ConvNd, nn.Linear))
+        return isinstance(module, (_ANY_CONVOLUTION, nn.Linear))
     return isinstance(module, modules) if isinstance(modules, (tuple, type)) else bool(modules(name))

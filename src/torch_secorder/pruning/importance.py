@@ -12,7 +12,8 @@ from torch_secorder.curvature import channel_axis
 from torch_secorder.errors import ArgumentError
 from torch_secorder.model.parameters import named_modules, unwrapped
 
-_Norm = nn.modules.batchnorm._NormBase
+# What all batch norms and instance norms derive from.
+_NORMS: Any = (nn.BatchNorm1d.__base__, nn.InstanceNorm1d.__base__)
 
 
 class GroupImportance:
@@ -74,7 +75,7 @@ class GroupImportance:
             for module, way, idxs, roots in members
             if (scores := self._scores(module, way, idxs)) is not None and len(scores) == len(roots)
         ]
-        if norms := [entry for entry in found if isinstance(entry[0], _Norm) and entry[0] in self._channels]:
+        if norms := [entry for entry in found if isinstance(entry[0], _NORMS) and entry[0] in self._channels]:
             found = norms
         if not found:
             names = ", ".join(sorted({type(module).__name__ for module, *_ in members}))

@@ -16,7 +16,6 @@ from torch_secorder.model.parameters import ParameterTable, named_modules
 from torch_secorder.model.ranks import class_as_written
 from torch_secorder.recording.quantities import QUANTITIES
 from torch_secorder.rules import Rule, refusal_for, rule_for
-from torch_secorder.rules.structural import structural_rule
 
 BatchAxis = int | Mapping[str, int] | None
 
@@ -56,8 +55,6 @@ def planned(
         if not (owned := table.owned(module)):
             continue
         rule = rule_for(module)
-        if not isinstance(rule, Rule):
-            rule = structural_rule(module) or rule
         if isinstance(rule, Rule):
             tensors = {local: table.leaves[position] for local, position in owned.items()}
             shapes = {local: table.rows[position].shape for local, position in owned.items()}

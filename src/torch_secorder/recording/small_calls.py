@@ -6,6 +6,7 @@ from collections.abc import Hashable
 
 from torch import Tensor
 
+from torch_secorder.autograd.versions import version
 from torch_secorder.capture.records import Record
 from torch_secorder.errors import CoverageError
 from torch_secorder.recording.batch import SampleBatch, forms_of, squared_norms_of
@@ -28,7 +29,7 @@ class SmallCallBatch:
     def add(self, key: Hashable, batch: SampleBatch, record: Record, grad: Tensor) -> None:
         """A call of the kind that a key stands for, and the gradient of its output."""
         waiting = self._waiting.setdefault(key, [])
-        waiting.append((batch, record, grad, grad._version))
+        waiting.append((batch, record, grad, version(grad)))
         if len(waiting) == MOST_CALLS:
             self._compute(self._waiting.pop(key))
 
@@ -38,8 +39,8 @@ class SmallCallBatch:
             self._compute(self._waiting.pop(key))
 
     def _compute(self, waiting: list[tuple[SampleBatch, Record, Tensor, int]]) -> None:
-        for _, record, grad, version in waiting:
-            if grad._version != version:
+        for _, record, grad, seen in waiting:
+            if version(grad) != seen:
                 raise CoverageError(
                     f"{record.site}: the gradient of its output was changed in place after it had arrived, by a hook or a "
                     "backward of the user's that gets the same tensor; return a new one there"

@@ -19,6 +19,7 @@ from torch_secorder.autograd.engine import (
     is_library_pass,
     raise_after_backward,
 )
+from torch_secorder.autograd.hooks import hook_count
 from torch_secorder.capture.records import Forward, Record
 from torch_secorder.errors import LifecycleError
 from torch_secorder.graph.frontier import ParameterUse
@@ -92,7 +93,7 @@ class UserRecorder(Recorder):
     def _add_gradient(self, current: BackwardPass, position: int, grad: Tensor) -> None:
         grad, leaf = full_tensor(grad), self.table.leaves[position]
         # What a hook of the user's makes of a gradient is not in its factors, and not ours to check.
-        as_computed = len(leaf._backward_hooks or ()) <= 1
+        as_computed = hook_count(leaf) <= 1
         current.gradients.add(position, grad, as_computed=as_computed)
         if current.accumulator.checks and as_computed and not grad.is_sparse:
             left, right = sign_vectors(grad.shape, grad)

@@ -5,7 +5,16 @@ family. Importing this package registers the built-in ones.
 """
 
 from torch_secorder.capture.records import Call
-from torch_secorder.rules import bilinear, convolution, elementwise, embedding, linear, normalization, recurrent
+from torch_secorder.rules import (
+    bilinear,
+    convolution,
+    elementwise,
+    embedding,
+    known_forwards,
+    linear,
+    normalization,
+    recurrent,
+)
 from torch_secorder.rules.registry import Gradients, Rule, refusal_for, register_refusal, register_rule, rule_for
 
 __all__ = [
@@ -16,6 +25,7 @@ __all__ = [
     "convolution",
     "elementwise",
     "embedding",
+    "known_forwards",
     "linear",
     "normalization",
     "recurrent",

@@ -6,16 +6,18 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from torch_secorder.capture.records import Call
 from torch_secorder.errors import ShapeError
 from torch_secorder.per_sample import Convolution
 from torch_secorder.rules.registry import Gradients, register_rule
 
+Convolved = nn.Conv1d | nn.Conv2d | nn.Conv3d
+Transposed = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
+
 
 @register_rule(nn.Conv1d, nn.Conv2d, nn.Conv3d)
-def convolution(module: _ConvNd, call: Call) -> Gradients:
+def convolution(module: Convolved, call: Call) -> Gradients:
     """A convolution; padding that is not the same number of zeros on both sides is applied to the input first."""
     x, g = call.argument(0, "input"), call.grad_output
     _check_batched(module, x)
@@ -23,7 +25,7 @@ def convolution(module: _ConvNd, call: Call) -> Gradients:
     mode: str = module.padding_mode
     if isinstance(padding, str) or mode != "zeros":
         mode = "constant" if mode == "zeros" else mode
-        x = F.pad(x, module._reversed_padding_repeated_twice, mode)
+        x = F.pad(x, _both_sides(module), mode)
         padding = (0,) * len(module.kernel_size)
     weight = Convolution(
         x[:, None], g[:, None], module.weight.shape, module.stride, tuple(padding), module.dilation, module.groups
@@ -32,7 +34,7 @@ def convolution(module: _ConvNd, call: Call) -> Gradients:
 
 
 @register_rule(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-def transposed_convolution(module: _ConvTransposeNd, call: Call) -> Gradients:
+def transposed_convolution(module: Transposed, call: Call) -> Gradients:
     """The adjoint of a convolution: its input is that convolution's output gradient, and the other way round."""
     x, g = call.argument(0, "input"), call.grad_output
     _check_batched(module, x)
@@ -49,11 +51,23 @@ def transposed_convolution(module: _ConvTransposeNd, call: Call) -> Gradients:
     return _with_bias(module, weight, g)
 
 
-def _with_bias(module: _ConvNd, weight: Convolution, g: Tensor) -> Gradients:
+def _both_sides(module: Convolved) -> list[int]:
+    """How much is padded at both ends of each axis, the last axis first; of an odd number the larger part at the end."""
+    sides: list[int] = []
+    for axis in reversed(range(len(module.kernel_size))):
+        if isinstance(module.padding, str):
+            both = module.dilation[axis] * (module.kernel_size[axis] - 1) if module.padding == "same" else 0
+            sides += [both // 2, both - both // 2]
+        else:
+            sides += [int(module.padding[axis])] * 2
+    return sides
+
+
+def _with_bias(module: Convolved | Transposed, weight: Convolution, g: Tensor) -> Gradients:
     # A sum that nobody wants would cost one more pass over the map; before a batch norm there is no bias.
     return {"weight": weight} if module.bias is None else {"weight": weight, "bias": g.flatten(2).sum(2)}
 
 
-def _check_batched(module: _ConvNd, x: Tensor) -> None:
+def _check_batched(module: Convolved | Transposed, x: Tensor) -> None:
     if x.dim() != len(module.kernel_size) + 2:
         raise ShapeError(f"a {type(module).__name__} got an input of shape {tuple(x.shape)}, without a batch axis")

@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from torch_secorder.autograd.nodes import node_vjp
+from torch_secorder.autograd.saved import knows, saved
 from torch_secorder.batch_axis.placement import Layout, Placement
 from torch_secorder.errors import CoupledSamplesError, CoverageError, ShapeError
-from torch_secorder.per_sample import Convolution, Dense, Outer, PerSampleGradient, RowSparse
+from torch_secorder.per_sample import Convolution, Dense, Outer, PerSampleGradient, RowSparse, at_least_float32
 from torch_secorder.rules.bilinear import pairs
 from torch_secorder.rules.elementwise import along_slope
 from torch_secorder.rules.normalization import over_channels, with_running
@@ -74,28 +74,41 @@ class NodeRule:
     """A rule for nodes of one kind.
 
     Attributes:
+        kind: the name of such nodes.
         function: from the place and the gradient of the node's output to that of the value.
         when: the places where it holds.
+        reads: what it and ``when`` read of what the node saved.
         many: whether it takes the gradients of all of the node's outputs.
         after: whether it is better asked when the node has run, for what that leaves behind.
     """
 
+    kind: str
     function: Function
     when: Callable[[NodeUse], bool]
+    reads: tuple[str, ...]
     many: bool
     after: bool
+
+    def holds(self, place: NodeUse) -> bool:
+        """Whether the rule is exact here, and this torch shows what it reads."""
+        return knows(self.kind, *self.reads) and self.when(place)
 
 
 _rules: dict[str, NodeRule] = {}
 
 
 def node_rule(
-    name: str, when: Callable[[NodeUse], bool], *, many: bool = False, after: bool = False
+    kind: str,
+    when: Callable[[NodeUse], bool],
+    *,
+    reads: tuple[str, ...] = (),
+    many: bool = False,
+    after: bool = False,
 ) -> Callable[[Function], Function]:
-    """A decorator for the rule of the nodes called ``name``, for the places where ``when`` is true."""
+    """A decorator for the rule of the nodes called ``kind``, for the places where ``when`` is true."""
 
     def register(rule: Function) -> Function:
-        _rules[name] = NodeRule(rule, when, many, after)
+        _rules[kind] = NodeRule(kind, rule, when, reads, many, after)
         return rule
 
     return register
@@ -108,9 +121,9 @@ def runs_after_node(node: Any) -> bool:
 
 
 def has_rule(place: NodeUse) -> bool:
-    """Whether a rule knows the gradient here without in_library_call the node."""
+    """Whether a rule knows the gradient here without a call of the node."""
     rule = _rules.get(place.node.name())
-    return rule is not None and rule.when(place)
+    return rule is not None and rule.holds(place)
 
 
 def gradient_at(place: NodeUse, grads: Gradients, output: int) -> tuple[PerSampleGradient, str]:
@@ -124,7 +137,7 @@ def gradient_at(place: NodeUse, grads: Gradients, output: int) -> tuple[PerSampl
     name = place.node.name().removesuffix("Backward0").removesuffix("Backward").lower()
     rule = _rules.get(place.node.name())
     single = all(grad is None for nr, grad in enumerate(grads) if nr != output)
-    if rule is None or not rule.when(place) or not (rule.many or single):
+    if rule is None or not rule.holds(place) or not (rule.many or single):
         return Dense(_one_by_one(place, grads)), f"{name}, one sample at a time"
     found = rule.function(place, grads if rule.many else grads[output])
     form = Dense(found) if isinstance(found, Tensor) else found
@@ -182,43 +195,55 @@ def _times(factor: float, g: Tensor) -> Tensor:
     return g if factor == 1 else g * factor  # a copy for nothing is a tenth of a plain step in ten passes
 
 
-@node_rule("AddmmBackward0", lambda at: at.is_broadcast if at.index == 0 else _in_rows(2)(at))
+@node_rule(
+    "AddmmBackward0",
+    lambda at: at.is_broadcast if at.index == 0 else _in_rows(2)(at),
+    reads=("alpha", "beta", "left"),
+)
 def addmm(at: NodeUse, g: Tensor) -> PerSampleGradient | Tensor:
     """``beta self + alpha mat1 mat2`` with samples in the rows of the result."""
     if at.index == 0:
-        return at.summed(_times(at.node._saved_beta, g))
-    return _rows_times(at.node._saved_mat1, _times(at.node._saved_alpha, g), at.shape)
+        return at.summed(_times(saved(at.node, "beta"), g))
+    return _rows_times(saved(at.node, "left"), _times(saved(at.node, "alpha"), g), at.shape)
 
 
-@node_rule("MmBackward0", _in_rows(1))
+@node_rule("MmBackward0", _in_rows(1), reads=("left",))
 def mm(at: NodeUse, g: Tensor) -> PerSampleGradient:
     """``self mat2`` with samples in the rows of the result."""
-    return _rows_times(at.node._saved_self, g, at.shape)
+    return _rows_times(saved(at.node, "left"), g, at.shape)
 
 
-@node_rule("BmmBackward0", lambda at: at.index == 1 and at.placement.axis == 1)
+@node_rule("BmmBackward0", lambda at: at.index == 1 and at.placement.axis == 1, reads=("left",))
 def bmm(at: NodeUse, g: Tensor) -> PerSampleGradient:
     """``self mat2`` for several matrices, with samples in the rows of each result; einsum is made of these."""
-    g, x = (value.transpose(0, 1)[:, :, None] for value in (g, at.node._saved_self.to(g.dtype)))
+    g, x = (value.transpose(0, 1)[:, :, None] for value in (g, saved(at.node, "left").to(g.dtype)))
     return Outer(g, x, at.shape)
 
 
-@node_rule("ConvolutionBackward0", lambda at: _in_rows(1, 2)(at) and not any(at.node._saved_output_padding))
+@node_rule(
+    "ConvolutionBackward0",
+    lambda at: _in_rows(1, 2)(at) and not any(saved(at.node, "output_padding")),
+    reads=("input", "stride", "padding", "dilation", "groups", "transposed", "output_padding"),
+)
 def convolution(at: NodeUse, g: Tensor) -> PerSampleGradient | Tensor:
     """Weight and bias of a convolution."""
-    node = at.node
     if at.index == 2:
         return g.flatten(2).sum(2)
-    x, g = (g, node._saved_input) if node._saved_transposed else (node._saved_input, g)
-    settings = (node._saved_stride, node._saved_padding, node._saved_dilation, node._saved_groups)
+    x = saved(at.node, "input")
+    x, g = (g, x) if saved(at.node, "transposed") else (x, g)
+    settings = (saved(at.node, name) for name in ("stride", "padding", "dilation", "groups"))
     return Convolution(x[:, None], g[:, None], at.shape, *settings)
 
 
-@node_rule("EmbeddingBackward0", lambda at: at.placement.axis < at.node._saved_indices.dim())
+@node_rule(
+    "EmbeddingBackward0",
+    lambda at: at.placement.axis < saved(at.node, "ids").dim(),
+    reads=("ids", "padding_id", "by_frequency"),
+)
 def embedding(at: NodeUse, g: Tensor) -> PerSampleGradient:
     """Rows of a table."""
-    ids, padding = at.node._saved_indices, at.node._saved_padding_idx
-    if at.node._saved_scale_grad_by_freq:
+    ids, padding = saved(at.node, "ids"), saved(at.node, "padding_id")
+    if saved(at.node, "by_frequency"):
         raise CoupledSamplesError("an embedding with scale_grad_by_freq=True divides by frequencies in the whole batch")
     if 0 <= padding < at.shape[0]:
         g = g.masked_fill((ids == padding)[..., None], 0)
@@ -226,93 +251,108 @@ def embedding(at: NodeUse, g: Tensor) -> PerSampleGradient:
     return RowSparse(ids.reshape(len(ids), -1), g.reshape(len(g), -1, g.shape[-1]), at.shape)
 
 
-@node_rule("NativeLayerNormBackward0", lambda at: at.index in (1, 2) and at.is_broadcast)
+@node_rule(
+    "NativeLayerNormBackward0",
+    lambda at: at.index in (1, 2) and at.is_broadcast,
+    reads=("input", "shape", "mean", "scale"),
+)
 def layer_norm(at: NodeUse, g: Tensor) -> Tensor:
     """Weight and bias of a layer norm."""
     if at.index == 2:
         return at.summed(g)
-    x, mean, scale = at.node._saved_input, at.node._saved_result1, at.node._saved_result2
-    if torch.is_grad_enabled():
-        # The saved statistics are constants to autograd; the input's own are not. What they differ by is eps.
-        axes = tuple(range(-len(at.node._saved_normalized_shape), 0))
-        mean, variance = x.mean(axes, keepdim=True), x.var(axes, unbiased=False, keepdim=True)
-        scale = (variance + (scale.reciprocal().square() - variance).detach()).rsqrt()
-    return at.summed(g * ((x - mean) * scale))
+    axes = tuple(range(-len(saved(at.node, "shape")), 0))
+    return at.summed(g * _normalised(saved(at.node, "input"), saved(at.node, "mean"), saved(at.node, "scale"), axes))
 
 
-@node_rule("NativeGroupNormBackward0", _in_rows(1, 2))
+@node_rule("NativeGroupNormBackward0", _in_rows(1, 2), reads=("input", "groups", "mean", "scale"))
 def group_norm(at: NodeUse, g: Tensor) -> Tensor:
     """Weight and bias of a group norm."""
-    node = at.node
-    if node.name() not in at.memo:
-        normalised = F.group_norm(node._saved_input, node._saved_group, eps=node._saved_eps)
-        at.memo[node.name()] = over_channels(normalised, g)
-    sums: tuple[Tensor, Tensor] = at.memo[node.name()]
+    if "sums" not in at.memo:
+        x, (mean, scale) = saved(at.node, "input"), (saved(at.node, name)[..., None] for name in ("mean", "scale"))
+        normalised = _normalised(x.reshape(len(x), saved(at.node, "groups"), -1), mean, scale, (2,)).view(x.shape)
+        at.memo["sums"] = over_channels(normalised, g.to(normalised.dtype))
+    sums: tuple[Tensor, Tensor] = at.memo["sums"]
     return sums[at.index - 1]
 
 
-@node_rule("CudnnBatchNormBackward0", lambda at: _in_rows(1, 2)(at) and not at.node._saved_training)
-@node_rule("NativeBatchNormBackward0", lambda at: _in_rows(1, 2)(at) and not at.node._saved_training)
+def _normalised(x: Tensor, mean: Tensor, scale: Tensor, axes: tuple[int, ...]) -> Tensor:
+    """``x`` less its mean over these axes, and times its scale, which are the statistics that a node saved of it.
+
+    To autograd they are constants, so that a graph needs the input's own. What those differ by is the norm's eps.
+    """
+    if torch.is_grad_enabled():
+        mean, variance = x.mean(axes, keepdim=True), x.var(axes, unbiased=False, keepdim=True)
+        scale = (variance + (scale.reciprocal().square() - variance).detach()).rsqrt()
+    return (at_least_float32(x) - mean) * scale
+
+
+_RUNNING = ("input", "mean", "variance", "eps", "training")
+
+
+@node_rule("CudnnBatchNormBackward0", lambda at: _in_rows(1, 2)(at) and not saved(at.node, "training"), reads=_RUNNING)
+@node_rule("NativeBatchNormBackward0", lambda at: _in_rows(1, 2)(at) and not saved(at.node, "training"), reads=_RUNNING)
 def batch_norm(at: NodeUse, g: Tensor) -> Tensor:
     """Weight and bias of a batch norm with running statistics."""
-    node = at.node
-    eps = node._saved_epsilon if hasattr(node, "_saved_epsilon") else node._saved_eps
-    if node.name() not in at.memo:
-        statistics = node._saved_running_mean, node._saved_running_var, eps
-        at.memo[node.name()] = with_running(node._saved_input, g, *statistics)
-    sums: tuple[Tensor, Tensor] = at.memo[node.name()]
+    if "sums" not in at.memo:
+        statistics = (saved(at.node, name) for name in ("mean", "variance", "eps"))
+        at.memo["sums"] = with_running(saved(at.node, "input"), g, *statistics)
+    sums: tuple[Tensor, Tensor] = at.memo["sums"]
     return sums[at.index - 1]
 
 
-@node_rule("PreluKernelBackward0", lambda at: at.index == 1 and at.is_broadcast)
+@node_rule("PreluKernelBackward0", lambda at: at.index == 1 and at.is_broadcast, reads=("input",))
 def prelu(at: NodeUse, g: Tensor) -> Tensor:
     """Slopes below zero."""
-    return at.summed(along_slope(at.node._saved_self, g))
+    return at.summed(along_slope(saved(at.node, "input"), g))
 
 
 def _is_bilinear(node: Any) -> bool:
-    expanded = (node._saved_expand1, node._saved_expand2, node._saved_expand3, node._saved_sumdim)
-    return [list(axes) for axes in expanded] == [[1, 3], [0], [1, 2], [2, 3]]
+    expanded = ("expand1", "expand2", "expand3", "summed")
+    return [list(saved(node, name)) for name in expanded] == [[1, 3], [0], [1, 2], [2, 3]]
 
 
-@node_rule("TrilinearBackward0", lambda at: _in_rows(1)(at) and _is_bilinear(at.node))
+@node_rule(
+    "TrilinearBackward0",
+    lambda at: _in_rows(1)(at) and _is_bilinear(at.node),
+    reads=("left", "right", "expand1", "expand2", "expand3", "summed"),
+)
 def bilinear(at: NodeUse, g: Tensor) -> PerSampleGradient:
     """The weight of ``y_o = x1^T W_o x2``."""
-    return Outer(pairs(at.node._saved_i1, at.node._saved_i3)[:, None, None], g[:, None, None], at.shape)
+    return Outer(pairs(saved(at.node, "left"), saved(at.node, "right"))[:, None, None], g[:, None, None], at.shape)
 
 
 def _repeats_samples(at: NodeUse) -> bool:
     """Whether no sample has a part of a repetition only."""
-    whole = at.placement.layout is Layout.BLOCKS and at.node._saved_repeats[at.placement.axis] % at.n == 0
+    whole = at.placement.layout is Layout.BLOCKS and saved(at.node, "times")[at.placement.axis] % at.n == 0
     return at.is_broadcast or whole
 
 
-@node_rule("RepeatBackward0", _repeats_samples)
+@node_rule("RepeatBackward0", _repeats_samples, reads=("times",))
 def repeat(at: NodeUse, g: Tensor) -> Tensor:
     """A tensor that is repeated for every sample."""
-    times, axis = at.node._saved_repeats, at.placement.axis
+    times, axis = saved(at.node, "times"), at.placement.axis
     sizes = [1] * (g.dim() - len(at.shape)) + list(at.shape)
     g = g.reshape([size for pair in zip(times, sizes, strict=True) for size in pair])
     others = [2 * d for d in range(len(times)) if d != axis]
     return (g.sum(others) if others else g).movedim(axis, 0).reshape(times[axis], *at.shape)
 
 
-@node_rule("MulBackward0", lambda at: at.is_broadcast)
+@node_rule("MulBackward0", lambda at: at.is_broadcast, reads=("left", "right"))
 def mul(at: NodeUse, g: Tensor) -> Tensor:
     """A factor that is broadcast along the batch."""
-    return at.summed(g * (at.node._saved_other if at.index == 0 else at.node._saved_self))
+    return at.summed(g * saved(at.node, "right" if at.index == 0 else "left"))
 
 
-@node_rule("AddBackward0", lambda at: at.is_broadcast)
+@node_rule("AddBackward0", lambda at: at.is_broadcast, reads=("alpha",))
 def add(at: NodeUse, g: Tensor) -> Tensor:
     """A summand that is broadcast along the batch."""
-    return at.summed(g if at.index == 0 else _times(at.node._saved_alpha, g))
+    return at.summed(g if at.index == 0 else _times(saved(at.node, "alpha"), g))
 
 
-@node_rule("SubBackward0", lambda at: at.is_broadcast)
+@node_rule("SubBackward0", lambda at: at.is_broadcast, reads=("alpha",))
 def sub(at: NodeUse, g: Tensor) -> Tensor:
     """Either side of a difference that is broadcast along the batch."""
-    return at.summed(g if at.index == 0 else g * -at.node._saved_alpha)
+    return at.summed(g if at.index == 0 else g * -saved(at.node, "alpha"))
 
 
 @node_rule("ExpandBackward0", lambda at: at.is_broadcast)

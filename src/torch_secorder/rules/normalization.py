@@ -9,13 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.instancenorm import _InstanceNorm
 
+from torch_secorder.autograd.nodes import has_packed_tensors
+from torch_secorder.autograd.saved import knows, saved
 from torch_secorder.capture.records import Call
 from torch_secorder.errors import CoupledSamplesError, CurvatureError, ShapeError
 from torch_secorder.rules.registry import Gradients, register_refusal, register_rule
 
+BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
+InstanceNorm = nn.InstanceNorm1d | nn.InstanceNorm2d | nn.InstanceNorm3d
+ANY_BATCH_NORM: Any = nn.BatchNorm1d.__base__  # of which other libraries derive theirs, too
 _SINGLE_OR_DOUBLE = (torch.float32, torch.float64)
 MODERATE = 16  # times the deviation
 LARGE, MANY = 2**14, 512  # numbers of a sample, rows of it
@@ -46,7 +49,7 @@ def group_norm(module: nn.GroupNorm, call: Call) -> Gradients:
 
 
 @register_rule(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
-def instance_norm(module: _InstanceNorm, call: Call) -> Gradients:
+def instance_norm(module: InstanceNorm, call: Call) -> Gradients:
     """Statistics of each sample's channels, or running ones in eval mode with ``track_running_stats``."""
     x = _input(module, call, 1)
     expected = {nn.InstanceNorm1d: 3, nn.InstanceNorm2d: 4, nn.InstanceNorm3d: 5}
@@ -59,13 +62,13 @@ def instance_norm(module: _InstanceNorm, call: Call) -> Gradients:
 
 
 @register_rule(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-def batch_norm(module: _BatchNorm, call: Call) -> Gradients:
+def batch_norm(module: BatchNorm, call: Call) -> Gradients:
     """With running statistics it is an affine map; without, the module is refused in forward."""
     return _running(module, _input(module, call, 1), call.grad_output)
 
 
-@register_refusal(_BatchNorm)
-def batch_statistics(module: _BatchNorm) -> CurvatureError | None:
+@register_refusal(ANY_BATCH_NORM)
+def batch_statistics(module: BatchNorm) -> CurvatureError | None:
     """Whether a BatchNorm normalises with the whole batch, frozen or not, with parameters or without."""
     if not module.training and module.running_mean is not None:
         return None
@@ -90,12 +93,13 @@ def _kept(call: Call, x: Tensor) -> tuple[Tensor, Tensor] | None:
         return None
     if g.dtype != x.dtype or g.dtype not in _SINGLE_OR_DOUBLE:
         return None
-    if getattr(node._raw_saved_input, "unpack_hook", None) is not None:  # then it may be fetched once only
+    # What hooks keep may be fetched once only.
+    if not knows(node.name(), "input", "mean", "scale") or has_packed_tensors(node):
         return None
-    same = node._saved_input
+    same = saved(node, "input")
     if (same.data_ptr(), same.shape, same.stride()) != (x.data_ptr(), x.shape, x.stride()):
         return None
-    return node._saved_result1, node._saved_result2
+    return saved(node, "mean"), saved(node, "scale")
 
 
 def _with_statistics(shape: Sequence[int], x: Tensor, g: Tensor, mean: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -123,7 +127,7 @@ def _last_axes(module: Any, normalised: Tensor, g: Tensor) -> dict[str, Tensor]:
     return {"weight": (g * normalised).reshape(shape).sum(1), "bias": g.reshape(shape).sum(1)}
 
 
-def _running(module: _BatchNorm | _InstanceNorm, x: Tensor, g: Tensor) -> dict[str, Tensor]:
+def _running(module: BatchNorm | InstanceNorm, x: Tensor, g: Tensor) -> dict[str, Tensor]:
     assert module.running_mean is not None  # else it was refused
     assert module.running_var is not None
     return _named(*with_running(x, g, module.running_mean, module.running_var, module.eps))

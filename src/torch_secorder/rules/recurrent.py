@@ -7,18 +7,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_secorder.autograd.engine import current_node
+from torch_secorder.autograd.onednn import AfterBackward, gates_in_workspace, left_by_backward
+from torch_secorder.autograd.saved import saved
 from torch_secorder.batch_axis.placement import Layout
 from torch_secorder.per_sample import Outer, PerSampleGradient, SharedFactor, sign_vectors
 from torch_secorder.rules.node_rules import Gradients, NodeUse, node_rule
 
-# By how much gates that oneDNN kept may differ from ours. It is exact to a few 1e-7, and what isn't the gate that is expected is
-# off by far more in most of the numbers.
+# By how much gates that oneDNN kept may differ from ours. They are exact to a few 1e-7, and numbers that are not the gate
+# that is expected are off by far more, most of them.
 TOLERANCE = 1e-5
 SIGMOID, TANH = torch.ops.aten.sigmoid_backward, torch.ops.aten.tanh_backward
 
 
-@node_rule("MkldnnRnnLayerBackward0", lambda at: at.index in (1, 2, 3, 4) and _is_plain_lstm(at), many=True, after=True)
+@node_rule(
+    "MkldnnRnnLayerBackward0",
+    lambda at: at.index in (1, 2, 3, 4) and _is_plain_lstm(at),
+    reads=(
+        "input",
+        "output",
+        "h0",
+        "c0",
+        "w_ih",
+        "w_hh",
+        "b_ih",
+        "b_hh",
+        "has_biases",
+        "mode",
+        "batch_sizes",
+        "reverse",
+    ),
+    many=True,
+    after=True,
+)
 def lstm_layer(at: NodeUse, grads: Gradients) -> PerSampleGradient | Tensor:
     """One direction of one layer of an LSTM: weights and biases are shared by the steps."""
     if "layer" not in at.memo:
@@ -34,9 +54,9 @@ def lstm_layer(at: NodeUse, grads: Gradients) -> PerSampleGradient | Tensor:
 
 
 def _is_plain_lstm(at: NodeUse) -> bool:
-    node, mode_of_lstm = at.node, 2
+    mode_of_lstm = 2
     in_order = (at.placement.layout is Layout.ONE_EACH and at.placement.axis == len(at.output_shape) - 2) or at.n == 1
-    return node._saved_mode == mode_of_lstm and not node._saved_batch_sizes and in_order
+    return saved(at.node, "mode") == mode_of_lstm and not saved(at.node, "batch_sizes") and in_order
 
 
 def _over(value: Tensor) -> Tensor | None:
@@ -54,16 +74,6 @@ def _vanishes(difference: Tensor, size: Tensor | float = 1.0) -> bool:
     return not difference.numel() or bool(difference.abs().max() <= TOLERANCE * size)
 
 
-def _padded(numbers: int, unit: int) -> int:
-    return -(-numbers // unit) * unit
-
-
-def _line(width: int) -> int:
-    """How far apart oneDNN keeps rows: by a multiple of 16 numbers that is none of 256."""
-    line = _padded(width, 16)
-    return line + 16 if line % 256 == 0 else line
-
-
 class _Layer:
     """What the forward of a layer left behind, its steps in the order in which they were taken.
 
@@ -75,13 +85,13 @@ class _Layer:
 
     def __init__(self, node: Any):
         self._node = node
-        self.x, self.out = self._in_order(node._saved_input), self._in_order(node._saved_result0)
-        h0 = node._saved_hx_.view_as(self.out[0])
+        self.x, self.out = self._in_order(saved(node, "input")), self._in_order(saved(node, "output"))
+        h0 = saved(node, "h0").view_as(self.out[0])
         # (Samples come first in memory: products over one sample's steps are faster then.)
         self.h = torch.cat([h0[:, None], self.out[:-1].transpose(0, 1)], 1).transpose(0, 1)
 
     def _in_order(self, value: Tensor) -> Tensor:
-        return value.flip(0) if self._node._saved_reverse else value
+        return value.flip(0) if saved(self._node, "reverse") else value
 
     def gate_gradients(self, grads: Gradients) -> Tensor:
         """Gradients of the gates before their nonlinearities, ``[t, n, 4 h]``.
@@ -89,9 +99,9 @@ class _Layer:
         A loop over the steps gives the cells and another one the gradients, as in Hochreiter and Schmidhuber (1997), "Long
         short-term memory"; neither is needed where oneDNN's own forward and backward left what the loops find.
         """
-        kept = self._kept_gates()
-        if kept is not None and (left := self._left_behind()) is not None:
-            found = self._at_once(kept, *left, grads)
+        kept = gates_in_workspace(self._node)
+        if kept is not None and (left := left_by_backward(self._node)) is not None:
+            found = self._at_once(kept, left, grads)
             if found is not None:
                 return found
         believed = kept is not None and self._ends_with_ours(kept)
@@ -103,67 +113,29 @@ class _Layer:
     def _gates(self, steps: slice = slice(None), samples: slice = slice(None)) -> Tensor:
         """Input, forget, cell and output gates, ``[t, n, 4, h]``, of all steps at once, whose hidden states are known."""
         node, x, h = self._node, self.x[steps, samples], self.h[steps, samples]
-        w_ih, w_hh = node._saved_weight0, node._saved_weight1
-        bias = node._saved_weight2 + node._saved_weight3 if node._saved_has_biases else w_ih.new_zeros(len(w_ih))
+        w_ih, w_hh = saved(node, "w_ih"), saved(node, "w_hh")
+        with_bias = saved(node, "has_biases")
+        bias = saved(node, "b_ih") + saved(node, "b_hh") if with_bias else w_ih.new_zeros(len(w_ih))
         z = torch.addmm(bias, x.flatten(0, 1), w_ih.T)
         z = torch.addmm(z, h.flatten(0, 1), w_hh.T, out=_over(z)).view(*h.shape[:2], 4, -1)
         ways = (torch.sigmoid, torch.sigmoid, torch.tanh, torch.sigmoid)
         gates = [way(part, out=_over(part)) for way, part in zip(ways, z.unbind(2), strict=True)]
         return torch.stack(gates, 2) if torch.is_grad_enabled() else z
 
-    def _kept_gates(self) -> Tensor | None:
-        """What should be the same, in the workspace that oneDNN's forward left for its backward; None if that is too small.
-
-        How it is laid out is nowhere promised: gates have to agree with the hidden states that the layer returned, and the last
-        ones with ours (else i and u might be each other), or all with what the backward left behind.
-        """
-        workspace, (t, n, width) = self._workspace(), self.out.shape
-        line = _line(4 * width)
-        if workspace is None or len(workspace) < t * n * line:
-            return None
-        return workspace[: t * n * line].view(t, n, line)[..., : 4 * width].unflatten(2, (4, width))
-
     def _ends_with_ours(self, gates: Tensor) -> bool:
-        """Whether the last sample's gates of the last step are those that are computed."""
+        """Whether the last sample's gates of the last step are those that are computed, which hidden states can't tell.
+
+        Input and cell gates might have changed places.
+        """
         return _vanishes(self._gates(slice(-1, None), slice(-1, None)) - gates[-1:, -1:])
 
-    def _workspace(self) -> Tensor | None:
-        """What oneDNN keeps between forward and backward, if it can be read as numbers."""
-        workspace = self._node._saved_result3
-        readable = workspace.dtype == torch.uint8 and workspace.is_contiguous() and workspace.numel() % 4 == 0
-        if torch.is_grad_enabled() or self.out.dtype != torch.float32 or not readable:
-            return None
-        numbers: Tensor = workspace.view(torch.float32)
-        return numbers
-
-    def _left_behind(self) -> tuple[Tensor, Tensor, Tensor] | None:
-        """If the node has just run: what each step sent to the hidden state and the cell before it, and cells but the last.
-
-        They are ``[t, n, h]``, or one step less, in four tables for two layers' states before and after all steps, at the
-        workspace's end and on pages of their own: cells, gradients of inputs, of hidden states, of cells.
-        """
-        workspace, (t, n, width) = self._workspace(), self.out.shape
-        if workspace is None or t == 1 or current_node() is not self._node:
-            return None
-        line = _line(max(width, self.x.shape[2]))
-        tables, end = [], len(workspace)
-        for columns in (width, line, line, width):
-            size = 2 * (t + 1) * n * columns
-            end -= _padded(size, 1024)
-            if end < 0:
-                return None
-            tables.append(workspace[end : end + size].view(2, t + 1, n, columns)[..., :width])
-        dc, dh, _, cells = tables
-        return dh[0, :-1], dc[0, :-1], cells[1, 1:-1]
-
-    def _at_once(
-        self, gates: Tensor, dh_sent: Tensor, dc_sent: Tensor, cells: Tensor, grads: Gradients
-    ) -> Tensor | None:
+    def _at_once(self, gates: Tensor, left: AfterBackward, grads: Gradients) -> Tensor | None:
         """All steps' gradients from what was left behind, or None if that doesn't follow from them.
 
         What a step sends back is a product with its gates' gradients: of all of them, along one direction, it has to be right.
         """
-        factors, to_cell, agree = self._factors(gates, cells)
+        dh_sent, dc_sent = left.to_hidden, left.to_cell
+        factors, to_cell, agree = self._factors(gates, left.cells)
         if not agree:
             return None
         g_out, g_h, g_c = self._arriving(grads)
@@ -174,7 +146,7 @@ class _Layer:
         dc[-1].mul_(dh[-1]).add_(g_c)
         factors[:, :, 1:4] *= dc[:, :, None]
         factors[:, :, 4] *= dh
-        dz, w_hh, some = factors[:, :, 1:].flatten(2), self._node._saved_weight1, slice((len(dh) - 1) % 8, None, 8)
+        dz, w_hh, some = factors[:, :, 1:].flatten(2), saved(self._node, "w_hh"), slice((len(dh) - 1) % 8, None, 8)
         signs = sign_vectors(w_hh.shape, w_hh)[1]
         to_h, to_c = dz @ (w_hh @ signs), dc[some] * gates[some, :, 1]
         right = _vanishes(dh_sent @ signs - to_h, to_h.abs().max())
@@ -200,7 +172,7 @@ class _Layer:
             before, after = self._cells(cells, torch.mul(i, u, out=_over(cells[1:])), f)
         else:
             before, after = cells[:-1], cells[1:]
-            cells[0], cells[1:-1] = self._node._saved_cx_.view_as(cells[0]), known
+            cells[0], cells[1:-1] = saved(self._node, "c0").view_as(cells[0]), known
             torch.addcmul(i[-1] * u[-1], f[-1], before[-1], out=after[-1])
         to_i, to_f, to_u = _through(SIGMOID, u, i, to_i), _through(SIGMOID, before, f, to_f), _through(TANH, i, u, to_u)
         tanh_c = torch.tanh(after, out=_over(after))
@@ -215,7 +187,7 @@ class _Layer:
 
     def _cells(self, cells: Tensor, entering: Tensor, f: Tensor) -> tuple[Tensor, Tensor]:
         """The cells before and after each step, ``[t, n, h]``, in a place for ``[t + 1, n, h]`` of them."""
-        found = [self._node._saved_cx_.view_as(cells[0])]
+        found = [saved(self._node, "c0").view_as(cells[0])]
         for new, kept in zip(entering.unbind(), f.unbind(), strict=True):
             found.append(torch.addcmul(new, kept, found[-1], out=_over(new)))
         if torch.is_grad_enabled():
@@ -227,7 +199,7 @@ class _Layer:
         """The way back through the steps; factors become gradients."""
         g_out, g_h, g_c = self._arriving(grads)
         dh, dc = g_out[-1] + g_h, torch.zeros_like(g_out[-1]) + g_c
-        w_hh, arriving, to_cells = self._node._saved_weight1, g_out.unbind(), to_cell.unbind()
+        w_hh, arriving, to_cells = saved(self._node, "w_hh"), g_out.unbind(), to_cell.unbind()
         from_c, from_h = factors[:, :, :4].unbind(), factors[:, :, 4].unbind()
         all_dz, found = factors[:, :, 1:].flatten(2), []
         for t, dz in reversed([*enumerate(all_dz.unbind())]):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -73,6 +73,7 @@ class Rule:
 
 
 _rules: dict[type[nn.Module], Rule] = {}
+_forwards: dict[Hashable, tuple[Callable[..., Any], tuple[str, ...], Any]] = {}
 _refusals: dict[type[nn.Module], Callable[[Any], CurvatureError | None]] = {}
 
 
@@ -128,6 +129,22 @@ def register_rule(
     return register
 
 
+def register_forward(*written: Callable[..., Any], parameters: tuple[str, ...]) -> Callable[[Function], Function]:
+    """A decorator for the rule of every layer, of whatever class, whose forward has the code of one of these functions.
+
+    Args:
+        written: forwards as functions, to compare code with; they are not called.
+        parameters: the names of all parameters that such a layer has.
+    """
+
+    def register(function: Function) -> Function:
+        for forward in written:
+            _forwards[_code(forward)] = forward, parameters, function
+        return function
+
+    return register
+
+
 def register_refusal(*layers: type[nn.Module]) -> Callable[[Refusal], Refusal]:
     """A decorator for a function that says, before each call of a layer, why no rule can be right; None if one can."""
 
@@ -147,10 +164,9 @@ def refusal_for(module: nn.Module) -> Callable[[Any], CurvatureError | None] | N
 def rule_for(module: nn.Module) -> Rule | str:
     """The rule for a module, or the reason why it has none."""
     kind = class_as_written(module)
-    for layer in kind.__mro__:
-        if layer in _rules:
-            break
-    else:
+    layer = next((layer for layer in kind.__mro__ if layer in _rules), kind)
+    rule = _rules.get(layer) or _rule_by_code(kind, module)
+    if rule is None:
         return f"no rule for {kind.__name__}"
     if "forward" in vars(module):
         return "its forward was replaced on the instance"
@@ -161,7 +177,35 @@ def rule_for(module: nn.Module) -> Rule | str:
         return f"its {', '.join(computed)} is computed from other tensors (pruning, weight_norm, a parametrization)"
     if changed := _overridden(kind, layer):
         return f"a {layer.__name__} that changes {', '.join(changed)}"
-    return _rules[layer]
+    return rule
+
+
+def _code(function: Any) -> Hashable:
+    """What is the same for two functions that were written the same; None for what is not a plain function."""
+    code = getattr(function, "__code__", None)
+    if code is None or function.__defaults__ or function.__kwdefaults__ or function.__closure__:
+        return None
+    return code.co_code, code.co_consts, code.co_names, code.co_varnames, code.co_argcount
+
+
+def _rule_by_code(kind: type[nn.Module], module: nn.Module) -> Rule | None:
+    """The rule for a class that nobody registered, if its forward has code that is known and finds what that expects."""
+    forward: Any = kind.forward
+    found = _forwards.get(_code(forward))
+    if found is None or next(module.children(), None) is not None:
+        return None
+    written, parameters, function = found
+    names = written.__code__.co_names  # global names, and those of attributes
+    same_globals = all(forward.__globals__.get(name) is written.__globals__.get(name) for name in names)
+    above = kind.__mro__[: kind.__mro__.index(nn.Module)]
+    special = {"__call__", "__getattr__", "__getattribute__", *names}  # as properties they would be somebody's own
+    plain = special.isdisjoint(name for cls in above for name in vars(cls))
+    return Rule(function.__name__, function, kind) if same_globals and plain and _owns(module, parameters) else None
+
+
+def _owns(module: nn.Module, parameters: Sequence[str]) -> bool:
+    """Whether these are all the parameters that a module has, or computes from others."""
+    return {name for name, p in module._parameters.items() if p is not None} == set(parameters)
 
 
 def _overridden(kind: type, layer: type) -> list[str]:

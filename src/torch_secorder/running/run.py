@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from torch_secorder.autograd.engine import call_model
+from torch_secorder.autograd.versions import hiding_changes
 from torch_secorder.batch_axis.knowledge import ModelKnowledge
 from torch_secorder.capture.records import Forward, Record
 from torch_secorder.errors import UnsupportedError
@@ -17,7 +18,6 @@ from torch_secorder.model.containers import rows, tensors
 from torch_secorder.model.parameters import ParameterTable
 from torch_secorder.model.restore import (
     forked_random,
-    hiding_changes,
     random_state,
     restoring_buffers,
     twice_differentiable,

@@ -5,9 +5,9 @@ add up over passes, how two quantities merge, and how they are saved. :class:`~t
 each of them, named like the quantity, which is also the argument that asks for it.
 """
 
-from torch_secorder.recording.quantities._base import Part, Quantity
 from torch_secorder.recording.quantities.diagonal import Diagonal
 from torch_secorder.recording.quantities.output_traces import OutputTraces
+from torch_secorder.recording.quantities.quantity import Part, Quantity
 from torch_secorder.recording.quantities.sample_rows import SampleRows
 
 QUANTITIES: dict[str, type[Quantity]] = {kind.name: kind for kind in (Diagonal, SampleRows, OutputTraces)}

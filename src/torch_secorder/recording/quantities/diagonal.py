@@ -10,7 +10,7 @@ from torch import Tensor
 
 from torch_secorder.errors import NonFiniteError, listed
 from torch_secorder.per_sample import PerSampleGradient, SquareSum, halving_on_oom
-from torch_secorder.recording.quantities._base import Part, Quantity
+from torch_secorder.recording.quantities.quantity import Part, Quantity
 
 
 class DiagonalPart(Part):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from torch_secorder.capture.records import HookedModule
 from torch_secorder.per_sample import Dense
-from torch_secorder.recording.quantities._base import Part, Quantity
+from torch_secorder.recording.quantities.quantity import Part, Quantity
 
 
 @dataclass(frozen=True)

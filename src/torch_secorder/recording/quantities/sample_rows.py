@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from torch_secorder.recording.quantities._base import Part, Quantity
+from torch_secorder.recording.quantities.quantity import Part, Quantity
 
 
 class SampleRows(Quantity):

@@ -1,0 +1,148 @@
+"""What the nodes of an autograd graph saved for their backward, under names of our own.
+
+torch makes these attributes' names from its list of derivatives and promises none of them. Whoever wants to read some asks
+:func:`knows` first, which the self-test answers once per process, and has another way where the answer is no.
+"""
+
+from __future__ import annotations
+
+import itertools
+from functools import cache
+from typing import Any
+
+from torch import Tensor
+from torch.autograd.graph import Node
+
+from torch_secorder.autograd.self_test import attribute_names, confirmed
+
+_COUNTER = itertools.count()
+_AXIS = {"axis": "_saved_dim"}
+
+# Kind of node -> our name -> torch's.
+ATTRIBUTES: dict[str, dict[str, str]] = {
+    "AddmmBackward0": {"alpha": "_saved_alpha", "beta": "_saved_beta", "left": "_saved_mat1", "right": "_saved_mat2"},
+    "MmBackward0": {"left": "_saved_self", "right": "_saved_mat2"},
+    "BmmBackward0": {"left": "_saved_self"},
+    "ConvolutionBackward0": {
+        "input": "_saved_input",
+        "stride": "_saved_stride",
+        "padding": "_saved_padding",
+        "dilation": "_saved_dilation",
+        "groups": "_saved_groups",
+        "transposed": "_saved_transposed",
+        "output_padding": "_saved_output_padding",
+    },
+    "EmbeddingBackward0": {
+        "ids": "_saved_indices",
+        "padding_id": "_saved_padding_idx",
+        "by_frequency": "_saved_scale_grad_by_freq",
+    },
+    "NativeLayerNormBackward0": {
+        "input": "_saved_input",
+        "shape": "_saved_normalized_shape",
+        "mean": "_saved_result1",
+        "scale": "_saved_result2",
+    },
+    "NativeGroupNormBackward0": {
+        "input": "_saved_input",
+        "groups": "_saved_group",
+        "mean": "_saved_result1",
+        "scale": "_saved_result2",
+    },
+    "NativeBatchNormBackward0": {
+        "input": "_saved_input",
+        "mean": "_saved_running_mean",
+        "variance": "_saved_running_var",
+        "eps": "_saved_eps",
+        "training": "_saved_training",
+    },
+    "CudnnBatchNormBackward0": {
+        "input": "_saved_input",
+        "mean": "_saved_running_mean",
+        "variance": "_saved_running_var",
+        "eps": "_saved_epsilon",
+        "training": "_saved_training",
+    },
+    "PreluKernelBackward0": {"input": "_saved_self"},
+    "TrilinearBackward0": {
+        "left": "_saved_i1",
+        "right": "_saved_i3",
+        "expand1": "_saved_expand1",
+        "expand2": "_saved_expand2",
+        "expand3": "_saved_expand3",
+        "summed": "_saved_sumdim",
+    },
+    "RepeatBackward0": {"times": "_saved_repeats"},
+    "MulBackward0": {"left": "_saved_self", "right": "_saved_other"},
+    "AddBackward0": {"alpha": "_saved_alpha"},
+    "SubBackward0": {"alpha": "_saved_alpha"},
+    "MkldnnRnnLayerBackward0": {
+        "input": "_saved_input",
+        "mode": "_saved_mode",
+        "reverse": "_saved_reverse",
+        "batch_sizes": "_saved_batch_sizes",
+        "has_biases": "_saved_has_biases",
+        "w_ih": "_saved_weight0",
+        "w_hh": "_saved_weight1",
+        "b_ih": "_saved_weight2",
+        "b_hh": "_saved_weight3",
+        "h0": "_saved_hx_",
+        "c0": "_saved_cx_",
+        "output": "_saved_result0",
+        "workspace": "_saved_result3",
+    },
+    "IndexBackward0": {"indices": "_saved_indices"},
+    "IndexSelectBackward0": _AXIS | {"index": "_saved_index"},
+    "FlipBackward0": {"axes": "_saved_dims"},
+    # What tells apart two nodes of one kind that only move entries; those that save nothing are all alike.
+    "TransposeBackward0": {"axis": "_saved_dim0", "other": "_saved_dim1"},
+    "PermuteBackward0": {"axes": "_saved_dims"},
+    "UnsqueezeBackward0": _AXIS,
+    "UnbindBackward0": _AXIS,
+    "SelectBackward0": _AXIS | {"index": "_saved_index"},
+    "SliceBackward0": _AXIS | {"start": "_saved_start", "stop": "_saved_end", "step": "_saved_step"},
+    "SplitBackward0": _AXIS | {"size": "_saved_split_size"},
+    "SplitWithSizesBackward0": _AXIS | {"sizes": "_saved_split_sizes"},
+    "UnsafeSplitBackward0": _AXIS | {"size": "_saved_split_size"},
+}
+
+
+@cache
+def _known(kind: str) -> frozenset[str]:
+    return confirmed(kind, ATTRIBUTES.get(kind, {}))
+
+
+def knows(kind: str, *names: str) -> bool:
+    """Whether this torch's nodes of a kind show what we call by these names, as the self-test found."""
+    return _known(kind).issuperset(names)
+
+
+def saved(node: Any, name: str) -> Any:
+    """What a node saved under a name of ours; only for what :func:`knows` says yes to."""
+    return getattr(node, ATTRIBUTES[node.name()][name])
+
+
+def settings(node: Node) -> tuple[object, ...] | None:
+    """The sizes, axes and offsets that tell two nodes of one kind apart; None if this torch does not show them all."""
+    if not _shows_all(node.name()):
+        return None
+    values = [(name, getattr(node, name)) for name in attribute_names(type(node), "_saved_")]
+    return tuple([(name, str(value)) for name, value in values if not isinstance(value, Tensor)])
+
+
+def axes(node: Node) -> tuple[str, ...]:
+    """The axes that a node works along, if it saved any; what no other node has, if this torch does not show them."""
+    if not _shows_all(node.name()):
+        return (f"unknown axes {next(_COUNTER)}",)
+    names = _axis_names(type(node))
+    return tuple([str(getattr(node, name)) for name in names]) if names else ()
+
+
+def _shows_all(kind: str) -> bool:
+    """Whether nodes of this kind, if it is one of the table's, show all that the table says."""
+    return kind not in ATTRIBUTES or knows(kind, *ATTRIBUTES[kind])
+
+
+@cache
+def _axis_names(kind: type) -> tuple[str, ...]:
+    return tuple(name for name in ("_saved_dim", "_saved_dims", "_saved_dim0", "_saved_dim1") if hasattr(kind, name))
