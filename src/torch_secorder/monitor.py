@@ -22,10 +22,10 @@ from torch_secorder.model.hooks import HookScope, WeakHook
 from torch_secorder.model.parameters import ParameterTable, plain_name, unwrapped
 from torch_secorder.model.restore import lock_of
 from torch_secorder.recording.accumulator import PassOptions
+from torch_secorder.recording.backward_pass import BackwardPass, not_finite
 from torch_secorder.recording.plan import BatchAxis, planned
-from torch_secorder.recording.recorder import BackwardPass, not_finite
+from torch_secorder.recording.recorder import UserRecorder
 from torch_secorder.recording.sample_norms import SampleNorms
-from torch_secorder.recording.user_recorder import UserRecorder
 from torch_secorder.results.report import By
 from torch_secorder.results.results import Results
 from torch_secorder.verification.expected_norms import ExpectedNorms, expected_norms
@@ -263,14 +263,15 @@ class FisherMonitor(HookScope):
         loss_scale = loss_scale_value(self._options.loss_scale)
         scale = (samples.batch / loss_scale if self._options.reduction == "mean" else 1 / loss_scale) ** 2
         squares = (norms / loss_scale).square().tolist()
-        self.results.add(samples, dict(zip(positions, squares, strict=True)), scale)
+        self.results.statistics.update(samples, dict(zip(positions, squares, strict=True)), scale)
 
     # ------------------------------------------------------------------------------------------------ its checks
 
     def _check_reached(self, current: BackwardPass, samples: SampleNorms) -> None:
         """Every parameter that got a gradient has to be accounted for."""
         positions, norms = current.gradients.all()
-        if missed := [index for index, p in enumerate(positions) if p not in samples.reached]:
+        if not samples.reached.issuperset(positions):
+            missed = [index for index, position in enumerate(positions) if position not in samples.reached]
             raise self._unreached([positions[index] for index in missed], norms[missed])
 
     def _unreached(self, positions: list[int], norms: Tensor) -> Exception:

@@ -246,7 +246,7 @@ def accumulated(
                     _verify_projection(analysis, inputs)
                 samples = analysis.fisher(kind, inputs, targets, generator)
         results = results or Results(analysis.table.rows, reduction or "mean", options.fisher, **options.keeps)
-        results.add(samples)
+        results.statistics.update(samples)
         yield results
 
 

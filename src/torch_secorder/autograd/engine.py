@@ -30,27 +30,29 @@ Owner = Literal["search", "library"]
 # Backward passes under way that the library started, and what for: to see where samples are ("search": through the user's graph,
 # where hooks of other monitors may be), or through a model that it called itself ("library"). Threads of devices run them too,
 # so that this can't be a thread's own.
-_PASSES: dict[int, Owner] = {}
+LIBRARY_PASSES: dict[int, Owner] = {}
 
 # Threads in which the library is calling a model. User's monitors must not see these calls.
-_THREADS: set[int] = set()
+LIBRARY_THREADS: set[int] = set()
 
 
 @contextmanager
 def library_call() -> Iterator[None]:
     """Calls of models inside are the library's own."""
     thread = get_ident()
-    if thread in _THREADS:
+    if thread in LIBRARY_THREADS:
         yield
         return
-    with restoring(partial(_THREADS.discard, thread)):
-        _THREADS.add(thread)
+    with restoring(partial(LIBRARY_THREADS.discard, thread)):
+        LIBRARY_THREADS.add(thread)
         yield
 
 
 def in_library_call() -> bool:
     """Whether the library, and not the user, is calling the model."""
-    return get_ident() in _THREADS or (bool(_PASSES) and _PASSES.get(current_graph_task()) == "library")
+    return get_ident() in LIBRARY_THREADS or (
+        bool(LIBRARY_PASSES) and LIBRARY_PASSES.get(current_graph_task()) == "library"
+    )
 
 
 @contextmanager
@@ -60,7 +62,7 @@ def search_pass(roots: Sequence[Tensor], owner: Owner = "search") -> Iterator[li
 
     def begin(grads: object) -> None:
         begun.add(task := current_graph_task())
-        _PASSES[task] = owner
+        LIBRARY_PASSES[task] = owner
 
     for root in copies:
         assert root.grad_fn is not None
@@ -70,7 +72,7 @@ def search_pass(roots: Sequence[Tensor], owner: Owner = "search") -> Iterator[li
         yield copies
     finally:
         for task in begun:
-            _PASSES.pop(task, None)
+            LIBRARY_PASSES.pop(task, None)
 
 
 @contextmanager
@@ -82,12 +84,12 @@ def library_pass(roots: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
 def in_search_pass() -> bool:
     """Whether the backward pass under way is one that looks for samples, or for one sample's gradient."""
-    return bool(_PASSES) and _PASSES.get(current_graph_task()) == "search"
+    return bool(LIBRARY_PASSES) and LIBRARY_PASSES.get(current_graph_task()) == "search"
 
 
 def is_library_pass(task: int) -> bool:
     """Whether the library started this backward pass, or it runs in a thread where the library calls a model."""
-    return task in _PASSES or get_ident() in _THREADS
+    return task in LIBRARY_PASSES or get_ident() in LIBRARY_THREADS
 
 
 def after_backward(callback: Callable[[], None]) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from operator import attrgetter
 from typing import Any
 
 from torch import Tensor, nn
@@ -49,6 +50,6 @@ def _remove(owner: Owner, hook: Callable[..., Any]) -> None:
         where.pop(key)  # last, since this is how it's found
 
 
-def hook_count(tensor: Tensor) -> int:
-    """How many hooks for its gradient a tensor has."""
-    return len(tensor._backward_hooks or ())
+# The hooks for a tensor's gradient by their numbers; None if it never had one. (A Python function would double what it costs to
+# read this for each parameter of each step.)
+gradient_hooks: Callable[[Tensor], Mapping[int, Any] | None] = attrgetter("_backward_hooks")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import cache
 
@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 
 HALF = (torch.float16, torch.bfloat16)
+
+# What torch calls the device type that somebody else's package provides.
+_private_backend: Callable[[], str] = torch._C._get_privateuse1_backend_name
 
 # The device types for which some release of torch has had autocast; a private backend has a name of its own.
 _DEVICE_TYPES = ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "maia", "xla", "ipu")
@@ -22,7 +25,7 @@ def is_half(x: Tensor) -> bool:
 
 def autocast_devices() -> list[str]:
     """The device types on which autocast is on."""
-    return [device for device in _devices_with_autocast(_private_backend()) if torch.is_autocast_enabled(device)]
+    return list(filter(torch.is_autocast_enabled, _devices_with_autocast(_private_backend())))
 
 
 def full_precision() -> ExitStack:
@@ -55,11 +58,6 @@ def _graph_dtypes(roots: tuple[Tensor, ...]) -> Iterator[torch.dtype]:
             if child is not None and child not in seen:
                 seen.add(child)
                 stack.append(child)
-
-
-def _private_backend() -> str:
-    """What torch calls the device type that somebody else's package provides."""
-    return str(torch._C._get_privateuse1_backend_name())
 
 
 @cache

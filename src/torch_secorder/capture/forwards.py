@@ -10,7 +10,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from torch_secorder.autograd.engine import current_graph_task, in_library_call, in_search_pass
+from torch_secorder.autograd.engine import (
+    LIBRARY_PASSES,
+    LIBRARY_THREADS,
+    current_graph_task,
+    in_library_call,
+    in_search_pass,
+)
 from torch_secorder.capture.records import Forward
 from torch_secorder.errors import ShapeError
 from torch_secorder.model.containers import tensors
@@ -29,6 +35,8 @@ class ForwardTracker:
     Attributes:
         active: whether calls are recorded at all.
         latest: the latest complete run of the model.
+        outside_calls: calls of modules with no call of the model around them that may be of the same samples as the next; None
+            once a backward pass has counted them.
         skipped_passes: backward passes that reached a run that was not recorded.
     """
 
@@ -46,14 +54,16 @@ class ForwardTracker:
         self._on_recomputation, self._on_exit = on_recomputation, on_exit
         self._running: dict[int, Forward] = {}  # thread -> its run of the model; several threads may train one model
         self._skipping: set[int] = set()  # threads whose run of the model is not recorded
-        self._outside_calls = Forward(in_model_call=False)
+        self.outside_calls: Forward | None = None
         self.skipped_passes: set[int] = set()
         self.latest = Forward()
         self.active = False
 
     def records_calls(self) -> bool:
         """Whether a call made now, in this thread, is one to record."""
-        return self.active and (not in_library_call() if self._thread is None else self._thread == get_ident())
+        if not self.active or self._thread is not None:
+            return self.active and self._thread == get_ident()
+        return not (LIBRARY_THREADS or LIBRARY_PASSES) or not in_library_call()
 
     def on_model_enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> None:
         """The model is called."""
@@ -69,7 +79,7 @@ class ForwardTracker:
             return
         self._skipping.discard(thread)
         n = batch_size((*args, *kwargs.values()) if kwargs else args, self.batch_axis)
-        self._running[thread] = Forward(n, recomputed_in=self._recomputation(task))
+        self._running[thread] = Forward(n, recomputed_in=None if task == -1 else self._recomputation(task))
 
     def on_model_exit(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """The model returns, or raises: then the output is None."""
@@ -110,13 +120,13 @@ class ForwardTracker:
 
     def _outside(self, output: Any, axis: int) -> Forward:
         """The run of a call with no call of the model around it: a checkpoint's, or the user's call of a submodule."""
-        task, found = self._recomputation(current_graph_task()), self._outside_calls
+        task, found = self._recomputation(current_graph_task()), self.outside_calls
         if task is not None:
-            if found.recomputed_in != task:
+            if found is None or found.recomputed_in != task:
                 found = Forward(self.latest.n, Counter(self.latest.calls), recomputed_in=task)
-        elif found.recomputed_in is not None or found.n not in (None, size_on(output, axis)):
+        elif found is None or found.recomputed_in is not None or found.n not in (None, size_on(output, axis)):
             found = Forward(in_model_call=False)
-        self._outside_calls = found
+        self.outside_calls = found
         return found
 
     def _recomputation(self, task: int) -> int | None:
@@ -126,10 +136,6 @@ class ForwardTracker:
         if self._on_recomputation is not None:
             self._on_recomputation(task)
         return task
-
-    def forget_outside_calls(self) -> None:
-        """Calls outside of the model are of other samples from now on: the backward pass that reached them is over."""
-        self._outside_calls = Forward(in_model_call=False)
 
     @contextmanager
     def recomputing(self) -> Iterator[None]:
@@ -147,13 +153,14 @@ def batch_size(values: Sequence[Any], axis: int) -> int | None:
     A tensor of size 1 there is shared by all samples, as position ids often are, unless all have size 1. Of several other
     sizes the first tensor's counts: masks come after what they mask.
     """
-    sizes = [x.shape[axis] for x in tensors(values) if x.dim() > axis]
-    if 0 in sizes:
-        raise ShapeError("the batch is empty: a tensor among the model's inputs has 0 samples")
-    for size in sizes:
-        if size != 1:
-            return size
-    return 1 if sizes else None
+    found: int | None = None
+    for x in tensors(values):
+        size = x.shape[axis] if x.dim() > axis else None
+        if size == 0:
+            raise ShapeError("the batch is empty: a tensor among the model's inputs has 0 samples")
+        if size is not None and found in (None, 1):
+            found = size
+    return found
 
 
 def size_on(value: Any, axis: int) -> int | None:

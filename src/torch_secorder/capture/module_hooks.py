@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch_secorder.autograd.engine import in_search_pass
 from torch_secorder.autograd.hooks import HookSet
 from torch_secorder.autograd.nodes import gradient_edge_of, made_by
 from torch_secorder.batch_axis.placement import FIRST
@@ -36,7 +35,8 @@ class ModuleHooks(HookScope):
     Args:
         model: the model, unwrapped.
         sites: its modules to hook.
-        on_gradient: called with a record and its output's gradient, inside the backward pass.
+        on_gradient: called inside each backward pass with a record, and with the gradients of its output's node and which of
+            them is the output's.
         forwards: knows which run of the model a call belongs to.
         guards: for some modules, what is called before each of their calls, to raise for a state that no rule
             can be right in.
@@ -47,7 +47,7 @@ class ModuleHooks(HookScope):
         self,
         model: nn.Module,
         sites: Sequence[HookedModule],
-        on_gradient: Callable[[Record, Tensor], None],
+        on_gradient: Callable[[Record, int, tuple[Tensor | None, ...]], None],
         forwards: ForwardTracker,
         guards: Mapping[nn.Module, Callable[[], None]],
         *,
@@ -147,17 +147,11 @@ class ModuleHooks(HookScope):
             raise UnsupportedError(
                 f"{record.site}: its output is a leaf of the autograd graph, not something that it computed"
             )
-        edge.node.register_prehook(partial(self._on_output_gradient, record, edge.output_nr))
+        edge.node.register_prehook(partial(self._on_gradient, record, edge.output_nr))
         if forward.in_model_call and forward.recomputed_in is None:
             forward.records.append((record, edge))
         else:
             record.in_output_graph = True  # there is no graph of the model's outputs to find it in
-
-    def _on_output_gradient(self, record: Record, output_nr: int, grads: tuple[Tensor | None, ...]) -> None:
-        if not self.forwards.active or in_search_pass() or record.placement is None:
-            return
-        if (grad := grads[output_nr]) is not None:
-            self._on_gradient(record, grad)
 
 
 def _record(
@@ -192,8 +186,11 @@ def _require_recordable(site: HookedModule, module: nn.Module, output: Any) -> N
 
 def _nodes_of_inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
     """The nodes that made those inputs that require a gradient."""
-    values = (*args, *kwargs.values()) if kwargs else args
-    return tuple([made_by(x) for x in values if isinstance(x, Tensor) and x.requires_grad])
+    nodes: list[Any] = []
+    for x in (*args, *kwargs.values()) if kwargs else args:
+        if isinstance(x, Tensor) and x.requires_grad:
+            nodes.append(x.grad_fn or made_by(x))
+    return tuple(nodes)
 
 
 def moments(module: nn.Module, args: object, kwargs: object, output: Tensor) -> Tensor:

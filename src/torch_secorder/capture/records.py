@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
 from torch_secorder.autograd.engine import current_node, saved_tensors_hooks
-from torch_secorder.autograd.versions import versions
+from torch_secorder.autograd.versions import version
 from torch_secorder.batch_axis.placement import Placement
-from torch_secorder.errors import CoverageError
+from torch_secorder.errors import CoverageError, CurvatureError
 from torch_secorder.model.ranks import class_as_written, full_tensor
-from torch_secorder.per_sample import SharedFactor
+from torch_secorder.per_sample import PerSampleGradient, SharedFactor
 
 
 @dataclass(eq=False, slots=True)
@@ -87,10 +87,17 @@ class HookedModule:
         """Those of its parameters."""
         return tuple(self.parameters.values())
 
-    @cached_property
-    def batching_key(self) -> tuple[Hashable, ...]:
-        """What its small calls have in common with those that they can be batched with, as far as the module shows it."""
-        return (self.rule.function, *self.shapes.items())
+    def forms(self, call: Call) -> dict[str, PerSampleGradient]:
+        """What the rule says of a call: local name -> per-sample gradient.
+
+        Raises:
+            CurvatureError: as the rule, naming the module.
+        """
+        try:
+            found: dict[str, PerSampleGradient] = self.rule(self.module, call, self.shapes)
+        except CurvatureError as error:
+            raise type(error)(f"{self}: {error}") from error
+        return found
 
 
 # Calls with fewer elements are batched before anything is computed: starting an operation costs as much as reading these.
@@ -180,20 +187,6 @@ class Record:
         """Whether no input requires a gradient, so that nothing before this call is differentiated."""
         return not self.input_nodes
 
-    def batching_key(self, grad: Tensor) -> Hashable | None:
-        """The same for small calls that :meth:`concatenated` can batch; None for others."""
-        site, inputs = self.site, self.inputs
-        if grad.numel() > SMALL or grad.shape != self.shape or self.kwargs or not self.in_output_graph:
-            return None
-        if site.rule is None or site.rule.depends_on is None:
-            return None
-        if self.placement is None or not self.placement.is_first_axis:
-            return None
-        if inputs is None or len(inputs) != 1 or not isinstance(inputs[0], Tensor) or inputs[0].numel() > SMALL:
-            return None
-        x, settings = inputs[0], tuple([getattr(site.module, name) for name in site.rule.depends_on])
-        return (site.batching_key, settings, x.shape, x.dtype, self.shape, grad.dtype, grad.device)
-
     def call(self, grad: Tensor, shared_factors: dict[torch.Size, SharedFactor] | None = None) -> Call:
         """What the rule needs, with the axis that counts samples first."""
         assert self.placement is not None
@@ -208,7 +201,7 @@ class Record:
 
     @staticmethod
     def concatenated(records: Sequence[Record], grads: Sequence[Tensor]) -> Call:
-        """Calls of one :meth:`batching_key` as one call of all of their samples in turn."""
+        """Calls with the same inputs' and parameters' shapes as one call of all of their samples in turn."""
         if len(records) == 1:
             return records[0].call(grads[0])
         return Call((torch.cat([record._arguments()[0][0] for record in records]),), {}, torch.cat(list(grads)))
@@ -233,7 +226,7 @@ class Record:
             )
         # What ranks compute in parts, the rules get whole.
         kwargs = {name: full_tensor(x) for name, x in self.kwargs.items()} if self.kwargs else self.kwargs
-        return tuple([full_tensor(x) for x in self.inputs]), kwargs
+        return tuple([x if type(x) is Tensor else full_tensor(x) for x in self.inputs]), kwargs
 
 
 class _Packed:
@@ -253,7 +246,11 @@ def _unpacked(value: Any) -> Any:
 
 def _versions(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, ...]:
     """How often each tensor was changed in place so far."""
-    return versions((*args, *kwargs.values()) if kwargs else args)
+    found: list[int] = []
+    for x in (*args, *kwargs.values()) if kwargs else args:
+        if isinstance(x, Tensor) and not x.is_inference():
+            found.append(version(x))
+    return tuple(found)
 
 
 def _first(value: Any, axis: int, size: int) -> Any:

@@ -6,6 +6,7 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -51,21 +52,23 @@ class HookScope(ABC):
         """Undo what :meth:`_attach` did, all or a part of it, also if that is undone already."""
 
 
-class WeakHook:
+class WeakHook(partial[Any]):
     """A method of an object as a hook, which does not keep the object alive.
 
-    A copy of the model (deepcopy, pickle) gets one that does nothing, and not the object with it.
+    The object removes its hooks when it goes, so that the method is never called without it. A copy of the model (deepcopy,
+    pickle) gets a hook that does nothing, and not the object with it.
     """
 
-    def __init__(self, owner: object, method: str = "", *first: Any):
-        self._owner = None if owner is None else weakref.ref(owner)
-        self._function, self._first = getattr(type(owner), method, None), first
+    def __new__(cls, owner: object, method: str, *first: Any) -> Self:
+        """The method as it is called with a proxy of its owner; no Python frame lies between torch and the method."""
+        return super().__new__(cls, getattr(type(owner), method), weakref.proxy(owner), *first)
 
-    def __call__(self, *args: Any) -> Any:
-        """The method's answer, if its owner is still there."""
-        if self._owner is None or (owner := self._owner()) is None or self._function is None:
-            return None
-        return self._function(owner, *self._first, *args)
+    def __reduce__(self) -> tuple[Callable[[], object], tuple[()]]:
+        return (_Nothing, ())
 
-    def __reduce__(self) -> tuple[type[WeakHook], tuple[None]]:
-        return (WeakHook, (None,))
+
+class _Nothing:
+    """What a copied model has in the place of a hook."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        pass

@@ -21,7 +21,7 @@ from torch_secorder.per_sample._base import (
 )
 from torch_secorder.per_sample.budget import memory_limit
 from torch_secorder.per_sample.convolution import Convolution
-from torch_secorder.per_sample.out_of_memory import as_refusal, halving_on_oom
+from torch_secorder.per_sample.out_of_memory import as_refusal, halving_on_oom, squared_norms_of
 from torch_secorder.per_sample.outer import Outer, SharedFactor
 from torch_secorder.per_sample.pulled_back import PulledBack
 from torch_secorder.per_sample.row_sparse import RowSparse
@@ -43,4 +43,5 @@ __all__ = [
     "memory_limit",
     "sign_vectors",
     "squared_norm_of_rows",
+    "squared_norms_of",
 ]

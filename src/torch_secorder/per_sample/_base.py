@@ -10,7 +10,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from torch_secorder.autograd.precision import is_half
+from torch_secorder.autograd.precision import HALF
 from torch_secorder.batch_axis.placement import Grouping
 from torch_secorder.per_sample.budget import chunk_bytes
 
@@ -22,7 +22,7 @@ CHUNK_BYTES = 8 * 2**20
 
 def at_least_float32(value: Tensor) -> Tensor:
     """``value`` in at least float32: squares of half-precision numbers overflow and underflow."""
-    return value.float() if is_half(value) else value
+    return value.float() if value.dtype in HALF else value
 
 
 def chunks(n: int, bytes_per_sample: float, usual: int | None = CHUNK_BYTES) -> Iterator[slice]:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from torch_secorder.errors import CurvatureError, OutOfMemoryError
 from torch_secorder.per_sample._base import PerSampleGradient
@@ -50,3 +51,14 @@ def halving_on_oom(
         halving_on_oom(form.select(part), question, together) for part in (slice(0, half), slice(half, form.n))
     )
     return together(first, second)
+
+
+def squared_norms_of(form: PerSampleGradient) -> Tensor:
+    """A form's squared norms, of half of the samples at a time where memory runs out."""
+    try:
+        return form.squared_norm()
+    except Exception as error:
+        if form.n == 1 or not out_of_memory(error):
+            raise
+    # (Not in there, where the error holds all that was allocated.)
+    return halving_on_oom(form, lambda part: part.squared_norm(), lambda a, b: torch.cat([a, b]))

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from torch_secorder.autograd.precision import HALF
 from torch_secorder.batch_axis.placement import Grouping
 from torch_secorder.per_sample._base import (
     CHUNK_BYTES,
@@ -75,10 +76,13 @@ class Outer(PerSampleGradient):
     """
 
     def __init__(self, a: Tensor | SharedFactor, g: Tensor | SharedFactor, shape: Sequence[int]):
-        inputs, grads = (x.value if isinstance(x, SharedFactor) else x for x in (a, g))
+        inputs = a.value if isinstance(a, SharedFactor) else a
+        grads = g.value if isinstance(g, SharedFactor) else g
         # Under autocast the operation saw its input in the dtype of its output, and so must we.
-        self.a, self.g = at_least_float32(inputs.to(grads.dtype)), at_least_float32(grads)
-        self._common = [x for x in (a, g) if isinstance(x, SharedFactor)]
+        self._common = [] if a is inputs and g is grads else [x for x in (a, g) if isinstance(x, SharedFactor)]
+        if inputs.dtype != grads.dtype or grads.dtype in HALF:
+            inputs, grads = at_least_float32(inputs.to(grads.dtype)), at_least_float32(grads)
+        self.a, self.g = inputs, grads
         self.n, self.shape = inputs.shape[0], tuple(shape)
 
     @property

@@ -19,10 +19,10 @@ from torch_secorder.model.parameters import Parameter, Table, named_modules, unw
 from torch_secorder.model.ranks import class_as_written
 from torch_secorder.per_sample import Dense, PerSampleGradient
 from torch_secorder.recording.accumulator import PassOptions
+from torch_secorder.recording.backward_pass import BackwardPass
 from torch_secorder.recording.plan import BatchAxis, Plan, axis_of_inputs, guards, placements
 from torch_secorder.recording.quantities import Diagonal
-from torch_secorder.recording.recorder import BackwardPass
-from torch_secorder.recording.user_recorder import UserRecorder
+from torch_secorder.recording.recorder import UserRecorder
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from torch_secorder.autograd.precision import is_half
+from torch_secorder.autograd.precision import HALF, is_half
 from torch_secorder.batch_axis.placement import Grouping
 from torch_secorder.capture.records import Forward, Record
 from torch_secorder.errors import CoverageError, LifecycleError, ShapeError, SlowFallbackWarning, UnsupportedError
@@ -28,8 +28,9 @@ from torch_secorder.per_sample import (
     at_least_float32,
     halving_on_oom,
     sign_vectors,
+    squared_norms_of,
 )
-from torch_secorder.recording.batch import SampleBatch, all_squared_norms, forms_of, squared_norms_of
+from torch_secorder.recording.batch import SampleBatch, all_squared_norms
 from torch_secorder.recording.gradient_norms import GradientNorms
 from torch_secorder.recording.quantities import QUANTITIES, Part
 from torch_secorder.recording.sample_norms import SampleNorms
@@ -82,8 +83,12 @@ class PassAccumulator:
         self.checks, self.half = checks, False
         self._batches: dict[object, SampleBatch] = {}
         self._rules: dict[int, dict[str, None]] = defaultdict(dict)
-        self.parts: dict[str, Part] = {name: QUANTITIES[name].part() for name in options.quantities}
-        self._of_forms = [self.parts[name] for name in options.quantities if QUANTITIES[name].takes_forms]
+        self.parts: dict[str, Part] = {}
+        self._of_forms: list[Part] = []
+        for name in options.quantities:
+            self.parts[name] = QUANTITIES[name].part()
+            if QUANTITIES[name].takes_forms:
+                self._of_forms.append(self.parts[name])
         alone = options.repeated_calls is None
         self._waits = alone and not (checks or self._of_forms or options.max_memory is not None)
         self._gradients = gradients if alone and not checks and not table.ranks.distributed else None
@@ -125,19 +130,27 @@ class PassAccumulator:
 
     def add(self, record: Record, grad: Tensor) -> None:
         """The gradient of a recorded call's output has arrived."""
-        grad = full_tensor(grad)
-        self.half = self.half or is_half(grad)
+        grad = grad if type(grad) is Tensor else full_tensor(grad)
+        self.half = self.half or grad.dtype in HALF
         self._seen += grad.numel()
         if not grad.numel():
             self._add_empty(record, grad)
         elif record.site.rule is None:
             self._add_output(record, grad)
-        elif not (self._waits and self._add_small(record, grad)):
+        elif not (self._waits and self._small.add(self._batch_of(record, grad), record, grad)):
             self._add(record, grad)
+
+    def _batch_of(self, record: Record, grad: Tensor) -> SampleBatch:
+        """The batch of a call; its output's axis tells the number of samples where nothing else does."""
+        n = record.forward.n
+        if n is None:
+            assert record.placement is not None
+            n = record.shape[record.placement.axis]
+        return self._batch(record.forward, n)
 
     def _add_empty(self, record: Record, grad: Tensor) -> None:
         """A call without any position, an expert's that no token was sent to, say."""
-        batch = self._batch(record.forward, record.forward.n or len(grad))
+        batch = self._batch_of(record, grad)
         for position in record.site.positions:
             batch.squared_norms.setdefault(position, at_least_float32(grad.new_zeros(batch.n)))
             self._rules[position][f"{record.site.rule.name} (empty)"] = None
@@ -145,28 +158,15 @@ class PassAccumulator:
     def _add_output(self, record: Record, grad: Tensor) -> None:
         """A call of a module that is watched for its output only."""
         call = record.call(grad)
-        self._batch(record.forward, record.forward.n or len(call.grad_output))
+        self._batch_of(record, grad)
         for part in self.parts.values():
             part.on_output(record.site, call.kept, call.grad_output)
 
-    def _add_small(self, record: Record, grad: Tensor) -> bool:
-        """Let a small call, of parameters that have no other, wait for others of its kind; says whether it can."""
-        forward, positions = record.forward, record.site.positions
-        if not forward.in_model_call or (key := record.batching_key(grad)) is None:
-            return False
-        batch, calls = self._batch(forward, forward.n or len(grad)), forward.calls
-        for position in positions:
-            if calls[position] > 1 or position in batch.settled:
-                return False
-        batch.settled.update(positions)
-        self._small.add(key, batch, record, grad)
-        return True
-
     def _add(self, record: Record, grad: Tensor) -> None:
-        forward, site = record.forward, record.site
+        site = record.site
         assert record.placement is not None
         call = record.call(grad, self._shared_factors(record))
-        batch = self._batch(forward, forward.n or len(call.grad_output))
+        batch = self._batch_of(record, grad)
         if not record.in_output_graph:
             raise CoverageError(
                 f"{site}: the loss reaches it by another way than through what the model returns, so that nothing shows where "
@@ -174,14 +174,14 @@ class PassAccumulator:
             )
         groups = record.placement.grouping(record.shape[record.placement.axis], batch.n, grad.device)
         try:
-            forms = forms_of(site, call)
+            forms = site.forms(call)
         except ShapeError:
             if not (record.placement.is_one_sample or batch.n == 1):
                 raise
             # All of it belongs to one sample: the module was called for one at a time, without a batch axis.
             if groups is not None and groups.sample_index is not None:
                 groups = replace(groups, sample_index=groups.sample_index[:1])
-            forms = forms_of(site, record.expanded_to_samples(grad.reshape(1, *record.shape)))
+            forms = site.forms(record.expanded_to_samples(grad.reshape(1, *record.shape)))
         self._apply(batch, record, forms, groups)
         if not self._keep_inputs:
             record.inputs = None
@@ -335,7 +335,8 @@ class PassAccumulator:
             NonFiniteError: if a gradient is not finite and ``nonfinite`` is "raise".
         """
         for batch in self._batches.values():
-            self._settle_waiting(batch)
+            if batch.shared or batch.held:
+                self._settle_waiting(batch)
         self._small.finish()
         reached, norms = all_squared_norms(list(self._batches.values()), len(self._table))
         self._table.ranks.require_same_norms(norms, self._table.names)
@@ -345,7 +346,7 @@ class PassAccumulator:
     def _settle_waiting(self, batch: SampleBatch) -> None:
         """Whatever waited for the end of the pass."""
         for record, grads in batch.shared.items():
-            self._apply(batch, record, forms_of(record.site, record.expanded_to_samples(grads)), None)
+            self._apply(batch, record, record.site.forms(record.expanded_to_samples(grads)), None)
         batch.shared.clear()
         for position, form in batch.held.items():
             self._settle(batch, position, form)

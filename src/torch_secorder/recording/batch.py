@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import functools
-import itertools
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from torch_secorder.capture.records import Call, HookedModule, Record
-from torch_secorder.errors import CurvatureError
-from torch_secorder.per_sample import PerSampleGradient, halving_on_oom
-
-_SQUARED_NORM = operator.methodcaller("squared_norm")
+from torch_secorder.capture.records import Record
+from torch_secorder.per_sample import PerSampleGradient
 
 
 @dataclass
@@ -42,15 +37,25 @@ class SampleBatch:
 
     def stacked(self) -> tuple[list[int], Tensor]:
         """All squared norms, ``[positions, n]`` on one device and in at least float32, and whose they are."""
-        positions, parts = list(self.squared_norms), [part for _, part in self.batched]
-        positions.extend(itertools.chain.from_iterable([several for several, _ in self.batched]))
-        if not self.squared_norms and len(parts) == 1:
+        positions = list(self.squared_norms)
+        parts = [torch.stack(alike(list(self.squared_norms.values())))] if positions else []
+        for several, norms in self.batched:
+            positions.extend(several)
+            parts.append(norms)
+        if len(parts) == 1:
             return positions, parts[0]
-        parts = [*[norms[None] for norms in self.squared_norms.values()], *parts]
-        if len({(x.dtype, x.device) for x in parts}) > 1:
-            dtype = functools.reduce(torch.promote_types, [x.dtype for x in parts])
-            parts = [x.to(parts[0].device, dtype) for x in parts]
-        return positions, torch.cat(parts) if parts else torch.zeros(0, self.n)
+        return positions, torch.cat(alike(parts)) if parts else torch.zeros(0, self.n)
+
+
+def alike(values: list[Tensor]) -> list[Tensor]:
+    """The same numbers on the first one's device and in the widest dtype, so that they can be put together."""
+    first, same = values[0], True
+    for value in values:
+        same = same and value.dtype == first.dtype and value.device == first.device
+    if same:
+        return values
+    dtype = functools.reduce(torch.promote_types, [value.dtype for value in values])
+    return [value.to(first.device, dtype) for value in values]
 
 
 def all_squared_norms(batches: Sequence[SampleBatch], count: int) -> tuple[set[int], Tensor]:
@@ -65,17 +70,3 @@ def all_squared_norms(batches: Sequence[SampleBatch], count: int) -> tuple[set[i
             values = values.new_zeros(count, batch.n).index_copy(0, index, values)
         columns.append(values if not columns else values.to(columns[0]))
     return reached, columns[0] if len(columns) == 1 else torch.cat(columns, 1)
-
-
-def forms_of(site: HookedModule, call: Call) -> dict[str, PerSampleGradient]:
-    """What a module's rule says of a call."""
-    try:
-        forms: dict[str, PerSampleGradient] = site.rule(site.module, call, site.shapes)
-    except CurvatureError as error:
-        raise type(error)(f"{site}: {error}") from error
-    return forms
-
-
-def squared_norms_of(form: PerSampleGradient) -> Tensor:
-    """A form's squared norms, of half of the samples at a time where memory runs out."""
-    return halving_on_oom(form, _SQUARED_NORM, lambda a, b: torch.cat([a, b]))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from torch_secorder.capture.records import SMALL
 from torch_secorder.per_sample import at_least_float32
+from torch_secorder.recording.batch import alike
 from torch_secorder.recording.small_calls import MOST_CALLS
 
 
@@ -26,7 +27,7 @@ class GradientNorms:
         self._batched: list[tuple[list[int], Tensor]] = []  # positions, and a norm for each
         self._waiting: dict[int, Tensor] = {}  # small gradients whose norms are still to be taken
 
-    def add(self, position: int, grad: Tensor, *, as_computed: bool) -> None:
+    def add(self, position: int, grad: Tensor, as_computed: bool = True) -> None:
         """A parameter's gradient; ``as_computed`` unless a hook of the user's may have changed it."""
         known = self.from_factors.pop(position, None)
         if as_computed and known is not None and grad.dtype == known.dtype:
@@ -42,11 +43,13 @@ class GradientNorms:
             self._take_waiting()
 
     def _take_waiting(self) -> None:
-        alike: dict[Hashable, list[int]] = {}
+        alike: dict[Hashable, tuple[list[int], list[Tensor]]] = {}
         for position, grad in self._waiting.items():
-            alike.setdefault((grad.shape, grad.dtype, grad.device), []).append(position)
-        for positions in alike.values():
-            rows = torch.stack([self._waiting[position] for position in positions]).reshape(len(positions), -1)
+            positions, grads = alike.setdefault((grad.shape, grad.dtype, grad.device), ([], []))
+            positions.append(position)
+            grads.append(grad)
+        for positions, grads in alike.values():
+            rows = torch.stack(grads).reshape(len(grads), -1)
             self._batched.append((positions, torch.linalg.vector_norm(rows, dim=1)))
         self._waiting.clear()
 
@@ -54,13 +57,13 @@ class GradientNorms:
         """The positions that have a gradient, and its norm for each in float64 on one device."""
         if self._waiting:
             self._take_waiting()
-        positions, parts = list(self._norms), [norms for _, norms in self._batched]
-        positions.extend(itertools.chain.from_iterable([several for several, _ in self._batched]))
         if self._norms:
-            parts = [*[one[None] for one in self._norms.values()], *parts]
-        if len({(part.device, part.dtype) for part in parts}) > 1:
-            parts = [part.to("cpu", torch.float64) for part in parts]
-        return positions, torch.cat(parts).double() if parts else torch.zeros(0)
+            self._batched.append((list(self._norms), torch.stack(alike(list(self._norms.values())))))
+            self._norms = {}
+        if not self._batched:
+            return [], torch.zeros(0)
+        positions, norms = zip(*self._batched, strict=True)
+        return list(itertools.chain.from_iterable(positions)), torch.cat(alike(list(norms))).double()
 
 
 def norm(grad: Tensor) -> Tensor:

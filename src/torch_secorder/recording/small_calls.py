@@ -7,9 +7,11 @@ from collections.abc import Hashable
 from torch import Tensor
 
 from torch_secorder.autograd.versions import version
-from torch_secorder.capture.records import Record
+from torch_secorder.batch_axis.placement import FIRST
+from torch_secorder.capture.records import SMALL, Record
 from torch_secorder.errors import CoverageError
-from torch_secorder.recording.batch import SampleBatch, forms_of, squared_norms_of
+from torch_secorder.per_sample import squared_norms_of
+from torch_secorder.recording.batch import SampleBatch
 
 MOST_CALLS = 64  # that wait for each other
 
@@ -26,12 +28,26 @@ class SmallCallBatch:
         self._rules, self._keep_inputs = rules, keep_inputs
         self._waiting: dict[Hashable, list[tuple[SampleBatch, Record, Tensor, int]]] = {}
 
-    def add(self, key: Hashable, batch: SampleBatch, record: Record, grad: Tensor) -> None:
-        """A call of the kind that a key stands for, and the gradient of its output."""
+    def add(self, batch: SampleBatch, record: Record, grad: Tensor) -> bool:
+        """Let a small call, of parameters that have no other, wait for others of its kind; says whether it can.
+
+        Args:
+            batch: whose samples they are.
+            record: the call.
+            grad: the gradient of its output.
+        """
+        key, calls = _kind(record, grad), record.forward.calls
+        if key is None or not record.forward.in_model_call:
+            return False
+        for position in record.site.positions:
+            if calls[position] > 1 or position in batch.settled:
+                return False
+        batch.settled.update(record.site.positions)
         waiting = self._waiting.setdefault(key, [])
         waiting.append((batch, record, grad, version(grad)))
         if len(waiting) == MOST_CALLS:
             self._compute(self._waiting.pop(key))
+        return True
 
     def finish(self) -> None:
         """Take the norms of all that still wait."""
@@ -47,7 +63,7 @@ class SmallCallBatch:
                 )
         batches, records, grads, _ = zip(*waiting, strict=True)
         site = records[0].site
-        for local, form in forms_of(site, Record.concatenated(records, grads)).items():
+        for local, form in site.forms(Record.concatenated(records, grads)).items():
             rule = {f"{site.rule.name} ({form.algorithm})": None}
             positions = [record.site.parameters[local] for record in records]
             self._rules.update(dict.fromkeys(positions, rule))
@@ -60,3 +76,18 @@ class SmallCallBatch:
         if not self._keep_inputs:
             for record in records:
                 record.inputs = None
+
+
+def _kind(record: Record, grad: Tensor) -> Hashable | None:
+    """The same for small calls that can be computed as one: of one rule, settings and shapes; None for others."""
+    site, inputs, rule = record.site, record.inputs, record.site.rule
+    if grad.numel() > SMALL or grad.shape != record.shape or record.kwargs or not record.in_output_graph:
+        return None
+    if rule.depends_on is None or (record.placement is not FIRST and record.placement != FIRST):
+        return None
+    if inputs is None or len(inputs) != 1 or not isinstance(inputs[0], Tensor) or inputs[0].numel() > SMALL:
+        return None
+    x, names = inputs[0], rule.depends_on
+    settings = tuple([getattr(site.module, name) for name in names]) if names else ()
+    parameters = tuple(site.shapes.items())
+    return (rule.function, parameters, settings, x.shape, x.dtype, record.shape, grad.dtype, grad.device)

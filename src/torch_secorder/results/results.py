@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch_secorder.errors import ArgumentError, LifecycleError
 from torch_secorder.model.parameters import Parameter, plain_name, unwrapped
 from torch_secorder.recording.quantities import Diagonal
-from torch_secorder.recording.sample_norms import SampleNorms
 from torch_secorder.results.report import By, Report
 from torch_secorder.results.saving import load, save
 from torch_secorder.results.statistics import Statistics
@@ -121,15 +120,6 @@ class Results:
         return statistics
 
     # ------------------------------------------------------------------------------------------------ added to
-
-    def add(
-        self,
-        samples: SampleNorms,
-        gradients: Mapping[int, float] | None = None,
-        scale: float = 1.0,
-    ) -> None:
-        """Add a backward pass; see :meth:`Statistics.update <torch_secorder.results.statistics.Statistics.update>`."""
-        self.statistics.update(samples, gradients, scale)
 
     def reset(self) -> None:
         """Forget every sample."""

@@ -71,7 +71,8 @@ class Statistics:
             scale: from the pass's squares to those of gradients of l_n.
         """
         t = samples.squared_norms.detach().to("cpu", torch.float64) * scale
-        before = [(part, dict(vars(part))) for part in (self, *self._parts())]
+        parts = [self, *self._parts()]
+        before = list(zip(parts, map(dict, map(vars, parts)), strict=True))
         try:
             self.squared_norms.add(t)
             self.gradients.add(gradients or {}, samples.batch)
@@ -91,14 +92,15 @@ class Statistics:
         return [self.squared_norms, self.gradients, *self.quantities.values()]
 
     def _note_rules(self, samples: SampleNorms) -> None:
-        new = [position for position in samples.reached if not self.reached[position]]
-        if new:
-            self.reached = self.reached.index_fill(0, torch.tensor(new), True)
-        changed = {p: found for p, found in samples.rules.items() if self.rules[p] != list(found)}
-        if changed:
-            self.rules = list(self.rules)
-            for position, found in changed.items():
-                self.rules[position] = list(dict.fromkeys([*self.rules[position], *found]))
+        """Note which parameters were reached, and how; both lists are replaced, so that an interrupt leaves the old ones."""
+        reached, rules = self.reached, self.rules
+        for position in samples.reached:
+            if not reached[position]:
+                reached = reached.index_fill(0, torch.tensor(position), True)
+        for position, found in samples.rules.items():
+            if rules[position] != list(found):
+                rules = [*rules[:position], list(dict.fromkeys([*rules[position], *found])), *rules[position + 1 :]]
+        self.reached, self.rules = reached, rules
 
     def merge(self, other: Statistics) -> None:
         """Add the samples of ``other``, which stays as it is.

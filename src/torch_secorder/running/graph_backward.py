@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, Node
 
 from torch_secorder.autograd.engine import current_node, in_search_pass, library_pass, search_pass
 from torch_secorder.capture.records import Forward, Record
 from torch_secorder.errors import CoverageError, UnsupportedError
 from torch_secorder.graph.frontier import ParameterUse
+from torch_secorder.recording.backward_pass import BackwardPass, not_finite
 from torch_secorder.recording.quantities import QUANTITIES
-from torch_secorder.recording.recorder import BackwardPass, Recorder, not_finite
+from torch_secorder.recording.recorder import Recorder
 from torch_secorder.recording.sample_norms import SampleNorms
 
 
@@ -45,7 +45,8 @@ class GraphBackward(Recorder):
         self._inputs: Sequence[Tensor | GradientEdge] = []
         self._shared_graph = False  # whether the graph is somebody else's, maybe with a monitor's hooks on it
         self._defers = False
-        self._deferred: list[Callable[[], None]] = []  # what has to wait for the end of the backward pass
+        # Uses whose gradients take calls of nodes have to wait for the end of the backward pass.
+        self._deferred: list[tuple[ParameterUse, Node | None, tuple[Tensor | None, ...]]] = []
         self.n = self.fingerprint = 0
 
     @contextmanager
@@ -112,15 +113,15 @@ class GraphBackward(Recorder):
             ) from error
 
     def _finished(self, current: BackwardPass, root: Tensor, found: Sequence[Tensor | None]) -> SampleNorms:
-        for action in self._deferred:
-            self._within(current, action)
+        for use, node, grads in self._deferred:
+            self._within(current, use, current.accumulator.add_use, use, node, grads)
         arrived = iter(found)
         for item, several in self._starts:
             grads = tuple(itertools.islice(arrived, len(several)))
             if isinstance(item, ParameterUse):
-                self._within(current, self._add_use, current, item, several[0].node, grads)
+                self._within(current, item, current.accumulator.add_use, item, several[0].node, grads)
             elif grads[0] is not None:
-                self._within(current, self._add_start, current, item, grads[0])
+                self._within(current, item, self._add_start, current, item, grads[0])
         if current.error is None and not current.accumulator:
             raise self._nothing_found(root)
         return self.finish(current)
@@ -128,7 +129,7 @@ class GraphBackward(Recorder):
     def _add_start(self, current: BackwardPass, record: Record, grad: Tensor) -> None:
         """The gradient of a layer before which nothing is differentiated."""
         with self.forwards.recomputing():
-            self._add_record(current, record, grad)
+            current.accumulator.add(record, grad)
 
     def _nothing_found(self, root: Tensor) -> Exception:
         if not bool(root.isfinite().all()):
@@ -137,19 +138,19 @@ class GraphBackward(Recorder):
 
     # ------------------------------------------------------------------------------------------------ what arrives
 
-    def _pass_under_way(self) -> BackwardPass | None:
+    def _pass_under_way(self, recomputed_in: int | None = None) -> BackwardPass | None:
         return self._current if self._shared_graph or not in_search_pass() else None
 
-    def _on_output_gradient(self, record: Record, grad: Tensor) -> None:
+    def _on_output_gradient(self, record: Record, output_nr: int, grads: tuple[Tensor | None, ...]) -> None:
         if not record.starts_graph:  # the gradients of those that do are results of the pass
-            super()._on_output_gradient(record, grad)
+            super()._on_output_gradient(record, output_nr, grads)
 
     def _on_use_gradients(self, use: ParameterUse, grads: tuple[Tensor | None, ...]) -> None:
         current = self._pass_under_way()
         if current is None or use.is_first:
             return
         if self._needs_node_calls(use):
-            self._deferred.append(partial(self._add_use, current, use, current_node(), grads))
+            self._deferred.append((use, current_node(), grads))
         else:
             super()._on_use_gradients(use, grads)
 

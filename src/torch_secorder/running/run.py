@@ -23,8 +23,9 @@ from torch_secorder.model.restore import (
     twice_differentiable,
 )
 from torch_secorder.recording.accumulator import PassOptions
+from torch_secorder.recording.backward_pass import BackwardPass
 from torch_secorder.recording.plan import Plan
-from torch_secorder.recording.recorder import BackwardPass, Recorder
+from torch_secorder.recording.recorder import Recorder
 from torch_secorder.running.graph_backward import GraphBackward
 
 
@@ -110,7 +111,7 @@ class HookedForward(GraphBackward):
 class _Rehearsal(Recorder):
     """Records a forward for where its samples are only; no backward pass of it counts."""
 
-    def _pass_under_way(self) -> BackwardPass | None:
+    def _pass_under_way(self, recomputed_in: int | None = None) -> BackwardPass | None:
         return None
 
 

@@ -1,0 +1,64 @@
+"""One backward pass that is under way, and what can be wrong with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from torch_secorder.capture.records import Record
+from torch_secorder.errors import LifecycleError, NonFiniteError
+from torch_secorder.graph.frontier import ParameterUse
+from torch_secorder.per_sample import sign_vectors
+from torch_secorder.recording.accumulator import PassAccumulator
+from torch_secorder.recording.gradient_norms import GradientNorms
+from torch_secorder.recording.sample_norms import SampleNorms
+
+
+@dataclass(eq=False, slots=True, weakref_slot=True)
+class BackwardPass:
+    """A backward pass that is under way.
+
+    Attributes:
+        task: its number.
+        accumulator: what it adds up to.
+        gradients: the norms of the parameters' own gradients.
+        projections: position -> the parameter's own gradient along one direction, in a pass that is checked.
+        special: whether our sums take a setting of their own: autocast is on, or memory is limited.
+        error: the first that went wrong, which waits for the end of the pass.
+    """
+
+    task: int
+    accumulator: PassAccumulator
+    gradients: GradientNorms
+    special: bool
+    projections: dict[int, Tensor] = field(default_factory=dict)
+    error: Exception | None = None
+
+    def project(self, position: int, grad: Tensor) -> None:
+        """Note a parameter's own gradient along one direction."""
+        left, right = sign_vectors(grad.shape, grad)
+        along = left @ (grad.detach().reshape(len(left), -1) @ right)
+        self.projections[position] = self.projections.get(position, 0) + along
+
+
+# Raises if something is wrong with what a pass found.
+Check = Callable[[BackwardPass, SampleNorms], None]
+
+
+def counted_again(seen: Record | ParameterUse) -> LifecycleError:
+    """The refusal of a backward pass that reaches samples which another has counted."""
+    what = seen.site if isinstance(seen, Record) else "a parameter's use outside of its module"
+    return LifecycleError(
+        f"{what}: a second backward pass went through the same forward, whose samples are counted already; call the model again, "
+        'or pass repeated_calls="new" to count them as new samples'
+    )
+
+
+def not_finite(what: str) -> NonFiniteError:
+    """The refusal of a batch that isn't finite before it is known where the model has its samples."""
+    return NonFiniteError(
+        f"{what} are not finite, in the first batch in which it was looked for where the model has its samples, which such a "
+        "batch can't show; it is left out as a whole"
+    )
