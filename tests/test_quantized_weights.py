@@ -132,7 +132,7 @@ def verify_with(model: nn.Module, spoilt: str | None) -> None:
     analysis = Analysis(model, "all")
     found = analysis.empirical(F.cross_entropy, x, y)
     if spoilt is not None:
-        found.samples.norms[analysis.table.names.index(spoilt)] *= 1.01
+        found.samples.squared_norms[analysis.table.names.index(spoilt)] *= 1.01
     verify_empirical(analysis, F.cross_entropy, x, y, found)
 
 

@@ -244,7 +244,7 @@ def test_any_sample_can_be_looked_at(sample: int) -> None:
     analysis, (x, y) = Analysis(classifier()), batch()
     found = analysis.empirical(F.cross_entropy, x, y)
     samples_alone.verify_empirical(analysis, F.cross_entropy, x, y, found, range(5))
-    found.samples.norms[1, sample] *= 1.001
+    found.samples.squared_norms[1, sample] *= 1.001
     for other in range(5):
         if other != sample:
             samples_alone.verify_empirical(analysis, F.cross_entropy, x, y, found, [other])
@@ -439,7 +439,7 @@ def test_the_functions_run_no_hook_of_the_users_on_a_parameter(name: str) -> Non
 def test_samples_one_by_one_run_no_hook_of_the_users_either() -> None:
     model, (x, y) = nn.Sequential(nn.Linear(4, 6), Coupled(), nn.Linear(6, 3)).double(), batch()
     monkey = pytest.MonkeyPatch()
-    monkey.setattr("torch_secorder.running.graph_backward.Passes.backward", refused)
+    monkey.setattr("torch_secorder.running.graph_backward.GraphBackward.backward", refused)
     with monkey.context(), pytest.warns(SlowFallbackWarning, match="backward pass of its own"):
         expected = generalized_fisher_trace(model, model(x), y)
         seen = tripled(model)

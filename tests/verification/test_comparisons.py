@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from torch_secorder.batch_axis.evidence import Sketch, Unplaced, evidence, factors
+from torch_secorder.batch_axis.evidence import Sketch, Unplaced, evidence, sample_marks
 from torch_secorder.batch_axis.placement import Placement
 from torch_secorder.errors import CoverageError, VerificationError
 from torch_secorder.model.ranks import Ranks
@@ -144,12 +144,12 @@ def test_a_gradient_that_is_no_number_is_not_separable(value: float, spoilt_firs
 def test_a_gradient_with_nan_is_no_evidence() -> None:
     """What overflows on its way, and is multiplied by zero, says nothing of whose it is."""
     grad = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    marked = [grad * factor[:, None].double() for factor in factors(4)]
+    marked = [grad * factor[:, None].double() for factor in sample_marks(4)]
     plain, *scaled = map(Sketch.of, marked)
     assert evidence(plain, scaled, 4) == Placement(0)
     for value in NOT_NUMBERS:
         spoilt = [Sketch.of(torch.full_like(grad, value)) for _ in scaled]
-        assert evidence(plain, spoilt, 4) is Unplaced.SHARED
+        assert evidence(plain, spoilt, 4) is Unplaced.SHARED_BY_SAMPLES
 
 
 # Ranks that hold a model together
@@ -174,7 +174,7 @@ def two_ranks(monkeypatch: pytest.MonkeyPatch) -> Callable[[Tensor, Tensor], Non
         for values, reduce in ((others, first), (mine, second)):
             monkeypatch.setattr(dist, "all_reduce", reduce)
             try:
-                ranks.check_same(values, ["a", "b"])
+                ranks.require_same_norms(values[:, None], ["a", "b"])
             except CoverageError:
                 assert reduce is second
                 raise
