@@ -12,7 +12,10 @@ from torch import Tensor, nn
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 from torch_secorder import FisherMonitor, fisher_report, generalized_fisher_trace
-from torch_secorder.errors import UnsupportedError
+from torch_secorder.errors import UnsupportedError, VerificationError
+from torch_secorder.running.analysis import Analysis
+from torch_secorder.verification import differentiable_model
+from torch_secorder.verification.samples_alone import verify_empirical
 
 
 class Adapted(nn.Module):
@@ -118,3 +121,42 @@ def test_a_quantized_weight_that_requires_a_gradient_is_refused() -> None:
     model.first.base.weight.requires_grad_(True)
     with pytest.raises(UnsupportedError, match=r"first\.base\.weight: a Int8Tensor that requires a gradient.*frozen"):
         FisherMonitor(model)
+
+
+# The check, for which autograd has no gradient in the codes
+
+
+def verify_with(model: nn.Module, spoilt: str | None) -> None:
+    """Check an analysis, in which one parameter's norms are off by a per cent."""
+    x, y = batch()
+    analysis = Analysis(model, "all")
+    found = analysis.empirical(F.cross_entropy, x, y)
+    if spoilt is not None:
+        found.samples.squared_norms[analysis.table.names.index(spoilt)] *= 1.01
+    verify_empirical(analysis, F.cross_entropy, x, y, found)
+
+
+def test_a_quantized_weight_is_checked_by_plain_autograd_in_the_numbers_it_stands_for() -> None:
+    model = quantized()
+    before = {name: id(p) for name, p in model.named_parameters()}
+    verify_with(model, None)
+    with pytest.raises(VerificationError, match=r"first\.base\.weight: .* in its batch") as raised:
+        verify_with(model, "first.base.weight")
+    assert "first.base.bias" not in str(raised.value)
+    assert {name: id(p) for name, p in model.named_parameters()} == before
+
+
+@pytest.mark.parametrize("why", ["other numbers", "no numbers"])
+def test_a_quantized_weight_that_cannot_be_checked_is_left_out_with_a_warning(
+    why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = quantized()
+    if why == "other numbers":
+        monkeypatch.setattr(differentiable_model, "DEQUANTIZED_OUTPUTS", 0.0)
+    else:
+        monkeypatch.setattr(type(model.first.base.weight), "dequantize", lambda self: 1 / 0)
+    words = r"not verified: first\.base\.weight, second\.base\.weight\. Autograd"
+    with pytest.warns(UserWarning, match=words):
+        verify_with(model, "first.base.weight")
+    with pytest.warns(UserWarning, match=words), pytest.raises(VerificationError, match=r"first\.base\.bias: "):
+        verify_with(model, "first.base.bias")

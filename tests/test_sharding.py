@@ -45,7 +45,7 @@ def watch(setup: Setup, model: nn.Module, numbers: Any) -> FisherMonitor:
 
 def kept(monitor: FisherMonitor) -> dict[str, Any]:
     """What a monitor says, beside its table."""
-    names = [name for name, wanted in monitor._statistics.keeps.items() if wanted]
+    names = [name for name, wanted in monitor.results.statistics.keeps.items() if wanted]
     return {name: getattr(monitor, name) for name in names}
 
 

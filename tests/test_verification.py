@@ -13,8 +13,17 @@ from torch import Tensor, nn
 from model_state import assert_unchanged, hooks, state
 from oracles import assert_equal, per_sample_squared_norms, total, trace
 from problems import AWKWARD, PROBLEMS, Problem
-from torch_secorder import empirical_fisher_trace, fisher_report, register_rule
-from torch_secorder.errors import CurvatureError, VerificationError
+from torch_secorder import (
+    FisherMonitor,
+    empirical_fisher_trace,
+    fisher_report,
+    generalized_fisher_trace,
+    hessian_trace,
+    register_rule,
+)
+from torch_secorder.errors import ArgumentError, CurvatureError, SlowFallbackWarning, VerificationError
+from torch_secorder.running.analysis import Analysis
+from torch_secorder.verification import samples_alone
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths"),
@@ -103,10 +112,19 @@ def wrong_scale(module: Scale, call: Any) -> dict[str, Tensor]:
     return {"factor": call.grad_output}
 
 
-def test_a_wrong_rule() -> None:
+@pytest.mark.parametrize(
+    "way",
+    [
+        lambda model, x, y: fisher_report(model, F.cross_entropy, (x, y), progress=False),
+        lambda model, x, y: empirical_fisher_trace(model, F.cross_entropy, x, y),
+    ],
+    ids=["fisher_report", "empirical_fisher_trace"],
+)
+def test_a_wrong_rule(way: Callable[..., Any]) -> None:
+    """No check asks a rule whether it is right."""
     model = nn.Sequential(Scale(), nn.Linear(4, 3)).double()
-    with pytest.raises(CurvatureError, match=r"0\.factor") as raised:
-        fisher_report(model, nn.CrossEntropyLoss(), batch(), progress=False)
+    with pytest.raises(VerificationError, match=r"0\.factor") as raised:
+        way(model, *batch())
     assert "1.weight" not in str(raised.value)
 
 
@@ -192,3 +210,270 @@ def test_a_wrong_rule_beside_outputs_that_the_loss_does_not_use() -> None:
     x, y = torch.randn(5, 6), torch.randn(5, 4)
     with pytest.raises(VerificationError, match=r"last\.factor"):
         fisher_report(WithLargeNumbers(), lambda out, y: nn.functional.mse_loss(out[0], y), (x, y), progress=False)
+
+
+# When it is checked
+
+
+def test_the_functions_check_the_1st_2nd_3rd_5th_and_9th_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Tensor] = []
+    checked: list[int] = []
+    verify = samples_alone.verify_samples
+
+    def counted(analysis: Any, loss: Any, inputs: Any, result: Any, samples: Any) -> None:
+        checked.append(len(calls) + 1)
+        verify(analysis, loss, inputs, result, samples)
+
+    monkeypatch.setattr(samples_alone, "verify_samples", counted)
+    model, (x, y) = classifier(), batch()
+    for _ in range(11):
+        calls.append(empirical_fisher_trace(model, F.cross_entropy, x, y))
+    assert checked == [1, 2, 3, 5, 9]
+
+
+@pytest.mark.parametrize("checked", ["always", "never", "when due"])
+def test_outputs_are_kept_for_a_check_only(checked: Any) -> None:
+    """They are as large as all else in a language model."""
+    analysis, (x, y) = Analysis(classifier()), batch()
+    kept = [analysis.empirical(F.cross_entropy, x, y, checked=checked).outputs is not None for _ in range(5)]
+    assert kept == {"always": [True] * 5, "never": [False] * 5, "when due": [True, True, True, False, True]}[checked]
+
+
+@pytest.mark.parametrize("sample", range(5))
+def test_any_sample_can_be_looked_at(sample: int) -> None:
+    analysis, (x, y) = Analysis(classifier()), batch()
+    found = analysis.empirical(F.cross_entropy, x, y)
+    samples_alone.verify_empirical(analysis, F.cross_entropy, x, y, found, range(5))
+    found.samples.squared_norms[1, sample] *= 1.001
+    for other in range(5):
+        if other != sample:
+            samples_alone.verify_empirical(analysis, F.cross_entropy, x, y, found, [other])
+    with pytest.raises(VerificationError, match=rf"sample {sample}: (?s:.*)0\.bias"):
+        samples_alone.verify_empirical(analysis, F.cross_entropy, x, y, found, range(5))
+
+
+# Half precision
+
+
+class InAutocast(nn.Module):
+    """Two layers; float32 comes out, whatever they computed in."""
+
+    def __init__(self, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.a, self.b, self.dtype = nn.Linear(64, 64), nn.Linear(64, 3), dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.dtype is None:
+            return self.b(self.a(x).tanh()).float()
+        with torch.autocast("cpu", self.dtype):
+            return self.b(self.a(x).tanh()).float()
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_outputs_in_float32_of_a_model_under_autocast(seed: int) -> None:
+    torch.manual_seed(seed)
+    model, x, y = InAutocast(), torch.randn(16, 64), torch.randint(3, (16,))
+    expected = total(trace(per_sample_squared_norms(model, F.cross_entropy, x, y)))
+    with torch.autocast("cpu", torch.bfloat16):
+        report = fisher_report(model, F.cross_entropy, (x, y), progress=False)
+        value = empirical_fisher_trace(model, F.cross_entropy, x, y)
+    assert report["fisher_trace"].sum() == pytest.approx(float(expected), rel=2e-2)
+    assert float(value) == pytest.approx(float(expected), rel=2e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("seed", range(5))
+def test_a_model_that_is_under_autocast_by_itself(seed: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(seed)
+    model, x, y = InAutocast(dtype), torch.randn(16, 64), torch.randint(3, (16,))
+    plain = InAutocast()
+    plain.load_state_dict(model.state_dict())
+    expected = total(trace(per_sample_squared_norms(plain, F.cross_entropy, x, y)))
+    report = fisher_report(model, F.cross_entropy, (x, y), progress=False)
+    assert report["fisher_trace"].sum() == pytest.approx(float(expected), rel=2e-2)
+    exact = fisher_report(plain, None, (x, None), fisher="exact", progress=False)["fisher_trace"].sum()
+    value = generalized_fisher_trace(model, model(x), None)  # which warns if its check fails
+    assert float(value) == pytest.approx(exact, rel=2e-2)
+    with FisherMonitor(model) as monitor:
+        outputs = model(x)
+        loss = F.cross_entropy(outputs, y)
+        monitor.verify(loss)
+        loss.backward()
+    assert float(monitor.trace) == pytest.approx(float(expected), rel=2e-2)
+
+
+def test_marks_of_samples_fit_into_the_half_precision_behind_float32_outputs() -> None:
+    """As many positions as samples, so that shapes leave open which axis is which."""
+
+    class Ambiguous(InAutocast):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).mean(1)
+
+    model, x, y = Ambiguous(torch.float16), torch.randn(16, 16, 64), torch.randint(3, (16,))
+    with FisherMonitor(model) as monitor:
+        F.cross_entropy(model(x), y).backward()
+    model.dtype = None
+    expected = total(trace(per_sample_squared_norms(model, F.cross_entropy, x, y)))
+    assert float(monitor.trace) == pytest.approx(float(expected), rel=2e-2)
+
+
+def test_a_loss_that_averages_in_half_precision() -> None:
+    def loss_fn(outputs: Tensor, targets: Tensor) -> Tensor:
+        return (outputs.bfloat16() - targets).square().mean(1).mean().float()
+
+    for seed in range(10):
+        torch.manual_seed(seed)
+        model, x, y = nn.Linear(4, 3), torch.randn(33, 4), torch.randn(33, 3)
+        value = float(empirical_fisher_trace(model, loss_fn, x, y))
+        expected = total(trace(per_sample_squared_norms(model, F.mse_loss, x, y)))
+        assert value == pytest.approx(float(expected), rel=3e-2)
+
+
+def test_a_loss_that_overflows_is_not_taken_for_an_average() -> None:
+    """Its gradient is finite, and a sum's would count N times as much as that of a mean."""
+    model, x = nn.Linear(4, 3).half(), torch.ones(5, 4).half()
+    with pytest.raises(ArgumentError, match="neither averages nor sums"):
+        empirical_fisher_trace(model, lambda o, t: (o - t).square().sum(), x, torch.full((5, 3), 300.0).half())
+
+
+# What is no number
+
+
+class Standardised(nn.Module):
+    """Divides by the standard deviation over the batch, which one sample alone has not."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x / x.std(0)
+
+
+@pytest.mark.filterwarnings("ignore:std")
+@pytest.mark.parametrize("fisher", ["empirical", "exact"])
+def test_a_sample_that_is_nan_alone_does_not_pass(fisher: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 6), Standardised(), nn.Linear(6, 3)).double()
+    x, y = batch()
+    with pytest.raises(VerificationError, match="nan alone"):
+        fisher_report(model, F.cross_entropy, (x, y), fisher=fisher, progress=False)
+    with pytest.raises(VerificationError, match="nan alone"):
+        empirical_fisher_trace(model, F.cross_entropy, x, y)
+
+
+# What a sample alone looks like
+
+
+class Squeezed(nn.Module):
+    """One number for each sample, and for one sample no axis at all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x).squeeze()
+
+
+def test_outputs_that_are_squeezed() -> None:
+    model, x, y = Squeezed().double(), torch.randn(5, 4).double(), torch.randn(5).double()
+    weight = torch.cat([x, torch.ones(5, 1)], 1).square().sum(1)
+    expected = (4 * (model(x) - y).square() * weight).mean()
+    report = fisher_report(model, nn.MSELoss(), (x, y), progress=False)
+    assert_equal(torch.tensor(report["fisher_trace"].sum()), expected, expected, torch.float64)
+    assert_equal(empirical_fisher_trace(model, nn.MSELoss(), x, y), expected, expected)
+
+
+class Summary(nn.Module):
+    """Returns more for a batch than for one sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        y = self.layer(x)
+        return [y, y.detach()] if len(x) > 1 else [y]
+
+
+def test_outputs_of_another_kind_for_one_sample_are_refused() -> None:
+    x, y = batch()
+    with pytest.raises(VerificationError, match="2 tensors for a batch and 1 for one"):
+        fisher_report(Summary().double(), lambda out, y: F.cross_entropy(out[0], y), (x, y), progress=False)
+
+
+# Hooks of the user's on parameters
+
+
+def tripled(model: nn.Module) -> list[Tensor]:
+    """Has the user's own hook on a parameter, and what it was called with."""
+    seen: list[Tensor] = []
+
+    def hook(grad: Tensor) -> Tensor:
+        seen.append(grad)
+        return 3 * grad
+
+    next(model.parameters()).register_hook(hook)
+    return seen
+
+
+FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "fisher_report": lambda m, x, y: fisher_report(m, F.cross_entropy, (x, y), progress=False)["fisher_trace"].sum(),
+    "exact": lambda m, x, y: fisher_report(m, None, (x, y), fisher="exact", progress=False)["fisher_trace"].sum(),
+    "empirical": lambda m, x, y: float(empirical_fisher_trace(m, F.cross_entropy, x, y)),
+    "generalized": lambda m, x, y: float(generalized_fisher_trace(m, m(x), y)),
+    "hessian": lambda m, x, y: hessian_trace(
+        *(m, F.cross_entropy, x, y, 4), generator=torch.Generator().manual_seed(0)
+    ).attrs["trace"],
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_the_functions_run_no_hook_of_the_users_on_a_parameter(name: str) -> None:
+    model, (x, y) = classifier(), batch()
+    expected = FUNCTIONS[name](model, x, y)
+    seen, before = tripled(model), hooks(model)
+    assert FUNCTIONS[name](model, x, y) == pytest.approx(expected, rel=1e-12)
+    assert not seen
+    assert hooks(model) == before
+    F.cross_entropy(model(x), y).backward()
+    assert len(seen) == 1
+
+
+def test_samples_one_by_one_run_no_hook_of_the_users_either() -> None:
+    model, (x, y) = nn.Sequential(nn.Linear(4, 6), Coupled(), nn.Linear(6, 3)).double(), batch()
+    monkey = pytest.MonkeyPatch()
+    monkey.setattr("torch_secorder.running.graph_backward.GraphBackward.backward", refused)
+    with monkey.context(), pytest.warns(SlowFallbackWarning, match="backward pass of its own"):
+        expected = generalized_fisher_trace(model, model(x), y)
+        seen = tripled(model)
+        assert_equal(generalized_fisher_trace(model, model(x), y), expected, expected)
+    monkey.undo()
+    assert not seen
+
+
+def refused(*_: Any, **__: Any) -> Any:
+    raise VerificationError("not this time")
+
+
+def test_a_monitors_check_runs_no_hook_of_the_users_of_its_own() -> None:
+    model, (x, y) = classifier(), batch()
+    expected = total(trace(per_sample_squared_norms(model, F.cross_entropy, x, y)))
+    seen = tripled(model)
+    with FisherMonitor(model) as monitor:
+        outputs = model(x)
+        loss = F.cross_entropy(outputs, y)
+        monitor.verify(loss)
+        assert not seen
+        loss.backward()
+    assert len(seen) == 1
+    assert_equal(monitor.trace, expected, expected, torch.float64)
+
+
+def test_a_monitor_of_frozen_parameters_can_be_verified() -> None:
+    """By those that have a gradient in the user's graph."""
+    model, (x, y) = classifier(), batch()
+    model[0].requires_grad_(False)
+    with FisherMonitor(model, parameters="all") as monitor:
+        outputs = model(x)
+        loss = F.cross_entropy(outputs, y)
+        monitor.verify(loss)
+        loss.backward()
+    expected = trace(per_sample_squared_norms(model, F.cross_entropy, x, y, parameters="all"))
+    assert_equal(monitor.trace, total(expected), total(expected), torch.float64)

@@ -161,7 +161,7 @@ def _explains(rows: Tensor, scaled: list[Tensor], owner: Tensor | None, n: int, 
         factor = factor if owner is None else factor[owner.clamp(max=n - 1)]
         off = (found / factor[:, None] - rows).norm(dim=1)
         # A wrong owner is off by half of the row at least.
-        if not bool((off <= forgiven * size + 1e-4 * size.max()).all()):  # NaN is no explanation
+        if not bool((off.isfinite() & (off <= forgiven * size + 1e-4 * size.max())).all()):
             return False
     return True
 

@@ -48,12 +48,13 @@ def require_equal_norms(
 
 
 def unequal_norms(in_batch: Tensor, alone: Tensor, *, half: bool, rounding: Tensor | float = 0.0) -> list[int]:
-    """The positions at which two rows of squared norms differ by more than rounding. NaN differs from everything."""
+    """The positions at which two rows of squared norms differ by more than rounding. What isn't finite equals nothing."""
     tolerance = sample_alone(in_batch.dtype, half)
     in_batch, alone = in_batch.cpu().double(), alone.cpu().double()
     total = alone[alone.isfinite()].sum()
     of_total = torch.full_like(alone, tolerance.of_total)
     of_total[in_batch == 0] = tolerance.of_total_for_zero
     bound = tolerance.relative * torch.maximum(in_batch, alone) + of_total * total + rounding
-    equal = (in_batch - alone).abs() <= bound
+    finite = in_batch.isfinite() & alone.isfinite()
+    equal = finite & ((in_batch - alone).abs() <= bound)
     return (~equal).nonzero().flatten().tolist()

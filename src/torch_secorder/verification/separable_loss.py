@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -26,7 +27,8 @@ def require_separable(loss_fn: Callable[[Any, Any], Tensor], outputs: Any, targe
     first = _gradients_in_first(loss_fn, outputs, outputs, targets, few, axis)
     second = _gradients_in_first(loss_fn, mapped(shrunk, outputs), outputs, targets, few, axis)
     for here, there in zip(first, second, strict=True):
-        if not (here - there).norm() <= SEPARABLE_LOSS * here.norm():  # NaN is no agreement
+        off, size = float((here - there).norm()), float(here.norm())
+        if not (off <= SEPARABLE_LOSS * size and math.isfinite(size)):  # What isn't finite agrees with nothing.
             raise VerificationError(
                 "the loss's gradient in the first sample's outputs changes with the other samples' outputs: a loss that "
                 "compares samples with each other (contrastive, load balancing, batch statistics) has no per-sample gradients"
