@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import nn
+from torch.autograd.graph import GradientEdge
 
-from torch_secorder.batch_axis.evidence import Evidence
+from torch_secorder.batch_axis.evidence import Evidence, Unplaced
+from torch_secorder.batch_axis.placement import Placement
 
 Key = tuple[object, ...]
+Wanted = tuple[Key, GradientEdge, Sequence[int]]  # what to remember it by, where in the graph, the shape to see it in
 
 # How many kinds of graph are remembered. A model that makes more of them hardly makes the same one twice, so that there is
 # little to gain from remembering, and the memory would grow without end.
@@ -59,6 +62,27 @@ class PlacementCache:
     evidence: dict[Key, Evidence] = field(default_factory=dict)
     telling_outputs: dict[Key, int] = field(default_factory=dict)
     graphs_seen: int = 0
+
+    def missing(self, wanted: Sequence[Wanted], n: int, *, skip_unreached: bool) -> list[Wanted]:
+        """The places in a graph of n samples for which no evidence is known that holds there.
+
+        With ``skip_unreached``, a call that no gradient reached before is not among them: it keeps the placement that its
+        shape suggests meanwhile. A use has none to keep, so that it is always searched for again.
+        """
+        found: list[Wanted] = []
+        for item in wanted:  # in every step: no function for each place
+            key, _, shape = item
+            known = self.evidence.get(key)
+            if isinstance(known, Placement):
+                # A router decides anew for each batch, so that a list of samples is good for one graph only.
+                holds = known.sample_index is None and known.fits(shape, n)
+            elif known is Unplaced.NO_GRADIENT:
+                holds = skip_unreached and key[0] == "call"
+            else:
+                holds = known is Unplaced.SHARED_BY_SAMPLES
+            if not holds:
+                found.append(item)
+        return found
 
 
 class ModelKnowledge:

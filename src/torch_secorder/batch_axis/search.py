@@ -1,211 +1,111 @@
-"""Evidence for where the tensors in a graph have their samples, from backward passes of our own."""
+"""The search for samples: what is known of a graph, what a small batch shows, and what only passes through the graph show."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
-from functools import cached_property, partial
 
-import torch
-from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from torch_secorder.autograd.engine import in_search_pass, search_pass
 from torch_secorder.autograd.nodes import output_shapes
-from torch_secorder.autograd.precision import has_half_precision
-from torch_secorder.batch_axis.evidence import (
-    MARKS_PER_PASS,
-    MARKS_PER_PASS_OF_HALF,
-    Evidence,
-    Sketch,
-    Unplaced,
-    evidence,
-    sample_marks,
-)
-from torch_secorder.batch_axis.knowledge import Key, PlacementCache, is_due
-from torch_secorder.batch_axis.placement import Placement
-from torch_secorder.errors import ShapeError, UnsupportedError
-from torch_secorder.model.ranks import Ranks, full_tensor
-
-SEED_PERIOD = 262_139  # a prime: whatever else is periodic in a root has another period
-Wanted = tuple[Key, GradientEdge, Sequence[int]]  # what to remember it by, where in the graph, the shape to see it in
+from torch_secorder.batch_axis.evidence import Evidence, Unplaced
+from torch_secorder.batch_axis.knowledge import PlacementCache, Wanted, is_due
+from torch_secorder.batch_axis.search_pass import SearchPasses, Viewed
+from torch_secorder.model.ranks import Ranks
 
 
 class SampleSearch:
-    """Evidence for nodes of one graph, remembered for later graphs of the same model.
-
-    Attributes:
-        outputs: as ``telling_outputs`` of :class:`PlacementCache`.
-        look_ahead: gives nodes that may be asked for later: if a backward pass is made, it looks at them too.
+    """Finds where tensors in one graph have their samples, in the cheapest way that is left.
 
     Args:
-        placements: what was found out before.
-        roots: the model's outputs.
-        axis: where those have their samples; others tell nothing.
-        n: how many samples.
-        locate_on_three_samples: adds to the placements from a cheaper graph of the same model, if there is a way.
-        ambiguous_shapes: whether shapes leave open where the samples are.
-        ranks: those that look together, at the same places.
+        placements: what graphs of this kind have shown. What is found is added to it.
+        n: how many samples this graph has.
+        ambiguous_shapes: whether its shapes leave open where the samples are.
+        passes: makes the backward passes through this graph, which are the last resort.
+        locate_on_three_samples: adds to what is known from a smaller batch of the same model, if there is a way.
+        look_ahead: the nodes that may be asked for later. If a pass is made, it looks at them too.
     """
 
     def __init__(
         self,
         placements: PlacementCache,
-        roots: list[Tensor],
-        axis: int,
         n: int,
-        locate_on_three_samples: Callable[[], None] | None,
         ambiguous_shapes: bool,
+        passes: Callable[[], SearchPasses],
+        locate_on_three_samples: Callable[[], None] | None = None,
+        look_ahead: Callable[[], Iterable[Node]] = list,
+    ):
+        self.placements, self._n, self._passes = placements, n, passes
+        self._locate_on_three_samples, self._look_ahead = locate_on_three_samples, look_ahead
+        self._ahead: dict[tuple[Node, int], Evidence] = {}
+        placements.graphs_seen += 1
+        # A tensor that no gradient reached could not be placed. It is searched for again in the 1st, 2nd, 3rd, 5th, 9th, ...
+        # graph of its kind, and in every graph if shapes are ambiguous.
+        self._skip_unreached = not ambiguous_shapes and not is_due(placements.graphs_seen)
+
+    def __call__(self, wanted: Sequence[Wanted]) -> None:
+        """Search where it is needed. Afterwards, ``placements.evidence`` has an entry for each of these places."""
+        missing = self._missing(wanted)
+        if missing and self._locate_on_three_samples is not None:
+            self._locate_on_three_samples()
+            missing = self._missing(missing)
+        if missing:
+            self._find(missing)
+
+    def _missing(self, wanted: Sequence[Wanted]) -> list[Wanted]:
+        return self.placements.missing(wanted, self._n, skip_unreached=self._skip_unreached)
+
+    def _find(self, wanted: Sequence[Wanted]) -> None:
+        """Take the evidence from what an earlier pass saw ahead, and from new passes."""
+        left: list[Wanted] = []
+        for key, edge, shape in wanted:
+            if key[0] == "use" and (found := self._ahead.get((edge.node, edge.output_nr))) is not None:
+                self.placements.evidence[key] = found
+            else:
+                left.append((key, edge, shape))
+        if left:
+            self._look(left)
+
+    def _look(self, wanted: list[Wanted]) -> None:
+        nodes, self._look_ahead = list(self._look_ahead()), list
+        ahead = [(node, nr, shape) for node in nodes for nr, shape in enumerate(output_shapes(node))]
+        viewed: list[Viewed] = [(edge, shape) for _, edge, shape in wanted]
+        viewed += [(GradientEdge(node, nr), shape) for node, nr, shape in ahead]
+        found = self._passes().evidence(viewed)
+        keys, places = [key for key, _, _ in wanted], [(node, nr) for node, nr, _ in ahead]
+        self.placements.evidence.update(zip(keys, found[: len(keys)], strict=True))
+        self._ahead.update(zip(places, found[len(keys) :], strict=True))
+
+
+class SearchOnAllRanks(SampleSearch):
+    """The same for a model that several ranks hold together.
+
+    Either all of them search, at the same places, or none does. A pass has collective operations in it: a rank that made
+    one alone would wait for the others forever.
+    """
+
+    def __init__(
+        self,
+        placements: PlacementCache,
+        n: int,
+        ambiguous_shapes: bool,
+        passes: Callable[[], SearchPasses],
         ranks: Ranks,
     ):
-        self._known, self.outputs, self._n, self._axis = placements.evidence, placements.telling_outputs, n, axis
-        placements.graphs_seen += 1
-        # A gradient that was zero is asked for again, less and less often unless shapes leave open what its samples are.
-        self._skip_zero = not ambiguous_shapes and not is_due(placements.graphs_seen)
-        self._locate_on_three_samples, self._ranks = None if ranks.distributed else locate_on_three_samples, ranks
-        self._roots = [x for x in roots if x.shape[axis] == n]
-        self.look_ahead: Callable[[], Iterable[Node]] = list
-        self._seen: dict[tuple[Node, int], Evidence] = {}
+        super().__init__(placements, n, ambiguous_shapes, passes)
+        self._ranks = ranks
 
-    @cached_property
-    def _marks_per_pass(self) -> int:
-        return MARKS_PER_PASS_OF_HALF if has_half_precision(*self._roots) else MARKS_PER_PASS
-
-    def __call__(self, wanted: list[Wanted]) -> list[Evidence]:
-        """Evidence for each (key, edge, shape); what was found for a key before holds while it fits the shape."""
-        new = [item for item in wanted if not self._holds(item[0], item[2])]
-        if self._ranks.distributed:
-            return self._together(wanted, bool(new))
-        if new and self._locate_on_three_samples is not None:
-            self._locate_on_three_samples()
-            new = [item for item in new if not self._holds(item[0], item[2])]
-        self._find(new)
-        return [self._known[key] for key, _, _ in wanted]
-
-    def _together(self, wanted: list[Wanted], new: bool) -> list[Evidence]:
-        """All ranks look at all of these, or none looks at any: a pass of one alone would wait for the others forever."""
-        if not self._ranks.max_over_ranks(new):
-            return [self._known[key] for key, _, _ in wanted]
+    def __call__(self, wanted: Sequence[Wanted]) -> None:
+        """Search at all of these places if one of them is missing on any rank."""
+        if not self._ranks.max_over_ranks(bool(self._missing(wanted))):
+            return
+        keys = [key for key, _, _ in wanted]
         self._ranks.require_same(
-            [key for key, _, _ in wanted],
+            keys,
             "their graphs leave different places open where the samples are; give all of them batches of one shape, or pass "
             "batch_axis=",
         )
-        self._find(list(wanted))
-        shared = self._ranks.max_each_over_ranks(
-            [self._known[key] is Unplaced.SHARED_BY_SAMPLES for key, _, _ in wanted]
-        )
-        if self._n == 1:  # nothing tells one sample from all of them, but another rank's evidence
-            self._known |= {
-                key: Unplaced.SHARED_BY_SAMPLES for (key, _, _), found in zip(wanted, shared, strict=True) if found
-            }
-        return [self._known[key] for key, _, _ in wanted]
-
-    def _find(self, new: list[Wanted]) -> None:
-        looked_at = [item for item in new if item[0][0] == "use" and (item[1].node, item[1].output_nr) in self._seen]
-        for key, edge, _ in looked_at:
-            self._known[key] = self._seen[edge.node, edge.output_nr]
-        new = [item for item in new if item not in looked_at]
-        if new:
-            ahead: list[Wanted] = [
-                ((node, nr), GradientEdge(node, nr), shape)
-                for node in self.look_ahead()
-                for nr, shape in enumerate(output_shapes(node))
-            ]
-            self.look_ahead = list
-            columns = zip(*self._sketches([*new, *ahead]), strict=True)
-            for (key, edge, _), (plain, *scaled) in zip([*new, *ahead], columns, strict=True):
-                found = evidence(plain, scaled, self._n, self._marks_per_pass)
-                if key == (edge.node, edge.output_nr):
-                    self._seen[edge.node, edge.output_nr] = found
-                else:
-                    self._known[key] = found
-
-    def _holds(self, key: Key, shape: Sequence[int]) -> bool:
-        known = self._known.get(key)
-        if isinstance(known, Placement):
-            # A list is never remembered: a router decides anew for each batch.
-            return known.sample_index is None and known.fits(shape, self._n)
-        # (A call keeps its placement from its shape meanwhile; a use has none.)
-        return known is Unplaced.SHARED_BY_SAMPLES or (
-            known is Unplaced.NO_GRADIENT and self._skip_zero and key[0] == "call"
-        )
-
-    def _sketches(self, wanted: list[Wanted]) -> list[list[Sketch | None]]:
-        """For each set of factors for the samples, sketches of the gradients at the wanted edges in the wanted shapes."""
-        if not self._roots:
-            raise ShapeError(
-                f"where this model has its {self._n} samples can't be found out: it returns no differentiable tensor with as "
-                f"many indices on axis {self._axis}; return the outputs along with the loss, or pass batch_axis="
-            )
-        generator = torch.Generator().manual_seed(0)
-        tiles = [
-            torch.randn(min(x.numel(), SEED_PERIOD), generator=generator).to(x.device, x.dtype) for x in self._roots
-        ]
-        found: list[list[Sketch | None]] = []
-        ends = _deepest(self._roots, {edge.node for _, edge, _ in wanted})
-        with torch.enable_grad(), search_pass(self._roots) as roots, ExitStack() as hooks:
-            for position, (_, edge, shape) in enumerate(wanted):
-                if edge.node not in ends:
-                    hook = partial(_arrived, found, position, edge.output_nr, tuple(shape))
-                    hooks.callback(edge.node.register_prehook(hook).remove)
-            if not ends:
-                return [[None] * len(wanted) for _ in sample_marks(self._n, self._marks_per_pass)]
-            last = [(position, item) for position, item in enumerate(wanted) if item[1].node in ends]
-            for factor in self._factors():
-                seeds = [self._seed(x, tile, factor) for x, tile in zip(self._roots, tiles, strict=True)]
-                found.append([None] * len(wanted))
-                try:
-                    edges = [edge for _, (_, edge, _) in last]
-                    grads = torch.autograd.grad(roots, edges, seeds, retain_graph=True, allow_unused=True)
-                except RuntimeError as error:
-                    if "use_reentrant" not in str(error):
-                        raise
-                    raise UnsupportedError(
-                        f"the shapes in this model leave open where its {self._n} samples are, and re-entrant activation "
-                        "checkpointing hides it: use torch.utils.checkpoint with use_reentrant=False, or another batch size"
-                    ) from error
-                for grad, (position, (_, _, shape)) in zip(grads, last, strict=True):
-                    found[-1][position] = None if grad is None else Sketch.of(full_tensor(grad).reshape(tuple(shape)))
-        return found[: len(sample_marks(self._n, self._marks_per_pass))]
-
-    def _seed(self, root: Tensor, tile: Tensor, factor: Tensor) -> Tensor:
-        """A gradient for a root: the same numbers in each pass, times a factor for each sample."""
-        # Made anew, since a backward may change it in place; and never two at once, for some are as large as all else.
-        if not root.numel():
-            return torch.zeros_like(root)
-        seed = tile.repeat(-(-root.numel() // len(tile)))[: root.numel()].view(root.shape)
-        return seed.mul_(factor.to(seed).view(-1, *[1] * (root.dim() - 1 - self._axis)))
-
-    def _factors(self) -> list[Tensor]:
-        """The factors, and more of them as long as other ranks need more."""
-        own = sample_marks(self._n, self._marks_per_pass)
-        return own + own[:1] * (self._ranks.max_over_ranks(len(own)) - len(own))
-
-
-def _arrived(
-    found: list[list[Sketch | None]], position: int, nr: int, shape: tuple[int, ...], grads: Sequence[Tensor | None]
-) -> None:
-    """A gradient on its way, in the latest pass."""
-    if in_search_pass() and (grad := grads[nr]) is not None:
-        found[-1][position] = Sketch.of(full_tensor(grad).reshape(shape))
-
-
-def _deepest(roots: Sequence[Tensor], wanted: set[Node]) -> set[Node]:
-    """The wanted nodes that lead to no other: what a backward pass has to be asked for, to go through all of them."""
-    leads: dict[Node, bool] = {}  # whether a node is wanted or leads to one that is
-    ends: set[Node] = set()
-    stack = [(x.grad_fn, False) for x in roots if x.grad_fn is not None]
-    while stack:
-        node, done = stack.pop()
-        children = [child for child, _ in node.next_functions if child is not None]
-        if done:
-            below = any(leads.get(child, False) for child in children)
-            leads[node] = below or node in wanted
-            if node in wanted and not below:
-                ends.add(node)
-        elif node not in leads:
-            leads[node] = False
-            stack.append((node, True))
-            stack += [(child, False) for child in children if child not in leads]
-    return ends
+        self._find(wanted)
+        evidence = self.placements.evidence
+        shared = self._ranks.max_each_over_ranks([evidence[key] is Unplaced.SHARED_BY_SAMPLES for key in keys])
+        if self._n == 1:  # one sample looks like all of them, so that only another rank's evidence tells
+            evidence.update((key, Unplaced.SHARED_BY_SAMPLES) for key, found in zip(keys, shared, strict=True) if found)

@@ -3,29 +3,65 @@
 from __future__ import annotations
 
 import itertools
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from torch_secorder.batch_axis.evidence import Unplaced
-from torch_secorder.batch_axis.knowledge import ModelKnowledge, PlacementCache
+from torch_secorder.batch_axis.knowledge import ModelKnowledge, PlacementCache, Wanted
 from torch_secorder.batch_axis.placement import Layout, Placement
-from torch_secorder.batch_axis.search import SampleSearch
+from torch_secorder.batch_axis.search import SampleSearch, SearchOnAllRanks
+from torch_secorder.batch_axis.search_pass import SearchPasses
 from torch_secorder.capture.records import Forward, Record
 from torch_secorder.errors import ShapeError, UnsupportedError
 from torch_secorder.graph.frontier import Frontier, ParameterUse
 from torch_secorder.graph.walk import Walk
 from torch_secorder.model.containers import tensors
 from torch_secorder.model.parameters import Table
+from torch_secorder.model.ranks import Ranks
 from torch_secorder.rules.node_rules import runs_after_node
 
-LOOK_AHEAD = 3  # how far a chain from a parameter to the data is expected to be, so that one look sees all of it
+# How many nodes a chain from a parameter to the data is expected to have at most, so that one search pass sees all of it.
+LOOK_AHEAD = 3
+
+Reached = list[tuple[Record, GradientEdge]]
+
+
+class Questions(NamedTuple):
+    """What decides how a graph is searched. Ranks that hold the model together decide in common.
+
+    Attributes:
+        several_samples: whether there is more than one sample.
+        reorders_samples: whether some node may put the samples into another order, so that nothing that was found in
+            other batches holds for this one, nor the other way round.
+        ambiguous_shapes: whether shapes leave open where the samples are.
+        has_reentrant_checkpoint: whether parts of the graph are hidden from any search.
+        uses_outside_calls: whether some parameter is used outside of its module's call.
+    """
+
+    several_samples: bool
+    reorders_samples: bool
+    ambiguous_shapes: bool
+    has_reentrant_checkpoint: bool
+    uses_outside_calls: bool
+
+    @classmethod
+    def of(cls, walk: Walk, reached: Reached, n: int) -> Questions:
+        """The answers for one graph of n samples, whose outputs lead to the calls in ``reached``."""
+        ambiguous = walk.reorders_samples or walk.has_ambiguous_axis
+        for record, _ in reached:
+            ambiguous = ambiguous or record.placement is None
+        return cls(n > 1, walk.reorders_samples, ambiguous, walk.has_reentrant_checkpoint, bool(walk.uses))
+
+    def on_any(self, ranks: Ranks) -> Questions:
+        """For each question whether any rank says yes."""
+        return Questions(*map(bool, ranks.max_each_over_ranks(self)))
 
 
 class Audit:
@@ -36,13 +72,14 @@ class Audit:
         on_use: called with a use and the gradients that arrived at its node, inside the backward pass.
         batch_axis: where the model's outputs have the batch axis.
         knowledge: what is known about the model already.
-        locate_on_three_samples: adds to the knowledge from a smaller batch, called when evidence is needed.
-        trust_shapes: believe shapes that allow one reading only, for callers that check a sample afterwards.
+        locate_on_three_samples: adds to the knowledge from a batch of three samples; called when a search is needed.
+        trust_shapes: if only one axis has N indices, take it for the batch axis without a search. For callers that verify
+            a sample afterwards.
 
     Attributes:
-        fingerprint: of the latest graph.
-        other_leaves: what that graph leads to besides the analysed parameters.
-        hooks: on the nodes of the latest graph, which may outlive the audit.
+        fingerprint: that of the latest graph.
+        other_leaves: where that graph accumulates gradients of other tensors than the analysed parameters.
+        hooks: those on the nodes of the latest graph, which may outlive the audit.
     """
 
     def __init__(
@@ -55,17 +92,14 @@ class Audit:
         *,
         trust_shapes: bool = False,
     ):
-        self._table, self._on_use, self._axis = table, on_use, batch_axis
+        self._table, self._ranks, self._on_use, self._axis = table, table.ranks, on_use, batch_axis
         self._leaves = {
             torch.autograd.graph.get_gradient_edge(p).node: position
             for position, p in enumerate(table.leaves)
             if p.requires_grad
         }
-        self._knowledge, self._locate_on_three_samples, self._trust_shapes = (
-            knowledge or ModelKnowledge(),
-            locate_on_three_samples,
-            trust_shapes,
-        )
+        self._knowledge, self._trust_shapes = knowledge or ModelKnowledge(), trust_shapes
+        self._locate_on_three_samples = locate_on_three_samples
         self.fingerprint = 0
         self.other_leaves: list[GradientEdge] = []
         self.hooks = ExitStack()
@@ -78,89 +112,64 @@ class Audit:
             CoverageError: if a parameter's use can't be taken apart by samples.
         """
         self.hooks.pop_all()  # earlier graphs keep theirs
-        with self._table.ranks.fail_together():
+        if not self._ranks.distributed:
+            return self._uses(forward, outputs)
+        with self._ranks.fail_together():
             return self._uses(forward, outputs)
 
     def _uses(self, forward: Forward, outputs: Any) -> list[tuple[ParameterUse, Node]]:
-        ranks = self._table.ranks
         roots = [x for x in tensors(outputs) if x.requires_grad]
-        walk = Walk(roots, forward, self._leaves)
-        self.fingerprint, self.other_leaves = walk.fingerprint(forward.n), walk.other_leaves
-        n = forward.n
+        walk, n = Walk(roots, forward, self._leaves), forward.n
+        self.fingerprint, self.other_leaves = walk.fingerprint, walk.other_leaves
         if n is None:
             return []
-        one_sample = ranks.max_over_ranks(n) == 1
-        reorders_samples = bool(ranks.max_over_ranks(n > 1 and walk.reorders(n)))
-        placements, locate_on_three_samples = PlacementCache(), None
-        if not reorders_samples:
-            placements, locate_on_three_samples = (
-                self._knowledge.placements(self.fingerprint),
-                self._locate_on_three_samples,
-            )
         reached = [item for item in forward.records if item[0].site.rule is not None and item[1].node in walk.children]
-        ambiguous_shapes = (
-            reorders_samples or walk.has_ambiguous_axis(n) or any(record.placement is None for record, _ in reached)
-        )
-        ambiguous_shapes = bool(ranks.max_over_ranks(ambiguous_shapes))
-        seen = [x for x in roots if x.dim() > self._axis]
-        search = SampleSearch(placements, seen, self._axis, n, locate_on_three_samples, ambiguous_shapes, ranks)
-        if (
-            walk.uses or ambiguous_shapes
-        ) and not ranks.distributed:  # graphs of one sample have others on the way than those of more
-            unclear = (edge.node for record, edge in reached if record.placement is None)
-            starts = itertools.chain((node for edges in walk.uses.values() for node, _ in edges), unclear)
-            search.look_ahead = lambda: walk.above(starts, LOOK_AHEAD)
-        shared = self._placed(walk, reached, search, n, ambiguous_shapes, one_sample)
-        if not ranks.max_over_ranks(bool(walk.uses or shared)):
+        asked = Questions.of(walk, reached, n)
+        if self._ranks.distributed:
+            asked = asked.on_any(self._ranks)
+        search = self._search(walk, roots, reached, n, asked)
+        shared = self._place(reached, search, n, asked)
+        any_shared = self._ranks.max_over_ranks(bool(shared)) if self._ranks.distributed else shared
+        if not (asked.uses_outside_calls or any_shared):
             return []
-        uses = Frontier(walk, shared, search, n, self._table, one_sample).uses(forward)
+        uses = Frontier(walk, shared, search, self._table, one_sample=not asked.several_samples).uses(forward)
         for use, node in uses:
-            if why := use.unreadable_because(node):
-                raise UnsupportedError(
-                    f"{', '.join(self._names(use))}: used by {why} inside of activation checkpointing (or other hooks on saved "
-                    "tensors), where the autograd graph can't be read: teach the library the layer with "
-                    "torch_secorder.register_rule, or run it without checkpointing"
-                )
-            for target, _ in (target for value in use.values for target in value.targets):
-                forward.calls.update([target] if isinstance(target, int) else target.site.parameters.values())
-            hook = partial(self._on_use, use)
-            handle = (
-                node.register_hook(partial(_behind, hook)) if runs_after_node(node) else node.register_prehook(hook)
-            )
-            self.hooks.callback(handle.remove)
+            self._hook(use, node)
         for record in shared:
             record.placement = None
         return uses
 
-    def _names(self, use: ParameterUse) -> list[str]:
-        targets = (target for value in use.values for target, _ in value.targets)
-        return [self._table.names[t] if isinstance(t, int) else str(t.site) for t in targets]
+    def _search(self, walk: Walk, roots: list[Tensor], reached: Reached, n: int, asked: Questions) -> SampleSearch:
+        """A search in this graph, which begins with what graphs of the same kind have shown."""
+        known = PlacementCache() if asked.reorders_samples else self._knowledge.placements(self.fingerprint)
+        passes = partial(SearchPasses, roots, self._axis, n)
+        if self._ranks.distributed:
+            # No look ahead: with one sample autograd skips nodes that broadcast, so that ranks with batches of different sizes
+            # would look at different nodes.
+            passes = partial(passes, self._ranks.max_over_ranks)
+            return SearchOnAllRanks(known, n, asked.ambiguous_shapes, passes, self._ranks)
+        locate = None if asked.reorders_samples else self._locate_on_three_samples
+        return SampleSearch(known, n, asked.ambiguous_shapes, passes, locate, partial(_ahead, walk, reached))
 
-    def _placed(
-        self,
-        walk: Walk,
-        reached: Sequence[tuple[Record, GradientEdge]],
-        search: SampleSearch,
-        n: int,
-        ambiguous_shapes: bool,
-        one_sample: bool,
-    ) -> list[Record]:
-        """Give each record its placement; returns those without a batch axis."""
+    def _place(self, reached: Reached, search: SampleSearch, n: int, asked: Questions) -> list[Record]:
+        """Give each record its placement; returns those of calls that all samples share, which have none."""
         for record, _ in reached:
             record.in_output_graph = True
-        hidden = walk.has_reentrant_checkpoint() and not ambiguous_shapes
-        if (self._trust_shapes and not ambiguous_shapes) or hidden or one_sample:
+        by_shape = not asked.ambiguous_shapes and (self._trust_shapes or asked.has_reentrant_checkpoint)
+        if by_shape or not asked.several_samples:
             for record, _ in reached:
-                if record.placement is None:
+                if record.placement is None:  # then there is one sample, and all of the output belongs to it
                     record.placement = Placement(0, Layout.BLOCKS)
             return []
-        found = search([(("call", r.site.name, len(r.shape), i), edge, r.shape) for i, (r, edge) in _numbered(reached)])
+        wanted = _wanted(reached)
+        search(wanted)
         shared = []
-        for (record, _), what in zip(reached, found, strict=True):
-            if what is Unplaced.SHARED_BY_SAMPLES:
+        for (record, _), (key, _, _) in zip(reached, wanted, strict=True):
+            found = search.placements.evidence[key]
+            if found is Unplaced.SHARED_BY_SAMPLES:
                 shared.append(record)
-            elif isinstance(what, Placement):
-                record.placement = what
+            elif isinstance(found, Placement):
+                record.placement = found
             elif record.placement is None:
                 raise ShapeError(
                     f"{record.site}: its output has shape {tuple(record.shape)}, and where the {n} samples are in it can't be "
@@ -168,17 +177,43 @@ class Audit:
                 )
         return shared
 
+    def _hook(self, use: ParameterUse, node: Node) -> None:
+        """Have the node of a use call back with its gradients."""
+        if why := use.unreadable_because(node):
+            raise UnsupportedError(
+                f"{', '.join(self._names(use))}: used by {why} inside of activation checkpointing (or other hooks on saved "
+                "tensors), where the autograd graph can't be read: teach the library the layer with "
+                "torch_secorder.register_rule, or run it without checkpointing"
+            )
+        for target in use.targets:
+            use.forward.calls.update([target] if isinstance(target, int) else target.site.positions)
+        hook = partial(self._on_use, use)
+        late = runs_after_node(node)
+        handle = node.register_hook(partial(_after_node, hook)) if late else node.register_prehook(hook)
+        self.hooks.callback(handle.remove)
 
-def _behind(hook: Callable[..., None], _: object, grads: tuple[Tensor | None, ...]) -> None:
-    """What a node calls after it has run is told the gradients that it gives, too."""
+    def _names(self, use: ParameterUse) -> list[str]:
+        return [self._table.names[target] if isinstance(target, int) else str(target.site) for target in use.targets]
+
+
+def _ahead(walk: Walk, reached: Reached) -> list[Node]:
+    """The nodes that a search may be asked for after the calls: a few steps above each parameter, and each unplaced call."""
+    consumers = (node for edges in walk.uses.values() for node, _ in edges)
+    unplaced = (edge.node for record, edge in reached if record.placement is None)
+    return walk.above(itertools.chain(consumers, unplaced), LOOK_AHEAD)
+
+
+def _wanted(reached: Reached) -> list[Wanted]:
+    """The places of the calls' outputs, each known by its module, its dimensions and how often the module was called before."""
+    counts: Counter[str] = Counter()
+    wanted: list[Wanted] = []
+    for record, edge in reached:
+        name = record.site.name
+        wanted.append((("call", name, len(record.shape), counts[name]), edge, record.shape))
+        counts[name] += 1
+    return wanted
+
+
+def _after_node(hook: Callable[..., None], _: object, grads: tuple[Tensor | None, ...]) -> None:
+    """Call a hook for a node's gradients once the node has run, which is told what it returned, too."""
     hook(grads)
-
-
-def _numbered(items: Sequence[tuple[Record, GradientEdge]]) -> list[tuple[int, tuple[Record, GradientEdge]]]:
-    """Each item with how many of the same site came before it."""
-    counts: dict[str, int] = defaultdict(int)
-    numbered = []
-    for item in items:
-        numbered.append((counts[item[0].site.name], item))
-        counts[item[0].site.name] += 1
-    return numbered

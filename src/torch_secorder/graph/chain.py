@@ -1,4 +1,4 @@
-"""The batch-free chain: how the gradient of a value gets to what the value was computed from."""
+"""The batch-free chain: from the gradient of a value back to what the value was computed from."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch_secorder.autograd.saved import settings
 from torch_secorder.errors import CoverageError
 from torch_secorder.per_sample import Outer, PerSampleGradient, PulledBack
 
-# Nodes that only move entries, so that they change no norm.
+# Nodes that only move entries, or leave some out, so that the gradient of what they take has the norm of what arrives.
 _NAMES = (
     "T Transpose Permute View UnsafeView ReshapeAlias Unsqueeze Squeeze Alias Clone ToCopy "
     "Select Slice Split SplitWithSizes UnsafeSplit Chunk Unbind Narrow"
@@ -25,13 +25,16 @@ TRANSPOSES = {"TBackward0", "TransposeBackward0", "PermuteBackward0"}
 
 @dataclass(frozen=True)
 class BatchFreeVjp:
-    """The way from a parameter, or a call without a batch axis, through a batch-free chain to a value.
+    """The vector-Jacobian product of a batch-free chain, which leads from a parameter to a value.
+
+    In place of the parameter there may be the output of a module that was called without a batch axis.
 
     Attributes:
         value: the node that made the value, and which of its outputs it is.
-        start: the node of the parameter, or of the call's output.
-        shape: of what is at the start.
-        permutation: what distinguishes the chain, if it only moves entries; else None.
+        start: the node that accumulates the parameter's gradient, or made the call's output.
+        shape: the parameter's or the output's.
+        permutation: if the chain only moves entries, something that is equal for chains that move them alike; else None. The
+            empty tuple is the chain without any node.
     """
 
     value: Edge
@@ -40,7 +43,7 @@ class BatchFreeVjp:
     permutation: tuple[object, ...] | None
 
     def __call__(self, form: PerSampleGradient) -> PerSampleGradient:
-        """The gradient of the start, given that of the value."""
+        """The gradient of the parameter for each sample, given that of the value."""
         if self.permutation == ():
             return form
         if isinstance(form, Outer) and form.a.shape[1] == 1 and self._transposes(form):
@@ -54,7 +57,7 @@ class BatchFreeVjp:
 
 
 def batch_free_vjp(value: Edge, start: Node, shape: tuple[int, ...]) -> BatchFreeVjp:
-    """The way from ``start`` to ``value``, looked through once."""
+    """The product for the chain from ``start`` to ``value``, which is looked through once."""
     chain = _line(value, start)
     permutation = None
     if chain is not None and all(node.name() in PERMUTES_ENTRIES for node, _ in chain):
@@ -75,34 +78,40 @@ def _line(value: Edge, start: Node) -> list[Edge] | None:
     return chain
 
 
-def _vjp(value: Edge, start: Node, shape: tuple[int, ...], moves: bool, grads: Tensor) -> Tensor:
-    """``[n, *value shape]`` -> ``[n, *shape]`` through the batch-free chain between the two.
-
-    The nodes are called one after the other, not through the engine, which would call hooks on the parameters.
-    """
+def _vjp(value: Edge, start: Node, shape: tuple[int, ...], permutes: bool, grads: Tensor) -> Tensor:
+    """``[n, *value shape]`` -> ``[n, *shape]`` through the batch-free chain between the two."""
     order = between(value[0], start)
+    on_the_way = {start, *order}
+    # A node that computes has saved tensors of the model's dtype, which may be narrower than that of our gradients.
+    dtype = grads.dtype if permutes else output_dtype(*value)
     found = []
-    # What computes anything has saved tensors of the model's dtype, which may be narrower than ours.
-    dtype = grads.dtype if moves else output_dtype(*value)
     for grad in grads.to(dtype):
-        pending: dict[Edge, Tensor] = {value: grad}
+        pending = {value: grad}
         for node in order:
-            arrived = [pending.pop((node, nr), None) for nr in range(output_count(node))]
-            if all(g is None for g in arrived):
-                continue
-            for (child, nr), result in zip(node.next_functions, node_vjp(node, arrived), strict=True):
-                if child is not None and (child == start or child in order):
-                    if result is None:
-                        raise CoverageError(
-                            f"{node.name()} gives no gradient for what a parameter went into: the backward pass under way was "
-                            "asked for some gradients only (inputs=); call backward() without"
-                        )
-                    part = result.sum_to_size(value_shape(child, nr))
-                    before = pending.get((child, nr))
-                    pending[child, nr] = part if before is None else before + part
+            _call(node, pending, on_the_way)
         total = pending.get((start, 0))
         found.append(grads.new_zeros(shape) if total is None else total.reshape(shape).to(grads.dtype))
     return torch.stack(found) if found else grads.new_zeros(0, *shape)
+
+
+def _call(node: Node, pending: dict[Edge, Tensor], on_the_way: set[Node]) -> None:
+    """Replace the gradients that wait at one node by those of its inputs, as the engine does, but without any hook.
+
+    Hooks of the user's on parameters expect gradients of a batch, and would run once for each sample.
+    """
+    arrived = [pending.pop((node, nr), None) for nr in range(output_count(node))]
+    if all(grad is None for grad in arrived):
+        return
+    for (child, nr), result in zip(node.next_functions, node_vjp(node, arrived), strict=True):
+        if child is None or child not in on_the_way:
+            continue
+        if result is None:
+            raise CoverageError(
+                f"{node.name()} gives no gradient for what a parameter went into: the backward pass under way was "
+                "asked for some gradients only (inputs=); call backward() without"
+            )
+        part, before = result.sum_to_size(value_shape(child, nr)), pending.get((child, nr))
+        pending[child, nr] = part if before is None else before + part
 
 
 def between(first: Node, last: Node) -> list[Node]:
@@ -115,7 +124,7 @@ def between(first: Node, last: Node) -> list[Node]:
         if done:
             order.append(node)
         elif node not in seen:
-            # Only now: a node that merely waits on the stack may still come after one that consumes it.
+            # It counts as seen from here on only: while it waited on the stack, a consumer could still come before it.
             seen.add(node)
             stack.append((node, True))
             stack += [(child, False) for child, _ in node.next_functions if child is not None and child.next_functions]

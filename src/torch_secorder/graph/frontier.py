@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import itertools
-from collections import defaultdict
+from collections import Counter, defaultdict
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch.autograd.graph import GradientEdge, Node
 
 from torch_secorder.autograd.nodes import Edge, has_packed_tensors, output_count, output_shapes, value_shape
 from torch_secorder.batch_axis.evidence import Evidence, Unplaced
-from torch_secorder.batch_axis.knowledge import Key
+from torch_secorder.batch_axis.knowledge import Key, Wanted
 from torch_secorder.batch_axis.placement import Layout, Placement
-from torch_secorder.batch_axis.search import SampleSearch, Wanted
+from torch_secorder.batch_axis.search import SampleSearch
 from torch_secorder.capture.records import Forward, Record
 from torch_secorder.graph.chain import PERMUTES_ENTRIES, BatchFreeVjp, batch_free_vjp, between
 from torch_secorder.graph.walk import Walk
 from torch_secorder.model.parameters import Table
 from torch_secorder.rules.node_rules import NodeUse, has_rule
+
+Target = int | Record  # the position of a parameter, or a module's call without a batch axis
 
 
 @dataclass(frozen=True)
@@ -28,27 +31,30 @@ class UsedValue:
     Attributes:
         index: which input of the node it is.
         shape: the value's shape.
-        targets: what the value was computed from, each with the way there: the position of a parameter, or the record of a
-            module that was called without a batch axis.
+        targets: everything that the value was computed from, each with the way there.
     """
 
     index: int
     shape: tuple[int, ...]
-    targets: list[tuple[int | Record, BatchFreeVjp]]
+    targets: list[tuple[Target, BatchFreeVjp]]
 
 
 @dataclass(eq=False)
 class ParameterUse:
-    """A frontier node: where batch-free values meet the data, outside of any hooked module's call.
+    """A use of parameters outside of any hooked module's call: a frontier node, where batch-free values meet the data.
+
+    It does not hold its node: the node's hook holds the use, and the two would be a cycle that outlives the graph.
 
     Attributes:
-        values: the values.
+        values: the batch-free values that the node takes.
         placement: where the node's output has its samples.
         output: which of its outputs that is.
-        is_first: whether nothing before the node is differentiated but batch-free values.
-        needs_node_calls: whether its gradients take calls of nodes, which have no answer inside of a backward pass that was asked
-            for other gradients only.
-        permutes_entries: whether its gradients' entries, though not their norms, take such calls.
+        is_first: whether everything else that the node takes is batch-free or needs no gradient, so that no
+            differentiated node lies before it.
+        needs_node_calls: whether its gradients take calls of nodes. Inside of a backward pass that was asked for other
+            gradients only, those give no answer.
+        permutes_entries: whether putting its gradients' entries in order takes such calls; their norms take none.
+        last_pass: the last backward pass that reached it.
     """
 
     forward: Forward
@@ -60,18 +66,22 @@ class ParameterUse:
     permutes_entries: bool = False
     last_pass: int | None = None
 
-    def node_use(self, node: Node | None, part: UsedValue, memo: dict[str, Any]) -> NodeUse:
-        """One of the values, for its rule."""
+    @property
+    def targets(self) -> list[Target]:
+        """Everything that the values were computed from."""
+        return [target for value in self.values for target, _ in value.targets]
+
+    def node_use(self, node: Node | None, value: UsedValue, memo: dict[str, Any]) -> NodeUse:
+        """One of the values, as its rule sees it."""
         assert node is not None  # a hook of this node runs
         assert self.forward.n is not None
         shape = value_shape(node, self.output)
-        return NodeUse(node, part.index, part.shape, shape, self.placement, self.forward.n, memo)
+        return NodeUse(node, value.index, value.shape, shape, self.placement, self.forward.n, memo)
 
     def unreadable_because(self, node: Node) -> str | None:
-        """The name of a node whose saved tensors are elsewhere, and may be fetched only once: by autograd itself."""
-        chains = (
-            between(c.value[0], c.start) for value in self.values for _, c in value.targets if c.permutation is None
-        )
+        """The name of a node whose saved tensors only autograd can fetch, and only once, since hooks keep them elsewhere."""
+        computed = (vjp for value in self.values for _, vjp in value.targets if vjp.permutation is None)
+        chains = (between(vjp.value[0], vjp.start) for vjp in computed)
         return next((one.name() for one in (node, *itertools.chain(*chains)) if has_packed_tensors(one)), None)
 
     def edges(self, node: Node) -> list[GradientEdge]:
@@ -79,133 +89,153 @@ class ParameterUse:
         return [GradientEdge(node, nr) for nr in range(output_count(node))]
 
 
-class Frontier:
-    """From unaccounted uses and shared calls up to the nodes where they meet the data."""
+class Consumer(NamedTuple):
+    """A node that takes a batch-free value.
 
-    def __init__(
-        self,
-        walk: Walk,
-        shared: list[Record],
-        search: SampleSearch,
-        n: int,
-        table: Table,
-        one_sample: bool | None = None,
-    ):
-        self._walk, self._search, self._n, self._table = walk, search, n, table
-        self._one_sample = (
-            n == 1 if one_sample is None else one_sample
-        )  # whether there is one sample, and on every rank
+    Attributes:
+        node: the node.
+        input_index: which of its inputs the value is.
+        path: the way from the parameter or call to the node, in words that are the same in later graphs.
+    """
+
+    node: Node
+    input_index: int
+    path: str
+
+    @property
+    def edge(self) -> Edge:
+        """What tells it from other consumers in one graph."""
+        return self.node, self.input_index
+
+
+class Frontier:
+    """Climbs from parameters and from calls without a batch axis to the nodes where they meet the data.
+
+    Args:
+        walk: through the graph.
+        shared: the calls without a batch axis, whose outputs all samples share.
+        search: finds out where tensors in this graph have their samples.
+        table: the analysed parameters.
+        one_sample: whether there is one sample, on every rank, so that all of each tensor is that sample's.
+    """
+
+    def __init__(self, walk: Walk, shared: list[Record], search: SampleSearch, table: Table, *, one_sample: bool):
+        self._walk, self._search, self._table, self._one_sample = walk, search, table, one_sample
         self._shared = {node: r for node, records in walk.records.items() for r in records if r in shared}
+        self._targets: dict[Node, Target] = {**self._shared, **walk.leaves}
         self._parents = walk.parents
 
     def uses(self, forward: Forward) -> list[tuple[ParameterUse, Node]]:
-        """Every frontier use."""
-        starts = [
-            (*edge, f"{self._table.names[position]}/") for position, edges in self._walk.uses.items() for edge in edges
-        ]
-        for node, record in self._shared.items():
-            starts += [(*edge, f"{record.site.name}()/") for edge in self._parents[node]]
-        found: dict[Node, tuple[Placement, int]] = {}
+        """Every use at the frontier, with its node."""
+        met: dict[Node, tuple[Placement, int]] = {}
         indices: dict[Node, list[int]] = defaultdict(list)
-        done: set[Edge] = set()
-        level = starts
-        while self._table.ranks.max_over_ranks(bool(level)):
-            level = list({item[:2]: item for item in level if item[:2] not in done}.values())
-            done |= {item[:2] for item in level}
-            following: list[tuple[Node, int, str]] = []
-            # What only moves the entries of a batch-free value gives another one; no evidence is needed for that.
-            for node, _, path in level:
-                if node.name() in PERMUTES_ENTRIES and not self._one_sample:
-                    following += [(*edge, f"{path}{node.name()}/") for edge in self._parents[node]]
-            level = [item for item in level if item[0].name() not in PERMUTES_ENTRIES or self._one_sample]
-            for (node, index, path), (seen, output) in zip(level, self._evidence(level), strict=True):
-                if isinstance(seen, Placement):
-                    found[node] = seen, output
-                    indices[node].append(index)
-                elif seen is Unplaced.SHARED_BY_SAMPLES:
-                    following += [(*edge, f"{path}{node.name()}/") for edge in self._parents[node]]
-            level = following
-        return [self._use(forward, node, indices[node], *found[node], set(found)) for node in found]
+        for consumer, placement, output in self._placed():
+            met[consumer.node] = placement, output
+            indices[consumer.node].append(consumer.input_index)
+        return [(self._use(forward, node, indices[node], *met[node], set(met)), node) for node in met]
 
-    def _evidence(self, level: list[tuple[Node, int, str]]) -> list[tuple[Evidence, int]]:
-        """For each node the evidence for the first of its outputs that has any, and which that is."""
+    def _placed(self) -> Iterator[tuple[Consumer, Placement, int]]:
+        """The consumers whose output has samples, level by level, and which of their outputs that is."""
+        level, done = self._starts(), set[Edge]()
+        ranks = self._table.ranks
+        while ranks.max_over_ranks(bool(level)) if ranks.distributed else level:
+            level = list({item.edge: item for item in level if item.edge not in done}.values())
+            done.update(item.edge for item in level)
+            # A node that only moves the entries of a batch-free value gives another one. No evidence is needed for that.
+            moving = [item for item in level if not self._one_sample and item.node.name() in PERMUTES_ENTRIES]
+            others = [item for item in level if self._one_sample or item.node.name() not in PERMUTES_ENTRIES]
+            level = [above for item in moving for above in self._above(item)]
+            for item, (found, output) in zip(others, self._evidence(others), strict=True):
+                if isinstance(found, Placement):
+                    yield item, found, output
+                elif found is Unplaced.SHARED_BY_SAMPLES:
+                    level += self._above(item)
+
+    def _starts(self) -> list[Consumer]:
+        """What takes a parameter outside of its module's call, or the output of a call without a batch axis."""
+        names, uses = self._table.names, self._walk.uses
+        starts = [Consumer(*edge, f"{names[position]}/") for position, edges in uses.items() for edge in edges]
+        for node, record in self._shared.items():
+            starts += [Consumer(*edge, f"{record.site.name}()/") for edge in self._parents[node]]
+        return starts
+
+    def _above(self, item: Consumer) -> list[Consumer]:
+        """What takes the output of a consumer that turned out to be batch-free itself."""
+        path = f"{item.path}{item.node.name()}/"
+        return [Consumer(*edge, path) for edge in self._parents[item.node]]
+
+    def _evidence(self, level: Sequence[Consumer]) -> list[tuple[Evidence, int]]:
+        """For each node the evidence for the output that tells, and which output that is."""
         if self._one_sample:
             return [(Placement(0, Layout.BLOCKS), 0)] * len(level)
-        wanted: list[Wanted] = []
-        sizes: list[list[int]] = []
-        counts: dict[str, int] = defaultdict(int)
+        places: list[tuple[Key, list[Wanted]]] = []
+        counts: Counter[str] = Counter()
         for node, index, path in level:
             what = f"{path}{node.name()}:{index}"
             counts[what] += 1
             place: Key = ("use", what, counts[what])
-            known = self._search.outputs.get(place)
-            shapes = output_shapes(node)
-            sizes.append(list(range(len(shapes))) if known is None else [known])
-            for nr in sizes[-1]:
-                wanted.append(((*place, nr), GradientEdge(node, nr), shapes[nr]))
-        found, keys = iter(self._search(wanted)), iter(key for key, _, _ in wanted)
-        chosen: list[tuple[Evidence, int]] = []
-        for outputs in sizes:
-            several = [(next(found), nr, next(keys)) for nr in outputs]
-            told = [item for item in several if item[0] is not Unplaced.NO_GRADIENT]
-            best, nr, key = next((item for item in told if isinstance(item[0], Placement)), (told or several)[0])
-            if told:
-                self._search.outputs[key[:-1]] = nr
-            chosen.append((best, nr))
-        return chosen
+            places.append((place, self._views(node, place)))
+        self._search([item for _, views in places for item in views])
+        return [self._telling(place, views) for place, views in places]
+
+    def _views(self, node: Node, place: Key) -> list[Wanted]:
+        """The output of a node that told about the samples before; all of its outputs if none has yet."""
+        known, shapes = self._search.placements.telling_outputs.get(place), output_shapes(node)
+        outputs = range(len(shapes)) if known is None else [known]
+        return [((*place, nr), GradientEdge(node, nr), shapes[nr]) for nr in outputs]
+
+    def _telling(self, place: Key, views: list[Wanted]) -> tuple[Evidence, int]:
+        """The evidence for the first output with a placement, else the first that a gradient reaches, else the first."""
+        found = [(self._search.placements.evidence[key], edge.output_nr) for key, edge, _ in views]
+        told = [item for item in found if item[0] is not Unplaced.NO_GRADIENT]
+        best = next((item for item in told if isinstance(item[0], Placement)), (told or found)[0])
+        if told:
+            self._search.placements.telling_outputs[place] = best[1]
+        return best
 
     def _use(
         self, forward: Forward, node: Node, indices: list[int], placement: Placement, output: int, frontier: set[Node]
-    ) -> tuple[ParameterUse, Node]:
-        parts = []
-        for index in indices:
-            child, nr = node.next_functions[index]
-            assert child is not None
-            shape = value_shape(child, nr)
-            parts.append(UsedValue(index, shape, self._targets(child, nr)))
-        others = [c for i, (c, _) in enumerate(node.next_functions) if i not in indices and c is not None]
-        use = ParameterUse(forward, parts, placement, output, all(self._is_free(c, frontier) for c in others))
-        ruled = all(has_rule(use.node_use(node, part, {})) for part in parts)
-        targets = [target for part in parts for target in part.targets]
-        use.permutes_entries = any(c.permutation != () for _, c in targets)
-        simple = all(
-            c.permutation == () or (c.permutation is not None and isinstance(target, int)) for target, c in targets
-        )
-        use.needs_node_calls = not (ruled and simple)
-        return use, node
+    ) -> ParameterUse:
+        inputs = node.next_functions
+        values = [self._value(index, *inputs[index]) for index in indices]
+        others = [child for index, (child, _) in enumerate(inputs) if index not in indices and child is not None]
+        is_first = all(self._is_free(child, frontier) for child in others)
+        use = ParameterUse(forward, values, placement, output, is_first)
+        ways = [(target, vjp.permutation) for value in values for target, vjp in value.targets]
+        use.permutes_entries = any(permutation != () for _, permutation in ways)
+        # Norms need no way to a parameter whose entries are only moved. A call's rule needs the gradient as the call gave it.
+        direct = all(p == () or (p is not None and isinstance(target, int)) for target, p in ways)
+        use.needs_node_calls = not direct or not all(has_rule(use.node_use(node, value, {})) for value in values)
+        return use
 
     def _is_free(self, node: Node, frontier: set[Node]) -> bool:
         """Whether a node's value was computed from parameters alone."""
-        stack, seen = [node], {node}
-        while stack:
-            current = stack.pop()
-            if current in self._walk.leaves or current in self._shared:
+        for current in _reached(node, self._targets):
+            if current in self._targets:
                 continue
             if current in self._walk.records or current in frontier or not current.next_functions:
                 return False
-            for child, _ in current.next_functions:
+        return True
+
+    def _value(self, index: int, made_by: Node | None, nr: int) -> UsedValue:
+        """A batch-free value, and everything that it was computed from."""
+        assert made_by is not None
+        found: list[tuple[Target, BatchFreeVjp]] = []
+        for node in _reached(made_by, self._targets):
+            if (target := self._targets.get(node)) is not None:
+                shape = self._table.rows[target].shape if isinstance(target, int) else tuple(target.shape)
+                found.append((target, batch_free_vjp((made_by, nr), node, shape)))
+        return UsedValue(index, value_shape(made_by, nr), found)
+
+
+def _reached(start: Node, ends: Container[Node]) -> Iterator[Node]:
+    """A node and all that it was computed from, each once, without what lies behind the ``ends``."""
+    stack, seen = [start], {start}
+    while stack:
+        node = stack.pop()
+        yield node
+        if node not in ends:
+            for child, _ in node.next_functions:
                 if child is not None and child not in seen:
                     seen.add(child)
                     stack.append(child)
-        return True
-
-    def _targets(self, value: Node, nr: int) -> list[tuple[int | Record, BatchFreeVjp]]:
-        """Everything that a batch-free value was computed from."""
-        leaves = self._walk.leaves
-        ends: dict[Node, int | Record] = {}
-        stack, seen = [value], {value}
-        while stack:
-            node = stack.pop()
-            if node in leaves:
-                ends[node] = leaves[node]
-            elif node in self._shared:
-                ends[node] = self._shared[node]
-            else:
-                for child, _ in node.next_functions:
-                    if child is not None and child not in seen:
-                        seen.add(child)
-                        stack.append(child)
-        return [(target, batch_free_vjp((value, nr), node, self._shape_of(target))) for node, target in ends.items()]
-
-    def _shape_of(self, target: int | Record) -> tuple[int, ...]:
-        return self._table.rows[target].shape if isinstance(target, int) else tuple(target.shape)

@@ -24,28 +24,34 @@ class Walk:
 
     Attributes:
         children: node -> its inputs, in the order in which the nodes were met.
-        names: the kind of each of these nodes.
         records: node that made a hooked call's output -> the calls that end there.
         uses: position of a parameter -> its uses that no call accounts for, as edges (consumer, index of the input).
         leaves: node that accumulates an analysed parameter's gradient -> the parameter's position.
         other_leaves: where the gradients of other tensors are accumulated: inputs, parameters of other models.
+        fingerprint: a hash of the graph, equal for graphs with the same nodes in the same order and the same pattern of
+            sizes. Where sizes prove nothing, the axes that the nodes work along are hashed as well.
+        has_ambiguous_axis: whether some tensor has n indices on another axis than the first, so that sizes prove nothing.
+        has_reentrant_checkpoint: whether re-entrant checkpointing hides parts of the graph, so that no evidence is in it.
+        reorders_samples: whether some node may put the samples into another order, so that what held for other batches
+            may not hold for this one.
     """
 
     def __init__(self, roots: Sequence[Tensor], forward: Forward, leaves: dict[Node, int]):
         self.children: dict[Node, Any] = {}
-        self.names: list[str] = []
         self.records: dict[Node, list[Record]] = {}
         self.uses: dict[int, list[Edge]] = defaultdict(list)
         self.leaves = leaves
         self.other_leaves: list[GradientEdge] = []
+        self._names: list[str] = []  # of the nodes in children
         calls: dict[Node, list[Record]] = defaultdict(list)
         for record, edge in forward.records:
             if record.site.rule is not None:
                 calls[edge.node].append(record)
         self._traverse(roots, calls)
+        self._describe(forward.n)
 
     def _traverse(self, roots: Sequence[Tensor], calls: dict[Node, list[Record]]) -> None:
-        # This runs in every step: one loop, and no function for each node.
+        # In every step: one loop, and no function for each node.
         stack = [x.grad_fn for x in roots if x.grad_fn is not None]
         seen = set(stack)
         while stack:
@@ -59,7 +65,7 @@ class Walk:
                 if not inputs and hasattr(node, "variable"):
                     self.other_leaves.append(GradientEdge(node, 0))
             self.children[node] = inputs
-            self.names.append(node.name())
+            self._names.append(node.name())
             for index, (child, _) in enumerate(inputs):
                 if child is None or child in seen:
                     continue
@@ -101,10 +107,18 @@ class Walk:
                     stack.append(child)
         return outside
 
-    @cached_property
-    def shapes(self) -> tuple[tuple[int, ...], ...]:
-        """The shapes of the outputs of all nodes that were met."""
-        return output_shapes(*self.children)
+    def _describe(self, n: int | None) -> None:
+        names, shapes = tuple(self._names), output_shapes(*self.children)
+        self.has_reentrant_checkpoint = "CheckpointFunctionBackward" in names
+        self.has_ambiguous_axis = n is not None and has_ambiguous_axis(n, shapes)
+        self.reorders_samples = (
+            n is not None
+            and n > 1
+            and not REORDERS.isdisjoint(names)
+            and any(_reorders(node, n) for node, name in zip(self.children, names, strict=True) if name in REORDERS)
+        )
+        along = tuple([axes(node) for node in self.children]) if self.has_ambiguous_axis else None
+        self.fingerprint = hash((names, None if n is None else size_pattern(n, shapes), along))
 
     @cached_property
     def parents(self) -> dict[Node, list[Edge]]:
@@ -125,31 +139,3 @@ class Walk:
             level = [parent for node in level for parent, _ in self.parents[node] if parent not in found]
             found |= dict.fromkeys(level)
         return list(found)
-
-    def fingerprint(self, n: int | None) -> int:
-        """A hash of the graph: equal for graphs with the same nodes in the same order and the same pattern of sizes.
-
-        Two batches of different sizes have one pattern if the same sizes are equal in both. Where sizes prove nothing, since
-        another axis has n indices too, the axes that the nodes work along are hashed as well.
-        """
-        names = tuple(self.names)
-        if n is None:
-            return hash(names)
-        along = tuple([axes(node) for node in self.children]) if has_ambiguous_axis(n, self.shapes) else None
-        return hash((names, size_pattern(n, self.shapes), along))
-
-    def reorders(self, n: int) -> bool:
-        """Whether some node may put the samples into another order, so that what held for other batches may not hold."""
-        if REORDERS.isdisjoint(self.names):
-            return False
-        return any(
-            name in REORDERS and _reorders(node, n) for node, name in zip(self.children, self.names, strict=True)
-        )
-
-    def has_reentrant_checkpoint(self) -> bool:
-        """Whether re-entrant checkpointing hides parts of the graph, so that no evidence can be found in it."""
-        return "CheckpointFunctionBackward" in self.names
-
-    def has_ambiguous_axis(self, n: int) -> bool:
-        """Whether some tensor in the graph has n indices on another axis than the first, so that sizes prove nothing."""
-        return has_ambiguous_axis(n, self.shapes)

@@ -19,7 +19,11 @@ from torch import Tensor, nn
 
 from torch_secorder.errors import CoverageError, UnsupportedError
 
+# What a rank that has refused its batch sends in place of its answers.
 REFUSED = 2**48
+
+# How many numbers each exchange has. It is the same for all of them, since a refusal may meet any.
+WIDTH = 8
 
 
 def is_dtensor(x: Any) -> bool:
@@ -120,16 +124,22 @@ class Ranks:
 
     def max_each_over_ranks(self, values: Sequence[int]) -> list[int]:
         """The same for several values, as many on each rank."""
-        if not self.distributed or not values:
+        if not self.distributed:
             return list(values)
-        found = torch.tensor([int(value) for value in values], device=self._device)
+        found: list[int] = []
+        for start in range(0, len(values), WIDTH):
+            found += self._exchanged(values[start : start + WIDTH])
+        return found[: len(values)]
+
+    def _exchanged(self, values: Sequence[int]) -> list[int]:
+        numbers = torch.tensor([*map(int, values), *[0] * (WIDTH - len(values))], device=self._device)
         for group in self._groups:
-            dist.all_reduce(found, dist.ReduceOp.MAX, group)
-        if REFUSED in found:
+            dist.all_reduce(numbers, dist.ReduceOp.MAX, group)
+        if REFUSED in numbers:
             raise _Elsewhere(
                 "another rank, which holds a part of this model, has refused its batch; its own error says why"
             )
-        return [int(value) for value in found]
+        return numbers.tolist()
 
     def require_same(self, what: object, remedy: str) -> None:
         """Raise on all ranks unless all are about to do the same.
@@ -184,8 +194,9 @@ class Ranks:
             yield
         except Exception as error:
             if self.distributed and not isinstance(error, _Elsewhere):
+                refusal = torch.full((WIDTH,), REFUSED, device=self._device)
                 for group in self._groups:
-                    dist.all_reduce(torch.tensor([REFUSED], device=self._device), dist.ReduceOp.MAX, group)
+                    dist.all_reduce(refusal, dist.ReduceOp.MAX, group)
             raise
         self.max_over_ranks(0)
 
