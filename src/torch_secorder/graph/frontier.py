@@ -70,7 +70,13 @@ class Use:
     def hidden(self, node: Node) -> str | None:
         """The name of a node whose saved tensors are elsewhere, and may be fetched only once: by autograd itself."""
         chains = (between(c.value[0], c.start) for part in self.parts for _, c in part.targets if c.layout is None)
-        return next((one.name() for one in (node, *itertools.chain(*chains)) if has_packed_tensors(one)), None)
+        # Where torch does not show it, a call whose inputs such hooks have is a sign of them.
+        around = any(record.packed for record, _ in self.forward.records)
+        for one in (node, *itertools.chain(*chains)):
+            packed = has_packed_tensors(one)
+            if packed or (packed is None and around):
+                return one.name()
+        return None
 
     def edges(self, node: Node) -> list[GradientEdge]:
         """Where the gradients of the node's outputs arrive."""
