@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
-from oracles import assert_equal, per_sample_squared_norms, total, trace
-from torch_secorder import FisherMonitor, empirical_fisher_trace
+from oracles import assert_equal, exact_fisher, per_sample_squared_norms, total, trace
+from torch_secorder import FisherMonitor, empirical_fisher_trace, generalized_fisher_trace
 from torch_secorder.autograd import nodes, saved, self_test
 from torch_secorder.errors import SlowFallbackWarning, UnsupportedError
 
@@ -37,8 +38,17 @@ def test_this_torch_has_all_of_it(kind: str) -> None:
     assert not missing
 
 
+# Whether torch shows hooks on saved tensors, which the first versions that are supported do not.
+SHOWN = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10)
+
+
 def test_this_torch_shows_hooks_on_saved_tensors() -> None:
-    assert self_test.hooks_are_seen()
+    assert self_test.hooks_are_seen() == SHOWN
+    with saved_tensors_hooks(lambda x: x, lambda x: x):
+        packed = torch.randn(2, requires_grad=True).square()
+    assert nodes.has_packed_tensors(packed.grad_fn) == (True if SHOWN else None)
+    plain = torch.randn(2, requires_grad=True).square()
+    assert nodes.has_packed_tensors(plain.grad_fn) == (False if SHOWN else None)
 
 
 def test_each_kind_is_tested_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,7 +100,7 @@ def test_what_surrounds_the_first_use_has_no_part_in_it(name: str) -> None:
     with SURROUNDINGS[name]():
         for kind, table in saved.ATTRIBUTES.items():
             assert saved.knows(kind, *table), kind
-        assert self_test.hooks_are_seen()
+        assert self_test.hooks_are_seen() == SHOWN
     assert torch.equal(state, torch.get_rng_state())
 
 
@@ -100,7 +110,7 @@ def test_the_first_use_may_be_inside_of_a_transform(transform: Callable[[Functio
     def function(x: Tensor) -> Tensor:
         for kind, table in saved.ATTRIBUTES.items():
             assert saved.knows(kind, *table), kind
-        assert self_test.hooks_are_seen()
+        assert self_test.hooks_are_seen() == SHOWN
         return x.square().sum()
 
     transform(function)(torch.ones(3))
@@ -115,7 +125,7 @@ def test_hooks_that_are_there_do_not_see_it() -> None:
 
     with saved_tensors_hooks(pack, lambda x: x):
         assert saved.knows("MulBackward0", "left")
-        assert self_test.hooks_are_seen()
+        assert self_test.hooks_are_seen() == SHOWN
     assert not seen
 
 
@@ -182,13 +192,13 @@ USES: dict[str, tuple[Function, list[tuple[int, ...]]]] = {
 }
 
 
-def setting(kind: str) -> tuple[nn.Module, Tensor, Tensor]:
+def setting(kind: str) -> tuple[nn.Sequential, Tensor, Tensor]:
     """A model with such a node, an input and targets."""
     function, shapes = USES[kind]
     torch.manual_seed(0)
     # oneDNN's LSTM is of single precision.
     dtype = torch.float32 if kind.startswith("Mkldnn") else torch.float64
-    model, x = Functional(function, *shapes).to(dtype), torch.randn(5, 4, 6, dtype=dtype)
+    model, x = nn.Sequential(Functional(function, *shapes)).to(dtype), torch.randn(5, 4, 6, dtype=dtype)
     output = model(x)
     if kind not in set(names(output)):
         assert kind.startswith("Mkldnn")
@@ -250,13 +260,35 @@ def test_calls_for_one_sample_after_the_other_are_warned_of(monkeypatch: pytest.
         model(torch.randn(64, 1024, 6)).sum().backward()
 
 
-def test_a_torch_that_does_not_show_hooks_is_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
+class Checkpointed(nn.Module):
+    """A layer with a rule inside of a checkpoint, and a use of a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.gain = nn.Linear(6, 6), nn.Parameter(torch.randn(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.first, x, use_reentrant=False) * self.gain
+
+
+def test_a_torch_that_does_not_show_hooks_refuses_where_there_are_some(monkeypatch: pytest.MonkeyPatch) -> None:
     """What they keep may be fetched once only, by autograd."""
-    model, x, _ = setting("MulBackward0")
+    model, x = Checkpointed(), torch.randn(5, 6)
     monkeypatch.setattr(nodes, "hooks_are_seen", lambda: False)
-    message = r"values\.0: used by MulBackward0 inside of activation checkpointing"
+    message = "gain: used by MulBackward0 inside of activation checkpointing"
     with pytest.raises(UnsupportedError, match=message), FisherMonitor(model):
         model(x).sum().backward()
+
+
+@pytest.mark.parametrize("kind", ["AddmmBackward0", "NativeLayerNormBackward0"])
+def test_a_torch_that_does_not_show_hooks_is_exact_without_them(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x, y = setting(kind)
+    model.append(nn.Sequential(nn.LayerNorm(len(y[0])), nn.Linear(len(y[0]), len(y[0]))).double())
+    monkeypatch.setattr(nodes, "hooks_are_seen", lambda: False)
+    expected = total(trace(per_sample_squared_norms(model, nn.MSELoss(), x, y)))
+    assert_equal(empirical_fisher_trace(model, nn.MSELoss(), x, y), expected, expected)
+    exact = total(trace(exact_fisher(model, x, loss_type="mse")))
+    assert_equal(generalized_fisher_trace(model, model(x), None, "mse"), exact, exact)
 
 
 @pytest.mark.parametrize("attribute", ["unpack_hook", "_raw_saved_"])

@@ -47,12 +47,14 @@ def _metadata(node: Any) -> Any:
         ) from None
 
 
-def has_packed_tensors(node: Any) -> bool:
-    """Whether hooks keep the tensors that a node has saved, as activation checkpointing's do.
+def has_packed_tensors(node: Any) -> bool | None:
+    """Whether hooks keep the tensors that a node has saved, as activation checkpointing's do; None if torch does not show it.
 
-    A torch that does not show it could have them anywhere.
+    Up to torch 2.9 it does not.
     """
-    return not hooks_are_seen() or any(getattr(one, "unpack_hook", None) is not None for one in raw_tensors(node))
+    if not hooks_are_seen():
+        return None
+    return any(getattr(one, "unpack_hook", None) is not None for one in raw_tensors(node))
 
 
 def node_vjp(node: Any, grads: Sequence[Tensor | None]) -> list[Tensor | None]:

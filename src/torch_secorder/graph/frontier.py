@@ -82,7 +82,13 @@ class ParameterUse:
         """The name of a node whose saved tensors only autograd can fetch, and only once, since hooks keep them elsewhere."""
         computed = (vjp for value in self.values for _, vjp in value.targets if vjp.permutation is None)
         chains = (between(vjp.value[0], vjp.start) for vjp in computed)
-        return next((one.name() for one in (node, *itertools.chain(*chains)) if has_packed_tensors(one)), None)
+        # Where torch does not show whether hooks keep them, a call whose inputs such hooks have is a sign of them.
+        around = any(record.inputs_packed for record, _ in self.forward.records)
+        for one in (node, *itertools.chain(*chains)):
+            packed = has_packed_tensors(one)
+            if packed or (packed is None and around):
+                return one.name()
+        return None
 
     def edges(self, node: Node) -> list[GradientEdge]:
         """Where the gradients of the node's outputs arrive."""

@@ -18,7 +18,7 @@ def last_linear_factors(outputs: Tensor) -> tuple[Tensor, Tensor] | None:
     node = outputs.grad_fn
     if node is None or node.name() not in PRODUCTS or not knows(node.name(), "left", "right"):
         return None
-    if has_packed_tensors(node):
+    if has_packed_tensors(node) is not False:
         return None
     try:
         h, matrix = saved(node, "left"), saved(node, "right")

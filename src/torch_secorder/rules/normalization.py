@@ -94,7 +94,7 @@ def _kept(call: Call, x: Tensor) -> tuple[Tensor, Tensor] | None:
     if g.dtype != x.dtype or g.dtype not in _SINGLE_OR_DOUBLE:
         return None
     # What hooks keep may be fetched once only.
-    if not knows(node.name(), "input", "mean", "scale") or has_packed_tensors(node):
+    if not knows(node.name(), "input", "mean", "scale") or has_packed_tensors(node) is not False:
         return None
     same = saved(node, "input")
     if (same.data_ptr(), same.shape, same.stride()) != (x.data_ptr(), x.shape, x.stride()):
