@@ -12,10 +12,10 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
 from expectations import expectation
-from models import BY_NAME, CASES, Case, at_full_width, outcome, ways
+from models import BY_NAME, CASES, Case, at_full_width, main_output, outcome, reference, ways
 from oracles import assert_equal, call, total, trace
 from supported_models import rows
-from torch_secorder import FisherMonitor
+from torch_secorder import FisherMonitor, empirical_fisher_trace, generalized_fisher_trace
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -27,18 +27,39 @@ pytestmark = [
 PAGE = Path(__file__).parents[1] / "docs/concepts/supported_models.rst"
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 @pytest.mark.parametrize("way", list(ways))
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [pytest.param(case, dtype, id=f"{case}-{str(dtype)[6:]}") for case in CASES for dtype in case.dtypes],
+)
 def test_a_model(case: Case, dtype: torch.dtype, way: str) -> None:
-    if dtype not in case.dtypes:
-        pytest.skip("the model can't run in this dtype")
     found = outcome(case, way, dtype)
     if way in case.refusals:
         assert re.search(case.refusals[way], found.refusal), found.refusal or "not refused"
     else:
         assert not found.refusal
         assert not found.wrong
+
+
+BY_FUNCTION = [  # the functions have no batch_axis, nor any other option
+    case for case in CASES if torch.float64 in case.dtypes and not case.options and not case.batch_axis
+]
+
+
+@pytest.mark.parametrize("case", BY_FUNCTION, ids=str)
+def test_the_functions_give_a_models_total(case: Case) -> None:
+    setting, expected = reference(case, torch.float64)
+    right = total(expected)
+    with expectation(case.refusals.get("report", "")), at_full_width(torch.float64):
+        value = empirical_fisher_trace(setting.model, setting.loss_fn, setting.inputs, setting.targets)
+        assert_equal(value, right, right)
+        outputs = main_output(call(setting.model, setting.inputs))
+        if case.classes:  # the loss averages over positions, and a log-likelihood is their sum
+            factor, kind, outputs = 1 / setting.targets[0].numel(), "nll", outputs.movedim(-1, 1)
+        else:  # the loss is twice a Gaussian's
+            factor, kind = 2, "mse"
+        value = generalized_fisher_trace(setting.model, outputs, setting.targets, kind, labels="observed")
+        assert_equal(factor**2 * value, right, right)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gpt2-square", "llama", "bert", "bert-square", "t5"])
