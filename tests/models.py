@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Any
 from unittest import mock
 
@@ -907,10 +907,16 @@ class Outcome:
         return max(self.errors.values(), default=0.0)
 
 
+@cache
+def reference(case: Case, dtype: torch.dtype) -> tuple[Setting, dict[str, Tensor]]:
+    """A case's setting, which every way leaves as it found it but for `.grad`, and its traces by a loop over samples."""
+    setting = case.setting(dtype)
+    return setting, trace(setting.squared_norms(case.options.get("parameters", "trainable")))
+
+
 def outcome(case: Case, way: str, dtype: torch.dtype) -> Outcome:
     """The traces of a monitor around a step, or of `fisher_report`, against a loop over samples."""
-    setting = case.setting(dtype)
-    expected = trace(setting.squared_norms(case.options.get("parameters", "trainable")))
+    setting, expected = reference(case, dtype)
     try:
         with at_full_width(dtype):
             report = ways[way](setting, case.options)

@@ -248,7 +248,7 @@ def test_frozen_parameters_on_request() -> None:
         ({"data": TensorDataset(torch.randn(5, 4))}, r"not a TensorDataset.*DataLoader"),
         ({"data": [{"inputs": torch.randn(5, 4), "labels": None}]}, r"not a dict.*batch\['labels'\]"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else " ".join(value),
 )
 def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
     call = {"model": classifier(), "loss_fn": nn.CrossEntropyLoss(), "data": batches(), "progress": False, **arguments}

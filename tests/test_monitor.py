@@ -28,7 +28,7 @@ from oracles import (
     trace,
 )
 from torch_secorder import FisherMonitor
-from torch_secorder.errors import CurvatureError
+from torch_secorder.errors import CurvatureError, NonFiniteError
 from torch_secorder.per_sample import Outer, outer
 
 REDUCTIONS = ["mean", "sum"]
@@ -201,6 +201,13 @@ def test_a_callable_loss_scale_is_read_at_each_backward() -> None:
             loss.backward()
             scale[0] = math.nan
     assert_report(monitor, norms(model, *batches))
+
+
+def test_a_loss_scale_that_cannot_be_undone_is_refused() -> None:
+    """The square of what undoes it is beyond the largest number of float64."""
+    model, data = classifier(), batch()
+    with pytest.raises(CurvatureError, match=r"loss_scale"), FisherMonitor(model, loss_scale=1e-282):
+        backward(model, *data)
 
 
 def training(monitored: bool) -> tuple[nn.Module, list[dict[str, Tensor | None]], FisherMonitor]:
@@ -390,7 +397,16 @@ def test_one_batch_axis_for_all() -> None:
 
 
 @pytest.mark.parametrize(
-    ("batch_axis", "message"), [({"3": 1}, r"batch_axis.*3"), ("0", r"batch_axis"), (True, r"batch_axis")]
+    ("batch_axis", "message"),
+    [
+        ({"3": 1}, r"batch_axis.*3"),
+        ("0", r"batch_axis"),
+        (True, r"batch_axis"),
+        ([], r"batch_axis"),
+        (-2, r"batch_axis.*-2"),
+        ({"": -1}, r"batch_axis.*-1"),
+    ],
+    ids=str,
 )
 def test_a_batch_axis_that_means_nothing(batch_axis: Any, message: str) -> None:
     with pytest.raises(CurvatureError, match=message) as raised:
@@ -1026,7 +1042,7 @@ def test_autocast_is_seen_as_the_operations_saw_it() -> None:
     assert monitor.trace.dtype in (torch.float32, torch.float64)
 
 
-def test_a_layers_input_changed_in_place_before_the_backward() -> None:
+def test_a_layers_input_changed_in_place_before_the_backward_is_refused() -> None:
     """A frozen layer's input isn't guarded by autograd, which has no need of it."""
 
     class Overwrites(nn.Module):
@@ -1045,24 +1061,26 @@ def test_a_layers_input_changed_in_place_before_the_backward() -> None:
     model, data = Overwrites().double(), batch()
     expected = per_sample_squared_norms(model, cross_entropy(), *data)
     model.frozen.requires_grad_(False)
-    model.overwrite = True
     with FisherMonitor(model, parameters="all") as monitor:
-        try:
+        model.overwrite = True
+        with pytest.raises(CurvatureError, match=r"Linear 'frozen': its input was changed in place.*out of place"):
             backward(model, *data)
-        except CurvatureError:
-            return
+        model.overwrite = False
+        backward(model, *data)
     assert_report(monitor, expected)
 
 
-def test_gradients_too_large_to_square_in_float32_are_an_error_or_exact() -> None:
+def test_gradients_too_large_to_square_in_float32_are_refused() -> None:
+    """A norm of 1e25 has a square beyond the largest number of float32."""
     model, (x, y) = classifier().float(), batch()
     with FisherMonitor(model) as monitor:
-        try:
+        with pytest.raises(
+            NonFiniteError, match=r"samples 0, 1, 2, 3, 4 are not finite, in parameters 0\.weight, .*nonfinite="
+        ):
             (cross_entropy()(model(x.float()), y) * 1e25).backward()
-        except CurvatureError:
-            return
-    expected = total(trace(norms(model, (x, y)))) * 1e50
-    assert float(monitor.trace) == pytest.approx(float(expected), rel=1e-3)
+        backward(model, x.float(), y)
+    expected = total(trace(norms(model, (x, y))))
+    assert float(monitor.trace) == pytest.approx(float(expected), rel=1e-4)
 
 
 def test_the_trace_is_a_scalar_tensor_without_a_graph() -> None:

@@ -155,14 +155,13 @@ def test_the_gradient_of_the_generalized_trace(name: str, loss_type: str) -> Non
 
 
 @pytest.mark.parametrize("name", ATTENTION)
-def test_the_gradient_through_fused_attention_is_right_or_refused(name: str) -> None:
+def test_the_gradient_through_fused_attention(name: str) -> None:
+    """The kernel that torch chooses on a CPU has no second derivative."""
     model, x, _ = setting(name)
-    try:
-        value = generalized_fisher_trace(model, model(x), None, create_graph=True)
-    except CurvatureError as refusal:
-        assert "second derivative" in str(refusal)
-    else:
-        assert_gradient(model, value, lambda: total(trace(exact_fisher(model, x))))
+    with pytest.raises(
+        CurvatureError, match=r"ScaledDotProductFlash\w* at \w+\.\w+ has no second derivative.*SDPBackend\.MATH"
+    ):
+        generalized_fisher_trace(model, model(x), None, create_graph=True)
 
 
 class ChoosesFlash(DotProduct):

@@ -92,7 +92,6 @@ def interrupt(way: str, moment: Callable[[int], Any], first: int, step: int) -> 
         n += step
 
 
-@pytest.mark.filterwarnings("ignore")  # that numbers come slowly
 @pytest.mark.parametrize(("way", "step"), [(way, 7 if "report" in way or "empirical" in way else 29) for way in WAYS])
 def test_interrupted_at_any_operation(way: str, step: int) -> None:
     assert interrupt(way, AtOperation, 1, step) > 100
