@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,7 +60,7 @@ class MonitorOptions:
         require_positive_int("every", self.every)
         require_max_memory(self.max_memory)
         if not callable(self.loss_scale):
-            loss_scale_value(self.loss_scale)
+            object.__setattr__(self, "loss_scale", loss_scale_value(self.loss_scale))
 
     @property
     def of_passes(self) -> PassOptions:
@@ -254,22 +255,23 @@ class FisherMonitor(HookScope):
         if recorder is None:
             return
         positions, norms = current.gradients.all()
-        if current.error is None and not (positions or current.accumulator):
+        if current.error is None and current.accumulator.is_empty:
+            if positions:
+                raise self._unreached(positions, norms)
             return
-        if current.error is None and not current.accumulator:
-            raise self._unreached(positions, norms)
-        checks = (self._check_reached, self._check_sums, self._check_first)
+        checks = (partial(self._check_reached, positions, norms), self._check_sums, self._check_first)
         samples = recorder.finish(current, self._options.nonfinite, checks)
-        loss_scale = loss_scale_value(self._options.loss_scale)
+        loss_scale = self._options.loss_scale
+        if not isinstance(loss_scale, float):
+            loss_scale = loss_scale_value(loss_scale)
         scale = (samples.batch / loss_scale if self._options.reduction == "mean" else 1 / loss_scale) ** 2
         squares = (norms / loss_scale).square().tolist()
         self.results.statistics.update(samples, dict(zip(positions, squares, strict=True)), scale)
 
     # ------------------------------------------------------------------------------------------------ its checks
 
-    def _check_reached(self, current: BackwardPass, samples: SampleNorms) -> None:
+    def _check_reached(self, positions: list[int], norms: Tensor, current: BackwardPass, samples: SampleNorms) -> None:
         """Every parameter that got a gradient has to be accounted for."""
-        positions, norms = current.gradients.all()
         if not samples.reached.issuperset(positions):
             missed = [index for index, position in enumerate(positions) if position not in samples.reached]
             raise self._unreached([positions[index] for index in missed], norms[missed])

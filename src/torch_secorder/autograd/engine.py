@@ -20,6 +20,9 @@ current_graph_task: Callable[[], int] = torch._C._current_graph_task_id
 # The node under way, whose hooks run or which runs itself; None outside of any backward pass.
 current_node: Callable[[], Node | None] = torch._C._current_autograd_node
 
+# Has the engine call back when the backward pass under way is over.
+after_backward: Callable[[Callable[[], None]], None] = torch.autograd.Variable._execution_engine.queue_callback
+
 # The hooks that keep saved tensors elsewhere just now, those of activation checkpointing for one, or None.
 saved_tensors_hooks: Callable[[], tuple[Any, Any] | None] = partial(
     torch._C._autograd._top_saved_tensors_default_hooks, False
@@ -90,11 +93,6 @@ def in_search_pass() -> bool:
 def is_library_pass(task: int) -> bool:
     """Whether the library started this backward pass, or it runs in a thread where the library calls a model."""
     return task in LIBRARY_PASSES or get_ident() in LIBRARY_THREADS
-
-
-def after_backward(callback: Callable[[], None]) -> None:
-    """Have the engine call back when the backward pass under way is over."""
-    torch.autograd.Variable._execution_engine.queue_callback(callback)
 
 
 def raise_after_backward(error: Exception) -> None:

@@ -8,7 +8,7 @@ from torch.autograd.graph import GradientEdge, Node
 
 from torch_secorder.autograd.nodes import output_shapes
 from torch_secorder.batch_axis.evidence import Evidence, Unplaced
-from torch_secorder.batch_axis.knowledge import PlacementCache, Wanted, is_due
+from torch_secorder.batch_axis.knowledge import PlacementCache, Wanted
 from torch_secorder.batch_axis.search_pass import SearchPasses, Viewed
 from torch_secorder.model.ranks import Ranks
 
@@ -38,9 +38,7 @@ class SampleSearch:
         self._locate_on_three_samples, self._look_ahead = locate_on_three_samples, look_ahead
         self._ahead: dict[tuple[Node, int], Evidence] = {}
         placements.graphs_seen += 1
-        # A tensor that no gradient reached could not be placed. It is searched for again in the 1st, 2nd, 3rd, 5th, 9th, ...
-        # graph of its kind, and in every graph if shapes are ambiguous.
-        self._skip_unreached = not ambiguous_shapes and not is_due(placements.graphs_seen)
+        self._ambiguous_shapes = ambiguous_shapes
 
     def __call__(self, wanted: Sequence[Wanted]) -> None:
         """Search where it is needed. Afterwards, ``placements.evidence`` has an entry for each of these places."""
@@ -52,7 +50,7 @@ class SampleSearch:
             self._find(missing)
 
     def _missing(self, wanted: Sequence[Wanted]) -> list[Wanted]:
-        return self.placements.missing(wanted, self._n, skip_unreached=self._skip_unreached)
+        return self.placements.missing(wanted, self._n, ambiguous_shapes=self._ambiguous_shapes)
 
     def _find(self, wanted: Sequence[Wanted]) -> None:
         """Take the evidence from what an earlier pass saw ahead, and from new passes."""

@@ -30,7 +30,8 @@ class ForwardTracker:
         every: record every k-th call of the model, beginning with the first.
         only_library_calls: record calls that this library makes in this thread, instead of the user's.
         on_recomputation: called with the backward pass that runs a forward again (activation checkpointing).
-        on_exit: called with each recorded run of the model and its outputs, when the gradient's way through it is known.
+        on_exit: called with each recorded run of the model and the tensors among its outputs, when the gradient's way through
+            it is known.
 
     Attributes:
         active: whether calls are recorded at all.
@@ -47,7 +48,7 @@ class ForwardTracker:
         every: int = 1,
         only_library_calls: bool = False,
         on_recomputation: Callable[[int], object] | None = None,
-        on_exit: Callable[[Forward, Any], object],
+        on_exit: Callable[[Forward, list[Tensor]], object],
     ):
         self.batch_axis, self._every, self._calls = batch_axis, every, 0
         self._thread = get_ident() if only_library_calls else None
@@ -87,18 +88,21 @@ class ForwardTracker:
             return
         thread = get_ident()
         forward = self._running.pop(thread, None)
+        outputs = [output] if isinstance(output, Tensor) else tensors(output)
         if thread in self._skipping:
             self._skipping.discard(thread)
-            for node in {x.grad_fn for x in tensors(output) if x.grad_fn is not None}:
+            for node in {x.grad_fn for x in outputs if x.grad_fn is not None}:
                 node.register_prehook(self._note_skipped_pass)
         if forward is None:
             return
         self.latest = forward
         try:
             if output is not None and forward.recomputed_in is None:
-                self._on_exit(forward, output)
+                self._on_exit(forward, outputs)
         finally:
-            forward.forget_graph()
+            for record, _ in forward.records:
+                record.input_nodes = record.input_nodes[:1]
+            forward.records = []
 
     def _note_skipped_pass(self, *_: Any) -> None:
         if not in_search_pass():

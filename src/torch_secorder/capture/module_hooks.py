@@ -162,7 +162,10 @@ def _record(
     if forward.n is None:
         forward.n = size_on(output, placement.axis)
     # An output without elements, an expert's that no token was sent to, belongs to nobody.
-    fits = not output.numel() or placement.fits(output.shape, forward.n or -1)
+    if placement is FIRST:
+        fits = not output.numel() or output.shape[:1] == (forward.n,)
+    else:
+        fits = not output.numel() or placement.fits(output.shape, forward.n or -1)
     if not fits and (site.placement is not None or forward.recomputed_in is not None):
         raise ShapeError(
             f"{site}: its output has shape {tuple(output.shape)}, whose axis {placement.axis} is not the batch of "

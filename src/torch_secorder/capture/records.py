@@ -41,12 +41,6 @@ class Forward:
     recomputed_in: int | None = None
     records: list[tuple[Record, GradientEdge]] = field(default_factory=list)
 
-    def forget_graph(self) -> None:
-        """Let go of all nodes, once the graph was looked through."""
-        for record, _ in self.records:
-            record.input_nodes = record.input_nodes[:1]
-        self.records = []
-
 
 @dataclass(frozen=True, eq=False)
 class HookedModule:

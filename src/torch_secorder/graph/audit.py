@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +22,6 @@ from torch_secorder.capture.records import Forward, Record
 from torch_secorder.errors import ShapeError, UnsupportedError
 from torch_secorder.graph.frontier import Frontier, ParameterUse
 from torch_secorder.graph.walk import Walk
-from torch_secorder.model.containers import tensors
 from torch_secorder.model.parameters import Table
 from torch_secorder.model.ranks import Ranks
 from torch_secorder.rules.node_rules import runs_after_node
@@ -104,7 +103,7 @@ class Audit:
         self.other_leaves: list[GradientEdge] = []
         self.hooks = ExitStack()
 
-    def uses(self, forward: Forward, outputs: Any) -> list[tuple[ParameterUse, Node]]:
+    def uses(self, forward: Forward, outputs: Sequence[Tensor]) -> list[tuple[ParameterUse, Node]]:
         """Place every record of a forward, and hook every use that no record accounts for.
 
         Raises:
@@ -117,8 +116,8 @@ class Audit:
         with self._ranks.fail_together():
             return self._uses(forward, outputs)
 
-    def _uses(self, forward: Forward, outputs: Any) -> list[tuple[ParameterUse, Node]]:
-        roots = [x for x in tensors(outputs) if x.requires_grad]
+    def _uses(self, forward: Forward, outputs: Sequence[Tensor]) -> list[tuple[ParameterUse, Node]]:
+        roots = [x for x in outputs if x.requires_grad]
         walk, n = Walk(roots, forward, self._leaves), forward.n
         self.fingerprint, self.other_leaves = walk.fingerprint, walk.other_leaves
         if n is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 
-def tensors(value: Any) -> Iterator[Tensor]:
-    """Every tensor in nested mappings, sequences and dataclasses."""
+def tensors(value: Any) -> list[Tensor]:
+    """Every tensor in nested mappings, sequences and dataclasses, in order."""
     if isinstance(value, Tensor):
-        return iter((value,))
+        return [value]
     found: list[Tensor] = []
     _collect(value, found)
-    return iter(found)
+    return found
 
 
 def _collect(value: Any, found: list[Tensor]) -> None:

@@ -30,6 +30,13 @@ def _width(positions: int) -> int:
     return min(positions, 32 if positions < 512 else 64)
 
 
+def _cheaper(positions: int, i: int, o: int) -> str:
+    """The cheaper of the Gram matrix and the product, for so many positions and features."""
+    saved = 1.0 if _width(positions) == positions else 0.7
+    gram, direct = saved * positions**2 * (i + o + PRICE_OF_A_WRITE), (positions + PRICE_OF_A_WRITE) * i * o
+    return "gram" if gram < direct else "direct"
+
+
 class SharedFactor:
     """A factor ``[n, k, t, f]`` that several forms have in common: what one computes of its Gram matrix, the others find.
 
@@ -84,19 +91,12 @@ class Outer(PerSampleGradient):
             inputs, grads = at_least_float32(inputs.to(grads.dtype)), at_least_float32(grads)
         self.a, self.g = inputs, grads
         self.n, self.shape = inputs.shape[0], tuple(shape)
+        positions = inputs.shape[2]
+        self.algorithm = "product" if positions == 1 else _cheaper(positions, inputs.shape[3], grads.shape[3])
 
     @property
     def like(self) -> Tensor:
         return self.g
-
-    @property
-    def algorithm(self) -> str:  # type: ignore[override]  # a property where the base has a plain string
-        positions, i, o = self.a.shape[2], self.a.shape[3], self.g.shape[3]
-        if positions == 1:
-            return "product"
-        saved = 1.0 if _width(positions) == positions else 0.7
-        gram, direct = saved * positions**2 * (i + o + PRICE_OF_A_WRITE), (positions + PRICE_OF_A_WRITE) * i * o
-        return "gram" if gram < direct else "direct"
 
     def dense(self) -> Tensor:
         return (self.g.mT @ self.a).reshape(self.n, *self.shape)

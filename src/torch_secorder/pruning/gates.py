@@ -123,7 +123,7 @@ class ChannelGates(HookScope):
 
     def _count(self, current: BackwardPass) -> None:
         """A backward pass is over: add up the squares of its gates' gradients."""
-        if self._recorder is None or not (current.accumulator or current.error):
+        if self._recorder is None or (current.accumulator.is_empty and current.error is None):
             return
         samples = self._recorder.finish(current)
         scale = ((samples.batch if self._reduction == "mean" else 1) / self._loss_scale) ** 2

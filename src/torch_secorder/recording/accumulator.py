@@ -68,6 +68,9 @@ class PassAccumulator:
 
     Attributes:
         half: whether a gradient in half precision was seen.
+        is_empty: whether nothing was collected yet.
+        parts: what the pass adds to other quantities, by their names.
+        slow: rules that take one sample at a time -> elements of the gradients that went through them.
     """
 
     def __init__(
@@ -80,7 +83,7 @@ class PassAccumulator:
         gradients: GradientNorms | None = None,
     ):
         self._table, self._options, self._keep_inputs = table, options, keep_inputs
-        self.checks, self.half = checks, False
+        self.checks, self.half, self.is_empty = checks, False, True
         self._batches: dict[object, SampleBatch] = {}
         self._rules: dict[int, dict[str, None]] = defaultdict(dict)
         self.parts: dict[str, Part] = {}
@@ -92,18 +95,11 @@ class PassAccumulator:
         alone = options.repeated_calls is None
         self._waits = alone and not (checks or self._of_forms or options.max_memory is not None)
         self._gradients = gradients if alone and not checks and not table.ranks.distributed else None
-        self._shared: dict[
-            int, tuple[Any, int, dict[torch.Size, SharedFactor]]
-        ] = {}  # id of an input -> it, uses left, factors
+        # The id of an input -> the input, how many of its uses are left, and what they share.
+        self._shared: dict[int, tuple[Any, int, dict[torch.Size, SharedFactor]]] = {}
         self._small = SmallCallBatch(self._rules, keep_inputs=keep_inputs)
-        self._slow: dict[
-            str, int
-        ] = {}  # rules that take one sample at a time -> elements of the gradients they went through
+        self.slow: dict[str, int] = {}
         self._seen = 0  # elements of all gradients
-
-    def __bool__(self) -> bool:
-        """Whether anything was collected."""
-        return bool(self._batches)
 
     @property
     def projections(self) -> dict[int, list[tuple[Tensor, float]]]:
@@ -116,10 +112,10 @@ class PassAccumulator:
 
     def warned(self) -> bool:
         """Warn if taking one sample at a time is most of the work; says whether it did."""
-        if not self._slow or sum(self._slow.values()) <= self._seen:
+        if sum(self.slow.values()) <= self._seen:
             return False
         warnings.warn(
-            f"most of the work is done by rules that take one sample at a time ({', '.join(sorted(self._slow))}); the numbers "
+            f"most of the work is done by rules that take one sample at a time ({', '.join(sorted(self.slow))}); the numbers "
             "are exact, and torch_secorder.register_rule for the layer makes them cheaper",
             SlowFallbackWarning,
             stacklevel=2,
@@ -224,7 +220,7 @@ class PassAccumulator:
             place = use.node_use(node, value, memo)
             form, rule = gradient_at(place, grads, use.output)
             if not has_rule(place):
-                self._slow[rule] = self._slow.get(rule, 0) + batch.n * found.numel()
+                self.slow[rule] = self.slow.get(rule, 0) + batch.n * found.numel()
             for target, batch_free_vjp in value.targets:
                 self._add_to_target(batch, use.forward, target, batch_free_vjp(form), rule)
 
@@ -312,6 +308,7 @@ class PassAccumulator:
         batch = self._batches.get(key)
         if batch is None:
             batch = self._batches[key] = self._new_batch(n)
+            self.is_empty = False
         if batch.n != n:
             raise ShapeError(f"calls with {batch.n} and with {n} samples in one backward pass: which is the batch?")
         return batch
@@ -338,8 +335,9 @@ class PassAccumulator:
             if batch.shared or batch.held:
                 self._settle_waiting(batch)
         self._small.finish()
-        reached, norms = all_squared_norms(list(self._batches.values()), len(self._table))
-        self._table.ranks.require_same_norms(norms, self._table.names)
+        reached, norms = all_squared_norms(list(self._batches.values()), len(self._table.rows))
+        if self._table.ranks.distributed:
+            self._table.ranks.require_same_norms(norms, self._table.names)
         samples = SampleNorms(norms.shape[1], norms, reached, self._rules, self.parts)
         return samples.finite(self._table.names, nonfinite)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Hashable
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch_secorder.recording.batch import alike
 from torch_secorder.recording.small_calls import MOST_CALLS
 
 
+@dataclass(eq=False)
 class GradientNorms:
     """``||grad_p L_b||`` of every parameter p that one backward pass reaches.
 
@@ -21,11 +23,10 @@ class GradientNorms:
         from_factors: position -> the norm, where a layer's factors told it already.
     """
 
-    def __init__(self) -> None:
-        self.from_factors: dict[int, Tensor] = {}
-        self._norms: dict[int, Tensor] = {}
-        self._batched: list[tuple[list[int], Tensor]] = []  # positions, and a norm for each
-        self._waiting: dict[int, Tensor] = {}  # small gradients whose norms are still to be taken
+    from_factors: dict[int, Tensor] = field(default_factory=dict)
+    _norms: dict[int, Tensor] = field(default_factory=dict)
+    _batched: list[tuple[list[int], Tensor]] = field(default_factory=list)  # positions, and a norm for each
+    _waiting: dict[int, Tensor] = field(default_factory=dict)  # small gradients whose norms are still to be taken
 
     def add(self, position: int, grad: Tensor, as_computed: bool = True) -> None:
         """A parameter's gradient; ``as_computed`` unless a hook of the user's may have changed it."""
@@ -62,6 +63,8 @@ class GradientNorms:
             self._norms = {}
         if not self._batched:
             return [], torch.zeros(0)
+        if len(self._batched) == 1:
+            return self._batched[0][0], self._batched[0][1].double()
         positions, norms = zip(*self._batched, strict=True)
         return list(itertools.chain.from_iterable(positions)), torch.cat(alike(list(norms))).double()
 

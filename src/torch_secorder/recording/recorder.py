@@ -36,7 +36,6 @@ from torch_secorder.capture.records import Forward, Record
 from torch_secorder.errors import LifecycleError
 from torch_secorder.graph.audit import Audit
 from torch_secorder.graph.frontier import ParameterUse
-from torch_secorder.model.containers import tensors
 from torch_secorder.model.hooks import HookScope
 from torch_secorder.model.parameters import Table
 from torch_secorder.model.ranks import full_tensor
@@ -124,8 +123,8 @@ class Recorder(HookScope):
     def _on_recomputation(self, task: int) -> None:
         """A forward runs again inside of a backward pass."""
 
-    def _on_model_exit(self, forward: Forward, outputs: Any) -> None:
-        """The model returns."""
+    def _on_model_exit(self, forward: Forward, outputs: list[Tensor]) -> None:
+        """The model returns these tensors, in whatever containers."""
         self._audit.uses(forward, outputs)
 
     # ------------------------------------------------------------------------------------------------ what arrives
@@ -196,8 +195,8 @@ class Recorder(HookScope):
                     check(current, samples)
         except Exception as error:
             raise as_refusal(error)  # noqa: B904  # a refusal names its cause itself
-        known = self._knowledge
-        known.warned_of_slow_rules = known.warned_of_slow_rules or current.accumulator.warned()
+        if current.accumulator.slow and not self._knowledge.warned_of_slow_rules:
+            self._knowledge.warned_of_slow_rules = current.accumulator.warned()
         return samples
 
 
@@ -236,9 +235,9 @@ class UserRecorder(Recorder):
         self._outer_of.clear()
         super()._detach()
 
-    def _on_model_exit(self, forward: Forward, outputs: Any) -> None:
+    def _on_model_exit(self, forward: Forward, outputs: list[Tensor]) -> None:
         super()._on_model_exit(forward, outputs)
-        self._outputs = list(map(weakref.ref, tensors(outputs)))
+        self._outputs = list(map(weakref.ref, outputs))
 
     def _on_recomputation(self, task: int) -> None:
         if task not in self._passes:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Hashable
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -16,17 +18,18 @@ from torch_secorder.recording.batch import SampleBatch
 MOST_CALLS = 64  # that wait for each other
 
 
+@dataclass(eq=False)
 class SmallCallBatch:
     """Calls that wait for others of their kind.
 
-    Args:
+    Attributes:
         rules: position -> how its numbers were computed, to add to.
         keep_inputs: leave the records' inputs alone.
     """
 
-    def __init__(self, rules: dict[int, dict[str, None]], *, keep_inputs: bool):
-        self._rules, self._keep_inputs = rules, keep_inputs
-        self._waiting: dict[Hashable, list[tuple[SampleBatch, Record, Tensor, int]]] = {}
+    rules: dict[int, dict[str, None]]
+    keep_inputs: bool
+    _waiting: dict[Hashable, list[tuple[SampleBatch, Record, Tensor, int]]] = field(default_factory=dict)
 
     def add(self, batch: SampleBatch, record: Record, grad: Tensor) -> bool:
         """Let a small call, of parameters that have no other, wait for others of its kind; says whether it can.
@@ -62,18 +65,18 @@ class SmallCallBatch:
                     "backward of the user's that gets the same tensor; return a new one there"
                 )
         batches, records, grads, _ = zip(*waiting, strict=True)
-        site = records[0].site
+        site, owned = records[0].site, [record.site.parameters for record in records]
         for local, form in site.forms(Record.concatenated(records, grads)).items():
             rule = {f"{site.rule.name} ({form.algorithm})": None}
-            positions = [record.site.parameters[local] for record in records]
-            self._rules.update(dict.fromkeys(positions, rule))
+            positions = list(map(operator.itemgetter(local), owned))
+            self.rules.update(dict.fromkeys(positions, rule))
             norms = squared_norms_of(form).view(len(waiting), -1)
             if len(set(map(id, batches))) == 1:
                 batches[0].batched.append((positions, norms))
                 continue
             for batch, position, own in zip(batches, positions, norms, strict=True):
                 batch.squared_norms[position] = own
-        if not self._keep_inputs:
+        if not self.keep_inputs:
             for record in records:
                 record.inputs = None
 

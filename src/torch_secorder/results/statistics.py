@@ -74,10 +74,10 @@ class Statistics:
         parts = [self, *self._parts()]
         before = list(zip(parts, map(dict, map(vars, parts)), strict=True))
         try:
-            self.squared_norms.add(t)
-            self.gradients.add(gradients or {}, samples.batch)
             self.passes, self.n_skipped = self.passes + 1, self.n_skipped + samples.skipped
             self._note_rules(samples)
+            self.squared_norms.add(t)
+            self.gradients.add(gradients or {}, samples.batch)
             for name, quantity in self.quantities.items():
                 quantity.add(samples.parts.get(name), t, scale)
         except BaseException:  # an interrupt in between: half of a batch is worse than none

@@ -13,7 +13,7 @@ from torch_secorder.rules.registry import Gradients, register_rule
 @register_rule(nn.Linear, depends_on=())
 def linear(module: nn.Linear, call: Call) -> Gradients:
     """``y = x W^T + b`` over any number of middle axes, which are the positions that share W and b."""
-    x, g = call.argument(0, "input"), call.grad_output
+    x, g = call.inputs[0] if call.inputs else call.kwargs["input"], call.grad_output
     if x.dim() < 2:
         raise ShapeError(f"a Linear got an input of shape {tuple(x.shape)}, without a batch axis")
     if x.dim() == 2:

@@ -54,14 +54,14 @@ class GraphBackward(Recorder):
         """Inside, passes go through outputs that were computed before, whose graph is left as it was."""
         self._shared_graph = True
         try:
-            self._on_model_exit(Forward(len(outputs)), outputs)
+            self._on_model_exit(Forward(len(outputs)), [outputs])
             self._inputs = self._audit.other_leaves
             yield
         finally:
             self._audit.hooks.close()
             self._starts, self._inputs, self._shared_graph = [], [], False
 
-    def _on_model_exit(self, forward: Forward, outputs: Any) -> None:
+    def _on_model_exit(self, forward: Forward, outputs: list[Tensor]) -> None:
         """Prepare for backward passes from these outputs."""
         uses = self._audit.uses(forward, outputs)
         self._starts = [
@@ -122,7 +122,7 @@ class GraphBackward(Recorder):
                 self._within(current, item, current.accumulator.add_use, item, several[0].node, grads)
             elif grads[0] is not None:
                 self._within(current, item, self._add_start, current, item, grads[0])
-        if current.error is None and not current.accumulator:
+        if current.error is None and current.accumulator.is_empty:
             raise self._nothing_found(root)
         return self.finish(current)
 

@@ -78,7 +78,7 @@ class HookedForward(GraphBackward):
             require_twice_differentiable(outputs, self._parameters)
         return outputs
 
-    def _on_model_exit(self, forward: Forward, outputs: Any) -> None:
+    def _on_model_exit(self, forward: Forward, outputs: list[Tensor]) -> None:
         self._records += [record for record, _ in forward.records]
         super()._on_model_exit(forward, outputs)
 

@@ -40,7 +40,7 @@ def _gradients_in_first(
 ) -> list[Tensor]:
     """The loss's gradient in the first sample of ``outputs``, with the other samples of ``rest``."""
     leaves: list[tuple[Tensor, int]] = []
-    originals = tensors(outputs)
+    originals = iter(tensors(outputs))
 
     def leaf(x: Tensor) -> Tensor:
         original = next(originals)
