@@ -73,8 +73,11 @@ def loss_scale_value(loss_scale: float | Tensor | Callable[[], float | Tensor]) 
         number = float(value)
     except (TypeError, ValueError):
         number = math.nan
-    if not (math.isfinite(number) and number > 0):
-        raise ArgumentError(f"loss_scale must be a positive number or a function that returns one, not {value!r}")
+    # Squares are divided by its square, which has to be a number.
+    if not 1e-100 <= number <= 1e100:
+        raise ArgumentError(
+            f"loss_scale must be a positive number from 1e-100 to 1e100, or a function that returns one, not {value!r}"
+        )
     return number
 
 
