@@ -23,7 +23,10 @@ def value_shape(node: Node, nr: int) -> tuple[int, ...]:
 
 def output_shapes(*nodes: Node) -> tuple[tuple[int, ...], ...]:
     """The shapes of all outputs of these nodes, in turn."""
-    return tuple([tuple(output.shape) for node in nodes for output in _metadata(node)])
+    try:  # in every step, for all nodes of the graph: no function for each of them
+        return tuple([tuple(output.shape) for node in nodes for output in node._input_metadata])
+    except AttributeError:
+        raise _shows_no_shapes() from None
 
 
 def output_count(node: Node) -> int:
@@ -41,10 +44,14 @@ def _metadata(node: Any) -> Any:
     try:
         return node._input_metadata
     except AttributeError:
-        raise UnsupportedError(
-            f"torch {torch.__version__} does not show the shapes in its autograd graph, without which no use of a parameter "
-            "outside of layers with rules can be found: use a version that `make versions` names"
-        ) from None
+        raise _shows_no_shapes() from None
+
+
+def _shows_no_shapes() -> UnsupportedError:
+    return UnsupportedError(
+        f"torch {torch.__version__} does not show the shapes in its autograd graph, without which no use of a parameter "
+        "outside of layers with rules can be found: use a version that `make versions` names"
+    )
 
 
 def has_packed_tensors(node: Any) -> bool | None:

@@ -1,1 +1,15 @@
-"""Where a tensor has its samples: what is said of it, the evidence for it, the search for that, and what is remembered."""
+"""Where a tensor has its samples.
+
+Shapes can lie: a batch may be as large as a sequence is long, windows or heads may be folded into the batch, positions may have
+no batch axis at all. The evidence that can't lie is the gradient itself. Send random numbers r back from the model's outputs,
+and then the same numbers with sample n's part multiplied by a mark w_n, a power of two of its own. What belongs to sample n
+comes back multiplied by w_n, exactly, since powers of two multiply without rounding. What several samples share does not.
+
+The files, one verb each:
+
+* ``placement`` says where a tensor has its samples: on which axis, and how they lie along it;
+* ``evidence`` reads the placement from gradients that came back plain and marked;
+* ``search_pass`` makes the backward passes that bring such gradients;
+* ``knowledge`` remembers, for each model and each kind of graph, what was found, and when to look again;
+* ``search`` decides what to ask: what is known, a batch of three samples, or else a pass through the whole graph.
+"""

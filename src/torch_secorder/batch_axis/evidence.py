@@ -1,9 +1,14 @@
-"""Evidence for where a gradient has its samples: how it answers to marked samples."""
+"""The evidence for where a gradient has its samples: what marks on the samples do to it.
+
+A backward pass starts with random numbers at the model's outputs, another one with the same numbers times a mark for each
+sample. Where the gradient of the second is that of the first times sample n's mark, it belongs to sample n. Marks are powers
+of two, which multiply without rounding, so that the two agree to the last digit.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import lru_cache
@@ -16,7 +21,7 @@ from torch_secorder.batch_axis.placement import Layout, Placement
 
 
 class Unplaced(Enum):
-    """What else the evidence can say of a tensor."""
+    """What the evidence can say of a tensor that has no placement."""
 
     SHARED_BY_SAMPLES = "it belongs to no single sample"
     NO_GRADIENT = "no gradient reaches it"
@@ -25,33 +30,39 @@ class Unplaced(Enum):
 Evidence = Placement | Unplaced
 
 
-# How many different factors one backward pass tells apart, in half precision and in other dtypes: 2^7 and 2^31 leave room.
+# How many marks one backward pass tells apart: 2^0 to 2^(B-1). With B = 8 in half precision and 32 in other dtypes, marked
+# gradients stay inside the range of the dtype's exponents.
 MARKS_PER_PASS_OF_HALF, MARKS_PER_PASS = 8, 32
 
 
 def sample_marks(n: int, marks_per_pass: int = MARKS_PER_PASS) -> list[Tensor]:
-    """Factors for the samples, ``[n]`` each: ones, then a power of two for each digit of a sample's number.
+    """The marks of all samples in each pass, ``[n]``: ones in the first pass, then powers of two.
 
-    Two samples differ in at least one of them.
+    The exponents are the digits of the sample's number to the base ``marks_per_pass``, one digit in each pass, so that two
+    samples differ in at least one of them.
     """
     samples = torch.arange(n)
     digits = max(1, math.ceil(math.log(max(n, 2), marks_per_pass) - 1e-9))
     return [torch.ones(n), *(2.0 ** (samples // marks_per_pass**place % marks_per_pass) for place in range(digits))]
 
 
-# What several samples share looks like one sample's by chance in one direction now and then, in half precision above all.
+# Along a single random direction, what samples share may scale as if it were one sample's by accident, in half precision above
+# all; along several it does not.
 DIRECTIONS = 8
+
+# Directions for a longer side are products of shorter ones. Made in full, they would take as much memory as a gradient.
+LONG = 2**12
 
 
 @dataclass(frozen=True)
 class Sketch:
-    """What is kept of a gradient to see where its samples are: every slice along every axis, in a few random directions.
+    """What is kept of a gradient: for every slice along every axis, its products with a few random directions.
 
-    Powers of two that multiply a slice multiply its sketch, exactly as well, and whole gradients of a whole model would not
-    fit into memory.
+    The gradients of a whole model would not fit into memory. A power of two that multiplies a slice multiplies its products
+    too, without rounding, so that they show the same.
 
     Attributes:
-        axes: for each axis of the tensor ``[size, DIRECTIONS]``, in float64.
+        axes: for each axis of the tensor the products of its slices, ``[size, DIRECTIONS]``, in float64.
         largest: the largest magnitude in the gradient.
         tiny: the smallest normal number of its dtype.
     """
@@ -71,24 +82,22 @@ class Sketch:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The gradient's."""
+        """The gradient's shape."""
         return tuple(len(rows) for rows in self.axes)
 
 
 def _contracted(value: Tensor, axis: int) -> Tensor:
-    """A few random numbers for each slice along an axis: random directions for the axes before it, and for those after."""
+    """The products of each slice along an axis with random directions, ``[size, DIRECTIONS]``.
+
+    A slice's direction is the product of one for the axes before the given one and one for those after it.
+    """
     before, size, after = math.prod(value.shape[:axis]), value.shape[axis], math.prod(value.shape[axis + 1 :])
-    # The longer side first, which leaves little.
+    # The longer side is contracted first, since little is left after that.
     if before < after:
         rows = _after(value.reshape(-1, after)).view(before, size, DIRECTIONS)
         return torch.einsum("bsd,bd->sd", rows, _directions(before, value))
     columns = _before(value.reshape(before, -1)).view(DIRECTIONS, size, after)
     return torch.einsum("dsa,ad->sd", columns, _directions(after, value))
-
-
-LONG = (
-    2**12
-)  # Directions for a longer side are products of shorter ones, which would take as much memory as a gradient.
 
 
 def _after(value: Tensor) -> Tensor:
@@ -120,57 +129,67 @@ def _directions(size: int, like: Tensor) -> Tensor:
 
 
 def evidence(
-    plain: Sketch | None, scaled: Sequence[Sketch | None], n: int, marks_per_pass: int = MARKS_PER_PASS
+    plain: Sketch | None, marked: Sequence[Sketch | None], n: int, marks_per_pass: int = MARKS_PER_PASS
 ) -> Evidence:
-    """What gradients for a seed, and for the seed times each of the :func:`sample_marks`, say of a tensor's samples."""
-    found = [g for g in scaled if g is not None]
-    if plain is None or len(found) < len(scaled):
+    """Where a tensor has its n samples, if its gradients show it.
+
+    Args:
+        plain: the gradient in the pass in which every sample's mark is one.
+        marked: the gradients in the other passes, with the further :func:`sample_marks`.
+        n: how many samples.
+        marks_per_pass: as for :func:`sample_marks`.
+    """
+    found = [sketch for sketch in marked if sketch is not None]
+    if plain is None or len(found) < len(marked):
         return Unplaced.NO_GRADIENT
-    # What is smaller than the smallest normal number has few digits, and doubling brings some back.
+    # Numbers below the smallest normal one have few digits, and a mark brings some back: they show nothing. Nor do NaNs.
     if not plain.largest > plain.tiny:
         return Unplaced.NO_GRADIENT
-    # Of several axes that would do, the first with as many indices as samples is meant.
-    shape = plain.shape
-    layouts = [(Layout.ONE_EACH, axis) for axis in range(len(shape))]
-    layouts += [(layout, axis) for axis in range(len(shape)) for layout in (Layout.BLOCKS, Layout.INTERLEAVED)]
-    for layout, axis in layouts:
-        placement = Placement(axis, layout)
-        if placement.fits(shape, n) and (layout is Layout.ONE_EACH or shape[axis] != n):
-            owner = placement.sample_of_index(shape[axis], n, plain.axes[axis].device)
-            if _explains(plain.axes[axis], [g.axes[axis] for g in found], owner, n, marks_per_pass):
-                return placement
-    if not shape:
+    for placement in _candidates(plain.shape, n):
+        rows, others = plain.axes[placement.axis], [sketch.axes[placement.axis] for sketch in found]
+        sample_of_row = placement.sample_of_index(len(rows), n, rows.device)
+        if _explains(rows, others, sample_of_row, n, marks_per_pass):
+            return placement
+    if not plain.shape:
         return Unplaced.SHARED_BY_SAMPLES
-    rows, others = plain.axes[0], [g.axes[0] for g in found]
-    owner = _owners(rows, others, marks_per_pass)
-    return (
-        Placement(0, Layout.INDEXED, owner)
-        if _explains(rows, others, owner, n, marks_per_pass)
-        else Unplaced.SHARED_BY_SAMPLES
-    )
+    rows, others = plain.axes[0], [sketch.axes[0] for sketch in found]
+    sample_of_row = _samples_of_rows(rows, others, marks_per_pass)
+    if _explains(rows, others, sample_of_row, n, marks_per_pass):
+        return Placement(0, Layout.INDEXED, sample_of_row)
+    return Unplaced.SHARED_BY_SAMPLES
 
 
-def _explains(rows: Tensor, scaled: list[Tensor], owner: Tensor | None, n: int, marks_per_pass: int) -> bool:
-    """Whether every row came back times the factors of its owner."""
+def _candidates(shape: Sequence[int], n: int) -> Iterator[Placement]:
+    """The placements that a shape allows, but for lists: first the axes with an index for each sample, from the first one on."""
+    yield from (Placement(axis) for axis, size in enumerate(shape) if size == n)
+    for axis, size in enumerate(shape):
+        for layout in (Layout.BLOCKS, Layout.INTERLEAVED):
+            placement = Placement(axis, layout)
+            if size != n and placement.fits(shape, n):
+                yield placement
+
+
+def _explains(rows: Tensor, marked: list[Tensor], sample_of_row: Tensor | None, n: int, marks_per_pass: int) -> bool:
+    """Whether every row came back times the mark of its sample; without ``sample_of_row``, row n is sample n's."""
     size = rows.norm(dim=1)
-    # Powers of two leave every rounding as it was; only half precision may underflow. What several samples share may look like
-    # one sample's by chance, the less likely the less is forgiven.
+    # Powers of two leave every rounding as it was; only half precision may underflow. The less is forgiven, the less likely is
+    # it that what samples share passes for one sample's by chance.
     forgiven = 0.05 if marks_per_pass == MARKS_PER_PASS_OF_HALF else 1e-3
-    for factor, found in zip(sample_marks(n, marks_per_pass)[1:], scaled, strict=True):
-        factor = factor.to(rows)
-        factor = factor if owner is None else factor[owner.clamp(max=n - 1)]
-        off = (found / factor[:, None] - rows).norm(dim=1)
-        # A wrong owner is off by half of the row at least.
+    for mark, found in zip(sample_marks(n, marks_per_pass)[1:], marked, strict=True):
+        mark = mark.to(rows)
+        mark = mark if sample_of_row is None else mark[sample_of_row.clamp(max=n - 1)]
+        off = (found / mark[:, None] - rows).norm(dim=1)
+        # For a wrong sample, the difference is at least half as large as the row.
         if not bool((off.isfinite() & (off <= forgiven * size + 1e-4 * size.max())).all()):
             return False
     return True
 
 
-def _owners(rows: Tensor, scaled: list[Tensor], marks_per_pass: int) -> Tensor:
-    """The sample of each row, if each has one; rows without a gradient may belong to any."""
-    owner = torch.zeros(len(rows), dtype=torch.long, device=rows.device)
-    for place, found in enumerate(scaled):
+def _samples_of_rows(rows: Tensor, marked: list[Tensor], marks_per_pass: int) -> Tensor:
+    """The sample of each row as its marks tell it, if each row has one; rows without a gradient may have any."""
+    sample = torch.zeros(len(rows), dtype=torch.long, device=rows.device)
+    for place, found in enumerate(marked):
         ratio = found.norm(dim=1) / rows.norm(dim=1)
         digit = ratio.log2().round().nan_to_num(0, 0, 0).clamp(0, marks_per_pass - 1)
-        owner += digit.long() * marks_per_pass**place
-    return owner
+        sample += digit.long() * marks_per_pass**place
+    return sample

@@ -63,7 +63,7 @@ class PlacementCache:
     telling_outputs: dict[Key, int] = field(default_factory=dict)
     graphs_seen: int = 0
 
-    def missing(self, wanted: Sequence[Wanted], n: int, *, ambiguous_shapes: bool) -> list[Wanted]:
+    def missing(self, wanted: Sequence[Wanted], n: int, ambiguous_shapes: bool) -> list[Wanted]:
         """The places in a graph of n samples for which no evidence is known that holds there.
 
         A call that no gradient reached could not be placed. It is searched for again in the 1st, 2nd, 3rd, 5th, 9th, ... graph

@@ -1,10 +1,4 @@
-"""Where a tensor has its samples: the batch axis, and the sample that each of its indices belongs to.
-
-Shapes can lie: a batch as large as a sequence is long, windows or heads folded into the batch, positions without a batch
-axis at all. The evidence that can't is the gradient itself. Send a random seed r back from the model's outputs, and then the
-same seed with sample n's part multiplied by w_n, a power of two of its own: what belongs to sample n comes back multiplied by
-w_n, exactly, since powers of two multiply without rounding. What belongs to several samples does not.
-"""
+"""What is said of a tensor's samples: which axis counts them, and the sample that each of its indices belongs to."""
 
 from __future__ import annotations
 
@@ -27,7 +21,13 @@ class Layout(Enum):
 
 @dataclass(frozen=True)
 class Grouping:
-    """How several rows fall to each of n samples: the runs, turns or list of :class:`Placement`."""
+    """Which rows of a tensor belong to each of n samples, where a sample has several.
+
+    Attributes:
+        n: how many samples.
+        layout: how the rows of the samples lie: in blocks, interleaved or by a list.
+        sample_index: for the list, the sample of each row.
+    """
 
     n: int
     layout: Layout
@@ -36,16 +36,16 @@ class Grouping:
     def rows(self, value: Tensor) -> Tensor:
         """``[rows, ...]`` -> ``[n, most rows of one sample, ...]``, padded with zeros."""
         if self.sample_index is None:
-            outer = self.layout is Layout.BLOCKS
-            return value.unflatten(0, (self.n, -1)) if outer else value.unflatten(0, (-1, self.n)).transpose(0, 1)
-        owner = self.sample_index
-        counts = torch.bincount(owner, minlength=self.n)
-        order = owner.argsort(stable=True)
+            blocks = self.layout is Layout.BLOCKS
+            return value.unflatten(0, (self.n, -1)) if blocks else value.unflatten(0, (-1, self.n)).transpose(0, 1)
+        counts = torch.bincount(self.sample_index, minlength=self.n)
+        order = self.sample_index.argsort(stable=True)
         most = int(counts.max())
         if bool((counts == most).all()):
             return value[order].unflatten(0, (self.n, most))
-        place = torch.arange(len(owner), device=owner.device) - (counts.cumsum(0) - counts)[owner[order]]
-        return value.new_zeros(self.n, most, *value.shape[1:]).index_put((owner[order], place), value[order])
+        sample = self.sample_index[order]
+        place = torch.arange(len(sample), device=sample.device) - (counts.cumsum(0) - counts)[sample]
+        return value.new_zeros(self.n, most, *value.shape[1:]).index_put((sample, place), value[order])
 
     def sums(self, value: Tensor) -> Tensor:
         """``[rows, ...]`` -> ``[n, ...]``, the sums over each sample's rows."""
@@ -56,13 +56,12 @@ class Grouping:
 
 @dataclass(frozen=True)
 class Placement:
-    """Which axis counts samples, and how.
+    """Which axis of a tensor counts samples, and how.
 
     Attributes:
-        axis: the axis.
-        fold: "none" if index n is sample n; "outer" if each sample has a run of neighbouring indices; "inner" if the
-            samples alternate; "listed" if only a list tells, as behind a router.
-        listed: for "listed", the sample of each index.
+        axis: that axis.
+        layout: how the samples lie along it.
+        sample_index: for a list, the sample of each index.
     """
 
     axis: int = 0
@@ -70,7 +69,7 @@ class Placement:
     sample_index: Tensor | None = None
 
     def fits(self, shape: Sequence[int], n: int) -> bool:
-        """Whether a tensor of this shape can be placed so."""
+        """Whether a tensor of this shape may have its n samples so."""
         size = shape[self.axis] if len(shape) > self.axis else 0
         if self.sample_index is not None:
             return size == len(self.sample_index)
@@ -83,18 +82,14 @@ class Placement:
 
     @property
     def is_one_sample(self) -> bool:
-        """Whether all of the tensor belongs to one sample: a module that was called for each sample in turn."""
+        """Whether all of the tensor belongs to one sample, as where a module is called for each sample in turn."""
         return self.sample_index is not None and bool((self.sample_index == self.sample_index[0]).all())
 
-    def grouping(self, size: int, n: int, device: torch.device) -> Grouping | None:
-        """How ``size`` indices fall to n samples; None if index n is sample n."""
-        return (
-            None
-            if self.layout is Layout.ONE_EACH
-            else Grouping(
-                n, self.layout, self.sample_index if self.sample_index is None else self.sample_index.to(device)
-            )
-        )
+    def grouping(self, n: int, device: torch.device) -> Grouping | None:
+        """Which indices belong to each of n samples; None if index n is sample n."""
+        if self.layout is Layout.ONE_EACH:
+            return None
+        return Grouping(n, self.layout, None if self.sample_index is None else self.sample_index.to(device))
 
     def sample_of_index(self, size: int, n: int, device: torch.device) -> Tensor | None:
         """The sample of each index, ``[size]``; None if index n is sample n."""

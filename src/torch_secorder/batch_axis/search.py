@@ -36,21 +36,18 @@ class SampleSearch:
     ):
         self.placements, self._n, self._passes = placements, n, passes
         self._locate_on_three_samples, self._look_ahead = locate_on_three_samples, look_ahead
+        self._ambiguous_shapes = ambiguous_shapes
         self._ahead: dict[tuple[Node, int], Evidence] = {}
         placements.graphs_seen += 1
-        self._ambiguous_shapes = ambiguous_shapes
 
     def __call__(self, wanted: Sequence[Wanted]) -> None:
         """Search where it is needed. Afterwards, ``placements.evidence`` has an entry for each of these places."""
-        missing = self._missing(wanted)
+        missing = self.placements.missing(wanted, self._n, self._ambiguous_shapes)
         if missing and self._locate_on_three_samples is not None:
             self._locate_on_three_samples()
-            missing = self._missing(missing)
+            missing = self.placements.missing(missing, self._n, self._ambiguous_shapes)
         if missing:
             self._find(missing)
-
-    def _missing(self, wanted: Sequence[Wanted]) -> list[Wanted]:
-        return self.placements.missing(wanted, self._n, ambiguous_shapes=self._ambiguous_shapes)
 
     def _find(self, wanted: Sequence[Wanted]) -> None:
         """Take the evidence from what an earlier pass saw ahead, and from new passes."""
@@ -94,7 +91,8 @@ class SearchOnAllRanks(SampleSearch):
 
     def __call__(self, wanted: Sequence[Wanted]) -> None:
         """Search at all of these places if one of them is missing on any rank."""
-        if not self._ranks.max_over_ranks(bool(self._missing(wanted))):
+        missing = self.placements.missing(wanted, self._n, self._ambiguous_shapes)
+        if not self._ranks.max_over_ranks(bool(missing)):
             return
         keys = [key for key, _, _ in wanted]
         self._ranks.require_same(

@@ -1,8 +1,18 @@
 """The autograd graph as the second way in: every use of every parameter, in or outside of its module's forward.
 
-Walking back from the model's outputs finds each node that consumes a parameter. Uses inside the call of a hooked module are
-that call's business. For all others, the parameter travels through a batch-free chain (a transpose, a chunk, a weight norm;
-often nothing) to the frontier, the first node whose output has samples, and a hook there receives the gradient while it still
-has them. The same walk shows which modules were called without a batch axis at all, such as position embeddings: their output is
-one more batch-free value on its way to a frontier.
+Once the model has returned, its graph is walked from the outputs down to the parameters. Each node that takes a parameter is
+a use. Uses inside the call of a hooked module are that call's business. For all others, the parameter travels through a
+batch-free chain (a transpose, a chunk, a weight norm; often nothing) up to the frontier: the first node whose output has
+samples. A hook there receives the gradient while it still has them. The same walk shows which modules were called without a
+batch axis, as position embeddings are. Their output is one more batch-free value on its way to the frontier.
+
+The files, one verb each:
+
+* ``walk`` goes through the graph once and notes calls, uses and what distinguishes the graph from others;
+* ``conditions`` tells what a graph leaves open: whether shapes are ambiguous, and whether samples change their order;
+* ``audit`` accounts for every use: it places the calls, has the frontier found for the rest, and hooks it, or refuses;
+* ``frontier`` climbs from parameters to the nodes where they meet the data;
+* ``chain`` carries a gradient from the frontier back to the parameter;
+* ``queries`` answers questions that need no walk: second derivatives, parameters that the loss uses directly;
+* ``last_layer`` reads the matrix product that ends a model.
 """

@@ -1,4 +1,4 @@
-"""What a walk may say of its graph: whether shapes are ambiguous, and whether samples change their order."""
+"""What a graph leaves open: whether its shapes are ambiguous, and whether its samples change their order."""
 
 from __future__ import annotations
 
@@ -11,27 +11,15 @@ from torch import Tensor
 from torch_secorder.autograd.nodes import value_shape
 from torch_secorder.autograd.saved import knows, saved
 
-REORDERS = {
-    f"{name}Backward0"
-    for name in [
-        "Index",
-        "IndexSelect",
-        "Flip",
-        "Roll",
-        "Gather",
-        "IndexPut",
-        "IndexAdd",
-        "Scatter",
-        "ScatterAdd",
-        "Sort",
-    ]
-}
+# Nodes that may put samples into another order.
+_NAMES = "Index IndexSelect Flip Roll Gather IndexPut IndexAdd Scatter ScatterAdd Sort"
+REORDERS = {f"{name}Backward0" for name in _NAMES.split()}
 
 
-# (Step after step has the same shapes.)
+# Both are remembered, since step after step has the same shapes.
 @lru_cache(64)
 def size_pattern(n: int, shapes: tuple[tuple[int, ...], ...]) -> int:
-    """Of shapes with each size as the number of different ones before it."""
+    """A hash of which sizes in these shapes equal each other, and which equal n; other batch sizes give the same one."""
     sizes = {n: 0}
     return hash(tuple([tuple([sizes.setdefault(size, len(sizes)) for size in shape]) for shape in shapes]))
 
@@ -42,8 +30,11 @@ def has_ambiguous_axis(n: int, shapes: tuple[tuple[int, ...], ...]) -> bool:
     return any(n in shape[1:] for shape in set(shapes))
 
 
-def _reorders(node: Any, n: int) -> bool:
-    """Whether a node that picks entries does so on the first axis, in another order than the given one."""
+def reorders_first_axis(node: Any, n: int) -> bool:
+    """Whether one of these nodes works on the first axis, and not in the order that is there already.
+
+    Where that can't be told, it may.
+    """
     name = node.name()
     if name == "FlipBackward0" and knows(name, "axes"):
         return any(axis % len(value_shape(node, 0)) == 0 for axis in saved(node, "axes"))

@@ -46,6 +46,7 @@ class ParameterUse:
     It does not hold its node: the node's hook holds the use, and the two would be a cycle that outlives the graph.
 
     Attributes:
+        forward: the run of the model that the node is of.
         values: the batch-free values that the node takes.
         placement: where the node's output has its samples.
         output: which of its outputs that is.
@@ -138,7 +139,8 @@ class Frontier:
         for consumer, placement, output in self._placed():
             met[consumer.node] = placement, output
             indices[consumer.node].append(consumer.input_index)
-        return [(self._use(forward, node, indices[node], *met[node], set(met)), node) for node in met]
+        frontier = set(met)
+        return [(self._use(forward, node, indices[node], *met[node], frontier), node) for node in met]
 
     def _placed(self) -> Iterator[tuple[Consumer, Placement, int]]:
         """The consumers whose output has samples, level by level, and which of their outputs that is."""

@@ -1,4 +1,4 @@
-"""The matrix that the model's outputs come out of, where their node shows one."""
+"""The matrix product that ends a model, where the graph shows one."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ PRODUCTS = ("AddmmBackward0", "MmBackward0")
 
 
 def last_linear_factors(outputs: Tensor) -> tuple[Tensor, Tensor] | None:
-    """``(h, M)``, ``[n, i]`` and ``[i, c]``, of outputs ``h M`` plus a bias; None if they are nothing of the kind.
+    """The factors h, ``[n, i]``, and M, ``[i, c]``, of outputs ``h M`` with or without a bias.
 
-    None as well where no gradient goes through the product to what made h, or where h was changed since.
+    They are None if the outputs are nothing of the kind, if no gradient goes through the product to what made h, or if one
+    of the factors was changed in place since.
     """
     node = outputs.grad_fn
     if node is None or node.name() not in PRODUCTS or not knows(node.name(), "left", "right"):
@@ -22,6 +23,6 @@ def last_linear_factors(outputs: Tensor) -> tuple[Tensor, Tensor] | None:
         return None
     try:
         h, matrix = saved(node, "left"), saved(node, "right")
-    except RuntimeError:
+    except RuntimeError:  # so torch says that a saved tensor was changed in place
         return None
     return None if h is None or matrix is None else (h.detach(), matrix.detach())

@@ -1,4 +1,4 @@
-"""Questions to a graph that need no analysis of it."""
+"""Questions to a graph that need no walk through it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.autograd.graph import Node
 from torch_secorder.model.containers import tensors
 from torch_secorder.model.parameters import ParameterTable
 
-# What has no second derivative, and what does the same and has one.
+# Nodes that can be differentiated once only, by the beginning of their names, and what makes torch use others in their place.
 ONCE = {
     "ScaledDotProduct": "torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)",
     "CudnnRnn": "torch.backends.cudnn.flags(enabled=False)",
@@ -20,7 +20,10 @@ ONCE = {
 
 
 def without_second_derivative(outputs: Any, table: ParameterTable) -> tuple[str, str] | None:
-    """A node that can't be differentiated twice and the parameter nearest to it, in words; and the remedy."""
+    """In words, a node that can't be differentiated twice with the parameter nearest to it, and the remedy.
+
+    It is None if there is no such node.
+    """
     for node in _before([x.grad_fn for x in tensors(outputs)]):
         remedy = next((remedy for name, remedy in ONCE.items() if node.name().startswith(name)), None)
         if remedy is None or "Math" in node.name():
@@ -32,7 +35,7 @@ def without_second_derivative(outputs: Any, table: ParameterTable) -> tuple[str,
 
 
 def _before(nodes: Sequence[Node | None]) -> Iterator[Node]:
-    """These nodes and whatever they were computed from, the nearest first."""
+    """These nodes and all that they were computed from, level by level."""
     level = list(dict.fromkeys(node for node in nodes if node is not None))
     seen = set(level)
     while level:
@@ -44,7 +47,7 @@ def _before(nodes: Sequence[Node | None]) -> Iterator[Node]:
 
 
 def used_by_loss(loss: Tensor, outputs: Any, table: ParameterTable) -> list[str]:
-    """The parameters that a loss uses by another way than through the model's outputs: weight penalties, for one."""
+    """The names of the parameters that a loss uses by another way than through the model's outputs, as a weight penalty does."""
     stop = {x.grad_fn for x in tensors(outputs) if x.grad_fn is not None}
     found: dict[str, None] = {}
     stack: list[Node | None] = [loss.grad_fn]

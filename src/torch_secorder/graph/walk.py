@@ -13,7 +13,7 @@ from torch.autograd.graph import GradientEdge, Node
 from torch_secorder.autograd.nodes import Edge, output_shapes
 from torch_secorder.autograd.saved import axes
 from torch_secorder.capture.records import Forward, Record
-from torch_secorder.graph.conditions import REORDERS, _reorders, has_ambiguous_axis, size_pattern
+from torch_secorder.graph.conditions import REORDERS, has_ambiguous_axis, reorders_first_axis, size_pattern
 
 
 class Walk:
@@ -115,7 +115,11 @@ class Walk:
             n is not None
             and n > 1
             and not REORDERS.isdisjoint(names)
-            and any(_reorders(node, n) for node, name in zip(self.children, names, strict=True) if name in REORDERS)
+            and any(
+                reorders_first_axis(node, n)
+                for node, name in zip(self.children, names, strict=True)
+                if name in REORDERS
+            )
         )
         along = tuple([axes(node) for node in self.children]) if self.has_ambiguous_axis else None
         self.fingerprint = hash((names, None if n is None else size_pattern(n, shapes), along))

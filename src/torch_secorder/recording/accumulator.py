@@ -168,7 +168,7 @@ class PassAccumulator:
                 f"{site}: the loss reaches it by another way than through what the model returns, so that nothing shows where "
                 "its samples are: return what the loss is computed from, in tensors, mappings, sequences or dataclasses"
             )
-        groups = record.placement.grouping(record.shape[record.placement.axis], batch.n, grad.device)
+        groups = record.placement.grouping(batch.n, grad.device)
         try:
             forms = site.forms(call)
         except ShapeError:

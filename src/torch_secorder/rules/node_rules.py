@@ -141,7 +141,7 @@ def gradient_at(place: NodeUse, grads: Gradients, output: int) -> tuple[PerSampl
         return Dense(_one_by_one(place, grads)), f"{name}, one sample at a time"
     found = rule.function(place, grads if rule.many else grads[output])
     form = Dense(found) if isinstance(found, Tensor) else found
-    groups = place.placement.grouping(form.n, place.n, form.like.device)
+    groups = place.placement.grouping(place.n, form.like.device)
     return (form if groups is None else form.grouped_by_sample(groups)), name
 
 
