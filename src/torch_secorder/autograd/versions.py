@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -15,9 +15,10 @@ def version(x: Tensor) -> int:
     return x._version
 
 
-def versions(values: Iterable[Any]) -> tuple[int, ...]:
-    """The same for each tensor among these values that counts."""
-    return tuple([x._version for x in values if isinstance(x, Tensor) and not x.is_inference()])
+def versions(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, ...]:
+    """The same for each tensor among a call's arguments, but for those that count nothing."""
+    found = (*args, *kwargs.values()) if kwargs else args
+    return tuple([x._version for x in found if isinstance(x, Tensor) and not x.is_inference()])
 
 
 def hiding_changes(model: nn.Module) -> AbstractContextManager[object]:

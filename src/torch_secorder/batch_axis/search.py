@@ -94,7 +94,7 @@ class Look:
             ahead: list[Wanted] = [
                 ((node, nr), GradientEdge(node, nr), shape)
                 for node in self.ahead()
-                for nr, shape in enumerate(output_shapes(node))
+                for nr, shape in enumerate(output_shapes([node]))
             ]
             self.ahead = list
             columns = zip(*self._sketches([*new, *ahead]), strict=True)

@@ -155,7 +155,7 @@ class Record:
     ) -> Record:
         """A call as it is seen in forward."""
         if (hooks := saved_tensors_hooks()) is None:
-            return cls(site, forward, inputs, kwargs, shape, placement, boundary, _versions(inputs, kwargs))
+            return cls(site, forward, inputs, kwargs, shape, placement, boundary, versions(inputs, kwargs))
         # A tensor that we kept ourselves would stay in memory, which is what checkpointing is there to avoid.
         inputs = tuple(_Packed(x, *hooks) if isinstance(x, Tensor) else x for x in inputs)
         kwargs = {k: _Packed(x, *hooks) if isinstance(x, Tensor) else x for k, x in kwargs.items()}
@@ -211,8 +211,8 @@ class Record:
         if self.packed:
             self.inputs = tuple(_unpacked(x) for x in self.inputs)
             self.kwargs = {name: _unpacked(x) for name, x in self.kwargs.items()}
-            self.versions, self.packed = _versions(self.inputs, self.kwargs), False
-        elif _versions(self.inputs, self.kwargs) != self.versions:
+            self.versions, self.packed = versions(self.inputs, self.kwargs), False
+        elif versions(self.inputs, self.kwargs) != self.versions:
             raise CoverageError(
                 f"{self.site}: its input was changed in place after the layer saw it; change it out of place"
             )
@@ -233,11 +233,6 @@ class _Packed:
 
 def _unpacked(value: Any) -> Any:
     return value.value() if isinstance(value, _Packed) else value
-
-
-def _versions(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, ...]:
-    """How often each tensor was changed in place so far."""
-    return versions((*args, *kwargs.values()) if kwargs else args)
 
 
 def _first(value: Any, axis: int, size: int) -> Any:

@@ -135,7 +135,7 @@ class Frontier:
             counts[what] += 1
             place: Key = ("use", what, counts[what])
             known = self._look.outputs.get(place)
-            shapes = output_shapes(node)
+            shapes = output_shapes([node])
             sizes.append(list(range(len(shapes))) if known is None else [known])
             for nr in sizes[-1]:
                 wanted.append(((*place, nr), GradientEdge(node, nr), shapes[nr]))

@@ -87,7 +87,7 @@ class Walk:
 
     @cached_property
     def _shapes(self) -> tuple[tuple[int, ...], ...]:
-        return output_shapes(*self.children)
+        return output_shapes(self.children)
 
     @cached_property
     def parents(self) -> dict[Node, list[Edge]]:
