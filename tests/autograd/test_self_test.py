@@ -300,8 +300,11 @@ def test_missing_signs_of_hooks_are_noticed(attribute: str, monkeypatch: pytest.
 
 
 def test_a_torch_without_shapes_in_its_graph_is_refused_by_name() -> None:
-    with pytest.raises(UnsupportedError, match=r"torch .* does not show the shapes in its autograd graph"):
-        nodes.output_shapes(object())  # type: ignore[arg-type]
+    message = r"torch .* does not show the shapes in its autograd graph"
+    with pytest.raises(UnsupportedError, match=message):
+        nodes.output_shapes([object()])  # type: ignore[list-item]
+    with pytest.raises(UnsupportedError, match=message):
+        nodes.output_count(object())  # type: ignore[arg-type]
 
 
 def test_unknown_settings_make_no_two_nodes_alike(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -21,12 +21,13 @@ def value_shape(node: Node, nr: int) -> tuple[int, ...]:
     return tuple(variable.shape if variable is not None else _metadata(node)[nr].shape)
 
 
-def output_shapes(*nodes: Node) -> tuple[tuple[int, ...], ...]:
+def output_shapes(nodes: Iterable[Node]) -> tuple[tuple[int, ...], ...]:
     """The shapes of all outputs of these nodes, in turn."""
-    try:  # in every step, for all nodes of the graph: no function for each of them
+    try:
+        # A steady step asks for those of its whole graph.
         return tuple([tuple(output.shape) for node in nodes for output in node._input_metadata])
     except AttributeError:
-        raise _shows_no_shapes() from None
+        raise _without_shapes() from None
 
 
 def output_count(node: Node) -> int:
@@ -44,13 +45,13 @@ def _metadata(node: Any) -> Any:
     try:
         return node._input_metadata
     except AttributeError:
-        raise _shows_no_shapes() from None
+        raise _without_shapes() from None
 
 
-def _shows_no_shapes() -> UnsupportedError:
+def _without_shapes() -> UnsupportedError:
     return UnsupportedError(
-        f"torch {torch.__version__} does not show the shapes in its autograd graph, without which no use of a parameter "
-        "outside of layers with rules can be found: use a version that `make versions` names"
+        f"torch {torch.__version__} does not show the shapes in its autograd graph, without which no use of a parameter outside "
+        "of layers with rules can be found: use one of the versions of torch that this library was tested with"
     )
 
 

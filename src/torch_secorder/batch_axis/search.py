@@ -62,7 +62,7 @@ class SampleSearch:
 
     def _look(self, wanted: list[Wanted]) -> None:
         nodes, self._look_ahead = list(self._look_ahead()), list
-        ahead = [(node, nr, shape) for node in nodes for nr, shape in enumerate(output_shapes(node))]
+        ahead = [(node, nr, shape) for node in nodes for nr, shape in enumerate(output_shapes([node]))]
         viewed: list[Viewed] = [(edge, shape) for _, edge, shape in wanted]
         viewed += [(GradientEdge(node, nr), shape) for node, nr, shape in ahead]
         found = self._passes().evidence(viewed)

@@ -188,7 +188,7 @@ class Frontier:
 
     def _views(self, node: Node, place: Key) -> list[Wanted]:
         """The output of a node that told about the samples before; all of its outputs if none has yet."""
-        known, shapes = self._search.placements.telling_outputs.get(place), output_shapes(node)
+        known, shapes = self._search.placements.telling_outputs.get(place), output_shapes([node])
         outputs = range(len(shapes)) if known is None else [known]
         return [((*place, nr), GradientEdge(node, nr), shapes[nr]) for nr in outputs]
 

@@ -108,7 +108,7 @@ class Walk:
         return outside
 
     def _describe(self, n: int | None) -> None:
-        names, shapes = tuple(self._names), output_shapes(*self.children)
+        names, shapes = tuple(self._names), output_shapes(self.children)
         self.has_reentrant_checkpoint = "CheckpointFunctionBackward" in names
         self.has_ambiguous_axis = n is not None and has_ambiguous_axis(n, shapes)
         self.reorders_samples = (
