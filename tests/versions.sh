@@ -24,7 +24,7 @@ case $2 in
     ;;
 esac
 "$venv/bin/python" -m pytest -q -p no:cacheprovider -k "${known:+not ($known)}" \
-    tests/test_monitor.py tests/test_traps.py tests/test_properties.py tests/test_fisher_report.py tests/test_errors.py \
+    tests/monitor tests/traps tests/test_properties.py tests/test_fisher_report.py tests/test_errors.py \
     tests/test_verification.py tests/test_statistics.py tests/test_results.py tests/test_likelihoods.py tests/test_report.py \
     tests/rules tests/per_sample tests/faults \
     tests/approximations/test_fisher_trace.py tests/approximations/test_hessian_trace.py
