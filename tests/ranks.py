@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,17 +13,14 @@ import torch.multiprocessing as mp
 
 def on_ranks(work: Callable[..., Any], world: int, path: Path) -> list[Any]:
     """What ``work(rank, world)`` returns on each rank."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(_rank, (work, world, port, path), nprocs=world)
+    mp.spawn(_rank, (work, world, path), nprocs=world)
     return [torch.load(path / f"{rank}.pt", weights_only=False) for rank in range(world)]
 
 
-def _rank(rank: int, work: Callable[..., Any], world: int, port: int, path: Path) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+def _rank(rank: int, work: Callable[..., Any], world: int, path: Path) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=world)
+    # The ranks meet in a file of the test's own: a port that was free may be taken by the time that they meet.
+    dist.init_process_group("gloo", init_method=f"file://{path / 'ranks'}", rank=rank, world_size=world)
     try:
         torch.save(work(rank, world), path / f"{rank}.pt")
     finally:

@@ -39,9 +39,9 @@ case $2 in
     ;;
 esac
 if test "$3" = short; then
-    tests="tests/autograd tests/rules tests/graph tests/test_traps.py tests/approximations/test_hessian_trace.py"
+    tests="tests/autograd tests/rules tests/graph tests/traps tests/approximations/test_hessian_trace.py"
 else
-    tests="tests/test_monitor.py tests/test_traps.py tests/test_properties.py tests/test_fisher_report.py tests/test_errors.py
+    tests="tests/monitor tests/traps tests/test_properties.py tests/test_fisher_report.py tests/test_errors.py
         tests/test_verification.py tests/test_statistics.py tests/test_results.py tests/test_likelihoods.py
         tests/test_report.py tests/autograd tests/rules tests/graph tests/per_sample tests/faults
         tests/approximations/test_fisher_trace.py tests/approximations/test_hessian_trace.py"

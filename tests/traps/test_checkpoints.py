@@ -1,0 +1,217 @@
+"""Trap 9: activation checkpointing."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from expectations import expectation
+from model_state import assert_same_gradients, gradients
+from oracles import assert_equal, exact_fisher, per_sample_squared_norms, total, trace
+from problems._base import Forward
+from torch_secorder import FisherMonitor, fisher_report
+from torch_secorder.errors import CurvatureError
+from torch_secorder.per_sample import SharedFactor
+from traps.exactness import assert_exact, assert_report_exact, drawn, numbers, of_one_graph
+
+pytestmark = pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")  # re-entrant checkpoints
+
+
+class Blocks(nn.Module):
+    """Blocks of layers, each checkpointed."""
+
+    def __init__(self, depth: int, use_reentrant: bool | None, width: int = 4):
+        super().__init__()
+        self.first, self.last = nn.Linear(width, width), nn.Linear(width, 3)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(width, width), nn.LayerNorm(width), nn.Tanh(), nn.Linear(width, width))
+            for _ in range(depth)
+        )
+        self.use_reentrant = use_reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        for block in self.blocks:
+            h = h + (block(h) if self.use_reentrant is None else checkpoint(block, h, use_reentrant=self.use_reentrant))
+        return self.last(h)
+
+
+kinds = pytest.mark.parametrize("use_reentrant", [False, True], ids=["non-re-entrant", "re-entrant"])
+
+
+REENTRANT = r"re-entrant.*use_reentrant=False, or a FisherMonitor around your own backward"
+
+
+@kinds
+@pytest.mark.parametrize("shape", [(5, 4), (5, 3, 4), (4, 4, 4)], ids=str)
+def test_trap_09_checkpointed_blocks(use_reentrant: bool, shape: tuple[int, ...]) -> None:
+    square = len(set(shape)) == 1
+    model, x, y = drawn(Blocks(3, use_reentrant), *shape)
+    plain = Blocks(3, None).double()
+    plain.load_state_dict(model.state_dict())
+    expected = per_sample_squared_norms(plain, numbers, x, y)
+    # Where all sizes are the same, nothing but a backward pass of the library's own could tell where the samples are.
+    refusal = r"shapes.*leave open where its 4 samples are.*use_reentrant=False" if use_reentrant and square else ""
+    with expectation(refusal):
+        monitor = assert_exact(model, x, y, report=False)
+        mine = gradients(model)
+        assert_equal(monitor.trace, total(trace(expected)), monitor.trace)
+        model.zero_grad()
+        numbers(model(x), y).backward()
+        assert_same_gradients(mine, gradients(model))
+    with expectation(refusal or (REENTRANT if use_reentrant else "")):
+        assert_report_exact(model, x, y)
+
+
+def test_trap_09_the_first_layer_in_a_checkpoint() -> None:
+    """No gradient goes through it to where the layer's input would be asked for, and several passes ask."""
+
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        return m.last(checkpoint(m.first, x, use_reentrant=False).tanh())
+
+    model, x, y = drawn(Forward(forward, first=nn.Linear(4, 5), last=nn.Linear(5, 3)), 6, 4)
+    assert_exact(model, x, y)
+    report = fisher_report(model, None, (x, None), fisher="exact", progress=False)
+    expected = trace(exact_fisher(model, x))
+    for name, value in expected.items():
+        assert_equal(torch.tensor(report.loc[name, "fisher_trace"]), value, total(expected), torch.float64)
+
+
+def test_trap_09_reentrant_checkpoints_need_a_monitor() -> None:
+    model, x, y = drawn(Blocks(2, True), 5, 4)
+    with pytest.raises(CurvatureError, match=r"use_reentrant=False, or a FisherMonitor"):
+        fisher_report(model, numbers, (x, y), progress=False)
+
+
+UNREADABLE = r"{} used by \w+ inside of activation checkpointing .*register_rule, or run it without checkpointing"
+
+
+UNACCOUNTED = r"reached {} by a way that nothing accounts for: .*inside of re-entrant checkpointing"
+
+
+LAYER = r"body\.layer\.\w+, body\.layer\.\w+:?"
+
+
+@pytest.mark.parametrize(
+    ("inside", "use_reentrant", "monitor", "report"),
+    [
+        ("module", False, "", ""),
+        ("module", True, "", REENTRANT),
+        ("function", False, UNREADABLE.format(LAYER), UNREADABLE.format(LAYER)),
+        ("function", True, UNACCOUNTED.format(LAYER), REENTRANT),
+        ("raw", False, UNREADABLE.format(r"body\.gain:"), UNREADABLE.format(r"body\.gain:")),
+        ("raw", True, UNACCOUNTED.format(r"body\.gain"), REENTRANT),
+    ],
+)
+def test_trap_09_uses_without_a_rule_inside_a_checkpoint(
+    inside: str, use_reentrant: bool, monitor: str, report: str
+) -> None:
+    class Body(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.gain = nn.Linear(4, 4), nn.Parameter(torch.ones(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            if inside == "module":
+                return self.layer(x).tanh()
+            if inside == "function":
+                return F.linear(x, self.layer.weight, self.layer.bias).tanh()
+            return self.layer(x) * self.gain
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return m.last(checkpoint(m.body, m.first(x), use_reentrant=use_reentrant))
+
+    model, x, y = drawn(Forward(forward, first=nn.Linear(4, 4), body=Body(), last=nn.Linear(4, 2)), 5, 4)
+    with expectation(monitor):
+        assert_exact(model, x, y, report=False)
+    with expectation(report):
+        assert_report_exact(model, x, y)
+
+
+@kinds
+def test_trap_09_one_module_in_a_checkpoint_and_outside(use_reentrant: bool) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return m.layer(checkpoint(m.layer, m.first(x).tanh(), use_reentrant=use_reentrant).tanh())
+
+    model, x, y = drawn(Forward(forward, first=nn.Linear(4, 4), layer=nn.Linear(4, 4)), 5, 4)
+    assert_exact(model, x, y, report=False)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_trap_09_dropout_in_a_checkpoint(dropout: float) -> None:
+    """Its draws are replayed."""
+    model = Blocks(2, False)
+    for block in model.blocks:
+        block.insert(1, nn.Dropout(dropout))
+    model, x, y = drawn(model.train(), 5, 4)
+    torch.manual_seed(3)
+    expected = of_one_graph(model, (model(x) - y).square().flatten(1).sum(1))
+    torch.manual_seed(3)
+    with FisherMonitor(model) as monitor:
+        numbers(model(x), y).backward()
+    for name, t in expected.items():
+        assert_equal(torch.tensor(monitor.report().loc[name, "fisher_trace"]), t.mean(), monitor.trace)
+
+
+@kinds
+def test_trap_09_checkpointing_still_saves_memory(use_reentrant: bool) -> None:
+    """What a checkpoint throws away after the forward pass is gone under the monitor too."""
+    model, x, y = drawn(Blocks(2, use_reentrant), 5, 4)
+    alive: list[weakref.ref[Tensor]] = []
+
+    def remember(module: nn.Module, args: Any, output: Tensor) -> None:
+        alive.append(weakref.ref(args[0]))
+
+    handles = [block[3].register_forward_hook(remember) for block in model.blocks]
+    with FisherMonitor(model):
+        loss = numbers(model(x), y)
+        gc.collect()
+        assert len(alive) == 2
+        assert all(tensor() is None for tensor in alive)
+        loss.backward()
+    for handle in handles:
+        handle.remove()
+
+
+class Recomputed(nn.Module):
+    """Inputs that die in the backward pass, one checkpointed block after the other, so that new ones get their ids."""
+
+    def __init__(self, blocks: int = 12) -> None:
+        super().__init__()
+        self.first = nn.Linear(8, 8)
+        self.blocks = nn.ModuleList([nn.ModuleList([nn.Linear(8, 8) for _ in range(3)]) for _ in range(blocks)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for block in self.blocks:
+            x = checkpoint(partial(self._mixed, block), x, use_reentrant=True)
+        return x
+
+    def _mixed(self, block: nn.ModuleList, x: Tensor) -> Tensor:
+        h = x.tanh().mT.contiguous().mT
+        return x + block[0](h) * block[1](h).sigmoid() + block[2](h)
+
+
+def test_inputs_are_not_shared_where_checkpoints_run_blocks_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An id is a tensor's as long as that lives."""
+    shared: list[object] = []
+    monkeypatch.setattr(
+        "torch_secorder.capture.records.SharedFactor", lambda value: shared.append(value) or SharedFactor(value)
+    )
+    model, x, y = drawn(Recomputed(), 3, 4, 8)
+    expected = per_sample_squared_norms(model, numbers, x, y)
+    with FisherMonitor(model, per_sample=True) as monitor:
+        for _ in range(12):
+            numbers(model(x), y).backward()
+    for name, t in expected.items():
+        everything = total(trace(expected)) * len(t)
+        assert_equal(torch.tensor(monitor.per_sample[name].to_numpy()), t.repeat(12), everything, torch.float64)
+    assert not shared

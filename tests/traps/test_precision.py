@@ -1,0 +1,125 @@
+"""Traps 12 and 13: half precision, and sums that cancel."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from oracles import assert_equal, per_sample_squared_norms, total, trace
+from problems._base import Forward
+from torch_secorder import FisherMonitor
+from traps.exactness import numbers
+
+# 12. Half precision
+
+
+def language_model() -> nn.Module:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.places = nn.Embedding(11, 16), nn.Embedding(6, 16)
+            self.body = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+            self.gain = nn.Parameter(torch.ones(16))
+            self.head = nn.Linear(16, 11, bias=False)
+            self.head.weight = self.words.weight
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.head(self.body(self.words(ids) + self.places(torch.arange(ids.shape[1]))) * self.gain)
+
+    return Model()
+
+
+@contextmanager
+def autocast(dtype: torch.dtype) -> Iterator[None]:
+    with torch.autocast("cpu", dtype):
+        yield
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("scale", [1.0, 4096.0])
+@pytest.mark.parametrize("backward_inside", [False, True])
+def test_trap_12_autocast_and_scaled_losses(dtype: torch.dtype, scale: float, backward_inside: bool) -> None:
+    model, ids, y = language_model(), torch.randint(11, (5, 6)), torch.randint(11, (5, 6))
+
+    def loss(rows: slice) -> Tensor:
+        with autocast(dtype):
+            outputs = model(ids[rows])
+        return F.cross_entropy(outputs.float().transpose(1, 2), y[rows])
+
+    expected = {name: torch.zeros(()).double() for name, _ in model.named_parameters()}
+    for n in range(5):
+        model.zero_grad()
+        (loss(slice(n, n + 1)) * scale).backward()
+        for name, p in model.named_parameters():
+            expected[name] += (p.grad.double() / scale).square().sum() / 5
+    with FisherMonitor(model, loss_scale=scale) as monitor:
+        if backward_inside:
+            with autocast(dtype):
+                (loss(slice(None)) * scale).backward()
+        else:
+            (loss(slice(None)) * scale).backward()
+    for name, value in expected.items():
+        found = float(monitor.report().loc[name, "fisher_trace"])
+        assert found == pytest.approx(float(value), rel=1e-2, abs=1e-5 * float(total(expected))), name
+
+
+def test_trap_12_a_grad_scaler() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Tanh(), nn.Linear(6, 3))
+    x, y = torch.randn(6, 4), torch.randn(6, 3)
+    optimizer, scaler = torch.optim.SGD(model.parameters(), 0.0), torch.amp.GradScaler("cpu", init_scale=2.0**12)
+    expected = total(trace(per_sample_squared_norms(model, numbers, x, y)))
+    with FisherMonitor(model, loss_scale=scaler.get_scale) as monitor:
+        for part in (slice(0, 2), slice(2, 6)):
+            scaler.scale(numbers(model(x[part]), y[part])).backward()
+            scaler.step(optimizer)
+            scaler.update(2.0**10)
+    assert float(monitor.trace) == pytest.approx(float(expected), rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_trap_12_a_model_in_half_precision_neither_overflows_nor_underflows(dtype: torch.dtype) -> None:
+    model = language_model().to(dtype)
+    ids, y = torch.randint(11, (5, 6)), torch.randint(11, (5, 6))
+
+    def loss(scale: float, rows: slice) -> Tensor:
+        return F.cross_entropy(model(ids[rows]).float().transpose(1, 2), y[rows]) * scale
+
+    for scale in (2.0**-6, 1.0, 2.0**9):
+        expected = torch.zeros(()).double()
+        for n in range(5):
+            model.zero_grad()
+            loss(scale, slice(n, n + 1)).backward()
+            expected += sum((p.grad.double() / scale).square().sum() for p in model.parameters()) / 5
+        with FisherMonitor(model, loss_scale=scale) as monitor:
+            loss(scale, slice(None)).backward()
+        assert monitor.trace.dtype in (torch.float32, torch.float64)
+        assert float(monitor.trace) == pytest.approx(float(expected), rel=5e-2)
+
+
+# 13. Cancellation
+
+
+def test_trap_13_gradients_that_nearly_cancel() -> None:
+    """Two positions with opposite gradients and nearly equal inputs, in a layer, and between two uses of a tied weight."""
+    torch.manual_seed(0)
+    layer = nn.Linear(24, 20, bias=False)
+    x = torch.randn(4, 1, 24).repeat(1, 2, 1)
+    x[:, 1] += 1e-2 * torch.randn(4, 24)
+    model = Forward(lambda m, x: m.layer(x[:, :1]) - F.linear(x[:, 1:], m.layer.weight), layer=layer)
+    y = torch.randn(4, 1, 20)
+
+    def linear(outputs: Tensor, targets: Tensor) -> Tensor:
+        return (outputs * targets).flatten(1).sum(1).mean()
+
+    expected = trace(per_sample_squared_norms(model, linear, x, y))
+    with FisherMonitor(model, per_sample=True) as monitor:
+        linear(model(x), y).backward()
+    assert (monitor.per_sample >= 0).all(axis=None)
+    assert_equal(
+        torch.tensor(monitor.report().loc["layer.weight", "fisher_trace"]), expected["layer.weight"], 0, torch.float32
+    )
