@@ -271,6 +271,10 @@ def _categorical(outputs: Tensor, targets: Tensor | None, ignore_index: int, cla
             f"class_axis={class_axis} for outputs of shape {tuple(outputs.shape)}, whose axis 0 is the batch"
         )
     axis = class_axis % outputs.dim()
+    if not outputs.shape[axis]:
+        raise ShapeError(
+            f"outputs of shape {tuple(outputs.shape)} have no class on axis {axis}: class_axis says where they are"
+        )
     if not isinstance(targets, Tensor):
         return Categorical(axis)
     positions = (*outputs.shape[:axis], *outputs.shape[axis + 1 :])

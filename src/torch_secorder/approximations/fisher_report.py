@@ -62,7 +62,7 @@ def fisher_report(
             :func:`~torch_secorder.approximations.fisher_trace.generalized_fisher_trace`.
         max_batches: stop after so many.
         progress: show a progress bar, if tqdm is installed.
-        verify: check one sample of the first batch against plain autograd.
+        verify: check the first, the last and a random sample of the first batch against plain autograd.
         by: as in :meth:`FisherMonitor.report`.
         reduction: "mean" or "sum"; by default as the loss does ("empirical"), else "mean".
         parameters: "trainable" or "all".
@@ -79,7 +79,7 @@ def fisher_report(
 
     Raises:
         ArgumentError: for arguments that mean nothing, no data, or a loss that neither averages nor sums.
-        VerificationError: if one sample alone has other gradients than in its batch, or the loss compares samples.
+        VerificationError: if a sample alone has other gradients than in its batch, or the loss compares samples.
         CurvatureError: in one of its kinds, for whatever can't be exact; it says what to do.
 
     Example:

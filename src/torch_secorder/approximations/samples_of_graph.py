@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 
@@ -19,6 +19,7 @@ from torch_secorder.recording.plan import Plan
 from torch_secorder.running.graph_backward import GraphBackward
 from torch_secorder.verification.comparison import require_equal_norms
 from torch_secorder.verification.plain_autograd import as_row, squared_norms_of_sample
+from torch_secorder.verification.samples_alone import samples_to_check
 
 
 class SamplesOfGraph:
@@ -83,10 +84,10 @@ class SamplesOfGraph:
             self._due = False
         return norms.sum(0)
 
-    def _verify(self, seed: Tensor, norms: Tensor, samples: Sequence[int] = (0,)) -> None:
-        """Raise unless plain autograd finds the same squared norms, ``[parameters, n]``, for these samples."""
+    def _verify(self, seed: Tensor, norms: Tensor) -> None:
+        """Raise unless plain autograd finds the same squared norms, ``[parameters, n]``, for the samples that are checked."""
         half = has_half_precision(self._outputs)
-        for sample in samples:
+        for sample in samples_to_check(len(self._outputs), self._table.ranks):
             alone = as_row(self._of_sample(seed, sample, create_graph=False))
             require_equal_norms(self._table.names, norms[:, sample], alone, half=half, sample=sample)
 

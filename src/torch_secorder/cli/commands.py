@@ -98,7 +98,7 @@ def _tables(command: Callable[..., None]) -> Callable[..., None]:
 @click.option(
     "--seed", type=int, metavar="N", help="For torch.manual_seed before SETUP.py is run, and for sampled labels."
 )
-@click.option("--verify/--no-verify", default=True, help="Check a sample by plain autograd.  [default: verify]")
+@click.option("--verify/--no-verify", default=True, help="Check three samples by plain autograd.  [default: verify]")
 @click.option(
     "--progress/--no-progress",
     default=None,

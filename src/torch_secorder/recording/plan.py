@@ -100,10 +100,13 @@ def placements(model: nn.Module, batch_axis: BatchAxis) -> Callable[[str], Place
     """From a module's name to where the user says that its samples are; None where nothing is said."""
     if batch_axis is None:
         return lambda name: None
-    if isinstance(batch_axis, int) and not isinstance(batch_axis, bool):
-        return lambda name: Placement(batch_axis)
+    axes = batch_axis.values() if isinstance(batch_axis, Mapping) else [batch_axis]
+    if any(isinstance(axis, bool) or not isinstance(axis, int) or axis < 0 for axis in axes):
+        raise ArgumentError(
+            f"batch_axis must be an int of 0 or more, or a mapping from module names to such ints, not {batch_axis!r}"
+        )
     if not isinstance(batch_axis, Mapping):
-        raise ArgumentError(f"batch_axis must be an int or a mapping from module names to ints, not {batch_axis!r}")
+        return lambda name: Placement(batch_axis)
     if unknown := set(batch_axis) - {name for name, _ in named_modules(model)}:
         raise ArgumentError(f"batch_axis names modules that the model lacks: {', '.join(sorted(unknown))}")
     return lambda name: Placement(batch_axis[name]) if name in batch_axis else None

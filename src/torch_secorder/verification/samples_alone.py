@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
+from random import Random
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch_secorder.autograd.precision import has_half_precision
 from torch_secorder.errors import VerificationError
 from torch_secorder.model.containers import mapped, rows, sample_axis, tensors
+from torch_secorder.model.ranks import Ranks
 from torch_secorder.model.restore import eval_mode, forked_random, restoring_buffers
 from torch_secorder.running.analysis import Analysis, Batch
 from torch_secorder.verification.comparison import require_equal_norms, unequal_norms
@@ -31,7 +33,7 @@ def verify_empirical(
     inputs: Any,
     targets: Any,
     batch: Batch,
-    samples: Sequence[int] = (0,),
+    samples: Sequence[int] | None = None,
 ) -> None:
     """Raise unless the loss takes samples apart, and these samples have the squared norms that the batch's analysis says.
 
@@ -41,7 +43,7 @@ def verify_empirical(
         inputs: the batch.
         targets: the batch's.
         batch: what the analysis says of it.
-        samples: the numbers of the samples to look at.
+        samples: the numbers of the samples to look at; by default the first, the last and one at random.
 
     Raises:
         VerificationError: if not, naming the parameters that differ, with both numbers.
@@ -52,7 +54,9 @@ def verify_empirical(
     verify_samples(analysis, lambda outputs: loss_fn(outputs, targets) * scale, inputs, batch, samples)
 
 
-def verify_samples(analysis: Analysis, loss: Loss, inputs: Any, batch: Batch, samples: Sequence[int] = (0,)) -> None:
+def verify_samples(
+    analysis: Analysis, loss: Loss, inputs: Any, batch: Batch, samples: Sequence[int] | None = None
+) -> None:
     """Raise unless these samples of a batch have the squared norms that the batch's analysis says.
 
     Each sample runs through the model alone. Its output takes its row in the batch's outputs, which are constants, and the loss
@@ -64,7 +68,7 @@ def verify_samples(analysis: Analysis, loss: Loss, inputs: Any, batch: Batch, sa
         loss: from the model's outputs to a sum over samples.
         inputs: the batch.
         batch: what the analysis says of it.
-        samples: the numbers of the samples to look at.
+        samples: the numbers of the samples to look at; by default the first, the last and one at random.
 
     Raises:
         VerificationError: naming the parameters that differ, with both numbers.
@@ -79,9 +83,23 @@ def verify_samples(analysis: Analysis, loss: Loss, inputs: Any, batch: Batch, sa
                 warnings.warn("not verified: the model draws random numbers in eval mode too", stacklevel=3)
                 return
         n, axis = batch.samples.batch, analysis.batch_axis
+        samples = samples_to_check(n, analysis.table.ranks) if samples is None else samples
         model = DifferentiableModel(analysis.model, analysis.table, rows(inputs, [samples[0]], n, axis))
         for sample in samples:
             _SampleAlone(analysis, model, loss, inputs, batch, sample).verify()
+
+
+# Which sample between the first and the last is looked at has nothing to do with the user's random numbers.
+_ANY = Random(0)
+
+
+def samples_to_check(n: int, ranks: Ranks) -> list[int]:
+    """The numbers of those of n samples that are checked: the first, the last and one at random.
+
+    Where a layer that sees the past only, such as an LSTM, has its steps taken for samples, the first of them is right. Ranks
+    that hold a model together check as many samples each, and none at random.
+    """
+    return [0, n // 2, n - 1] if ranks.distributed else sorted({0, n - 1, _ANY.randrange(n)})
 
 
 class _SampleAlone:
