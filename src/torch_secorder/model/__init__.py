@@ -1,1 +1,14 @@
-"""The user's model: its parameters, the ranks that hold it, hooks on it, and leaving it as it was."""
+"""The user's model: what it is made of, who holds it, and leaving it as it was.
+
+An analysis looks at a model that belongs to somebody else, who goes on using it. So it first finds out what there is: the
+parameters under the names that their owner gave them, and whether several ranks hold a part each. Then it attaches hooks and
+changes flags for a while, and puts everything back, whatever happens in between.
+
+The files, one verb each:
+
+* ``parameters`` lists what is analysed, in a fixed order and under plain names;
+* ``ranks`` lets the ranks that hold a model together decide in common;
+* ``containers`` finds the tensors in what models take and return;
+* ``hooks`` attaches and detaches, also when Ctrl-C comes in between;
+* ``restore`` puts back buffers, modes, flags and random state.
+"""

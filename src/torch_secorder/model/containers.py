@@ -1,4 +1,4 @@
-"""Tensors in nested containers: what models take and return."""
+"""Tensors in nested containers, as models take and return them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def tensors(value: Any) -> list[Tensor]:
 
 
 def _collect(value: Any, found: list[Tensor]) -> None:
-    """Append every tensor in a container; no generator, which Python would call for each tensor and at each level."""
+    """Append every tensor in a container to ``found``. A generator would take a Python call for each tensor and each level."""
     items: Iterable[Any] = ()
     if isinstance(value, Mapping):
         items = value.values()
@@ -36,7 +36,7 @@ def _collect(value: Any, found: list[Tensor]) -> None:
 
 
 def mapped(function: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """``function`` of every tensor in nested mappings, sequences and dataclasses."""
+    """The same nested mappings, sequences and dataclasses, with ``function`` applied to every tensor in them."""
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, Mapping):

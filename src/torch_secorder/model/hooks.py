@@ -1,4 +1,4 @@
-"""What was changed for a while is put back, at whatever moment something interrupts: hooks on the user's model, for one."""
+"""Temporary changes to the user's model, undone even when KeyboardInterrupt arrives half-way."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def restoring(action: Callable[[], None]) -> Iterator[None]:
-    """A block after which ``action`` is done whatever happens, once more if that is interrupted: it may be done twice."""
+    """Run ``action`` on leaving the block; if an interrupt breaks it off, run it again. It must be idempotent."""
     try:
         try:
             yield
@@ -27,7 +27,7 @@ def restoring(action: Callable[[], None]) -> Iterator[None]:
 
 
 class HookScope(ABC):
-    """A ``with`` block that attaches something, and takes it off again; once more if that is interrupted."""
+    """A ``with`` block that attaches something on entry and detaches it on exit, again if an interrupt breaks that off."""
 
     def __enter__(self) -> Self:
         try:
@@ -45,22 +45,23 @@ class HookScope(ABC):
             raise
 
     @abstractmethod
-    def _attach(self) -> None: ...
+    def _attach(self) -> None:
+        """Attach everything. If this raises, :meth:`_detach` is called."""
 
     @abstractmethod
     def _detach(self) -> None:
-        """Undo what :meth:`_attach` did, all or a part of it, also if that is undone already."""
+        """Remove whatever is attached; safe after a partial :meth:`_attach`, and when called twice."""
 
 
 class WeakHook(partial[Any]):
-    """A method of an object as a hook, which does not keep the object alive.
+    """A method of an object as a hook that does not keep the object alive.
 
     The object removes its hooks when it goes, so that the method is never called without it. A copy of the model (deepcopy,
-    pickle) gets a hook that does nothing, and not the object with it.
+    pickle) has a hook that does nothing in its place, so that the object is not copied along.
     """
 
     def __new__(cls, owner: object, method: str, *first: Any) -> Self:
-        """The method as it is called with a proxy of its owner; no Python frame lies between torch and the method."""
+        """The method bound to a proxy of its owner, which torch calls without another Python frame in between."""
         return super().__new__(cls, getattr(type(owner), method), weakref.proxy(owner), *first)
 
     def __reduce__(self) -> tuple[Callable[[], object], tuple[()]]:

@@ -11,13 +11,13 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch_secorder.errors import ArgumentError, UnsupportedError
 from torch_secorder.model.ranks import Ranks, class_as_written, is_dtensor, refuse_fully_sharded, unsharded_leaves
 
-# Path components that wrappers add to a module's name and that its owner never wrote.
+# Path components that wrappers add to a module's name, and that the user never wrote.
 WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """One analysed parameter; a tied one under the first of its names."""
+    """One analysed parameter. A tied one has the first of its names."""
 
     name: str
     module: str
@@ -27,13 +27,15 @@ class Parameter:
 
 
 class Table:
-    """What is analysed, in a fixed order: a position in it stands for a parameter, or for whatever else has per-sample gradients.
+    """What is analysed, in a fixed order: parameters, or something else that has per-sample gradients.
+
+    Elsewhere a position in this table stands for each of them.
 
     Attributes:
-        rows: what a report says of each.
-        names: their names.
-        leaves: what the autograd graph has in their place; empty for what is no leaf of it.
-        ranks: those that hold the model together with this one.
+        rows: the description of each for the report.
+        names: the name of each.
+        leaves: the tensors that the autograd graph has for them; empty for a table of something that is no leaf.
+        ranks: the ranks that hold the model together with this one.
     """
 
     def __init__(self, rows: Iterable[Parameter]):
@@ -49,11 +51,11 @@ class Table:
 class ParameterTable(Table):
     """The analysed parameters of a model, in the order of ``named_parameters()``.
 
-    Their leaves are the parameters themselves, or what FSDP2 gathers them into.
+    The leaves are the parameters themselves, or the tensors into which FSDP2 gathers them.
 
     Attributes:
         tensors: the parameters themselves.
-        quantized: positions of those that hold codes (quantized weights), in which autograd gives no gradient.
+        quantized: the positions of quantized weights. They hold codes, for which autograd gives no gradient.
     """
 
     def __init__(self, model: nn.Module, which: str = "trainable"):
@@ -86,13 +88,13 @@ class ParameterTable(Table):
         self._positions = {id(p): position for position, p in enumerate(self.tensors)}
 
     def gather(self, model: nn.Module) -> None:
-        """Find out what stands for the parameters in the graph; where ranks share the model, all have to do it."""
+        """Find the tensors that stand for the parameters in the graph. Ranks that share a model have to call this together."""
         self.leaves = unsharded_leaves(model, self.tensors)
         self.ranks = Ranks(self.tensors, self.leaves)
         self._positions |= {id(p): position for position, p in enumerate(self.leaves)}
 
     def position(self, tensor: Tensor | None) -> int | None:
-        """Where ``tensor`` stands in the table; None for one that is not analysed."""
+        """The position of a parameter; None for a tensor that is not analysed."""
         return self._positions.get(id(tensor))
 
     def owned(self, module: nn.Module) -> dict[str, int]:
@@ -102,7 +104,7 @@ class ParameterTable(Table):
 
 
 def _is_quantized(p: Tensor) -> bool:
-    # A tensor that wraps others says by this method which they are.
+    # By this method a tensor that wraps others tells torch which they are.
     return not is_dtensor(p) and (not p.is_floating_point() or hasattr(p, "__tensor_flatten__"))
 
 
@@ -117,7 +119,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
         )
     if isinstance(model, DistributedDataParallel):
         return unwrapped(model.module)
-    # torch.compile's wrapper, whose class sits in a module that takes seconds to import; its attribute is typed as any module's.
+    # torch.compile's wrapper is recognised by its attribute, since the module with its class takes seconds to import.
     return unwrapped(model._orig_mod) if "_orig_mod" in model._modules else model  # type: ignore[arg-type]
 
 

@@ -1,8 +1,8 @@
-"""Models that several ranks hold together: FSDP2's, gathered for each call, and DTensors, which stay apart.
+"""Models that several ranks hold together: with FSDP2, which gathers parameters for each call, or as DTensors, which stay apart.
 
-Ranks that hold a model together go through its graph together: each forward and each backward pass of one has collective
-operations in it that wait for the others. So does each pass that the library adds; whether to make one is decided by
-:class:`Ranks`, in common.
+Ranks that hold a model together go through its graph together, since each forward and each backward pass has collective
+operations in it that wait for the other ranks. The passes that the library adds have them too. So whether to make one is
+decided by all ranks in common, through :class:`Ranks`.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ WIDTH = 8
 
 
 def is_dtensor(x: Any) -> bool:
-    """Whether a tensor is a DTensor, of which this rank has a part."""
+    """Whether a tensor is a DTensor, of which this rank holds a part."""
     return type(x) is not Tensor and isinstance(x, Tensor) and hasattr(x, "full_tensor")
 
 
 def full_tensor(x: Any) -> Any:
-    """A DTensor's whole value, which all ranks have to ask for; anything else as it is."""
+    """The whole value of a DTensor, for which all ranks have to call this together; anything else as it is."""
     return x.full_tensor() if is_dtensor(x) else x
 
 
@@ -43,15 +43,15 @@ def is_fsdp(module: nn.Module) -> bool:
 
 
 def class_as_written(module: nn.Module) -> type[nn.Module]:
-    """The class that the module's owner wrote; ``fully_shard`` derives one of its own from it."""
+    """The class that the user wrote, from which ``fully_shard`` derives another one."""
     kind = type(module)
     return kind.__bases__[1] if is_fsdp(module) and len(kind.__bases__) == 2 else kind
 
 
 def unsharded_leaves(model: nn.Module, parameters: Iterable[Tensor]) -> list[Tensor]:
-    """What the autograd graph has for each parameter: for those that FSDP2 shards, the tensor that it gathers them into.
+    """The tensor that the autograd graph has for each parameter: where FSDP2 shards it, the one that it gathers it into.
 
-    Modules are gathered one after the other, by all ranks. FSDP2 keeps these tensors for good, and frees their memory.
+    All ranks gather the modules one after the other. FSDP2 keeps these tensors for good, and frees their memory.
     """
     wanted = {id(p): p for p in parameters}
     found = dict(wanted)
@@ -68,7 +68,7 @@ def unsharded_leaves(model: nn.Module, parameters: Iterable[Tensor]) -> list[Ten
 
 
 def refuse_dtensors(model: nn.Module, what: str) -> None:
-    """Raise for what needs the whole of every parameter.
+    """Refuse a sharded model for something that needs whole parameters.
 
     Raises:
         UnsupportedError: if a parameter is a DTensor, naming it.
@@ -81,7 +81,7 @@ def refuse_dtensors(model: nn.Module, what: str) -> None:
 
 
 def refuse_fully_sharded(model: nn.Module) -> None:
-    """Raise for ways to shard a model that leave its parameters no shape of their own.
+    """Refuse a model whose parameters were flattened into one, so that they have no shape of their own.
 
     Raises:
         UnsupportedError: for FullyShardedDataParallel.
@@ -94,15 +94,15 @@ def refuse_fully_sharded(model: nn.Module) -> None:
 
 
 class Ranks:
-    """The ranks that hold a model together; one that holds all of it is alone.
+    """The ranks that hold a model together, and what they decide in common. A rank that holds all of it is alone.
 
     Args:
-        parameters: the model's.
-        leaves: what the graph has for each of them.
+        parameters: the model's parameters.
+        leaves: the tensor that the graph has for each of them.
 
     Attributes:
-        distributed: whether there are others.
-        counts_samples: whether this rank, of those that compute the same samples together, is the one that counts them.
+        distributed: whether there are other ranks.
+        counts_samples: whether this rank counts its samples. Of ranks that compute the same samples together, one does.
     """
 
     def __init__(self, parameters: Iterable[Tensor] = (), leaves: Iterable[Tensor] = ()):
@@ -115,7 +115,7 @@ class Ranks:
         self.counts_samples = not any(any(mesh.get_coordinate() or ()) for mesh in spread)
 
     def max_over_ranks(self, value: int) -> int:
-        """The largest of all ranks' values.
+        """The largest value of any rank.
 
         Raises:
             CoverageError: if another rank has refused the batch.
@@ -123,7 +123,7 @@ class Ranks:
         return self.max_each_over_ranks([value])[0]
 
     def max_each_over_ranks(self, values: Sequence[int]) -> list[int]:
-        """The same for several values, as many on each rank."""
+        """The largest of each of several values. All ranks have to give equally many."""
         if not self.distributed:
             return list(values)
         found: list[int] = []
@@ -142,21 +142,21 @@ class Ranks:
         return numbers.tolist()
 
     def require_same(self, what: object, remedy: str) -> None:
-        """Raise on all ranks unless all are about to do the same.
+        """Raise on all ranks unless all of them are about to do the same.
 
         Args:
-            what: something whose ``repr`` tells it.
-            remedy: what to do if they are not.
+            what: something whose ``repr`` says what this rank is about to do.
+            remedy: what the user can do if that differs.
 
         Raises:
-            CoverageError: if they are not.
+            CoverageError: if it differs.
         """
         value = zlib.crc32(repr(what).encode())
         if self.distributed and self.max_over_ranks(value) != -self.max_over_ranks(-value):
             raise _Elsewhere(f"the ranks that hold this model together would have to do different things: {remedy}")
 
     def common_generator(self, generator: torch.Generator) -> torch.Generator:
-        """A generator that draws the same on all ranks that compute the same samples together."""
+        """A generator with one seed on all ranks that compute the same samples together."""
         if not self._replicas:
             return generator
         seed = torch.randint(2**31, (), generator=generator, device=generator.device).to(self._device)
@@ -189,7 +189,7 @@ class Ranks:
 
     @contextmanager
     def fail_together(self) -> Iterator[None]:
-        """What every rank does at once: if one fails inside, all fail."""
+        """A block that all ranks run at once, and that fails on all of them if it fails on one."""
         try:
             yield
         except Exception as error:
@@ -202,4 +202,4 @@ class Ranks:
 
 
 class _Elsewhere(CoverageError):
-    pass
+    """A refusal that all ranks raise at once, so that none has to tell the others."""

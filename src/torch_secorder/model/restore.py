@@ -19,13 +19,13 @@ _turns: WeakKeyDictionary[nn.Module, RLock] = WeakKeyDictionary()
 
 
 def lock_of(model: nn.Module) -> RLock:
-    """A lock for what changes a model for a while (which parameters require a gradient, say), and for what it would mislead."""
+    """The lock that serializes temporary changes to a model, such as ``requires_grad`` flags, with all that reads them."""
     return _turns.setdefault(model, RLock())
 
 
 @contextmanager
 def forked_random(parameters: Sequence[Tensor]) -> Iterator[None]:
-    """What is drawn inside leaves the global random state alone, also on the parameters' devices."""
+    """A block whose random draws leave the global random state as it was, also on the parameters' devices."""
     devices = list({p.device for p in parameters if p.is_cuda})
     with torch.random.fork_rng(devices=devices):
         yield
@@ -37,13 +37,13 @@ def random_state() -> list[Tensor]:
 
 
 def twice_differentiable(wanted: bool) -> AbstractContextManager[object]:
-    """Attention by operations that have second derivatives, where they are wanted: the fused ones have none."""
+    """A block in which attention has second derivatives, if those are wanted: torch's fused operations have none."""
     return sdpa_kernel(SDPBackend.MATH) if wanted else nullcontext()
 
 
 @contextmanager
 def restoring_buffers(model: nn.Module) -> Iterator[None]:
-    """What a forward changes gets its values back: buffers, and tables that ``max_norm`` rewrites."""
+    """A block after which all that a forward changes has its values back: buffers, and tables that ``max_norm`` rewrites."""
     modules = list(model.modules())
     kept: list[tuple[Any, str, Tensor]] = [
         (m._buffers, name, b) for m in modules for name, b in m._buffers.items() if b is not None
@@ -56,7 +56,7 @@ def restoring_buffers(model: nn.Module) -> Iterator[None]:
     @torch.no_grad()
     def restore() -> None:
         for owner, name, tensor, value in before:
-            # What has its values still must not be written to: an earlier graph may have saved it for its backward.
+            # A buffer that was not changed is not written to, since an earlier graph may have saved it for its backward.
             if not torch.equal(tensor, value):
                 tensor.copy_(value)
             owner[name] = tensor
@@ -67,7 +67,7 @@ def restoring_buffers(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """The model is in eval mode inside, each module in its own mode afterwards."""
+    """A block in which the model is in eval mode, and after which each module is in its own mode again."""
     modes = [(module, module.training) for module in model.modules()]
 
     def restore() -> None:
@@ -81,7 +81,7 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def requiring_grad(parameters: Iterable[Tensor]) -> Iterator[None]:
-    """All of these parameters require a gradient inside, and those that did not before don't afterwards."""
+    """A block in which all of these parameters require a gradient; afterwards only those do that did before."""
     frozen = [p for p in parameters if not p.requires_grad]
 
     def require(wanted: bool) -> None:

@@ -6,9 +6,14 @@ of the factors, used in this whole package::
     n  sample        k  weight group (grouped convolutions)        t  position that shares the weight
     i  feature of the layer's input a        o  feature of the gradient g of the layer's output
 
-Every form answers the same questions (squared norm per sample, sum of squares over samples, inner product, sum with
-another form, total over samples, dense); :class:`PerSampleGradient` answers them all from the dense tensor of a few
-samples at a time, and a form overrides what its factors give more cheaply.
+Every form answers the same questions: squared norm per sample, sum of squares over samples, inner product, sum with
+another form, total over samples, dense. :class:`PerSampleGradient` answers them all from the dense tensor of a few
+samples at a time, and says which four members a new form must define. A form overrides what its factors give more cheaply.
+
+The forms, each in a file: ``outer`` (what a matrix that multiplies data gets), ``convolution``, ``row_sparse`` (embeddings),
+``pulled_back`` (a parameter that reaches the data through other tensors), and in ``_base`` a dense tensor and a sum of unlike
+terms. ``square_sum`` keeps a diagonal factored until it counts. ``costs`` predicts which way to a convolution's norms is the
+fastest; ``budget`` bounds the memory of all of them, and ``out_of_memory`` says what happens where it does not suffice.
 """
 
 from torch_secorder.per_sample._base import (

@@ -1,4 +1,4 @@
-"""The algebra's contract, and its two forms without structure: a dense tensor and a sum of unlike terms."""
+"""The contract of the algebra, and its two forms without structure: a dense tensor and a sum of unlike terms."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch_secorder.per_sample.budget import chunk_bytes
 
 Index = slice | Tensor
 
-# Temporaries of this size stay in the last-level cache of common machines and are reused by the allocator.
+# Temporaries of this size stay in the last-level cache of common machines, and the allocator reuses them.
 CHUNK_BYTES = 8 * 2**20
 
 
@@ -26,16 +26,16 @@ def at_least_float32(value: Tensor) -> Tensor:
 
 
 def chunks(n: int, bytes_per_sample: float, usual: int | None = CHUNK_BYTES) -> Iterator[slice]:
-    """Slices of 0..n, each with as many samples as fit into the budget, ``usual`` bytes or fewer, but at least one."""
+    """Slices of 0..n, each with as many samples as fit into the budget of ``usual`` bytes or fewer, but at least one."""
     budget = chunk_bytes(usual)
     step = max(1, n if budget is None else min(n, int(budget // max(bytes_per_sample, 1))))
     return (slice(start, min(start + step, n)) for start in range(0, n, step))
 
 
 def cancellation_floor(dtype: torch.dtype) -> float:
-    """Below which fraction of the sum of its terms' magnitudes a sum with signs has lost its digits.
+    """The fraction of its terms' summed magnitudes below which a sum with signs has lost too many digits.
 
-    A Gram sum is off by about ``4 eps`` of the sum of its diagonal. Asking for 1e-5 (float32) or 1e-9 (float64), a
+    A Gram sum is off by about ``4 eps`` of the sum of its diagonal. Demanding 1e-5 (float32) or 1e-9 (float64), a
     tenth of what the library promises, gives the fractions 0.05 and 1e-6.
     """
     wanted = 1e-5 if dtype == torch.float32 else 1e-9
@@ -43,7 +43,10 @@ def cancellation_floor(dtype: torch.dtype) -> float:
 
 
 def sign_vectors(shape: Sequence[int], like: Tensor) -> tuple[Tensor, Tensor]:
-    """A fixed direction ``left right^T`` of random signs in a parameter's space, for ``PerSampleGradient.along``."""
+    """Random signs ``left`` and ``right`` for :meth:`PerSampleGradient.along`, always the same for one shape.
+
+    ``left right^T`` is a direction in the space of a parameter whose shape is read as ``(left, right)``.
+    """
     return _sign_vectors(shape[0] if shape else 1, math.prod(shape[1:]), like.dtype, like.device)
 
 
@@ -54,30 +57,34 @@ def _sign_vectors(rows: int, columns: int, dtype: torch.dtype, device: torch.dev
     return left.to(device, dtype), right.to(device, dtype)
 
 
+# A norm adds one square after the other. In float32 a row of thousands keeps its digits, one of millions does not.
 LONG = 4096
 
 
 def squared_norm_of_rows(value: Tensor) -> Tensor:
     """``sum of x ** 2`` over the last axis."""
-    # A norm reads large rows once and writes nothing; its own second derivative does not exist at zero.
+    # For large rows a norm is faster, since it writes nothing; but its second derivative does not exist at zero.
     if value.numel() <= 2**16 or torch.is_grad_enabled():
         return torch.linalg.vecdot(value, value)
     if value.shape[-1] <= LONG:
         return torch.linalg.vector_norm(value, dim=-1).square()
-    # It also adds one square after the other, so that a row of millions loses digits in float32, unlike one of thousands.
-    whole = value.shape[-1] // LONG * LONG
-    squares = torch.linalg.vector_norm(value[..., :whole].unflatten(-1, (-1, LONG)), dim=-1).square().sum(-1)
-    return squares + torch.linalg.vector_norm(value[..., whole:], dim=-1).square()
+    even = value.shape[-1] // LONG * LONG
+    squares = torch.linalg.vector_norm(value[..., :even].unflatten(-1, (-1, LONG)), dim=-1).square().sum(-1)
+    return squares + torch.linalg.vector_norm(value[..., even:], dim=-1).square()
 
 
 class PerSampleGradient(ABC):
     """The gradients of one parameter for each of N samples.
 
+    A new form defines ``n`` and ``shape``, and at least :attr:`like`, :meth:`dense`, :meth:`select` and
+    :meth:`grouped_by_sample`. All other answers follow from these, for a few samples at a time. Overriding one changes its
+    cost, never its value.
+
     Attributes:
         n: the number of samples N.
         shape: the parameter's shape.
-        algorithm: how :meth:`squared_norm` goes about it, for the report.
-        sparse: whether the dense gradient of even one sample is far larger than the factors.
+        algorithm: the way in which :meth:`squared_norm` is computed, for the report.
+        sparse: whether even one sample's dense gradient is far larger than its factors.
     """
 
     n: int
@@ -101,11 +108,11 @@ class PerSampleGradient(ABC):
 
     @abstractmethod
     def select(self, samples: Index) -> PerSampleGradient:
-        """The same for some of the samples, by slice or by index tensor."""
+        """The gradients of some of the samples, given by a slice or an index tensor."""
 
     @abstractmethod
     def grouped_by_sample(self, groups: Grouping) -> PerSampleGradient:
-        """The gradients of fewer samples, when what counts as a sample here is only a part of one.
+        """The gradients of fewer samples, each the sum over its group, where a sample of this form is only a part of one.
 
         That is so where windows, heads or tokens are folded into the batch axis.
         """
@@ -115,7 +122,7 @@ class PerSampleGradient(ABC):
         return self.dense_squared_norm()
 
     def dense_squared_norm(self) -> Tensor:
-        """:meth:`squared_norm` from the gradients themselves, without a sum in which digits could cancel."""
+        """:meth:`squared_norm` from the gradients themselves: no sum with signs, and no digits that cancel."""
         return torch.cat([squared_norm_of_rows(part.dense().flatten(1)) for part in self.parts()])
 
     def sum_of_squares(self) -> Tensor:
@@ -123,15 +130,18 @@ class PerSampleGradient(ABC):
         return _total(part.dense().square().sum(0) for part in self.parts())
 
     def total(self) -> Tensor:
-        """``sum_n G_n``, ``[*shape]``: what autograd's gradient of the batch is."""
+        """``sum_n G_n``, ``[*shape]``: the gradient that autograd computes for the batch."""
         return _total(part.dense().sum(0) for part in self.parts())
 
     def batch_gradient_norm(self) -> Tensor | None:
-        """``||sum_n G_n||``, if the factors tell it for less than reading a tensor of the parameter's size takes."""
+        """``||sum_n G_n||``, if the factors give it faster than a tensor of the parameter's size can be read; else None."""
         return None
 
     def along(self, left: Tensor, right: Tensor) -> Tensor:
-        """``<left right^T, sum_n G_n>`` with the shape read as ``(left, right)``: one number to compare with autograd's."""
+        """``<left right^T, sum_n G_n>``, the total along one direction: a single number to compare with autograd's gradient.
+
+        The shape is read as ``(left, right)``.
+        """
         return left @ self.total().reshape(len(left), -1) @ right
 
     def inner(self, other: PerSampleGradient) -> Tensor:
@@ -157,11 +167,14 @@ class PerSampleGradient(ABC):
         return terms[0] if len(terms) == 1 else Sum(terms)
 
     def concatenated(self, other: PerSampleGradient) -> PerSampleGradient | None:
-        """Both uses as one form of the same kind, or None if the kinds don't allow it."""
+        """The gradients of two uses, added, as one form of this kind; None if the kinds don't allow it.
+
+        Forms that are sums over positions put the positions of both uses behind one another.
+        """
         return None
 
     def factored_inner(self, other: PerSampleGradient) -> Tensor | None:
-        """:meth:`inner` from the factors alone, or None where this form knows no such way with the other."""
+        """:meth:`inner` from the factors alone; None where this form knows no such way with the other."""
         return None
 
     def parts(self) -> Iterator[PerSampleGradient]:
@@ -173,7 +186,7 @@ class PerSampleGradient(ABC):
 
 
 class Dense(PerSampleGradient):
-    """The gradients as a tensor ``[n, *shape]``: biases, scales, whatever is small."""
+    """The gradients as a tensor ``[n, *shape]``, as for biases, scales and other small parameters."""
 
     def __init__(self, value: Tensor):
         self.value = value = at_least_float32(value)
@@ -200,10 +213,10 @@ class Dense(PerSampleGradient):
 
 
 class Sum(PerSampleGradient):
-    """A sum of forms of different kinds: an embedding tied to the output layer, say.
+    """A sum of forms of different kinds, as of an embedding that is tied to the output layer.
 
-    ``||A + B||^2 = ||A||^2 + ||B||^2 + 2 <A, B>`` where a term is sparse; where the cross terms cancel nearly
-    all of the squares, and where no term is sparse, the terms are added up densely for a few samples at a time.
+    If a term is sparse, its norms are ``||A + B||^2 = ||A||^2 + ||B||^2 + 2 <A, B>``. If none is, or if the cross terms
+    cancel nearly all of the squares, the terms are added up densely for a few samples at a time.
     """
 
     def __init__(self, terms: list[PerSampleGradient]):
@@ -238,13 +251,13 @@ class Sum(PerSampleGradient):
         return _total(term.along(left, right) for term in self.terms)
 
 
-def recompute_cancelled(norms: Tensor, magnitude: Tensor, form: PerSampleGradient) -> Tensor:
-    """``norms``, with those that cancelled below :func:`cancellation_floor` of ``magnitude`` computed densely."""
-    lost = norms.detach() < cancellation_floor(norms.dtype) * magnitude.detach()
+def recompute_cancelled(squared_norms: Tensor, magnitude: Tensor, form: PerSampleGradient) -> Tensor:
+    """The squared norms, with those recomputed densely that cancelled below :func:`cancellation_floor` of ``magnitude``."""
+    lost = squared_norms.detach() < cancellation_floor(squared_norms.dtype) * magnitude.detach()
     if not bool(lost.any()):
-        return norms
+        return squared_norms
     samples = lost.nonzero().squeeze(1)
-    return norms.index_copy(0, samples, form.select(samples).dense_squared_norm())
+    return squared_norms.index_copy(0, samples, form.select(samples).dense_squared_norm())
 
 
 def _total(values: Iterator[Tensor]) -> Tensor:

@@ -1,4 +1,4 @@
-"""How many bytes the algebra may take for its temporaries at once: what stays in the caches, or less if somebody says so."""
+"""How many bytes the algebra may take for its temporaries at once: as many as stay in the caches, or fewer on request."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ _limit: ContextVar[int | None] = ContextVar("limit", default=None)
 
 @contextmanager
 def memory_limit(max_memory: int | None) -> Iterator[None]:
-    """Inside, temporaries of one operation take at most so many bytes together, where they can be cut that small."""
+    """A block in which the temporaries of one operation take at most ``max_memory`` bytes together.
+
+    What can't be cut that small takes more: one sample at least.
+    """
     token = _limit.set(max_memory)
     try:
         yield
@@ -20,8 +23,11 @@ def memory_limit(max_memory: int | None) -> Iterator[None]:
 
 
 def chunk_bytes(usual: int | None) -> int | None:
-    """The bytes for temporaries where ``usual`` of them are best (None: any number), and not more than the limit."""
+    """How many bytes a chunk of temporaries may take: ``usual``, but no more than half of the limit.
+
+    None stands for any number, in the argument and in the answer.
+    """
     limit = _limit.get()
-    # What is computed from a temporary may be as large as it, and the one before it still there.
+    # Two chunks may be there at once: what is computed from a temporary can be as large as the temporary itself.
     limit = None if limit is None else limit // 2
     return limit if usual is None else usual if limit is None else min(usual, limit)

@@ -20,7 +20,8 @@ from torch_secorder.per_sample.budget import chunk_bytes
 from torch_secorder.per_sample.costs import BUDGET, Sizes, predicted
 from torch_secorder.per_sample.outer import Outer
 
-FILLED = 16  # rows
+# How many rows fill a vector register, in single precision and with AVX-512.
+FILLED = 16
 
 
 class Convolution(PerSampleGradient):
@@ -29,14 +30,14 @@ class Convolution(PerSampleGradient):
     A transposed convolution is the adjoint of a convolution, so its weight gradient is this one with input and output
     gradient exchanged.
 
-    With T positions, P pixels, a kernel of K taps, of which K_0 along the first axis, and I and O channels per group, the
-    norms are taken in one of four ways, whichever :mod:`~torch_secorder.per_sample.costs` predicts to be the fastest:
+    There are T positions, P pixels, a kernel of K taps, K_0 of them along the first axis, and I and O channels per group. The
+    squared norms are taken in one of four ways, whichever :mod:`~torch_secorder.per_sample.costs` predicts to be the fastest:
 
     * ``direct``: torch's own weight gradient, samples as groups; ``T K I O`` multiplications, fast for depthwise kernels of 3;
     * ``shifted``: as many, in K_0 matrix products of views (:meth:`shifted`); no copies at all for a kernel of one;
     * ``gram``: ``sum_{t,s} (sum_taps x_{t+tap} . x_{s+tap}) (g_t . g_s)`` from the pixels' Gram matrix, ``P^2 I + T^2 O``
-      multiplications, guarded against cancellation: small maps with many channels;
-    * ``patches``: products of unfolded patches and g (:class:`Outer`), where patches don't overlap or there is only one.
+      multiplications, recomputed where it cancels: for small maps with many channels;
+    * ``patches``: products of unfolded patches and g (:class:`Outer`), for patches that don't overlap or a single one.
 
     Args:
         x: inputs ``[n, r, channels in, *map]``, r maps for each sample (of a module that was called r times, or of images
@@ -63,7 +64,7 @@ class Convolution(PerSampleGradient):
         self.n, self.shape = x.shape[0], tuple(shape)
         self.stride, self.padding, self.dilation, self.groups = list(stride), list(padding), list(dilation), groups
         for axis, (kernel, step, sides) in enumerate(zip(self.shape[2:], stride, padding, strict=True), 3):
-            if kernel == 1 and step > 1 and not sides:  # then most of the map is never read
+            if kernel == 1 and step > 1 and not sides:  # most of the map is never read, and is left out here
                 self.x = self.x.unfold(axis, 1, step).squeeze(-1).narrow(axis, 0, g.shape[axis])
                 self.stride[axis - 3] = 1
 
@@ -78,7 +79,7 @@ class Convolution(PerSampleGradient):
 
     @property
     def sizes(self) -> Sizes:
-        """What the costs depend on."""
+        """All that the costs depend on."""
         channels, features = self.shape[0] // self.groups, self.shape[1]
         maps = (tuple(self.x.shape[3:]), tuple(self.g.shape[3:]), self.shape[2:])
         rest = (tuple(self.stride), tuple(self.padding), self.dtype.itemsize)
@@ -95,7 +96,7 @@ class Convolution(PerSampleGradient):
         return self._weight_gradient(self.x.flatten(0, 1), self.g.flatten(0, 1), 1)
 
     def along(self, left: Tensor, right: Tensor) -> Tensor:
-        """A convolution with ``right`` as its only kernel, against the channels of g summed with ``left``."""
+        """The convolution of x with ``right`` as its only kernel, times the sum of g's channels with weights ``left``."""
         kernel = right.view(1, *self.shape[1:]).expand(self.groups, *self.shape[1:])
         x, g = self.x.flatten(0, 1), self.g.flatten(0, 1)
         dims = len(self.stride)
@@ -141,7 +142,7 @@ class Convolution(PerSampleGradient):
         return self.squared_norms(self.algorithm)
 
     def squared_norms(self, form: str) -> Tensor:
-        """The squared norms by one of the forms, whatever it costs."""
+        """The squared norms by one of the four algorithms, whatever it costs."""
         match form:
             case "direct":
                 return self.dense_squared_norm()
@@ -178,7 +179,7 @@ class Convolution(PerSampleGradient):
         return (slice(start, start + step) for start in range(0, self.n, step))
 
     def tall(self) -> Convolution:
-        """The same with the r maps of a sample above one another, and zeros between them, as its only map."""
+        """The same gradients with each sample's r maps stacked along the first axis into one, with zeros between them."""
         if self.x.shape[1] == 1:
             return self
         padding, step, above = self.padding[0], self.stride[0], [0, 0] * (len(self.stride) - 1)
@@ -192,11 +193,11 @@ class Convolution(PerSampleGradient):
         return Convolution(x, g, shape, stride, [0, *padding_[1:]], dilation, groups)
 
     def shifted(self) -> Iterator[Tensor]:
-        """The gradients for the kernel's first slice, second slice and so on, each ``[n k, i * other taps, o]``.
+        """The gradients for the kernel's slices along its first axis, in turn, each ``[n k, i * other taps, o]``.
 
-        Patches are unfolded along all axes but the first. Along that one the positions that a tap meets lie next to each
-        other in memory, so that each slice is a matrix product of a view: nothing is copied as often as the kernel is high.
-        With a stride the rows are sorted by their remainder first.
+        Patches are unfolded along all axes but the first. Along the first axis, the positions that a tap meets lie next to
+        each other in memory, so that each slice is a matrix product of a view and no row is copied once for each tap. With a
+        stride, the rows are sorted by their remainder first.
         """
         tall = self.tall()
         x, g, step = tall.x[:, 0], tall.g[:, 0], tall.stride[0]
@@ -223,10 +224,10 @@ class Convolution(PerSampleGradient):
         return torch.stack(squares).sum(0) if len(squares) > 1 else squares[0]
 
     def _gram(self) -> tuple[Tensor, Tensor]:
-        """The norms as a sum over two positions, and the part of it where they are the same, each ``[n]``.
+        """The squared norms as sums over pairs of positions, and their parts from a position with itself, each ``[n]``.
 
-        The sum over the taps adds up copies of the pixels' Gram matrix shifted along its diagonal, one axis of the kernel
-        after the other.
+        The sum over the taps adds up copies of the pixels' Gram matrix that are shifted along its diagonal, one axis of the
+        kernel after the other.
         """
         tall = self.tall()
         x, g = (value[:, 0].reshape(self.n * self.groups, -1, math.prod(value.shape[3:])) for value in (tall.x, tall.g))
@@ -253,7 +254,7 @@ class Convolution(PerSampleGradient):
         return terms.sum((1, 2, 3)), terms.diagonal(dim1=2, dim2=3).sum((1, 2))
 
     def patches(self) -> Outer:
-        """The same gradients as products over positions, with a the patches that the kernel saw."""
+        """The same gradients as products over positions, whose inputs are the patches that the kernel saw."""
         dims = len(self.stride)
         x, g = self.x.flatten(0, 1), self.g.flatten(0, 1)
         windows = torch.nn.functional.pad(x, [side for p in reversed(self.padding) for side in (p, p)])
@@ -268,10 +269,10 @@ class Convolution(PerSampleGradient):
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b.mT``, or the other way round where that is faster.
+    """``a @ b.mT``, with the factors exchanged and the result transposed where that is faster.
 
-    Measured with AVX-512, with AVX2 less of it: the factor with more rows should be the first one (up to three times
-    faster), but one that fills no vector register should not be the second (up to four times).
+    The factor with more rows should be the first one (up to three times faster), but a factor that fills no vector register
+    should not be the second one (up to four times). So measured with AVX-512; with AVX2 it matters less.
     """
     fewer, more = sorted((a.shape[-2], b.shape[-2]))
     first = fewer if fewer < FILLED else more

@@ -1,4 +1,8 @@
-"""What each way to a convolution's norms costs: counts of work times a few measured constants."""
+"""The cost of each way to a convolution's squared norms: counts of work times a few measured constants.
+
+With these constants, ``shifted`` wins for kernels of one and for large depthwise ones, ``gram`` for small maps (up to about
+16 x 16) with 64 channels or more, ``patches`` for a single position, and ``direct`` for most others.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ import math
 from functools import lru_cache
 from typing import NamedTuple
 
-# Temporaries of this size stay in the caches; with larger ones nothing is gained.
+# Temporaries of this size stay in the caches. Larger ones gain nothing.
 BUDGET = 4 * 2**20
 # A form whose temporaries for a single sample are larger than this is not offered.
 LIMIT = 4 * BUDGET
@@ -15,8 +19,8 @@ Counts = dict[str, float]
 FORMS = ("direct", "shifted", "gram", "patches")
 
 # Nanoseconds for each piece of work in float32 on one thread, fitted by tests/benchmarks/convolution_cost.py to times with
-# AVX-512 and with AVX2 together: the form that they pick takes 1.01 times as long as the best one on the average with
-# either. Only their ratios matter. Other devices get the same choice: right, if perhaps not the fastest.
+# AVX-512 and with AVX2 together: with either, the form that they pick takes 1.01 times as long as the best one, on
+# average. Only their ratios matter. On other devices the same choice is made, which gives the same numbers, if perhaps later.
 NANOSECONDS: dict[str, Counts] = {
     "direct": {
         "calls": 1.4e5,
@@ -76,11 +80,11 @@ class Sizes(NamedTuple):
 
     @property
     def limit(self) -> int:
-        """How many bytes of temporaries a form may take for a single sample, to be offered."""
+        """The bytes of temporaries for a single sample up to which a form is offered."""
         return LIMIT if self.budget == BUDGET else self.budget
 
     def floats(self, form: str) -> float:
-        """Temporary numbers that ``form`` needs for one sample."""
+        """How many temporary numbers ``form`` needs for one sample."""
         pixels, taps = self.r * math.prod(self.map), math.prod(self.kernel)
         match form:
             case "direct":
@@ -95,19 +99,18 @@ class Sizes(NamedTuple):
 
     def step(self, form: str) -> int:
         """How many samples ``form`` takes at a time."""
-        # Every call for depthwise gradients has work to do that doesn't depend on the samples.
+        # A call for depthwise gradients does much that doesn't depend on the samples, so that fewer calls are better.
         budget = self.limit if form == "direct" and self.depthwise else self.budget
         most = max(1, min(self.n, int(budget // (self.floats(form) * self.itemsize))))
-        return -(
-            -self.n // -(-self.n // most)
-        )  # parts of one size: a call for the last few samples costs nearly as much
+        # All parts have about the same size, since a call for the last few samples would cost nearly as much as another.
+        return -(-self.n // -(-self.n // most))
 
 
 def counts(form: str, at: Sizes) -> Counts:
     """How much of each kind of work ``form`` does.
 
-    Calls of torch, matrix products and their multiplications (in units of what vector registers hold), elements that are
-    read, written or copied, and the runs of adjacent elements in which they are.
+    Counted are calls of torch, matrix products and their multiplications (in units of what vector registers hold), elements
+    that are read, written or copied, and the runs of adjacent elements in which these lie.
     """
     blocks, taps, steps = -(-at.n // at.step(form)), math.prod(at.kernel), sum(size - 1 for size in at.kernel)
     pixels, positions, pairs = at.r * math.prod(at.map), at.positions, at.n * at.k

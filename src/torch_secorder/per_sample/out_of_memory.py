@@ -1,4 +1,4 @@
-"""When memory runs out: fewer samples at a time, then a refusal."""
+"""What happens when memory runs out: fewer samples are taken at a time, and if even one is too many, a refusal."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ Answer = TypeVar("Answer")
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed; torch has an error of its own for that on a GPU only."""
+    """Whether an error says that an allocation failed. On a CPU, torch has only a text for that."""
     if isinstance(error, CurvatureError):
         return False
     return isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
 def as_refusal(error: Exception) -> Exception:
-    """The error, or a refusal with its remedy where memory ran out."""
+    """The error itself, or, if memory ran out, a refusal that names the remedy."""
     if not out_of_memory(error):
         return error
     refusal = OutOfMemoryError(
@@ -30,7 +30,7 @@ def as_refusal(error: Exception) -> Exception:
         "batch is left out and the gradients in .grad are complete: use smaller batches, or keep less (diagonal=False, "
         "per_sample=False, activations=False)"
     )
-    refusal.__cause__ = error.with_traceback(None)  # whose frames hold what was allocated
+    refusal.__cause__ = error.with_traceback(None)  # the traceback's frames hold what was allocated
     return refusal
 
 
@@ -39,13 +39,13 @@ def halving_on_oom(
     question: Callable[[PerSampleGradient], Answer],
     together: Callable[[Answer, Answer], Answer],
 ) -> Answer:
-    """``question(form)``, asked of half of the samples at a time, and so on, where memory doesn't suffice."""
+    """``question(form)``; where memory doesn't suffice, the answers for halves of the samples, put ``together``."""
     try:
         return question(form)
     except Exception as error:
         if form.n == 1 or not out_of_memory(error):
             raise
-    # (Not in there, where the error holds all that was allocated.)
+    # Here and not in the except clause, where the error holds all that was allocated.
     half = form.n // 2
     first, second = (
         halving_on_oom(form.select(part), question, together) for part in (slice(0, half), slice(half, form.n))
@@ -54,11 +54,11 @@ def halving_on_oom(
 
 
 def squared_norms_of(form: PerSampleGradient) -> Tensor:
-    """A form's squared norms, of half of the samples at a time where memory runs out."""
+    """A form's squared norms; where memory doesn't suffice, of halves of the samples at a time."""
     try:
         return form.squared_norm()
     except Exception as error:
         if form.n == 1 or not out_of_memory(error):
             raise
-    # (Not in there, where the error holds all that was allocated.)
+    # Here and not in the except clause, where the error holds all that was allocated.
     return halving_on_oom(form, lambda part: part.squared_norm(), lambda a, b: torch.cat([a, b]))

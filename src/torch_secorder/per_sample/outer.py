@@ -22,25 +22,26 @@ from torch_secorder.per_sample._base import (
 )
 from torch_secorder.per_sample.budget import chunk_bytes
 
+# An element that is written and read again costs as much as so many multiplications of a matrix product.
 PRICE_OF_A_WRITE = 20
 
 
 def _width(positions: int) -> int:
-    """How many columns of a Gram matrix are computed at once; products are fastest for a multiple of 16, here of few."""
+    """How many columns of a Gram matrix are computed at once: a small multiple of 16, for which products are fastest."""
     return min(positions, 32 if positions < 512 else 64)
 
 
 def _cheaper(positions: int, i: int, o: int) -> str:
-    """The cheaper of the Gram matrix and the product, for so many positions and features."""
+    """The cheaper algorithm, "gram" or "direct", for so many positions and features."""
     saved = 1.0 if _width(positions) == positions else 0.7
     gram, direct = saved * positions**2 * (i + o + PRICE_OF_A_WRITE), (positions + PRICE_OF_A_WRITE) * i * o
     return "gram" if gram < direct else "direct"
 
 
 class SharedFactor:
-    """A factor ``[n, k, t, f]`` that several forms have in common: what one computes of its Gram matrix, the others find.
+    """A factor ``[n, k, t, f]`` that several forms share, so that its Gram matrix is computed once for all of them.
 
-    That is kept as long as this object, where the whole matrix is no more than temporaries may take at once.
+    The matrix is kept as long as this object, provided that it takes no more memory than a chunk of temporaries may.
     """
 
     def __init__(self, value: Tensor):
@@ -48,7 +49,7 @@ class SharedFactor:
         self._kept: dict[tuple[int, int, int], Tensor] = {}
 
     def gram(self, rows: slice, start: int, stop: int) -> tuple[Tensor, bool]:
-        """For some samples some columns of the matrix's lower half, and whether it is kept and must not be changed."""
+        """Columns of the matrix's lower half for some samples, and whether they are kept, so that nobody may change them."""
         n, k, t, _ = self.value.shape
         if n * k * t * t * self.value.dtype.itemsize > (chunk_bytes(CHUNK_BYTES) or 0):
             return _strip(self.value, rows, start, stop), False
@@ -59,6 +60,7 @@ class SharedFactor:
 
 
 def _strip(x: Tensor, rows: slice, start: int, stop: int) -> Tensor:
+    """Columns of the lower half of the Gram matrices of some samples, ``[n k, t - start, columns]``."""
     x = x[rows].flatten(0, 1)
     return torch.bmm(x[:, start:], x[:, start:stop].mT)
 
@@ -68,13 +70,12 @@ class Outer(PerSampleGradient):
 
     The squared norm is taken in one of three ways, whichever is the cheapest:
 
-    * ``product``: one position, ``||a||^2 ||g||^2``;
-    * ``gram``: ``sum_{t,s} (a_t . a_s)(g_t . g_s)``, guarded against cancellation. The matrix is symmetric, so that strips of
-      columns of its lower half do: ``s T^2 (I + O + m)`` operations, s = 1 for one strip and 0.7 for more;
-    * ``direct``: form the ``O x I`` product for a few samples at a time, ``(T + m) I O`` operations.
+    * ``product``, for one position: ``||a||^2 ||g||^2``;
+    * ``gram``: ``sum_{t,s} (a_t . a_s)(g_t . g_s)``, recomputed where it cancels. The matrix of the products is symmetric, so
+      that strips of columns of its lower half suffice: ``s T^2 (I + O + m)`` operations, s = 1 for one strip and 0.7 for more;
+    * ``direct``: the ``O x I`` product is formed for a few samples at a time, ``(T + m) I O`` operations.
 
-    An element that is written and read again costs as much as m = 20 multiplications (one core, single precision; s and m
-    as measured, see tests/benchmarks/convolution_cost.py for convolutions).
+    Here m = 20 is the price of a write, in multiplications. It and s were measured on one core in single precision.
 
     Args:
         a: layer inputs, ``[n, k, t, i]``, or a :class:`SharedFactor` of them.
@@ -85,7 +86,7 @@ class Outer(PerSampleGradient):
     def __init__(self, a: Tensor | SharedFactor, g: Tensor | SharedFactor, shape: Sequence[int]):
         inputs = a.value if isinstance(a, SharedFactor) else a
         grads = g.value if isinstance(g, SharedFactor) else g
-        # Under autocast the operation saw its input in the dtype of its output, and so must we.
+        # Under autocast the layer cast its input to the dtype of its output, and its gradient is that for the cast one.
         self._common = [] if a is inputs and g is grads else [x for x in (a, g) if isinstance(x, SharedFactor)]
         if inputs.dtype != grads.dtype or grads.dtype in HALF:
             inputs, grads = at_least_float32(inputs.to(grads.dtype)), at_least_float32(grads)
@@ -128,7 +129,10 @@ class Outer(PerSampleGradient):
         return recompute_cancelled(norms, diagonals, self)
 
     def _gram_sums(self, rows: slice, size: int) -> tuple[Tensor, Tensor]:
-        """For some samples, ``size`` columns at a time: the sum over two positions, and the part where they are the same."""
+        """For some samples the sum over pairs of positions, and its part from pairs of a position with itself.
+
+        ``size`` columns are computed at a time.
+        """
         norms, diagonals = [], []
         for start in range(0, self.a.shape[2], size):
             gram = self._strip(rows, start, start + size)
@@ -136,11 +140,11 @@ class Outer(PerSampleGradient):
             if gram.shape[1] > size:
                 norms.append(gram[:, size:].sum((1, 2)))
             diagonals.append(gram[:, :size].diagonal(dim1=1, dim2=2).sum(1))
-            del gram  # before the next strip's
+            del gram  # so that the next strip finds its memory free
         return torch.stack(norms).sum(0), torch.stack(diagonals).sum(0)
 
     def _strip(self, rows: slice, start: int, stop: int) -> Tensor:
-        """For some samples some columns of the lower half of the product of both Gram matrices, ``[n k, t - start, columns]``."""
+        """Columns of the lower half of the product of both Gram matrices for some samples, ``[n k, t - start, columns]``."""
         found = []
         for x in (self.a, self.g):
             common = next((factor for factor in self._common if factor.value is x), None)
@@ -154,7 +158,7 @@ class Outer(PerSampleGradient):
         return _total(PerSampleGradient.dense_squared_norm(strip) for strip in self._by_features())
 
     def _by_features(self) -> Iterator[Outer]:
-        """The gradients of some output features at a time: of as many as one sample's gradient may take in memory."""
+        """The gradients of as many output features at a time as fit into the memory limit for one sample."""
         k, i, o = self.a.shape[1], self.a.shape[3], self.g.shape[3]
         if (budget := chunk_bytes(None)) is None or k * i * o * self.dtype.itemsize <= budget:
             return iter([self])
@@ -177,7 +181,7 @@ class Outer(PerSampleGradient):
     def batch_gradient_norm(self) -> Tensor | None:
         n, k, t, i = self.a.shape
         o = self.g.shape[3]
-        # A number that is read costs as much as some thirty multiplications of a matrix product; few are soon read.
+        # Reading a number costs as much as some thirty multiplications of a matrix product. Small gradients are soon read.
         if (
             k * t > 1
             or i * o < 2**16

@@ -12,17 +12,17 @@ from torch_secorder.per_sample._base import Index, PerSampleGradient
 
 
 class PulledBack(PerSampleGradient):
-    """``V^T vec(G_n)``: G_n the gradient of a value that was computed from the parameter alone, V that computation's Jacobian.
+    """``V^T vec(G_n)``, with G_n the gradient of a value computed from the parameter alone and V that computation's Jacobian.
 
-    A value may be a part of the parameter (a chunk of a packed projection, one expert of a stack), the parameter in
-    another permutation, or a function of it (a weight norm, a pruning mask). For parts and layouts V^T only moves entries,
-    so the norm of G_n is the answer and nothing is formed.
+    A value may be a part of the parameter (a chunk of a packed projection, one expert of a stack), its entries in another
+    order (a transpose), or a function of it (a weight norm, a pruning mask). For a part or another order, V^T only moves
+    entries, so that the norm of G_n is the answer and nothing is formed.
 
     Args:
         value: gradients of the value.
         vjp: from ``[n, *value shape]`` to ``[n, *shape]``.
         shape: the parameter's shape.
-        permutation: for a vjp that only moves entries, something hashable that says which; None for any other.
+        permutation: if the vjp only moves entries, something that is equal for those that move them alike; None for any other.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class PulledBack(PerSampleGradient):
         return PulledBack(self.value + other.value, self.vjp, self.shape, self.permutation)
 
     def factored_inner(self, other: PerSampleGradient) -> Tensor | None:
-        """Zero for two parts that have no entry in common."""
+        """Zero for two parts that have no entry in common; None for others."""
         if not isinstance(other, PulledBack) or self.permutation is None or other.permutation is None:
             return None
         return None if bool((self._touched() & other._touched()).any()) else self.value.squared_norm().new_zeros(self.n)

@@ -1,4 +1,4 @@
-"""Gradients that touch a few rows of a table: embeddings."""
+"""Gradients that touch a few rows of a table, as those of embeddings do."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from torch_secorder.per_sample.outer import Outer
 class RowSparse(PerSampleGradient):
     """Row ``r`` of ``G_n`` is the sum of ``g[n, t]`` over the positions t whose id is r.
 
-    Nothing of the table's size is formed: the gradients are added up per pair of sample and id first.
+    Nothing of the table's size is formed. The gradients of each pair of sample and id are added up first, and squared then.
 
     Args:
-        ids: ``[n, t]``, which row each position read.
-        g: ``[n, t, d]``, the gradient of what it read.
+        ids: ``[n, t]``, the row that each position read.
+        g: ``[n, t, d]``, the gradient of the row as it was read there.
         shape: ``(number of rows, d)``.
     """
 
@@ -49,7 +49,7 @@ class RowSparse(PerSampleGradient):
         return RowSparse(self.ids[samples], self.g[samples], self.shape)
 
     def grouped_by_sample(self, groups: Grouping) -> RowSparse:
-        # A padded position has a zero gradient, so it may read any row.
+        # A padded position has a zero gradient, so that it may have any id.
         ids, g = (groups.rows(x).flatten(1, 2) for x in (self.ids, self.g))
         return RowSparse(ids, g, self.shape)
 
@@ -61,7 +61,7 @@ class RowSparse(PerSampleGradient):
         return self.g.new_zeros(self.n).index_add(0, samples, squared_norm_of_rows(summed))
 
     def _chunks(self) -> Iterator[slice]:
-        # Ids and their order, the sums, and what adds them up.
+        # For each position: four integers to sort the ids, the sum of its gradients, and the copy that is added up.
         return chunks(self.n, self.ids.shape[1] * (4 * 8 + 2 * self.g.shape[2] * self.dtype.itemsize), None)
 
     def sum_of_squares(self) -> Tensor:
@@ -75,7 +75,7 @@ class RowSparse(PerSampleGradient):
         return (left[self.ids] * (self.g @ right)).sum()
 
     def factored_inner(self, other: PerSampleGradient) -> Tensor | None:
-        """With a product over positions s: ``sum_{t,s} (a_s . g_t) h_s[id_t]``, h the product's output gradient."""
+        """With a product over positions s, ``sum_{t,s} (a_s . g_t) h_s[id_t]``, where h is the product's output gradient."""
         if not isinstance(other, Outer) or other.shape != (other.g.shape[3], other.a.shape[3]):
             return None
         size = 3 * self.ids.shape[1] * other.a.shape[2] * self.dtype.itemsize

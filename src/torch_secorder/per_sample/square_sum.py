@@ -1,4 +1,4 @@
-"""Sums of squared per-sample gradients that are added to a total only when it is known that they count."""
+"""The diagonal's summand of one backward pass, kept factored until the pass is accepted."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from torch_secorder.per_sample.outer import Outer
 class SquareSum:
     """``factor * sum_n G_n ** 2`` entry by entry.
 
-    For one position it is the product of the squared factors, which goes straight into a total: as large as the parameter,
-    every other pass over memory would cost as much again.
+    For one position it is the product of the squared factors. That product is added straight to the total, since both are
+    as large as the parameter, and each further way through memory would cost as much again.
 
     Attributes:
-        values: the sum without the factor, ``[*shape]``, or ``(g^T ** 2, a ** 2)`` whose product it is.
-        shape: the parameter's.
+        values: the sum without the factor, ``[*shape]``, or the two matrices ``(g^T ** 2, a ** 2)`` whose product it is.
+        shape: the parameter's shape.
+        factor: what the sum is multiplied by.
     """
 
     values: Tensor | tuple[Tensor, Tensor]
@@ -29,7 +30,7 @@ class SquareSum:
 
     @classmethod
     def of(cls, form: PerSampleGradient) -> SquareSum:
-        """Those of a form."""
+        """The sum over the samples of a form."""
         if isinstance(form, Outer) and form.a.shape[1:3] == (1, 1):
             g, a = form.g.detach(), form.a.detach()
             return cls((g.square().flatten(1).T, a.square().flatten(1)), form.shape)
@@ -37,7 +38,7 @@ class SquareSum:
 
     @classmethod
     def summed(cls, several: Sequence[SquareSum]) -> SquareSum:
-        """Their sum, in the first one's memory if it has any."""
+        """The sum of several, written into the memory of the first one if that is a tensor."""
         first, *others = several
         total = first.values if isinstance(first.values, Tensor) and first.factor == 1 else first.added(None)
         for one in others:
@@ -45,11 +46,11 @@ class SquareSum:
         return cls(total, first.shape)
 
     def times(self, factor: float) -> SquareSum:
-        """The same, multiplied."""
+        """The same sum with another factor on it."""
         return replace(self, factor=factor * self.factor)
 
     def added(self, total: Tensor | None) -> Tensor:
-        """The total with them added in place; a new one where there is none."""
+        """The total, to which the sum was added in place; a new one if there is none yet."""
         if isinstance(self.values, Tensor):
             return self.values * self.factor if total is None else total.add_(self.values.to(total), alpha=self.factor)
         left, right = self.values

@@ -1,0 +1,69 @@
+"""The product of a batch-free chain: autograd's own, sample by sample, and without a hook of anybody's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
+
+from torch_secorder.graph.chain import batch_free_vjp
+from torch_secorder.per_sample import Dense, Outer, PulledBack
+
+CHAINS: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
+    "nothing": (lambda w: w, True),
+    "transpose": (lambda w: w.T, True),
+    "chunk": (lambda w: w.chunk(2)[1], True),
+    "view of a chunk": (lambda w: w.view(2, 2, 3)[1].reshape(-1), True),
+    "weight norm": (lambda w: w / w.norm(dim=1, keepdim=True), False),
+    "several ways": (lambda w: w * w.sum() + w.exp(), False),
+}
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_a_chain_carries_each_samples_gradient_back(name: str) -> None:
+    function, permutes = CHAINS[name]
+    weight = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    value = function(weight)
+    grads = torch.randn(5, *value.shape, dtype=torch.float64)
+    expected = torch.stack([torch.autograd.grad(value, weight, g, retain_graph=True)[0] for g in grads])
+    told: list[Tensor] = []
+    weight.register_hook(told.append)
+    start, edge = get_gradient_edge(weight).node, get_gradient_edge(value)
+    vjp = batch_free_vjp((edge.node, edge.output_nr), start, (4, 3))
+    form = vjp(Dense(grads))
+    assert (vjp.permutation is not None) == permutes
+    assert form.n == 5
+    torch.testing.assert_close(form.dense(), expected)
+    torch.testing.assert_close(form.squared_norm(), expected.flatten(1).square().sum(1))
+    assert not told
+    assert weight.grad is None
+
+
+def test_a_transposed_product_stays_a_product() -> None:
+    weight = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    edge = get_gradient_edge(weight.T)
+    vjp = batch_free_vjp((edge.node, edge.output_nr), get_gradient_edge(weight).node, (4, 3))
+    form = Outer(torch.randn(5, 1, 2, 4).double(), torch.randn(5, 1, 2, 3).double(), (3, 4))
+    turned = vjp(form)
+    assert isinstance(turned, Outer)
+    torch.testing.assert_close(turned.dense(), form.dense().mT)
+
+
+def test_chains_that_move_entries_alike_are_told_from_others() -> None:
+    weight = torch.randn(4, 3, requires_grad=True)
+
+    def permutation(value: Tensor) -> object:
+        edge = get_gradient_edge(value)
+        return batch_free_vjp((edge.node, edge.output_nr), get_gradient_edge(weight).node, (4, 3)).permutation
+
+    assert permutation(weight[:2]) == permutation(weight[:2])
+    assert permutation(weight[:2]) != permutation(weight[2:])
+    first, second = (
+        PulledBack(Dense(torch.ones(5, 2, 3)), lambda g: g, (4, 3), permutation(weight[s]))
+        for s in (slice(2), slice(2, 4))
+    )
+    assert first.concatenated(first) is not None
+    assert first.concatenated(second) is None
