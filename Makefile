@@ -22,8 +22,8 @@ help:  ## list the targets
 demo: $(READY)  ## train on real digits, and see which layers carry the curvature
 	$(BIN)/python examples/digits.py
 
-test: $(READY)  ## run the tests
-	$(BIN)/python -m pytest
+test: $(READY)  ## run the tests, on all cores; what a file's tests share is made once
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 check: lint types test doctest examples docs  ## everything that has to pass
 

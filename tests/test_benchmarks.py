@@ -18,6 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::Warning")
 QUICK = [name for name in WORKLOADS if name not in ("wide", "resnet")]  # these are large
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", QUICK)
 def test_a_workload_is_exact(name):
     setting = WORKLOADS[name].setting()
@@ -26,6 +27,7 @@ def test_a_workload_is_exact(name):
     assert verdict(found, exact(name, 2), rtol=1e-3) == "exact"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["lstm", "encoder"])
 def test_it_runs_without_the_peers(name, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(results, "FOLDER", tmp_path)

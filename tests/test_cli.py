@@ -335,6 +335,7 @@ def test_compare_refuses_in_words(folder: Path, capsys: pytest.CaptureFixture[st
         assert words in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_it_is_a_command(folder: Path) -> None:
     command = [sys.executable, "-W", "error", "-m", "torch_secorder.cli"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
@@ -426,6 +427,7 @@ def states(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir() if path.suffix in (".safetensors", ".csv") or path.name[0] == "."}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fisher", ["empirical", "sampled", "exact"])
 def test_a_killed_run_goes_on_to_the_same_table(fisher: str, long: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """With a shuffled loader, dropout and drawn labels, so that every random state matters."""

@@ -7,6 +7,8 @@ import pytest
 
 from torch_secorder.tables import read_report
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 ARGUMENTS = {"digits.py": ["--quick"], "quantize_pretrained.py": ["--quick"], "which_curvature.py": ["--quick"]}

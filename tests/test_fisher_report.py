@@ -192,6 +192,7 @@ def test_observed_labels_give_the_empirical_fisher_of_the_likelihood() -> None:
     assert report.attrs["fisher"] == "observed"
 
 
+@pytest.mark.slow
 def test_sampled_fisher_is_unbiased() -> None:
     torch.manual_seed(0)
     model, (x, y) = classifier(), batches()[0]

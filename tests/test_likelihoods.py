@@ -52,6 +52,7 @@ def test_the_number_of_exact_passes(loss_type: str, shape: tuple[int, ...], pass
     assert likelihood(loss_type, outputs, None).exact_passes(outputs) == passes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 @pytest.mark.parametrize("shape", [(2, 4), (2, 3, 2)], ids=str)
 @pytest.mark.parametrize("k", [1, 2, 3])

@@ -17,6 +17,8 @@ from torch_secorder import fisher_results
 from torch_secorder.pruning import ChannelGates, prune, pruning_sensitivity
 from torch_secorder.quantization import quantization_sensitivity
 
+pytestmark = pytest.mark.slow
+
 sklearn = pytest.importorskip("sklearn.datasets")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 
 from oracles import assert_equal, per_sample_gradients, squared_norms
 from torch_secorder import FisherMonitor
+
+pytestmark = pytest.mark.slow
 
 few = settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.filter_too_much])
 small = st.integers(1, 5)

@@ -81,6 +81,7 @@ def distributed(rank: int, world: int) -> pd.DataFrame:
     return monitor.report(sync=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 4])
 def test_all_ranks_get_the_table_of_one_process(world: int, tmp_path: Path) -> None:
     found = on_ranks(by_hand, world, tmp_path)
@@ -92,6 +93,7 @@ def test_all_ranks_get_the_table_of_one_process(world: int, tmp_path: Path) -> N
         torch.testing.assert_close(one["diagonal"], alone.diagonal)
 
 
+@pytest.mark.slow
 def test_ranks_of_distributed_data_parallel(tmp_path: Path) -> None:
     found = on_ranks(distributed, 2, tmp_path)
     alone = watched(network(), [0, 2, 1, 3])

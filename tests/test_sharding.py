@@ -24,6 +24,8 @@ from sharded import SETUPS, SIZES, Setup, Transformer, batch, fully_sharded, los
 from torch_secorder import FisherMonitor, fisher_report, generalized_fisher_trace, hessian_trace
 from torch_secorder.errors import CoverageError, CurvatureError, UnsupportedError
 
+pytestmark = pytest.mark.slow
+
 ABOUT = ["module", "module_type", "shape", "numel"]
 FIGURES = ["fisher_trace", "fisher_trace_stderr", "grad_sq_norm"]
 

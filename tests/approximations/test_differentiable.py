@@ -226,6 +226,7 @@ def test_the_gradient_with_observed_labels(name: str) -> None:
     assert_gradient(model, generalized_fisher_trace(model, outputs, y, labels="observed", create_graph=True), oracle)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss_type", ["nll", "bce", "mse", "poisson"])
 @pytest.mark.parametrize("num_samples", [1, 2])
 def test_the_gradient_of_the_sampled_trace_is_right_on_average(loss_type: str, num_samples: int) -> None:
@@ -294,6 +295,7 @@ def generalized(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 both = pytest.mark.parametrize("function", [empirical, generalized], ids=["empirical", "generalized"])
 
 
+@pytest.mark.slow
 @every_model
 @both
 def test_memory_goes_with_the_value(name: str, function: Callable[..., Tensor]) -> None:
@@ -306,6 +308,7 @@ def test_memory_goes_with_the_value(name: str, function: Callable[..., Tensor]) 
         assert watch.alive() == 0
 
 
+@pytest.mark.slow
 @every_model
 @both
 def test_memory_goes_with_a_backward_pass(name: str, function: Callable[..., Tensor]) -> None:
@@ -318,6 +321,7 @@ def test_memory_goes_with_a_backward_pass(name: str, function: Callable[..., Ten
         assert math.isfinite(float(value.detach()))
 
 
+@pytest.mark.slow
 @both
 def test_nothing_is_left_behind_by_many_steps(function: Callable[..., Tensor]) -> None:
     model, x, y = setting("convolution")

@@ -180,14 +180,14 @@ def test_signatures() -> None:
 
 
 @pytest.mark.parametrize("problem", PROBLEMS, ids=str)
-@both_dtypes
-def test_empirical_trace_of_every_problem(problem: Problem, dtype: torch.dtype) -> None:
+def test_empirical_trace_of_every_problem_in_float32(problem: Problem) -> None:
+    """In float64 it is held against the other drivers by the differential tests."""
     setting = problem.setting()
     expected = total(trace(per_sample_squared_norms(setting.model, nn.MSELoss(), setting.inputs, setting.targets)))
-    setting = problem.setting(dtype)
+    setting = problem.setting(torch.float32)
     value = empirical_fisher_trace(setting.model, nn.MSELoss(), setting.inputs, setting.targets)
     assert value.shape == ()
-    assert value.dtype == dtype
+    assert value.dtype == torch.float32
     assert not value.requires_grad
     assert_equal(value, expected, expected)
 
@@ -551,6 +551,7 @@ def test_observed_labels_need_targets(loss_type: str) -> None:
         generalized_fisher_trace(model, model(batch()[0]), None, loss_type, labels="observed")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 @pytest.mark.parametrize("positions", [False, True])
 def test_the_sampled_estimate_is_unbiased(loss_type: str, positions: bool) -> None:
@@ -581,6 +582,7 @@ def spread(model: nn.Module, x: Tensor, k: int, draws: int = 150) -> float:
     return float(torch.stack(values).std())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("k", [1, 3])
 @pytest.mark.parametrize("bias", [True, False])
 def test_the_last_layer_is_looked_through(k: int, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:

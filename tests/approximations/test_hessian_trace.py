@@ -54,6 +54,7 @@ def exact(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, float]:
     return traces
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_the_estimate_is_unbiased_and_its_error_is_told(name: str) -> None:
     torch.manual_seed(0)

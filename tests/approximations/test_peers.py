@@ -24,6 +24,7 @@ def test_a_peer_agrees(peer: Peer, model: str, loss: str) -> None:
     assert worst <= peer.tolerance
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::Warning")
 def test_the_table_of_errors(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("backpack", reason=REASON)

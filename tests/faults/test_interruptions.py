@@ -92,11 +92,13 @@ def interrupt(way: str, moment: Callable[[int], Any], first: int, step: int) -> 
         n += step
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("way", "step"), [(way, 7 if "report" in way or "empirical" in way else 29) for way in WAYS])
 def test_interrupted_at_any_operation(way: str, step: int) -> None:
     assert interrupt(way, AtOperation, 1, step) > 100
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # in a __del__, where Python goes on
 @pytest.mark.parametrize("way", EMPIRICAL)
 def test_interrupted_at_any_line(way: str) -> None:

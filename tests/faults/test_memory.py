@@ -159,6 +159,7 @@ def steps_of_training(subject: nn.Module, monitor: FisherMonitor, steps: int) ->
             optimizer.step()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["one block", "a block for each step", "fisher_report"])
 def test_nothing_grows_over_many_steps(what: str) -> None:
     """`python tests/faults/test_memory.py` does 10,000 of them."""

@@ -28,7 +28,7 @@ from torch_secorder.errors import ArgumentError, CoupledSamplesError, LifecycleE
 from torch_secorder.integrations.transformers import FisherCallback
 from torch_secorder.noise_scale import gradient_noise_scale
 
-pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true")]
 
 Sample = dict[str, Tensor]
 

@@ -64,6 +64,7 @@ def budget(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setattr("torch_secorder.per_sample.convolution.BUDGET", request.param)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("budget")
 @pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-12), (torch.float32, 1e-5)], ids=["double", "single"])
 @pytest.mark.parametrize("dims", [1, 2, 3])

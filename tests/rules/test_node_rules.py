@@ -33,6 +33,7 @@ def no_calls_for_each_sample(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(node_rules, "_one_by_one", refuse)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in BY_NAME if name.startswith(FAMILIES)])
 def test_outputs_made_with_no_monitor_around(name: str) -> None:
     setting = BY_NAME[name].setting()
