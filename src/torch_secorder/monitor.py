@@ -18,19 +18,19 @@ from torch_secorder.arguments import (
 )
 from torch_secorder.autograd.hooks import HookSet
 from torch_secorder.batch_axis.knowledge import ModelKnowledge, is_due, knowledge_of
-from torch_secorder.errors import CoverageError, LifecycleError
+from torch_secorder.errors import LifecycleError
 from torch_secorder.model.hooks import HookScope, WeakHook
 from torch_secorder.model.parameters import ParameterTable, plain_name, unwrapped
 from torch_secorder.model.restore import lock_of
 from torch_secorder.recording.accumulator import PassOptions
-from torch_secorder.recording.backward_pass import BackwardPass, not_finite
+from torch_secorder.recording.backward_pass import BackwardPass, Check
 from torch_secorder.recording.plan import BatchAxis, planned
 from torch_secorder.recording.recorder import UserRecorder
 from torch_secorder.recording.sample_norms import SampleNorms
 from torch_secorder.results.report import By
 from torch_secorder.results.results import Results
+from torch_secorder.verification.backward_passes import require_all_reached, require_explained_sums, unaccounted
 from torch_secorder.verification.expected_norms import ExpectedNorms, expected_norms
-from torch_secorder.verification.gradient_sums import unexplained_gradients
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -254,12 +254,17 @@ class FisherMonitor(HookScope):
         recorder = self._recorder
         if recorder is None:
             return
-        positions, norms = current.gradients.all()
+        names, (positions, norms) = self.results.statistics.names, current.gradients.all()
         if current.error is None and current.accumulator.is_empty:
             if positions:
-                raise self._unreached(positions, norms)
+                raise unaccounted([names[position] for position in positions], norms)
             return
-        checks = (partial(self._check_reached, positions, norms), self._check_sums, self._check_first)
+        checks: list[Check] = [
+            partial(require_all_reached, names, positions, norms),
+            partial(require_explained_sums, names),
+        ]
+        if self._expected is not None:
+            checks.append(self._check_expected)
         samples = recorder.finish(current, self._options.nonfinite, checks)
         loss_scale = self._options.loss_scale
         if not isinstance(loss_scale, float):
@@ -268,44 +273,8 @@ class FisherMonitor(HookScope):
         squares = (norms / loss_scale).square().tolist()
         self.results.statistics.update(samples, dict(zip(positions, squares, strict=True)), scale)
 
-    # ------------------------------------------------------------------------------------------------ its checks
-
-    def _check_reached(self, positions: list[int], norms: Tensor, current: BackwardPass, samples: SampleNorms) -> None:
-        """Every parameter that got a gradient has to be accounted for."""
-        if not samples.reached.issuperset(positions):
-            missed = [index for index, position in enumerate(positions) if position not in samples.reached]
-            raise self._unreached([positions[index] for index in missed], norms[missed])
-
-    def _unreached(self, positions: list[int], norms: Tensor) -> Exception:
-        names = ", ".join(self.results.statistics.names[position] for position in positions)
-        if not bool(norms.isfinite().all()):
-            return not_finite(f"the gradients of {names}")
-        return CoverageError(
-            f"the backward pass reached {names} by a way that nothing accounts for: through something that the "
-            "model doesn't return, inside of re-entrant checkpointing, in compiled code, or in a forward that ran before "
-            "the monitor was entered; the batch is left out"
-        )
-
-    def _check_sums(self, current: BackwardPass, samples: SampleNorms) -> None:
-        """Where a pass is checked, what was captured has to add up to autograd's own gradients."""
-        if not current.projections or samples.skipped:
-            return
-        accumulator = current.accumulator
-        wrong = unexplained_gradients(
-            accumulator.projections, current.projections, samples.squared_norms, accumulator.half
-        )
-        if wrong:
-            names = ", ".join(self.results.statistics.names[position] for position in wrong)
-            raise CoverageError(
-                f"the gradient of {names} is not the sum of what the model's samples "
-                "contribute: the loss uses these parameters by another way than through the model (a weight penalty, "
-                "which belongs to no sample: differentiate it in a backward pass outside of the monitor, or use the "
-                "optimizer's weight_decay), or they are used inside of re-entrant checkpointing and outside of it (use "
-                "use_reentrant=False), or a rule is wrong; the batch is left out"
-            )
-
-    def _check_first(self, current: BackwardPass, samples: SampleNorms) -> None:
-        """Where :meth:`verify` was asked for, the first sample has to be as by plain autograd."""
+    def _check_expected(self, current: BackwardPass, samples: SampleNorms) -> None:
+        """Where :meth:`verify` was asked for, a sample has to be as by plain autograd."""
         expected, self._expected = self._expected, None
         if expected is not None and not samples.skipped:
             expected.require(self.results.statistics.names, samples.squared_norms)

@@ -133,10 +133,10 @@ class PassAccumulator:
             self._add_empty(record, grad)
         elif record.site.rule is None:
             self._add_output(record, grad)
-        elif not (self._waits and self._small.add(self._batch_of(record, grad), record, grad)):
+        elif not (self._waits and self._small.add(self._batch_of(record), record, grad)):
             self._add(record, grad)
 
-    def _batch_of(self, record: Record, grad: Tensor) -> SampleBatch:
+    def _batch_of(self, record: Record) -> SampleBatch:
         """The batch of a call; its output's axis tells the number of samples where nothing else does."""
         n = record.forward.n
         if n is None:
@@ -146,7 +146,7 @@ class PassAccumulator:
 
     def _add_empty(self, record: Record, grad: Tensor) -> None:
         """A call without any position, an expert's that no token was sent to, say."""
-        batch = self._batch_of(record, grad)
+        batch = self._batch_of(record)
         for position in record.site.positions:
             batch.squared_norms.setdefault(position, at_least_float32(grad.new_zeros(batch.n)))
             self._rules[position][f"{record.site.rule.name} (empty)"] = None
@@ -154,7 +154,7 @@ class PassAccumulator:
     def _add_output(self, record: Record, grad: Tensor) -> None:
         """A call of a module that is watched for its output only."""
         call = record.call(grad)
-        self._batch_of(record, grad)
+        self._batch_of(record)
         for part in self.parts.values():
             part.on_output(record.site, call.kept, call.grad_output)
 
@@ -162,7 +162,7 @@ class PassAccumulator:
         site = record.site
         assert record.placement is not None
         call = record.call(grad, self._shared_factors(record))
-        batch = self._batch_of(record, grad)
+        batch = self._batch_of(record)
         if not record.in_output_graph:
             raise CoverageError(
                 f"{site}: the loss reaches it by another way than through what the model returns, so that nothing shows where "

@@ -1,0 +1,63 @@
+"""What a backward pass of the user's has to satisfy before its samples count."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from torch_secorder.errors import CoverageError, CurvatureError
+from torch_secorder.recording.backward_pass import BackwardPass, not_finite
+from torch_secorder.recording.sample_norms import SampleNorms
+from torch_secorder.verification.gradient_sums import unexplained_gradients
+
+
+def require_all_reached(
+    names: Sequence[str], positions: Sequence[int], norms: Tensor, current: BackwardPass, samples: SampleNorms
+) -> None:
+    """Raise unless every parameter that got a gradient is accounted for.
+
+    Args:
+        names: the parameters' names.
+        positions: those that got a gradient.
+        norms: the norms of these gradients.
+        current: the pass.
+        samples: what it found.
+
+    Raises:
+        CoverageError: naming the parameters that nothing accounts for.
+        NonFiniteError: if that is because their gradients are not finite.
+    """
+    if not samples.reached.issuperset(positions):
+        missed = [index for index, position in enumerate(positions) if position not in samples.reached]
+        raise unaccounted([names[positions[index]] for index in missed], norms[missed])
+
+
+def unaccounted(names: Sequence[str], norms: Tensor) -> CurvatureError:
+    """The refusal of a pass in which these parameters got gradients that nothing accounts for."""
+    if not bool(norms.isfinite().all()):
+        return not_finite(f"the gradients of {', '.join(names)}")
+    return CoverageError(
+        f"the backward pass reached {', '.join(names)} by a way that nothing accounts for: through something that the "
+        "model doesn't return, inside of re-entrant checkpointing, in compiled code, or in a forward that ran before "
+        "the monitor was entered; the batch is left out"
+    )
+
+
+def require_explained_sums(names: Sequence[str], current: BackwardPass, samples: SampleNorms) -> None:
+    """Raise unless what was captured adds up to autograd's own gradients, in a pass whose gradients were noted.
+
+    Raises:
+        CoverageError: naming the parameters for which it does not.
+    """
+    if not current.projections or samples.skipped:
+        return
+    found = current.accumulator
+    if wrong := unexplained_gradients(found.projections, current.projections, samples.squared_norms, found.half):
+        raise CoverageError(
+            f"the gradient of {', '.join(names[position] for position in wrong)} is not the sum of what the model's samples "
+            "contribute: the loss uses these parameters by another way than through the model (a weight penalty, "
+            "which belongs to no sample: differentiate it in a backward pass outside of the monitor, or use the "
+            "optimizer's weight_decay), or they are used inside of re-entrant checkpointing and outside of it (use "
+            "use_reentrant=False), or a rule is wrong; the batch is left out"
+        )
