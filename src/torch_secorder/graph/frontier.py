@@ -83,11 +83,12 @@ class ParameterUse:
         """The name of a node whose saved tensors only autograd can fetch, and only once, since hooks keep them elsewhere."""
         computed = (vjp for value in self.values for _, vjp in value.targets if vjp.permutation is None)
         chains = (between(vjp.value[0], vjp.start) for vjp in computed)
-        # Where torch does not show whether hooks keep them, a call whose inputs such hooks have is a sign of them.
-        around = any(record.inputs_packed for record, _ in self.forward.records)
         for one in (node, *itertools.chain(*chains)):
             packed = has_packed_tensors(one)
-            if packed or (packed is None and around):
+            if packed is None:
+                # This torch does not show it. A call whose inputs are with such hooks is a sign that they are in use.
+                packed = any(record.inputs_packed for record, _ in self.forward.records)
+            if packed:
                 return one.name()
         return None
 
