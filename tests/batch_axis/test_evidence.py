@@ -1,0 +1,149 @@
+"""The evidence for where a gradient has its samples, from gradients that are made here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from torch_secorder.batch_axis.evidence import (
+    MARKS_PER_PASS,
+    MARKS_PER_PASS_OF_HALF,
+    Evidence,
+    Sketch,
+    Unplaced,
+    evidence,
+    sample_marks,
+)
+from torch_secorder.batch_axis.placement import Layout, Placement
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+HALF = (torch.bfloat16, torch.float16)
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+def marks_of(dtype: torch.dtype) -> int:
+    return MARKS_PER_PASS_OF_HALF if dtype in HALF else MARKS_PER_PASS
+
+
+def seen(make: Callable[[Tensor], Tensor], n: int, dtype: torch.dtype = torch.float64) -> Evidence:
+    """The evidence of the gradient that a seed gives in which sample n has the factor of index n."""
+    marks = sample_marks(n, marks_of(dtype))
+    plain, *marked = [Sketch.of(make(mark.double()).to(dtype)) for mark in marks]
+    return evidence(plain, marked, n, marks_of(dtype))
+
+
+def along(owners: Tensor, axis: int, *shape: int) -> Callable[[Tensor], Tensor]:
+    """Gradients of which each index along an axis has the factor of its owner."""
+    value = torch.randn(shape, dtype=torch.float64)
+    view = [-1 if a == axis else 1 for a in range(len(shape))]
+    return lambda mark: value * mark[owners].view(view)
+
+
+@pytest.mark.parametrize("marks", [MARKS_PER_PASS, MARKS_PER_PASS_OF_HALF])
+@pytest.mark.parametrize("n", [1, 2, 7, 8, 9, 32, 33, 64, 65, 1024, 1025, 5000])
+def test_two_samples_differ_in_some_mark_and_marks_are_powers_of_two(n: int, marks: int) -> None:
+    ones, *rest = sample_marks(n, marks)
+    assert torch.equal(ones, torch.ones(n))
+    assert len({tuple(mark) for mark in torch.stack(rest, 1).tolist()}) == n
+    for mark in rest:
+        assert torch.equal(mark.log2(), mark.log2().round())
+        assert float(mark.max()) < 2.0**marks
+
+
+def test_as_many_passes_as_the_number_of_samples_has_digits() -> None:
+    assert [len(sample_marks(n)) - 1 for n in (1, 32, 33, 1024, 1025)] == [1, 1, 2, 2, 3]
+    assert [len(sample_marks(n, 8)) - 1 for n in (8, 9, 64, 65, 512)] == [1, 2, 2, 3, 3]
+
+
+@every_dtype
+@pytest.mark.parametrize("n", [2, 5, 33, 300, 2000])
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_the_axis_that_counts_samples(axis: int, n: int, dtype: torch.dtype) -> None:
+    shape = [3, 4, 3]
+    shape[axis] = n
+    assert seen(along(torch.arange(n), axis, *shape), n, dtype) == Placement(axis)
+
+
+@every_dtype
+@pytest.mark.parametrize("axis", [0, 1])
+def test_as_many_samples_as_features(axis: int, dtype: torch.dtype) -> None:
+    assert seen(along(torch.arange(6), axis, 6, 6), 6, dtype) == Placement(axis)
+
+
+@every_dtype
+@pytest.mark.parametrize("n", [3, 40])
+def test_several_indices_for_each_sample(n: int, dtype: torch.dtype) -> None:
+    blocks, turns = torch.arange(n).repeat_interleave(4), torch.arange(n).repeat(4)
+    assert seen(along(blocks, 0, 4 * n, 5), n, dtype) == Placement(0, Layout.BLOCKS)
+    assert seen(along(turns, 0, 4 * n, 5), n, dtype) == Placement(0, Layout.INTERLEAVED)
+    assert seen(along(blocks, 1, 5, 4 * n), n, dtype) == Placement(1, Layout.BLOCKS)
+
+
+@every_dtype
+def test_rows_that_a_router_sent_anywhere(dtype: torch.dtype) -> None:
+    owners = torch.randint(40, (100,), generator=torch.Generator().manual_seed(0))
+    found = seen(along(owners, 0, 100, 6), 40, dtype)
+    assert isinstance(found, Placement)
+    assert found.layout is Layout.INDEXED
+    assert found.sample_index is not None
+    assert torch.equal(found.sample_index, owners)
+
+
+@every_dtype
+@pytest.mark.parametrize("n", [2, 6, 200])
+def test_what_belongs_to_all_samples(n: int, dtype: torch.dtype) -> None:
+    """A sum over samples, of the shapes that look most like theirs."""
+    parts = torch.randn(n, n, 4, dtype=torch.float64)
+    assert seen(lambda mark: (mark.view(-1, 1, 1) * parts).sum(0), n, dtype) is Unplaced.SHARED_BY_SAMPLES
+    assert seen(lambda mark: mark.sum(), n, dtype) is Unplaced.SHARED_BY_SAMPLES
+
+
+def test_what_a_few_samples_share_in_each_row() -> None:
+    """As behind a convolution along the batch: most of row n is sample n's, and some is its neighbour's."""
+    value = torch.randn(6, 5, dtype=torch.float64)
+    found = seen(lambda mark: value * mark[:, None] + 0.1 * (value * mark[:, None]).roll(1, 0), 6)
+    assert found is Unplaced.SHARED_BY_SAMPLES
+
+
+@every_dtype
+def test_gradients_that_say_nothing(dtype: torch.dtype) -> None:
+    n, count = 5, len(sample_marks(5, marks_of(dtype)))
+    some = Sketch.of(torch.randn(n, 3).to(dtype))
+    assert evidence(None, [some] * (count - 1), n, marks_of(dtype)) is Unplaced.NO_GRADIENT
+    assert evidence(some, [None] * (count - 1), n, marks_of(dtype)) is Unplaced.NO_GRADIENT
+    assert seen(lambda mark: torch.zeros(n, 3), n, dtype) is Unplaced.NO_GRADIENT
+    tiny = torch.finfo(dtype).tiny
+    assert seen(lambda mark: mark[:, None] * torch.full((n, 3), tiny / 8), n, dtype) is Unplaced.NO_GRADIENT
+
+
+def test_a_gradient_without_elements_says_nothing() -> None:
+    assert seen(lambda mark: torch.zeros(0, 3), 5) is Unplaced.NO_GRADIENT
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_gradient_that_is_not_finite_has_no_place(value: float) -> None:
+    def make(mark: Tensor) -> Tensor:
+        grad = mark[:, None] * torch.ones(5, 3, dtype=torch.float64)
+        grad[2, 1] = value
+        return grad
+
+    assert not isinstance(seen(make, 5), Placement)
+
+
+@pytest.mark.parametrize("shape", [(5, 5000), (5, 3, 5000), (5000, 5)], ids=str)
+def test_long_gradients(shape: tuple[int, ...]) -> None:
+    """Directions for a long side are products of shorter ones."""
+    axis = shape.index(5)
+    assert seen(along(torch.arange(5), axis, *shape), 5, torch.float32) == Placement(axis)
+
+
+def test_sums_of_half_precision_are_taken_in_more() -> None:
+    """4,000 ones add up to 4,000: in bfloat16 they would stop at 256."""
+    plain, doubled = (Sketch.of(torch.full((2, 4000), value, dtype=torch.bfloat16)) for value in (1.0, 2.0))
+    for one, two in zip(plain.axes, doubled.axes, strict=True):
+        assert torch.equal(2 * one, two)
+    exact = Sketch.of(torch.ones(2, 4000, dtype=torch.float64))
+    torch.testing.assert_close(plain.axes[0], exact.axes[0], rtol=1e-4, atol=1e-4)
