@@ -1,8 +1,8 @@
-"""What marked gradients say of their samples: each layout on each axis, lists, and what belongs to no single sample."""
+"""The evidence for where a gradient has its samples, from gradients that are made here."""
 
 from __future__ import annotations
 
-import itertools
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -19,72 +19,131 @@ from torch_secorder.batch_axis.evidence import (
 )
 from torch_secorder.batch_axis.placement import Layout, Placement
 
-N = 5
-LAYOUTS = [Layout.ONE_EACH, Layout.BLOCKS, Layout.INTERLEAVED]
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+HALF = (torch.bfloat16, torch.float16)
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
-def found(
-    grad: Tensor, sample_of_index: Tensor, axis: int, n: int = N, marks_per_pass: int = MARKS_PER_PASS
-) -> Evidence:
-    """The evidence for a gradient whose indices on `axis` belong to these samples."""
-    column = [-1] + [1] * (grad.dim() - axis - 1)
-    passes = [grad * marks[sample_of_index].to(grad).view(column) for marks in sample_marks(n, marks_per_pass)]
-    plain, *marked = map(Sketch.of, passes)
-    return evidence(plain, marked, n, marks_per_pass)
+def marks_of(dtype: torch.dtype) -> int:
+    return MARKS_PER_PASS_OF_HALF if dtype in HALF else MARKS_PER_PASS
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
-@pytest.mark.parametrize("axis", range(3))
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_a_placement_is_read_from_gradients(layout: Layout, axis: int, dtype: torch.dtype) -> None:
-    shape = [3, 4, 7]
-    shape[axis] = N if layout is Layout.ONE_EACH else 3 * N
-    placement = Placement(axis, layout)
-    sample_of_index = placement.sample_of_index(shape[axis], N, torch.device("cpu"))
-    marks = MARKS_PER_PASS_OF_HALF if dtype is torch.bfloat16 else MARKS_PER_PASS
-    index = torch.arange(N) if sample_of_index is None else sample_of_index
-    assert found(torch.randn(shape).to(dtype), index, axis, marks_per_pass=marks) == placement
+def seen(make: Callable[[Tensor], Tensor], n: int, dtype: torch.dtype = torch.float64) -> Evidence:
+    """The evidence of the gradient that a seed gives in which sample n has the factor of index n."""
+    marks = sample_marks(n, marks_of(dtype))
+    plain, *marked = [Sketch.of(make(mark.double()).to(dtype)) for mark in marks]
+    return evidence(plain, marked, n, marks_of(dtype))
 
 
-def test_of_two_axes_with_an_index_for_each_sample_the_marked_one_is_found() -> None:
-    for axis in range(3):
-        assert found(torch.randn(N, N, N), torch.arange(N), axis) == Placement(axis)
+def along(owners: Tensor, axis: int, *shape: int) -> Callable[[Tensor], Tensor]:
+    """Gradients of which each index along an axis has the factor of its owner."""
+    value = torch.randn(shape, dtype=torch.float64)
+    view = [-1 if a == axis else 1 for a in range(len(shape))]
+    return lambda mark: value * mark[owners].view(view)
 
 
-def test_a_list_is_read_off() -> None:
-    index = torch.tensor([3, 0, 0, 4, 1, 1, 2, 0])
-    placement = found(torch.randn(8, 3), index, 0)
-    assert isinstance(placement, Placement)
-    assert placement.layout is Layout.INDEXED
-    assert torch.equal(placement.sample_index, index)
+@pytest.mark.parametrize("marks", [MARKS_PER_PASS, MARKS_PER_PASS_OF_HALF])
+@pytest.mark.parametrize("n", [1, 2, 7, 8, 9, 32, 33, 64, 65, 1024, 1025, 5000])
+def test_two_samples_differ_in_some_mark_and_marks_are_powers_of_two(n: int, marks: int) -> None:
+    ones, *rest = sample_marks(n, marks)
+    assert torch.equal(ones, torch.ones(n))
+    assert len({tuple(mark) for mark in torch.stack(rest, 1).tolist()}) == n
+    for mark in rest:
+        assert torch.equal(mark.log2(), mark.log2().round())
+        assert float(mark.max()) < 2.0**marks
 
 
-def test_what_samples_share_has_no_placement() -> None:
-    grads = torch.randn(N, 6, 3)
-    passes = [(grads * marks.view(-1, 1, 1)).sum(0) for marks in sample_marks(N)]
-    plain, *marked = map(Sketch.of, passes)
-    assert evidence(plain, marked, N) is Unplaced.SHARED_BY_SAMPLES
-    plain, *marked = (Sketch.of(x.sum()) for x in passes)
-    assert evidence(plain, marked, N) is Unplaced.SHARED_BY_SAMPLES
+def test_as_many_passes_as_the_number_of_samples_has_digits() -> None:
+    assert [len(sample_marks(n)) - 1 for n in (1, 32, 33, 1024, 1025)] == [1, 1, 2, 2, 3]
+    assert [len(sample_marks(n, 8)) - 1 for n in (8, 9, 64, 65, 512)] == [1, 2, 2, 3, 3]
 
 
-@pytest.mark.parametrize("value", [0.0, 1e-41, float("nan")])
-def test_gradients_without_digits_show_nothing(value: float) -> None:
-    assert found(torch.full((N, 3), value), torch.arange(N), 0) is Unplaced.NO_GRADIENT
+@every_dtype
+@pytest.mark.parametrize("n", [2, 5, 33, 300, 2000])
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_the_axis_that_counts_samples(axis: int, n: int, dtype: torch.dtype) -> None:
+    shape = [3, 4, 3]
+    shape[axis] = n
+    assert seen(along(torch.arange(n), axis, *shape), n, dtype) == Placement(axis)
 
 
-def test_no_gradient_shows_nothing() -> None:
-    sketch = Sketch.of(torch.randn(N, 3))
-    assert evidence(None, [sketch], N) is Unplaced.NO_GRADIENT
-    assert evidence(sketch, [None], N) is Unplaced.NO_GRADIENT
+@every_dtype
+@pytest.mark.parametrize("axis", [0, 1])
+def test_as_many_samples_as_features(axis: int, dtype: torch.dtype) -> None:
+    assert seen(along(torch.arange(6), axis, 6, 6), 6, dtype) == Placement(axis)
 
 
-@pytest.mark.parametrize("marks_per_pass", [MARKS_PER_PASS, MARKS_PER_PASS_OF_HALF])
-@pytest.mark.parametrize("n", [1, 2, 7, 8, 9, 33, 64, 65])
-def test_any_two_samples_differ_in_a_mark(n: int, marks_per_pass: int) -> None:
-    ones, *passes = sample_marks(n, marks_per_pass)
-    assert (ones == 1).all()
-    rows = torch.stack(passes, 1)
-    assert rows.max() <= 2 ** (marks_per_pass - 1)
-    for one, other in itertools.combinations(range(n), 2):
-        assert (rows[one] != rows[other]).any()
+@every_dtype
+@pytest.mark.parametrize("n", [3, 40])
+def test_several_indices_for_each_sample(n: int, dtype: torch.dtype) -> None:
+    blocks, turns = torch.arange(n).repeat_interleave(4), torch.arange(n).repeat(4)
+    assert seen(along(blocks, 0, 4 * n, 5), n, dtype) == Placement(0, Layout.BLOCKS)
+    assert seen(along(turns, 0, 4 * n, 5), n, dtype) == Placement(0, Layout.INTERLEAVED)
+    assert seen(along(blocks, 1, 5, 4 * n), n, dtype) == Placement(1, Layout.BLOCKS)
+
+
+@every_dtype
+def test_rows_that_a_router_sent_anywhere(dtype: torch.dtype) -> None:
+    owners = torch.randint(40, (100,), generator=torch.Generator().manual_seed(0))
+    found = seen(along(owners, 0, 100, 6), 40, dtype)
+    assert isinstance(found, Placement)
+    assert found.layout is Layout.INDEXED
+    assert found.sample_index is not None
+    assert torch.equal(found.sample_index, owners)
+
+
+@every_dtype
+@pytest.mark.parametrize("n", [2, 6, 200])
+def test_what_belongs_to_all_samples(n: int, dtype: torch.dtype) -> None:
+    """A sum over samples, of the shapes that look most like theirs."""
+    parts = torch.randn(n, n, 4, dtype=torch.float64)
+    assert seen(lambda mark: (mark.view(-1, 1, 1) * parts).sum(0), n, dtype) is Unplaced.SHARED_BY_SAMPLES
+    assert seen(lambda mark: mark.sum(), n, dtype) is Unplaced.SHARED_BY_SAMPLES
+
+
+def test_what_a_few_samples_share_in_each_row() -> None:
+    """As behind a convolution along the batch: most of row n is sample n's, and some is its neighbour's."""
+    value = torch.randn(6, 5, dtype=torch.float64)
+    found = seen(lambda mark: value * mark[:, None] + 0.1 * (value * mark[:, None]).roll(1, 0), 6)
+    assert found is Unplaced.SHARED_BY_SAMPLES
+
+
+@every_dtype
+def test_gradients_that_say_nothing(dtype: torch.dtype) -> None:
+    n, count = 5, len(sample_marks(5, marks_of(dtype)))
+    some = Sketch.of(torch.randn(n, 3).to(dtype))
+    assert evidence(None, [some] * (count - 1), n, marks_of(dtype)) is Unplaced.NO_GRADIENT
+    assert evidence(some, [None] * (count - 1), n, marks_of(dtype)) is Unplaced.NO_GRADIENT
+    assert seen(lambda mark: torch.zeros(n, 3), n, dtype) is Unplaced.NO_GRADIENT
+    tiny = torch.finfo(dtype).tiny
+    assert seen(lambda mark: mark[:, None] * torch.full((n, 3), tiny / 8), n, dtype) is Unplaced.NO_GRADIENT
+
+
+def test_a_gradient_without_elements_says_nothing() -> None:
+    assert seen(lambda mark: torch.zeros(0, 3), 5) is Unplaced.NO_GRADIENT
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_gradient_that_is_not_finite_has_no_place(value: float) -> None:
+    def make(mark: Tensor) -> Tensor:
+        grad = mark[:, None] * torch.ones(5, 3, dtype=torch.float64)
+        grad[2, 1] = value
+        return grad
+
+    assert not isinstance(seen(make, 5), Placement)
+
+
+@pytest.mark.parametrize("shape", [(5, 5000), (5, 3, 5000), (5000, 5)], ids=str)
+def test_long_gradients(shape: tuple[int, ...]) -> None:
+    """Directions for a long side are products of shorter ones."""
+    axis = shape.index(5)
+    assert seen(along(torch.arange(5), axis, *shape), 5, torch.float32) == Placement(axis)
+
+
+def test_sums_of_half_precision_are_taken_in_more() -> None:
+    """4,000 ones add up to 4,000: in bfloat16 they would stop at 256."""
+    plain, doubled = (Sketch.of(torch.full((2, 4000), value, dtype=torch.bfloat16)) for value in (1.0, 2.0))
+    for one, two in zip(plain.axes, doubled.axes, strict=True):
+        assert torch.equal(2 * one, two)
+    exact = Sketch.of(torch.ones(2, 4000, dtype=torch.float64))
+    torch.testing.assert_close(plain.axes[0], exact.axes[0], rtol=1e-4, atol=1e-4)

@@ -1,61 +1,68 @@
-"""Where samples are said to be, and how rows are put together by it."""
+"""What a placement says of a tensor's indices, and how rows are put together by samples."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
-from torch_secorder.batch_axis.placement import Layout, Placement
+from torch_secorder.batch_axis.placement import FIRST, Layout, Placement
 
 CPU = torch.device("cpu")
-INDEX = torch.tensor([2, 0, 0, 1, 2, 2])
+LISTED = torch.tensor([2, 0, 0, 3, 2, 0])  # sample 1 has no row
+
 PLACEMENTS = {
     "blocks": (Placement(0, Layout.BLOCKS), [0, 0, 1, 1, 2, 2]),
     "interleaved": (Placement(0, Layout.INTERLEAVED), [0, 1, 2, 0, 1, 2]),
-    "indexed": (Placement(0, Layout.INDEXED, INDEX), INDEX.tolist()),
+    "indexed": (Placement(0, Layout.INDEXED, LISTED), LISTED.tolist()),
 }
 
 
-@pytest.mark.parametrize("name", PLACEMENTS)
-def test_rows_are_put_together_by_sample(name: str) -> None:
-    placement, expected = PLACEMENTS[name]
-    index = placement.sample_of_index(6, 3, CPU)
-    grouping = placement.grouping(3, CPU)
-    assert index is not None
-    assert grouping is not None
-    assert index.tolist() == expected
-    value = torch.randn(6, 4, dtype=torch.float64)
-    sums = torch.stack([value[index == n].sum(0) for n in range(3)])
-    torch.testing.assert_close(grouping.sums(value), sums)
-    torch.testing.assert_close(grouping.rows(value).sum(1), sums)
-    assert grouping.rows(value).shape == (3, max(expected.count(n) for n in range(3)), 4)
+def test_one_index_for_each_sample() -> None:
+    assert FIRST.fits((5, 3), 5)
+    assert not FIRST.fits((3, 5), 5)
+    assert not FIRST.fits((), 5)
+    assert Placement(1).fits((3, 5), 5)
+    assert FIRST.is_first_axis
+    assert not Placement(1).is_first_axis
+    assert FIRST.sample_of_index(5, 5, CPU) is None
+    assert FIRST.grouping(5, 5, CPU) is None
 
 
-def test_an_index_for_each_sample_takes_no_grouping() -> None:
-    assert Placement().grouping(3, CPU) is None
-    assert Placement().sample_of_index(3, 3, CPU) is None
+@pytest.mark.parametrize(("size", "fits"), [(6, True), (3, True), (0, False), (7, False)])
+@pytest.mark.parametrize("layout", [Layout.BLOCKS, Layout.INTERLEAVED])
+def test_several_indices_for_each_sample_are_a_multiple(layout: Layout, size: int, fits: bool) -> None:
+    assert Placement(1, layout).fits((2, size), 3) == fits
+    assert not Placement(0, layout).is_first_axis
 
 
-@pytest.mark.parametrize(
-    ("placement", "shape", "fits"),
-    [
-        (Placement(), (3, 5), True),
-        (Placement(), (5, 3), False),
-        (Placement(1), (5, 3), True),
-        (Placement(2), (3, 3), False),
-        (Placement(0, Layout.BLOCKS), (6, 5), True),
-        (Placement(0, Layout.INTERLEAVED), (7, 5), False),
-        (Placement(0, Layout.BLOCKS), (0, 5), False),
-        (Placement(0, Layout.INDEXED, INDEX), (6, 5), True),
-        (Placement(0, Layout.INDEXED, INDEX), (3, 5), False),
-    ],
-    ids=str,
-)
-def test_what_fits_a_shape(placement: Placement, shape: tuple[int, ...], fits: bool) -> None:
-    assert placement.fits(shape, 3) == fits
-
-
-def test_one_sample_that_has_all_of_it() -> None:
+def test_a_list_fits_as_many_indices_as_it_has() -> None:
+    placement = Placement(0, Layout.INDEXED, LISTED)
+    assert placement.fits((6, 2), 4)
+    assert not placement.fits((5, 2), 4)
+    assert not placement.is_one_sample
     assert Placement(0, Layout.INDEXED, torch.tensor([1, 1, 1])).is_one_sample
-    assert not Placement(0, Layout.INDEXED, torch.tensor([1, 1, 0])).is_one_sample
-    assert not Placement(0, Layout.BLOCKS).is_one_sample
+
+
+@pytest.mark.parametrize("name", PLACEMENTS)
+def test_the_sample_of_each_index(name: str) -> None:
+    placement, owners = PLACEMENTS[name]
+    found = placement.sample_of_index(6, max(owners) + 1, CPU)
+    assert found is not None
+    assert found.tolist() == owners
+
+
+@pytest.mark.parametrize("name", PLACEMENTS)
+def test_rows_are_grouped_by_sample_in_their_order_and_padded_with_zeros(name: str) -> None:
+    placement, owners = PLACEMENTS[name]
+    n, value = max(owners) + 1, torch.randn(6, 2, 3)
+    grouping = placement.grouping(6, n, CPU)
+    assert grouping is not None
+    rows, sums = grouping.rows(value), grouping.sums(value)
+    most = max(owners.count(sample) for sample in range(n))
+    assert rows.shape == (n, most, 2, 3)
+    for sample in range(n):
+        own: Tensor = value[[index for index, owner in enumerate(owners) if owner == sample]]
+        assert torch.equal(rows[sample, : len(own)], own)
+        assert not rows[sample, len(own) :].any()
+        torch.testing.assert_close(sums[sample], own.sum(0))

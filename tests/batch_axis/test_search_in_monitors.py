@@ -1,0 +1,119 @@
+"""The search for samples as its user meets it: how often it goes through the graph, and what it leaves alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from oracles import assert_equal
+from torch_secorder import FisherMonitor
+from torch_secorder.errors import CurvatureError
+
+
+class Counted(torch.autograd.Function):
+    """Counts how often a backward pass comes through, the user's and the library's."""
+
+    passes = 0
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        Counted.passes += 1
+        return grads[0]
+
+
+class Model(nn.Module):
+    """With layers on both axes of its input, which shapes can't tell apart where both are of one size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.flipped = nn.Linear(4, 4), nn.Linear(4, 3), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.one(x) + self.flipped(x.transpose(0, 1)).transpose(0, 1)
+        return self.two(Counted.apply(h.tanh()))
+
+
+def numbers(outputs: Tensor, targets: Tensor) -> Tensor:
+    return (outputs - targets).square().flatten(1).sum(1).mean()
+
+
+def passes_of_steps(model: nn.Module, shapes: list[tuple[int, ...]]) -> list[int]:
+    found = []
+    with FisherMonitor(model):
+        for shape in shapes:
+            Counted.passes = 0
+            x = torch.randn(shape).double()
+            numbers(model(x), torch.zeros(*shape[:2], 3).double()).backward()
+            found.append(Counted.passes)
+    return found
+
+
+def test_a_steady_step_has_the_users_pass_alone() -> None:
+    """One seed, and one more pass for each digit of a sample's number, the first time."""
+    first, *others = passes_of_steps(Model().double(), [(5, 5, 4)] * 6)
+    assert first == 1 + 2
+    assert others == [1] * 5
+
+
+def test_graphs_of_another_kind_are_searched_again() -> None:
+    model = Model().double()
+    assert passes_of_steps(model, [(5, 5, 4)] * 2) == [3, 1]
+    assert passes_of_steps(model, [(5, 5, 4)] * 2) == [1, 1], "a second monitor knows what the first found out"
+    assert passes_of_steps(Model().double(), [(5, 5, 4)] * 2) == [3, 1], "another model shares nothing with it"
+
+
+def test_more_samples_take_more_passes() -> None:
+    """33 samples have two digits to the base of 32."""
+    assert passes_of_steps(Model().double(), [(32, 32, 4)])[0] == 1 + 2
+    assert passes_of_steps(Model().double(), [(33, 33, 4)])[0] == 1 + 3
+
+
+@pytest.mark.parametrize("shape", [(5, 5, 4), (33, 33, 4)], ids=str)
+def test_what_is_found_is_right(shape: tuple[int, ...]) -> None:
+    model = Model().double()
+    x, y = torch.randn(shape).double(), torch.randn(*shape[:2], 3).double()
+    with FisherMonitor(model, batch_axis=None, per_sample=True) as monitor:
+        numbers(model(x), y).backward()
+    # A sample alone would be transposed with nothing, so that the loop over samples is over those of one forward.
+    losses = (model(x) - y).square().flatten(1).sum(1)
+    for name, p in model.named_parameters():
+        t = torch.stack([torch.autograd.grad(loss, p, retain_graph=True)[0].square().sum() for loss in losses])
+        assert_equal(torch.tensor(monitor.per_sample[name].to_numpy()), t, monitor.trace * len(x))
+
+
+def test_the_search_draws_nothing_of_the_users_random_numbers() -> None:
+    model = Model().double()
+    x = torch.randn(5, 5, 4).double()
+    before = torch.get_rng_state()
+    with FisherMonitor(model):
+        model(x).sum().backward()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_hooks_of_the_user_see_the_users_pass_only() -> None:
+    model, seen = Model().double(), []
+    x = torch.randn(5, 5, 4).double().requires_grad_()
+    x.register_hook(lambda grad: seen.append("input"))
+    model.one.weight.register_hook(lambda grad: seen.append("weight"))
+    model.one.register_full_backward_hook(lambda *_: seen.append("module"))
+    with FisherMonitor(model):
+        h = model(x)
+        h.register_hook(lambda grad: seen.append("output"))
+        h.retain_grad()
+        assert not seen
+        h.sum().backward()
+    assert sorted(seen) == ["input", "module", "output", "weight"]
+    torch.testing.assert_close(h.grad, torch.ones_like(h))
+
+
+def test_outputs_that_show_no_samples_are_refused_with_a_remedy() -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.Flatten(0))
+    with FisherMonitor(model), pytest.raises(CurvatureError, match=r"5 samples.*can't be found out.*batch_axis="):
+        model(torch.randn(5, 5, 4))
