@@ -26,7 +26,7 @@ def test_one_index_for_each_sample() -> None:
     assert FIRST.is_first_axis
     assert not Placement(1).is_first_axis
     assert FIRST.sample_of_index(5, 5, CPU) is None
-    assert FIRST.grouping(5, 5, CPU) is None
+    assert FIRST.grouping(5, CPU) is None
 
 
 @pytest.mark.parametrize(("size", "fits"), [(6, True), (3, True), (0, False), (7, False)])
@@ -56,7 +56,7 @@ def test_the_sample_of_each_index(name: str) -> None:
 def test_rows_are_grouped_by_sample_in_their_order_and_padded_with_zeros(name: str) -> None:
     placement, owners = PLACEMENTS[name]
     n, value = max(owners) + 1, torch.randn(6, 2, 3)
-    grouping = placement.grouping(6, n, CPU)
+    grouping = placement.grouping(n, CPU)
     assert grouping is not None
     rows, sums = grouping.rows(value), grouping.sums(value)
     most = max(owners.count(sample) for sample in range(n))

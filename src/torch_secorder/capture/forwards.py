@@ -29,7 +29,8 @@ class ForwardTracker:
         batch_axis: where the model's own inputs have the batch axis.
         every: record every k-th call of the model, beginning with the first.
         only_library_calls: record calls that this library makes in this thread, instead of the user's.
-        on_recomputation: called with the backward pass that runs a forward again (activation checkpointing).
+        on_recomputation: called with the backward pass that runs a forward again (activation checkpointing), and with the one
+            that it is nested in, or itself.
         on_exit: called with each recorded run of the model and the tensors among its outputs, when the gradient's way through
             it is known.
 
@@ -47,7 +48,7 @@ class ForwardTracker:
         *,
         every: int = 1,
         only_library_calls: bool = False,
-        on_recomputation: Callable[[int], object] | None = None,
+        on_recomputation: Callable[[int, int], object] | None = None,
         on_exit: Callable[[Forward, list[Tensor]], object],
     ):
         self.batch_axis, self._every, self._calls = batch_axis, every, 0
@@ -73,6 +74,8 @@ class ForwardTracker:
             return
         task, thread = current_graph_task(), get_ident()
         if task == -1:
+            if self.outside_calls is not None and self.outside_calls.recomputed_in is not None:
+                self.outside_calls = None  # of a backward pass that was broken off
             self.skipped_passes.clear()
             self._calls += 1
         if task in self.skipped_passes if task != -1 else (self._calls - 1) % self._every:
@@ -138,7 +141,9 @@ class ForwardTracker:
         if task == -1:
             return None
         if self._on_recomputation is not None:
-            self._on_recomputation(task)
+            # Until a pass is over, another one that runs something again is a checkpoint's inside of another checkpoint.
+            before = self.outside_calls.recomputed_in if self.outside_calls is not None else None
+            self._on_recomputation(task, task if before is None else before)
         return task
 
     @contextmanager

@@ -120,8 +120,8 @@ class Recorder(HookScope):
             recomputed_in: the pass that ran the forward of the gradient's call again, if one did.
         """
 
-    def _on_recomputation(self, task: int) -> None:
-        """A forward runs again inside of a backward pass."""
+    def _on_recomputation(self, task: int, outer: int) -> None:
+        """A forward runs again inside of a backward pass, which is nested in another one unless that is itself."""
 
     def _on_model_exit(self, forward: Forward, outputs: list[Tensor]) -> None:
         """The model returns these tensors, in whatever containers."""
@@ -239,9 +239,17 @@ class UserRecorder(Recorder):
         super()._on_model_exit(forward, outputs)
         self._outputs = list(map(weakref.ref, outputs))
 
-    def _on_recomputation(self, task: int) -> None:
-        if task not in self._passes:
-            self._open(task)
+    def _on_recomputation(self, task: int, outer: int) -> None:
+        self._nest(task, outer)
+        number = self._outer_of.get(task, task)
+        if number not in self._passes:
+            self._open(number)
+
+    def _nest(self, task: int, outer: int) -> None:
+        """Let a pass belong to the one that it is nested in, or to the one around that."""
+        outermost = self._outer_of.get(outer, outer)
+        if outermost != task:
+            self._outer_of[task] = outermost
 
     def on_parameter_gradient(self, position: int, grad: Tensor) -> None:
         """The gradient of a parameter, as this backward pass adds it to ``.grad``."""
@@ -269,7 +277,7 @@ class UserRecorder(Recorder):
         if not self.forwards.active or task in LIBRARY_PASSES or get_ident() in LIBRARY_THREADS:
             return None
         if recomputed_in is not None and recomputed_in != task:
-            self._outer_of[task] = recomputed_in
+            self._nest(task, recomputed_in)
         number = self._outer_of.get(task, task)
         current = self._passes.get(number) or self._open(number)
         if self.forwards.skipped_passes and task in self.forwards.skipped_passes and current.error is None:
