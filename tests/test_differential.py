@@ -241,6 +241,7 @@ REFUSED_IN_A_CHECKPOINT: dict[str, Refusals] = {
 }
 
 
+@pytest.mark.slow
 @one_by_one
 @pytest.mark.parametrize("name", OTHERS)
 def test_checkpointed(name: str) -> None:
@@ -313,6 +314,7 @@ def test_samples_on_the_second_axis_as_given(name: str) -> None:
 NOT_IN_HALF = {"bilinear-deep", "use-layers_by_keyword", "awkward-lstm"}
 
 
+@pytest.mark.slow
 @of_problems(*(name for name in OTHERS if name not in NOT_IN_HALF))
 def test_autocast(name: str) -> None:
     """The same tensors are captured whoever drives, so that rounding to half precision makes no difference between them.

@@ -34,7 +34,8 @@ def ways_of_cases() -> Iterator[Any]:
     for case in CASES:
         for way, dtype in {"monitor": torch.float64, "report": torch.float32}.items():
             dtype = dtype if dtype in case.dtypes else case.dtypes[0]
-            yield pytest.param(case, dtype, way, id=f"{case}-{way}-{str(dtype)[6:]}")
+            marks = pytest.mark.slow if way == "report" else ()
+            yield pytest.param(case, dtype, way, id=f"{case}-{way}-{str(dtype)[6:]}", marks=marks)
 
 
 @pytest.mark.parametrize(("case", "dtype", "way"), list(ways_of_cases()))
@@ -52,6 +53,7 @@ BY_FUNCTION = [  # the functions have no batch_axis, nor any other option
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", BY_FUNCTION, ids=str)
 def test_the_functions_give_a_models_total(case: Case) -> None:
     setting, expected = reference(case, torch.float64)
