@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-pytest.importorskip("transformers")
-pytest.importorskip("peft")
+if not (find_spec("transformers") and find_spec("peft")):  # an import would take seconds in each of several processes
+    pytest.skip("transformers and peft are not installed", allow_module_level=True)
 
 from expectations import expectation
 from models import BY_NAME, CASES, Case, at_full_width, main_output, outcome, reference
