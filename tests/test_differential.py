@@ -45,7 +45,7 @@ def of_problems(*names: str) -> pytest.MarkDecorator:
     )
 
 
-both_halves = pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+HALVES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 Traces = dict[str, float]  # by parameter; the total by ""
 EXACT, AS_CAPTURED, OF_HALF = 1e-8, 1e-4, 1e-3  # relative tolerances, as DESIGN says what "equal" means
@@ -58,6 +58,7 @@ class Step:
     Attributes:
         autocast: the dtype that everything runs in, forward and backward, as the functions do both.
         scale: what the loss is multiplied by.
+        verify: let the report check its first batch, which takes as long as the rest.
     """
 
     model: nn.Module
@@ -66,6 +67,7 @@ class Step:
     batch_axis: int = 0
     autocast: torch.dtype | None = None
     scale: float = 1.0
+    verify: bool = True
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         samples = (outputs - targets).square().movedim(self.batch_axis, 0).flatten(1).sum(1) / 2
@@ -123,7 +125,9 @@ def monitor(step: Step) -> Traces:
 
 def report(step: Step) -> Traces:
     with step.context():
-        table = fisher_report(step.model, step.loss, list(step.batches), progress=False, **step.options)
+        table = fisher_report(
+            step.model, step.loss, list(step.batches), progress=False, verify=step.verify, **step.options
+        )
     return of_table(table, step)
 
 
@@ -174,7 +178,7 @@ def assert_all_equal(
     for driver in drivers:
         with expectation(refusals.get(driver, "")):
             tolerance = of_observed if of_observed and driver == "observed" else rtol
-            assert_close(DRIVERS[driver](step), right, tolerance, driver)
+            assert_close(DRIVERS[driver](step), right, tolerance, f"{driver} {HALVES.get(step.autocast, '')}")
 
 
 def assert_close(found: Traces, right: Traces, rtol: float, what: str) -> None:
@@ -195,10 +199,15 @@ def test_plain(name: str) -> None:
 
 @of_problems(*OTHERS)
 def test_several_batches(name: str) -> None:
+    """Pooled, by those that can pool."""
     ((inputs, targets),) = plain(name).batches
     parts = (slice(0, 1), slice(1, None)) if len(targets) > 1 else (slice(None),)
     batches = tuple((mapped(inputs, lambda x, part=part: x[part]), targets[part]) for part in parts)
-    assert_all_equal(replace(plain(name), batches=batches), expected(name), refusals_of(name))
+    step = replace(plain(name), batches=batches, verify=False)
+    refusals = refusals_of(name)
+    if name == "awkward-checkpointed_reentrant":  # of 4 samples, as many as it has features
+        refusals["monitor"] = r"leave open where its 4 samples are, and re-entrant"
+    assert_all_equal(step, expected(name), refusals, drivers=("monitor", "report"))
 
 
 class Checkpointed(Wrapped):
@@ -232,6 +241,7 @@ REFUSED_IN_A_CHECKPOINT: dict[str, Refusals] = {
 }
 
 
+@pytest.mark.slow
 @one_by_one
 @pytest.mark.parametrize("name", OTHERS)
 def test_checkpointed(name: str) -> None:
@@ -294,7 +304,7 @@ def test_samples_on_the_second_axis_are_found(name: str) -> None:
 def test_samples_on_the_second_axis_as_given(name: str) -> None:
     ((inputs, targets),) = plain(name).batches
     batches = ((mapped(inputs, lambda x: x.transpose(0, 1)), targets.transpose(0, 1)),)
-    step = replace(plain(name), batches=batches, batch_axis=1)
+    step = replace(plain(name), batches=batches, batch_axis=1, verify=False)
     assert_all_equal(step, expected(name), {}, drivers=("monitor", "report"))
 
 
@@ -304,16 +314,17 @@ def test_samples_on_the_second_axis_as_given(name: str) -> None:
 NOT_IN_HALF = {"bilinear-deep", "use-layers_by_keyword", "awkward-lstm"}
 
 
-@both_halves
+@pytest.mark.slow
 @of_problems(*(name for name in OTHERS if name not in NOT_IN_HALF))
-def test_autocast(name: str, half: torch.dtype) -> None:
+def test_autocast(name: str) -> None:
     """The same tensors are captured whoever drives, so that rounding to half precision makes no difference between them.
 
     Only where nodes of the graph are called, each sample's gradient is rounded once more: (1 + eps / 2)^2 - 1 is eps.
     """
-    step = under_autocast(name, half)
-    eps = torch.finfo(half).eps
-    assert_all_equal(step, monitor(step), refusals_of(name), AS_CAPTURED, eps, BUT_THE_MONITOR)
+    for half in HALVES:
+        step = under_autocast(name, half)
+        eps = torch.finfo(half).eps
+        assert_all_equal(step, monitor(step), refusals_of(name), AS_CAPTURED, eps, BUT_THE_MONITOR)
 
 
 def of_captured_tensors(step: Step) -> Traces:
@@ -340,7 +351,7 @@ def of_captured_tensors(step: Step) -> Traces:
     return traces | {"": sum(traces.values())}
 
 
-@both_halves
+@pytest.mark.parametrize("half", HALVES, ids=HALVES.get)
 @pytest.mark.parametrize("scale", [1.0, 2.0**-12], ids=["large", "squares underflow in half precision"])
 @pytest.mark.parametrize("name", [name for name in EVERY if name.startswith("linear-")])
 def test_sums_under_autocast_are_those_of_the_tensors_as_captured(name: str, scale: float, half: torch.dtype) -> None:

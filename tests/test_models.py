@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-pytest.importorskip("transformers")
-pytest.importorskip("peft")
+if not (find_spec("transformers") and find_spec("peft")):  # an import would take seconds in each of several processes
+    pytest.skip("transformers and peft are not installed", allow_module_level=True)
 
 from expectations import expectation
 from models import BY_NAME, CASES, Case, at_full_width, main_output, outcome, reference
@@ -34,7 +35,8 @@ def ways_of_cases() -> Iterator[Any]:
     for case in CASES:
         for way, dtype in {"monitor": torch.float64, "report": torch.float32}.items():
             dtype = dtype if dtype in case.dtypes else case.dtypes[0]
-            yield pytest.param(case, dtype, way, id=f"{case}-{way}-{str(dtype)[6:]}")
+            marks = pytest.mark.slow if way == "report" else ()
+            yield pytest.param(case, dtype, way, id=f"{case}-{way}-{str(dtype)[6:]}", marks=marks)
 
 
 @pytest.mark.parametrize(("case", "dtype", "way"), list(ways_of_cases()))
@@ -52,6 +54,7 @@ BY_FUNCTION = [  # the functions have no batch_axis, nor any other option
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", BY_FUNCTION, ids=str)
 def test_the_functions_give_a_models_total(case: Case) -> None:
     setting, expected = reference(case, torch.float64)

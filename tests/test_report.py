@@ -40,7 +40,10 @@ def monitored(problem: Problem, reduction: str = "mean", **options: Any) -> tupl
     return setting.model, monitor
 
 
-@pytest.mark.parametrize("problem", PROBLEMS, ids=str)
+# Those whose parameters are in several modules, under several names, or shared; a table doesn't know what a layer computes.
+@pytest.mark.parametrize(
+    "problem", [p for p in PROBLEMS if p.name.startswith(("tied", "reused", "frozen", "use"))], ids=str
+)
 def test_rows_sum_to_the_total(problem: Problem) -> None:
     model, monitor = monitored(problem)
     report = monitor.report()

@@ -116,7 +116,13 @@ def test_one_sample_conserves_the_gradient(problem: Problem) -> None:
 
 
 @every_problem
-@pytest.mark.parametrize("everything", [False, True], ids=["plain", "with_everything"])
+@pytest.mark.parametrize(
+    "everything",
+    [
+        pytest.param(False, id="plain", marks=pytest.mark.slow),
+        pytest.param(True, id="with_everything"),
+    ],  # which has all hooks
+)
 def test_the_users_step_is_bit_identical(problem: Problem, everything: bool) -> None:
     def step(monitored: bool) -> tuple[Tensor, dict[str, Tensor | None], list[Tensor]]:
         setting = problem.setting(torch.float32)
