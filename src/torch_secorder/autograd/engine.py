@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
+from torch_secorder.errors import UnsupportedError
 from torch_secorder.model.hooks import restoring
 
 # The number of the backward pass under way in this thread; -1 outside of any.
@@ -102,6 +103,20 @@ def raise_after_backward(error: Exception) -> None:
         raise error
 
     after_backward(raise_it)
+
+
+@contextmanager
+def refusing_reentrant_checkpoints() -> Iterator[None]:
+    """Inside, a backward pass to places of our choice is refused in our words where a re-entrant checkpoint refuses it."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "use_reentrant" not in str(error):
+            raise
+        raise UnsupportedError(
+            "re-entrant activation checkpointing computes gradients only together with those of the parameters: use "
+            "torch.utils.checkpoint with use_reentrant=False, or a FisherMonitor around your own backward"
+        ) from error
 
 
 def call_model(model: Callable[..., Any], inputs: Any) -> Any:

@@ -23,6 +23,7 @@ from torch_secorder.per_sample._base import (
     at_least_float32,
     sign_vectors,
     squared_norm_of_rows,
+    sum_over,
 )
 from torch_secorder.per_sample.budget import memory_limit
 from torch_secorder.per_sample.convolution import Convolution
@@ -49,4 +50,5 @@ __all__ = [
     "sign_vectors",
     "squared_norm_of_rows",
     "squared_norms_of",
+    "sum_over",
 ]

@@ -25,6 +25,11 @@ def at_least_float32(value: Tensor) -> Tensor:
     return value.float() if value.dtype in HALF else value
 
 
+def sum_over(value: Tensor, axes: Sequence[int], *, keepdim: bool = False) -> Tensor:
+    """The sum over ``axes``, in at least float32: in half precision it would be rounded, and might overflow."""
+    return value.sum(list(axes), keepdim=keepdim, dtype=torch.float32 if value.dtype in HALF else None)
+
+
 def chunks(n: int, bytes_per_sample: float, usual: int | None = CHUNK_BYTES) -> Iterator[slice]:
     """Slices of 0..n, each with as many samples as fit into the budget of ``usual`` bytes or fewer, but at least one."""
     budget = chunk_bytes(usual)

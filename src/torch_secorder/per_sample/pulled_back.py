@@ -61,6 +61,8 @@ class PulledBack(PerSampleGradient):
     def concatenated(self, other: PerSampleGradient) -> PerSampleGradient | None:
         if not isinstance(other, PulledBack) or self.permutation is None or self.permutation != other.permutation:
             return None
+        if self.value.shape != other.value.shape:  # a weight that was broadcast in two ways
+            return None
         return PulledBack(self.value + other.value, self.vjp, self.shape, self.permutation)
 
     def factored_inner(self, other: PerSampleGradient) -> Tensor | None:

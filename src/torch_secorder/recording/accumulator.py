@@ -67,7 +67,7 @@ class PassAccumulator:
         gradients: takes the norms of whole gradients that factors tell for less than reading the gradient costs.
 
     Attributes:
-        half: whether a gradient in half precision was seen.
+        half: whether half precision takes part: a gradient has it, or autocast is on in the backward pass.
         is_empty: whether nothing was collected yet.
         parts: what the pass adds to other quantities, by their names.
         slow: rules that take one sample at a time -> elements of the gradients that went through them.

@@ -170,9 +170,9 @@ class Recorder(HookScope):
         accumulator = PassAccumulator(
             self.table, self.options, keep_inputs=keep_inputs, checks=checks, gradients=gradients
         )
-        return BackwardPass(
-            task, accumulator, gradients, bool(autocast_devices()) or self.options.max_memory is not None
-        )
+        in_autocast = bool(autocast_devices())
+        accumulator.half = in_autocast  # autograd rounds its own gradients then, also those that it returns in float32
+        return BackwardPass(task, accumulator, gradients, in_autocast or self.options.max_memory is not None)
 
     def _settings(self) -> ExitStack:
         """Inside, our sums are in full precision, also in an autocast block, and within the memory that they may take."""

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from torch_secorder.capture.records import Call
 from torch_secorder.errors import ShapeError
-from torch_secorder.per_sample import Outer
+from torch_secorder.per_sample import Outer, sum_over
 from torch_secorder.rules.registry import Gradients, register_rule
 
 
@@ -18,7 +18,7 @@ def bilinear(module: nn.Bilinear, call: Call) -> Gradients:
         raise ShapeError(f"a Bilinear got an input of shape {tuple(x1.shape)}, without a batch axis")
     a = pairs(x1, x2)
     a, g = a.reshape(a.shape[0], 1, -1, a.shape[-1]), g.reshape(g.shape[0], 1, -1, g.shape[-1])
-    return {"weight": Outer(a, g, module.weight.shape), "bias": g.sum((1, 2))}
+    return {"weight": Outer(a, g, module.weight.shape), "bias": sum_over(g, (1, 2))}
 
 
 def pairs(x1: Tensor, x2: Tensor) -> Tensor:

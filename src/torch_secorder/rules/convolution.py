@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from torch_secorder.capture.records import Call
 from torch_secorder.errors import ShapeError
-from torch_secorder.per_sample import Convolution
+from torch_secorder.per_sample import Convolution, sum_over
 from torch_secorder.rules.registry import Gradients, register_rule
 
 Convolved = nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -65,7 +65,7 @@ def _both_sides(module: Convolved) -> list[int]:
 
 def _with_bias(module: Convolved | Transposed, weight: Convolution, g: Tensor) -> Gradients:
     # A sum that nobody wants would cost one more pass over the map; before a batch norm there is no bias.
-    return {"weight": weight} if module.bias is None else {"weight": weight, "bias": g.flatten(2).sum(2)}
+    return {"weight": weight} if module.bias is None else {"weight": weight, "bias": sum_over(g.flatten(2), (2,))}
 
 
 def _check_batched(module: Convolved | Transposed, x: Tensor) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from torch_secorder.capture.records import Call
-from torch_secorder.per_sample import Outer
+from torch_secorder.per_sample import Outer, sum_over
 from torch_secorder.rules.registry import Gradients, register_forward
 
 
@@ -30,7 +30,7 @@ def conv1d(module: Any, call: Call) -> Gradients:
     """``y = x W + b``: a Linear whose weight is transposed."""
     x, g = call.argument(0, "x"), call.grad_output
     x, g = (value.reshape(len(value), 1, -1, value.shape[-1]) for value in (x, g))
-    return {"weight": Outer(g, x, module.weight.shape), "bias": g.sum((1, 2))}
+    return {"weight": Outer(g, x, module.weight.shape), "bias": sum_over(g, (1, 2))}
 
 
 def _code_of_llamas_rms_norm(self: Any, hidden_states: Any) -> Any:

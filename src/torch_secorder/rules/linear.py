@@ -6,7 +6,7 @@ from torch import nn
 
 from torch_secorder.capture.records import Call
 from torch_secorder.errors import ShapeError
-from torch_secorder.per_sample import Outer
+from torch_secorder.per_sample import Outer, sum_over
 from torch_secorder.rules.registry import Gradients, register_rule
 
 
@@ -20,4 +20,4 @@ def linear(module: nn.Linear, call: Call) -> Gradients:
         return {"weight": Outer(x[:, None, None], g[:, None, None], module.weight.shape), "bias": g}
     a, g = x.reshape(x.shape[0], 1, -1, x.shape[-1]), g.reshape(g.shape[0], 1, -1, g.shape[-1])
     weight = Outer(call.shared(a), g, module.weight.shape)
-    return {"weight": weight} if module.bias is None else {"weight": weight, "bias": g.sum((1, 2))}
+    return {"weight": weight} if module.bias is None else {"weight": weight, "bias": sum_over(g, (1, 2))}

@@ -18,7 +18,15 @@ from torch_secorder.autograd.nodes import node_vjp
 from torch_secorder.autograd.saved import knows, saved
 from torch_secorder.batch_axis.placement import Layout, Placement
 from torch_secorder.errors import CoupledSamplesError, CoverageError, ShapeError
-from torch_secorder.per_sample import Convolution, Dense, Outer, PerSampleGradient, RowSparse, at_least_float32
+from torch_secorder.per_sample import (
+    Convolution,
+    Dense,
+    Outer,
+    PerSampleGradient,
+    RowSparse,
+    at_least_float32,
+    sum_over,
+)
 from torch_secorder.rules.bilinear import pairs
 from torch_secorder.rules.elementwise import along_slope
 from torch_secorder.rules.normalization import over_channels, with_running
@@ -61,7 +69,7 @@ class NodeUse:
         axis, lead = self.placement.axis, product.dim() - len(self.shape)
         sizes = [1] * lead + list(self.shape)
         axes = [d for d in range(product.dim()) if d != axis and sizes[d] == 1 != product.shape[d]]
-        summed = product.sum(axes, keepdim=True) if axes else product
+        summed = sum_over(product, axes, keepdim=True) if axes else product
         return summed.movedim(axis, 0).reshape(product.shape[axis], *self.shape)
 
 
@@ -228,11 +236,14 @@ def bmm(at: NodeUse, g: Tensor) -> PerSampleGradient:
 def convolution(at: NodeUse, g: Tensor) -> PerSampleGradient | Tensor:
     """Weight and bias of a convolution."""
     if at.index == 2:
-        return g.flatten(2).sum(2)
+        return sum_over(g.flatten(2), (2,))
     x = saved(at.node, "input")
     x, g = (g, x) if saved(at.node, "transposed") else (x, g)
-    settings = (saved(at.node, name) for name in ("stride", "padding", "dilation", "groups"))
-    return Convolution(x[:, None], g[:, None], at.shape, *settings)
+    axes = x.dim() - 2
+    stride, padding, dilation = (saved(at.node, name) for name in ("stride", "padding", "dilation"))
+    if len(padding) < axes:  # one number for all axes, as padding="valid" is saved
+        padding = [*padding] * axes
+    return Convolution(x[:, None], g[:, None], at.shape, stride, padding, dilation, saved(at.node, "groups"))
 
 
 @node_rule(
@@ -334,7 +345,7 @@ def repeat(at: NodeUse, g: Tensor) -> Tensor:
     sizes = [1] * (g.dim() - len(at.shape)) + list(at.shape)
     g = g.reshape([size for pair in zip(times, sizes, strict=True) for size in pair])
     others = [2 * d for d in range(len(times)) if d != axis]
-    return (g.sum(others) if others else g).movedim(axis, 0).reshape(times[axis], *at.shape)
+    return (sum_over(g, others) if others else g).movedim(axis, 0).reshape(times[axis], *at.shape)
 
 
 @node_rule("MulBackward0", lambda at: at.is_broadcast, reads=("left", "right"))

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch_secorder.autograd.onednn import AfterBackward, gates_in_workspace, left_by_backward
 from torch_secorder.autograd.saved import saved
 from torch_secorder.batch_axis.placement import Layout
-from torch_secorder.per_sample import Outer, PerSampleGradient, SharedFactor, sign_vectors
+from torch_secorder.per_sample import Outer, PerSampleGradient, SharedFactor, sign_vectors, sum_over
 from torch_secorder.rules.node_rules import Gradients, NodeUse, node_rule
 
 # By how much gates that oneDNN kept may differ from ours. They are exact to a few 1e-7, and numbers that are not the gate
@@ -48,7 +48,7 @@ def lstm_layer(at: NodeUse, grads: Gradients) -> PerSampleGradient | Tensor:
     if at.index in (1, 2):
         return Outer((layer.x if at.index == 1 else layer.h).transpose(0, 1)[:, None], dz, at.shape)
     if "bias" not in at.memo:
-        at.memo["bias"] = dz.value.sum((1, 2))
+        at.memo["bias"] = sum_over(dz.value, (1, 2))
     bias: Tensor = at.memo["bias"]
     return bias
 

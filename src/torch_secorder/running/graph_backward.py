@@ -11,9 +11,15 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from torch_secorder.autograd.engine import current_node, in_search_pass, library_pass, search_pass
+from torch_secorder.autograd.engine import (
+    current_node,
+    in_search_pass,
+    library_pass,
+    refusing_reentrant_checkpoints,
+    search_pass,
+)
 from torch_secorder.capture.records import Forward, Record
-from torch_secorder.errors import CoverageError, UnsupportedError
+from torch_secorder.errors import CoverageError
 from torch_secorder.graph.frontier import ParameterUse
 from torch_secorder.recording.backward_pass import BackwardPass, not_finite
 from torch_secorder.recording.quantities import QUANTITIES
@@ -102,15 +108,8 @@ class GraphBackward(Recorder):
         """The gradients where nothing analysed comes before; those at all other places arrive at hooks meanwhile."""
         self._deferred = []
         options = {"retain_graph": retain, "create_graph": self._create_graph, "allow_unused": True}
-        try:
+        with refusing_reentrant_checkpoints():
             return torch.autograd.grad(root, inputs, seed, **options)
-        except RuntimeError as error:
-            if "use_reentrant" not in str(error):
-                raise
-            raise UnsupportedError(
-                "re-entrant activation checkpointing computes gradients only together with those of the parameters: use "
-                "torch.utils.checkpoint with use_reentrant=False, or a FisherMonitor around your own backward"
-            ) from error
 
     def _finished(self, current: BackwardPass, root: Tensor, found: Sequence[Tensor | None]) -> SampleNorms:
         for use, node, grads in self._deferred:

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from torch_secorder.autograd.engine import current_graph_task, library_pass, search_pass
+from torch_secorder.autograd.engine import current_graph_task, library_pass, refusing_reentrant_checkpoints, search_pass
 from torch_secorder.autograd.precision import full_precision
 from torch_secorder.autograd.tensor_hooks import silenced_in_library_passes
 from torch_secorder.model.ranks import full_tensor, is_dtensor
@@ -50,7 +50,12 @@ def squared_norms_of_sample(
         create_graph: make the norms differentiable.
     """
     seeds = [_of_one_sample(gradient, sample, axis) for gradient in output_gradients]
-    with torch.enable_grad(), search_pass(outputs) as starts, _squared_norms_of_pass(starts, leaves) as found:
+    with (
+        torch.enable_grad(),
+        search_pass(outputs) as starts,
+        _squared_norms_of_pass(starts, leaves) as found,
+        refusing_reentrant_checkpoints(),
+    ):
         torch.autograd.grad(
             *(starts, list(leaves), seeds), retain_graph=True, create_graph=create_graph, allow_unused=True
         )
