@@ -7,7 +7,6 @@ setting are those of a plain step under a monitor, which the tests of the rules 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -22,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from expectations import expectation
 from oracles import Inputs, call, mapped
-from problems import AWKWARD, PROBLEMS
+from problems import AWKWARD, PROBLEMS, repeats
 from torch_secorder import FisherMonitor, empirical_fisher_trace, fisher_report, generalized_fisher_trace
 
 pytestmark = [
@@ -34,15 +33,14 @@ EVERY = {problem.name: problem for problem in [*PROBLEMS, *AWKWARD]}
 one_by_one = pytest.mark.filterwarnings(
     "ignore:the graph of these outputs does not show"
 )  # since a checkpoint threw it away
-# Convolutions of one dimension and of three go the way of those of two, with every setting that there is.
-REPEATED = re.compile(r"conv(_transpose)?-[13]d-(?!plain)")
-OTHERS = [name for name in EVERY if not REPEATED.match(name)]
+OTHERS = [name for name, problem in EVERY.items() if not repeats(problem)]
 
 
-def of_problems(*names: str) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize(
-        "name", [pytest.param(name, marks=one_by_one if "checkpointed" in name else ()) for name in names]
-    )
+def of_names(*names: str) -> pytest.MarkDecorator:
+    def marks(name: str) -> list[pytest.MarkDecorator]:
+        return [one_by_one] * ("checkpointed" in name) + [pytest.mark.slow] * repeats(EVERY[name])
+
+    return pytest.mark.parametrize("name", [pytest.param(name, marks=marks(name)) for name in names])
 
 
 HALVES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -192,12 +190,12 @@ def assert_close(found: Traces, right: Traces, rtol: float, what: str) -> None:
 # The settings
 
 
-@of_problems(*EVERY)
+@of_names(*EVERY)
 def test_plain(name: str) -> None:
     assert_all_equal(plain(name), expected(name), refusals_of(name), drivers=BUT_THE_MONITOR)
 
 
-@of_problems(*OTHERS)
+@of_names(*OTHERS)
 def test_several_batches(name: str) -> None:
     """Pooled, by those that can pool."""
     ((inputs, targets),) = plain(name).batches
@@ -315,7 +313,7 @@ NOT_IN_HALF = {"bilinear-deep", "use-layers_by_keyword", "awkward-lstm"}
 
 
 @pytest.mark.slow
-@of_problems(*(name for name in OTHERS if name not in NOT_IN_HALF))
+@of_names(*(name for name in OTHERS if name not in NOT_IN_HALF))
 def test_autocast(name: str) -> None:
     """The same tensors are captured whoever drives, so that rounding to half precision makes no difference between them.
 

@@ -97,12 +97,18 @@ def test_the_state_survives_a_file_and_shares_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    "damage", [{"version": 99}, {"names": ["a", "b", "d"]}, {"shapes": [[2], [3, 2], []]}], ids=str
+    ("damage", "message"),
+    [
+        ({"version": 99}, r"version 99"),
+        ({"names": ["a", "b", "d"]}, r"different parameters.* c$"),
+        ({"shapes": [[2], [3, 2], []]}, r"b has shape \(3, 1\) here and \(3, 2\)"),
+    ],
+    ids=str,
 )
-def test_a_state_that_does_not_fit_changes_nothing(damage: dict[str, object]) -> None:
+def test_a_state_that_does_not_fit_changes_nothing(damage: dict[str, object], message: str) -> None:
     t = torch.rand(9, 3, dtype=torch.float64)
     found = statistics(t)
-    with pytest.raises(CurvatureError):
+    with pytest.raises(CurvatureError, match=message):
         found.load_state_dict({**found.state_dict(), **damage})
     with pytest.raises(CurvatureError, match="moments"):
         found.load_state_dict({key: value for key, value in found.state_dict().items() if key != "moments"})

@@ -26,7 +26,7 @@ from oracles import (
     total,
     trace,
 )
-from problems import AWKWARD, BY_NAME, PROBLEMS, Problem
+from problems import AWKWARD, BY_NAME, Problem, every_problem
 from torch_secorder import fisher_report
 from torch_secorder.approximations.fisher_trace import empirical_fisher_trace, generalized_fisher_trace
 from torch_secorder.errors import CurvatureError
@@ -179,7 +179,7 @@ def test_signatures() -> None:
 # Empirical
 
 
-@pytest.mark.parametrize("problem", PROBLEMS, ids=str)
+@every_problem
 def test_empirical_trace_of_every_problem_in_float32(problem: Problem) -> None:
     """In float64 it is held against the other drivers by the differential tests."""
     setting = problem.setting()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from oracles import assert_equal, call, mapped, per_sample_gradients
-from problems import PROBLEMS, Problem
+from problems import Problem, every_problem
 from torch_secorder.batch_axis.placement import Grouping, Layout
 from torch_secorder.capture.records import Call
 from torch_secorder.per_sample import (
@@ -265,7 +265,7 @@ def captured(problem: Problem) -> tuple[dict[str, PerSampleGradient], dict[str, 
     return forms, batch, expected
 
 
-@pytest.mark.parametrize("problem", PROBLEMS, ids=str)
+@every_problem
 def test_rules_conserve_the_gradient(problem: Problem) -> None:
     """Dense, summed over samples: autograd's gradient. Sample by sample: the loop's. And every shortcut agrees."""
     forms, batch, expected = captured(problem)

@@ -21,7 +21,7 @@ from oracles import (
     trace,
     vmap_gradients,
 )
-from problems import AWKWARD, PROBLEMS, Problem
+from problems import AWKWARD, PROBLEMS, Problem, every_problem, of_problems
 from torch_secorder import FisherMonitor
 
 pytestmark = [
@@ -31,7 +31,6 @@ pytestmark = [
 ]
 
 both_dtypes = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
-every_problem = pytest.mark.parametrize("problem", PROBLEMS, ids=str)
 
 
 @cache
@@ -85,7 +84,7 @@ def test_diagonal_and_per_sample_equal_a_loop_over_samples(problem: Problem) -> 
         assert_equal(torch.tensor(monitor.per_sample[name].to_numpy()), squared[name], everything * len(gradient))
 
 
-@pytest.mark.parametrize("problem", [p for p in PROBLEMS if not p.no_vmap], ids=str)
+@of_problems(p for p in PROBLEMS if not p.no_vmap)
 def test_trace_equals_vmap_of_grad(problem: Problem) -> None:
     setting = problem.setting()
     expected = trace(squared_norms(vmap_gradients(setting.model, nn.MSELoss(), setting.inputs, setting.targets)))
