@@ -120,7 +120,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
     if isinstance(model, DistributedDataParallel):
         return unwrapped(model.module)
     # torch.compile's wrapper is recognised by its attribute, since the module with its class takes seconds to import.
-    return unwrapped(model._orig_mod) if "_orig_mod" in model._modules else model  # type: ignore[arg-type]
+    return unwrapped(model._orig_mod) if "_orig_mod" in model._modules else model  # type: ignore[arg-type]  # a module, there
 
 
 def plain_name(name: str) -> str:

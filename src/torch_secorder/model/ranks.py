@@ -63,7 +63,7 @@ def unsharded_leaves(model: nn.Module, parameters: Iterable[Tensor]) -> list[Ten
                 now = owner._parameters[local]
                 if now is not None and now is not sharded:
                     found[id(sharded)] = now
-            module.reshard()  # type: ignore[operator]
+            module.reshard()  # type: ignore[operator]  # another one
     return [found[key] for key in wanted]
 
 
@@ -106,11 +106,11 @@ class Ranks:
     """
 
     def __init__(self, parameters: Iterable[Tensor] = (), leaves: Iterable[Tensor] = ()):
-        meshes: dict[Any, None] = {p.device_mesh: None for p in parameters if is_dtensor(p)}  # type: ignore[attr-defined]
+        meshes: dict[Any, None] = {p.device_mesh: None for p in parameters if is_dtensor(p)}  # type: ignore[attr-defined]  # of DTensors
         self._groups = [group for mesh in meshes for group in mesh.get_all_groups()]
         self._device = next((mesh.device_type for mesh in meshes), "cpu")
         self.distributed = any(dist.get_world_size(group) > 1 for group in self._groups)
-        spread = {p.device_mesh: None for p in leaves if is_dtensor(p)}  # type: ignore[attr-defined]
+        spread = {p.device_mesh: None for p in leaves if is_dtensor(p)}  # type: ignore[attr-defined]  # the same
         self._replicas = [group for mesh in spread for group in mesh.get_all_groups()]
         self.counts_samples = not any(any(mesh.get_coordinate() or ()) for mesh in spread)
 
