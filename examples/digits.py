@@ -62,7 +62,7 @@ def accuracy(model, loader):
     return correct / len(loader.dataset)
 
 
-def analyse(model, loader):
+def analyze(model, loader):
     """A monitor that has watched one forward and backward pass of every batch."""
     with FisherMonitor(model) as monitor:
         for images, labels in loader:
@@ -124,7 +124,7 @@ def conclusions(monitor):
 
 
 def main():
-    """Train, analyse, print, and write report.csv and report.png."""
+    """Train, analyze, print, and write report.csv and report.png."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path(), help="folder for report.csv and report.png")
     parser.add_argument("--quick", action="store_true", help="train for one epoch only")
@@ -137,7 +137,7 @@ def main():
     print(f"Trained on {len(training.dataset):,} images of handwritten digits.", end=" ")
     print(f"Of {len(held_out.dataset)} others, {accuracy(model, held_out):.1%} are read correctly.")
 
-    monitor = analyse(model, training)
+    monitor = analyze(model, training)
     report, layers = monitor.report(), monitor.report(by="module")
     print(f"\nBy parameter\n\n{table(report)}")
     print(f"\nBy module\n\n{table(layers)}\n")

@@ -1,4 +1,4 @@
-"""Does the Fisher information of a pretrained network tell what quantising and pruning do to it?
+"""Does the Fisher information of a pretrained network tell what quantizing and pruning do to it?
 
 Takes EfficientNet-Lite0 with its ImageNet weights and crops of the two photographs that come with scikit-learn, and no
 labels. Four backward passes of a sampled Fisher predict the Kullback-Leibler divergence that rounding or pruning one layer
@@ -119,7 +119,7 @@ def show(title, rows):
     print(f"\n{title}\n\n{pd.DataFrame(rows).to_string(index=False)}", flush=True)
 
 
-def quantisation(model, monitor, measure, layers):
+def quantization(model, monitor, measure, layers):
     """Rounds one layer at a time and compares. Returns the sensitivity and predicted and measured by bits."""
     options = {"bits": (2, 3, 4, 5, 6, 8)}
     tables = {"diagonal": quantization_sensitivity(model, monitor, **options)}
@@ -229,7 +229,7 @@ def main():
 
     measure, strangers = Measured(model, images), crops(unseen, count, side, generator)
     elsewhere = {"other crops": Measured(model, others), "another photograph": Measured(model, strangers)}
-    sensitivity, pairs = quantisation(model, monitor, measure, layers)
+    sensitivity, pairs = quantization(model, monitor, measure, layers)
     allocation(model, sensitivity, elsewhere)
     criteria = orders(model, monitor)
     pruning(model, criteria, measure, layers)

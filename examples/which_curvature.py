@@ -17,7 +17,7 @@ from torch import nn
 from torch_secorder import fisher_report, hessian_trace
 
 STAGES = (0, 10, 30, 100, 300, 1000, 2000)
-COLOURS = {"hessian": "#8a8a8a", "exact": "#2f6fb0", "sampled": "#111111", "empirical": "#d9822b"}
+COLORS = {"hessian": "#8a8a8a", "exact": "#2f6fb0", "sampled": "#111111", "empirical": "#d9822b"}
 LABELS = {
     "hessian": "Hessian",
     "exact": "Fisher, exact",
@@ -99,8 +99,8 @@ def picture(table):
     places = range(len(steps))
     for axes, layer in zip(panels, layers, strict=True):
         rows = table.xs(layer, level="module")
-        for kind, colour in COLOURS.items():
-            style = {"color": colour, "label": LABELS[kind], "markersize": 5, "linewidth": 1.5}
+        for kind, color in COLORS.items():
+            style = {"color": color, "label": LABELS[kind], "markersize": 5, "linewidth": 1.5}
             if kind == "hessian":
                 positive = rows[kind].where(rows[kind] > 0)  # the axis is a logarithm
                 axes.errorbar(places, positive, yerr=2 * rows["stderr"], marker="s", capsize=2, **style)

@@ -80,7 +80,7 @@ def at_full_width(dtype: torch.dtype) -> Iterator[None]:
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """A model with inputs, and a loss whose normaliser is the number of samples.
+    """A model with inputs, and a loss whose normalizer is the number of samples.
 
     Attributes:
         architecture: what the table calls it.
@@ -895,7 +895,7 @@ assert len(BY_NAME) == len(CASES), "two cases of one name"
 
 @dataclass
 class Outcome:
-    """What one way of analysing a case said, against the loop."""
+    """What one way of analyzing a case said, against the loop."""
 
     errors: dict[str, float] = field(default_factory=dict)
     wrong: list[str] = field(default_factory=list)

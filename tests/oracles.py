@@ -67,14 +67,14 @@ def double(x: Any) -> Any:
     return mapped(x, lambda tensor: tensor.double() if tensor.is_floating_point() else tensor)
 
 
-def analysed(model: nn.Module, parameters: str = "trainable") -> dict[str, nn.Parameter]:
+def analyzed(model: nn.Module, parameters: str = "trainable") -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if parameters == "all" or p.requires_grad}
 
 
 def double_copy(model: nn.Module, parameters: str = "trainable") -> tuple[nn.Module, dict[str, nn.Parameter]]:
-    """A float64 copy of the model and its analysed parameters, which require grad in the copy."""
+    """A float64 copy of the model and its analyzed parameters, which require grad in the copy."""
     twin = copy.deepcopy(model).double()
-    named = analysed(twin, parameters)
+    named = analyzed(twin, parameters)
     for parameter in named.values():
         parameter.requires_grad_(True)
     return twin, named
@@ -89,7 +89,7 @@ def dense_gradients(loss: Tensor, named: Mapping[str, nn.Parameter], retain_grap
 
 
 def per_sample_losses(model: nn.Module, loss_fn: Loss, inputs: Inputs, targets: Tensor) -> list[Callable[[], Tensor]]:
-    """l_n, each a call that runs sample n alone: for losses whose normaliser is N."""
+    """l_n, each a call that runs sample n alone: for losses whose normalizer is N."""
     return [
         lambda n=n: loss_fn(call(model, sample(inputs, n)), targets[n : n + 1])  # type: ignore[misc]
         for n in range(batch_size(inputs))
@@ -120,7 +120,7 @@ def per_sample_gradients(
     parameters: str = "trainable",
     shares_of: str | None = None,
 ) -> dict[str, Tensor]:
-    """g_n per parameter, [n, *shape], from a loop; `shares_of` (a reduction) for normalisers that are not N."""
+    """g_n per parameter, [n, *shape], from a loop; `shares_of` (a reduction) for normalizers that are not N."""
     twin, named = double_copy(model, parameters)
     if isinstance(loss_fn, nn.Module):
         loss_fn = copy.deepcopy(loss_fn).double()
@@ -156,7 +156,7 @@ def per_sample_squared_norms(
 def vmap_gradients(
     model: nn.Module, loss_fn: Loss, inputs: Inputs, targets: Tensor, *, parameters: str = "trainable"
 ) -> dict[str, Tensor]:
-    """g_n per parameter, [n, *shape], from torch.func's vmap(grad) in float64: for losses whose normaliser is N."""
+    """g_n per parameter, [n, *shape], from torch.func's vmap(grad) in float64: for losses whose normalizer is N."""
     twin, named = double_copy(model, parameters)
     values = {name: p.detach() for name, p in named.items()}
 

@@ -188,7 +188,7 @@ SETUPS = {
     "FSDP2, no_sync": Setup(Transformer, fully_sharded, {"loss_scale": 0.5}, accumulates=True, scale=0.5),
     "FSDP2, scaled": Setup(mlp, fully_sharded, {"loss_scale": 1024.0, "activations": True}, scale=1024.0),
     "FSDP2, frozen": Setup(frozen, fully_sharded),
-    "FSDP2, frozen and analysed": Setup(frozen, fully_sharded, {"parameters": "all"}),
+    "FSDP2, frozen and analyzed": Setup(frozen, fully_sharded, {"parameters": "all"}),
     "tensor": Setup(Transformer, tensor_parallel, {"diagonal": True, "per_sample": True}),
     "tensor, sequence": Setup(Transformer, partial(tensor_parallel, sequence=True)),
 }

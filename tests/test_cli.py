@@ -38,7 +38,7 @@ def doubled():
     return build(2.0)
 
 
-def unlabelled():
+def unlabeled():
     model, _, data = build()
     return model, None, [(x, None) for x, _ in data]
 
@@ -73,7 +73,7 @@ def leaves():
     raise SystemExit(3)
 
 
-def normalised():
+def normalized():
     model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5))
     return model, nn.CrossEntropyLoss(), build()[2]
 
@@ -164,13 +164,11 @@ def test_groups(by: str, rows: list[str], folder: Path) -> None:
 
 
 def test_options_reach_the_library(folder: Path) -> None:
-    assert (
-        main(["report", "setup_me.py:unlabelled", "--fisher", "exact", "--json", "a.json", "--max-batches", "1"]) == 0
-    )
+    assert main(["report", "setup_me.py:unlabeled", "--fisher", "exact", "--json", "a.json", "--max-batches", "1"]) == 0
     content = json.loads(Path("a.json").read_text())
     assert (content["fisher"], content["n_samples"]) == ("exact", 8)
     sampled = ["--fisher", "sampled", "--num-samples", "2", "--seed", "3", "--loss-type", "mse"]
-    assert main(["report", "setup_me.py:unlabelled", *sampled, "--csv", "b.csv"]) == 0
+    assert main(["report", "setup_me.py:unlabeled", *sampled, "--csv", "b.csv"]) == 0
     assert set(pd.read_csv("b.csv")["fisher"]) == {"sampled"}
 
 
@@ -191,9 +189,9 @@ def test_progress_bar(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["setup_me.py:no_module"], "must return a torch.nn.Module first, not str"),
         (["setup_me.py:fails"], "KeyError: 'weights.pt'"),
         (["setup_me.py:leaves"], "SystemExit: 3"),
-        (["setup_me.py:normalised"], "CoupledSamplesError"),
+        (["setup_me.py:normalized"], "CoupledSamplesError"),
         (["setup_me.py:wrong_shape"], "the model, the loss or the data of setup_me.py:wrong_shape failed"),
-        (["setup_me.py:unlabelled"], 'fisher="empirical" needs a loss_fn'),
+        (["setup_me.py:unlabeled"], 'fisher="empirical" needs a loss_fn'),
         (["setup_me.py:build", "--num-samples", "2"], 'num_samples is for fisher="sampled"'),
         (["setup_me.py:build", "--json", "no/a.json"], "cannot write no/a.json: it is in no/, which does not exist"),
         (["setup_me.py:build", "--html", "."], "it is a folder"),

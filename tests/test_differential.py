@@ -160,7 +160,7 @@ Refusals = dict[str, str]  # driver -> what it says
 
 
 def refusals_of(name: str) -> Refusals:
-    """Drivers that differentiate by themselves refuse some problems that a monitor analyses."""
+    """Drivers that differentiate by themselves refuse some problems that a monitor analyzes."""
     return dict.fromkeys(BUT_THE_MONITOR, EVERY[name].refusal)
 
 

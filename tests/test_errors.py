@@ -195,7 +195,7 @@ def test_unsupported_layers_are_all_named_in_one_error() -> None:
     assert isinstance(raised.value, NotImplementedError)
 
 
-def test_an_unsupported_layer_without_analysed_parameters_is_in_nobodys_way() -> None:
+def test_an_unsupported_layer_without_analyzed_parameters_is_in_nobodys_way() -> None:
     model = nn.Sequential(Raw().requires_grad_(False), nn.Linear(4, 3))
     monitor = run(model, torch.randn(5, 4))
     assert list(monitor.report().index) == ["1.weight", "1.bias"]

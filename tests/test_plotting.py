@@ -87,7 +87,7 @@ def test_bars_are_as_long_as_the_numbers(report: pd.DataFrame) -> None:
     assert len(bars(report, "numel").patches) == 4
 
 
-def test_a_strip_leaves_zeros_grey(report: pd.DataFrame) -> None:
+def test_a_strip_leaves_zeros_gray(report: pd.DataFrame) -> None:
     report.loc["2.bias", "fisher_mean"] = 0.0
     image = heat_strip(report).images[0].get_array()
     assert image is not None

@@ -1,4 +1,4 @@
-"""Layers whose weights torchao has quantized: analysed from what goes in and what comes back, the codes untouched."""
+"""Layers whose weights torchao has quantized: analyzed from what goes in and what comes back, the codes untouched."""
 
 from __future__ import annotations
 

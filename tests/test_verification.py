@@ -68,11 +68,11 @@ def contrastive(outputs: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(outputs @ outputs.T, torch.arange(len(outputs)))
 
 
-def centred(outputs: Tensor, targets: Tensor) -> Tensor:
+def centered(outputs: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(outputs - outputs.mean(0), targets)
 
 
-@pytest.mark.parametrize("loss_fn", [contrastive, centred])
+@pytest.mark.parametrize("loss_fn", [contrastive, centered])
 def test_a_loss_that_couples_samples(loss_fn: Callable[..., Tensor]) -> None:
     with pytest.raises(CurvatureError, match=r"(?i)sample|averages nor sums"):
         fisher_report(classifier(), loss_fn, batch(), progress=False)
@@ -128,7 +128,7 @@ def test_a_wrong_rule(way: Callable[..., Any]) -> None:
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("options", [{}, {"ignore_index": 1}, {"weight": torch.tensor([0.3, 1.0, 2.0])}], ids=str)
-def test_losses_with_other_normalisers_pass(options: dict[str, Any], reduction: str) -> None:
+def test_losses_with_other_normalizers_pass(options: dict[str, Any], reduction: str) -> None:
     x, y = batch(7)
     y[:3] = torch.tensor([1, 0, 2])
     loss_fn = nn.CrossEntropyLoss(reduction=reduction, **options).double()
@@ -163,7 +163,7 @@ def test_every_fisher_is_verified(fisher: str) -> None:
         fisher_report(model, None, batch(), fisher=fisher, progress=False)
 
 
-class Centred(nn.Module):
+class Centered(nn.Module):
     """The batch's mean is subtracted, which couples samples."""
 
     def __init__(self) -> None:
@@ -182,7 +182,7 @@ def test_samples_that_a_trained_model_couples(seed: int) -> None:
     x = torch.randn(64, 20)
     y = (x[:, 0] > 0).long()
     x[:, 0] += 2 * y - 1
-    model = Centred()
+    model = Centered()
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
     for _ in range(300):
         optimizer.zero_grad()
@@ -337,7 +337,7 @@ def test_a_loss_that_overflows_is_not_taken_for_an_average() -> None:
 # What is no number
 
 
-class Standardised(nn.Module):
+class Standardized(nn.Module):
     """Divides by the standard deviation over the batch, which one sample alone has not."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -347,7 +347,7 @@ class Standardised(nn.Module):
 @pytest.mark.filterwarnings("ignore:std")
 @pytest.mark.parametrize("fisher", ["empirical", "exact"])
 def test_a_sample_that_is_nan_alone_does_not_pass(fisher: str) -> None:
-    model = nn.Sequential(nn.Linear(4, 6), Standardised(), nn.Linear(6, 3)).double()
+    model = nn.Sequential(nn.Linear(4, 6), Standardized(), nn.Linear(6, 3)).double()
     x, y = batch()
     with pytest.raises(VerificationError, match="nan alone"):
         fisher_report(model, F.cross_entropy, (x, y), fisher=fisher, progress=False)

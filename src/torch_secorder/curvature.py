@@ -65,7 +65,7 @@ def curvature(
     """What a monitor or a report says of a model, per sample.
 
     Args:
-        model: the model that was analysed.
+        model: the model that was analyzed.
         source: a :class:`~torch_secorder.FisherMonitor` or other results, a report by parameter, or one read back from a
             file with the columns ``reduction``, ``fisher`` and ``n_samples``.
         fisher: which Fisher it is, where the source doesn't say so.

@@ -202,7 +202,7 @@ class Categorical(Likelihood):
 
         There are two proxies for q_c. The last layer's own part is proportional to ``||e_c - p||^2``; the part of the layers
         before it is roughly proportional to :meth:`LastLayer.influence`. How large the two are beside each other is unknown,
-        so each is normalised and they are added. An estimate's second moment is at most twice that with the better one alone.
+        so each is normalized and they are added. An estimate's second moment is at most twice that with the better one alone.
         """
         eps = torch.finfo(p.dtype).eps
         rest = (1 - p).clamp(min=eps).square()

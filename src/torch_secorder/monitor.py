@@ -288,7 +288,7 @@ class FisherMonitor(HookScope):
 
     @property
     def trace(self) -> Tensor:
-        """The total over all analysed parameters, a 0-dim float64 tensor."""
+        """The total over all analyzed parameters, a 0-dim float64 tensor."""
         return self.results.trace
 
     @property
@@ -338,8 +338,8 @@ class FisherMonitor(HookScope):
         All ranks have to call it, also those that saw no sample; see :meth:`Results.all_reduce`.
 
         Raises:
-            LifecycleError: if no process group was initialised.
-            ArgumentError: if the ranks analyse different parameters, or keep different things.
+            LifecycleError: if no process group was initialized.
+            ArgumentError: if the ranks analyze different parameters, or keep different things.
         """
         self.results.all_reduce(group)
         return self
@@ -370,7 +370,7 @@ class FisherMonitor(HookScope):
 
         Args:
             path: the file.
-            model: the model that was analysed, for a monitor that can go on. Without it the monitor reports and merges, and
+            model: the model that was analyzed, for a monitor that can go on. Without it the monitor reports and merges, and
                 can't be entered.
 
         Raises:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from oracles import assert_equal, double, exact_fisher, per_sample_squared_norms, total, trace
-from problems._base import Forward, randomised
+from problems._base import Forward, randomized
 from problems.sharing import TiedHead
 from torch_secorder import empirical_fisher_trace, generalized_fisher_trace
 from torch_secorder.errors import CurvatureError
@@ -98,7 +98,7 @@ every_model = pytest.mark.parametrize("name", MODELS)
 
 def setting(name: str) -> tuple[nn.Module, Tensor, Tensor]:
     build, inputs = MODELS[name]
-    model, x = randomised(build()).double(), double(inputs())
+    model, x = randomized(build()).double(), double(inputs())
     return model, x, torch.arange(len(x)) % CLASSES
 
 
@@ -232,7 +232,7 @@ def test_the_gradient_with_observed_labels(name: str) -> None:
 def test_the_gradient_of_the_sampled_trace_is_right_on_average(loss_type: str, num_samples: int) -> None:
     """The mean of the draws' gradients is the exact one: how a draw was made must not be differentiated with it."""
     model, x = (
-        randomised(nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 6))).double(),
+        randomized(nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 6))).double(),
         double(torch.randn(4, 4)),
     )
     generator = torch.Generator().manual_seed(0)

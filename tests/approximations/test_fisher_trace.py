@@ -241,7 +241,7 @@ CROSS_ENTROPIES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", CROSS_ENTROPIES)
 @both_reductions
-def test_cross_entropy_with_every_normaliser(name: str, reduction: str) -> None:
+def test_cross_entropy_with_every_normalizer(name: str, reduction: str) -> None:
     model, (x, y) = classifier(), batch(7)
     for y[:3] in (torch.tensor([0, 1, 2]), torch.tensor([1, 0, 2])):  # the first sample may be an ignored one
         loss_fn = nn.CrossEntropyLoss(reduction=reduction, **CROSS_ENTROPIES[name])

@@ -102,7 +102,7 @@ def test_what_belongs_to_all_samples(n: int, dtype: torch.dtype) -> None:
 
 
 def test_what_a_few_samples_share_in_each_row() -> None:
-    """As behind a convolution along the batch: most of row n is sample n's, and some is its neighbour's."""
+    """As behind a convolution along the batch: most of row n is sample n's, and some is its neighbor's."""
     value = torch.randn(6, 5, dtype=torch.float64)
     found = seen(lambda mark: value * mark[:, None] + 0.1 * (value * mark[:, None]).roll(1, 0), 6)
     assert found is Unplaced.SHARED_BY_SAMPLES

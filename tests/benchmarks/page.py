@@ -218,7 +218,7 @@ def draw_speed(rows: dict[str, RowSparse], path: Path) -> None:
     peers = {"batch_l2": "v", "sum_grad_squared": "^", "opacus": "<", "ghost": ">", "vmap": "X", "loop": "P"}
     styles |= {name: (marker, "0.55") for name, marker in peers.items()}
     figure, axes = pyplot.subplots(figsize=(9, 1.2 + 0.5 * len(rows)), layout="constrained")
-    for name, (marker, colour) in styles.items():
+    for name, (marker, color) in styles.items():
         exact = [
             (row[name]["ratio"], y if name in OURS else y + 0.25)
             for y, row in enumerate(rows.values())
@@ -228,7 +228,7 @@ def draw_speed(rows: dict[str, RowSparse], path: Path) -> None:
             x, y = zip(*exact, strict=True)
             ours = name in OURS
             axes.scatter(
-                x, y, s=60 if ours else 45, marker=marker, c=colour, label=VARIANTS[name].label, zorder=2 + ours
+                x, y, s=60 if ours else 45, marker=marker, c=color, label=VARIANTS[name].label, zorder=2 + ours
             )
     floors = [row[ALONE]["ratio"] for row in rows.values()]
     axes.scatter(floors, range(len(rows)), s=160, marker="|", c="black", label="without parameter gradients")
@@ -255,10 +255,10 @@ def draw_growth(rows: dict[str, RowSparse], path: Path) -> None:
     for column, (axis, row) in enumerate(rows.items()):
         for line, (kind, unit) in enumerate((("milliseconds", "time, ms"), ("mib", "peak memory, MiB"))):
             axes = grid[line][column]
-            for name, (colour, style) in styles.items():
+            for name, (color, style) in styles.items():
                 if name in row:
                     values, label = row[name][kind], VARIANTS[name].label
-                    axes.loglog(row[name]["sizes"], values, style, color=colour, marker=".", label=label)
+                    axes.loglog(row[name]["sizes"], values, style, color=color, marker=".", label=label)
             axes.grid(color="0.9")
             axes.set_xlabel(axis)
             if column == 0:

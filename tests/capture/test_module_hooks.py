@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from expectations import expectation
 from model_state import assert_same_gradients, gradients, hooks
 from oracles import assert_equal, per_sample_squared_norms, total, trace
-from problems._base import Forward, randomised
+from problems._base import Forward, randomized
 from torch_secorder import FisherMonitor
 from torch_secorder.errors import CurvatureError
 
@@ -51,7 +51,7 @@ def assert_exact(
 
 
 def two_layers() -> nn.Module:
-    return randomised(nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))).double()
+    return randomized(nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))).double()
 
 
 def inputs(*shape: int) -> Tensor:
@@ -71,7 +71,7 @@ def inputs(*shape: int) -> Tensor:
     ids=["by position", "by both", "by keyword"],
 )
 def test_arguments_by_position_and_by_keyword(forward: Callable[..., Tensor]) -> None:
-    assert_exact(randomised(Forward(forward, both=nn.Bilinear(4, 4, 3))).double(), inputs())
+    assert_exact(randomized(Forward(forward, both=nn.Bilinear(4, 4, 3))).double(), inputs())
 
 
 def test_a_users_hooks_change_what_goes_in_and_what_comes_out() -> None:
@@ -108,14 +108,14 @@ def test_a_users_hooks_change_what_goes_in_and_what_comes_out() -> None:
 def test_an_output_changed_in_place(change: Callable[[Tensor], Tensor], bias: bool) -> None:
     """A Linear's output is a view where it has a bias and three axes."""
     model = Forward(lambda m, x: m.two(change(m.one(x))), one=nn.Linear(4, 5, bias=bias), two=nn.Linear(5, 3))
-    assert_exact(randomised(model).double(), inputs(6, 3, 4))
+    assert_exact(randomized(model).double(), inputs(6, 3, 4))
 
 
 def test_an_input_changed_in_place_before_the_layer_sees_it() -> None:
     model = Forward(
         lambda m, x: m.two(m.one(x.clone().mul_(2)).add_(1).tanh()), one=nn.Linear(4, 5), two=nn.Linear(5, 3)
     )
-    assert_exact(randomised(model).double(), inputs())
+    assert_exact(randomized(model).double(), inputs())
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_an_input_changed_in_place_after_the_layer_saw_it(layer: nn.Module) -> N
         h.mul_(0)
         return m.last(out.tanh())
 
-    model = randomised(Forward(forward, layer=layer, last=nn.Linear(4, 3))).double()
+    model = randomized(Forward(forward, layer=layer, last=nn.Linear(4, 3))).double()
     x = torch.randint(5, (6, 4)) if isinstance(layer, nn.Embedding) else inputs()
     with FisherMonitor(model), pytest.raises(RuntimeError, match=r"modified by an inplace operation"):
         model(x).square().sum().backward()
@@ -182,7 +182,7 @@ def test_an_input_that_was_packed_may_be_changed_in_place() -> None:
         return m.last(m.frozen(x).tanh())
 
     layers = {"frozen": nn.Linear(4, 4).requires_grad_(False), "last": nn.Linear(4, 3)}
-    model = randomised(Forward(forward, **layers)).double()
+    model = randomized(Forward(forward, **layers)).double()
     assert_exact(model, inputs(), Pack(), Forward(untouched, **layers), parameters="all")
 
 
@@ -203,7 +203,7 @@ def test_layers_that_a_checkpoint_runs_again_count_once(use_reentrant: bool) -> 
 
     layers = {name: nn.Linear(4, 4) for name in ("first", "one", "two", "last")}
     plain = Forward(lambda m, x: m.last((h := m.first(x).tanh()) + m.two(m.one(h).tanh())), **layers)
-    model = randomised(Forward(forward, **layers)).double()
+    model = randomized(Forward(forward, **layers)).double()
     assert_exact(model, inputs(), plain=plain)
     monitor = FisherMonitor(model)
     with monitor:
@@ -220,7 +220,7 @@ def test_a_checkpoint_that_runs_again_after_another_forward(second: int, refusal
     """Nothing tells which run a checkpoint's layers are of, and the latest counts."""
     layers = {"first": nn.Linear(4, 4), "body": nn.Linear(4, 4)}
     model = Forward(lambda m, x: checkpoint(m.body, m.first(x).tanh(), use_reentrant=False), **layers)
-    model = randomised(model).double()
+    model = randomized(model).double()
     batches = [(inputs(n, 4), inputs(n, 4)) for n in (6, second)]
     with FisherMonitor(model) as monitor:
         losses = [numbers(model(x), y) for x, y in batches]

@@ -1,4 +1,4 @@
-"""What the faults happen to: a model with everything that is attached or changed for a while, and the ways to analyse it."""
+"""What the faults happen to: a model with everything that is attached or changed for a while, and the ways to analyze it."""
 
 from __future__ import annotations
 

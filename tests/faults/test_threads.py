@@ -68,7 +68,7 @@ def test_two_models_in_two_threads(way: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:most of the work")
-def test_one_model_analysed_in_several_threads() -> None:
+def test_one_model_analyzed_in_several_threads() -> None:
     """Each sees its own calls only; what changes the model for a while waits for its turn."""
     subject = model()
     before = state(subject)

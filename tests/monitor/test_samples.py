@@ -52,7 +52,7 @@ def test_the_trace_is_not_the_squared_batch_gradient() -> None:
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("options", [{"weight": torch.tensor([0.2, 1.0, 3.0])}, {"ignore_index": 1}], ids=str)
-def test_cross_entropy_with_another_normaliser(options: dict[str, Any], reduction: str) -> None:
+def test_cross_entropy_with_another_normalizer(options: dict[str, Any], reduction: str) -> None:
     model, (x, y) = classifier(), batch(7)
     y[:3] = torch.tensor([0, 1, 2])
     loss_fn = cross_entropy(reduction, **options).double()

@@ -29,7 +29,7 @@ class Problem:
         """The same model, inputs and targets at every call, whatever the random state."""
         with torch.random.fork_rng():
             torch.manual_seed(zlib.crc32(self.name.encode()))
-            model = randomised(self.model()).to(dtype).train(self.training)
+            model = randomized(self.model()).to(dtype).train(self.training)
             inputs = mapped(self.inputs(), lambda x: x.to(dtype) if x.is_floating_point() else x)
             with torch.no_grad():
                 targets = torch.randn(call(model, inputs).shape).to(dtype)
@@ -49,7 +49,7 @@ class Setting:
         return nn.MSELoss(reduction=reduction)(call(self.model, self.inputs), self.targets)
 
 
-def randomised(model: nn.Module) -> nn.Module:
+def randomized(model: nn.Module) -> nn.Module:
     """`model` with no parameter or running statistic left at a value that hides mistakes, such as 0 or 1."""
     with torch.no_grad():
         for parameter in model.parameters():

@@ -125,6 +125,6 @@ def test_the_batch_norm_of_gpus(training: bool) -> None:
     assert has_rule(place) == (not training)
     if not training:
         form, rule = gradient_at(place, (g, None, None, None), 0)
-        normalised = (x - mean[:, None]) / (variance[:, None] + 1e-3).sqrt()
+        normalized = (x - mean[:, None]) / (variance[:, None] + 1e-3).sqrt()
         assert rule == "cudnnbatchnorm"
-        torch.testing.assert_close(form.dense(), (g * normalised).sum(2))
+        torch.testing.assert_close(form.dense(), (g * normalized).sum(2))

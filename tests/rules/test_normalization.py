@@ -1,4 +1,4 @@
-"""Normalisations over channels: whichever way the sums are taken, they are those of autograd."""
+"""Normalizations over channels: whichever way the sums are taken, they are those of autograd."""
 
 from __future__ import annotations
 

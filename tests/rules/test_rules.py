@@ -147,7 +147,7 @@ def test_the_users_step_is_bit_identical(problem: Problem, everything: bool) -> 
 
 @pytest.mark.parametrize("problem", [p for p in PROBLEMS if p.name.startswith("frozen")], ids=str)
 @both_dtypes
-def test_frozen_parameters_are_analysed_on_request(problem: Problem, dtype: torch.dtype) -> None:
+def test_frozen_parameters_are_analyzed_on_request(problem: Problem, dtype: torch.dtype) -> None:
     setting = problem.setting()
     expected = trace(
         per_sample_squared_norms(setting.model, nn.MSELoss(), setting.inputs, setting.targets, parameters="all")
@@ -164,7 +164,7 @@ def test_frozen_parameters_are_analysed_on_request(problem: Problem, dtype: torc
     assert all(p.grad is None for p in setting.model.parameters() if not p.requires_grad)
 
 
-def test_a_wholly_frozen_model_is_analysed_on_request() -> None:
+def test_a_wholly_frozen_model_is_analyzed_on_request() -> None:
     setting = next(p for p in PROBLEMS if p.name == "use-vision_net").setting()
     expected = trace(per_sample_squared_norms(setting.model, nn.MSELoss(), setting.inputs, setting.targets))
     setting.model.requires_grad_(False)

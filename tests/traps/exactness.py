@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from model_state import hooks
 from oracles import Inputs, assert_equal, call, per_sample_squared_norms, total, trace
-from problems._base import randomised
+from problems._base import randomized
 from torch_secorder import FisherMonitor, fisher_report
 
 Loss = Callable[[Any, Tensor], Tensor]
@@ -22,7 +22,7 @@ def numbers(outputs: Tensor, targets: Tensor) -> Tensor:
 
 def drawn(model: nn.Module, *shape: int) -> tuple[nn.Module, Tensor, Tensor]:
     """The model with random weights, its input and its targets, in float64."""
-    model, x = randomised(model).double(), torch.randn(*shape).double()
+    model, x = randomized(model).double(), torch.randn(*shape).double()
     with torch.no_grad():
         return model, x, torch.randn_like(model(x))
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from problems._base import Forward, randomised
+from problems._base import Forward, randomized
 from torch_secorder import FisherMonitor, empirical_fisher_trace, fisher_report
 from torch_secorder.batch_axis.evidence import Sketch, Unplaced, evidence, sample_marks
 from torch_secorder.errors import CurvatureError, ShapeError
@@ -171,7 +171,7 @@ class WithNothing(nn.Module):
 
 @pytest.mark.parametrize("n", [5, 9])
 def test_an_output_without_elements_beside_another(n: int) -> None:
-    model, x, y = randomised(WithNothing()).double(), torch.randn(n, 6).double(), torch.randn(n, 4).double()
+    model, x, y = randomized(WithNothing()).double(), torch.randn(n, 6).double(), torch.randn(n, 4).double()
     assert_exact(model, x, y, lambda outputs, targets: numbers(outputs[0], targets))
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from model_state import assert_same_gradients, gradients, hooks
 from oracles import assert_equal, per_sample_squared_norms, total, trace
-from problems._base import randomised
+from problems._base import randomized
 from torch_secorder import FisherMonitor
 from traps.exactness import Square, drawn, numbers
 
@@ -69,7 +69,7 @@ def test_trap_14_an_exception_in_the_middle_of_a_model_that_needs_the_graph() ->
 def test_trap_15_training_of_a_model_that_needs_the_graph_is_bit_identical() -> None:
     def trained(monitored: bool) -> tuple[nn.Module, list[Any]]:
         torch.manual_seed(5)
-        model, seen = randomised(Square(4)), []
+        model, seen = randomized(Square(4)), []
         optimizer = torch.optim.AdamW(model.parameters(), 0.01)
         with FisherMonitor(model, loss_scale=0.5, diagonal=True) if monitored else copy.copy(NOTHING):
             for _ in range(3):

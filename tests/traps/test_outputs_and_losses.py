@@ -142,7 +142,7 @@ def test_trap_10_settings_that_formulas_forget() -> None:
 
 
 @pytest.mark.parametrize("options", [{"ignore_index": 1}, {"weight": torch.tensor([0.3, 1.0, 2.0])}], ids=str)
-def test_trap_10_normalisers_that_are_not_the_number_of_samples(options: dict[str, Any]) -> None:
+def test_trap_10_normalizers_that_are_not_the_number_of_samples(options: dict[str, Any]) -> None:
     model, x, _ = drawn(nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3)), 7, 4)
     y = torch.tensor([0, 1, 2, 1, 0, 2, 2])
     loss_fn = nn.CrossEntropyLoss(**options).double()

@@ -104,7 +104,7 @@ def test_trap_03_a_parameter_used_in_its_module_and_outside_of_it() -> None:
 
 
 class Rounded(torch.autograd.Function):
-    """A straight-through estimator, as quantisation-aware training uses it."""
+    """A straight-through estimator, as quantization-aware training uses it."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor) -> Tensor:
@@ -141,13 +141,13 @@ def test_trap_03_a_users_own_autograd_function(where: str) -> None:
 def test_trap_03_a_penalty_on_weights_is_refused() -> None:
     model, x, y = drawn(nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 3)), 5, 4)
 
-    def penalised(outputs: Tensor, targets: Tensor) -> Tensor:
+    def penalized(outputs: Tensor, targets: Tensor) -> Tensor:
         return numbers(outputs, targets) + 0.1 * model[0].weight.square().sum()
 
     with pytest.raises(CoverageError, match=r"0\.weight"), FisherMonitor(model):
-        penalised(model(x), y).backward()
+        penalized(model(x), y).backward()
     with pytest.raises(CoverageError, match=r"0\.weight"):
-        fisher_report(model, penalised, (x, y), progress=False)
+        fisher_report(model, penalized, (x, y), progress=False)
 
 
 # What is slow says so

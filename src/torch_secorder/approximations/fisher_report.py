@@ -21,7 +21,7 @@ from torch_secorder.results.results import Results
 from torch_secorder.running.analysis import Analysis, Batch, Checked, logits
 from torch_secorder.running.fisher_kind import FisherKind
 from torch_secorder.verification.samples_alone import verify_empirical, verify_samples
-from torch_secorder.verification.schedule import analyse_and_verify
+from torch_secorder.verification.schedule import analyze_and_verify
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -255,14 +255,14 @@ def _empirical(
 ) -> Batch:
     """One batch's gradients of the loss, and whether a sample's are as they are alone."""
     checked: Checked = "always" if verify else "never"
-    analyse = partial(analysis.empirical, loss_fn, inputs, targets, checked=checked)
-    return analyse_and_verify(analysis, analyse, partial(verify_empirical, analysis, loss_fn, inputs, targets))
+    analyze = partial(analysis.empirical, loss_fn, inputs, targets, checked=checked)
+    return analyze_and_verify(analysis, analyze, partial(verify_empirical, analysis, loss_fn, inputs, targets))
 
 
 def _verify_projection(analysis: Analysis, inputs: Any) -> None:
     """Whether gradients of the outputs along one direction, which those of every Fisher are like, are right."""
     with forked_random(analysis.table.tensors):  # the check is one more forward
-        analyse_and_verify(
+        analyze_and_verify(
             analysis, partial(analysis.of, _projection, inputs), partial(verify_samples, analysis, _projection, inputs)
         )
 

@@ -1,4 +1,4 @@
-"""Traces of the empirical and of the generalised Fisher information, as functions."""
+"""Traces of the empirical and of the generalized Fisher information, as functions."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from torch_secorder.running.fisher_kind import FisherKind
 from torch_secorder.running.loss import require_targets_of_batch
 from torch_secorder.running.run import require_twice_differentiable
 from torch_secorder.verification.samples_alone import verify_empirical
-from torch_secorder.verification.schedule import analyse_and_verify
+from torch_secorder.verification.schedule import analyze_and_verify
 
 
 def empirical_fisher_trace(
@@ -78,10 +78,10 @@ def empirical_fisher_trace(
     require_callable("loss_fn", loss_fn)
     analysis = Analysis(model, create_graph=create_graph)
     checked: Checked = "never" if create_graph else "when due"
-    analyse = partial(analysis.empirical, loss_fn, inputs, targets, checked=checked)
+    analyze = partial(analysis.empirical, loss_fn, inputs, targets, checked=checked)
     check = partial(verify_empirical, analysis, loss_fn, inputs, targets)
     with lock_of(analysis.model):
-        batch = analyse_and_verify(analysis, analyse, check)
+        batch = analyze_and_verify(analysis, analyze, check)
     return _as_result(batch.samples.squared_norms.sum(0), batch.reduction, analysis.table)
 
 
@@ -100,7 +100,7 @@ def generalized_fisher_trace(
     generator: torch.Generator | None = None,
     max_passes: int = 10_000,
 ) -> Tensor:
-    r"""The trace of the generalised (type-II) Fisher of one batch, from outputs that were computed before.
+    r"""The trace of the generalized (type-II) Fisher of one batch, from outputs that were computed before.
 
     .. math::
         \operatorname{tr} F = c \sum_{n=1}^{N} \mathbb{E}_{y \sim p(\cdot \mid x_n)}

@@ -51,7 +51,7 @@ def hessian_trace(
     The model runs once, in its current mode; parameters, buffers, ``.grad`` and ``requires_grad`` are left alone.
 
     Args:
-        model: the model; its trainable parameters are analysed.
+        model: the model; its trainable parameters are analyzed.
         loss_fn: from ``(outputs, targets)`` to a scalar, twice differentiable.
         inputs: a tensor; a tuple for several positional arguments; a mapping for keyword arguments.
         targets: whatever the loss takes.

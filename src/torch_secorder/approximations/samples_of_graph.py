@@ -30,7 +30,7 @@ class SamplesOfGraph:
 
     Args:
         outputs: what the model returned, with the samples on axis 0.
-        table: the analysed parameters.
+        table: the analyzed parameters.
         knowledge: what is known about the model already.
         create_graph: make the norms differentiable.
     """

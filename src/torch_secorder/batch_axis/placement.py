@@ -14,7 +14,7 @@ class Layout(Enum):
     """How samples lie along the axis that counts them."""
 
     ONE_EACH = "index n is sample n"
-    BLOCKS = "each sample has a run of neighbouring indices"
+    BLOCKS = "each sample has a run of neighboring indices"
     INTERLEAVED = "the samples alternate"
     INDEXED = "only a list tells, as behind a router"
 

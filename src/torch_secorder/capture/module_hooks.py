@@ -1,6 +1,6 @@
 """The hooks on modules: from the user's own forward and backward to one record per call.
 
-A forward hook on each module that owns an analysed parameter keeps the module's inputs; a prehook on the autograd node
+A forward hook on each module that owns an analyzed parameter keeps the module's inputs; a prehook on the autograd node
 of its output receives the output's gradient. A node's prehook, unlike a tensor hook, also survives an in-place operation
 on the output. Nothing is written on the user's modules or parameters, and leaving the ``with`` block removes
 every handle.
@@ -25,7 +25,7 @@ from torch_secorder.model.hooks import HookScope, WeakHook
 from torch_secorder.model.ranks import is_dtensor
 
 # torch registers a hook before it notes `with_kwargs`. Another thread that calls the module in between passes the output in the
-# place of the keyword arguments; this default recognises such a call, which is not recorded.
+# place of the keyword arguments; this default recognizes such a call, which is not recorded.
 NO_OUTPUT = object()
 
 

@@ -26,7 +26,7 @@ class Journal:
     Args:
         path: the file.
         every: how many batches to count before it is written again; None for the end only.
-        model: what is analysed.
+        model: what is analyzed.
         options: what must be the same in a later run.
         generator: that labels are drawn with.
 

@@ -1,4 +1,4 @@
-"""The user's file, whose function says what is analysed."""
+"""The user's file, whose function says what is analyzed."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Setup:
 
     @contextmanager
     def _imported(self) -> Iterator[Callable[[], Any]]:
-        """The function, whose file may import its neighbours."""
+        """The function, whose file may import its neighbors."""
         if not self.path.is_file():
             raise CommandError(f"there is no file {self.path}")
         spec = importlib.util.spec_from_file_location(f"_setup_{self.path.stem}", self.path)

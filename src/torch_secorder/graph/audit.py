@@ -67,7 +67,7 @@ class Audit:
     """Accounts for every use of every parameter in the graph of one model's outputs.
 
     Args:
-        table: the analysed parameters.
+        table: the analyzed parameters.
         on_use: called with a use and the gradients that arrived at its node, inside the backward pass.
         batch_axis: where the model's outputs have the batch axis.
         knowledge: what is known about the model already.
@@ -77,7 +77,7 @@ class Audit:
 
     Attributes:
         fingerprint: that of the latest graph.
-        other_leaves: where that graph accumulates gradients of other tensors than the analysed parameters.
+        other_leaves: where that graph accumulates gradients of other tensors than the analyzed parameters.
         hooks: those on the nodes of the latest graph, which may outlive the audit.
     """
 

@@ -123,7 +123,7 @@ class Frontier:
         walk: through the graph.
         shared: the calls without a batch axis, whose outputs all samples share.
         search: finds out where tensors in this graph have their samples.
-        table: the analysed parameters.
+        table: the analyzed parameters.
         one_sample: whether there is one sample, on every rank, so that all of each tensor is that sample's.
     """
 

@@ -26,7 +26,7 @@ class Walk:
         children: node -> its inputs, in the order in which the nodes were met.
         records: node that made a hooked call's output -> the calls that end there.
         uses: position of a parameter -> its uses that no call accounts for, as edges (consumer, index of the input).
-        leaves: node that accumulates an analysed parameter's gradient -> the parameter's position.
+        leaves: node that accumulates an analyzed parameter's gradient -> the parameter's position.
         other_leaves: where the gradients of other tensors are accumulated: inputs, parameters of other models.
         fingerprint: a hash of the graph, equal for graphs with the same nodes in the same order and the same pattern of
             sizes. Where sizes prove nothing, the axes that the nodes work along are hashed as well.

@@ -6,7 +6,7 @@ changes flags for a while, and puts everything back, whatever happens in between
 
 The files, one verb each:
 
-* ``parameters`` lists what is analysed, in a fixed order and under plain names;
+* ``parameters`` lists what is analyzed, in a fixed order and under plain names;
 * ``ranks`` lets the ranks that hold a model together decide in common;
 * ``containers`` finds the tensors in what models take and return;
 * ``hooks`` attaches and detaches, also when Ctrl-C comes in between;

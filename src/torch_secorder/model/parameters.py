@@ -1,4 +1,4 @@
-"""Which parameters are analysed, and what they are called."""
+"""Which parameters are analyzed, and what they are called."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
 
 @dataclass(frozen=True)
 class Parameter:
-    """One analysed parameter. A tied one has the first of its names."""
+    """One analyzed parameter. A tied one has the first of its names."""
 
     name: str
     module: str
@@ -27,7 +27,7 @@ class Parameter:
 
 
 class Table:
-    """What is analysed, in a fixed order: parameters, or something else that has per-sample gradients.
+    """What is analyzed, in a fixed order: parameters, or something else that has per-sample gradients.
 
     Elsewhere a position in this table stands for each of them.
 
@@ -49,7 +49,7 @@ class Table:
 
 
 class ParameterTable(Table):
-    """The analysed parameters of a model, in the order of ``named_parameters()``.
+    """The analyzed parameters of a model, in the order of ``named_parameters()``.
 
     The leaves are the parameters themselves, or the tensors into which FSDP2 gathers them.
 
@@ -68,10 +68,10 @@ class ParameterTable(Table):
         named = [(n, p) for n, p in model.named_parameters() if which == "all" or p.requires_grad]
         if not named:
             frozen = any(True for _ in model.parameters())
-            remedy = 'pass parameters="all" to analyse frozen ones' if frozen else "it has none at all"
+            remedy = 'pass parameters="all" to analyze frozen ones' if frozen else "it has none at all"
             raise ArgumentError(f"{type(model).__name__} has no trainable parameter: {remedy}")
         if lazy := [name for name, p in named if nn.parameter.is_lazy(p)]:
-            raise UnsupportedError(f"{', '.join(lazy)}: not initialised yet; run the model once before analysing it")
+            raise UnsupportedError(f"{', '.join(lazy)}: not initialized yet; run the model once before analyzing it")
         if bare := [name for name, p in named if p.is_meta]:
             raise UnsupportedError(
                 f"{', '.join(bare[:3])}: on the meta device, without numbers; load the weights first"
@@ -82,7 +82,7 @@ class ParameterTable(Table):
         if trained := [self.names[position] for position in self.quantized if self.tensors[position].requires_grad]:
             raise UnsupportedError(
                 f"{', '.join(trained)}: a {type(self.tensors[min(self.quantized)]).__name__} that requires a gradient; what is "
-                "quantized can be analysed frozen (requires_grad_(False)), from its layer's inputs and output gradients"
+                "quantized can be analyzed frozen (requires_grad_(False)), from its layer's inputs and output gradients"
             )
         self.leaves = self.tensors
         self._positions = {id(p): position for position, p in enumerate(self.tensors)}
@@ -94,11 +94,11 @@ class ParameterTable(Table):
         self._positions |= {id(p): position for position, p in enumerate(self.leaves)}
 
     def position(self, tensor: Tensor | None) -> int | None:
-        """The position of a parameter; None for a tensor that is not analysed."""
+        """The position of a parameter; None for a tensor that is not analyzed."""
         return self._positions.get(id(tensor))
 
     def owned(self, module: nn.Module) -> dict[str, int]:
-        """The module's own analysed parameters: local name -> position."""
+        """The module's own analyzed parameters: local name -> position."""
         found = ((local, self.position(p)) for local, p in module._parameters.items())
         return {local: position for local, position in found if position is not None}
 
@@ -119,7 +119,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
         )
     if isinstance(model, DistributedDataParallel):
         return unwrapped(model.module)
-    # torch.compile's wrapper is recognised by its attribute, since the module with its class takes seconds to import.
+    # torch.compile's wrapper is recognized by its attribute, since the module with its class takes seconds to import.
     return unwrapped(model._orig_mod) if "_orig_mod" in model._modules else model  # type: ignore[arg-type]  # a module, there
 
 

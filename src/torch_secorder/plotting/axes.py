@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 BLUE, GREY = "#4c78a8", "#888888"
-COLOURS = ("#4c78a8", "#e1812c", "#3a923a", "#c03d3e", "#9372b2", "#845b53")
+COLORS = ("#4c78a8", "#e1812c", "#3a923a", "#c03d3e", "#9372b2", "#845b53")
 MARKERS = "os^Dvp"
 MOST_NAMES, LONGEST = 60, 40  # on an axis; characters of a name
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch_secorder.errors import ArgumentError
 from torch_secorder.plotting.axes import (
-    COLOURS,
+    COLORS,
     GREY,
     MARKERS,
     axes_of,
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 def sensitivity_by_bits(
     sensitivity: pd.DataFrame, *, allocation: pd.DataFrame | None = None, ax: Axes | None = None
 ) -> Axes:
-    """The predicted KL divergence of each layer and number of bits (or sparsity), as a table of colours.
+    """The predicted KL divergence of each layer and number of bits (or sparsity), as a table of colors.
 
     Args:
         sensitivity: what ``quantization_sensitivity`` or ``pruning_sensitivity`` returned.
@@ -51,9 +51,9 @@ def sensitivity_by_bits(
     cells = [[float(v) if v > 0 else math.nan for v in row] for row in sensitivity[widths].to_numpy()]
     seen = [v for row in cells for v in row if not math.isnan(v)] or [1.0]
     ax = axes_of(ax, height=max(2.6, 0.22 * len(sensitivity) + 1.5))
-    colours = colormaps["viridis"].with_extremes(bad="#cccccc")
+    colors = colormaps["viridis"].with_extremes(bad="#cccccc")
     norm = LogNorm(min(seen), max(*seen, min(seen) * 1.01))
-    image = ax.imshow(cells, aspect="auto", cmap=colours, norm=norm, interpolation="nearest")
+    image = ax.imshow(cells, aspect="auto", cmap=colors, norm=norm, interpolation="nearest")
     ax.set_xticks(range(len(widths)), [setting(c) for c in widths])
     ax.set_xlabel("sparsity" if any(isinstance(c, float) for c in widths) else "bits")
     if allocation is not None:
@@ -72,7 +72,7 @@ def sensitivity_by_bits(
 
 
 def predicted_against_measured(pairs: Mapping[str, tuple[Any, Any]], *, ax: Axes | None = None) -> Axes:
-    """Points on logarithmic axes, a colour for each setting, with the diagonal where both agree.
+    """Points on logarithmic axes, a color for each setting, with the diagonal where both agree.
 
     Args:
         pairs: label -> (predicted, measured), two sequences of equal length. Points that are not positive are left out, and
@@ -105,7 +105,7 @@ def predicted_against_measured(pairs: Mapping[str, tuple[Any, Any]], *, ax: Axes
         raise ArgumentError("there is no point with a positive prediction and a positive measurement")
     ax = axes_of(ax, height=5.0, width=5.5)
     for number, (label, good) in enumerate(found.items()):
-        style: dict[str, Any] = {"marker": MARKERS[number % 6], "color": COLOURS[number % 6]}
+        style: dict[str, Any] = {"marker": MARKERS[number % 6], "color": COLORS[number % 6]}
         ax.scatter([x for x, _ in good], [y for _, y in good], s=22, alpha=0.75, linewidths=0, label=label, **style)
     low, high = min(drawn) / 1.5, max(drawn) * 1.5
     ax.plot([low, high], [low, high], color=GREY, lw=1, zorder=0, label="equal")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch_secorder.errors import ArgumentError
 from torch_secorder.plotting.axes import (
     BLUE,
-    COLOURS,
+    COLORS,
     MARKERS,
     MOST_NAMES,
     axes_of,
@@ -77,12 +77,12 @@ def bars(report: pd.DataFrame, column: str = "fisher_trace", *, top: int | None 
 
 
 def heat_strip(report: pd.DataFrame, column: str = "fisher_mean", *, log: bool = True, ax: Axes | None = None) -> Axes:
-    """A strip of colour over the depth of the model: one cell per row, in order.
+    """A strip of color over the depth of the model: one cell per row, in order.
 
     Args:
         report: a report.
-        column: what the colour stands for; by default the curvature per weight.
-        log: whether the colours are logarithmic. Zeros are left grey then.
+        column: what the color stands for; by default the curvature per weight.
+        log: whether the colors are logarithmic. Zeros are left gray then.
         ax: where to draw.
 
     Raises:
@@ -108,8 +108,8 @@ def heat_strip(report: pd.DataFrame, column: str = "fisher_mean", *, log: bool =
     low, high = min(seen), max(seen)
     norm = LogNorm(low, high if high > low else 2 * low) if log else Normalize(low, high if high > low else low + 1)
     cells = [[v if math.isfinite(v) and (v > 0 or not log) else math.nan for v in values]]
-    colours = colormaps["viridis"].with_extremes(bad="#cccccc")
-    image = ax.imshow(cells, aspect="auto", cmap=colours, norm=norm, interpolation="nearest")
+    colors = colormaps["viridis"].with_extremes(bad="#cccccc")
+    image = ax.imshow(cells, aspect="auto", cmap=colors, norm=norm, interpolation="nearest")
     ax.set_yticks([])
     step = math.ceil(len(names) / MOST_NAMES)
     ax.set_xticks(range(0, len(names), step), names[::step], rotation=90, fontsize="small")
@@ -158,7 +158,7 @@ def time_series(
     ax = axes_of(ax, height=3.8, width=7.0)
     lines: list[Any] = []
     for number, name in enumerate(names):
-        colour = COLOURS[number % 6]
+        color = COLORS[number % 6]
         values = [float(reports[step].loc[name, column]) for step in steps]
         style: dict[str, Any] = {
             "marker": MARKERS[number % 6],
@@ -166,13 +166,13 @@ def time_series(
             "lw": 1.5,
             "ls": "-" if number < 6 else "--",
         }
-        lines += ax.plot(steps, values, color=colour, label=str(name), **style)
+        lines += ax.plot(steps, values, color=color, label=str(name), **style)
         if column == "fisher_trace" and "fisher_trace_stderr" in last.columns:
             errors = [float(reports[step].loc[name, "fisher_trace_stderr"]) for step in steps]
             # On a logarithmic axis a band must not reach zero.
             below = [max(v - e, v / 10) if log else v - e for v, e in zip(values, errors, strict=True)]
             ax.fill_between(
-                steps, below, [v + e for v, e in zip(values, errors, strict=True)], color=colour, alpha=0.15, lw=0
+                steps, below, [v + e for v, e in zip(values, errors, strict=True)], color=color, alpha=0.15, lw=0
             )
     if log:
         ax.set_yscale("log")

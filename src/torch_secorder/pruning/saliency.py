@@ -41,7 +41,7 @@ def weight_saliency(
     on others.
 
     Args:
-        model: the model that was analysed.
+        model: the model that was analyzed.
         source: a monitor or :func:`~torch_secorder.fisher_results` with ``diagonal=True``, or, for the second form, a
             report by parameter.
         parameters: "weights" for those with two or more axes, "all", or a function from a name to whether it counts.

@@ -45,7 +45,7 @@ def quantization_sensitivity(
     .. math:: \tfrac12 \cdot \tfrac{1}{12} \Delta^2 \cdot \mathbb{E}_n \lVert \nabla_a \ell_n \rVert^2 .
 
     Args:
-        model: the model that was analysed.
+        model: the model that was analyzed.
         source: a monitor or :func:`~torch_secorder.fisher_results` (with ``diagonal=True`` for the first form), a report
             by parameter, or a report that was read from a file: see :func:`torch_secorder.tables.read_report`. It should
             be of the exact or the sampled Fisher.

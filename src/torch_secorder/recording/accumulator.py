@@ -60,7 +60,7 @@ class PassAccumulator:
     is tied to another, does it wait for all uses, since the cross terms between uses belong to the trace.
 
     Args:
-        table: the analysed parameters.
+        table: the analyzed parameters.
         options: what is collected.
         keep_inputs: leave the records' inputs alone, for another backward pass through the same forward.
         checks: also project the captured gradients on one direction each, to compare them with autograd's.

@@ -45,7 +45,7 @@ def planned(
     Modules without a rule are left to the autograd graph, where every use of a parameter can be found, unless it is frozen.
 
     Raises:
-        UnsupportedError: naming every module without a rule that owns an analysed but frozen parameter.
+        UnsupportedError: naming every module without a rule that owns an analyzed but frozen parameter.
         ArgumentError: if ``batch_axis`` is neither an axis nor a mapping from module names to axes.
     """
     placement = placements(model, batch_axis)

@@ -51,7 +51,7 @@ class Recorder(HookScope):
     """Hands every gradient that arrives in a hooked model or its graph to the accumulator of its backward pass.
 
     Args:
-        table: what is analysed.
+        table: what is analyzed.
         plan: the modules to hook, the states to refuse and the batch axis; the modules of a model that ran before aren't hooked.
         knowledge: what is known about the model already.
         options: what each pass collects.

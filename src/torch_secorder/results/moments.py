@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class SampleMoments:
-    """Mean and centred second moments of the per-sample squared norms t_{n,p}.
+    """Mean and centered second moments of the per-sample squared norms t_{n,p}.
 
     They are updated and merged by the pairwise formulas of Chan, Golub and LeVeque (1979), "Updating formulae and a
     pairwise algorithm for computing sample variances", which don't lose digits.

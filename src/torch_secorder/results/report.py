@@ -32,7 +32,7 @@ class Report:
     """Makes the tables of one set of statistics.
 
     Args:
-        parameters: the analysed parameters.
+        parameters: the analyzed parameters.
         statistics: their sums over samples.
         reduction: "mean" or "sum".
         fisher: which Fisher the statistics are of.

@@ -27,7 +27,7 @@ class Results:
     """What was found of the samples that a monitor or :func:`~torch_secorder.fisher_results` saw.
 
     Args:
-        rows: the analysed parameters.
+        rows: the analyzed parameters.
         reduction: "mean" or "sum".
         fisher: which Fisher the samples are of.
         keeps: name of a quantity -> whether it is kept: "diagonal", "per_sample", "activations".
@@ -58,7 +58,7 @@ class Results:
 
     @property
     def trace(self) -> Tensor:
-        """The total over all analysed parameters, a 0-dim float64 tensor."""
+        """The total over all analyzed parameters, a 0-dim float64 tensor."""
         return torch.tensor(self._report().trace, dtype=torch.float64)
 
     def report(self, by: By = None, *, sync: bool = False) -> pd.DataFrame:
@@ -154,8 +154,8 @@ class Results:
             group: a process group of :mod:`torch.distributed`; the default one by default.
 
         Raises:
-            LifecycleError: if no process group was initialised.
-            ArgumentError: if the ranks analyse different parameters, or keep different things.
+            LifecycleError: if no process group was initialized.
+            ArgumentError: if the ranks analyze different parameters, or keep different things.
         """
         self._all_ranks = self._reduced(group)
         self.statistics.clear()
@@ -223,7 +223,7 @@ class Results:
 
         Args:
             path: the file.
-            model: the model that was analysed, if names and shapes are to be compared with it.
+            model: the model that was analyzed, if names and shapes are to be compared with it.
 
         Raises:
             ArgumentError: if the file is torn, foreign, of another version, or of other parameters than the model's.

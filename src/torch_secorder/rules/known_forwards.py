@@ -62,5 +62,5 @@ def rms_norm(module: Any, call: Call) -> Gradients:
     """The root mean square of the last axis, taken in float32; the three differ in where they round to half precision."""
     x, g = call.argument(0, "hidden_states"), call.grad_output
     wide: Tensor = x.to(torch.float32)
-    normalised = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + module.variance_epsilon)
-    return {"weight": (g * normalised).reshape(len(g), -1, g.shape[-1]).sum(1)}
+    normalized = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + module.variance_epsilon)
+    return {"weight": (g * normalized).reshape(len(g), -1, g.shape[-1]).sum(1)}

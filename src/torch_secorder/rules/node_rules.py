@@ -272,7 +272,7 @@ def layer_norm(at: NodeUse, g: Tensor) -> Tensor:
     if at.index == 2:
         return at.summed(g)
     axes = tuple(range(-len(saved(at.node, "shape")), 0))
-    return at.summed(g * _normalised(saved(at.node, "input"), saved(at.node, "mean"), saved(at.node, "scale"), axes))
+    return at.summed(g * _normalized(saved(at.node, "input"), saved(at.node, "mean"), saved(at.node, "scale"), axes))
 
 
 @node_rule("NativeGroupNormBackward0", _in_rows(1, 2), reads=("input", "groups", "mean", "scale"))
@@ -280,13 +280,13 @@ def group_norm(at: NodeUse, g: Tensor) -> Tensor:
     """Weight and bias of a group norm."""
     if "sums" not in at.memo:
         x, (mean, scale) = saved(at.node, "input"), (saved(at.node, name)[..., None] for name in ("mean", "scale"))
-        normalised = _normalised(x.reshape(len(x), saved(at.node, "groups"), -1), mean, scale, (2,)).view(x.shape)
-        at.memo["sums"] = over_channels(normalised, g.to(normalised.dtype))
+        normalized = _normalized(x.reshape(len(x), saved(at.node, "groups"), -1), mean, scale, (2,)).view(x.shape)
+        at.memo["sums"] = over_channels(normalized, g.to(normalized.dtype))
     sums: tuple[Tensor, Tensor] = at.memo["sums"]
     return sums[at.index - 1]
 
 
-def _normalised(x: Tensor, mean: Tensor, scale: Tensor, axes: tuple[int, ...]) -> Tensor:
+def _normalized(x: Tensor, mean: Tensor, scale: Tensor, axes: tuple[int, ...]) -> Tensor:
     """``x`` less its mean over these axes, and times its scale, which are the statistics that a node saved of it.
 
     To autograd they are constants, so that a graph needs the input's own. What those differ by is the norm's eps.

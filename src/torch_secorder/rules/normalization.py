@@ -1,4 +1,4 @@
-"""Normalisations: y = weight * normalised(x) + bias, whose gradients are sums of g * normalised(x) and of g."""
+"""Normalizations: y = weight * normalized(x) + bias, whose gradients are sums of g * normalized(x) and of g."""
 
 from __future__ import annotations
 
@@ -69,12 +69,12 @@ def batch_norm(module: BatchNorm, call: Call) -> Gradients:
 
 @register_refusal(ANY_BATCH_NORM)
 def batch_statistics(module: BatchNorm) -> CurvatureError | None:
-    """Whether a BatchNorm normalises with the whole batch, frozen or not, with parameters or without."""
+    """Whether a BatchNorm normalizes with the whole batch, frozen or not, with parameters or without."""
     if not module.training and module.running_mean is not None:
         return None
     state = "in training mode" if module.training else "without running statistics"
     return CoupledSamplesError(
-        f"it is {state} and normalises with the statistics of the whole batch, so per-sample gradients do not exist; call "
+        f"it is {state} and normalizes with the statistics of the whole batch, so per-sample gradients do not exist; call "
         "model.eval() (with running statistics), or use GroupNorm"
     )
 
@@ -121,10 +121,10 @@ def _with_statistics(shape: Sequence[int], x: Tensor, g: Tensor, mean: Tensor, s
     return weight.view(n, *shape), bias.view(n, *shape)
 
 
-def _last_axes(module: Any, normalised: Tensor, g: Tensor) -> dict[str, Tensor]:
+def _last_axes(module: Any, normalized: Tensor, g: Tensor) -> dict[str, Tensor]:
     """Gradients of parameters over the last axes, summed over the axes between those and the batch."""
     shape = (g.shape[0], -1, *module.normalized_shape)
-    return {"weight": (g * normalised).reshape(shape).sum(1), "bias": g.reshape(shape).sum(1)}
+    return {"weight": (g * normalized).reshape(shape).sum(1), "bias": g.reshape(shape).sum(1)}
 
 
 def _running(module: BatchNorm | InstanceNorm, x: Tensor, g: Tensor) -> dict[str, Tensor]:
@@ -137,23 +137,23 @@ def _named(weight: Tensor, bias: Tensor) -> dict[str, Tensor]:
     return {"weight": weight, "bias": bias}
 
 
-def over_channels(normalised: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+def over_channels(normalized: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of a weight and a bias over axis 1, summed over all axes after it."""
-    if _in_one_pass(normalised, g):
+    if _in_one_pass(normalized, g):
         channels = g.new_zeros(()).expand(g.shape[1])
-        return _as_torch_does(normalised, g, channels, channels + 1, 0.0)
-    g, normalised = (value.reshape(*g.shape[:2], -1) for value in (g, normalised))
-    return torch.linalg.vecdot(g, normalised), g.sum(2)
+        return _as_torch_does(normalized, g, channels, channels + 1, 0.0)
+    g, normalized = (value.reshape(*g.shape[:2], -1) for value in (g, normalized))
+    return torch.linalg.vecdot(g, normalized), g.sum(2)
 
 
 def with_running(x: Tensor, g: Tensor, mean: Tensor, variance: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The same for an input that is normalised by statistics which are none of its own."""
+    """The same for an input that is normalized by statistics which are none of its own."""
     if _in_one_pass(x, g):
         return _as_torch_does(x, g, mean, variance, eps)
     deviation = (variance + eps).sqrt()
     if torch.is_grad_enabled() or bool((mean.abs() > MODERATE * deviation).any()):
         return over_channels(F.batch_norm(x, mean, variance, None, None, False, 0.0, eps), g)
-    # sum g (x - m) / s = (sum g x - m sum g) / s needs no normalised input, and only a mean far from zero costs digits.
+    # sum g (x - m) / s = (sum g x - m sum g) / s needs no normalized input, and only a mean far from zero costs digits.
     along, bias = over_channels(x.to(g.dtype), g)
     return (along - mean * bias) / deviation, bias
 

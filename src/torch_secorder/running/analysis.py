@@ -31,7 +31,7 @@ Checked = Literal["always", "when due", "never"]
 
 @dataclass(frozen=True)
 class Batch:
-    """One batch, analysed.
+    """One batch, analyzed.
 
     Attributes:
         samples: squared norms of its per-sample gradients.
@@ -157,10 +157,10 @@ class Analysis:
         self.trusts_shapes = False
 
     def differentiable(self) -> AbstractContextManager[None]:
-        """All analysed parameters require a gradient inside, but those that hold codes and can't."""
+        """All analyzed parameters require a gradient inside, but those that hold codes and can't."""
         quantized = {id(self.table.tensors[position]) for position in self.table.quantized}
-        analysed = {id(p): p for p in (*self.table.tensors, *self.table.leaves) if id(p) not in quantized}
-        return requiring_grad(analysed.values())
+        analyzed = {id(p): p for p in (*self.table.tensors, *self.table.leaves) if id(p) not in quantized}
+        return requiring_grad(analyzed.values())
 
     @contextmanager
     def _prepared(self) -> Iterator[HookedForward]:

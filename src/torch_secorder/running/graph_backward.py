@@ -80,7 +80,7 @@ class GraphBackward(Recorder):
     def backward(self, root: Tensor, seed: Tensor | None = None, *, last: bool = True) -> SampleNorms:
         """Squared norms of the per-sample gradients of ``root`` (with ``seed`` for its gradient).
 
-        Only what lies between the root and the first analysed layers' outputs is differentiated, so no parameter gradient
+        Only what lies between the root and the first analyzed layers' outputs is differentiated, so no parameter gradient
         is computed.
 
         Args:
@@ -105,7 +105,7 @@ class GraphBackward(Recorder):
     def _differentiated(
         self, root: Tensor, inputs: list[Any], seed: Tensor | None, retain: bool
     ) -> Sequence[Tensor | None]:
-        """The gradients where nothing analysed comes before; those at all other places arrive at hooks meanwhile."""
+        """The gradients where nothing analyzed comes before; those at all other places arrive at hooks meanwhile."""
         self._deferred = []
         options = {"retain_graph": retain, "create_graph": self._create_graph, "allow_unused": True}
         with refusing_reentrant_checkpoints():
@@ -133,7 +133,7 @@ class GraphBackward(Recorder):
     def _nothing_found(self, root: Tensor) -> Exception:
         if not bool(root.isfinite().all()):
             return not_finite("the outputs or their loss")
-        return CoverageError("the loss does not depend on any analysed parameter through a differentiable way")
+        return CoverageError("the loss does not depend on any analyzed parameter through a differentiable way")
 
     # ------------------------------------------------------------------------------------------------ what arrives
 

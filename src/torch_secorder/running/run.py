@@ -33,7 +33,7 @@ class HookedForward(GraphBackward):
     """``with HookedForward(...) as run: outputs = run(inputs); samples = run.backward(loss)``.
 
     Args:
-        table: the analysed parameters.
+        table: the analyzed parameters.
         plan: how the model is captured.
         knowledge: what is known about the model already.
         options: what each pass collects.

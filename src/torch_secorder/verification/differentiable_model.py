@@ -21,7 +21,7 @@ class DifferentiableModel:
 
     Args:
         model: the model.
-        table: its analysed parameters.
+        table: its analyzed parameters.
         inputs: a batch on which quantized weights are replaced for a trial. Where that changes the outputs by more than rounding,
             such weights have no leaf, and a warning says so.
 

@@ -61,7 +61,7 @@ def verify_samples(
 
     Each sample runs through the model alone. Its output takes its row in the batch's outputs, which are constants, and the loss
     of that is differentiated by plain autograd: a step of one sample, in which no rule takes part. Where the model draws random
-    numbers, the batch is analysed once more in eval mode, which stops dropout, for the comparison.
+    numbers, the batch is analyzed once more in eval mode, which stops dropout, for the comparison.
 
     Args:
         analysis: what is verified.
