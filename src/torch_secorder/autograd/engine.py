@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from threading import get_ident
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ current_graph_task: Callable[[], int] = torch._C._current_graph_task_id
 # The node under way, whose hooks run or which runs itself; None outside of any backward pass.
 current_node: Callable[[], Node | None] = torch._C._current_autograd_node
 
+# Whether the backward pass under way leaves what nodes saved; true outside of any.
+keeps_graph: Callable[[], bool] = torch._C._autograd._get_current_graph_task_keep_graph
+
 # Has the engine call back when the backward pass under way is over.
 after_backward: Callable[[Callable[[], None]], None] = torch.autograd.Variable._execution_engine.queue_callback
 
@@ -29,12 +32,12 @@ saved_tensors_hooks: Callable[[], tuple[Any, Any] | None] = partial(
     torch._C._autograd._top_saved_tensors_default_hooks, False
 )
 
-Owner = Literal["search", "library"]
+# Backward passes under way that the library started. Threads of devices run them too, so that this can't be a thread's own.
+LIBRARY_PASSES: set[int] = set()
 
-# Backward passes under way that the library started, and what for: to see where samples are ("search": through the user's graph,
-# where hooks of other monitors may be), or through a model that it called itself ("library"). Threads of devices run them too,
-# so that this can't be a thread's own.
-LIBRARY_PASSES: dict[int, Owner] = {}
+# Those in which the library looks through the user's graph. Calls of modules inside are a checkpoint's, which has to save as many
+# tensors as it did in the forward, so that a monitor's hooks keep inputs there, too.
+LOOKS: set[int] = set()
 
 # Threads in which the library is calling a model. User's monitors must not see these calls.
 LIBRARY_THREADS: set[int] = set()
@@ -54,41 +57,38 @@ def library_call() -> Iterator[None]:
 
 def in_library_call() -> bool:
     """Whether the library, and not the user, is calling the model."""
-    return get_ident() in LIBRARY_THREADS or (
-        bool(LIBRARY_PASSES) and LIBRARY_PASSES.get(current_graph_task()) == "library"
-    )
+    return get_ident() in LIBRARY_THREADS or (bool(LIBRARY_PASSES) and current_graph_task() in LIBRARY_PASSES)
 
 
 @contextmanager
-def search_pass(roots: Sequence[Tensor], owner: Owner = "search") -> Iterator[list[Tensor]]:
-    """Copies of the roots, from which backward passes inside are the library's own."""
+def looking() -> Iterator[None]:
+    """Inside, the backward pass under way is the library's own, which looks through the user's graph."""
+    task = current_graph_task()
+    LOOKS.add(task)
+    try:
+        yield
+    finally:
+        LOOKS.discard(task)
+
+
+@contextmanager
+def library_pass(roots: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Copies of what the library's own call of a model returned; backward passes from them inside are the library's own."""
     copies, begun = [x.view_as(x) for x in roots], set[int]()
 
     def begin(grads: object) -> None:
         begun.add(task := current_graph_task())
-        LIBRARY_PASSES[task] = owner
+        LIBRARY_PASSES.add(task)
 
     for root in copies:
         assert root.grad_fn is not None
         # Nodes of our own run before all others, so that no monitor of this model takes the pass for the user's.
         root.grad_fn.register_prehook(begin)
     try:
-        yield copies
+        with library_call():
+            yield copies
     finally:
-        for task in begun:
-            LIBRARY_PASSES.pop(task, None)
-
-
-@contextmanager
-def library_pass(roots: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Copies of what the library's own call of a model returned, to differentiate inside."""
-    with library_call(), search_pass(roots, "library") as copies:
-        yield copies
-
-
-def in_search_pass() -> bool:
-    """Whether the backward pass under way is one that looks for samples, or for one sample's gradient."""
-    return bool(LIBRARY_PASSES) and LIBRARY_PASSES.get(current_graph_task()) == "search"
+        LIBRARY_PASSES.difference_update(begun)
 
 
 def is_library_pass(task: int) -> bool:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
+from torch_secorder.autograd.engine import keeps_graph
+from torch_secorder.autograd.guard import in_python_function
 from torch_secorder.autograd.self_test import hooks_are_seen, raw_tensors
 from torch_secorder.errors import UnsupportedError
 
@@ -65,21 +68,49 @@ def has_packed_tensors(node: Any) -> bool | None:
     return any(getattr(one, "unpack_hook", None) is not None for one in raw_tensors(node))
 
 
+def is_python_function(node: Any) -> bool:
+    """Whether a node is that of a :class:`torch.autograd.Function`."""
+    return isinstance(node, torch.autograd.function.BackwardCFunction)
+
+
 def node_vjp(node: Any, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
     """The gradients of a node's inputs, in the order of its ``next_functions``, given those of its outputs."""
-    if node.name() == "CompiledFunctionBackward":
+    if node.name() == "CompiledFunctionBackward" and not keeps_graph():
         raise UnsupportedError(
-            "a compiled function can't be asked for single samples: run the original module inside the analysis "
-            "(model._orig_mod), or compile after it"
+            "a compiled function can't be asked for single samples, since it frees what it saved: run the original module inside "
+            "the analysis (model._orig_mod), or compile after it"
         )
-    if not isinstance(node, torch.autograd.function.BackwardCFunction):
+    if not is_python_function(node):
         results = node(*grads)
         return list(results) if isinstance(results, tuple) else [results]
-    # A user's own function answers for every argument, tensor or not; those with an edge are the ones that need a gradient.
-    results = node.apply(*grads)
+    # A function of Python's answers for every argument, tensor or not; those with an edge are the ones that need a gradient.
+    with in_python_function():
+        results = node.apply(*map(partial(_or_zeros, node), range(len(grads)), grads))
     answers = results if isinstance(results, tuple) else (results,)
     wanted = iter([answer for answer, needs in zip(answers, node.needs_input_grad, strict=True) if needs])
     return [None if child is None else next(wanted) for child, _ in node.next_functions]
+
+
+def _or_zeros(node: Node, nr: int, grad: Tensor | None) -> Tensor | None:
+    """The gradient of an output, or the zeros that the engine gives a Python function for one that was not used."""
+    if grad is not None:
+        return grad
+    output = _metadata(node)[nr]
+    if output.is_nested_tensor:
+        return None
+    return torch.zeros(output.shape, dtype=output.dtype, device=output.device)
+
+
+def fitted(grad: Tensor, node: Node, nr: int, *, keeps_dtype: bool = False) -> Tensor:
+    """A gradient as the engine hands it to a node: of its output's shape and dtype, and real if that is real."""
+    output = _metadata(node)[nr]
+    if tuple(grad.shape) != tuple(output.shape):
+        grad = grad.sum_to_size(tuple(output.shape))
+    if keeps_dtype or grad.dtype == output.dtype:
+        return grad
+    if grad.is_complex() and not output.dtype.is_complex:
+        grad = grad.real
+    return grad.to(output.dtype)
 
 
 def gradient_edge_of(output: Tensor) -> GradientEdge | None:

@@ -1,9 +1,10 @@
-"""The user's hooks on parameters, which must not see gradients that are none of the user's."""
+"""The user's hooks on parameters and their ``.grad``, which gradients that are none of the user's must not reach."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor
 
@@ -14,12 +15,32 @@ TensorHook = Callable[[Tensor], "Tensor | None"]
 
 
 @contextmanager
+def untouched(leaves: Sequence[Tensor]) -> Iterator[None]:
+    """The library's own backward passes inside run no hook of the user's on these tensors, and leave their ``.grad`` as it was.
+
+    A pass that is asked for other gradients would not touch them by itself, but a function whose backward starts a pass of its
+    own does. Inside, ``.grad`` is None but for what such a function accumulates.
+    """
+    kept = [(leaf, leaf.grad) for leaf in leaves if leaf.requires_grad]
+
+    def restore() -> None:
+        for leaf, grad in kept:
+            leaf.grad = grad
+
+    with silenced_in_library_passes(leaves), restoring(restore):
+        for leaf, _ in kept:
+            leaf.grad = None
+        yield
+
+
+@contextmanager
 def silenced_in_library_passes(leaves: Sequence[Tensor]) -> Iterator[None]:
     """The user's hooks on these tensors run in the user's backward passes only, and change no gradient in the library's.
 
     They stay in their places, so that a backward pass in another thread misses none of them.
     """
-    tables = [leaf._backward_hooks for leaf in leaves if leaf._backward_hooks]
+    tables: list[dict[int, Any]] = [leaf._backward_hooks for leaf in leaves if leaf._backward_hooks]
+    tables += [hooks for leaf in leaves if (hooks := leaf._post_accumulate_grad_hooks)]
 
     def restore() -> None:
         for hooks in tables:

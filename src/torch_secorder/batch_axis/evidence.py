@@ -25,6 +25,7 @@ class Unplaced(Enum):
 
     SHARED_BY_SAMPLES = "it belongs to no single sample"
     NO_GRADIENT = "no gradient reaches it"
+    HIDDEN = "it lies behind a node that can't be looked through"
 
 
 Evidence = Placement | Unplaced

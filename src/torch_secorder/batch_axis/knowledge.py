@@ -66,9 +66,9 @@ class PlacementCache:
     def missing(self, wanted: Sequence[Wanted], n: int, ambiguous_shapes: bool) -> list[Wanted]:
         """The places in a graph of n samples for which no evidence is known that holds there.
 
-        A call that no gradient reached could not be placed. It is searched for again in the 1st, 2nd, 3rd, 5th, 9th, ... graph
-        of its kind, and in every graph if shapes are ambiguous; meanwhile it keeps the placement that its shape suggests. A use
-        has none to keep, so that it is always searched for again.
+        A call that no gradient reached, or that is hidden, could not be placed. It is searched for again in the 1st, 2nd, 3rd,
+        5th, 9th, ... graph of its kind, and in every graph if shapes are ambiguous; meanwhile it keeps the placement that its
+        shape suggests. A use has none to keep, so that it is always searched for again.
         """
         found: list[Wanted] = []
         for item in wanted:  # in every step: no function for each place
@@ -77,7 +77,7 @@ class PlacementCache:
             if isinstance(known, Placement):
                 # A router decides anew for each batch, so that a list of samples is good for one graph only.
                 holds = known.sample_index is None and known.fits(shape, n)
-            elif known is Unplaced.NO_GRADIENT:
+            elif known in (Unplaced.NO_GRADIENT, Unplaced.HIDDEN):
                 holds = key[0] == "call" and not ambiguous_shapes and not is_due(self.graphs_seen)
             else:
                 holds = known is Unplaced.SHARED_BY_SAMPLES

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch_secorder.autograd.engine import (
     LIBRARY_PASSES,
     LIBRARY_THREADS,
+    LOOKS,
     current_graph_task,
     in_library_call,
-    in_search_pass,
 )
 from torch_secorder.capture.records import Forward
 from torch_secorder.errors import ShapeError
@@ -108,8 +108,7 @@ class ForwardTracker:
             forward.records = []
 
     def _note_skipped_pass(self, *_: Any) -> None:
-        if not in_search_pass():
-            self.skipped_passes.add(current_graph_task())
+        self.skipped_passes.add(current_graph_task())
 
     def of_call(self, output: Any, axis: int) -> Forward | None:
         """The run that a module's call belongs to; None if it is not to be recorded.
@@ -127,6 +126,8 @@ class ForwardTracker:
 
     def _outside(self, output: Any, axis: int) -> Forward:
         """The run of a call with no call of the model around it: a checkpoint's, or the user's call of a submodule."""
+        if LOOKS and (look := current_graph_task()) in LOOKS:
+            return Forward(self.latest.n, Counter(self.latest.calls), recomputed_in=look)
         task, found = self._recomputation(current_graph_task()), self.outside_calls
         if task is not None:
             if found is None or found.recomputed_in != task:
@@ -140,7 +141,7 @@ class ForwardTracker:
         """The backward pass in which a forward runs again, for a task that is one."""
         if task == -1:
             return None
-        if self._on_recomputation is not None:
+        if self._on_recomputation is not None and task not in LOOKS:
             # Until a pass is over, another one that runs something again is a checkpoint's inside of another checkpoint.
             before = self.outside_calls.recomputed_in if self.outside_calls is not None else None
             self._on_recomputation(task, task if before is None else before)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from functools import partial
 from typing import NamedTuple
 
@@ -20,11 +19,10 @@ from torch_secorder.batch_axis.search import SampleSearch, SearchOnAllRanks
 from torch_secorder.batch_axis.search_pass import SearchPasses
 from torch_secorder.capture.records import Forward, Record
 from torch_secorder.errors import ShapeError, UnsupportedError
-from torch_secorder.graph.frontier import Frontier, ParameterUse
+from torch_secorder.graph.frontier import Frontier, ParameterUse, hidden
 from torch_secorder.graph.walk import Walk
 from torch_secorder.model.parameters import Table
 from torch_secorder.model.ranks import Ranks
-from torch_secorder.rules.node_rules import runs_after_node
 
 # How many nodes a chain from a parameter to the data is expected to have at most, so that one search pass sees all of it.
 LOOK_AHEAD = 3
@@ -40,14 +38,12 @@ class Questions(NamedTuple):
         reorders_samples: whether some node may put the samples into another order, so that nothing that was found in
             other batches holds for this one, nor the other way round.
         ambiguous_shapes: whether shapes leave open where the samples are.
-        has_reentrant_checkpoint: whether parts of the graph are hidden from any search.
         uses_outside_calls: whether some parameter is used outside of its module's call.
     """
 
     several_samples: bool
     reorders_samples: bool
     ambiguous_shapes: bool
-    has_reentrant_checkpoint: bool
     uses_outside_calls: bool
 
     @classmethod
@@ -56,7 +52,7 @@ class Questions(NamedTuple):
         ambiguous = walk.reorders_samples or walk.has_ambiguous_axis
         for record, _ in reached:
             ambiguous = ambiguous or record.placement is None
-        return cls(n > 1, walk.reorders_samples, ambiguous, walk.has_reentrant_checkpoint, bool(walk.uses))
+        return cls(n > 1, walk.reorders_samples, ambiguous, bool(walk.uses))
 
     def on_any(self, ranks: Ranks) -> Questions:
         """For each question whether any rank says yes."""
@@ -68,7 +64,6 @@ class Audit:
 
     Args:
         table: the analyzed parameters.
-        on_use: called with a use and the gradients that arrived at its node, inside the backward pass.
         batch_axis: where the model's outputs have the batch axis.
         knowledge: what is known about the model already.
         locate_on_three_samples: adds to the knowledge from a batch of three samples; called when a search is needed.
@@ -77,21 +72,18 @@ class Audit:
 
     Attributes:
         fingerprint: that of the latest graph.
-        other_leaves: where that graph accumulates gradients of other tensors than the analyzed parameters.
-        hooks: those on the nodes of the latest graph, which may outlive the audit.
     """
 
     def __init__(
         self,
         table: Table,
-        on_use: Callable[[ParameterUse, tuple[Tensor | None, ...]], None],
         batch_axis: int = 0,
         knowledge: ModelKnowledge | None = None,
         locate_on_three_samples: Callable[[], None] | None = None,
         *,
         trust_shapes: bool = False,
     ):
-        self._table, self._ranks, self._on_use, self._axis = table, table.ranks, on_use, batch_axis
+        self._table, self._ranks, self._axis = table, table.ranks, batch_axis
         self._leaves = {
             torch.autograd.graph.get_gradient_edge(p).node: position
             for position, p in enumerate(table.leaves)
@@ -100,17 +92,14 @@ class Audit:
         self._knowledge, self._trust_shapes = knowledge or ModelKnowledge(), trust_shapes
         self._locate_on_three_samples = locate_on_three_samples
         self.fingerprint = 0
-        self.other_leaves: list[GradientEdge] = []
-        self.hooks = ExitStack()
 
     def uses(self, forward: Forward, outputs: Sequence[Tensor]) -> list[tuple[ParameterUse, Node]]:
-        """Place every record of a forward, and hook every use that no record accounts for.
+        """Place every record of a forward, and find every use that no record accounts for, each with its node.
 
         Raises:
             ShapeError: if a call's samples can't be found.
             CoverageError: if a parameter's use can't be taken apart by samples.
         """
-        self.hooks.pop_all()  # earlier graphs keep theirs
         if not self._ranks.distributed:
             return self._uses(forward, outputs)
         with self._ranks.fail_together():
@@ -119,7 +108,7 @@ class Audit:
     def _uses(self, forward: Forward, outputs: Sequence[Tensor]) -> list[tuple[ParameterUse, Node]]:
         roots = [x for x in outputs if x.requires_grad]
         walk, n = Walk(roots, forward, self._leaves), forward.n
-        self.fingerprint, self.other_leaves = walk.fingerprint, walk.other_leaves
+        self.fingerprint = walk.fingerprint
         if n is None:
             return []
         reached = [item for item in forward.records if item[0].site.rule is not None and item[1].node in walk.children]
@@ -133,7 +122,7 @@ class Audit:
             return []
         uses = Frontier(walk, shared, search, self._table, one_sample=not asked.several_samples).uses(forward)
         for use, node in uses:
-            self._hook(use, node)
+            self._require_readable(use, node)
         for record in shared:
             record.placement = None
         return uses
@@ -154,7 +143,7 @@ class Audit:
         """Give each record its placement; returns those of calls that all samples share, which have none."""
         for record, _ in reached:
             record.in_output_graph = True
-        by_shape = not asked.ambiguous_shapes and (self._trust_shapes or asked.has_reentrant_checkpoint)
+        by_shape = self._trust_shapes and not asked.ambiguous_shapes
         if by_shape or not asked.several_samples:
             for record, _ in reached:
                 if record.placement is None:  # then there is one sample, and all of the output belongs to it
@@ -169,6 +158,8 @@ class Audit:
                 shared.append(record)
             elif isinstance(found, Placement):
                 record.placement = found
+            elif found is Unplaced.HIDDEN and (asked.ambiguous_shapes or record.placement is None):
+                raise hidden(str(record.site), n)
             elif record.placement is None:
                 raise ShapeError(
                     f"{record.site}: its output has shape {tuple(record.shape)}, and where the {n} samples are in it can't be "
@@ -176,8 +167,8 @@ class Audit:
                 )
         return shared
 
-    def _hook(self, use: ParameterUse, node: Node) -> None:
-        """Have the node of a use call back with its gradients."""
+    def _require_readable(self, use: ParameterUse, node: Node) -> None:
+        """Raise if what the rule of a use needs can't be read from its node; count the use otherwise."""
         if why := use.unreadable_because(node):
             raise UnsupportedError(
                 f"{', '.join(self._names(use))}: used by {why} inside of activation checkpointing (or other hooks on saved "
@@ -186,10 +177,6 @@ class Audit:
             )
         for target in use.targets:
             use.forward.calls.update([target] if isinstance(target, int) else target.site.positions)
-        hook = partial(self._on_use, use)
-        late = runs_after_node(node)
-        handle = node.register_hook(partial(_after_node, hook)) if late else node.register_prehook(hook)
-        self.hooks.callback(handle.remove)
 
     def _names(self, use: ParameterUse) -> list[str]:
         return [self._table.names[target] if isinstance(target, int) else str(target.site) for target in use.targets]
@@ -211,8 +198,3 @@ def _wanted(reached: Reached) -> list[Wanted]:
         wanted.append((("call", name, len(record.shape), counts[name]), edge, record.shape))
         counts[name] += 1
     return wanted
-
-
-def _after_node(hook: Callable[..., None], _: object, grads: tuple[Tensor | None, ...]) -> None:
-    """Call a hook for a node's gradients once the node has run, which is told what it returned, too."""
-    hook(grads)

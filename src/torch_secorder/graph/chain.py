@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from torch_secorder.autograd.nodes import Edge, node_vjp, output_count, output_dtype, value_shape
+from torch_secorder.autograd.graph_pass import Gradients, Route
+from torch_secorder.autograd.nodes import Edge, output_dtype
 from torch_secorder.autograd.saved import settings
-from torch_secorder.errors import CoverageError
+from torch_secorder.errors import UnsupportedError
 from torch_secorder.per_sample import Outer, PerSampleGradient, PulledBack
 
 # Nodes that only move entries, or leave some out, so that the gradient of what they take has the norm of what arrives.
@@ -80,52 +81,22 @@ def _line(value: Edge, start: Node) -> list[Edge] | None:
 
 def _vjp(value: Edge, start: Node, shape: tuple[int, ...], permutes: bool, grads: Tensor) -> Tensor:
     """``[n, *value shape]`` -> ``[n, *shape]`` through the batch-free chain between the two."""
-    order = between(value[0], start)
-    on_the_way = {start, *order}
+    route = Route([value[0]], [start])
+    if start not in route.ends:
+        raise UnsupportedError(
+            "what was computed from a parameter alone went through something that can't be looked through: re-entrant activation "
+            "checkpointing, or a function that calls modules in its backward; compute it outside of that"
+        )
     # A node that computes has saved tensors of the model's dtype, which may be narrower than that of our gradients.
     dtype = grads.dtype if permutes else output_dtype(*value)
     found = []
     for grad in grads.to(dtype):
-        pending = {value: grad}
-        for node in order:
-            _call(node, pending, on_the_way)
-        total = pending.get((start, 0))
-        found.append(grads.new_zeros(shape) if total is None else total.reshape(shape).to(grads.dtype))
+        arrived: list[Tensor] = []
+        route.flow({value: grad}, partial(_first_of, arrived), complete=True, keeps_dtype=permutes)
+        found.append(arrived[0].reshape(shape).to(grads.dtype) if arrived else grads.new_zeros(shape))
     return torch.stack(found) if found else grads.new_zeros(0, *shape)
 
 
-def _call(node: Node, pending: dict[Edge, Tensor], on_the_way: set[Node]) -> None:
-    """Replace the gradients that wait at one node by those of its inputs, as the engine does, but without any hook.
-
-    Hooks of the user's on parameters expect gradients of a batch, and would run once for each sample.
-    """
-    arrived = [pending.pop((node, nr), None) for nr in range(output_count(node))]
-    if all(grad is None for grad in arrived):
-        return
-    for (child, nr), result in zip(node.next_functions, node_vjp(node, arrived), strict=True):
-        if child is None or child not in on_the_way:
-            continue
-        if result is None:
-            raise CoverageError(
-                f"{node.name()} gives no gradient for what a parameter went into: the backward pass under way was "
-                "asked for some gradients only (inputs=); call backward() without"
-            )
-        part, before = result.sum_to_size(value_shape(child, nr)), pending.get((child, nr))
-        pending[child, nr] = part if before is None else before + part
-
-
-def between(first: Node, last: Node) -> list[Node]:
-    """The nodes from ``first`` down to before ``last``, each after all of its consumers."""
-    order: list[Node] = []
-    seen = {last}
-    stack: list[tuple[Node, bool]] = [(first, False)]
-    while stack:
-        node, done = stack.pop()
-        if done:
-            order.append(node)
-        elif node not in seen:
-            # It counts as seen from here on only: while it waited on the stack, a consumer could still come before it.
-            seen.add(node)
-            stack.append((node, True))
-            stack += [(child, False) for child, _ in node.next_functions if child is not None and child.next_functions]
-    return order[::-1]
+def _first_of(arrived: list[Tensor], _: Node, grads: Gradients) -> None:
+    """Keep the gradient of a start, which has one output."""
+    arrived += [grad for grad in grads[:1] if grad is not None]

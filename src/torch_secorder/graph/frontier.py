@@ -10,13 +10,15 @@ from typing import Any, NamedTuple
 
 from torch.autograd.graph import GradientEdge, Node
 
+from torch_secorder.autograd.graph_pass import Route
 from torch_secorder.autograd.nodes import Edge, has_packed_tensors, output_count, output_shapes, value_shape
 from torch_secorder.batch_axis.evidence import Evidence, Unplaced
 from torch_secorder.batch_axis.knowledge import Key, Wanted
 from torch_secorder.batch_axis.placement import Layout, Placement
 from torch_secorder.batch_axis.search import SampleSearch
 from torch_secorder.capture.records import Forward, Record
-from torch_secorder.graph.chain import PERMUTES_ENTRIES, BatchFreeVjp, batch_free_vjp, between
+from torch_secorder.errors import UnsupportedError
+from torch_secorder.graph.chain import PERMUTES_ENTRIES, BatchFreeVjp, batch_free_vjp
 from torch_secorder.graph.walk import Walk
 from torch_secorder.model.parameters import Table
 from torch_secorder.rules.node_rules import NodeUse, has_rule
@@ -82,7 +84,7 @@ class ParameterUse:
     def unreadable_because(self, node: Node) -> str | None:
         """The name of a node whose saved tensors only autograd can fetch, and only once, since hooks keep them elsewhere."""
         computed = (vjp for value in self.values for _, vjp in value.targets if vjp.permutation is None)
-        chains = (between(vjp.value[0], vjp.start) for vjp in computed)
+        chains = (Route([vjp.value[0]], [vjp.start]).order[:-1] for vjp in computed)
         for one in (node, *itertools.chain(*chains)):
             packed = has_packed_tensors(one)
             if packed is None:
@@ -114,6 +116,15 @@ class Consumer(NamedTuple):
     def edge(self) -> Edge:
         """What tells it from other consumers in one graph."""
         return self.node, self.input_index
+
+
+def hidden(what: str, n: int | None) -> UnsupportedError:
+    """The refusal of something whose samples an opaque node hides."""
+    return UnsupportedError(
+        f"{what}: the shapes leave open where its {n} samples are, and what shows it is hidden, by re-entrant activation "
+        "checkpointing (use torch.utils.checkpoint with use_reentrant=False, or another batch size) or by a function whose "
+        "backward calls modules or starts a backward pass"
+    )
 
 
 class Frontier:
@@ -157,6 +168,8 @@ class Frontier:
             for item, (found, output) in zip(others, self._evidence(others), strict=True):
                 if isinstance(found, Placement):
                     yield item, found, output
+                elif found is Unplaced.HIDDEN:
+                    raise hidden(f"{item.path.partition('/')[0]}: {item.node.name()}", self._walk.n)
                 elif found is Unplaced.SHARED_BY_SAMPLES:
                     level += self._above(item)
 

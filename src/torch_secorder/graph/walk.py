@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, Node
+from torch.autograd.graph import Node
 
 from torch_secorder.autograd.nodes import Edge, output_shapes
 from torch_secorder.autograd.saved import axes
@@ -27,11 +27,10 @@ class Walk:
         records: node that made a hooked call's output -> the calls that end there.
         uses: position of a parameter -> its uses that no call accounts for, as edges (consumer, index of the input).
         leaves: node that accumulates an analyzed parameter's gradient -> the parameter's position.
-        other_leaves: where the gradients of other tensors are accumulated: inputs, parameters of other models.
+        n: how many samples the forward has; None if nobody knows.
         fingerprint: a hash of the graph, equal for graphs with the same nodes in the same order and the same pattern of
             sizes. Where sizes prove nothing, the axes that the nodes work along are hashed as well.
         has_ambiguous_axis: whether some tensor has n indices on another axis than the first, so that sizes prove nothing.
-        has_reentrant_checkpoint: whether re-entrant checkpointing hides parts of the graph, so that no evidence is in it.
         reorders_samples: whether some node may put the samples into another order, so that what held for other batches
             may not hold for this one.
     """
@@ -40,8 +39,7 @@ class Walk:
         self.children: dict[Node, Any] = {}
         self.records: dict[Node, list[Record]] = {}
         self.uses: dict[int, list[Edge]] = defaultdict(list)
-        self.leaves = leaves
-        self.other_leaves: list[GradientEdge] = []
+        self.leaves, self.n = leaves, forward.n
         self._names: list[str] = []  # of the nodes in children
         calls: dict[Node, list[Record]] = defaultdict(list)
         for record, edge in forward.records:
@@ -62,8 +60,6 @@ class Walk:
                 self.records[node] = ending
             else:
                 ending, inputs = None, node.next_functions
-                if not inputs and hasattr(node, "variable"):
-                    self.other_leaves.append(GradientEdge(node, 0))
             self.children[node] = inputs
             self._names.append(node.name())
             for index, (child, _) in enumerate(inputs):
@@ -109,7 +105,6 @@ class Walk:
 
     def _describe(self, n: int | None) -> None:
         names, shapes = tuple(self._names), output_shapes(self.children)
-        self.has_reentrant_checkpoint = "CheckpointFunctionBackward" in names
         self.has_ambiguous_axis = n is not None and has_ambiguous_axis(n, shapes)
         self.reorders_samples = (
             n is not None

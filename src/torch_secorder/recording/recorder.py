@@ -18,6 +18,7 @@ from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 
 from torch_secorder.autograd.engine import (
     LIBRARY_PASSES,
@@ -45,6 +46,7 @@ from torch_secorder.recording.backward_pass import BackwardPass, Check, counted_
 from torch_secorder.recording.gradient_norms import GradientNorms
 from torch_secorder.recording.plan import Plan
 from torch_secorder.recording.sample_norms import SampleNorms
+from torch_secorder.rules.node_rules import runs_after_node
 
 
 class Recorder(HookScope):
@@ -83,7 +85,6 @@ class Recorder(HookScope):
         self.table, self.plan, self.options, self._knowledge = table, plan, options, knowledge
         self._audit = Audit(
             table,
-            self._on_use_gradients,
             plan.batch_axis,
             knowledge,
             locate_on_three_samples,
@@ -125,7 +126,16 @@ class Recorder(HookScope):
 
     def _on_model_exit(self, forward: Forward, outputs: list[Tensor]) -> None:
         """The model returns these tensors, in whatever containers."""
-        self._audit.uses(forward, outputs)
+        for use, node in self._audit.uses(forward, outputs):
+            self._hook(use, node)
+
+    def _hook(self, use: ParameterUse, node: Node) -> None:
+        """Have the node of a use call back with its gradients."""
+        hook = partial(self._on_use_gradients, use)
+        if runs_after_node(node):
+            node.register_hook(partial(_after_node, hook))
+        else:
+            node.register_prehook(hook)
 
     # ------------------------------------------------------------------------------------------------ what arrives
 
@@ -198,6 +208,11 @@ class Recorder(HookScope):
         if current.accumulator.slow and not self._knowledge.warned_of_slow_rules:
             self._knowledge.warned_of_slow_rules = current.accumulator.warned()
         return samples
+
+
+def _after_node(hook: Callable[..., None], _: object, grads: tuple[Tensor | None, ...]) -> None:
+    """Call a hook for a node's gradients once the node has run, which is told what it returned, too."""
+    hook(grads)
 
 
 class UserRecorder(Recorder):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,14 +14,14 @@ from torch.autograd.graph import GradientEdge, Node
 
 from torch_secorder.autograd.engine import (
     current_node,
-    in_search_pass,
     library_pass,
     refusing_reentrant_checkpoints,
-    search_pass,
 )
+from torch_secorder.autograd.graph_pass import Gradients, GraphPass
+from torch_secorder.autograd.tensor_hooks import untouched
 from torch_secorder.capture.records import Forward, Record
 from torch_secorder.errors import CoverageError
-from torch_secorder.graph.frontier import ParameterUse
+from torch_secorder.graph.frontier import ParameterUse, hidden
 from torch_secorder.recording.backward_pass import BackwardPass, not_finite
 from torch_secorder.recording.quantities import QUANTITIES
 from torch_secorder.recording.recorder import Recorder
@@ -48,8 +49,9 @@ class GraphBackward(Recorder):
         self._current: BackwardPass | None = None
         self._count = 0  # of the passes so far
         self._starts: list[tuple[Record | ParameterUse, list[GradientEdge]]] = []
-        self._inputs: Sequence[Tensor | GradientEdge] = []
-        self._shared_graph = False  # whether the graph is somebody else's, maybe with a monitor's hooks on it
+        self._inputs: Sequence[Tensor] = []  # the model's inputs that require a gradient
+        self._uses_of_node: dict[Node, ParameterUse] = {}
+        self._others_graph = False
         self._defers = False
         # Uses whose gradients take calls of nodes have to wait for the end of the backward pass.
         self._deferred: list[tuple[ParameterUse, Node | None, tuple[Tensor | None, ...]]] = []
@@ -57,25 +59,31 @@ class GraphBackward(Recorder):
 
     @contextmanager
     def through(self, outputs: Tensor) -> Iterator[None]:
-        """Inside, passes go through outputs that were computed before, whose graph is left as it was."""
-        self._shared_graph = True
+        """Inside, passes go through outputs that were computed before, whose graph is somebody else's, maybe with hooks on it."""
         try:
-            self._on_model_exit(Forward(len(outputs)), [outputs])
-            self._inputs = self._audit.other_leaves
+            uses = self._found_uses(Forward(len(outputs)), [outputs])
+            self._uses_of_node = {node: use for use, node in uses}
+            self._others_graph = True
             yield
         finally:
-            self._audit.hooks.close()
-            self._starts, self._inputs, self._shared_graph = [], [], False
+            self._starts, self._uses_of_node, self._others_graph = [], {}, False
 
     def _on_model_exit(self, forward: Forward, outputs: list[Tensor]) -> None:
         """Prepare for backward passes from these outputs."""
-        uses = self._audit.uses(forward, outputs)
+        uses = self._found_uses(forward, outputs)
         self._starts = [
             (record, [edge]) for record, edge in forward.records if record.starts_graph and record.placement
         ]
         self._starts += [(use, use.edges(node)) for use, node in uses if use.is_first]
         self._defers = any(self._needs_node_calls(use) for use, _ in uses)
+        for use, node in uses:
+            if not use.is_first:  # the gradients of those that are are results of the pass
+                self._hook(use, node)
+
+    def _found_uses(self, forward: Forward, outputs: list[Tensor]) -> list[tuple[ParameterUse, Node]]:
+        uses = self._audit.uses(forward, outputs)
         self.n, self.fingerprint = forward.n or 0, self._audit.fingerprint
+        return uses
 
     def backward(self, root: Tensor, seed: Tensor | None = None, *, last: bool = True) -> SampleNorms:
         """Squared norms of the per-sample gradients of ``root`` (with ``seed`` for its gradient).
@@ -90,40 +98,59 @@ class GraphBackward(Recorder):
         """
         self._count += 1
         current = self._current = self._begin(self._count, keep_inputs=not last or self._create_graph)
+        self._deferred = []
         try:
-            edges = [edge for _, several in self._starts for edge in several]
-            if root.requires_grad and (edges or self._inputs):
+            if self._others_graph:
+                return self._finished(current, root, self._looked_through(current, root, seed))
+            ends = [*(edge for _, several in self._starts for edge in several), *self._inputs]
+            if root.requires_grad and ends:
                 retain = not last or self._create_graph or self._defers
-                with (search_pass if self._shared_graph else library_pass)([root]) as (start,):
-                    found = self._differentiated(start, [*edges, *self._inputs], seed, retain)
-                    with torch.set_grad_enabled(self._create_graph):
-                        return self._finished(current, root, found)
+                with library_pass([root]) as (start,), untouched(self.table.leaves):
+                    found = self._differentiated(start, ends, seed, retain)
+                    return self._finished(current, root, found)
             raise self._nothing_found(root)
         finally:
             self._current = None
+
+    def _looked_through(self, current: BackwardPass, root: Tensor, seed: Tensor | None) -> tuple[()]:
+        """A pass through somebody else's graph, in which nobody's hooks run; nothing is left for its end."""
+        assert seed is not None
+        gradient = seed
+        passes = GraphPass([root], self._uses_of_node, create_graph=self._create_graph)
+        passes.run(lambda: [gradient.clone()], partial(self._arrived_at_node, current))
+        if not passes.hidden.isdisjoint(self._uses_of_node):
+            raise hidden("a parameter's use", self.n)
+        return ()
+
+    def _arrived_at_node(self, current: BackwardPass, node: Node, grads: Gradients) -> None:
+        use, grads = self._uses_of_node[node], tuple(grads)
+        if self._needs_node_calls(use):
+            self._deferred.append((use, node, grads))
+        else:
+            self._within(current, use, current.accumulator.add_use, use, node, grads)
 
     def _differentiated(
         self, root: Tensor, inputs: list[Any], seed: Tensor | None, retain: bool
     ) -> Sequence[Tensor | None]:
         """The gradients where nothing analyzed comes before; those at all other places arrive at hooks meanwhile."""
-        self._deferred = []
         options = {"retain_graph": retain, "create_graph": self._create_graph, "allow_unused": True}
         with refusing_reentrant_checkpoints():
             return torch.autograd.grad(root, inputs, seed, **options)
 
     def _finished(self, current: BackwardPass, root: Tensor, found: Sequence[Tensor | None]) -> SampleNorms:
-        for use, node, grads in self._deferred:
-            self._within(current, use, current.accumulator.add_use, use, node, grads)
-        arrived = iter(found)
-        for item, several in self._starts:
-            grads = tuple(itertools.islice(arrived, len(several)))
-            if isinstance(item, ParameterUse):
-                self._within(current, item, current.accumulator.add_use, item, several[0].node, grads)
-            elif grads[0] is not None:
-                self._within(current, item, self._add_start, current, item, grads[0])
-        if current.error is None and current.accumulator.is_empty:
-            raise self._nothing_found(root)
-        return self.finish(current)
+        with torch.set_grad_enabled(self._create_graph):
+            for use, node, grads in self._deferred:
+                self._within(current, use, current.accumulator.add_use, use, node, grads)
+            arrived = iter(found)
+            for item, several in self._starts:
+                grads = tuple(itertools.islice(arrived, len(several)))
+                if isinstance(item, ParameterUse):
+                    self._within(current, item, current.accumulator.add_use, item, several[0].node, grads)
+                elif grads[0] is not None:
+                    self._within(current, item, self._add_start, current, item, grads[0])
+            if current.error is None and current.accumulator.is_empty:
+                raise self._nothing_found(root)
+            return self.finish(current)
 
     def _add_start(self, current: BackwardPass, record: Record, grad: Tensor) -> None:
         """The gradient of a layer before which nothing is differentiated."""
@@ -138,7 +165,7 @@ class GraphBackward(Recorder):
     # ------------------------------------------------------------------------------------------------ what arrives
 
     def _pass_under_way(self, recomputed_in: int | None = None) -> BackwardPass | None:
-        return self._current if self._shared_graph or not in_search_pass() else None
+        return self._current
 
     def _on_output_gradient(self, record: Record, output_nr: int, grads: tuple[Tensor | None, ...]) -> None:
         if not record.starts_graph:  # the gradients of those that do are results of the pass
@@ -146,7 +173,7 @@ class GraphBackward(Recorder):
 
     def _on_use_gradients(self, use: ParameterUse, grads: tuple[Tensor | None, ...]) -> None:
         current = self._pass_under_way()
-        if current is None or use.is_first:
+        if current is None:
             return
         if self._needs_node_calls(use):
             self._deferred.append((use, current_node(), grads))

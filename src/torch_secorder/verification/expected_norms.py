@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node, get_gradient_edge
 
-from torch_secorder.autograd.engine import search_pass
+from torch_secorder.autograd.graph_pass import Gradients, GraphPass
+from torch_secorder.autograd.nodes import Edge
 from torch_secorder.autograd.precision import has_half_precision
 from torch_secorder.errors import LifecycleError
 from torch_secorder.verification.comparison import require_equal_norms
@@ -61,8 +63,7 @@ def expected_norms(
     Raises:
         LifecycleError: if the loss doesn't depend on these outputs.
     """
-    with torch.enable_grad(), search_pass([loss]) as (root,):
-        gradients = torch.autograd.grad(root, list(outputs), retain_graph=True, allow_unused=True)
+    gradients = _output_gradients(loss, outputs)
     pairs = [(x, g) for x, g in zip(outputs, gradients, strict=True) if g is not None and x.dim() > axis]
     if not pairs:
         raise LifecycleError("verify: the loss doesn't depend on the outputs of the model's latest call in this block")
@@ -70,3 +71,15 @@ def expected_norms(
     reached, seeds = zip(*pairs, strict=True)
     norms = squared_norms_of_sample(reached, seeds, [leaves[position] for position in positions], sample, axis=axis)
     return ExpectedNorms(sample, positions, as_row(norms), has_half_precision(loss))
+
+
+def _output_gradients(loss: Tensor, outputs: Sequence[Tensor]) -> list[Tensor | None]:
+    """The gradient of the loss with respect to each output, None for those that it doesn't depend on."""
+    edges = [get_gradient_edge(x) for x in outputs]
+    arrived: dict[Edge, Tensor | None] = {}
+
+    def arrive(node: Node, grads: Gradients) -> None:
+        arrived.update({(node, nr): grad for nr, grad in enumerate(grads)})
+
+    GraphPass([loss], {edge.node for edge in edges}).run(lambda: [torch.ones_like(loss)], arrive)
+    return [arrived.get((edge.node, edge.output_nr)) for edge in edges]

@@ -11,10 +11,14 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node, get_gradient_edge
 
-from torch_secorder.autograd.engine import current_graph_task, library_pass, refusing_reentrant_checkpoints, search_pass
+from torch_secorder.autograd.engine import current_graph_task, library_pass
+from torch_secorder.autograd.graph_pass import Gradients, GraphPass, behind
+from torch_secorder.autograd.nodes import is_python_function
 from torch_secorder.autograd.precision import full_precision
-from torch_secorder.autograd.tensor_hooks import silenced_in_library_passes
+from torch_secorder.autograd.tensor_hooks import untouched
+from torch_secorder.errors import UnsupportedError
 from torch_secorder.model.ranks import full_tensor, is_dtensor
 from torch_secorder.per_sample import at_least_float32, squared_norm_of_rows
 
@@ -25,9 +29,24 @@ def squared_norms_of_loss(loss: Tensor, leaves: Sequence[Tensor]) -> list[Square
     """``||gradient of loss||^2`` of each parameter, for the loss of a model that the library called itself."""
     if not loss.requires_grad:
         return [None] * len(leaves)
-    with library_pass([loss]) as starts, _squared_norms_of_pass(starts, leaves) as found:
-        torch.autograd.grad(starts, list(leaves), allow_unused=True)
+    with untouched(leaves), library_pass([loss]) as starts:
+        if _has_python_functions(loss):
+            return _accumulated_norms(starts, leaves)
+        with _squared_norms_of_pass(starts, leaves) as found:
+            torch.autograd.grad(starts, list(leaves), allow_unused=True)
     return found
+
+
+def _accumulated_norms(starts: Sequence[Tensor], leaves: Sequence[Tensor]) -> list[SquaredNorm]:
+    """The same where a function may start a pass of its own, whose gradients have to be added before they are squared."""
+    torch.autograd.backward(starts, inputs=[leaf for leaf in leaves if leaf.requires_grad])
+    return [None if leaf.grad is None else _squared_norm(leaf.grad) for leaf in leaves]
+
+
+def _has_python_functions(loss: Tensor) -> bool:
+    """Whether the graph of a loss has nodes of :class:`torch.autograd.Function`."""
+    node = get_gradient_edge(loss).node
+    return any(map(is_python_function, [node, *behind([node])]))
 
 
 def squared_norms_of_sample(
@@ -49,17 +68,22 @@ def squared_norms_of_sample(
         axis: where the outputs have their samples.
         create_graph: make the norms differentiable.
     """
-    seeds = [_of_one_sample(gradient, sample, axis) for gradient in output_gradients]
-    with (
-        torch.enable_grad(),
-        search_pass(outputs) as starts,
-        _squared_norms_of_pass(starts, leaves) as found,
-        refusing_reentrant_checkpoints(),
-    ):
-        torch.autograd.grad(
-            *(starts, list(leaves), seeds), retain_graph=True, create_graph=create_graph, allow_unused=True
+    norms: list[SquaredNorm] = [None] * len(leaves)
+    positions = {get_gradient_edge(leaf).node: place for place, leaf in enumerate(leaves) if leaf.requires_grad}
+
+    def arrive(node: Node, grads: Gradients) -> None:
+        grad = grads[0]
+        norms[positions[node]] = None if grad is None else _squared_norm(grad)
+
+    passes = GraphPass(outputs, positions, create_graph=create_graph)
+    passes.run(lambda: [_of_one_sample(gradient, sample, axis) for gradient in output_gradients], arrive)
+    if not passes.hidden.isdisjoint(positions):
+        raise UnsupportedError(
+            "re-entrant activation checkpointing, or a function whose backward calls modules or starts a backward pass, hides a "
+            "part of the graph of these outputs from a look at one sample: use torch.utils.checkpoint with "
+            "use_reentrant=False, or a FisherMonitor around your own backward"
         )
-    return found
+    return norms
 
 
 def as_row(norms: Sequence[SquaredNorm]) -> Tensor:
@@ -79,7 +103,7 @@ def _squared_norms_of_pass(starts: Sequence[Tensor], leaves: Sequence[Tensor]) -
     """The squared norm of each parameter's gradient, taken when it arrives in the backward pass from these tensors.
 
     There is never more than one parameter's gradient at once. Other passes that go through the parameters meanwhile, in other
-    threads, see none of it, and no hook of the user's changes what arrives.
+    threads, see none of it.
     """
     norms: list[SquaredNorm] = [None] * len(leaves)
     tasks: set[int] = set()
@@ -94,7 +118,6 @@ def _squared_norms_of_pass(starts: Sequence[Tensor], leaves: Sequence[Tensor]) -
         return _without_memory(grad)
 
     with ExitStack() as hooks:
-        hooks.enter_context(silenced_in_library_passes(leaves))
         for start in starts:
             assert start.grad_fn is not None
             hooks.callback(start.grad_fn.register_prehook(begin).remove)

@@ -1,0 +1,265 @@
+"""A pass through a graph that calls its nodes one by one, as the engine would, but runs nobody else's code.
+
+No hook of the user's runs in it, no gradient is retained, and nothing is accumulated, in ``.grad`` or elsewhere. A node that
+would call the user's modules or start a backward pass of its own is opaque: what lies behind it is not seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node
+
+from torch_secorder.autograd.engine import looking
+from torch_secorder.autograd.guard import RunsOthersCodeError, guarded
+from torch_secorder.autograd.nodes import Edge, fitted, is_python_function, node_vjp, output_count
+from torch_secorder.autograd.precision import full_precision
+from torch_secorder.errors import CoverageError
+
+Gradients = Sequence[Tensor | None]
+Arrive = Callable[[Node, Gradients], None]
+
+# The classes of Python functions that were found to run the user's code in their backward.
+_opaque_functions: set[Any] = set()
+
+
+class Route:
+    """The nodes on the ways from some nodes down to others.
+
+    Args:
+        starts: where the ways begin.
+        ends: where they end; a way may go on from one end to another.
+        opaque: nodes that are not looked through, besides those of the functions that are known to be opaque.
+
+    Attributes:
+        order: the nodes, each after all of its consumers.
+        ends: those of the ends that are on the route.
+        hidden: the nodes behind opaque ones. None of them is on the route, since only a part of its gradient would arrive.
+    """
+
+    def __init__(self, starts: Iterable[Node], ends: Iterable[Node], opaque: Iterable[Node] = ()):
+        wanted, self._opaque = set(ends), set(opaque)
+        reached = self._reached(starts)
+        found_opaque = [node for node in reached if self._is_opaque(node)]
+        self.hidden = behind(found_opaque) if found_opaque else set()
+        self._leads: dict[Node, bool] = {}  # node on the route -> whether it leads on to an end
+        order: list[Node] = []
+        for node in reached:
+            if node in self.hidden:
+                continue
+            leads = not self._is_opaque(node) and any(child in self._leads for child, _ in node.next_functions)
+            if leads or node in wanted:
+                self._leads[node] = leads
+                order.append(node)
+        self.order = order[::-1]
+        self.ends = wanted.intersection(self._leads)
+
+    def _is_opaque(self, node: Any) -> bool:
+        if node in self._opaque:
+            return True
+        # Re-entrant checkpointing computes no gradient that it is asked for, but accumulates those of the parameters.
+        return is_python_function(node) and (
+            node._forward_cls in _opaque_functions or node.name() == "CheckpointFunctionBackward"
+        )
+
+    def _reached(self, starts: Iterable[Node]) -> list[Node]:
+        """The starts and all that they were computed from, each after its inputs, and nothing behind opaque nodes."""
+        done: dict[Node, bool] = {}  # a node that was met -> whether its inputs are in the list
+        found: list[Node] = []
+        stack = list(dict.fromkeys(starts))
+        while stack:
+            node = stack[-1]
+            if node in done:
+                stack.pop()
+                if not done[node]:
+                    done[node] = True
+                    found.append(node)
+                continue
+            done[node] = False
+            if not self._is_opaque(node):
+                stack += [child for child, _ in node.next_functions if child is not None and child not in done]
+        return found
+
+    def flow(
+        self,
+        pending: dict[Edge, Tensor],
+        arrive: Arrive,
+        *,
+        before: Callable[[Node], None] | None = None,
+        call: Callable[[Node, Gradients], list[Tensor | None]] = node_vjp,
+        complete: bool = False,
+        keeps_dtype: bool = False,
+    ) -> None:
+        """Let gradients flow down the route.
+
+        Args:
+            pending: the gradients at the starts; what flows is taken out of it.
+            arrive: called with each end and the gradients of its outputs, when these are complete.
+            before: called with each node before the node is.
+            call: how a node is called.
+            complete: whether every node has to give all gradients that are asked for.
+            keeps_dtype: let gradients have another dtype than what they are gradients of, where nodes only move entries.
+
+        Raises:
+            CoverageError: if a node gives less than all, and ``complete``.
+        """
+        for node in self.order:
+            grads = [pending.pop((node, nr), None) for nr in range(output_count(node))]
+            if all(grad is None for grad in grads):
+                continue
+            if node in self.ends:
+                arrive(node, grads)
+            if not self._leads[node]:
+                continue
+            if before is not None:
+                before(node)
+            for (child, nr), result in zip(node.next_functions, call(node, grads), strict=True):
+                if child is None or child not in self._leads:
+                    continue
+                if result is None:
+                    if complete:
+                        raise _gives_nothing(node)
+                    continue
+                part, there = fitted(result, child, nr, keeps_dtype=keeps_dtype), pending.get((child, nr))
+                pending[child, nr] = part if there is None else there + part
+
+
+def behind(nodes: Iterable[Node]) -> set[Node]:
+    """All that these nodes were computed from."""
+    found: set[Node] = set()
+    stack = list(nodes)
+    while stack:
+        for child, _ in stack.pop().next_functions:
+            if child is not None and child not in found:
+                found.add(child)
+                stack.append(child)
+    return found
+
+
+def _called_or_opaque(node: Any, grads: Gradients) -> list[Tensor | None]:
+    """Call a node in a look. One that can't be called so is opaque: whatever it raises must not meet the user."""
+    try:
+        return node_vjp(node, grads)
+    except Exception as error:
+        if isinstance(error, RunsOthersCodeError) and is_python_function(node):
+            _opaque_functions.add(node._forward_cls)
+        raise _FoundOpaque(node) from error
+
+
+def _gives_nothing(node: Node) -> CoverageError:
+    return CoverageError(
+        f"{node.name()} gives no gradient for what a parameter went into: the backward pass under way was asked for some "
+        "gradients only (inputs=); call backward() without"
+    )
+
+
+class GraphPass:
+    """Any number of passes from the same tensors to the same nodes.
+
+    Args:
+        roots: where the passes begin.
+        wanted: the nodes whose outputs' gradients are wanted.
+        create_graph: make these gradients differentiable.
+        before: called with each node before the node is.
+    """
+
+    def __init__(
+        self,
+        roots: Sequence[Tensor],
+        wanted: Iterable[Node],
+        *,
+        create_graph: bool = False,
+        before: Callable[[Node], None] | None = None,
+    ):
+        self._roots, self._wanted, self._create_graph, self._before = list(roots), list(wanted), create_graph, before
+        self._edges = [torch.autograd.graph.get_gradient_edge(x) for x in roots]
+        self._opaque: list[Node] = []
+        self._route = self._found_route()
+
+    @property
+    def hidden(self) -> set[Node]:
+        """What lies behind opaque nodes. Of wanted nodes among them no gradient is known."""
+        return self._route.hidden
+
+    def _found_route(self) -> Route:
+        return Route([edge.node for edge in self._edges], self._wanted, self._opaque)
+
+    def run(self, gradients: Callable[[], Sequence[Tensor]], arrive: Arrive) -> None:
+        """One pass.
+
+        Args:
+            gradients: the roots' gradients, made anew for each call, since a node may write on them.
+            arrive: called with each wanted node that is reached, and the gradients of its outputs. If a node turns out to be
+                opaque, the pass begins anew; what came in before is to be replaced.
+        """
+        while self._route.ends:
+            try:
+                self._run(gradients, arrive)
+                return
+            except _FoundOpaque as found:
+                self._opaque.append(found.node)
+                self._route = self._found_route()
+
+    def _run(self, gradients: Callable[[], Sequence[Tensor]], arrive: Arrive) -> None:
+        pending: dict[Edge, Tensor] = {}
+        for edge, gradient in zip(self._edges, gradients(), strict=True):
+            key = (edge.node, edge.output_nr)
+            pending[key] = pending[key] + gradient if key in pending else gradient
+
+        def flow() -> None:
+            with (
+                looking(),
+                guarded(),
+                torch.random.fork_rng(_devices(self._roots)),
+                full_precision(),
+                torch.set_grad_enabled(self._create_graph),
+            ):
+                self._route.flow(pending, arrive, before=self._before, call=_called_or_opaque)
+
+        with torch.enable_grad():
+            start = _Start.apply(flow, *self._roots)  # type: ignore[no-untyped-call]  # torch does not type it
+        ends = [GradientEdge(node, 0) for node in self._route.ends]
+        try:
+            with torch.autograd.set_detect_anomaly(False):
+                # Compiled functions free what they saved unless the pass retains the graph.
+                torch.autograd.grad(start, ends, torch.zeros(()), retain_graph=True, allow_unused=True)
+        except _OverError:
+            return
+
+
+class _Start(torch.autograd.Function):
+    """The only node of ours that the engine calls for a pass. It breaks the engine's pass off before any other node runs.
+
+    Inside, nodes know which of their inputs' gradients are wanted, so that those of weights are not computed in vain, and
+    checkpoints take everything for one pass, so that each runs its forward again once.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, flow: Callable[[], None], *roots: Tensor) -> Tensor:
+        ctx.flow = flow
+        ctx.set_materialize_grads(False)
+        return torch.zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        ctx.flow()
+        raise _OverError
+
+
+class _OverError(Exception):
+    """The pass is over."""
+
+
+class _FoundOpaque(Exception):
+    """A node turned out to be opaque."""
+
+    def __init__(self, node: Node):
+        super().__init__(node.name())
+        self.node = node
+
+
+def _devices(tensors: Sequence[Tensor]) -> list[torch.device]:
+    return list({x.device for x in tensors if x.is_cuda})
