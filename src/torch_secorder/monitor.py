@@ -246,8 +246,7 @@ class FisherMonitor(HookScope):
             raise LifecycleError(
                 "verify: call the model inside the monitor's block, keep its outputs, and pass their loss"
             )
-        leaves, axis = self._recorder.table.leaves, self._recorder.plan.batch_axis
-        self._expected = expected_norms(loss, outputs, leaves, axis=axis)
+        self._expected = expected_norms(loss, outputs, self._recorder.table, axis=self._recorder.plan.batch_axis)
 
     def _count(self, current: BackwardPass) -> None:
         """A backward pass is over: count it, or raise why not."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from torch_secorder.autograd.precision import has_half_precision
+from torch_secorder.autograd.sharded import GatheredWeights
 from torch_secorder.batch_axis.knowledge import ModelKnowledge
 from torch_secorder.errors import CoverageError, CurvatureError, NonFiniteError, SlowFallbackWarning
 from torch_secorder.model.parameters import ParameterTable
@@ -93,7 +94,10 @@ class SamplesOfGraph:
 
     def _of_sample(self, seed: Tensor, sample: int, *, create_graph: bool) -> list[Tensor | None]:
         """``||J_n^T s_n||^2`` of every parameter for one sample, by plain autograd; None for those not reached."""
-        return squared_norms_of_sample([self._outputs], [seed], self._table.leaves, sample, create_graph=create_graph)
+        weights = GatheredWeights(throughout=self._table.sharded)
+        return squared_norms_of_sample(
+            *([self._outputs], [seed], self._table.leaves, sample), create_graph=create_graph, weights=weights
+        )
 
     def _one_by_one(self, seed: Tensor) -> Tensor:
         """All samples by one backward pass for each."""

@@ -17,6 +17,7 @@ from torch_secorder.autograd.engine import looking
 from torch_secorder.autograd.guard import RunsOthersCodeError, guarded
 from torch_secorder.autograd.nodes import Edge, fitted, is_python_function, node_vjp, output_count
 from torch_secorder.autograd.precision import full_precision
+from torch_secorder.autograd.sharded import GatheredWeights, passes_on
 from torch_secorder.errors import CoverageError
 
 Gradients = Sequence[Tensor | None]
@@ -142,7 +143,7 @@ def behind(nodes: Iterable[Node]) -> set[Node]:
 def _called_or_opaque(node: Any, grads: Gradients) -> list[Tensor | None]:
     """Call a node in a look. One that can't be called so is opaque: whatever it raises must not meet the user."""
     try:
-        return node_vjp(node, grads)
+        return list(grads) if passes_on(node) else node_vjp(node, grads)
     except Exception as error:
         if isinstance(error, RunsOthersCodeError) and is_python_function(node):
             _opaque_functions.add(node._forward_cls)
@@ -163,7 +164,7 @@ class GraphPass:
         roots: where the passes begin.
         wanted: the nodes whose outputs' gradients are wanted.
         create_graph: make these gradients differentiable.
-        before: called with each node before the node is.
+        weights: gathers the weights that are in parts on several ranks.
     """
 
     def __init__(
@@ -172,9 +173,10 @@ class GraphPass:
         wanted: Iterable[Node],
         *,
         create_graph: bool = False,
-        before: Callable[[Node], None] | None = None,
+        weights: GatheredWeights | None = None,
     ):
-        self._roots, self._wanted, self._create_graph, self._before = list(roots), list(wanted), create_graph, before
+        self._roots, self._wanted, self._create_graph = list(roots), list(wanted), create_graph
+        self._weights = weights or GatheredWeights()
         self._edges = [torch.autograd.graph.get_gradient_edge(x) for x in roots]
         self._opaque: list[Node] = []
         self._route = self._found_route()
@@ -215,9 +217,10 @@ class GraphPass:
                 guarded(),
                 torch.random.fork_rng(_devices(self._roots)),
                 full_precision(),
+                self._weights.during_pass(),
                 torch.set_grad_enabled(self._create_graph),
             ):
-                self._route.flow(pending, arrive, before=self._before, call=_called_or_opaque)
+                self._route.flow(pending, arrive, before=self._weights.before, call=_called_or_opaque)
 
         with torch.enable_grad():
             start = _Start.apply(flow, *self._roots)  # type: ignore[no-untyped-call]  # torch does not type it

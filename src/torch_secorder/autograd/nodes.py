@@ -73,6 +73,11 @@ def is_python_function(node: Any) -> bool:
     return isinstance(node, torch.autograd.function.BackwardCFunction)
 
 
+def is_others_function(node: Any) -> bool:
+    """Whether a node is that of a :class:`torch.autograd.Function` that does not come with torch."""
+    return is_python_function(node) and not node._forward_cls.__module__.startswith("torch.")
+
+
 def node_vjp(node: Any, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
     """The gradients of a node's inputs, in the order of its ``next_functions``, given those of its outputs."""
     if node.name() == "CompiledFunctionBackward" and not keeps_graph():

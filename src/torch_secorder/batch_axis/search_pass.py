@@ -12,6 +12,7 @@ from torch.autograd.graph import GradientEdge, Node
 
 from torch_secorder.autograd.graph_pass import Gradients, GraphPass
 from torch_secorder.autograd.precision import has_half_precision
+from torch_secorder.autograd.sharded import GatheredWeights
 from torch_secorder.batch_axis.evidence import (
     MARKS_PER_PASS,
     MARKS_PER_PASS_OF_HALF,
@@ -39,7 +40,7 @@ class SearchPasses:
         n: how many samples.
         common_count: from the number of passes that this graph needs to the number that is made. Ranks that search together
             agree on it here, when nothing is left to refuse: whoever has refused before doesn't come to the passes.
-        before: called with each node before the pass goes through it.
+        weights: gathers the weights that are in parts on several ranks.
     """
 
     def __init__(
@@ -48,10 +49,10 @@ class SearchPasses:
         axis: int,
         n: int,
         common_count: Callable[[int], int] = lambda own: own,
-        before: Callable[[Node], None] | None = None,
+        weights: GatheredWeights | None = None,
     ):
         self._roots = [x for x in roots if x.dim() > axis and x.shape[axis] == n]
-        self._axis, self._n, self._common_count, self._before = axis, n, common_count, before
+        self._axis, self._n, self._common_count, self._weights = axis, n, common_count, weights
         self._marks_per_pass = MARKS_PER_PASS_OF_HALF if has_half_precision(*self._roots) else MARKS_PER_PASS
 
     def evidence(self, wanted: Sequence[Viewed]) -> list[Evidence]:
@@ -79,7 +80,7 @@ class SearchPasses:
         places: dict[Node, list[int]] = defaultdict(list)
         for place, (edge, _) in enumerate(wanted):
             places[edge.node].append(place)
-        passes, blocks = GraphPass(self._roots, places, before=self._before), self._random_blocks()
+        passes, blocks = GraphPass(self._roots, places, weights=self._weights), self._random_blocks()
         found: list[Sketches] = []
 
         def arrive(node: Node, grads: Gradients) -> None:

@@ -105,7 +105,7 @@ class ForwardTracker:
         finally:
             for record, _ in forward.records:
                 record.input_nodes = record.input_nodes[:1]
-            forward.records = []
+            forward.records, forward.sharded = [], []
 
     def _note_skipped_pass(self, *_: Any) -> None:
         self.skipped_passes.add(current_graph_task())

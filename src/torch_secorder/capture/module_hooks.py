@@ -21,8 +21,9 @@ from torch_secorder.batch_axis.placement import FIRST
 from torch_secorder.capture.forwards import ForwardTracker, size_on
 from torch_secorder.capture.records import Forward, HookedModule, Record
 from torch_secorder.errors import CoverageError, ShapeError, UnsupportedError
+from torch_secorder.model.containers import tensors
 from torch_secorder.model.hooks import HookScope, WeakHook
-from torch_secorder.model.ranks import is_dtensor
+from torch_secorder.model.ranks import fsdp_modules, is_dtensor
 
 # torch registers a hook before it notes `with_kwargs`. Another thread that calls the module in between passes the output in the
 # place of the keyword arguments; this default recognizes such a call, which is not recorded.
@@ -65,6 +66,9 @@ class ModuleHooks(HookScope):
             # The hook is first in line: a user's hook may return something else than what the module computed.
             hook = WeakHook(self, "on_watched_output" if site.rule is None else "on_module_output", site)
             add(site.module, site.module.register_forward_hook, hook, prepend=True, with_kwargs=True)
+        for module in fsdp_modules(model):
+            leave_module = WeakHook(self, "on_sharded_output")
+            add(module, module.register_forward_hook, leave_module, prepend=True)
         for module, guard in self._guards.items():
             add(module, module.register_forward_pre_hook, WeakHook(self, "check_state", guard))
         add(model, model.register_forward_hook, leave, always_call=True)
@@ -115,6 +119,12 @@ class ModuleHooks(HookScope):
                 forward.input_uses[id(args[0])] = forward.input_uses.get(id(args[0]), 0) + 1
         self._hook_gradient(record, output)
         return leaf
+
+    def on_sharded_output(self, module: nn.Module, args: object, output: Any) -> None:
+        """Note where in the graph a module begins whose weights have to be gathered for a look through it."""
+        forward = self.forwards.of_call(output, 0)
+        if forward is not None:
+            forward.sharded += [(module, x.grad_fn) for x in tensors(output) if x.grad_fn is not None]
 
     def on_watched_output(
         self,

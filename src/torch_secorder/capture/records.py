@@ -32,6 +32,7 @@ class Forward:
         recomputed_in: the backward pass that runs this forward again (activation checkpointing), or None.
         records: its calls so far, each with the place in the graph where its gradient arrives; empty once it is over, since a
             record that holds its own node is a cycle that outlives the graph.
+        sharded: the modules that FSDP2 shards, each with a node that made one of its outputs; empty once the run is over.
     """
 
     n: int | None = None
@@ -40,6 +41,7 @@ class Forward:
     in_model_call: bool = True
     recomputed_in: int | None = None
     records: list[tuple[Record, GradientEdge]] = field(default_factory=list)
+    sharded: list[tuple[nn.Module, Node]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
+from torch_secorder.autograd.sharded import GatheredWeights
 from torch_secorder.batch_axis.evidence import Unplaced
 from torch_secorder.batch_axis.knowledge import ModelKnowledge, PlacementCache, Wanted
 from torch_secorder.batch_axis.placement import Layout, Placement
@@ -115,7 +116,7 @@ class Audit:
         asked = Questions.of(walk, reached, n)
         if self._ranks.distributed:
             asked = asked.on_any(self._ranks)
-        search = self._search(walk, roots, reached, n, asked)
+        search = self._search(walk, roots, forward, reached, asked)
         shared = self._place(reached, search, n, asked)
         any_shared = self._ranks.max_over_ranks(bool(shared)) if self._ranks.distributed else shared
         if not (asked.uses_outside_calls or any_shared):
@@ -127,14 +128,18 @@ class Audit:
             record.placement = None
         return uses
 
-    def _search(self, walk: Walk, roots: list[Tensor], reached: Reached, n: int, asked: Questions) -> SampleSearch:
+    def _search(
+        self, walk: Walk, roots: list[Tensor], forward: Forward, reached: Reached, asked: Questions
+    ) -> SampleSearch:
         """A search in this graph, which begins with what graphs of the same kind have shown."""
+        n = forward.n or 0
         known = PlacementCache() if asked.reorders_samples else self._knowledge.placements(self.fingerprint)
         passes = partial(SearchPasses, roots, self._axis, n)
         if self._ranks.distributed:
             # No look ahead: with one sample autograd skips nodes that broadcast, so that ranks with batches of different sizes
             # would look at different nodes.
-            passes = partial(passes, self._ranks.max_over_ranks)
+            weights = GatheredWeights(forward.sharded, () if forward.sharded else self._table.sharded)
+            passes = partial(passes, self._ranks.max_over_ranks, weights)
             return SearchOnAllRanks(known, n, asked.ambiguous_shapes, passes, self._ranks)
         locate = None if asked.reorders_samples else self._locate_on_three_samples
         return SampleSearch(known, n, asked.ambiguous_shapes, passes, locate, partial(_ahead, walk, reached))

@@ -9,7 +9,14 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from torch_secorder.errors import ArgumentError, UnsupportedError
-from torch_secorder.model.ranks import Ranks, class_as_written, is_dtensor, refuse_fully_sharded, unsharded_leaves
+from torch_secorder.model.ranks import (
+    Ranks,
+    class_as_written,
+    fsdp_modules,
+    is_dtensor,
+    refuse_fully_sharded,
+    unsharded_leaves,
+)
 
 # Path components that wrappers add to a module's name, and that the user never wrote.
 WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
@@ -35,6 +42,7 @@ class Table:
         rows: the description of each for the report.
         names: the name of each.
         leaves: the tensors that the autograd graph has for them; empty for a table of something that is no leaf.
+        sharded: the model's modules that FSDP2 shards.
         ranks: the ranks that hold the model together with this one.
     """
 
@@ -42,6 +50,7 @@ class Table:
         self.rows = list(rows)
         self.names = [row.name for row in self.rows]
         self.leaves: list[Tensor] = []
+        self.sharded: list[nn.Module] = []
         self.ranks = Ranks()
 
     def __len__(self) -> int:
@@ -89,7 +98,7 @@ class ParameterTable(Table):
 
     def gather(self, model: nn.Module) -> None:
         """Find the tensors that stand for the parameters in the graph. Ranks that share a model have to call this together."""
-        self.leaves = unsharded_leaves(model, self.tensors)
+        self.leaves, self.sharded = unsharded_leaves(model, self.tensors), fsdp_modules(model)
         self.ranks = Ranks(self.tensors, self.leaves)
         self._positions |= {id(p): position for position, p in enumerate(self.leaves)}
 

@@ -42,6 +42,11 @@ def is_fsdp(module: nn.Module) -> bool:
     return fsdp is not None and isinstance(module, fsdp.FSDPModule)
 
 
+def fsdp_modules(model: nn.Module) -> list[nn.Module]:
+    """The modules inside of a model to which ``fully_shard`` was applied."""
+    return list(filter(is_fsdp, model.modules())) if "torch.distributed.fsdp" in sys.modules else []
+
+
 def class_as_written(module: nn.Module) -> type[nn.Module]:
     """The class that the user wrote, from which ``fully_shard`` derives another one."""
     kind = type(module)
@@ -55,15 +60,14 @@ def unsharded_leaves(model: nn.Module, parameters: Iterable[Tensor]) -> list[Ten
     """
     wanted = {id(p): p for p in parameters}
     found = dict(wanted)
-    for module in model.modules() if "torch.distributed.fsdp" in sys.modules else ():
-        if is_fsdp(module):
-            inner = [(m, local, p) for m in module.modules() for local, p in m._parameters.items() if id(p) in wanted]
-            module.unshard()  # type: ignore[operator]  # a method that FSDP2's class adds
-            for owner, local, sharded in inner:
-                now = owner._parameters[local]
-                if now is not None and now is not sharded:
-                    found[id(sharded)] = now
-            module.reshard()  # type: ignore[operator]  # another one
+    for module in fsdp_modules(model):
+        inner = [(m, local, p) for m in module.modules() for local, p in m._parameters.items() if id(p) in wanted]
+        module.unshard()  # type: ignore[operator]  # a method that FSDP2's class adds
+        for owner, local, sharded in inner:
+            now = owner._parameters[local]
+            if now is not None and now is not sharded:
+                found[id(sharded)] = now
+        module.reshard()  # type: ignore[operator]  # another one
     return [found[key] for key in wanted]
 
 

@@ -18,6 +18,7 @@ from torch_secorder.autograd.engine import (
     refusing_reentrant_checkpoints,
 )
 from torch_secorder.autograd.graph_pass import Gradients, GraphPass
+from torch_secorder.autograd.sharded import GatheredWeights
 from torch_secorder.autograd.tensor_hooks import untouched
 from torch_secorder.capture.records import Forward, Record
 from torch_secorder.errors import CoverageError
@@ -116,7 +117,8 @@ class GraphBackward(Recorder):
         """A pass through somebody else's graph, in which nobody's hooks run; nothing is left for its end."""
         assert seed is not None
         gradient = seed
-        passes = GraphPass([root], self._uses_of_node, create_graph=self._create_graph)
+        weights = GatheredWeights(throughout=self.table.sharded)
+        passes = GraphPass([root], self._uses_of_node, create_graph=self._create_graph, weights=weights)
         passes.run(lambda: [gradient.clone()], partial(self._arrived_at_node, current))
         if not passes.hidden.isdisjoint(self._uses_of_node):
             raise hidden("a parameter's use", self.n)

@@ -12,7 +12,9 @@ from torch.autograd.graph import Node, get_gradient_edge
 from torch_secorder.autograd.graph_pass import Gradients, GraphPass
 from torch_secorder.autograd.nodes import Edge
 from torch_secorder.autograd.precision import has_half_precision
+from torch_secorder.autograd.sharded import GatheredWeights
 from torch_secorder.errors import LifecycleError
+from torch_secorder.model.parameters import Table
 from torch_secorder.verification.comparison import require_equal_norms
 from torch_secorder.verification.plain_autograd import as_row, squared_norms_of_sample
 
@@ -49,14 +51,14 @@ class ExpectedNorms:
 
 
 def expected_norms(
-    loss: Tensor, outputs: Sequence[Tensor], leaves: Sequence[Tensor], *, axis: int = 0, sample: int = 0
+    loss: Tensor, outputs: Sequence[Tensor], table: Table, *, axis: int = 0, sample: int = 0
 ) -> ExpectedNorms:
     """Those of one sample of a loss, through the user's graph of the model's outputs, which is kept.
 
     Args:
         loss: the loss.
         outputs: what the model returned.
-        leaves: the parameters; frozen ones have no gradient in the user's graph.
+        table: the analyzed parameters; frozen ones have no gradient in the user's graph.
         axis: where the outputs have their samples.
         sample: the sample's number in its batch.
 
@@ -67,9 +69,11 @@ def expected_norms(
     pairs = [(x, g) for x, g in zip(outputs, gradients, strict=True) if g is not None and x.dim() > axis]
     if not pairs:
         raise LifecycleError("verify: the loss doesn't depend on the outputs of the model's latest call in this block")
-    positions = [position for position, leaf in enumerate(leaves) if leaf.requires_grad]
+    positions = [position for position, leaf in enumerate(table.leaves) if leaf.requires_grad]
     reached, seeds = zip(*pairs, strict=True)
-    norms = squared_norms_of_sample(reached, seeds, [leaves[position] for position in positions], sample, axis=axis)
+    trained = [table.leaves[position] for position in positions]
+    weights = GatheredWeights(throughout=table.sharded)
+    norms = squared_norms_of_sample(reached, seeds, trained, sample, axis=axis, weights=weights)
     return ExpectedNorms(sample, positions, as_row(norms), has_half_precision(loss))
 
 

@@ -15,8 +15,9 @@ from torch.autograd.graph import Node, get_gradient_edge
 
 from torch_secorder.autograd.engine import current_graph_task, library_pass
 from torch_secorder.autograd.graph_pass import Gradients, GraphPass, behind
-from torch_secorder.autograd.nodes import is_python_function
+from torch_secorder.autograd.nodes import is_others_function
 from torch_secorder.autograd.precision import full_precision
+from torch_secorder.autograd.sharded import GatheredWeights
 from torch_secorder.autograd.tensor_hooks import untouched
 from torch_secorder.errors import UnsupportedError
 from torch_secorder.model.ranks import full_tensor, is_dtensor
@@ -30,7 +31,7 @@ def squared_norms_of_loss(loss: Tensor, leaves: Sequence[Tensor]) -> list[Square
     if not loss.requires_grad:
         return [None] * len(leaves)
     with untouched(leaves), library_pass([loss]) as starts:
-        if _has_python_functions(loss):
+        if _has_others_functions(loss):
             return _accumulated_norms(starts, leaves)
         with _squared_norms_of_pass(starts, leaves) as found:
             torch.autograd.grad(starts, list(leaves), allow_unused=True)
@@ -43,10 +44,10 @@ def _accumulated_norms(starts: Sequence[Tensor], leaves: Sequence[Tensor]) -> li
     return [None if leaf.grad is None else _squared_norm(leaf.grad) for leaf in leaves]
 
 
-def _has_python_functions(loss: Tensor) -> bool:
-    """Whether the graph of a loss has nodes of :class:`torch.autograd.Function`."""
+def _has_others_functions(loss: Tensor) -> bool:
+    """Whether the graph of a loss has nodes of a :class:`torch.autograd.Function` that is not torch's own."""
     node = get_gradient_edge(loss).node
-    return any(map(is_python_function, [node, *behind([node])]))
+    return any(map(is_others_function, [node, *behind([node])]))
 
 
 def squared_norms_of_sample(
@@ -57,6 +58,7 @@ def squared_norms_of_sample(
     *,
     axis: int = 0,
     create_graph: bool = False,
+    weights: GatheredWeights | None = None,
 ) -> list[SquaredNorm]:
     """``||J_n^T s_n||^2`` of each parameter, through the user's own graph, which is kept.
 
@@ -67,6 +69,7 @@ def squared_norms_of_sample(
         sample: n, the one whose gradient is taken.
         axis: where the outputs have their samples.
         create_graph: make the norms differentiable.
+        weights: gathers the weights that are in parts on several ranks.
     """
     norms: list[SquaredNorm] = [None] * len(leaves)
     positions = {get_gradient_edge(leaf).node: place for place, leaf in enumerate(leaves) if leaf.requires_grad}
@@ -75,7 +78,7 @@ def squared_norms_of_sample(
         grad = grads[0]
         norms[positions[node]] = None if grad is None else _squared_norm(grad)
 
-    passes = GraphPass(outputs, positions, create_graph=create_graph)
+    passes = GraphPass(outputs, positions, create_graph=create_graph, weights=weights)
     passes.run(lambda: [_of_one_sample(gradient, sample, axis) for gradient in output_gradients], arrive)
     if not passes.hidden.isdisjoint(positions):
         raise UnsupportedError(
