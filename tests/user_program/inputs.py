@@ -1,0 +1,212 @@
+"""Programs that differentiate with respect to inputs, and ones that differentiate such gradients again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from traps.exactness import numbers
+from user_program.hooks import module_forward_hooks, tensor_hooks
+from user_program.observed import Run
+from user_program.program import Program, Programs
+from user_program.subjects import MLP, SEARCHED, SQUARE, Subject
+
+INPUTS = Programs()
+TWICE = r"two backward passes|second backward pass|backward twice"  # through one forward
+
+
+def saliency(model: nn.Module, x: Tensor) -> Tensor:
+    x = x.detach().clone().requires_grad_()
+    return torch.autograd.grad(model(x).flatten(1).amax(1).sum(), x)[0]
+
+
+def with_saliency(subject: Subject, after: bool) -> Callable[[Run], None]:
+    """A map of what the outputs depend on, for the logs, before or after each step."""
+
+    def program(run: Run) -> None:
+        model = subject.model()
+        tensor_hooks(run, model)
+        with run.block(model):
+            for x, y in subject.batches(2):
+                if not after:
+                    run.note("saliency", saliency(model, x))
+                subject.step(run, model, x, y)
+                if after:
+                    run.note("saliency", saliency(model, x))
+
+    return program
+
+
+for subject in (MLP, *SEARCHED):
+    for after in (False, True):
+        name = f"saliency {'after' if after else 'before'} the step, {subject.name}"
+        INPUTS.append(Program(name, with_saliency(subject, after)))
+
+
+@INPUTS.add()
+def saliency_alone_in_the_first_forward_of_the_block(run: Run) -> None:
+    model = MLP.model()
+    with run.block(model):
+        for _ in range(3):
+            run.note("saliency", saliency(model, MLP.batch()[0]))
+        for x, y in MLP.batches(2):
+            MLP.step(run, model, x, y)
+
+
+@INPUTS.add()
+def adversarial_training(run: Run) -> None:
+    """The fast gradient sign method, and a step on what it gives."""
+    model = MLP.model()
+    module_forward_hooks(run, model)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with run.block(model):
+        for x, y in MLP.batches(3):
+            x.requires_grad_()
+            (slope,) = torch.autograd.grad(numbers(model(x), y), x)
+            adverse = (x + 0.1 * slope.sign()).detach()
+            optimizer.zero_grad()
+            MLP.step(run, model, adverse, y)
+            optimizer.step()
+
+
+@INPUTS.add()
+def adversarial_training_by_full_backward_passes(run: Run) -> None:
+    """The pass for the inputs computes the parameters' gradients too, and so counts."""
+    model = MLP.model()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with run.block(model):
+        for x, y in MLP.batches(2):
+            x.requires_grad_()
+            MLP.step(run, model, x, y)
+            assert x.grad is not None
+            optimizer.zero_grad()
+            MLP.step(run, model, (x + 0.1 * run.keep("the inputs", x).grad.sign()).detach(), y)  # type: ignore[union-attr]
+            optimizer.step()
+
+
+@INPUTS.add()
+def gradients_of_inputs_beside_those_of_parameters(run: Run) -> None:
+    model = MLP.model()
+    with run.block(model):
+        for x, y in MLP.batches(2):
+            run.keep("the inputs", x.requires_grad_())
+            MLP.step(run, model, x, y)
+
+
+@INPUTS.add()
+def gradients_taken_by_autograd_grad(run: Run) -> None:
+    """With respect to inputs and parameters at once, and .grad stays what it was."""
+    model = MLP.model()
+    with run.block(model):
+        for x, y in MLP.batches(2):
+            MLP.expect(run, model, x, y)
+            x.requires_grad_()
+            with run.step():
+                run.note("gradients", torch.autograd.grad(numbers(model(x), y), (x, *model.parameters())))
+
+
+class Potential(nn.Module):
+    """Energies and forces, the second of which are the slopes of the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            x = x if x.requires_grad else x.detach().requires_grad_()
+            energies = self.net(x)
+            (slopes,) = torch.autograd.grad(energies.sum(), x, create_graph=True)
+        return torch.cat([energies, -slopes], 1)
+
+
+POTENTIAL = Subject("potential", Potential, (6, 4))
+SECOND = "gradient of a gradient|differentiat|way that nothing accounts for"
+
+
+@INPUTS.add(refused=SECOND)
+def energies_and_forces(run: Run) -> None:
+    model = POTENTIAL.model()
+    tensor_hooks(run, model)
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    with run.block(model):
+        for x, y in POTENTIAL.batches(3):
+            optimizer.zero_grad()
+            POTENTIAL.step(run, model, x, y)
+            optimizer.step()
+
+
+@INPUTS.add()
+def forces_that_are_only_looked_at(run: Run) -> None:
+    """An evaluation of forces inside of a block in which the energies are trained."""
+    model = MLP.model()
+    with run.block(model):
+        for x, y in MLP.batches(2):
+            MLP.step(run, model, x, y)
+            moved = x.detach().requires_grad_()
+            (slopes,) = torch.autograd.grad(model(moved).sum(), moved, create_graph=True)
+            run.note("forces", slopes)
+
+
+def penalty(model: nn.Module, x: Tensor) -> Tensor:
+    x = x.detach().requires_grad_()
+    (slopes,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+    return (slopes.flatten(1).norm(dim=1) - 1).square().mean()
+
+
+def with_penalty(subject: Subject) -> Callable[[Run], None]:
+    """A gradient penalty, as R1 and Wasserstein critics have, beside the loss."""
+
+    def program(run: Run) -> None:
+        model = subject.model()
+        tensor_hooks(run, model)
+        optimizer = torch.optim.SGD(model.parameters(), 0.01)
+        with run.block(model):
+            for x, y in subject.batches(3):
+                optimizer.zero_grad()
+                with run.step():
+                    (numbers(model(x), y) + 0.1 * penalty(model, x)).backward()
+                optimizer.step()
+
+    return program
+
+
+INPUTS.append(Program("a gradient penalty", with_penalty(MLP), refused=SECOND))
+INPUTS.append(Program("a gradient penalty, searched", with_penalty(SQUARE), refused=SECOND))
+
+
+@INPUTS.add(refused=TWICE)
+def a_hessian_times_a_vector(run: Run) -> None:
+    model = MLP.model()
+    with run.block(model):
+        x, y = MLP.batch()
+        parameters = list(model.parameters())
+        with run.step():
+            slopes = torch.autograd.grad(numbers(model(x), y), parameters, create_graph=True)
+            run.note("products", torch.autograd.grad(sum((s * s.detach()).sum() for s in slopes), parameters))
+
+
+@INPUTS.add(refused=r"vmap|batched")
+def a_vmapped_backward_pass(run: Run) -> None:
+    """The gradient of each sample's loss, all in one pass."""
+    model = MLP.model()
+    x, y = MLP.batch()
+    with run.block(model):
+        losses = (model(x) - y).square().sum(1)
+        with run.step():
+            eye: Any = torch.eye(len(x), dtype=x.dtype)
+            run.note("gradients", torch.autograd.grad(losses, list(model.parameters()), eye, is_grads_batched=True))
+
+
+@INPUTS.add()
+def a_vmapped_jacobian_of_inputs(run: Run) -> None:
+    model = MLP.model()
+    with run.block(model):
+        for x, y in MLP.batches(2):
+            MLP.step(run, model, x, y)
+            moved = x.detach().requires_grad_()
+            out = model(moved).sum(0)
+            run.note("jacobian", torch.autograd.grad(out, moved, torch.eye(3, dtype=x.dtype), is_grads_batched=True))

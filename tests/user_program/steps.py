@@ -1,0 +1,279 @@
+"""Programs that train in another way than one step after the other: accumulated, scaled, spread, compiled, fused, functional."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.func import functional_call, grad, jacrev, vmap
+from torch.nn.parallel import DistributedDataParallel
+
+from traps.exactness import numbers
+from traps.test_precision import language_model
+from user_program.hooks import all_hooks, module_forward_hooks, parameter_hooks, post_accumulate_hooks, tensor_hooks
+from user_program.observed import Run
+from user_program.program import Program, Programs
+from user_program.subjects import MLP, SQUARE, Subject
+
+STEPS = Programs()
+
+
+@STEPS.add()
+def accumulation(run: Run) -> None:
+    model = SQUARE.model()
+    all_hooks(run, model)
+    optimizer = torch.optim.AdamW(model.parameters(), 0.01)
+    with run.block(model, loss_scale=0.5):
+        for _ in range(2):
+            optimizer.zero_grad()
+            for x, y in SQUARE.batches(2):
+                SQUARE.expect(run, model, x, y)
+                with run.step():
+                    (numbers(model(x), y) / 2).backward()
+            optimizer.step()
+
+
+@STEPS.add()
+def gradients_set_to_zero_and_clipped(run: Run) -> None:
+    model = MLP.model()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    with run.block(model):
+        for x, y in MLP.batches(3):
+            optimizer.zero_grad(set_to_none=False)
+            MLP.step(run, model, x, y)
+            run.note("the norm", nn.utils.clip_grad_norm_(model.parameters(), 0.1))
+            optimizer.step()
+
+
+@STEPS.add()
+def a_second_forward_that_is_only_an_evaluation(run: Run) -> None:
+    model = SQUARE.model()
+    tensor_hooks(run, model)
+    with run.block(model):
+        for x, y in SQUARE.batches(2):
+            SQUARE.step(run, model, x, y)
+            run.note("a loss without a backward pass", numbers(model(x), y))
+            with torch.no_grad():
+                run.note("an evaluation", model.eval()(x))
+            model.train()
+
+
+# Half precision
+
+
+@STEPS.add(dtype=torch.float32)
+def a_grad_scaler(run: Run) -> None:
+    """In float32, and with a second step whose gradients overflow, of which the scaler takes note."""
+    model = MLP.model().float()
+    all_hooks(run, model)
+    optimizer, scaler = torch.optim.AdamW(model.parameters(), 0.01), torch.amp.GradScaler("cpu", init_scale=2.0**12)
+    with run.block(model, loss_scale=scaler.get_scale):
+        for x, y in MLP.batches(3):
+            optimizer.zero_grad()
+            MLP.expect(run, model, x.float(), y.float())
+            with run.step():
+                scaler.scale(numbers(model(x.float()), y.float())).backward()
+            scaler.unscale_(optimizer)
+            scaler.step(optimizer)
+            scaler.update()
+            run.note("the scale", scaler.get_scale())
+
+
+def in_autocast(module: Callable[[], nn.Module], hooked: Any) -> Callable[[Run], None]:
+    def program(run: Run) -> None:
+        model = module()
+        hooked(run, model)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        ids, y = torch.randint(11, (5, 6)), torch.randint(11, (5, 6))
+
+        def loss(model: nn.Module, rows: slice) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                outputs = model(ids[rows])
+            return nn.functional.cross_entropy(outputs.float().mT, y[rows])
+
+        def squared_norms() -> dict[str, Tensor]:
+            twin = module()
+            twin.load_state_dict(model.state_dict())
+            parameters = list(twin.parameters())
+            rows = [torch.autograd.grad(loss(twin, slice(n, n + 1)), parameters) for n in range(5)]
+            squares = [torch.stack([g.double().square().sum() for g in column]) for column in zip(*rows, strict=True)]
+            return dict(zip((name for name, _ in twin.named_parameters()), squares, strict=True))
+
+        with run.block(model):
+            for _ in range(2):
+                optimizer.zero_grad()
+                run.expect(squared_norms)
+                with run.step():
+                    loss(model, slice(None)).backward()
+                optimizer.step()
+
+    return program
+
+
+BFLOAT16 = {"rtol": 1e-2, "why": "one sample's gradient is rounded to the 8 bits of bfloat16 before it is squared"}
+STEPS.append(Program("autocast", in_autocast(language_model, lambda run, model: None), **BFLOAT16))  # type: ignore[arg-type]
+STEPS.append(Program("autocast, all hooks", in_autocast(language_model, all_hooks), **BFLOAT16))  # type: ignore[arg-type]
+
+# Wrappers
+
+
+@contextmanager
+def one_rank() -> Iterator[None]:
+    with tempfile.TemporaryDirectory() as folder:
+        dist.init_process_group("gloo", init_method=f"file://{Path(folder) / 'rank'}", rank=0, world_size=1)
+        try:
+            yield
+        finally:
+            dist.destroy_process_group()
+
+
+def data_parallel(subject: Subject, hooked: Any, **options: Any) -> Callable[[Run], None]:
+    def program(run: Run) -> None:
+        with one_rank():
+            model = subject.model()
+            hooked(run, model)
+            wrapped = DistributedDataParallel(model, **options)
+            optimizer = torch.optim.AdamW(model.parameters(), 0.01)
+            with run.block(wrapped):
+                for x, y in subject.batches(3):
+                    optimizer.zero_grad()
+                    subject.expect(run, model, x, y)
+                    with run.step():
+                        numbers(wrapped(x), y).backward()
+                    optimizer.step()
+
+    return program
+
+
+STEPS.append(Program("data parallel", data_parallel(MLP, tensor_hooks)))
+STEPS.append(
+    Program(
+        "data parallel that looks for unused parameters",
+        data_parallel(MLP, post_accumulate_hooks, find_unused_parameters=True),
+    )
+)
+STEPS.append(Program("data parallel, searched", data_parallel(SQUARE, tensor_hooks)))
+
+
+def compiled(how: str, backend: str, warm: bool, **options: Any) -> Callable[[Run], None]:
+    """A compiled model; before the block, it may have run already."""
+
+    def program(run: Run) -> None:
+        torch._dynamo.reset()
+        model = MLP.model()
+        post_accumulate_hooks(run, model)
+        called: Any = model
+        if how == "wrapped":
+            called = torch.compile(model, backend=backend)
+        elif how == "in place":
+            model.compile(backend=backend)
+        else:
+            for layer in model:
+                layer.compile(backend=backend)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        if warm:
+            x, y = MLP.batch()
+            numbers(called(x), y).backward()
+        with run.block(called, **options):
+            for x, y in MLP.batches(3):
+                optimizer.zero_grad()
+                MLP.expect(run, model, x, y)
+                with run.step():
+                    numbers(called(x), y).backward()
+                optimizer.step()
+        x, y = MLP.batch()
+        numbers(called(x), y).backward()
+        torch._dynamo.reset()
+
+    return program
+
+
+SECONDS = "compiling takes seconds; the quick ones meet each way and each backend"
+for how, backend, warm, quick in (
+    ("wrapped", "eager", False, False),
+    ("wrapped", "aot_eager", True, True),
+    ("in place", "aot_eager", False, False),
+    ("in place", "eager", True, True),
+    ("by layer", "aot_eager", True, False),
+    ("by layer", "eager", False, False),
+):
+    name = f"compiled {how} with {backend}{', before the block' if warm else ''}"
+    STEPS.append(Program(name, compiled(how, backend, warm), slow="" if quick else SECONDS))
+
+# An optimizer in the backward pass
+
+
+def fused(subject: Subject) -> Callable[[Run], None]:
+    """Each parameter is trained as soon as its gradient is there, and the gradient is let go."""
+
+    def program(run: Run) -> None:
+        model = subject.model()
+        parameter_hooks(run, model)
+        optimizers = {p: torch.optim.AdamW([p], 0.01) for p in model.parameters()}
+
+        def train(p: Tensor) -> None:
+            run.note("the step of a parameter", p.grad)
+            optimizers[p].step()  # type: ignore[index]
+            optimizers[p].zero_grad()  # type: ignore[index]
+
+        for p in model.parameters():
+            p.register_post_accumulate_grad_hook(train)
+        with run.block(model):
+            for x, y in subject.batches(3):
+                subject.step(run, model, x, y)
+
+    return program
+
+
+STEPS.append(Program("an optimizer in post-accumulate hooks", fused(MLP)))
+STEPS.append(Program("an optimizer in post-accumulate hooks, searched", fused(SQUARE)))
+
+# torch.func
+
+
+def functional(first: bool) -> Callable[[Run], None]:
+    """Each sample's gradient and the outputs' jacobian by torch.func, beside training."""
+
+    def program(run: Run) -> None:
+        model = MLP.model()
+        module_forward_hooks(run, model)
+
+        def loss(values: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+            return numbers(functional_call(model, values, (x[None],)), y[None])
+
+        def look(x: Tensor, y: Tensor) -> None:
+            values = {name: p.detach() for name, p in model.named_parameters()}
+            run.note("gradients", vmap(grad(loss), in_dims=(None, 0, 0))(values, x, y))
+            run.note("jacobian", vmap(jacrev(model))(x))
+
+        with run.block(model):
+            for x, y in MLP.batches(2):
+                if first:
+                    look(x, y)
+                MLP.step(run, model, x, y)
+                if not first:
+                    look(x, y)
+
+    return program
+
+
+STEPS.append(Program("torch.func before the step", functional(first=True)))
+STEPS.append(Program("torch.func after the step", functional(first=False)))
+
+
+@STEPS.add()
+def a_functional_call_in_training(run: Run) -> None:
+    """The loss of a functional call with the parameters themselves, differentiated as usual."""
+    model = MLP.model()
+    tensor_hooks(run, model)
+    with run.block(model):
+        for x, y in MLP.batches(2):
+            MLP.expect(run, model, x, y)
+            with run.step():
+                numbers(functional_call(model, dict(model.named_parameters()), (x,)), y).backward()
