@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from oracles import per_sample_squared_norms
 from traps.exactness import numbers
-from user_program.hooks import HOOKS, Hooked, all_hooks, on_outputs, packed
+from user_program.hooks import HOOKS, Hooked, all_hooks, module_forward_hooks, on_outputs, packed
 from user_program.observed import Run
 from user_program.program import Program
-from user_program.subjects import MLP, SEARCHED, SQUARE, Subject
+from user_program.subjects import MLP, ROUTER, SEARCHED, SQUARE, WINDOWS, Subject
 
 
 def training(subject: Subject, hooked: Hooked, steps: int = 3, inside: bool = False) -> Callable[[Run], None]:
@@ -38,6 +38,7 @@ def training(subject: Subject, hooked: Hooked, steps: int = 3, inside: bool = Fa
 def saved_tensors(subject: Subject) -> Callable[[Run], None]:
     def program(run: Run) -> None:
         model = subject.model()
+        module_forward_hooks(run, model)
         with run.block(model):
             for x, y in subject.batches(3):
                 subject.expect(run, model, x, y)
@@ -71,17 +72,18 @@ def changed_gradients(subject: Subject) -> Callable[[Run], None]:
     return program
 
 
-def statistics_of_the_last_layer(run: Run) -> None:
-    """A hook that a person puts on one tensor in each step, and takes off again."""
+def statistics_of_a_layer(run: Run) -> None:
+    """Hooks that a person puts on in each step, and takes off again."""
     model = MLP.model()
     with run.block(model):
         for x, y in MLP.batches(3):
-            MLP.expect(run, model, x, y)
-            hidden = model[:2](x)
-            handle = hidden.register_hook(lambda grad: run.note("the hook on the hidden values", grad.norm()))
-            run.keep("the hidden values", hidden).retain_grad()
-            with run.step():
-                numbers(model[2](hidden), y).backward()
+
+            def after_forward(module: nn.Module, args: Any, output: Tensor) -> None:
+                output.register_hook(lambda grad: run.note("the hook on the hidden values", grad.norm()))
+                run.keep("the hidden values", output).retain_grad()
+
+            handle = model[1].register_forward_hook(after_forward)
+            MLP.step(run, model, x, y)
             handle.remove()
 
 
@@ -110,8 +112,12 @@ HOOKED: list[Program] = [
     ),
     *(Program(f"all hooks, {subject.name}", training(subject, all_hooks)) for subject in (MLP, *SEARCHED)),
     *(Program(f"{kind} put on inside, mlp", training(MLP, hooked, inside=True)) for kind, hooked in HOOKS.items()),
-    *(Program(f"pack hooks, {subject.name}", saved_tensors(subject)) for subject in (MLP, *SEARCHED)),
-    *(Program(f"doubled gradients, {subject.name}", changed_gradients(subject)) for subject in (MLP, SQUARE)),
-    Program("statistics of the last layer", statistics_of_the_last_layer),
+    # A forward whose parameters are used outside of layers is refused at once under such hooks.
+    *(Program(f"pack hooks, {subject.name}", saved_tensors(subject)) for subject in (MLP, WINDOWS, ROUTER)),
+    Program("doubled gradients, mlp", changed_gradients(MLP)),
+    Program(
+        "doubled gradients, square", changed_gradients(SQUARE), refused="is not the sum of what the model's samples"
+    ),
+    Program("statistics of a layer", statistics_of_a_layer),
     Program("anomaly mode", anomaly_mode),
 ]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from user_program.observed import Run
+from user_program.snapshots import snapshot
 
 Hooked = Callable[[Run, nn.Module], None]
 
@@ -106,10 +107,10 @@ def all_hooks(run: Run, model: nn.Module) -> None:
 
 
 def packed(run: Run) -> AbstractContextManager[Any]:
-    """Hooks for saved tensors, as offloading them uses, of which the one that packs notes what it gets."""
+    """Hooks for saved tensors, as offloading them uses."""
 
     def pack(x: Tensor) -> Tensor:
-        run.note("the pack hook", x)
+        run.packed.append(snapshot(x))
         return x
 
     return torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x)

@@ -12,10 +12,12 @@ from traps.exactness import numbers
 from user_program.hooks import module_forward_hooks, tensor_hooks
 from user_program.observed import Run
 from user_program.program import Program, Programs
-from user_program.subjects import MLP, SEARCHED, SQUARE, Subject
+from user_program.subjects import MLP, REORDERED, ROUTER, STEPS_FIRST, WINDOWS, Subject
 
 INPUTS = Programs()
-TWICE = r"two backward passes|second backward pass|backward twice"  # through one forward
+SAME_FORWARD = r"a second backward pass went through the same forward"
+TWO_CALLS = r"repeated_calls=\"same\" if row n of both calls"
+BESIDE_THE_MODEL = r"the loss uses these parameters by another way than through the model"
 
 
 def saliency(model: nn.Module, x: Tensor) -> Tensor:
@@ -40,7 +42,7 @@ def with_saliency(subject: Subject, after: bool) -> Callable[[Run], None]:
     return program
 
 
-for subject in (MLP, *SEARCHED):
+for subject in (MLP, STEPS_FIRST, WINDOWS, ROUTER, REORDERED):
     for after in (False, True):
         name = f"saliency {'after' if after else 'before'} the step, {subject.name}"
         INPUTS.append(Program(name, with_saliency(subject, after)))
@@ -124,10 +126,9 @@ class Potential(nn.Module):
 
 
 POTENTIAL = Subject("potential", Potential, (6, 4))
-SECOND = "gradient of a gradient|differentiat|way that nothing accounts for"
 
 
-@INPUTS.add(refused=SECOND)
+@INPUTS.add()
 def energies_and_forces(run: Run) -> None:
     model = POTENTIAL.model()
     tensor_hooks(run, model)
@@ -151,14 +152,13 @@ def forces_that_are_only_looked_at(run: Run) -> None:
             run.note("forces", slopes)
 
 
-def penalty(model: nn.Module, x: Tensor) -> Tensor:
-    x = x.detach().requires_grad_()
-    (slopes,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+def penalty(outputs: Tensor, x: Tensor) -> Tensor:
+    (slopes,) = torch.autograd.grad(outputs.sum(), x, create_graph=True)
     return (slopes.flatten(1).norm(dim=1) - 1).square().mean()
 
 
-def with_penalty(subject: Subject) -> Callable[[Run], None]:
-    """A gradient penalty, as R1 and Wasserstein critics have, beside the loss."""
+def with_penalty(subject: Subject, calls: int) -> Callable[[Run], None]:
+    """A gradient penalty, as R1 and Wasserstein critics have, of the outputs of the loss or of another call."""
 
     def program(run: Run) -> None:
         model = subject.model()
@@ -166,39 +166,47 @@ def with_penalty(subject: Subject) -> Callable[[Run], None]:
         optimizer = torch.optim.SGD(model.parameters(), 0.01)
         with run.block(model):
             for x, y in subject.batches(3):
+                x.requires_grad_()
                 optimizer.zero_grad()
                 with run.step():
-                    (numbers(model(x), y) + 0.1 * penalty(model, x)).backward()
+                    outputs = model(x)
+                    again = outputs if calls == 1 else model(x)
+                    (numbers(outputs, y) + 0.1 * penalty(again, x)).backward()
                 optimizer.step()
 
     return program
 
 
-INPUTS.append(Program("a gradient penalty", with_penalty(MLP), refused=SECOND))
-INPUTS.append(Program("a gradient penalty, searched", with_penalty(SQUARE), refused=SECOND))
+for subject in (MLP, WINDOWS):
+    one, two = (with_penalty(subject, calls) for calls in (1, 2))
+    INPUTS.append(Program(f"a gradient penalty, {subject.name}", one, refused=BESIDE_THE_MODEL))
+    INPUTS.append(Program(f"a gradient penalty of another call, {subject.name}", two, refused=TWO_CALLS))
 
 
-@INPUTS.add(refused=TWICE)
+@INPUTS.add(refused=SAME_FORWARD, n_samples=6)
 def a_hessian_times_a_vector(run: Run) -> None:
+    """The first pass counts, and the second is one more through the same forward."""
     model = MLP.model()
     with run.block(model):
         x, y = MLP.batch()
-        parameters = list(model.parameters())
         with run.step():
-            slopes = torch.autograd.grad(numbers(model(x), y), parameters, create_graph=True)
-            run.note("products", torch.autograd.grad(sum((s * s.detach()).sum() for s in slopes), parameters))
+            slopes = torch.autograd.grad(numbers(model(x), y), list(model.parameters()), create_graph=True)
+        run.note("slopes", slopes)
+        with run.step():
+            torch.stack([(slope * slope.detach()).sum() for slope in slopes]).sum().backward()
 
 
 @INPUTS.add(refused=r"vmap|batched")
 def a_vmapped_backward_pass(run: Run) -> None:
     """The gradient of each sample's loss, all in one pass."""
     model = MLP.model()
+    tensor_hooks(run, model)
     x, y = MLP.batch()
+    eye: Any = torch.eye(len(x), dtype=x.dtype)
     with run.block(model):
         losses = (model(x) - y).square().sum(1)
         with run.step():
-            eye: Any = torch.eye(len(x), dtype=x.dtype)
-            run.note("gradients", torch.autograd.grad(losses, list(model.parameters()), eye, is_grads_batched=True))
+            torch.autograd.grad(losses, list(model.parameters()), eye, is_grads_batched=True)
 
 
 @INPUTS.add()

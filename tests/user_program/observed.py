@@ -10,7 +10,7 @@ import random
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import zip_longest
 from typing import Any
 
@@ -22,7 +22,7 @@ import torch_secorder
 from model_state import state
 from torch_secorder import FisherMonitor
 from torch_secorder.errors import CurvatureError
-from user_program.snapshots import difference, shown, snapshot
+from user_program.snapshots import Bits, difference, shown, snapshot
 
 SquaredNorms = Mapping[str, Tensor]  # t_{n,p} of one step, by parameter
 
@@ -32,6 +32,7 @@ class Run:
 
     Attributes:
         calls: what the program's own hooks noted, in order.
+        packed: what its hooks for saved tensors were given to keep.
         facts: everything else, by a name that says when it was looked at and what it is.
         warnings: category and text of each warning.
         refusals: the texts of the library's errors.
@@ -42,6 +43,7 @@ class Run:
     def __init__(self, watched: bool):
         self.watched = watched
         self.calls: list[tuple[str, Any]] = []
+        self.packed: list[Any] = []
         self.facts: dict[str, Any] = {}
         self.warnings: list[tuple[type[Warning], str]] = []
         self.refusals: list[str] = []
@@ -52,8 +54,11 @@ class Run:
         self._steps = 0
 
     @contextmanager
-    def block(self, model: nn.Module, **options: Any) -> Iterator[None]:
-        """Where the author would write `with FisherMonitor(model, **options)`; a refusal at its end or start is kept."""
+    def block(self, model: nn.Module, compiled: bool = False, **options: Any) -> Iterator[None]:
+        """Where the author would write `with FisherMonitor(model, **options)`; a refusal at its end or start is kept.
+
+        A watched step of `compiled` code runs as it was written, and so it does here where nothing watches.
+        """
         self._model = model
         parts = {**dict(model.named_modules()), **dict(model.named_parameters())}
         if self.watched:
@@ -62,7 +67,8 @@ class Run:
                 with self.monitor:
                     yield
         else:
-            yield
+            with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
+                yield
         same = {**dict(model.named_modules()), **dict(model.named_parameters())}
         self._fact("after the block: the same objects", {name: same.get(name) is part for name, part in parts.items()})
 
@@ -166,7 +172,7 @@ def observed(program: Callable[[Run], None], watched: bool) -> Run:
 
 def differences(watched: Run, plain: Run) -> list[str]:
     """One line for each thing that the author would see differ under the monitor."""
-    found = [*of_calls(watched, plain), *of_warnings(watched, plain)]
+    found = [*of_calls(watched, plain), *of_packed(watched, plain), *of_warnings(watched, plain)]
     for fact in {**plain.facts, **watched.facts}:
         if fact not in watched.facts or fact not in plain.facts:
             found.append(f"{fact}: {'missing' if fact in plain.facts else 'only'} under the monitor")
@@ -188,6 +194,27 @@ def of_calls(watched: Run, plain: Run) -> Iterator[str]:
         if words := difference(mine[1], theirs[1]):
             yield f"call {number} of a hook, {mine[0]}: {words}"
             return
+
+
+def of_packed(watched: Run, plain: Run) -> Iterator[str]:
+    """All that is kept for backward is packed as it was; the library may have values that the program holds kept once more."""
+    rest = iter(watched.packed)
+    for number, tensor in enumerate(plain.packed, 1):
+        if tensor not in rest:  # which takes all before it too
+            yield f"saved tensor {number} isn't packed in its turn: {shown(tensor)}"
+            return
+    own = set(numbers_in([*plain.calls, *plain.packed]))
+    for tensor in watched.packed:
+        if tensor.numbers not in own:
+            yield f"a tensor is packed that isn't the program's: {shown(tensor)}"
+
+
+def numbers_in(value: Any) -> Iterator[bytes]:
+    if isinstance(value, Bits):
+        yield value.numbers
+    elif isinstance(value, (tuple, list)):
+        for part in value:
+            yield from numbers_in(part)
 
 
 def of_warnings(watched: Run, plain: Run) -> Iterator[str]:

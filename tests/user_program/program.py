@@ -21,6 +21,7 @@ class Program:
 
     Attributes:
         refused: an expression for what each refused pass is told; "" if the monitor's numbers must be right.
+        n_samples: how many samples count beside those of refused passes.
         dtype: in whose tolerance the numbers are right: float64 unless the program computes in less.
         rtol: instead of that, where `why` says so.
         slow: why the program isn't run every time; "" if it is.
@@ -29,6 +30,7 @@ class Program:
     name: str
     run: Callable[[Run], None]
     refused: str = ""
+    n_samples: int = 0
     dtype: torch.dtype = torch.float64
     rtol: float | None = None
     why: str = ""
@@ -53,23 +55,23 @@ class Program:
     def assert_outcome(self) -> None:
         """The monitor found what the loop over samples found, or refused what can't be found."""
         if self.refused:
-            assert self.watched.refusals, f"nothing was refused; n_samples is {self.n_samples}"
+            assert self.watched.refusals, f"nothing was refused; n_samples is {self.counted}"
             for text in self.watched.refusals:
                 assert re.search(self.refused, text), text
-            assert self.n_samples == 0, "what is refused is left out"
+            assert self.counted == self.n_samples, "what is refused is left out"
         else:
-            assert not self.watched.refusals
+            assert not self.watched.refusals, self.watched.refusals
             self._assert_exact()
 
     @property
-    def n_samples(self) -> int:
+    def counted(self) -> int:
         return self.watched.monitor.n_samples if self.watched.monitor else 0
 
     def _assert_exact(self) -> None:
         steps = self.plain.expected
         assert steps, "the program says what is expected of each of its steps"
         pooled = {name: torch.cat([step[name] for step in steps]) for name in steps[0]}
-        assert self.n_samples == len(next(iter(pooled.values())))
+        assert self.counted == len(next(iter(pooled.values())))
         assert self.watched.monitor is not None
         found = self.watched.monitor.report()["fisher_trace"]
         assert list(found.index) == list(pooled)

@@ -161,13 +161,12 @@ STEPS.append(
 STEPS.append(Program("data parallel, searched", data_parallel(SQUARE, tensor_hooks)))
 
 
-def compiled(how: str, backend: str, warm: bool, **options: Any) -> Callable[[Run], None]:
+def compiled(how: str, backend: str, warm: bool) -> Callable[[Run], None]:
     """A compiled model; before the block, it may have run already."""
 
     def program(run: Run) -> None:
         torch._dynamo.reset()
         model = MLP.model()
-        post_accumulate_hooks(run, model)
         called: Any = model
         if how == "wrapped":
             called = torch.compile(model, backend=backend)
@@ -180,15 +179,14 @@ def compiled(how: str, backend: str, warm: bool, **options: Any) -> Callable[[Ru
         if warm:
             x, y = MLP.batch()
             numbers(called(x), y).backward()
-        with run.block(called, **options):
+        post_accumulate_hooks(run, model)
+        with run.block(called, compiled=True):
             for x, y in MLP.batches(3):
                 optimizer.zero_grad()
                 MLP.expect(run, model, x, y)
                 with run.step():
                     numbers(called(x), y).backward()
                 optimizer.step()
-        x, y = MLP.batch()
-        numbers(called(x), y).backward()
         torch._dynamo.reset()
 
     return program

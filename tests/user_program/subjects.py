@@ -71,7 +71,7 @@ def steps_first(m: Any, x: Tensor) -> Tensor:
 
 def windows(m: Any, x: Tensor) -> Tensor:
     """As in Swin: each sample's two windows are folded into the batch, of which each layer sees twice as many rows."""
-    n, t, d = x.shape
+    n, t = x.shape[:2]
     h = m.one(x.unflatten(1, (2, t // 2)).flatten(0, 1)).tanh()
     return m.two(m.norm(h)).unflatten(0, (n, 2)).flatten(1, 2)
 
@@ -85,12 +85,11 @@ def reordered(m: Any, x: Tensor) -> Tensor:
 
 MLP = Subject("mlp", mlp, (6, 4))
 SQUARE = Subject("square", lambda: Square(4), (4, 4))
-SEARCHED = [  # the library looks for the samples of these through their graphs, of the last two in every step
-    SQUARE,
-    Subject("steps first", lambda: Forward(steps_first, lstm=nn.LSTM(4, 4), head=nn.Linear(4, 3)), (5, 5, 4)),
-    Subject(
-        "windows", lambda: Forward(windows, one=nn.Linear(4, 4), norm=nn.LayerNorm(4), two=nn.Linear(4, 2)), (4, 4, 4)
-    ),
-    Subject("router", lambda: Routed(EXPERTS["linear"], "experts"), (4, 6, 6)),
-    Subject("reordered", lambda: Forward(reordered, one=nn.Linear(4, 4), two=nn.Linear(4, 3)), (6, 4)),
-]
+STEPS_FIRST = Subject("steps first", lambda: Forward(steps_first, lstm=nn.LSTM(4, 4), head=nn.Linear(4, 3)), (5, 5, 4))
+WINDOWS = Subject(
+    "windows", lambda: Forward(windows, one=nn.Linear(4, 4), norm=nn.LayerNorm(4), two=nn.Linear(4, 2)), (4, 4, 4)
+)
+ROUTER = Subject("router", lambda: Routed(EXPERTS["linear"], "experts"), (4, 6, 6))
+REORDERED = Subject("reordered", lambda: Forward(reordered, one=nn.Linear(4, 4), two=nn.Linear(4, 3)), (6, 4))
+# The library looks for the samples of these through their graphs, of the last two in every step.
+SEARCHED = [SQUARE, STEPS_FIRST, WINDOWS, ROUTER, REORDERED]
