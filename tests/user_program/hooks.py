@@ -75,13 +75,17 @@ def node_hooks(run: Run, model: nn.Module) -> None:
     on_outputs(model, on_node)
 
 
+def trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    return ((name, p) for name, p in model.named_parameters() if p.requires_grad)
+
+
 def parameter_hooks(run: Run, model: nn.Module) -> None:
-    for name, p in model.named_parameters():
+    for name, p in trained(model):
         p.register_hook(lambda grad, name=name: run.note(f"the hook on parameter {name}", grad))
 
 
 def post_accumulate_hooks(run: Run, model: nn.Module) -> None:
-    for name, p in model.named_parameters():
+    for name, p in trained(model):
         p.register_post_accumulate_grad_hook(
             lambda p, name=name: run.note(f"the post-accumulate hook on {name}", p.grad)
         )

@@ -26,7 +26,7 @@ MATTERS = "every problem's own step is looked at; its hooks add to that where th
 def of_problem(problem: Problem, hooked: bool) -> Callable[[Run], None]:
     def program(run: Run) -> None:
         setting = problem.setting(torch.float32)
-        optimizer = torch.optim.AdamW(setting.model.parameters(), 0.01)
+        optimizer = torch.optim.SGD(setting.model.parameters(), 0.01, momentum=0.9)
         if hooked:
             all_hooks(run, setting.model)
         with run.block(setting.model):
