@@ -59,7 +59,7 @@ class Run:
 
         A watched step of `compiled` code runs as it was written, and so it does here where nothing watches.
         """
-        self._model = model
+        self.look_at(model)
         parts = {**dict(model.named_modules()), **dict(model.named_parameters())}
         if self.watched:
             with self._refusals():
@@ -71,6 +71,10 @@ class Run:
                 yield
         same = {**dict(model.named_modules()), **dict(model.named_parameters())}
         self._fact("after the block: the same objects", {name: same.get(name) is part for name, part in parts.items()})
+
+    def look_at(self, model: nn.Module) -> None:
+        """Observe this model from now on, as a block does."""
+        self._model = model
 
     @contextmanager
     def _refusals(self) -> Iterator[None]:

@@ -42,7 +42,9 @@ def snapshot(value: Any) -> Any:
 
 def of_tensor(tensor: Tensor) -> Any:
     transforms = torch._C._functorch
-    if transforms.is_functorch_wrapped_tensor(tensor) or transforms.is_legacy_batchedtensor(tensor):  # no numbers of its own
+    if transforms.is_functorch_wrapped_tensor(tensor) or transforms.is_legacy_batchedtensor(
+        tensor
+    ):  # no numbers of its own
         return f"a tensor inside of a transform, of shape {tuple(tensor.shape)}"
     if tensor.layout != torch.strided:
         stored = tensor.detach()
