@@ -52,6 +52,7 @@ class Run:
         self._model: nn.Module | None = None
         self._kept: dict[str, Tensor] = {}
         self._steps = 0
+        self._settings = settings()
 
     @contextmanager
     def block(self, model: nn.Module, compiled: bool = False, **options: Any) -> Iterator[None]:
@@ -112,7 +113,7 @@ class Run:
         self._look("at the end")
         if self._model is not None:
             for kind, values in state(self._model).items():
-                if kind != "identities":  # two runs have two models
+                if kind not in ("identities", "gradients"):  # two runs have two models; .grad is looked at above
                     self._fact(f"at the end: {kind}", values)
 
     def _look(self, when: str) -> None:
@@ -125,7 +126,9 @@ class Run:
             self._fact(f"{when}: .grad", {name: kept.grad for name, kept in self._kept.items()})
         self._fact(f"{when}: version", {name: kept._version for name, kept in self._kept.items()})
         self._fact(f"{when}: value", self._kept)
-        self._fact(when, {**random_states(), **settings()})
+        self._fact(when, random_states())
+        changed = {name: now if now != self._settings[name] else "unchanged" for name, now in settings().items()}
+        self._fact(f"{when}: setting", changed)
 
     def _fact(self, when: str, values: Mapping[str, Any]) -> None:
         self.facts.update({f"{when} of {name!r}": snapshot(value) for name, value in values.items()})

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -47,8 +48,8 @@ def of_tensor(tensor: Tensor) -> Any:
     ):  # no numbers of its own
         return f"a tensor inside of a transform, of shape {tuple(tensor.shape)}"
     if tensor.layout != torch.strided:
-        stored = tensor.detach()
-        return str(tensor.layout), tuple(tensor.shape), of_tensor(stored._indices()), of_tensor(stored._values())
+        about = f"{tensor.layout} {tuple(tensor.shape)}, requires_grad={tensor.requires_grad}"
+        return about, of_tensor(tensor.detach()._indices()), of_tensor(tensor.detach()._values())
     numbers = tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
     return Bits(tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.requires_grad, numbers)
 
@@ -59,18 +60,30 @@ def difference(actual: Any, expected: Any) -> str:
         return ""
     if isinstance(actual, Bits) and isinstance(expected, Bits):
         return of_bits(actual, expected)
-    if isinstance(actual, tuple) and isinstance(expected, tuple) and len(actual) == len(expected):
+    if isinstance(actual, tuple) and isinstance(expected, tuple):
+        return of_tuples(actual, expected)
+    return f"{shown(actual)} for {shown(expected)}"
+
+
+def of_tuples(actual: tuple[Any, ...], expected: tuple[Any, ...]) -> str:
+    if len(actual) == len(expected):
         pairs = enumerate(zip(actual, expected, strict=True))
         return "; ".join(f"[{i}] {words}" for i, (a, b) in pairs if (words := difference(a, b)))
-    return f"{shown(actual)} for {shown(expected)}"
+    more, fewer = (
+        [part for part in one if part not in other] for one, other in ((actual, expected), (expected, actual))
+    )
+    return " and ".join(
+        f"{word} {shown(part)}" for word, parts in (("with", more), ("without", fewer)) for part in parts
+    )
 
 
 def of_bits(actual: Bits, expected: Bits) -> str:
     if str(actual) != str(expected):
         return f"{actual} for {expected}"
-    a, b = actual.tensor, expected.tensor
-    worst = (a.to(torch.complex128 if a.is_complex() else torch.float64) - b).abs().max()
-    return f"{shown(actual)} for {shown(expected)}, of which {int((a != b).sum())} numbers differ by up to {worst:.3g}"
+    a, b = (bits.tensor.to(torch.complex128 if bits.dtype.is_complex else torch.float64) for bits in (actual, expected))
+    bytes_a, bytes_b = (np.frombuffer(bits.numbers, np.uint8).reshape(a.numel(), -1) for bits in (actual, expected))
+    count = int((bytes_a != bytes_b).any(1).sum())
+    return f"{shown(actual)} for {shown(expected)}, of which {count} numbers differ by up to {(a - b).abs().max():.3g}"
 
 
 def shown(value: Any) -> str:
