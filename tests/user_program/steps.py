@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, jacrev, vmap
 from torch.nn.parallel import DistributedDataParallel
 
+from torch_secorder import FisherMonitor
 from traps.exactness import numbers
 from traps.test_precision import language_model
 from user_program.hooks import all_hooks, module_forward_hooks, parameter_hooks, post_accumulate_hooks, tensor_hooks
@@ -62,6 +63,51 @@ def a_second_forward_that_is_only_an_evaluation(run: Run) -> None:
             with torch.no_grad():
                 run.note("an evaluation", model.eval()(x))
             model.train()
+
+
+@STEPS.add()
+def steps_that_are_passed_over(run: Run) -> None:
+    model = SQUARE.model()
+    all_hooks(run, model)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with run.block(model, every=2):
+        for number, (x, y) in enumerate(SQUARE.batches(4)):
+            optimizer.zero_grad()
+            if number % 2 == 0:
+                SQUARE.expect(run, model, x, y)
+            with run.step():
+                numbers(model(x), y).backward()
+            optimizer.step()
+
+
+@STEPS.add()
+def two_monitors_at_once(run: Run) -> None:
+    """One around the model and one around a part of it."""
+    model = MLP.model()
+    tensor_hooks(run, model)
+    with FisherMonitor(model[2]) if run.watched else nullcontext(), run.block(model):
+        for x, y in MLP.batches(3):
+            MLP.step(run, model, x, y)
+
+
+@STEPS.add()
+def steps_before_and_after_the_block(run: Run) -> None:
+    model = SQUARE.model()
+    tensor_hooks(run, model)
+    optimizer = torch.optim.AdamW(model.parameters(), 0.01)
+
+    def step(x: Tensor, y: Tensor) -> None:
+        optimizer.zero_grad()
+        numbers(model(x), y).backward()
+        optimizer.step()
+
+    step(*SQUARE.batch())
+    with run.block(model):
+        SQUARE.step(run, model, *SQUARE.batch())
+        started = numbers(model(SQUARE.batch()[0]), SQUARE.batch()[1])
+    started.backward()
+    step(*SQUARE.batch())
+    run.note("the weights", *model.parameters())
 
 
 # Half precision

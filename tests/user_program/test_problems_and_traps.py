@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from problems import AWKWARD, PROBLEMS, Problem, repeats
+from oracles import mapped
+from problems import AWKWARD, PROBLEMS, Problem, of_problems
 from problems._base import Forward, randomized
 from traps.exactness import Square, numbers
 from traps.test_batch_axis import SequenceFirst
@@ -20,31 +21,33 @@ from traps.test_uses import Angle, Gated, Product, Rounded, ThreeWays
 from user_program.hooks import all_hooks
 from user_program.observed import Run, assert_unnoticed, observed
 
-MATTERS = "every problem's own step is looked at; its hooks add to that where the step goes another way"
-
 
 def of_problem(problem: Problem, hooked: bool) -> Callable[[Run], None]:
+    """A step whose inputs want gradients too; where it has hooks of its own, the monitor keeps everything else as well."""
+
     def program(run: Run) -> None:
         setting = problem.setting(torch.float32)
+        setting.inputs = mapped(setting.inputs, partial(wanted, run))
         optimizer = torch.optim.SGD(setting.model.parameters(), 0.01, momentum=0.9)
         if hooked:
             all_hooks(run, setting.model)
-        with run.block(setting.model):
+        with run.block(setting.model, diagonal=hooked, per_sample=hooked, activations=hooked):
             with run.step():
-                setting.loss().backward()
+                run.keep("the loss", setting.loss()).backward()
             optimizer.step()
 
     return program
 
 
-@pytest.mark.parametrize("hooked", [False, True], ids=["plain", "hooked"])
+def wanted(run: Run, x: torch.Tensor) -> torch.Tensor:
+    """An input that requires grad if it can."""
+    return run.keep(f"the input of shape {tuple(x.shape)}", x.requires_grad_(x.is_floating_point()))
+
+
 @pytest.mark.parametrize(
-    "problem",
-    [
-        pytest.param(problem, id=problem.name, marks=pytest.mark.slow if repeats(problem) else ())
-        for problem in [*PROBLEMS, *AWKWARD]
-    ],
-)
+    "hooked", [pytest.param(False, id="plain", marks=pytest.mark.slow), pytest.param(True, id="hooked")]
+)  # hooks only add to what is looked at
+@of_problems([*PROBLEMS, *AWKWARD])
 def test_a_step_of_a_problem(problem: Problem, hooked: bool) -> None:
     program = of_problem(problem, hooked)
     watched = observed(program, watched=True)
@@ -114,7 +117,7 @@ def of_trap(name: str, hooked: bool, steps: int) -> Callable[[Run], None]:
 
 @pytest.mark.parametrize("hooked", [False, True], ids=["plain", "hooked"])
 @pytest.mark.parametrize("name", TRAPS)
-def test_steps_of_a_trap(name: str, hooked: bool) -> None:
+def test_trap_15_steps_of_a_model_that_is_a_trap(name: str, hooked: bool) -> None:
     program = of_trap(name, hooked, steps=2)
     watched = observed(program, watched=True)
     assert_unnoticed(watched, observed(program, watched=False))
@@ -123,7 +126,7 @@ def test_steps_of_a_trap(name: str, hooked: bool) -> None:
     assert watched.monitor.n_samples == 4 * TRAPS[name][1][0]
 
 
-def test_time_steps_that_nothing_tells_from_samples_leave_the_step_alone() -> None:
+def test_trap_15_time_steps_that_nothing_tells_from_samples_leave_the_step_alone() -> None:
     """What is refused at the end of a pass was a whole step of the program's all the same."""
 
     def program(run: Run) -> None:
