@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from problems._base import Forward
 from traps.exactness import numbers
 from user_program.hooks import module_forward_hooks, tensor_hooks
 from user_program.observed import Run
@@ -110,6 +111,20 @@ def gradients_taken_by_autograd_grad(run: Run) -> None:
                 run.note("gradients", torch.autograd.grad(numbers(model(x), y), (x, *model.parameters())))
 
 
+@INPUTS.add()
+def saliency_beside_frozen_parameters(run: Run) -> None:
+    """Frozen ones are analyzed too: a pass that trains the others is theirs as well, one for inputs alone is not."""
+    model = MLP.model()
+    model[0].requires_grad_(False)
+    tensor_hooks(run, model)
+    with run.block(model, parameters="all"):
+        for x, y in MLP.batches(2):
+            run.note("saliency", saliency(model, x))
+            MLP.expect(run, model, x, y, parameters="all")
+            with run.step():
+                numbers(model(x), y).backward()
+
+
 class Potential(nn.Module):
     """Energies and forces, the second of which are the slopes of the first."""
 
@@ -194,6 +209,19 @@ def a_hessian_times_a_vector(run: Run) -> None:
         run.note("slopes", slopes)
         with run.step():
             torch.stack([(slope * slope.detach()).sum() for slope in slopes]).sum().backward()
+
+
+@INPUTS.add(refused=SAME_FORWARD, n_samples=6)
+def two_heads_one_after_the_other(run: Run) -> None:
+    """Two passes through one forward that reach different layers."""
+    model = Forward(lambda m, x: (m.one(x), m.two(x)), one=nn.Linear(4, 3), two=nn.Linear(4, 3)).double()
+    x, y = MLP.batch()
+    with run.block(model):
+        one, two = model(x)
+        with run.step():
+            numbers(one, y).backward()
+        with run.step():
+            numbers(two, y).backward()
 
 
 @INPUTS.add(refused=r"vmap|batched")

@@ -58,7 +58,7 @@ class Program:
             assert self.watched.refusals, f"nothing was refused; n_samples is {self.counted}"
             for text in self.watched.refusals:
                 assert re.search(self.refused, text), text
-            assert self.counted == self.n_samples, "what is refused is left out"
+            assert self.counted == self.n_samples, f"what is refused is left out; n_samples is {self.counted}"
         else:
             assert not self.watched.refusals, self.watched.refusals
             self._assert_exact()
@@ -71,10 +71,11 @@ class Program:
         steps = self.plain.expected
         assert steps, "the program says what is expected of each of its steps"
         pooled = {name: torch.cat([step[name] for step in steps]) for name in steps[0]}
-        assert self.counted == len(next(iter(pooled.values())))
+        n = len(next(iter(pooled.values())))
+        assert self.counted == n, f"{self.counted} samples were counted for {n}"
         assert self.watched.monitor is not None
         found = self.watched.monitor.report()["fisher_trace"]
-        assert list(found.index) == list(pooled)
+        assert list(found.index) == list(pooled), f"{list(found.index)} for {list(pooled)}"
         expected = trace(pooled)
         for name, value in expected.items():
             if self.rtol is None:

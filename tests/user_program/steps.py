@@ -66,6 +66,18 @@ def a_second_forward_that_is_only_an_evaluation(run: Run) -> None:
 
 
 @STEPS.add()
+def a_loss_scale_that_is_read_once_a_pass(run: Run) -> None:
+    """Each call gives the next scale, of which a schedule has one for each step."""
+    model, scales = MLP.model(), [2.0, 0.5, 8.0]
+    read = iter(scales)
+    with run.block(model, loss_scale=lambda: next(read)):
+        for scale, (x, y) in zip(scales, MLP.batches(3), strict=True):
+            MLP.expect(run, model, x, y)
+            with run.step():
+                (numbers(model(x), y) * scale).backward()
+
+
+@STEPS.add()
 def steps_that_are_passed_over(run: Run) -> None:
     model = SQUARE.model()
     all_hooks(run, model)

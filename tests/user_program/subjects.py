@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from oracles import Loss, per_sample_squared_norms
+from oracles import per_sample_squared_norms
 from problems._base import Forward, randomized
 from traps.exactness import Square, numbers
 from traps.test_randomness import EXPERTS, Routed
@@ -45,14 +45,14 @@ class Subject:
     def _twin(self) -> nn.Module:
         return (self.plain or self.module)().double()
 
-    def expect(self, run: Run, model: nn.Module, x: Tensor, y: Tensor, loss_fn: Loss = numbers) -> None:
+    def expect(self, run: Run, model: nn.Module, x: Tensor, y: Tensor, parameters: str = "trainable") -> None:
         """The squared norms of the pass to come, from a model with these values and none of the program's hooks."""
-        run.expect(lambda: self._squared_norms(model, x, y, loss_fn))
+        run.expect(lambda: self._squared_norms(model, x, y, parameters))
 
-    def _squared_norms(self, model: nn.Module, x: Tensor, y: Tensor, loss_fn: Loss) -> dict[str, Tensor]:
+    def _squared_norms(self, model: nn.Module, x: Tensor, y: Tensor, parameters: str) -> dict[str, Tensor]:
         twin = self._twin().train(model.training)
         twin.load_state_dict(model.state_dict())
-        return per_sample_squared_norms(twin, loss_fn, x.detach(), y)
+        return per_sample_squared_norms(twin, numbers, x.detach(), y, parameters=parameters)
 
     def step(self, run: Run, model: nn.Module, x: Tensor, y: Tensor) -> None:
         """A backward pass whose samples count."""
