@@ -13,8 +13,9 @@ from user_program.nested import NESTED
 from user_program.observed import assert_unnoticed
 from user_program.program import Program
 from user_program.steps import STEPS
+from user_program.wrapped import WRAPPED
 
-PROGRAMS = [*HOOKED, *NESTED, *INPUTS, *STEPS]
+PROGRAMS = [*HOOKED, *NESTED, *INPUTS, *STEPS, *WRAPPED]
 assert len({program.name for program in PROGRAMS}) == len(PROGRAMS), "two programs of one name"
 
 
