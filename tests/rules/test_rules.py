@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from model_state import assert_same_gradients, gradients, hooks, identical
+from model_state import hooks
 from oracles import (
     assert_equal,
     batch_size,
@@ -112,37 +112,6 @@ def test_one_sample_conserves_the_gradient(problem: Problem) -> None:
         assert_equal(monitor.diagonal[name], square, total(squared))
         if (square != 0).any():
             assert_equal(torch.tensor(report.loc[name, "grad_sq_norm"]), square.sum(), total(squared), torch.float64)
-
-
-@every_problem
-@pytest.mark.parametrize(
-    "everything",
-    [
-        pytest.param(False, id="plain", marks=pytest.mark.slow),
-        pytest.param(True, id="with_everything"),
-    ],  # which has all hooks
-)
-def test_the_users_step_is_bit_identical(problem: Problem, everything: bool) -> None:
-    def step(monitored: bool) -> tuple[Tensor, dict[str, Tensor | None], list[Tensor]]:
-        setting = problem.setting(torch.float32)
-        inputs = mapped(setting.inputs, lambda x: x.requires_grad_() if x.is_floating_point() else x)
-        setting.inputs = inputs
-        if monitored:
-            with FisherMonitor(setting.model, diagonal=everything, per_sample=everything, activations=everything):
-                loss = setting.loss()
-                loss.backward()
-            assert not any(hooks(setting.model).values())
-        else:
-            loss = setting.loss()
-            loss.backward()
-        leaves = inputs.values() if isinstance(inputs, dict) else inputs if isinstance(inputs, tuple) else [inputs]
-        return loss.detach(), gradients(setting.model), [x.grad for x in leaves if x.grad is not None]
-
-    (loss, grads, input_grads), (plain_loss, plain_grads, plain_input_grads) = step(True), step(False)
-    assert identical(loss, plain_loss)
-    assert_same_gradients(grads, plain_grads)
-    assert len(input_grads) == len(plain_input_grads)
-    assert all(identical(a, b) for a, b in zip(input_grads, plain_input_grads, strict=True))
 
 
 @pytest.mark.parametrize("problem", [p for p in PROBLEMS if p.name.startswith("frozen")], ids=str)

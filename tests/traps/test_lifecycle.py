@@ -1,11 +1,10 @@
-"""Traps 14 and 15: exceptions, copies, several monitors, and training that must be as without them."""
+"""Trap 14: exceptions, copies and several monitors; trap 15, training as without them, is in tests/user_program."""
 
 from __future__ import annotations
 
 import copy
 import io
 import pickle
-from typing import Any
 
 import pytest
 import torch
@@ -13,11 +12,8 @@ from torch import nn
 
 from model_state import assert_same_gradients, gradients, hooks
 from oracles import assert_equal, per_sample_squared_norms, total, trace
-from problems._base import randomized
 from torch_secorder import FisherMonitor
 from traps.exactness import Square, drawn, numbers
-
-# 14. Exceptions, copies, several monitors
 
 
 def test_trap_14_two_monitors_and_copies_of_a_model_that_needs_the_graph() -> None:
@@ -61,36 +57,3 @@ def test_trap_14_an_exception_in_the_middle_of_a_model_that_needs_the_graph() ->
         numbers(model(x), y).backward()
     assert_equal(monitor.trace, total(trace(expected)), monitor.trace)
     assert not any(hooks(model).values())
-
-
-# 15. The user's training is as without it
-
-
-def test_trap_15_training_of_a_model_that_needs_the_graph_is_bit_identical() -> None:
-    def trained(monitored: bool) -> tuple[nn.Module, list[Any]]:
-        torch.manual_seed(5)
-        model, seen = randomized(Square(4)), []
-        optimizer = torch.optim.AdamW(model.parameters(), 0.01)
-        with FisherMonitor(model, loss_scale=0.5, diagonal=True) if monitored else copy.copy(NOTHING):
-            for _ in range(3):
-                optimizer.zero_grad()
-                for _ in range(2):
-                    (numbers(model(torch.randn(4, 4)), torch.zeros(4, 4, 4)) / 2).backward()
-                seen.append(gradients(model))
-                optimizer.step()
-        return model, seen
-
-    (model, seen), (plain, plain_seen) = trained(True), trained(False)
-    for mine, theirs in zip(seen, plain_seen, strict=True):
-        assert_same_gradients(mine, theirs)
-    for (name, p), q in zip(model.named_parameters(), plain.parameters(), strict=True):
-        assert torch.equal(p, q), name
-
-
-class Nothing:
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *exc_info: object) -> None: ...
-
-
-NOTHING = Nothing()
