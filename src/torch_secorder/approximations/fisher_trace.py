@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from torch_secorder.approximations.samples_of_graph import SamplesOfGraph
 from torch_secorder.arguments import fresh_generator, require_callable, require_choice, require_positive_int
+from torch_secorder.autograd.guard import recomputation
 from torch_secorder.batch_axis.knowledge import ModelKnowledge, knowledge_of
 from torch_secorder.errors import CoverageError, ShapeError
 from torch_secorder.model.parameters import ParameterTable, unwrapped
@@ -191,7 +192,7 @@ def _squared_norms(
     if create_graph:
         require_twice_differentiable(outputs, table)
     norms = outputs.new_zeros(len(outputs), dtype=torch.promote_types(outputs.dtype, torch.float32))
-    with SamplesOfGraph(outputs, table, knowledge, create_graph) as of_seed:
+    with recomputation(), SamplesOfGraph(outputs, table, knowledge, create_graph) as of_seed:
         for seed in seeds:
             norms = norms + of_seed(seed.to(outputs.dtype))
     return norms

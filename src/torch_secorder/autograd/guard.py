@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from threading import get_ident
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
 
-from torch_secorder.model.hooks import WeakHook
+from torch_secorder.model.hooks import WeakHook, restoring
 
 # The modules of torch through whose name of it every backward pass is started, and that name.
 _STARTS = (torch.autograd, torch.autograd.graph)
@@ -21,6 +22,8 @@ _start: Callable[..., Any] = torch.autograd.graph._engine_run_backward
 
 # Threads that look through a graph -> whether the node under way is somebody's Python function.
 _looking: dict[int, bool] = {}
+# Threads in which a checkpoint's forward may run again with the user's hooks.
+_recomputing: set[int] = set()
 _installing = threading.Lock()
 
 
@@ -54,6 +57,18 @@ def guarded() -> Iterator[None]:
 
 
 @contextmanager
+def recomputation() -> Iterator[None]:
+    """Inside, checkpoints run their forward again for a look also where that runs hooks of the user's on modules.
+
+    This is for functions that are asked to differentiate the user's graph, which can't be done otherwise.
+    """
+    thread = get_ident()
+    with restoring(partial(_recomputing.discard, thread)):
+        _recomputing.add(thread)
+        yield
+
+
+@contextmanager
 def in_python_function() -> Iterator[None]:
     """Inside, the node under way is somebody's Python function."""
     thread = get_ident()
@@ -74,8 +89,11 @@ def _guarded_start(*args: Any, **kwargs: Any) -> Any:
 
 
 def _refuse_call(module: nn.Module, args: object) -> None:
-    calls_directly = _looking.get(get_ident())
-    if calls_directly is not None and (calls_directly or _has_foreign_hooks(module)):
+    thread = get_ident()
+    calls_directly = _looking.get(thread)
+    if calls_directly is None:
+        return
+    if calls_directly or (thread not in _recomputing and _has_foreign_hooks(module)):
         raise RunsOthersCodeError("a node calls a module")
 
 

@@ -104,7 +104,7 @@ class ForwardTracker:
                 self._on_exit(forward, outputs)
         finally:
             for record, _ in forward.records:
-                record.input_nodes = record.input_nodes[:1]
+                record.input_nodes = ()
             forward.records, forward.sharded = [], []
 
     def _note_skipped_pass(self, *_: Any) -> None:

@@ -146,7 +146,8 @@ class ModuleHooks(HookScope):
                 f"{site}: its output is in parts on several ranks, of which activations=True knows nothing"
             )
         assert site.keep is not None
-        record = Record(site, forward, (), {}, output.shape, placement, _nodes_of_inputs(args, kwargs))
+        nodes = _nodes_of_inputs(args, kwargs)
+        record = Record(site, forward, (), {}, output.shape, placement, not nodes, nodes)
         record.kept = site.keep(module, args, kwargs, output)
         self._hook_gradient(record, output)
 
@@ -162,6 +163,7 @@ class ModuleHooks(HookScope):
             forward.records.append((record, edge))
         else:
             record.in_output_graph = True  # there is no graph of the model's outputs to find it in
+            record.input_nodes = ()
 
 
 def _record(
@@ -182,7 +184,7 @@ def _record(
             f"{forward.n} samples; pass batch_axis={{'{site.name}': axis}} if it has one"
         )
     nodes = _nodes_of_inputs(args, kwargs)
-    return Record(site, forward, None, {}, output.shape, placement if fits else None, nodes)
+    return Record(site, forward, None, {}, output.shape, placement if fits else None, not nodes, nodes)
 
 
 def _require_recordable(site: HookedModule, module: nn.Module, output: Any) -> None:

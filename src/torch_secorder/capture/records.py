@@ -147,7 +147,9 @@ class Record:
         shape: the output's.
         placement: where the output has its samples; None while that is not known, and for a call without a batch axis.
         in_output_graph: whether the graph of the model's outputs was seen to contain it.
-        input_nodes: the nodes that made the inputs.
+        starts_graph: whether no input requires a gradient, so that nothing before this call is differentiated.
+        input_nodes: the nodes that made the inputs, as long as the run of the model lasts: a module that returns its input would
+            make a cycle of them and of its node, which holds the record, that no collector sees.
         versions: how often each input had been changed in place when the module saw it.
         inputs_packed: True while the inputs are held by hooks for saved tensors (activation checkpointing) and must be unpacked
             before they are used.
@@ -161,6 +163,7 @@ class Record:
     kwargs: Mapping[str, Any]
     shape: torch.Size
     placement: Placement | None
+    starts_graph: bool
     input_nodes: tuple[Node, ...]
     versions: tuple[int, ...] = ()
     inputs_packed: bool = False
@@ -177,11 +180,6 @@ class Record:
         self.inputs = tuple(_Packed(x, *hooks) if isinstance(x, Tensor) else x for x in args)
         self.kwargs = {k: _Packed(x, *hooks) if isinstance(x, Tensor) else x for k, x in kwargs.items()}
         self.inputs_packed = True
-
-    @property
-    def starts_graph(self) -> bool:
-        """Whether no input requires a gradient, so that nothing before this call is differentiated."""
-        return not self.input_nodes
 
     def call(self, grad: Tensor, shared_factors: dict[torch.Size, SharedFactor] | None = None) -> Call:
         """What the rule needs, with the axis that counts samples first."""

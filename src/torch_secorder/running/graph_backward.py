@@ -99,7 +99,6 @@ class GraphBackward(Recorder):
         """
         self._count += 1
         current = self._current = self._begin(self._count, keep_inputs=not last or self._create_graph)
-        self._deferred = []
         try:
             if self._others_graph:
                 return self._finished(current, root, self._looked_through(current, root, seed))
@@ -111,7 +110,7 @@ class GraphBackward(Recorder):
                     return self._finished(current, root, found)
             raise self._nothing_found(root)
         finally:
-            self._current = None
+            self._current, self._deferred = None, []  # what holds nodes must not outlive the pass
 
     def _looked_through(self, current: BackwardPass, root: Tensor, seed: Tensor | None) -> tuple[()]:
         """A pass through somebody else's graph, in which nobody's hooks run; nothing is left for its end."""
