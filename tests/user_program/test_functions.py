@@ -142,7 +142,8 @@ def called(way: str, subject: Subject, hooked: Hooked) -> Callable[[Run], None]:
         if run.watched:
             WAYS[way](model, x, y)
         else:
-            torch.autograd.grad(numbers(model(x), y), list(model.parameters()))
+            differentiable = way.endswith("differentiable")  # such gradients require a gradient themselves
+            torch.autograd.grad(numbers(model(x), y), list(model.parameters()), create_graph=differentiable)
 
     return program
 

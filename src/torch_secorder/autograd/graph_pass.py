@@ -15,16 +15,17 @@ from torch.autograd.graph import GradientEdge, Node
 
 from torch_secorder.autograd.engine import looking
 from torch_secorder.autograd.guard import RunsOthersCodeError, guarded
-from torch_secorder.autograd.nodes import Edge, fitted, is_python_function, node_vjp, output_count
+from torch_secorder.autograd.nodes import Edge, fitted, is_others_function, is_python_function, node_vjp, output_count
 from torch_secorder.autograd.precision import full_precision
 from torch_secorder.autograd.sharded import GatheredWeights, passes_on
-from torch_secorder.errors import CoverageError
+from torch_secorder.errors import CoverageError, CurvatureError
 
 Gradients = Sequence[Tensor | None]
 Arrive = Callable[[Node, Gradients], None]
 
 # The classes of Python functions that were found to run the user's code in their backward.
 _opaque_functions: set[Any] = set()
+_tried_functions: set[Any] = set()
 
 
 class Route:
@@ -144,10 +145,29 @@ def _called_or_opaque(node: Any, grads: Gradients) -> list[Tensor | None]:
     """Call a node in a look. One that can't be called so is opaque: whatever it raises must not meet the user."""
     try:
         return list(grads) if passes_on(node) else node_vjp(node, grads)
+    except CurvatureError:  # a hook of ours refuses what a checkpoint runs again
+        raise
     except Exception as error:
         if isinstance(error, RunsOthersCodeError) and is_python_function(node):
             _opaque_functions.add(node._forward_cls)
         raise _FoundOpaque(node) from error
+
+
+def runs_others_code(node: Any) -> bool:
+    """Whether a node is of a function that calls modules or starts a backward pass in its backward; tried once for each."""
+    if not is_others_function(node):
+        return False
+    kind = node._forward_cls
+    if kind not in _tried_functions:
+        _tried_functions.add(kind)
+        try:
+            with guarded(), torch.random.fork_rng(()), torch.no_grad():
+                node_vjp(node, [None] * output_count(node))
+        except RunsOthersCodeError:
+            _opaque_functions.add(kind)
+        except Exception:  # Whatever it raises, it raises where it is called in earnest, too.
+            return False
+    return kind in _opaque_functions
 
 
 def _gives_nothing(node: Node) -> CoverageError:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -134,3 +134,8 @@ def gradient_edge_of(output: Tensor) -> GradientEdge | None:
 def made_by(x: Tensor) -> Node:
     """The node that made a tensor; for a leaf, the one that takes its gradient."""
     return x.grad_fn if x.grad_fn is not None else get_gradient_edge(x).node
+
+
+def after_node(hook: Callable[..., None], _: object, grads: tuple[Tensor | None, ...]) -> None:
+    """Call a hook for a node's gradients once the node has run, which is told what it returned, too."""
+    hook(grads)

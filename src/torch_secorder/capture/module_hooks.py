@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_secorder.autograd.hooks import HookSet
-from torch_secorder.autograd.nodes import gradient_edge_of, made_by
+from torch_secorder.autograd.nodes import after_node, gradient_edge_of, made_by
 from torch_secorder.batch_axis.placement import FIRST
 from torch_secorder.capture.forwards import ForwardTracker, size_on
 from torch_secorder.capture.records import Forward, HookedModule, Record
@@ -158,7 +158,12 @@ class ModuleHooks(HookScope):
             raise UnsupportedError(
                 f"{record.site}: its output is a leaf of the autograd graph, not something that it computed"
             )
-        edge.node.register_prehook(partial(self._on_gradient, record, edge.output_nr))
+        hook = partial(self._on_gradient, record, edge.output_nr)
+        if record.inputs_packed:
+            # The node fetches its own tensors first, so that a checkpoint runs its forward again when it would without us.
+            edge.node.register_hook(partial(after_node, hook))
+        else:
+            edge.node.register_prehook(hook)
         if forward.in_model_call and forward.recomputed_in is None:
             forward.records.append((record, edge))
         else:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from torch.autograd.graph import GradientEdge, Node
 
-from torch_secorder.autograd.graph_pass import Route
+from torch_secorder.autograd.graph_pass import Route, runs_others_code
 from torch_secorder.autograd.nodes import Edge, has_packed_tensors, output_count, output_shapes, value_shape
 from torch_secorder.batch_axis.evidence import Evidence, Unplaced
 from torch_secorder.batch_axis.knowledge import Key, Wanted
@@ -161,6 +161,8 @@ class Frontier:
         while ranks.max_over_ranks(bool(level)) if ranks.distributed else level:
             level = list({item.edge: item for item in level if item.edge not in done}.values())
             done.update(item.edge for item in level)
+            # The passes that such a function starts bring the gradients that it returns to hooks of the modules that it calls.
+            level = [item for item in level if not runs_others_code(item.node)]
             # A node that only moves the entries of a batch-free value gives another one. No evidence is needed for that.
             moving = [item for item in level if not self._one_sample and item.node.name() in PERMUTES_ENTRIES]
             others = [item for item in level if self._one_sample or item.node.name() not in PERMUTES_ENTRIES]

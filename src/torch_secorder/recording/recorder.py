@@ -29,6 +29,7 @@ from torch_secorder.autograd.engine import (
     raise_after_backward,
 )
 from torch_secorder.autograd.hooks import gradient_hooks
+from torch_secorder.autograd.nodes import after_node
 from torch_secorder.autograd.precision import autocast_devices, full_precision
 from torch_secorder.batch_axis.knowledge import ModelKnowledge
 from torch_secorder.capture.forwards import ForwardTracker
@@ -133,7 +134,7 @@ class Recorder(HookScope):
         """Have the node of a use call back with its gradients."""
         hook = partial(self._on_use_gradients, use)
         if runs_after_node(node):
-            node.register_hook(partial(_after_node, hook))
+            node.register_hook(partial(after_node, hook))
         else:
             node.register_prehook(hook)
 
@@ -208,11 +209,6 @@ class Recorder(HookScope):
         if current.accumulator.slow and not self._knowledge.warned_of_slow_rules:
             self._knowledge.warned_of_slow_rules = current.accumulator.warned()
         return samples
-
-
-def _after_node(hook: Callable[..., None], _: object, grads: tuple[Tensor | None, ...]) -> None:
-    """Call a hook for a node's gradients once the node has run, which is told what it returned, too."""
-    hook(grads)
 
 
 class UserRecorder(Recorder):
