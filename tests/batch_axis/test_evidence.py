@@ -12,6 +12,7 @@ from torch_secorder.batch_axis.evidence import (
     MARKS_PER_PASS,
     MARKS_PER_PASS_OF_HALF,
     Evidence,
+    Finding,
     Sketch,
     Unplaced,
     evidence,
@@ -28,11 +29,15 @@ def marks_of(dtype: torch.dtype) -> int:
     return MARKS_PER_PASS_OF_HALF if dtype in HALF else MARKS_PER_PASS
 
 
-def seen(make: Callable[[Tensor], Tensor], n: int, dtype: torch.dtype = torch.float64) -> Evidence:
-    """The evidence of the gradient that a seed gives in which sample n has the factor of index n."""
+def looked_at(make: Callable[[Tensor], Tensor], n: int, dtype: torch.dtype = torch.float64) -> Finding:
+    """What the gradient shows that a seed gives in which sample n has the factor of index n."""
     marks = sample_marks(n, marks_of(dtype))
     plain, *marked = [Sketch.of(make(mark.double()).to(dtype)) for mark in marks]
     return evidence(plain, marked, n, marks_of(dtype))
+
+
+def seen(make: Callable[[Tensor], Tensor], n: int, dtype: torch.dtype = torch.float64) -> Evidence:
+    return looked_at(make, n, dtype).evidence
 
 
 def along(owners: Tensor, axis: int, *shape: int) -> Callable[[Tensor], Tensor]:
@@ -108,12 +113,55 @@ def test_what_a_few_samples_share_in_each_row() -> None:
     assert found is Unplaced.SHARED_BY_SAMPLES
 
 
+@pytest.mark.parametrize(
+    ("dtype", "coupling"),
+    [(torch.float64, 1e-8), (torch.float32, 1e-4), (torch.bfloat16, 0.04), (torch.float16, 0.1)],
+    ids=str,
+)
+def test_a_weak_coupling_is_no_rounding(dtype: torch.dtype, coupling: float) -> None:
+    value = torch.randn(6, 500, dtype=torch.float64)
+
+    def make(mark: Tensor) -> Tensor:
+        own = value * mark[:, None]
+        return own + coupling * own.roll(1, 0)
+
+    assert seen(make, 6, dtype) is Unplaced.SHARED_BY_SAMPLES
+
+
+@every_dtype
+def test_every_sample_proves_a_placement(dtype: torch.dtype) -> None:
+    for axis, shape in enumerate([(6, 5), (5, 6)]):
+        assert looked_at(along(torch.arange(6), axis, *shape), 6, dtype) == Finding(Placement(axis), proven=True)
+    blocks = torch.arange(6).repeat_interleave(3)
+    assert looked_at(along(blocks, 0, 18, 5), 6, dtype) == Finding(Placement(0, Layout.BLOCKS), proven=True)
+
+
+@every_dtype
+@pytest.mark.parametrize(
+    ("shape", "rows"),
+    [
+        ((18, 5), [0]),  # blocks and turns alike
+        ((18, 5), [0, 4, 8, 9]),  # blocks, but two samples might lie anywhere
+        ((6, 5), [0, 1, 2, 3, 4]),  # one sample might be another's
+    ],
+    ids=str,
+)
+def test_rows_without_a_gradient_prove_nothing(shape: tuple[int, int], rows: list[int], dtype: torch.dtype) -> None:
+    owners = torch.arange(6).repeat_interleave(shape[0] // 6)
+    there = torch.zeros(shape[0], 1, dtype=torch.float64)
+    there[rows] = 1
+    grad = along(owners, 0, *shape)
+    found = looked_at(lambda mark: grad(mark) * there, 6, dtype)
+    assert isinstance(found.evidence, Placement)
+    assert not found.proven
+
+
 @every_dtype
 def test_gradients_that_say_nothing(dtype: torch.dtype) -> None:
     n, count = 5, len(sample_marks(5, marks_of(dtype)))
     some = Sketch.of(torch.randn(n, 3).to(dtype))
-    assert evidence(None, [some] * (count - 1), n, marks_of(dtype)) is Unplaced.NO_GRADIENT
-    assert evidence(some, [None] * (count - 1), n, marks_of(dtype)) is Unplaced.NO_GRADIENT
+    assert evidence(None, [some] * (count - 1), n, marks_of(dtype)).evidence is Unplaced.NO_GRADIENT
+    assert evidence(some, [None] * (count - 1), n, marks_of(dtype)).evidence is Unplaced.NO_GRADIENT
     assert seen(lambda mark: torch.zeros(n, 3), n, dtype) is Unplaced.NO_GRADIENT
     tiny = torch.finfo(dtype).tiny
     assert seen(lambda mark: mark[:, None] * torch.full((n, 3), tiny / 8), n, dtype) is Unplaced.NO_GRADIENT

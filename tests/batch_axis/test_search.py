@@ -11,7 +11,7 @@ from torch.autograd.graph import GradientEdge
 from torch.utils.checkpoint import checkpoint
 
 from torch_secorder.autograd.nodes import value_shape
-from torch_secorder.batch_axis.evidence import Evidence, Unplaced
+from torch_secorder.batch_axis.evidence import Evidence, Finding, Unplaced
 from torch_secorder.batch_axis.knowledge import PlacementCache, Wanted, is_due
 from torch_secorder.batch_axis.placement import Layout, Placement
 from torch_secorder.batch_axis.search import SampleSearch
@@ -27,6 +27,10 @@ def edge(x: Tensor) -> GradientEdge:
 
 def seen(x: Tensor) -> Viewed:
     return edge(x), x.shape
+
+
+def places(passes: SearchPasses, *wanted: Viewed) -> list[Evidence]:
+    return [finding.evidence for finding in passes.findings(wanted)]
 
 
 class Steps:
@@ -45,7 +49,7 @@ class Steps:
 def test_one_set_of_passes_places_all_tensors_of_a_graph() -> None:
     steps = Steps()
     wanted = [seen(x) for x in (steps.positions, steps.first, steps.folded, steps.turned, steps.unused)]
-    assert SearchPasses([steps.outputs], 0, N).evidence(wanted) == [
+    assert places(SearchPasses([steps.outputs], 0, N), *wanted) == [
         Unplaced.SHARED_BY_SAMPLES,
         Placement(0),
         Placement(0, Layout.BLOCKS),
@@ -58,7 +62,7 @@ def test_a_search_leaves_gradients_and_the_graph_alone() -> None:
     model, x = nn.Linear(4, 2), torch.randn(N, 4, requires_grad=True)
     h = x * 2
     outputs = model(h)
-    assert SearchPasses([outputs], 0, N).evidence([seen(h), seen(outputs)]) == [Placement(0), Placement(0)]
+    assert places(SearchPasses([outputs], 0, N), seen(h), seen(outputs)) == [Placement(0), Placement(0)]
     assert x.grad is None
     assert model.weight.grad is None
     outputs.sum().backward()
@@ -68,14 +72,14 @@ def test_a_search_leaves_gradients_and_the_graph_alone() -> None:
 def test_outputs_without_samples_show_nothing() -> None:
     loss = nn.Linear(4, 2)(torch.randn(N, 4)).sum()
     with pytest.raises(ShapeError, match="returns no differentiable tensor with as many indices on axis 0"):
-        SearchPasses([loss], 0, N).evidence([seen(loss)])
+        places(SearchPasses([loss], 0, N), seen(loss))
 
 
 def test_what_is_behind_a_re_entrant_checkpoint_is_hidden() -> None:
     x = torch.randn(N, 4, requires_grad=True)
     h = x * 2
     outputs = checkpoint(nn.Linear(4, 2), h, use_reentrant=True)
-    assert SearchPasses([outputs], 0, N).evidence([seen(h), seen(outputs)]) == [Unplaced.HIDDEN, Placement(0)]
+    assert places(SearchPasses([outputs], 0, N), seen(h), seen(outputs)) == [Unplaced.HIDDEN, Placement(0)]
 
 
 class Counted(SearchPasses):
@@ -85,53 +89,77 @@ class Counted(SearchPasses):
         super().__init__(*args)  # type: ignore[arg-type]
         self.asked: list[int] = []
 
-    def evidence(self, wanted: Sequence[Viewed]) -> list[Evidence]:
+    def findings(self, wanted: Sequence[Viewed]) -> list[Finding]:
         self.asked.append(len(wanted))
-        return super().evidence(wanted)
+        return super().findings(wanted)
 
 
 def call(x: Tensor, name: str) -> Wanted:
     return ("call", name), edge(x), x.shape
 
 
-def test_what_is_known_is_not_searched_for_again() -> None:
-    placements, steps = PlacementCache(), Steps()
-    passes = Counted([steps.outputs], 0, N)
-    wanted = [call(steps.first, "first"), call(steps.positions, "positions")]
-    for _ in range(2):
-        SampleSearch(placements, N, False, lambda: passes)(wanted)
-    assert passes.asked == [2]
-    assert list(placements.evidence.values()) == [Placement(0), Unplaced.SHARED_BY_SAMPLES]
-    placements.evidence["call", "first"] = Placement(0, Layout.INDEXED, torch.arange(N))  # of another batch
-    SampleSearch(placements, N, False, lambda: passes)(wanted)
-    assert passes.asked == [2, 1]
+class Graphs:
+    """Graphs of one kind, one after the other, and those of them that were looked at."""
+
+    def __init__(self, *, ambiguous: bool = False) -> None:
+        self.placements, self.steps, self._ambiguous = PlacementCache(), Steps(), ambiguous
+        self.passes = Counted([self.steps.outputs], 0, N)
+
+    def looked_at(self, wanted: Sequence[Wanted], count: int = 10) -> list[int]:
+        found = []
+        for graph in range(self.placements.graphs_seen + 1, self.placements.graphs_seen + count + 1):
+            before = len(self.passes.asked)
+            SampleSearch(self.placements, N, self._ambiguous, lambda: self.passes)(wanted)
+            if len(self.passes.asked) > before:
+                found.append(graph)
+        return found
+
+
+DUE = [graph for graph in range(1, 11) if is_due(graph)]
+
+
+def test_what_is_known_is_examined_ever_more_rarely() -> None:
+    graphs = Graphs()
+    wanted = [call(graphs.steps.first, "first"), call(graphs.steps.positions, "positions")]
+    assert graphs.looked_at(wanted) == DUE
+    assert set(graphs.passes.asked) == {2}
+    assert list(graphs.placements.evidence.values()) == [Placement(0), Unplaced.SHARED_BY_SAMPLES]
+
+
+def test_a_list_of_samples_is_good_for_one_graph() -> None:
+    graphs = Graphs()
+    graphs.placements.graphs_seen = 5
+    graphs.placements.keep(("call", "first"), Finding(Placement(0, Layout.INDEXED, torch.arange(N))))
+    assert graphs.looked_at([call(graphs.steps.first, "first")], 1) == [6]
+
+
+def test_what_is_not_proven_is_searched_for_until_it_is() -> None:
+    graphs = Graphs()
+    graphs.placements.graphs_seen = 5
+    graphs.placements.keep(("call", "first"), Finding(Placement(0), proven=False))
+    assert graphs.looked_at([call(graphs.steps.first, "first")], 3) == [6]
 
 
 def test_a_placement_that_does_not_fit_is_searched_for_again() -> None:
-    placements, steps = PlacementCache({("call", "first"): Placement(1)}), Steps()
-    SampleSearch(placements, N, False, lambda: SearchPasses([steps.outputs], 0, N))([call(steps.first, "first")])
-    assert placements.evidence["call", "first"] == Placement(0)
+    graphs = Graphs()
+    graphs.placements.graphs_seen = 5
+    graphs.placements.keep(("call", "first"), Finding(Placement(1)))
+    assert graphs.looked_at([call(graphs.steps.first, "first")], 1) == [6]
+    assert graphs.placements.evidence["call", "first"] == Placement(0)
 
 
 @pytest.mark.parametrize("ambiguous", [False, True])
 def test_a_call_that_no_gradient_reached_is_searched_for_ever_more_rarely(ambiguous: bool) -> None:
-    placements, steps = PlacementCache(), Steps()
-    passes = Counted([steps.outputs], 0, N)
-    graphs = []
-    for graph in range(1, 11):
-        before = len(passes.asked)
-        SampleSearch(placements, N, ambiguous, lambda: passes)([call(steps.unused, "unused")])
-        if len(passes.asked) > before:
-            graphs.append(graph)
-    assert graphs == [graph for graph in range(1, 11) if ambiguous or is_due(graph)]
+    graphs = Graphs(ambiguous=ambiguous)
+    assert graphs.looked_at([call(graphs.steps.unused, "unused")]) == (list(range(1, 11)) if ambiguous else DUE)
 
 
 def test_a_small_batch_is_asked_before_the_whole_graph() -> None:
-    placements, steps = PlacementCache(), Steps()
+    placements, steps = PlacementCache(graphs_seen=5), Steps()
     passes = Counted([steps.outputs], 0, N)
 
     def locate() -> None:
-        placements.evidence["call", "first"] = Placement(0)
+        placements.keep(("call", "first"), Finding(Placement(0)))
 
     wanted = [call(steps.first, "first"), call(steps.turned, "turned")]
     SampleSearch(placements, N, False, lambda: passes, locate)(wanted)

@@ -55,18 +55,21 @@ def passes_of_steps(model: nn.Module, shapes: list[tuple[int, ...]]) -> list[int
     return found
 
 
+def searched_in(model: nn.Module, shapes: list[tuple[int, ...]]) -> list[int]:
+    """The numbers of the steps that took more than the user's pass."""
+    return [number for number, passes in enumerate(passes_of_steps(model, shapes), 1) if passes > 1]
+
+
 def test_a_steady_step_has_the_users_pass_alone() -> None:
-    """One seed, and one more pass for each digit of a sample's number, the first time."""
-    first, *others = passes_of_steps(Model().double(), [(5, 5, 4)] * 6)
-    assert first == 1 + 2
-    assert others == [1] * 5
+    """One seed, and one more pass for each digit of a sample's number, ever more rarely: a gate may open meanwhile."""
+    assert passes_of_steps(Model().double(), [(5, 5, 4)] * 6) == [3, 3, 3, 1, 3, 1]
 
 
 def test_graphs_of_another_kind_are_searched_again() -> None:
     model = Model().double()
-    assert passes_of_steps(model, [(5, 5, 4)] * 2) == [3, 1]
-    assert passes_of_steps(model, [(5, 5, 4)] * 2) == [1, 1], "a second monitor knows what the first found out"
-    assert passes_of_steps(Model().double(), [(5, 5, 4)] * 2) == [3, 1], "another model shares nothing with it"
+    assert searched_in(model, [(5, 5, 4)] * 4) == [1, 2, 3]
+    assert searched_in(model, [(5, 5, 4)] * 4) == [1], "a second monitor knows what the first found out"
+    assert searched_in(Model().double(), [(5, 5, 4)] * 4) == [1, 2, 3], "another model shares nothing with it"
 
 
 def test_more_samples_take_more_passes() -> None:

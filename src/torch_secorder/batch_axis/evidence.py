@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -31,6 +31,20 @@ class Unplaced(Enum):
 Evidence = Placement | Unplaced
 
 
+@dataclass(frozen=True)
+class Finding:
+    """What one look shows of a tensor.
+
+    Attributes:
+        evidence: where its samples are, or why that is not known.
+        proven: whether a look at another batch could not show anything else, as long as the model computes in the same way. Rows
+            without a gradient fit any reading, so that a placement of theirs is right for this batch and proves nothing.
+    """
+
+    evidence: Evidence
+    proven: bool = True
+
+
 # How many marks one backward pass tells apart: 2^0 to 2^(B-1). With B = 8 in half precision and 32 in other dtypes, marked
 # gradients stay inside the range of the dtype's exponents.
 MARKS_PER_PASS_OF_HALF, MARKS_PER_PASS = 8, 32
@@ -46,6 +60,19 @@ def sample_marks(n: int, marks_per_pass: int = MARKS_PER_PASS) -> list[Tensor]:
     digits = max(1, math.ceil(math.log(max(n, 2), marks_per_pass) - 1e-9))
     return [torch.ones(n), *(2.0 ** (samples // marks_per_pass**place % marks_per_pass) for place in range(digits))]
 
+
+# By how much a row may differ from its sample's mark times the plain one: relative to the row, and to the largest row. Powers of
+# two leave every rounding as it was, so that nothing but the order in which devices add differs; float16 underflows besides. What
+# is forgiven is an error of twice as much in the squared norms, so that it is below the tolerances of these.
+FORGIVEN = {
+    torch.float64: (1e-9, 1e-12),
+    torch.float32: (1e-5, 1e-6),
+    torch.bfloat16: (4e-3, 1e-4),
+    torch.float16: (0.02, 1e-4),
+}
+
+# A row that is smaller than this part of the largest fits any reading, or nearly so.
+SPEAKS = 1e-3
 
 # Along a single random direction, what samples share may scale as if it were one sample's by accident, in half precision above
 # all; along several it does not.
@@ -65,12 +92,12 @@ class Sketch:
     Attributes:
         axes: for each axis of the tensor the products of its slices, ``[size, DIRECTIONS]``, in float64.
         largest: the largest magnitude in the gradient.
-        tiny: the smallest normal number of its dtype.
+        dtype: the gradient's.
     """
 
     axes: list[Tensor]
     largest: float
-    tiny: float
+    dtype: torch.dtype
 
     @classmethod
     def of(cls, grad: Tensor) -> Sketch:
@@ -79,7 +106,12 @@ class Sketch:
         largest = max(-float(value.min()), float(value.max())) if value.numel() else 0.0
         with full_precision():
             axes = [_contracted(value, axis).double() for axis in range(value.dim())]
-        return cls(axes, largest, torch.finfo(grad.dtype).tiny)
+        return cls(axes, largest, grad.dtype)
+
+    @property
+    def tiny(self) -> float:
+        """The smallest normal number of the gradient's dtype."""
+        return torch.finfo(self.dtype).tiny
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -131,7 +163,7 @@ def _directions(size: int, like: Tensor) -> Tensor:
 
 def evidence(
     plain: Sketch | None, marked: Sequence[Sketch | None], n: int, marks_per_pass: int = MARKS_PER_PASS
-) -> Evidence:
+) -> Finding:
     """Where a tensor has its n samples, if its gradients show it.
 
     Args:
@@ -142,22 +174,18 @@ def evidence(
     """
     found = [sketch for sketch in marked if sketch is not None]
     if plain is None or len(found) < len(marked):
-        return Unplaced.NO_GRADIENT
+        return Finding(Unplaced.NO_GRADIENT)
     # Numbers below the smallest normal one have few digits, and a mark brings some back: they show nothing. Nor do NaNs.
     if not plain.largest > plain.tiny:
-        return Unplaced.NO_GRADIENT
-    for placement in _candidates(plain.shape, n):
-        rows, others = plain.axes[placement.axis], [sketch.axes[placement.axis] for sketch in found]
-        sample_of_row = placement.sample_of_index(len(rows), n, rows.device)
-        if _explains(rows, others, sample_of_row, n, marks_per_pass):
-            return placement
+        return Finding(Unplaced.NO_GRADIENT)
+    explain = partial(_explains, plain, found, n, marks_per_pass)
+    if fitting := [placement for placement in _candidates(plain.shape, n) if explain(placement)]:
+        return Finding(fitting[0], len(fitting) == 1 and _shows_every_sample(plain, fitting[0], n))
     if not plain.shape:
-        return Unplaced.SHARED_BY_SAMPLES
-    rows, others = plain.axes[0], [sketch.axes[0] for sketch in found]
-    sample_of_row = _samples_of_rows(rows, others, marks_per_pass)
-    if _explains(rows, others, sample_of_row, n, marks_per_pass):
-        return Placement(0, Layout.INDEXED, sample_of_row)
-    return Unplaced.SHARED_BY_SAMPLES
+        return Finding(Unplaced.SHARED_BY_SAMPLES)
+    sample_of_row = _samples_of_rows(plain.axes[0], [sketch.axes[0] for sketch in found], marks_per_pass)
+    listed = Placement(0, Layout.INDEXED, sample_of_row)
+    return Finding(listed if explain(listed) else Unplaced.SHARED_BY_SAMPLES)
 
 
 def _candidates(shape: Sequence[int], n: int) -> Iterator[Placement]:
@@ -170,20 +198,29 @@ def _candidates(shape: Sequence[int], n: int) -> Iterator[Placement]:
                 yield placement
 
 
-def _explains(rows: Tensor, marked: list[Tensor], sample_of_row: Tensor | None, n: int, marks_per_pass: int) -> bool:
-    """Whether every row came back times the mark of its sample; without ``sample_of_row``, row n is sample n's."""
+def _explains(plain: Sketch, marked: list[Sketch], n: int, marks_per_pass: int, placement: Placement) -> bool:
+    """Whether every row came back times the mark of its sample."""
+    rows = plain.axes[placement.axis]
+    sample_of_row = placement.sample_of_index(len(rows), n, rows.device)
     size = rows.norm(dim=1)
-    # Powers of two leave every rounding as it was; only half precision may underflow. The less is forgiven, the less likely is
-    # it that what samples share passes for one sample's by chance.
-    forgiven = 0.05 if marks_per_pass == MARKS_PER_PASS_OF_HALF else 1e-3
-    for mark, found in zip(sample_marks(n, marks_per_pass)[1:], marked, strict=True):
+    forgiven, floor = FORGIVEN[torch.float16 if marks_per_pass == MARKS_PER_PASS_OF_HALF else plain.dtype]
+    for mark, sketch in zip(sample_marks(n, marks_per_pass)[1:], marked, strict=True):
         mark = mark.to(rows)
         mark = mark if sample_of_row is None else mark[sample_of_row.clamp(max=n - 1)]
-        off = (found / mark[:, None] - rows).norm(dim=1)
+        off = (sketch.axes[placement.axis] / mark[:, None] - rows).norm(dim=1)
         # For a wrong sample, the difference is at least half as large as the row.
-        if not bool((off.isfinite() & (off <= forgiven * size + 1e-4 * size.max())).all()):
+        if not bool((off.isfinite() & (off <= forgiven * size + floor * size.max())).all()):
             return False
     return True
+
+
+def _shows_every_sample(plain: Sketch, placement: Placement, n: int) -> bool:
+    """Whether every sample has a row that is large enough to speak against another reading."""
+    size = plain.axes[placement.axis].norm(dim=1)
+    sample = placement.sample_of_index(len(size), n, size.device)
+    if sample is not None:
+        size = size.new_zeros(n).scatter_reduce(0, sample.clamp(max=n - 1), size, "amax")
+    return bool((size > SPEAKS * size.max()).all())
 
 
 def _samples_of_rows(rows: Tensor, marked: list[Tensor], marks_per_pass: int) -> Tensor:

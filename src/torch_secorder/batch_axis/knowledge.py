@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 from torch import nn
 from torch.autograd.graph import GradientEdge
 
-from torch_secorder.batch_axis.evidence import Evidence, Unplaced
+from torch_secorder.batch_axis.evidence import Evidence, Finding, Unplaced
 from torch_secorder.batch_axis.placement import Placement
 
 Key = tuple[object, ...]
@@ -60,15 +60,27 @@ class PlacementCache:
     """
 
     evidence: dict[Key, Evidence] = field(default_factory=dict)
+    _unproven: set[Key] = field(default_factory=set)
     telling_outputs: dict[Key, int] = field(default_factory=dict)
     graphs_seen: int = 0
+
+    def keep(self, key: Key, found: Finding) -> None:
+        """Note what a look showed; what it does not prove is good for one graph."""
+        self.evidence[key] = found.evidence
+        (self._unproven.discard if found.proven else self._unproven.add)(key)
+
+    def examines_next(self, *, always: bool = False) -> bool:
+        """Count a graph; returns whether what is known is examined again in it: a gate may have opened, an order changed."""
+        if always:
+            return True
+        self.graphs_seen += 1
+        return is_due(self.graphs_seen)
 
     def missing(self, wanted: Sequence[Wanted], n: int, ambiguous_shapes: bool) -> list[Wanted]:
         """The places in a graph of n samples for which no evidence is known that holds there.
 
-        A call that no gradient reached, or that is hidden, could not be placed. It is searched for again in the 1st, 2nd, 3rd,
-        5th, 9th, ... graph of its kind, and in every graph if shapes are ambiguous; meanwhile it keeps the placement that its
-        shape suggests. A use has none to keep, so that it is always searched for again.
+        A call that no gradient reached, or that is hidden, could not be placed. Until what is known is examined again, it keeps
+        the placement that its shape suggests, unless shapes are ambiguous. A use has none to keep, and is searched for anew.
         """
         found: list[Wanted] = []
         for item in wanted:  # in every step: no function for each place
@@ -76,9 +88,9 @@ class PlacementCache:
             known = self.evidence.get(key)
             if isinstance(known, Placement):
                 # A router decides anew for each batch, so that a list of samples is good for one graph only.
-                holds = known.sample_index is None and known.fits(shape, n)
+                holds = known.sample_index is None and known.fits(shape, n) and key not in self._unproven
             elif known in (Unplaced.NO_GRADIENT, Unplaced.HIDDEN):
-                holds = key[0] == "call" and not ambiguous_shapes and not is_due(self.graphs_seen)
+                holds = key[0] == "call" and not ambiguous_shapes
             else:
                 holds = known is Unplaced.SHARED_BY_SAMPLES
             if not holds:

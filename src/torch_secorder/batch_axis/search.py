@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from torch.autograd.graph import GradientEdge, Node
 
 from torch_secorder.autograd.nodes import output_shapes
-from torch_secorder.batch_axis.evidence import Evidence, Unplaced
+from torch_secorder.batch_axis.evidence import Finding, Unplaced
 from torch_secorder.batch_axis.knowledge import PlacementCache, Wanted
 from torch_secorder.batch_axis.search_pass import SearchPasses, Viewed
 from torch_secorder.model.ranks import Ranks
@@ -23,6 +23,7 @@ class SampleSearch:
         passes: makes the backward passes through this graph, which are the last resort.
         locate_on_three_samples: adds to what is known from a smaller batch of the same model, if there is a way.
         look_ahead: the nodes that may be asked for later. If a pass is made, it looks at them too.
+        rehearsal: whether this is the graph of a smaller batch, for which everything is looked at.
     """
 
     def __init__(
@@ -33,28 +34,34 @@ class SampleSearch:
         passes: Callable[[], SearchPasses],
         locate_on_three_samples: Callable[[], None] | None = None,
         look_ahead: Callable[[], Iterable[Node]] = list,
+        *,
+        rehearsal: bool = False,
     ):
         self.placements, self._n, self._passes = placements, n, passes
         self._locate_on_three_samples, self._look_ahead = locate_on_three_samples, look_ahead
         self._ambiguous_shapes = ambiguous_shapes
-        self._ahead: dict[tuple[Node, int], Evidence] = {}
-        placements.graphs_seen += 1
+        self._ahead: dict[tuple[Node, int], Finding] = {}
+        self._examines = placements.examines_next(always=rehearsal)
 
     def __call__(self, wanted: Sequence[Wanted]) -> None:
         """Search where it is needed. Afterwards, ``placements.evidence`` has an entry for each of these places."""
-        missing = self.placements.missing(wanted, self._n, self._ambiguous_shapes)
+        missing = self._missing(wanted)
         if missing and self._locate_on_three_samples is not None:
             self._locate_on_three_samples()
             missing = self.placements.missing(missing, self._n, self._ambiguous_shapes)
         if missing:
             self._find(missing)
 
+    def _missing(self, wanted: Sequence[Wanted]) -> Sequence[Wanted]:
+        """All of these places in a graph in which what is known is examined again, else those of which nothing is known."""
+        return wanted if self._examines else self.placements.missing(wanted, self._n, self._ambiguous_shapes)
+
     def _find(self, wanted: Sequence[Wanted]) -> None:
         """Take the evidence from what an earlier pass saw ahead, and from new passes."""
         left: list[Wanted] = []
         for key, edge, shape in wanted:
             if key[0] == "use" and (found := self._ahead.get((edge.node, edge.output_nr))) is not None:
-                self.placements.evidence[key] = found
+                self.placements.keep(key, found)
             else:
                 left.append((key, edge, shape))
         if left:
@@ -65,9 +72,10 @@ class SampleSearch:
         ahead = [(node, nr, shape) for node in nodes for nr, shape in enumerate(output_shapes([node]))]
         viewed: list[Viewed] = [(edge, shape) for _, edge, shape in wanted]
         viewed += [(GradientEdge(node, nr), shape) for node, nr, shape in ahead]
-        found = self._passes().evidence(viewed)
+        found = self._passes().findings(viewed)
         keys, places = [key for key, _, _ in wanted], [(node, nr) for node, nr, _ in ahead]
-        self.placements.evidence.update(zip(keys, found[: len(keys)], strict=True))
+        for key, finding in zip(keys, found[: len(keys)], strict=True):
+            self.placements.keep(key, finding)
         self._ahead.update(zip(places, found[len(keys) :], strict=True))
 
 
@@ -91,7 +99,7 @@ class SearchOnAllRanks(SampleSearch):
 
     def __call__(self, wanted: Sequence[Wanted]) -> None:
         """Search at all of these places if one of them is missing on any rank."""
-        missing = self.placements.missing(wanted, self._n, self._ambiguous_shapes)
+        missing = self._missing(wanted)
         if not self._ranks.max_over_ranks(bool(missing)):
             return
         keys = [key for key, _, _ in wanted]

@@ -16,7 +16,7 @@ from torch_secorder.autograd.sharded import GatheredWeights
 from torch_secorder.batch_axis.evidence import (
     MARKS_PER_PASS,
     MARKS_PER_PASS_OF_HALF,
-    Evidence,
+    Finding,
     Sketch,
     Unplaced,
     evidence,
@@ -55,7 +55,7 @@ class SearchPasses:
         self._axis, self._n, self._common_count, self._weights = axis, n, common_count, weights
         self._marks_per_pass = MARKS_PER_PASS_OF_HALF if has_half_precision(*self._roots) else MARKS_PER_PASS
 
-    def evidence(self, wanted: Sequence[Viewed]) -> list[Evidence]:
+    def findings(self, wanted: Sequence[Viewed]) -> list[Finding]:
         """What the gradients at these edges, each seen in its shape, say of their samples.
 
         Raises:
@@ -71,7 +71,7 @@ class SearchPasses:
         sketches, hidden = self._sketches(wanted, marks + marks[:1] * (self._common_count(own) - own))
         columns = enumerate(zip(*sketches[:own], strict=True))
         return [
-            Unplaced.HIDDEN if place in hidden else evidence(plain, marked, self._n, self._marks_per_pass)
+            Finding(Unplaced.HIDDEN) if place in hidden else evidence(plain, marked, self._n, self._marks_per_pass)
             for place, (plain, *marked) in columns
         ]
 

@@ -68,6 +68,7 @@ class Audit:
         batch_axis: where the model's outputs have the batch axis.
         knowledge: what is known about the model already.
         locate_on_three_samples: adds to the knowledge from a batch of three samples; called when a search is needed.
+        rehearsal: whether this is for a smaller batch, in which everything is looked at.
         trust_shapes: if only one axis has N indices, take it for the batch axis without a search. For callers that verify
             a sample afterwards.
 
@@ -83,6 +84,7 @@ class Audit:
         locate_on_three_samples: Callable[[], None] | None = None,
         *,
         trust_shapes: bool = False,
+        rehearsal: bool = False,
     ):
         self._table, self._ranks, self._axis = table, table.ranks, batch_axis
         self._leaves = {
@@ -91,6 +93,7 @@ class Audit:
             if p.requires_grad
         }
         self._knowledge, self._trust_shapes = knowledge or ModelKnowledge(), trust_shapes
+        self._rehearsal = rehearsal
         self._locate_on_three_samples = locate_on_three_samples
         self.fingerprint = 0
 
@@ -142,7 +145,8 @@ class Audit:
             passes = partial(passes, self._ranks.max_over_ranks, weights)
             return SearchOnAllRanks(known, n, asked.ambiguous_shapes, passes, self._ranks)
         locate = None if asked.reorders_samples else self._locate_on_three_samples
-        return SampleSearch(known, n, asked.ambiguous_shapes, passes, locate, partial(_ahead, walk, reached))
+        ahead = partial(_ahead, walk, reached)
+        return SampleSearch(known, n, asked.ambiguous_shapes, passes, locate, ahead, rehearsal=self._rehearsal)
 
     def _place(self, reached: Reached, search: SampleSearch, n: int, asked: Questions) -> list[Record]:
         """Give each record its placement; returns those of calls that all samples share, which have none."""

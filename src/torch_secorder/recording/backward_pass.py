@@ -16,7 +16,7 @@ from torch_secorder.recording.gradient_norms import GradientNorms
 from torch_secorder.recording.sample_norms import SampleNorms
 
 
-@dataclass(eq=False, slots=True, weakref_slot=True)
+@dataclass(eq=False)
 class BackwardPass:
     """A backward pass that is under way.
 

@@ -59,6 +59,7 @@ class Recorder(HookScope):
         knowledge: what is known about the model already.
         options: what each pass collects.
         locate_on_three_samples: adds to the knowledge from a smaller batch, if there is a way.
+        rehearsal: whether the batch is a smaller one, in which everything is looked at.
         trust_shapes: believe shapes that allow one reading only, for callers that check a sample afterwards.
         attach_leaf: give outputs that need no gradient one, so that frozen layers are seen too.
         every: record every k-th call of the model, beginning with the first.
@@ -79,6 +80,7 @@ class Recorder(HookScope):
         *,
         locate_on_three_samples: Callable[[], None] | None = None,
         trust_shapes: bool = False,
+        rehearsal: bool = False,
         attach_leaf: bool = False,
         every: int = 1,
         only_library_calls: bool = False,
@@ -90,6 +92,7 @@ class Recorder(HookScope):
             knowledge,
             locate_on_three_samples,
             trust_shapes=trust_shapes,
+            rehearsal=rehearsal,
         )
         self.forwards = ForwardTracker(
             plan.batch_axis,

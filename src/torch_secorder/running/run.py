@@ -103,6 +103,7 @@ class HookedForward(GraphBackward):
                     *(self.table, layers, self._knowledge, PassOptions()),
                     attach_leaf=self._frozen_codes,
                     only_library_calls=True,
+                    rehearsal=True,
                 ),
             ):
                 call_model(plan.model, few)
