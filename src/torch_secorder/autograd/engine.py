@@ -29,6 +29,9 @@ saved_tensors_hooks: Callable[[], tuple[Any, Any] | None] = partial(
     torch._C._autograd._top_saved_tensors_default_hooks, False
 )
 
+# Whether the backward pass under way executes a node. For a leaf whose gradient is a result of the pass it raises instead.
+_will_execute: Callable[[Node], bool] = torch._C._will_engine_execute_node
+
 Owner = Literal["search", "library"]
 
 # Backward passes under way that the library started, and what for: to see where samples are ("search": through the user's graph,
@@ -94,6 +97,30 @@ def in_search_pass() -> bool:
 def is_library_pass(task: int) -> bool:
     """Whether the library started this backward pass, or it runs in a thread where the library calls a model."""
     return task in LIBRARY_PASSES or get_ident() in LIBRARY_THREADS
+
+
+def computes_gradient_of(leaf: Node) -> bool:
+    """Whether the backward pass under way accumulates the gradient of the leaf with this node, or returns it."""
+    return accumulates_gradient_of(leaf) is not False
+
+
+def accumulates_gradient_of(leaf: Node) -> bool | None:
+    """Whether the backward pass under way adds to ``.grad`` of the leaf with this node; None if it returns the gradient."""
+    try:
+        return _will_execute(leaf)
+    except RuntimeError:
+        return None
+
+
+def is_executed(node: Node) -> bool:
+    """Whether the backward pass under way calls a node that is no leaf's."""
+    return _will_execute(node)
+
+
+def is_vmapped(value: Tensor) -> bool:
+    """Whether a tensor stands for several ones, inside of ``torch.func.vmap`` or of ``is_grads_batched=True``."""
+    functorch = torch._C._functorch
+    return functorch.is_batchedtensor(value) or functorch.is_legacy_batchedtensor(value)
 
 
 def raise_after_backward(error: Exception) -> None:

@@ -14,7 +14,6 @@ from contextlib import ExitStack, nullcontext
 from functools import partial
 from threading import RLock, get_ident
 from typing import Any
-from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -25,15 +24,18 @@ from torch_secorder.autograd.engine import (
     after_backward,
     current_graph_task,
     current_node,
+    is_vmapped,
     raise_after_backward,
 )
 from torch_secorder.autograd.hooks import gradient_hooks
 from torch_secorder.autograd.precision import autocast_devices, full_precision
+from torch_secorder.autograd.second_derivatives import GradientGraphWatch
+from torch_secorder.autograd.tensor_hooks import put_last
 from torch_secorder.batch_axis.knowledge import ModelKnowledge
 from torch_secorder.capture.forwards import ForwardTracker
 from torch_secorder.capture.module_hooks import ModuleHooks
 from torch_secorder.capture.records import Forward, Record
-from torch_secorder.errors import LifecycleError
+from torch_secorder.errors import LifecycleError, UnsupportedError
 from torch_secorder.graph.audit import Audit
 from torch_secorder.graph.frontier import ParameterUse
 from torch_secorder.model.hooks import HookScope
@@ -41,8 +43,9 @@ from torch_secorder.model.parameters import Table
 from torch_secorder.model.ranks import full_tensor
 from torch_secorder.per_sample import as_refusal, memory_limit
 from torch_secorder.recording.accumulator import PassAccumulator, PassOptions
-from torch_secorder.recording.backward_pass import BackwardPass, Check, counted_again
+from torch_secorder.recording.backward_pass import BackwardPass, Check, counted_again, vmapped_pass
 from torch_secorder.recording.gradient_norms import GradientNorms
+from torch_secorder.recording.passes import UserPasses
 from torch_secorder.recording.plan import Plan
 from torch_secorder.recording.sample_norms import SampleNorms
 
@@ -94,6 +97,7 @@ class Recorder(HookScope):
             every=every,
             only_library_calls=only_library_calls,
             on_recomputation=self._on_recomputation,
+            on_refusal=self._on_refusal_in_forward,
             on_exit=self._on_model_exit,
         )
         self._module_hooks: ModuleHooks | None = None
@@ -113,15 +117,20 @@ class Recorder(HookScope):
     # ------------------------------------------------------------------------------------------------ what differs
 
     @abstractmethod
-    def _pass_under_way(self, recomputed_in: int | None = None) -> BackwardPass | None:
+    def _pass_under_way(self, grad: Tensor | None, recomputed_in: int | None = None) -> BackwardPass | None:
         """The pass that a gradient which arrives now belongs to; None for passes that are not recorded.
 
         Args:
+            grad: the gradient.
             recomputed_in: the pass that ran the forward of the gradient's call again, if one did.
         """
 
     def _on_recomputation(self, task: int, outer: int) -> None:
         """A forward runs again inside of a backward pass, which is nested in another one unless that is itself."""
+
+    def _on_refusal_in_forward(self, error: Exception) -> None:
+        """A forward that runs again inside of a backward pass can't be recorded."""
+        raise error
 
     def _on_model_exit(self, forward: Forward, outputs: list[Tensor]) -> None:
         """The model returns these tensors, in whatever containers."""
@@ -134,27 +143,25 @@ class Recorder(HookScope):
         grad = grads[output_nr]
         if grad is None or record.placement is None:
             return
-        current = self._pass_under_way(record.forward.recomputed_in)
+        current = self._pass_under_way(grad, record.forward.recomputed_in)
         if current is not None:
             self._within(current, record, current.accumulator.add, record, grad)
 
     def _on_use_gradients(self, use: ParameterUse, grads: tuple[Tensor | None, ...]) -> None:
         """The gradients at a use of a parameter outside of any hooked module's call."""
-        current = self._pass_under_way()
+        current = self._pass_under_way(first_of(grads), use.forward.recomputed_in)
         if current is not None:
             self._within(current, use, current.accumulator.add_use, use, current_node(), grads)
 
     def _within(
-        self, current: BackwardPass, seen: Record | ParameterUse | None, add: Callable[..., None], *args: Any
+        self, current: BackwardPass, seen: Record | ParameterUse | Forward | None, add: Callable[..., None], *args: Any
     ) -> None:
         """Add something to a backward pass; what goes wrong must wait for its end, so that the user's gradients are complete."""
         if current.error is not None:
             return
         try:
-            if seen is not None and seen.last_pass != current.task:
-                if seen.last_pass is not None and not self.counts_again:
-                    raise counted_again(seen)
-                seen.last_pass = current.task
+            if seen is not None:
+                self._require_first_pass(current, seen)
             if current.special:
                 with self._settings():
                     add(*args)
@@ -162,6 +169,20 @@ class Recorder(HookScope):
                 add(*args)
         except Exception as error:
             current.error = as_refusal(error)
+
+    def _require_first_pass(self, current: BackwardPass, seen: Record | ParameterUse | Forward) -> None:
+        """Raise if another backward pass has counted the samples already that this one reaches."""
+        # A call of the model is one forward, whichever of its layers a pass reaches. Calls of submodules alone may be of
+        # different losses, as a generator's and a discriminator's are, and each stands for itself.
+        if not isinstance(seen, Forward) and seen.forward.in_model_call and seen.forward.recomputed_in is None:
+            first: Record | ParameterUse | Forward = seen.forward
+        else:
+            first = seen
+        if first.last_pass == current.task:
+            return
+        if first.last_pass is not None and not self.counts_again:
+            raise counted_again(seen)
+        first.last_pass = current.task
 
     # ------------------------------------------------------------------------------------------------ begin and finish
 
@@ -207,6 +228,9 @@ class UserRecorder(Recorder):
         on_pass: called with each pass that is over; what it raises is raised at the end of that backward pass.
         checks_next: says whether the next pass also notes its gradients along one direction, to compare sums.
         options: as for :class:`Recorder`.
+
+    Attributes:
+        waiting: refusals of passes at whose end nothing could be raised, for the end of the block.
     """
 
     def __init__(
@@ -220,10 +244,11 @@ class UserRecorder(Recorder):
         super().__init__(*args, every=every, **options)
         self._on_pass, self._checks_next, self._every = on_pass, checks_next, every
         self.counts_again = self.options.repeated_calls == "new"
-        self._passes: WeakValueDictionary[int, BackwardPass] = WeakValueDictionary()
-        self._outer_of: dict[int, int] = {}  # a backward pass inside of another one (checkpointing) -> the outer one
+        self._passes = UserPasses(self.table.leaves, self.plan.model)
+        self._gradient_graphs: dict[int, GradientGraphWatch] = {}  # of ignored passes with create_graph=True
         self._counting = RLock()  # several threads may train the model
         self._outputs: list[weakref.ref[Tensor]] = []
+        self.waiting: list[Exception] = []
 
     @property
     def outputs(self) -> list[Tensor]:
@@ -232,31 +257,54 @@ class UserRecorder(Recorder):
 
     def _detach(self) -> None:
         self._passes.clear()
-        self._outer_of.clear()
+        for watch in self._gradient_graphs.values():
+            watch.close()
+        self._gradient_graphs.clear()
         super()._detach()
 
+    # ------------------------------------------------------------------------------------------------ what happens in forward
+
     def _on_model_exit(self, forward: Forward, outputs: list[Tensor]) -> None:
+        if self._passes:
+            self._passes.forget_broken_off()
         super()._on_model_exit(forward, outputs)
         self._outputs = list(map(weakref.ref, outputs))
+        for node in {x.grad_fn for x in outputs if x.grad_fn is not None}:
+            node.register_prehook(partial(self._on_outputs_gradient, forward))
 
     def _on_recomputation(self, task: int, outer: int) -> None:
-        self._nest(task, outer)
-        number = self._outer_of.get(task, task)
-        if number not in self._passes:
+        if self._passes.of(task) is not None:
+            return
+        if task not in self._passes.ignored and not self._is_of_samples():
+            self._passes.ignore(task)  # but what begins inside of it may be of the samples
+        number = self._passes.nest(task, outer)
+        if self._passes.of(number) is None:
             self._open(number)
 
-    def _nest(self, task: int, outer: int) -> None:
-        """Let a pass belong to the one that it is nested in, or to the one around that."""
-        outermost = self._outer_of.get(outer, outer)
-        if outermost != task:
-            self._outer_of[task] = outermost
+    def _on_refusal_in_forward(self, error: Exception) -> None:
+        task = current_graph_task()
+        self._on_recomputation(task, task)
+        current = self._passes.of(task)
+        if current is not None and current.error is None:
+            current.error = error
+
+    # ------------------------------------------------------------------------------------------------ what arrives
+
+    def _on_outputs_gradient(self, forward: Forward, grads: tuple[Tensor | None, ...]) -> None:
+        """A backward pass reaches what the model returned."""
+        current = self._pass_under_way(first_of(grads))
+        if current is None:
+            return
+        self._within(current, forward, lambda: None)
+        if forward.refusal is not None and current.error is None:
+            current.error = forward.refusal
 
     def on_parameter_gradient(self, position: int, grad: Tensor) -> None:
         """The gradient of a parameter, as this backward pass adds it to ``.grad``."""
         # Re-entrant checkpointing has backward passes inside of one that is skipped; those open none of ours.
         if self.forwards.skipped_passes and not self._passes:
             return
-        current = self._pass_under_way()
+        current = self._pass_under_way(grad)
         if current is None:
             return
         # What a hook of the user's makes of a gradient is not in its factors, and not ours to check.
@@ -272,37 +320,92 @@ class UserRecorder(Recorder):
         if current.accumulator.checks and as_computed and not grad.is_sparse:
             current.project(position, grad)
 
-    def _pass_under_way(self, recomputed_in: int | None = None) -> BackwardPass | None:
+    def _on_gradient_graph(self, grads: tuple[Tensor | None, ...]) -> None:
+        """A backward pass goes through the graph of gradients that another one made."""
+        current = self._pass_under_way(first_of(grads))
+        if current is not None and current.error is None:
+            current.error = UnsupportedError(
+                "the backward pass goes through the graph of a gradient (create_graph=True: a gradient penalty, forces, the "
+                "residual of an equation), where parameters are used in ways that belong to no layer's call: differentiate such "
+                "a loss outside of the monitor's block; the batch is left out"
+            )
+
+    # ------------------------------------------------------------------------------------------------ which pass it is
+
+    def _pass_under_way(self, grad: Tensor | None, recomputed_in: int | None = None) -> BackwardPass | None:
         task = current_graph_task()
         if not self.forwards.active or task in LIBRARY_PASSES or get_ident() in LIBRARY_THREADS:
             return None
-        if recomputed_in is not None and recomputed_in != task:
-            self._nest(task, recomputed_in)
-        number = self._outer_of.get(task, task)
-        current = self._passes.get(number) or self._open(number)
-        if self.forwards.skipped_passes and task in self.forwards.skipped_passes and current.error is None:
+        if task in self._passes.ignored:
+            self._watch_gradient_graph(task)
+            return None
+        current = self._passes.of(task) or self._begun(task, grad, recomputed_in)
+        skipped = self.forwards.skipped_passes
+        if skipped and task in skipped and current is not None and current.error is None:
             current.error = LifecycleError(
                 f"one backward pass reached a call of the model that every={self._every} passed over, and one that it did not: "
                 "enter and leave the monitor's block for the steps to watch instead"
             )
         return current
 
+    def _begun(self, task: int, grad: Tensor | None, recomputed_in: int | None) -> BackwardPass | None:
+        """A pass that something arrives in for the first time, or the one around it; None if it is none of the samples."""
+        vmapped = grad is not None and is_vmapped(grad)
+        of_samples = self._is_of_samples()
+        if of_samples and not vmapped:
+            number = self._passes.nest(task, recomputed_in)
+            return self._passes.of(number) or self._open(number)
+        if of_samples:
+            self.waiting.append(vmapped_pass())
+        self._passes.ignore(task)
+        self._watch_gradient_graph(task)
+        return None
+
+    def _is_of_samples(self) -> bool:
+        try:
+            return self._passes.is_of_samples()
+        except UnsupportedError as error:
+            self.waiting.append(error)
+            return False
+
+    def _watch_gradient_graph(self, task: int) -> None:
+        """If an ignored pass makes a graph of its gradients, notice when a later one goes through it."""
+        if not torch.is_grad_enabled():
+            return
+        watch = self._gradient_graphs.get(task)
+        if watch is None:
+            watch = self._gradient_graphs[task] = GradientGraphWatch(self._on_gradient_graph)
+            after_backward(partial(self._leave_gradient_graph, task))
+        watch.watch_below(current_node())
+
+    def _leave_gradient_graph(self, task: int) -> None:
+        if (watch := self._gradient_graphs.pop(task, None)) is not None:
+            watch.close()
+
     def _open(self, task: int) -> BackwardPass:
         current = self._begin(task, keep_inputs=self.counts_again, checks=self._checks_next())
-        self._passes[task] = current
+        self._passes.open(current)
+        for leaf in self.table.leaves:
+            put_last(leaf)
         # Only autograd keeps the pass alive: one that an exception breaks off is gone with its traceback.
         after_backward(partial(self._close, current))
         return current
 
     def _close(self, current: BackwardPass) -> None:
         """A backward pass is over: hand it on, or raise why not. The user's gradients are complete by now."""
-        if self._passes.pop(current.task, None) is None or not self.forwards.active:
+        if not self._passes.close(current) or not self.forwards.active:
             return
-        if self._outer_of:
-            self._outer_of = {inner: outer for inner, outer in self._outer_of.items() if outer != current.task}
+        empty = current.accumulator.is_empty
+        if empty and current.task in self._passes.ignored:
+            return
         self.forwards.outside_calls = None
         try:
             with torch.no_grad(), self._counting:
                 self._on_pass(current)
         except Exception as error:
             raise_after_backward(as_refusal(error))
+
+
+def first_of(grads: Sequence[Tensor | None]) -> Tensor | None:
+    """The first gradient that is there."""
+    return next((grad for grad in grads if grad is not None), None)

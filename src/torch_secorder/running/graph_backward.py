@@ -137,7 +137,7 @@ class GraphBackward(Recorder):
 
     # ------------------------------------------------------------------------------------------------ what arrives
 
-    def _pass_under_way(self, recomputed_in: int | None = None) -> BackwardPass | None:
+    def _pass_under_way(self, grad: Tensor | None = None, recomputed_in: int | None = None) -> BackwardPass | None:
         return self._current if self._shared_graph or not in_search_pass() else None
 
     def _on_output_gradient(self, record: Record, output_nr: int, grads: tuple[Tensor | None, ...]) -> None:
