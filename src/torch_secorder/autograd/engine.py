@@ -112,6 +112,11 @@ def accumulates_gradient_of(leaf: Node) -> bool | None:
         return None
 
 
+def leaf_of(node: Node) -> Tensor | None:
+    """The leaf whose gradient a node accumulates; None for any other node."""
+    return getattr(node, "variable", None)
+
+
 def is_executed(node: Node) -> bool:
     """Whether the backward pass under way calls a node that is no leaf's."""
     return _will_execute(node)

@@ -121,6 +121,12 @@ class ChannelGates(HookScope):
             self._recorder.__exit__()
             self._recorder = None
 
+    def __exit__(self, *exc_info: object) -> None:
+        waiting = [] if self._recorder is None else self._recorder.waiting
+        super().__exit__(*exc_info)
+        if waiting and not any(exc_info):  # the user's own exception comes first
+            raise waiting[0]
+
     def _count(self, current: BackwardPass) -> None:
         """A backward pass is over: add up the squares of its gates' gradients."""
         if self._recorder is None or (current.accumulator.is_empty and current.error is None):

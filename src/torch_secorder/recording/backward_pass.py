@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from threading import get_ident
 
 from torch import Tensor
 
 from torch_secorder.capture.records import Forward, Record
-from torch_secorder.errors import LifecycleError, NonFiniteError, UnsupportedError
+from torch_secorder.errors import CoverageError, LifecycleError, NonFiniteError, UnsupportedError
 from torch_secorder.graph.frontier import ParameterUse
 from torch_secorder.per_sample import sign_vectors
 from torch_secorder.recording.accumulator import PassAccumulator
@@ -69,6 +69,14 @@ def vmapped_pass() -> UnsupportedError:
         "a backward pass under vmap (torch.autograd.grad with is_grads_batched=True, torch.func.vmap) computed gradients of "
         "analyzed parameters, of several losses at once, whose samples are left out: differentiate the loss of the batch in a "
         "pass of its own, and such gradients outside of the monitor's block"
+    )
+
+
+def replaced(names: Sequence[str]) -> CoverageError:
+    """The refusal of a pass through a model in which these parameters are others than on entry."""
+    return CoverageError(
+        f"{', '.join(names)}: replaced, removed or added inside of the block (by an assignment to a module or a parameter); the "
+        "batch is left out: leave the block, and make a new monitor for the model as it is now"
     )
 
 

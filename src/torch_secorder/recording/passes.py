@@ -15,6 +15,7 @@ from torch_secorder.autograd.engine import (
     after_backward,
     computes_gradient_of,
     current_node,
+    leaf_of,
 )
 from torch_secorder.errors import UnsupportedError
 from torch_secorder.recording.backward_pass import BackwardPass
@@ -111,7 +112,7 @@ class UserPasses:
             current = stack.pop()
             if current is None:
                 continue
-            if (variable := getattr(current, "variable", None)) is not None:
+            if (variable := leaf_of(current)) is not None:
                 leaves += 1
                 found = accumulates_gradient_of(current)
                 if found or (found is None and self._is_parameter(variable)):
@@ -122,8 +123,8 @@ class UserPasses:
         if not leaves:
             raise UnsupportedError(
                 f"{type(self._model).__name__}: nothing shows whether a backward pass is one of training or asks for gradients "
-                "of inputs only, since what is analyzed has no gradient of its own and the graph ends in no leaf: let a parameter "
-                "require a gradient, or leave the monitor's block for gradients of inputs"
+                "of inputs only, since what is analyzed has no gradient of its own and the graph ends in no leaf: let a "
+                "parameter require a gradient, or leave the monitor's block for gradients of inputs"
             )
         return False
 

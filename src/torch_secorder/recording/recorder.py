@@ -16,7 +16,8 @@ from threading import RLock, get_ident
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.graph import Node
 
 from torch_secorder.autograd.engine import (
     LIBRARY_PASSES,
@@ -25,12 +26,13 @@ from torch_secorder.autograd.engine import (
     current_graph_task,
     current_node,
     is_vmapped,
+    leaf_of,
     raise_after_backward,
 )
 from torch_secorder.autograd.hooks import gradient_hooks
 from torch_secorder.autograd.precision import autocast_devices, full_precision
 from torch_secorder.autograd.second_derivatives import GradientGraphWatch
-from torch_secorder.autograd.tensor_hooks import put_last
+from torch_secorder.autograd.tensor_hooks import are_last, put_last
 from torch_secorder.batch_axis.knowledge import ModelKnowledge
 from torch_secorder.capture.forwards import ForwardTracker
 from torch_secorder.capture.module_hooks import ModuleHooks
@@ -39,11 +41,11 @@ from torch_secorder.errors import LifecycleError, UnsupportedError
 from torch_secorder.graph.audit import Audit
 from torch_secorder.graph.frontier import ParameterUse
 from torch_secorder.model.hooks import HookScope
-from torch_secorder.model.parameters import Table
-from torch_secorder.model.ranks import full_tensor
+from torch_secorder.model.parameters import Table, plain_name
+from torch_secorder.model.ranks import full_tensor, is_dtensor
 from torch_secorder.per_sample import as_refusal, memory_limit
 from torch_secorder.recording.accumulator import PassAccumulator, PassOptions
-from torch_secorder.recording.backward_pass import BackwardPass, Check, counted_again, vmapped_pass
+from torch_secorder.recording.backward_pass import BackwardPass, Check, counted_again, replaced, vmapped_pass
 from torch_secorder.recording.gradient_norms import GradientNorms
 from torch_secorder.recording.passes import UserPasses
 from torch_secorder.recording.plan import Plan
@@ -249,6 +251,11 @@ class UserRecorder(Recorder):
         self._counting = RLock()  # several threads may train the model
         self._outputs: list[weakref.ref[Tensor]] = []
         self.waiting: list[Exception] = []
+        assert self.plan.model is not None
+        self._parameters = dict(self.plan.model.named_parameters())  # as they are on entry
+        self._known_leaves: set[Node] = (
+            set()
+        )  # of tensors that are not analyzed, and are none of the model's new parameters
 
     @property
     def outputs(self) -> list[Tensor]:
@@ -260,6 +267,7 @@ class UserRecorder(Recorder):
         for watch in self._gradient_graphs.values():
             watch.close()
         self._gradient_graphs.clear()
+        self._known_leaves.clear()
         super()._detach()
 
     # ------------------------------------------------------------------------------------------------ what happens in forward
@@ -269,8 +277,22 @@ class UserRecorder(Recorder):
             self._passes.forget_broken_off()
         super()._on_model_exit(forward, outputs)
         self._outputs = list(map(weakref.ref, outputs))
+        for edge in self._audit.other_leaves:
+            if edge.node not in self._known_leaves and isinstance(variable := leaf_of(edge.node), nn.Parameter):
+                self._require_known(forward, edge.node, variable)
         for node in {x.grad_fn for x in outputs if x.grad_fn is not None}:
             node.register_prehook(partial(self._on_outputs_gradient, forward))
+
+    def _require_known(self, forward: Forward, node: Node, variable: nn.Parameter) -> None:
+        """Have the pass through a forward refused if it used a parameter that was put into the model inside of the block."""
+        assert self.plan.model is not None
+        for name, p in self.plan.model.named_parameters():
+            if p is variable and name in self._parameters and is_dtensor(self._parameters[name]):
+                return
+            if p is variable and self._parameters.get(name) is not p:
+                forward.refusal = replaced([plain_name(name)])
+                return
+        self._known_leaves.add(node)
 
     def _on_recomputation(self, task: int, outer: int) -> None:
         if self._passes.of(task) is not None:
@@ -307,17 +329,21 @@ class UserRecorder(Recorder):
         current = self._pass_under_way(grad)
         if current is None:
             return
-        # What a hook of the user's makes of a gradient is not in its factors, and not ours to check.
-        as_computed = len(gradient_hooks(self.table.leaves[position]) or ()) <= 1
+        leaf = self.table.leaves[position]
+        alone = len(gradient_hooks(leaf) or ()) <= 1
+        as_added = alone or are_last(leaf)  # A hook that was put on in this very pass comes after ours.
         if type(grad) is Tensor and not current.accumulator.checks:
-            self._within(current, None, current.gradients.add, position, grad, as_computed)
+            self._within(current, None, current.gradients.add, position, grad, as_added)
         else:
-            self._within(current, None, self._add_checked_gradient, current, position, grad, as_computed)
+            self._within(current, None, self._add_checked_gradient, current, position, grad, as_added, alone)
 
-    def _add_checked_gradient(self, current: BackwardPass, position: int, grad: Tensor, as_computed: bool) -> None:
+    def _add_checked_gradient(
+        self, current: BackwardPass, position: int, grad: Tensor, as_added: bool, alone: bool
+    ) -> None:
         grad = full_tensor(grad)
-        current.gradients.add(position, grad, as_computed)
-        if current.accumulator.checks and as_computed and not grad.is_sparse:
+        current.gradients.add(position, grad, as_added)
+        # What a hook of the user's makes of a gradient is not in its factors, and not ours to check.
+        if current.accumulator.checks and alone and not grad.is_sparse:
             current.project(position, grad)
 
     def _on_gradient_graph(self, grads: tuple[Tensor | None, ...]) -> None:
