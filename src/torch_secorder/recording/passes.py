@@ -17,6 +17,7 @@ from torch_secorder.autograd.engine import (
     current_node,
     leaf_of,
 )
+from torch_secorder.capture.records import Forward
 from torch_secorder.errors import UnsupportedError
 from torch_secorder.recording.backward_pass import BackwardPass
 
@@ -31,6 +32,10 @@ class UserPasses:
     Args:
         leaves: the analyzed parameters, as the graph has them.
         model: the model whose parameters' gradients may be asked for instead.
+
+    Attributes:
+        ignored: the passes under way that are none of the samples, with the calls of the model that they have reached; passes
+            inside of them may be of the samples nevertheless.
     """
 
     def __init__(self, leaves: Sequence[Tensor], model: nn.Module | None):
@@ -40,7 +45,7 @@ class UserPasses:
         # Only autograd keeps a pass alive: one that an exception breaks off is gone.
         self._open: WeakValueDictionary[int, BackwardPass] = WeakValueDictionary()
         self._outer_of: dict[int, int] = {}  # a pass of the samples inside of another pass -> the outermost one
-        self.ignored: set[int] = set()
+        self.ignored: dict[int, list[Forward]] = {}
 
     def clear(self) -> None:
         """Forget all of them."""
@@ -76,8 +81,8 @@ class UserPasses:
 
     def ignore(self, task: int) -> None:
         """The pass under way is none of the samples."""
-        self.ignored.add(task)
-        after_backward(partial(self.ignored.discard, task))
+        self.ignored[task] = []
+        after_backward(partial(self.ignored.pop, task, None))
 
     def nest(self, task: int, recomputed_in: int | None) -> int:
         """Let the pass under way belong to the one around it; returns the number of the outermost.

@@ -315,8 +315,13 @@ class UserRecorder(Recorder):
     def _on_outputs_gradient(self, forward: Forward, grads: tuple[Tensor | None, ...]) -> None:
         """A backward pass reaches what the model returned."""
         current = self._pass_under_way(first_of(grads))
-        if current is None:
-            return
+        if current is not None:
+            self._reach(current, forward)
+        elif (reached := self._passes.ignored.get(current_graph_task())) is not None:
+            reached.append(forward)
+
+    def _reach(self, current: BackwardPass, forward: Forward) -> None:
+        """The samples of a call of the model are those of this pass."""
         self._within(current, forward, lambda: None)
         if forward.refusal is not None and current.error is None:
             current.error = forward.refusal
@@ -380,7 +385,10 @@ class UserRecorder(Recorder):
         of_samples = self._is_of_samples()
         if of_samples and not vmapped:
             number = self._passes.nest(task, recomputed_in)
-            return self._passes.of(number) or self._open(number)
+            current = self._passes.of(number) or self._open(number)
+            for forward in self._passes.ignored.get(number, ()):
+                self._reach(current, forward)
+            return current
         if of_samples:
             self.waiting.append(vmapped_pass())
         self._passes.ignore(task)
