@@ -435,6 +435,25 @@ def test_a_refusal_inside_of_a_nested_pass_waits_for_the_outermost_one(last: boo
     assert_refused(model, step, CurvatureError, "not finite")
 
 
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_what_cannot_be_recorded_of_a_forward_that_runs_again_waits_for_the_end(use_reentrant: bool) -> None:
+    class Again(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.body = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(self.body, self.first(x).tanh(), use_reentrant=use_reentrant)
+
+    def step(m: nn.Module) -> None:
+        loss = squares(m(x), y)
+        m(x[:3])  # the checkpoint's layer is taken for one of this call, the latest
+        loss.backward()
+
+    x, y = torch.randn(2, 6, 4, dtype=torch.float64)
+    assert_refused(Again().double(), step, CurvatureError, r"Linear 'body'.*\(6, 4\).*not the batch of 3 samples")
+
+
 def test_a_reentrant_checkpoint_in_which_a_second_pass_goes_through_one_forward() -> None:
     model = nn.Linear(4, 4).double()
     whole = copy.deepcopy(model)

@@ -82,7 +82,10 @@ class UserPasses:
     def ignore(self, task: int) -> None:
         """The pass under way is none of the samples."""
         self.ignored[task] = []
-        after_backward(partial(self.ignored.pop, task, None))
+        after_backward(partial(self._forget, task))
+
+    def _forget(self, task: int) -> None:
+        self.ignored.pop(task, None)
 
     def nest(self, task: int, recomputed_in: int | None) -> int:
         """Let the pass under way belong to the one around it; returns the number of the outermost.
