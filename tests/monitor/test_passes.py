@@ -19,6 +19,7 @@ from oracles import assert_equal, per_sample_squared_norms, total, trace
 from torch_secorder import FisherMonitor
 from torch_secorder.errors import CoverageError, CurvatureError, LifecycleError, UnsupportedError
 from torch_secorder.pruning import ChannelGates
+from torch_secorder.recording.accumulator import PassAccumulator
 
 Step = Callable[[nn.Module, Tensor, Tensor], object]
 
@@ -575,3 +576,20 @@ def test_a_parameter_that_a_pass_does_not_reach_and_one_that_is_unfrozen_are_no_
         F.cross_entropy(model(x)[0], y).backward()
     assert monitor.n_samples == 5
     assert monitor.report().loc["b.weight", "rule"] == "unused"
+
+
+def test_a_pass_that_an_interrupt_broke_off_takes_no_later_one_for_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the traceback, as a notebook keeps it, holds what was collected."""
+    model, (x, y) = classifier(), batch()
+    with FisherMonitor(model) as monitor:
+        losses = [cross_entropy()(model(x), y) for _ in range(2)]
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt) as kept:
+            patch.setattr(PassAccumulator, "add", interrupted)
+            losses[0].backward()
+        losses[1].backward()
+    assert kept.value.__traceback__ is not None
+    assert_report(monitor, norms(model, (x, y)))
+
+
+def interrupted(*_: Any) -> None:
+    raise KeyboardInterrupt

@@ -55,9 +55,8 @@ class UserPasses:
 
     def forget_broken_off(self) -> None:
         """No pass is under way in this thread: one that still seems to be is kept by the traceback that broke it off."""
-        for current in list(self._open.values()):
-            if current.thread == get_ident():
-                self.close(current)
+        while (current := self._of_this_thread()) is not None:
+            self.close(current)
 
     def number(self, task: int) -> int:
         """The outermost pass that a pass belongs to, as far as that is known; its own number otherwise."""
@@ -73,7 +72,8 @@ class UserPasses:
 
     def close(self, current: BackwardPass) -> bool:
         """A pass is over; says whether it was open."""
-        self._outer_of = {inner: outer for inner, outer in self._outer_of.items() if outer != current.task}
+        for inner in [inner for inner, outer in list(self._outer_of.items()) if outer == current.task]:
+            self._outer_of.pop(inner, None)
         return self._open.pop(current.task, None) is not None
 
     def __bool__(self) -> bool:
@@ -98,10 +98,16 @@ class UserPasses:
         if recomputed_in is not None and recomputed_in != task:
             outer = self.number(recomputed_in)
         elif outer == task:
-            outer = next((one.task for one in self._open.values() if one.thread == get_ident()), task)
+            around = self._of_this_thread()
+            outer = task if around is None else around.task
         if outer != task:
             self._outer_of[task] = outer
         return outer
+
+    def _of_this_thread(self) -> BackwardPass | None:
+        """One that began in this thread; another thread may begin one meanwhile."""
+        open_ones = (reference() for reference in self._open.valuerefs())
+        return next((one for one in open_ones if one is not None and one.thread == get_ident()), None)
 
     def is_of_samples(self) -> bool:
         """Whether the pass under way computes gradients of what is analyzed.

@@ -171,6 +171,12 @@ class Recorder(HookScope):
                 add(*args)
         except Exception as error:
             current.error = as_refusal(error)
+        except BaseException:  # an interrupt, which ends the pass and whose traceback may outlive it
+            self._abandon(current)
+            raise
+
+    def _abandon(self, current: BackwardPass) -> None:
+        """A pass is broken off: nothing that comes belongs to it."""
 
     def _require_first_pass(self, current: BackwardPass, seen: Record | ParameterUse | Forward) -> None:
         """Raise if another backward pass has counted the samples already that this one reaches."""
@@ -362,6 +368,9 @@ class UserRecorder(Recorder):
             )
 
     # ------------------------------------------------------------------------------------------------ which pass it is
+
+    def _abandon(self, current: BackwardPass) -> None:
+        self._passes.close(current)
 
     def _pass_under_way(self, grad: Tensor | None, recomputed_in: int | None = None) -> BackwardPass | None:
         task = current_graph_task()
