@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from model_state import assert_same_gradients, gradients, hooks
 from monitor.classifier import assert_report, backward, batch, classifier, cross_entropy, norms
+from ranks import on_ranks
 from torch_secorder import FisherMonitor
 from torch_secorder.errors import ArgumentError, CurvatureError, LifecycleError, ShapeError, SkippedPassWarning
 
@@ -219,3 +220,16 @@ def test_a_mask_that_is_put_on_in_the_backward_pass_itself_leaves_its_norms_out(
     assert not model.first.weight.grad.any()
     assert monitor.n_samples == 40
     assert monitor.report().grad_sq_norm.isna().all()
+
+
+def skipped_on_a_rank(rank: int, world: int) -> list[int]:
+    """One rank counts a pass and refuses one, the other refuses two; then all is added up, twice."""
+    monitor = skipping(backward, not_finite) if rank == 0 else skipping(not_finite, two_calls)
+    monitor.all_reduce().all_reduce()
+    attrs = monitor.report().attrs
+    nothing_counted = skipping(two_calls).all_reduce()
+    return [attrs["skipped_passes"], attrs["n_passes"], nothing_counted.state_dict()["skipped_passes"]]
+
+
+def test_skipped_passes_are_added_over_ranks(tmp_path: Path) -> None:
+    assert on_ranks(skipped_on_a_rank, 2, tmp_path) == [[3, 1, 2]] * 2
