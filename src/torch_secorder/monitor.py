@@ -27,8 +27,8 @@ from torch_secorder.per_sample import as_refusal
 from torch_secorder.recording.accumulator import PassOptions
 from torch_secorder.recording.backward_pass import BackwardPass, Check
 from torch_secorder.recording.plan import BatchAxis, planned
-from torch_secorder.recording.recorder import UserRecorder
 from torch_secorder.recording.sample_norms import SampleNorms
+from torch_secorder.recording.user_recorder import UserRecorder
 from torch_secorder.results.report import By
 from torch_secorder.results.results import Results
 from torch_secorder.verification.backward_passes import (

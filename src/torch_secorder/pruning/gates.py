@@ -22,7 +22,7 @@ from torch_secorder.recording.accumulator import PassOptions
 from torch_secorder.recording.backward_pass import BackwardPass
 from torch_secorder.recording.plan import BatchAxis, Plan, axis_of_inputs, guards, placements
 from torch_secorder.recording.quantities import Diagonal
-from torch_secorder.recording.recorder import UserRecorder
+from torch_secorder.recording.user_recorder import UserRecorder
 
 if TYPE_CHECKING:
     from typing_extensions import Self
