@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
@@ -453,6 +454,27 @@ def test_what_cannot_be_recorded_of_a_forward_that_runs_again_waits_for_the_end(
 
     x, y = torch.randn(2, 6, 4, dtype=torch.float64)
     assert_refused(Again().double(), step, CurvatureError, r"Linear 'body'.*\(6, 4\).*not the batch of 3 samples")
+
+
+def test_outputs_around_a_checkpoint_that_holds_all_parameters_are_watched() -> None:
+    class Around(nn.Module):
+        def __init__(self, hides: bool) -> None:
+            super().__init__()
+            self.first, self.body, self.last, self.hides = nn.Tanh(), nn.Linear(4, 4), nn.Softplus(), hides
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.first(x)
+            return self.last(checkpoint(self.body, h, use_reentrant=True) if self.hides else self.body(h))
+
+    x, y = torch.randn(2, 5, 4, dtype=torch.float64)
+    x.requires_grad_()
+    model = Around(False).double()
+    twin = Around(True).double()
+    twin.load_state_dict(model.state_dict())
+    plain, hidden = (
+        without_and_with(m, lambda m: squares(m(x), y).backward(), activations=True) for m in (model, twin)
+    )
+    pd.testing.assert_frame_equal(hidden.activations, plain.activations)
 
 
 def test_a_reentrant_checkpoint_in_which_a_second_pass_goes_through_one_forward() -> None:

@@ -117,6 +117,11 @@ def leaf_of(node: Node) -> Tensor | None:
     return getattr(node, "variable", None)
 
 
+def is_of_python_function(node: Node) -> bool:
+    """Whether a node belongs to a ``torch.autograd.Function``, whose backward may start passes of its own."""
+    return isinstance(node, torch.autograd.function.BackwardCFunction)
+
+
 def is_executed(node: Node) -> bool:
     """Whether the backward pass under way calls a node that is no leaf's."""
     return _will_execute(node)

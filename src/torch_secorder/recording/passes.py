@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from threading import get_ident
 from weakref import WeakValueDictionary
@@ -15,6 +15,7 @@ from torch_secorder.autograd.engine import (
     after_backward,
     computes_gradient_of,
     current_node,
+    is_of_python_function,
     leaf_of,
 )
 from torch_secorder.capture.records import Forward
@@ -32,16 +33,17 @@ class UserPasses:
     Args:
         leaves: the analyzed parameters, as the graph has them.
         model: the model whose parameters' gradients may be asked for instead.
+        watches_outputs: whether the outputs of modules without an analyzed parameter are of interest.
 
     Attributes:
         ignored: the passes under way that are none of the samples, with the calls of the model that they have reached; passes
             inside of them may be of the samples nevertheless.
     """
 
-    def __init__(self, leaves: Sequence[Tensor], model: nn.Module | None):
+    def __init__(self, leaves: Sequence[Tensor], model: nn.Module | None, *, watches_outputs: bool = False):
         self._leaves = [get_gradient_edge(leaf).node for leaf in leaves if leaf.requires_grad]
         self._all_have_gradients = len(self._leaves) == len(leaves) > 0
-        self._model = model
+        self._model, self._watches_outputs = model, watches_outputs
         # Only autograd keeps a pass alive: one that an exception breaks off is gone.
         self._open: WeakValueDictionary[int, BackwardPass] = WeakValueDictionary()
         self._outer_of: dict[int, int] = {}  # a pass of the samples inside of another pass -> the outermost one
@@ -117,23 +119,19 @@ class UserPasses:
         """
         if any(map(computes_gradient_of, self._leaves)):
             return True
-        return not self._all_have_gradients and self._reaches_leaf(current_node())
+        # Around a checkpoint that holds all analyzed parameters are modules whose outputs are watched.
+        hidden = self._watches_outputs and any(map(is_of_python_function, below(current_node())))
+        return (hidden or not self._all_have_gradients) and self._reaches_leaf(current_node())
 
     def _reaches_leaf(self, node: Node | None) -> bool:
         """Whether the pass accumulates the gradient of some leaf below a node, or returns that of a parameter of the model."""
-        stack, seen, leaves = [node], {node}, 0
-        while stack:
-            current = stack.pop()
-            if current is None:
-                continue
-            if (variable := leaf_of(current)) is not None:
+        leaves = 0
+        for one in below(node):
+            if (variable := leaf_of(one)) is not None:
                 leaves += 1
-                found = accumulates_gradient_of(current)
+                found = accumulates_gradient_of(one)
                 if found or (found is None and self._is_parameter(variable)):
                     return True
-            below = [child for child, _ in current.next_functions if child not in seen]
-            seen.update(below)
-            stack += below
         if not leaves:
             raise UnsupportedError(
                 f"{type(self._model).__name__}: nothing shows whether a backward pass is one of training or asks for gradients "
@@ -144,3 +142,15 @@ class UserPasses:
 
     def _is_parameter(self, variable: Tensor) -> bool:
         return self._model is not None and any(p is variable for p in self._model.parameters())
+
+
+def below(node: Node | None) -> Iterator[Node]:
+    """A node and all nodes that it leads to, deepest first."""
+    stack, seen = [node], {node}
+    while stack:
+        if (current := stack.pop()) is None:
+            continue
+        yield current
+        children = {child for child, _ in current.next_functions} - seen
+        seen |= children
+        stack += children

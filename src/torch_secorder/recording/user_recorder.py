@@ -32,6 +32,7 @@ from torch_secorder.model.ranks import full_tensor, is_dtensor
 from torch_secorder.per_sample import as_refusal
 from torch_secorder.recording.backward_pass import BackwardPass, replaced, vmapped_pass
 from torch_secorder.recording.passes import UserPasses
+from torch_secorder.recording.quantities import QUANTITIES
 from torch_secorder.recording.recorder import Recorder, first_of
 
 
@@ -58,7 +59,8 @@ class UserRecorder(Recorder):
         super().__init__(*args, every=every, **options)
         self._on_pass, self._checks_next, self._every = on_pass, checks_next, every
         self.counts_again = self.options.repeated_calls == "new"
-        self._passes = UserPasses(self.table.leaves, self.plan.model)
+        watches = any(QUANTITIES[name].watches_outputs for name in self.options.quantities)
+        self._passes = UserPasses(self.table.leaves, self.plan.model, watches_outputs=watches)
         self._gradient_graphs: dict[int, GradientGraphWatch] = {}  # of ignored passes with create_graph=True
         self._counting = RLock()  # several threads may train the model
         self._outputs: list[weakref.ref[Tensor]] = []
