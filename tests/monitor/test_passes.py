@@ -560,7 +560,7 @@ def new_layer() -> nn.Module:
 
 
 CHANGES: dict[str, tuple[Callable[[Holder], object], str]] = {
-    "a layer": (lambda m: m.layers.__setitem__(1, new_layer()), r"layers\.1\."),
+    "a layer": (lambda m: m.layers.__setitem__(1, new_layer()), r"layers\.1\.weight, layers\.1\.bias: replaced"),
     "a frozen layer": (lambda m: m.layers.__setitem__(1, new_layer().requires_grad_(False)), r"layers\.1\.weight"),
     "all layers": (lambda m: setattr(m, "layers", nn.ModuleList([new_layer()])), r"layers\.0\."),
     "a parameter": (lambda m: setattr(m, "w", nn.Parameter(torch.full((4,), 2.0).double())), r"w: replaced"),

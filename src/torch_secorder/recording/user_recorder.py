@@ -100,12 +100,11 @@ class UserRecorder(Recorder):
     def _require_known(self, forward: Forward, node: Node, variable: nn.Parameter) -> None:
         """Have the pass through a forward refused if it used a parameter that was put into the model inside of the block."""
         assert self.plan.model is not None
-        for name, p in self.plan.model.named_parameters():
-            if p is variable and name in self._parameters and is_dtensor(self._parameters[name]):
-                return
-            if p is variable and self._parameters.get(name) is not p:
-                forward.refusal = replaced([plain_name(name)])
-                return
+        others = {name: p for name, p in self.plan.model.named_parameters() if self._parameters.get(name) is not p}
+        others = {name: p for name, p in others.items() if not is_dtensor(self._parameters.get(name))}
+        if any(p is variable for p in others.values()):
+            forward.refusal = replaced(list(map(plain_name, others)))
+            return
         self._known_leaves.add(node)
 
     def _on_recomputation(self, task: int, outer: int) -> None:
