@@ -17,6 +17,7 @@ __all__ = [
     "NonFiniteError",
     "OutOfMemoryError",
     "ShapeError",
+    "SkippedPassWarning",
     "SlowFallbackWarning",
     "UnsupportedError",
     "VerificationError",
@@ -61,6 +62,10 @@ class OutOfMemoryError(CurvatureError, MemoryError):
 
 class VerificationError(CurvatureError):
     """A sample alone, through plain autograd, has other gradients than the analysis of its batch says."""
+
+
+class SkippedPassWarning(UserWarning):
+    """A backward pass was refused, and left out since ``on_refusal="skip"`` asks for that."""
 
 
 class SlowFallbackWarning(UserWarning):

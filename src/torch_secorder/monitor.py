@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,18 +19,24 @@ from torch_secorder.arguments import (
 )
 from torch_secorder.autograd.hooks import HookSet
 from torch_secorder.batch_axis.knowledge import ModelKnowledge, is_due, knowledge_of
-from torch_secorder.errors import LifecycleError
+from torch_secorder.errors import ArgumentError, CurvatureError, LifecycleError, SkippedPassWarning
 from torch_secorder.model.hooks import HookScope, WeakHook
 from torch_secorder.model.parameters import ParameterTable, plain_name, unwrapped
 from torch_secorder.model.restore import lock_of
+from torch_secorder.per_sample import as_refusal
 from torch_secorder.recording.accumulator import PassOptions
 from torch_secorder.recording.backward_pass import BackwardPass, Check
 from torch_secorder.recording.plan import BatchAxis, planned
-from torch_secorder.recording.recorder import UserRecorder
 from torch_secorder.recording.sample_norms import SampleNorms
+from torch_secorder.recording.user_recorder import UserRecorder
 from torch_secorder.results.report import By
 from torch_secorder.results.results import Results
-from torch_secorder.verification.backward_passes import require_all_reached, require_explained_sums, unaccounted
+from torch_secorder.verification.backward_passes import (
+    require_all_reached,
+    require_explained_sums,
+    require_present,
+    unaccounted,
+)
 from torch_secorder.verification.expected_norms import ExpectedNorms, expected_norms
 
 if TYPE_CHECKING:
@@ -46,6 +53,7 @@ class MonitorOptions:
     parameters: str = "trainable"
     batch_axis: BatchAxis = None
     nonfinite: str = "raise"
+    on_refusal: str = "raise"
     repeated_calls: str | None = None
     every: int = 1
     fisher: str = "empirical"
@@ -55,6 +63,7 @@ class MonitorOptions:
     def __post_init__(self) -> None:
         require_choice("reduction", self.reduction, ("mean", "sum"))
         require_choice("nonfinite", self.nonfinite, ("raise", "skip"))
+        require_choice("on_refusal", self.on_refusal, ("raise", "skip"))
         require_choice("repeated_calls", self.repeated_calls, (None, "same", "new"))
         require_choice("fisher", self.fisher, ("empirical", "sampled", "observed"))
         require_positive_int("every", self.every)
@@ -110,6 +119,10 @@ class FisherMonitor(HookScope):
         batch_axis: where the samples are counted, if not on axis 0: an int for the model's inputs and all of its
             layers, or a mapping from module names to axes ("" is the model itself).
         nonfinite: "raise" when a gradient is infinite or NaN, or "skip" those samples.
+        on_refusal: what happens at the end of a backward pass that can't be counted exactly, whose samples are left out in
+            either case: "raise" the error, or "skip" the pass, so that ``report().attrs["skipped_passes"]`` says how many there
+            were, and a :class:`~torch_secorder.errors.SkippedPassWarning` tells the first of each kind of error. What is found
+            on entry or in forward, and arguments that mean nothing, is raised all the same.
         repeated_calls: what it means that one backward pass reaches two calls of the model: "same" if row n of both is
             one sample (siamese networks), "new" if they are different samples. By default that is an error.
         every: watch the first of every so many calls of the model only, at about the price of a plain step for the others.
@@ -153,6 +166,7 @@ class FisherMonitor(HookScope):
         activations: bool = False,
         batch_axis: BatchAxis = None,
         nonfinite: str = "raise",
+        on_refusal: str = "raise",
         repeated_calls: str | None = None,
         every: int = 1,
         fisher: str = "empirical",
@@ -160,7 +174,7 @@ class FisherMonitor(HookScope):
     ):
         keeps = {"diagonal": diagonal, "per_sample": per_sample, "activations": activations}
         options = MonitorOptions(
-            *(reduction, loss_scale, parameters, batch_axis, nonfinite),
+            *(reduction, loss_scale, parameters, batch_axis, nonfinite, on_refusal),
             *(repeated_calls, every, fisher, max_memory, keeps),
         )
         watched = _Watched.of(model, options)
@@ -171,6 +185,7 @@ class FisherMonitor(HookScope):
         self._recorder: UserRecorder | None = None
         self._hooks = HookSet()
         self._expected: ExpectedNorms | None = None  # of the first sample, where the next pass is to be verified
+        self._warned_of: set[type[Exception]] = set()
 
     # ------------------------------------------------------------------------------------------------ the block
 
@@ -195,7 +210,7 @@ class FisherMonitor(HookScope):
         plan = planned(model, table, options.batch_axis, passes.quantities)
         self._recorder = UserRecorder(
             *(table, plan, self._watched.knowledge, passes),
-            on_pass=self._count,
+            on_pass=self._on_pass,
             checks_next=self._is_due,
             every=options.every,
             attach_leaf=options.parameters == "all",
@@ -212,6 +227,13 @@ class FisherMonitor(HookScope):
         if self._recorder is not None:
             self._recorder.__exit__()
             self._recorder = None
+
+    def __exit__(self, *exc_info: object) -> None:
+        waiting = [] if self._recorder is None else self._recorder.waiting
+        super().__exit__(*exc_info)
+        if not any(exc_info):  # the user's own exception comes first
+            for error in waiting:
+                self._refuse(error)
 
     def _is_due(self) -> bool:
         """Whether the sums of the next pass are checked."""
@@ -248,35 +270,50 @@ class FisherMonitor(HookScope):
             )
         self._expected = expected_norms(loss, outputs, self._recorder.table, axis=self._recorder.plan.batch_axis)
 
+    def _on_pass(self, current: BackwardPass) -> None:
+        """A backward pass is over: count it, or say why not."""
+        try:
+            self._count(current)
+        except Exception as error:
+            self._refuse(as_refusal(error))
+
+    def _refuse(self, error: Exception) -> None:
+        """Raise why a pass is left out, or note that it was."""
+        ours = isinstance(error, CurvatureError) and not isinstance(error, ArgumentError)
+        if self._options.on_refusal == "raise" or not ours:
+            raise error
+        self.results.statistics.skipped_passes += 1
+        if type(error) not in self._warned_of:
+            self._warned_of.add(type(error))
+            warnings.warn(
+                f"a backward pass was left out ({type(error).__name__}): {error}", SkippedPassWarning, stacklevel=2
+            )
+
     def _count(self, current: BackwardPass) -> None:
-        """A backward pass is over: count it, or raise why not."""
-        recorder = self._recorder
-        if recorder is None:
+        """Count a backward pass, or raise why not."""
+        recorder, watched = self._recorder, self._watched
+        if recorder is None or watched is None:
             return
         names, (positions, norms) = self.results.statistics.names, current.gradients.all()
-        if current.error is None and current.accumulator.is_empty:
-            if positions:
-                raise unaccounted([names[position] for position in positions], norms)
+        if current.error is None and current.accumulator.is_empty and not positions:
             return
+        loss_scale = self._options.loss_scale
+        if not isinstance(loss_scale, float):  # A function may count how often it is called: once for each pass.
+            loss_scale = loss_scale_value(loss_scale)
+        if current.error is None and current.accumulator.is_empty:
+            raise unaccounted([names[position] for position in positions], norms)
         checks: list[Check] = [
+            partial(require_present, watched.model, watched.table),
             partial(require_all_reached, names, positions, norms),
             partial(require_explained_sums, names),
         ]
-        if self._expected is not None:
-            checks.append(self._check_expected)
+        expected, self._expected = self._expected, None
+        if expected is not None:
+            checks.append(partial(_require_expected, names, expected))
         samples = recorder.finish(current, self._options.nonfinite, checks)
-        loss_scale = self._options.loss_scale
-        if not isinstance(loss_scale, float):
-            loss_scale = loss_scale_value(loss_scale)
         scale = (samples.batch / loss_scale if self._options.reduction == "mean" else 1 / loss_scale) ** 2
         squares = (norms / loss_scale).square().tolist()
         self.results.statistics.update(samples, dict(zip(positions, squares, strict=True)), scale)
-
-    def _check_expected(self, current: BackwardPass, samples: SampleNorms) -> None:
-        """Where :meth:`verify` was asked for, a sample has to be as by plain autograd."""
-        expected, self._expected = self._expected, None
-        if expected is not None and not samples.skipped:
-            expected.require(self.results.statistics.names, samples.squared_norms)
 
     # ------------------------------------------------------------------------------------------------ its results
 
@@ -396,3 +433,9 @@ class FisherMonitor(HookScope):
             f"FisherMonitor({'no model' if self._watched is None else type(self._watched.model).__name__}, "
             f"{len(self.results.rows)} parameters, reduction={self.results.reduction!r}, {self.n_samples} samples, {state})"
         )
+
+
+def _require_expected(names: list[str], expected: ExpectedNorms, current: BackwardPass, samples: SampleNorms) -> None:
+    """Where :meth:`FisherMonitor.verify` was asked for, a sample has to be as by plain autograd."""
+    if not samples.skipped:
+        expected.require(names, samples.squared_norms)

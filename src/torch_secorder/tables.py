@@ -61,7 +61,11 @@ def read_report(path: str | PathLike[str]) -> pd.DataFrame:
             f"{path} lacks {', '.join(missing)}: write it with report.assign(**report.attrs).to_csv(path), which keeps them"
         )
     frame = frame.set_index("parameter")
-    kept = [name for name in (*ATTRIBUTES, "n_passes", "n_skipped", "mean_inverse_batch_size") if name in frame]
+    kept = [
+        name
+        for name in (*ATTRIBUTES, "n_passes", "skipped_passes", "n_skipped", "mean_inverse_batch_size")
+        if name in frame
+    ]
     for name in kept:
         if frame[name].nunique() != 1:
             raise ArgumentError(f"{path} has several values of {name}: it is not one report")

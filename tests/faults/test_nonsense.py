@@ -307,7 +307,9 @@ def test_hessian_trace(problem: Any) -> None:
 # Arguments that mean nothing
 
 OPTIONS: dict[str, list[str]] = {
-    "monitor": ["reduction", "loss_scale", "parameters", "batch_axis", "nonfinite", "repeated_calls", "every"],
+    "monitor": [
+        *("reduction", "loss_scale", "parameters", "batch_axis", "nonfinite", "on_refusal", "repeated_calls", "every"),
+    ],
     "fisher_report": [
         *("fisher", "num_samples", "loss_type", "max_batches", "reduction", "parameters", "batch_axis", "class_axis"),
         *("generator", "max_passes", "by"),

@@ -35,6 +35,9 @@ saved_tensors_hooks: Callable[[], tuple[Any, Any] | None] = partial(
 # Backward passes under way that the library started. Threads of devices run them too, so that this can't be a thread's own.
 LIBRARY_PASSES: set[int] = set()
 
+# Whether the backward pass under way executes a node. For a leaf whose gradient is a result of the pass it raises instead.
+_will_execute: Callable[[Node], bool] = torch._C._will_engine_execute_node
+
 # Those in which the library looks through the user's graph. Calls of modules inside are a checkpoint's, which has to save as many
 # tensors as it did in the forward, so that a monitor's hooks keep inputs there, too.
 LOOKS: set[int] = set()
@@ -94,6 +97,40 @@ def library_pass(roots: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 def is_library_pass(task: int) -> bool:
     """Whether the library started this backward pass, or it runs in a thread where the library calls a model."""
     return task in LIBRARY_PASSES or get_ident() in LIBRARY_THREADS
+
+
+def computes_gradient_of(leaf: Node) -> bool:
+    """Whether the backward pass under way accumulates the gradient of the leaf with this node, or returns it."""
+    return accumulates_gradient_of(leaf) is not False
+
+
+def accumulates_gradient_of(leaf: Node) -> bool | None:
+    """Whether the backward pass under way adds to ``.grad`` of the leaf with this node; None if it returns the gradient."""
+    try:
+        return _will_execute(leaf)
+    except RuntimeError:
+        return None
+
+
+def leaf_of(node: Node) -> Tensor | None:
+    """The leaf whose gradient a node accumulates; None for any other node."""
+    return getattr(node, "variable", None)
+
+
+def is_of_python_function(node: Node) -> bool:
+    """Whether a node belongs to a ``torch.autograd.Function``, whose backward may start passes of its own."""
+    return isinstance(node, torch.autograd.function.BackwardCFunction)
+
+
+def is_executed(node: Node) -> bool:
+    """Whether the backward pass under way calls a node that is no leaf's."""
+    return _will_execute(node)
+
+
+def is_vmapped(value: Tensor) -> bool:
+    """Whether a tensor stands for several ones, inside of ``torch.func.vmap`` or of ``is_grads_batched=True``."""
+    functorch = torch._C._functorch
+    return functorch.is_batchedtensor(value) or functorch.is_legacy_batchedtensor(value)
 
 
 def raise_after_backward(error: Exception) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from operator import attrgetter
 from typing import Any
 
@@ -52,4 +52,4 @@ def _remove(owner: Owner, hook: Callable[..., Any]) -> None:
 
 # The hooks for a tensor's gradient by their numbers; None if it never had one. (A Python function would double what it costs to
 # read this for each parameter of each step.)
-gradient_hooks: Callable[[Tensor], Mapping[int, Any] | None] = attrgetter("_backward_hooks")
+gradient_hooks: Callable[[Tensor], dict[int, Any] | None] = attrgetter("_backward_hooks")

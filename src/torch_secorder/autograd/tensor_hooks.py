@@ -9,9 +9,28 @@ from typing import Any
 from torch import Tensor
 
 from torch_secorder.autograd.engine import current_graph_task, is_library_pass
+from torch_secorder.autograd.hooks import gradient_hooks
 from torch_secorder.model.hooks import WeakHook, restoring
 
 TensorHook = Callable[[Tensor], "Tensor | None"]
+
+
+def put_last(leaf: Tensor) -> None:
+    """Have the library's hooks on a tensor run after all others, so that they see what those make of its gradient."""
+    hooks = gradient_hooks(leaf)
+    if hooks is None or len(hooks) < 2:
+        return
+    ours = [(key, hook) for key, hook in hooks.items() if isinstance(hook, WeakHook)]
+    if [key for key, _ in ours] != list(hooks)[len(hooks) - len(ours) :]:
+        for key, hook in ours:  # torch reads the table as a plain dict, in the order of insertion
+            del hooks[key]
+            hooks[key] = hook
+
+
+def are_last(leaf: Tensor) -> bool:
+    """Whether the library's hooks on a tensor run after all others."""
+    hooks = gradient_hooks(leaf) or {}
+    return not hooks or isinstance(hooks[next(reversed(hooks))], WeakHook)
 
 
 @contextmanager

@@ -31,6 +31,8 @@ class ForwardTracker:
         only_library_calls: record calls that this library makes in this thread, instead of the user's.
         on_recomputation: called with the backward pass that runs a forward again (activation checkpointing), and with the one
             that it is nested in, or itself.
+        on_refusal: called with what can't be recorded of a forward that runs inside of a backward pass, which must not be
+            broken off.
         on_exit: called with each recorded run of the model and the tensors among its outputs, when the gradient's way through
             it is known.
 
@@ -49,11 +51,12 @@ class ForwardTracker:
         every: int = 1,
         only_library_calls: bool = False,
         on_recomputation: Callable[[int, int], object] | None = None,
+        on_refusal: Callable[[Exception], object] | None = None,
         on_exit: Callable[[Forward, list[Tensor]], object],
     ):
         self.batch_axis, self._every, self._calls = batch_axis, every, 0
         self._thread = get_ident() if only_library_calls else None
-        self._on_recomputation, self._on_exit = on_recomputation, on_exit
+        self._on_recomputation, self._on_refusal, self._on_exit = on_recomputation, on_refusal, on_exit
         self._running: dict[int, Forward] = {}  # thread -> its run of the model; several threads may train one model
         self._skipping: set[int] = set()  # threads whose run of the model is not recorded
         self.outside_calls: Forward | None = None
@@ -82,7 +85,11 @@ class ForwardTracker:
             self._skipping.add(thread)
             return
         self._skipping.discard(thread)
-        n = batch_size((*args, *kwargs.values()) if kwargs else args, self.batch_axis)
+        try:
+            n = batch_size((*args, *kwargs.values()) if kwargs else args, self.batch_axis)
+        except ShapeError as error:
+            self.refuse(error)
+            return
         self._running[thread] = Forward(n, recomputed_in=None if task == -1 else self._recomputation(task))
 
     def on_model_exit(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -106,6 +113,12 @@ class ForwardTracker:
             for record, _ in forward.records:
                 record.input_nodes = ()
             forward.records, forward.sharded = [], []
+
+    def refuse(self, error: Exception) -> None:
+        """Raise what can't be recorded, or leave that to the end of the backward pass in which the forward runs."""
+        if current_graph_task() == -1 or self._on_refusal is None:
+            raise error
+        self._on_refusal(error)
 
     def _note_skipped_pass(self, *_: Any) -> None:
         self.skipped_passes.add(current_graph_task())

@@ -20,7 +20,7 @@ from torch_secorder.autograd.nodes import after_node, gradient_edge_of, made_by
 from torch_secorder.batch_axis.placement import FIRST
 from torch_secorder.capture.forwards import ForwardTracker, size_on
 from torch_secorder.capture.records import Forward, HookedModule, Record
-from torch_secorder.errors import CoverageError, ShapeError, UnsupportedError
+from torch_secorder.errors import CoverageError, CurvatureError, ShapeError, UnsupportedError
 from torch_secorder.model.containers import tensors
 from torch_secorder.model.hooks import HookScope, WeakHook
 from torch_secorder.model.ranks import fsdp_modules, is_dtensor
@@ -81,7 +81,10 @@ class ModuleHooks(HookScope):
     def check_state(self, guard: Callable[[], None], *_: Any) -> None:
         """A module is called that may be in a state in which no rule is right."""
         if self.forwards.records_calls():
-            guard()
+            try:
+                guard()
+            except CurvatureError as error:
+                self.forwards.refuse(error)
 
     def on_module_output(
         self,
@@ -99,6 +102,26 @@ class ModuleHooks(HookScope):
             forward.calls[position] += 1
         if not torch.is_grad_enabled():
             return None
+        try:
+            return self._recorded(site, forward, module, args, kwargs, output)
+        except CurvatureError as error:
+            self.forwards.refuse(error)
+        if (
+            site.keep is None
+        ):  # Activation checkpointing counts what is packed in each run, so that it is packed here as well.
+            Record(site, forward, None, {}, torch.Size(), None, True, ()).keep_inputs(args, kwargs)
+        return None
+
+    def _recorded(
+        self,
+        site: HookedModule,
+        forward: Forward,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        output: Any,
+    ) -> Tensor | None:
+        """Keep what a rule needs of a call; returns the new output, if there is one."""
         _require_recordable(site, module, output)
         leaf = None
         if not output.requires_grad:
@@ -142,9 +165,12 @@ class ModuleHooks(HookScope):
         if not (output.requires_grad and placement.fits(output.shape, forward.n or -1)):
             return
         if is_dtensor(output):
-            raise UnsupportedError(
-                f"{site}: its output is in parts on several ranks, of which activations=True knows nothing"
+            self.forwards.refuse(
+                UnsupportedError(
+                    f"{site}: its output is in parts on several ranks, of which activations=True knows nothing"
+                )
             )
+            return
         assert site.keep is not None
         nodes = _nodes_of_inputs(args, kwargs)
         record = Record(site, forward, (), {}, output.shape, placement, not nodes, nodes)

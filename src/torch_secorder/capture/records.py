@@ -30,6 +30,8 @@ class Forward:
         input_uses: how often each tensor was a call's first input, by its id while such a call has it.
         in_model_call: False for calls of submodules with no call of the model around them.
         recomputed_in: the backward pass that runs this forward again (activation checkpointing), or None.
+        last_pass: the last backward pass that reached it, if the model's call shows which passes do.
+        refusal: what can't be right about it, for the end of the pass.
         records: its calls so far, each with the place in the graph where its gradient arrives; empty once it is over, since a
             record that holds its own node is a cycle that outlives the graph.
         sharded: the modules that FSDP2 shards, each with a node that made one of its outputs; empty once the run is over.
@@ -40,6 +42,8 @@ class Forward:
     input_uses: dict[int, int] = field(default_factory=dict)
     in_model_call: bool = True
     recomputed_in: int | None = None
+    last_pass: int | None = None
+    refusal: Exception | None = None
     records: list[tuple[Record, GradientEdge]] = field(default_factory=list)
     sharded: list[tuple[nn.Module, Node]] = field(default_factory=list)
 

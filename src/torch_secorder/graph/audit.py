@@ -74,6 +74,7 @@ class Audit:
 
     Attributes:
         fingerprint: that of the latest graph.
+        other_leaves: the nodes of that graph that accumulate gradients of other tensors than the analyzed parameters.
     """
 
     def __init__(
@@ -96,6 +97,7 @@ class Audit:
         self._rehearsal = rehearsal
         self._locate_on_three_samples = locate_on_three_samples
         self.fingerprint = 0
+        self.other_leaves: list[Node] = []
 
     def uses(self, forward: Forward, outputs: Sequence[Tensor]) -> list[tuple[ParameterUse, Node]]:
         """Place every record of a forward, and find every use that no record accounts for, each with its node.
@@ -112,7 +114,7 @@ class Audit:
     def _uses(self, forward: Forward, outputs: Sequence[Tensor]) -> list[tuple[ParameterUse, Node]]:
         roots = [x for x in outputs if x.requires_grad]
         walk, n = Walk(roots, forward, self._leaves), forward.n
-        self.fingerprint = walk.fingerprint
+        self.fingerprint, self.other_leaves = walk.fingerprint, walk.other_leaves
         if n is None:
             return []
         reached = [item for item in forward.records if item[0].site.rule is not None and item[1].node in walk.children]

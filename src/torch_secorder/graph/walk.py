@@ -28,6 +28,7 @@ class Walk:
         uses: position of a parameter -> its uses that no call accounts for, as edges (consumer, index of the input).
         leaves: node that accumulates an analyzed parameter's gradient -> the parameter's position.
         n: how many samples the forward has; None if nobody knows.
+        other_leaves: the nodes that accumulate gradients of other tensors: inputs, parameters that are not analyzed.
         fingerprint: a hash of the graph, equal for graphs with the same nodes in the same order and the same pattern of
             sizes. Where sizes prove nothing, the axes that the nodes work along are hashed as well.
         has_ambiguous_axis: whether some tensor has n indices on another axis than the first, so that sizes prove nothing.
@@ -40,6 +41,7 @@ class Walk:
         self.records: dict[Node, list[Record]] = {}
         self.uses: dict[int, list[Edge]] = defaultdict(list)
         self.leaves, self.n = leaves, forward.n
+        self.other_leaves: list[Node] = []
         self._names: list[str] = []  # of the nodes in children
         calls: dict[Node, list[Record]] = defaultdict(list)
         for record, edge in forward.records:
@@ -60,6 +62,8 @@ class Walk:
                 self.records[node] = ending
             else:
                 ending, inputs = None, node.next_functions
+                if not inputs and hasattr(node, "variable"):
+                    self.other_leaves.append(node)
             self.children[node] = inputs
             self._names.append(node.name())
             for index, (child, _) in enumerate(inputs):

@@ -64,6 +64,7 @@ class ParameterTable(Table):
 
     Attributes:
         tensors: the parameters themselves.
+        paths: the name of each in the model as it is wrapped.
         quantized: the positions of quantized weights. They hold codes, for which autograd gives no gradient.
     """
 
@@ -86,6 +87,7 @@ class ParameterTable(Table):
                 f"{', '.join(bare[:3])}: on the meta device, without numbers; load the weights first"
             )
         self.tensors: list[Tensor] = [p for _, p in named]
+        self.paths = [name for name, _ in named]
         super().__init__(_row(name, p, owners) for name, p in named)
         self.quantized = {position for position, p in enumerate(self.tensors) if _is_quantized(p)}
         if trained := [self.names[position] for position in self.quantized if self.tensors[position].requires_grad]:
@@ -105,6 +107,15 @@ class ParameterTable(Table):
     def position(self, tensor: Tensor | None) -> int | None:
         """The position of a parameter; None for a tensor that is not analyzed."""
         return self._positions.get(id(tensor))
+
+    def is_present(self, position: int, model: nn.Module) -> bool:
+        """Whether the model still has a parameter where it was."""
+        *way, local = self.paths[position].split(".")
+        module: nn.Module | None = model
+        for name in way:
+            module = None if module is None else module._modules.get(name)
+        found = None if module is None else module._parameters.get(local)
+        return found is self.tensors[position] or found is self.leaves[position]
 
     def owned(self, module: nn.Module) -> dict[str, int]:
         """The module's own analyzed parameters: local name -> position."""

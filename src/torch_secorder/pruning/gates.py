@@ -22,7 +22,7 @@ from torch_secorder.recording.accumulator import PassOptions
 from torch_secorder.recording.backward_pass import BackwardPass
 from torch_secorder.recording.plan import BatchAxis, Plan, axis_of_inputs, guards, placements
 from torch_secorder.recording.quantities import Diagonal
-from torch_secorder.recording.recorder import UserRecorder
+from torch_secorder.recording.user_recorder import UserRecorder
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -120,6 +120,12 @@ class ChannelGates(HookScope):
         if self._recorder is not None:
             self._recorder.__exit__()
             self._recorder = None
+
+    def __exit__(self, *exc_info: object) -> None:
+        waiting = [] if self._recorder is None else self._recorder.waiting
+        super().__exit__(*exc_info)
+        if waiting and not any(exc_info):  # the user's own exception comes first
+            raise waiting[0]
 
     def _count(self, current: BackwardPass) -> None:
         """A backward pass is over: add up the squares of its gates' gradients."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
+from torch_secorder.autograd.engine import current_node
 from torch_secorder.autograd.precision import HALF, is_half
 from torch_secorder.batch_axis.placement import Grouping
 from torch_secorder.capture.records import Forward, Record
@@ -271,7 +272,7 @@ class PassAccumulator:
             self._settle(batch, position, form, norms)
             gradients = self._gradients if forward.in_model_call and not self.half else None
             if gradients is not None and (norm := form.batch_gradient_norm()) is not None:
-                gradients.from_factors[position] = norm
+                gradients.expect(position, norm, current_node(), self._table.leaves[position])
 
     def _project(self, batch: SampleBatch, position: int, form: PerSampleGradient) -> Tensor:
         """Note the captured gradient along one direction, for a check of the sums; returns the squared norms."""

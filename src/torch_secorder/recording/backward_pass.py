@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from threading import get_ident
 
 from torch import Tensor
 
-from torch_secorder.capture.records import Record
-from torch_secorder.errors import LifecycleError, NonFiniteError
+from torch_secorder.capture.records import Forward, Record
+from torch_secorder.errors import CoverageError, LifecycleError, NonFiniteError, UnsupportedError
 from torch_secorder.graph.frontier import ParameterUse
 from torch_secorder.per_sample import sign_vectors
 from torch_secorder.recording.accumulator import PassAccumulator
@@ -26,6 +27,7 @@ class BackwardPass:
         gradients: the norms of the parameters' own gradients.
         projections: position -> the parameter's own gradient along one direction, in a pass that is checked.
         special: whether our sums take a setting of their own: autocast is on, or memory is limited.
+        thread: where it began.
         error: the first that went wrong, which waits for the end of the pass.
     """
 
@@ -34,6 +36,7 @@ class BackwardPass:
     gradients: GradientNorms
     special: bool
     projections: dict[int, Tensor] = field(default_factory=dict)
+    thread: int = field(default_factory=get_ident)
     error: Exception | None = None
 
     def project(self, position: int, grad: Tensor) -> None:
@@ -47,12 +50,33 @@ class BackwardPass:
 Check = Callable[[BackwardPass, SampleNorms], None]
 
 
-def counted_again(seen: Record | ParameterUse) -> LifecycleError:
+def counted_again(seen: Record | ParameterUse | Forward) -> LifecycleError:
     """The refusal of a backward pass that reaches samples which another has counted."""
-    what = seen.site if isinstance(seen, Record) else "a parameter's use outside of its module"
+    if isinstance(seen, Forward):
+        what = "the model"
+    else:
+        what = str(seen.site) if isinstance(seen, Record) else "a parameter's use outside of its module"
     return LifecycleError(
-        f"{what}: a second backward pass went through the same forward, whose samples are counted already; call the model again, "
-        'or pass repeated_calls="new" to count them as new samples'
+        f"{what}: a second backward pass went through the same forward, whose samples are counted already: add the losses and "
+        "differentiate their sum, or all at once (torch.autograd.backward([first, second])); for other samples call the model "
+        'again; or pass repeated_calls="new" to count them as new samples'
+    )
+
+
+def vmapped_pass() -> UnsupportedError:
+    """The refusal of a backward pass that computes many gradients at once."""
+    return UnsupportedError(
+        "a backward pass under vmap (torch.autograd.grad with is_grads_batched=True, torch.func.vmap) computed gradients of "
+        "analyzed parameters, of several losses at once, whose samples are left out: differentiate the loss of the batch in a "
+        "pass of its own, and such gradients outside of the monitor's block"
+    )
+
+
+def replaced(names: Sequence[str]) -> CoverageError:
+    """The refusal of a pass through a model in which these parameters are others than on entry."""
+    return CoverageError(
+        f"{', '.join(names)}: replaced, removed or added inside of the block (by an assignment to a module or a parameter); the "
+        "batch is left out: leave the block, and make a new monitor for the model as it is now"
     )
 
 

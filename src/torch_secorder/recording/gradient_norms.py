@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Hashable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 
+from torch_secorder.autograd.contributions import Identity, identity, note_contribution
 from torch_secorder.capture.records import SMALL
 from torch_secorder.per_sample import at_least_float32
 from torch_secorder.recording.batch import alike
@@ -17,21 +21,33 @@ from torch_secorder.recording.small_calls import MOST_CALLS
 
 @dataclass(eq=False)
 class GradientNorms:
-    """``||grad_p L_b||`` of every parameter p that one backward pass reaches.
+    """``||grad_p L_b||`` of every parameter p that one backward pass reaches."""
 
-    Attributes:
-        from_factors: position -> the norm, where a layer's factors told it already.
-    """
-
-    from_factors: dict[int, Tensor] = field(default_factory=dict)
+    _from_factors: dict[int, Tensor] = field(default_factory=dict)  # norms that layers' factors told
+    _contributions: dict[int, Identity] = field(default_factory=dict)  # what these layers contribute to the gradients
     _norms: dict[int, Tensor] = field(default_factory=dict)
     _batched: list[tuple[list[int], Tensor]] = field(default_factory=list)  # positions, and a norm for each
     _waiting: dict[int, Tensor] = field(default_factory=dict)  # small gradients whose norms are still to be taken
 
-    def add(self, position: int, grad: Tensor, as_computed: bool = True) -> None:
-        """A parameter's gradient; ``as_computed`` unless a hook of the user's may have changed it."""
-        known = self.from_factors.pop(position, None)
-        if as_computed and known is not None and grad.dtype == known.dtype:
+    def expect(self, position: int, norm: Tensor, node: Node | None, leaf: Tensor) -> None:
+        """A layer's factors tell the norm of what it contributes to a parameter's gradient, which holds if nothing else does.
+
+        Args:
+            position: the parameter.
+            norm: that norm.
+            node: the node of the layer's output, whose hook is running.
+            leaf: the parameter as the graph has it.
+        """
+        if note_contribution(node, leaf, partial(self._contributions.__setitem__, position)):
+            self._from_factors[position] = norm
+
+    def add(self, position: int, grad: Tensor, as_added: bool = True) -> None:
+        """A parameter's gradient; ``as_added`` unless a hook of the user's may still change it."""
+        known = self._from_factors.pop(position, None)
+        if not as_added:
+            self._norms[position] = norm(grad) * math.nan
+            return
+        if known is not None and grad.dtype == known.dtype and self._contributions.get(position) == identity(grad):
             self._norms[position] = known
             return
         # The norm is taken now, or a reference is kept: that makes autograd accumulate into a copy, so that later changes of

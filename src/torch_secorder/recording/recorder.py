@@ -2,45 +2,33 @@
 
 Whatever holds for one driver holds for all and stands here once: no autocast in our own sums, errors that wait until the pass is
 over, a call seen twice, and the finish. Who starts a pass, when it ends and what is done then differs between the two kinds of
-recorders: :class:`UserRecorder` for the user's own passes, ``GraphBackward`` for those that the library makes.
+recorders: ``UserRecorder`` for the user's own passes, ``GraphBackward`` for those that the library makes.
 """
 
 from __future__ import annotations
 
-import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
 from functools import partial
-from threading import RLock, get_ident
 from typing import Any
-from weakref import WeakValueDictionary
 
-import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
 from torch_secorder.autograd.engine import (
-    LIBRARY_PASSES,
-    LIBRARY_THREADS,
-    after_backward,
-    current_graph_task,
     current_node,
-    raise_after_backward,
 )
-from torch_secorder.autograd.hooks import gradient_hooks
 from torch_secorder.autograd.nodes import after_node
 from torch_secorder.autograd.precision import autocast_devices, full_precision
 from torch_secorder.batch_axis.knowledge import ModelKnowledge
 from torch_secorder.capture.forwards import ForwardTracker
 from torch_secorder.capture.module_hooks import ModuleHooks
 from torch_secorder.capture.records import Forward, Record
-from torch_secorder.errors import LifecycleError
 from torch_secorder.graph.audit import Audit
 from torch_secorder.graph.frontier import ParameterUse
 from torch_secorder.model.hooks import HookScope
 from torch_secorder.model.parameters import Table
-from torch_secorder.model.ranks import full_tensor
 from torch_secorder.per_sample import as_refusal, memory_limit
 from torch_secorder.recording.accumulator import PassAccumulator, PassOptions
 from torch_secorder.recording.backward_pass import BackwardPass, Check, counted_again
@@ -99,6 +87,7 @@ class Recorder(HookScope):
             every=every,
             only_library_calls=only_library_calls,
             on_recomputation=self._on_recomputation,
+            on_refusal=self._on_refusal_in_forward,
             on_exit=self._on_model_exit,
         )
         self._module_hooks: ModuleHooks | None = None
@@ -118,15 +107,20 @@ class Recorder(HookScope):
     # ------------------------------------------------------------------------------------------------ what differs
 
     @abstractmethod
-    def _pass_under_way(self, recomputed_in: int | None = None) -> BackwardPass | None:
+    def _pass_under_way(self, grad: Tensor | None, recomputed_in: int | None = None) -> BackwardPass | None:
         """The pass that a gradient which arrives now belongs to; None for passes that are not recorded.
 
         Args:
+            grad: the gradient.
             recomputed_in: the pass that ran the forward of the gradient's call again, if one did.
         """
 
     def _on_recomputation(self, task: int, outer: int) -> None:
         """A forward runs again inside of a backward pass, which is nested in another one unless that is itself."""
+
+    def _on_refusal_in_forward(self, error: Exception) -> None:
+        """A forward that runs again inside of a backward pass can't be recorded."""
+        raise error
 
     def _on_model_exit(self, forward: Forward, outputs: list[Tensor]) -> None:
         """The model returns these tensors, in whatever containers."""
@@ -148,27 +142,25 @@ class Recorder(HookScope):
         grad = grads[output_nr]
         if grad is None or record.placement is None:
             return
-        current = self._pass_under_way(record.forward.recomputed_in)
+        current = self._pass_under_way(grad, record.forward.recomputed_in)
         if current is not None:
             self._within(current, record, current.accumulator.add, record, grad)
 
     def _on_use_gradients(self, use: ParameterUse, grads: tuple[Tensor | None, ...]) -> None:
         """The gradients at a use of a parameter outside of any hooked module's call."""
-        current = self._pass_under_way()
+        current = self._pass_under_way(first_of(grads), use.forward.recomputed_in)
         if current is not None:
             self._within(current, use, current.accumulator.add_use, use, current_node(), grads)
 
     def _within(
-        self, current: BackwardPass, seen: Record | ParameterUse | None, add: Callable[..., None], *args: Any
+        self, current: BackwardPass, seen: Record | ParameterUse | Forward | None, add: Callable[..., None], *args: Any
     ) -> None:
         """Add something to a backward pass; what goes wrong must wait for its end, so that the user's gradients are complete."""
         if current.error is not None:
             return
         try:
-            if seen is not None and seen.last_pass != current.task:
-                if seen.last_pass is not None and not self.counts_again:
-                    raise counted_again(seen)
-                seen.last_pass = current.task
+            if seen is not None:
+                self._require_first_pass(current, seen)
             if current.special:
                 with self._settings():
                     add(*args)
@@ -176,6 +168,26 @@ class Recorder(HookScope):
                 add(*args)
         except Exception as error:
             current.error = as_refusal(error)
+        except BaseException:  # an interrupt, which ends the pass and whose traceback may outlive it
+            self._abandon(current)
+            raise
+
+    def _abandon(self, current: BackwardPass) -> None:
+        """A pass is broken off: nothing that comes belongs to it."""
+
+    def _require_first_pass(self, current: BackwardPass, seen: Record | ParameterUse | Forward) -> None:
+        """Raise if another backward pass has counted the samples already that this one reaches."""
+        # A call of the model is one forward, whichever of its layers a pass reaches. Calls of submodules alone may be of
+        # different losses, as a generator's and a discriminator's are, and each stands for itself.
+        if not isinstance(seen, Forward) and seen.forward.in_model_call and seen.forward.recomputed_in is None:
+            first: Record | ParameterUse | Forward = seen.forward
+        else:
+            first = seen
+        if first.last_pass == current.task:
+            return
+        if first.last_pass is not None and not self.counts_again:
+            raise counted_again(seen)
+        first.last_pass = current.task
 
     # ------------------------------------------------------------------------------------------------ begin and finish
 
@@ -214,109 +226,6 @@ class Recorder(HookScope):
         return samples
 
 
-class UserRecorder(Recorder):
-    """Records the user's backward passes, each from its first gradient to the engine's word that it is over.
-
-    Args:
-        on_pass: called with each pass that is over; what it raises is raised at the end of that backward pass.
-        checks_next: says whether the next pass also notes its gradients along one direction, to compare sums.
-        options: as for :class:`Recorder`.
-    """
-
-    def __init__(
-        self,
-        *args: Any,
-        on_pass: Callable[[BackwardPass], None],
-        checks_next: Callable[[], bool] = lambda: False,
-        every: int = 1,
-        **options: Any,
-    ):
-        super().__init__(*args, every=every, **options)
-        self._on_pass, self._checks_next, self._every = on_pass, checks_next, every
-        self.counts_again = self.options.repeated_calls == "new"
-        self._passes: WeakValueDictionary[int, BackwardPass] = WeakValueDictionary()
-        self._outer_of: dict[int, int] = {}  # a backward pass inside of another one (checkpointing) -> the outer one
-        self._counting = RLock()  # several threads may train the model
-        self._outputs: list[weakref.ref[Tensor]] = []
-
-    @property
-    def outputs(self) -> list[Tensor]:
-        """The outputs of the model's latest call that are still there and can be differentiated."""
-        return [x for reference in self._outputs if (x := reference()) is not None and x.requires_grad]
-
-    def _detach(self) -> None:
-        self._passes.clear()
-        self._outer_of.clear()
-        super()._detach()
-
-    def _on_model_exit(self, forward: Forward, outputs: list[Tensor]) -> None:
-        super()._on_model_exit(forward, outputs)
-        self._outputs = list(map(weakref.ref, outputs))
-
-    def _on_recomputation(self, task: int, outer: int) -> None:
-        self._nest(task, outer)
-        number = self._outer_of.get(task, task)
-        if number not in self._passes:
-            self._open(number)
-
-    def _nest(self, task: int, outer: int) -> None:
-        """Let a pass belong to the one that it is nested in, or to the one around that."""
-        outermost = self._outer_of.get(outer, outer)
-        if outermost != task:
-            self._outer_of[task] = outermost
-
-    def on_parameter_gradient(self, position: int, grad: Tensor) -> None:
-        """The gradient of a parameter, as this backward pass adds it to ``.grad``."""
-        # Re-entrant checkpointing has backward passes inside of one that is skipped; those open none of ours.
-        if self.forwards.skipped_passes and not self._passes:
-            return
-        current = self._pass_under_way()
-        if current is None:
-            return
-        # What a hook of the user's makes of a gradient is not in its factors, and not ours to check.
-        as_computed = len(gradient_hooks(self.table.leaves[position]) or ()) <= 1
-        if type(grad) is Tensor and not current.accumulator.checks:
-            self._within(current, None, current.gradients.add, position, grad, as_computed)
-        else:
-            self._within(current, None, self._add_checked_gradient, current, position, grad, as_computed)
-
-    def _add_checked_gradient(self, current: BackwardPass, position: int, grad: Tensor, as_computed: bool) -> None:
-        grad = full_tensor(grad)
-        current.gradients.add(position, grad, as_computed)
-        if current.accumulator.checks and as_computed and not grad.is_sparse:
-            current.project(position, grad)
-
-    def _pass_under_way(self, recomputed_in: int | None = None) -> BackwardPass | None:
-        task = current_graph_task()
-        if not self.forwards.active or task in LIBRARY_PASSES or get_ident() in LIBRARY_THREADS:
-            return None
-        if recomputed_in is not None and recomputed_in != task:
-            self._nest(task, recomputed_in)
-        number = self._outer_of.get(task, task)
-        current = self._passes.get(number) or self._open(number)
-        if self.forwards.skipped_passes and task in self.forwards.skipped_passes and current.error is None:
-            current.error = LifecycleError(
-                f"one backward pass reached a call of the model that every={self._every} passed over, and one that it did not: "
-                "enter and leave the monitor's block for the steps to watch instead"
-            )
-        return current
-
-    def _open(self, task: int) -> BackwardPass:
-        current = self._begin(task, keep_inputs=self.counts_again, checks=self._checks_next())
-        self._passes[task] = current
-        # Only autograd keeps the pass alive: one that an exception breaks off is gone with its traceback.
-        after_backward(partial(self._close, current))
-        return current
-
-    def _close(self, current: BackwardPass) -> None:
-        """A backward pass is over: hand it on, or raise why not. The user's gradients are complete by now."""
-        if self._passes.pop(current.task, None) is None or not self.forwards.active:
-            return
-        if self._outer_of:
-            self._outer_of = {inner: outer for inner, outer in self._outer_of.items() if outer != current.task}
-        self.forwards.outside_calls = None
-        try:
-            with torch.no_grad(), self._counting:
-                self._on_pass(current)
-        except Exception as error:
-            raise_after_backward(as_refusal(error))
+def first_of(grads: Sequence[Tensor | None]) -> Tensor | None:
+    """The first gradient that is there."""
+    return next((grad for grad in grads if grad is not None), None)

@@ -61,8 +61,9 @@ class Report:
 
     def _facts(self) -> dict[str, str | int]:
         """Without which nobody knows what the numbers are."""
-        n, passes = self._statistics.n, self._statistics.passes
-        return {"reduction": self._reduction, "fisher": self._fisher, "n_samples": n, "n_passes": passes}
+        n, passes, skipped = self._statistics.n, self._statistics.passes, self._statistics.skipped_passes
+        counts = {"n_samples": n, "n_passes": passes, "skipped_passes": skipped}
+        return {"reduction": self._reduction, "fisher": self._fisher, **counts}
 
     def per_sample(self) -> pd.DataFrame:
         """t_{n,p}: a row per sample in backward order, a column per parameter."""

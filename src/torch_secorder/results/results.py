@@ -72,8 +72,9 @@ class Results:
         Returns:
             A DataFrame with the columns ``module``, ``module_type``, ``shape``, ``numel`` (by group: ``n_parameters``,
             ``numel``), then ``fisher_trace``, ``fisher_trace_stderr``, ``fisher_trace_share``, ``fisher_mean``,
-            ``grad_sq_norm`` and ``rule``. Its ``attrs`` say ``reduction``, ``fisher``, ``n_samples``, ``n_passes``
-            and, where ``nonfinite="skip"`` left out samples, ``n_skipped``.
+            ``grad_sq_norm`` and ``rule``. Its ``attrs`` say ``reduction``, ``fisher``, ``n_samples``, ``n_passes``,
+            ``skipped_passes`` (backward passes that were left out because they were refused) and, where ``nonfinite="skip"`` left
+            out samples, ``n_skipped``.
 
         Raises:
             LifecycleError: if no sample was seen.
@@ -114,8 +115,10 @@ class Results:
             )
         statistics = self._reduced(None) if sync else self._whole()
         if not statistics.n:
+            skipped = statistics.skipped_passes
+            refused = f" ({skipped} backward passes were refused, and left out)" if skipped else ""
             raise LifecycleError(
-                "no sample was seen yet: run the model's forward and its loss's backward inside the monitor's block"
+                f"no sample was seen yet{refused}: run the model's forward and its loss's backward inside the monitor's block"
             )
         return statistics
 
@@ -163,7 +166,8 @@ class Results:
 
     def _whole(self) -> Statistics:
         """What all ranks have in common, and what this one saw since."""
-        return self._sum_of(self._all_ranks, self.statistics) if self._all_ranks.n else self.statistics
+        of_all = self._all_ranks.n or self._all_ranks.skipped_passes
+        return self._sum_of(self._all_ranks, self.statistics) if of_all else self.statistics
 
     def _reduced(self, group: Any) -> Statistics:
         """What all ranks have in common, and what any of them saw since."""

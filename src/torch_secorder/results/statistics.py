@@ -31,6 +31,7 @@ class Statistics:
         quantities: name -> quantity.
         passes: how many backward passes.
         n_skipped: how many samples were left out because they were not finite.
+        skipped_passes: how many backward passes were left out because they were refused.
         reached: ``[p]``, which parameters a pass has reached.
         rules: for each parameter how its numbers were computed.
     """
@@ -48,7 +49,7 @@ class Statistics:
         self.quantities: dict[str, Quantity] = {
             name: QUANTITIES[name](self.names, self.shapes) for name, wanted in self.keeps.items() if wanted
         }
-        self.passes = self.n_skipped = 0
+        self.passes = self.n_skipped = self.skipped_passes = 0
         self.reached = torch.zeros(p, dtype=torch.bool)
         self.rules: list[list[str]] = [[] for _ in range(p)]
 
@@ -112,6 +113,7 @@ class Statistics:
         self.squared_norms.merge(other.squared_norms)
         self.gradients.merge(other.gradients)
         self.passes, self.n_skipped = self.passes + other.passes, self.n_skipped + other.n_skipped
+        self.skipped_passes += other.skipped_passes
         self.reached = self.reached | other.reached
         self.rules = [list(dict.fromkeys([*a, *b])) for a, b in zip(self.rules, other.rules, strict=True)]
         for name, quantity in self.quantities.items():
@@ -140,6 +142,7 @@ class Statistics:
             "shapes": [list(shape) for shape in self.shapes],
             "keeps": dict(self.keeps),
             "n_skipped": self.n_skipped,
+            "skipped_passes": self.skipped_passes,
             "passes": self.passes,
             "reached": self.reached.clone(),
             "rules": [list(rules) for rules in self.rules],
@@ -165,6 +168,7 @@ class Statistics:
         self.check_same_kind(other)
         for part in other._parts():
             part.load(state)
-        other.n_skipped, other.passes = int(state["n_skipped"]), int(state["passes"])
+        other.n_skipped, other.skipped_passes = int(state["n_skipped"]), int(state["skipped_passes"])
+        other.passes = int(state["passes"])
         other.reached, other.rules = state["reached"].clone(), [list(rules) for rules in state["rules"]]
         vars(self).update(vars(other))

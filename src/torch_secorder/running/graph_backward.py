@@ -165,7 +165,7 @@ class GraphBackward(Recorder):
 
     # ------------------------------------------------------------------------------------------------ what arrives
 
-    def _pass_under_way(self, recomputed_in: int | None = None) -> BackwardPass | None:
+    def _pass_under_way(self, grad: Tensor | None = None, recomputed_in: int | None = None) -> BackwardPass | None:
         return self._current
 
     def _on_output_gradient(self, record: Record, output_nr: int, grads: tuple[Tensor | None, ...]) -> None:

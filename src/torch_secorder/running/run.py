@@ -114,7 +114,7 @@ class HookedForward(GraphBackward):
 class _Rehearsal(Recorder):
     """Records a forward for where its samples are only; no backward pass of it counts."""
 
-    def _pass_under_way(self, recomputed_in: int | None = None) -> BackwardPass | None:
+    def _pass_under_way(self, grad: Tensor | None = None, recomputed_in: int | None = None) -> BackwardPass | None:
         return None
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from torch_secorder.errors import CoverageError, CurvatureError
-from torch_secorder.recording.backward_pass import BackwardPass, not_finite
+from torch_secorder.model.parameters import ParameterTable
+from torch_secorder.recording.backward_pass import BackwardPass, not_finite, replaced
 from torch_secorder.recording.sample_norms import SampleNorms
 from torch_secorder.verification.gradient_sums import unexplained_gradients
 
@@ -31,6 +32,19 @@ def require_all_reached(
     if not samples.reached.issuperset(positions):
         missed = [index for index, position in enumerate(positions) if position not in samples.reached]
         raise unaccounted([names[positions[index]] for index in missed], norms[missed])
+
+
+def require_present(model: nn.Module, table: ParameterTable, current: BackwardPass, samples: SampleNorms) -> None:
+    """Raise unless every parameter that the pass did not reach is still the model's own.
+
+    Raises:
+        CoverageError: naming those that are not.
+    """
+    if len(samples.reached) == len(table):
+        return
+    missed = [position for position in range(len(table)) if position not in samples.reached]
+    if gone := [table.names[position] for position in missed if not table.is_present(position, model)]:
+        raise replaced(gone)
 
 
 def unaccounted(names: Sequence[str], norms: Tensor) -> CurvatureError:

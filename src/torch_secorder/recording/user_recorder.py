@@ -1,0 +1,255 @@
+"""The user's own backward passes: which are of the samples, when they begin and end, and what waits for their end."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from functools import partial
+from threading import RLock, get_ident
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import Node
+
+from torch_secorder.autograd.engine import (
+    LIBRARY_PASSES,
+    LIBRARY_THREADS,
+    after_backward,
+    current_graph_task,
+    current_node,
+    is_vmapped,
+    leaf_of,
+    raise_after_backward,
+)
+from torch_secorder.autograd.hooks import gradient_hooks
+from torch_secorder.autograd.second_derivatives import GradientGraphWatch
+from torch_secorder.autograd.tensor_hooks import are_last, put_last
+from torch_secorder.capture.records import Forward
+from torch_secorder.errors import LifecycleError, UnsupportedError
+from torch_secorder.model.parameters import plain_name
+from torch_secorder.model.ranks import full_tensor, is_dtensor
+from torch_secorder.per_sample import as_refusal
+from torch_secorder.recording.backward_pass import BackwardPass, replaced, vmapped_pass
+from torch_secorder.recording.passes import UserPasses
+from torch_secorder.recording.quantities import QUANTITIES
+from torch_secorder.recording.recorder import Recorder, first_of
+
+
+class UserRecorder(Recorder):
+    """Records the user's backward passes, each from its first gradient to the engine's word that it is over.
+
+    Args:
+        on_pass: called with each pass that is over; what it raises is raised at the end of that backward pass.
+        checks_next: says whether the next pass also notes its gradients along one direction, to compare sums.
+        options: as for :class:`Recorder`.
+
+    Attributes:
+        waiting: refusals of passes at whose end nothing could be raised, for the end of the block.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        on_pass: Callable[[BackwardPass], None],
+        checks_next: Callable[[], bool] = lambda: False,
+        every: int = 1,
+        **options: Any,
+    ):
+        super().__init__(*args, every=every, **options)
+        self._on_pass, self._checks_next, self._every = on_pass, checks_next, every
+        self.counts_again = self.options.repeated_calls == "new"
+        watches = any(QUANTITIES[name].watches_outputs for name in self.options.quantities)
+        self._passes = UserPasses(self.table.leaves, self.plan.model, watches_outputs=watches)
+        self._gradient_graphs: dict[int, GradientGraphWatch] = {}  # of ignored passes with create_graph=True
+        self._counting = RLock()  # several threads may train the model
+        self._outputs: list[weakref.ref[Tensor]] = []
+        self.waiting: list[Exception] = []
+        assert self.plan.model is not None
+        self._parameters = dict(self.plan.model.named_parameters())  # as they are on entry
+        # Of tensors that are not analyzed, and are none of the model's new parameters.
+        self._known_leaves: set[Node] = set()
+
+    @property
+    def outputs(self) -> list[Tensor]:
+        """The outputs of the model's latest call that are still there and can be differentiated."""
+        return [x for reference in self._outputs if (x := reference()) is not None and x.requires_grad]
+
+    def _detach(self) -> None:
+        self._passes.clear()
+        for watch in self._gradient_graphs.values():
+            watch.close()
+        self._gradient_graphs.clear()
+        self._known_leaves.clear()
+        super()._detach()
+
+    # ------------------------------------------------------------------------------------------------ what happens in forward
+
+    def _on_model_exit(self, forward: Forward, outputs: list[Tensor]) -> None:
+        if self._passes:
+            self._passes.forget_broken_off()
+        super()._on_model_exit(forward, outputs)
+        self._outputs = list(map(weakref.ref, outputs))
+        for node in self._audit.other_leaves:
+            if node not in self._known_leaves and isinstance(variable := leaf_of(node), nn.Parameter):
+                self._require_known(forward, node, variable)
+        for node in {x.grad_fn for x in outputs if x.grad_fn is not None}:
+            node.register_prehook(partial(self._on_outputs_gradient, forward))
+
+    def _require_known(self, forward: Forward, node: Node, variable: nn.Parameter) -> None:
+        """Have the pass through a forward refused if it used a parameter that was put into the model inside of the block."""
+        assert self.plan.model is not None
+        others = {name: p for name, p in self.plan.model.named_parameters() if self._parameters.get(name) is not p}
+        others = {name: p for name, p in others.items() if not is_dtensor(self._parameters.get(name))}
+        if any(p is variable for p in others.values()):
+            forward.refusal = replaced(list(map(plain_name, others)))
+            return
+        self._known_leaves.add(node)
+
+    def _on_recomputation(self, task: int, outer: int) -> None:
+        if self._passes.of(task) is not None:
+            return
+        if task not in self._passes.ignored and not self._is_of_samples():
+            self._passes.ignore(task)  # but what begins inside of it may be of the samples
+        number = self._passes.nest(task, outer)
+        if self._passes.of(number) is None:
+            self._open(number)
+
+    def _on_refusal_in_forward(self, error: Exception) -> None:
+        task = current_graph_task()
+        self._on_recomputation(task, task)
+        current = self._passes.of(task)
+        if current is not None and current.error is None:
+            current.error = error
+
+    # ------------------------------------------------------------------------------------------------ what arrives
+
+    def _on_outputs_gradient(self, forward: Forward, grads: tuple[Tensor | None, ...]) -> None:
+        """A backward pass reaches what the model returned."""
+        current = self._pass_under_way(first_of(grads))
+        if current is not None:
+            self._reach(current, forward)
+        elif (reached := self._passes.ignored.get(current_graph_task())) is not None:
+            reached.append(forward)
+
+    def _reach(self, current: BackwardPass, forward: Forward) -> None:
+        """The samples of a call of the model are those of this pass."""
+        self._within(current, forward, lambda: None)
+        if forward.refusal is not None and current.error is None:
+            current.error = forward.refusal
+
+    def on_parameter_gradient(self, position: int, grad: Tensor) -> None:
+        """The gradient of a parameter, as this backward pass adds it to ``.grad``."""
+        # Re-entrant checkpointing has backward passes inside of one that is skipped; those open none of ours.
+        if self.forwards.skipped_passes and not self._passes:
+            return
+        current = self._pass_under_way(grad)
+        if current is None:
+            return
+        leaf = self.table.leaves[position]
+        alone = len(gradient_hooks(leaf) or ()) <= 1
+        as_added = alone or are_last(leaf)  # A hook that was put on in this very pass comes after ours.
+        if type(grad) is Tensor and not current.accumulator.checks:
+            self._within(current, None, current.gradients.add, position, grad, as_added)
+        else:
+            self._within(current, None, self._add_checked_gradient, current, position, grad, as_added, alone)
+
+    def _add_checked_gradient(
+        self, current: BackwardPass, position: int, grad: Tensor, as_added: bool, alone: bool
+    ) -> None:
+        grad = full_tensor(grad)
+        current.gradients.add(position, grad, as_added)
+        # What a hook of the user's makes of a gradient is not in its factors, and not ours to check.
+        if current.accumulator.checks and alone and not grad.is_sparse:
+            current.project(position, grad)
+
+    def _on_gradient_graph(self, grads: tuple[Tensor | None, ...]) -> None:
+        """A backward pass goes through the graph of gradients that another one made."""
+        current = self._pass_under_way(first_of(grads))
+        if current is not None and current.error is None:
+            current.error = UnsupportedError(
+                "the backward pass goes through the graph of a gradient (create_graph=True: a gradient penalty, forces, the "
+                "residual of an equation), where parameters are used in ways that belong to no layer's call: differentiate such "
+                "a loss outside of the monitor's block; the batch is left out"
+            )
+
+    # ------------------------------------------------------------------------------------------------ which pass it is
+
+    def _abandon(self, current: BackwardPass) -> None:
+        self._passes.close(current)
+
+    def _pass_under_way(self, grad: Tensor | None, recomputed_in: int | None = None) -> BackwardPass | None:
+        task = current_graph_task()
+        if not self.forwards.active or task in LIBRARY_PASSES or get_ident() in LIBRARY_THREADS:
+            return None
+        if task in self._passes.ignored:
+            self._watch_gradient_graph(task)
+            return None
+        current = self._passes.of(task) or self._begun(task, grad, recomputed_in)
+        skipped = self.forwards.skipped_passes
+        if skipped and task in skipped and current is not None and current.error is None:
+            current.error = LifecycleError(
+                f"one backward pass reached a call of the model that every={self._every} passed over, and one that it did not: "
+                "enter and leave the monitor's block for the steps to watch instead"
+            )
+        return current
+
+    def _begun(self, task: int, grad: Tensor | None, recomputed_in: int | None) -> BackwardPass | None:
+        """A pass that something arrives in for the first time, or the one around it; None if it is none of the samples."""
+        vmapped = grad is not None and is_vmapped(grad)
+        of_samples = self._is_of_samples()
+        if of_samples and not vmapped:
+            number = self._passes.nest(task, recomputed_in)
+            current = self._passes.of(number) or self._open(number)
+            for forward in self._passes.ignored.get(number, ()):
+                self._reach(current, forward)
+            return current
+        if of_samples:
+            self.waiting.append(vmapped_pass())
+        self._passes.ignore(task)
+        self._watch_gradient_graph(task)
+        return None
+
+    def _is_of_samples(self) -> bool:
+        try:
+            return self._passes.is_of_samples()
+        except UnsupportedError as error:
+            self.waiting.append(error)
+            return False
+
+    def _watch_gradient_graph(self, task: int) -> None:
+        """If an ignored pass makes a graph of its gradients, notice when a later one goes through it."""
+        if not torch.is_grad_enabled():
+            return
+        watch = self._gradient_graphs.get(task)
+        if watch is None:
+            watch = self._gradient_graphs[task] = GradientGraphWatch(self._on_gradient_graph)
+            after_backward(partial(self._leave_gradient_graph, task))
+        watch.watch_below(current_node())
+
+    def _leave_gradient_graph(self, task: int) -> None:
+        if (watch := self._gradient_graphs.pop(task, None)) is not None:
+            watch.close()
+
+    def _open(self, task: int) -> BackwardPass:
+        current = self._begin(task, keep_inputs=self.counts_again, checks=self._checks_next())
+        self._passes.open(current)
+        for leaf in self.table.leaves:
+            put_last(leaf)
+        # Only autograd keeps the pass alive: one that an exception breaks off is gone with its traceback.
+        after_backward(partial(self._close, current))
+        return current
+
+    def _close(self, current: BackwardPass) -> None:
+        """A backward pass is over: hand it on, or raise why not. The user's gradients are complete by now."""
+        if not self._passes.close(current) or not self.forwards.active:
+            return
+        empty = current.accumulator.is_empty
+        if empty and current.task in self._passes.ignored:
+            return
+        self.forwards.outside_calls = None
+        try:
+            with torch.no_grad(), self._counting:
+                self._on_pass(current)
+        except Exception as error:
+            raise_after_backward(as_refusal(error))
