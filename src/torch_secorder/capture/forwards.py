@@ -36,6 +36,7 @@ class ForwardTracker:
 
     Attributes:
         active: whether calls are recorded at all.
+        every: one of so many calls of the model is recorded.
         latest: the latest complete run of the model.
         outside_calls: calls of modules with no call of the model around them that may be of the same samples as the next; None
             once a backward pass has counted them.
@@ -51,7 +52,7 @@ class ForwardTracker:
         on_recomputation: Callable[[int, int], object] | None = None,
         on_exit: Callable[[Forward, list[Tensor]], object],
     ):
-        self.batch_axis, self._every, self._calls = batch_axis, every, 0
+        self.batch_axis, self.every, self._calls = batch_axis, every, 0
         self._thread = get_ident() if only_library_calls else None
         self._on_recomputation, self._on_exit = on_recomputation, on_exit
         self._running: dict[int, Forward] = {}  # thread -> its run of the model; several threads may train one model
@@ -78,7 +79,7 @@ class ForwardTracker:
                 self.outside_calls = None  # of a backward pass that was broken off
             self.skipped_passes.clear()
             self._calls += 1
-        if task in self.skipped_passes if task != -1 else (self._calls - 1) % self._every:
+        if task in self.skipped_passes if task != -1 else (self._calls - 1) % self.every:
             self._skipping.add(thread)
             return
         self._skipping.discard(thread)

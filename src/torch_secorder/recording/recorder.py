@@ -19,12 +19,14 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
+from torch_secorder.autograd.compiled import never_compiled
 from torch_secorder.autograd.engine import (
     LIBRARY_PASSES,
     LIBRARY_THREADS,
     after_backward,
     current_graph_task,
     current_node,
+    is_library_pass,
     raise_after_backward,
 )
 from torch_secorder.autograd.hooks import gradient_hooks
@@ -45,6 +47,7 @@ from torch_secorder.recording.backward_pass import BackwardPass, Check, counted_
 from torch_secorder.recording.gradient_norms import GradientNorms
 from torch_secorder.recording.plan import Plan
 from torch_secorder.recording.sample_norms import SampleNorms
+from torch_secorder.recording.watched_passes import WatchedPasses
 
 
 class Recorder(HookScope):
@@ -129,6 +132,7 @@ class Recorder(HookScope):
 
     # ------------------------------------------------------------------------------------------------ what arrives
 
+    @never_compiled
     def _on_output_gradient(self, record: Record, output_nr: int, grads: tuple[Tensor | None, ...]) -> None:
         """The gradients of the node that made a module's output have arrived, inside a backward pass."""
         grad = grads[output_nr]
@@ -137,12 +141,20 @@ class Recorder(HookScope):
         current = self._pass_under_way(record.forward.recomputed_in)
         if current is not None:
             self._within(current, record, current.accumulator.add, record, grad)
+        else:
+            self._on_unrecorded_gradient(record)
 
+    @never_compiled
     def _on_use_gradients(self, use: ParameterUse, grads: tuple[Tensor | None, ...]) -> None:
         """The gradients at a use of a parameter outside of any hooked module's call."""
         current = self._pass_under_way()
         if current is not None:
             self._within(current, use, current.accumulator.add_use, use, current_node(), grads)
+        else:
+            self._on_unrecorded_gradient(use)
+
+    def _on_unrecorded_gradient(self, seen: Record | ParameterUse) -> None:
+        """A gradient has arrived in a pass that is not recorded."""
 
     def _within(
         self, current: BackwardPass, seen: Record | ParameterUse | None, add: Callable[..., None], *args: Any
@@ -219,21 +231,33 @@ class UserRecorder(Recorder):
     ):
         super().__init__(*args, every=every, **options)
         self._on_pass, self._checks_next, self._every = on_pass, checks_next, every
+        can_count = any(leaf.requires_grad for leaf in self.table.leaves) if every > 1 else False
+        self._watched = WatchedPasses(every if can_count else 1, self._count_passes, super()._attach, super()._detach)
         self.counts_again = self.options.repeated_calls == "new"
         self._passes: WeakValueDictionary[int, BackwardPass] = WeakValueDictionary()
         self._outer_of: dict[int, int] = {}  # a backward pass inside of another one (checkpointing) -> the outer one
         self._counting = RLock()  # several threads may train the model
         self._outputs: list[weakref.ref[Tensor]] = []
+        self._refused = -1  # the latest pass that is not watched and reached samples which were counted
 
     @property
     def outputs(self) -> list[Tensor]:
         """The outputs of the model's latest call that are still there and can be differentiated."""
         return [x for reference in self._outputs if (x := reference()) is not None and x.requires_grad]
 
+    def _attach(self) -> None:
+        self._watched.enter()
+        super()._attach()
+
     def _detach(self) -> None:
+        self._watched.leave()
         self._passes.clear()
         self._outer_of.clear()
         super()._detach()
+
+    def _count_passes(self) -> None:
+        """Compiled code is called inside the block: from now on backward passes are counted, and not calls of the model."""
+        self.forwards.every = 1
 
     def _on_model_exit(self, forward: Forward, outputs: list[Tensor]) -> None:
         super()._on_model_exit(forward, outputs)
@@ -251,6 +275,7 @@ class UserRecorder(Recorder):
         if outermost != task:
             self._outer_of[task] = outermost
 
+    @never_compiled
     def on_parameter_gradient(self, position: int, grad: Tensor) -> None:
         """The gradient of a parameter, as this backward pass adds it to ``.grad``."""
         # Re-entrant checkpointing has backward passes inside of one that is skipped; those open none of ours.
@@ -258,6 +283,8 @@ class UserRecorder(Recorder):
             return
         current = self._pass_under_way()
         if current is None:
+            if self._watched.resting:
+                self._watched.note_gradient()
             return
         # What a hook of the user's makes of a gradient is not in its factors, and not ours to check.
         as_computed = len(gradient_hooks(self.table.leaves[position]) or ()) <= 1
@@ -271,6 +298,14 @@ class UserRecorder(Recorder):
         current.gradients.add(position, grad, as_computed)
         if current.accumulator.checks and as_computed and not grad.is_sparse:
             current.project(position, grad)
+
+    def _on_unrecorded_gradient(self, seen: Record | ParameterUse) -> None:
+        task = current_graph_task()
+        if self._watched.resting and not self.counts_again and seen.last_pass not in (None, task):
+            seen.last_pass = task
+            if task != self._refused and not is_library_pass(task):
+                self._refused = task
+                raise_after_backward(counted_again(seen))
 
     def _pass_under_way(self, recomputed_in: int | None = None) -> BackwardPass | None:
         task = current_graph_task()
@@ -288,12 +323,15 @@ class UserRecorder(Recorder):
         return current
 
     def _open(self, task: int) -> BackwardPass:
-        current = self._begin(task, keep_inputs=self.counts_again, checks=self._checks_next())
+        # Beside the watched calls, a pass may reach calls of compiled code, which no hook has seen; the sums show it.
+        checks = self._checks_next() or self._watched.are_counted
+        current = self._begin(task, keep_inputs=self.counts_again, checks=checks)
         self._passes[task] = current
         # Only autograd keeps the pass alive: one that an exception breaks off is gone with its traceback.
         after_backward(partial(self._close, current))
         return current
 
+    @never_compiled
     def _close(self, current: BackwardPass) -> None:
         """A backward pass is over: hand it on, or raise why not. The user's gradients are complete by now."""
         if self._passes.pop(current.task, None) is None or not self.forwards.active:
@@ -306,3 +344,4 @@ class UserRecorder(Recorder):
                 self._on_pass(current)
         except Exception as error:
             raise_after_backward(as_refusal(error))
+        self._watched.pass_over()
