@@ -38,11 +38,15 @@ class EagerCode:
 
     Args:
         on_compiled_call: called whenever compiled code is called meanwhile, in the thread that calls it.
+
+    Attributes:
+        held: whether this is held now.
     """
+
+    held = False
 
     def __init__(self, on_compiled_call: Callable[[], object] = lambda: None):
         self.on_compiled_call = on_compiled_call
-        self.held = False
 
     def hold(self) -> None:
         """Set the stance.
@@ -120,7 +124,7 @@ class _Stance:
 
     def update(self) -> None:
         """Set this stance for its first holder, and the one before when the last is gone; what others set meanwhile stays."""
-        compiler = sys.modules.get(COMPILER)
+        compiler: Any = sys.modules.get(COMPILER)
         if not hasattr(compiler, "_set_stance"):
             _IMPORT.watch(bool(self.holders))
             return
@@ -174,6 +178,10 @@ def _set(compiler: Any, stance: Any) -> None:
 
 
 def never_compiled(function: Function) -> Function:
-    """Have torch run a function, and all that it calls, as it is written, also where compiled code calls it."""
+    """Have torch run a function, and all that it calls, as it is written, also where compiled code calls it.
+
+    This is what ``torch.compiler.disable`` does, without loading the compiler.
+    """
     set_code_exec_strategy(function.__code__, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP))
+    function._torchdynamo_disable = True  # type: ignore[attr-defined]  # for a function that is called in a compiled one
     return function

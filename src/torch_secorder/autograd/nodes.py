@@ -69,8 +69,8 @@ def node_vjp(node: Any, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
     """The gradients of a node's inputs, in the order of its ``next_functions``, given those of its outputs."""
     if node.name() == "CompiledFunctionBackward":
         raise UnsupportedError(
-            "a compiled function can't be asked for single samples: run the original module inside the analysis "
-            "(model._orig_mod), or compile after it"
+            "a compiled function can't be asked for single samples: compute the outputs inside of a FisherMonitor's block, or "
+            'under torch.compiler.set_stance("force_eager"), where compiled code runs as it was written'
         )
     if not isinstance(node, torch.autograd.function.BackwardCFunction):
         results = node(*grads)

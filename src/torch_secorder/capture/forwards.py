@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from torch_secorder.autograd.compiled import never_compiled
 from torch_secorder.autograd.engine import (
     LIBRARY_PASSES,
     LIBRARY_THREADS,
@@ -68,6 +69,7 @@ class ForwardTracker:
             return self.active and self._thread == get_ident()
         return not (LIBRARY_THREADS or LIBRARY_PASSES) or not in_library_call()
 
+    @never_compiled
     def on_model_enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> None:
         """The model is called."""
         # torch registers a hook before it notes `with_kwargs`; another thread that calls the model in between passes none.
@@ -86,6 +88,7 @@ class ForwardTracker:
         n = batch_size((*args, *kwargs.values()) if kwargs else args, self.batch_axis)
         self._running[thread] = Forward(n, recomputed_in=None if task == -1 else self._recomputation(task))
 
+    @never_compiled
     def on_model_exit(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """The model returns, or raises: then the output is None."""
         if not self.records_calls():

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torch_secorder.autograd.compiled import never_compiled
 from torch_secorder.autograd.hooks import HookSet
 from torch_secorder.autograd.nodes import gradient_edge_of, made_by
 from torch_secorder.batch_axis.placement import FIRST
@@ -74,11 +75,13 @@ class ModuleHooks(HookScope):
         self.forwards.active = False
         self._hooks.remove()
 
+    @never_compiled
     def check_state(self, guard: Callable[[], None], *_: Any) -> None:
         """A module is called that may be in a state in which no rule is right."""
         if self.forwards.records_calls():
             guard()
 
+    @never_compiled
     def on_module_output(
         self,
         site: HookedModule,
@@ -116,6 +119,7 @@ class ModuleHooks(HookScope):
         self._hook_gradient(record, output)
         return leaf
 
+    @never_compiled
     def on_watched_output(
         self,
         site: HookedModule,

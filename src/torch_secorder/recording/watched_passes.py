@@ -1,8 +1,8 @@
 """Which backward passes are watched of a model whose code is compiled, and that the watched ones run as it was written.
 
-Compiled code calls no hook that it was compiled without, and would be compiled anew with hooks. Therefore it runs as it was written
-until a watched backward pass is over. Of ``every`` backward passes one is watched; before the others the hooks leave the modules
-and the compiled code comes back, so that nothing is seen of their forwards. They are counted where parameters get gradients.
+Code calls no hook that it was compiled without, and would be compiled anew with hooks. Therefore it runs as it was written until a
+watched backward pass is over. Of ``every`` backward passes one is watched; before the others the hooks leave the modules and the
+compiled code comes back, so that nothing is seen of their forwards. They are counted where parameters get gradients.
 """
 
 from __future__ import annotations
@@ -11,7 +11,13 @@ from collections.abc import Callable
 from threading import RLock
 
 from torch_secorder.autograd.compiled import EagerCode, never_compiled
-from torch_secorder.autograd.engine import after_backward, current_graph_task, current_node, is_library_pass
+from torch_secorder.autograd.engine import (
+    after_backward,
+    current_graph_task,
+    current_node,
+    in_library_call,
+    is_library_pass,
+)
 from torch_secorder.model.hooks import WeakHook
 
 
@@ -51,7 +57,7 @@ class WatchedPasses:
         self._code.release()
 
     def _begin_to_count(self) -> None:
-        if self._every > 1 and not self.are_counted:
+        if self._every > 1 and not self.are_counted and not in_library_call():
             self.are_counted = True
             self._on_compiled_call()
 
