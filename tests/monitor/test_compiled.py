@@ -22,16 +22,17 @@ from torch_secorder.errors import CoverageError, LifecycleError, UnsupportedErro
 from torch_secorder.pruning import ChannelGates
 from traps.exactness import numbers
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:The .grad attribute of a Tensor that is not a leaf"
-)  # torch's own, as it compiles
+pytestmark = [  # what torch's compiler says while it compiles
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
+    pytest.mark.filterwarnings("ignore:Guards may run slower on Python"),
+]
 
 N = 5
 WAYS = ["wrapper", "in place", "layer", "function", "step"]
 
 
 class Backend:
-    """A backend that compiles nothing and counts what it is asked for; with `traces_backward`, the backward pass is compiled too."""
+    """A backend that compiles nothing and counts what it is asked for; on request the backward pass is compiled too."""
 
     def __init__(self, traces_backward: bool) -> None:
         self.compiled = self.runs = 0

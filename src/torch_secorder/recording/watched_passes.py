@@ -1,8 +1,9 @@
 """Which backward passes are watched of a model whose code is compiled, and that the watched ones run as it was written.
 
-Code calls no hook that it was compiled without, and would be compiled anew with hooks. Therefore it runs as it was written until a
-watched backward pass is over. Of ``every`` backward passes one is watched; before the others the hooks leave the modules and the
-compiled code comes back, so that nothing is seen of their forwards. They are counted where parameters get gradients.
+Code calls no hook that it was compiled without, and would be compiled anew with hooks. Therefore it runs as it was written
+until a watched backward pass is over. Of ``every`` backward passes one is watched; before the others the hooks leave the
+modules and the compiled code comes back, so that nothing is seen of their forwards. They are counted where parameters get
+gradients.
 """
 
 from __future__ import annotations
