@@ -416,6 +416,7 @@ def test_a_monitor_that_is_dropped_inside_its_block_gives_the_stance_back() -> N
     assert stance() == "default"
 
 
+@pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace")
 def test_a_block_inside_of_a_compiled_function_is_refused() -> None:
     model = nn.Linear(2, 2)
 
@@ -474,6 +475,53 @@ def test_samples_that_were_counted_are_not_left_unsaid_in_a_pass_that_is_not_wat
         with pytest.raises(LifecycleError, match="second backward pass"):
             loss.backward()
         assert all(torch.equal(p.grad, 2 * g) for p, g in zip(program.model.parameters(), first, strict=True))  # type: ignore[arg-type]
+    program.require_exact(monitor, [0])
+
+
+def test_a_pass_that_is_refused_is_counted() -> None:
+    program = Program("wrapper")
+    program.compile()
+    with FisherMonitor(program.model, every=2) as monitor:
+        loss = program.loss(*program.batches[0]) + program.model.weight.square().sum()
+        with pytest.raises(CoverageError, match="weight penalty"):
+            loss.backward()
+        assert stance() == "default"
+        program.step(1)
+        program.step(2)
+    program.require_exact(monitor, [2])
+
+
+def test_frozen_parameters_alone_show_no_pass_so_that_all_runs_as_written() -> None:
+    program = Program("layer")
+    program.compile()
+    program.step(0)
+    before = program.backend.counts()
+    program.model.requires_grad_(False)
+    with FisherMonitor(program.model.block, parameters="all", every=2) as monitor:
+        for number in range(3):
+            x, y = program.batches[number][0].requires_grad_(True), program.batches[number][1]
+            program.model.block(x)[:, :3].sub(y).square().sum(1).mean().backward()
+    assert program.backend.counts() == before
+    assert monitor.n_samples == 2 * N
+    program.model.requires_grad_(True)
+
+
+def test_a_backward_pass_that_is_broken_off_is_not_counted() -> None:
+    program = Program("wrapper")
+    program.compile()
+
+    def broken(grad: Tensor) -> None:
+        raise ValueError("own")
+
+    with FisherMonitor(program.model, every=2) as monitor:
+        for number in (0, 2):
+            handle = program.model.block.linear.weight.register_hook(broken)
+            before = stance()
+            with pytest.raises(ValueError, match="own"):
+                program.step(number)
+            assert stance() == before
+            handle.remove()
+            program.step(number)
     program.require_exact(monitor, [0])
 
 
