@@ -108,7 +108,8 @@ class FisherMonitor(HookScope):
     without the monitor.
 
     Args:
-        model: any module; DistributedDataParallel and torch.compile wrappers are looked through.
+        model: any module; DistributedDataParallel and torch.compile wrappers are looked through. What is watched runs as it was
+            written, not compiled.
         reduction: how the loss that is differentiated combines its samples, "mean" or "sum".
         loss_scale: the factor that the loss was multiplied by: 1/k for ``loss / k`` over k accumulation steps, or a
             GradScaler's scale. A number, or a function that is called at each backward pass.
@@ -125,7 +126,9 @@ class FisherMonitor(HookScope):
             on entry or in forward, and arguments that mean nothing, is raised all the same.
         repeated_calls: what it means that one backward pass reaches two calls of the model: "same" if row n of both is
             one sample (siamese networks), "new" if they are different samples. By default that is an error.
-        every: watch the first of every so many calls of the model only, at about the price of a plain step for the others.
+        every: watch the first of every so many calls of the model only, at about the price of a plain step for the others. If
+            code that torch.compile compiled is called inside the block, the first of every so many backward passes is watched,
+            with all calls of the model since the backward pass before it, and the others run compiled.
         fisher: what the differentiated losses make of it, for ``report().attrs`` and all that reads them: "empirical" for
             the data's labels, "sampled" for labels that were drawn from the model's own prediction, "observed" for
             log-likelihoods of the data's labels.

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_secorder.arguments import fresh_generator, require_callable, require_choice, require_positive_int
+from torch_secorder.autograd.compiled import eager_code
 from torch_secorder.errors import ArgumentError
 from torch_secorder.likelihoods import random_signs
 from torch_secorder.model.restore import forked_random, lock_of
@@ -237,7 +238,7 @@ def accumulated(
         _in_step(analysis, batches(data, options.max_batches, options.progress))
     ):
         verify = options.verify and number == 0
-        with lock_of(analysis.model):
+        with lock_of(analysis.model), eager_code():
             if loss_fn is not None and options.fisher == "empirical":
                 batch = _empirical(analysis, loss_fn, inputs, targets, verify)
                 samples, reduction = batch.samples, reduction or batch.reduction

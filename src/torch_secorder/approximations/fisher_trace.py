@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from torch_secorder.approximations.samples_of_graph import SamplesOfGraph
 from torch_secorder.arguments import fresh_generator, require_callable, require_choice, require_positive_int
+from torch_secorder.autograd.compiled import eager_code
 from torch_secorder.autograd.guard import recomputation
 from torch_secorder.batch_axis.knowledge import ModelKnowledge, knowledge_of
 from torch_secorder.errors import CoverageError, ShapeError
@@ -81,7 +82,7 @@ def empirical_fisher_trace(
     checked: Checked = "never" if create_graph else "when due"
     analyze = partial(analysis.empirical, loss_fn, inputs, targets, checked=checked)
     check = partial(verify_empirical, analysis, loss_fn, inputs, targets)
-    with lock_of(analysis.model):
+    with lock_of(analysis.model), eager_code():
         batch = analyze_and_verify(analysis, analyze, check)
     return _as_result(batch.samples.squared_norms.sum(0), batch.reduction, analysis.table)
 

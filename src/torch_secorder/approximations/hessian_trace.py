@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_secorder.arguments import fresh_generator, require_callable, require_positive_int
+from torch_secorder.autograd.compiled import eager_code
 from torch_secorder.autograd.engine import call_model, library_pass
 from torch_secorder.autograd.tensor_hooks import silenced_in_library_passes
 from torch_secorder.errors import ArgumentError, CoverageError, NonFiniteError, UnsupportedError
@@ -96,6 +97,7 @@ def hessian_trace(
     statistics = Statistics(table.names, [row.shape for row in table.rows])
     with (
         lock_of(bare),
+        eager_code(),
         restoring_buffers(bare),
         silenced_in_library_passes(table.tensors),
         torch.enable_grad(),

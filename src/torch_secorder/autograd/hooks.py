@@ -33,7 +33,9 @@ class HookSet:
             _remove(owner, hook)
         self._ours = []
 
-    __del__ = remove
+    def __del__(self) -> None:
+        if hasattr(self, "_ours"):  # torch's compiler makes objects that it never initializes.
+            self.remove()
 
 
 def _remove(owner: Owner, hook: Callable[..., Any]) -> None:

@@ -82,8 +82,8 @@ def node_vjp(node: Any, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
     """The gradients of a node's inputs, in the order of its ``next_functions``, given those of its outputs."""
     if node.name() == "CompiledFunctionBackward" and not keeps_graph():
         raise UnsupportedError(
-            "a compiled function can't be asked for single samples, since it frees what it saved: run the original module inside "
-            "the analysis (model._orig_mod), or compile after it"
+            "a compiled function can't be asked for single samples: compute the outputs inside of a FisherMonitor's block, or "
+            'under torch.compiler.set_stance("force_eager"), where compiled code runs as it was written'
         )
     if not is_python_function(node):
         results = node(*grads)

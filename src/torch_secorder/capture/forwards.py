@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from torch_secorder.autograd.compiled import never_compiled
 from torch_secorder.autograd.engine import (
     LIBRARY_PASSES,
     LIBRARY_THREADS,
@@ -38,6 +39,7 @@ class ForwardTracker:
 
     Attributes:
         active: whether calls are recorded at all.
+        every: one of so many calls of the model is recorded.
         latest: the latest complete run of the model.
         outside_calls: calls of modules with no call of the model around them that may be of the same samples as the next; None
             once a backward pass has counted them.
@@ -54,7 +56,7 @@ class ForwardTracker:
         on_refusal: Callable[[Exception], object] | None = None,
         on_exit: Callable[[Forward, list[Tensor]], object],
     ):
-        self.batch_axis, self._every, self._calls = batch_axis, every, 0
+        self.batch_axis, self.every, self._calls = batch_axis, every, 0
         self._thread = get_ident() if only_library_calls else None
         self._on_recomputation, self._on_refusal, self._on_exit = on_recomputation, on_refusal, on_exit
         self._running: dict[int, Forward] = {}  # thread -> its run of the model; several threads may train one model
@@ -70,6 +72,7 @@ class ForwardTracker:
             return self.active and self._thread == get_ident()
         return not (LIBRARY_THREADS or LIBRARY_PASSES) or not in_library_call()
 
+    @never_compiled
     def on_model_enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> None:
         """The model is called."""
         # torch registers a hook before it notes `with_kwargs`; another thread that calls the model in between passes none.
@@ -81,7 +84,7 @@ class ForwardTracker:
                 self.outside_calls = None  # of a backward pass that was broken off
             self.skipped_passes.clear()
             self._calls += 1
-        if task in self.skipped_passes if task != -1 else (self._calls - 1) % self._every:
+        if task in self.skipped_passes if task != -1 else (self._calls - 1) % self.every:
             self._skipping.add(thread)
             return
         self._skipping.discard(thread)
@@ -92,6 +95,7 @@ class ForwardTracker:
             return
         self._running[thread] = Forward(n, recomputed_in=None if task == -1 else self._recomputation(task))
 
+    @never_compiled
     def on_model_exit(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """The model returns, or raises: then the output is None."""
         if not self.records_calls():

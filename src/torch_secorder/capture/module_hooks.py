@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torch_secorder.autograd.compiled import never_compiled
 from torch_secorder.autograd.hooks import HookSet
 from torch_secorder.autograd.nodes import after_node, gradient_edge_of, made_by
 from torch_secorder.batch_axis.placement import FIRST
@@ -78,6 +79,7 @@ class ModuleHooks(HookScope):
         self.forwards.active = False
         self._hooks.remove()
 
+    @never_compiled
     def check_state(self, guard: Callable[[], None], *_: Any) -> None:
         """A module is called that may be in a state in which no rule is right."""
         if self.forwards.records_calls():
@@ -86,6 +88,7 @@ class ModuleHooks(HookScope):
             except CurvatureError as error:
                 self.forwards.refuse(error)
 
+    @never_compiled
     def on_module_output(
         self,
         site: HookedModule,
@@ -143,12 +146,14 @@ class ModuleHooks(HookScope):
         self._hook_gradient(record, output)
         return leaf
 
+    @never_compiled
     def on_sharded_output(self, module: nn.Module, args: object, output: Any) -> None:
         """Note where in the graph a module begins whose weights have to be gathered for a look through it."""
         forward = self.forwards.of_call(output, 0)
         if forward is not None:
             forward.sharded += [(module, x.grad_fn) for x in tensors(output) if x.grad_fn is not None]
 
+    @never_compiled
     def on_watched_output(
         self,
         site: HookedModule,

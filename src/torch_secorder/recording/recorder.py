@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 from torch.autograd.graph import Node
 
+from torch_secorder.autograd.compiled import never_compiled
 from torch_secorder.autograd.engine import (
     current_node,
 )
@@ -137,6 +138,7 @@ class Recorder(HookScope):
 
     # ------------------------------------------------------------------------------------------------ what arrives
 
+    @never_compiled
     def _on_output_gradient(self, record: Record, output_nr: int, grads: tuple[Tensor | None, ...]) -> None:
         """The gradients of the node that made a module's output have arrived, inside a backward pass."""
         grad = grads[output_nr]
@@ -145,12 +147,20 @@ class Recorder(HookScope):
         current = self._pass_under_way(grad, record.forward.recomputed_in)
         if current is not None:
             self._within(current, record, current.accumulator.add, record, grad)
+        else:
+            self._on_unrecorded_gradient(record)
 
+    @never_compiled
     def _on_use_gradients(self, use: ParameterUse, grads: tuple[Tensor | None, ...]) -> None:
         """The gradients at a use of a parameter outside of any hooked module's call."""
         current = self._pass_under_way(first_of(grads), use.forward.recomputed_in)
         if current is not None:
             self._within(current, use, current.accumulator.add_use, use, current_node(), grads)
+        else:
+            self._on_unrecorded_gradient(use)
+
+    def _on_unrecorded_gradient(self, seen: Record | ParameterUse) -> None:
+        """A gradient has arrived in a pass that is not recorded."""
 
     def _within(
         self, current: BackwardPass, seen: Record | ParameterUse | Forward | None, add: Callable[..., None], *args: Any

@@ -12,12 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
+from torch_secorder.autograd.compiled import never_compiled
 from torch_secorder.autograd.engine import (
     LIBRARY_PASSES,
     LIBRARY_THREADS,
     after_backward,
     current_graph_task,
     current_node,
+    is_library_pass,
     is_vmapped,
     leaf_of,
     raise_after_backward,
@@ -25,15 +27,17 @@ from torch_secorder.autograd.engine import (
 from torch_secorder.autograd.hooks import gradient_hooks
 from torch_secorder.autograd.second_derivatives import GradientGraphWatch
 from torch_secorder.autograd.tensor_hooks import are_last, put_last
-from torch_secorder.capture.records import Forward
+from torch_secorder.capture.records import Forward, Record
 from torch_secorder.errors import LifecycleError, UnsupportedError
+from torch_secorder.graph.frontier import ParameterUse
 from torch_secorder.model.parameters import plain_name
 from torch_secorder.model.ranks import full_tensor, is_dtensor
 from torch_secorder.per_sample import as_refusal
-from torch_secorder.recording.backward_pass import BackwardPass, replaced, vmapped_pass
+from torch_secorder.recording.backward_pass import BackwardPass, counted_again, replaced, vmapped_pass
 from torch_secorder.recording.passes import UserPasses
 from torch_secorder.recording.quantities import QUANTITIES
 from torch_secorder.recording.recorder import Recorder, first_of
+from torch_secorder.recording.watched_passes import WatchedPasses
 
 
 class UserRecorder(Recorder):
@@ -58,6 +62,9 @@ class UserRecorder(Recorder):
     ):
         super().__init__(*args, every=every, **options)
         self._on_pass, self._checks_next, self._every = on_pass, checks_next, every
+        can_count = any(leaf.requires_grad for leaf in self.table.leaves) if every > 1 else False
+        self._watched = WatchedPasses(every if can_count else 1, self._count_passes, super()._attach, super()._detach)
+        self._refused = -1  # the latest pass that is not watched and reached samples which were counted
         self.counts_again = self.options.repeated_calls == "new"
         watches = any(QUANTITIES[name].watches_outputs for name in self.options.quantities)
         self._passes = UserPasses(self.table.leaves, self.plan.model, watches_outputs=watches)
@@ -75,13 +82,22 @@ class UserRecorder(Recorder):
         """The outputs of the model's latest call that are still there and can be differentiated."""
         return [x for reference in self._outputs if (x := reference()) is not None and x.requires_grad]
 
+    def _attach(self) -> None:
+        self._watched.enter()
+        super()._attach()
+
     def _detach(self) -> None:
+        self._watched.leave()
         self._passes.clear()
         for watch in self._gradient_graphs.values():
             watch.close()
         self._gradient_graphs.clear()
         self._known_leaves.clear()
         super()._detach()
+
+    def _count_passes(self) -> None:
+        """Compiled code is called inside the block: from now on backward passes are counted, and not calls of the model."""
+        self.forwards.every = 1
 
     # ------------------------------------------------------------------------------------------------ what happens in forward
 
@@ -138,6 +154,7 @@ class UserRecorder(Recorder):
         if forward.refusal is not None and current.error is None:
             current.error = forward.refusal
 
+    @never_compiled
     def on_parameter_gradient(self, position: int, grad: Tensor) -> None:
         """The gradient of a parameter, as this backward pass adds it to ``.grad``."""
         # Re-entrant checkpointing has backward passes inside of one that is skipped; those open none of ours.
@@ -145,6 +162,8 @@ class UserRecorder(Recorder):
             return
         current = self._pass_under_way(grad)
         if current is None:
+            if self._watched.resting:
+                self._watched.note_gradient()
             return
         leaf = self.table.leaves[position]
         alone = len(gradient_hooks(leaf) or ()) <= 1
@@ -162,6 +181,14 @@ class UserRecorder(Recorder):
         # What a hook of the user's makes of a gradient is not in its factors, and not ours to check.
         if current.accumulator.checks and alone and not grad.is_sparse:
             current.project(position, grad)
+
+    def _on_unrecorded_gradient(self, seen: Record | ParameterUse) -> None:
+        task = current_graph_task()
+        if not self._watched.resting or self.counts_again or seen.last_pass in (None, task) or is_library_pass(task):
+            return
+        if task != self._refused and self._is_of_samples():
+            self._refused = seen.last_pass = task
+            raise_after_backward(counted_again(seen))
 
     def _on_gradient_graph(self, grads: tuple[Tensor | None, ...]) -> None:
         """A backward pass goes through the graph of gradients that another one made."""
@@ -232,7 +259,9 @@ class UserRecorder(Recorder):
             watch.close()
 
     def _open(self, task: int) -> BackwardPass:
-        current = self._begin(task, keep_inputs=self.counts_again, checks=self._checks_next())
+        # Beside the watched calls, a pass may reach calls of compiled code, which no hook has seen; the sums show it.
+        checks = self._checks_next() or self._watched.are_counted
+        current = self._begin(task, keep_inputs=self.counts_again, checks=checks)
         self._passes.open(current)
         for leaf in self.table.leaves:
             put_last(leaf)
@@ -240,6 +269,7 @@ class UserRecorder(Recorder):
         after_backward(partial(self._close, current))
         return current
 
+    @never_compiled
     def _close(self, current: BackwardPass) -> None:
         """A backward pass is over: hand it on, or raise why not. The user's gradients are complete by now."""
         if not self._passes.close(current) or not self.forwards.active:
@@ -253,3 +283,4 @@ class UserRecorder(Recorder):
                 self._on_pass(current)
         except Exception as error:
             raise_after_backward(as_refusal(error))
+        self._watched.pass_over()

@@ -53,8 +53,9 @@ def unaccounted(names: Sequence[str], norms: Tensor) -> CurvatureError:
         return not_finite(f"the gradients of {', '.join(names)}")
     return CoverageError(
         f"the backward pass reached {', '.join(names)} by a way that nothing accounts for: through something that the "
-        "model doesn't return, inside of re-entrant checkpointing, in compiled code, or in a forward that ran before "
-        "the monitor was entered; the batch is left out"
+        "model doesn't return, inside of re-entrant checkpointing, in code that ran compiled (a stance of torch.compiler that "
+        "was set inside the monitor's block, or a pass that every= left out), or in a forward that ran before the monitor was "
+        "entered; the batch is left out"
     )
 
 
