@@ -98,7 +98,7 @@ def test_trap_04_what_samples_share_does_not_look_like_one_samples_by_chance() -
     for _ in range(300):
         parts = torch.randn(5, 1, 4, 6, generator=generator)
         scaled = Sketch.of((weights.to(parts).view(5, 1, 1, 1) * parts).sum(0))
-        assert evidence(Sketch.of(parts.sum(0)), [scaled], 5) is Unplaced.SHARED_BY_SAMPLES
+        assert evidence(Sketch.of(parts.sum(0)), [scaled], 5).evidence is Unplaced.SHARED_BY_SAMPLES
 
 
 # Shapes that show no doubt, or that lie

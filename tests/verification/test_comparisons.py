@@ -146,10 +146,10 @@ def test_a_gradient_with_nan_is_no_evidence() -> None:
     grad = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     marked = [grad * factor[:, None].double() for factor in sample_marks(4)]
     plain, *scaled = map(Sketch.of, marked)
-    assert evidence(plain, scaled, 4) == Placement(0)
+    assert evidence(plain, scaled, 4).evidence == Placement(0)
     for value in NOT_NUMBERS:
         spoilt = [Sketch.of(torch.full_like(grad, value)) for _ in scaled]
-        assert evidence(plain, spoilt, 4) is Unplaced.SHARED_BY_SAMPLES
+        assert evidence(plain, spoilt, 4).evidence is Unplaced.NOT_FINITE
 
 
 # Ranks that hold a model together

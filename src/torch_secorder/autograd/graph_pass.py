@@ -18,7 +18,7 @@ from torch_secorder.autograd.guard import RunsOthersCodeError, guarded
 from torch_secorder.autograd.nodes import Edge, fitted, is_others_function, is_python_function, node_vjp, output_count
 from torch_secorder.autograd.precision import full_precision
 from torch_secorder.autograd.sharded import GatheredWeights, passes_on
-from torch_secorder.errors import CoverageError, CurvatureError
+from torch_secorder.errors import CoverageError
 
 Gradients = Sequence[Tensor | None]
 Arrive = Callable[[Node, Gradients], None]
@@ -142,13 +142,11 @@ def behind(nodes: Iterable[Node]) -> set[Node]:
 
 
 def _called_or_opaque(node: Any, grads: Gradients) -> list[Tensor | None]:
-    """Call a node in a look. One that can't be called so is opaque: whatever it raises must not meet the user."""
+    """Call a node in a look."""
     try:
         return list(grads) if passes_on(node) else node_vjp(node, grads)
-    except CurvatureError:  # a hook of ours refuses what a checkpoint runs again
-        raise
-    except Exception as error:
-        if isinstance(error, RunsOthersCodeError) and is_python_function(node):
+    except RunsOthersCodeError as error:
+        if is_python_function(node):
             _opaque_functions.add(node._forward_cls)
         raise _FoundOpaque(node) from error
 

@@ -25,6 +25,7 @@ class Unplaced(Enum):
 
     SHARED_BY_SAMPLES = "it belongs to no single sample"
     NO_GRADIENT = "no gradient reaches it"
+    NOT_FINITE = "its gradient is not finite"
     HIDDEN = "it lies behind a node that can't be looked through"
 
 
@@ -39,10 +40,12 @@ class Finding:
         evidence: where its samples are, or why that is not known.
         proven: whether a look at another batch could not show anything else, as long as the model computes in the same way. Rows
             without a gradient fit any reading, so that a placement of theirs is right for this batch and proves nothing.
+        others: the other placements that fit.
     """
 
     evidence: Evidence
     proven: bool = True
+    others: tuple[Placement, ...] = ()
 
 
 # How many marks one backward pass tells apart: 2^0 to 2^(B-1). With B = 8 in half precision and 32 in other dtypes, marked
@@ -175,12 +178,15 @@ def evidence(
     found = [sketch for sketch in marked if sketch is not None]
     if plain is None or len(found) < len(marked):
         return Finding(Unplaced.NO_GRADIENT)
-    # Numbers below the smallest normal one have few digits, and a mark brings some back: they show nothing. Nor do NaNs.
-    if not plain.largest > plain.tiny:
+    if not all(math.isfinite(sketch.largest) for sketch in (plain, *found)):
+        return Finding(Unplaced.NOT_FINITE)
+    # Numbers below the smallest normal one have few digits, and a mark brings some back: they show nothing.
+    if plain.largest <= plain.tiny:
         return Finding(Unplaced.NO_GRADIENT)
     explain = partial(_explains, plain, found, n, marks_per_pass)
     if fitting := [placement for placement in _candidates(plain.shape, n) if explain(placement)]:
-        return Finding(fitting[0], len(fitting) == 1 and _shows_every_sample(plain, fitting[0], n))
+        proven = len(fitting) == 1 and _shows_every_sample(plain, fitting[0], n)
+        return Finding(fitting[0], proven, tuple(fitting[1:]))
     if not plain.shape:
         return Finding(Unplaced.SHARED_BY_SAMPLES)
     sample_of_row = _samples_of_rows(plain.axes[0], [sketch.axes[0] for sketch in found], marks_per_pass)

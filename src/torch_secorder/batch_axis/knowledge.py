@@ -65,7 +65,12 @@ class PlacementCache:
     graphs_seen: int = 0
 
     def keep(self, key: Key, found: Finding) -> None:
-        """Note what a look showed; what it does not prove is good for one graph."""
+        """Note what a look showed; what it does not prove is good for one graph, unless it agrees with what is known."""
+        known = self.evidence.get(key)
+        says_nothing = found.evidence in (Unplaced.NO_GRADIENT, Unplaced.NOT_FINITE)
+        agrees = says_nothing or (not found.proven and known in (found.evidence, *found.others))
+        if agrees and isinstance(known, Placement) and known.sample_index is None and key not in self._unproven:
+            return
         self.evidence[key] = found.evidence
         (self._unproven.discard if found.proven else self._unproven.add)(key)
 
@@ -89,7 +94,7 @@ class PlacementCache:
             if isinstance(known, Placement):
                 # A router decides anew for each batch, so that a list of samples is good for one graph only.
                 holds = known.sample_index is None and known.fits(shape, n) and key not in self._unproven
-            elif known in (Unplaced.NO_GRADIENT, Unplaced.HIDDEN):
+            elif known in (Unplaced.NO_GRADIENT, Unplaced.NOT_FINITE, Unplaced.HIDDEN):
                 holds = key[0] == "call" and not ambiguous_shapes
             else:
                 holds = known is Unplaced.SHARED_BY_SAMPLES

@@ -20,7 +20,8 @@ from torch_secorder.batch_axis.search import SampleSearch, SearchOnAllRanks
 from torch_secorder.batch_axis.search_pass import SearchPasses
 from torch_secorder.capture.records import Forward, Record
 from torch_secorder.errors import ShapeError, UnsupportedError
-from torch_secorder.graph.frontier import Frontier, ParameterUse, hidden
+from torch_secorder.graph.frontier import Frontier, ParameterUse
+from torch_secorder.graph.refusals import hidden, not_finite
 from torch_secorder.graph.walk import Walk
 from torch_secorder.model.parameters import Table
 from torch_secorder.model.ranks import Ranks
@@ -169,6 +170,8 @@ class Audit:
                 shared.append(record)
             elif isinstance(found, Placement):
                 record.placement = found
+            elif found is Unplaced.NOT_FINITE and (asked.ambiguous_shapes or record.placement is None):
+                record.forward.refusal = not_finite(f"the gradients of {record.site}")
             elif found is Unplaced.HIDDEN and (asked.ambiguous_shapes or record.placement is None):
                 raise hidden(str(record.site), n)
             elif record.placement is None:

@@ -17,8 +17,8 @@ from torch_secorder.batch_axis.knowledge import Key, Wanted
 from torch_secorder.batch_axis.placement import Layout, Placement
 from torch_secorder.batch_axis.search import SampleSearch
 from torch_secorder.capture.records import Forward, Record
-from torch_secorder.errors import UnsupportedError
 from torch_secorder.graph.chain import PERMUTES_ENTRIES, BatchFreeVjp, batch_free_vjp
+from torch_secorder.graph.refusals import hidden
 from torch_secorder.graph.walk import Walk
 from torch_secorder.model.parameters import Table
 from torch_secorder.rules.node_rules import NodeUse, has_rule
@@ -116,15 +116,6 @@ class Consumer(NamedTuple):
     def edge(self) -> Edge:
         """What tells it from other consumers in one graph."""
         return self.node, self.input_index
-
-
-def hidden(what: str, n: int | None) -> UnsupportedError:
-    """The refusal of something whose samples an opaque node hides."""
-    return UnsupportedError(
-        f"{what}: the shapes leave open where its {n} samples are, and what shows it is hidden, by re-entrant activation "
-        "checkpointing (use torch.utils.checkpoint with use_reentrant=False, or another batch size) or by a function whose "
-        "backward calls modules or starts a backward pass"
-    )
 
 
 class Frontier:

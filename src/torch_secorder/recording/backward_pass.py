@@ -9,7 +9,7 @@ from threading import get_ident
 from torch import Tensor
 
 from torch_secorder.capture.records import Forward, Record
-from torch_secorder.errors import CoverageError, LifecycleError, NonFiniteError, UnsupportedError
+from torch_secorder.errors import CoverageError, LifecycleError, UnsupportedError
 from torch_secorder.graph.frontier import ParameterUse
 from torch_secorder.per_sample import sign_vectors
 from torch_secorder.recording.accumulator import PassAccumulator
@@ -77,12 +77,4 @@ def replaced(names: Sequence[str]) -> CoverageError:
     return CoverageError(
         f"{', '.join(names)}: replaced, removed or added inside of the block (by an assignment to a module or a parameter); the "
         "batch is left out: leave the block, and make a new monitor for the model as it is now"
-    )
-
-
-def not_finite(what: str) -> NonFiniteError:
-    """The refusal of a batch that isn't finite before it is known where the model has its samples."""
-    return NonFiniteError(
-        f"{what} are not finite, in the first batch in which it was looked for where the model has its samples, which such a "
-        "batch can't show; it is left out as a whole"
     )

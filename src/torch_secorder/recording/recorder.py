@@ -187,17 +187,12 @@ class Recorder(HookScope):
 
     def _require_first_pass(self, current: BackwardPass, seen: Record | ParameterUse | Forward) -> None:
         """Raise if another backward pass has counted the samples already that this one reaches."""
-        # A call of the model is one forward, whichever of its layers a pass reaches. Calls of submodules alone may be of
-        # different losses, as a generator's and a discriminator's are, and each stands for itself.
-        if not isinstance(seen, Forward) and seen.forward.in_model_call and seen.forward.recomputed_in is None:
-            first: Record | ParameterUse | Forward = seen.forward
-        else:
-            first = seen
-        if first.last_pass == current.task:
+        counted = counted_as(seen)
+        if counted.last_pass == current.task:
             return
-        if first.last_pass is not None and not self.counts_again:
+        if counted.last_pass is not None and not self.counts_again:
             raise counted_again(seen)
-        first.last_pass = current.task
+        counted.last_pass = current.task
 
     # ------------------------------------------------------------------------------------------------ begin and finish
 
@@ -234,6 +229,17 @@ class Recorder(HookScope):
         if current.accumulator.slow and not self._knowledge.warned_of_slow_rules:
             self._knowledge.warned_of_slow_rules = current.accumulator.warned()
         return samples
+
+
+def counted_as(seen: Record | ParameterUse | Forward) -> Record | ParameterUse | Forward:
+    """What has its samples counted once.
+
+    A call of the model is one forward, whichever of its layers a pass reaches. Calls of submodules alone may be of different
+    losses, as a generator's and a discriminator's are, and each stands for itself.
+    """
+    if isinstance(seen, Forward) or not seen.forward.in_model_call or seen.forward.recomputed_in is not None:
+        return seen
+    return seen.forward
 
 
 def first_of(grads: Sequence[Tensor | None]) -> Tensor | None:

@@ -36,7 +36,7 @@ from torch_secorder.per_sample import as_refusal
 from torch_secorder.recording.backward_pass import BackwardPass, counted_again, replaced, vmapped_pass
 from torch_secorder.recording.passes import UserPasses
 from torch_secorder.recording.quantities import QUANTITIES
-from torch_secorder.recording.recorder import Recorder, first_of
+from torch_secorder.recording.recorder import Recorder, counted_as, first_of
 from torch_secorder.recording.watched_passes import WatchedPasses
 
 
@@ -183,11 +183,11 @@ class UserRecorder(Recorder):
             current.project(position, grad)
 
     def _on_unrecorded_gradient(self, seen: Record | ParameterUse) -> None:
-        task = current_graph_task()
-        if not self._watched.resting or self.counts_again or seen.last_pass in (None, task) or is_library_pass(task):
+        task, counted = current_graph_task(), counted_as(seen)
+        if not self._watched.resting or self.counts_again or counted.last_pass in (None, task) or is_library_pass(task):
             return
         if task != self._refused and self._is_of_samples():
-            self._refused = seen.last_pass = task
+            self._refused = counted.last_pass = task
             raise_after_backward(counted_again(seen))
 
     def _on_gradient_graph(self, grads: tuple[Tensor | None, ...]) -> None:

@@ -22,8 +22,9 @@ from torch_secorder.autograd.sharded import GatheredWeights
 from torch_secorder.autograd.tensor_hooks import untouched
 from torch_secorder.capture.records import Forward, Record
 from torch_secorder.errors import CoverageError
-from torch_secorder.graph.frontier import ParameterUse, hidden
-from torch_secorder.recording.backward_pass import BackwardPass, not_finite
+from torch_secorder.graph.frontier import ParameterUse
+from torch_secorder.graph.refusals import hidden, not_finite
+from torch_secorder.recording.backward_pass import BackwardPass
 from torch_secorder.recording.quantities import QUANTITIES
 from torch_secorder.recording.recorder import Recorder
 from torch_secorder.recording.sample_norms import SampleNorms
@@ -83,6 +84,8 @@ class GraphBackward(Recorder):
 
     def _found_uses(self, forward: Forward, outputs: list[Tensor]) -> list[tuple[ParameterUse, Node]]:
         uses = self._audit.uses(forward, outputs)
+        if forward.refusal is not None:
+            raise forward.refusal
         self.n, self.fingerprint = forward.n or 0, self._audit.fingerprint
         return uses
 

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from torch_secorder.errors import CoverageError, CurvatureError
+from torch_secorder.graph.refusals import not_finite
 from torch_secorder.model.parameters import ParameterTable
-from torch_secorder.recording.backward_pass import BackwardPass, not_finite, replaced
+from torch_secorder.recording.backward_pass import BackwardPass, replaced
 from torch_secorder.recording.sample_norms import SampleNorms
 from torch_secorder.verification.gradient_sums import unexplained_gradients
 
