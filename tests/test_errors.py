@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from model_state import hooks
 from torch_secorder import FisherMonitor, empirical_fisher_trace, generalized_fisher_trace
-from torch_secorder.errors import CurvatureError
+from torch_secorder.errors import CoverageError, CurvatureError
 
 
 def classifier() -> nn.Module:
@@ -269,10 +269,17 @@ def test_a_layer_that_its_class_s_rule_does_not_fit(layer: Any, message: str) ->
 
 
 def test_parameters_swapped_during_a_functional_call() -> None:
+    """Theirs are the gradients, and not the model's."""
     model = classifier()
     values = {name: (2 * p.detach()).requires_grad_() for name, p in model.named_parameters()}
-    with pytest.raises(CurvatureError, match=r"functional_call|weight"), FisherMonitor(model):
+    with FisherMonitor(model) as monitor:
         torch.func.functional_call(model, values, torch.randn(5, 4)).sum().backward()
+    assert all(value.grad is not None for value in values.values())
+    assert monitor.n_samples == 0
+    for p in model.parameters():
+        p.requires_grad_(False)
+    with pytest.raises(CoverageError, match="'weight' was replaced"), FisherMonitor(model, parameters="all"):
+        torch.func.functional_call(model, values, torch.randn(5, 4))
 
 
 def test_errors_are_also_of_the_kinds_that_python_has() -> None:

@@ -18,7 +18,7 @@ from torch_secorder.arguments import (
     require_positive_int,
 )
 from torch_secorder.autograd.hooks import HookSet
-from torch_secorder.batch_axis.knowledge import ModelKnowledge, is_due, knowledge_of
+from torch_secorder.batch_axis.knowledge import KindSchedule, ModelKnowledge, knowledge_of
 from torch_secorder.errors import ArgumentError, CurvatureError, LifecycleError, SkippedPassWarning
 from torch_secorder.model.hooks import HookScope, WeakHook
 from torch_secorder.model.parameters import ParameterTable, plain_name, unwrapped
@@ -187,6 +187,7 @@ class FisherMonitor(HookScope):
         self._options, self._watched, self.results = options, watched, results
         self._recorder: UserRecorder | None = None
         self._hooks = HookSet()
+        self._schedule = KindSchedule()  # of the checks of sums
         self._expected: ExpectedNorms | None = None  # of the first sample, where the next pass is to be verified
         self._warned_of: set[type[Exception]] = set()
 
@@ -214,7 +215,7 @@ class FisherMonitor(HookScope):
         self._recorder = UserRecorder(
             *(table, plan, self._watched.knowledge, passes),
             on_pass=self._on_pass,
-            checks_next=self._is_due,
+            checks_next=self._schedule.due,
             every=options.every,
             attach_leaf=options.parameters == "all",
         )
@@ -237,10 +238,6 @@ class FisherMonitor(HookScope):
         if not any(exc_info):  # the user's own exception comes first
             for error in waiting:
                 self._refuse(error)
-
-    def _is_due(self) -> bool:
-        """Whether the sums of the next pass are checked."""
-        return is_due(self.results.statistics.passes + 1)
 
     def verify(self, loss: Tensor) -> None:
         """Have the next backward pass, which must be that of ``loss``, checked for one sample.

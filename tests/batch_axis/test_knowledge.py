@@ -44,7 +44,7 @@ def test_counts_do_not_grow_with_the_kinds_of_graph() -> None:
     schedule, one = Schedule(), function()
     for fingerprint in range(10 * KINDS_OF_GRAPH):
         assert schedule.due(one, fingerprint)
-    assert len(schedule._counts[one]) <= KINDS_OF_GRAPH + 1
+    assert len(schedule._of_functions[one]._counts) <= KINDS_OF_GRAPH + 1
 
 
 def test_placements_do_not_grow_either() -> None:

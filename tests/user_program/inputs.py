@@ -10,15 +10,14 @@ from torch import Tensor, nn
 
 from problems._base import Forward
 from traps.exactness import numbers
-from user_program.hooks import module_forward_hooks, tensor_hooks
+from user_program.hooks import module_forward_hooks, parameter_hooks, tensor_hooks
 from user_program.observed import Run
 from user_program.program import Program, Programs
 from user_program.subjects import MLP, REORDERED, ROUTER, STEPS_FIRST, WINDOWS, Subject
 
 INPUTS = Programs()
 SAME_FORWARD = r"a second backward pass went through the same forward"
-TWO_CALLS = r"repeated_calls=\"same\" if row n of both calls"
-BESIDE_THE_MODEL = r"the loss uses these parameters by another way than through the model"
+OF_A_GRADIENT = r"the backward pass goes through the graph of a gradient"
 
 
 def saliency(model: nn.Module, x: Tensor) -> Tensor:
@@ -116,7 +115,7 @@ def saliency_beside_frozen_parameters(run: Run) -> None:
     """Frozen ones are analyzed too: a pass that trains the others is theirs as well, one for inputs alone is not."""
     model = MLP.model()
     model[0].requires_grad_(False)
-    tensor_hooks(run, model)
+    parameter_hooks(run, model)  # Outputs of frozen layers require a gradient inside the block, as the docs say.
     with run.block(model, parameters="all"):
         for x, y in MLP.batches(2):
             run.note("saliency", saliency(model, x))
@@ -143,7 +142,7 @@ class Potential(nn.Module):
 POTENTIAL = Subject("potential", Potential, (6, 4))
 
 
-@INPUTS.add()
+@INPUTS.add(refused=OF_A_GRADIENT)
 def energies_and_forces(run: Run) -> None:
     model = POTENTIAL.model()
     tensor_hooks(run, model)
@@ -194,8 +193,8 @@ def with_penalty(subject: Subject, calls: int) -> Callable[[Run], None]:
 
 for subject in (MLP, WINDOWS):
     one, two = (with_penalty(subject, calls) for calls in (1, 2))
-    INPUTS.append(Program(f"a gradient penalty, {subject.name}", one, refused=BESIDE_THE_MODEL))
-    INPUTS.append(Program(f"a gradient penalty of another call, {subject.name}", two, refused=TWO_CALLS))
+    INPUTS.append(Program(f"a gradient penalty, {subject.name}", one, refused=OF_A_GRADIENT))
+    INPUTS.append(Program(f"a gradient penalty of another call, {subject.name}", two, refused=OF_A_GRADIENT))
 
 
 @INPUTS.add(refused=SAME_FORWARD, n_samples=6)

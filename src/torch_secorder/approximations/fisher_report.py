@@ -63,7 +63,8 @@ def fisher_report(
             :func:`~torch_secorder.approximations.fisher_trace.generalized_fisher_trace`.
         max_batches: stop after so many.
         progress: show a progress bar, if tqdm is installed.
-        verify: check the first, the last and a random sample of the first batch against plain autograd.
+        verify: check the first, the last and a random sample of the first batch against plain autograd, and of later ones that
+            make another kind of graph, or the 2nd, 3rd, 5th, 9th, ... of a kind.
         by: as in :meth:`FisherMonitor.report`.
         reduction: "mean" or "sum"; by default as the loss does ("empirical"), else "mean".
         parameters: "trainable" or "all".
@@ -237,35 +238,43 @@ def accumulated(
     for number, (inputs, targets) in enumerate(
         _in_step(analysis, batches(data, options.max_batches, options.progress))
     ):
-        verify = options.verify and number == 0
+        checked: Checked = "never" if not options.verify else "always" if number == 0 else "when due"
         with lock_of(analysis.model), eager_code():
             if loss_fn is not None and options.fisher == "empirical":
-                batch = _empirical(analysis, loss_fn, inputs, targets, verify)
+                batch = _empirical(analysis, loss_fn, inputs, targets, checked)
                 samples, reduction = batch.samples, reduction or batch.reduction
             else:
-                if verify:
+                if checked == "always":
                     _verify_projection(analysis, inputs)
                 samples = analysis.fisher(kind, inputs, targets, generator)
+                due = options.verify and analysis.is_due(_projection)
+                if due and number and not _verify_projection(analysis, inputs):
+                    samples = analysis.fisher(kind, inputs, targets, generator)
         results = results or Results(analysis.table.rows, reduction or "mean", options.fisher, **options.keeps)
         results.statistics.update(samples)
         yield results
 
 
 def _empirical(
-    analysis: Analysis, loss_fn: Callable[[Any, Any], Tensor], inputs: Any, targets: Any, verify: bool
+    analysis: Analysis, loss_fn: Callable[[Any, Any], Tensor], inputs: Any, targets: Any, checked: Checked
 ) -> Batch:
     """One batch's gradients of the loss, and whether a sample's are as they are alone."""
-    checked: Checked = "always" if verify else "never"
     analyze = partial(analysis.empirical, loss_fn, inputs, targets, checked=checked)
     return analyze_and_verify(analysis, analyze, partial(verify_empirical, analysis, loss_fn, inputs, targets))
 
 
-def _verify_projection(analysis: Analysis, inputs: Any) -> None:
-    """Whether gradients of the outputs along one direction, which those of every Fisher are like, are right."""
+def _verify_projection(analysis: Analysis, inputs: Any) -> bool:
+    """Raise unless gradients of the outputs along one direction, which those of every Fisher are like, are right.
+
+    Returns:
+        Whether they were at once: if not, shapes have misled, and what was found before is to be found again.
+    """
+    trusted = analysis.trusts_shapes
     with forked_random(analysis.table.tensors):  # the check is one more forward
         analyze_and_verify(
             analysis, partial(analysis.of, _projection, inputs), partial(verify_samples, analysis, _projection, inputs)
         )
+    return analysis.trusts_shapes == trusted
 
 
 def _projection(outputs: Any) -> Tensor:

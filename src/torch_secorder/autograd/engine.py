@@ -21,6 +21,9 @@ current_graph_task: Callable[[], int] = torch._C._current_graph_task_id
 # The node under way, whose hooks run or which runs itself; None outside of any backward pass.
 current_node: Callable[[], Node | None] = torch._C._current_autograd_node
 
+# The innermost of torch.func's transforms under way (vmap, grad and so on); None outside of all.
+innermost_transform: Callable[[], Any] = torch._C._functorch.peek_interpreter_stack
+
 # Whether the backward pass under way leaves what nodes saved; true outside of any.
 keeps_graph: Callable[[], bool] = torch._C._autograd._get_current_graph_task_keep_graph
 

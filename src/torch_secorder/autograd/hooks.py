@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from torch_secorder.model.hooks import WeakHook
+
 Owner = nn.Module | Tensor
 
 
@@ -31,6 +33,8 @@ class HookSet:
         """Take them all off."""
         for owner, hook in self._ours:
             _remove(owner, hook)
+            if isinstance(hook, WeakHook):
+                hook.disarm()
         self._ours = []
 
     def __del__(self) -> None:

@@ -27,26 +27,36 @@ def is_due(count: int) -> bool:
     return (count - 1).bit_count() < 2
 
 
-class Schedule:
-    """When a function of the user's is checked again: it is counted for each kind of graph by itself."""
+class KindSchedule:
+    """When something is checked again: graphs of each kind are counted by themselves."""
 
     def __init__(self) -> None:
-        self._counts: WeakKeyDictionary[Any, Counter[int]] = WeakKeyDictionary()
+        self._counts: Counter[int] = Counter()
+
+    def due(self, fingerprint: int) -> bool:
+        """Count a graph of this kind; returns whether this one is to be checked."""
+        if len(self._counts) > KINDS_OF_GRAPH:
+            self._counts.clear()
+        self._counts[fingerprint] += 1
+        return is_due(self._counts[fingerprint])
+
+
+class Schedule:
+    """When a function of the user's is checked again."""
+
+    def __init__(self) -> None:
+        self._of_functions: WeakKeyDictionary[Any, KindSchedule] = WeakKeyDictionary()
 
     def due(self, function: Callable[..., Any], fingerprint: int) -> bool:
         """Count an analysis of ``function`` with a graph of this kind; returns whether this one is to be checked."""
         try:
-            counts = self._counts.setdefault(function, Counter())
+            return self._of_functions.setdefault(function, KindSchedule()).due(fingerprint)
         except TypeError:  # A function without a weak reference or a hash can't be counted.
             return True
-        if len(counts) > KINDS_OF_GRAPH:
-            counts.clear()
-        counts[fingerprint] += 1
-        return is_due(counts[fingerprint])
 
     def restart(self) -> None:
         """Count from the beginning."""
-        self._counts.clear()
+        self._of_functions.clear()
 
 
 @dataclass(eq=False)

@@ -17,6 +17,7 @@ from torch_secorder.autograd.engine import (
     LOOKS,
     current_graph_task,
     in_library_call,
+    innermost_transform,
 )
 from torch_secorder.capture.records import Forward
 from torch_secorder.errors import ShapeError
@@ -70,6 +71,9 @@ class ForwardTracker:
         """Whether a call made now, in this thread, is one to record."""
         if not self.active or self._thread is not None:
             return self.active and self._thread == get_ident()
+        # What torch.func transforms has gradients of its own. Where parameters take part in it, the graph shows them.
+        if innermost_transform() is not None:
+            return False
         return not (LIBRARY_THREADS or LIBRARY_PASSES) or not in_library_call()
 
     @never_compiled

@@ -125,7 +125,15 @@ class ModuleHooks(HookScope):
         output: Any,
     ) -> Tensor | None:
         """Keep what a rule needs of a call; returns the new output, if there is one."""
-        _require_recordable(site, module, output)
+        if (replaced := _replaced_parameter(site, module)) is not None:
+            if self._attach_leaf:  # Of a frozen parameter, the graph shows no other use.
+                raise CoverageError(
+                    f"{site}: its parameter '{replaced}' was replaced since the analysis began (torch.func.functional_call, a "
+                    "parametrization, an assignment); start a new analysis of the model as it is now"
+                )
+            return None
+        if not isinstance(output, Tensor):
+            raise UnsupportedError(f"{site} returned a {type(output).__name__}; a rule needs a tensor")
         leaf = None
         if not output.requires_grad:
             if not self._attach_leaf:
@@ -223,16 +231,12 @@ def _record(
     return Record(site, forward, None, {}, output.shape, placement if fits else None, not nodes, nodes)
 
 
-def _require_recordable(site: HookedModule, module: nn.Module, output: Any) -> None:
-    """Raise for an output that is no tensor, and for parameters that were replaced since the analysis began."""
-    if not isinstance(output, Tensor):
-        raise UnsupportedError(f"{site} returned a {type(output).__name__}; a rule needs a tensor")
+def _replaced_parameter(site: HookedModule, module: nn.Module) -> str | None:
+    """The local name of a parameter in whose place there is another tensor, as inside of ``torch.func.functional_call``."""
     for local, tensor in site.tensors.items():
         if module._parameters.get(local) is not tensor:
-            raise CoverageError(
-                f"{site}: its parameter '{local}' was replaced since the analysis began (torch.func.functional_call, "
-                "a parametrization, an assignment); start a new analysis of the model as it is now"
-            )
+            return local
+    return None
 
 
 def _nodes_of_inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -171,7 +171,7 @@ class Audit:
             elif isinstance(found, Placement):
                 record.placement = found
             elif found is Unplaced.NOT_FINITE and (asked.ambiguous_shapes or record.placement is None):
-                record.forward.refusal = not_finite(f"the gradients of {record.site}")
+                record.forward.refusal = not_finite(f"the gradients of {self._names_of(record)}")
             elif found is Unplaced.HIDDEN and (asked.ambiguous_shapes or record.placement is None):
                 raise hidden(str(record.site), n)
             elif record.placement is None:
@@ -180,6 +180,9 @@ class Audit:
                     f"found out, since the model's outputs don't depend on it; pass batch_axis={{'{record.site.name}': axis}}"
                 )
         return shared
+
+    def _names_of(self, record: Record) -> str:
+        return ", ".join(self._table.names[position] for position in record.site.positions)
 
     def _require_readable(self, use: ParameterUse, node: Node) -> None:
         """Raise if what the rule of a use needs can't be read from its node; count the use otherwise."""

@@ -64,6 +64,10 @@ class WeakHook(partial[Any]):
         """The method bound to a proxy of its owner, which torch calls without another Python frame in between."""
         return super().__new__(cls, getattr(type(owner), method), weakref.proxy(owner), *first)
 
+    def disarm(self) -> None:
+        """Do nothing from now on: another thread may be about to call the hook, though it was removed meanwhile."""
+        self.__setstate__((_Nothing(), (), {}, None))
+
     def __reduce__(self) -> tuple[Callable[[], object], tuple[()]]:
         return (_Nothing, ())
 

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from threading import RLock, get_ident
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import Node
+from torch.autograd.graph import Node, get_gradient_edge
 
 from torch_secorder.autograd.compiled import never_compiled
 from torch_secorder.autograd.engine import (
     LIBRARY_PASSES,
     LIBRARY_THREADS,
+    accumulates_gradient_of,
     after_backward,
     current_graph_task,
     current_node,
@@ -45,7 +47,8 @@ class UserRecorder(Recorder):
 
     Args:
         on_pass: called with each pass that is over; what it raises is raised at the end of that backward pass.
-        checks_next: says whether the next pass also notes its gradients along one direction, to compare sums.
+        checks_next: says of the kind of the latest graph whether the next pass also notes its gradients along one direction, to
+            compare sums.
         options: as for :class:`Recorder`.
 
     Attributes:
@@ -56,7 +59,7 @@ class UserRecorder(Recorder):
         self,
         *args: Any,
         on_pass: Callable[[BackwardPass], None],
-        checks_next: Callable[[], bool] = lambda: False,
+        checks_next: Callable[[int], bool] = lambda fingerprint: False,
         every: int = 1,
         **options: Any,
     ):
@@ -166,6 +169,8 @@ class UserRecorder(Recorder):
                 self._watched.note_gradient()
             return
         leaf = self.table.leaves[position]
+        if current.task != current_graph_task() and not accumulates_gradient_of(get_gradient_edge(leaf).node):
+            return  # A function's backward asked for it, and returns it to this pass, or doesn't.
         alone = len(gradient_hooks(leaf) or ()) <= 1
         as_added = alone or are_last(leaf)  # A hook that was put on in this very pass comes after ours.
         if type(grad) is Tensor and not current.accumulator.checks:
@@ -201,6 +206,11 @@ class UserRecorder(Recorder):
             )
 
     # ------------------------------------------------------------------------------------------------ which pass it is
+
+    def _settings(self) -> ExitStack:
+        stack = super()._settings()
+        stack.enter_context(torch.no_grad())
+        return stack
 
     def _abandon(self, current: BackwardPass) -> None:
         self._passes.close(current)
@@ -260,8 +270,9 @@ class UserRecorder(Recorder):
 
     def _open(self, task: int) -> BackwardPass:
         # Beside the watched calls, a pass may reach calls of compiled code, which no hook has seen; the sums show it.
-        checks = self._checks_next() or self._watched.are_counted
+        checks = self._checks_next(self._audit.fingerprint) or self._watched.are_counted
         current = self._begin(task, keep_inputs=self.counts_again, checks=checks)
+        current.special = current.special or torch.is_grad_enabled()  # then autograd would follow our sums
         self._passes.open(current)
         for leaf in self.table.leaves:
             put_last(leaf)

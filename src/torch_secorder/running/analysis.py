@@ -89,6 +89,7 @@ class Analysis:
         with lock_of(self.model), self.differentiable():
             self._plan = planned(self.model, self.table, batch_axis, quantities)
         self.batch_axis = self._plan.batch_axis
+        self._fingerprint = 0  # that of the latest batch's graph
 
     def empirical(
         self,
@@ -147,9 +148,14 @@ class Analysis:
 
     def _is_checked(self, checked: Checked, loss_fn: Callable[..., Any], fingerprint: int) -> bool:
         """Whether a batch is checked, on all ranks that hold the model together if on one."""
-        if checked == "when due":
-            return bool(self.table.ranks.max_over_ranks(self.knowledge.schedule.due(loss_fn, fingerprint)))
-        return checked == "always"
+        if checked == "never":
+            return False
+        due = bool(self.table.ranks.max_over_ranks(self.knowledge.schedule.due(loss_fn, fingerprint)))
+        return due or checked == "always"
+
+    def is_due(self, function: Callable[..., Any]) -> bool:
+        """Whether what is found of a function of the latest batch's outputs is to be checked, on any rank."""
+        return self._is_checked("when due", function, self._fingerprint)
 
     def forget_shapes(self) -> None:
         """Believe no shapes from now on."""
@@ -178,6 +184,7 @@ class Analysis:
             run,
         ):
             yield run
+        self._fingerprint = run.fingerprint
 
 
 def logits(outputs: Any) -> Tensor:
