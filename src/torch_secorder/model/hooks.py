@@ -66,7 +66,7 @@ class WeakHook(partial[Any]):
 
     def disarm(self) -> None:
         """Do nothing from now on: another thread may be about to call the hook, though it was removed meanwhile."""
-        self.__setstate__((_Nothing(), (), {}, None))
+        self.__setstate__((_Nothing(), (), {}, None))  # type: ignore[attr-defined]  # of partial objects
 
     def __reduce__(self) -> tuple[Callable[[], object], tuple[()]]:
         return (_Nothing, ())

@@ -16,6 +16,9 @@ from torch_secorder.results.moments import BatchGradients, SampleMoments
 # Of what a state holds; a state of another version is refused. Version 1 is that of torch-secorder 0.1.
 VERSION = 1
 
+# What states of this version that were written before don't have, and what stands for it.
+ADDED_LATER = {"skipped_passes": 0}
+
 
 class Statistics:
     """What is accumulated of per-sample gradients: the moments of their squared norms, and whatever quantities are asked for.
@@ -162,6 +165,7 @@ class Statistics:
                 f"the state has version {version} of this library's files, and this release reads version {VERSION}: load it "
                 "with the release that wrote it"
             )
+        state = {**ADDED_LATER, **state}
         if missing := [key for key in self.state_dict() if key not in state]:
             raise ArgumentError(f"not a whole state of version {VERSION}: it lacks {', '.join(missing)}")
         other = Statistics(state["names"], [tuple(shape) for shape in state["shapes"]], **state["keeps"])
