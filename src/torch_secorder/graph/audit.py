@@ -118,7 +118,7 @@ class Audit:
         self.fingerprint, self.other_leaves = walk.fingerprint, walk.other_leaves
         if n is None:
             return []
-        reached = [item for item in forward.records if item[0].site.rule is not None and item[1].node in walk.children]
+        reached = [(record, edge) for record, edge in forward.records if self._is_reached(record, edge, walk)]
         asked = Questions.of(walk, reached, n)
         if self._ranks.distributed:
             asked = asked.on_any(self._ranks)
@@ -127,12 +127,21 @@ class Audit:
         any_shared = self._ranks.max_over_ranks(bool(shared)) if self._ranks.distributed else shared
         if not (asked.uses_outside_calls or any_shared):
             return []
+        for record in (*shared, *walk.unfolded):
+            record.placement = None
+        # What lies behind the input of a call without a batch axis has a gradient for every sample, too.
+        if inner := [record for record in shared if not record.starts_graph]:
+            shared = [record for record in shared if record.starts_graph]
+            walk = Walk(roots, forward, self._leaves, (*walk.unfolded, *inner))
         uses = Frontier(walk, shared, search, self._table, one_sample=not asked.several_samples).uses(forward)
         for use, node in uses:
             self._require_readable(use, node)
-        for record in shared:
-            record.placement = None
         return uses
+
+    @staticmethod
+    def _is_reached(record: Record, edge: GradientEdge, walk: Walk) -> bool:
+        """Whether the outputs lead to a call that has a rule, and that counts as one node."""
+        return record.site.rule is not None and edge.node in walk.children and record not in walk.unfolded
 
     def _search(
         self, walk: Walk, roots: list[Tensor], forward: Forward, reached: Reached, asked: Questions

@@ -25,6 +25,7 @@ class Walk:
     Attributes:
         children: node -> its inputs, in the order in which the nodes were met.
         records: node that made a hooked call's output -> the calls that end there.
+        unfolded: calls that count as the nodes that they consist of.
         uses: position of a parameter -> its uses that no call accounts for, as edges (consumer, index of the input).
         leaves: node that accumulates an analyzed parameter's gradient -> the parameter's position.
         n: how many samples the forward has; None if nobody knows.
@@ -36,16 +37,19 @@ class Walk:
             may not hold for this one.
     """
 
-    def __init__(self, roots: Sequence[Tensor], forward: Forward, leaves: dict[Node, int]):
+    def __init__(
+        self, roots: Sequence[Tensor], forward: Forward, leaves: dict[Node, int], unfolded: Iterable[Record] = ()
+    ):
         self.children: dict[Node, Any] = {}
         self.records: dict[Node, list[Record]] = {}
         self.uses: dict[int, list[Edge]] = defaultdict(list)
         self.leaves, self.n = leaves, forward.n
+        self.unfolded = set(unfolded)
         self.other_leaves: list[Node] = []
         self._names: list[str] = []  # of the nodes in children
         calls: dict[Node, list[Record]] = defaultdict(list)
         for record, edge in forward.records:
-            if record.site.rule is not None:
+            if record.site.rule is not None and record not in self.unfolded:
                 calls[edge.node].append(record)
         self._traverse(roots, calls)
         self._describe(forward.n)
@@ -78,7 +82,8 @@ class Walk:
     def _inputs_of_call(self, node: Node, records: list[Record]) -> list[Edge] | None:
         """What a hooked call took from outside; uses inside of it of parameters that its module doesn't own are noted.
 
-        It is None for modules that return their input as it is, since then the node is none of theirs.
+        It is None for modules that return their input as it is, since then the node is none of theirs, and for those that take
+        a parameter for their input, which has a gradient of its own for every sample.
         """
         owned: set[int] = set()
         boundary: set[Node] = set()
@@ -89,6 +94,9 @@ class Walk:
                 owned.update(record.site.positions)
                 boundary.update(record.input_nodes)
         if not computes:
+            return None
+        if not boundary.isdisjoint(self.leaves):
+            self.unfolded.update(records)
             return None
         outside: list[Edge] = []
         stack, seen = [node], {node}
