@@ -61,7 +61,7 @@ def uses(model: nn.Module, outputs: Tensor) -> dict[str, ParameterUse]:
     """The uses of each parameter, all in the graph of these outputs."""
     table = ParameterTable(model)
     table.gather(model)
-    found = Audit(table, 0, ModelKnowledge()).uses(Forward(len(outputs)), [outputs])
+    found = Audit(table, 0, ModelKnowledge()).uses(Forward(len(outputs)), [outputs]).placed
     return {table.names[target]: use for use, _ in found for target in use.targets if isinstance(target, int)}
 
 

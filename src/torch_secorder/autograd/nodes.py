@@ -38,6 +38,11 @@ def output_count(node: Node) -> int:
     return len(_metadata(node))
 
 
+def edges_of(node: Node) -> list[GradientEdge]:
+    """Where the gradients of a node's outputs arrive."""
+    return [GradientEdge(node, nr) for nr in range(output_count(node))]
+
+
 def output_dtype(node: Node, nr: int) -> torch.dtype:
     """The dtype of a node's output."""
     dtype: torch.dtype = _metadata(node)[nr].dtype

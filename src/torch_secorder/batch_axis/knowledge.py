@@ -84,6 +84,10 @@ class PlacementCache:
         self.evidence[key] = found.evidence
         (self._unproven.discard if found.proven else self._unproven.add)(key)
 
+    def forget(self, key: Key) -> None:
+        """Have the next graph looked through for this place."""
+        self.evidence.pop(key, None)
+
     def examines_next(self, *, always: bool = False) -> bool:
         """Count a graph; returns whether what is known is examined again in it: a gate may have opened, an order changed."""
         if always:

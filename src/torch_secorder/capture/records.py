@@ -14,10 +14,24 @@ from torch.autograd.graph import GradientEdge, Node
 
 from torch_secorder.autograd.engine import current_node, saved_tensors_hooks
 from torch_secorder.autograd.versions import version
+from torch_secorder.batch_axis.evidence import Unplaced
 from torch_secorder.batch_axis.placement import Placement
 from torch_secorder.errors import CoverageError, CurvatureError
 from torch_secorder.model.ranks import class_as_written, full_tensor
 from torch_secorder.per_sample import PerSampleGradient, SharedFactor
+
+
+@dataclass(frozen=True)
+class Idle:
+    """Something for which no gradient is expected: a look found none, or only such as belongs to several samples at once.
+
+    Attributes:
+        why: what the look found.
+        forget: forgets that, so that the next graph of its kind is looked through.
+    """
+
+    why: Unplaced
+    forget: Callable[[], object]
 
 
 @dataclass(eq=False, slots=True)
@@ -150,6 +164,7 @@ class Record:
     Attributes:
         shape: the output's.
         placement: where the output has its samples; None while that is not known, and for a call without a batch axis.
+        idle: why there is no placement, where no gradient is expected.
         in_output_graph: whether the graph of the model's outputs was seen to contain it.
         starts_graph: whether no input requires a gradient, so that nothing before this call is differentiated.
         input_nodes: the nodes that made the inputs, as long as the run of the model lasts: a module that returns its input would
@@ -172,6 +187,7 @@ class Record:
     versions: tuple[int, ...] = ()
     inputs_packed: bool = False
     in_output_graph: bool = False
+    idle: Idle | None = None
     last_pass: int | None = None
     kept: Any = None
 

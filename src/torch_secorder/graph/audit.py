@@ -18,9 +18,9 @@ from torch_secorder.batch_axis.knowledge import ModelKnowledge, PlacementCache, 
 from torch_secorder.batch_axis.placement import Layout, Placement
 from torch_secorder.batch_axis.search import SampleSearch, SearchOnAllRanks
 from torch_secorder.batch_axis.search_pass import SearchPasses
-from torch_secorder.capture.records import Forward, Record
-from torch_secorder.errors import ShapeError, UnsupportedError
-from torch_secorder.graph.frontier import Frontier, ParameterUse
+from torch_secorder.capture.records import Forward, Idle, Record
+from torch_secorder.errors import UnsupportedError
+from torch_secorder.graph.frontier import Frontier, IdleUse, ParameterUse
 from torch_secorder.graph.refusals import hidden, not_finite
 from torch_secorder.graph.walk import Walk
 from torch_secorder.model.parameters import Table
@@ -59,6 +59,18 @@ class Questions(NamedTuple):
     def on_any(self, ranks: Ranks) -> Questions:
         """For each question whether any rank says yes."""
         return Questions(*map(bool, ranks.max_each_over_ranks(self)))
+
+
+class Uses(NamedTuple):
+    """The uses of parameters that no record accounts for, each with its node.
+
+    Attributes:
+        placed: those whose samples are known.
+        idle: those where no gradient is expected.
+    """
+
+    placed: Sequence[tuple[ParameterUse, Node]] = ()
+    idle: Sequence[tuple[IdleUse, Node]] = ()
 
 
 class Audit:
@@ -100,7 +112,7 @@ class Audit:
         self.fingerprint = 0
         self.other_leaves: list[Node] = []
 
-    def uses(self, forward: Forward, outputs: Sequence[Tensor]) -> list[tuple[ParameterUse, Node]]:
+    def uses(self, forward: Forward, outputs: Sequence[Tensor]) -> Uses:
         """Place every record of a forward, and find every use that no record accounts for, each with its node.
 
         Raises:
@@ -112,12 +124,12 @@ class Audit:
         with self._ranks.fail_together():
             return self._uses(forward, outputs)
 
-    def _uses(self, forward: Forward, outputs: Sequence[Tensor]) -> list[tuple[ParameterUse, Node]]:
+    def _uses(self, forward: Forward, outputs: Sequence[Tensor]) -> Uses:
         roots = [x for x in outputs if x.requires_grad]
         walk, n = Walk(roots, forward, self._leaves), forward.n
         self.fingerprint, self.other_leaves = walk.fingerprint, walk.other_leaves
         if n is None:
-            return []
+            return Uses()
         reached = [(record, edge) for record, edge in forward.records if self._is_reached(record, edge, walk)]
         asked = Questions.of(walk, reached, n)
         if self._ranks.distributed:
@@ -126,15 +138,16 @@ class Audit:
         shared = self._place(reached, search, n, asked)
         any_shared = self._ranks.max_over_ranks(bool(shared)) if self._ranks.distributed else shared
         if not (asked.uses_outside_calls or any_shared):
-            return []
+            return Uses()
         for record in (*shared, *walk.unfolded):
             record.placement = None
         # What lies behind the input of a call without a batch axis has a gradient for every sample, too.
         if inner := [record for record in shared if not record.starts_graph]:
             shared = [record for record in shared if record.starts_graph]
             walk = Walk(roots, forward, self._leaves, (*walk.unfolded, *inner))
-        uses = Frontier(walk, shared, search, self._table, one_sample=not asked.several_samples).uses(forward)
-        for use, node in uses:
+        frontier = Frontier(walk, shared, search, self._table, one_sample=not asked.several_samples)
+        uses = Uses(*frontier.uses(forward))
+        for use, node in uses.placed:
             self._require_readable(use, node)
         return uses
 
@@ -183,11 +196,8 @@ class Audit:
                 record.forward.refusal = not_finite(f"the gradients of {self._names_of(record)}")
             elif found is Unplaced.HIDDEN and (asked.ambiguous_shapes or record.placement is None):
                 raise hidden(str(record.site), n)
-            elif record.placement is None:
-                raise ShapeError(
-                    f"{record.site}: its output has shape {tuple(record.shape)}, and where the {n} samples are in it can't be "
-                    f"found out, since the model's outputs don't depend on it; pass batch_axis={{'{record.site.name}': axis}}"
-                )
+            elif asked.ambiguous_shapes or record.placement is None:
+                record.placement, record.idle = None, Idle(found, partial(search.placements.forget, key))
         return shared
 
     def _names_of(self, record: Record) -> str:

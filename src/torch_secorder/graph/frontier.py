@@ -6,17 +6,18 @@ import itertools
 from collections import Counter, defaultdict
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 from torch.autograd.graph import GradientEdge, Node
 
 from torch_secorder.autograd.graph_pass import Route, runs_others_code
-from torch_secorder.autograd.nodes import Edge, has_packed_tensors, output_count, output_shapes, value_shape
+from torch_secorder.autograd.nodes import Edge, has_packed_tensors, output_shapes, value_shape
 from torch_secorder.batch_axis.evidence import Evidence, Unplaced
 from torch_secorder.batch_axis.knowledge import Key, Wanted
 from torch_secorder.batch_axis.placement import Layout, Placement
 from torch_secorder.batch_axis.search import SampleSearch
-from torch_secorder.capture.records import Forward, Record
+from torch_secorder.capture.records import Forward, Idle, Record
 from torch_secorder.graph.chain import PERMUTES_ENTRIES, BatchFreeVjp, batch_free_vjp
 from torch_secorder.graph.refusals import hidden
 from torch_secorder.graph.walk import Walk
@@ -94,9 +95,22 @@ class ParameterUse:
                 return one.name()
         return None
 
-    def edges(self, node: Node) -> list[GradientEdge]:
-        """Where the gradients of the node's outputs arrive."""
-        return [GradientEdge(node, nr) for nr in range(output_count(node))]
+
+@dataclass(eq=False)
+class IdleUse:
+    """A use where no gradient is expected.
+
+    Attributes:
+        forward: the run of the model.
+        targets: the parameters and calls whose use it is.
+        idle: why nothing is expected.
+        last_pass: the last backward pass that reached it.
+    """
+
+    forward: Forward
+    targets: list[Target]
+    idle: Idle
+    last_pass: int | None = None
 
 
 class Consumer(NamedTuple):
@@ -134,19 +148,34 @@ class Frontier:
         self._shared = {node: r for node, records in walk.records.items() for r in records if r in shared}
         self._targets: dict[Node, Target] = {**self._shared, **walk.leaves}
         self._parents = walk.parents
+        # Consumer -> the nodes of the parameters and calls from which it was reached, and the consumers for which it was left.
+        self._origins: dict[Edge, set[Node]] = defaultdict(set)
+        self._climbs: dict[Edge, list[Edge]] = {}
 
-    def uses(self, forward: Forward) -> list[tuple[ParameterUse, Node]]:
-        """Every use at the frontier, with its node."""
+    def uses(self, forward: Forward) -> tuple[list[tuple[ParameterUse, Node]], list[tuple[IdleUse, Node]]]:
+        """Every use at the frontier, and those where no gradient is expected, each with its node."""
         met: dict[Node, tuple[Placement, int]] = {}
         indices: dict[Node, list[int]] = defaultdict(list)
-        for consumer, placement, output in self._placed():
-            met[consumer.node] = placement, output
-            indices[consumer.node].append(consumer.input_index)
+        idle: list[tuple[Consumer, Idle]] = []
+        for consumer, found, output in self._placed():
+            if isinstance(found, Placement):
+                met[consumer.node] = found, output
+                indices[consumer.node].append(consumer.input_index)
+            else:
+                idle.append((consumer, found))
         frontier = set(met)
-        return [(self._use(forward, node, indices[node], *met[node], frontier), node) for node in met]
+        uses = [(self._use(forward, node, indices[node], *met[node], frontier), node) for node in met]
+        return uses, [(IdleUse(forward, self._origin_targets(one.edge), why), one.node) for one, why in idle]
 
-    def _placed(self) -> Iterator[tuple[Consumer, Placement, int]]:
-        """The consumers whose output has samples, level by level, and which of their outputs that is."""
+    def _origin_targets(self, edge: Edge) -> list[Target]:
+        return [self._targets[node] for node in self._origins[edge]]
+
+    def _placed(self) -> Iterator[tuple[Consumer, Placement | Idle, int]]:
+        """The consumers whose output has samples, level by level, and which of their outputs that is.
+
+        With them come those of which nothing shows that: where no gradient arrives, and where all that a value goes into belongs
+        to several samples.
+        """
         level, done = self._starts(), set[Edge]()
         ranks = self._table.ranks
         while ranks.max_over_ranks(bool(level)) if ranks.distributed else level:
@@ -161,23 +190,56 @@ class Frontier:
             for item, (found, output) in zip(others, self._evidence(others), strict=True):
                 if isinstance(found, Placement):
                     yield item, found, output
+                elif found in (Unplaced.NO_GRADIENT, Unplaced.NOT_FINITE):
+                    yield item, Idle(found, partial(self._forget, item)), output
                 elif found is Unplaced.HIDDEN:
                     raise hidden(f"{item.path.partition('/')[0]}: {item.node.name()}", self._walk.n)
-                elif found is Unplaced.SHARED_BY_SAMPLES:
-                    level += self._above(item)
+                elif above := self._above(item):
+                    level += above
+                else:
+                    yield item, Idle(found, partial(self._forget, item)), output
 
     def _starts(self) -> list[Consumer]:
         """What takes a parameter outside of its module's call, or the output of a call without a batch axis."""
         names, uses = self._table.names, self._walk.uses
-        starts = [Consumer(*edge, f"{names[position]}/") for position, edges in uses.items() for edge in edges]
+        leaves = {position: node for node, position in self._walk.leaves.items()}
+        starts = [
+            (leaves[position], Consumer(*edge, f"{names[position]}/"))
+            for position, edges in uses.items()
+            for edge in edges
+        ]
         for node, record in self._shared.items():
-            starts += [Consumer(*edge, f"{record.site.name}()/") for edge in self._parents[node]]
-        return starts
+            starts += [(node, Consumer(*edge, f"{record.site.name}()/")) for edge in self._parents[node]]
+        for node, consumer in starts:
+            self._add_origins(consumer.edge, {node})
+        return [consumer for _, consumer in starts]
 
     def _above(self, item: Consumer) -> list[Consumer]:
         """What takes the output of a consumer that turned out to be batch-free itself."""
         path = f"{item.path}{item.node.name()}/"
-        return [Consumer(*edge, path) for edge in self._parents[item.node]]
+        above = [Consumer(*edge, path) for edge in self._parents[item.node]]
+        self._climbs[item.edge] = [consumer.edge for consumer in above]
+        for consumer in above:
+            self._add_origins(consumer.edge, self._origins[item.edge])
+        return above
+
+    def _add_origins(self, edge: Edge, origins: set[Node]) -> None:
+        """Note from which parameters and calls a consumer is reached, and with it all that it was left for."""
+        stack = [edge]
+        while stack:
+            current = stack.pop()
+            known = self._origins[current]
+            if not origins <= known:
+                known |= origins
+                stack += self._climbs.get(current, ())
+
+    def _forget(self, item: Consumer) -> None:
+        """Have the next graph looked through for what this consumer gives."""
+        known = self._search.placements
+        for key in [
+            key for key in known.evidence if key[:2] == ("use", f"{item.path}{item.node.name()}:{item.input_index}")
+        ]:
+            known.forget(key)
 
     def _evidence(self, level: Sequence[Consumer]) -> list[tuple[Evidence, int]]:
         """For each node the evidence for the output that tells, and which output that is."""
@@ -212,7 +274,7 @@ class Frontier:
         self, forward: Forward, node: Node, indices: list[int], placement: Placement, output: int, frontier: set[Node]
     ) -> ParameterUse:
         inputs = node.next_functions
-        values = [self._value(index, *inputs[index]) for index in indices]
+        values = [self._value(index, *inputs[index], self._origins[node, index]) for index in indices]
         others = [child for index, (child, _) in enumerate(inputs) if index not in indices and child is not None]
         is_first = all(self._is_free(child, frontier) for child in others)
         use = ParameterUse(forward, values, placement, output, is_first)
@@ -232,12 +294,16 @@ class Frontier:
                 return False
         return True
 
-    def _value(self, index: int, made_by: Node | None, nr: int) -> UsedValue:
-        """A batch-free value, and everything that it was computed from."""
+    def _value(self, index: int, made_by: Node | None, nr: int, origins: set[Node]) -> UsedValue:
+        """A value, and all that it was computed from and that meets no sample by itself on the way to it.
+
+        A value that belongs to several samples, such as a sum of what each has and of what all share, was computed from more.
+        """
         assert made_by is not None
         found: list[tuple[Target, BatchFreeVjp]] = []
         for node in _reached(made_by, self._targets):
-            if (target := self._targets.get(node)) is not None:
+            if node in origins:
+                target = self._targets[node]
                 shape = self._table.rows[target].shape if isinstance(target, int) else tuple(target.shape)
                 found.append((target, batch_free_vjp((made_by, nr), node, shape)))
         return UsedValue(index, value_shape(made_by, nr), found)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from torch_secorder.errors import NonFiniteError, UnsupportedError
+from collections.abc import Sequence
+
+from torch_secorder.batch_axis.evidence import Unplaced
+from torch_secorder.errors import CoupledSamplesError, CurvatureError, NonFiniteError, ShapeError, UnsupportedError
 
 
 def hidden(what: str, n: int | None) -> UnsupportedError:
@@ -11,6 +14,21 @@ def hidden(what: str, n: int | None) -> UnsupportedError:
         f"{what}: the shapes leave open where its {n} samples are, and what shows it is hidden, by re-entrant activation "
         "checkpointing (use torch.utils.checkpoint with use_reentrant=False, or another batch size) or by a function whose "
         "backward calls modules or starts a backward pass"
+    )
+
+
+def unexpected(names: Sequence[str], why: Unplaced, n: int) -> CurvatureError:
+    """The refusal of a gradient where a look at the graph found none, or none that belongs to single samples."""
+    if why is Unplaced.NOT_FINITE:
+        return not_finite(f"the gradients of {', '.join(names)}")
+    if why is Unplaced.SHARED_BY_SAMPLES:
+        return CoupledSamplesError(
+            f"{', '.join(names)}: all that is computed from them belongs to several samples at once, so that no sample has a "
+            "gradient of its own: the model's outputs compare samples, or have them on another axis (batch_axis=)"
+        )
+    return ShapeError(
+        f"{', '.join(names)}: where the {n} samples are in what is computed from them is not known yet, as no gradient reached "
+        "them when it was looked for: give another batch, or pass batch_axis="
     )
 
 

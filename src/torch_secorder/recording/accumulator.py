@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +18,8 @@ from torch_secorder.autograd.precision import HALF, is_half
 from torch_secorder.batch_axis.placement import Grouping
 from torch_secorder.capture.records import Forward, Record
 from torch_secorder.errors import CoverageError, LifecycleError, ShapeError, SlowFallbackWarning, UnsupportedError
-from torch_secorder.graph.frontier import ParameterUse
+from torch_secorder.graph.frontier import IdleUse, ParameterUse
+from torch_secorder.graph.refusals import unexpected
 from torch_secorder.model.parameters import Table
 from torch_secorder.model.ranks import full_tensor, is_dtensor
 from torch_secorder.per_sample import (
@@ -234,6 +235,21 @@ class PassAccumulator:
         else:
             before = batch.shared.get(target)
             batch.shared[target] = form.dense() if before is None else before + form.dense()
+
+    def add_idle(self, seen: Record | IdleUse, grads: Sequence[Tensor | None]) -> None:
+        """Gradients have arrived where none are expected: they have to be zero."""
+        targets = [seen] if isinstance(seen, Record) else seen.targets
+        positions = [p for target in targets for p in ([target] if isinstance(target, int) else target.site.positions)]
+        assert seen.idle is not None
+        assert seen.forward.n is not None
+        there = [grad for grad in grads if grad is not None]
+        if any(bool(full_tensor(grad).any()) for grad in there):
+            seen.idle.forget()
+            raise unexpected([self._table.names[position] for position in positions], seen.idle.why, seen.forward.n)
+        batch = self._batch(seen.forward, seen.forward.n)
+        for position in positions:
+            batch.squared_norms.setdefault(position, at_least_float32(there[0].new_zeros(batch.n)))
+            self._rules[position]["none (zero gradient)"] = None
 
     # ------------------------------------------------------------------------------------------------ one parameter
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from torch_secorder.capture.records import Forward, Record
 from torch_secorder.errors import CoverageError, LifecycleError, UnsupportedError
-from torch_secorder.graph.frontier import ParameterUse
+from torch_secorder.graph.frontier import IdleUse, ParameterUse
 from torch_secorder.per_sample import sign_vectors
 from torch_secorder.recording.accumulator import PassAccumulator
 from torch_secorder.recording.gradient_norms import GradientNorms
@@ -50,7 +50,7 @@ class BackwardPass:
 Check = Callable[[BackwardPass, SampleNorms], None]
 
 
-def counted_again(seen: Record | ParameterUse | Forward) -> LifecycleError:
+def counted_again(seen: Record | ParameterUse | IdleUse | Forward) -> LifecycleError:
     """The refusal of a backward pass that reaches samples which another has counted."""
     if isinstance(seen, Forward):
         what = "the model"

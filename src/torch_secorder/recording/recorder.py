@@ -27,7 +27,7 @@ from torch_secorder.capture.forwards import ForwardTracker
 from torch_secorder.capture.module_hooks import ModuleHooks
 from torch_secorder.capture.records import Forward, Record
 from torch_secorder.graph.audit import Audit
-from torch_secorder.graph.frontier import ParameterUse
+from torch_secorder.graph.frontier import IdleUse, ParameterUse
 from torch_secorder.model.hooks import HookScope
 from torch_secorder.model.parameters import Table
 from torch_secorder.per_sample import as_refusal, memory_limit
@@ -125,8 +125,11 @@ class Recorder(HookScope):
 
     def _on_model_exit(self, forward: Forward, outputs: list[Tensor]) -> None:
         """The model returns these tensors, in whatever containers."""
-        for use, node in self._audit.uses(forward, outputs):
+        uses = self._audit.uses(forward, outputs)
+        for use, node in uses.placed:
             self._hook(use, node)
+        for idle, node in uses.idle:
+            node.register_prehook(partial(self._on_idle_gradients, idle))
 
     def _hook(self, use: ParameterUse, node: Node) -> None:
         """Have the node of a use call back with its gradients."""
@@ -142,7 +145,11 @@ class Recorder(HookScope):
     def _on_output_gradient(self, record: Record, output_nr: int, grads: tuple[Tensor | None, ...]) -> None:
         """The gradients of the node that made a module's output have arrived, inside a backward pass."""
         grad = grads[output_nr]
-        if grad is None or record.placement is None:
+        if grad is None:
+            return
+        if record.placement is None:
+            if record.idle is not None:
+                self._on_idle_gradients(record, (grad,))
             return
         current = self._pass_under_way(grad, record.forward.recomputed_in)
         if current is not None:
@@ -159,11 +166,21 @@ class Recorder(HookScope):
         else:
             self._on_unrecorded_gradient(use)
 
+    def _on_idle_gradients(self, seen: Record | IdleUse, grads: tuple[Tensor | None, ...]) -> None:
+        """Gradients have arrived where none are expected."""
+        current = self._pass_under_way(first_of(grads), seen.forward.recomputed_in)
+        if current is not None:
+            self._within(current, seen, current.accumulator.add_idle, seen, grads)
+
     def _on_unrecorded_gradient(self, seen: Record | ParameterUse) -> None:
         """A gradient has arrived in a pass that is not recorded."""
 
     def _within(
-        self, current: BackwardPass, seen: Record | ParameterUse | Forward | None, add: Callable[..., None], *args: Any
+        self,
+        current: BackwardPass,
+        seen: Record | ParameterUse | IdleUse | Forward | None,
+        add: Callable[..., None],
+        *args: Any,
     ) -> None:
         """Add something to a backward pass; what goes wrong must wait for its end, so that the user's gradients are complete."""
         if current.error is not None:
@@ -185,7 +202,7 @@ class Recorder(HookScope):
     def _abandon(self, current: BackwardPass) -> None:
         """A pass is broken off: nothing that comes belongs to it."""
 
-    def _require_first_pass(self, current: BackwardPass, seen: Record | ParameterUse | Forward) -> None:
+    def _require_first_pass(self, current: BackwardPass, seen: Record | ParameterUse | IdleUse | Forward) -> None:
         """Raise if another backward pass has counted the samples already that this one reaches."""
         counted = counted_as(seen)
         if counted.last_pass == current.task:
@@ -231,7 +248,7 @@ class Recorder(HookScope):
         return samples
 
 
-def counted_as(seen: Record | ParameterUse | Forward) -> Record | ParameterUse | Forward:
+def counted_as(seen: Record | ParameterUse | IdleUse | Forward) -> Record | ParameterUse | IdleUse | Forward:
     """What has its samples counted once.
 
     A call of the model is one forward, whichever of its layers a pass reaches. Calls of submodules alone may be of different

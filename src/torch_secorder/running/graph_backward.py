@@ -18,11 +18,13 @@ from torch_secorder.autograd.engine import (
     refusing_reentrant_checkpoints,
 )
 from torch_secorder.autograd.graph_pass import Gradients, GraphPass
+from torch_secorder.autograd.nodes import edges_of
 from torch_secorder.autograd.sharded import GatheredWeights
 from torch_secorder.autograd.tensor_hooks import untouched
 from torch_secorder.capture.records import Forward, Record
 from torch_secorder.errors import CoverageError
-from torch_secorder.graph.frontier import ParameterUse
+from torch_secorder.graph.audit import Uses
+from torch_secorder.graph.frontier import IdleUse, ParameterUse
 from torch_secorder.graph.refusals import hidden, not_finite
 from torch_secorder.recording.backward_pass import BackwardPass
 from torch_secorder.recording.quantities import QUANTITIES
@@ -50,9 +52,9 @@ class GraphBackward(Recorder):
         self._takes_forms = any(QUANTITIES[name].takes_forms for name in self.options.quantities)
         self._current: BackwardPass | None = None
         self._count = 0  # of the passes so far
-        self._starts: list[tuple[Record | ParameterUse, list[GradientEdge]]] = []
+        self._starts: list[tuple[Record | ParameterUse | IdleUse, list[GradientEdge]]] = []
         self._inputs: Sequence[Tensor] = []  # the model's inputs that require a gradient
-        self._uses_of_node: dict[Node, ParameterUse] = {}
+        self._uses_of_node: dict[Node, ParameterUse | IdleUse] = {}
         self._others_graph = False
         self._defers = False
         # Uses whose gradients take calls of nodes have to wait for the end of the backward pass.
@@ -64,7 +66,8 @@ class GraphBackward(Recorder):
         """Inside, passes go through outputs that were computed before, whose graph is somebody else's, maybe with hooks on it."""
         try:
             uses = self._found_uses(Forward(len(outputs)), [outputs])
-            self._uses_of_node = {node: use for use, node in uses}
+            self._uses_of_node = {node: use for use, node in uses.placed}
+            self._uses_of_node |= {node: idle for idle, node in uses.idle}
             self._others_graph = True
             yield
         finally:
@@ -73,16 +76,20 @@ class GraphBackward(Recorder):
     def _on_model_exit(self, forward: Forward, outputs: list[Tensor]) -> None:
         """Prepare for backward passes from these outputs."""
         uses = self._found_uses(forward, outputs)
-        self._starts = [
-            (record, [edge]) for record, edge in forward.records if record.starts_graph and record.placement
-        ]
-        self._starts += [(use, use.edges(node)) for use, node in uses if use.is_first]
-        self._defers = any(self._needs_node_calls(use) for use, _ in uses)
-        for use, node in uses:
+        self._starts = [(record, [edge]) for record, edge in forward.records if self._is_start(record)]
+        self._starts += [(use, edges_of(node)) for use, node in uses.placed if use.is_first]
+        self._starts += [(idle, edges_of(node)) for idle, node in uses.idle]
+        self._defers = any(self._needs_node_calls(use) for use, _ in uses.placed)
+        for use, node in uses.placed:
             if not use.is_first:  # the gradients of those that are are results of the pass
                 self._hook(use, node)
 
-    def _found_uses(self, forward: Forward, outputs: list[Tensor]) -> list[tuple[ParameterUse, Node]]:
+    @staticmethod
+    def _is_start(record: Record) -> bool:
+        """Whether the gradient of a call is a result of the pass: nothing analyzed lies before it, or none is expected."""
+        return record.idle is not None if record.placement is None else record.starts_graph
+
+    def _found_uses(self, forward: Forward, outputs: list[Tensor]) -> Uses:
         uses = self._audit.uses(forward, outputs)
         if forward.refusal is not None:
             raise forward.refusal
@@ -128,7 +135,9 @@ class GraphBackward(Recorder):
 
     def _arrived_at_node(self, current: BackwardPass, node: Node, grads: Gradients) -> None:
         use, grads = self._uses_of_node[node], tuple(grads)
-        if self._needs_node_calls(use):
+        if isinstance(use, IdleUse):
+            self._within(current, use, current.accumulator.add_idle, use, grads)
+        elif self._needs_node_calls(use):
             self._deferred.append((use, node, grads))
         else:
             self._within(current, use, current.accumulator.add_use, use, node, grads)
@@ -150,6 +159,9 @@ class GraphBackward(Recorder):
                 grads = tuple(itertools.islice(arrived, len(several)))
                 if isinstance(item, ParameterUse):
                     self._within(current, item, current.accumulator.add_use, item, several[0].node, grads)
+                elif item.idle is not None:
+                    if any(grad is not None for grad in grads):
+                        self._within(current, item, current.accumulator.add_idle, item, grads)
                 elif grads[0] is not None:
                     self._within(current, item, self._add_start, current, item, grads[0])
             if current.error is None and current.accumulator.is_empty:
@@ -172,7 +184,7 @@ class GraphBackward(Recorder):
         return self._current
 
     def _on_output_gradient(self, record: Record, output_nr: int, grads: tuple[Tensor | None, ...]) -> None:
-        if not record.starts_graph:  # the gradients of those that do are results of the pass
+        if not self._is_start(record):
             super()._on_output_gradient(record, output_nr, grads)
 
     def _on_use_gradients(self, use: ParameterUse, grads: tuple[Tensor | None, ...]) -> None:
