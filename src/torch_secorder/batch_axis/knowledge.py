@@ -109,7 +109,7 @@ class PlacementCache:
                 # A router decides anew for each batch, so that a list of samples is good for one graph only.
                 holds = known.sample_index is None and known.fits(shape, n) and key not in self._unproven
             elif known in (Unplaced.NO_GRADIENT, Unplaced.NOT_FINITE, Unplaced.HIDDEN):
-                holds = key[0] == "call" and not ambiguous_shapes
+                holds = key[0] == "own axis" or (key[0] == "call" and not ambiguous_shapes)
             else:
                 holds = known is Unplaced.SHARED_BY_SAMPLES
             if not holds:

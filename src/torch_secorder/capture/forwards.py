@@ -120,7 +120,7 @@ class ForwardTracker:
         finally:
             for record, _ in forward.records:
                 record.input_nodes = ()
-            forward.records, forward.sharded = [], []
+            forward.records, forward.sharded, forward.own_axes = [], [], []
 
     def refuse(self, error: Exception) -> None:
         """Raise what can't be recorded, or leave that to the end of the backward pass in which the forward runs."""

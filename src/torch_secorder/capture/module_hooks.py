@@ -20,10 +20,11 @@ from torch_secorder.autograd.hooks import HookSet
 from torch_secorder.autograd.nodes import after_node, gradient_edge_of, made_by
 from torch_secorder.batch_axis.placement import FIRST
 from torch_secorder.capture.forwards import ForwardTracker, size_on
-from torch_secorder.capture.records import Forward, HookedModule, Record
+from torch_secorder.capture.records import Forward, HookedModule, OwnAxis, Record
 from torch_secorder.errors import CoverageError, CurvatureError, ShapeError, UnsupportedError
 from torch_secorder.model.containers import tensors
 from torch_secorder.model.hooks import HookScope, WeakHook
+from torch_secorder.model.parameters import named_modules
 from torch_secorder.model.ranks import fsdp_modules, is_dtensor
 
 # torch registers a hook before it notes `with_kwargs`. Another thread that calls the module in between passes the output in the
@@ -70,6 +71,9 @@ class ModuleHooks(HookScope):
         for module in fsdp_modules(model):
             leave_module = WeakHook(self, "on_sharded_output")
             add(module, module.register_forward_hook, leave_module, prepend=True)
+        for name, module in named_modules(model):
+            if isinstance(module, (nn.RNNBase, nn.MultiheadAttention)):
+                add(module, module.register_forward_hook, WeakHook(self, "on_own_axis", name), prepend=True)
         for module, guard in self._guards.items():
             add(module, module.register_forward_pre_hook, WeakHook(self, "check_state", guard))
         add(model, model.register_forward_hook, leave, always_call=True)
@@ -153,6 +157,17 @@ class ModuleHooks(HookScope):
                 forward.input_uses[id(args[0])] = forward.input_uses.get(id(args[0]), 0) + 1
         self._hook_gradient(record, output)
         return leaf
+
+    @never_compiled
+    def on_own_axis(self, name: str, module: nn.Module, args: object, outputs: Any) -> None:
+        """Note the output of a module that says itself which axis counts samples."""
+        output = outputs[0] if isinstance(outputs, tuple) else outputs
+        if not isinstance(output, Tensor) or output.dim() != 3 or not output.requires_grad:
+            return
+        forward, edge = self.forwards.of_call(output, 0), gradient_edge_of(output)
+        if forward is not None and forward.in_model_call and edge is not None:
+            axis = 0 if module.batch_first else 1
+            forward.own_axes.append(OwnAxis(name, module, axis, output.shape, edge))
 
     @never_compiled
     def on_sharded_output(self, module: nn.Module, args: object, output: Any) -> None:

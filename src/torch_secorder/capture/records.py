@@ -16,7 +16,7 @@ from torch_secorder.autograd.engine import current_node, saved_tensors_hooks
 from torch_secorder.autograd.versions import version
 from torch_secorder.batch_axis.evidence import Unplaced
 from torch_secorder.batch_axis.placement import Placement
-from torch_secorder.errors import CoverageError, CurvatureError
+from torch_secorder.errors import CoverageError, CurvatureError, ShapeError
 from torch_secorder.model.ranks import class_as_written, full_tensor
 from torch_secorder.per_sample import PerSampleGradient, SharedFactor
 
@@ -34,6 +34,38 @@ class Idle:
     forget: Callable[[], object]
 
 
+@dataclass(frozen=True)
+class OwnAxis:
+    """The output of a module that has a batch axis of its own: what goes along the other axis belongs together.
+
+    Attributes:
+        name: the module's.
+        module: the module.
+        axis: its batch axis.
+        shape: the output's, ``[batch, steps, features]`` or ``[steps, batch, features]``.
+        edge: where the output's gradient arrives.
+    """
+
+    name: str
+    module: nn.Module
+    axis: int
+    shape: torch.Size
+    edge: GradientEdge
+
+    def contradicts_shapes(self, n: int) -> bool:
+        """Whether there are n steps, and not a multiple of n samples."""
+        return self.shape[1 - self.axis] == n and self.shape[self.axis] % n != 0
+
+    def refusal(self, n: int) -> ShapeError:
+        """The refusal of samples that are on another axis."""
+        kind, first = class_as_written(self.module).__name__, bool(getattr(self.module, "batch_first", False))
+        return ShapeError(
+            f"{kind} '{self.name}' has its batch on axis {self.axis} (batch_first={first}) and its steps on axis {1 - self.axis}, "
+            f"where the model's {n} samples would be: pass batch_axis={self.axis} if the model's inputs have their samples "
+            f"there, or make the module with batch_first={not first}"
+        )
+
+
 @dataclass(eq=False, slots=True)
 class Forward:
     """One run of the model: what makes the calls of its modules belong to the same samples.
@@ -48,6 +80,7 @@ class Forward:
         refusal: what can't be right about it, for the end of the pass.
         records: its calls so far, each with the place in the graph where its gradient arrives; empty once it is over, since a
             record that holds its own node is a cycle that outlives the graph.
+        own_axes: the outputs of modules that have a batch axis of their own; empty once the run is over.
         sharded: the modules that FSDP2 shards, each with a node that made one of its outputs; empty once the run is over.
     """
 
@@ -60,6 +93,7 @@ class Forward:
     refusal: Exception | None = None
     records: list[tuple[Record, GradientEdge]] = field(default_factory=list)
     sharded: list[tuple[nn.Module, Node]] = field(default_factory=list)
+    own_axes: list[OwnAxis] = field(default_factory=list)
 
 
 @dataclass(frozen=True, eq=False)

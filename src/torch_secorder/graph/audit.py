@@ -18,7 +18,7 @@ from torch_secorder.batch_axis.knowledge import ModelKnowledge, PlacementCache, 
 from torch_secorder.batch_axis.placement import Layout, Placement
 from torch_secorder.batch_axis.search import SampleSearch, SearchOnAllRanks
 from torch_secorder.batch_axis.search_pass import SearchPasses
-from torch_secorder.capture.records import Forward, Idle, Record
+from torch_secorder.capture.records import Forward, Idle, OwnAxis, Record
 from torch_secorder.errors import UnsupportedError
 from torch_secorder.graph.frontier import Frontier, IdleUse, ParameterUse
 from torch_secorder.graph.refusals import hidden, not_finite
@@ -135,7 +135,8 @@ class Audit:
         if self._ranks.distributed:
             asked = asked.on_any(self._ranks)
         search = self._search(walk, roots, forward, reached, asked)
-        shared = self._place(reached, search, n, asked)
+        own_axes = [one for one in forward.own_axes if one.edge.node in walk.children]
+        shared = self._place(reached, own_axes, search, n, asked)
         any_shared = self._ranks.max_over_ranks(bool(shared)) if self._ranks.distributed else shared
         if not (asked.uses_outside_calls or any_shared):
             return Uses()
@@ -173,18 +174,25 @@ class Audit:
         ahead = partial(_ahead, walk, reached)
         return SampleSearch(known, n, asked.ambiguous_shapes, passes, locate, ahead, rehearsal=self._rehearsal)
 
-    def _place(self, reached: Reached, search: SampleSearch, n: int, asked: Questions) -> list[Record]:
+    def _place(
+        self, reached: Reached, own_axes: list[OwnAxis], search: SampleSearch, n: int, asked: Questions
+    ) -> list[Record]:
         """Give each record its placement; returns those of calls that all samples share, which have none."""
         for record, _ in reached:
             record.in_output_graph = True
-        by_shape = self._trust_shapes and not asked.ambiguous_shapes
+        contradicted = any(one.contradicts_shapes(n) for one in own_axes)
+        by_shape = self._trust_shapes and not (asked.ambiguous_shapes or contradicted)
         if by_shape or not asked.several_samples:
             for record, _ in reached:
                 if record.placement is None:  # then there is one sample, and all of the output belongs to it
                     record.placement = Placement(0, Layout.BLOCKS)
             return []
-        wanted = _wanted(reached)
-        search(wanted)
+        wanted, beside = _wanted(reached), _wanted_of_own_axes(own_axes)
+        search([*wanted, *beside])
+        for one, (key, _, _) in zip(own_axes, beside, strict=True):
+            found = search.placements.evidence[key]
+            if isinstance(found, Placement) and found.axis == 1 - one.axis:
+                raise one.refusal(n)
         shared = []
         for (record, _), (key, _, _) in zip(reached, wanted, strict=True):
             found = search.placements.evidence[key]
@@ -223,6 +231,16 @@ def _ahead(walk: Walk, reached: Reached) -> list[Node]:
     consumers = (node for edges in walk.uses.values() for node, _ in edges)
     unplaced = (edge.node for record, edge in reached if record.placement is None)
     return walk.above(itertools.chain(consumers, unplaced), LOOK_AHEAD)
+
+
+def _wanted_of_own_axes(own_axes: Sequence[OwnAxis]) -> list[Wanted]:
+    """The places of outputs that have a batch axis of their own."""
+    counts: Counter[str] = Counter()
+    wanted: list[Wanted] = []
+    for one in own_axes:
+        wanted.append((("own axis", one.name, counts[one.name]), one.edge, one.shape))
+        counts[one.name] += 1
+    return wanted
 
 
 def _wanted(reached: Reached) -> list[Wanted]:

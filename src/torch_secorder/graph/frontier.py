@@ -186,7 +186,12 @@ class Frontier:
             # A node that only moves the entries of a batch-free value gives another one. No evidence is needed for that.
             moving = [item for item in level if not self._one_sample and item.node.name() in PERMUTES_ENTRIES]
             others = [item for item in level if self._one_sample or item.node.name() not in PERMUTES_ENTRIES]
-            level = [above for item in moving for above in self._above(item)]
+            level = []
+            for item in moving:
+                if above := self._above(item):
+                    level += above
+                else:
+                    yield item, Idle(Unplaced.SHARED_BY_SAMPLES, partial(self._forget, item)), 0
             for item, (found, output) in zip(others, self._evidence(others), strict=True):
                 if isinstance(found, Placement):
                     yield item, found, output
