@@ -28,7 +28,12 @@ def told(case: Case, found: Outcome) -> str:
     """One line for a finding."""
     steps = ", ".join(step.piece + ("+" if step.around else "") for step in case.steps)
     rest = f"{case.stem} > [{steps}] > {case.head}, {case.loss}, n={list(case.sizes)}, t={case.places}, d={case.width}"
-    odd = [case.data, case.dtype, *(["updates"] if case.updates else []), *(["sequence first"] if case.sequence_first else [])]
+    odd = [
+        case.data,
+        case.dtype,
+        *(["updates"] if case.updates else []),
+        *(["sequence first"] if case.sequence_first else []),
+    ]
     return f"case {case.seed} {found.kind} by {'+'.join(case.ways)}: {rest}, {', '.join(odd)}: {found.detail[:230]} {found.place}"
 
 
@@ -38,24 +43,25 @@ def main() -> int:
     only, skip = (tuple(filter(None, text.split(","))) for text in (args.only, args.skip))
     if args.case is not None:
         case, found = shrunk(drawn(args.case, only, skip))
-        print(told(case, found), "" if found.kind == "exact" else program(case), sep="\n")
+        print(f"# {told(case, found)}", "" if found.kind == "exact" else program(case), sep="\n")
         return int(found.kind in FAILURES)
     counts: collections.Counter[str] = collections.Counter()
-    refusals: collections.Counter[str] = collections.Counter()
+    repeated: collections.Counter[str] = collections.Counter()
     first: dict[str, int] = {}
     seed, end = args.seed * 10**7, time.monotonic() + args.seconds
     while time.monotonic() < end:
         case = drawn(seed, only, skip)
         found = outcome(case)
         counts[found.kind] += 1
-        if found.kind in FAILURES:
+        if found.kind in ("crashed", "refused"):
+            cause = f"{found.kind}: {found.place or found.detail[:70]}"
+            repeated[cause] += 1
+            first.setdefault(cause, seed)
+        if found.kind in FAILURES and (found.kind != "crashed" or repeated[cause] == 1):
             print(told(*shrunk(case)), flush=True)
-        elif found.kind == "refused":
-            refusals[found.detail[:70]] += 1
-            first.setdefault(found.detail[:70], seed)
         seed += 1
-    for detail, many in refusals.most_common(40):
-        print(f"{many} refused: {detail} (first: --case {first[detail]})")
+    for cause, many in repeated.most_common(40):
+        print(f"{many} {cause} (first: --case {first[cause]})")
     print(table(counts))
     return int(any(counts[kind] for kind in FAILURES))
 
@@ -63,7 +69,7 @@ def main() -> int:
 def table(counts: collections.Counter[str]) -> str:
     """How many cases there were of each outcome."""
     whole = max(sum(counts.values()), 1)
-    kinds = ["exact", "coupled", "refused", "wrong", "crashed", "inconsistent"]
+    kinds = ["exact", "coupled", "frozen", "refused", "wrong", "crashed", "inconsistent", "impossible"]
     return "\n".join(f"{kind:13} {counts[kind]:7} {counts[kind] / whole:7.2%}" for kind in kinds)
 
 

@@ -105,7 +105,7 @@ def _number(*parts: object) -> int:
 
 
 def drawn(seed: int, only: Sequence[str] = (), skip: Sequence[str] = ()) -> Case:
-    """The case of a seed, with pieces of `only` if there are any, and none of `skip`."""
+    """The case of a seed, with pieces of `only` if there are any, and no piece, stem or head of `skip`."""
     r = random.Random(f"case {seed}")
     plain = [k for k, entry in PIECES.items() if not entry.coupled and k not in skip and (not only or k in only)]
     mixing = [k for k, entry in PIECES.items() if entry.coupled and k not in skip and (not only or k in only)]
@@ -113,16 +113,18 @@ def drawn(seed: int, only: Sequence[str] = (), skip: Sequence[str] = ()) -> Case
     chosen = [r.choice(plain or mixing) for _ in range(r.choice([1, 1, 2, 2, 3, 4]))]
     if mixing and r.random() < 0.1:
         chosen[r.randrange(len(chosen))] = r.choice(mixing)
-    head = r.choice(list(HEADS))
+    head = r.choice([k for k in HEADS if k not in skip])
     reads = ("pooled", "tokens") if HEADS[head].needs == "both" else (HEADS[head].needs,)
     wants_coupled = r.random() < 0.05
     fitting = [k for k, entry in LOSSES.items() if entry.needs in reads and entry.coupled <= wants_coupled]
     loss = r.choice(fitting)
     case = Case(
-        *(seed, width, places, r.choice(["plain", *STEMS])),
+        *(seed, width, places, r.choice(["plain", *(k for k in STEMS if k not in skip)])),
         tuple(Step(piece, i, r.random() < 0.4) for i, piece in enumerate(chosen)),
         *(head, loss, _ways(r), _sizes(r, n, places, width)),
-        data=r.choice(["normal"] * 5 + ["sorted", "first sample is padding", "padding but for one token", "padded at the end"]),
+        data=r.choice(
+            ["normal"] * 5 + ["sorted", "first sample is padding", "padding but for one token", "padded at the end"]
+        ),
         dtype=r.choice(["float64"] * 7 + ["float32"] * 2 + ["autocast"]),
         frozen=r.choice([0.0, 0.0, 0.1, 0.5]),
         updates=r.random() < 0.4,

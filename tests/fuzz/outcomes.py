@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 import torch_secorder
+from fuzz import truth
 from fuzz.case import Case
 from fuzz.comparison import Wrong
 from fuzz.registry import LOSSES, WAYS
@@ -25,7 +26,9 @@ class Outcome:
     """How a case ended.
 
     `kind` is "exact"; "wrong", NaN among it; "refused", though exact was possible; "coupled", refused as it should be;
-    "crashed", by an exception that isn't the library's; or "inconsistent", if the fuzzer is at fault.
+    "frozen", refused since the docs say that frozen layers without a rule are (with `parameters="all"`);
+    "crashed", by an exception that isn't the library's; "inconsistent", if the fuzzer is at fault;
+    or "impossible", if torch itself can't run the case.
     """
 
     kind: str
@@ -56,6 +59,8 @@ def outcome(case: Case) -> Outcome:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             problem = problem_of(case)
+            if why := _impossible(problem):
+                return Outcome("impossible", "", why)
             for name in case.ways:
                 WAYS[name].make(problem)
                 problem.model.zero_grad()
@@ -64,12 +69,25 @@ def outcome(case: Case) -> Outcome:
     except Wrong as error:
         return Outcome("wrong", name, str(error))
     except CurvatureError as error:
-        return Outcome("coupled" if case.coupled else "refused", name, f"{type(error).__name__}: {error}")
+        frozen = "no exact rule for the frozen parameters" in str(error)
+        kind = "coupled" if case.coupled else "frozen" if frozen else "refused"
+        return Outcome(kind, name, f"{type(error).__name__}: {' '.join(str(error).split())}")
     except Inconsistent as error:
         return Outcome("inconsistent", name, str(error))
     except Exception as error:
-        return Outcome("crashed", name, f"{type(error).__name__}: {error}", _place(error))
+        return Outcome("crashed", name, f"{type(error).__name__}: {' '.join(str(error).split())}", _place(error))
     return Outcome("exact")
+
+
+def _impossible(problem: Problem) -> str:
+    """What torch raises for the case without the library, if it does."""
+    try:
+        for x, y in problem.batches:
+            problem.scalar(truth.running(problem.twin, x, problem.dtype), y).backward()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    problem.twin.zero_grad()
+    return ""
 
 
 def _place(error: Exception) -> str:
@@ -127,4 +145,4 @@ def shrunk(case: Case) -> tuple[Case, Outcome]:
 
 
 def _kind_of_error(found: Outcome) -> str:
-    return found.detail.split(":")[0] if found.kind in ("refused", "coupled", "crashed") else ""
+    return found.detail.split(":")[0] if found.kind not in ("wrong", "inconsistent") else ""

@@ -8,7 +8,7 @@ import textwrap
 
 from fuzz import comparison, losses, model, truth, ways
 from fuzz.case import Case
-from fuzz.registry import HEADS, LOSSES, PIECES, STEMS, WAYS, Entry
+from fuzz.registry import HEADS, LOSSES, PIECES, STEMS, Entry
 
 IMPORTS = """from __future__ import annotations
 
@@ -66,11 +66,8 @@ def _without_imports(text: str) -> str:
 
 
 def _main(case: Case) -> str:
-    parts = "\n".join(
-        f"parts.append(built({step.piece}, {step.number!r}, parts))" for step in case.steps
-    )
+    parts = "\n".join(f"parts.append(built({step.piece}, {step.number!r}, parts))" for step in case.steps)
     around = [step.around for step in case.steps]
-    batches = ", ".join(f"_batch({n})" for n in case.sizes)
     dtype = "torch.float64" if case.dtype == "float64" else "torch.float32"
     return f'''
 def number(*parts):

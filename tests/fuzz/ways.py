@@ -41,9 +41,9 @@ class Problem:
         self.twin.load_state_dict(self.model.state_dict())
         named = named or {k: p for k, p in self.twin.named_parameters() if p.requires_grad}
         there = truth.in_batch(self.twin, named, self.loss, x, y, self.dtype)
-        alone = truth.alone(self.twin, named, self.loss, x, y, self.dtype, self.axis)
-        if alone is not None and not self.coupled:
-            a, b = squared_norms(alone), squared_norms(there)
+        apart = truth.alone(self.twin, named, self.loss, x, y, self.dtype, self.axis)
+        if apart is not None and not self.coupled:
+            a, b = squared_norms(apart), squared_norms(there)
             for name in a:
                 try:
                     require_equal(name, b[name], a[name], sum(a.values()), self.dtype)
@@ -52,7 +52,13 @@ class Problem:
         return there
 
     def scalar(self, out: Any, y: Tensor) -> Tensor:
+        """The loss as a user writes it."""
         return self.loss(out, y)[0]
+
+    def __post_init__(self) -> None:
+        if self.axis:
+            batch_first = self.loss
+            self.loss = lambda out, y: batch_first(out.transpose(0, 1), y)
 
     def outputs(self, x: Tensor) -> Any:
         return truth.running(self.model, x, self.dtype)
@@ -80,6 +86,7 @@ def monitor(problem: Problem) -> None:
     """The user's own loop, in which gradients must be as without the monitor."""
     options = dict(problem.options)
     everything = options["parameters"] == "all"
+    hooks = _hooks(problem.model)
     watched = FisherMonitor(problem.model, problem.reduction, batch_axis=problem.batch_axis, **options)
     named = {k: p for k, p in problem.twin.named_parameters() if everything or p.requires_grad}
     frozen = [p for p in named.values() if not p.requires_grad]
@@ -103,7 +110,7 @@ def monitor(problem: Problem) -> None:
     if options["diagonal"]:
         diagonal = {k: c * sum(d[k] for d in diagonals) for k in named}
         problem.require("monitor, diagonal", watched.diagonal, diagonal, sum(traces.values()))
-    if any(m._forward_hooks or m._forward_pre_hooks for m in problem.model.modules()):
+    if _hooks(problem.model) != hooks:
         raise Wrong("monitor: hooks are left")
 
 
@@ -127,6 +134,10 @@ def _step(problem: Problem, watched: FisherMonitor, x: Tensor, y: Tensor, *, ver
     for (k, p), q in zip(problem.model.named_parameters(), problem.twin.parameters(), strict=True):
         if (p.grad is None) != (q.grad is None) or (p.grad is not None and not torch.equal(p.grad, q.grad)):
             raise Wrong(f"monitor: .grad of {k} is another with the monitor")
+
+
+def _hooks(model: nn.Module) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
 
 def _updated(problem: Problem) -> None:

@@ -59,7 +59,10 @@ def encoder_layer(s: Site) -> Part:
 
 @piece()
 def decoder_layer(s: Site) -> Part:
-    own = {"d": nn.TransformerDecoderLayer(s.width, 2, 5, 0.0, batch_first=True), "q": s.parameter(1, s.places, s.width)}
+    own = {
+        "d": nn.TransformerDecoderLayer(s.width, 2, 5, 0.0, batch_first=True),
+        "q": s.parameter(1, s.places, s.width),
+    }
     return Part(lambda m, h: m.d(m.q.expand(len(h), -1, -1), h), **own)
 
 

@@ -35,7 +35,10 @@ def expanded_positions(s: Site) -> Part:
 
 @piece()
 def network_on_positions(s: Site) -> Part:
-    own = {"f": nn.Sequential(nn.Linear(2, 5), nn.ReLU(), nn.Linear(5, s.width)), "t": nn.Buffer(torch.randn(s.places, 2))}
+    own = {
+        "f": nn.Sequential(nn.Linear(2, 5), nn.ReLU(), nn.Linear(5, s.width)),
+        "t": nn.Buffer(torch.randn(s.places, 2)),
+    }
     return Part(lambda m, h: h + m.f(m.t), **own)
 
 
@@ -99,7 +102,11 @@ def codebook(s: Site) -> Part:
 
 @piece()
 def graph_layer_on_shared_nodes(s: Site) -> Part:
-    own = {"x": nn.Buffer(torch.randn(s.places, s.width)), "a": nn.Buffer(torch.rand(s.places, s.places)), "l": s.linear()}
+    own = {
+        "x": nn.Buffer(torch.randn(s.places, s.width)),
+        "a": nn.Buffer(torch.rand(s.places, s.places)),
+        "l": s.linear(),
+    }
     return Part(lambda m, h: h + m.a @ m.l(m.x), **own)
 
 

@@ -1,4 +1,7 @@
-"""Rows that go their own ways: experts, sorting, gathering, scattering, masks."""
+"""Rows that go their own ways: experts, sorting, gathering, scattering, masks.
+
+What decides is a single number of h, not a sum that a norm may have made zero up to rounding.
+"""
 
 from __future__ import annotations
 
@@ -93,7 +96,7 @@ def sort_by_second_axis(s: Site) -> Part:
 @piece()
 def routed_samples(s: Site) -> Part:
     def f(m: Part, h: Tensor) -> Tensor:
-        k = h.detach().mean((1, 2)) > 0
+        k = h.detach()[:, 0, 0] > 0
         out = torch.zeros_like(h)
         out[k] = m.a(h[k]).to(h.dtype)
         out[~k] = m.b(h[~k]).to(h.dtype)
@@ -172,7 +175,7 @@ def tokens_without_padding(s: Site) -> Part:
 @piece()
 def samples_with_a_closed_gate(s: Site) -> Part:
     def f(m: Part, h: Tensor) -> Tensor:
-        return h + m.l(h) * (h.detach().sum((1, 2), keepdim=True) > 0)
+        return h + m.l(h) * (h.detach()[:, :1, :1] > 0)
 
     return Part(f, l=s.linear())
 
@@ -180,15 +183,15 @@ def samples_with_a_closed_gate(s: Site) -> Part:
 @piece()
 def first_of_every_sample(s: Site) -> Part:
     def f(m: Part, h: Tensor) -> Tensor:
-        best = h.detach().sum(-1).argmax(1)
+        best = h.detach()[..., 0].argmax(1)
         return h + m.l(h.gather(1, best[:, None, None].expand(-1, 1, h.shape[2])))
 
     return Part(f, l=s.linear())
 
 
 @piece()
-def choice_of_the_batch(s: Site) -> Part:
+def choice_by_sample(s: Site) -> Part:
     def f(m: Part, h: Tensor) -> Tensor:
-        return torch.where(h.detach().sum((1, 2), keepdim=True) > 0, m.a(h), m.b(h).tanh())
+        return torch.where(h.detach()[:, :1, :1] > 0, m.a(h), m.b(h).tanh())
 
     return Part(f, a=s.linear(), b=s.linear())
