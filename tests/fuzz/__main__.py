@@ -13,6 +13,8 @@ from fuzz.case import Case, drawn
 from fuzz.outcomes import FAILURES, Outcome, outcome, shrunk
 from fuzz.program import program
 
+ODD = ("data", "dtype", "frozen", "updates", "evaluates", "sequence_first")
+
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="fuzz", description="random models and loops against a loop over samples")
@@ -28,12 +30,9 @@ def told(case: Case, found: Outcome) -> str:
     """One line for a finding."""
     steps = ", ".join(step.piece + ("+" if step.around else "") for step in case.steps)
     rest = f"{case.stem} > [{steps}] > {case.head}, {case.loss}, n={list(case.sizes)}, t={case.places}, d={case.width}"
-    odd = [
-        case.data,
-        case.dtype,
-        *(["updates"] if case.updates else []),
-        *(["sequence first"] if case.sequence_first else []),
-    ]
+    plain = Case(0, 0, 0, "", (), "", "", (), ())
+    odd = [f"{name}={getattr(case, name)}" for name in ODD if getattr(case, name) != getattr(plain, name)]
+    odd += [f"{name}={value}" for name, value in case.options.items() if value not in (None, False, 1.0, "trainable")]
     return f"case {case.seed} {found.kind} by {'+'.join(case.ways)}: {rest}, {', '.join(odd)}: {found.detail[:230]} {found.place}"
 
 
