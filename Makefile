@@ -4,6 +4,9 @@ TORCH ?= torch==2.13.0
 # Python and torch at both ends, and where the environment with the newest is kept between runs of CI.
 OLDEST ?= 3.10 2.8.0
 NEWEST ?= 3.13 2.15.0
+# How long random models are tried, and from which seed on.
+SECONDS ?= 60
+SEED ?= 1
 CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/torch-secorder
 VENV := .venv
 BIN := $(VENV)/bin
@@ -14,7 +17,7 @@ EXAMPLES := $(wildcard examples/*.py)
 # The arrays here are small: threads cost more than they give.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test check lint types doctest examples docs format bench bench-growth versions newest clean
+.PHONY: help demo test check lint types doctest examples docs format fuzz bench bench-growth versions newest clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -51,6 +54,9 @@ docs: $(READY)  ## build the documentation, and run the code in it
 format: $(READY)  ## let the formatter have its way
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+fuzz: $(READY)  ## try random models and loops: make fuzz SECONDS=600 SEED=1
+	PYTHONPATH=tests $(BIN)/python -m fuzz --seconds $(SECONDS) --seed $(SEED)
 
 bench: $(BENCH)  ## measure time and memory beside other packages, and write docs/concepts/performance.rst
 	PYTHONPATH=tests $(BIN)/python -m benchmarks.speed --save

@@ -1,0 +1,68 @@
+"""What is right: every sample's gradients by plain autograd, alone and in its batch. Nothing here knows the library."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+Loss = Callable[[Any, Tensor], tuple[Tensor, Tensor]]
+Rows = dict[str, Tensor]  # by parameter, [n, *shape] in float64
+
+
+def running(model: nn.Module, x: Tensor, dtype: str) -> Any:
+    """The outputs, in float32 where the model runs in half precision."""
+    context = torch.autocast("cpu", torch.bfloat16) if dtype == "autocast" else contextlib.nullcontext()
+    with context:
+        return tree_map(lambda z: z.float() if dtype == "autocast" else z, model(x))
+
+
+def rows(named: dict[str, Tensor], scalars: Sequence[Tensor]) -> Rows:
+    """The gradients of some scalars, a row for each; by way of .grad, since re-entrant checkpointing allows nothing else."""
+    found: dict[str, list[Tensor]] = {name: [] for name in named}
+    for scalar in scalars:
+        for p in named.values():
+            p.grad = None
+        if scalar.requires_grad:
+            scalar.backward(retain_graph=True)
+        for name, p in named.items():
+            found[name].append((torch.zeros_like(p) if p.grad is None else p.grad).detach().double())
+            p.grad = None
+    return {name: torch.stack(each) for name, each in found.items()}
+
+
+def in_batch(model: nn.Module, named: dict[str, Tensor], loss: Loss, x: Tensor, y: Tensor, dtype: str) -> Rows:
+    """The gradients of every sample's share of the batch's loss, through the graph of the batch."""
+    return rows(named, list(loss(running(model, x, dtype), y)[1]))
+
+
+def alone(
+    model: nn.Module, named: dict[str, Tensor], loss: Loss, x: Tensor, y: Tensor, dtype: str, axis: int
+) -> Rows | None:
+    """The same with every sample alone in the model, its output put into its row of the batch's; None if that can't run."""
+    with torch.no_grad():
+        batch = running(model, x, dtype)
+    each = []
+    for n in range(len(y)):
+        try:
+            out = running(model, x.narrow(axis, n, 1), dtype)
+        except (RuntimeError, ValueError, IndexError):
+            return None
+        place = torch.arange(len(y)) == n
+        each.append(rows(named, [loss(_replaced(batch, out, place, axis), y)[1][n]]))
+    return {name: torch.cat([one[name] for one in each]) for name in named}
+
+
+def _replaced(batch: Any, out: Any, place: Tensor, axis: int) -> Any:
+    if isinstance(batch, dict):
+        return {key: _replaced(batch[key], out[key], place, axis) for key in batch}
+    return torch.where(place.view([-1 if i == axis else 1 for i in range(batch.dim())]), out, batch)
+
+
+def squared_norms(rows: Rows) -> dict[str, Tensor]:
+    """t_{n,p}, by parameter."""
+    return {name: (g.flatten(1) if g.dim() > 1 else g[:, None]).square().sum(1) for name, g in rows.items()}

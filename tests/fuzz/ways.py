@@ -1,0 +1,223 @@
+"""The ways into the library. Each runs a problem, compares what it says, and raises `Wrong`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fuzz import truth
+from fuzz.comparison import Wrong, require_equal
+from fuzz.losses import logits, tokens
+from fuzz.registry import way
+from fuzz.truth import Loss, Rows, squared_norms
+from torch_secorder import FisherMonitor, empirical_fisher_trace, fisher_results, generalized_fisher_trace
+
+
+class Inconsistent(Exception):
+    """A sample alone differs from its share of the batch, though no piece is said to mix samples: a fault of the fuzzer."""
+
+
+@dataclass
+class Problem:
+    """A model with batches and a loss, and an equal model for plain autograd."""
+
+    model: nn.Module
+    twin: nn.Module
+    batches: list[tuple[Tensor, Tensor]]
+    loss: Loss
+    reduction: str
+    dtype: str
+    updates: bool
+    coupled: bool
+    verified: bool  # by the monitor: coupled losses are found in no other way
+    axis: int
+    options: dict[str, Any]
+
+    def expected(self, x: Tensor, y: Tensor, named: dict[str, Tensor] | None = None) -> Rows:
+        """Every sample's gradients; alone and in the batch are the same, unless samples are coupled."""
+        self.twin.load_state_dict(self.model.state_dict())
+        named = named or {k: p for k, p in self.twin.named_parameters() if p.requires_grad}
+        there = truth.in_batch(self.twin, named, self.loss, x, y, self.dtype)
+        apart = truth.alone(self.twin, named, self.loss, x, y, self.dtype, self.axis)
+        if apart is not None and not self.coupled:
+            a, b = squared_norms(apart), squared_norms(there)
+            for name in a:
+                try:
+                    require_equal(name, b[name], a[name], sum(a.values()), self.dtype)
+                except Wrong as difference:
+                    raise Inconsistent(str(difference)) from None
+        return there
+
+    def scalar(self, out: Any, y: Tensor) -> Tensor:
+        """The loss as a user writes it."""
+        return self.loss(out, y)[0]
+
+    def __post_init__(self) -> None:
+        if self.axis:
+            batch_first = self.loss
+            self.loss = lambda out, y: batch_first(out.transpose(0, 1), y)
+
+    def outputs(self, x: Tensor) -> Any:
+        return truth.running(self.model, x, self.dtype)
+
+    def require(self, what: str, got: dict[str, Any], expected: dict[str, Tensor], total: Any) -> None:
+        """Raises unless both have the same names and numbers."""
+        if list(got) != list(expected):
+            raise Wrong(f"{what}: got {list(got)}, expected {list(expected)}")
+        for name in got:
+            require_equal(f"{what} of {name}", got[name], expected[name], total, self.dtype)
+
+    @property
+    def batch_axis(self) -> Any:
+        return {"": self.axis} if self.axis else None
+
+    def pooled(self) -> tuple[dict[str, Tensor], float]:
+        """t_{n,p} of all batches, and what their sum is multiplied by."""
+        each = [squared_norms(self.expected(x, y)) for x, y in self.batches]
+        t = {name: torch.cat([one[name] for one in each]) for name in each[0]}
+        return t, 1.0 if self.reduction == "sum" else 1 / sum(len(y) for _, y in self.batches)
+
+
+@way()
+def monitor(problem: Problem) -> None:
+    """The user's own loop, in which gradients must be as without the monitor."""
+    options = dict(problem.options)
+    everything = options["parameters"] == "all"
+    hooks = _hooks(problem.model)
+    watched = FisherMonitor(problem.model, problem.reduction, batch_axis=problem.batch_axis, **options)
+    named = {k: p for k, p in problem.twin.named_parameters() if everything or p.requires_grad}
+    frozen = [p for p in named.values() if not p.requires_grad]
+    ts, diagonals = [], []
+    for p in frozen:
+        p.requires_grad_(True)
+    with watched:
+        for number, (x, y) in enumerate(problem.batches):
+            expected = problem.expected(x, y, named)
+            _step(problem, watched, x, y, verify=problem.verified and number == 0)
+            t, total = squared_norms(expected), sum(squared_norms(expected).values())
+            if options["per_sample"]:
+                got = {k: watched.per_sample[k].to_numpy()[-len(y) :] for k in watched.per_sample}
+                problem.require(f"monitor, t in step {number + 1}", got, t, total)
+            ts.append(t)
+            diagonals.append({k: g.square().sum(0) for k, g in expected.items()})
+            _updated(problem)
+    c = 1.0 if problem.reduction == "sum" else 1 / sum(len(y) for _, y in problem.batches)
+    traces = {k: c * sum(t[k].sum() for t in ts) for k in named}
+    problem.require("monitor, fisher_trace", dict(watched.report()["fisher_trace"]), traces, sum(traces.values()))
+    if options["diagonal"]:
+        diagonal = {k: c * sum(d[k] for d in diagonals) for k in named}
+        problem.require("monitor, diagonal", watched.diagonal, diagonal, sum(traces.values()))
+    if _hooks(problem.model) != hooks:
+        raise Wrong("monitor: hooks are left")
+
+
+def _step(problem: Problem, watched: FisherMonitor, x: Tensor, y: Tensor, *, verify: bool) -> None:
+    """One pass of the model under the monitor, and whether .grad is as the twin's, which runs without it."""
+    scale = problem.options["loss_scale"]
+    problem.model.zero_grad()
+    problem.twin.zero_grad()
+    trainable = {k: p.requires_grad for k, p in problem.model.named_parameters()}
+    before = {k: p.requires_grad for k, p in problem.twin.named_parameters()}
+    for k, p in problem.twin.named_parameters():
+        p.requires_grad_(trainable[k])
+    (problem.scalar(truth.running(problem.twin, x, problem.dtype), y) * scale).backward()
+    for k, p in problem.twin.named_parameters():
+        p.requires_grad_(before[k])
+    out = problem.outputs(x)
+    loss = problem.scalar(out, y) * scale
+    if verify:
+        watched.verify(loss)
+    loss.backward()
+    for (k, p), q in zip(problem.model.named_parameters(), problem.twin.parameters(), strict=True):
+        if (p.grad is None) != (q.grad is None) or (p.grad is not None and not torch.equal(p.grad, q.grad)):
+            raise Wrong(f"monitor: .grad of {k} is another with the monitor")
+
+
+def _hooks(model: nn.Module) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+def _updated(problem: Problem) -> None:
+    for p in problem.model.parameters() if problem.updates else ():
+        if p.grad is not None:
+            p.data -= 0.1 / problem.options["loss_scale"] * p.grad
+
+
+@way()
+def report(problem: Problem) -> None:
+    """fisher_results over all batches, verified, with every sample's numbers and the diagonal."""
+    t, c = problem.pooled()
+    with torch.autocast("cpu", torch.bfloat16, enabled=problem.dtype == "autocast"):
+        found = fisher_results(
+            *(problem.model, problem.scalar, problem.batches),
+            per_sample=True,
+            diagonal=problem.options["diagonal"],
+            batch_axis=problem.batch_axis,
+            max_memory=problem.options["max_memory"],
+            reduction=problem.reduction,
+            progress=False,
+        )
+    got = {k: found.per_sample[k].to_numpy() for k in found.per_sample}
+    problem.require("fisher_results, t", got, t, sum(t.values()))
+    traces = {k: c * each.sum() for k, each in t.items()}
+    problem.require("fisher_report", dict(found.report()["fisher_trace"]), traces, sum(traces.values()))
+    _require_untouched(problem)
+
+
+@way()
+def empirical(problem: Problem) -> None:
+    """empirical_fisher_trace of each batch, called twice, since what is known after the first call is used by the second."""
+    if problem.axis:
+        return
+    for x, y in [*problem.batches, problem.batches[0]]:
+        c = 1.0 if problem.reduction == "sum" else 1 / len(y)
+        expected = c * sum(t.sum() for t in squared_norms(problem.expected(x, y)).values())
+        with torch.autocast("cpu", torch.bfloat16, enabled=problem.dtype == "autocast"):
+            got = empirical_fisher_trace(problem.model, problem.scalar, x, y)
+        require_equal("empirical_fisher_trace", got, expected, expected, problem.dtype)
+    _require_untouched(problem)
+
+
+@way()
+def exact(problem: Problem) -> None:
+    """The Fisher with labels integrated out, through the graph of outputs that are there, and by fisher_results."""
+    if problem.axis or problem.dtype == "autocast" or problem.coupled:
+        return
+    x = problem.batches[0][0]
+    problem.twin.load_state_dict(problem.model.state_dict())
+    out = truth.running(problem.twin, x, problem.dtype)
+    pooled = isinstance(out, dict) or out.dim() == 2
+    f = logits(out) if pooled else tokens(out)
+    t = _of_classes(problem, f) if pooled else _of_elements(problem, f)
+    expected, kind = sum(t.values()) / len(x), "nll" if pooled else "mse"
+    outputs = problem.model(x)
+    got = generalized_fisher_trace(problem.model, logits(outputs) if pooled else tokens(outputs), None, kind)
+    require_equal("generalized_fisher_trace", got, expected, expected, problem.dtype)
+    found = fisher_results(problem.model, None, (x, None), fisher="exact", loss_type=kind, progress=False)
+    traces = {k: v / len(x) for k, v in t.items()}
+    problem.require("fisher_results, exact", dict(found.report()["fisher_trace"]), traces, expected)
+    _require_untouched(problem)
+
+
+def _named(problem: Problem) -> dict[str, Tensor]:
+    return {k: p for k, p in problem.twin.named_parameters() if p.requires_grad}
+
+
+def _of_classes(problem: Problem, f: Tensor) -> dict[str, Tensor]:
+    """By parameter, the sum over samples and labels of p(label) ||gradient of log p(label)||^2."""
+    p, named = f.softmax(1).detach().double(), _named(problem)
+    each = [squared_norms(truth.rows(named, list(f.log_softmax(1)[:, k]))) for k in range(f.shape[1])]
+    return {name: sum((t[name] * p[:, k]).sum() for k, t in enumerate(each)) for name in named}
+
+
+def _of_elements(problem: Problem, f: Tensor) -> dict[str, Tensor]:
+    """By parameter, the sum over the outputs' elements of their squared gradients."""
+    return {name: t.sum() for name, t in squared_norms(truth.rows(_named(problem), list(f.flatten()))).items()}
+
+
+def _require_untouched(problem: Problem) -> None:
+    if any(p.grad is not None for p in problem.model.parameters()):
+        raise Wrong("a function wrote .grad")
