@@ -94,6 +94,9 @@ ATTRIBUTES: dict[str, dict[str, str]] = {
     "IndexBackward0": {"indices": "_saved_indices"},
     "IndexSelectBackward0": _AXIS | {"index": "_saved_index"},
     "FlipBackward0": {"axes": "_saved_dims"},
+    "GatherBackward0": _AXIS,
+    "SortBackward0": _AXIS,
+    "TopkBackward0": _AXIS,
     # What tells apart two nodes of one kind that only move entries; those that save nothing are all alike.
     "TransposeBackward0": {"axis": "_saved_dim0", "other": "_saved_dim1"},
     "PermuteBackward0": {"axes": "_saved_dims"},

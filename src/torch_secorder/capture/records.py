@@ -60,7 +60,7 @@ class OwnAxis:
         """The refusal of samples that are on another axis."""
         kind, first = class_as_written(self.module).__name__, bool(getattr(self.module, "batch_first", False))
         return ShapeError(
-            f"{kind} '{self.name}' has its batch on axis {self.axis} (batch_first={first}) and its steps on axis {1 - self.axis}, "
+            f"{kind} '{self.name}' has its batch on axis {self.axis} (batch_first={first}), its steps on axis {1 - self.axis}, "
             f"where the model's {n} samples would be: pass batch_axis={self.axis} if the model's inputs have their samples "
             f"there, or make the module with batch_first={not first}"
         )

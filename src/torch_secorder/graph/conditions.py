@@ -11,9 +11,15 @@ from torch import Tensor
 from torch_secorder.autograd.nodes import value_shape
 from torch_secorder.autograd.saved import knows, saved
 
-# Nodes that may put samples into another order.
-_NAMES = "Index IndexSelect Flip Roll Gather IndexPut IndexAdd Scatter ScatterAdd Sort"
-REORDERS = {f"{name}Backward0" for name in _NAMES.split()}
+# Nodes that may put samples into another order, if they work along an axis of samples.
+_NAMES = (
+    "Index IndexSelect IndexPut IndexAdd IndexCopy IndexReduce Gather Scatter ScatterAdd ScatterReduce Take Put MaskedSelect "
+    "MaskedScatter Flip Roll Sort Topk Embedding Mm Bmm Addmm"
+)
+REORDERS = {f"{name}Backward{version}" for name in _NAMES.split() for version in (0, 1)}
+
+# Nodes that take some entries along an axis. Which ones tells two graphs apart that put them together in another order.
+PICKS = {"SelectBackward0", "SliceBackward0"}
 
 
 # Both are remembered, since step after step has the same shapes.
@@ -30,21 +36,64 @@ def has_ambiguous_axis(n: int, shapes: tuple[tuple[int, ...], ...]) -> bool:
     return any(n in shape[1:] for shape in set(shapes))
 
 
-def reorders_first_axis(node: Any, n: int) -> bool:
-    """Whether one of these nodes works on the first axis, and not in the order that is there already.
+def may_reorder(node: Any, n: int) -> bool:
+    """Whether one of these nodes works along an axis of n samples, or of a multiple, and not in the order that is there already.
 
     Where that can't be told, it may.
     """
     name = node.name()
+    if name in ("MmBackward0", "AddmmBackward0", "BmmBackward0"):
+        return _mixes_rows(node, n)
+    if name == "EmbeddingBackward0":
+        return not _is_weight(node.next_functions[0][0]) and _may_count(_input_shape(node, 0)[0], n)
+    shape = _input_shape(node, 0)
     if name == "FlipBackward0" and knows(name, "axes"):
-        return any(axis % len(value_shape(node, 0)) == 0 for axis in saved(node, "axes"))
+        return any(_may_count(shape[axis % len(shape)], n) for axis in saved(node, "axes"))
     if name == "IndexBackward0" and knows(name, "indices"):
-        first = saved(node, "indices")[0]
-        return first is not None and not _in_order(first, n)
+        pairs = zip(saved(node, "indices"), shape, strict=False)
+        return any(index is not None and _may_count(size, n) and not _in_order(index, size) for index, size in pairs)
     if name == "IndexSelectBackward0" and knows(name, "axis", "index"):
-        return saved(node, "axis") == 0 and not _in_order(saved(node, "index"), n)
+        size = shape[saved(node, "axis") % len(shape)]
+        return _may_count(size, n) and not _in_order(saved(node, "index"), size)
+    if name in ("GatherBackward0", "SortBackward0", "TopkBackward0") and shape and knows(name, "axis"):
+        return _may_count(shape[saved(node, "axis") % len(shape)], n)
     return True
 
 
-def _in_order(index: Tensor, n: int) -> bool:
-    return index.shape == (n,) and bool((index == torch.arange(n, device=index.device)).all())
+def picked(node: Any, n: int) -> tuple[int, int] | None:
+    """The axis along which a node picks samples, if it does, and where it begins."""
+    name, shape = node.name(), _input_shape(node, 0)
+    where = "index" if name == "SelectBackward0" else "start"
+    if not shape or not knows(name, "axis", where):
+        return None
+    axis = saved(node, "axis") % len(shape)
+    return (axis, saved(node, where)) if _may_count(shape[axis], n) else None
+
+
+def _mixes_rows(node: Any, n: int) -> bool:
+    """Whether a matrix without a gradient is multiplied with rows that samples may count, as a permutation matrix is."""
+    inputs = node.next_functions[-2:]
+    (left, _), (right, nr) = inputs
+    if left is not None or right is None or _is_weight(right):
+        return False
+    return _may_count(value_shape(right, nr)[-2], n)
+
+
+def _is_weight(node: Any) -> bool:
+    """Whether a value is a leaf, or the transpose of one."""
+    while node is not None and node.name() in ("TBackward0", "TransposeBackward0"):
+        node = node.next_functions[0][0]
+    return node is None or hasattr(node, "variable")
+
+
+def _input_shape(node: Any, index: int) -> tuple[int, ...]:
+    child, nr = node.next_functions[index]
+    return () if child is None else value_shape(child, nr)
+
+
+def _may_count(size: int, n: int) -> bool:
+    return size > 0 and size % n == 0
+
+
+def _in_order(index: Tensor, size: int) -> bool:
+    return index.shape == (size,) and bool((index == torch.arange(size, device=index.device)).all())

@@ -13,7 +13,7 @@ from torch.autograd.graph import Node
 from torch_secorder.autograd.nodes import Edge, output_shapes
 from torch_secorder.autograd.saved import axes
 from torch_secorder.capture.records import Forward, Record
-from torch_secorder.graph.conditions import REORDERS, has_ambiguous_axis, reorders_first_axis, size_pattern
+from torch_secorder.graph.conditions import PICKS, REORDERS, has_ambiguous_axis, may_reorder, picked, size_pattern
 
 
 class Walk:
@@ -31,7 +31,8 @@ class Walk:
         n: how many samples the forward has; None if nobody knows.
         other_leaves: the nodes that accumulate gradients of other tensors: inputs, parameters that are not analyzed.
         fingerprint: a hash of the graph, equal for graphs with the same nodes in the same order and the same pattern of
-            sizes. Where sizes prove nothing, the axes that the nodes work along are hashed as well.
+            sizes, that take parts and pick samples in the same order. Where sizes prove nothing, the axes that the nodes work
+            along are hashed as well.
         has_ambiguous_axis: whether some tensor has n indices on another axis than the first, so that sizes prove nothing.
         reorders_samples: whether some node may put the samples into another order, so that what held for other batches
             may not hold for this one.
@@ -47,6 +48,7 @@ class Walk:
         self.unfolded = set(unfolded)
         self.other_leaves: list[Node] = []
         self._names: list[str] = []  # of the nodes in children
+        self._parts: list[int] = []  # which outputs of nodes with several are taken, in turn
         calls: dict[Node, list[Record]] = defaultdict(list)
         for record, edge in forward.records:
             if record.site.rule is not None and record not in self.unfolded:
@@ -70,7 +72,9 @@ class Walk:
                     self.other_leaves.append(node)
             self.children[node] = inputs
             self._names.append(node.name())
-            for index, (child, _) in enumerate(inputs):
+            for index, (child, nr) in enumerate(inputs):
+                if nr:
+                    self._parts.append(nr)
                 if child is None or child in seen:
                     continue
                 if ending is None and child in self.leaves:
@@ -122,14 +126,17 @@ class Walk:
             n is not None
             and n > 1
             and not REORDERS.isdisjoint(names)
-            and any(
-                reorders_first_axis(node, n)
-                for node, name in zip(self.children, names, strict=True)
-                if name in REORDERS
-            )
+            and any(may_reorder(node, n) for node, name in zip(self.children, names, strict=True) if name in REORDERS)
         )
         along = tuple([axes(node) for node in self.children]) if self.has_ambiguous_axis else None
-        self.fingerprint = hash((names, None if n is None else size_pattern(n, shapes), along))
+        order = None if n is None or PICKS.isdisjoint(names) else self._order_of_picks(names, n)
+        self.fingerprint = hash(
+            (names, None if n is None else size_pattern(n, shapes), along, order, tuple(self._parts))
+        )
+
+    def _order_of_picks(self, names: Sequence[str], n: int) -> tuple[object, ...]:
+        """Which samples are picked one by one, in the order in which they are met."""
+        return tuple([picked(node, n) for node, name in zip(self.children, names, strict=True) if name in PICKS])
 
     @cached_property
     def parents(self) -> dict[Node, list[Edge]]:

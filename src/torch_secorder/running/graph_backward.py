@@ -79,7 +79,9 @@ class GraphBackward(Recorder):
         self._starts = [(record, [edge]) for record, edge in forward.records if self._is_start(record)]
         self._starts += [(use, edges_of(node)) for use, node in uses.placed if use.is_first]
         self._starts += [(idle, edges_of(node)) for idle, node in uses.idle]
-        self._defers = any(self._needs_node_calls(use) for use, _ in uses.placed)
+        # Where no gradient is expected behind a use, the use's own node runs in the pass, too, and is asked later.
+        idle = uses.idle or any(record.idle for record, _ in forward.records)
+        self._defers = bool(idle) or any(self._needs_node_calls(use) for use, _ in uses.placed)
         for use, node in uses.placed:
             if not use.is_first:  # the gradients of those that are are results of the pass
                 self._hook(use, node)
