@@ -127,9 +127,9 @@ def _contracted(value: Tensor, axis: int) -> Tensor:
     before, size, after = math.prod(value.shape[:axis]), value.shape[axis], math.prod(value.shape[axis + 1 :])
     # The longer side is contracted first, since little is left after that.
     if before < after:
-        rows = _after(value.reshape(-1, after)).view(before, size, DIRECTIONS)
+        rows = _after(value.reshape(before * size, after)).view(before, size, DIRECTIONS)
         return torch.einsum("bsd,bd->sd", rows, _directions(before, value))
-    columns = _before(value.reshape(before, -1)).view(DIRECTIONS, size, after)
+    columns = _before(value.reshape(before, size * after)).view(DIRECTIONS, size, after)
     return torch.einsum("dsa,ad->sd", columns, _directions(after, value))
 
 

@@ -47,6 +47,11 @@ def cancellation_floor(dtype: torch.dtype) -> float:
     return 4 * torch.finfo(dtype).eps / wanted
 
 
+def in_rows(value: Tensor) -> Tensor:
+    """``[n, *shape]`` as ``[n, elements]``, also where a sample has one number, or none."""
+    return value[:, None].flatten(1)
+
+
 def sign_vectors(shape: Sequence[int], like: Tensor) -> tuple[Tensor, Tensor]:
     """Random signs ``left`` and ``right`` for :meth:`PerSampleGradient.along`, always the same for one shape.
 
@@ -128,7 +133,7 @@ class PerSampleGradient(ABC):
 
     def dense_squared_norm(self) -> Tensor:
         """:meth:`squared_norm` from the gradients themselves: no sum with signs, and no digits that cancel."""
-        return torch.cat([squared_norm_of_rows(part.dense().flatten(1)) for part in self.parts()])
+        return torch.cat([squared_norm_of_rows(in_rows(part.dense())) for part in self.parts()])
 
     def sum_of_squares(self) -> Tensor:
         """``sum_n G_n ** 2`` entry by entry, ``[*shape]``: the diagonal of ``sum_n vec(G_n) vec(G_n)^T``."""
@@ -147,7 +152,7 @@ class PerSampleGradient(ABC):
 
         The shape is read as ``(left, right)``.
         """
-        return left @ self.total().reshape(len(left), -1) @ right
+        return left @ self.total().reshape(len(left), len(right)) @ right
 
     def inner(self, other: PerSampleGradient) -> Tensor:
         """``<G_n, H_n>`` with the other form's gradients of the same samples, ``[n]``."""
@@ -155,7 +160,7 @@ class PerSampleGradient(ABC):
             if (value := a.factored_inner(b)) is not None:
                 return value
         pairs = ((self.select(rows), other.select(rows)) for rows in self._chunks())
-        return torch.cat([(a.dense().flatten(1) * b.dense().flatten(1)).sum(1) for a, b in pairs])
+        return torch.cat([(in_rows(a.dense()) * in_rows(b.dense())).sum(1) for a, b in pairs])
 
     def __add__(self, other: PerSampleGradient) -> PerSampleGradient:
         """The sum of both, for another use of the same parameter by the same samples."""
@@ -208,7 +213,7 @@ class Dense(PerSampleGradient):
         return Dense(self.value[samples])
 
     def squared_norm(self) -> Tensor:
-        return squared_norm_of_rows(self.value.reshape(self.n, -1))
+        return squared_norm_of_rows(in_rows(self.value))
 
     def grouped_by_sample(self, groups: Grouping) -> Dense:
         return Dense(groups.sums(self.value))

@@ -212,7 +212,7 @@ class PassAccumulator:
         self.half = self.half or any(grad is not None and is_half(grad) for grad in grads)
         if found is None and batch.n == 1:
             found = next(grad for grad in grads if grad is not None)  # all of it is that sample's
-        elif found is None or not use.placement.fits(found.shape, batch.n):
+        elif found is None or not (batch.n == 1 or use.placement.fits(found.shape, batch.n)):
             shape = None if found is None else tuple(found.shape)
             raise ShapeError(f"{self._names(use)}: the {batch.n} samples are not in a gradient of shape {shape}")
         self._seen += found.numel()

@@ -42,7 +42,7 @@ class BackwardPass:
     def project(self, position: int, grad: Tensor) -> None:
         """Note a parameter's own gradient along one direction."""
         left, right = sign_vectors(grad.shape, grad)
-        along = left @ (grad.detach().reshape(len(left), -1) @ right)
+        along = left @ (grad.detach().reshape(len(left), len(right)) @ right)
         self.projections[position] = self.projections.get(position, 0) + along
 
 

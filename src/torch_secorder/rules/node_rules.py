@@ -130,8 +130,13 @@ def runs_after_node(node: Any) -> bool:
 
 def has_rule(place: NodeUse) -> bool:
     """Whether a rule knows the gradient here without a call of the node."""
-    rule = _rules.get(place.node.name())
-    return rule is not None and rule.holds(place)
+    return _rule_at(place) is not None
+
+
+def _rule_at(place: NodeUse) -> NodeRule | None:
+    """The rule that holds at a place, if there is one. A node whose output is a single number has no rows to take apart."""
+    rule = _rules.get(place.node.name()) if place.output_shape else None
+    return rule if rule is not None and rule.holds(place) else None
 
 
 def gradient_at(place: NodeUse, grads: Gradients, output: int) -> tuple[PerSampleGradient, str]:
@@ -143,9 +148,9 @@ def gradient_at(place: NodeUse, grads: Gradients, output: int) -> tuple[PerSampl
         output: the one that the place's placement is of.
     """
     name = place.node.name().removesuffix("Backward0").removesuffix("Backward").lower()
-    rule = _rules.get(place.node.name())
+    rule = _rule_at(place)
     single = all(grad is None for nr, grad in enumerate(grads) if nr != output)
-    if rule is None or not rule.holds(place) or not (rule.many or single):
+    if rule is None or not (rule.many or single):
         return Dense(_one_by_one(place, grads)), f"{name}, one sample at a time"
     found = rule.function(place, grads if rule.many else grads[output])
     form = Dense(found) if isinstance(found, Tensor) else found
@@ -165,12 +170,14 @@ def _one_by_one(place: NodeUse, grads: Gradients) -> Tensor:
                 f"{place.node.name()} gives no gradient for what it uses: the backward pass under way was asked for some "
                 "gradients only (inputs=); call backward() without"
             )
-        found.append(result.sum_to_size(place.shape))
+        found.append((result.to_dense() if result.is_sparse else result).sum_to_size(place.shape))
     return torch.stack(found)
 
 
 def _alone(place: NodeUse, grads: Gradients, sample: int) -> list[Tensor | None]:
     """The gradients with every other sample's part set to zero."""
+    if place.n == 1:
+        return list(grads)
     alone: list[Tensor | None] = []
     axis = place.placement.axis
     for grad in grads:

@@ -38,7 +38,7 @@ class OutputTracesPart(Part):
         self.calls: Calls = {} if calls is None else calls
 
     def on_output(self, site: HookedModule, kept: Any, grad: Tensor) -> None:
-        norms = OutputNorms(Dense(grad.reshape(len(grad), -1)).squared_norm(), kept)
+        norms = OutputNorms(Dense(grad).squared_norm(), kept)
         self.calls.setdefault(site, []).append(norms)
 
     def _mapped(self, function: Any) -> OutputTracesPart:
