@@ -66,8 +66,14 @@ def rows(value: Any, index: list[int], n: int, axis: int = 0) -> Any:
     return mapped(picked, value)
 
 
+def is_continuous(x: Tensor) -> bool:
+    """Whether a tensor has real or complex numbers, in which something may have a gradient."""
+    return x.is_floating_point() or x.is_complex()
+
+
 def shrunk(x: Tensor) -> Tensor:
     """Other values of the same kind, for comparison: entries become smaller, so that probabilities stay probabilities."""
-    if not x.is_floating_point():
+    if not is_continuous(x):
         return x
-    return x * torch.linspace(0.5, 1.0, max(x.numel(), 1), device=x.device, dtype=x.dtype)[: x.numel()].view(x.shape)
+    factors = torch.linspace(0.5, 1.0, max(x.numel(), 1), device=x.device, dtype=x.dtype.to_real())
+    return x * factors[: x.numel()].view(x.shape)

@@ -13,7 +13,7 @@ from torch_secorder.autograd.engine import call_model
 from torch_secorder.autograd.versions import hiding_changes
 from torch_secorder.batch_axis.knowledge import ModelKnowledge
 from torch_secorder.capture.records import Forward, Record
-from torch_secorder.errors import CurvatureError, UnsupportedError
+from torch_secorder.errors import UnsupportedError
 from torch_secorder.graph.queries import without_second_derivative
 from torch_secorder.model.containers import rows, tensors
 from torch_secorder.model.parameters import ParameterTable
@@ -94,7 +94,7 @@ class HookedForward(GraphBackward):
         self.forwards.active = False
         try:
             with (
-                suppress(CurvatureError),  # what three samples can't show, the whole batch has to, or is refused for
+                suppress(Exception),  # what three samples can't show, the whole batch has to, or is refused for
                 forked_random(self._parameters.tensors),
                 hiding_changes(plan.model),
                 restoring_buffers(plan.model),
