@@ -166,7 +166,8 @@ def test_trap_29_what_raises_on_one_sample_alone_names_the_remedy(name: str) -> 
     found = fisher_report(model, numbers, (inputs, targets), progress=False, verify=False)["fisher_trace"].sum()
     with FisherMonitor(model) as monitor:
         numbers(model(*inputs), targets).backward()
-    assert found == pytest.approx(expected, rel=1e-4) and float(monitor.trace) == pytest.approx(expected, rel=1e-4)
+    assert found == pytest.approx(expected, rel=1e-4)
+    assert float(monitor.trace) == pytest.approx(expected, rel=1e-4)
 
 
 def test_trap_29_a_loss_that_was_computed_inside_of_the_model() -> None:
@@ -194,4 +195,6 @@ def test_trap_29_the_users_own_exception_on_the_users_own_batch_stays_theirs() -
         raise KeyError("theirs")
 
     with pytest.raises(KeyError, match="theirs"):
-        fisher_report(Forward(forward, h=nn.Linear(4, 3)), numbers, (torch.ones(5, 4), torch.ones(5, 3)), progress=False)
+        fisher_report(
+            Forward(forward, h=nn.Linear(4, 3)), numbers, (torch.ones(5, 4), torch.ones(5, 3)), progress=False
+        )

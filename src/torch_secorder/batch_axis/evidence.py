@@ -92,7 +92,7 @@ class Sketch:
     Attributes:
         axes: for each axis of the tensor the products of its slices, ``[size, DIRECTIONS]``, in float64.
         largest: the largest magnitude in the gradient.
-        dtype: the gradient's.
+        dtype: the gradient's, or that of its real and imaginary parts.
     """
 
     axes: list[Tensor]
@@ -103,10 +103,12 @@ class Sketch:
     def of(cls, grad: Tensor) -> Sketch:
         """The sketch of a gradient."""
         value = grad.float() if is_half(grad) else grad
+        if value.is_complex():  # Real marks multiply both parts.
+            value = torch.view_as_real(value.resolve_conj())
         largest = max(-float(value.min()), float(value.max())) if value.numel() else 0.0
         with full_precision():
-            axes = [_contracted(value, axis).double() for axis in range(value.dim())]
-        return cls(axes, largest, grad.dtype)
+            axes = [_contracted(value, axis).double() for axis in range(grad.dim())]
+        return cls(axes, largest, grad.dtype.to_real())
 
     @property
     def tiny(self) -> float:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_secorder.autograd.nodes import node_vjp
+from torch_secorder.autograd.nodes import fitted, has_complex_output, node_vjp
 from torch_secorder.autograd.saved import knows, saved
 from torch_secorder.batch_axis.placement import Layout, Placement
 from torch_secorder.errors import CoupledSamplesError, CoverageError, ShapeError
@@ -134,9 +134,12 @@ def has_rule(place: NodeUse) -> bool:
 
 
 def _rule_at(place: NodeUse) -> NodeRule | None:
-    """The rule that holds at a place, if there is one. A node whose output is a single number has no rows to take apart."""
+    """The rule that holds at a place, if there is one.
+
+    A node whose output is a single number has no rows to take apart, and the rules are written for real numbers.
+    """
     rule = _rules.get(place.node.name()) if place.output_shape else None
-    return rule if rule is not None and rule.holds(place) else None
+    return rule if rule is not None and not has_complex_output(place.node) and rule.holds(place) else None
 
 
 def gradient_at(place: NodeUse, grads: Gradients, output: int) -> tuple[PerSampleGradient, str]:
@@ -170,7 +173,8 @@ def _one_by_one(place: NodeUse, grads: Gradients) -> Tensor:
                 f"{place.node.name()} gives no gradient for what it uses: the backward pass under way was asked for some "
                 "gradients only (inputs=); call backward() without"
             )
-        found.append((result.to_dense() if result.is_sparse else result).sum_to_size(place.shape))
+        result = result.to_dense() if result.is_sparse else result
+        found.append(fitted(result, *place.node.next_functions[place.index], keeps_dtype=True).reshape(place.shape))
     return torch.stack(found)
 
 
