@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -13,8 +14,10 @@ from torch import Tensor, nn
 
 from oracles import assert_equal, exact_fisher, total
 from problems._base import Forward
-from torch_secorder import FisherMonitor, empirical_fisher_trace, fisher_report, generalized_fisher_trace
-from torch_secorder.errors import VerificationError
+from torch_secorder import FisherMonitor, empirical_fisher_trace, fisher_report, generalized_fisher_trace, register_rule
+from torch_secorder.errors import UnsupportedError, VerificationError
+from torch_secorder.per_sample import Outer
+from torch_secorder.rules import registry
 from traps.exactness import assert_exact, drawn, numbers
 
 
@@ -198,3 +201,60 @@ def test_trap_29_the_users_own_exception_on_the_users_own_batch_stays_theirs() -
         fisher_report(
             Forward(forward, h=nn.Linear(4, 3)), numbers, (torch.ones(5, 4), torch.ones(5, 3)), progress=False
         )
+
+
+# Whatever else the library's own work raises
+
+
+class Scale(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight
+
+
+@pytest.fixture
+def scale_without_a_right_rule() -> Iterator[None]:
+    before = dict(registry._rules)
+
+    @register_rule(Scale)
+    def scale(module: Scale, call: Any) -> Any:
+        raise KeyError("theirs")
+
+    yield
+    registry._rules.clear()
+    registry._rules.update(before)
+
+
+@pytest.mark.usefixtures("scale_without_a_right_rule")
+def test_trap_29_what_a_rule_of_the_users_raises_stays_theirs() -> None:
+    model = nn.Sequential(nn.Linear(4, 3), Scale())
+    with pytest.raises(KeyError, match="theirs"), FisherMonitor(model):
+        model(torch.randn(5, 4)).sum().backward()
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_trap_29_a_kind_of_tensor_that_is_not_known_is_refused_in_words() -> None:
+    model = nn.Sequential(nn.Linear(4, 3))
+    rows = [torch.randn(k, 4) for k in (2, 3, 1)]
+    with FisherMonitor(model), pytest.raises(UnsupportedError, match="nested") as caught:
+        sum(row.sum() for row in model(torch.nested.nested_tensor(rows)).unbind()).backward()
+    assert "jagged" in str(caught.value)
+
+
+def test_trap_29_what_the_library_itself_raises_names_the_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> Tensor:
+        raise IndexError("out of range")
+
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3))
+    ours = {"__name__": "torch_secorder.per_sample", "IndexError": IndexError}
+    monkeypatch.setattr(Outer, "squared_norm", types.FunctionType(broken.__code__, ours))
+    with (
+        FisherMonitor(model) as monitor,
+        pytest.raises(UnsupportedError, match=r"Linear '1'.*IndexError \(out of range\)"),
+    ):
+        numbers(model(torch.randn(5, 4)), torch.randn(5, 3)).backward()
+    assert monitor.n_samples == 0
+    assert all(p.grad is not None for p in model.parameters())

@@ -44,9 +44,9 @@ def output_dtype(node: Node, nr: int) -> torch.dtype:
     return dtype
 
 
-def has_complex_output(node: Node) -> bool:
-    """Whether some output of a node is complex."""
-    return any(output.dtype.is_complex for output in _metadata(node))
+def is_plain(node: Node) -> bool:
+    """Whether all outputs of a node are real, and none is nested."""
+    return not any(output.dtype.is_complex or output.is_nested_tensor for output in _metadata(node))
 
 
 def _metadata(node: Any) -> Any:

@@ -16,7 +16,8 @@ from torch_secorder.autograd.engine import current_node, saved_tensors_hooks
 from torch_secorder.autograd.versions import version
 from torch_secorder.batch_axis.placement import Placement
 from torch_secorder.errors import CoverageError, CurvatureError
-from torch_secorder.model.ranks import class_as_written, full_tensor
+from torch_secorder.model.nested import whole
+from torch_secorder.model.ranks import class_as_written
 from torch_secorder.per_sample import PerSampleGradient, SharedFactor
 
 
@@ -106,7 +107,7 @@ SMALL = 2**15
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Call:
-    """One call of a module as a rule sees it: every tensor with the batch axis first.
+    """One call of a module as a rule sees it: every tensor with the batch axis first, nested ones padded with zeros.
 
     Attributes:
         inputs: positional arguments.
@@ -148,7 +149,7 @@ class Record:
     """A call between its forward and its backward.
 
     Attributes:
-        shape: the output's.
+        shape: the output's; a nested one's as it is padded.
         placement: where the output has its samples; None while that is not known, and for a call without a batch axis.
         in_output_graph: whether the graph of the model's outputs was seen to contain it.
         starts_graph: whether no input requires a gradient, so that nothing before this call is differentiated.
@@ -222,9 +223,9 @@ class Record:
             raise CoverageError(
                 f"{self.site}: its input was changed in place after the layer saw it; change it out of place"
             )
-        # What ranks compute in parts, the rules get whole.
-        kwargs = {name: full_tensor(x) for name, x in self.kwargs.items()} if self.kwargs else self.kwargs
-        return tuple([x if type(x) is Tensor else full_tensor(x) for x in self.inputs]), kwargs
+        # What ranks compute in parts, and nested tensors, the rules get whole.
+        kwargs = {name: whole(x) for name, x in self.kwargs.items()} if self.kwargs else self.kwargs
+        return tuple([x if type(x) is Tensor else whole(x) for x in self.inputs]), kwargs
 
 
 class _Packed:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_secorder.model.nested import with_values
+
 
 def tensors(value: Any) -> list[Tensor]:
     """Every tensor in nested mappings, sequences and dataclasses, in order."""
@@ -52,7 +54,7 @@ def mapped(function: Callable[[Tensor], Tensor], value: Any) -> Any:
 
 def sample_axis(x: Tensor, n: int, axis: int = 0) -> int | None:
     """The axis on which a tensor counts n samples: ``axis``, else the first one, as for labels; None if it counts none."""
-    return next((a for a in (axis, 0) if x.dim() > a and x.shape[a] == n), None)
+    return next((a for a in (axis, 0) if x.dim() > a and x.size(a) == n), None)
 
 
 def rows(value: Any, index: list[int], n: int, axis: int = 0) -> Any:
@@ -60,6 +62,9 @@ def rows(value: Any, index: list[int], n: int, axis: int = 0) -> Any:
 
     def picked(x: Tensor) -> Tensor:
         where = sample_axis(x, n, axis)
+        if x.is_nested and where is not None:
+            parts = x.unbind()
+            return torch.nested.as_nested_tensor([parts[i] for i in index], layout=x.layout)
         # Copying large rows one by one is several times faster than index_select.
         return x if where is None else torch.cat([x.narrow(where, i, 1) for i in index], where)
 
@@ -75,5 +80,7 @@ def shrunk(x: Tensor) -> Tensor:
     """Other values of the same kind, for comparison: entries become smaller, so that probabilities stay probabilities."""
     if not is_continuous(x):
         return x
+    if x.is_nested:
+        return with_values(x, shrunk(x.values()))
     factors = torch.linspace(0.5, 1.0, max(x.numel(), 1), device=x.device, dtype=x.dtype.to_real())
     return x * factors[: x.numel()].view(x.shape)

@@ -19,8 +19,9 @@ from torch_secorder.batch_axis.placement import Grouping
 from torch_secorder.capture.records import Forward, Record
 from torch_secorder.errors import CoverageError, LifecycleError, ShapeError, SlowFallbackWarning, UnsupportedError
 from torch_secorder.graph.frontier import ParameterUse
+from torch_secorder.model.nested import whole
 from torch_secorder.model.parameters import Table
-from torch_secorder.model.ranks import full_tensor, is_dtensor
+from torch_secorder.model.ranks import is_dtensor
 from torch_secorder.per_sample import (
     Dense,
     PerSampleGradient,
@@ -127,7 +128,7 @@ class PassAccumulator:
 
     def add(self, record: Record, grad: Tensor) -> None:
         """The gradient of a recorded call's output has arrived."""
-        grad = grad if type(grad) is Tensor else full_tensor(grad)
+        grad = grad if type(grad) is Tensor else whole(grad)
         self.half = self.half or grad.dtype in HALF
         self._seen += grad.numel()
         if not grad.numel():

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_secorder.autograd.nodes import fitted, has_complex_output, node_vjp
+from torch_secorder.autograd.nodes import fitted, is_plain, node_vjp
 from torch_secorder.autograd.saved import knows, saved
 from torch_secorder.batch_axis.placement import Layout, Placement
 from torch_secorder.errors import CoupledSamplesError, CoverageError, ShapeError
+from torch_secorder.model.nested import sample_rows, with_values
 from torch_secorder.per_sample import (
     Convolution,
     Dense,
@@ -136,10 +137,10 @@ def has_rule(place: NodeUse) -> bool:
 def _rule_at(place: NodeUse) -> NodeRule | None:
     """The rule that holds at a place, if there is one.
 
-    A node whose output is a single number has no rows to take apart, and the rules are written for real numbers.
+    A node whose output is a single number has no rows to take apart, and the rules are written for real numbers in plain tensors.
     """
     rule = _rules.get(place.node.name()) if place.output_shape else None
-    return rule if rule is not None and not has_complex_output(place.node) and rule.holds(place) else None
+    return rule if rule is not None and is_plain(place.node) and rule.holds(place) else None
 
 
 def gradient_at(place: NodeUse, grads: Gradients, output: int) -> tuple[PerSampleGradient, str]:
@@ -191,6 +192,10 @@ def _alone(place: NodeUse, grads: Gradients, sample: int) -> list[Tensor | None]
             )
         if grad is None:
             alone.append(None)
+            continue
+        if grad.is_nested:
+            values, own = grad.values(), sample_rows(grad) == sample
+            alone.append(with_values(grad, values * own.view(-1, *[1] * (values.dim() - 1))))
             continue
         size = grad.shape[axis]
         owner = place.placement.sample_of_index(size, place.n, grad.device)

@@ -82,7 +82,7 @@ class GraphBackward(Recorder):
                 self._hook(use, node)
 
     def _found_uses(self, forward: Forward, outputs: list[Tensor]) -> list[tuple[ParameterUse, Node]]:
-        uses = self._audit.uses(forward, outputs)
+        uses = super()._found_uses(forward, outputs)
         self.n, self.fingerprint = forward.n or 0, self._audit.fingerprint
         return uses
 

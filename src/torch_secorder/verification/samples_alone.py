@@ -15,6 +15,7 @@ from torch import Tensor
 from torch_secorder.autograd.precision import has_half_precision
 from torch_secorder.errors import CurvatureError, VerificationError
 from torch_secorder.model.containers import is_continuous, mapped, rows, sample_axis, tensors
+from torch_secorder.model.nested import whole, with_rows
 from torch_secorder.model.ranks import Ranks
 from torch_secorder.model.restore import eval_mode, forked_random, restoring_buffers
 from torch_secorder.per_sample import as_refusal
@@ -196,6 +197,8 @@ class _SampleAlone:
 def _with_own_row(sample: int, n: int, axis: int, own: Tensor, batch: Tensor) -> Tensor:
     """One of the batch's outputs with the sample's own in its row; the sample's, or the batch's, if there are no rows."""
     where = sample_axis(batch, n, axis)
+    if where is not None and batch.is_nested:
+        return with_rows(batch, {sample: own.unbind()[0]})
     if where is not None:
         row = batch.narrow(where, sample, 1)
         # A model that squeezes its outputs drops the axis of a single sample.
@@ -215,6 +218,7 @@ def _differs_by_rounding(x: Tensor, y: Tensor) -> bool:
         return False
     if not is_continuous(x) or not x.numel():
         return True
+    x, y = whole(x), whole(y)
     return bool((x - y).abs().max() <= ROUNDED_OUTPUTS * torch.finfo(x.dtype).eps * y.abs().max())
 
 

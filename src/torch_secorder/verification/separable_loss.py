@@ -11,6 +11,7 @@ from torch import Tensor
 
 from torch_secorder.errors import VerificationError
 from torch_secorder.model.containers import is_continuous, mapped, rows, sample_axis, shrunk, tensors
+from torch_secorder.model.nested import select
 from torch_secorder.verification.tolerances import SEPARABLE_LOSS
 
 SAMPLES = 3  # as many as it takes for a loss that compares each sample with two others
@@ -48,7 +49,7 @@ def _gradients_in_first(
         if where is None or not is_continuous(x):
             return original
         x = x.detach().clone()
-        x.select(where, 0).copy_(original.select(where, 0))
+        select(x, where, 0).copy_(select(original, where, 0))
         leaves.append((x.requires_grad_(), where))
         return x
 
@@ -61,7 +62,7 @@ def _gradients_in_first(
                 "what the loss is computed from; fisher_report(..., verify=False) returns the numbers unchecked"
             )
         found = torch.autograd.grad(loss, [x for x, _ in leaves], allow_unused=True)
-    return [_in_float64(g.select(w, 0)) for g, (_, w) in zip(found, leaves, strict=True) if g is not None]
+    return [_in_float64(select(g, w, 0)) for g, (_, w) in zip(found, leaves, strict=True) if g is not None]
 
 
 def _in_float64(grad: Tensor) -> Tensor:

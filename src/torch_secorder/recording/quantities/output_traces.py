@@ -104,10 +104,10 @@ class OutputTraces(Quantity):
         """A row of a table for each module, its trace ``factor`` times the mean over n samples."""
         rows = []
         for name, (kind, squares, (numel, total, total_squares, minimum, maximum)) in self.sums.items():
-            mean = total / numel
+            mean = total / numel if numel else math.nan
             figures = {
                 "mean": mean,
-                "std": math.sqrt(max(0.0, total_squares / numel - mean**2)),
+                "std": math.sqrt(max(0.0, total_squares / numel - mean**2)) if numel else math.nan,
                 "min": minimum,
                 "max": maximum,
             }
