@@ -165,12 +165,16 @@ class ModuleHooks(HookScope):
         kwargs: Mapping[str, Any],
         output: Any = NO_OUTPUT,
     ) -> None:
-        """Record a call of which only the output is of interest, where that has samples."""
+        """Record a call of which only the output is of interest.
+
+        In a call of the model, what its samples share is found out by the graph. Elsewhere an output has to have the samples.
+        """
         placement = site.placement or FIRST
         forward = self.forwards.of_call(output, placement.axis)
         if forward is None or not torch.is_grad_enabled() or not isinstance(output, Tensor) or not shows_sizes(output):
             return
-        if not (output.requires_grad and placement.fits(output.shape, forward.n or -1)):
+        in_graph = forward.n is not None and forward.in_model_call and forward.recomputed_in is None
+        if not output.requires_grad or not (in_graph or placement.fits(output.shape, forward.n or -1)):
             return
         if is_dtensor(output):
             self.forwards.refuse(

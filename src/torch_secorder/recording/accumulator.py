@@ -155,10 +155,11 @@ class PassAccumulator:
 
     def _add_output(self, record: Record, grad: Tensor) -> None:
         """A call of a module that is watched for its output only."""
-        call = record.call(grad)
-        self._batch_of(record)
+        assert record.placement is not None
+        by_sample = record.placement.fits(record.shape, self._batch_of(record).n)
+        grad = record.call(grad).grad_output if by_sample else grad
         for part in self.parts.values():
-            part.on_output(record.site, call.kept, call.grad_output)
+            part.on_output(record, grad, by_sample)
 
     def _add(self, record: Record, grad: Tensor) -> None:
         site = record.site
@@ -346,6 +347,10 @@ class PassAccumulator:
     def _settle_waiting(self, batch: SampleBatch) -> None:
         """Whatever waited for the end of the pass."""
         for record, grads in batch.shared.items():
+            if record.site.rule is None:
+                for part in self.parts.values():
+                    part.on_output(record, grads, True)
+                continue
             self._apply(batch, record, record.site.forms(record.expanded_to_samples(grads)), None)
         batch.shared.clear()
         for position, form in batch.held.items():

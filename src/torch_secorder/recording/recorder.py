@@ -37,6 +37,7 @@ from torch_secorder.recording.foreign_errors import only_refusals, refusal_of
 from torch_secorder.recording.gradient_norms import GradientNorms
 from torch_secorder.recording.plan import Plan
 from torch_secorder.recording.sample_norms import SampleNorms
+from torch_secorder.recording.shared_outputs import find_shared_outputs
 from torch_secorder.rules.node_rules import runs_after_node
 
 
@@ -132,7 +133,9 @@ class Recorder(HookScope):
     def _found_uses(self, forward: Forward, outputs: list[Tensor]) -> list[tuple[ParameterUse, Node]]:
         """The uses of parameters that no hooked call accounts for, in the graph of a forward's outputs."""
         with only_refusals("looking for the samples in the graph of the model's outputs"):
-            return self._audit.uses(forward, outputs)
+            found = self._audit.uses(forward, outputs)
+            find_shared_outputs(found, forward)
+            return found
 
     def _hook(self, use: ParameterUse, node: Node) -> None:
         """Have the node of a use call back with its gradients."""
