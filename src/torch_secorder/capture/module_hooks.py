@@ -236,6 +236,11 @@ def _require_recordable(site: HookedModule, module: nn.Module, output: Any) -> N
         raise UnsupportedError(f"{site} returned a {type(output).__name__}; a rule needs a tensor")
     if not shows_sizes(output):
         raise UnsupportedError(f"{site} returned a nested tensor that shows no sizes: make it with layout=torch.jagged")
+    if "forward" in vars(module):
+        raise CoverageError(
+            f"{site}: its forward was replaced on the instance since the analysis began, so that no rule knows what it computes; "
+            "start a new analysis of the model as it is now"
+        )
     for local, tensor in site.tensors.items():
         if module._parameters.get(local) is not tensor:
             raise CoverageError(
