@@ -79,6 +79,21 @@ def test_trap_31_the_mode_changes_between_forward_and_backward() -> None:
         assert_equal(torch.tensor(monitor.report().loc[name, "fisher_trace"]), t.mean(), monitor.trace)
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_trap_31_statistics_are_those_of_the_mode_in_the_forward(training: bool) -> None:
+    norm = nn.InstanceNorm1d(3, affine=True, track_running_stats=True)
+    model = nn.Sequential(nn.Conv1d(2, 3, 3), norm, nn.Flatten(), nn.Linear(12, 3)).double()
+    nn.init.uniform_(norm.running_mean)
+    x, y = torch.randn(5, 2, 6).double(), torch.randint(3, (5,))
+    expected = per_sample_squared_norms(model.train(training), F.cross_entropy, x, y)
+    with FisherMonitor(model) as monitor:
+        loss = F.cross_entropy(model(x), y)
+        model.train(not training)
+        loss.backward()
+    for name, t in expected.items():
+        assert_equal(torch.tensor(monitor.report().loc[name, "fisher_trace"]), t.mean(), monitor.trace)
+
+
 def test_trap_31_gates_of_two_batches_in_one_backward_pass() -> None:
     """They are asked about as a monitor's are, and answer as for two passes once it is said what the calls mean."""
     model = nn.Sequential(nn.Linear(4, 3)).double()

@@ -140,6 +140,7 @@ class ModuleHooks(HookScope):
                 "samples: call the model itself, monitor the part that is called, or say where they are (batch_axis=0)"
             )
         record = _record(site, forward, args, kwargs, output)
+        record.training = module.training
         if site.keep is not None:
             record.inputs, record.kept = (), site.keep(module, args, kwargs, output)
         else:

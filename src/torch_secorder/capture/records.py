@@ -118,6 +118,7 @@ class Call:
         shared_factors: Gram matrices shared with other layers that received the same input tensor; None if no other did.
         kept: what the hooked module's ``keep`` took of the call, as it was in the forward.
         batch_axis: the axis that counted the samples before it was moved; None if the call had none.
+        training: whether the module was in training mode when it was called.
     """
 
     inputs: tuple[Any, ...]
@@ -127,6 +128,7 @@ class Call:
     shared_factors: dict[torch.Size, SharedFactor] | None = None
     kept: Any = None
     batch_axis: int | None = 0
+    training: bool = False
 
     def shared(self, value: Tensor) -> Tensor | SharedFactor:
         """``value``, a view of the input, as something whose Gram matrix is computed once for all calls with this input."""
@@ -160,6 +162,7 @@ class Record:
             before they are used.
         last_pass: the last backward pass that reached it.
         kept: what the hooked module's ``keep`` took of the call.
+        training: whether the module was in training mode.
     """
 
     site: HookedModule
@@ -175,6 +178,7 @@ class Record:
     in_output_graph: bool = False
     last_pass: int | None = None
     kept: Any = None
+    training: bool = False
 
     def keep_inputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Hold on to the inputs, as the module got them."""
@@ -193,24 +197,27 @@ class Record:
         grad = grad if grad.shape == self.shape else grad.reshape(self.shape)
         axis = self.placement.axis
         if not axis:
-            return Call(inputs, kwargs, grad, current_node(), shared_factors, self.kept)
+            return Call(inputs, kwargs, grad, current_node(), shared_factors, self.kept, training=self.training)
         first = partial(_first, axis=axis, size=self.shape[axis])
         moved = {k: first(x) for k, x in kwargs.items()}
-        return Call(tuple(map(first, inputs)), moved, first(grad), kept=self.kept, batch_axis=axis)
+        found = tuple(map(first, inputs))
+        return Call(found, moved, first(grad), kept=self.kept, batch_axis=axis, training=self.training)
 
     @staticmethod
     def concatenated(records: Sequence[Record], grads: Sequence[Tensor]) -> Call:
         """Calls with the same inputs' and parameters' shapes as one call of all of their samples in turn."""
         if len(records) == 1:
             return records[0].call(grads[0])
-        return Call((torch.cat([record._arguments()[0][0] for record in records]),), {}, torch.cat(list(grads)))
+        inputs = (torch.cat([record._arguments()[0][0] for record in records]),)
+        return Call(inputs, {}, torch.cat(list(grads)), training=records[0].training)
 
     def expanded_to_samples(self, grads: Tensor) -> Call:
         """A call without a batch axis as one for every sample, given the gradient of its output for each, ``[n, ...]``."""
         inputs, kwargs = self._arguments()
         each = partial(_for_each, n=len(grads))
         expanded = {k: each(x) for k, x in kwargs.items()}
-        return Call(tuple(map(each, inputs)), expanded, grads, kept=self.kept, batch_axis=None)
+        found = tuple(map(each, inputs))
+        return Call(found, expanded, grads, kept=self.kept, batch_axis=None, training=self.training)
 
     def _arguments(self) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
         if self.inputs is None:
