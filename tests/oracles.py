@@ -135,7 +135,7 @@ def per_sample_gradients(
 
 def squared_norms(gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """||g_n||^2 per parameter, [n]."""
-    return {name: g.flatten(1).square().sum(1) for name, g in gradients.items()}
+    return {name: g[:, None].flatten(1).square().sum(1) for name, g in gradients.items()}
 
 
 def per_sample_squared_norms(

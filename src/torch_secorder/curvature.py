@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_secorder.errors import ArgumentError, LifecycleError
-from torch_secorder.model.parameters import plain_name, unwrapped
+from torch_secorder.model.parameters import plain_name, refuse_complex, unwrapped
 from torch_secorder.model.ranks import refuse_dtensors
 from torch_secorder.results.results import Results, results_of
 from torch_secorder.tables import ATTRIBUTES, shape_of
@@ -97,6 +97,7 @@ def curvature(
     owners = {plain_name(name): module for name, module in model.named_modules(remove_duplicate=False)}
     known = {plain_name(name): p for name, p in model.named_parameters()}
     refuse_dtensors(model, "a decision by curvature")
+    refuse_complex(model, "a decision by curvature")
     parameters = {}
     for name, shape in zip(names, shapes, strict=True):
         if name not in known:

@@ -35,6 +35,7 @@ from torch_secorder.verification.backward_passes import (
     require_all_reached,
     require_explained_sums,
     require_present,
+    require_trainable,
     unaccounted,
 )
 from torch_secorder.verification.expected_norms import ExpectedNorms, expected_norms
@@ -307,6 +308,8 @@ class FisherMonitor(HookScope):
             partial(require_all_reached, names, positions, norms),
             partial(require_explained_sums, names),
         ]
+        if self._options.parameters == "trainable":
+            checks.append(partial(require_trainable, watched.table))
         expected, self._expected = self._expected, None
         if expected is not None:
             checks.append(partial(_require_expected, names, expected))

@@ -254,7 +254,11 @@ def captured(problem: Problem) -> tuple[dict[str, PerSampleGradient], dict[str, 
         rule = rule_for(module)
         assert not isinstance(rule, str), rule
         own = {local: p for local, p in module.named_parameters(recurse=False) if id(p) in names}
-        found = rule(module, Call(args, kwargs, grad), {local: tuple(p.shape) for local, p in own.items()})
+        found = rule(
+            module,
+            Call(args, kwargs, grad, training=module.training),
+            {local: tuple(p.shape) for local, p in own.items()},
+        )
         for local, p in own.items():
             name = names[id(p)]
             forms[name] = forms[name] + found[local] if name in forms else found[local]

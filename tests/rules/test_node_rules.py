@@ -115,6 +115,7 @@ def test_the_batch_norm_of_gpus(training: bool) -> None:
     mean, variance = torch.randn(4, dtype=torch.float64), torch.rand(4, dtype=torch.float64) + 0.5
     node = SimpleNamespace(
         name=lambda: "CudnnBatchNormBackward0",
+        _input_metadata=[SimpleNamespace(dtype=x.dtype, is_nested_tensor=False)],
         _saved_input=x,
         _saved_running_mean=mean,
         _saved_running_var=variance,

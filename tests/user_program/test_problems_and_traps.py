@@ -13,7 +13,6 @@ from oracles import mapped
 from problems import AWKWARD, PROBLEMS, Problem, of_problems
 from problems._base import Forward, randomized
 from traps.exactness import Square, numbers
-from traps.test_batch_axis import SequenceFirst
 from traps.test_checkpoints import Blocks, Recomputed
 from traps.test_outputs_and_losses import Adversarial
 from traps.test_randomness import EXPERTS, Noisy, Routed, Scaled
@@ -126,15 +125,18 @@ def test_trap_15_steps_of_a_model_that_is_a_trap(name: str, hooked: bool) -> Non
     assert watched.monitor.n_samples == 4 * TRAPS[name][1][0]
 
 
-def test_trap_15_time_steps_that_nothing_tells_from_samples_leave_the_step_alone() -> None:
-    """What is refused at the end of a pass was a whole step of the program's all the same."""
+def test_trap_15_what_is_refused_was_a_whole_step_all_the_same() -> None:
+    """A weight penalty, which is refused at the end of the pass."""
 
     def program(run: Run) -> None:
-        model = randomized(SequenceFirst(nn.LSTM(4, 4)))
+        model = randomized(nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3)))
         all_hooks(run, model)
         with run.block(model):
             for _ in range(2):
                 with run.step():
-                    model(torch.randn(5, 3, 4)).square().mean().backward()
+                    (model(torch.randn(5, 4)).square().sum() + model[0].weight.square().sum()).backward()
 
-    assert_unnoticed(observed(program, watched=True), observed(program, watched=False))
+    watched = observed(program, watched=True)
+    assert_unnoticed(watched, observed(program, watched=False))
+    assert len(watched.refusals) == 2
+    assert all("is not the sum of what the model's samples contribute" in said for said in watched.refusals)

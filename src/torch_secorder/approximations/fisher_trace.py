@@ -203,4 +203,4 @@ def _as_result(norms: Tensor, reduction: str, table: ParameterTable) -> Tensor:
     """``c sum_n norms_n`` where the model is, in its dtype."""
     parameter = table.tensors[0]
     trace = norms.sum() / (len(norms) if reduction == "mean" else 1)
-    return trace.to(parameter.device, torch.promote_types(parameter.dtype, torch.float32))
+    return trace.to(parameter.device, torch.promote_types(parameter.dtype.to_real(), torch.float32))

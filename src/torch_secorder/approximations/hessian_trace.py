@@ -14,7 +14,7 @@ from torch_secorder.autograd.engine import call_model, library_pass
 from torch_secorder.autograd.tensor_hooks import silenced_in_library_passes
 from torch_secorder.errors import ArgumentError, CoverageError, NonFiniteError, UnsupportedError
 from torch_secorder.likelihoods import random_signs
-from torch_secorder.model.parameters import ParameterTable, unwrapped
+from torch_secorder.model.parameters import ParameterTable, refuse_complex, unwrapped
 from torch_secorder.model.ranks import refuse_dtensors
 from torch_secorder.model.restore import lock_of, restoring_buffers, twice_differentiable
 from torch_secorder.recording.sample_norms import SampleNorms
@@ -92,6 +92,7 @@ def hessian_trace(
     generator = fresh_generator(generator)
     bare = unwrapped(model)
     refuse_dtensors(bare, "the Hessian")
+    refuse_complex(bare, "the Hessian")
     with lock_of(bare):
         table = ParameterTable(bare)
     statistics = Statistics(table.names, [row.shape for row in table.rows])

@@ -152,6 +152,21 @@ def _flip() -> Example:
     return numbers(3, 4).flip(1), {"axes": (1,)}
 
 
+@_example("GatherBackward0")
+def _gather() -> Example:
+    return numbers(3, 4).gather(1, _indices(1, 0)[None].expand(3, 2)), {"axis": 1}
+
+
+@_example("SortBackward0")
+def _sort() -> Example:
+    return numbers(3, 4).sort(1)[0], {"axis": 1}
+
+
+@_example("TopkBackward0")
+def _topk() -> Example:
+    return numbers(3, 4).topk(2, 1)[0], {"axis": 1}
+
+
 @_example("TransposeBackward0")
 def _transpose() -> Example:
     return numbers(2, 3, 4).transpose(0, 2), {"axis": 0, "other": 2}

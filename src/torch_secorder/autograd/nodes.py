@@ -49,6 +49,11 @@ def output_dtype(node: Node, nr: int) -> torch.dtype:
     return dtype
 
 
+def is_plain(node: Node) -> bool:
+    """Whether all outputs of a node are real, and none is nested."""
+    return not any(output.dtype.is_complex or output.is_nested_tensor for output in _metadata(node))
+
+
 def _metadata(node: Any) -> Any:
     try:
         return node._input_metadata
@@ -116,11 +121,9 @@ def fitted(grad: Tensor, node: Node, nr: int, *, keeps_dtype: bool = False) -> T
     output = _metadata(node)[nr]
     if tuple(grad.shape) != tuple(output.shape):
         grad = grad.sum_to_size(tuple(output.shape))
-    if keeps_dtype or grad.dtype == output.dtype:
-        return grad
     if grad.is_complex() and not output.dtype.is_complex:
         grad = grad.real
-    return grad.to(output.dtype)
+    return grad if keeps_dtype else grad.to(output.dtype)
 
 
 def gradient_edge_of(output: Tensor) -> GradientEdge | None:

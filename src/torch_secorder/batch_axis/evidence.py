@@ -95,7 +95,7 @@ class Sketch:
     Attributes:
         axes: for each axis of the tensor the products of its slices, ``[size, DIRECTIONS]``, in float64.
         largest: the largest magnitude in the gradient.
-        dtype: the gradient's.
+        dtype: the gradient's, or that of its real and imaginary parts.
     """
 
     axes: list[Tensor]
@@ -106,10 +106,12 @@ class Sketch:
     def of(cls, grad: Tensor) -> Sketch:
         """The sketch of a gradient."""
         value = grad.float() if is_half(grad) else grad
+        if value.is_complex():  # Real marks multiply both parts.
+            value = torch.view_as_real(value.resolve_conj())
         largest = max(-float(value.min()), float(value.max())) if value.numel() else 0.0
         with full_precision():
-            axes = [_contracted(value, axis).double() for axis in range(value.dim())]
-        return cls(axes, largest, grad.dtype)
+            axes = [_contracted(value, axis).double() for axis in range(grad.dim())]
+        return cls(axes, largest, grad.dtype.to_real())
 
     @property
     def tiny(self) -> float:
@@ -130,9 +132,9 @@ def _contracted(value: Tensor, axis: int) -> Tensor:
     before, size, after = math.prod(value.shape[:axis]), value.shape[axis], math.prod(value.shape[axis + 1 :])
     # The longer side is contracted first, since little is left after that.
     if before < after:
-        rows = _after(value.reshape(-1, after)).view(before, size, DIRECTIONS)
+        rows = _after(value.reshape(before * size, after)).view(before, size, DIRECTIONS)
         return torch.einsum("bsd,bd->sd", rows, _directions(before, value))
-    columns = _before(value.reshape(before, -1)).view(DIRECTIONS, size, after)
+    columns = _before(value.reshape(before, size * after)).view(DIRECTIONS, size, after)
     return torch.einsum("dsa,ad->sd", columns, _directions(after, value))
 
 

@@ -23,7 +23,7 @@ from torch_secorder.batch_axis.evidence import (
     sample_marks,
 )
 from torch_secorder.errors import ShapeError
-from torch_secorder.model.ranks import full_tensor
+from torch_secorder.model.nested import sample_rows, whole, with_values
 
 # Length of the repeated block of random numbers. It is prime, so that it can't line up with the period of an output's own layout.
 SEED_PERIOD = 262_139
@@ -112,9 +112,12 @@ class SearchPasses:
         # output is sometimes as large as everything else.
         if not root.numel():
             return torch.zeros_like(root)
-        gradient = block.repeat(-(-root.numel() // len(block)))[: root.numel()].view(root.shape)
-        return gradient.mul_(mark.to(gradient).view(-1, *[1] * (root.dim() - 1 - self._axis)))
+        gradient = block.repeat(-(-root.numel() // len(block)))[: root.numel()]
+        if root.is_nested:
+            values, of_rows = root.values(), mark.to(gradient)[sample_rows(root)]
+            return with_values(root, gradient.view(values.shape) * of_rows.view(-1, *[1] * (values.dim() - 1)))
+        return gradient.view(root.shape).mul_(mark.to(gradient).view(-1, *[1] * (root.dim() - 1 - self._axis)))
 
 
 def _sketch(grad: Tensor, shape: Sequence[int]) -> Sketch:
-    return Sketch.of(full_tensor(grad).reshape(tuple(shape)))
+    return Sketch.of(whole(grad) if grad.is_nested else whole(grad).reshape(tuple(shape)))

@@ -186,7 +186,7 @@ def batch_size(values: Sequence[Any], axis: int) -> int | None:
     """
     found: int | None = None
     for x in tensors(values):
-        size = x.shape[axis] if x.dim() > axis else None
+        size = x.size(axis) if x.dim() > axis else None
         if size == 0:
             raise ShapeError("the batch is empty: a tensor among the model's inputs has 0 samples")
         if size is not None and found in (None, 1):

@@ -8,6 +8,7 @@ every handle.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -24,8 +25,10 @@ from torch_secorder.capture.records import Forward, HookedModule, OwnAxis, Recor
 from torch_secorder.errors import CoverageError, CurvatureError, ShapeError, UnsupportedError
 from torch_secorder.model.containers import tensors
 from torch_secorder.model.hooks import HookScope, WeakHook
+from torch_secorder.model.nested import shows_sizes, whole_shape
 from torch_secorder.model.parameters import named_modules
 from torch_secorder.model.ranks import fsdp_modules, is_dtensor
+from torch_secorder.per_sample import real_entries
 
 # torch registers a hook before it notes `with_kwargs`. Another thread that calls the module in between passes the output in the
 # place of the keyword arguments; this default recognizes such a call, which is not recorded.
@@ -138,6 +141,15 @@ class ModuleHooks(HookScope):
             return None
         if not isinstance(output, Tensor):
             raise UnsupportedError(f"{site} returned a {type(output).__name__}; a rule needs a tensor")
+        if not shows_sizes(output):
+            raise UnsupportedError(
+                f"{site} returned a nested tensor that shows no sizes: make it with layout=torch.jagged"
+            )
+        if "forward" in vars(module):
+            raise CoverageError(
+                f"{site}: its forward was replaced on the instance since the analysis began, so that no rule knows what it "
+                "computes; start a new analysis of the model as it is now"
+            )
         leaf = None
         if not output.requires_grad:
             if not self._attach_leaf:
@@ -149,6 +161,7 @@ class ModuleHooks(HookScope):
                 "samples: call the model itself, monitor the part that is called, or say where they are (batch_axis=0)"
             )
         record = _record(site, forward, args, kwargs, output)
+        record.training = module.training
         if site.keep is not None:
             record.inputs, record.kept = (), site.keep(module, args, kwargs, output)
         else:
@@ -185,12 +198,16 @@ class ModuleHooks(HookScope):
         kwargs: Mapping[str, Any],
         output: Any = NO_OUTPUT,
     ) -> None:
-        """Record a call of which only the output is of interest, where that has samples."""
+        """Record a call of which only the output is of interest.
+
+        In a call of the model, what its samples share is found out by the graph. Elsewhere an output has to have the samples.
+        """
         placement = site.placement or FIRST
         forward = self.forwards.of_call(output, placement.axis)
-        if forward is None or not torch.is_grad_enabled() or not isinstance(output, Tensor):
+        if forward is None or not torch.is_grad_enabled() or not isinstance(output, Tensor) or not shows_sizes(output):
             return
-        if not (output.requires_grad and placement.fits(output.shape, forward.n or -1)):
+        in_graph = forward.n is not None and forward.in_model_call and forward.recomputed_in is None
+        if not output.requires_grad or not (in_graph or placement.fits(output.shape, forward.n or -1)):
             return
         if is_dtensor(output):
             self.forwards.refuse(
@@ -201,7 +218,7 @@ class ModuleHooks(HookScope):
             return
         assert site.keep is not None
         nodes = _nodes_of_inputs(args, kwargs)
-        record = Record(site, forward, (), {}, output.shape, placement, not nodes, nodes)
+        record = Record(site, forward, (), {}, whole_shape(output), placement, not nodes, nodes)
         record.kept = site.keep(module, args, kwargs, output)
         self._hook_gradient(record, output)
 
@@ -243,7 +260,7 @@ def _record(
             f"{forward.n} samples; pass batch_axis={{'{site.name}': axis}} if it has one"
         )
     nodes = _nodes_of_inputs(args, kwargs)
-    return Record(site, forward, None, {}, output.shape, placement if fits else None, not nodes, nodes)
+    return Record(site, forward, None, {}, whole_shape(output), placement if fits else None, not nodes, nodes)
 
 
 def _replaced_parameter(site: HookedModule, module: nn.Module) -> str | None:
@@ -264,6 +281,11 @@ def _nodes_of_inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[
 
 
 def moments(module: nn.Module, args: object, kwargs: object, output: Tensor) -> Tensor:
-    """Number of elements, sum, sum of squares, minimum and maximum of a module's output, in float64."""
-    x = output.detach().double()
+    """Number of elements, sum, sum of squares, minimum and maximum of a module's output, in float64.
+
+    The elements of a complex output are its real and its imaginary parts.
+    """
+    x = real_entries((output.values() if output.is_nested else output).detach()).double()
+    if not x.numel():
+        return x.new_tensor([0.0, 0.0, 0.0, math.inf, -math.inf])
     return torch.stack([x.new_tensor(x.numel()), x.sum(), x.square().sum(), x.min(), x.max()])

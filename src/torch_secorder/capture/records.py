@@ -17,7 +17,8 @@ from torch_secorder.autograd.versions import version
 from torch_secorder.batch_axis.evidence import Unplaced
 from torch_secorder.batch_axis.placement import Placement
 from torch_secorder.errors import CoverageError, CurvatureError, ShapeError
-from torch_secorder.model.ranks import class_as_written, full_tensor
+from torch_secorder.model.nested import whole
+from torch_secorder.model.ranks import class_as_written
 from torch_secorder.per_sample import PerSampleGradient, SharedFactor
 
 
@@ -154,7 +155,7 @@ SMALL = 2**15
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Call:
-    """One call of a module as a rule sees it: every tensor with the batch axis first.
+    """One call of a module as a rule sees it: every tensor with the batch axis first, nested ones padded with zeros.
 
     Attributes:
         inputs: positional arguments.
@@ -165,6 +166,7 @@ class Call:
         shared_factors: Gram matrices shared with other layers that received the same input tensor; None if no other did.
         kept: what the hooked module's ``keep`` took of the call, as it was in the forward.
         batch_axis: the axis that counted the samples before it was moved; None if the call had none.
+        training: whether the module was in training mode when it was called.
     """
 
     inputs: tuple[Any, ...]
@@ -174,6 +176,7 @@ class Call:
     shared_factors: dict[torch.Size, SharedFactor] | None = None
     kept: Any = None
     batch_axis: int | None = 0
+    training: bool = False
 
     def shared(self, value: Tensor) -> Tensor | SharedFactor:
         """``value``, a view of the input, as something whose Gram matrix is computed once for all calls with this input."""
@@ -196,7 +199,7 @@ class Record:
     """A call between its forward and its backward.
 
     Attributes:
-        shape: the output's.
+        shape: the output's; a nested one's as it is padded.
         placement: where the output has its samples; None while that is not known, and for a call without a batch axis.
         idle: why there is no placement, where no gradient is expected.
         in_output_graph: whether the graph of the model's outputs was seen to contain it.
@@ -208,6 +211,7 @@ class Record:
             before they are used.
         last_pass: the last backward pass that reached it.
         kept: what the hooked module's ``keep`` took of the call.
+        training: whether the module was in training mode.
     """
 
     site: HookedModule
@@ -224,6 +228,7 @@ class Record:
     idle: Idle | None = None
     last_pass: int | None = None
     kept: Any = None
+    training: bool = False
 
     def keep_inputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Hold on to the inputs, as the module got them."""
@@ -242,24 +247,27 @@ class Record:
         grad = grad if grad.shape == self.shape else grad.reshape(self.shape)
         axis = self.placement.axis
         if not axis:
-            return Call(inputs, kwargs, grad, current_node(), shared_factors, self.kept)
+            return Call(inputs, kwargs, grad, current_node(), shared_factors, self.kept, training=self.training)
         first = partial(_first, axis=axis, size=self.shape[axis])
         moved = {k: first(x) for k, x in kwargs.items()}
-        return Call(tuple(map(first, inputs)), moved, first(grad), kept=self.kept, batch_axis=axis)
+        found = tuple(map(first, inputs))
+        return Call(found, moved, first(grad), kept=self.kept, batch_axis=axis, training=self.training)
 
     @staticmethod
     def concatenated(records: Sequence[Record], grads: Sequence[Tensor]) -> Call:
         """Calls with the same inputs' and parameters' shapes as one call of all of their samples in turn."""
         if len(records) == 1:
             return records[0].call(grads[0])
-        return Call((torch.cat([record._arguments()[0][0] for record in records]),), {}, torch.cat(list(grads)))
+        inputs = (torch.cat([record._arguments()[0][0] for record in records]),)
+        return Call(inputs, {}, torch.cat(list(grads)), training=records[0].training)
 
     def expanded_to_samples(self, grads: Tensor) -> Call:
         """A call without a batch axis as one for every sample, given the gradient of its output for each, ``[n, ...]``."""
         inputs, kwargs = self._arguments()
         each = partial(_for_each, n=len(grads))
         expanded = {k: each(x) for k, x in kwargs.items()}
-        return Call(tuple(map(each, inputs)), expanded, grads, kept=self.kept, batch_axis=None)
+        found = tuple(map(each, inputs))
+        return Call(found, expanded, grads, kept=self.kept, batch_axis=None, training=self.training)
 
     def _arguments(self) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
         if self.inputs is None:
@@ -272,9 +280,9 @@ class Record:
             raise CoverageError(
                 f"{self.site}: its input was changed in place after the layer saw it; change it out of place"
             )
-        # What ranks compute in parts, the rules get whole.
-        kwargs = {name: full_tensor(x) for name, x in self.kwargs.items()} if self.kwargs else self.kwargs
-        return tuple([x if type(x) is Tensor else full_tensor(x) for x in self.inputs]), kwargs
+        # What ranks compute in parts, and nested tensors, the rules get whole.
+        kwargs = {name: whole(x) for name, x in self.kwargs.items()} if self.kwargs else self.kwargs
+        return tuple([x if type(x) is Tensor else whole(x) for x in self.inputs]), kwargs
 
 
 class _Packed:

@@ -93,8 +93,13 @@ def _vjp(value: Edge, start: Node, shape: tuple[int, ...], permutes: bool, grads
     for grad in grads.to(dtype):
         arrived: list[Tensor] = []
         route.flow({value: grad}, partial(_first_of, arrived), complete=True, keeps_dtype=permutes)
-        found.append(arrived[0].reshape(shape).to(grads.dtype) if arrived else grads.new_zeros(shape))
+        found.append(_no_narrower(arrived[0].reshape(shape), grads.dtype) if arrived else grads.new_zeros(shape))
     return torch.stack(found) if found else grads.new_zeros(0, *shape)
+
+
+def _no_narrower(grad: Tensor, dtype: torch.dtype) -> Tensor:
+    """A gradient in this dtype, or in the complex one that it has."""
+    return grad.to(torch.promote_types(grad.dtype, dtype) if grad.is_complex() else dtype)
 
 
 def _first_of(arrived: list[Tensor], _: Node, grads: Gradients) -> None:

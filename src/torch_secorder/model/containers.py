@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_secorder.model.nested import with_values
+
 
 def tensors(value: Any) -> list[Tensor]:
     """Every tensor in nested mappings, sequences and dataclasses, in order."""
@@ -52,7 +54,7 @@ def mapped(function: Callable[[Tensor], Tensor], value: Any) -> Any:
 
 def sample_axis(x: Tensor, n: int, axis: int = 0) -> int | None:
     """The axis on which a tensor counts n samples: ``axis``, else the first one, as for labels; None if it counts none."""
-    return next((a for a in (axis, 0) if x.dim() > a and x.shape[a] == n), None)
+    return next((a for a in (axis, 0) if x.dim() > a and x.size(a) == n), None)
 
 
 def rows(value: Any, index: list[int], n: int, axis: int = 0) -> Any:
@@ -60,14 +62,25 @@ def rows(value: Any, index: list[int], n: int, axis: int = 0) -> Any:
 
     def picked(x: Tensor) -> Tensor:
         where = sample_axis(x, n, axis)
+        if x.is_nested and where is not None:
+            parts = x.unbind()
+            return torch.nested.as_nested_tensor([parts[i] for i in index], layout=x.layout)
         # Copying large rows one by one is several times faster than index_select.
         return x if where is None else torch.cat([x.narrow(where, i, 1) for i in index], where)
 
     return mapped(picked, value)
 
 
+def is_continuous(x: Tensor) -> bool:
+    """Whether a tensor has real or complex numbers, in which something may have a gradient."""
+    return x.is_floating_point() or x.is_complex()
+
+
 def shrunk(x: Tensor) -> Tensor:
     """Other values of the same kind, for comparison: entries become smaller, so that probabilities stay probabilities."""
-    if not x.is_floating_point():
+    if not is_continuous(x):
         return x
-    return x * torch.linspace(0.5, 1.0, max(x.numel(), 1), device=x.device, dtype=x.dtype)[: x.numel()].view(x.shape)
+    if x.is_nested:
+        return with_values(x, shrunk(x.values()))
+    factors = torch.linspace(0.5, 1.0, max(x.numel(), 1), device=x.device, dtype=x.dtype.to_real())
+    return x * factors[: x.numel()].view(x.shape)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from torch_secorder.errors import ArgumentError, UnsupportedError
+from torch_secorder.model.containers import is_continuous
 from torch_secorder.model.ranks import (
     Ranks,
     class_as_written,
@@ -125,7 +126,20 @@ class ParameterTable(Table):
 
 def _is_quantized(p: Tensor) -> bool:
     # By this method a tensor that wraps others tells torch which they are.
-    return not is_dtensor(p) and (not p.is_floating_point() or hasattr(p, "__tensor_flatten__"))
+    return not is_dtensor(p) and (not is_continuous(p) or hasattr(p, "__tensor_flatten__"))
+
+
+def refuse_complex(model: nn.Module, what: str) -> None:
+    """Refuse a model with complex parameters for something that is said of real ones only.
+
+    Raises:
+        UnsupportedError: if a parameter is complex, naming it.
+    """
+    if name := next((name for name, p in model.named_parameters() if p.is_complex()), None):
+        raise UnsupportedError(
+            f"{what} takes real parameters, and '{name}' is complex: keep its real and its imaginary part as one real parameter, "
+            "and put them together in the forward (torch.view_as_complex)"
+        )
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

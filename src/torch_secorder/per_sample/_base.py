@@ -22,7 +22,19 @@ CHUNK_BYTES = 8 * 2**20
 
 def at_least_float32(value: Tensor) -> Tensor:
     """``value`` in at least float32: squares of half-precision numbers overflow and underflow."""
+    if value.dtype == torch.complex32:
+        return value.to(torch.complex64)
     return value.float() if value.dtype in HALF else value
+
+
+def real_entries(value: Tensor) -> Tensor:
+    """Real numbers as they are, and complex ones as pairs of real numbers along one more axis."""
+    return torch.view_as_real(value.resolve_conj()) if value.is_complex() else value
+
+
+def one_direction(value: Tensor) -> Tensor:
+    """Real numbers as they are, and the sum of the two parts of complex ones."""
+    return value.real + value.imag if value.is_complex() else value
 
 
 def sum_over(value: Tensor, axes: Sequence[int], *, keepdim: bool = False) -> Tensor:
@@ -47,12 +59,17 @@ def cancellation_floor(dtype: torch.dtype) -> float:
     return 4 * torch.finfo(dtype).eps / wanted
 
 
+def in_rows(value: Tensor) -> Tensor:
+    """``[n, *shape]`` as ``[n, elements]``, also where a sample has one number, or none."""
+    return value[:, None].flatten(1)
+
+
 def sign_vectors(shape: Sequence[int], like: Tensor) -> tuple[Tensor, Tensor]:
-    """Random signs ``left`` and ``right`` for :meth:`PerSampleGradient.along`, always the same for one shape.
+    """Random signs ``left`` and ``right``, real numbers, for :meth:`PerSampleGradient.along`, always the same for one shape.
 
     ``left right^T`` is a direction in the space of a parameter whose shape is read as ``(left, right)``.
     """
-    return _sign_vectors(shape[0] if shape else 1, math.prod(shape[1:]), like.dtype, like.device)
+    return _sign_vectors(shape[0] if shape else 1, math.prod(shape[1:]), like.dtype.to_real(), like.device)
 
 
 @lru_cache(32)
@@ -67,7 +84,9 @@ LONG = 4096
 
 
 def squared_norm_of_rows(value: Tensor) -> Tensor:
-    """``sum of x ** 2`` over the last axis."""
+    """``sum of |x| ** 2`` over the last axis."""
+    if value.is_complex():
+        return squared_norm_of_rows(real_entries(value).flatten(-2))
     # For large rows a norm is faster, since it writes nothing; but its second derivative does not exist at zero.
     if value.numel() <= 2**16 or torch.is_grad_enabled():
         return torch.linalg.vecdot(value, value)
@@ -80,6 +99,9 @@ def squared_norm_of_rows(value: Tensor) -> Tensor:
 
 class PerSampleGradient(ABC):
     """The gradients of one parameter for each of N samples.
+
+    Those of a complex parameter are complex, as autograd has them: what is squared is their absolute value, so that norms are
+    those of the real and the imaginary parts.
 
     A new form defines ``n`` and ``shape``, and at least :attr:`like`, :meth:`dense`, :meth:`select` and
     :meth:`grouped_by_sample`. All other answers follow from these, for a few samples at a time. Overriding one changes its
@@ -128,11 +150,15 @@ class PerSampleGradient(ABC):
 
     def dense_squared_norm(self) -> Tensor:
         """:meth:`squared_norm` from the gradients themselves: no sum with signs, and no digits that cancel."""
-        return torch.cat([squared_norm_of_rows(part.dense().flatten(1)) for part in self.parts()])
+        return torch.cat([squared_norm_of_rows(in_rows(part.dense())) for part in self.parts()])
 
     def sum_of_squares(self) -> Tensor:
-        """``sum_n G_n ** 2`` entry by entry, ``[*shape]``: the diagonal of ``sum_n vec(G_n) vec(G_n)^T``."""
-        return _total(part.dense().square().sum(0) for part in self.parts())
+        """``sum_n |G_n| ** 2`` entry by entry, ``[*shape]``: the diagonal of ``sum_n vec(G_n) vec(G_n)^T``.
+
+        For complex entries it is the sum of those of the real and of the imaginary parts.
+        """
+        squares = (real_entries(part.dense()).square().sum(0) for part in self.parts())
+        return _total(value.sum(-1) if value.dim() > len(self.shape) else value for value in squares)
 
     def total(self) -> Tensor:
         """``sum_n G_n``, ``[*shape]``: the gradient that autograd computes for the batch."""
@@ -145,17 +171,18 @@ class PerSampleGradient(ABC):
     def along(self, left: Tensor, right: Tensor) -> Tensor:
         """``<left right^T, sum_n G_n>``, the total along one direction: a single number to compare with autograd's gradient.
 
-        The shape is read as ``(left, right)``.
+        The shape is read as ``(left, right)``. Of complex gradients it is the sum for the real and for the imaginary parts.
         """
-        return left @ self.total().reshape(len(left), -1) @ right
+        return left @ one_direction(self.total()).reshape(len(left), len(right)) @ right
 
     def inner(self, other: PerSampleGradient) -> Tensor:
-        """``<G_n, H_n>`` with the other form's gradients of the same samples, ``[n]``."""
+        """``Re <G_n, H_n>`` with the other form's gradients of the same samples, ``[n]``."""
         for a, b in ((self, other), (other, self)):
             if (value := a.factored_inner(b)) is not None:
                 return value
         pairs = ((self.select(rows), other.select(rows)) for rows in self._chunks())
-        return torch.cat([(a.dense().flatten(1) * b.dense().flatten(1)).sum(1) for a, b in pairs])
+        products = (in_rows(a.dense()) * in_rows(b.dense()).conj() for a, b in pairs)
+        return torch.cat([(product.real if product.is_complex() else product).sum(1) for product in products])
 
     def __add__(self, other: PerSampleGradient) -> PerSampleGradient:
         """The sum of both, for another use of the same parameter by the same samples."""
@@ -208,7 +235,7 @@ class Dense(PerSampleGradient):
         return Dense(self.value[samples])
 
     def squared_norm(self) -> Tensor:
-        return squared_norm_of_rows(self.value.reshape(self.n, -1))
+        return squared_norm_of_rows(in_rows(self.value))
 
     def grouped_by_sample(self, groups: Grouping) -> Dense:
         return Dense(groups.sums(self.value))

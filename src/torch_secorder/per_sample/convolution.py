@@ -247,7 +247,7 @@ class Convolution(PerSampleGradient):
                 pixels = first + second
                 for other in others:
                     pixels += other
-        (outer, row, _), steps = pixels.stride(), [a * b for a, b in zip(self.stride, strides, strict=True)]
+        (outer, row, _), steps = pixels.stride(), [a * b for a, b in zip(tall.stride, strides, strict=True)]
         out = tall.g.shape[3:]
         seen = pixels.as_strided((len(pixels), *out, *out), (outer, *(row * step for step in steps), *steps))
         terms = (seen * positions.view(seen.shape)).view(self.n, self.groups, *positions.shape[1:])

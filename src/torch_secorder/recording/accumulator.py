@@ -20,8 +20,9 @@ from torch_secorder.capture.records import Forward, Record
 from torch_secorder.errors import CoverageError, LifecycleError, ShapeError, SlowFallbackWarning, UnsupportedError
 from torch_secorder.graph.frontier import IdleUse, ParameterUse
 from torch_secorder.graph.refusals import unexpected
+from torch_secorder.model.nested import whole
 from torch_secorder.model.parameters import Table
-from torch_secorder.model.ranks import full_tensor, is_dtensor
+from torch_secorder.model.ranks import is_dtensor
 from torch_secorder.per_sample import (
     Dense,
     PerSampleGradient,
@@ -128,7 +129,7 @@ class PassAccumulator:
 
     def add(self, record: Record, grad: Tensor) -> None:
         """The gradient of a recorded call's output has arrived."""
-        grad = grad if type(grad) is Tensor else full_tensor(grad)
+        grad = grad if type(grad) is Tensor else whole(grad)
         self.half = self.half or grad.dtype in HALF
         self._seen += grad.numel()
         if not grad.numel():
@@ -155,10 +156,11 @@ class PassAccumulator:
 
     def _add_output(self, record: Record, grad: Tensor) -> None:
         """A call of a module that is watched for its output only."""
-        call = record.call(grad)
-        self._batch_of(record)
+        assert record.placement is not None
+        by_sample = record.placement.fits(record.shape, self._batch_of(record).n)
+        grad = record.call(grad).grad_output if by_sample else grad
         for part in self.parts.values():
-            part.on_output(record.site, call.kept, call.grad_output)
+            part.on_output(record, grad, by_sample)
 
     def _add(self, record: Record, grad: Tensor) -> None:
         site = record.site
@@ -213,7 +215,7 @@ class PassAccumulator:
         self.half = self.half or any(grad is not None and is_half(grad) for grad in grads)
         if found is None and batch.n == 1:
             found = next(grad for grad in grads if grad is not None)  # all of it is that sample's
-        elif found is None or not use.placement.fits(found.shape, batch.n):
+        elif found is None or not (batch.n == 1 or use.placement.fits(found.shape, batch.n)):
             shape = None if found is None else tuple(found.shape)
             raise ShapeError(f"{self._names(use)}: the {batch.n} samples are not in a gradient of shape {shape}")
         self._seen += found.numel()
@@ -243,7 +245,7 @@ class PassAccumulator:
         assert seen.idle is not None
         assert seen.forward.n is not None
         there = [grad for grad in grads if grad is not None]
-        if any(bool(full_tensor(grad).any()) for grad in there):
+        if any(bool(whole(grad).any()) for grad in there):
             seen.idle.forget()
             raise unexpected([self._table.names[position] for position in positions], seen.idle.why, seen.forward.n)
         batch = self._batch(seen.forward, seen.forward.n)
@@ -361,6 +363,10 @@ class PassAccumulator:
     def _settle_waiting(self, batch: SampleBatch) -> None:
         """Whatever waited for the end of the pass."""
         for record, grads in batch.shared.items():
+            if record.site.rule is None:
+                for part in self.parts.values():
+                    part.on_output(record, grads, True)
+                continue
             self._apply(batch, record, record.site.forms(record.expanded_to_samples(grads)), None)
         batch.shared.clear()
         for position, form in batch.held.items():

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch_secorder.capture.records import Forward, Record
 from torch_secorder.errors import CoverageError, LifecycleError, UnsupportedError
 from torch_secorder.graph.frontier import IdleUse, ParameterUse
-from torch_secorder.per_sample import sign_vectors
+from torch_secorder.per_sample import one_direction, sign_vectors
 from torch_secorder.recording.accumulator import PassAccumulator
 from torch_secorder.recording.gradient_norms import GradientNorms
 from torch_secorder.recording.sample_norms import SampleNorms
@@ -42,7 +42,7 @@ class BackwardPass:
     def project(self, position: int, grad: Tensor) -> None:
         """Note a parameter's own gradient along one direction."""
         left, right = sign_vectors(grad.shape, grad)
-        along = left @ (grad.detach().reshape(len(left), -1) @ right)
+        along = left @ (one_direction(grad.detach()).reshape(len(left), len(right)) @ right)
         self.projections[position] = self.projections.get(position, 0) + along
 
 

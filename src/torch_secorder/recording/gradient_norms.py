@@ -14,7 +14,7 @@ from torch.autograd.graph import Node
 
 from torch_secorder.autograd.contributions import Identity, identity, note_contribution
 from torch_secorder.capture.records import SMALL
-from torch_secorder.per_sample import at_least_float32
+from torch_secorder.per_sample import at_least_float32, in_rows
 from torch_secorder.recording.batch import alike
 from torch_secorder.recording.small_calls import MOST_CALLS
 
@@ -66,7 +66,7 @@ class GradientNorms:
             positions.append(position)
             grads.append(grad)
         for positions, grads in alike.values():
-            rows = torch.stack(grads).reshape(len(grads), -1)
+            rows = in_rows(torch.stack(grads))
             self._batched.append((positions, torch.linalg.vector_norm(rows, dim=1)))
         self._waiting.clear()
 

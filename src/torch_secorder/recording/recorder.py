@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -26,16 +26,18 @@ from torch_secorder.batch_axis.knowledge import ModelKnowledge
 from torch_secorder.capture.forwards import ForwardTracker
 from torch_secorder.capture.module_hooks import ModuleHooks
 from torch_secorder.capture.records import Forward, Record
-from torch_secorder.graph.audit import Audit
+from torch_secorder.graph.audit import Audit, Uses
 from torch_secorder.graph.frontier import IdleUse, ParameterUse
 from torch_secorder.model.hooks import HookScope
 from torch_secorder.model.parameters import Table
-from torch_secorder.per_sample import as_refusal, memory_limit
+from torch_secorder.per_sample import memory_limit
 from torch_secorder.recording.accumulator import PassAccumulator, PassOptions
 from torch_secorder.recording.backward_pass import BackwardPass, Check, counted_again
+from torch_secorder.recording.foreign_errors import only_refusals, refusal_of
 from torch_secorder.recording.gradient_norms import GradientNorms
 from torch_secorder.recording.plan import Plan
 from torch_secorder.recording.sample_norms import SampleNorms
+from torch_secorder.recording.shared_outputs import find_shared_outputs
 from torch_secorder.rules.node_rules import runs_after_node
 
 
@@ -125,11 +127,18 @@ class Recorder(HookScope):
 
     def _on_model_exit(self, forward: Forward, outputs: list[Tensor]) -> None:
         """The model returns these tensors, in whatever containers."""
-        uses = self._audit.uses(forward, outputs)
+        uses = self._found_uses(forward, outputs)
         for use, node in uses.placed:
             self._hook(use, node)
         for idle, node in uses.idle:
             node.register_prehook(partial(self._on_idle_gradients, idle))
+
+    def _found_uses(self, forward: Forward, outputs: list[Tensor]) -> Uses:
+        """The uses of parameters that no hooked call accounts for, in the graph of a forward's outputs."""
+        with only_refusals("looking for the samples in the graph of the model's outputs"):
+            found = self._audit.uses(forward, outputs)
+            find_shared_outputs(found.placed, forward)
+            return found
 
     def _hook(self, use: ParameterUse, node: Node) -> None:
         """Have the node of a use call back with its gradients."""
@@ -194,10 +203,18 @@ class Recorder(HookScope):
             else:
                 add(*args)
         except Exception as error:
-            current.error = as_refusal(error)
+            current.error = refusal_of(error, f"taking the gradients of {self._described(seen)} apart by samples")
         except BaseException:  # an interrupt, which ends the pass and whose traceback may outlive it
             self._abandon(current)
             raise
+
+    def _described(self, seen: Record | ParameterUse | IdleUse | Forward | None) -> str:
+        """What has a gradient, in words."""
+        if isinstance(seen, Record):
+            return str(seen.site)
+        targets = seen.targets if isinstance(seen, ParameterUse) else []
+        names = [self.table.names[target] if isinstance(target, int) else str(target.site) for target in targets]
+        return ", ".join(names) or "this batch"
 
     def _abandon(self, current: BackwardPass) -> None:
         """A pass is broken off: nothing that comes belongs to it."""
@@ -236,13 +253,12 @@ class Recorder(HookScope):
         """
         if current.error is not None:
             raise current.error
-        try:
-            with self._settings() if current.special else nullcontext():
-                samples = current.accumulator.finish(nonfinite)
-                for check in checks:
-                    check(current, samples)
-        except Exception as error:
-            raise as_refusal(error)  # noqa: B904  # a refusal names its cause itself
+        with only_refusals("taking the gradients of this batch apart by samples"), ExitStack() as settings:
+            if current.special:
+                settings.enter_context(self._settings())
+            samples = current.accumulator.finish(nonfinite)
+            for check in checks:
+                check(current, samples)
         if current.accumulator.slow and not self._knowledge.warned_of_slow_rules:
             self._knowledge.warned_of_slow_rules = current.accumulator.warned()
         return samples

@@ -70,7 +70,7 @@ class SmallCallBatch:
             rule = {f"{site.rule.name} ({form.algorithm})": None}
             positions = list(map(operator.itemgetter(local), owned))
             self.rules.update(dict.fromkeys(positions, rule))
-            norms = squared_norms_of(form).view(len(waiting), -1)
+            norms = squared_norms_of(form).unflatten(0, (len(waiting), -1))
             if len(set(map(id, batches))) == 1:
                 batches[0].batched.append((positions, norms))
                 continue

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_secorder.autograd.nodes import node_vjp
+from torch_secorder.autograd.nodes import fitted, is_plain, node_vjp
 from torch_secorder.autograd.saved import knows, saved
 from torch_secorder.batch_axis.placement import Layout, Placement
 from torch_secorder.errors import CoupledSamplesError, CoverageError, ShapeError
+from torch_secorder.model.nested import sample_rows, with_values
 from torch_secorder.per_sample import (
     Convolution,
     Dense,
@@ -130,8 +131,16 @@ def runs_after_node(node: Any) -> bool:
 
 def has_rule(place: NodeUse) -> bool:
     """Whether a rule knows the gradient here without a call of the node."""
-    rule = _rules.get(place.node.name())
-    return rule is not None and rule.holds(place)
+    return _rule_at(place) is not None
+
+
+def _rule_at(place: NodeUse) -> NodeRule | None:
+    """The rule that holds at a place, if there is one.
+
+    A node whose output is a single number has no rows to take apart, and the rules are written for real numbers in plain tensors.
+    """
+    rule = _rules.get(place.node.name()) if place.output_shape else None
+    return rule if rule is not None and is_plain(place.node) and rule.holds(place) else None
 
 
 def gradient_at(place: NodeUse, grads: Gradients, output: int) -> tuple[PerSampleGradient, str]:
@@ -143,9 +152,9 @@ def gradient_at(place: NodeUse, grads: Gradients, output: int) -> tuple[PerSampl
         output: the one that the place's placement is of.
     """
     name = place.node.name().removesuffix("Backward0").removesuffix("Backward").lower()
-    rule = _rules.get(place.node.name())
+    rule = _rule_at(place)
     single = all(grad is None for nr, grad in enumerate(grads) if nr != output)
-    if rule is None or not rule.holds(place) or not (rule.many or single):
+    if rule is None or not (rule.many or single):
         return Dense(_one_by_one(place, grads)), f"{name}, one sample at a time"
     found = rule.function(place, grads if rule.many else grads[output])
     form = Dense(found) if isinstance(found, Tensor) else found
@@ -165,12 +174,15 @@ def _one_by_one(place: NodeUse, grads: Gradients) -> Tensor:
                 f"{place.node.name()} gives no gradient for what it uses: the backward pass under way was asked for some "
                 "gradients only (inputs=); call backward() without"
             )
-        found.append(result.sum_to_size(place.shape))
+        result = result.to_dense() if result.is_sparse else result
+        found.append(fitted(result, *place.node.next_functions[place.index], keeps_dtype=True).reshape(place.shape))
     return torch.stack(found)
 
 
 def _alone(place: NodeUse, grads: Gradients, sample: int) -> list[Tensor | None]:
     """The gradients with every other sample's part set to zero."""
+    if place.n == 1:
+        return list(grads)
     alone: list[Tensor | None] = []
     axis = place.placement.axis
     for grad in grads:
@@ -180,6 +192,10 @@ def _alone(place: NodeUse, grads: Gradients, sample: int) -> list[Tensor | None]
             )
         if grad is None:
             alone.append(None)
+            continue
+        if grad.is_nested:
+            values, own = grad.values(), sample_rows(grad) == sample
+            alone.append(with_values(grad, values * own.view(-1, *[1] * (values.dim() - 1))))
             continue
         size = grad.shape[axis]
         owner = place.placement.sample_of_index(size, place.n, grad.device)

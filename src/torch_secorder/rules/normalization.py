@@ -55,7 +55,7 @@ def instance_norm(module: InstanceNorm, call: Call) -> Gradients:
     expected = {nn.InstanceNorm1d: 3, nn.InstanceNorm2d: 4, nn.InstanceNorm3d: 5}
     if not any(isinstance(module, kind) and x.dim() == dims for kind, dims in expected.items()):
         raise ShapeError(f"an {type(module).__name__} got an input of shape {tuple(x.shape)}, without a batch axis")
-    running = not module.training and module.track_running_stats
+    running = not call.training and module.track_running_stats
     if running:
         return _running(module, x, call.grad_output)
     return _named(*over_channels(F.instance_norm(x, eps=module.eps), call.grad_output))

@@ -173,6 +173,8 @@ def rule_for(module: nn.Module) -> Rule | str:
     computed = [local for local, value in vars(module).items() if isinstance(value, Tensor)]
     if module._modules.get("parametrizations") is not None and is_parametrized(module):
         computed += [local for local, _ in module.parametrizations.named_children()]  # type: ignore[union-attr]  # a ModuleDict there
+    if any(p is not None and p.is_complex() for p in module._parameters.values()):
+        return "its parameters are complex, and rules are written for real ones"
     if computed:
         return f"its {', '.join(computed)} is computed from other tensors (pruning, weight_norm, a parametrization)"
     if changed := _overridden(kind, layer):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from torch_secorder.arguments import require_max_memory
 from torch_secorder.batch_axis.knowledge import knowledge_of
-from torch_secorder.errors import ArgumentError, CoverageError
+from torch_secorder.errors import ArgumentError, CoverageError, UnsupportedError
 from torch_secorder.graph.queries import used_by_loss
 from torch_secorder.model.containers import mapped
 from torch_secorder.model.hooks import restoring
@@ -189,6 +189,13 @@ class Analysis:
 
 def logits(outputs: Any) -> Tensor:
     """The tensor that the likelihood is about: the outputs, or their ``logits``."""
+    found = _logits(outputs)
+    if found.is_complex():
+        raise UnsupportedError("a likelihood takes real outputs, not complex ones: return torch.view_as_real(outputs)")
+    return found
+
+
+def _logits(outputs: Any) -> Tensor:
     if isinstance(outputs, Tensor):
         return outputs
     found = outputs.get("logits") if hasattr(outputs, "get") else getattr(outputs, "logits", None)

@@ -92,7 +92,7 @@ class GraphBackward(Recorder):
         return record.idle is not None if record.placement is None else record.starts_graph
 
     def _found_uses(self, forward: Forward, outputs: list[Tensor]) -> Uses:
-        uses = self._audit.uses(forward, outputs)
+        uses = super()._found_uses(forward, outputs)
         if forward.refusal is not None:
             raise forward.refusal
         self.n, self.fingerprint = forward.n or 0, self._audit.fingerprint

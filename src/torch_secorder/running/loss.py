@@ -11,7 +11,7 @@ from torch import Tensor
 
 from torch_secorder.autograd.precision import has_half_precision, is_half
 from torch_secorder.errors import ArgumentError, ShapeError
-from torch_secorder.model.containers import mapped, rows, sample_axis, shrunk, tensors
+from torch_secorder.model.containers import is_continuous, mapped, rows, sample_axis, shrunk, tensors
 
 LossFunction = Callable[[Any, Any], Tensor]
 Samples = Sequence[Any]  # the outputs and the targets of some samples
@@ -98,7 +98,7 @@ def _losses(loss_fn: LossFunction, samples: Samples, size: int, axis: int) -> tu
 def _has_finite_gradient(loss_fn: LossFunction, outputs: Any, targets: Any) -> bool:
     """Whether the loss's gradient in the outputs is finite, which it may be for a loss that overflows."""
     with torch.enable_grad():
-        leaves = mapped(lambda x: x.detach().clone().requires_grad_(x.is_floating_point()), outputs)
+        leaves = mapped(lambda x: x.detach().clone().requires_grad_(is_continuous(x)), outputs)
         wanted = [x for x in tensors(leaves) if x.requires_grad]
         loss = loss_fn(leaves, targets)
         if not loss.requires_grad:

@@ -48,6 +48,20 @@ def require_present(model: nn.Module, table: ParameterTable, current: BackwardPa
         raise replaced(gone)
 
 
+def require_trainable(table: ParameterTable, current: BackwardPass, samples: SampleNorms) -> None:
+    """Raise unless every parameter still requires a gradient, without which its uses are in no graph.
+
+    Raises:
+        CoverageError: naming those that do not.
+    """
+    frozen = [name for name, leaf in zip(table.names, table.leaves, strict=True) if not leaf.requires_grad]
+    if frozen:
+        raise CoverageError(
+            f"{', '.join(frozen)}: frozen inside of the block (requires_grad_(False)); the batch is left out: leave the block, "
+            'and make a new monitor for the model as it is now, with parameters="all" to analyze frozen parameters too'
+        )
+
+
 def unaccounted(names: Sequence[str], norms: Tensor) -> CurvatureError:
     """The refusal of a pass in which these parameters got gradients that nothing accounts for."""
     if not bool(norms.isfinite().all()):

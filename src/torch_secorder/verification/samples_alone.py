@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from random import Random
 from typing import Any
@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from torch_secorder.autograd.precision import has_half_precision
-from torch_secorder.errors import VerificationError
-from torch_secorder.model.containers import mapped, rows, sample_axis, tensors
+from torch_secorder.errors import CurvatureError, VerificationError
+from torch_secorder.model.containers import is_continuous, mapped, rows, sample_axis, tensors
+from torch_secorder.model.nested import whole, with_rows
 from torch_secorder.model.ranks import Ranks
 from torch_secorder.model.restore import eval_mode, forked_random, restoring_buffers
+from torch_secorder.per_sample import as_refusal
 from torch_secorder.running.analysis import Analysis, Batch
 from torch_secorder.verification.comparison import require_equal_norms, unequal_norms
 from torch_secorder.verification.differentiable_model import DifferentiableModel
@@ -49,7 +51,8 @@ def verify_empirical(
         VerificationError: if not, naming the parameters that differ, with both numbers.
     """
     n = batch.samples.batch
-    require_separable(loss_fn, batch.outputs, targets, n, analysis.batch_axis)
+    with on_samples_alone():
+        require_separable(loss_fn, batch.outputs, targets, n, analysis.batch_axis)
     scale = n if batch.reduction == "mean" else 1
     verify_samples(analysis, lambda outputs: loss_fn(outputs, targets) * scale, inputs, batch, samples)
 
@@ -78,15 +81,38 @@ def verify_samples(
         stack.enter_context(restoring_buffers(analysis.model))
         if batch.random:
             stack.enter_context(eval_mode(analysis.model))
-            batch = analysis.of(loss, inputs)
+            with on_samples_alone():
+                batch = analysis.of(loss, inputs)
             if batch.random:
                 warnings.warn("not verified: the model draws random numbers in eval mode too", stacklevel=3)
                 return
         n, axis = batch.samples.batch, analysis.batch_axis
         samples = samples_to_check(n, analysis.table.ranks) if samples is None else samples
+        stack.enter_context(on_samples_alone())
         model = DifferentiableModel(analysis.model, analysis.table, rows(inputs, [samples[0]], n, axis))
         for sample in samples:
             _SampleAlone(analysis, model, loss, inputs, batch, sample).verify()
+
+
+@contextmanager
+def on_samples_alone() -> Iterator[None]:
+    """Inside, the user's model and loss are called with some samples of a batch. What they raise is not about the batch.
+
+    Raises:
+        VerificationError: in place of whatever is raised inside, unless that is an error of this library's.
+    """
+    try:
+        yield
+    except Exception as error:
+        refusal = as_refusal(error)
+        if isinstance(refusal, CurvatureError):
+            raise refusal  # noqa: B904  # a refusal names its cause itself
+        raise VerificationError(
+            f"the numbers can't be checked, since on some samples of the batch alone the model or the loss raised "
+            f"{type(error).__name__} ({str(error)[:200]}): an input that is not one row per sample (a mask, a hidden state, a "
+            "list of lengths) can't be taken apart, or the samples belong together; where each sample has a loss of its own, "
+            "fisher_report(..., verify=False) returns the numbers unchecked"
+        ) from error
 
 
 # Which sample between the first and the last is looked at has nothing to do with the user's random numbers.
@@ -171,6 +197,8 @@ class _SampleAlone:
 def _with_own_row(sample: int, n: int, axis: int, own: Tensor, batch: Tensor) -> Tensor:
     """One of the batch's outputs with the sample's own in its row; the sample's, or the batch's, if there are no rows."""
     where = sample_axis(batch, n, axis)
+    if where is not None and batch.is_nested:
+        return with_rows(batch, {sample: own.unbind()[0]})
     if where is not None:
         row = batch.narrow(where, sample, 1)
         # A model that squeezes its outputs drops the axis of a single sample.
@@ -188,15 +216,16 @@ def _differs_by_rounding(x: Tensor, y: Tensor) -> bool:
     """Whether two outputs are the same but for rounding."""
     if x.shape != y.shape or x.dtype != y.dtype:
         return False
-    if not x.is_floating_point() or not x.numel():
+    if not is_continuous(x) or not x.numel():
         return True
+    x, y = whole(x), whole(y)
     return bool((x - y).abs().max() <= ROUNDED_OUTPUTS * torch.finfo(x.dtype).eps * y.abs().max())
 
 
 def _gradients(loss: Loss, outputs: Any) -> list[Tensor | None]:
     """The gradients of a loss in each tensor that it is computed from."""
     with torch.enable_grad():
-        leaves = mapped(lambda x: x.clone().requires_grad_(x.is_floating_point()), outputs)
+        leaves = mapped(lambda x: x.clone().requires_grad_(is_continuous(x)), outputs)
         wanted = [x for x in tensors(leaves) if x.requires_grad]
         found = iter(torch.autograd.grad(loss(leaves), wanted, allow_unused=True))
     return [next(found) if x.requires_grad else None for x in tensors(leaves)]
@@ -205,4 +234,4 @@ def _gradients(loss: Loss, outputs: Any) -> list[Tensor | None]:
 def _inner(gradients: Sequence[Tensor | None], outputs: Any) -> Tensor:
     """``sum of outputs times gradients``, whose gradients in the outputs these are."""
     pairs = zip(tensors(outputs), gradients, strict=True)
-    return sum(((x * g).sum() for x, g in pairs if g is not None and x.requires_grad), torch.zeros(()))
+    return sum(((x * g.conj()).real.sum() for x, g in pairs if g is not None and x.requires_grad), torch.zeros(()))

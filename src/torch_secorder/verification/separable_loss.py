@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from torch_secorder.errors import VerificationError
-from torch_secorder.model.containers import mapped, rows, sample_axis, shrunk, tensors
+from torch_secorder.model.containers import is_continuous, mapped, rows, sample_axis, shrunk, tensors
+from torch_secorder.model.nested import select
 from torch_secorder.verification.tolerances import SEPARABLE_LOSS
 
 SAMPLES = 3  # as many as it takes for a loss that compares each sample with two others
@@ -45,14 +46,25 @@ def _gradients_in_first(
     def leaf(x: Tensor) -> Tensor:
         original = next(originals)
         where = sample_axis(x, n, axis)
-        if where is None or not x.is_floating_point():
+        if where is None or not is_continuous(x):
             return original
         x = x.detach().clone()
-        x.select(where, 0).copy_(original.select(where, 0))
+        select(x, where, 0).copy_(select(original, where, 0))
         leaves.append((x.requires_grad_(), where))
         return x
 
     with torch.enable_grad():
         loss = loss_fn(mapped(leaf, rest), targets)
+        if not leaves or not loss.requires_grad:
+            raise VerificationError(
+                f"the numbers can't be checked, since the loss has no gradient in any output with one row for each of {n} "
+                "samples, as where a loss is computed inside the model: have the model return unreduced losses of shape (N,) or "
+                "what the loss is computed from; fisher_report(..., verify=False) returns the numbers unchecked"
+            )
         found = torch.autograd.grad(loss, [x for x, _ in leaves], allow_unused=True)
-    return [g.select(w, 0).double() for g, (_, w) in zip(found, leaves, strict=True) if g is not None]
+    return [_in_float64(select(g, w, 0)) for g, (_, w) in zip(found, leaves, strict=True) if g is not None]
+
+
+def _in_float64(grad: Tensor) -> Tensor:
+    """A gradient as real numbers of double precision."""
+    return (torch.view_as_real(grad.resolve_conj()) if grad.is_complex() else grad).double()

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from torch_secorder.capture.records import HookedModule
+from torch_secorder.capture.records import HookedModule, Record
 from torch_secorder.per_sample import Dense
 from torch_secorder.recording.quantities.quantity import Part, Quantity
 
@@ -20,11 +20,13 @@ class OutputNorms:
     """One call of a watched module.
 
     Attributes:
-        squared_norms: ``[n]``, of the gradients in its output.
+        squared_norms: ``[n]``, of the gradients in its output; ``[1]``, their sum, where nothing says which sample is where.
+        by_sample: whether there is one for each sample.
         moments: of the output; see :func:`torch_secorder.capture.module_hooks.moments`.
     """
 
     squared_norms: Tensor
+    by_sample: bool
     moments: Tensor
 
 
@@ -37,20 +39,17 @@ class OutputTracesPart(Part):
     def __init__(self, calls: Calls | None = None):
         self.calls: Calls = {} if calls is None else calls
 
-    def on_output(self, site: HookedModule, kept: Any, grad: Tensor) -> None:
-        norms = OutputNorms(Dense(grad.reshape(len(grad), -1)).squared_norm(), kept)
-        self.calls.setdefault(site, []).append(norms)
+    def on_output(self, record: Record, grad: Tensor, by_sample: bool) -> None:
+        norms = Dense(grad if by_sample else grad[None]).squared_norm()
+        self.calls.setdefault(record.site, []).append(OutputNorms(norms, by_sample, record.kept))
 
-    def _mapped(self, function: Any) -> OutputTracesPart:
+    def scaled(self, factor: float) -> OutputTracesPart:
         return OutputTracesPart(
             {
-                site: [replace(call, squared_norms=function(call.squared_norms)) for call in calls]
+                site: [replace(call, squared_norms=factor * call.squared_norms) for call in calls]
                 for site, calls in self.calls.items()
             }
         )
-
-    def scaled(self, factor: float) -> OutputTracesPart:
-        return self._mapped(lambda norms: factor * norms)
 
     def plus(self, other: OutputTracesPart) -> OutputTracesPart:
         both = {
@@ -65,7 +64,15 @@ class OutputTracesPart(Part):
         return OutputTracesPart(self.calls | both)
 
     def finite(self, bad: Tensor, names: Sequence[str]) -> OutputTracesPart:
-        return self._mapped(lambda norms: norms[norms.isfinite()])
+        kept = ~bad.any(0)
+
+        def without_bad(call: OutputNorms) -> OutputNorms:
+            # Of several batches in one pass, or where samples are not told apart, nobody knows which numbers to leave out.
+            known = call.by_sample and len(call.squared_norms) == len(kept)
+            norms = call.squared_norms
+            return replace(call, squared_norms=norms[kept.to(norms.device)] if known else norms[:1] * math.nan)
+
+        return OutputTracesPart({site: list(map(without_bad, calls)) for site, calls in self.calls.items()})
 
 
 class OutputTraces(Quantity):
@@ -104,10 +111,10 @@ class OutputTraces(Quantity):
         """A row of a table for each module, its trace ``factor`` times the mean over n samples."""
         rows = []
         for name, (kind, squares, (numel, total, total_squares, minimum, maximum)) in self.sums.items():
-            mean = total / numel
+            mean = total / numel if numel else math.nan
             figures = {
                 "mean": mean,
-                "std": math.sqrt(max(0.0, total_squares / numel - mean**2)),
+                "std": math.sqrt(max(0.0, total_squares / numel - mean**2)) if numel else math.nan,
                 "min": minimum,
                 "max": maximum,
             }

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
-from torch_secorder.capture.records import HookedModule
+from torch_secorder.capture.records import Record
 from torch_secorder.per_sample import PerSampleGradient
 
 if TYPE_CHECKING:
@@ -21,8 +21,12 @@ class Part:
     def on_form(self, position: int, form: PerSampleGradient, squared_norms: Tensor) -> None:
         """A parameter's gradients for all samples of a batch, and their squared norms, ``[n]``."""
 
-    def on_output(self, site: HookedModule, kept: Any, grad: Tensor) -> None:
-        """A watched module's output: what was kept of it in forward, and its gradient with the batch axis first."""
+    def on_output(self, record: Record, grad: Tensor, by_sample: bool) -> None:
+        """A watched module's output: its call, and the gradient in the output.
+
+        ``by_sample`` says that the gradient has an index for each sample first. If not, each of its numbers belongs to one
+        sample, and nothing says to which.
+        """
 
     def scaled(self, factor: float) -> Self:
         """The same with all squares multiplied."""

@@ -1,0 +1,48 @@
+"""What the library's own work on a user's batch raises is told in its own words."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch_secorder.errors import CurvatureError, UnsupportedError
+from torch_secorder.per_sample import as_refusal
+
+# The top-level names of all code that is not the user's, nor of a package that the user's model calls.
+_NOT_THEIRS = {"torch_secorder", "torch", *sys.stdlib_module_names}
+
+
+def refusal_of(error: Exception, what: str) -> Exception:
+    """A refusal, and what code of the user's raised, as they are; anything else as a refusal whose cause it is.
+
+    Args:
+        error: what was raised.
+        what: what the library was about to do, in words.
+    """
+    refusal = as_refusal(error)
+    if isinstance(refusal, CurvatureError) or _is_theirs(error):
+        return refusal
+    found = UnsupportedError(
+        f"{what} raised {type(error).__name__} ({str(error)[:200]}), so that this batch is left out: the library does not know "
+        "this kind of tensor or layer yet; freeze it (requires_grad_(False)), or teach the library the layer with "
+        "torch_secorder.register_rule"
+    )
+    found.__cause__ = error
+    return found
+
+
+@contextmanager
+def only_refusals(what: str) -> Iterator[None]:
+    """A block of the library's own work, which raises nothing but its own errors and those of the user's code."""
+    try:
+        yield
+    except Exception as error:
+        raise refusal_of(error, what)  # noqa: B904  # a refusal names its cause itself
+
+
+def _is_theirs(error: Exception) -> bool:
+    """Whether an error comes out of code of the user's, as out of a rule, or the backward of a function."""
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    return any(frame.f_globals.get("__name__", "").partition(".")[0] not in _NOT_THEIRS for frame in frames)

@@ -1,0 +1,76 @@
+"""Outputs of watched modules that all samples share, as those of a position embedding are."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+
+from torch.autograd.graph import Node
+
+from torch_secorder.capture.records import Forward, Record
+from torch_secorder.errors import UnsupportedError
+from torch_secorder.graph.chain import batch_free_vjp
+from torch_secorder.graph.frontier import ParameterUse
+
+
+def find_shared_outputs(uses: Iterable[tuple[ParameterUse, Node]], forward: Forward) -> None:
+    """Have the frontier tell the gradients of the watched outputs that lie behind it, for each sample.
+
+    The gradient that arrives at such an output itself is summed over the samples already. Every other output has each of its
+    numbers from one sample.
+
+    Raises:
+        UnsupportedError: if the way back to such an output can't be gone.
+    """
+    watched: dict[Node, list[tuple[Record, int]]] = defaultdict(list)
+    for record, edge in forward.records:
+        if record.site.rule is None:
+            watched[edge.node].append((record, edge.output_nr))
+    if not watched:
+        return
+    for use, consumer in uses:
+        for value in use.values:
+            made = value.targets[0][1].value
+            starts = {vjp.start for _, vjp in value.targets}
+            for record, nr, node in _behind(made[0], watched):
+                if not _is_free(node, starts):
+                    continue
+                vjp = batch_free_vjp(made, node, tuple(record.shape))
+                value.targets.append((record, vjp))
+                record.placement = None
+                use.needs_node_calls = use.needs_node_calls or vjp.permutation != ()
+                # A node is looked through by the gradient of its first output.
+                if nr or use.unreadable_because(consumer):
+                    raise UnsupportedError(
+                        f"{record.site}: all samples share its output, and what each of them makes of it can't be read in the "
+                        "autograd graph: run it without activation checkpointing, or leave out activations=True"
+                    )
+
+
+def _is_free(output: Node, starts: set[Node]) -> bool:
+    """Whether an output was computed from nothing but what the value's gradient is pulled back to."""
+    stack, seen = [output], {output}
+    while stack:
+        node = stack.pop()
+        if node in starts:
+            continue
+        if not node.next_functions:
+            return False
+        for child, _ in node.next_functions:
+            if child is not None and child not in seen:
+                seen.add(child)
+                stack.append(child)
+    return True
+
+
+def _behind(start: Node, watched: dict[Node, list[tuple[Record, int]]]) -> Iterator[tuple[Record, int, Node]]:
+    """The watched outputs among a value and all that it was computed from."""
+    stack, seen = [start], {start}
+    while stack:
+        node = stack.pop()
+        for record, nr in watched.get(node, ()):
+            yield record, nr, node
+        for child, _ in node.next_functions:
+            if child is not None and child not in seen:
+                seen.add(child)
+                stack.append(child)

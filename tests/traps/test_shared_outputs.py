@@ -1,0 +1,157 @@
+"""Trap 31: numbers beside the trace. Here, the activation traces of modules whose output all samples share."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from oracles import assert_equal
+from problems._base import Forward
+from torch_secorder import FisherMonitor, fisher_results
+from traps.test_crashes import Holding
+
+T = 5
+
+
+def positions(m: Any, x: Tensor) -> Tensor:
+    return m.h(m.e(x) + m.p(torch.arange(T)))
+
+
+def positions_through_modules(m: Any, x: Tensor) -> Tensor:
+    return m.h((m.e(x) * m.act(m.p(torch.arange(T)))).tanh())
+
+
+def used_twice(m: Any, x: Tensor) -> Tensor:
+    p = m.p(torch.arange(T))
+    return m.h(m.act(m.e(x) + p) * p.T.mean())
+
+
+def table_called_twice(m: Any, x: Tensor) -> Tensor:
+    return m.h(m.e(x) * m.p(torch.arange(T)) + m.p(torch.arange(1, T + 1) % T))
+
+
+def steps_first(m: Any, x: Tensor) -> Tensor:
+    return m.h(m.act(m.e(x.T) + m.p(torch.arange(T))[:, None])).transpose(0, 1)
+
+
+def inside_of_a_block(m: Any, x: Tensor) -> Tensor:
+    return m.h(m.e(x) + m.block(torch.arange(T)))
+
+
+class Bias(nn.Module):
+    """A module that returns a parameter of its own, made smaller."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4))
+
+    def forward(self) -> Tensor:
+        return self.weight.tanh()
+
+
+def from_a_bias(m: Any, x: Tensor) -> Tensor:
+    return m.h(m.e(x) + m.b())
+
+
+def models() -> dict[str, nn.Module]:
+    def parts() -> dict[str, nn.Module]:
+        return {"e": nn.Embedding(7, 4), "p": nn.Embedding(T, 4), "h": nn.Linear(4, 7), "act": nn.Tanh()}
+
+    forwards = (positions, positions_through_modules, used_twice, table_called_twice, steps_first)
+    found: dict[str, nn.Module] = {forward.__name__: Forward(forward, **parts()) for forward in forwards}
+    block = nn.Sequential(nn.Embedding(T, 4), nn.Tanh())
+    found["inside_of_a_block"] = Forward(inside_of_a_block, e=nn.Embedding(7, 4), h=nn.Linear(4, 7), block=block)
+    found["from_a_bias"] = Holding(from_a_bias, parameters={}, e=nn.Embedding(7, 4), h=nn.Linear(4, 7), b=Bias())
+    return found
+
+
+def one_by_one(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+    """Module name -> the squared norm of each sample's gradient in all outputs of its calls, from a loop over samples."""
+    found: dict[str, list[Tensor]] = {}
+    for inputs, target in zip(x, y, strict=True):
+        seen: list[tuple[str, Tensor]] = []
+        handles = [
+            module.register_forward_hook(lambda _, args, output, name=name, seen=seen: seen.append((name, output)))
+            for name, module in model.named_modules()
+        ]
+        loss = F.cross_entropy(model(inputs[None]).mT, target[None])
+        for handle in handles:
+            handle.remove()
+        grads = torch.autograd.grad(loss, [output for _, output in seen], allow_unused=True)
+        sums: dict[str, Tensor] = {}
+        for (name, _), grad in zip(seen, grads, strict=True):
+            if grad is not None:
+                sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64)) + grad.square().sum()
+        for name, value in sums.items():
+            found.setdefault(name, []).append(value)
+    return {name: torch.stack(values) for name, values in found.items()}
+
+
+def monitored(model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> Any:
+    with FisherMonitor(model, activations=True) as monitor:
+        for x, y in batches:
+            F.cross_entropy(model(x).mT, y).backward()
+    return monitor.activations["activation_trace"]
+
+
+def reported(model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> Any:
+    results = fisher_results(
+        model, lambda outputs, y: F.cross_entropy(outputs.mT, y), batches, activations=True, progress=False
+    )
+    return results.activations["activation_trace"]
+
+
+@pytest.mark.filterwarnings("ignore::torch_secorder.errors.SlowFallbackWarning")
+@pytest.mark.parametrize("sizes", [(T,), (1,), (3,), (T, 3, 1)], ids=str)
+@pytest.mark.parametrize("way", [monitored, reported], ids=lambda way: way.__name__)
+@pytest.mark.parametrize("name", models())
+def test_trap_31_outputs_that_all_samples_share(name: str, way: Callable[..., Any], sizes: tuple[int, ...]) -> None:
+    """Batches of as many samples as there are positions, of fewer and of one belong to one table."""
+    model = models()[name].double()
+    batches = [(torch.randint(7, (n, T)), torch.randint(7, (n, T))) for n in sizes]
+    each = [one_by_one(model, *batch) for batch in batches]
+    found = way(model, batches)
+    assert set(found.index) == set(each[0])
+    for module in each[0]:
+        expected = torch.cat([one[module] for one in each]).mean()
+        assert_equal(torch.tensor(found[module]), expected, expected)
+
+
+class Infinite(torch.autograd.Function):
+    """The gradient becomes infinite for the first sample, once that is wanted."""
+
+    factor = 1.0
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return torch.cat([grads[0][:1] * Infinite.factor, grads[0][1:]])
+
+
+def test_trap_31_a_sample_that_is_left_out_is_left_out_of_all_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its gradient is infinite in the first layer's output only, and looks like any other in the second's."""
+    model = Forward(lambda m, x: m.second(Infinite.apply(m.first(x))), first=nn.Linear(4, 4), second=nn.Linear(4, 3))
+    x, y = torch.randn(5, 4), torch.randint(3, (5,))
+    alone = []
+    for rows in (slice(0, 5), slice(1, 5)):
+        twin = copy.deepcopy(model)  # nothing is known of the model itself before
+        with FisherMonitor(twin, activations=True) as monitor:
+            F.cross_entropy(twin(x[rows]), y[rows]).backward()
+        alone.append(monitor.activations["activation_trace"])
+    with FisherMonitor(model, activations=True, nonfinite="skip") as monitor:
+        for factor in (1.0, 1.0, 1.0, torch.inf):  # in the fourth pass nobody looks for samples
+            monkeypatch.setattr(Infinite, "factor", factor)
+            F.cross_entropy(model(x), y).backward()
+    assert monitor.n_samples == 19
+    for name, found in monitor.activations["activation_trace"].items():
+        expected = torch.tensor((15 * alone[0][name] + 4 * alone[1][name]) / 19)
+        assert_equal(torch.tensor(found), expected, expected, torch.float32)
