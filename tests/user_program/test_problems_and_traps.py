@@ -17,7 +17,7 @@ from traps.test_checkpoints import Blocks, Recomputed
 from traps.test_outputs_and_losses import Adversarial
 from traps.test_randomness import EXPERTS, Noisy, Routed, Scaled
 from traps.test_uses import Angle, Gated, Product, Rounded, ThreeWays
-from user_program.hooks import all_hooks
+from user_program.hooks import all_hooks, full_backward_hooks
 from user_program.observed import Run, assert_unnoticed, observed
 
 
@@ -130,7 +130,7 @@ def test_trap_15_what_is_refused_was_a_whole_step_all_the_same() -> None:
 
     def program(run: Run) -> None:
         model = randomized(nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3)))
-        all_hooks(run, model)
+        full_backward_hooks(run, model)
         with run.block(model):
             for _ in range(2):
                 with run.step():
