@@ -189,7 +189,7 @@ class FisherMonitor(HookScope):
         self._recorder: UserRecorder | None = None
         self._hooks = HookSet()
         self._schedule = KindSchedule()  # of the checks of sums
-        self._expected: ExpectedNorms | None = None  # of the first sample, where the next pass is to be verified
+        self._expected: list[ExpectedNorms] = []  # of some samples, where the next pass is to be verified
         self._warned_of: set[type[Exception]] = set()
 
     # ------------------------------------------------------------------------------------------------ the block
@@ -241,18 +241,19 @@ class FisherMonitor(HookScope):
                 self._refuse(error)
 
     def verify(self, loss: Tensor) -> None:
-        """Have the next backward pass, which must be that of ``loss``, checked for one sample.
+        """Have the next backward pass, which must be that of ``loss``, checked for the first, the last and one sample.
 
-        The first sample's gradient is taken by plain autograd, through the outputs of the model's latest call inside the
-        block, which must still be there; at the end of the backward pass the hooks must have found the same. It costs one more
-        backward pass, and finds rules that are wrong and samples that were looked for in the wrong place.
-        :func:`fisher_report` does the like by itself.
+        Their gradients are taken by plain autograd, through the outputs of the model's latest call inside the block, which must
+        still be there; at the end of the backward pass the hooks must have found the same. It costs three more backward passes,
+        and finds rules that are wrong, samples that were looked for in the wrong place, and smooth losses that compare samples
+        with each other. :func:`fisher_report`, which runs each sample alone, finds more.
 
         Args:
             loss: computed from the model's latest outputs inside this monitor's block, not yet differentiated.
 
         Raises:
-            VerificationError: at the end of the backward pass, naming the parameters that differ.
+            VerificationError: at the end of the backward pass, naming the parameters that differ; at once for a loss that
+                compares samples.
             LifecycleError: outside of the block, or if the loss doesn't depend on the latest outputs.
 
         Example:
@@ -310,9 +311,8 @@ class FisherMonitor(HookScope):
         ]
         if self._options.parameters == "trainable":
             checks.append(partial(require_trainable, watched.table))
-        expected, self._expected = self._expected, None
-        if expected is not None:
-            checks.append(partial(_require_expected, names, expected))
+        expected, self._expected = self._expected, []
+        checks += [partial(_require_expected, names, one) for one in expected]
         samples = recorder.finish(current, self._options.nonfinite, checks)
         scale = (samples.batch / loss_scale if self._options.reduction == "mean" else 1 / loss_scale) ** 2
         squares = (norms / loss_scale).square().tolist()

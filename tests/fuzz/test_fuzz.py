@@ -61,11 +61,10 @@ def test_pieces_that_mix_samples_are_refused(piece: str) -> None:
     assert outcome(case_of("linear", piece, sizes=(5,), ways=("report",))).kind == "coupled"
 
 
-ONLY_SOME_ARE_TRIED = "that a loss compares samples is looked for in three of them, which may be alone in their classes"
 COMPARING = [
     "square_of_the_batch_mean",
     "contrastive",
-    pytest.param("same_class_is_near", marks=pytest.mark.xfail(reason=ONLY_SOME_ARE_TRIED)),
+    "same_class_is_near",
 ]
 
 

@@ -1,4 +1,4 @@
-"""What a backward pass of the user's that is still to come has to find for one sample."""
+"""What a backward pass of the user's that is still to come has to find for some samples."""
 
 from __future__ import annotations
 
@@ -13,10 +13,13 @@ from torch_secorder.autograd.graph_pass import Gradients, GraphPass
 from torch_secorder.autograd.nodes import Edge
 from torch_secorder.autograd.precision import has_half_precision
 from torch_secorder.autograd.sharded import GatheredWeights
-from torch_secorder.errors import LifecycleError
+from torch_secorder.errors import CurvatureError, LifecycleError, VerificationError
+from torch_secorder.likelihoods import random_signs
 from torch_secorder.model.parameters import Table
 from torch_secorder.verification.comparison import require_equal_norms
 from torch_secorder.verification.plain_autograd import as_row, squared_norms_of_sample
+from torch_secorder.verification.samples_alone import samples_to_check
+from torch_secorder.verification.tolerances import SEPARABLE_LOSS
 
 
 @dataclass(frozen=True)
@@ -50,20 +53,18 @@ class ExpectedNorms:
         require_equal_norms(own, found, self.alone, half=self.half, sample=self.sample)
 
 
-def expected_norms(
-    loss: Tensor, outputs: Sequence[Tensor], table: Table, *, axis: int = 0, sample: int = 0
-) -> ExpectedNorms:
-    """Those of one sample of a loss, through the user's graph of the model's outputs, which is kept.
+def expected_norms(loss: Tensor, outputs: Sequence[Tensor], table: Table, *, axis: int = 0) -> list[ExpectedNorms]:
+    """Those of the first, the last and one sample of a loss, through the user's graph of the model's outputs, which is kept.
 
     Args:
         loss: the loss.
         outputs: what the model returned.
         table: the analyzed parameters; frozen ones have no gradient in the user's graph.
         axis: where the outputs have their samples.
-        sample: the sample's number in its batch.
 
     Raises:
         LifecycleError: if the loss doesn't depend on these outputs.
+        VerificationError: if its gradient in one sample's outputs depends on other samples' outputs.
     """
     gradients = _output_gradients(loss, outputs)
     pairs = [(x, g) for x, g in zip(outputs, gradients, strict=True) if g is not None and x.dim() > axis]
@@ -71,13 +72,45 @@ def expected_norms(
         raise LifecycleError("verify: the loss doesn't depend on the outputs of the model's latest call in this block")
     positions = [position for position, leaf in enumerate(table.leaves) if leaf.requires_grad]
     reached, seeds = zip(*pairs, strict=True)
+    n = reached[0].shape[axis]
+    _require_separable(loss, reached, n, axis)
     trained = [table.leaves[position] for position in positions]
-    weights = GatheredWeights(throughout=table.sharded)
-    norms = squared_norms_of_sample(reached, seeds, trained, sample, axis=axis, weights=weights)
-    return ExpectedNorms(sample, positions, as_row(norms), has_half_precision(loss))
+    weights, half = GatheredWeights(throughout=table.sharded), has_half_precision(loss)
+    found = []
+    for sample in samples_to_check(n, table.ranks):
+        norms = squared_norms_of_sample(reached, seeds, trained, sample, axis=axis, weights=weights)
+        found.append(ExpectedNorms(sample, positions, as_row(norms), half))
+    return found
 
 
-def _output_gradients(loss: Tensor, outputs: Sequence[Tensor]) -> list[Tensor | None]:
+def _require_separable(loss: Tensor, outputs: Sequence[Tensor], n: int, axis: int) -> None:
+    """Raise if the loss has second derivatives between the outputs of different samples.
+
+    A loss without any, such as one of the largest output, or an operation that has none, shows nothing.
+    """
+    half = torch.randperm(n, generator=torch.Generator().manual_seed(n)) < n // 2
+    masks = [half.to(x.device).view(-1, *[1] * (x.dim() - 1 - axis)) for x in outputs]
+    try:
+        with torch.enable_grad():
+            slopes = _output_gradients(loss, outputs, create_graph=True)
+            pairs = [(g, m) for g, m in zip(slopes, masks, strict=True) if g is not None]
+            signs = torch.Generator().manual_seed(0)
+            total = sum(((g * m * random_signs(g.shape, g, signs)).sum() for g, m in pairs), loss.new_zeros(()))
+        if not total.requires_grad:
+            return
+        curved = _output_gradients(total, outputs)
+    except (RuntimeError, CurvatureError):
+        return
+    own = max((float((c * m).norm()) for c, m in zip(curved, masks, strict=True) if c is not None), default=0.0)
+    across = max((float((c * ~m).norm()) for c, m in zip(curved, masks, strict=True) if c is not None), default=0.0)
+    if across > SEPARABLE_LOSS * own:
+        raise VerificationError(
+            "the loss's gradient in one sample's outputs changes with the other samples' outputs: a loss that compares samples "
+            "with each other (contrastive, load balancing, batch statistics) has no per-sample gradients"
+        )
+
+
+def _output_gradients(loss: Tensor, outputs: Sequence[Tensor], *, create_graph: bool = False) -> list[Tensor | None]:
     """The gradient of the loss with respect to each output, None for those that it doesn't depend on."""
     edges = [get_gradient_edge(x) for x in outputs]
     arrived: dict[Edge, Tensor | None] = {}
@@ -85,5 +118,7 @@ def _output_gradients(loss: Tensor, outputs: Sequence[Tensor]) -> list[Tensor | 
     def arrive(node: Node, grads: Gradients) -> None:
         arrived.update({(node, nr): grad for nr, grad in enumerate(grads)})
 
-    GraphPass([loss], {edge.node for edge in edges}).run(lambda: [torch.ones_like(loss)], arrive)
+    GraphPass([loss], {edge.node for edge in edges}, create_graph=create_graph).run(
+        lambda: [torch.ones_like(loss)], arrive
+    )
     return [arrived.get((edge.node, edge.output_nr)) for edge in edges]

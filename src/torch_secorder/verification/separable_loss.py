@@ -2,59 +2,89 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from torch_secorder.errors import VerificationError
 from torch_secorder.model.containers import is_continuous, mapped, rows, sample_axis, shrunk, tensors
-from torch_secorder.model.nested import select
-from torch_secorder.verification.tolerances import SEPARABLE_LOSS
+from torch_secorder.verification.tolerances import ROUNDED_GRADIENT, SEPARABLE_LOSS
 
-SAMPLES = 3  # as many as it takes for a loss that compares each sample with two others
+# Of losses of more outputs than this a few samples are tried; of others as many ways to change the others as this allows.
+CHEAP = 2**22
+FEW = 3  # as many as it takes for a loss that compares each sample with two others
 
 
 def require_separable(loss_fn: Callable[[Any, Any], Tensor], outputs: Any, targets: Any, n: int, axis: int = 0) -> None:
-    """Raise if the loss's gradient in one sample's outputs depends on other samples' outputs, tried on three samples.
+    """Raise if the loss's gradient in some samples' outputs depends on other samples' outputs.
+
+    The outputs of half of the samples are changed, and the gradients in those of the other half have to stay. By the digits of
+    the samples' numbers each two samples are in different halves at least once, where that is cheap.
 
     Raises:
         VerificationError: if it does.
     """
-    few = min(n, SAMPLES)
-    outputs, targets = (rows(value, list(range(few)), n, axis) for value in (outputs, targets))
-    first = _gradients_in_first(loss_fn, outputs, outputs, targets, few, axis)
-    second = _gradients_in_first(loss_fn, mapped(shrunk, outputs), outputs, targets, few, axis)
-    for here, there in zip(first, second, strict=True):
-        off, size = float((here - there).norm()), float(here.norm())
-        if not (off <= SEPARABLE_LOSS * size and math.isfinite(size)):  # What isn't finite agrees with nothing.
-            raise VerificationError(
-                "the loss's gradient in the first sample's outputs changes with the other samples' outputs: a loss that "
-                "compares samples with each other (contrastive, load balancing, batch statistics) has no per-sample gradients"
-            )
+    size = sum(x.numel() for x in tensors(outputs))
+    if size > CHEAP and n > FEW:
+        few = [0, n // 2, n - 1]
+        outputs, targets, n = rows(outputs, few, n, axis), rows(targets, few, n, axis), FEW
+        size = sum(x.numel() for x in tensors(outputs))
+    before = _gradients(loss_fn, outputs, targets, n, axis)
+    for changed in _halves(n)[: max(2, CHEAP // max(size, 1))]:
+        after = _gradients(loss_fn, _changed(outputs, changed, n, axis), targets, n, axis)
+        for here, there in zip(before, after, strict=True):
+            off, own = ((rows_of[~changed]).norm(dim=1) for rows_of in (here - there, here))
+            # What isn't finite agrees with nothing.
+            if not bool((own.isfinite() & (off <= SEPARABLE_LOSS * (own + ROUNDED_GRADIENT * own.max()))).all()):
+                raise VerificationError(
+                    "the loss's gradient in one sample's outputs changes with the other samples' outputs: a loss that compares "
+                    "samples with each other (contrastive, load balancing, batch statistics) has no per-sample gradients"
+                )
 
 
-def _gradients_in_first(
-    loss_fn: Callable[[Any, Any], Tensor], rest: Any, outputs: Any, targets: Any, n: int, axis: int
-) -> list[Tensor]:
-    """The loss's gradient in the first sample of ``outputs``, with the other samples of ``rest``."""
-    leaves: list[tuple[Tensor, int]] = []
-    originals = iter(tensors(outputs))
+def _halves(n: int) -> list[Tensor]:
+    """Which samples are changed, ``[n]`` each: half of them, by the digits of numbers that are dealt out at random."""
+    if n < 2:
+        return []
+    number = torch.randperm(n, generator=torch.Generator().manual_seed(n))
+    digits = [(number >> place) % 2 == 1 for place in range((n - 1).bit_length())]
+    return [half for digit in digits for half in (digit, ~digit)]
 
-    def leaf(x: Tensor) -> Tensor:
-        original = next(originals)
+
+def _changed(outputs: Any, which: Tensor, n: int, axis: int) -> Any:
+    """The outputs with other values for some samples."""
+
+    def change(x: Tensor) -> Tensor:
         where = sample_axis(x, n, axis)
         if where is None or not is_continuous(x):
-            return original
-        x = x.detach().clone()
-        select(x, where, 0).copy_(select(original, where, 0))
-        leaves.append((x.requires_grad_(), where))
+            return x
+        if x.is_nested:
+            parts = zip(x.unbind(), shrunk(x).unbind(), which.tolist(), strict=True)
+            return torch.nested.as_nested_tensor(
+                [other if change else own for own, other, change in parts], layout=x.layout
+            )
+        return torch.where(which.to(x.device).view(-1, *[1] * (x.dim() - 1 - where)), shrunk(x), x)
+
+    return mapped(change, outputs)
+
+
+def _gradients(loss_fn: Callable[[Any, Any], Tensor], outputs: Any, targets: Any, n: int, axis: int) -> list[Tensor]:
+    """The loss's gradients in the outputs, ``[n, entries]`` each in double precision on the host."""
+    leaves: list[tuple[Tensor, int]] = []
+
+    def leaf(x: Tensor) -> Tensor:
+        where = sample_axis(x, n, axis)
+        if where is None or not is_continuous(x):
+            return x
+        x = x.detach().clone().requires_grad_()
+        leaves.append((x, where))
         return x
 
     with torch.enable_grad():
-        loss = loss_fn(mapped(leaf, rest), targets)
+        loss = loss_fn(mapped(leaf, outputs), targets)
         if not leaves or not loss.requires_grad:
             raise VerificationError(
                 f"the numbers can't be checked, since the loss has no gradient in any output with one row for each of {n} "
@@ -62,9 +92,17 @@ def _gradients_in_first(
                 "what the loss is computed from; fisher_report(..., verify=False) returns the numbers unchecked"
             )
         found = torch.autograd.grad(loss, [x for x, _ in leaves], allow_unused=True)
-    return [_in_float64(select(g, w, 0)) for g, (_, w) in zip(found, leaves, strict=True) if g is not None]
+    return [_rows(g, where) for g, (_, where) in zip(found, leaves, strict=True) if g is not None]
+
+
+def _rows(grad: Tensor, where: int) -> Tensor:
+    """A row for each sample; those of a nested gradient are padded with zeros."""
+    if grad.is_nested:
+        return pad_sequence([_in_float64(part).flatten() for part in grad.unbind()], batch_first=True)
+    moved = _in_float64(grad.movedim(where, 0))
+    return moved.reshape(len(moved), -1)
 
 
 def _in_float64(grad: Tensor) -> Tensor:
     """A gradient as real numbers of double precision."""
-    return (torch.view_as_real(grad.resolve_conj()) if grad.is_complex() else grad).double()
+    return (torch.view_as_real(grad.resolve_conj()) if grad.is_complex() else grad).cpu().double()

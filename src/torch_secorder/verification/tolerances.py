@@ -47,9 +47,12 @@ ROUNDED_OUTPUTS = 100
 # that also quantizes its input is another function, which differs by per cents.
 DEQUANTIZED_OUTPUTS = 1e-4
 
-# A loss that takes samples apart gives the first sample the same gradient, bit for bit, whatever the other samples' outputs
+# A loss that takes samples apart gives a sample the same gradient, bit for bit, whatever the other samples' outputs
 # are; other vector instructions for other numbers cost some bits.
 SEPARABLE_LOSS = 1e-3
+
+# A sample whose gradient is nearly zero beside the largest has little but rounding, as a part of that.
+ROUNDED_GRADIENT = 1e-3
 
 # Captured gradients, summed over samples, against autograd's own, along one direction, as a fraction of what was added up. Both
 # are the same products in another order. A GPU may multiply float32 numbers with 11 bits (TF32), and autograd's gradient in
