@@ -109,7 +109,7 @@ class Graphs:
         found = []
         for graph in range(self.placements.graphs_seen + 1, self.placements.graphs_seen + count + 1):
             before = len(self.passes.asked)
-            SampleSearch(self.placements, N, self._ambiguous, lambda: self.passes)(wanted)
+            SampleSearch(self.placements, N, self._ambiguous, lambda **_: self.passes)(wanted)
             if len(self.passes.asked) > before:
                 found.append(graph)
         return found
@@ -162,7 +162,7 @@ def test_a_small_batch_is_asked_before_the_whole_graph() -> None:
         placements.keep(("call", "first"), Finding(Placement(0)))
 
     wanted = [call(steps.first, "first"), call(steps.turned, "turned")]
-    SampleSearch(placements, N, False, lambda: passes, locate)(wanted)
+    SampleSearch(placements, N, False, lambda **_: passes, locate)(wanted)
     assert passes.asked == [1]
     assert placements.evidence["call", "turned"] == Placement(1)
 
@@ -172,7 +172,7 @@ def test_a_pass_sees_what_may_be_asked_later() -> None:
     passes = Counted([steps.outputs], 0, N)
     node = steps.folded.grad_fn
     assert node is not None
-    search = SampleSearch(placements, N, False, lambda: passes, look_ahead=lambda: [node])
+    search = SampleSearch(placements, N, False, lambda **_: passes, look_ahead=lambda: [node])
     search([call(steps.turned, "turned")])
     later: Wanted = (("use", "weight", 1, 0), GradientEdge(node, 0), value_shape(node, 0))
     search([later])

@@ -316,3 +316,50 @@ def test_trap_18_outputs_that_compare_samples_are_refused() -> None:
     x = torch.randn(5, 4).double()
     with pytest.raises(CoupledSamplesError, match="belongs to several samples at once"), FisherMonitor(model):
         model(x).square().sum().backward()
+
+
+# 19. Outputs beside those that the loss uses
+
+
+def compared(self: Any, x: Tensor) -> dict[str, Tensor]:
+    """As CLIP returns it: the similarities of all samples, and what they are computed from."""
+    a, b = F.normalize(self.first(x)), F.normalize(self.second(x))
+    similar = self.scale.exp() * a @ b.T
+    return {"similar": similar, "transposed": similar.T, "a": a, "b": b}
+
+
+def comparing() -> tuple[nn.Module, Tensor]:
+    model = made(compared, first=nn.Linear(4, 3), second=nn.Linear(4, 3), scale=torch.tensor([0.3]))
+    return model.double(), torch.randn(5, 4).double()
+
+
+def each_by_itself(outputs: dict[str, Tensor], _: object = None) -> Tensor:
+    return ((outputs["a"] - 1).square().sum(1) + (outputs["b"] - 1).pow(4).sum(1)).mean()
+
+
+def test_trap_19_an_output_that_compares_samples_says_nothing_about_others() -> None:
+    model, x = comparing()
+    losses = [each_by_itself(model(x[n : n + 1])) for n in range(len(x))]
+    named = {name: p for name, p in model.named_parameters() if name != "scale"}
+    grads = [torch.autograd.grad(loss, list(named.values())) for loss in losses]
+    expected = {name: torch.stack([g[i].square().sum() for g in grads]).mean() for i, name in enumerate(named)}
+    everything = torch.stack(list(expected.values())).sum()
+    with FisherMonitor(model) as monitor:
+        for _ in range(4):  # in the last of which nothing is looked for
+            each_by_itself(model(x)).backward()
+    report = fisher_report(model, each_by_itself, (x, None), progress=False)
+    for found in (monitor.report(), report):
+        for name, value in expected.items():
+            got = torch.tensor(found.loc[name, "fisher_trace"])
+            assert_equal(got, value, everything, torch.float64)
+
+
+@pytest.mark.parametrize("before", [0, 3])
+def test_trap_19_a_loss_of_it_is_refused(before: int) -> None:
+    model, x = comparing()
+    with FisherMonitor(model) as monitor:
+        for _ in range(before):
+            each_by_itself(model(x)).backward()
+        with pytest.raises(CoupledSamplesError, match="an output of the model that compares samples"):
+            (each_by_itself(model(x)) + F.cross_entropy(model(x)["similar"], torch.arange(5))).backward()
+    assert monitor.n_samples == 5 * before

@@ -67,12 +67,14 @@ class PlacementCache:
         evidence: what was found at each place that was looked at.
         telling_outputs: for nodes with several outputs, the one whose gradient shows the samples.
         graphs_seen: how many graphs of this kind there were.
+        comparing: the numbers of the model's outputs that compare samples.
     """
 
     evidence: dict[Key, Evidence] = field(default_factory=dict)
     _unproven: set[Key] = field(default_factory=set)
     telling_outputs: dict[Key, int] = field(default_factory=dict)
     graphs_seen: int = 0
+    comparing: set[int] = field(default_factory=set)
 
     def keep(self, key: Key, found: Finding) -> None:
         """Note what a look showed; what it does not prove is good for one graph, unless it agrees with what is known."""

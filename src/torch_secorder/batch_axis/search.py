@@ -26,12 +26,14 @@ class SampleSearch:
         rehearsal: whether this is the graph of a smaller batch, for which everything is looked at.
     """
 
+    _together = False  # whether several ranks search, which all have to make the same passes
+
     def __init__(
         self,
         placements: PlacementCache,
         n: int,
         ambiguous_shapes: bool,
-        passes: Callable[[], SearchPasses],
+        passes: Callable[..., SearchPasses],
         locate_on_three_samples: Callable[[], None] | None = None,
         look_ahead: Callable[[], Iterable[Node]] = list,
         *,
@@ -72,7 +74,11 @@ class SampleSearch:
         ahead = [(node, nr, shape) for node in nodes for nr, shape in enumerate(output_shapes([node]))]
         viewed: list[Viewed] = [(edge, shape) for _, edge, shape in wanted]
         viewed += [(GradientEdge(node, nr), shape) for node, nr, shape in ahead]
-        found = self._passes().findings(viewed)
+        passes = self._passes(comparing=self.placements.comparing)
+        found = passes.findings(viewed)
+        if not self._together and (comparing := passes.comparing(viewed, found)):
+            self.placements.comparing |= comparing
+            found = self._passes(comparing=self.placements.comparing).findings(viewed)
         keys, places = [key for key, _, _ in wanted], [(node, nr) for node, nr, _ in ahead]
         for key, finding in zip(keys, found[: len(keys)], strict=True):
             self.placements.keep(key, finding)
@@ -86,12 +92,14 @@ class SearchOnAllRanks(SampleSearch):
     one alone would wait for the others forever.
     """
 
+    _together = True
+
     def __init__(
         self,
         placements: PlacementCache,
         n: int,
         ambiguous_shapes: bool,
-        passes: Callable[[], SearchPasses],
+        passes: Callable[..., SearchPasses],
         ranks: Ranks,
     ):
         super().__init__(placements, n, ambiguous_shapes, passes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from functools import partial
 
 import torch
@@ -22,6 +22,7 @@ from torch_secorder.batch_axis.evidence import (
     evidence,
     sample_marks,
 )
+from torch_secorder.batch_axis.placement import Placement
 from torch_secorder.errors import ShapeError
 from torch_secorder.model.nested import sample_rows, whole, with_values
 
@@ -41,6 +42,7 @@ class SearchPasses:
         common_count: from the number of passes that this graph needs to the number that is made. Ranks that search together
             agree on it here, when nothing is left to refuse: whoever has refused before doesn't come to the passes.
         weights: gathers the weights that are in parts on several ranks.
+        comparing: the numbers of outputs that compare samples, which show nothing.
     """
 
     def __init__(
@@ -50,8 +52,12 @@ class SearchPasses:
         n: int,
         common_count: Callable[[int], int] = lambda own: own,
         weights: GatheredWeights | None = None,
+        *,
+        comparing: Container[int] = (),
     ):
-        self._roots = [x for x in roots if x.dim() > axis and x.shape[axis] == n]
+        counted = {number: x for number, x in enumerate(roots) if x.dim() > axis and x.shape[axis] == n}
+        self._numbers = [number for number in counted if number not in comparing]
+        self._roots = [counted[number] for number in self._numbers]
         self._axis, self._n, self._common_count, self._weights = axis, n, common_count, weights
         self._marks_per_pass = MARKS_PER_PASS_OF_HALF if has_half_precision(*self._roots) else MARKS_PER_PASS
 
@@ -74,6 +80,31 @@ class SearchPasses:
             Finding(Unplaced.HIDDEN) if place in hidden else evidence(plain, marked, self._n, self._marks_per_pass)
             for place, (plain, *marked) in columns
         ]
+
+    def comparing(self, wanted: Sequence[Viewed], found: Sequence[Finding]) -> set[int]:
+        """The numbers of outputs that compare samples: for such an output alone something belongs to several that another places.
+
+        Args:
+            wanted: where it was looked.
+            found: what all outputs together have shown there.
+        """
+        unclear = [
+            view
+            for view, finding in zip(wanted, found, strict=True)
+            if finding.evidence is Unplaced.SHARED_BY_SAMPLES and view[1] and view[1][0] % self._n == 0
+        ]
+        if not unclear or len(self._roots) < 2:
+            return set()
+        alone = [SearchPasses([root], self._axis, self._n).findings(unclear) for root in self._roots]
+        placed = [any(isinstance(one.evidence, Placement) for one in several) for several in zip(*alone, strict=True)]
+        return {
+            number
+            for number, findings in zip(self._numbers, alone, strict=True)
+            if any(
+                one.evidence is Unplaced.SHARED_BY_SAMPLES and other
+                for one, other in zip(findings, placed, strict=True)
+            )
+        }
 
     def _sketches(self, wanted: Sequence[Viewed], marks: list[Tensor]) -> tuple[list[Sketches], set[int]]:
         """For each set of marks a sketch of each wanted gradient, None where none arrives; and which of them are hidden."""

@@ -8,9 +8,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, Node
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from torch_secorder.autograd.sharded import GatheredWeights
 from torch_secorder.batch_axis.evidence import Unplaced
@@ -87,6 +86,7 @@ class Audit:
 
     Attributes:
         fingerprint: that of the latest graph.
+        comparing: the outputs of the latest run that compare samples.
         other_leaves: the nodes of that graph that accumulate gradients of other tensors than the analyzed parameters.
     """
 
@@ -102,15 +102,14 @@ class Audit:
     ):
         self._table, self._ranks, self._axis = table, table.ranks, batch_axis
         self._leaves = {
-            torch.autograd.graph.get_gradient_edge(p).node: position
-            for position, p in enumerate(table.leaves)
-            if p.requires_grad
+            get_gradient_edge(p).node: position for position, p in enumerate(table.leaves) if p.requires_grad
         }
         self._knowledge, self._trust_shapes = knowledge or ModelKnowledge(), trust_shapes
         self._rehearsal = rehearsal
         self._locate_on_three_samples = locate_on_three_samples
         self.fingerprint = 0
         self.other_leaves: list[Node] = []
+        self.comparing: list[GradientEdge] = []
 
     def uses(self, forward: Forward, outputs: Sequence[Tensor]) -> Uses:
         """Place every record of a forward, and find every use that no record accounts for, each with its node.
@@ -125,7 +124,7 @@ class Audit:
             return self._uses(forward, outputs)
 
     def _uses(self, forward: Forward, outputs: Sequence[Tensor]) -> Uses:
-        roots = [x for x in outputs if x.requires_grad]
+        roots, self.comparing = [x for x in outputs if x.requires_grad], []
         walk, n = Walk(roots, forward, self._leaves), forward.n
         self.fingerprint, self.other_leaves = walk.fingerprint, walk.other_leaves
         if n is None:
@@ -137,6 +136,7 @@ class Audit:
         search = self._search(walk, roots, forward, reached, asked)
         own_axes = [one for one in forward.own_axes if one.edge.node in walk.children]
         shared = self._place(reached, own_axes, search, n, asked)
+        self.comparing = [get_gradient_edge(roots[number]) for number in search.placements.comparing]
         any_shared = self._ranks.max_over_ranks(bool(shared)) if self._ranks.distributed else shared
         if not (asked.uses_outside_calls or any_shared):
             return Uses()

@@ -17,6 +17,14 @@ def hidden(what: str, n: int | None) -> UnsupportedError:
     )
 
 
+def compares_samples() -> CoupledSamplesError:
+    """The refusal of a loss of outputs that compare samples."""
+    return CoupledSamplesError(
+        "the loss uses an output of the model that compares samples with each other, as a matrix of similarities does, so that "
+        "no sample has a gradient of its own: use a loss of the other outputs"
+    )
+
+
 def unexpected(names: Sequence[str], why: Unplaced, n: int) -> CurvatureError:
     """The refusal of a gradient where a look at the graph found none, or none that belongs to single samples."""
     if why is Unplaced.NOT_FINITE:

@@ -28,6 +28,7 @@ from torch_secorder.capture.module_hooks import ModuleHooks
 from torch_secorder.capture.records import Forward, Record
 from torch_secorder.graph.audit import Audit, Uses
 from torch_secorder.graph.frontier import IdleUse, ParameterUse
+from torch_secorder.graph.refusals import compares_samples
 from torch_secorder.model.hooks import HookScope
 from torch_secorder.model.parameters import Table
 from torch_secorder.per_sample import memory_limit
@@ -137,8 +138,17 @@ class Recorder(HookScope):
         """The uses of parameters that no hooked call accounts for, in the graph of a forward's outputs."""
         with only_refusals("looking for the samples in the graph of the model's outputs"):
             found = self._audit.uses(forward, outputs)
+            for edge in self._audit.comparing:
+                edge.node.register_prehook(partial(self._on_comparing_output, edge.output_nr))
             find_shared_outputs(found.placed, forward)
             return found
+
+    def _on_comparing_output(self, output_nr: int, grads: tuple[Tensor | None, ...]) -> None:
+        """A gradient has arrived at an output that compares samples."""
+        grad = grads[output_nr]
+        current = None if grad is None else self._pass_under_way(grad)
+        if current is not None and current.error is None and bool(grad.any()):  # type: ignore[union-attr]  # it is there
+            current.error = compares_samples()
 
     def _hook(self, use: ParameterUse, node: Node) -> None:
         """Have the node of a use call back with its gradients."""
