@@ -216,3 +216,32 @@ def test_a_table_that_its_forward_rewrites_is_put_back() -> None:
     before = model.weight.detach().clone()
     fisher_report(model, lambda out, _: out.square().mean(), (torch.arange(5), None), progress=False)
     assert torch.equal(model.weight, before)
+
+
+# 8. Frozen parameters leave nothing in the graph
+
+
+class Elsewhere(nn.Module):
+    """A frozen layer whose weight is used as a function, besides calls of the layer or without any."""
+
+    def __init__(self, calls: bool) -> None:
+        super().__init__()
+        self.calls, self.layer, self.head = calls, nn.Linear(4, 4), nn.Linear(4, 3)
+        self.layer.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.layer(x) if self.calls else x
+        return self.head(F.linear(h, self.layer.weight).tanh())
+
+
+@pytest.mark.parametrize("calls", [False, True])
+def test_trap_08_a_frozen_parameter_used_as_a_function_is_refused(calls: bool) -> None:
+    model, x, y = drawn(Elsewhere(calls), 5, 4)
+    with (
+        pytest.raises(CoverageError, match="'layer': a frozen parameter is used outside of its module's forward"),
+        FisherMonitor(model, parameters="all"),
+    ):
+        numbers(model(x), y).backward()
+    assert all(p.grad is not None for p in model.head.parameters())
+    model.layer.requires_grad_(True)  # the remedy
+    assert_exact(model, x, y)

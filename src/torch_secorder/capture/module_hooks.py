@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch_secorder.autograd.hooks import HookSet
 from torch_secorder.autograd.nodes import after_node, gradient_edge_of, made_by
 from torch_secorder.batch_axis.placement import FIRST
 from torch_secorder.capture.forwards import ForwardTracker, size_on
+from torch_secorder.capture.frozen_uses import FrozenUses
 from torch_secorder.capture.records import Forward, HookedModule, OwnAxis, Record
 from torch_secorder.errors import CoverageError, CurvatureError, ShapeError, UnsupportedError
 from torch_secorder.model.containers import tensors
@@ -62,6 +64,15 @@ class ModuleHooks(HookScope):
         self._model, self._sites, self._on_gradient = model, sites, on_gradient
         self.forwards, self._guards, self._attach_leaf = forwards, guards, attach_leaf
         self._hooks = HookSet()
+        self._frozen = {
+            id(tensor): site.parameters[local]
+            for site in (sites if attach_leaf else ())
+            for local, tensor in site.tensors.items()
+            if not tensor.requires_grad and type(tensor) in (Tensor, nn.Parameter)
+        }
+        self._watched_uses: dict[
+            int, FrozenUses
+        ] = {}  # thread -> the uses of frozen parameters in its run of the model
 
     def _attach(self) -> None:
         add, model, forwards = self._hooks.add, self._model, self.forwards
@@ -79,6 +90,9 @@ class ModuleHooks(HookScope):
                 add(module, module.register_forward_hook, WeakHook(self, "on_own_axis", name), prepend=True)
         for module, guard in self._guards.items():
             add(module, module.register_forward_pre_hook, WeakHook(self, "check_state", guard))
+        if self._frozen:
+            add(model, model.register_forward_pre_hook, WeakHook(self, "on_frozen_enter"))
+            add(model, model.register_forward_hook, WeakHook(self, "on_frozen_exit"), always_call=True)
         add(model, model.register_forward_hook, leave, always_call=True)
         forwards.active = True
 
@@ -87,6 +101,39 @@ class ModuleHooks(HookScope):
         self._hooks.remove()
 
     @never_compiled
+    def on_frozen_enter(self, *_: Any) -> None:
+        """The model is called: watch what takes its frozen parameters."""
+        thread = get_ident()
+        if thread not in self._watched_uses and self.forwards.records_calls():
+            uses = self._watched_uses[thread] = FrozenUses(self._frozen)
+            uses.__enter__()  # type: ignore[no-untyped-call]  # torch does not type it
+
+    def on_frozen_exit(self, module: nn.Module, args: object, output: Any) -> None:
+        """The model returns, or raises: have its pass refused if a frozen parameter was used outside of its module's forward."""
+        uses = self._watched_uses.pop(get_ident(), None)
+        if uses is None:
+            return
+        uses.__exit__(None, None, None)  # type: ignore[no-untyped-call]  # the same
+        forward = self.forwards.of_call(output, 0)
+        if output is None or forward is None:
+            return
+        more = [site for site in self._sites if self._is_used_elsewhere(site, uses.counts, forward)]
+        if more and forward.refusal is None:
+            forward.refusal = CoverageError(
+                f"{', '.join(map(str, more))}: a frozen parameter is used outside of its module's forward, of which the autograd "
+                "graph shows nothing: let it require a gradient, or use fisher_report, which turns gradients on for the time"
+            )
+
+    @staticmethod
+    def _is_used_elsewhere(site: HookedModule, counts: Mapping[int, int], forward: Forward) -> bool:
+        """Whether some operation took a parameter of a module of torch's besides those of its own calls, one for each."""
+        standard = type(site.module).__module__.startswith("torch.nn.")
+        return any(
+            counts.get(position, 0) > forward.calls[position]
+            for position in site.positions
+            if standard or not forward.calls[position]
+        )
+
     def check_state(self, guard: Callable[[], None], *_: Any) -> None:
         """A module is called that may be in a state in which no rule is right."""
         if self.forwards.records_calls():
