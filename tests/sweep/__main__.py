@@ -126,6 +126,8 @@ def main() -> None:
 if __name__ == "__main__":
     import transformers  # noqa: F401  (once, in the process from which all others are forked)
 
+    from . import judging  # noqa: F401
+
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     sys.exit(main())

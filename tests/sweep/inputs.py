@@ -56,7 +56,7 @@ def options(name: str, config: Any) -> list[Tensor]:
         return [numbers(1600), numbers(1, 1600), numbers(1, 3200), numbers(found(config, "max_length", default=64), mels), numbers(mels, 32)]
     if name in ("input_features", "audio_features", "spectrogram", "audio_input_features"):
         long = 2 * found(config, "max_source_positions", default=32)
-        return [numbers(mels, long), numbers(long, mels), numbers(mels, 64), numbers(64, mels), numbers(1, 64, mels), numbers(1, mels, 64)]
+        return [numbers(1, 64, mels), numbers(mels, long), numbers(long, mels), numbers(mels, 64), numbers(64, mels), numbers(1, mels, 64)]
     if name in ("past_values", "time_series_values"):
         past = found(config, "context_length", default=32)
         return [numbers(past, found(config, "num_input_channels", default=1)), numbers(past), numbers(past + 7, 1), numbers(past + 7)]
@@ -79,7 +79,7 @@ def candidates(model: nn.Module, config: Any) -> Iterator[Inputs]:
     main = getattr(model, "main_input_name", "input_ids")
     known = [
         name
-        for name in ("input_ids", "pixel_values", "input_values", "input_features", "past_values", "pixel_values_videos", "waveform", "audio_codes")
+        for name in ("input_ids", "pixel_values", "input_values", "input_features", "past_values", "pixel_values_videos", "waveform")
         if name in arguments and name not in required
     ]
     decoder = ["decoder_input_ids"] if "decoder_input_ids" in arguments else []

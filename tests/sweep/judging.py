@@ -74,8 +74,11 @@ class Judge:
             self.paths = [path for path in together if all(self._alone(n, path, together) for n in range(SAMPLES))]
             self.beside = [path for path in together if path not in self.paths]
             self.coupled = not self.paths
+            self.sums = {name: torch.zeros_like(p) for name, p in self.named.items()}
             for n in range(SAMPLES if self.paths else 0):
                 self._sample(n)
+            if self.paths:
+                self._conservation()
 
     def _outputs(self, n: int) -> dict[str, Tensor]:
         """Those of sample n alone."""
@@ -99,6 +102,16 @@ class Judge:
             if gradient is not None:
                 self.reached.add(name)
                 self.truth[name] += float(gradient.detach().double().square().sum())
+                self.sums[name] += gradient.detach()
+
+    def _conservation(self) -> None:
+        """Gradients of samples alone add up to that of the batch, or torch itself is wrong about one of them."""
+        loss = loss_of(self.model(**self.inputs), self.paths)
+        gradients = torch.autograd.grad(loss, list(self.named.values()), allow_unused=True)
+        scale = max(float(s.abs().max()) for s in self.sums.values() if s.numel())
+        for (name, total), gradient in zip(self.sums.items(), gradients, strict=True):
+            if gradient is not None and gradient.numel() and float((gradient - total).abs().max()) > 1e-4 * scale:
+                raise NotMadeError(f"plain autograd's gradients of {name} alone don't add up to that of the batch")
 
     def off(self, found: Any) -> dict[str, str]:
         """The parameters whose trace is not that of the loop."""
@@ -129,7 +142,7 @@ class Judge:
                 table = run()
         except Exception as error:
             own = type(error).__module__.startswith("torch_secorder")
-            return f"{'refused' if own else 'crashed'} {first_line(error, 600)}"
+            return f"{'refused' if own else 'crashed'} {first_line(error, 300)}"
         finally:
             self.model.zero_grad(set_to_none=True)
         self.rules = sorted({rule.partition(" (")[0] for rule in table.rule})
@@ -160,7 +173,12 @@ def outcome(made: Made) -> dict[str, Any]:
     said: list[str] = []
     for state, model in (("", made.model), (" opened", opened(copy.deepcopy(made.model)))):
         torch.set_default_dtype(torch.float32)
-        judge = Judge(Made(model, made.inputs))
+        try:
+            judge = Judge(Made(model, made.inputs))
+        except NotMadeError:
+            if not state:
+                raise
+            break  # noise has made the model draw samples or overflow
         row |= {"dtype": str(judge.dtype).removeprefix("torch."), "outputs": judge.paths[:8], "coupled": judge.beside[:8]}
         if judge.coupled:
             judge.paths = judge.beside
@@ -170,7 +188,7 @@ def outcome(made: Made) -> dict[str, Any]:
         row[f"monitor{state}"] = judge.monitor()
         row[f"report{state}"] = judge.report()
         said += [row[f"monitor{state}"], row[f"report{state}"]]
-        if judge.coupled:
+        if judge.coupled or any(s.startswith(("refused", "crashed")) for s in said):
             break
     coupled = not row["outputs"]
     row["outcome"] = "coupled" if coupled else next(r for r in RANKS if any(s.startswith(r) for s in said))

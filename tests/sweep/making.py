@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -12,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .inputs import SAMPLES, Inputs, candidates
+from .inputs import SAMPLES, Inputs, candidates, options
 from .shrinking import attempts, changes
 
-LARGEST = 4_000_000  # parameters: a loop over single samples in float64 stays within seconds
-PATIENCE = 60.0  # seconds for all attempts at one architecture
+LARGEST = 16_000_000  # parameters: a loop over single samples in float64 stays within seconds
+PATIENCE = 30.0  # seconds for all attempts at one architecture
 
 
 class NotMadeError(Exception):
@@ -63,6 +64,7 @@ def transformers_model(name: str, groups: frozenset[str], pixels: int) -> tuple[
     config = kind(**changes(kind(), groups, pixels))
     model = MODEL_MAPPING[kind]
     model = model[0] if isinstance(model, tuple) else model
+    config.use_cache = False  # some caches want layers of a kind that was left out
     return lambda: model(config), config
 
 
@@ -91,13 +93,24 @@ def image_tokens(error: BaseException, inputs: Inputs, config: Any) -> Inputs | 
     return inputs | {"input_ids": torch.cat([ids[:, :2], torch.full((SAMPLES, each), token), ids[:, 2:]], 1)}
 
 
+def asked_for(error: BaseException, inputs: Inputs, model: nn.Module, config: Any) -> Inputs | None:
+    """The same inputs with one more, if the error says that it has to be given."""
+    for name in re.findall(r"\w+", str(error)) if re.search("specif|provide|required|must", str(error)) else ():
+        if name in inspect.signature(model.forward).parameters and name not in inputs:
+            return inputs | {name: options(name, config)[0]}
+    return None
+
+
 def called(model: nn.Module, config: Any, deadline: float) -> Made:
-    """The first candidate that the model takes and that gives outputs with a gradient for each sample."""
-    reason = "no candidate for its inputs"
+    """The first candidate that the model takes and that gives outputs with a gradient for each sample.
+
+    The reason why there is none is that of the first candidate, which is the most complete.
+    """
+    reason = ""
     for inputs in candidates(model, config):
         for _ in range(3):
             if time.monotonic() > deadline:
-                raise NotMadeError(f"no more patience; last: {reason}")
+                raise NotMadeError(f"no more patience; first: {reason}")
             try:
                 outputs = model(**inputs)
                 if used := floating(outputs, SAMPLES):
@@ -105,15 +118,15 @@ def called(model: nn.Module, config: Any, deadline: float) -> Made:
                     loss = sum(t.square().sum() for t in used.values())
                     gradients = torch.autograd.grad(loss, weights, allow_unused=True)
                     return Made(model, inputs, sum(g is not None for g in gradients) / len(weights))
-                reason = f"no output with a gradient whose first axis counts samples, from {[*inputs]}"
+                reason = reason or f"no output with a gradient whose first axis counts samples, from {[*inputs]}"
                 break
             except Exception as error:
-                reason = first_line(error)
-                more = image_tokens(error, inputs, config)
+                reason = reason or first_line(error)
+                more = image_tokens(error, inputs, config) or asked_for(error, inputs, model, config)
                 if more is None:
                     break
                 inputs = more
-    raise NotMadeError(reason)
+    raise NotMadeError(reason or "no candidate for its inputs")
 
 
 def transformers_architecture(name: str) -> Made:
@@ -133,7 +146,7 @@ def best(built: Callable[[frozenset[str], int], tuple[Callable[[], nn.Module], A
                 return made[-1]
         except Exception as error:
             reasons.append(str(error) if isinstance(error, NotMadeError) else first_line(error))
-        if time.monotonic() > deadline or len(made) > 3:
+        if time.monotonic() > deadline or len(made) > 2:
             break
     if not made:
         raise NotMadeError(max(dict.fromkeys(reasons), key=reasons.count))

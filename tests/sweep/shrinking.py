@@ -45,6 +45,8 @@ GROUPS: dict[str, list[tuple[str, Callable[[Any], Any]]]] = {  # a rule applies 
         (r"(.*_)?(num_)?(hidden_|transformer_|encoder_|decoder_)*(layers|layer|blocks|depth|depths)", each_at_most(2)),
         (r"n_layers?|num_(en|de)coder_layers|block_sizes|layers_block_type|num_block_repeats|layer_depths", each_at_most(2)),
         (r"stage_num_blocks|stage_numb_of_layers|num_hidden_blocks|num_kv_shared_layers", each_at_most(1)),
+        (r"(attn|expert)_layer_period", each_at_most(2)),
+        (r"(attn|expert)_layer_offset", each_at_most(1)),
         (r"first_k_dense_replace|num_nextn_predict_layers|max_window_layers", each_at_most(1)),
     ],
     "vocabulary": [(r"(.*_)?(vocab_size|vocabulary_size)", at_most(VOCABULARY)), (r"vocab_size_per_layer_input", at_most(VOCABULARY))],
@@ -61,13 +63,15 @@ GROUPS: dict[str, list[tuple[str, Callable[[Any], Any]]]] = {  # a rule applies 
         (
             r"(.*_)?(hidden_size|hidden_sizes|d_model|n_embd|embed_dim|embed_dims|hidden_dim|embedding_size|dim|dims|width|"
             r"projection_dim|word_embed_proj_dim|conv_dim|hidden_channels|lru_width|bottleneck_size|emb_dim|embedding_dim|"
-            r"q_dim|d_latents|num_filters|pooler_output_size|embedding_dims|hidden_units|num_features|channels_list)",
+            r"q_dim|d_latents|projection_size|pooler_output_size|embedding_dims|hidden_units|num_features|channels_list)",
             at_most(WIDTH),
         ),
         (r"(.*_)?(stem_channels|stage_in_channels|stage_mid_channels|stage_out_channels|encoder_in_channels)", at_most(WIDTH)),
         (r"(.*_)?(num_attention_heads|num_heads|n_heads?|attention_heads|num_attention_heads_.*)", heads(HEADS)),
         (r"(.*_)?(num_)?(key_value|kv)_heads|n_head_kv|multi_query_group_num", heads(2)),
         (r"(.*_)?(head_dim|d_kv|d_head|attention_head_size|head_size|kv_channels|head_width)", at_most(HEAD_WIDTH)),
+        (r"num_filters|.*group_vocab", at_most(4)),
+        (r"(.*_)?num_groups", heads(2)),
         (r"linear_num_key_heads", each_at_most(2)),
         (r"linear_num_value_heads", each_at_most(4)),
         (r"(q|kv|o)_lora_rank|.*_low_rank_dim", at_most(16)),
@@ -170,10 +174,17 @@ def related(values: Changes) -> Changes:
     if "expand" in values or "mamba_expand" in values:
         new |= {name: 8 for name in ("num_heads", "mamba_n_heads", "mamba_num_heads", "n_mamba_heads") if values.get(name, 0) and values[name] > 8}
         new |= {name: 8 for name in ("mamba_d_head", "mamba_head_dim", "mamba_headdim") if isinstance(values.get(name), int)}
+    if isinstance(many := values.get("num_key_value_heads"), int) and many == values.get("num_attention_heads"):
+        new["num_key_value_heads"] = heads(HEADS)(many)
+    if values.get("attn_layer_indices"):
+        new["attn_layer_indices"] = [1]
+    for name in ("width_coefficient", "depth_coefficient"):
+        if isinstance(values.get(name), float):
+            new[name] = 0.1
     for name in ("rope_parameters", "rope_scaling"):
-        section = values[name].get("mrope_section") if isinstance(values.get(name), dict) else None
-        if section:
-            new[name] = values[name] | {"mrope_section": [2, 1, 1][: len(section)]}
+        rope = values[name] if isinstance(values.get(name), dict) else {}
+        if section := rope.get("mrope_section"):
+            new[name] = rope | {"mrope_section": [2, 1, 1][: len(section)]}
     return new
 
 
