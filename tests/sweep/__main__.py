@@ -1,4 +1,4 @@
-"""Runs the sweep: `python -m sweep [SOURCE ...] [--only NAME ...] [--again OUTCOME ...] [--list]`.
+"""Runs the sweep: `python -m sweep [SOURCE ...] [--only NAME ...] [--again OUTCOME ...] [--publish]`.
 
 Each architecture runs in a process of its own, two at a time, forked from one in which the libraries are imported.
 Outcomes are appended to results.jsonl as they come, and what is there is not run again unless it is asked for.
@@ -21,14 +21,9 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch
 
-RESULTS = Path(__file__).with_name("results.jsonl")
+from .results import RESULTS, Key, appended, last_rows
+
 AT_ONCE, SECONDS = 2, 240
-
-
-def results(path: Path = RESULTS) -> dict[tuple[str, str], dict[str, Any]]:
-    """The last row of each architecture."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    return {(row["source"], row["name"]): row for row in map(json.loads, lines)}
 
 
 def child(source: str, name: str, path: Path) -> None:
@@ -54,12 +49,13 @@ class Pool:
     """Processes of single architectures, of which each has a deadline."""
 
     def __init__(self, out: Path) -> None:
-        self.out, self.running = out, {}
+        self.out = out
+        self.running: dict[int, tuple[Key, Path, float]] = {}
 
     def start(self, source: str, name: str) -> None:
         path = self.out.with_suffix(f".{source}.{name}.part")
         if pid := os.fork():
-            self.running[pid] = (source, name, path, time.monotonic() + SECONDS)
+            self.running[pid] = ((source, name), path, time.monotonic() + SECONDS)
             return
         sink = os.open(os.devnull, os.O_WRONLY)
         os.dup2(sink, 1)
@@ -72,7 +68,7 @@ class Pool:
     def wait(self) -> None:
         """Until one of the processes has ended, or was ended because its time is over."""
         while True:
-            for pid, (source, name, path, deadline) in self.running.items():
+            for pid, (key, path, deadline) in self.running.items():
                 ended, status = os.waitpid(pid, os.WNOHANG)
                 if not ended and time.monotonic() > deadline:
                     os.kill(pid, signal.SIGKILL)
@@ -80,22 +76,21 @@ class Pool:
                     status = -1
                 if ended or status:
                     del self.running[pid]
-                    self.keep(source, name, path, status)
+                    self.keep(key, path, status)
                     return
             time.sleep(0.05)
 
-    def keep(self, source: str, name: str, path: Path, status: int) -> None:
+    def keep(self, key: Key, path: Path, status: int) -> None:
         why = f"not done in {SECONDS} seconds" if status == -1 else f"its process ended with status {status}"
-        row = {"source": source, "name": name, "outcome": "not made", "reason": why}
+        row = {"source": key[0], "name": key[1], "outcome": "not made", "reason": why}
         if path.exists():
             row = json.loads(path.read_text())
             path.unlink()
-        with self.out.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        print(f"{source} {name}: {row['outcome']} {row.get('reason', '')}"[:150], flush=True)
+        appended(self.out, row)
+        print(f"{' '.join(key)}: {row['outcome']} {row.get('reason', '')}"[:150], flush=True)
 
 
-def main() -> None:
+def options() -> argparse.Namespace:
     from .sources import SOURCES
 
     parser = argparse.ArgumentParser(prog="sweep")
@@ -103,22 +98,25 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=[], help="names of architectures")
     parser.add_argument("--again", nargs="+", default=[], help="outcomes that are run again")
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--list", action="store_true", help="print the names and run nothing")
-    options = parser.parse_args()
-    known = results(options.results)
-    pool = Pool(options.results)
-    for source in options.sources:
-        names = SOURCES[source][0]()
-        if options.list:
-            print(*(f"{source} {name}" for name in names), sep="\n")
-            continue
-        for name in names:
-            before = known.get((source, name))
-            if name not in options.only if options.only else before and before["outcome"] not in options.again:
-                continue
-            if len(pool.running) == AT_ONCE:
-                pool.wait()
-            pool.start(source, name)
+    parser.add_argument("--publish", action="store_true", help="put the names into the results, and run nothing")
+    return parser.parse_args()
+
+
+def main() -> None:
+    from .sources import SOURCES
+
+    chosen = options()
+    known, pool = last_rows(chosen.results), Pool(chosen.results)
+    for source in chosen.sources:
+        for name in SOURCES[source][0]():
+            outcome = known.get((source, name), {"outcome": "not run"})["outcome"]
+            if chosen.publish:
+                if (source, name) not in known:
+                    appended(chosen.results, {"source": source, "name": name, "outcome": outcome})
+            elif name in chosen.only if chosen.only else outcome in ("not run", *chosen.again):
+                if len(pool.running) == AT_ONCE:
+                    pool.wait()
+                pool.start(source, name)
     while pool.running:
         pool.wait()
 

@@ -49,18 +49,48 @@ def options(name: str, config: Any) -> list[Tensor]:
         return [words(TOKENS, top), words(16, top)]
     if name in ("pixel_values", "images", "image", "pixel_values_images", "pixel_values_large"):
         sides = dict.fromkeys((side, 64, 32, 224))
-        return [numbers(channels, s, s) for s in sides] + [numbers(frames, channels, side, side), numbers(1, channels, side, side)]
+        return [numbers(channels, s, s) for s in sides] + [
+            numbers(frames, channels, side, side),
+            numbers(1, channels, side, side),
+        ]
     if name in ("pixel_values_videos", "videos"):
         return [numbers(frames, channels, side, side), numbers(channels, frames, side, side)]
     if name in ("input_values", "audio_values", "waveform", "audio", "audio_codes"):
-        return [numbers(1600), numbers(1, 1600), numbers(1, 3200), numbers(found(config, "max_length", default=64), mels), numbers(mels, 32)]
+        return [
+            numbers(1600),
+            numbers(1, 1600),
+            numbers(1, 3200),
+            numbers(found(config, "max_length", default=64), mels),
+            numbers(mels, 32),
+        ]
     if name in ("input_features", "audio_features", "spectrogram", "audio_input_features"):
         long = 2 * found(config, "max_source_positions", default=32)
-        return [numbers(1, 64, mels), numbers(mels, long), numbers(long, mels), numbers(mels, 64), numbers(64, mels), numbers(1, mels, 64)]
+        return [
+            numbers(1, 64, mels),
+            numbers(mels, long),
+            numbers(long, mels),
+            numbers(mels, 64),
+            numbers(64, mels),
+            numbers(1, mels, 64),
+        ]
     if name in ("past_values", "time_series_values"):
         past = found(config, "context_length", default=32)
-        return [numbers(past, found(config, "num_input_channels", default=1)), numbers(past), numbers(past + 7, 1), numbers(past + 7)]
-    if name in ("hidden_states", "inputs_embeds", "encoder_hidden_states", "inputs", "x", "sequence", "features", "hidden_state"):
+        return [
+            numbers(past, found(config, "num_input_channels", default=1)),
+            numbers(past),
+            numbers(past + 7, 1),
+            numbers(past + 7),
+        ]
+    if name in (
+        "hidden_states",
+        "inputs_embeds",
+        "encoder_hidden_states",
+        "inputs",
+        "x",
+        "sequence",
+        "features",
+        "hidden_state",
+    ):
         return [numbers(TOKENS, width), numbers(width, TOKENS), numbers(width), numbers(width, 8, 8)]
     if name in ("bbox",):
         low = torch.randint(0, 9, (SAMPLES, TOKENS, 2))
@@ -75,11 +105,21 @@ def options(name: str, config: Any) -> list[Tensor]:
 def candidates(model: nn.Module, config: Any) -> Iterator[Inputs]:
     """Sets of inputs: with all that the model knows of text, image and sound, then with less."""
     arguments = inspect.signature(model.forward).parameters
-    required = [n for n, p in arguments.items() if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+    required = [
+        n for n, p in arguments.items() if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+    ]
     main = getattr(model, "main_input_name", "input_ids")
     known = [
         name
-        for name in ("input_ids", "pixel_values", "input_values", "input_features", "past_values", "pixel_values_videos", "waveform")
+        for name in (
+            "input_ids",
+            "pixel_values",
+            "input_values",
+            "input_features",
+            "past_values",
+            "pixel_values_videos",
+            "waveform",
+        )
         if name in arguments and name not in required
     ]
     decoder = ["decoder_input_ids"] if "decoder_input_ids" in arguments else []

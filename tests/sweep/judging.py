@@ -133,7 +133,9 @@ class Judge:
 
     def report(self) -> str:
         loss = lambda outputs, targets: loss_of(outputs, self.paths)  # noqa: E731
-        return self._said(lambda: fisher_report(self.model, loss, [(self.inputs, None)], reduction="sum", progress=False))
+        return self._said(
+            lambda: fisher_report(self.model, loss, [(self.inputs, None)], reduction="sum", progress=False)
+        )
 
     def _said(self, run: Any) -> str:
         try:
@@ -179,7 +181,11 @@ def outcome(made: Made) -> dict[str, Any]:
             if not state:
                 raise
             break  # noise has made the model draw samples or overflow
-        row |= {"dtype": str(judge.dtype).removeprefix("torch."), "outputs": judge.paths[:8], "coupled": judge.beside[:8]}
+        row |= {
+            "dtype": str(judge.dtype).removeprefix("torch."),
+            "outputs": judge.paths[:8],
+            "coupled": judge.beside[:8],
+        }
         if judge.coupled:
             judge.paths = judge.beside
         elif not 0 < sum(judge.truth.values()) < float("inf"):

@@ -81,7 +81,14 @@ def small(build: Callable[[], nn.Module]) -> nn.Module:
 def image_tokens(error: BaseException, inputs: Inputs, config: Any) -> Inputs | None:
     """The same inputs with as many places for an image as a multimodal model says it wants."""
     wanted = re.search(r"tokens: (?:torch.Size\()?\[?(\d+).*?features:? (?:torch.Size\()?\[?(\d+)", str(error))
-    token = next((getattr(config, k) for k in ("image_token_id", "image_token_index") if isinstance(getattr(config, k, None), int)), None)
+    token = next(
+        (
+            getattr(config, k)
+            for k in ("image_token_id", "image_token_index")
+            if isinstance(getattr(config, k, None), int)
+        ),
+        None,
+    )
     if wanted is None or token is None or "input_ids" not in inputs:
         return None
     ids, features = inputs["input_ids"], int(wanted[2])

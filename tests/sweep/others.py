@@ -152,7 +152,11 @@ def vit_architecture(name: str) -> Made:
     reason = ""
     for patch in (8, 4, 2):
         sizes = VIT | {"patch_size": patch, "image_patch_size": patch}
-        chosen = {k: v for k, v in sizes.items() if k in takes and (takes[k].default is inspect.Parameter.empty or k in ("dim_head", "depth", "dim"))}
+        chosen = {
+            k: v
+            for k, v in sizes.items()
+            if k in takes and (takes[k].default is inspect.Parameter.empty or k in ("dim_head", "depth", "dim"))
+        }
         for left in ({}, {"depth": (1, 1)}, {"depth": (1, 1, 1)}, {"dim": (16, 32, 48, 64), "depth": (1, 1, 1, 1)}):
             try:
                 torch.manual_seed(0)
@@ -169,10 +173,22 @@ def segmentation_names() -> list[str]:
     import segmentation_models_pytorch as smp
 
     kinds = [n for n, k in vars(smp).items() if inspect.isclass(k) and issubclass(k, nn.Module)]
-    return sorted([f"{kind} resnet18" for kind in kinds] + [f"Unet {e}" for e in ENCODERS if e in smp.encoders.encoders])
+    return sorted(
+        [f"{kind} resnet18" for kind in kinds] + [f"Unet {e}" for e in ENCODERS if e in smp.encoders.encoders]
+    )
 
 
-ENCODERS = ("mobilenet_v2", "efficientnet-b0", "densenet121", "vgg11", "dpn68", "xception", "mit_b0", "mobileone_s0", "timm-regnetx_002")
+ENCODERS = (
+    "mobilenet_v2",
+    "efficientnet-b0",
+    "densenet121",
+    "vgg11",
+    "dpn68",
+    "xception",
+    "mit_b0",
+    "mobileone_s0",
+    "timm-regnetx_002",
+)
 
 
 def segmentation_architecture(name: str) -> Made:

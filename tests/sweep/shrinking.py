@@ -43,15 +43,24 @@ def heads(limit: int) -> Callable[[Any], Any]:
 GROUPS: dict[str, list[tuple[str, Callable[[Any], Any]]]] = {  # a rule applies where the whole name matches
     "layers": [
         (r"(.*_)?(num_)?(hidden_|transformer_|encoder_|decoder_)*(layers|layer|blocks|depth|depths)", each_at_most(2)),
-        (r"n_layers?|num_(en|de)coder_layers|block_sizes|layers_block_type|num_block_repeats|layer_depths", each_at_most(2)),
+        (
+            r"n_layers?|num_(en|de)coder_layers|block_sizes|layers_block_type|num_block_repeats|layer_depths",
+            each_at_most(2),
+        ),
         (r"stage_num_blocks|stage_numb_of_layers|num_hidden_blocks|num_kv_shared_layers", each_at_most(1)),
         (r"(attn|expert)_layer_period", each_at_most(2)),
         (r"(attn|expert)_layer_offset", each_at_most(1)),
         (r"first_k_dense_replace|num_nextn_predict_layers|max_window_layers", each_at_most(1)),
     ],
-    "vocabulary": [(r"(.*_)?(vocab_size|vocabulary_size)", at_most(VOCABULARY)), (r"vocab_size_per_layer_input", at_most(VOCABULARY))],
+    "vocabulary": [
+        (r"(.*_)?(vocab_size|vocabulary_size)", at_most(VOCABULARY)),
+        (r"vocab_size_per_layer_input", at_most(VOCABULARY)),
+    ],
     "positions": [
-        (r"(max_position_embeddings|n_positions|max_(source|target)_positions|n_ctx|max_seq_len|seq_length)", at_most(POSITIONS)),
+        (
+            r"(max_position_embeddings|n_positions|max_(source|target)_positions|n_ctx|max_seq_len|seq_length)",
+            at_most(POSITIONS),
+        ),
         (r"max_2d_position_embeddings|max_bucket_size", at_most(POSITIONS)),
     ],
     "experts": [
@@ -66,7 +75,10 @@ GROUPS: dict[str, list[tuple[str, Callable[[Any], Any]]]] = {  # a rule applies 
             r"q_dim|d_latents|projection_size|pooler_output_size|embedding_dims|hidden_units|num_features|channels_list)",
             at_most(WIDTH),
         ),
-        (r"(.*_)?(stem_channels|stage_in_channels|stage_mid_channels|stage_out_channels|encoder_in_channels)", at_most(WIDTH)),
+        (
+            r"(.*_)?(stem_channels|stage_in_channels|stage_mid_channels|stage_out_channels|encoder_in_channels)",
+            at_most(WIDTH),
+        ),
         (r"(.*_)?(num_attention_heads|num_heads|n_heads?|attention_heads|num_attention_heads_.*)", heads(HEADS)),
         (r"(.*_)?(num_)?(key_value|kv)_heads|n_head_kv|multi_query_group_num", heads(2)),
         (r"(.*_)?(head_dim|d_kv|d_head|attention_head_size|head_size|kv_channels|head_width)", at_most(HEAD_WIDTH)),
@@ -78,17 +90,28 @@ GROUPS: dict[str, list[tuple[str, Callable[[Any], Any]]]] = {  # a rule applies 
         (r"(mamba_)?(d_state|state_size|time_step_rank|dt_rank)|ssm_state_size", at_most(8)),
     ],
     "inner widths": [
-        (r"(.*_)?(intermediate_size|ffn_dim|d_ff|n_inner|mlp_dim|ffn_hidden_size|intermediate_dim|dim_feedforward)", at_most(INNER)),
-        (r"(.*_)?(inner_dim|ffn_size|mlp_hidden_size|mlp_hidden_dim|feedforward_size|attention_hidden_size)", at_most(INNER)),
+        (
+            r"(.*_)?(intermediate_size|ffn_dim|d_ff|n_inner|mlp_dim|ffn_hidden_size|intermediate_dim|dim_feedforward)",
+            at_most(INNER),
+        ),
+        (
+            r"(.*_)?(inner_dim|ffn_size|mlp_hidden_size|mlp_hidden_dim|feedforward_size|attention_hidden_size)",
+            at_most(INNER),
+        ),
     ],
     "windows": [
-        (r"sliding_window|attention_window|local_attention|block_size|chunk_size|attention_chunk_size|num_(object_)?queries", each_at_most(8)),
+        (
+            r"sliding_window|attention_window|local_attention|block_size|chunk_size|attention_chunk_size|num_(object_)?queries",
+            each_at_most(8),
+        ),
         (r"num_denoising|num_latents|index_topk|num_query_tokens|sliding_window_size", each_at_most(8)),
         (r"num_codebooks|num_quantizers|n_codebooks|codebook_size", each_at_most(8)),
         (r"num_conv_pos_embeddings|num_conv_pos_embedding_groups", each_at_most(4)),
     ],
 }
-KINDS = re.compile(r"layer_types|mlp_layer_types|layers_block_type|indexer_types|attention_layers|layer_rope_theta|block_types")
+KINDS = re.compile(
+    r"layer_types|mlp_layer_types|layers_block_type|indexer_types|attention_layers|layer_rope_theta|block_types"
+)
 TOKEN = re.compile(r".*(_token_id|_token_index|_token_ids|_index|_id)")
 
 
@@ -128,7 +151,11 @@ def images(values: Changes, pixels: int) -> Changes:
     patch = values.get("patch_size")
     patch = patch[-1] if isinstance(patch, (list, tuple)) and patch else patch
     side = pixels * patch if isinstance(patch, int) and patch > 4 else 32 * pixels
-    named = [name for name in ("image_size", "img_size", "input_size", "pretrain_image_size") if isinstance(values.get(name), (int, list, tuple))]
+    named = [
+        name
+        for name in ("image_size", "img_size", "input_size", "pretrain_image_size")
+        if isinstance(values.get(name), (int, list, tuple))
+    ]
     return {
         name: type(values[name])([side] * len(values[name])) if isinstance(values[name], (list, tuple)) else side
         for name in named
@@ -152,7 +179,9 @@ def patterns(values: Changes, new: Changes) -> Changes:
 
 def tokens(values: Changes) -> Changes:
     """Special tokens beyond the vocabulary come to its end, each to a place of its own."""
-    if not any(re.fullmatch(r"(.*_)?vocab_size", name) for name in values) and not any("token" in name for name in values):
+    if not any(re.fullmatch(r"(.*_)?vocab_size", name) for name in values) and not any(
+        "token" in name for name in values
+    ):
         return {}
     free = iter(range(VOCABULARY - 1, 0, -1))
     new: Changes = {}
@@ -161,7 +190,12 @@ def tokens(values: Changes) -> Changes:
             continue
         if isinstance(value, int) and value >= VOCABULARY - 20:
             new[name] = next(free)
-        elif isinstance(value, (list, tuple)) and value and all(isinstance(v, int) for v in value) and max(value) >= VOCABULARY - 20:
+        elif (
+            isinstance(value, (list, tuple))
+            and value
+            and all(isinstance(v, int) for v in value)
+            and max(value) >= VOCABULARY - 20
+        ):
             new[name] = type(value)(next(free) for _ in value)
     return new
 
@@ -172,8 +206,14 @@ def related(values: Changes) -> Changes:
     if {"qk_rope_head_dim", "qk_nope_head_dim", "qk_head_dim"} <= values.keys():
         new["qk_head_dim"] = 2 * HEAD_WIDTH
     if "expand" in values or "mamba_expand" in values:
-        new |= {name: 8 for name in ("num_heads", "mamba_n_heads", "mamba_num_heads", "n_mamba_heads") if values.get(name, 0) and values[name] > 8}
-        new |= {name: 8 for name in ("mamba_d_head", "mamba_head_dim", "mamba_headdim") if isinstance(values.get(name), int)}
+        new |= {
+            name: 8
+            for name in ("num_heads", "mamba_n_heads", "mamba_num_heads", "n_mamba_heads")
+            if values.get(name, 0) and values[name] > 8
+        }
+        new |= {
+            name: 8 for name in ("mamba_d_head", "mamba_head_dim", "mamba_headdim") if isinstance(values.get(name), int)
+        }
     if isinstance(many := values.get("num_key_value_heads"), int) and many == values.get("num_attention_heads"):
         new["num_key_value_heads"] = heads(HEADS)(many)
     if values.get("attn_layer_indices"):
@@ -193,7 +233,15 @@ def attempts() -> Iterator[tuple[frozenset[str], int]]:
     every = frozenset({*GROUPS, "images"})
     for pixels in (2, 4):
         yield every, pixels
-    for left_out in ({"windows"}, {"images"}, {"inner widths"}, {"windows", "images"}, {"positions"}, {"widths"}, {"widths", "inner widths"}):
+    for left_out in (
+        {"windows"},
+        {"images"},
+        {"inner widths"},
+        {"windows", "images"},
+        {"positions"},
+        {"widths"},
+        {"widths", "inner widths"},
+    ):
         yield every - left_out, 2
     yield frozenset({"layers", "vocabulary"}), 2
     yield frozenset({"layers"}), 2
