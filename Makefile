@@ -96,5 +96,6 @@ $(BENCH): $(READY)
 # Into a folder of their own: what they require is not used here, and some of it does not load beside every build of torch.
 $(SWEEP): $(READY)
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target build/sweep \
-		timm==1.0.31 vit-pytorch==1.26.11 x-transformers==2.31.10 segmentation-models-pytorch==0.6.0 einops==0.8.2
+		timm==1.0.31 vit-pytorch==1.26.11 x-transformers==2.31.10 segmentation-models-pytorch==0.6.0 \
+		einops==0.8.2 einx==0.4.3 frozendict==2.5.1 loguru==0.7.3 torch-einops-utils==0.2.0
 	touch $@

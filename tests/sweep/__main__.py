@@ -23,7 +23,7 @@ import torch
 
 from .results import RESULTS, Key, appended, last_rows
 
-AT_ONCE, SECONDS = 2, 240
+SECONDS = 240
 
 
 def child(source: str, name: str, path: Path) -> None:
@@ -98,6 +98,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", default=[], help="names of architectures")
     parser.add_argument("--again", nargs="+", default=[], help="outcomes that are run again")
     parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--at-once", type=int, default=2, help="how many processes")
     parser.add_argument("--publish", action="store_true", help="put the names into the results, and run nothing")
     return parser.parse_args()
 
@@ -114,7 +115,7 @@ def main() -> None:
                 if (source, name) not in known:
                     appended(chosen.results, {"source": source, "name": name, "outcome": outcome})
             elif name in chosen.only if chosen.only else outcome in ("not run", *chosen.again):
-                if len(pool.running) == AT_ONCE:
+                if len(pool.running) == chosen.at_once:
                     pool.wait()
                 pool.start(source, name)
     while pool.running:

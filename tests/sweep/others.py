@@ -85,7 +85,7 @@ def timm_architecture(name: str) -> Made:
     stand_in()
     import timm
 
-    models = sorted(timm.list_models(module=name), key=lambda n: (not SMALL.search(n), len(n)))[:8]
+    models = sorted(timm.list_models(module=name), key=lambda n: (not SMALL.search(n), len(n)))[:4]
     sizes: dict[tuple[str, int, int], int] = {}
     for place, model in enumerate(models):
         for depth, arguments in enumerate(DEPTHS):
@@ -95,7 +95,7 @@ def timm_architecture(name: str) -> Made:
                 if size is not None:
                     sizes[model, depth, side] = size
                     break
-        if place >= 2 and sizes and min(sizes.values()) < 3_000_000:
+        if sizes and min(sizes.values()) < (3_000_000, 8_000_000, LARGEST, LARGEST)[place]:
             break
     if not sizes:
         raise NotMadeError("no model of the module can be built on the meta device")
@@ -212,7 +212,7 @@ X_TRANSFORMERS: dict[str, dict[str, Any]] = {
     "simple RMSNorm": {"use_simple_rmsnorm": True},
     "scale norm": {"use_scalenorm": True},
     "GLU with swish": {"ff_glu": True, "ff_swish": True},
-    "talking heads": {"attn_talking_heads": True},
+    "talking heads": {"attn_pre_talking_heads": True, "attn_post_talking_heads": True},
     "one key and value head": {"attn_one_kv_head": True},
     "key and value heads": {"attn_kv_heads": 2},
     "memory keys and values": {"attn_num_mem_kv": 3},
@@ -226,10 +226,9 @@ X_TRANSFORMERS: dict[str, dict[str, Any]] = {
     "scaled residual": {"scale_residual": True},
     "hyper connections": {"num_residual_streams": 2},
     "shifted tokens": {"shift_tokens": 1},
-    "deep norm": {"pre_norm": False, "residual_fn_deepnorm": True},
     "sparse top-k attention": {"attn_sparse_topk": 3},
     "latent keys and values": {"attn_use_latent_kv": True, "attn_dim_latent_kv": 8},
-    "value residual": {"attn_add_value_residual": True},
+    "norm after": {"pre_norm": False},
     "softclamped logits": {"attn_softclamp_logits": True},
     "lasers": {"attn_laser": True},
     "dynamic tanh": {"use_dynamic_tanh": True},

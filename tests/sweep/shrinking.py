@@ -69,6 +69,7 @@ GROUPS: dict[str, list[tuple[str, Callable[[Any], Any]]]] = {  # a rule applies 
         (r"n_group|topk_group|num_expert_group|n_shared_experts|num_shared_experts", each_at_most(1)),
     ],
     "widths": [
+        (r"rotary_dim|upsample_groups", at_most(HEAD_WIDTH)),
         (
             r"(.*_)?(hidden_size|hidden_sizes|d_model|n_embd|embed_dim|embed_dims|hidden_dim|embedding_size|dim|dims|width|"
             r"projection_dim|word_embed_proj_dim|conv_dim|hidden_channels|lru_width|bottleneck_size|emb_dim|embedding_dim|"
@@ -127,15 +128,28 @@ def changes(config: Any, groups: frozenset[str], pixels: int = 2) -> Changes:
     if "images" in groups:
         new |= images(values, pixels)
     if "layers" in groups:
-        new |= patterns(values, new)
+        new |= patterns(values)
     if "vocabulary" in groups:
         new |= tokens(values)
     if "widths" in groups:
-        new |= related(values)
+        new |= related(values, "sections" in groups)
     return new
 
 
+MISSING = {  # what some configurations leave to the checkpoint
+    "head_dim": HEAD_WIDTH,
+    "vocab_size": VOCABULARY,
+    "n_routed_experts": EXPERTS,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "prediction_length": 8,
+    "vocabulary_map": {"<image>": VOCABULARY - 1},
+}
+
+
 def changed(name: str, value: Any, groups: frozenset[str]) -> Any:
+    if value is None:
+        return MISSING.get(name)
     sizes = value if isinstance(value, (list, tuple)) and value else [value]
     if not all(isinstance(v, int) and not isinstance(v, bool) for v in sizes):
         return None
@@ -163,18 +177,21 @@ def images(values: Changes, pixels: int) -> Changes:
     }
 
 
-def patterns(values: Changes, new: Changes) -> Changes:
-    """Of lists that give a kind for each layer, as many as there are layers now, all kinds if they fit into four."""
-    lists = {k: v for k, v in values.items() if KINDS.fullmatch(k) and isinstance(v, (list, tuple)) and v}
-    count = next((k for k in ("num_hidden_layers", "n_layer", "num_layers", "n_layers") if k in values), None)
-    if not lists or count is None:
+def patterns(values: Changes) -> Changes:
+    """Of lists with an entry for each layer, as many as there are layers now: all kinds of layers if they fit into four."""
+    count = next((k for k in ("num_hidden_layers", "n_layer", "num_layers", "n_layers") if isinstance(values.get(k), int)), "")
+    total = values.get(count, 0)
+    lists = {k: v for k, v in values.items() if isinstance(v, (list, tuple)) and len(v) == total and total > 2}
+    if not lists:
         return {}
-    total = len(next(iter(lists.values())))
-    rows = list(zip(*(v for v in lists.values() if len(v) == total), strict=True))
+    kinds = [v for k, v in lists.items() if KINDS.fullmatch(k)]
+    rows = list(zip(*kinds, strict=True)) if kinds else [()] * total
     keep = sorted({row: place for place, row in reversed(list(enumerate(rows)))}.values())[:4]
-    keep += [place for place in range(total) if place not in keep][: max(0, 2 - len(keep))]
-    keep = sorted(keep)
-    return {k: type(v)(v[place] for place in keep) for k, v in lists.items() if len(v) == total} | {count: len(keep)}
+    keep = sorted([*keep, *(place for place in range(total) if place not in keep)][: max(2, len(keep))])
+    new: Changes = {k: type(v)(v[place] for place in keep) for k, v in lists.items()} | {count: len(keep)}
+    if isinstance(values.get("per_layer_config"), dict):
+        new["per_layer_config"] = {}
+    return new
 
 
 def tokens(values: Changes) -> Changes:
@@ -183,8 +200,8 @@ def tokens(values: Changes) -> Changes:
         "token" in name for name in values
     ):
         return {}
+    new: Changes = {} if values.get("vocab_size", 0) is not None else {"pad_token_id": 1, "mask_token_id": 4}
     free = iter(range(VOCABULARY - 1, 0, -1))
-    new: Changes = {}
     for name, value in values.items():
         if not TOKEN.fullmatch(name) or isinstance(value, bool):
             continue
@@ -200,7 +217,7 @@ def tokens(values: Changes) -> Changes:
     return new
 
 
-def related(values: Changes) -> Changes:
+def related(values: Changes, sections: bool) -> Changes:
     """Sizes that are bound to others by a sum or a product."""
     new: Changes = {}
     if {"qk_rope_head_dim", "qk_nope_head_dim", "qk_head_dim"} <= values.keys():
@@ -220,11 +237,11 @@ def related(values: Changes) -> Changes:
         new["attn_layer_indices"] = [1]
     for name in ("width_coefficient", "depth_coefficient"):
         if isinstance(values.get(name), float):
-            new[name] = 0.1
+            new |= {name: 0.1, "hidden_dim": 128}
     for name in ("rope_parameters", "rope_scaling"):
         rope = values[name] if isinstance(values.get(name), dict) else {}
-        if section := rope.get("mrope_section"):
-            new[name] = rope | {"mrope_section": [2, 1, 1][: len(section)]}
+        if (section := rope.get("mrope_section")) or (rope and sections):
+            new[name] = rope | {"mrope_section": [2, 1, 1][: len(section or "hwt")]}
     return new
 
 
@@ -233,6 +250,7 @@ def attempts() -> Iterator[tuple[frozenset[str], int]]:
     every = frozenset({*GROUPS, "images"})
     for pixels in (2, 4):
         yield every, pixels
+    yield every | {"sections"}, 2
     for left_out in (
         {"windows"},
         {"images"},
