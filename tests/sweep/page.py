@@ -45,6 +45,11 @@ def rows() -> list[dict[str, Any]]:
 SOURCES = ("transformers", "timm", "vit-pytorch", "x-transformers", "segmentation-models-pytorch")
 
 
+def escaped(text: str) -> str:
+    """What stands in a cell as it is: no markup."""
+    return re.sub(r"([\\`*_|])", r"\\\1", text)
+
+
 def remark(row: dict[str, Any]) -> str:
     """Why it was not made, or what was said that is not "exact", in the first words."""
     said = {
@@ -96,7 +101,7 @@ def main() -> None:
     with TABLE.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["library", "architecture", "parameters", "inputs", "outcome", "remark"])
-        writer.writerows(map(cells, found))
+        writer.writerows([escaped(cell) for cell in cells(row)] for row in found)
     table = ".. csv-table::\n   :file: architectures.csv\n   :header-rows: 1\n   :widths: 14 22 10 18 9 40\n"
     PAGE.write_text(HEAD + listed(list(counts(found)), ["library", *ORDER]) + "\n" + table)
 

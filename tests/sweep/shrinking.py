@@ -179,7 +179,9 @@ def images(values: Changes, pixels: int) -> Changes:
 
 def patterns(values: Changes) -> Changes:
     """Of lists with an entry for each layer, as many as there are layers now: all kinds of layers if they fit into four."""
-    count = next((k for k in ("num_hidden_layers", "n_layer", "num_layers", "n_layers") if isinstance(values.get(k), int)), "")
+    count = next(
+        (k for k in ("num_hidden_layers", "n_layer", "num_layers", "n_layers") if isinstance(values.get(k), int)), ""
+    )
     total = values.get(count, 0)
     lists = {k: v for k, v in values.items() if isinstance(v, (list, tuple)) and len(v) == total and total > 2}
     if not lists:
