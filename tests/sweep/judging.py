@@ -194,7 +194,7 @@ def outcome(made: Made) -> dict[str, Any]:
         row[f"monitor{state}"] = judge.monitor()
         row[f"report{state}"] = judge.report()
         said += [row[f"monitor{state}"], row[f"report{state}"]]
-        if judge.coupled or any(s.startswith(("refused", "crashed")) for s in said):
+        if judge.coupled:
             break
     coupled = not row["outputs"]
     row["outcome"] = "coupled" if coupled else next(r for r in RANKS if any(s.startswith(r) for s in said))

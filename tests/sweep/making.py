@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import re
 import time
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .inputs import SAMPLES, Inputs, candidates, options
+from .inputs import SAMPLES, Inputs, candidates, found, options
 from .shrinking import attempts, changes
 
 LARGEST = 16_000_000  # parameters: a loop over single samples in float64 stays within seconds
@@ -93,7 +94,12 @@ def image_tokens(error: BaseException, inputs: Inputs, config: Any) -> Inputs | 
         return None
     ids, features = inputs["input_ids"], int(wanted[2])
     now = int((ids[0] == token).sum())
-    each = now * features // int(wanted[1]) if now and int(wanted[1]) else features // SAMPLES
+    if not now:
+        each = features // SAMPLES
+    elif wanted[1] == wanted[2]:  # it counts the elements of the features
+        each = now // found(config, "hidden_size", default=1)
+    else:
+        each = now * features // int(wanted[1])
     if not 0 < each < 300:
         return None
     ids = torch.stack([row[row != token] for row in ids])
@@ -119,9 +125,10 @@ def called(model: nn.Module, config: Any, deadline: float) -> Made:
             if time.monotonic() > deadline:
                 raise NotMadeError(f"no more patience; first: {reason}")
             try:
-                outputs = model(**inputs)
+                shown = copy.deepcopy(model)  # some keep tensors of a forward pass, with their graphs
+                outputs = shown(**inputs)
                 if used := floating(outputs, SAMPLES):
-                    weights = [p for p in model.parameters() if p.requires_grad]
+                    weights = [p for p in shown.parameters() if p.requires_grad]
                     loss = sum(t.square().sum() for t in used.values())
                     gradients = torch.autograd.grad(loss, weights, allow_unused=True)
                     return Made(model, inputs, sum(g is not None for g in gradients) / len(weights))

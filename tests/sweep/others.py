@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import inspect
 import pkgutil
@@ -46,10 +47,9 @@ def tried(model: nn.Module, sets: Iterator[Inputs]) -> Made:
     deadline, reason = time.monotonic() + PATIENCE, "no candidate for its inputs"
     for inputs in sets:
         try:
-            outputs = model(**inputs)
+            outputs = copy.deepcopy(model)(**inputs)  # some keep tensors of a forward pass, with their graphs
             if used := floating(outputs, SAMPLES):
                 sum(t.square().sum() for t in used.values()).backward()
-                model.zero_grad(set_to_none=True)
                 return Made(model, inputs)
             reason = "no output with a gradient whose first axis counts samples"
         except Exception as error:
