@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import signal
 import sys
 import time
@@ -23,7 +24,7 @@ import torch
 
 from .results import RESULTS, Key, appended, last_rows
 
-SECONDS = 240
+SECONDS, BYTES = 240, 6 * 2**30  # that each process may take
 
 
 def child(source: str, name: str, path: Path) -> None:
@@ -60,6 +61,7 @@ class Pool:
         sink = os.open(os.devnull, os.O_WRONLY)
         os.dup2(sink, 1)
         os.dup2(sink, 2)
+        resource.setrlimit(resource.RLIMIT_DATA, (BYTES, BYTES))
         torch.set_num_threads(1)
         warnings.simplefilter("ignore")
         child(source, name, path)

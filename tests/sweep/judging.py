@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from typing import Any
 
@@ -143,6 +144,8 @@ class Judge:
                 warnings.simplefilter("ignore")
                 table = run()
         except Exception as error:
+            if re.search("allocate|memory", str(error)) or isinstance(error, MemoryError):
+                raise NotMadeError("needs more memory than a process of the sweep may take") from error
             own = type(error).__module__.startswith("torch_secorder")
             return f"{'refused' if own else 'crashed'} {first_line(error, 300)}"
         finally:

@@ -122,7 +122,8 @@ VIT: dict[str, Any] = {
     "lg_enc_heads": 2, "lg_enc_mlp_dim": 32, "lg_enc_dim_head": 8, "cross_attn_depth": 1, "cross_attn_heads": 2,
     "cross_attn_dim_head": 8, "cls_depth": 1, "local_patch_size": 4, "window_size": 4, "num_register_tokens": 2, "ndim": 2,
     "input_shape": (32, 32), "num_hierarchies": 2, "block_repeats": 1, "emb_dim": 32, "global_window_size": 4,
-    "num_queries": 4, "num_parallel_branches": 2, "dim_conv_stem": 16, "pool_size": 2, "stages": 2, "num_specialized": 2, "freq_patch_size": 8, "num_residual_streams": 2,
+    "num_queries": 4, "num_parallel_branches": 2, "dim_conv_stem": 16, "pool_size": 2, "stages": 2, "num_specialized": 2,
+    "freq_patch_size": 8, "num_residual_streams": 2,
 }  # fmt: skip
 
 
