@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 import warnings
 from typing import Any
 
@@ -151,6 +150,8 @@ class Judge:
         finally:
             self.model.zero_grad(set_to_none=True)
         self.rules = sorted({rule.partition(" (")[0] for rule in table.rule})
+        if self.coupled:
+            return "numbers, where there is nothing to be right about"
         wrong = self.off(table.fisher_trace)
         if not wrong:
             return "exact"
