@@ -12,12 +12,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 BENCH := $(VENV)/.bench
+SWEEP := build/sweep/.ready
 EXAMPLES := $(wildcard examples/*.py)
 
 # The arrays here are small: threads cost more than they give.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test check lint types doctest examples docs format fuzz bench bench-growth versions newest clean
+
+
+.PHONY: help demo test check lint types doctest examples docs format fuzz bench bench-growth sweep versions newest clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -67,6 +70,10 @@ bench-growth: $(READY)  ## measure growth with batch, positions, width and vocab
 	PYTHONPATH=tests $(BIN)/python -m benchmarks.growth --save
 	PYTHONPATH=tests $(BIN)/python -m benchmarks.page
 
+sweep: $(SWEEP)  ## run other people's architectures against a loop over samples, and write docs/concepts/architectures.rst: an hour
+	PYTHONPATH=tests:build/sweep $(BIN)/python -m sweep $(ARGUMENTS)
+	PYTHONPATH=tests:build/sweep $(BIN)/python -m sweep.page
+
 versions:  ## run the tests with the oldest and the newest Python and torch, in environments of their own: takes GBs and an hour
 	sh tests/versions.sh $(OLDEST)
 	sh tests/versions.sh $(NEWEST)
@@ -92,4 +99,11 @@ $(READY): pyproject.toml
 
 $(BENCH): $(READY)
 	$(call with_extra,bench)
+	touch $@
+
+# Into a folder of their own: what they require is not used here, and some of it does not load beside every build of torch.
+$(SWEEP): $(READY)
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target build/sweep \
+		timm==1.0.31 vit-pytorch==1.26.11 x-transformers==2.31.10 segmentation-models-pytorch==0.6.0 \
+		einops==0.8.2 einx==0.4.3 frozendict==2.5.1 loguru==0.7.3 torch-einops-utils==0.2.0
 	touch $@

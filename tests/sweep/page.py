@@ -1,0 +1,110 @@
+"""Writes the sweep's results into the documentation: `python -m sweep.page`, docs/concepts/architectures.{rst,csv}."""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from .results import last_rows, tidied
+
+PAGE = Path(__file__).parents[2] / "docs/concepts/architectures.rst"
+TABLE = PAGE.with_suffix(".csv")
+ORDER = ("exact", "refused", "crashed", "wrong", "coupled", "not made", "not run")
+HEAD = """\
+Other people's architectures
+============================
+
+.. This page is written by `make sweep`; do not edit it.
+
+Every architecture that transformers, timm, vit-pytorch, x-transformers and segmentation-models-pytorch list is made as
+small as its configuration allows, with sizes that are chosen by the names of attributes, and called with random inputs
+that are chosen by the names of arguments. The loss is, for every output that depends on one sample alone, its squared
+distance to a ramp. The truth is a float64 loop over samples alone through plain autograd (float32 where a model knows no
+other). Each model is looked at by :class:`~torch_secorder.FisherMonitor` and by
+:func:`~torch_secorder.fisher_report`, in evaluation mode, as it begins and with noise on its parameters.
+
+- **exact**: each parameter's trace is that of the loop, to 1e-5 in float64 (3e-3 in float32).
+- **refused**: the library raises an error of its own. The outcome is that of the worse of both ways.
+- **crashed**: an exception that is not of this library.
+- **wrong**: a number that is not that of the loop, without an error.
+- **coupled**: no output of a sample alone is that which it has in its batch, so that there is no number to be right about.
+- **not made**: excluded, for the reason that stands beside it. It says nothing about the library.
+
+"""
+
+
+def rows() -> list[dict[str, Any]]:
+    """The last row of each architecture, in the order in which they were listed."""
+    return sorted(last_rows().values(), key=lambda row: (SOURCES.index(row["source"]), row["name"]))
+
+
+SOURCES = ("transformers", "timm", "vit-pytorch", "x-transformers", "segmentation-models-pytorch")
+
+
+def escaped(text: str) -> str:
+    """What stands in a cell as it is: no markup."""
+    return re.sub(r"([\\`*_|])", r"\\\1", text)
+
+
+def remark(row: dict[str, Any]) -> str:
+    """Why it was not made, or what was said that is not "exact", in the first words."""
+    said = {
+        key: row[key]
+        for key in ("monitor", "report", "monitor opened", "report opened")
+        if row.get(key, "exact") != "exact"
+    }
+    if row["outcome"] == "not made":
+        return re.sub(r"/\S+/", "", row["reason"])[:160]
+    if row["outcome"] == "not run":
+        return ""
+    short = {key: re.match(r"(\w+(?: \w+Error)?)", text)[0] for key, text in said.items()}
+    beside = (
+        f"not in the loss: {', '.join(row['coupled'])}" if row["outcome"] != "coupled" and row.get("coupled") else ""
+    )
+    return "; ".join([*(f"{key}: {text}" for key, text in short.items()), *([beside] if beside else [])])[:160]
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    inputs = ", ".join(row.get("inputs", {}))
+    return [
+        row["source"],
+        row["name"],
+        f"{row.get('parameters', 0):,}" if "parameters" in row else "",
+        inputs,
+        row["outcome"],
+        remark(row),
+    ]
+
+
+def counts(all_rows: list[dict[str, Any]]) -> Iterator[list[str]]:
+    for source in SOURCES:
+        by = Counter(row["outcome"] for row in all_rows if row["source"] == source)
+        if by:
+            yield [source, *(str(by[outcome]) for outcome in ORDER)]
+
+
+def listed(lines: list[list[str]], header: list[str]) -> str:
+    """An rst table."""
+    text = [".. list-table::", "   :header-rows: 1", ""]
+    for line in [header, *lines]:
+        text += [f"   {'*' if not place else ' '} - {cell}" for place, cell in enumerate(line)]
+    return "\n".join(text) + "\n"
+
+
+def main() -> None:
+    tidied()
+    found = rows()
+    with TABLE.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["library", "architecture", "parameters", "inputs", "outcome", "remark"])
+        writer.writerows([escaped(cell) for cell in cells(row)] for row in found)
+    table = ".. csv-table::\n   :file: architectures.csv\n   :header-rows: 1\n   :widths: 14 22 10 18 9 40\n"
+    PAGE.write_text(HEAD + listed(list(counts(found)), ["library", *ORDER]) + "\n" + table)
+
+
+if __name__ == "__main__":
+    main()
