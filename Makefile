@@ -18,8 +18,6 @@ EXAMPLES := $(wildcard examples/*.py)
 # The arrays here are small: threads cost more than they give.
 export OMP_NUM_THREADS ?= 1
 
-
-
 .PHONY: help demo test check lint types doctest examples docs format fuzz bench bench-growth sweep versions newest clean
 
 help:  ## list the targets
