@@ -86,6 +86,7 @@ class Audit:
 
     Attributes:
         fingerprint: that of the latest graph.
+        leaves: node that accumulates an analyzed parameter's gradient -> the parameter's position.
         comparing: the outputs of the latest run that compare samples.
         other_leaves: the nodes of that graph that accumulate gradients of other tensors than the analyzed parameters.
     """
@@ -101,7 +102,7 @@ class Audit:
         rehearsal: bool = False,
     ):
         self._table, self._ranks, self._axis = table, table.ranks, batch_axis
-        self._leaves = {
+        self.leaves = {
             get_gradient_edge(p).node: position for position, p in enumerate(table.leaves) if p.requires_grad
         }
         self._knowledge, self._trust_shapes = knowledge or ModelKnowledge(), trust_shapes
@@ -125,7 +126,7 @@ class Audit:
 
     def _uses(self, forward: Forward, outputs: Sequence[Tensor]) -> Uses:
         roots, self.comparing = [x for x in outputs if x.requires_grad], []
-        walk, n = Walk(roots, forward, self._leaves), forward.n
+        walk, n = Walk(roots, forward, self.leaves), forward.n
         self.fingerprint, self.other_leaves = walk.fingerprint, walk.other_leaves
         if n is None:
             return Uses()
@@ -145,7 +146,7 @@ class Audit:
         # What lies behind the input of a call without a batch axis has a gradient for every sample, too.
         if inner := [record for record in shared if not record.starts_graph]:
             shared = [record for record in shared if record.starts_graph]
-            walk = Walk(roots, forward, self._leaves, (*walk.unfolded, *inner))
+            walk = Walk(roots, forward, self.leaves, (*walk.unfolded, *inner))
         frontier = Frontier(walk, shared, search, self._table, one_sample=not asked.several_samples)
         uses = Uses(*frontier.uses(forward))
         for use, node in uses.placed:

@@ -8,7 +8,7 @@ from threading import get_ident
 from weakref import WeakValueDictionary
 
 from torch import Tensor, nn
-from torch.autograd.graph import Node, get_gradient_edge
+from torch.autograd.graph import Node
 
 from torch_secorder.autograd.engine import (
     accumulates_gradient_of,
@@ -31,7 +31,8 @@ class UserPasses:
     the model. A pass of the samples inside of another pass belongs to the one around it; any other pass is ignored.
 
     Args:
-        leaves: the analyzed parameters, as the graph has them.
+        leaves: the nodes that accumulate the gradients of those analyzed parameters that have one.
+        all_have_gradients: whether these are all of what is analyzed.
         model: the model whose parameters' gradients may be asked for instead.
         watches_outputs: whether the outputs of modules without an analyzed parameter are of interest.
 
@@ -40,9 +41,15 @@ class UserPasses:
             inside of them may be of the samples nevertheless.
     """
 
-    def __init__(self, leaves: Sequence[Tensor], model: nn.Module | None, *, watches_outputs: bool = False):
-        self._leaves = [get_gradient_edge(leaf).node for leaf in leaves if leaf.requires_grad]
-        self._all_have_gradients = len(self._leaves) == len(leaves) > 0
+    def __init__(
+        self,
+        leaves: Sequence[Node],
+        all_have_gradients: bool,
+        model: nn.Module | None,
+        *,
+        watches_outputs: bool = False,
+    ):
+        self._leaves, self._all_have_gradients = leaves, all_have_gradients
         self._model, self._watches_outputs = model, watches_outputs
         # Only autograd keeps a pass alive: one that an exception breaks off is gone.
         self._open: WeakValueDictionary[int, BackwardPass] = WeakValueDictionary()

@@ -70,7 +70,9 @@ class UserRecorder(Recorder):
         self._refused = -1  # the latest pass that is not watched and reached samples which were counted
         self.counts_again = self.options.repeated_calls == "new"
         watches = any(QUANTITIES[name].watches_outputs for name in self.options.quantities)
-        self._passes = UserPasses(self.table.leaves, self.plan.model, watches_outputs=watches)
+        leaves = list(self._audit.leaves)
+        every_one = len(leaves) == len(self.table) > 0
+        self._passes = UserPasses(leaves, every_one, self.plan.model, watches_outputs=watches)
         self._gradient_graphs: dict[int, GradientGraphWatch] = {}  # of ignored passes with create_graph=True
         self._counting = RLock()  # several threads may train the model
         self._outputs: list[weakref.ref[Tensor]] = []
