@@ -113,7 +113,14 @@ HOOKED: list[Program] = [
     *(Program(f"all hooks, {subject.name}", training(subject, all_hooks)) for subject in (MLP, *SEARCHED)),
     *(Program(f"{kind} put on inside, mlp", training(MLP, hooked, inside=True)) for kind, hooked in HOOKS.items()),
     # A forward whose parameters are used outside of layers is refused at once under such hooks.
-    *(Program(f"pack hooks, {subject.name}", saved_tensors(subject)) for subject in (MLP, WINDOWS, ROUTER)),
+    Program("pack hooks, mlp", saved_tensors(MLP)),
+    # What shows where samples are lies behind tensors that the hooks would have to unpack for us.
+    *(
+        Program(
+            f"pack hooks, {subject.name}", saved_tensors(subject), refused="leave open where .* what shows it is hidden"
+        )
+        for subject in (WINDOWS, ROUTER)
+    ),
     Program("doubled gradients, mlp", changed_gradients(MLP)),
     Program(
         "doubled gradients, square", changed_gradients(SQUARE), refused="is not the sum of what the model's samples"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from threading import get_ident
 from typing import Any
@@ -23,6 +23,9 @@ current_node: Callable[[], Node | None] = torch._C._current_autograd_node
 
 # The innermost of torch.func's transforms under way (vmap, grad and so on); None outside of all.
 innermost_transform: Callable[[], Any] = torch._C._functorch.peek_interpreter_stack
+
+# How many blocks of forward-mode differentiation are under way, counted from -1 for none.
+forward_mode_level: Callable[[], int] = partial(getattr, torch.autograd.forward_ad, "_current_level")
 
 # Whether the backward pass under way leaves what nodes saved; true outside of any.
 keeps_graph: Callable[[], bool] = torch._C._autograd._get_current_graph_task_keep_graph
@@ -64,6 +67,13 @@ def library_call() -> Iterator[None]:
 def in_library_call() -> bool:
     """Whether the library, and not the user, is calling the model."""
     return get_ident() in LIBRARY_THREADS or (bool(LIBRARY_PASSES) and current_graph_task() in LIBRARY_PASSES)
+
+
+def without_modes() -> AbstractContextManager[object]:
+    """Inside, modes of the user's that see every operation, counters of operations for one, see none."""
+    if not torch._C._len_torch_dispatch_stack() and not torch._C._len_torch_function_stack():
+        return nullcontext()
+    return torch.utils._python_dispatch._disable_current_modes()
 
 
 @contextmanager

@@ -1,7 +1,8 @@
 """A pass through a graph that calls its nodes one by one, as the engine would, but runs nobody else's code.
 
 No hook of the user's runs in it, no gradient is retained, and nothing is accumulated, in ``.grad`` or elsewhere. A node that
-would call the user's modules or start a backward pass of its own is opaque: what lies behind it is not seen.
+would call the user's modules, start a backward pass of its own or change what it keeps is opaque: what lies behind it is not
+seen.
 """
 
 from __future__ import annotations
@@ -13,9 +14,18 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from torch_secorder.autograd.engine import looking
+from torch_secorder.autograd.engine import looking, without_modes
 from torch_secorder.autograd.guard import RunsOthersCodeError, guarded
-from torch_secorder.autograd.nodes import Edge, fitted, is_others_function, is_python_function, node_vjp, output_count
+from torch_secorder.autograd.nodes import (
+    Edge,
+    fitted,
+    has_others_hooks,
+    is_others_function,
+    is_python_function,
+    keeps_state,
+    node_vjp,
+    output_count,
+)
 from torch_secorder.autograd.precision import full_precision
 from torch_secorder.autograd.sharded import GatheredWeights, passes_on
 from torch_secorder.errors import CoverageError
@@ -62,9 +72,11 @@ class Route:
     def _is_opaque(self, node: Any) -> bool:
         if node in self._opaque:
             return True
+        if not is_python_function(node):
+            return False
         # Re-entrant checkpointing computes no gradient that it is asked for, but accumulates those of the parameters.
-        return is_python_function(node) and (
-            node._forward_cls in _opaque_functions or node.name() == "CheckpointFunctionBackward"
+        return (
+            node.name() == "CheckpointFunctionBackward" or node._forward_cls in _opaque_functions or keeps_state(node)
         )
 
     def _reached(self, starts: Iterable[Node]) -> list[Node]:
@@ -143,6 +155,8 @@ def behind(nodes: Iterable[Node]) -> set[Node]:
 
 def _called_or_opaque(node: Any, grads: Gradients) -> list[Tensor | None]:
     """Call a node in a look."""
+    if has_others_hooks(node):
+        raise _FoundOpaque(node)
     try:
         return list(grads) if passes_on(node) else node_vjp(node, grads)
     except RunsOthersCodeError as error:
@@ -152,10 +166,15 @@ def _called_or_opaque(node: Any, grads: Gradients) -> list[Tensor | None]:
 
 
 def runs_others_code(node: Any) -> bool:
-    """Whether a node is of a function that calls modules or starts a backward pass in its backward; tried once for each."""
+    """Whether a node is of a function that calls modules or starts a backward pass in its backward; tried once for each.
+
+    One that keeps a module or something else to call is taken to, since trying it might change what it keeps.
+    """
     if not is_others_function(node):
         return False
     kind = node._forward_cls
+    if keeps_state(node):
+        return kind in _opaque_functions or any(callable(value) for value in vars(node).values())
     if kind not in _tried_functions:
         _tried_functions.add(kind)
         try:
@@ -232,6 +251,7 @@ class GraphPass:
         def flow() -> None:
             with (
                 looking(),
+                without_modes(),
                 guarded(),
                 torch.random.fork_rng(_devices(self._roots)),
                 full_precision(),

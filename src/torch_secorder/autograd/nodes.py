@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from enum import Enum
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from torch_secorder.autograd.engine import keeps_graph
@@ -86,6 +88,54 @@ def is_python_function(node: Any) -> bool:
 def is_others_function(node: Any) -> bool:
     """Whether a node is that of a :class:`torch.autograd.Function` that does not come with torch."""
     return is_python_function(node) and not node._forward_cls.__module__.startswith("torch.")
+
+
+def keeps_state(node: Any) -> bool:
+    """Whether a function that does not come with torch keeps more for its backward than it saved, and constants.
+
+    What it keeps may change when the backward runs: a buffer that is written to, a counter, a gradient added up elsewhere.
+    """
+    if not is_others_function(node):
+        return False
+    if not all(map(_is_constant, vars(node).values())):
+        return True
+    # Gradients that are fused with their accumulation are added to an attribute of the weight.
+    plainly_saved = node.saved_tensors if has_packed_tensors(node) is False else ()
+    variables = (getattr(child, "variable", None) for child, _ in node.next_functions)
+    weights = [x for x in (*plainly_saved, *variables) if isinstance(x, nn.Parameter)]
+    return any(isinstance(value, Tensor) for x in weights for value in vars(x).values())
+
+
+def _is_constant(value: Any) -> bool:
+    if isinstance(value, (tuple, list)):
+        return all(map(_is_constant, value))
+    plain = (bool, int, float, complex, str, Enum, torch.dtype, torch.device, torch.layout)
+    return value is None or isinstance(value, plain)
+
+
+def has_others_hooks(node: Any) -> bool:
+    """Whether hooks that are neither a plain checkpoint's nor torch's own keep what a node has saved."""
+    if has_packed_tensors(node) is not True:
+        return False
+    hooks = (getattr(one, "unpack_hook", None) for one in raw_tensors(node))
+    return any(hook is not None and not _runs_a_forward_again(hook) for hook in hooks)
+
+
+def _runs_a_forward_again(hook: Any) -> bool:
+    """Whether a hook is torch's own, and no checkpoint's that keeps some results for one more run only."""
+    if not str(getattr(hook, "__module__", "")).startswith("torch."):
+        return False
+    again = getattr(_held(hook, "frame"), "recompute_fn", None)
+    return again is None or isinstance(_held(again, "recompute_context"), nullcontext)
+
+
+def _held(function: Any, name: str) -> Any:
+    """What a function holds of the one around it under a name; None if it holds nothing of that name."""
+    cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
+    try:
+        return cells[name].cell_contents
+    except (KeyError, ValueError):  # ValueError: the cell is empty
+        return None
 
 
 def node_vjp(node: Any, grads: Sequence[Tensor | None]) -> list[Tensor | None]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
+from torch_secorder.autograd.engine import without_modes
 from torch_secorder.autograd.graph_pass import Gradients, GraphPass
 from torch_secorder.autograd.precision import has_half_precision
 from torch_secorder.autograd.sharded import GatheredWeights
@@ -72,6 +73,10 @@ class SearchPasses:
                 f"where this model has its {self._n} samples can't be found out: it returns no differentiable tensor with as "
                 f"many indices on axis {self._axis}; return the outputs along with the loss, or pass batch_axis="
             )
+        with without_modes():
+            return self._findings(wanted)
+
+    def _findings(self, wanted: Sequence[Viewed]) -> list[Finding]:
         marks = sample_marks(self._n, self._marks_per_pass)
         own = len(marks)
         sketches, hidden = self._sketches(wanted, marks + marks[:1] * (self._common_count(own) - own))
@@ -95,7 +100,8 @@ class SearchPasses:
         ]
         if not unclear or len(self._roots) < 2:
             return set()
-        alone = [SearchPasses([root], self._axis, self._n).findings(unclear) for root in self._roots]
+        each = [SearchPasses([root], self._axis, self._n, weights=self._weights) for root in self._roots]
+        alone = [one.findings(unclear) for one in each]
         placed = [any(isinstance(one.evidence, Placement) for one in several) for several in zip(*alone, strict=True)]
         return {
             number

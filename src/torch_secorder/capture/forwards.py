@@ -16,6 +16,7 @@ from torch_secorder.autograd.engine import (
     LIBRARY_THREADS,
     LOOKS,
     current_graph_task,
+    forward_mode_level,
     in_library_call,
     innermost_transform,
 )
@@ -69,10 +70,12 @@ class ForwardTracker:
 
     def records_calls(self) -> bool:
         """Whether a call made now, in this thread, is one to record."""
-        if not self.active or self._thread is not None:
-            return self.active and self._thread == get_ident()
+        if not self.active:
+            return False
+        if self._thread is not None:  # A loss may call the model, too.
+            return self._thread == get_ident() and self._thread in LIBRARY_THREADS
         # What torch.func transforms has gradients of its own. Where parameters take part in it, the graph shows them.
-        if innermost_transform() is not None:
+        if innermost_transform() is not None or forward_mode_level() >= 0:
             return False
         return not (LIBRARY_THREADS or LIBRARY_PASSES) or not in_library_call()
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
+from torch_secorder.autograd.nodes import keeps_state
 from torch_secorder.autograd.sharded import GatheredWeights
 from torch_secorder.batch_axis.evidence import Unplaced
 from torch_secorder.batch_axis.knowledge import ModelKnowledge, PlacementCache, Wanted
@@ -18,7 +19,7 @@ from torch_secorder.batch_axis.placement import Layout, Placement
 from torch_secorder.batch_axis.search import SampleSearch, SearchOnAllRanks
 from torch_secorder.batch_axis.search_pass import SearchPasses
 from torch_secorder.capture.records import Forward, Idle, OwnAxis, Record
-from torch_secorder.errors import UnsupportedError
+from torch_secorder.errors import CurvatureError, UnsupportedError
 from torch_secorder.graph.frontier import Frontier, IdleUse, ParameterUse
 from torch_secorder.graph.refusals import hidden, not_finite
 from torch_secorder.graph.walk import Walk
@@ -136,7 +137,7 @@ class Audit:
             asked = asked.on_any(self._ranks)
         search = self._search(walk, roots, forward, reached, asked)
         own_axes = [one for one in forward.own_axes if one.edge.node in walk.children]
-        shared = self._place(reached, own_axes, search, n, asked)
+        shared = self._place(forward, reached, own_axes, search, asked)
         self.comparing = [get_gradient_edge(roots[number]) for number in search.placements.comparing]
         any_shared = self._ranks.max_over_ranks(bool(shared)) if self._ranks.distributed else shared
         if not (asked.uses_outside_calls or any_shared):
@@ -164,21 +165,22 @@ class Audit:
         """A search in this graph, which begins with what graphs of the same kind have shown."""
         n = forward.n or 0
         known = PlacementCache() if asked.reorders_samples else self._knowledge.placements(self.fingerprint)
-        passes = partial(SearchPasses, roots, self._axis, n)
+        weights = GatheredWeights(forward.sharded, () if forward.sharded else self._table.sharded)
+        passes = partial(SearchPasses, roots, self._axis, n, weights=weights)
         if self._ranks.distributed:
             # No look ahead: with one sample autograd skips nodes that broadcast, so that ranks with batches of different sizes
             # would look at different nodes.
-            weights = GatheredWeights(forward.sharded, () if forward.sharded else self._table.sharded)
-            passes = partial(passes, self._ranks.max_over_ranks, weights)
+            passes = partial(passes, common_count=self._ranks.max_over_ranks)
             return SearchOnAllRanks(known, n, asked.ambiguous_shapes, passes, self._ranks)
         locate = None if asked.reorders_samples else self._locate_on_three_samples
         ahead = partial(_ahead, walk, reached)
         return SampleSearch(known, n, asked.ambiguous_shapes, passes, locate, ahead, rehearsal=self._rehearsal)
 
     def _place(
-        self, reached: Reached, own_axes: list[OwnAxis], search: SampleSearch, n: int, asked: Questions
+        self, forward: Forward, reached: Reached, own_axes: list[OwnAxis], search: SampleSearch, asked: Questions
     ) -> list[Record]:
         """Give each record its placement; returns those of calls that all samples share, which have none."""
+        n = forward.n or 0
         for record, _ in reached:
             record.in_output_graph = True
         contradicted = any(one.contradicts_shapes(n) for one in own_axes)
@@ -204,16 +206,28 @@ class Audit:
             elif found is Unplaced.NOT_FINITE and (asked.ambiguous_shapes or record.placement is None):
                 record.forward.refusal = not_finite(f"the gradients of {self._names_of(record)}")
             elif found is Unplaced.HIDDEN and (asked.ambiguous_shapes or record.placement is None):
-                raise hidden(str(record.site), n)
+                self._refuse(forward, hidden(str(record.site), n))
             elif asked.ambiguous_shapes or record.placement is None:
                 record.placement, record.idle = None, Idle(found, partial(search.placements.forget, key))
         return shared
+
+    def _refuse(self, forward: Forward, error: CurvatureError) -> None:
+        """Have passes through a forward refused when they are over; ranks that hold the model together refuse it at once."""
+        if self._ranks.distributed:
+            raise error
+        forward.refusal = forward.refusal or error
 
     def _names_of(self, record: Record) -> str:
         return ", ".join(self._table.names[position] for position in record.site.positions)
 
     def _require_readable(self, use: ParameterUse, node: Node) -> None:
         """Raise if what the rule of a use needs can't be read from its node; count the use otherwise."""
+        if keeps_state(node):
+            raise UnsupportedError(
+                f"{', '.join(self._names(use))}: used by {node.name()}, a function that keeps more than saved tensors for its "
+                "backward, which may change if it is called for single samples: save its tensors by ctx.save_for_backward, or "
+                "teach the library the layer with torch_secorder.register_rule"
+            )
         if why := use.unreadable_because(node):
             raise UnsupportedError(
                 f"{', '.join(self._names(use))}: used by {why} inside of activation checkpointing (or other hooks on saved "

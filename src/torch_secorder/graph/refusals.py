@@ -12,8 +12,8 @@ def hidden(what: str, n: int | None) -> UnsupportedError:
     """The refusal of something whose samples an opaque node hides."""
     return UnsupportedError(
         f"{what}: the shapes leave open where its {n} samples are, and what shows it is hidden, by re-entrant activation "
-        "checkpointing (use torch.utils.checkpoint with use_reentrant=False, or another batch size) or by a function whose "
-        "backward calls modules or starts a backward pass"
+        "checkpointing (use torch.utils.checkpoint with use_reentrant=False, or another batch size), by hooks on saved tensors, "
+        "or by a function whose backward calls modules, starts a backward pass or keeps more than saved tensors"
     )
 
 

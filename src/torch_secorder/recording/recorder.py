@@ -17,9 +17,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from torch_secorder.autograd.compiled import never_compiled
-from torch_secorder.autograd.engine import (
-    current_node,
-)
+from torch_secorder.autograd.engine import current_node
 from torch_secorder.autograd.nodes import after_node
 from torch_secorder.autograd.precision import autocast_devices, full_precision
 from torch_secorder.batch_axis.knowledge import ModelKnowledge

@@ -66,7 +66,8 @@ def _changed(outputs: Any, which: Tensor, n: int, axis: int) -> Any:
             return torch.nested.as_nested_tensor(
                 [other if change else own for own, other, change in parts], layout=x.layout
             )
-        return torch.where(which.to(x.device).view(-1, *[1] * (x.dim() - 1 - where)), shrunk(x), x)
+        # Rows of other samples are values of the same kind, too, and rank otherwise.
+        return torch.where(which.to(x.device).view(-1, *[1] * (x.dim() - 1 - where)), shrunk(x.roll(1, where)), x)
 
     return mapped(change, outputs)
 
