@@ -1,0 +1,206 @@
+"""Code that a look through the graph must not run, since it changes what it keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.flop_counter import FlopCounterMode
+
+from problems._base import Forward
+from torch_secorder import FisherMonitor, empirical_fisher_trace, fisher_report
+from torch_secorder.errors import UnsupportedError
+from traps.exactness import assert_exact, numbers
+
+
+class Rotated(torch.autograd.Function):
+    """Writes on its own buffer in its backward, as fused kernels do."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.cos = x.detach().cos()
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return ctx.cos.mul_(grad)
+
+
+class Fused(torch.autograd.Function):
+    """Adds a weight's gradient to an attribute of the weight."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return x @ weight.T
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        weight.main_grad.add_(grad.T @ x)
+        return grad @ weight, torch.zeros_like(weight)
+
+
+class Offloaded:
+    """Hooks that keep what is saved elsewhere, and give each tensor back once."""
+
+    def __init__(self) -> None:
+        self.kept: dict[int, Tensor] = {}
+
+    def pack(self, x: Tensor) -> int:
+        self.kept[len(self.kept)] = x
+        return len(self.kept) - 1
+
+    def unpack(self, number: int) -> Tensor:
+        return self.kept.pop(number)
+
+
+def through_offloading(self: Any, x: Tensor) -> Tensor:
+    hooks = Offloaded()
+    with torch.autograd.graph.saved_tensors_hooks(hooks.pack, hooks.unpack):
+        return self.last(self.first(x).tanh())
+
+
+def selective() -> Any:
+    return create_selective_checkpoint_contexts(lambda *_, **__: CheckpointPolicy.PREFER_RECOMPUTE)
+
+
+WAYS: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "a buffer that is written to": lambda self, x: self.last(Rotated.apply(self.first(x))),
+    "selective checkpointing": lambda self, x: self.last(
+        checkpoint(lambda h: self.first(h).tanh(), x, use_reentrant=False, context_fn=selective)
+    ),
+}
+
+
+def made(forward: Callable[[Any, Tensor], Tensor]) -> nn.Module:
+    torch.manual_seed(0)
+    return Forward(forward, first=nn.Linear(4, 4), last=nn.Linear(4, 3)).double()
+
+
+def trained(model: nn.Module, x: Tensor, y: Tensor, steps: int = 3) -> list[Tensor]:
+    for _ in range(steps):
+        numbers(model(x), y).backward()
+    return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_users_gradients_are_those_of_their_code(way: str) -> None:
+    x, y = torch.randn(5, 4).double(), torch.randn(5, 3).double()
+    expected = trained(made(WAYS[way]), x, y)
+    model = made(WAYS[way])
+    with FisherMonitor(model) as monitor:
+        found = trained(model, x, y)
+    assert len(found) == len(expected) == 4
+    assert all(map(torch.equal, found, expected))
+    assert monitor.n_samples == 15
+    model.zero_grad()
+    plain = made(lambda self, x: self.last(self.first(x).sin() if "buffer" in way else self.first(x).tanh()))
+    with FisherMonitor(model) as watched, FisherMonitor(plain) as right:
+        numbers(model(x), y).backward()
+        numbers(plain(x), y).backward()
+    torch.testing.assert_close(watched.trace, right.trace, rtol=1e-8, atol=0)
+
+
+def test_tensors_that_are_given_back_once() -> None:
+    """The layers' own inputs go through the same hooks, and are asked for once."""
+    model, x, y = made(through_offloading), torch.randn(5, 4).double(), torch.randn(5, 3).double()
+    expected = trained(made(through_offloading), x, y)
+    with FisherMonitor(model):
+        found = trained(model, x, y)
+    assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_gradient_that_is_added_up_elsewhere_is_added_up_once(frozen: bool) -> None:
+    x, y = torch.randn(5, 4).double(), torch.randn(5, 3).double()
+    sums = []
+    for watched in (False, True):
+        model = made(lambda self, x: self.last(Fused.apply(self.first(x), self.fused.weight).tanh()))
+        torch.manual_seed(1)
+        model.fused = nn.Linear(4, 4, bias=False).double()
+        model.fused.weight.main_grad = torch.zeros(4, 4).double()  # type: ignore[attr-defined]
+        model.fused.weight.requires_grad_(not frozen)
+        if not watched:
+            numbers(model(x), y).backward()
+        elif frozen:
+            with FisherMonitor(model):
+                numbers(model(x), y).backward()
+        else:
+            refused = pytest.raises(UnsupportedError, match=r"fused\.weight: used by .*keeps more than saved tensors")
+            with refused, FisherMonitor(model):
+                model(x)
+            continue
+        sums.append(model.fused.weight.main_grad)  # type: ignore[attr-defined]
+    assert all(torch.equal(total, sums[0]) for total in sums)
+
+
+def test_a_loss_that_calls_the_model_itself() -> None:
+    """As consistency losses and preference optimization do."""
+    model, x, y = made(lambda self, x: self.last(self.first(x).tanh())), torch.randn(5, 4).double(), torch.randn(5, 3).double()
+
+    def consistent(outputs: Tensor, targets: Tensor) -> Tensor:
+        with torch.no_grad():
+            reference = model(torch.cat([targets, targets[:, :1]], 1))
+        return (outputs - 0.5 * reference - targets).square().sum(1).mean()
+
+    with FisherMonitor(model) as monitor:
+        consistent(model(x), y).backward()
+    for found in (
+        empirical_fisher_trace(model, consistent, x, y),
+        fisher_report(model, consistent, (x, y), progress=False, verify=False)["fisher_trace"].sum(),
+    ):
+        torch.testing.assert_close(torch.tensor(float(found)), monitor.trace.float())
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch's own, of forward mode
+def test_forward_mode_is_no_training() -> None:
+    model, x, y = made(lambda self, x: self.last(self.first(x).tanh())), torch.randn(5, 4).double(), torch.randn(5, 3)
+    with FisherMonitor(model) as monitor:
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+            outputs = model(dual)
+            assert torch.autograd.forward_ad.unpack_dual(outputs).tangent is not None
+        numbers(model(x), y).backward()
+    assert monitor.n_samples == 5
+
+
+def test_a_counter_of_operations_sees_no_look() -> None:
+    """Our sums in the backward pass are seen; a look through the graph is not."""
+    counts = []
+    for watched in (False, True):
+        model = made(lambda self, x: self.last(self.first(x.transpose(0, 1)).tanh().sum(0)))
+        x = torch.randn(5, 5, 4).double()  # as many steps as samples, so that it is looked
+        with FlopCounterMode(display=False) as counter:
+            if watched:
+                with FisherMonitor(model):
+                    model(x)
+            else:
+                model(x)
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1]
+
+
+def test_a_function_of_saved_tensors_and_constants_is_looked_through() -> None:
+    class Scaled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+            ctx.factor = factor
+            return factor * x
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+            return ctx.factor * grad, None
+
+    forward = partial(_scaled_steps_first, Scaled)
+    model = Forward(forward, first=nn.Linear(4, 4), last=nn.Linear(4, 3)).double()
+    assert_exact(model, torch.randn(5, 5, 4).double(), torch.randn(5, 3).double())
+
+
+def _scaled_steps_first(function: Any, self: Any, x: Tensor) -> Tensor:
+    return self.last(function.apply(self.first(x.transpose(0, 1)), 2.0).tanh().sum(0))
