@@ -142,7 +142,11 @@ def test_a_gradient_that_is_added_up_elsewhere_is_added_up_once(frozen: bool) ->
 
 def test_a_loss_that_calls_the_model_itself() -> None:
     """As consistency losses and preference optimization do."""
-    model, x, y = made(lambda self, x: self.last(self.first(x).tanh())), torch.randn(5, 4).double(), torch.randn(5, 3).double()
+    model, x, y = (
+        made(lambda self, x: self.last(self.first(x).tanh())),
+        torch.randn(5, 4).double(),
+        torch.randn(5, 3).double(),
+    )
 
     def consistent(outputs: Tensor, targets: Tensor) -> Tensor:
         with torch.no_grad():
@@ -158,7 +162,9 @@ def test_a_loss_that_calls_the_model_itself() -> None:
         torch.testing.assert_close(torch.tensor(float(found)), monitor.trace.float())
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch's own, of forward mode
+@pytest.mark.filterwarnings(
+    "ignore:`torch.jit.script` is deprecated:DeprecationWarning"
+)  # torch's own, of forward mode
 def test_forward_mode_is_no_training() -> None:
     model, x, y = made(lambda self, x: self.last(self.first(x).tanh())), torch.randn(5, 4).double(), torch.randn(5, 3)
     with FisherMonitor(model) as monitor:
