@@ -188,7 +188,7 @@ class ModuleHooks(HookScope):
             return None
         if not isinstance(output, Tensor):
             raise UnsupportedError(f"{site} returned a {type(output).__name__}; a rule needs a tensor")
-        if not shows_sizes(output):
+        if output.is_nested and not shows_sizes(output):
             raise UnsupportedError(
                 f"{site} returned a nested tensor that shows no sizes: make it with layout=torch.jagged"
             )
@@ -307,7 +307,8 @@ def _record(
             f"{forward.n} samples; pass batch_axis={{'{site.name}': axis}} if it has one"
         )
     nodes = _nodes_of_inputs(args, kwargs)
-    return Record(site, forward, None, {}, whole_shape(output), placement if fits else None, not nodes, nodes)
+    shape = whole_shape(output) if output.is_nested else output.shape
+    return Record(site, forward, None, {}, shape, placement if fits else None, not nodes, nodes)
 
 
 def _replaced_parameter(site: HookedModule, module: nn.Module) -> str | None:

@@ -131,14 +131,21 @@ class Audit:
         self.fingerprint, self.other_leaves = walk.fingerprint, walk.other_leaves
         if n is None:
             return Uses()
-        reached = [(record, edge) for record, edge in forward.records if self._is_reached(record, edge, walk)]
+        # In every step: no function for each call.
+        nodes, unfolded = walk.children, walk.unfolded
+        reached = [
+            (record, edge)
+            for record, edge in forward.records
+            if record.site.rule is not None and edge.node in nodes and record not in unfolded
+        ]
         asked = Questions.of(walk, reached, n)
         if self._ranks.distributed:
             asked = asked.on_any(self._ranks)
         search = self._search(walk, roots, forward, reached, asked)
-        own_axes = [one for one in forward.own_axes if one.edge.node in walk.children]
+        own_axes = [one for one in forward.own_axes if one.edge.node in nodes] if forward.own_axes else []
         shared = self._place(forward, reached, own_axes, search, asked)
-        self.comparing = [get_gradient_edge(roots[number]) for number in search.placements.comparing]
+        if search.placements.comparing:
+            self.comparing = [get_gradient_edge(roots[number]) for number in search.placements.comparing]
         any_shared = self._ranks.max_over_ranks(bool(shared)) if self._ranks.distributed else shared
         if not (asked.uses_outside_calls or any_shared):
             return Uses()
@@ -153,11 +160,6 @@ class Audit:
         for use, node in uses.placed:
             self._require_readable(use, node)
         return uses
-
-    @staticmethod
-    def _is_reached(record: Record, edge: GradientEdge, walk: Walk) -> bool:
-        """Whether the outputs lead to a call that has a rule, and that counts as one node."""
-        return record.site.rule is not None and edge.node in walk.children and record not in walk.unfolded
 
     def _search(
         self, walk: Walk, roots: list[Tensor], forward: Forward, reached: Reached, asked: Questions
@@ -183,7 +185,7 @@ class Audit:
         n = forward.n or 0
         for record, _ in reached:
             record.in_output_graph = True
-        contradicted = any(one.contradicts_shapes(n) for one in own_axes)
+        contradicted = bool(own_axes) and any(one.contradicts_shapes(n) for one in own_axes)
         by_shape = self._trust_shapes and not (asked.ambiguous_shapes or contradicted)
         if by_shape or not asked.several_samples:
             for record, _ in reached:

@@ -123,16 +123,20 @@ class Walk:
         names, shapes = tuple(self._names), output_shapes(self.children)
         self.has_ambiguous_axis = n is not None and has_ambiguous_axis(n, shapes)
         self.reorders_samples = (
-            n is not None
-            and n > 1
-            and not REORDERS.isdisjoint(names)
-            and any(may_reorder(node, n) for node, name in zip(self.children, names, strict=True) if name in REORDERS)
+            n is not None and n > 1 and not REORDERS.isdisjoint(names) and self._may_reorder(names, n)
         )
         along = tuple([axes(node) for node in self.children]) if self.has_ambiguous_axis else None
         order = None if n is None or PICKS.isdisjoint(names) else self._order_of_picks(names, n)
         self.fingerprint = hash(
             (names, None if n is None else size_pattern(n, shapes), along, order, tuple(self._parts))
         )
+
+    def _may_reorder(self, names: Sequence[str], n: int) -> bool:
+        """Whether some node may put the samples into another order; hooked calls don't."""
+        # In every step: most graphs have products in hooked calls only.
+        pairs = zip(self.children, names, strict=True)
+        found = [node for node, name in pairs if name in REORDERS and node not in self.records]
+        return bool(found) and any(may_reorder(node, n) for node in found)
 
     def _order_of_picks(self, names: Sequence[str], n: int) -> tuple[object, ...]:
         """Which samples are picked one by one, in the order in which they are met."""

@@ -235,7 +235,7 @@ class Dense(PerSampleGradient):
         return Dense(self.value[samples])
 
     def squared_norm(self) -> Tensor:
-        return squared_norm_of_rows(in_rows(self.value))
+        return squared_norm_of_rows(self.value if self.value.dim() == 2 else in_rows(self.value))
 
     def grouped_by_sample(self, groups: Grouping) -> Dense:
         return Dense(groups.sums(self.value))

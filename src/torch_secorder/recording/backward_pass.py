@@ -29,6 +29,7 @@ class BackwardPass:
         special: whether our sums take a setting of their own: autocast is on, or memory is limited.
         thread: where it began.
         error: the first that went wrong, which waits for the end of the pass.
+        is_over: whether nothing more belongs to it.
     """
 
     task: int
@@ -38,6 +39,7 @@ class BackwardPass:
     projections: dict[int, Tensor] = field(default_factory=dict)
     thread: int = field(default_factory=get_ident)
     error: Exception | None = None
+    is_over: bool = False
 
     def project(self, position: int, grad: Tensor) -> None:
         """Note a parameter's own gradient along one direction."""

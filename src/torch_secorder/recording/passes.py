@@ -81,6 +81,7 @@ class UserPasses:
 
     def close(self, current: BackwardPass) -> bool:
         """A pass is over; says whether it was open."""
+        current.is_over = True
         for inner in [inner for inner, outer in list(self._outer_of.items()) if outer == current.task]:
             self._outer_of.pop(inner, None)
         return self._open.pop(current.task, None) is not None

@@ -134,12 +134,15 @@ class Recorder(HookScope):
 
     def _found_uses(self, forward: Forward, outputs: list[Tensor]) -> Uses:
         """The uses of parameters that no hooked call accounts for, in the graph of a forward's outputs."""
-        with only_refusals("looking for the samples in the graph of the model's outputs"):
+        try:
             found = self._audit.uses(forward, outputs)
             for edge in self._audit.comparing:
                 edge.node.register_prehook(partial(self._on_comparing_output, edge.output_nr))
-            find_shared_outputs(found.placed, forward)
-            return found
+            if found.placed:
+                find_shared_outputs(found.placed, forward)
+        except Exception as error:
+            raise refusal_of(error, "looking for the samples in the graph of the model's outputs")  # noqa: B904  # it names its cause
+        return found
 
     def _on_comparing_output(self, output_nr: int, grads: tuple[Tensor | None, ...]) -> None:
         """A gradient has arrived at an output that compares samples."""
@@ -285,4 +288,6 @@ def counted_as(seen: Record | ParameterUse | IdleUse | Forward) -> Record | Para
 
 def first_of(grads: Sequence[Tensor | None]) -> Tensor | None:
     """The first gradient that is there."""
+    if grads and grads[0] is not None:
+        return grads[0]
     return next((grad for grad in grads if grad is not None), None)

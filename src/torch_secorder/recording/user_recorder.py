@@ -67,6 +67,7 @@ class UserRecorder(Recorder):
         self._on_pass, self._checks_next, self._every = on_pass, checks_next, every
         can_count = any(leaf.requires_grad for leaf in self.table.leaves) if every > 1 else False
         self._watched = WatchedPasses(every if can_count else 1, self._count_passes, super()._attach, super()._detach)
+        self._latest: weakref.ref[BackwardPass] | None = None  # the pass that something arrived in last
         self._refused = -1  # the latest pass that is not watched and reached samples which were counted
         self.counts_again = self.options.repeated_calls == "new"
         watches = any(QUANTITIES[name].watches_outputs for name in self.options.quantities)
@@ -224,7 +225,11 @@ class UserRecorder(Recorder):
         if task in self._passes.ignored:
             self._watch_gradient_graph(task)
             return None
-        current = self._passes.of(task) or self._begun(task, grad, recomputed_in)
+        current = self._latest() if self._latest is not None else None
+        # In every step: most gradients that arrive are of the pass of the one before.
+        if current is None or current.task != task or current.is_over:
+            current = self._passes.of(task) or self._begun(task, grad, recomputed_in)
+            self._latest = None if current is None else weakref.ref(current)
         skipped = self.forwards.skipped_passes
         if skipped and task in skipped and current is not None and current.error is None:
             current.error = LifecycleError(
@@ -277,7 +282,8 @@ class UserRecorder(Recorder):
         current.special = current.special or torch.is_grad_enabled()  # then autograd would follow our sums
         self._passes.open(current)
         for leaf in self.table.leaves:
-            put_last(leaf)
+            if len(gradient_hooks(leaf) or ()) > 1:
+                put_last(leaf)
         # Only autograd keeps the pass alive: one that an exception breaks off is gone with its traceback.
         after_backward(partial(self._close, current))
         return current
