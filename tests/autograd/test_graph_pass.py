@@ -174,6 +174,7 @@ def nested_tensors() -> Graph:
     return [(torch.nested.as_nested_tensor([a, b], layout=torch.jagged) * 2).values()], [a, b]
 
 
+@pytest.mark.filterwarnings("ignore:Guards may run slower:RuntimeWarning")  # the compiler's, of Python 3.13.0
 @pytest.mark.parametrize("name", GRAPHS)
 def test_the_gradients_are_the_engines(name: str) -> None:
     roots, wanted = GRAPHS[name]()
