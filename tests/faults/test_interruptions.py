@@ -42,7 +42,8 @@ class AtLine:
     """Interrupts at the n-th line of the library, or call of one of its functions.
 
     Not at lines where the interpreter itself sees to it that nothing interrupts, between a block and its beginning or end, nor in
-    expressions that it may throw away half-way: what is raised in those is lost in Python.
+    expressions that it may throw away half-way, nor in what goes on when an object goes: what is raised in those is lost in
+    Python, or comes up as an error of whatever was being called.
     """
 
     QUIET = ("with ", "try:", "raise", "return self")
@@ -60,6 +61,8 @@ class AtLine:
         code = frame.f_code
         if not code.co_filename.startswith(self._root) or code.co_name in ("<genexpr>", "tensors"):
             return None
+        if _in_del(frame):
+            return None
         line = linecache.getline(code.co_filename, frame.f_lineno).lstrip()
         if event == "call" or (event == "line" and not line.startswith(self.QUIET)):
             self.left -= 1
@@ -67,6 +70,17 @@ class AtLine:
                 sys.settrace(None)
                 raise KeyboardInterrupt
         return self._trace
+
+
+def _in_del(frame: FrameType | None) -> bool:
+    """Whether a frame runs because an object goes: a few calls deep at most."""
+    for _ in range(4):
+        if frame is None:
+            return False
+        if frame.f_code.co_name == "__del__":
+            return True
+        frame = frame.f_back
+    return False
 
 
 def interrupt(way: str, moment: Callable[[int], Any], first: int, step: int) -> int:

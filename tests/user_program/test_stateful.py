@@ -210,3 +210,27 @@ def test_a_function_of_saved_tensors_and_constants_is_looked_through() -> None:
 
 def _scaled_steps_first(function: Any, self: Any, x: Tensor) -> Tensor:
     return self.last(function.apply(self.first(x.transpose(0, 1)), 2.0).tanh().sum(0))
+
+
+@pytest.mark.parametrize("watched_passes", [0, 3])  # after three, the next pass is not one whose sums are checked
+def test_a_hook_on_a_node_that_changes_its_gradient_is_in_the_numbers(watched_passes: int) -> None:
+    def hooked(hooks: list[Any], self: Any, x: Tensor) -> Tensor:
+        outputs = self.last(self.first(x).tanh())
+        for hook in hooks:
+            outputs.grad_fn.register_prehook(hook)
+        return outputs
+
+    hooks: list[Any] = []
+    model = made(partial(hooked, hooks))
+    x, y = torch.randn(5, 4).double(), torch.randn(5, 3).double()
+    with FisherMonitor(model, per_sample=True) as monitor:
+        for _ in range(watched_passes):
+            numbers(model(x), y).backward()
+        hooks.append(lambda grads: (2 * grads[0],))
+        numbers(model(x), y).backward()
+    with FisherMonitor(model, per_sample=True) as doubled:
+        hooks.clear()
+        (2 * numbers(model(x), y)).backward()
+    for name in ("last.weight", "last.bias", "first.weight"):
+        found = torch.tensor(monitor.per_sample[name].to_numpy()[-5:])
+        torch.testing.assert_close(found, torch.tensor(doubled.per_sample[name].to_numpy()))

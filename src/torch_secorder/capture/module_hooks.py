@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from torch_secorder.autograd.compiled import never_compiled
 from torch_secorder.autograd.hooks import HookSet
-from torch_secorder.autograd.nodes import after_node, gradient_edge_of, made_by
+from torch_secorder.autograd.nodes import gradient_edge_of, made_by
 from torch_secorder.batch_axis.placement import FIRST
 from torch_secorder.capture.forwards import ForwardTracker, size_on
 from torch_secorder.capture.frozen_uses import FrozenUses
@@ -43,8 +43,8 @@ class ModuleHooks(HookScope):
     Args:
         model: the model, unwrapped.
         sites: its modules to hook.
-        on_gradient: called inside each backward pass with a record, and with the gradients of its output's node and which of
-            them is the output's.
+        on_gradient: called inside each backward pass with a record, which output of its node is its own, what the node returned,
+            and the gradients of the node's outputs.
         forwards: knows which run of the model a call belongs to.
         guards: for some modules, what is called before each of their calls, to raise for a state that no rule
             can be right in.
@@ -55,7 +55,7 @@ class ModuleHooks(HookScope):
         self,
         model: nn.Module,
         sites: Sequence[HookedModule],
-        on_gradient: Callable[[Record, int, tuple[Tensor | None, ...]], None],
+        on_gradient: Callable[[Record, int, object, tuple[Tensor | None, ...]], None],
         forwards: ForwardTracker,
         guards: Mapping[nn.Module, Callable[[], None]],
         *,
@@ -276,12 +276,9 @@ class ModuleHooks(HookScope):
             raise UnsupportedError(
                 f"{record.site}: its output is a leaf of the autograd graph, not something that it computed"
             )
-        hook = partial(self._on_gradient, record, edge.output_nr)
-        if record.inputs_packed:
-            # The node fetches its own tensors first, so that a checkpoint runs its forward again when it would without us.
-            edge.node.register_hook(partial(after_node, hook))
-        else:
-            edge.node.register_prehook(hook)
+        # When the node has run: its gradients are then what the user's own hooks on it have made of them, and a checkpoint whose
+        # tensors the node fetched ran its forward again when it would without us.
+        edge.node.register_hook(partial(self._on_gradient, record, edge.output_nr))
         if forward.in_model_call and forward.recomputed_in is None:
             forward.records.append((record, edge))
         else:

@@ -162,7 +162,9 @@ class Recorder(HookScope):
     # ------------------------------------------------------------------------------------------------ what arrives
 
     @never_compiled
-    def _on_output_gradient(self, record: Record, output_nr: int, grads: tuple[Tensor | None, ...]) -> None:
+    def _on_output_gradient(
+        self, record: Record, output_nr: int, returned: object, grads: tuple[Tensor | None, ...]
+    ) -> None:
         """The gradients of the node that made a module's output have arrived, inside a backward pass."""
         grad = grads[output_nr]
         if grad is None:

@@ -185,9 +185,11 @@ class GraphBackward(Recorder):
     def _pass_under_way(self, grad: Tensor | None = None, recomputed_in: int | None = None) -> BackwardPass | None:
         return self._current
 
-    def _on_output_gradient(self, record: Record, output_nr: int, grads: tuple[Tensor | None, ...]) -> None:
+    def _on_output_gradient(
+        self, record: Record, output_nr: int, returned: object, grads: tuple[Tensor | None, ...]
+    ) -> None:
         if not self._is_start(record):
-            super()._on_output_gradient(record, output_nr, grads)
+            super()._on_output_gradient(record, output_nr, returned, grads)
 
     def _on_use_gradients(self, use: ParameterUse, grads: tuple[Tensor | None, ...]) -> None:
         current = self._pass_under_way()
