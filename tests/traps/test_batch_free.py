@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from oracles import assert_equal
 from problems._base import Forward
 from torch_secorder import FisherMonitor, empirical_fisher_trace, fisher_report
-from torch_secorder.errors import CoupledSamplesError, CurvatureError, ShapeError, VerificationError
+from torch_secorder.errors import CoupledSamplesError, CoverageError, CurvatureError, ShapeError, VerificationError
 from traps.exactness import assert_exact, drawn, numbers
 
 Make = Callable[[], nn.Module]
@@ -94,6 +94,23 @@ def test_trap_04_layers_without_a_batch_axis(name: str, n: int) -> None:
     for create_graph in (False, True):
         found = empirical_fisher_trace(model, numbers, x, y, create_graph=create_graph)
         assert_equal(found.detach(), everything, everything, torch.float64)
+
+
+def test_trap_04_frozen_layers_in_the_chain_are_refused() -> None:
+    """Their parameters are in no graph; the report, which turns gradients on, is exact."""
+    model, x, y = drawn(BATCH_FREE["a whole network"](), 5, 3, 4)
+    model.second.bias.requires_grad_(False)
+    with (
+        pytest.raises(CoverageError, match=r"second\.bias: frozen, in a layer that has no batch axis"),
+        FisherMonitor(model, parameters="all"),
+    ):
+        numbers(model(x), y).backward()
+    report = fisher_report(model, numbers, (x, y), progress=False, parameters="all")
+    model.second.bias.requires_grad_(True)
+    right = fisher_report(model, numbers, (x, y), progress=False)
+    assert report.loc["second.bias", "fisher_trace"] == pytest.approx(
+        right.loc["second.bias", "fisher_trace"], rel=1e-8
+    )
 
 
 def frames(self: Any, x: Tensor) -> Tensor:

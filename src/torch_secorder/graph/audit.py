@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -19,7 +19,7 @@ from torch_secorder.batch_axis.placement import Layout, Placement
 from torch_secorder.batch_axis.search import SampleSearch, SearchOnAllRanks
 from torch_secorder.batch_axis.search_pass import SearchPasses
 from torch_secorder.capture.records import Forward, Idle, OwnAxis, Record
-from torch_secorder.errors import CurvatureError, UnsupportedError
+from torch_secorder.errors import CoverageError, CurvatureError, UnsupportedError
 from torch_secorder.graph.frontier import Frontier, IdleUse, ParameterUse
 from torch_secorder.graph.refusals import hidden, not_finite
 from torch_secorder.graph.walk import Walk
@@ -152,7 +152,9 @@ class Audit:
         for record in (*shared, *walk.unfolded):
             record.placement = None
         # What lies behind the input of a call without a batch axis has a gradient for every sample, too.
-        if inner := [record for record in shared if not record.starts_graph]:
+        inner = [record for record in shared if not record.starts_graph]
+        self._require_trainable(forward, (*inner, *walk.unfolded))
+        if inner:
             shared = [record for record in shared if record.starts_graph]
             walk = Walk(roots, forward, self.leaves, (*walk.unfolded, *inner))
         frontier = Frontier(walk, shared, search, self._table, one_sample=not asked.several_samples)
@@ -212,6 +214,20 @@ class Audit:
             elif asked.ambiguous_shapes or record.placement is None:
                 record.placement, record.idle = None, Idle(found, partial(search.placements.forget, key))
         return shared
+
+    def _require_trainable(self, forward: Forward, records: Iterable[Record]) -> None:
+        """Have a forward refused if calls that are taken for their nodes have frozen parameters, which no node shows."""
+        lost = {p for record in records for p in record.site.positions if not self._table.leaves[p].requires_grad}
+        if lost:
+            names = ", ".join(self._table.names[position] for position in sorted(lost))
+            self._refuse(
+                forward,
+                CoverageError(
+                    f"{names}: frozen, in a layer that has no batch axis and whose input was computed from other parameters, "
+                    "where the autograd graph shows nothing of them: let them require a gradient, or use fisher_report, which "
+                    "turns gradients on for the time"
+                ),
+            )
 
     def _refuse(self, forward: Forward, error: CurvatureError) -> None:
         """Have passes through a forward refused when they are over; ranks that hold the model together refuse it at once."""

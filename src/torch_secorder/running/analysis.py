@@ -170,20 +170,16 @@ class Analysis:
 
     @contextmanager
     def _prepared(self) -> Iterator[HookedForward]:
-        run = HookedForward(
-            *(self.table, self._plan, self.knowledge, self._passes),
-            create_graph=self._create_graph,
-            trust_shapes=self.trusts_shapes,
-        )
-        # The run is left twice: an interrupt at the first instruction of its __exit__ is one that __exit__ itself can't help.
-        with (
-            restoring_buffers(self.model),
-            torch.enable_grad(),
-            self.differentiable(),
-            restoring(run.__exit__),
-            run,
-        ):
-            yield run
+        with restoring_buffers(self.model), torch.enable_grad(), self.differentiable():
+            # Made here, where frozen parameters have leaves in the graph, too.
+            run = HookedForward(
+                *(self.table, self._plan, self.knowledge, self._passes),
+                create_graph=self._create_graph,
+                trust_shapes=self.trusts_shapes,
+            )
+            # The run is left twice: an interrupt at the first instruction of its __exit__ is one that __exit__ itself can't help.
+            with restoring(run.__exit__), run:
+                yield run
         self._fingerprint = run.fingerprint
 
 
