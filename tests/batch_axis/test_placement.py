@@ -23,8 +23,6 @@ def test_one_index_for_each_sample() -> None:
     assert not FIRST.fits((3, 5), 5)
     assert not FIRST.fits((), 5)
     assert Placement(1).fits((3, 5), 5)
-    assert FIRST.is_first_axis
-    assert not Placement(1).is_first_axis
     assert FIRST.sample_of_index(5, 5, CPU) is None
     assert FIRST.grouping(5, CPU) is None
 
@@ -33,7 +31,6 @@ def test_one_index_for_each_sample() -> None:
 @pytest.mark.parametrize("layout", [Layout.BLOCKS, Layout.INTERLEAVED])
 def test_several_indices_for_each_sample_are_a_multiple(layout: Layout, size: int, fits: bool) -> None:
     assert Placement(1, layout).fits((2, size), 3) == fits
-    assert not Placement(0, layout).is_first_axis
 
 
 def test_a_list_fits_as_many_indices_as_it_has() -> None:

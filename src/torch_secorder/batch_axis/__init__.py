@@ -9,7 +9,7 @@ The files, one verb each:
 
 * ``placement`` says where a tensor has its samples: on which axis, and how they lie along it;
 * ``evidence`` reads the placement from gradients that came back plain and marked;
-* ``search_pass`` makes the backward passes that bring such gradients;
+* ``search_pass`` lets such gradients flow through the user's graph, in which no hook runs;
 * ``knowledge`` remembers, for each model and each kind of graph, what was found, and when to look again;
 * ``search`` decides what to ask: what is known, a batch of three samples, or else a pass through the whole graph.
 """

@@ -76,11 +76,6 @@ class Placement:
         return size == n if self.layout is Layout.ONE_EACH else size > 0 and size % n == 0
 
     @property
-    def is_first_axis(self) -> bool:
-        """Whether index n of the first axis is sample n."""
-        return self.axis == 0 and self.layout is Layout.ONE_EACH
-
-    @property
     def is_one_sample(self) -> bool:
         """Whether all of the tensor belongs to one sample, as where a module is called for each sample in turn."""
         return self.sample_index is not None and bool((self.sample_index == self.sample_index[0]).all())
