@@ -23,11 +23,13 @@ class Seen(NamedTuple):
         key: the argument's position or name.
         axis: where it would count them.
         shape: the tensor's shape; of a list, its length.
+        inside: the length of the list that the tensor is in, if it is in one.
     """
 
     key: Key
     axis: Axis
     shape: Sequence[int]
+    inside: int | None = None
 
     @property
     def n(self) -> int | None:
@@ -38,7 +40,8 @@ class Seen(NamedTuple):
     def __str__(self) -> str:
         if self.axis == LIST:
             return f"the length of input {self.key!r}"
-        return f"axis {self.axis} of input {self.key!r}, shape {tuple(self.shape)}"
+        which = f"input {self.key!r}" if self.inside is None else f"a tensor in the list that is input {self.key!r}"
+        return f"axis {self.axis} of {which}, shape {tuple(self.shape)}"
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,7 @@ def _seen(words: Told, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list
             shape = x.shape if not x.is_nested or x.layout == torch.jagged else (x.size(0),)
             if len(shape) > axis and shape[axis] == 0:
                 raise ShapeError("the batch is empty: a tensor among the model's inputs has 0 samples")
-            found.append(Seen(key, axis, shape))
+            found.append(Seen(key, axis, shape, len(value) if isinstance(value, list) else None))
     return found
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_sequence, unpack_sequence
 from torch_secorder.batch_axis.placement import Layout, Placement
 from torch_secorder.batch_axis.told import LIST, NOTHING, Axis, Told
 from torch_secorder.errors import ShapeError
-from torch_secorder.model.containers import mapped, parts, tensors, with_parts
+from torch_secorder.model.containers import is_packed, mapped, parts, tensors, with_parts
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +40,10 @@ class BatchSamples:
             value: the container.
         """
         found: list[Placement | None] = []
+        axes = self.words.axes(side)
+        if not isinstance(axes, Mapping):
+            self._collect(value, axes, found)
+            return found
         for key, part in parts(value):
             self._collect(part, self.words.axis(side, key), found)
         return found
@@ -87,9 +91,17 @@ class BatchSamples:
 
     def rows(self, side: str, value: Any, index: Sequence[int]) -> Any:
         """These samples of every tensor that counts samples, copied; all else as it is."""
-        if isinstance(value, (Tensor, PackedSequence)):
-            return self._picked(value, self.words.axis(side, 0), index)
-        return with_parts(lambda key, part: self._picked(part, self.words.axis(side, key), index), value)
+        return self.by_axis(lambda part, axis: self._picked(part, axis, index), side, value)
+
+    def by_axis(self, function: Callable[[Any, Axis], Any], side: str, value: Any) -> Any:
+        """The same container with ``function(part, axis)`` in the place of each part of which something may be said by itself."""
+        axes = self.words.axes(side)
+        several = isinstance(value, (tuple, Mapping)) and not is_packed(
+            value
+        )  # arguments of a call, else it is a single one
+        if isinstance(value, Tensor) or not (several if side == "inputs" else isinstance(axes, Mapping)):
+            return function(value, self.words.axis(side, 0))
+        return with_parts(lambda key, part: function(part, self.words.axis(side, key)), value)
 
     def _picked(self, value: Any, axis: Axis, index: Sequence[int]) -> Any:
         if isinstance(value, Tensor):
@@ -105,9 +117,7 @@ class BatchSamples:
 
     def mapped(self, function: Callable[[Tensor, Placement | None], Tensor], side: str, value: Any) -> Any:
         """The same containers with ``function`` applied to every tensor in them and to where it has its samples."""
-        if isinstance(value, Tensor):
-            return function(value, self.of(value, side))
-        return with_parts(lambda key, part: self._mapped(function, part, self.words.axis(side, key)), value)
+        return self.by_axis(lambda part, axis: self._mapped(function, part, axis), side, value)
 
     def _mapped(self, function: Callable[[Tensor, Placement | None], Tensor], value: Any, axis: Axis) -> Any:
         if isinstance(value, Tensor):

@@ -26,6 +26,8 @@ BatchAxis = int | Mapping[str, Any] | None
 NSamples = int | Callable[..., Any] | None
 SampleOf = Tensor | Key | Callable[..., Tensor] | None
 
+AS_OUTPUTS = "as the outputs"
+
 SIDES = ("inputs", "outputs", "targets")
 
 
@@ -36,7 +38,7 @@ class Told:
     Attributes:
         inputs: where the model's arguments have their samples: for all of them, or by position or name; 0 for what is not named.
         outputs: the same for what it returns, by position or key.
-        targets: the same for what the loss takes besides.
+        targets: the same for what the loss takes besides; by default as the outputs.
         modules: where modules' outputs have them: for all of them, or by patterns of names; None where nothing is said.
         n_samples: how many samples a call has, or a function of the call's arguments that says it.
         sample_of: the sample of each row of the tensors that count rows, or the argument that is it, or a function of the call's
@@ -46,22 +48,29 @@ class Told:
 
     inputs: Axes = 0
     outputs: Axes = 0
-    targets: Axes = 0
+    targets: Axes = AS_OUTPUTS
     modules: int | Mapping[str, int] | None = None
     n_samples: NSamples = None
     sample_of: SampleOf = None
     input_names: tuple[str, ...] = ()
 
+    def axes(self, side: str) -> Axes:
+        """Where the arguments, outputs or targets have their samples; targets have them where outputs do, if nothing is said."""
+        if side == "targets" and self.targets is AS_OUTPUTS:
+            return 0 if isinstance(self.outputs, Mapping) or self.outputs is None else self.outputs
+        found: Axes = getattr(self, side)
+        return found
+
     def axis(self, side: str, key: Key) -> Axis:
         """Where an argument, output or target has its samples."""
-        axes: Axes = getattr(self, side)
+        axes = self.axes(side)
         if not isinstance(axes, Mapping):
             return axes
         return next((axes[name] for name in self._names(side, key) if name in axes), 0)
 
     def is_named(self, side: str, key: Key) -> bool:
         """Whether the user says something of this argument, output or target by itself."""
-        axes: Axes = getattr(self, side)
+        axes = self.axes(side)
         return isinstance(axes, Mapping) and any(name in axes for name in self._names(side, key))
 
     def _names(self, side: str, key: Key) -> list[Key]:
@@ -94,7 +103,7 @@ class Told:
     @property
     def fingerprint(self) -> Hashable:
         """The same for words that mean the same: what was found out under some holds for these alone."""
-        sides = tuple([_frozen(getattr(self, side)) for side in (*SIDES, "modules")])
+        sides = tuple([_frozen(value) for value in (*map(self.axes, SIDES), self.modules)])
         return sides, self.n_samples is not None, self.sample_of is not None
 
 

@@ -42,10 +42,16 @@ def _remedy(count: Count, shapes: Sequence[Sequence[int]]) -> str:
     with_axes = [shape for shape in shapes if len(shape)]
     if not with_axes:
         return "return the outputs along with the loss, or unreduced losses of shape (N,)"
+    m = with_axes[0][0]
+    for seen in count.seen:
+        if seen.inside == m:
+            return (
+                f"if input {seen.key!r} is a list with an item for each of {m} samples, pass "
+                f"batch_axis={{'inputs': {{{seen.key!r}: 'list'}}}}"
+            )
     for shape in shapes:
         if axis := next((axis for axis, size in enumerate(shape) if size == count.n), None):
             return f"if the samples are on axis {axis} of the outputs, pass batch_axis={{'outputs': {axis}}}"
-    m = with_axes[0][0]
     for seen in count.seen:
         if m in seen.shape and isinstance(seen.axis, int):
             axis = list(seen.shape).index(m)
@@ -53,6 +59,8 @@ def _remedy(count: Count, shapes: Sequence[Sequence[int]]) -> str:
                 f"if there are {m} samples, pass batch_axis={{'inputs': {{{seen.key!r}: {axis}}}}}, and None in the place of the "
                 "axis for arguments that all samples share; or n_samples=, a number or a function of the model's arguments"
             )
+    if len(shapes) == count.n:
+        return "if the model returns a list with an item for each sample, pass batch_axis={'outputs': 'list'}"
     return (
         f"if there are {m} samples, pass n_samples=, a number or a function of the model's arguments; if the outputs have "
         "several rows for each sample, return them as (N, T, ...), or pass sample_of=, the sample of each row"

@@ -73,6 +73,11 @@ def with_parts(function: Callable[[Key, Any], Any], value: Any) -> Any:
     return value
 
 
+def is_packed(value: Any) -> bool:
+    """Whether something is a packed sequence, which is one argument though it is a tuple."""
+    return isinstance(value, PackedSequence)
+
+
 def packed_sequences(value: Any) -> list[PackedSequence]:
     """Every packed sequence in nested containers."""
     if isinstance(value, PackedSequence):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 from torch_secorder.batch_axis.placement import Placement
 from torch_secorder.batch_axis.samples import BatchSamples
 from torch_secorder.errors import VerificationError
-from torch_secorder.model.containers import Key, parts, with_parts
+from torch_secorder.model.containers import parts, with_parts
 from torch_secorder.model.nested import with_rows
 
 
@@ -30,37 +29,32 @@ def with_own_rows(where: BatchSamples, sample: int, own: Any, batch: Any) -> Any
     Raises:
         VerificationError: if the two have different parts.
     """
+    axes = where.words.axes("outputs")
+    if not isinstance(axes, Mapping) or isinstance(batch, Tensor):
+        return _merged(where, sample, where.words.axis("outputs", 0), own, batch)
     mine = dict(parts(own))
-    if isinstance(batch, Tensor):
-        return _filled(where, sample, "outputs", mine, 0, batch)
-    return with_parts(partial(_filled, where, sample, "outputs", mine), batch)
-
-
-def _filled(where: BatchSamples, sample: int, side: str, mine: Mapping[Key, Any], key: Key, batch: Any) -> Any:
-    """One part of the outputs; on the top level its key tells the axis."""
-    axis = where.words.axis(side, key)
-    if not isinstance(batch, Tensor) and not parts(batch):
-        return batch
-    if key not in mine:
-        raise _differ(len(mine))
-    return _merged(where, sample, axis, mine[key], batch)
+    if mine.keys() != dict(parts(batch)).keys():
+        raise _differ()
+    return with_parts(
+        lambda key, part: _merged(where, sample, where.words.axis("outputs", key), mine[key], part), batch
+    )
 
 
 def _merged(where: BatchSamples, sample: int, axis: Any, own: Any, batch: Any) -> Any:
     if isinstance(batch, Tensor):
         if not isinstance(own, Tensor):
-            raise _differ(0)
+            raise _differ()
         return _with_own_row(where.anywhere(batch, axis), sample, own, batch)
     inner = parts(batch)
     mine = dict(parts(own))
     if isinstance(batch, (list, tuple)) and len(batch) == where.n and len(mine) == 1 < where.n:
         return type(batch)(own[0] if place == sample else item for place, item in enumerate(batch))
     if inner and mine.keys() != dict(inner).keys():
-        raise _differ(len(mine))
+        raise _differ()
     return with_parts(lambda key, part: _merged(where, sample, axis, mine[key], part), batch)
 
 
-def _differ(found: int) -> VerificationError:
+def _differ() -> VerificationError:
     return VerificationError(
         "the model returns other things for one of its samples alone than for a batch, so that the two can't be compared; "
         "verify=False returns the numbers unchecked"
