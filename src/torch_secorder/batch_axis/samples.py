@@ -53,7 +53,7 @@ class BatchSamples:
             found.append(self.placement(value, axis))
         elif self.is_list(value, axis):
             for sample, item in enumerate(value):
-                found += [_of_one(x, sample) for x in tensors(item)]
+                found += [of_one(x, sample) for x in tensors(item)]
         else:
             for _, part in parts(value):
                 self._collect(part, axis, found)
@@ -123,13 +123,13 @@ class BatchSamples:
         if isinstance(value, Tensor):
             return function(value, self.anywhere(value, axis))
         if self.is_list(value, axis):
-            return with_parts(lambda sample, item: mapped(lambda x: function(x, _of_one(x, int(sample))), item), value)
+            return with_parts(lambda sample, item: mapped(lambda x: function(x, of_one(x, int(sample))), item), value)
         return with_parts(lambda _, part: self._mapped(function, part, axis), value)
 
     @property
     def takes_no_rows(self) -> bool:
-        """Whether nothing takes the arguments apart by samples: some rows are, by the user's word, something else."""
-        return self.words.sample_of is not None or self.words.n_samples is not None or self.has_bags
+        """Whether nothing takes the arguments apart by samples: some rows are something else."""
+        return bool(self.indices) or self.words.n_samples is not None or self.has_bags
 
     def subset(self, index: Sequence[int]) -> BatchSamples:
         """The same for :meth:`rows` of these samples."""
@@ -140,7 +140,7 @@ class BatchSamples:
         return replace(self, n=len(index), indices=tuple(indices))
 
 
-def _of_one(x: Tensor, sample: int) -> Placement:
+def of_one(x: Tensor, sample: int) -> Placement:
     """The placement of a tensor that is one sample's."""
     return Placement(0, Layout.INDEXED, torch.full((len(x) if x.dim() else 1,), sample, device=x.device))
 

@@ -357,12 +357,11 @@ def contradicted_axis(record: Record, argument: Tensor, axis: int) -> int | None
         axis: where it is taken to have the samples.
     """
     x, placement, n = record.inputs[0] if record.inputs else None, record.placement, argument.shape[axis]
-    if not isinstance(x, Tensor) or not isinstance(record.site.module, KEEPS_AXES) or placement is None:
+    if type(x) is not Tensor or type(argument) is not Tensor or not isinstance(record.site.module, KEEPS_AXES):
         return None
-    if (
-        placement.layout is not Layout.ONE_EACH
-        or x.untyped_storage().data_ptr() != argument.untyped_storage().data_ptr()
-    ):
+    if placement is None or placement.layout is not Layout.ONE_EACH:
+        return None
+    if x.untyped_storage().data_ptr() != argument.untyped_storage().data_ptr():
         return None
     sides = min(x.dim(), len(record.shape))
     if x.dim() != argument.dim() or placement.axis >= sides or x.shape[placement.axis] != n:

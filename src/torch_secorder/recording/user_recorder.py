@@ -30,6 +30,7 @@ from torch_secorder.autograd.hooks import gradient_hooks
 from torch_secorder.autograd.second_derivatives import GradientGraphWatch
 from torch_secorder.autograd.tensor_hooks import are_last, put_last
 from torch_secorder.batch_axis.placement import Placement
+from torch_secorder.batch_axis.samples import of_one
 from torch_secorder.capture.records import Forward, Record
 from torch_secorder.errors import LifecycleError, UnsupportedError
 from torch_secorder.graph.frontier import ParameterUse
@@ -118,8 +119,11 @@ class UserRecorder(Recorder):
         if self._passes:
             self._passes.forget_broken_off()
         super()._on_model_exit(forward, outputs)
-        placed = zip(outputs, forward.placements, strict=True)
-        self._outputs = [(weakref.ref(x), placement) for x, placement in placed if placement is not None]
+        self._outputs = []
+        for x, placement in zip(outputs, forward.placements, strict=True):
+            where = placement or (of_one(x, 0) if forward.n == 1 else None)  # an output may have no axis left
+            if where is not None:
+                self._outputs.append((weakref.ref(x), where))
         for node in self._audit.other_leaves:
             if node not in self._known_leaves and isinstance(variable := leaf_of(node), nn.Parameter):
                 self._require_known(forward, node, variable)

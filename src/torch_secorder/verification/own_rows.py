@@ -11,7 +11,7 @@ from torch import Tensor
 from torch_secorder.batch_axis.placement import Placement
 from torch_secorder.batch_axis.samples import BatchSamples
 from torch_secorder.errors import VerificationError
-from torch_secorder.model.containers import parts, with_parts
+from torch_secorder.model.containers import parts, tensors, with_parts
 from torch_secorder.model.nested import with_rows
 
 
@@ -34,7 +34,7 @@ def with_own_rows(where: BatchSamples, sample: int, own: Any, batch: Any) -> Any
         return _merged(where, sample, where.words.axis("outputs", 0), own, batch)
     mine = dict(parts(own))
     if mine.keys() != dict(parts(batch)).keys():
-        raise _differ()
+        raise _differ(own, batch)
     return with_parts(
         lambda key, part: _merged(where, sample, where.words.axis("outputs", key), mine[key], part), batch
     )
@@ -43,21 +43,21 @@ def with_own_rows(where: BatchSamples, sample: int, own: Any, batch: Any) -> Any
 def _merged(where: BatchSamples, sample: int, axis: Any, own: Any, batch: Any) -> Any:
     if isinstance(batch, Tensor):
         if not isinstance(own, Tensor):
-            raise _differ()
+            raise _differ(own, batch)
         return _with_own_row(where.anywhere(batch, axis), sample, own, batch)
     inner = parts(batch)
     mine = dict(parts(own))
     if isinstance(batch, (list, tuple)) and len(batch) == where.n and len(mine) == 1 < where.n:
         return type(batch)(own[0] if place == sample else item for place, item in enumerate(batch))
     if inner and mine.keys() != dict(inner).keys():
-        raise _differ()
+        raise _differ(own, batch)
     return with_parts(lambda key, part: _merged(where, sample, axis, mine[key], part), batch)
 
 
-def _differ() -> VerificationError:
+def _differ(own: Any, batch: Any) -> VerificationError:
     return VerificationError(
-        "the model returns other things for one of its samples alone than for a batch, so that the two can't be compared; "
-        "verify=False returns the numbers unchecked"
+        f"the model returns {len(tensors(batch))} tensors for a batch and {len(tensors(own))} for one of its samples alone, or "
+        "under other names, so that the two can't be compared; verify=False returns the numbers unchecked"
     )
 
 
