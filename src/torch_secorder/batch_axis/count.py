@@ -107,7 +107,8 @@ def counted(words: Told, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Co
         return Count(seen=tuple(seen))
     if differing := [one for one in named if one.n not in (best.n, 1)]:
         raise ShapeError(f"batch_axis: {best} and {differing[0]} count different numbers of samples")
-    return Count(best.n, best, tuple(seen), is_settled=bool(named), is_odd=seen[0].n not in (best.n, 1))
+    first = next(one for one in seen if one.n is not None)
+    return Count(best.n, best, tuple(seen), is_settled=bool(named), is_odd=first.n not in (best.n, 1))
 
 
 def _seen(words: Told, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Seen]:

@@ -71,9 +71,9 @@ def on_another_axis(record: Record, count: Count, seen: Seen, axis: int) -> Shap
     """The refusal of samples that are along two axes of an argument: by its shape, and by what the outputs say of a layer."""
     where = f"{seen.key!r}" if isinstance(seen.key, str) else f"{seen.key}"
     return ShapeError(
-        f"{record.site}: the model's {count} would be on axis {axis} of its input, the same argument of the model, by what the "
-        f"outputs show, whose first axis is taken for the samples: pass batch_axis={{'inputs': {{{where}: {axis}}}}} if the "
-        "samples are there, or batch_axis={'outputs': axis} if the outputs have them on another axis"
+        f"{record.site}: of the model's {count}, the outputs show that they are on axis {axis} of that input, if they are on the "
+        f"axis of the outputs that is taken for theirs: pass batch_axis={{'inputs': {{{where}: {axis}}}}} if that is so, or say "
+        "which axis of the outputs has them, as in batch_axis={'outputs': 1}"
     )
 
 
