@@ -159,6 +159,7 @@ def test_signatures() -> None:
         **dict.fromkeys(("model", "loss_fn", "inputs", "targets"), (needed, place)),
         "num_samples": (1, place),
         "create_graph": (False, keyword),
+        **dict.fromkeys(("batch_axis", "n_samples", "sample_of"), (None, keyword)),
     }
     assert parameters(generalized_fisher_trace) == {
         **dict.fromkeys(("model", "outputs", "targets"), (needed, place)),

@@ -419,6 +419,22 @@ def test_trap_19_a_list_of_rows_beside_the_outputs() -> None:
         fisher_report(model, loss, (x, None), progress=False)
 
 
+def test_trap_19_outputs_that_are_computed_from_other_outputs() -> None:
+    """What the loss gets through the later ones counts once in a check of one sample."""
+
+    def forward(m: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        first = m.one(x)
+        second = m.two(first.tanh())
+        return first, second, second.sum(-1)
+
+    model, x = made(forward, one=nn.Linear(4, 4), two=nn.Linear(4, 3)), drawn(N, 4)
+
+    def loss(outputs: tuple[Tensor, Tensor, Tensor], targets: None) -> Tensor:
+        return outputs[0].square().sum() + outputs[1].exp().sum() + outputs[2].square().sum()
+
+    assert_exact(model, x, None, [loss(model(x[i : i + 1]), None) for i in range(N)], loss)
+
+
 @dataclasses.dataclass
 class Output(OrderedDict[str, Any]):
     """A mapping whose keys are also fields, as a well-known library's outputs are."""

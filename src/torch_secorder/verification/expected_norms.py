@@ -114,12 +114,18 @@ def _require_separable(loss: Tensor, outputs: Sequence[Tensor], placements: Sequ
 
 
 def _output_gradients(loss: Tensor, outputs: Sequence[Tensor], *, create_graph: bool = False) -> list[Tensor | None]:
-    """The gradient of the loss with respect to each output, None for those that it doesn't depend on."""
+    """The gradient of the loss with respect to each output, None for those that it doesn't depend on.
+
+    An output may have been computed from another one. What the loss gets through it is none of the other's own.
+    """
     edges = [get_gradient_edge(x) for x in outputs]
+    own = {(edge.node, edge.output_nr) for edge in edges}
     arrived: dict[Edge, Tensor | None] = {}
 
     def arrive(node: Node, grads: Gradients) -> None:
         arrived.update({(node, nr): grad for nr, grad in enumerate(grads)})
+        assert isinstance(grads, list)
+        grads[:] = [None if (node, nr) in own else grad for nr, grad in enumerate(grads)]
 
     GraphPass([loss], {edge.node for edge in edges}, create_graph=create_graph).run(
         lambda: [torch.ones_like(loss)], arrive

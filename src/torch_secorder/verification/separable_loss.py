@@ -93,8 +93,8 @@ def _gradients(loss_fn: Callable[[Any, Any], Tensor], outputs: Any, targets: Any
             raise VerificationError(
                 f"the numbers can't be checked, since the loss has no gradient in any output with one row for each of {where.n} "
                 "samples, as where a loss is computed inside the model: have the model return unreduced losses of shape (N,) or "
-                "what the loss is computed from, or say where the outputs have them, as in batch_axis={'outputs': {1: 'list'}} for "
-                "a list with an item for each sample; fisher_report(..., verify=False) returns the numbers unchecked"
+                "what the loss is computed from, or say where the outputs have them, as in batch_axis={'outputs': {1: 'list'}} "
+                "for a list with an item for each sample; fisher_report(..., verify=False) returns the numbers unchecked"
             )
         found = torch.autograd.grad(loss, [x for x, _ in leaves], allow_unused=True)
     return [_rows(g, placement, where.n) for g, (_, placement) in zip(found, leaves, strict=True) if g is not None]
