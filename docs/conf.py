@@ -5,7 +5,11 @@ author = "torch-secorder contributors"
 copyright = "2026, torch-secorder contributors"
 version = release = installed("torch-secorder")
 
-extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax", "sphinx.ext.doctest"]
+extensions = [
+    *("sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.doctest"),
+    "sphinx-mathjax-offline",  # formulas without a network
+    "myst_parser",  # the changelog
+]
 exclude_patterns = ["_build"]
 
 html_theme = "furo"

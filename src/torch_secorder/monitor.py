@@ -373,6 +373,22 @@ class FisherMonitor(HookScope):
         """
         return self.results.report(by, sync=sync)
 
+    def summary(self, by: By = None, *, width: int | None = None, sync: bool = False) -> str:
+        """The report as text, with bars and the total; see :meth:`Results.summary`.
+
+        Args:
+            by: None, "module", "type", or a function from a parameter's name to a group.
+            width: of the text in characters; by default that of the terminal.
+            sync: of the samples of all ranks, as in :meth:`report`.
+
+        Raises:
+            LifecycleError: if no sample was seen.
+        """
+        return self.results.summary(by, width=width, sync=sync)
+
+    def _repr_html_(self) -> str:
+        return self.results._repr_html_()
+
     def reset(self) -> None:
         """Forget every sample."""
         self.results.reset()
