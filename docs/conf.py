@@ -13,6 +13,8 @@ extensions = [
 exclude_patterns = ["_build"]
 
 html_theme = "furo"
+html_static_path = ["_static"]
+html_css_files = ["tables.css"]
 html_title = f"torch-secorder {release}"
 
 autodoc_member_order = "bysource"
