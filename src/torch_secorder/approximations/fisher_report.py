@@ -11,11 +11,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from torch_secorder.arguments import fresh_generator, require_callable, require_choice, require_positive_int
+from torch_secorder.arguments import (
+    fresh_generator,
+    require_callable,
+    require_choice,
+    require_model_before_loss,
+    require_positive_int,
+)
 from torch_secorder.autograd.compiled import eager_code
 from torch_secorder.batch_axis.told import BatchAxis, NSamples, SampleOf, told
 from torch_secorder.errors import ArgumentError
-from torch_secorder.likelihoods import random_signs
+from torch_secorder.likelihoods import random_signs, require_loss_of
 from torch_secorder.model.parameters import unwrapped
 from torch_secorder.model.restore import forked_random, lock_of
 from torch_secorder.results.report import By
@@ -239,6 +245,10 @@ def accumulated(
                 'fisher="empirical" needs a loss_fn; fisher="exact", of the model\'s own labels, needs none'
             )
         require_callable("loss_fn", loss_fn)
+    elif loss_fn is not None:
+        require_callable("loss_fn", loss_fn)
+        require_loss_of(options.loss_type, loss_fn)
+    require_model_before_loss(model, loss_fn)
     kind, generator = options.kind, fresh_generator(options.generator)
     words = told(unwrapped(model), options.batch_axis, options.n_samples, options.sample_of)
     analysis = Analysis(model, options.parameters, words, quantities=options.quantities, max_memory=options.max_memory)

@@ -10,7 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from torch_secorder.approximations.samples_of_graph import SamplesOfGraph
-from torch_secorder.arguments import fresh_generator, require_callable, require_choice, require_positive_int
+from torch_secorder.arguments import (
+    fresh_generator,
+    require_callable,
+    require_choice,
+    require_model_before_loss,
+    require_positive_int,
+)
 from torch_secorder.autograd.compiled import eager_code
 from torch_secorder.autograd.guard import recomputation
 from torch_secorder.batch_axis.knowledge import ModelKnowledge, knowledge_of
@@ -86,6 +92,7 @@ def empirical_fisher_trace(
     """
     require_positive_int("num_samples", num_samples)
     require_callable("loss_fn", loss_fn)
+    require_model_before_loss(model, loss_fn)
     words = told(unwrapped(model), batch_axis, n_samples, sample_of)
     analysis = Analysis(model, words=words, create_graph=create_graph)
     checked: Checked = "never" if create_graph else "when due"

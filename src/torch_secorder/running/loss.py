@@ -48,6 +48,7 @@ def reduction_of(
             multiple = _multiple(*_losses(loss_fn, outputs, targets, where, [0]))
             if abs(multiple - MULTIPLES[expected]) < near:
                 return expected
+        _require_a_target_for_each_output(loss_fn, outputs, targets)
         if has_half_precision(loss, *tensors(outputs)):
             near = NEAR_IN_HALF_PRECISION
         found = []
@@ -63,6 +64,30 @@ def reduction_of(
         f"{' / '.join(f'{multiple:.6g}' for multiple in found)} times as large, not 1 or 2 times (a loss that compares samples "
         "with each other has no per-sample gradients)"
     )
+
+
+def _require_a_target_for_each_output(loss_fn: LossFunction, outputs: Any, targets: Any) -> None:
+    """Raise if outputs ``[n, 1]`` and targets ``[n]`` are broadcast to ``[n, n]``, so that each output meets every target.
+
+    Such a loss is the same when its targets change places, and another one when they change. Both are tried on numbers of
+    their own, so that it doesn't matter what the model returned.
+    """
+    if not (isinstance(outputs, Tensor) and isinstance(targets, Tensor)) or targets.numel() < 2:
+        return
+    if not targets.is_floating_point() or outputs.shape != (*targets.shape, 1):
+        return
+    steps = torch.linspace(0.25, 0.75, targets.numel(), device=targets.device, dtype=targets.dtype).view(targets.shape)
+    given = steps.to(outputs.device, outputs.dtype).unsqueeze(-1)
+    try:
+        once, turned, moved = (float(loss_fn(given, t)) for t in (steps, steps.roll(1, 0), steps + 0.125))
+    except Exception:
+        return  # It takes no such numbers.
+    if abs(turned - once) <= NEAR * abs(once) and abs(moved - once) > NEAR * abs(once):
+        shapes = f"outputs of shape {tuple(outputs.shape)} and targets of shape {tuple(targets.shape)}"
+        raise ShapeError(
+            f"the loss broadcasts {shapes}, so that every output is compared with every target: pass targets.unsqueeze(-1), or "
+            "let the model return outputs.squeeze(-1)"
+        )
 
 
 def _reduction(multiple: float, of_difference: float, near: float) -> str | None:
