@@ -45,7 +45,9 @@ def total(*arguments, **options) -> float:
 
 @pytest.mark.filterwarnings("ignore:Using a target size")
 @pytest.mark.parametrize(
-    "loss_fn", [nn.MSELoss(), nn.L1Loss(), nn.HuberLoss(), lambda f, y: ((f - y) ** 2).mean()], ids=str
+    "loss_fn",
+    [nn.MSELoss(), nn.L1Loss(), nn.HuberLoss(), lambda f, y: ((f - y) ** 2).mean()],
+    ids=["MSELoss", "L1Loss", "HuberLoss", "by hand"],
 )
 def test_a_loss_that_compares_every_output_with_every_target_is_refused(loss_fn) -> None:
     model, x, y = regression()
@@ -91,7 +93,9 @@ def test_one_output_under_nll_names_the_likelihoods_of_one_output() -> None:
 
 
 @pytest.mark.parametrize(
-    ("loss_fn", "own"), [(nn.MSELoss(), "mse"), (F.mse_loss, "mse"), (nn.BCEWithLogitsLoss(), "bce")], ids=str
+    ("loss_fn", "own"),
+    [(nn.MSELoss(), "mse"), (F.mse_loss, "mse"), (nn.BCEWithLogitsLoss(), "bce")],
+    ids=["MSELoss", "mse_loss", "BCEWithLogitsLoss"],
 )
 def test_a_loss_that_contradicts_the_likelihood_is_refused(loss_fn, own: str) -> None:
     model, x, _ = classification()
@@ -106,7 +110,7 @@ def test_a_loss_that_contradicts_the_likelihood_is_refused(loss_fn, own: str) ->
 def test_targets_that_are_no_classes_name_the_other_likelihoods() -> None:
     model, x, _ = classification()
     with pytest.raises(
-        ShapeError, match='"mse" for regression, loss_type="bce" for independent labels, or.* no targets'
+        ShapeError, match=r'"mse" for regression, loss_type="bce" for independent labels, or.* no targets'
     ):
         generalized_fisher_trace(model, model(x), torch.rand(N, 3))
     assert float(generalized_fisher_trace(model, model(x), None)) > 0
@@ -156,7 +160,7 @@ def test_model_and_loss_in_each_others_place() -> None:
         lambda *both: hessian_trace(*both, x, y),
         lambda *both: total(*both, (x, y)),
     ):
-        with pytest.raises(ArgumentError, match="CrossEntropyLoss without parameters.*pass the model first"):
+        with pytest.raises(ArgumentError, match=r"CrossEntropyLoss without parameters.*pass the model first"):
             call(nn.CrossEntropyLoss(), model)
         with pytest.raises(ArgumentError, match=r"model must be a torch.nn.Module"):
             call(lambda x: x, nn.CrossEntropyLoss())
@@ -165,6 +169,6 @@ def test_model_and_loss_in_each_others_place() -> None:
 
 def test_too_many_passes_name_what_then_works() -> None:
     model = nn.Linear(4, 30)
-    with pytest.raises(ArgumentError, match='num_samples=k .*to fisher_report together with fisher="sampled"'):
+    with pytest.raises(ArgumentError, match=r'num_samples=k .*to fisher_report together with fisher="sampled"'):
         total(model, None, (torch.randn(N, 4), None), fisher="exact", max_passes=10)
     assert total(model, None, (torch.randn(N, 4), None), fisher="sampled", num_samples=10, max_passes=10) > 0
