@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from torch_secorder.autograd.precision import full_precision, is_half
-from torch_secorder.batch_axis.placement import Layout, Placement
+from torch_secorder.batch_axis.placement import FIRST, Layout, Placement
 
 
 class Unplaced(Enum):
@@ -198,7 +198,7 @@ def evidence(
 
 def _candidates(shape: Sequence[int], n: int) -> Iterator[Placement]:
     """The placements that a shape allows, but for lists: first the axes with an index for each sample, from the first one on."""
-    yield from (Placement(axis) for axis, size in enumerate(shape) if size == n)
+    yield from (Placement(axis) if axis else FIRST for axis, size in enumerate(shape) if size == n)
     for axis, size in enumerate(shape):
         for layout in (Layout.BLOCKS, Layout.INTERLEAVED):
             placement = Placement(axis, layout)

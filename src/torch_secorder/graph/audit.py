@@ -177,7 +177,9 @@ class Audit:
         """A search in this graph, which begins with what graphs of the same kind have shown."""
         n = forward.n or 0
         known = PlacementCache() if asked.reorders_samples else self._knowledge.placements(self.fingerprint)
-        weights = GatheredWeights(forward.sharded, () if forward.sharded else self._table.sharded)
+        weights = None
+        if forward.sharded or self._table.sharded:
+            weights = GatheredWeights(forward.sharded, () if forward.sharded else self._table.sharded)
         refusal = partial(not_counted, forward.count, [x.shape for x, _ in placed])
         passes = partial(SearchPasses, placed, n, weights=weights, not_counted=refusal)
         if self._ranks.distributed:
@@ -203,7 +205,7 @@ class Audit:
                 if record.placement is None:  # then there is one sample, and all of the output belongs to it
                     record.placement = Placement(0, Layout.BLOCKS)
             return []
-        wanted, beside = _wanted(reached), _wanted_of_own_axes(own_axes)
+        wanted, beside = _wanted(reached), _wanted_of_own_axes(own_axes) if own_axes else []
         search([*wanted, *beside])
         for one, (key, _, _) in zip(own_axes, beside, strict=True):
             found = search.placements.evidence[key]
