@@ -31,7 +31,6 @@ from torch_secorder.errors import CoverageError, CurvatureError, ShapeError, Uns
 from torch_secorder.model.containers import tensors
 from torch_secorder.model.hooks import HookScope, WeakHook
 from torch_secorder.model.nested import shows_sizes, whole_shape
-from torch_secorder.model.parameters import named_modules
 from torch_secorder.model.ranks import fsdp_modules, is_dtensor
 from torch_secorder.per_sample import real_entries
 
@@ -45,6 +44,7 @@ class ModuleHooks(HookScope):
 
     Args:
         model: the model, unwrapped.
+        modules: all of its modules, under their plain names.
         sites: its modules to hook.
         on_gradient: called inside each backward pass with a record, which output of its node is its own, what the node returned,
             and the gradients of the node's outputs.
@@ -57,6 +57,7 @@ class ModuleHooks(HookScope):
     def __init__(
         self,
         model: nn.Module,
+        modules: Sequence[tuple[str, nn.Module]],
         sites: Sequence[HookedModule],
         on_gradient: Callable[[Record, int, object, tuple[Tensor | None, ...]], None],
         forwards: ForwardTracker,
@@ -64,7 +65,7 @@ class ModuleHooks(HookScope):
         *,
         attach_leaf: bool = False,
     ):
-        self._model, self._sites, self._on_gradient = model, sites, on_gradient
+        self._model, self._modules, self._sites, self._on_gradient = model, modules, sites, on_gradient
         self.forwards, self._guards, self._attach_leaf = forwards, guards, attach_leaf
         self._hooks = HookSet()
         self._frozen = {
@@ -88,7 +89,7 @@ class ModuleHooks(HookScope):
         for module in fsdp_modules(model):
             leave_module = WeakHook(self, "on_sharded_output")
             add(module, module.register_forward_hook, leave_module, prepend=True)
-        for name, module in named_modules(model):
+        for name, module in self._modules:
             if isinstance(module, (nn.RNNBase, nn.MultiheadAttention)):
                 add(module, module.register_forward_hook, WeakHook(self, "on_own_axis", name), prepend=True)
             if isinstance(module, nn.EmbeddingBag):

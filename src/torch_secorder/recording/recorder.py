@@ -94,7 +94,8 @@ class Recorder(HookScope):
         self._module_hooks: ModuleHooks | None = None
         if plan.model is not None:
             self._module_hooks = ModuleHooks(
-                plan.model, plan.sites, self._on_output_gradient, self.forwards, plan.guards, attach_leaf=attach_leaf
+                *(plan.model, plan.modules, plan.sites, self._on_output_gradient, self.forwards, plan.guards),
+                attach_leaf=attach_leaf,
             )
 
     def _attach(self) -> None:

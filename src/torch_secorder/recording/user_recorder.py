@@ -34,7 +34,7 @@ from torch_secorder.batch_axis.samples import of_one
 from torch_secorder.capture.records import Forward, Record
 from torch_secorder.errors import LifecycleError, UnsupportedError
 from torch_secorder.graph.frontier import ParameterUse
-from torch_secorder.model.parameters import plain_name
+from torch_secorder.model.parameters import named_modules, parameters_by_name
 from torch_secorder.model.ranks import full_tensor, is_dtensor
 from torch_secorder.per_sample import as_refusal
 from torch_secorder.recording.backward_pass import BackwardPass, counted_again, replaced, vmapped_pass
@@ -80,8 +80,7 @@ class UserRecorder(Recorder):
         self._counting = RLock()  # several threads may train the model
         self._outputs: list[tuple[weakref.ref[Tensor], Placement]] = []
         self.waiting: list[Exception] = []
-        assert self.plan.model is not None
-        self._parameters = dict(self.plan.model.named_parameters())  # as they are on entry
+        self._parameters = parameters_by_name(self.plan.modules)  # as they are on entry
         # Of tensors that are not analyzed, and are none of the model's new parameters.
         self._known_leaves: set[Node] = set()
 
@@ -133,10 +132,11 @@ class UserRecorder(Recorder):
     def _require_known(self, forward: Forward, node: Node, variable: nn.Parameter) -> None:
         """Have the pass through a forward refused if it used a parameter that was put into the model inside of the block."""
         assert self.plan.model is not None
-        others = {name: p for name, p in self.plan.model.named_parameters() if self._parameters.get(name) is not p}
+        now = parameters_by_name(named_modules(self.plan.model))
+        others = {name: p for name, p in now.items() if self._parameters.get(name) is not p}
         others = {name: p for name, p in others.items() if not is_dtensor(self._parameters.get(name))}
         if any(p is variable for p in others.values()):
-            forward.refusal = replaced(list(map(plain_name, others)))
+            forward.refusal = replaced(list(others))
             return
         self._known_leaves.add(node)
 

@@ -175,7 +175,7 @@ def rule_for(module: nn.Module) -> Rule | str:
         return "its parameters are complex, and rules are written for real ones"
     if computed:
         return f"its {', '.join(computed)} is computed from other tensors (pruning, weight_norm, a parametrization)"
-    if changed := _overridden(kind, layer):
+    if kind is not layer and (changed := _overridden(kind, layer)):
         return f"a {layer.__name__} that changes {', '.join(changed)}"
     return rule
 
