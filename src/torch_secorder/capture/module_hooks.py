@@ -314,7 +314,7 @@ def _record(
         forward.n = size_on(output, placement.axis)
     # An output without elements, an expert's that no token was sent to, belongs to nobody.
     if placement is FIRST:
-        odd = forward.recomputed_in is not None and forward.is_odd
+        odd = forward.recomputed_in is not None and forward.count.is_odd
         fits = not output.numel() or (output.shape[:1] == (forward.n,) and not odd)
     else:
         fits = not output.numel() or placement.fits(output.shape, forward.n or -1)

@@ -107,11 +107,6 @@ class Forward:
     inputs: list[tuple[Seen, Tensor]] = field(default_factory=list)
     bags: set[int] = field(default_factory=set)
 
-    @property
-    def is_odd(self) -> bool:
-        """Whether shapes say nothing of the samples, and what one batch shows is not good for others."""
-        return self.count.is_odd or bool(self.count.indices)
-
     def settle(self, count: Count) -> None:
         """The outputs show that this is how many samples there are."""
         self.count, self.n = count, count.n

@@ -6,6 +6,7 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from operator import attrgetter, itemgetter
 from typing import NamedTuple
 
 from torch import Tensor
@@ -129,7 +130,7 @@ class Audit:
 
     def _uses(self, forward: Forward, outputs: Sequence[Tensor]) -> Uses:
         placed = [(x, p) for x, p in zip(outputs, forward.placements, strict=True) if x.requires_grad]
-        roots, self.comparing = [x for x, _ in placed], []
+        roots, self.comparing = list(map(itemgetter(0), placed)), []
         walk, n = Walk(roots, forward, self.leaves), forward.n
         self.fingerprint, self.other_leaves = walk.fingerprint, walk.other_leaves
         if n is None:
@@ -141,7 +142,7 @@ class Audit:
             for record, edge in forward.records
             if record.site.rule is not None and edge.node in nodes and record not in unfolded
         ]
-        asked = Questions.of(walk, reached, n, is_odd=forward.is_odd)
+        asked = Questions.of(walk, reached, n, is_odd=forward.count.is_odd)
         if self._ranks.distributed:
             asked = asked.on_any(self._ranks)
         search = self._search(walk, placed, forward, reached, asked)
@@ -180,7 +181,7 @@ class Audit:
         weights = None
         if forward.sharded or self._table.sharded:
             weights = GatheredWeights(forward.sharded, () if forward.sharded else self._table.sharded)
-        refusal = partial(not_counted, forward.count, [x.shape for x, _ in placed])
+        refusal = partial(not_counted, forward.count, list(map(attrgetter("shape"), map(itemgetter(0), placed))))
         passes = partial(SearchPasses, placed, n, weights=weights, not_counted=refusal)
         if self._ranks.distributed:
             # No look ahead: with one sample autograd skips nodes that broadcast, so that ranks with batches of different sizes
