@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from torch_secorder.arguments import fresh_generator, require_callable, require_choice, require_positive_int
+from torch_secorder.approximations.batches import Layout, batches
+from torch_secorder.arguments import fresh_generator, require_choice, require_positive_int
 from torch_secorder.autograd.compiled import eager_code
 from torch_secorder.errors import ArgumentError
 from torch_secorder.likelihoods import random_signs
@@ -21,7 +21,9 @@ from torch_secorder.results.report import By
 from torch_secorder.results.results import Results
 from torch_secorder.running.analysis import Analysis, Batch, Checked, logits
 from torch_secorder.running.fisher_kind import FisherKind
-from torch_secorder.verification.samples_alone import verify_empirical, verify_samples
+from torch_secorder.running.own_loss import loss_function
+from torch_secorder.verification.empirical import verify_empirical
+from torch_secorder.verification.samples_alone import verify_samples
 from torch_secorder.verification.schedule import analyze_and_verify
 
 if TYPE_CHECKING:
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
 
 def fisher_report(
     model: nn.Module,
-    loss_fn: Callable[[Any, Any], Tensor] | None,
+    loss_fn: Callable[[Any, Any], Tensor] | str | None,
     data: Any,
     *,
     fisher: str = "empirical",
@@ -42,6 +44,7 @@ def fisher_report(
     by: By = None,
     reduction: str | None = None,
     parameters: str = "trainable",
+    labels: str | None = None,
     batch_axis: BatchAxis = None,
     ignore_index: int = -100,
     class_axis: int = 1,
@@ -53,9 +56,12 @@ def fisher_report(
 
     Args:
         model: the model; it runs in its current mode.
-        loss_fn: from ``(outputs, targets)`` to a scalar; may be None unless ``fisher="empirical"``.
-        data: an iterable of ``(inputs, targets)``, a DataLoader say, or one such pair. Inputs may be a tensor, a tuple of
-            positional arguments or a mapping of keyword arguments.
+        loss_fn: from ``(outputs, targets)`` to a scalar; "model" for the loss that the model computes itself
+            (``outputs.loss``); may be None unless ``fisher="empirical"``.
+        data: an iterable of batches, a DataLoader say, or one batch. A batch is ``(inputs, targets)``, and what follows these
+            two is not used; inputs may be a tensor, a tuple of positional arguments or a mapping of keyword arguments. Or it is
+            a mapping, which goes into the model by keywords and to the loss as it is, ``loss_fn(outputs, batch)``. A tuple of
+            two mappings is ``(inputs, targets)``, a list of mappings is several batches.
         fisher: "empirical" for gradients of the loss; "exact" for the Fisher with the model's own labels integrated out;
             "sampled" for an unbiased estimate of it; "observed" for gradients of log p(target).
         num_samples: how many backward passes per batch "sampled" takes, 1 by default.
@@ -68,6 +74,8 @@ def fisher_report(
         by: as in :meth:`FisherMonitor.report`.
         reduction: "mean" or "sum"; by default as the loss does ("empirical"), else "mean".
         parameters: "trainable" or "all".
+        labels: where batches are mappings, the entry that has the targets: the loss gets ``(outputs, targets)`` then, and the
+            model gets all other entries, or with ``loss_fn="model"`` all.
         batch_axis: as in :class:`FisherMonitor`.
         ignore_index: "nll" positions with this target contribute nothing.
         class_axis: where "nll" outputs have their classes.
@@ -105,6 +113,7 @@ def fisher_report(
         verify=verify,
         reduction=reduction,
         parameters=parameters,
+        labels=labels,
         batch_axis=batch_axis,
         ignore_index=ignore_index,
         class_axis=class_axis,
@@ -116,7 +125,7 @@ def fisher_report(
 
 def fisher_results(
     model: nn.Module,
-    loss_fn: Callable[[Any, Any], Tensor] | None,
+    loss_fn: Callable[[Any, Any], Tensor] | str | None,
     data: Any,
     *,
     diagonal: bool = False,
@@ -173,6 +182,7 @@ class ReportOptions:
     verify: bool = True
     reduction: str | None = None
     parameters: str = "trainable"
+    labels: str | None = None
     batch_axis: BatchAxis = None
     ignore_index: int = -100
     class_axis: int = 1
@@ -210,7 +220,7 @@ class ReportOptions:
 
 def accumulated(
     model: nn.Module,
-    loss_fn: Callable[[Any, Any], Tensor] | None,
+    loss_fn: Callable[[Any, Any], Tensor] | str | None,
     data: Any,
     options: ReportOptions,
     earlier: Results | None = None,
@@ -229,19 +239,19 @@ def accumulated(
             raise ArgumentError(
                 'fisher="empirical" needs a loss_fn; fisher="exact", of the model\'s own labels, needs none'
             )
-        require_callable("loss_fn", loss_fn)
+        loss = loss_function(loss_fn)
     kind, generator = options.kind, fresh_generator(options.generator)
     analysis = Analysis(
         model, options.parameters, options.batch_axis, quantities=options.quantities, max_memory=options.max_memory
     )
+    layout = Layout(analysis.model, options.labels, labels_go_in=loss_fn == "model")
     results, reduction = earlier, options.reduction
-    for number, (inputs, targets) in enumerate(
-        _in_step(analysis, batches(data, options.max_batches, options.progress))
-    ):
+    for number, loaded in enumerate(_in_step(analysis, batches(data, options.max_batches, options.progress))):
+        inputs, targets = (parts := layout.parts(loaded)).inputs, parts.targets
         checked: Checked = "never" if not options.verify else "always" if number == 0 else "when due"
         with lock_of(analysis.model), eager_code():
-            if loss_fn is not None and options.fisher == "empirical":
-                batch = _empirical(analysis, loss_fn, inputs, targets, checked)
+            if options.fisher == "empirical":
+                batch = _empirical(analysis, loss, inputs, targets, checked)
                 samples, reduction = batch.samples, reduction or batch.reduction
             else:
                 if checked == "always":
@@ -283,27 +293,6 @@ def _projection(outputs: Any) -> Tensor:
     return (f * random_signs(f.shape, f, torch.Generator().manual_seed(0))).sum()
 
 
-def batches(data: Any, max_batches: int | None, progress: bool) -> Iterable[tuple[Any, Any]]:
-    """Pairs of inputs and targets, of an iterable of them or of one."""
-    if _is_pair(data) and (isinstance(data, tuple) or not all(map(_is_pair, data))):
-        data = [data]
-    if not isinstance(data, Iterable):
-        raise ArgumentError(
-            f"data must be an iterable of pairs (inputs, targets), or one such pair, not a {type(data).__name__}; a data set "
-            "goes into a torch.utils.data.DataLoader"
-        )
-    total = len(data) if isinstance(data, Sized) else None
-    if max_batches is not None:
-        data, total = itertools.islice(data, max_batches), min(total or max_batches, max_batches)
-    for batch in _with_progress(data, total) if progress else data:
-        if not _is_pair(batch):
-            raise ArgumentError(
-                f"data must yield pairs (inputs, targets), not a {type(batch).__name__}; make pairs of what it yields, as in "
-                "((batch['inputs'], batch['labels']) for batch in data)"
-            )
-        yield tuple(batch)
-
-
 def _in_step(analysis: Analysis, batches: Iterable[Any]) -> Iterable[Any]:
     """The batches, as many on every rank that holds a part of the model."""
     ranks, remedy = analysis.table.ranks, "some have more batches than others; give each as many, or pass max_batches="
@@ -311,15 +300,3 @@ def _in_step(analysis: Analysis, batches: Iterable[Any]) -> Iterable[Any]:
         ranks.require_same("a batch", remedy)
         yield batch
     ranks.require_same("the end", remedy)
-
-
-def _is_pair(value: Any) -> bool:
-    return isinstance(value, (tuple, list)) and len(value) == 2
-
-
-def _with_progress(data: Iterable[Any], total: int | None) -> Iterable[Any]:
-    try:
-        from tqdm.auto import tqdm
-    except ImportError:
-        return data
-    return tqdm(data, total=total, desc="Fisher", unit="batch", leave=False)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_secorder.approximations.samples_of_graph import SamplesOfGraph
-from torch_secorder.arguments import fresh_generator, require_callable, require_choice, require_positive_int
+from torch_secorder.arguments import fresh_generator, require_choice, require_positive_int
 from torch_secorder.autograd.compiled import eager_code
 from torch_secorder.autograd.guard import recomputation
 from torch_secorder.batch_axis.knowledge import ModelKnowledge, knowledge_of
@@ -20,14 +20,15 @@ from torch_secorder.model.restore import lock_of
 from torch_secorder.running.analysis import Analysis, Checked, logits
 from torch_secorder.running.fisher_kind import FisherKind
 from torch_secorder.running.loss import require_targets_of_batch
+from torch_secorder.running.own_loss import loss_function
 from torch_secorder.running.run import require_twice_differentiable
-from torch_secorder.verification.samples_alone import verify_empirical
+from torch_secorder.verification.empirical import verify_empirical
 from torch_secorder.verification.schedule import analyze_and_verify
 
 
 def empirical_fisher_trace(
     model: nn.Module,
-    loss_fn: Callable[[Any, Any], Tensor],
+    loss_fn: Callable[[Any, Any], Tensor] | str,
     inputs: Any,
     targets: Any,
     num_samples: int = 1,
@@ -46,7 +47,8 @@ def empirical_fisher_trace(
 
     Args:
         model: the model.
-        loss_fn: from ``(outputs, targets)`` to a scalar; a module, a function or a partial.
+        loss_fn: from ``(outputs, targets)`` to a scalar; a module, a function or a partial. "model" stands for the loss that
+            the model computes itself, ``outputs.loss``.
         inputs: a tensor; a tuple for several positional arguments; a mapping for keyword arguments.
         targets: whatever the loss takes.
         num_samples: has no effect, since the value is exact.
@@ -77,7 +79,7 @@ def empirical_fisher_trace(
         Hennig (2019), "Limitations of the empirical Fisher approximation for natural gradient descent".
     """
     require_positive_int("num_samples", num_samples)
-    require_callable("loss_fn", loss_fn)
+    loss_fn = loss_function(loss_fn)
     analysis = Analysis(model, create_graph=create_graph)
     checked: Checked = "never" if create_graph else "when due"
     analyze = partial(analysis.empirical, loss_fn, inputs, targets, checked=checked)

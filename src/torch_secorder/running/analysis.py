@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial, reduce
 from typing import Any, Literal
@@ -12,18 +12,21 @@ import torch
 from torch import Tensor, nn
 
 from torch_secorder.arguments import require_max_memory
+from torch_secorder.autograd.engine import call_model
+from torch_secorder.autograd.precision import has_half_precision
 from torch_secorder.batch_axis.knowledge import knowledge_of
 from torch_secorder.errors import ArgumentError, CoverageError, UnsupportedError
 from torch_secorder.graph.queries import used_by_loss
-from torch_secorder.model.containers import mapped
+from torch_secorder.model.containers import mapped, rows, tensors
 from torch_secorder.model.hooks import restoring
 from torch_secorder.model.parameters import ParameterTable, unwrapped
-from torch_secorder.model.restore import lock_of, requiring_grad, restoring_buffers
+from torch_secorder.model.restore import eval_mode, forked_random, lock_of, requiring_grad, restoring_buffers
 from torch_secorder.recording.accumulator import PassOptions
 from torch_secorder.recording.plan import BatchAxis, planned
 from torch_secorder.recording.sample_norms import SampleNorms
 from torch_secorder.running.fisher_kind import FisherKind
-from torch_secorder.running.loss import reduction_of, require_scalar_loss, require_targets_of_batch
+from torch_secorder.running.loss import LossFunction, loss_of, reduction_of, require_targets_of_batch
+from torch_secorder.running.own_loss import is_computed_inside, own_reduction
 from torch_secorder.running.run import HookedForward
 
 Checked = Literal["always", "when due", "never"]
@@ -39,6 +42,7 @@ class Batch:
         random: whether the forward drew random numbers.
         fingerprint: a hash of the graph, equal for graphs of the same kind.
         reduction: how the loss combines samples, where that was found out.
+        loss_inside: whether the model computes the loss, so that no output has a row for each sample that it depends on.
     """
 
     samples: SampleNorms
@@ -46,6 +50,7 @@ class Batch:
     random: bool
     fingerprint: int
     reduction: str = "sum"
+    loss_inside: bool = False
 
 
 class Analysis:
@@ -112,20 +117,43 @@ class Analysis:
         with self._prepared() as run:
             outputs = run(inputs)
             require_targets_of_batch(targets, run.n, self.batch_axis)
-            loss = require_scalar_loss(loss_fn(outputs, targets))
+            loss = loss_of(loss_fn, outputs, targets)
             if direct := used_by_loss(loss, outputs, self.table):
                 raise CoverageError(
                     f"the loss uses {', '.join(direct)} by another way than through the model's outputs; a penalty on weights "
                     "belongs to no sample: leave it out of the loss, or move the computation into the model's forward"
                 )
-            reduction = self.knowledge.reduction(
-                loss_fn, partial(reduction_of, loss_fn, outputs, targets, loss, run.n, self.batch_axis)
+            inside = is_computed_inside(loss_fn, outputs, targets, run.n, self.batch_axis)
+            facts = (
+                {"half": has_half_precision(loss, *tensors(outputs)), "finite": bool(loss.isfinite())} if inside else {}
             )
+            if not inside:
+                reduction = self.knowledge.reduction(
+                    loss_fn, partial(reduction_of, loss_fn, outputs, targets, loss, run.n, self.batch_axis)
+                )
             kept = mapped(Tensor.detach, outputs) if self._is_checked(checked, loss_fn, run.fingerprint) else None
             del outputs
             samples = run.backward(loss)
+        if inside:
+            of_samples = partial(self._loss_of_samples, loss_fn, inputs, targets, run.n, run.random)
+            reduction = own_reduction(of_samples, run.n, self.table.ranks, **facts)
         samples = samples.scaled(run.n**2 if reduction == "mean" else 1)
-        return Batch(samples, kept, run.random, run.fingerprint, reduction)
+        return Batch(samples, kept, run.random, run.fingerprint, reduction, inside)
+
+    def _loss_of_samples(
+        self, loss_fn: LossFunction, inputs: Any, targets: Any, n: int, random: bool, samples: list[int]
+    ) -> Tensor:
+        """The loss that the model computes for some samples of a batch, without what it draws at random in training."""
+        with (
+            forked_random(self.table.tensors),
+            restoring_buffers(self.model),
+            torch.enable_grad(),
+            ExitStack() as stack,
+        ):
+            if random:
+                stack.enter_context(eval_mode(self.model))
+            outputs = call_model(self.model, rows(inputs, samples, n, self.batch_axis))
+            return loss_of(loss_fn, outputs, rows(targets, samples, n, self.batch_axis)).detach()
 
     def fisher(self, kind: FisherKind, inputs: Any, targets: Any, generator: torch.Generator) -> SampleNorms:
         """Expected squared norms of the gradient of -log p(y | x_n)."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -47,7 +47,7 @@ def reduction_of(
     with torch.no_grad(), torch.random.fork_rng(devices=[loss.device] if loss.is_cuda else []):
         if expected is not None:
             one = [rows(value, [0], n, axis) for value in (outputs, targets)]
-            if abs(_multiple(*_losses(loss_fn, one, 1, axis)) - MULTIPLES[expected]) < near:
+            if abs(multiple_of(*_losses(loss_fn, one, 1, axis)) - MULTIPLES[expected]) < near:
                 return expected
         if has_half_precision(loss, *tensors(outputs)):
             near = NEAR_IN_HALF_PRECISION
@@ -55,7 +55,7 @@ def reduction_of(
         for index in ([0], list(range(n))):
             some = [rows(value, index, n, axis) for value in (outputs, targets)]
             multiple, of_difference = _multiples(loss_fn, some, len(index), axis)
-            if (reduction := _reduction(multiple, of_difference, near)) is not None:
+            if (reduction := reduction_of_multiples(multiple, of_difference, near)) is not None:
                 return reduction
             found.append(multiple)
     if not bool(loss.isfinite()) and not _has_finite_gradient(loss_fn, outputs, targets):
@@ -67,7 +67,7 @@ def reduction_of(
     )
 
 
-def _reduction(multiple: float, of_difference: float, near: float) -> str | None:
+def reduction_of_multiples(multiple: float, of_difference: float, near: float) -> str | None:
     """The reduction that both multiples agree with, as far as they are numbers; None without one."""
     for name, value in MULTIPLES.items():
         if not math.isnan(of_difference) and not abs(of_difference - value) < NEAR_FOR_DIFFERENCES:
@@ -85,7 +85,7 @@ def _multiples(loss_fn: LossFunction, samples: Samples, size: int, axis: int) ->
     outputs, targets = samples
     twice, once = _losses(loss_fn, samples, size, axis)
     twice_other, once_other = _losses(loss_fn, (mapped(shrunk, outputs), targets), size, axis)
-    return _multiple(twice, once), _multiple(twice - twice_other, once - once_other)
+    return multiple_of(twice, once), multiple_of(twice - twice_other, once - once_other)
 
 
 def _losses(loss_fn: LossFunction, samples: Samples, size: int, axis: int) -> tuple[float, float]:
@@ -116,12 +116,46 @@ def _number(loss_fn: LossFunction, outputs: Any, targets: Any) -> float:
         ) from error
 
 
-def _multiple(a: float, b: float) -> float:
+def multiple_of(a: float, b: float) -> float:
+    """How many times b goes into a; NaN where that says nothing."""
     return a / b if b and math.isfinite(b) else math.nan
+
+
+def loss_of(loss_fn: LossFunction, outputs: Any, targets: Any) -> Tensor:
+    """The batch's loss, if it is a scalar tensor.
+
+    Raises:
+        ArgumentError: if it is not, or if the loss can't take apart what it is given.
+    """
+    try:
+        loss = loss_fn(outputs, targets)
+    except (TypeError, AttributeError) as error:
+        remedies = []
+        if isinstance(targets, Mapping):
+            remedies.append(
+                f"the loss was given the whole batch, a mapping with {', '.join(map(str, targets))}, for its targets; "
+                "labels= names the entry that has them"
+            )
+        if not isinstance(outputs, Tensor):
+            remedies.append(
+                f"the model returned a {type(outputs).__name__}; let the loss take what it needs out of that, as in "
+                "lambda outputs, targets: cross_entropy(outputs.logits, targets)"
+            )
+        if not remedies:
+            raise
+        raise ArgumentError(
+            f"the loss raised {type(error).__name__} ({str(error)[:200]}): {'; and '.join(remedies)}"
+        ) from error
+    return require_scalar_loss(loss)
 
 
 def require_scalar_loss(loss: Any) -> Tensor:
     """The loss, if it is a scalar tensor."""
+    if loss is None:
+        raise ArgumentError(
+            "the loss is None: the function that computes it returns nothing, or takes the loss that the model computes out of "
+            "outputs that have none, since the model was not given its targets (batches that are mappings may have them)"
+        )
     if not isinstance(loss, Tensor):
         raise ArgumentError(f"the loss must be a scalar tensor, not {type(loss).__name__}")
     if loss.numel() != 1:
