@@ -48,6 +48,7 @@ def fisher_report(
     batch_axis: BatchAxis = None,
     ignore_index: int = -100,
     class_axis: int = 1,
+    shift: bool = False,
     generator: torch.Generator | None = None,
     max_passes: int = 10_000,
     max_memory: int | None = None,
@@ -78,7 +79,10 @@ def fisher_report(
             model gets all other entries, or with ``loss_fn="model"`` all.
         batch_axis: as in :class:`FisherMonitor`.
         ignore_index: "nll" positions with this target contribute nothing.
-        class_axis: where "nll" outputs have their classes.
+        class_axis: where "nll" outputs have their classes. Logits of three axes need -1 or -2, unless targets tell.
+        shift: "nll" outputs at one position are about the label at the next, as those of causal language models are. Targets are
+            the labels, not shifted; of a batch that is a mapping the ``labels``, or else the ``input_ids`` that its
+            ``attention_mask`` lets through. For ``fisher="empirical"`` see :func:`torch_secorder.losses.causal_lm`.
         generator: for "sampled".
         max_passes: the most backward passes per batch that "exact" may take.
         max_memory: as in :class:`FisherMonitor`.
@@ -117,6 +121,7 @@ def fisher_report(
         batch_axis=batch_axis,
         ignore_index=ignore_index,
         class_axis=class_axis,
+        shift=shift,
         generator=generator,
         max_passes=max_passes,
         max_memory=max_memory,
@@ -186,6 +191,7 @@ class ReportOptions:
     batch_axis: BatchAxis = None
     ignore_index: int = -100
     class_axis: int = 1
+    shift: bool = False
     generator: torch.Generator | None = None
     max_passes: int = 10_000
     max_memory: int | None = None
@@ -201,6 +207,11 @@ class ReportOptions:
         require_choice("reduction", self.reduction, (None, "mean", "sum"))
         if self.num_samples is not None and self.fisher != "sampled":
             raise ArgumentError(f'num_samples is for fisher="sampled", not fisher={self.fisher!r}')
+        if self.shift and self.fisher == "empirical":
+            raise ArgumentError(
+                'shift=True is for labels of a likelihood, fisher="observed", "sampled" or "exact"; the loss that '
+                'fisher="empirical" takes has to shift its labels itself, as torch_secorder.losses.causal_lm does'
+            )
         for name in ("max_batches", "num_samples"):
             if getattr(self, name) is not None:
                 require_positive_int(name, getattr(self, name))
@@ -210,7 +221,9 @@ class ReportOptions:
         """Which Fisher, unless it is the empirical one."""
         labels = "observed" if self.fisher == "observed" else "model"
         draws = (self.num_samples or 1) if self.fisher == "sampled" else None
-        return FisherKind(self.loss_type, labels, draws, self.ignore_index, self.class_axis, self.max_passes)
+        return FisherKind(
+            self.loss_type, labels, draws, self.ignore_index, self.class_axis, self.max_passes, self.shift
+        )
 
     @property
     def quantities(self) -> tuple[str, ...]:
