@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, Node
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from torch_secorder.autograd.engine import (
     current_node,
     library_pass,
     refusing_reentrant_checkpoints,
 )
-from torch_secorder.autograd.graph_pass import Gradients, GraphPass
+from torch_secorder.autograd.graph_pass import Gradients, GraphPass, behind
 from torch_secorder.autograd.nodes import edges_of
 from torch_secorder.autograd.sharded import GatheredWeights
 from torch_secorder.autograd.tensor_hooks import untouched
@@ -54,6 +54,9 @@ class GraphBackward(Recorder):
         self._count = 0  # of the passes so far
         self._starts: list[tuple[Record | ParameterUse | IdleUse, list[GradientEdge]]] = []
         self._inputs: Sequence[Tensor] = []  # the model's inputs that require a gradient
+        self._other_leaves: list[
+            GradientEdge
+        ] = []  # tensors that the model made require one, and parameters not analyzed
         self._uses_of_node: dict[Node, ParameterUse | IdleUse] = {}
         self._others_graph = False
         self._defers = False
@@ -79,12 +82,23 @@ class GraphBackward(Recorder):
         self._starts = [(record, [edge]) for record, edge in forward.records if self._is_start(record)]
         self._starts += [(use, edges_of(node)) for use, node in uses.placed if use.is_first]
         self._starts += [(idle, edges_of(node)) for idle, node in uses.idle]
+        self._other_leaves = self._leaves_inside()
         # Where no gradient is expected behind a use, the use's own node runs in the pass, too, and is asked later.
         idle = uses.idle or any(record.idle for record, _ in forward.records)
         self._defers = bool(idle) or any(self._needs_node_calls(use) for use, _ in uses.placed)
         for use, node in uses.placed:
             if not use.is_first:  # the gradients of those that are are results of the pass
                 self._hook(use, node)
+
+    def _leaves_inside(self) -> list[GradientEdge]:
+        """Where else gradients end in the model, so that the calls before which such a leaf lies are reached by a pass, too.
+
+        What lies behind the model's inputs is somebody else's graph.
+        """
+        leaves = self._audit.other_leaves
+        given = {get_gradient_edge(x).node for x in self._inputs} if leaves else set()
+        outside = given | set(behind(given))
+        return [edge for node in leaves if node not in outside for edge in edges_of(node)]
 
     @staticmethod
     def _is_start(record: Record) -> bool:
@@ -114,7 +128,7 @@ class GraphBackward(Recorder):
         try:
             if self._others_graph:
                 return self._finished(current, root, self._looked_through(current, root, seed))
-            ends = [*(edge for _, several in self._starts for edge in several), *self._inputs]
+            ends = [*(edge for _, several in self._starts for edge in several), *self._inputs, *self._other_leaves]
             if root.requires_grad and ends:
                 retain = not last or self._create_graph or self._defers
                 with library_pass([root]) as (start,), untouched(self.table.leaves):

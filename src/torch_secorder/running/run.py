@@ -64,7 +64,7 @@ class HookedForward(GraphBackward):
         super()._detach()
         for record in self._records:
             record.inputs, record.kwargs = None, {}  # the graph, which may outlive this, has the records in its hooks
-        self._starts, self._arguments, self._records = [], None, []
+        self._starts, self._other_leaves, self._arguments, self._records = [], [], None, []
 
     def __call__(self, inputs: Any) -> Any:
         """The model's outputs: a tensor is the argument, a tuple all positional and a mapping all keyword arguments."""
