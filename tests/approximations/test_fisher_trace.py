@@ -159,6 +159,7 @@ def test_signatures() -> None:
         **dict.fromkeys(("model", "loss_fn", "inputs", "targets"), (needed, place)),
         "num_samples": (1, place),
         "create_graph": (False, keyword),
+        "parameters": ("trainable", keyword),
     }
     assert parameters(generalized_fisher_trace) == {
         **dict.fromkeys(("model", "outputs", "targets"), (needed, place)),
@@ -171,6 +172,7 @@ def test_signatures() -> None:
         "class_axis": (1, keyword),
         "generator": (None, keyword),
         "max_passes": (10_000, keyword),
+        "parameters": ("trainable", keyword),
     }
     assert torch_secorder.empirical_fisher_trace is empirical_fisher_trace
     assert torch_secorder.generalized_fisher_trace is generalized_fisher_trace

@@ -16,6 +16,7 @@ from torch_secorder.autograd.compiled import eager_code
 from torch_secorder.errors import ArgumentError
 from torch_secorder.likelihoods import random_signs
 from torch_secorder.model.restore import forked_random, lock_of
+from torch_secorder.model.selection import Selection
 from torch_secorder.recording.plan import BatchAxis
 from torch_secorder.results.report import By
 from torch_secorder.results.results import Results
@@ -43,7 +44,7 @@ def fisher_report(
     verify: bool = True,
     by: By = None,
     reduction: str | None = None,
-    parameters: str = "trainable",
+    parameters: Selection = "trainable",
     labels: str | None = None,
     batch_axis: BatchAxis = None,
     ignore_index: int = -100,
@@ -74,7 +75,7 @@ def fisher_report(
             make another kind of graph, or the 2nd, 3rd, 5th, 9th, ... of a kind.
         by: as in :meth:`FisherMonitor.report`.
         reduction: "mean" or "sum"; by default as the loss does ("empirical"), else "mean".
-        parameters: "trainable" or "all".
+        parameters: as in :class:`FisherMonitor`; frozen ones require a gradient for the time, and all that aren't analyzed don't.
         labels: where batches are mappings, the entry that has the targets: the loss gets ``(outputs, targets)`` then, and the
             model gets all other entries, or with ``loss_fn="model"`` all.
         batch_axis: as in :class:`FisherMonitor`.
@@ -186,7 +187,7 @@ class ReportOptions:
     progress: bool = True
     verify: bool = True
     reduction: str | None = None
-    parameters: str = "trainable"
+    parameters: Selection = "trainable"
     labels: str | None = None
     batch_axis: BatchAxis = None
     ignore_index: int = -100

@@ -14,9 +14,10 @@ from torch_secorder.arguments import fresh_generator, require_choice, require_po
 from torch_secorder.autograd.compiled import eager_code
 from torch_secorder.autograd.guard import recomputation
 from torch_secorder.batch_axis.knowledge import ModelKnowledge, knowledge_of
-from torch_secorder.errors import CoverageError, ShapeError
+from torch_secorder.errors import CoverageError, ShapeError, listed
 from torch_secorder.model.parameters import ParameterTable, unwrapped
 from torch_secorder.model.restore import lock_of
+from torch_secorder.model.selection import Selection
 from torch_secorder.running.analysis import Analysis, Checked, logits
 from torch_secorder.running.fisher_kind import FisherKind
 from torch_secorder.running.loss import require_targets_of_batch
@@ -34,6 +35,7 @@ def empirical_fisher_trace(
     num_samples: int = 1,
     *,
     create_graph: bool = False,
+    parameters: Selection = "trainable",
 ) -> Tensor:
     r"""The trace of the empirical Fisher of one batch, exactly.
 
@@ -53,6 +55,7 @@ def empirical_fisher_trace(
         targets: whatever the loss takes.
         num_samples: has no effect, since the value is exact.
         create_graph: make the result differentiable.
+        parameters: which ones, as in :class:`~torch_secorder.FisherMonitor`.
 
     Returns:
         A 0-dim tensor on the model's device, in the parameters' dtype but at least float32.
@@ -80,7 +83,7 @@ def empirical_fisher_trace(
     """
     require_positive_int("num_samples", num_samples)
     loss_fn = loss_function(loss_fn)
-    analysis = Analysis(model, create_graph=create_graph)
+    analysis = Analysis(model, parameters, create_graph=create_graph)
     checked: Checked = "never" if create_graph else "when due"
     analyze = partial(analysis.empirical, loss_fn, inputs, targets, checked=checked)
     check = partial(verify_empirical, analysis, loss_fn, inputs, targets)
@@ -103,6 +106,7 @@ def generalized_fisher_trace(
     class_axis: int = 1,
     generator: torch.Generator | None = None,
     max_passes: int = 10_000,
+    parameters: Selection = "trainable",
 ) -> Tensor:
     r"""The trace of the generalized (type-II) Fisher of one batch, from outputs that were computed before.
 
@@ -145,6 +149,8 @@ def generalized_fisher_trace(
         class_axis: where "nll" outputs have their classes.
         generator: for the random seeds; by default one of its own, with a fresh seed.
         max_passes: the most seeds that the exact expectation may take.
+        parameters: which ones, as in :class:`~torch_secorder.FisherMonitor`; they have to require a gradient, since the outputs'
+            graph shows nothing of frozen ones.
 
     Returns:
         A 0-dim tensor on the model's device, in the parameters' dtype but at least float32.
@@ -172,8 +178,13 @@ def generalized_fisher_trace(
         require_positive_int("num_samples", num_samples)
     outputs = logits(outputs)
     with lock_of(unwrapped(model)):
-        table = ParameterTable(unwrapped(model))
+        table = ParameterTable(unwrapped(model), parameters)
         table.gather(unwrapped(model))
+    if frozen := [name for name, leaf in zip(table.names, table.leaves, strict=True) if not leaf.requires_grad]:
+        raise CoverageError(
+            f"{listed(frozen, 'parameter')}: frozen, so that the graph of these outputs shows nothing of them: let them require "
+            "a gradient and compute the outputs again, or use fisher_report, which runs the model"
+        )
     if not outputs.requires_grad:
         raise CoverageError("the outputs carry no autograd graph: compute them outside of torch.no_grad()")
     if not outputs.dim() or not len(outputs):

@@ -10,6 +10,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from torch_secorder.errors import ArgumentError, UnsupportedError
 from torch_secorder.model.containers import is_continuous
+from torch_secorder.model.names import plain_name
 from torch_secorder.model.ranks import (
     Ranks,
     class_as_written,
@@ -18,9 +19,7 @@ from torch_secorder.model.ranks import (
     refuse_fully_sharded,
     unsharded_leaves,
 )
-
-# Path components that wrappers add to a module's name, and that the user never wrote.
-WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
+from torch_secorder.model.selection import Selection, selected
 
 
 @dataclass(frozen=True)
@@ -67,17 +66,18 @@ class ParameterTable(Table):
         tensors: the parameters themselves.
         paths: the name of each in the model as it is wrapped.
         quantized: the positions of quantized weights. They hold codes, for which autograd gives no gradient.
+
+    Args:
+        model: the model.
+        selection: which of its parameters; see :func:`~torch_secorder.model.selection.selected`.
     """
 
-    def __init__(self, model: nn.Module, which: str = "trainable"):
-        if which not in ("trainable", "all"):
-            raise ArgumentError(f'parameters must be "trainable" or "all", not {which!r}')
+    def __init__(self, model: nn.Module, selection: Selection = "trainable"):
         refuse_fully_sharded(model)
         owners = {
             name: class_as_written(module).__name__ for name, module in model.named_modules(remove_duplicate=False)
         }
-        named = [(n, p) for n, p in model.named_parameters() if which == "all" or p.requires_grad]
-        if not named:
+        if not (named := selected(model, selection)):
             frozen = any(True for _ in model.parameters())
             remedy = 'pass parameters="all" to analyze frozen ones' if frozen else "it has none at all"
             raise ArgumentError(f"{type(model).__name__} has no trainable parameter: {remedy}")
@@ -155,13 +155,6 @@ def unwrapped(model: nn.Module) -> nn.Module:
         return unwrapped(model.module)
     # torch.compile's wrapper is recognized by its attribute, since the module with its class takes seconds to import.
     return unwrapped(model._orig_mod) if "_orig_mod" in model._modules else model  # type: ignore[arg-type]  # a module, there
-
-
-def plain_name(name: str) -> str:
-    """``name`` without what wrappers added to it."""
-    if not any(wrapper in name for wrapper in WRAPPERS):
-        return name
-    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
 def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

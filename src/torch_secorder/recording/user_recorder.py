@@ -32,7 +32,7 @@ from torch_secorder.autograd.tensor_hooks import are_last, put_last
 from torch_secorder.capture.records import Forward, Record
 from torch_secorder.errors import LifecycleError, UnsupportedError
 from torch_secorder.graph.frontier import ParameterUse
-from torch_secorder.model.parameters import plain_name
+from torch_secorder.model.names import plain_name
 from torch_secorder.model.ranks import full_tensor, is_dtensor
 from torch_secorder.per_sample import as_refusal
 from torch_secorder.recording.backward_pass import BackwardPass, counted_again, replaced, vmapped_pass

@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from torch_secorder.errors import ArgumentError, LifecycleError
-from torch_secorder.model.parameters import Parameter, plain_name, unwrapped
+from torch_secorder.model.names import plain_name
+from torch_secorder.model.parameters import Parameter, unwrapped
 from torch_secorder.recording.quantities import Diagonal
 from torch_secorder.results.report import By, Report
 from torch_secorder.results.saving import load, save

@@ -21,6 +21,7 @@ from torch_secorder.model.containers import mapped, rows, tensors
 from torch_secorder.model.hooks import restoring
 from torch_secorder.model.parameters import ParameterTable, unwrapped
 from torch_secorder.model.restore import eval_mode, forked_random, lock_of, requiring_grad, restoring_buffers
+from torch_secorder.model.selection import Selection
 from torch_secorder.recording.accumulator import PassOptions
 from torch_secorder.recording.plan import BatchAxis, planned
 from torch_secorder.recording.sample_norms import SampleNorms
@@ -58,7 +59,7 @@ class Analysis:
 
     Args:
         model: the user's model.
-        parameters: "trainable" or "all".
+        parameters: as in FisherMonitor.
         batch_axis: as in FisherMonitor.
         create_graph: make the norms differentiable.
         quantities: the names of what is taken besides squared norms.
@@ -72,7 +73,7 @@ class Analysis:
     def __init__(
         self,
         model: nn.Module,
-        parameters: str = "trainable",
+        parameters: Selection = "trainable",
         batch_axis: BatchAxis = None,
         *,
         create_graph: bool = False,
@@ -191,10 +192,14 @@ class Analysis:
         self.trusts_shapes = False
 
     def differentiable(self) -> AbstractContextManager[None]:
-        """All analyzed parameters require a gradient inside, but those that hold codes and can't."""
+        """All analyzed parameters require a gradient inside, but those that hold codes and can't, and no others do.
+
+        Others are left alone where ranks gather them anew for each call, and where the result is differentiated, maybe in them.
+        """
         quantized = {id(self.table.tensors[position]) for position in self.table.quantized}
         analyzed = {id(p): p for p in (*self.table.tensors, *self.table.leaves) if id(p) not in quantized}
-        return requiring_grad(analyzed.values())
+        others = () if self.table.sharded or self._create_graph else self.model.parameters()
+        return requiring_grad(analyzed.values(), (p for p in others if self.table.position(p) is None))
 
     @contextmanager
     def _prepared(self) -> Iterator[HookedForward]:
