@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import UserDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 from oracles import assert_equal, exact_fisher, per_sample_squared_norms, total, trace
-from tagger import IGNORED, Tagger, shares, squared_norms, tagged
+from tagger import IGNORED, Outputs, Tagger, shares, squared_norms, tagged
 from torch_secorder import empirical_fisher_trace, fisher_report, fisher_results
 from torch_secorder.errors import ArgumentError, VerificationError
 
@@ -227,3 +228,102 @@ def test_errors_of_the_users_own_loss_stay_what_they_are() -> None:
 
     with pytest.raises(TypeError, match=r"^mine$"):
         fisher_report(nn.Linear(2, 2), broken, (torch.ones(3, 2), torch.ones(3, 2)), progress=False)
+
+
+# --------------------------------------------------------------------------------------------- how many, and which
+
+
+def numbered(n: int = 7, size: int = 3) -> tuple[nn.Module, Tensor, Tensor, list[dict[str, Any]]]:
+    model, x, y = Tagger("samples").double(), torch.randint(7, (n, 5)), torch.randint(7, (n, 5))
+    parts = zip(x.split(size), y.split(size), torch.arange(10, 10 + n).split(size), strict=True)
+    return model, x, y, [{"input_ids": a, "labels": b, "id": c} for a, b, c in parts]
+
+
+@pytest.mark.parametrize("max_samples", [1, 3, 5, 7, 100])
+@pytest.mark.parametrize("fisher", ["empirical", "observed"])
+def test_max_samples_cuts_the_last_batch(max_samples: int, fisher: str) -> None:
+    model, x, y, data = numbered()
+    drawn: list[int] = []
+    batches = ((b["input_ids"], b["labels"]) for i, b in enumerate(data) if drawn.append(i) is None)  # type: ignore[func-returns-value]
+    options: dict[str, Any] = {"fisher": fisher, "class_axis": -1, "progress": False}
+    report = fisher_report(model, of_logits, batches, max_samples=max_samples, **options)
+    k = min(max_samples, 7)
+    assert report.attrs["n_samples"] == k
+    assert drawn == list(range(-(-k // 3))), "no batch more is drawn"
+    scale = 5 if fisher == "observed" else 1  # the log-likelihood is a sum over positions
+    logits = [model(x[n : n + 1]).logits.movedim(-1, 1) for n in range(k)]
+    losses = [scale * cross_entropy(f, y[n : n + 1]) for n, f in enumerate(logits)]
+    assert_traces(report, squared_norms(model, losses))
+
+
+def test_samples_that_cannot_be_cut_are_refused() -> None:
+    """Two tensors that all samples share outvote the one that counts them."""
+
+    class Shifted(nn.Linear):
+        def forward(self, x: Tensor, first: Tensor, second: Tensor) -> Tensor:  # type: ignore[override]
+            return super().forward(x) + first.sum() * second.sum()
+
+    inputs, y = (torch.randn(6, 4), torch.ones(4), torch.ones(4)), torch.randint(3, (6,))
+    with pytest.raises(ArgumentError, match=r"can't be cut to the 5 that are left.*max_batches="):
+        fisher_report(Shifted(4, 3), nn.CrossEntropyLoss(), (inputs, y), max_samples=5, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("ids", "names"),
+    [
+        ("id", range(10, 15)),
+        (2, range(10, 15)),
+        (lambda batch: [f"row {i}" for i in batch[2]], ["row 10", "row 11", "row 12", "row 13", "row 14"]),
+    ],
+    ids=["entry", "place", "function"],
+)
+def test_ids_name_the_rows(ids: Any, names: Iterable[Any], tmp_path: Path) -> None:
+    model, x, y, data = numbered()
+    given = data if ids == "id" else [tuple(batch.values()) for batch in data]
+    loss_fn = "model" if ids == "id" else of_logits
+    results = fisher_results(model, loss_fn, given, per_sample=True, ids=ids, max_samples=5, progress=False)
+    expected = [*names]
+    assert list(results.per_sample.index) == expected
+    losses = [cross_entropy(model(x[n : n + 1]).logits.movedim(-1, 1), y[n : n + 1]) for n in range(5)]
+    for name, column in (squared := squared_norms(model, losses)).items():
+        assert_equal(torch.tensor(results.per_sample[name].to_numpy()), column, total(squared), torch.float64)
+    results.save(tmp_path / "rows.safetensors")
+    again = type(results).load(tmp_path / "rows.safetensors")
+    assert list(again.per_sample.index) == expected
+    again.merge(fisher_results(model, of_logits, (x[:1], y[:1]), per_sample=True, progress=False))
+    assert list(again.per_sample.index)[:-1] == expected
+    assert again.per_sample.index.name == "sample"
+
+
+def test_rows_that_were_saved_before_there_were_ids_are_numbered() -> None:
+    model, x, y, _ = numbered()
+    results = fisher_results(model, of_logits, (x, y), per_sample=True, progress=False)
+    state = results.state_dict()
+    del state["ids"]
+    results.load_state_dict(state)
+    results.merge(results)
+    assert list(results.per_sample.index) == list(range(14))
+
+
+@pytest.mark.parametrize(
+    ("ids", "keeps", "message"),
+    [
+        ("id", False, "pass per_sample=True"),
+        ("number", True, "ids='number': the batch has no such entry, but input_ids, labels, id"),
+        (0.5, True, "ids must be the name of an entry"),
+        (lambda batch: [1.5] * 3, True, "a list of names or numbers"),
+        (lambda batch: "abc", True, "a list of names or numbers"),
+        (lambda batch: [1, 2], True, "2 of them for a batch of 3 samples"),
+    ],
+)
+def test_nonsense_of_ids(ids: Any, keeps: bool, message: str) -> None:
+    class Taking(Tagger):
+        def forward(self, input_ids: Tensor, labels: Tensor, id: Tensor | None = None) -> Outputs:  # type: ignore[override]
+            return super().forward(input_ids, None, labels)
+
+    with pytest.raises(ArgumentError, match=message):
+        fisher_results(Taking(), "model", numbered()[3], per_sample=keeps, ids=ids, progress=False)
+    with pytest.raises(ArgumentError, match="no such entry, but places 0 to 1"):
+        fisher_results(Tagger(), of_logits, numbered()[1:3], per_sample=True, ids=2, progress=False)
+    with pytest.raises(ArgumentError, match="max_samples must be an int >= 1"):
+        fisher_results(Tagger(), of_logits, numbered()[1:3], max_samples=0, progress=False)

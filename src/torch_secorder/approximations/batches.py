@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from torch_secorder.errors import ArgumentError
+from torch_secorder.model.containers import rows, tensors
+
+Id = str | int
 
 
 @dataclass(frozen=True)
@@ -20,10 +24,21 @@ class LabeledBatch:
     Attributes:
         inputs: what the model is called with.
         targets: what the loss takes beside the model's outputs.
+        ids: what the samples are called, if they have names.
     """
 
     inputs: Any
     targets: Any
+    ids: list[Id] | None = None
+
+    def first(self, k: int, axis: int) -> LabeledBatch:
+        """The batch, or its first k samples if it has more, as far as the shapes of its inputs tell."""
+        sizes = Counter(x.size(axis) for x in tensors(self.inputs) if x.dim() > axis)
+        n = sizes.most_common(1)[0][0] if sizes else 0
+        if n <= k:
+            return self
+        inputs, targets = (rows(value, list(range(k)), n, axis) for value in (self.inputs, self.targets))
+        return LabeledBatch(inputs, targets, None if self.ids is None else self.ids[:k])
 
 
 @dataclass(frozen=True)
@@ -34,15 +49,23 @@ class Layout:
         model: the model, whose forward says what it takes.
         labels: the entry of a mapping that has the targets.
         labels_go_in: whether the model is given that entry, too, since it computes its loss itself.
+        ids: where the samples' names are: the entry of a mapping, the place in a sequence, or a function of the batch.
     """
 
     model: nn.Module
     labels: str | None = None
     labels_go_in: bool = False
+    ids: str | int | Callable[[Any], Any] | None = None
 
     def __post_init__(self) -> None:
         if self.labels is not None and not isinstance(self.labels, str):
             raise ArgumentError(f"labels must be the name of an entry of the batches, a str, not {self.labels!r}")
+        if not (self.ids is None or isinstance(self.ids, (str, int)) or callable(self.ids)) or isinstance(
+            self.ids, bool
+        ):
+            raise ArgumentError(
+                f"ids must be the name of an entry of the batches, its place in them, or a function of a batch, not {self.ids!r}"
+            )
 
     def parts(self, batch: Any) -> LabeledBatch:
         """A batch, taken apart.
@@ -57,21 +80,41 @@ class Layout:
                 f"labels={self.labels!r} names an entry of batches that are mappings, and this one is a "
                 f"{type(batch).__name__}: leave labels= out where batches are (inputs, targets)"
             )
-        return LabeledBatch(batch[0], batch[1])
+        return LabeledBatch(batch[0], batch[1], self._ids_of(batch))
+
+    def _ids_of(self, batch: Any) -> list[Id] | None:
+        """What the samples of a batch are called."""
+        if self.ids is None:
+            return None
+        if callable(self.ids):
+            found = self.ids(batch)
+        else:
+            try:
+                found = batch[self.ids]
+            except (LookupError, TypeError) as error:
+                has = ", ".join(map(str, batch)) if isinstance(batch, Mapping) else f"places 0 to {len(batch) - 1}"
+                raise ArgumentError(f"ids={self.ids!r}: the batch has no such entry, but {has}") from error
+        ids = found.tolist() if isinstance(found, Tensor) else found
+        if not isinstance(ids, (list, tuple)) or not all(isinstance(one, (str, int)) for one in ids):
+            raise ArgumentError(f"ids must be a list of names or numbers, or a tensor of integers, not {found!r:.80}")
+        return list(ids)
 
     def _of_mapping(self, batch: Mapping[str, Any]) -> LabeledBatch:
+        ids = self._ids_of(batch)
         if self.labels is None:
-            return LabeledBatch(self._taken(batch), batch)
+            return LabeledBatch(self._taken(batch), batch, ids)
         if self.labels not in batch:
             raise ArgumentError(
                 f"labels={self.labels!r}: the batch has no such entry; it has {', '.join(map(str, batch))}: name the one with "
                 "the targets"
             )
         inputs = batch if self.labels_go_in else {key: value for key, value in batch.items() if key != self.labels}
-        return LabeledBatch(self._taken(inputs), batch[self.labels])
+        return LabeledBatch(self._taken(inputs), batch[self.labels], ids)
 
     def _taken(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The entries, if the model takes all of them."""
+        """The entries without the ids, if the model takes all of them."""
+        if isinstance(self.ids, str) and self.ids in inputs:
+            inputs = {key: value for key, value in inputs.items() if key != self.ids}
         if unknown := [key for key in inputs if not _takes(self.model, key)]:
             raise ArgumentError(
                 f"{type(self.model).__name__}.forward takes no {', '.join(map(repr, unknown))}, which the batch has: "
@@ -107,6 +150,16 @@ def batches(data: Any, max_batches: int | None, progress: bool) -> Iterable[Any]
     if max_batches is not None:
         data, total = itertools.islice(data, max_batches), min(total or max_batches, max_batches)
     yield from map(_checked, _with_progress(data, total) if progress else data)
+
+
+def while_any(left: Callable[[], int | None], batches: Iterable[Any]) -> Iterator[Any]:
+    """The batches until no samples are left to count; no further one is drawn then."""
+    drawn = iter(batches)
+    while left() != 0:
+        try:
+            yield next(drawn)
+        except StopIteration:
+            return
 
 
 def _is_one_batch(data: Any) -> bool:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from torch_secorder.approximations.batches import Layout, batches
+from torch_secorder.approximations.batches import LabeledBatch, Layout, batches, while_any
 from torch_secorder.arguments import fresh_generator, require_choice, require_positive_int
 from torch_secorder.autograd.compiled import eager_code
 from torch_secorder.errors import ArgumentError
@@ -18,6 +18,7 @@ from torch_secorder.likelihoods import random_signs
 from torch_secorder.model.restore import forked_random, lock_of
 from torch_secorder.model.selection import Selection
 from torch_secorder.recording.plan import BatchAxis
+from torch_secorder.recording.quantities import SampleIds, SampleRows
 from torch_secorder.results.report import By
 from torch_secorder.results.results import Results
 from torch_secorder.running.analysis import Analysis, Batch, Checked, logits
@@ -40,6 +41,7 @@ def fisher_report(
     num_samples: int | None = None,
     loss_type: str = "nll",
     max_batches: int | None = None,
+    max_samples: int | None = None,
     progress: bool = True,
     verify: bool = True,
     by: By = None,
@@ -70,6 +72,7 @@ def fisher_report(
         loss_type: the likelihood, for everything but "empirical"; see
             :func:`~torch_secorder.approximations.fisher_trace.generalized_fisher_trace`.
         max_batches: stop after so many.
+        max_samples: stop after so many samples; of the last batch only the first ones are taken.
         progress: show a progress bar, if tqdm is installed.
         verify: check the first, the last and a random sample of the first batch against plain autograd, and of later ones that
             make another kind of graph, or the 2nd, 3rd, 5th, 9th, ... of a kind.
@@ -114,6 +117,7 @@ def fisher_report(
         num_samples=num_samples,
         loss_type=loss_type,
         max_batches=max_batches,
+        max_samples=max_samples,
         progress=progress,
         verify=verify,
         reduction=reduction,
@@ -137,6 +141,7 @@ def fisher_results(
     diagonal: bool = False,
     per_sample: bool = False,
     activations: bool = False,
+    ids: str | int | Callable[[Any], Any] | None = None,
     **options: Any,
 ) -> Results:
     """What :func:`fisher_report` finds, with all that its table can't hold.
@@ -148,6 +153,9 @@ def fisher_results(
         diagonal: also keep the Fisher diagonal, a tensor of each parameter's size.
         per_sample: also keep every sample's squared norms; under "exact" their expectations.
         activations: also keep account of every module's output: its Fisher trace and its moments.
+        ids: what the rows of ``per_sample`` are called: the entry of batches that are mappings, which the model is not given;
+            the place in batches that are sequences, 2 for what follows inputs and targets; or a function of a batch. Ids are a
+            list of names or numbers, or a tensor of integers.
         options: the other arguments of :func:`fisher_report`, but ``by``.
 
     Returns:
@@ -168,8 +176,10 @@ def fisher_results(
     keeps = {"diagonal": diagonal, "per_sample": per_sample, "activations": activations}
     if unknown := options.keys() - ReportOptions.names():
         raise TypeError(f"fisher_results() got an unexpected keyword argument {min(unknown)!r}")
+    if ids is not None and not per_sample:
+        raise ArgumentError("ids name the rows of per_sample: pass per_sample=True, too")
     results = None
-    for results in accumulated(model, loss_fn, data, ReportOptions(keeps=keeps, **options)):  # noqa: B007  # the last one
+    for results in accumulated(model, loss_fn, data, ReportOptions(keeps=keeps, ids=ids, **options)):  # noqa: B007  # the last one
         pass
     if results is None:
         raise ArgumentError("data has no batch")
@@ -184,6 +194,7 @@ class ReportOptions:
     num_samples: int | None = None
     loss_type: str = "nll"
     max_batches: int | None = None
+    max_samples: int | None = None
     progress: bool = True
     verify: bool = True
     reduction: str | None = None
@@ -196,12 +207,13 @@ class ReportOptions:
     generator: torch.Generator | None = None
     max_passes: int = 10_000
     max_memory: int | None = None
+    ids: str | int | Callable[[Any], Any] | None = None
     keeps: Mapping[str, bool] = field(default_factory=dict)
 
     @classmethod
     def names(cls) -> set[str]:
         """Those of the arguments."""
-        return {one.name for one in fields(cls)} - {"keeps"}
+        return {one.name for one in fields(cls)} - {"keeps", "ids"}
 
     def __post_init__(self) -> None:
         require_choice("fisher", self.fisher, ("empirical", "exact", "sampled", "observed"))
@@ -213,7 +225,7 @@ class ReportOptions:
                 'shift=True is for labels of a likelihood, fisher="observed", "sampled" or "exact"; the loss that '
                 'fisher="empirical" takes has to shift its labels itself, as torch_secorder.losses.causal_lm does'
             )
-        for name in ("max_batches", "num_samples"):
+        for name in ("max_batches", "max_samples", "num_samples"):
             if getattr(self, name) is not None:
                 require_positive_int(name, getattr(self, name))
 
@@ -258,10 +270,19 @@ def accumulated(
     analysis = Analysis(
         model, options.parameters, options.batch_axis, quantities=options.quantities, max_memory=options.max_memory
     )
-    layout = Layout(analysis.model, options.labels, labels_go_in=loss_fn == "model")
+    layout = Layout(analysis.model, options.labels, labels_go_in=loss_fn == "model", ids=options.ids)
     results, reduction = earlier, options.reduction
-    for number, loaded in enumerate(_in_step(analysis, batches(data, options.max_batches, options.progress))):
-        inputs, targets = (parts := layout.parts(loaded)).inputs, parts.targets
+
+    def left() -> int | None:
+        """How many samples may still be counted; None for any number."""
+        return None if options.max_samples is None else options.max_samples - (results.n_samples if results else 0)
+
+    wanted = while_any(left, batches(data, options.max_batches, options.progress))
+    for number, loaded in enumerate(_in_step(analysis, wanted)):
+        parts = layout.parts(loaded)
+        most = left()
+        parts = parts if most is None else parts.first(most, analysis.batch_axis)
+        inputs, targets = parts.inputs, parts.targets
         checked: Checked = "never" if not options.verify else "always" if number == 0 else "when due"
         with lock_of(analysis.model), eager_code():
             if options.fisher == "empirical":
@@ -274,9 +295,23 @@ def accumulated(
                 due = options.verify and analysis.is_due(_projection)
                 if due and number and not _verify_projection(analysis, inputs):
                     samples = analysis.fisher(kind, inputs, targets, generator)
+        _require_batch_of(parts, samples.batch, most)
+        if parts.ids is not None:
+            samples = replace(samples, parts=samples.parts | {SampleRows.name: SampleIds(parts.ids)})
         results = results or Results(analysis.table.rows, reduction or "mean", options.fisher, **options.keeps)
         results.statistics.update(samples)
         yield results
+
+
+def _require_batch_of(parts: LabeledBatch, n: int, most: int | None) -> None:
+    """Raise unless a batch has an id for each of its samples, and no more samples than are left."""
+    if parts.ids is not None and len(parts.ids) != n:
+        raise ArgumentError(f"ids: {len(parts.ids)} of them for a batch of {n} samples; give one for each")
+    if most is not None and n > most:
+        raise ArgumentError(
+            f"max_samples: a batch of {n} samples can't be cut to the {most} that are left, since its inputs have another number "
+            "of indices on their batch axis: use max_batches= and batches that fit"
+        )
 
 
 def _empirical(

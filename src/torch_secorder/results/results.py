@@ -92,7 +92,10 @@ class Results:
 
     @property
     def per_sample(self) -> pd.DataFrame:
-        """Every unscaled t_{n,p}, a row for each sample in the order of backward passes and a column for each parameter."""
+        """Every unscaled t_{n,p}, a row for each sample in the order of backward passes and a column for each parameter.
+
+        Rows are numbered, or have the ids that :func:`~torch_secorder.fisher_results` was told to find in the batches.
+        """
         self._seen("per_sample")
         return self._report().per_sample()
 

@@ -17,7 +17,7 @@ from torch_secorder.results.moments import BatchGradients, SampleMoments
 VERSION = 1
 
 # What states of this version that were written before don't have, and what stands for it.
-ADDED_LATER = {"skipped_passes": 0}
+ADDED_LATER: dict[str, Any] = {"skipped_passes": 0, "ids": []}
 
 
 class Statistics:
