@@ -308,7 +308,7 @@ def test_the_diagonal_and_the_activations_of_every_fisher_are_those_of_a_loop() 
         for name, sum_ in outputs.items():
             assert results.activations.loc[name, "activation_trace"] == pytest.approx(sum_, rel=1e-8)
         assert results.activations.loc["0", "numel"] == 5 * 48
-        assert results.activations.attrs == results.report().attrs
+        assert results.activations.attrs.items() <= results.report().attrs.items()
         assert results.report().attrs["fisher"] == fisher
         assert results.report()["fisher_trace"].sum() == pytest.approx(sum(float(d.sum()) for d in diagonal.values()))
         assert all(p.grad is None for p in model.parameters())

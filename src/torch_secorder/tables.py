@@ -63,7 +63,7 @@ def read_report(path: str | PathLike[str]) -> pd.DataFrame:
     frame = frame.set_index("parameter")
     kept = [
         name
-        for name in (*ATTRIBUTES, "n_passes", "skipped_passes", "n_skipped", "mean_inverse_batch_size")
+        for name in (*ATTRIBUTES, "n_passes", "skipped_passes", "total_stderr", "n_skipped", "mean_inverse_batch_size")
         if name in frame
     ]
     for name in kept:

@@ -11,8 +11,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from torch_secorder.batch_axis.samples import BatchSamples
+from torch_secorder.batch_axis.told import Told
 from torch_secorder.errors import ArgumentError
-from torch_secorder.model.containers import rows, tensors
+from torch_secorder.model.containers import parts, tensors
 
 Id = str | int
 
@@ -31,13 +33,23 @@ class LabeledBatch:
     targets: Any
     ids: list[Id] | None = None
 
-    def first(self, k: int, axis: int) -> LabeledBatch:
-        """The batch, or its first k samples if it has more, as far as the shapes of its inputs tell."""
-        sizes = Counter(x.size(axis) for x in tensors(self.inputs) if x.dim() > axis)
+    def first(self, k: int, words: Told) -> LabeledBatch:
+        """The batch, or its first k samples if it has more, as far as the shapes of its inputs tell.
+
+        Raises:
+            ArgumentError: if rows are not samples, by the user's word.
+        """
+        if words.n_samples is not None or words.sample_of is not None:
+            raise ArgumentError("max_samples cuts batches by their rows, which are no samples here: use max_batches=")
+        several = isinstance(self.inputs, (tuple, Mapping))
+        arguments = parts(self.inputs) if several else [(0, self.inputs)]
+        placed = ((words.axis("inputs", key), x) for key, argument in arguments for x in tensors(argument))
+        sizes = Counter(x.size(axis) for axis, x in placed if isinstance(axis, int) and x.dim() > axis)
         n = sizes.most_common(1)[0][0] if sizes else 0
         if n <= k:
             return self
-        inputs, targets = (rows(value, list(range(k)), n, axis) for value in (self.inputs, self.targets))
+        where, chosen = BatchSamples(n, words), list(range(k))
+        inputs, targets = where.rows("inputs", self.inputs, chosen), where.rows("targets", self.targets, chosen)
         return LabeledBatch(inputs, targets, None if self.ids is None else self.ids[:k])
 
 

@@ -11,13 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from torch_secorder.approximations.batches import LabeledBatch, Layout, batches, while_any
-from torch_secorder.arguments import fresh_generator, require_choice, require_positive_int
+from torch_secorder.arguments import (
+    fresh_generator,
+    require_choice,
+    require_model_before_loss,
+    require_positive_int,
+)
 from torch_secorder.autograd.compiled import eager_code
+from torch_secorder.batch_axis.told import BatchAxis, NSamples, SampleOf, told
 from torch_secorder.errors import ArgumentError
-from torch_secorder.likelihoods import random_signs
+from torch_secorder.likelihoods import random_signs, require_loss_of
+from torch_secorder.model.parameters import unwrapped
 from torch_secorder.model.restore import forked_random, lock_of
 from torch_secorder.model.selection import Selection
-from torch_secorder.recording.plan import BatchAxis
 from torch_secorder.recording.quantities import SampleIds, SampleRows
 from torch_secorder.results.report import By
 from torch_secorder.results.results import Results
@@ -49,6 +55,8 @@ def fisher_report(
     parameters: Selection = "trainable",
     labels: str | None = None,
     batch_axis: BatchAxis = None,
+    n_samples: NSamples = None,
+    sample_of: SampleOf = None,
     ignore_index: int = -100,
     class_axis: int = 1,
     shift: bool = False,
@@ -81,9 +89,12 @@ def fisher_report(
         parameters: as in :class:`FisherMonitor`; frozen ones require a gradient for the time, and all that aren't analyzed don't.
         labels: where batches are mappings, the entry that has the targets: the loss gets ``(outputs, targets)`` then, and the
             model gets all other entries, or with ``loss_fn="model"`` all.
-        batch_axis: as in :class:`FisherMonitor`.
+        batch_axis: as in :class:`FisherMonitor`, and "targets" for what the loss takes.
+        n_samples: as in :class:`FisherMonitor`.
+        sample_of: as in :class:`FisherMonitor`.
         ignore_index: "nll" positions with this target contribute nothing.
-        class_axis: where "nll" outputs have their classes. Logits of three axes need -1 or -2, unless targets tell.
+        class_axis: where "nll" outputs have their classes, with the samples on axis 0. Logits of three axes need -1 or -2, unless
+            targets tell.
         shift: "nll" outputs at one position are about the label at the next, as those of causal language models are. Targets are
             the labels, not shifted; of a batch that is a mapping the ``labels``, or else the ``input_ids`` that its
             ``attention_mask`` lets through. For ``fisher="empirical"`` see :func:`torch_secorder.losses.causal_lm`.
@@ -124,6 +135,8 @@ def fisher_report(
         parameters=parameters,
         labels=labels,
         batch_axis=batch_axis,
+        n_samples=n_samples,
+        sample_of=sample_of,
         ignore_index=ignore_index,
         class_axis=class_axis,
         shift=shift,
@@ -201,6 +214,8 @@ class ReportOptions:
     parameters: Selection = "trainable"
     labels: str | None = None
     batch_axis: BatchAxis = None
+    n_samples: NSamples = None
+    sample_of: SampleOf = None
     ignore_index: int = -100
     class_axis: int = 1
     shift: bool = False
@@ -266,10 +281,12 @@ def accumulated(
                 'fisher="empirical" needs a loss_fn; fisher="exact", of the model\'s own labels, needs none'
             )
         loss = loss_function(loss_fn)
+    elif loss_fn is not None:
+        require_loss_of(options.loss_type, loss_function(loss_fn))
+    require_model_before_loss(model, loss_fn)
     kind, generator = options.kind, fresh_generator(options.generator)
-    analysis = Analysis(
-        model, options.parameters, options.batch_axis, quantities=options.quantities, max_memory=options.max_memory
-    )
+    words = told(unwrapped(model), options.batch_axis, options.n_samples, options.sample_of)
+    analysis = Analysis(model, options.parameters, words, quantities=options.quantities, max_memory=options.max_memory)
     layout = Layout(analysis.model, options.labels, labels_go_in=loss_fn == "model", ids=options.ids)
     results, reduction = earlier, options.reduction
 
@@ -281,7 +298,7 @@ def accumulated(
     for number, loaded in enumerate(_in_step(analysis, wanted)):
         parts = layout.parts(loaded)
         most = left()
-        parts = parts if most is None else parts.first(most, analysis.batch_axis)
+        parts = parts if most is None else parts.first(most, words)
         inputs, targets = parts.inputs, parts.targets
         checked: Checked = "never" if not options.verify else "always" if number == 0 else "when due"
         with lock_of(analysis.model), eager_code():

@@ -21,9 +21,9 @@ from torch_secorder.cli.files import FORMATS, check_targets, write
 from torch_secorder.cli.merging import merged
 from torch_secorder.cli.resuming import Journal
 from torch_secorder.cli.setups import Setup
-from torch_secorder.cli.text import as_text
 from torch_secorder.errors import CurvatureError
 from torch_secorder.results.results import Results
+from torch_secorder.text import summary
 
 EXIT_CODES = (
     "Exit codes: 0 done; 1 refused or failed, with the reason on stderr and no table written; 2 a wrong command line; "
@@ -210,5 +210,5 @@ def _finish(results: Results, by: str, files: dict[str, Path]) -> None:
     """Print the table, and write it."""
     rows: dict[str, Any] = {"parameter": None, "model": lambda name: "model"}
     table = results.report(rows.get(by, by))
-    print(as_text(table))
+    print(summary(table))
     write({path: FORMATS[form](table) for form, path in files.items()})

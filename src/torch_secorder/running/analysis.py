@@ -15,15 +15,17 @@ from torch_secorder.arguments import require_max_memory
 from torch_secorder.autograd.engine import call_model
 from torch_secorder.autograd.precision import has_half_precision
 from torch_secorder.batch_axis.knowledge import knowledge_of
+from torch_secorder.batch_axis.samples import BatchSamples
+from torch_secorder.batch_axis.told import NOTHING, Told
 from torch_secorder.errors import ArgumentError, CoverageError, UnsupportedError
 from torch_secorder.graph.queries import used_by_loss
-from torch_secorder.model.containers import mapped, rows, tensors
+from torch_secorder.model.containers import mapped, tensors
 from torch_secorder.model.hooks import restoring
 from torch_secorder.model.parameters import ParameterTable, unwrapped
 from torch_secorder.model.restore import eval_mode, forked_random, lock_of, requiring_grad, restoring_buffers
 from torch_secorder.model.selection import Selection
 from torch_secorder.recording.accumulator import PassOptions
-from torch_secorder.recording.plan import BatchAxis, planned
+from torch_secorder.recording.plan import planned
 from torch_secorder.recording.sample_norms import SampleNorms
 from torch_secorder.running.fisher_kind import FisherKind
 from torch_secorder.running.loss import LossFunction, loss_of, reduction_of, require_targets_of_batch
@@ -41,6 +43,7 @@ class Batch:
         samples: squared norms of its per-sample gradients.
         outputs: what the model returned, without its graph; None unless the batch is to be checked.
         random: whether the forward drew random numbers.
+        where: where its samples are in the inputs, outputs and targets.
         fingerprint: a hash of the graph, equal for graphs of the same kind.
         reduction: how the loss combines samples, where that was found out.
         loss_inside: whether the model computes the loss, so that no output has a row for each sample that it depends on.
@@ -49,6 +52,7 @@ class Batch:
     samples: SampleNorms
     outputs: Any
     random: bool
+    where: BatchSamples
     fingerprint: int
     reduction: str = "sum"
     loss_inside: bool = False
@@ -60,7 +64,7 @@ class Analysis:
     Args:
         model: the user's model.
         parameters: as in FisherMonitor.
-        batch_axis: as in FisherMonitor.
+        words: what the user says of where the samples are.
         create_graph: make the norms differentiable.
         quantities: the names of what is taken besides squared norms.
         max_memory: as in FisherMonitor.
@@ -74,7 +78,7 @@ class Analysis:
         self,
         model: nn.Module,
         parameters: Selection = "trainable",
-        batch_axis: BatchAxis = None,
+        words: Told = NOTHING,
         *,
         create_graph: bool = False,
         quantities: tuple[str, ...] = (),
@@ -88,13 +92,12 @@ class Analysis:
         with lock_of(self.model):
             self.table = ParameterTable(self.model, parameters)
             self.table.gather(self.model)
-        self.knowledge = knowledge_of(self.model, batch_axis)
+        self.knowledge = knowledge_of(self.model, words)
         # Nothing is verified with create_graph, whose result would keep the check's graph alive, nor on several ranks, where one
         # rank's failure can't make the others repeat the batch; so shapes are not believed there.
         self.trusts_shapes = self.knowledge.trusts_shapes and not create_graph and not self.table.ranks.distributed
         with lock_of(self.model), self.differentiable():
-            self._plan = planned(self.model, self.table, batch_axis, quantities)
-        self.batch_axis = self._plan.batch_axis
+            self._plan = planned(self.model, self.table, words, quantities)
         self._fingerprint = 0  # that of the latest batch's graph
 
     def empirical(
@@ -117,50 +120,46 @@ class Analysis:
         """
         with self._prepared() as run:
             outputs = run(inputs)
-            require_targets_of_batch(targets, run.n, self.batch_axis)
+            require_targets_of_batch(targets, run.samples)
             loss = loss_of(loss_fn, outputs, targets)
             if direct := used_by_loss(loss, outputs, self.table):
                 raise CoverageError(
                     f"the loss uses {', '.join(direct)} by another way than through the model's outputs; a penalty on weights "
                     "belongs to no sample: leave it out of the loss, or move the computation into the model's forward"
                 )
-            inside = is_computed_inside(loss_fn, outputs, targets, run.n, self.batch_axis)
-            facts = (
-                {"half": has_half_precision(loss, *tensors(outputs)), "finite": bool(loss.isfinite())} if inside else {}
-            )
+            inside = is_computed_inside(loss_fn, outputs, targets, run.samples)
+            half, finite = inside and has_half_precision(loss, *tensors(outputs)), not inside or bool(loss.isfinite())
             if not inside:
-                reduction = self.knowledge.reduction(
-                    loss_fn, partial(reduction_of, loss_fn, outputs, targets, loss, run.n, self.batch_axis)
-                )
+                find = partial(reduction_of, loss_fn, outputs, targets, loss, run.samples)
+                reduction = self.knowledge.reduction(loss_fn, find)
             kept = mapped(Tensor.detach, outputs) if self._is_checked(checked, loss_fn, run.fingerprint) else None
             del outputs
             samples = run.backward(loss)
         if inside:
-            of_samples = partial(self._loss_of_samples, loss_fn, inputs, targets, run.n, run.random)
-            reduction = own_reduction(of_samples, run.n, self.table.ranks, **facts)
+            of_samples = partial(self._loss_of_samples, loss_fn, inputs, targets, run.samples, run.random)
+            reduction = own_reduction(of_samples, run.n, self.table.ranks, half=half, finite=finite)
         samples = samples.scaled(run.n**2 if reduction == "mean" else 1)
-        return Batch(samples, kept, run.random, run.fingerprint, reduction, inside)
+        return Batch(samples, kept, run.random, run.samples, run.fingerprint, reduction, inside)
 
     def _loss_of_samples(
-        self, loss_fn: LossFunction, inputs: Any, targets: Any, n: int, random: bool, samples: list[int]
+        self, loss_fn: LossFunction, inputs: Any, targets: Any, where: BatchSamples, random: bool, samples: list[int]
     ) -> Tensor:
         """The loss that the model computes for some samples of a batch, without what it draws at random in training."""
-        with (
-            forked_random(self.table.tensors),
-            restoring_buffers(self.model),
-            torch.enable_grad(),
-            ExitStack() as stack,
-        ):
+        if where.takes_no_rows:
+            raise ArgumentError("rows of its inputs are not samples, so that it can't be given some of them")
+        with ExitStack() as stack:
+            stack.enter_context(forked_random(self.table.tensors))
+            stack.enter_context(restoring_buffers(self.model))
+            stack.enter_context(torch.enable_grad())
             if random:
                 stack.enter_context(eval_mode(self.model))
-            outputs = call_model(self.model, rows(inputs, samples, n, self.batch_axis))
-            return loss_of(loss_fn, outputs, rows(targets, samples, n, self.batch_axis)).detach()
+            outputs = call_model(self.model, where.rows("inputs", inputs, samples))
+            return loss_of(loss_fn, outputs, where.rows("targets", targets, samples)).detach()
 
     def fisher(self, kind: FisherKind, inputs: Any, targets: Any, generator: torch.Generator) -> SampleNorms:
         """Expected squared norms of the gradient of -log p(y | x_n)."""
         with self._prepared() as run:
-            outputs = logits(run(inputs))
-            require_targets_of_batch(targets, run.n, self.batch_axis)
+            outputs, targets = _with_samples_first(logits(run(inputs)), targets, run.samples)
             count, seeds = kind.output_gradients(outputs, targets, generator, self.table.ranks)
             passes = (
                 run.backward(outputs, seed.to(outputs.dtype), last=number == count)
@@ -173,7 +172,8 @@ class Analysis:
         """Squared norms of the per-sample gradients of ``root(outputs)``, a sum over samples."""
         with self._prepared() as run:
             outputs = run(inputs)
-            return Batch(run.backward(root(outputs)), mapped(Tensor.detach, outputs), run.random, run.fingerprint)
+            samples = run.backward(root(outputs))
+            return Batch(samples, mapped(Tensor.detach, outputs), run.random, run.samples, run.fingerprint)
 
     def _is_checked(self, checked: Checked, loss_fn: Callable[..., Any], fingerprint: int) -> bool:
         """Whether a batch is checked, on all ranks that hold the model together if on one."""
@@ -214,6 +214,25 @@ class Analysis:
             with restoring(run.__exit__), run:
                 yield run
         self._fingerprint = run.fingerprint
+
+
+def _with_samples_first(outputs: Tensor, targets: Any, samples: BatchSamples) -> tuple[Tensor, Any]:
+    """Outputs and targets as a likelihood takes them.
+
+    Raises:
+        UnsupportedError: if the outputs have rows for something else than samples, whose labels belong to no single row.
+    """
+    require_targets_of_batch(targets, samples)
+    placement = samples.of(outputs, "outputs")
+    if placement is not None and placement.sample_index is not None:
+        raise UnsupportedError(
+            "the Fisher of the model's own labels takes outputs with the samples on an axis of their own, not a row for "
+            'something else: pad them to (N, T, ...) in the model\'s forward, or use fisher="empirical"'
+        )
+    axis = 0 if placement is None else placement.axis
+    if isinstance(targets, Tensor) and (found := samples.of(targets, "targets")) is not None:
+        targets = targets.movedim(found.axis, 0)
+    return outputs.movedim(axis, 0) if axis else outputs, targets
 
 
 def logits(outputs: Any) -> Tensor:

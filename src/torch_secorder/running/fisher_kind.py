@@ -12,7 +12,7 @@ from torch import Tensor
 from torch_secorder.arguments import require_positive_int
 from torch_secorder.errors import ArgumentError
 from torch_secorder.graph.last_layer import last_linear_factors
-from torch_secorder.likelihoods import LastLayer, Likelihood, likelihood
+from torch_secorder.likelihoods import LastLayer, Likelihood, likelihood, warn_of_probabilities
 from torch_secorder.model.ranks import Ranks
 from torch_secorder.running.causal import causal_labels, shifted, unshifted
 
@@ -56,6 +56,8 @@ class FisherKind:
             ArgumentError: if the exact expectation takes more than ``max_passes``, or observed labels are missing.
             CoverageError: if other ranks need another number of passes.
         """
+        if self.loss_type == "nll":
+            warn_of_probabilities(outputs)
         product = None if self.num_samples is None else last_linear_factors(outputs)
         outputs = outputs if differentiable else outputs.detach()
         last_layer = None if product is None else LastLayer(*product)
@@ -101,7 +103,8 @@ class FisherKind:
             if passes > self.max_passes:
                 raise ArgumentError(
                     f"the exact Fisher of outputs of shape {tuple(outputs.shape)} takes {passes:,} backward passes, more than "
-                    f"max_passes={self.max_passes:,}: pass num_samples=k for an unbiased estimate from k passes"
+                    f"max_passes={self.max_passes:,}: pass num_samples=k for an unbiased estimate from k passes, "
+                    'to fisher_report together with fisher="sampled"'
                 )
             return passes, model.exact_output_gradients(outputs)
         sampled = model.sampled_output_gradients(outputs, self.num_samples, generator, last_layer)

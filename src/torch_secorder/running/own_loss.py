@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_secorder.arguments import require_callable
+from torch_secorder.batch_axis.placement import Placement
+from torch_secorder.batch_axis.samples import BatchSamples
 from torch_secorder.errors import ArgumentError
-from torch_secorder.model.containers import is_continuous, mapped, sample_axis, tensors
 from torch_secorder.model.ranks import Ranks
 from torch_secorder.running.loss import (
     NEAR,
@@ -46,27 +48,33 @@ def loss_function(loss_fn: Any) -> LossFunction:
     """
     if isinstance(loss_fn, str) and loss_fn == "model":
         return own_loss
-    if not callable(loss_fn):
+    if isinstance(loss_fn, str):
         raise ArgumentError(
             f'loss_fn must be a module or a function of (outputs, targets), or "model" for its own loss, not {loss_fn!r:.60}'
         )
+    require_callable("loss_fn", loss_fn)
     return loss_fn
 
 
-def is_computed_inside(loss_fn: LossFunction, outputs: Any, targets: Any, n: int, axis: int) -> bool:
+def is_computed_inside(loss_fn: LossFunction, outputs: Any, targets: Any, where: BatchSamples) -> bool:
     """Whether a loss depends on numbers that the model made of several samples, so that no output has a row for each.
 
     Giving such a loss its outputs twice says nothing about how it combines samples.
     """
     if loss_fn is own_loss:
         return True
-    if not any(_is_of_many(x, n, axis) and x.requires_grad for x in tensors(outputs)):
-        return False
+    leaves: list[Tensor] = []
+
+    def leaf(x: Tensor, placement: Placement | None) -> Tensor:
+        if placement is not None or x.numel() != 1 or not x.requires_grad:
+            return x.detach()
+        leaves.append(x.detach().requires_grad_())
+        return leaves[-1]
+
     with torch.enable_grad():
-        leaves = mapped(lambda x: x.detach().requires_grad_(is_continuous(x) and _is_of_many(x, n, axis)), outputs)
-        loss = loss_fn(leaves, targets)
-        wanted = [x for x in tensors(leaves) if x.requires_grad]
-        found = torch.autograd.grad(loss, wanted, allow_unused=True) if loss.requires_grad else ()
+        own = where.mapped(leaf, "outputs", outputs)
+        loss = loss_fn(own, targets) if leaves else torch.zeros(())
+        found = torch.autograd.grad(loss, leaves, allow_unused=True) if loss.requires_grad else ()
     return any(gradient is not None for gradient in found)
 
 
@@ -115,7 +123,3 @@ def _number(of_samples: Callable[[list[int]], Tensor], samples: list[int]) -> fl
 
 def _is_number(x: Any) -> bool:
     return isinstance(x, Tensor) and x.dim() == 0 and x.is_floating_point()
-
-
-def _is_of_many(x: Tensor, n: int, axis: int) -> bool:
-    return x.numel() == 1 and sample_axis(x, n, axis) is None

@@ -37,8 +37,7 @@ def verify_empirical(
     if batch.loss_inside:
         verify_own_loss(analysis, loss_fn, inputs, targets, batch, samples)
         return
-    n = batch.samples.batch
     with on_samples_alone():
-        require_separable(loss_fn, batch.outputs, targets, n, analysis.batch_axis)
-    scale = n if batch.reduction == "mean" else 1
+        require_separable(loss_fn, batch.outputs, targets, batch.where)
+    scale = batch.where.n if batch.reduction == "mean" else 1
     verify_samples(analysis, lambda outputs: loss_fn(outputs, targets) * scale, inputs, batch, samples)

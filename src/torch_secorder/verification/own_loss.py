@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from torch_secorder.errors import VerificationError
-from torch_secorder.model.containers import rows
 from torch_secorder.running.analysis import Analysis, Batch
 from torch_secorder.verification.differentiable_model import DifferentiableModel
 from torch_secorder.verification.samples_alone import SampleAlone, comparable, samples_to_check
@@ -48,7 +47,7 @@ def verify_own_loss(
     Raises:
         VerificationError: if not, naming the parameters that differ, with both numbers.
     """
-    n, mean = batch.samples.batch, batch.reduction == "mean"
+    n, mean = batch.where.n, batch.reduction == "mean"
     scale = n if mean else 1
     chosen = list(samples_to_check(n, analysis.table.ranks) if samples is None else samples)
     with comparable(analysis, lambda outputs: loss_fn(outputs, targets) * scale, inputs, batch, chosen[0]) as found:
@@ -58,7 +57,8 @@ def verify_own_loss(
         alone = [_LossAlone(analysis, model, loss_fn, targets, inputs, plain, sample, mean) for sample in chosen]
         for one in alone:
             one.verify()
-        parts = [rows(value, chosen, n, analysis.batch_axis) for value in (inputs, targets)]
+        where = batch.where
+        parts = where.rows("inputs", inputs, chosen), where.rows("targets", targets, chosen)
         _require_explained(alone, _together(model, loss_fn, *parts), mean, alone[0].tolerance)
 
 
@@ -82,7 +82,7 @@ class _LossAlone(SampleAlone):
         sample: int,
         mean: bool,
     ):
-        own = rows(targets, [sample], batch.samples.batch, analysis.batch_axis)
+        own = batch.where.rows("targets", targets, [sample])
         super().__init__(analysis, model, partial(_noted, self, loss_fn, own), inputs, batch, sample)
         self._mean = mean
         self.weight, self.loss, self.tolerance = 1.0, math.nan, 0.0
