@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch_secorder.errors import ArgumentError, UnsupportedError
 from torch_secorder.model.containers import is_continuous
 from torch_secorder.model.names import plain_name
+from torch_secorder.model.packed import weight_shape
 from torch_secorder.model.ranks import (
     Ranks,
     class_as_written,
@@ -74,9 +76,7 @@ class ParameterTable(Table):
 
     def __init__(self, model: nn.Module, selection: Selection = "trainable"):
         refuse_fully_sharded(model)
-        owners = {
-            name: class_as_written(module).__name__ for name, module in model.named_modules(remove_duplicate=False)
-        }
+        owners = dict(model.named_modules(remove_duplicate=False))
         if not (named := selected(model, selection)):
             frozen = any(True for _ in model.parameters())
             remedy = 'pass parameters="all" to analyze frozen ones' if frozen else "it has none at all"
@@ -162,7 +162,8 @@ def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     return ((plain_name(name), module) for name, module in model.named_modules())
 
 
-def _row(name: str, p: Tensor, owners: dict[str, str]) -> Parameter:
-    owner = name.rpartition(".")[0]
-    shape = tuple(int(side) for side in p.shape)
-    return Parameter(plain_name(name), plain_name(owner), owners[owner], shape, p.numel())
+def _row(name: str, p: Tensor, owners: dict[str, nn.Module]) -> Parameter:
+    owner, _, local = name.rpartition(".")
+    module = owners[owner]
+    shape = weight_shape(module, local, p)
+    return Parameter(plain_name(name), plain_name(owner), class_as_written(module).__name__, shape, math.prod(shape))
