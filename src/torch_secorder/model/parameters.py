@@ -120,8 +120,12 @@ class ParameterTable(Table):
 
     def owned(self, module: nn.Module) -> dict[str, int]:
         """The module's own analyzed parameters: local name -> position."""
-        found = ((local, self.position(p)) for local, p in module._parameters.items())
-        return {local: position for local, position in found if position is not None}
+        found: dict[str, int] = {}
+        for local, p in module._parameters.items():
+            position = self._positions.get(id(p))
+            if position is not None:
+                found[local] = position
+        return found
 
 
 def _is_quantized(p: Tensor) -> bool:
@@ -160,6 +164,16 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Every module once, under its plain name."""
     return ((plain_name(name), module) for name, module in model.named_modules())
+
+
+def parameters_by_name(modules: Iterable[tuple[str, nn.Module]]) -> dict[str, nn.Parameter]:
+    """The parameters that these modules own, of whatever they share under each of its names."""
+    found: dict[str, nn.Parameter] = {}
+    for name, module in modules:
+        for local, p in module._parameters.items():
+            if p is not None:
+                found[f"{name}.{local}" if name else local] = p
+    return found
 
 
 def _row(name: str, p: Tensor, owners: dict[str, nn.Module]) -> Parameter:
