@@ -13,6 +13,7 @@ from torch_secorder.arguments import require_callable
 from torch_secorder.batch_axis.placement import Placement
 from torch_secorder.batch_axis.samples import BatchSamples
 from torch_secorder.errors import ArgumentError
+from torch_secorder.model.containers import tensors
 from torch_secorder.model.ranks import Ranks
 from torch_secorder.running.loss import (
     NEAR,
@@ -63,6 +64,8 @@ def is_computed_inside(loss_fn: LossFunction, outputs: Any, targets: Any, where:
     """
     if loss_fn is own_loss:
         return True
+    if not any(x.numel() == 1 and x.requires_grad for x in tensors(outputs)):
+        return False
     leaves: list[Tensor] = []
 
     def leaf(x: Tensor, placement: Placement | None) -> Tensor:
