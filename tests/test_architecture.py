@@ -26,7 +26,7 @@ FLOORS = [  # from the ground up; rooms on one floor don't know each other
     ["recording"],
     ["running", "results", "noise_scale"],
     ["verification", "curvature"],
-    ["monitor", "approximations"],
+    ["monitor", "approximations", "losses"],
     ["pruning", "quantization", "integrations", "cli"],
     ["__main__"],
 ]

@@ -247,7 +247,7 @@ def test_frozen_parameters_on_request() -> None:
         ({"max_batches": 0}, r"max_batches"),
         ({"loss_fn": list(range(100))}, r"^loss_fn must be a module or a function.{,120}$"),
         ({"data": TensorDataset(torch.randn(5, 4))}, r"not a TensorDataset.*DataLoader"),
-        ({"data": [{"inputs": torch.randn(5, 4), "labels": None}]}, r"not a dict.*batch\['labels'\]"),
+        ({"data": [{"inputs": torch.randn(5, 4), "labels": None}]}, r"takes no 'inputs', 'labels'.*batch\['labels'\]"),
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value),
 )

@@ -15,7 +15,7 @@ from torch_secorder import FisherMonitor, fisher_report, generalized_fisher_trac
 from torch_secorder.errors import UnsupportedError, VerificationError
 from torch_secorder.running.analysis import Analysis
 from torch_secorder.verification import differentiable_model
-from torch_secorder.verification.samples_alone import verify_empirical
+from torch_secorder.verification.empirical import verify_empirical
 
 
 class Adapted(nn.Module):

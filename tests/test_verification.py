@@ -24,7 +24,7 @@ from torch_secorder import (
 )
 from torch_secorder.errors import ArgumentError, CurvatureError, SlowFallbackWarning, VerificationError
 from torch_secorder.running.analysis import Analysis
-from torch_secorder.verification import samples_alone
+from torch_secorder.verification import empirical
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths"),
@@ -216,13 +216,13 @@ def test_a_wrong_rule_beside_outputs_that_the_loss_does_not_use() -> None:
 def test_the_functions_check_the_1st_2nd_3rd_5th_and_9th_call(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Tensor] = []
     checked: list[int] = []
-    verify = samples_alone.verify_samples
+    verify = empirical.verify_samples
 
     def counted(analysis: Any, loss: Any, inputs: Any, result: Any, samples: Any) -> None:
         checked.append(len(calls) + 1)
         verify(analysis, loss, inputs, result, samples)
 
-    monkeypatch.setattr(samples_alone, "verify_samples", counted)
+    monkeypatch.setattr(empirical, "verify_samples", counted)
     model, (x, y) = classifier(), batch()
     for _ in range(11):
         calls.append(empirical_fisher_trace(model, F.cross_entropy, x, y))
@@ -241,13 +241,13 @@ def test_outputs_are_kept_for_a_check_only(checked: Any) -> None:
 def test_any_sample_can_be_looked_at(sample: int) -> None:
     analysis, (x, y) = Analysis(classifier()), batch()
     found = analysis.empirical(F.cross_entropy, x, y)
-    samples_alone.verify_empirical(analysis, F.cross_entropy, x, y, found, range(5))
+    empirical.verify_empirical(analysis, F.cross_entropy, x, y, found, range(5))
     found.samples.squared_norms[1, sample] *= 1.001
     for other in range(5):
         if other != sample:
-            samples_alone.verify_empirical(analysis, F.cross_entropy, x, y, found, [other])
+            empirical.verify_empirical(analysis, F.cross_entropy, x, y, found, [other])
     with pytest.raises(VerificationError, match=rf"sample {sample}: (?s:.*)0\.bias"):
-        samples_alone.verify_empirical(analysis, F.cross_entropy, x, y, found, range(5))
+        empirical.verify_empirical(analysis, F.cross_entropy, x, y, found, range(5))
 
 
 # Half precision

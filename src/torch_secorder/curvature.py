@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from torch_secorder.errors import ArgumentError, LifecycleError
-from torch_secorder.model.parameters import plain_name, refuse_complex, unwrapped
+from torch_secorder.model.names import plain_name
+from torch_secorder.model.parameters import refuse_complex, unwrapped
 from torch_secorder.model.ranks import refuse_dtensors
 from torch_secorder.results.results import Results, results_of
 from torch_secorder.tables import ATTRIBUTES, shape_of

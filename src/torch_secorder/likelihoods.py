@@ -333,9 +333,10 @@ def _categorical(outputs: Tensor, targets: Tensor | None, ignore_index: int, cla
             'loss_type="mse" for regression, loss_type="bce" for independent labels, or, for probabilities of classes, no targets'
         )
     if tuple(targets.shape) != positions:
+        fits = "; they fit class_axis=-1" if targets.shape == outputs.shape[:-1] else ""
         raise ShapeError(
             f"targets of shape {tuple(targets.shape)} for outputs of shape {tuple(outputs.shape)} with class_axis={axis}: "
-            f"expected {positions}"
+            f"expected {positions}{fits}"
         )
     return Categorical(axis, targets != ignore_index)
 

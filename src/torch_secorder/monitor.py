@@ -22,8 +22,10 @@ from torch_secorder.batch_axis.knowledge import KindSchedule, ModelKnowledge, kn
 from torch_secorder.batch_axis.told import BatchAxis, NSamples, SampleOf, Told, told
 from torch_secorder.errors import ArgumentError, CurvatureError, LifecycleError, SkippedPassWarning
 from torch_secorder.model.hooks import HookScope, WeakHook
-from torch_secorder.model.parameters import ParameterTable, plain_name, unwrapped
+from torch_secorder.model.names import plain_name
+from torch_secorder.model.parameters import ParameterTable, unwrapped
 from torch_secorder.model.restore import lock_of
+from torch_secorder.model.selection import Selection
 from torch_secorder.per_sample import as_refusal
 from torch_secorder.recording.accumulator import PassOptions
 from torch_secorder.recording.backward_pass import BackwardPass, Check
@@ -50,7 +52,7 @@ class MonitorOptions:
 
     reduction: str = "mean"
     loss_scale: float | Tensor | Callable[[], float | Tensor] = 1.0
-    parameters: str = "trainable"
+    parameters: Selection = "trainable"
     batch_axis: BatchAxis = None
     n_samples: NSamples = None
     sample_of: SampleOf = None
@@ -117,7 +119,9 @@ class FisherMonitor(HookScope):
         reduction: how the loss that is differentiated combines its samples, "mean" or "sum".
         loss_scale: the factor that the loss was multiplied by: 1/k for ``loss / k`` over k accumulation steps, or a
             GradScaler's scale. A number, or a function that is called at each backward pass.
-        parameters: "trainable", or "all" for frozen ones too.
+        parameters: "trainable", or "all" for frozen ones too; names or patterns of names, such as ``["*.weight"]``, or a function
+            from a name and a parameter to whether it is analyzed, which may choose frozen ones as well. What is not analyzed
+            has no row and is not in the total.
         diagonal: also keep the Fisher diagonal, a tensor of each parameter's size.
         per_sample: also keep every t_{n,p}.
         activations: also keep account of every module's output: its Fisher trace and its moments.
@@ -153,7 +157,7 @@ class FisherMonitor(HookScope):
 
     Raises:
         ArgumentError: for an argument that means nothing, or a model with no trainable parameter.
-        UnsupportedError: naming all frozen layers without a rule, where ``parameters="all"`` asks for them.
+        UnsupportedError: naming all frozen layers without a rule, where ``parameters`` asks for them.
 
     Example:
         >>> import torch
@@ -175,7 +179,7 @@ class FisherMonitor(HookScope):
         reduction: str = "mean",
         *,
         loss_scale: float | Tensor | Callable[[], float | Tensor] = 1.0,
-        parameters: str = "trainable",
+        parameters: Selection = "trainable",
         diagonal: bool = False,
         per_sample: bool = False,
         activations: bool = False,
@@ -231,7 +235,7 @@ class FisherMonitor(HookScope):
             on_pass=self._on_pass,
             checks_next=self._schedule.due,
             every=options.every,
-            attach_leaf=options.parameters == "all",
+            attach_leaf=options.parameters != "trainable",
         )
         self._recorder.__enter__()
         for position, (tensor, leaf) in enumerate(zip(table.tensors, table.leaves, strict=True)):
@@ -443,10 +447,11 @@ class FisherMonitor(HookScope):
             ArgumentError: if the file is torn, foreign, of another version, or of other parameters than the model's.
         """
         results = Results.load(path, model)
-        which, fisher = "trainable", "empirical" if results.fisher == "exact" else results.fisher
+        which: Selection = "trainable"
+        fisher = "empirical" if results.fisher == "exact" else results.fisher
         if model is not None:
             trainable = [plain_name(name) for name, p in unwrapped(model).named_parameters() if p.requires_grad]
-            which = "trainable" if trainable == results.statistics.names else "all"
+            which = "trainable" if trainable == results.statistics.names else results.statistics.names
         options = MonitorOptions(results.reduction, parameters=which, fisher=fisher, keeps=results.statistics.keeps)
         monitor = cls.__new__(cls)
         monitor._set_up(options, None if model is None else _Watched.of(model, options), results)

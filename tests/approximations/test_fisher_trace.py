@@ -159,6 +159,7 @@ def test_signatures() -> None:
         **dict.fromkeys(("model", "loss_fn", "inputs", "targets"), (needed, place)),
         "num_samples": (1, place),
         "create_graph": (False, keyword),
+        "parameters": ("trainable", keyword),
         **dict.fromkeys(("batch_axis", "n_samples", "sample_of"), (None, keyword)),
     }
     assert parameters(generalized_fisher_trace) == {
@@ -172,6 +173,7 @@ def test_signatures() -> None:
         "class_axis": (1, keyword),
         "generator": (None, keyword),
         "max_passes": (10_000, keyword),
+        "parameters": ("trainable", keyword),
     }
     assert torch_secorder.empirical_fisher_trace is empirical_fisher_trace
     assert torch_secorder.generalized_fisher_trace is generalized_fisher_trace
@@ -476,14 +478,20 @@ def test_exact_fisher_through_other_layers(name: str, loss_type: str) -> None:
     setting = BY_NAME[name].setting()
     expected = total(trace(exact_fisher(setting.model, setting.inputs, loss_type=loss_type)))
     outputs = call(setting.model, setting.inputs)
-    assert_equal(generalized_fisher_trace(setting.model, outputs, None, loss_type), expected, expected)
+    value = generalized_fisher_trace(setting.model, outputs, None, loss_type, class_axis=class_axis(outputs))
+    assert_equal(value, expected, expected)
+
+
+def class_axis(outputs: Tensor) -> int:
+    """That of (samples, classes, positions) has to be told by its other name."""
+    return -2 if outputs.dim() == 3 else 1
 
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_exact_fisher_over_positions_keeps_what_they_share(loss_type: str) -> None:
     model, ids = Transposed(tagger()), torch.randint(7, (3, 5))
     expected = total(trace(exact_fisher(model, ids, loss_type=loss_type)))
-    assert_equal(generalized_fisher_trace(model, model(ids), None, loss_type), expected, expected)
+    assert_equal(generalized_fisher_trace(model, model(ids), None, loss_type, class_axis=-2), expected, expected)
 
 
 @pytest.mark.parametrize("class_axis", [2, -1])
@@ -563,7 +571,8 @@ def test_the_sampled_estimate_is_unbiased(loss_type: str, positions: bool) -> No
         model, x = classifier(), batch()[0]
     outputs, generator = model(x), torch.Generator().manual_seed(7)
     expected = float(total(trace(exact_fisher(model, x, loss_type=loss_type))))
-    sample = partial(generalized_fisher_trace, model, outputs, None, loss_type, generator=generator)
+    axis = class_axis(outputs)
+    sample = partial(generalized_fisher_trace, model, outputs, None, loss_type, generator=generator, class_axis=axis)
     draws = torch.stack([sample(1) for _ in range(300)])
     assert float(draws.std()) > 0
     assert abs(float(draws.mean()) - expected) < 4.5 * float(draws.std()) / len(draws) ** 0.5
@@ -658,10 +667,11 @@ def test_num_samples_of_the_generalized_trace_is_checked(num_samples: Any) -> No
 )
 def test_too_many_passes_are_refused_with_their_number(loss_type: str, positions: bool, passes: int) -> None:
     model, x = (Transposed(tagger()), torch.randint(7, (3, 5))) if positions else (classifier(4), batch()[0])
+    axis = class_axis(model(x))
     with pytest.raises(CurvatureError, match=rf"(?s)\b{passes}\b.*num_samples"):
-        generalized_fisher_trace(model, model(x), None, loss_type, max_passes=passes - 1)
-    generalized_fisher_trace(model, model(x), None, loss_type, max_passes=passes)
-    generalized_fisher_trace(model, model(x), None, loss_type, num_samples=1, max_passes=1)
+        generalized_fisher_trace(model, model(x), None, loss_type, max_passes=passes - 1, class_axis=axis)
+    generalized_fisher_trace(model, model(x), None, loss_type, max_passes=passes, class_axis=axis)
+    generalized_fisher_trace(model, model(x), None, loss_type, num_samples=1, max_passes=1, class_axis=axis)
 
 
 def test_the_default_max_passes() -> None:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from torch_secorder.approximations.batches import LabeledBatch, Layout, batches, while_any
 from torch_secorder.arguments import (
     fresh_generator,
-    require_callable,
     require_choice,
     require_model_before_loss,
     require_positive_int,
@@ -24,11 +23,15 @@ from torch_secorder.errors import ArgumentError
 from torch_secorder.likelihoods import random_signs, require_loss_of
 from torch_secorder.model.parameters import unwrapped
 from torch_secorder.model.restore import forked_random, lock_of
+from torch_secorder.model.selection import Selection
+from torch_secorder.recording.quantities import SampleIds, SampleRows
 from torch_secorder.results.report import By
 from torch_secorder.results.results import Results
 from torch_secorder.running.analysis import Analysis, Batch, Checked, logits
 from torch_secorder.running.fisher_kind import FisherKind
-from torch_secorder.verification.samples_alone import verify_empirical, verify_samples
+from torch_secorder.running.own_loss import loss_function
+from torch_secorder.verification.empirical import verify_empirical
+from torch_secorder.verification.samples_alone import verify_samples
 from torch_secorder.verification.schedule import analyze_and_verify
 
 if TYPE_CHECKING:
@@ -37,23 +40,26 @@ if TYPE_CHECKING:
 
 def fisher_report(
     model: nn.Module,
-    loss_fn: Callable[[Any, Any], Tensor] | None,
+    loss_fn: Callable[[Any, Any], Tensor] | str | None,
     data: Any,
     *,
     fisher: str = "empirical",
     num_samples: int | None = None,
     loss_type: str = "nll",
     max_batches: int | None = None,
+    max_samples: int | None = None,
     progress: bool = True,
     verify: bool = True,
     by: By = None,
     reduction: str | None = None,
-    parameters: str = "trainable",
+    parameters: Selection = "trainable",
+    labels: str | None = None,
     batch_axis: BatchAxis = None,
     n_samples: NSamples = None,
     sample_of: SampleOf = None,
     ignore_index: int = -100,
     class_axis: int = 1,
+    shift: bool = False,
     generator: torch.Generator | None = None,
     max_passes: int = 10_000,
     max_memory: int | None = None,
@@ -62,26 +68,36 @@ def fisher_report(
 
     Args:
         model: the model; it runs in its current mode.
-        loss_fn: from ``(outputs, targets)`` to a scalar; may be None unless ``fisher="empirical"``.
-        data: an iterable of ``(inputs, targets)``, a DataLoader say, or one such pair. Inputs may be a tensor, a tuple of
-            positional arguments or a mapping of keyword arguments.
+        loss_fn: from ``(outputs, targets)`` to a scalar; "model" for the loss that the model computes itself
+            (``outputs.loss``); may be None unless ``fisher="empirical"``.
+        data: an iterable of batches, a DataLoader say, or one batch. A batch is ``(inputs, targets)``, and what follows these
+            two is not used; inputs may be a tensor, a tuple of positional arguments or a mapping of keyword arguments. Or it is
+            a mapping, which goes into the model by keywords and to the loss as it is, ``loss_fn(outputs, batch)``. A tuple of
+            two mappings is ``(inputs, targets)``, a list of mappings is several batches.
         fisher: "empirical" for gradients of the loss; "exact" for the Fisher with the model's own labels integrated out;
             "sampled" for an unbiased estimate of it; "observed" for gradients of log p(target).
         num_samples: how many backward passes per batch "sampled" takes, 1 by default.
         loss_type: the likelihood, for everything but "empirical"; see
             :func:`~torch_secorder.approximations.fisher_trace.generalized_fisher_trace`.
         max_batches: stop after so many.
+        max_samples: stop after so many samples; of the last batch only the first ones are taken.
         progress: show a progress bar, if tqdm is installed.
         verify: check the first, the last and a random sample of the first batch against plain autograd, and of later ones that
             make another kind of graph, or the 2nd, 3rd, 5th, 9th, ... of a kind.
         by: as in :meth:`FisherMonitor.report`.
         reduction: "mean" or "sum"; by default as the loss does ("empirical"), else "mean".
-        parameters: "trainable" or "all".
+        parameters: as in :class:`FisherMonitor`; frozen ones require a gradient for the time, and all that aren't analyzed don't.
+        labels: where batches are mappings, the entry that has the targets: the loss gets ``(outputs, targets)`` then, and the
+            model gets all other entries, or with ``loss_fn="model"`` all.
         batch_axis: as in :class:`FisherMonitor`, and "targets" for what the loss takes.
         n_samples: as in :class:`FisherMonitor`.
         sample_of: as in :class:`FisherMonitor`.
         ignore_index: "nll" positions with this target contribute nothing.
-        class_axis: where "nll" outputs have their classes, with the samples on axis 0.
+        class_axis: where "nll" outputs have their classes, with the samples on axis 0. Logits of three axes need -1 or -2, unless
+            targets tell.
+        shift: "nll" outputs at one position are about the label at the next, as those of causal language models are. Targets are
+            the labels, not shifted; of a batch that is a mapping the ``labels``, or else the ``input_ids`` that its
+            ``attention_mask`` lets through. For ``fisher="empirical"`` see :func:`torch_secorder.losses.causal_lm`.
         generator: for "sampled".
         max_passes: the most backward passes per batch that "exact" may take.
         max_memory: as in :class:`FisherMonitor`.
@@ -112,15 +128,18 @@ def fisher_report(
         num_samples=num_samples,
         loss_type=loss_type,
         max_batches=max_batches,
+        max_samples=max_samples,
         progress=progress,
         verify=verify,
         reduction=reduction,
         parameters=parameters,
+        labels=labels,
         batch_axis=batch_axis,
         n_samples=n_samples,
         sample_of=sample_of,
         ignore_index=ignore_index,
         class_axis=class_axis,
+        shift=shift,
         generator=generator,
         max_passes=max_passes,
         max_memory=max_memory,
@@ -129,12 +148,13 @@ def fisher_report(
 
 def fisher_results(
     model: nn.Module,
-    loss_fn: Callable[[Any, Any], Tensor] | None,
+    loss_fn: Callable[[Any, Any], Tensor] | str | None,
     data: Any,
     *,
     diagonal: bool = False,
     per_sample: bool = False,
     activations: bool = False,
+    ids: str | int | Callable[[Any], Any] | None = None,
     **options: Any,
 ) -> Results:
     """What :func:`fisher_report` finds, with all that its table can't hold.
@@ -146,6 +166,9 @@ def fisher_results(
         diagonal: also keep the Fisher diagonal, a tensor of each parameter's size.
         per_sample: also keep every sample's squared norms; under "exact" their expectations.
         activations: also keep account of every module's output: its Fisher trace and its moments.
+        ids: what the rows of ``per_sample`` are called: the entry of batches that are mappings, which the model is not given;
+            the place in batches that are sequences, 2 for what follows inputs and targets; or a function of a batch. Ids are a
+            list of names or numbers, or a tensor of integers.
         options: the other arguments of :func:`fisher_report`, but ``by``.
 
     Returns:
@@ -166,8 +189,10 @@ def fisher_results(
     keeps = {"diagonal": diagonal, "per_sample": per_sample, "activations": activations}
     if unknown := options.keys() - ReportOptions.names():
         raise TypeError(f"fisher_results() got an unexpected keyword argument {min(unknown)!r}")
+    if ids is not None and not per_sample:
+        raise ArgumentError("ids name the rows of per_sample: pass per_sample=True, too")
     results = None
-    for results in accumulated(model, loss_fn, data, ReportOptions(keeps=keeps, **options)):  # noqa: B007  # the last one
+    for results in accumulated(model, loss_fn, data, ReportOptions(keeps=keeps, ids=ids, **options)):  # noqa: B007  # the last one
         pass
     if results is None:
         raise ArgumentError("data has no batch")
@@ -182,31 +207,40 @@ class ReportOptions:
     num_samples: int | None = None
     loss_type: str = "nll"
     max_batches: int | None = None
+    max_samples: int | None = None
     progress: bool = True
     verify: bool = True
     reduction: str | None = None
-    parameters: str = "trainable"
+    parameters: Selection = "trainable"
+    labels: str | None = None
     batch_axis: BatchAxis = None
     n_samples: NSamples = None
     sample_of: SampleOf = None
     ignore_index: int = -100
     class_axis: int = 1
+    shift: bool = False
     generator: torch.Generator | None = None
     max_passes: int = 10_000
     max_memory: int | None = None
+    ids: str | int | Callable[[Any], Any] | None = None
     keeps: Mapping[str, bool] = field(default_factory=dict)
 
     @classmethod
     def names(cls) -> set[str]:
         """Those of the arguments."""
-        return {one.name for one in fields(cls)} - {"keeps"}
+        return {one.name for one in fields(cls)} - {"keeps", "ids"}
 
     def __post_init__(self) -> None:
         require_choice("fisher", self.fisher, ("empirical", "exact", "sampled", "observed"))
         require_choice("reduction", self.reduction, (None, "mean", "sum"))
         if self.num_samples is not None and self.fisher != "sampled":
             raise ArgumentError(f'num_samples is for fisher="sampled", not fisher={self.fisher!r}')
-        for name in ("max_batches", "num_samples"):
+        if self.shift and self.fisher == "empirical":
+            raise ArgumentError(
+                'shift=True is for labels of a likelihood, fisher="observed", "sampled" or "exact"; the loss that '
+                'fisher="empirical" takes has to shift its labels itself, as torch_secorder.losses.causal_lm does'
+            )
+        for name in ("max_batches", "max_samples", "num_samples"):
             if getattr(self, name) is not None:
                 require_positive_int(name, getattr(self, name))
 
@@ -215,7 +249,9 @@ class ReportOptions:
         """Which Fisher, unless it is the empirical one."""
         labels = "observed" if self.fisher == "observed" else "model"
         draws = (self.num_samples or 1) if self.fisher == "sampled" else None
-        return FisherKind(self.loss_type, labels, draws, self.ignore_index, self.class_axis, self.max_passes)
+        return FisherKind(
+            self.loss_type, labels, draws, self.ignore_index, self.class_axis, self.max_passes, self.shift
+        )
 
     @property
     def quantities(self) -> tuple[str, ...]:
@@ -225,7 +261,7 @@ class ReportOptions:
 
 def accumulated(
     model: nn.Module,
-    loss_fn: Callable[[Any, Any], Tensor] | None,
+    loss_fn: Callable[[Any, Any], Tensor] | str | None,
     data: Any,
     options: ReportOptions,
     earlier: Results | None = None,
@@ -244,22 +280,30 @@ def accumulated(
             raise ArgumentError(
                 'fisher="empirical" needs a loss_fn; fisher="exact", of the model\'s own labels, needs none'
             )
-        require_callable("loss_fn", loss_fn)
+        loss = loss_function(loss_fn)
     elif loss_fn is not None:
-        require_callable("loss_fn", loss_fn)
-        require_loss_of(options.loss_type, loss_fn)
+        require_loss_of(options.loss_type, loss_function(loss_fn))
     require_model_before_loss(model, loss_fn)
     kind, generator = options.kind, fresh_generator(options.generator)
     words = told(unwrapped(model), options.batch_axis, options.n_samples, options.sample_of)
     analysis = Analysis(model, options.parameters, words, quantities=options.quantities, max_memory=options.max_memory)
+    layout = Layout(analysis.model, options.labels, labels_go_in=loss_fn == "model", ids=options.ids)
     results, reduction = earlier, options.reduction
-    for number, (inputs, targets) in enumerate(
-        _in_step(analysis, batches(data, options.max_batches, options.progress))
-    ):
+
+    def left() -> int | None:
+        """How many samples may still be counted; None for any number."""
+        return None if options.max_samples is None else options.max_samples - (results.n_samples if results else 0)
+
+    wanted = while_any(left, batches(data, options.max_batches, options.progress))
+    for number, loaded in enumerate(_in_step(analysis, wanted)):
+        parts = layout.parts(loaded)
+        most = left()
+        parts = parts if most is None else parts.first(most, words)
+        inputs, targets = parts.inputs, parts.targets
         checked: Checked = "never" if not options.verify else "always" if number == 0 else "when due"
         with lock_of(analysis.model), eager_code():
-            if loss_fn is not None and options.fisher == "empirical":
-                batch = _empirical(analysis, loss_fn, inputs, targets, checked)
+            if options.fisher == "empirical":
+                batch = _empirical(analysis, loss, inputs, targets, checked)
                 samples, reduction = batch.samples, reduction or batch.reduction
             else:
                 if checked == "always":
@@ -268,9 +312,23 @@ def accumulated(
                 due = options.verify and analysis.is_due(_projection)
                 if due and number and not _verify_projection(analysis, inputs):
                     samples = analysis.fisher(kind, inputs, targets, generator)
+        _require_batch_of(parts, samples.batch, most)
+        if parts.ids is not None:
+            samples = replace(samples, parts=samples.parts | {SampleRows.name: SampleIds(parts.ids)})
         results = results or Results(analysis.table.rows, reduction or "mean", options.fisher, **options.keeps)
         results.statistics.update(samples)
         yield results
+
+
+def _require_batch_of(parts: LabeledBatch, n: int, most: int | None) -> None:
+    """Raise unless a batch has an id for each of its samples, and no more samples than are left."""
+    if parts.ids is not None and len(parts.ids) != n:
+        raise ArgumentError(f"ids: {len(parts.ids)} of them for a batch of {n} samples; give one for each")
+    if most is not None and n > most:
+        raise ArgumentError(
+            f"max_samples: a batch of {n} samples can't be cut to the {most} that are left, since its inputs have another number "
+            "of indices on their batch axis: use max_batches= and batches that fit"
+        )
 
 
 def _empirical(
@@ -301,27 +359,6 @@ def _projection(outputs: Any) -> Tensor:
     return (f * random_signs(f.shape, f, torch.Generator().manual_seed(0))).sum()
 
 
-def batches(data: Any, max_batches: int | None, progress: bool) -> Iterable[tuple[Any, Any]]:
-    """Pairs of inputs and targets, of an iterable of them or of one."""
-    if _is_pair(data) and (isinstance(data, tuple) or not all(map(_is_pair, data))):
-        data = [data]
-    if not isinstance(data, Iterable):
-        raise ArgumentError(
-            f"data must be an iterable of pairs (inputs, targets), or one such pair, not a {type(data).__name__}; a data set "
-            "goes into a torch.utils.data.DataLoader"
-        )
-    total = len(data) if isinstance(data, Sized) else None
-    if max_batches is not None:
-        data, total = itertools.islice(data, max_batches), min(total or max_batches, max_batches)
-    for batch in _with_progress(data, total) if progress else data:
-        if not _is_pair(batch):
-            raise ArgumentError(
-                f"data must yield pairs (inputs, targets), not a {type(batch).__name__}; make pairs of what it yields, as in "
-                "((batch['inputs'], batch['labels']) for batch in data)"
-            )
-        yield tuple(batch)
-
-
 def _in_step(analysis: Analysis, batches: Iterable[Any]) -> Iterable[Any]:
     """The batches, as many on every rank that holds a part of the model."""
     ranks, remedy = analysis.table.ranks, "some have more batches than others; give each as many, or pass max_batches="
@@ -329,15 +366,3 @@ def _in_step(analysis: Analysis, batches: Iterable[Any]) -> Iterable[Any]:
         ranks.require_same("a batch", remedy)
         yield batch
     ranks.require_same("the end", remedy)
-
-
-def _is_pair(value: Any) -> bool:
-    return isinstance(value, (tuple, list)) and len(value) == 2
-
-
-def _with_progress(data: Iterable[Any], total: int | None) -> Iterable[Any]:
-    try:
-        from tqdm.auto import tqdm
-    except ImportError:
-        return data
-    return tqdm(data, total=total, desc="Fisher", unit="batch", leave=False)

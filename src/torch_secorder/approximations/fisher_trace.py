@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch_secorder.approximations.samples_of_graph import SamplesOfGraph
 from torch_secorder.arguments import (
     fresh_generator,
-    require_callable,
     require_choice,
     require_model_before_loss,
     require_positive_int,
@@ -22,25 +21,28 @@ from torch_secorder.autograd.guard import recomputation
 from torch_secorder.batch_axis.knowledge import ModelKnowledge, knowledge_of
 from torch_secorder.batch_axis.samples import BatchSamples
 from torch_secorder.batch_axis.told import BatchAxis, NSamples, SampleOf, told
-from torch_secorder.errors import CoverageError, ShapeError
+from torch_secorder.errors import CoverageError, ShapeError, listed
 from torch_secorder.model.parameters import ParameterTable, unwrapped
 from torch_secorder.model.restore import lock_of
+from torch_secorder.model.selection import Selection
 from torch_secorder.running.analysis import Analysis, Checked, logits
 from torch_secorder.running.fisher_kind import FisherKind
 from torch_secorder.running.loss import require_targets_of_batch
+from torch_secorder.running.own_loss import loss_function
 from torch_secorder.running.run import require_twice_differentiable
-from torch_secorder.verification.samples_alone import verify_empirical
+from torch_secorder.verification.empirical import verify_empirical
 from torch_secorder.verification.schedule import analyze_and_verify
 
 
 def empirical_fisher_trace(
     model: nn.Module,
-    loss_fn: Callable[[Any, Any], Tensor],
+    loss_fn: Callable[[Any, Any], Tensor] | str,
     inputs: Any,
     targets: Any,
     num_samples: int = 1,
     *,
     create_graph: bool = False,
+    parameters: Selection = "trainable",
     batch_axis: BatchAxis = None,
     n_samples: NSamples = None,
     sample_of: SampleOf = None,
@@ -57,11 +59,13 @@ def empirical_fisher_trace(
 
     Args:
         model: the model.
-        loss_fn: from ``(outputs, targets)`` to a scalar; a module, a function or a partial.
+        loss_fn: from ``(outputs, targets)`` to a scalar; a module, a function or a partial. "model" stands for the loss that
+            the model computes itself, ``outputs.loss``.
         inputs: a tensor; a tuple for several positional arguments; a mapping for keyword arguments.
         targets: whatever the loss takes.
         num_samples: has no effect, since the value is exact.
         create_graph: make the result differentiable.
+        parameters: which ones, as in :class:`~torch_secorder.FisherMonitor`.
         batch_axis: where the samples are counted, if not on axis 0; as in :class:`~torch_secorder.FisherMonitor`.
         n_samples: how many samples there are, where no axis of the inputs counts them; as there.
         sample_of: the sample of each row, where rows are not samples; as there.
@@ -91,10 +95,10 @@ def empirical_fisher_trace(
         Hennig (2019), "Limitations of the empirical Fisher approximation for natural gradient descent".
     """
     require_positive_int("num_samples", num_samples)
-    require_callable("loss_fn", loss_fn)
+    loss_fn = loss_function(loss_fn)
     require_model_before_loss(model, loss_fn)
     words = told(unwrapped(model), batch_axis, n_samples, sample_of)
-    analysis = Analysis(model, words=words, create_graph=create_graph)
+    analysis = Analysis(model, parameters, words, create_graph=create_graph)
     checked: Checked = "never" if create_graph else "when due"
     analyze = partial(analysis.empirical, loss_fn, inputs, targets, checked=checked)
     check = partial(verify_empirical, analysis, loss_fn, inputs, targets)
@@ -117,6 +121,7 @@ def generalized_fisher_trace(
     class_axis: int = 1,
     generator: torch.Generator | None = None,
     max_passes: int = 10_000,
+    parameters: Selection = "trainable",
 ) -> Tensor:
     r"""The trace of the generalized (type-II) Fisher of one batch, from outputs that were computed before.
 
@@ -159,6 +164,8 @@ def generalized_fisher_trace(
         class_axis: where "nll" outputs have their classes.
         generator: for the random seeds; by default one of its own, with a fresh seed.
         max_passes: the most seeds that the exact expectation may take.
+        parameters: which ones, as in :class:`~torch_secorder.FisherMonitor`; they have to require a gradient, since the outputs'
+            graph shows nothing of frozen ones.
 
     Returns:
         A 0-dim tensor on the model's device, in the parameters' dtype but at least float32.
@@ -186,8 +193,13 @@ def generalized_fisher_trace(
         require_positive_int("num_samples", num_samples)
     outputs = logits(outputs)
     with lock_of(unwrapped(model)):
-        table = ParameterTable(unwrapped(model))
+        table = ParameterTable(unwrapped(model), parameters)
         table.gather(unwrapped(model))
+    if frozen := [name for name, leaf in zip(table.names, table.leaves, strict=True) if not leaf.requires_grad]:
+        raise CoverageError(
+            f"{listed(frozen, 'parameter')}: frozen, so that the graph of these outputs shows nothing of them: let them require "
+            "a gradient and compute the outputs again, or use fisher_report, which runs the model"
+        )
     if not outputs.requires_grad:
         raise CoverageError("the outputs carry no autograd graph: compute them outside of torch.no_grad()")
     if not outputs.dim() or not len(outputs):

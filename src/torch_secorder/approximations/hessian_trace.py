@@ -21,7 +21,8 @@ from torch_secorder.errors import ArgumentError, CoverageError, NonFiniteError, 
 from torch_secorder.likelihoods import random_signs
 from torch_secorder.model.parameters import ParameterTable, refuse_complex, unwrapped
 from torch_secorder.model.ranks import refuse_dtensors
-from torch_secorder.model.restore import lock_of, restoring_buffers, twice_differentiable
+from torch_secorder.model.restore import lock_of, requiring_grad, restoring_buffers, twice_differentiable
+from torch_secorder.model.selection import Selection
 from torch_secorder.recording.sample_norms import SampleNorms
 from torch_secorder.results.report import By, Report
 from torch_secorder.results.statistics import Statistics
@@ -42,6 +43,7 @@ def hessian_trace(
     *,
     tolerance: float | None = None,
     by: By = None,
+    parameters: Selection = "trainable",
     generator: torch.Generator | None = None,
 ) -> pd.DataFrame:
     r"""The trace of the Hessian of a batch's loss in every parameter, estimated by Hutchinson's method.
@@ -57,13 +59,14 @@ def hessian_trace(
     The model runs once, in its current mode; parameters, buffers, ``.grad`` and ``requires_grad`` are left alone.
 
     Args:
-        model: the model; its trainable parameters are analyzed.
+        model: the model.
         loss_fn: from ``(outputs, targets)`` to a scalar, twice differentiable.
         inputs: a tensor; a tuple for several positional arguments; a mapping for keyword arguments.
         targets: whatever the loss takes.
         num_samples: how many probes at most.
         tolerance: stop once the standard error of the total is at most this fraction of the total, after 8 probes at least.
         by: as in :meth:`torch_secorder.FisherMonitor.report`.
+        parameters: which ones, as in :class:`~torch_secorder.FisherMonitor`.
         generator: for the probes; by default one of its own, with a fresh seed.
 
     Returns:
@@ -100,12 +103,13 @@ def hessian_trace(
     refuse_dtensors(bare, "the Hessian")
     refuse_complex(bare, "the Hessian")
     with lock_of(bare):
-        table = ParameterTable(bare)
+        table = ParameterTable(bare, parameters)
     statistics = Statistics(table.names, [row.shape for row in table.rows])
     with (
         lock_of(bare),
         eager_code(),
         restoring_buffers(bare),
+        requiring_grad(table.tensors),
         silenced_in_library_passes(table.tensors),
         torch.enable_grad(),
         twice_differentiable(True),

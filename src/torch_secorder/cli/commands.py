@@ -12,7 +12,8 @@ from typing import Any
 import click
 import torch
 
-from torch_secorder.approximations.fisher_report import ReportOptions, accumulated, batches
+from torch_secorder.approximations.batches import batches
+from torch_secorder.approximations.fisher_report import ReportOptions, accumulated
 from torch_secorder.arguments import fresh_generator
 from torch_secorder.cli import changes
 from torch_secorder.cli.failures import DONE, INTERRUPTED, USAGE, CommandError, Interrupted, needed, told

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch_secorder.batch_axis.told import BatchAxis
 from torch_secorder.errors import LifecycleError
 from torch_secorder.integrations.watching import By, WatchingCallback, missing, single_process
+from torch_secorder.model.selection import Selection
 
 try:
     from lightning.pytorch import Callback
@@ -74,7 +75,7 @@ class FisherCallback(WatchingCallback, Callback):  # type: ignore[misc] # Lightn
         module: str | None = None,
         reduction: str = "mean",
         noise_decay: float | None = 0.9,
-        parameters: str = "trainable",
+        parameters: Selection = "trainable",
         batch_axis: BatchAxis = None,
         nonfinite: str | None = None,
     ):

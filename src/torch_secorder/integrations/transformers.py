@@ -11,6 +11,7 @@ from torch import Tensor
 from torch_secorder.batch_axis.told import BatchAxis
 from torch_secorder.errors import LifecycleError
 from torch_secorder.integrations.watching import By, WatchingCallback, missing, single_process
+from torch_secorder.model.selection import Selection
 
 try:
     from transformers import TrainerCallback
@@ -80,7 +81,7 @@ class FisherCallback(WatchingCallback, TrainerCallback):  # type: ignore[misc] #
         by: By = "module",
         log: Callable[[dict[str, float]], object] | None = None,
         noise_decay: float | None = 0.9,
-        parameters: str = "trainable",
+        parameters: Selection = "trainable",
         batch_axis: BatchAxis = None,
         nonfinite: str | None = None,
     ):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -12,7 +12,9 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from torch_secorder.errors import ArgumentError, UnsupportedError
 from torch_secorder.model.containers import is_continuous
+from torch_secorder.model.names import plain_name
 from torch_secorder.model.numpy_of_frozen import NumpyOfFrozen
+from torch_secorder.model.packed import weight_shape
 from torch_secorder.model.ranks import (
     Ranks,
     class_as_written,
@@ -21,10 +23,7 @@ from torch_secorder.model.ranks import (
     refuse_fully_sharded,
     unsharded_leaves,
 )
-
-# Path components that wrappers add to a module's name, and that the user never wrote.
-WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
-_names_wrapper = re.compile("|".join(sorted(WRAPPERS))).search
+from torch_secorder.model.selection import Selection, selected
 
 
 @dataclass(frozen=True)
@@ -72,17 +71,16 @@ class ParameterTable(Table):
         paths: the name of each in the model as it is wrapped.
         frozen: those of them that require no gradient, as it was when the table was made.
         quantized: the positions of quantized weights. They hold codes, for which autograd gives no gradient.
+
+    Args:
+        model: the model.
+        selection: which of its parameters; see :func:`~torch_secorder.model.selection.selected`.
     """
 
-    def __init__(self, model: nn.Module, which: str = "trainable"):
-        if which not in ("trainable", "all"):
-            raise ArgumentError(f'parameters must be "trainable" or "all", not {which!r}')
+    def __init__(self, model: nn.Module, selection: Selection = "trainable"):
         refuse_fully_sharded(model)
-        owners = {
-            name: class_as_written(module).__name__ for name, module in model.named_modules(remove_duplicate=False)
-        }
-        named = [(n, p) for n, p in model.named_parameters() if which == "all" or p.requires_grad]
-        if not named:
+        owners = dict(model.named_modules(remove_duplicate=False))
+        if not (named := selected(model, selection)):
             frozen = any(True for _ in model.parameters())
             remedy = 'pass parameters="all" to analyze frozen ones' if frozen else "it has none at all"
             raise ArgumentError(f"{type(model).__name__} has no trainable parameter: {remedy}")
@@ -172,13 +170,6 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return unwrapped(model._orig_mod) if "_orig_mod" in model._modules else model  # type: ignore[arg-type]  # a module, there
 
 
-def plain_name(name: str) -> str:
-    """``name`` without what wrappers added to it."""
-    if _names_wrapper(name) is None:
-        return name
-    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
-
-
 def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Every module once, under its plain name."""
     return ((plain_name(name), module) for name, module in model.named_modules())
@@ -194,7 +185,8 @@ def parameters_by_name(modules: Iterable[tuple[str, nn.Module]]) -> dict[str, nn
     return found
 
 
-def _row(name: str, p: Tensor, owners: dict[str, str]) -> Parameter:
-    owner = name.rpartition(".")[0]
-    shape = tuple(int(side) for side in p.shape)
-    return Parameter(plain_name(name), plain_name(owner), owners[owner], shape, p.numel())
+def _row(name: str, p: Tensor, owners: dict[str, nn.Module]) -> Parameter:
+    owner, _, local = name.rpartition(".")
+    module = owners[owner]
+    shape = weight_shape(module, local, p)
+    return Parameter(plain_name(name), plain_name(owner), class_as_written(module).__name__, shape, math.prod(shape))

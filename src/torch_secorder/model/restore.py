@@ -80,13 +80,16 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def requiring_grad(parameters: Iterable[Tensor]) -> Iterator[None]:
-    """A block in which all of these parameters require a gradient; afterwards only those do that did before."""
+def requiring_grad(parameters: Iterable[Tensor], others: Iterable[Tensor] = ()) -> Iterator[None]:
+    """A block in which all of these parameters require a gradient and the others don't; afterwards only those that did before."""
     frozen = [p for p in parameters if not p.requires_grad]
+    trained = [p for p in others if p.requires_grad]
 
     def require(wanted: bool) -> None:
         for p in frozen:
             p.requires_grad_(wanted)
+        for p in trained:
+            p.requires_grad_(not wanted)
 
     with restoring(partial(require, False)):
         require(True)

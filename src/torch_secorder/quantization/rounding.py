@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch_secorder.arguments import require_choice
 from torch_secorder.curvature import channel_axis
 from torch_secorder.errors import ArgumentError
-from torch_secorder.model.parameters import named_modules, plain_name, unwrapped
+from torch_secorder.model.names import plain_name
+from torch_secorder.model.parameters import named_modules, unwrapped
 
 if TYPE_CHECKING:
     import pandas as pd

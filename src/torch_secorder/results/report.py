@@ -72,7 +72,11 @@ class Report:
         assert isinstance(quantity, SampleRows)
         rows = [block.numpy() for block in quantity.blocks]
         frames = [pd.DataFrame(block, columns=self._statistics.names) for block in rows]
-        return pd.concat(frames, ignore_index=True).rename_axis(index="sample", columns="parameter")
+        found = pd.concat(frames, ignore_index=True)
+        ids = [one for block in quantity.ids for one in block]
+        if any(one is not None for one in ids):
+            found.index = pd.Index(ids)
+        return found.rename_axis(index="sample", columns="parameter")
 
     def activations(self) -> pd.DataFrame:
         """A row for each module whose output was seen."""

@@ -13,7 +13,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from torch_secorder.errors import ArgumentError, LifecycleError
-from torch_secorder.model.parameters import Parameter, plain_name, unwrapped
+from torch_secorder.model.names import plain_name
+from torch_secorder.model.packed import weight_shape
+from torch_secorder.model.parameters import Parameter, unwrapped
 from torch_secorder.recording.quantities import Diagonal
 from torch_secorder.results.report import By, Report
 from torch_secorder.results.saving import load, save
@@ -109,7 +111,10 @@ class Results:
 
     @property
     def per_sample(self) -> pd.DataFrame:
-        """Every unscaled t_{n,p}, a row for each sample in the order of backward passes and a column for each parameter."""
+        """Every unscaled t_{n,p}, a row for each sample in the order of backward passes and a column for each parameter.
+
+        Rows are numbered, or have the ids that :func:`~torch_secorder.fisher_results` was told to find in the batches.
+        """
         self._seen("per_sample")
         return self._report().per_sample()
 
@@ -274,7 +279,10 @@ def results_of(source: Any) -> Any:
 
 def _require_parameters_of(model: nn.Module, rows: Iterable[Parameter], path: str | Path) -> None:
     """Raise unless the model has these parameters, in these shapes."""
-    known = {plain_name(name): tuple(p.shape) for name, p in unwrapped(model).named_parameters()}
+    model = unwrapped(model)
+    owners = dict(model.named_modules(remove_duplicate=False))
+    named = ((name.rpartition("."), p) for name, p in model.named_parameters())
+    known = {plain_name("".join(path)): weight_shape(owners[path[0]], path[2], p) for path, p in named}
     for row in rows:
         if row.name not in known:
             raise ArgumentError(f"{path} is of different parameters: {type(model).__name__} has no {row.name!r}")

@@ -18,7 +18,7 @@ from torch_secorder.results.moments import BatchGradients, SampleMoments
 VERSION = 1
 
 # What states of this version that were written before don't have, and what stands for it.
-ADDED_LATER: dict[str, Any] = {"skipped_passes": 0, "origins": []}
+ADDED_LATER: dict[str, Any] = {"skipped_passes": 0, "origins": [], "ids": []}
 
 
 class Statistics:

@@ -11,6 +11,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from torch_secorder.capture.records import Call
 from torch_secorder.errors import ArgumentError, CurvatureError, ShapeError, UnsupportedError
+from torch_secorder.model.packed import Shapes, declare_shapes
 from torch_secorder.model.ranks import class_as_written
 from torch_secorder.per_sample import Dense, PerSampleGradient
 
@@ -76,7 +77,10 @@ _refusals: dict[type[nn.Module], Callable[[Any], CurvatureError | None]] = {}
 
 
 def register_rule(
-    *layers: type[nn.Module], name: str | None = None, depends_on: Sequence[str] | None = None
+    *layers: type[nn.Module],
+    name: str | None = None,
+    depends_on: Sequence[str] | None = None,
+    shapes: Shapes | None = None,
 ) -> Callable[[Function], Function]:
     """A decorator that teaches the library a layer.
 
@@ -93,6 +97,8 @@ def register_rule(
         name: what the report calls it; the function's name by default.
         depends_on: the attributes of the module that the rule reads, its parameters' shapes aside, if it reads those only and
             one tensor: then small calls of several modules are put together, which saves time. By default none are.
+        shapes: for parameters that hold packed codes of a weight, a function from the module to the weights' shapes by the
+            parameters' names. Gradients, the report and the diagonal have these shapes then.
 
     Raises:
         ArgumentError: for something that is not a subclass of ``torch.nn.Module``.
@@ -119,6 +125,7 @@ def register_rule(
 
     def register(function: Function) -> Function:
         for layer in layers:
+            declare_shapes(layer, shapes)
             _rules[layer] = Rule(
                 name or function.__name__, function, layer, None if depends_on is None else tuple(depends_on)
             )

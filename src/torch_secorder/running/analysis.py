@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial, reduce
 from typing import Any, Literal
@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from torch_secorder.arguments import require_max_memory
+from torch_secorder.autograd.engine import call_model
+from torch_secorder.autograd.precision import has_half_precision
 from torch_secorder.batch_axis.knowledge import knowledge_of
 from torch_secorder.batch_axis.samples import BatchSamples
 from torch_secorder.batch_axis.told import NOTHING, Told
@@ -20,12 +22,14 @@ from torch_secorder.graph.queries import used_by_loss
 from torch_secorder.model.containers import mapped, tensors
 from torch_secorder.model.hooks import restoring
 from torch_secorder.model.parameters import ParameterTable, unwrapped
-from torch_secorder.model.restore import lock_of, requiring_grad, restoring_buffers
+from torch_secorder.model.restore import eval_mode, forked_random, lock_of, requiring_grad, restoring_buffers
+from torch_secorder.model.selection import Selection
 from torch_secorder.recording.accumulator import PassOptions
 from torch_secorder.recording.plan import planned
 from torch_secorder.recording.sample_norms import SampleNorms
 from torch_secorder.running.fisher_kind import FisherKind
-from torch_secorder.running.loss import reduction_of, require_scalar_loss, require_targets_of_batch
+from torch_secorder.running.loss import LossFunction, loss_of, reduction_of, require_targets_of_batch
+from torch_secorder.running.own_loss import is_computed_inside, own_reduction
 from torch_secorder.running.run import HookedForward
 
 Checked = Literal["always", "when due", "never"]
@@ -42,6 +46,7 @@ class Batch:
         where: where its samples are in the inputs, outputs and targets.
         fingerprint: a hash of the graph, equal for graphs of the same kind.
         reduction: how the loss combines samples, where that was found out.
+        loss_inside: whether the model computes the loss, so that no output has a row for each sample that it depends on.
     """
 
     samples: SampleNorms
@@ -50,6 +55,7 @@ class Batch:
     where: BatchSamples
     fingerprint: int
     reduction: str = "sum"
+    loss_inside: bool = False
 
 
 class Analysis:
@@ -57,7 +63,7 @@ class Analysis:
 
     Args:
         model: the user's model.
-        parameters: "trainable" or "all".
+        parameters: as in FisherMonitor.
         words: what the user says of where the samples are.
         create_graph: make the norms differentiable.
         quantities: the names of what is taken besides squared norms.
@@ -71,7 +77,7 @@ class Analysis:
     def __init__(
         self,
         model: nn.Module,
-        parameters: str = "trainable",
+        parameters: Selection = "trainable",
         words: Told = NOTHING,
         *,
         create_graph: bool = False,
@@ -115,7 +121,7 @@ class Analysis:
         with self._prepared() as run:
             outputs = run(inputs)
             require_targets_of_batch(targets, run.samples)
-            loss = require_scalar_loss(loss_fn(outputs, targets))
+            loss = loss_of(loss_fn, outputs, targets)
             if loss.requires_grad and not any(x.requires_grad for x in tensors(outputs)):
                 raise CoverageError(
                     f"the model returned a {type(outputs).__name__}, in which no tensor with a gradient is seen: return what the "
@@ -126,14 +132,34 @@ class Analysis:
                     f"the loss uses {', '.join(direct)} by another way than through the model's outputs; a penalty on weights "
                     "belongs to no sample: leave it out of the loss, or move the computation into the model's forward"
                 )
-            reduction = self.knowledge.reduction(
-                loss_fn, partial(reduction_of, loss_fn, outputs, targets, loss, run.samples)
-            )
+            inside = is_computed_inside(loss_fn, outputs, targets, run.samples)
+            half, finite = inside and has_half_precision(loss, *tensors(outputs)), not inside or bool(loss.isfinite())
+            if not inside:
+                find = partial(reduction_of, loss_fn, outputs, targets, loss, run.samples)
+                reduction = self.knowledge.reduction(loss_fn, find)
             kept = mapped(Tensor.detach, outputs) if self._is_checked(checked, loss_fn, run.fingerprint) else None
             del outputs
             samples = run.backward(loss)
+        if inside:
+            of_samples = partial(self._loss_of_samples, loss_fn, inputs, targets, run.samples, run.random)
+            reduction = own_reduction(of_samples, run.n, self.table.ranks, half=half, finite=finite)
         samples = samples.scaled(run.n**2 if reduction == "mean" else 1)
-        return Batch(samples, kept, run.random, run.samples, run.fingerprint, reduction)
+        return Batch(samples, kept, run.random, run.samples, run.fingerprint, reduction, inside)
+
+    def _loss_of_samples(
+        self, loss_fn: LossFunction, inputs: Any, targets: Any, where: BatchSamples, random: bool, samples: list[int]
+    ) -> Tensor:
+        """The loss that the model computes for some samples of a batch, without what it draws at random in training."""
+        if where.takes_no_rows:
+            raise ArgumentError("rows of its inputs are not samples, so that it can't be given some of them")
+        with ExitStack() as stack:
+            stack.enter_context(forked_random(self.table.tensors))
+            stack.enter_context(restoring_buffers(self.model))
+            stack.enter_context(torch.enable_grad())
+            if random:
+                stack.enter_context(eval_mode(self.model))
+            outputs = call_model(self.model, where.rows("inputs", inputs, samples))
+            return loss_of(loss_fn, outputs, where.rows("targets", targets, samples)).detach()
 
     def fisher(self, kind: FisherKind, inputs: Any, targets: Any, generator: torch.Generator) -> SampleNorms:
         """Expected squared norms of the gradient of -log p(y | x_n)."""
@@ -171,10 +197,14 @@ class Analysis:
         self.trusts_shapes = False
 
     def differentiable(self) -> AbstractContextManager[None]:
-        """All analyzed parameters require a gradient inside, but those that hold codes and can't."""
+        """All analyzed parameters require a gradient inside, but those that hold codes and can't, and no others do.
+
+        Others are left alone where ranks gather them anew for each call, and where the result is differentiated, maybe in them.
+        """
         quantized = {id(self.table.tensors[position]) for position in self.table.quantized}
         analyzed = {id(p): p for p in (*self.table.tensors, *self.table.leaves) if id(p) not in quantized}
-        return requiring_grad(analyzed.values())
+        others = () if self.table.sharded or self._create_graph else self.model.parameters()
+        return requiring_grad(analyzed.values(), (p for p in others if self.table.position(p) is None))
 
     @contextmanager
     def _prepared(self) -> Iterator[HookedForward]:

@@ -14,6 +14,7 @@ from torch_secorder.errors import ArgumentError
 from torch_secorder.graph.last_layer import last_linear_factors
 from torch_secorder.likelihoods import LastLayer, Likelihood, likelihood, warn_of_probabilities
 from torch_secorder.model.ranks import Ranks
+from torch_secorder.running.causal import causal_labels, shifted, unshifted
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class FisherKind:
     Attributes:
         labels: "model" for labels of the model's own prediction, "observed" for the given targets.
         num_samples: None for the exact expectation over the model's labels, k for an estimate from k backward passes.
+        shift: whether outputs at one position are about the label at the next.
     """
 
     loss_type: str = "nll"
@@ -31,12 +33,17 @@ class FisherKind:
     ignore_index: int = -100
     class_axis: int = 1
     max_passes: int = 10_000
+    shift: bool = False
 
     def __post_init__(self) -> None:
         for name in ("ignore_index", "class_axis"):
             if isinstance(value := getattr(self, name), bool) or not isinstance(value, int):
                 raise ArgumentError(f"{name} must be an int, not {value!r}")
         require_positive_int("max_passes", self.max_passes)
+        if not isinstance(self.shift, bool):
+            raise ArgumentError(f"shift must be True or False, not {self.shift!r}")
+        if self.shift and self.loss_type != "nll":
+            raise ArgumentError(f'shift=True is for loss_type="nll", labels that are tokens, not {self.loss_type!r}')
 
     def output_gradients(
         self, outputs: Tensor, targets: Any, generator: torch.Generator, ranks: Ranks, *, differentiable: bool = False
@@ -54,9 +61,29 @@ class FisherKind:
         product = None if self.num_samples is None else last_linear_factors(outputs)
         outputs = outputs if differentiable else outputs.detach()
         last_layer = None if product is None else LastLayer(*product)
-        count, gradients = self._output_gradients(outputs, targets, ranks.common_generator(generator), last_layer)
+        generator = ranks.common_generator(generator)
+        if self.shift:
+            targets = causal_labels(targets, self.ignore_index)
+        if self.loss_type == "nll":
+            self._require_axis_told(outputs, targets)
+        if self.shift:
+            predicting, labels, axis = shifted(outputs, targets, self.class_axis)
+            count, gradients = self._output_gradients(predicting, labels, generator, None)
+            gradients = unshifted(gradients, axis)
+        else:
+            count, gradients = self._output_gradients(outputs, targets, generator, last_layer)
         ranks.require_same(count, "their outputs take different numbers of backward passes; pad them to one shape")
         return count, gradients
+
+    def _require_axis_told(self, outputs: Tensor, targets: Any) -> None:
+        """Raise where nothing shows that three axes are not (samples, positions, classes), as language models have them."""
+        told = isinstance(targets, Tensor) and outputs.shape[1] != outputs.shape[-1]
+        if outputs.dim() == 3 and self.class_axis == 1 and not told:
+            raise ArgumentError(
+                f"outputs of shape {tuple(outputs.shape)} may have their classes on either axis: pass class_axis=-1 for "
+                "(samples, positions, classes), as language models return them, or class_axis=-2 for (samples, classes, "
+                "positions)"
+            )
 
     def _output_gradients(
         self, outputs: Tensor, targets: Any, generator: torch.Generator, last_layer: LastLayer | None
@@ -66,7 +93,10 @@ class FisherKind:
         )
         if self.labels == "observed":
             if not isinstance(targets, Tensor):
-                raise ArgumentError('labels="observed" needs targets')
+                raise ArgumentError(
+                    "observed labels need targets that are a tensor: where batches are mappings, the name of the entry that has "
+                    "them is passed to fisher_report as labels="
+                )
             return 1, iter([model.observed_output_gradient(outputs, targets)])
         passes = model.exact_passes(outputs)
         if self.num_samples is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -45,7 +45,7 @@ def reduction_of(
     near = NEAR_IN_HALF_PRECISION if is_half(loss) else NEAR
     with torch.no_grad(), torch.random.fork_rng(devices=[loss.device] if loss.is_cuda else []):
         if expected is not None:
-            multiple = _multiple(*_losses(loss_fn, outputs, targets, where, [0]))
+            multiple = multiple_of(*_losses(loss_fn, outputs, targets, where, [0]))
             if abs(multiple - MULTIPLES[expected]) < near:
                 return expected
         _require_a_target_for_each_output(loss_fn, outputs, targets)
@@ -54,7 +54,7 @@ def reduction_of(
         found = []
         for index in ([0], list(range(where.n))):
             multiple, of_difference = _multiples(loss_fn, outputs, targets, where, index)
-            if (reduction := _reduction(multiple, of_difference, near)) is not None:
+            if (reduction := reduction_of_multiples(multiple, of_difference, near)) is not None:
                 return reduction
             found.append(multiple)
     if not bool(loss.isfinite()) and not _has_finite_gradient(loss_fn, outputs, targets):
@@ -90,7 +90,7 @@ def _require_a_target_for_each_output(loss_fn: LossFunction, outputs: Any, targe
         )
 
 
-def _reduction(multiple: float, of_difference: float, near: float) -> str | None:
+def reduction_of_multiples(multiple: float, of_difference: float, near: float) -> str | None:
     """The reduction that both multiples agree with, as far as they are numbers; None without one."""
     for name, value in MULTIPLES.items():
         if not math.isnan(of_difference) and not abs(of_difference - value) < NEAR_FOR_DIFFERENCES:
@@ -109,7 +109,7 @@ def _multiples(
     """
     twice, once = _losses(loss_fn, outputs, targets, where, index)
     twice_other, once_other = _losses(loss_fn, outputs, targets, where, index, shrunk)
-    return _multiple(twice, once), _multiple(twice - twice_other, once - once_other)
+    return multiple_of(twice, once), multiple_of(twice - twice_other, once - once_other)
 
 
 def _losses(
@@ -148,12 +148,46 @@ def _number(loss_fn: LossFunction, outputs: Any, targets: Any) -> float:
         ) from error
 
 
-def _multiple(a: float, b: float) -> float:
+def multiple_of(a: float, b: float) -> float:
+    """How many times b goes into a; NaN where that says nothing."""
     return a / b if b and math.isfinite(b) else math.nan
+
+
+def loss_of(loss_fn: LossFunction, outputs: Any, targets: Any) -> Tensor:
+    """The batch's loss, if it is a scalar tensor.
+
+    Raises:
+        ArgumentError: if it is not, or if the loss can't take apart what it is given.
+    """
+    try:
+        loss = loss_fn(outputs, targets)
+    except (TypeError, AttributeError) as error:
+        remedies = []
+        if isinstance(targets, Mapping):
+            remedies.append(
+                f"the loss was given the whole batch, a mapping with {', '.join(map(str, targets))}, for its targets; "
+                "labels= names the entry that has them"
+            )
+        if not isinstance(outputs, Tensor):
+            remedies.append(
+                f"the model returned a {type(outputs).__name__}; let the loss take what it needs out of that, as in "
+                "lambda outputs, targets: cross_entropy(outputs.logits, targets)"
+            )
+        if not remedies:
+            raise
+        raise ArgumentError(
+            f"the loss raised {type(error).__name__} ({str(error)[:200]}): {'; and '.join(remedies)}"
+        ) from error
+    return require_scalar_loss(loss)
 
 
 def require_scalar_loss(loss: Any) -> Tensor:
     """The loss, if it is a scalar tensor."""
+    if loss is None:
+        raise ArgumentError(
+            "the loss is None: the function that computes it returns nothing, or takes the loss that the model computes out of "
+            "outputs that have none, since the model was not given its targets (batches that are mappings may have them)"
+        )
     if not isinstance(loss, Tensor):
         raise ArgumentError(f"the loss must be a scalar tensor, not {type(loss).__name__}")
     if loss.numel() != 1:

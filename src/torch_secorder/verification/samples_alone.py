@@ -24,37 +24,9 @@ from torch_secorder.verification.comparison import require_equal_norms, unequal_
 from torch_secorder.verification.differentiable_model import DifferentiableModel
 from torch_secorder.verification.own_rows import with_own_rows
 from torch_secorder.verification.plain_autograd import as_row, of_one_sample, squared_norms_of_loss
-from torch_secorder.verification.separable_loss import require_separable
 from torch_secorder.verification.tolerances import ROUNDED_OUTPUTS
 
 Loss = Callable[[Any], Tensor]  # from the model's outputs to a sum over samples
-
-
-def verify_empirical(
-    analysis: Analysis,
-    loss_fn: Callable[[Any, Any], Tensor],
-    inputs: Any,
-    targets: Any,
-    batch: Batch,
-    samples: Sequence[int] | None = None,
-) -> None:
-    """Raise unless the loss takes samples apart, and these samples have the squared norms that the batch's analysis says.
-
-    Args:
-        analysis: what is verified.
-        loss_fn: from ``(outputs, targets)`` to the batch's loss.
-        inputs: the batch.
-        targets: the batch's.
-        batch: what the analysis says of it.
-        samples: the numbers of the samples to look at; by default the first, the last and one at random.
-
-    Raises:
-        VerificationError: if not, naming the parameters that differ, with both numbers.
-    """
-    with on_samples_alone():
-        require_separable(loss_fn, batch.outputs, targets, batch.where)
-    scale = batch.where.n if batch.reduction == "mean" else 1
-    verify_samples(analysis, lambda outputs: loss_fn(outputs, targets) * scale, inputs, batch, samples)
 
 
 def verify_samples(
@@ -78,6 +50,30 @@ def verify_samples(
     Raises:
         VerificationError: naming the parameters that differ, with both numbers.
     """
+    samples = samples_to_check(batch.where.n, analysis.table.ranks) if samples is None else samples
+    with comparable(analysis, loss, inputs, batch, samples[0]) as found:
+        if found is not None:
+            batch, model = found
+            kind = _SampleInBatch if batch.where.takes_no_rows else SampleAlone
+            for sample in samples:
+                kind(analysis, model, loss, inputs, batch, sample).verify()
+
+
+@contextmanager
+def comparable(
+    analysis: Analysis, loss: Loss, inputs: Any, batch: Batch, sample: int
+) -> Iterator[tuple[Batch, DifferentiableModel] | None]:
+    """A block in which samples can be run alone: a batch without random draws to compare with, and the model for autograd.
+
+    It is None, after a warning, where the model draws random numbers in eval mode too.
+
+    Args:
+        analysis: what is verified.
+        loss: from the model's outputs to a sum over samples.
+        inputs: the batch.
+        batch: what the analysis says of it.
+        sample: the number of the sample on which quantized weights are tried.
+    """
     with ExitStack() as stack:
         stack.enter_context(forked_random(analysis.table.tensors))
         stack.enter_context(restoring_buffers(analysis.model))
@@ -86,17 +82,12 @@ def verify_samples(
             with on_samples_alone():
                 batch = analysis.of(loss, inputs)
             if batch.random:
-                warnings.warn("not verified: the model draws random numbers in eval mode too", stacklevel=3)
+                warnings.warn("not verified: the model draws random numbers in eval mode too", stacklevel=5)
+                yield None
                 return
-        where = batch.where
-        samples = samples_to_check(where.n, analysis.table.ranks) if samples is None else samples
         stack.enter_context(on_samples_alone())
-        one = inputs if where.takes_no_rows else where.rows("inputs", inputs, [samples[0]])
-        model = DifferentiableModel(analysis.model, analysis.table, one)
-        for sample in samples:
-            (_SampleInBatch if where.takes_no_rows else _SampleAlone)(
-                analysis, model, loss, inputs, batch, sample
-            ).verify()
+        one = inputs if batch.where.takes_no_rows else batch.where.rows("inputs", inputs, [sample])
+        yield batch, DifferentiableModel(analysis.model, analysis.table, one)
 
 
 @contextmanager
@@ -135,34 +126,44 @@ def samples_to_check(n: int, ranks: Ranks) -> list[int]:
     return [0, n // 2, n - 1] if ranks.distributed else sorted({0, n - 1, _ANY.randrange(n)})
 
 
-class _SampleAlone:
-    """One sample of a batch that runs through the model alone."""
+class SampleAlone:
+    """One sample of a batch that runs through the model alone.
+
+    Attributes:
+        loss_of_outputs: from the model's outputs to the loss.
+        norms_in_batch: what the analysis of the batch says of the sample, ``[parameters]``.
+    """
 
     def __init__(
         self, analysis: Analysis, model: DifferentiableModel, loss: Loss, inputs: Any, batch: Batch, sample: int
     ):
-        self._analysis, self._model, self._loss, self._sample = analysis, model, loss, sample
+        self._analysis, self._model, self.loss_of_outputs, self._sample = analysis, model, loss, sample
         self._where = batch.where
         self._inputs = self._own_inputs(inputs)
         self._in_batch = self._where.rows("outputs", batch.outputs, [sample])
-        self._outputs, self._norms = batch.outputs, batch.samples.squared_norms[:, sample].detach()[model.positions]
+        self._outputs = batch.outputs
+        self.norms_in_batch = batch.samples.squared_norms[:, sample].detach()[model.positions]
 
     def verify(self) -> None:
         """Raise unless the sample has the same squared norms alone as in its batch."""
         ranks = self._analysis.table.ranks
-        alone, half = self._squared_norms(self._loss_in_batch)
+        alone, half = self.squared_norms_of(self._loss_in_batch)
         rounding = torch.zeros_like(alone)
         # Ranks that hold the model together differentiate it together.
-        if ranks.max_over_ranks(bool(unequal_norms(self._norms, alone, half=half))):
+        if ranks.max_over_ranks(bool(unequal_norms(self.norms_in_batch, alone, half=half))):
             rounding = self._effect_of_rounding(alone)
+        self.require_equal(alone, half, rounding)
+
+    def require_equal(self, alone: Tensor, half: bool, rounding: Tensor | float = 0.0) -> None:
+        """Raise, on all ranks if on one, unless the sample has these squared norms, ``[parameters]``, in its batch."""
         names = [self._analysis.table.names[position] for position in self._model.positions]
-        with ranks.fail_together():
-            require_equal_norms(names, self._norms, alone, half=half, rounding=rounding, sample=self._sample)
+        with self._analysis.table.ranks.fail_together():
+            require_equal_norms(names, self.norms_in_batch, alone, half=half, rounding=rounding, sample=self._sample)
 
     def _own_inputs(self, inputs: Any) -> Any:
         return self._where.rows("inputs", inputs, [self._sample])
 
-    def _squared_norms(self, loss: Loss) -> tuple[Tensor, bool]:
+    def squared_norms_of(self, loss: Loss) -> tuple[Tensor, bool]:
         """``||g||^2`` of each parameter for a loss of the sample's own outputs, and whether half precision takes part."""
         with torch.enable_grad(), self._analysis.differentiable():
             outputs = self._model(self._inputs)
@@ -176,7 +177,7 @@ class _SampleAlone:
 
     def _loss_in_batch(self, own: Any) -> Tensor:
         """The batch's loss with the sample's own outputs in their place, and all others constant."""
-        return self._loss(with_own_rows(self._where, self._sample, own, self._outputs))
+        return self.loss_of_outputs(with_own_rows(self._where, self._sample, own, self._outputs))
 
     def _effect_of_rounding(self, alone: Tensor) -> Tensor:
         """By how much the norms may differ because the sample's outputs are rounded differently alone and in its batch.
@@ -187,7 +188,7 @@ class _SampleAlone:
         """
         own = mapped(Tensor.detach, self._model(self._inputs))
         change = self._change_of_gradients(own)
-        squared, _ = self._squared_norms(partial(_inner, change))
+        squared, _ = self.squared_norms_of(partial(_inner, change))
         return 4 * (squared + 2 * (squared * alone).sqrt())  # d is itself an estimate
 
     def _change_of_gradients(self, own: Any) -> list[Tensor | None]:
@@ -199,14 +200,11 @@ class _SampleAlone:
         return [None if a is None or b is None else a - b for a, b in zip(*both, strict=True)]
 
 
-class _SampleInBatch(_SampleAlone):
+class _SampleInBatch(SampleAlone):
     """One sample of a batch that can't be taken apart: its own rows of the outputs, of the whole batch's run."""
 
     def verify(self) -> None:
-        alone, half = self._squared_norms(self._loss)
-        names = [self._analysis.table.names[position] for position in self._model.positions]
-        with self._analysis.table.ranks.fail_together():
-            require_equal_norms(names, self._norms, alone, half=half, sample=self._sample)
+        self.require_equal(*self.squared_norms_of(self.loss_of_outputs))
 
     def _own_inputs(self, inputs: Any) -> Any:
         return inputs

@@ -57,6 +57,16 @@ MIXED_ENTRIES, MIXED_ENTRIES_IN_HALF_PRECISION = 1e-4, 5e-2
 # A sample whose gradient is nearly zero beside the largest has little but rounding, as a part of that.
 ROUNDED_GRADIENT = 1e-3
 
+# The loss of some samples together against what their losses alone and their weights say. The weights are roots of ratios of sums
+# of squared norms, which agree to 1e-3 in float32 and to 5e-2 in half precision.
+_OWN_LOSS, _OWN_LOSS_IN_HALF_PRECISION = 1e-3, 5e-2
+
+
+def own_loss_of_several(half: bool) -> float:
+    """For the loss of several samples, as a fraction of the sum of its parts' sizes."""
+    return _OWN_LOSS_IN_HALF_PRECISION if half else _OWN_LOSS
+
+
 # Captured gradients, summed over samples, against autograd's own, along one direction, as a fraction of what was added up. Both
 # are the same products in another order. A GPU may multiply float32 numbers with 11 bits (TF32), and autograd's gradient in
 # half precision is rounded to 8.

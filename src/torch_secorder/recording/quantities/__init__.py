@@ -8,8 +8,8 @@ each of them, named like the quantity, which is also the argument that asks for 
 from torch_secorder.recording.quantities.diagonal import Diagonal
 from torch_secorder.recording.quantities.output_traces import OutputTraces
 from torch_secorder.recording.quantities.quantity import Part, Quantity
-from torch_secorder.recording.quantities.sample_rows import SampleRows
+from torch_secorder.recording.quantities.sample_rows import SampleIds, SampleRows
 
 QUANTITIES: dict[str, type[Quantity]] = {kind.name: kind for kind in (Diagonal, SampleRows, OutputTraces)}
 
-__all__ = ["QUANTITIES", "Diagonal", "OutputTraces", "Part", "Quantity", "SampleRows"]
+__all__ = ["QUANTITIES", "Diagonal", "OutputTraces", "Part", "Quantity", "SampleIds", "SampleRows"]

@@ -1,0 +1,42 @@
+"""Packed weights: parameters that hold codes, several to a number maybe, for a weight that has another shape."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from torch_secorder.errors import ArgumentError
+from torch_secorder.model.containers import is_continuous
+from torch_secorder.model.ranks import class_as_written
+
+Shapes = Callable[[Any], Mapping[str, Sequence[int]]]
+
+# Layer -> from a module to the shapes of the weights that its codes stand for, by its own parameters' names.
+_shapes: dict[type[nn.Module], Shapes] = {}
+
+
+def declare_shapes(layer: type[nn.Module], shapes: Shapes | None) -> None:
+    """Have a layer's parameters, and those of its subclasses, stand for weights of these shapes; None for their own."""
+    _shapes.pop(layer, None)
+    if shapes is not None:
+        _shapes[layer] = shapes
+
+
+def weight_shape(module: nn.Module, local: str, p: Tensor) -> tuple[int, ...]:
+    """The shape of the weight that a parameter is, or that its codes stand for.
+
+    Raises:
+        ArgumentError: if one is declared for a parameter that holds numbers.
+    """
+    kind = class_as_written(module)
+    shapes = next((_shapes[layer] for layer in kind.__mro__ if layer in _shapes), None)
+    declared = {} if shapes is None else shapes(module)
+    found = tuple(int(side) for side in declared.get(local, p.shape))
+    if found != tuple(p.shape) and is_continuous(p):
+        raise ArgumentError(
+            f"the rule for {kind.__name__} declares that '{local}' of shape {tuple(p.shape)} stands for a weight of shape "
+            f"{found}, and it holds numbers ({p.dtype}), whose gradients have its own shape: declare shapes of packed codes only"
+        )
+    return found

@@ -1,0 +1,77 @@
+"""Which of a model's parameters are meant: by a word, by names and patterns, or by a function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+
+from torch import Tensor, nn
+
+from torch_secorder.errors import ArgumentError
+from torch_secorder.model.names import plain_name
+
+Selection = str | Iterable[str] | Callable[[str, Tensor], bool]
+
+
+def selected(model: nn.Module, selection: Selection) -> list[tuple[str, Tensor]]:
+    """The parameters that a selection means, in the order of ``named_parameters()``, each under the first of its names.
+
+    Args:
+        model: the model.
+        selection: "trainable" for those that require a gradient, "all", a name or a pattern as of :mod:`fnmatch`, several of
+            them, or a function from a name and a parameter to whether it is meant. Names are those without wrappers; of a tied
+            parameter each is one. What is not "trainable" may be frozen.
+
+    Raises:
+        ArgumentError: for anything else, a pattern that no parameter has, and a selection of none.
+    """
+    named: list[tuple[str, Tensor]] = list(model.named_parameters())
+    if isinstance(selection, str) and selection in ("trainable", "all"):
+        return [(name, p) for name, p in named if selection == "all" or p.requires_grad]
+    if callable(selection):
+        found = [(name, p) for name, p in named if _is_meant(selection, plain_name(name), p)]
+    else:
+        wanted = _matching(model, _patterns(selection))
+        found = [(name, p) for name, p in named if id(p) in wanted]
+    if not found:
+        raise ArgumentError(f"parameters= selects none of the {len(named)} parameters of {type(model).__name__}")
+    return found
+
+
+def _is_meant(selection: Callable[[str, Tensor], bool], name: str, parameter: Tensor) -> bool:
+    try:
+        return bool(selection(name, parameter))
+    except Exception as error:
+        raise ArgumentError(
+            f"parameters= is a function that fails for {name!r}: it is called with (name, parameter) and returns whether the "
+            f"parameter is meant ({type(error).__name__}: {error!s:.200})"
+        ) from error
+
+
+def _patterns(selection: object) -> list[str]:
+    given = [selection] if isinstance(selection, str) or not isinstance(selection, Iterable) else list(selection)
+    patterns = [item for item in given if isinstance(item, str)]
+    if len(patterns) < len(given):
+        raise ArgumentError(
+            'parameters must be "trainable", "all", names or patterns of names, such as ["*.weight"], or a function (name, '
+            f"parameter) -> bool, not {selection!r:.80}"
+        )
+    return patterns
+
+
+def _matching(model: nn.Module, patterns: list[str]) -> set[int]:
+    """The identities of the parameters of which some name matches some pattern."""
+    names = [(plain_name(name), id(p)) for name, p in model.named_parameters(remove_duplicate=False)]
+    wanted: set[int] = set()
+    for pattern in patterns:
+        found = {key for name, key in names if fnmatchcase(name, pattern)}
+        if not found:
+            near = get_close_matches(pattern, [name for name, _ in names], 3, 0.3)
+            raise ArgumentError(
+                f"parameters: {type(model).__name__} has no parameter that matches {pattern!r}"
+                + (f"; it has {', '.join(near)}" if near else "")
+                + '; patterns match whole names ("*.weight", "layers.0.*")'
+            )
+        wanted |= found
+    return wanted
