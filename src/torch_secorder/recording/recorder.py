@@ -238,9 +238,13 @@ class Recorder(HookScope):
         counted = counted_as(seen)
         if counted.last_pass == current.task:
             return
-        if counted.last_pass is not None and not self.counts_again:
+        if counted.last_pass is not None and not self._counts_samples_again(counted.last_pass):
             raise counted_again(seen)
         counted.last_pass = current.task
+
+    def _counts_samples_again(self, last_pass: int) -> bool:
+        """Whether samples that an earlier pass has reached count once more."""
+        return self.counts_again
 
     # ------------------------------------------------------------------------------------------------ begin and finish
 

@@ -23,6 +23,7 @@ from torch_secorder.autograd.engine import (
     current_graph_task,
     current_node,
     is_library_pass,
+    keeps_graph,
     leaf_of,
     raise_after_backward,
 )
@@ -235,6 +236,9 @@ class UserRecorder(Recorder):
     def _abandon(self, current: BackwardPass) -> None:
         self._passes.close(current)
 
+    def _counts_samples_again(self, last_pass: int) -> bool:
+        return super()._counts_samples_again(last_pass) or self._passes.is_broken_off(last_pass)
+
     def _pass_under_way(self, grads: Sequence[Tensor | None], recomputed_in: int | None = None) -> BackwardPass | None:
         task = current_graph_task()
         if not self.forwards.active or task in LIBRARY_PASSES or get_ident() in LIBRARY_THREADS:
@@ -296,9 +300,10 @@ class UserRecorder(Recorder):
     def _open(self, task: int) -> BackwardPass:
         # Beside the watched calls, a pass may reach calls of compiled code, which no hook has seen; the sums show it.
         checks = self._checks_next(self._audit.fingerprint) or self._watched.are_counted
-        current = self._begin(task, keep_inputs=self.counts_again, checks=checks)
+        # Through a graph that is kept, the pass may be made again, should an exception break it off.
+        current = self._begin(task, keep_inputs=self.counts_again or keeps_graph(), checks=checks)
         current.special = current.special or torch.is_grad_enabled()  # then autograd would follow our sums
-        self._passes.under_way[current.task] = current
+        self._passes.open(current)
         for leaf in self.table.leaves:
             if len(gradient_hooks(leaf) or ()) > 1:
                 put_last(leaf)
@@ -309,7 +314,7 @@ class UserRecorder(Recorder):
     @never_compiled
     def _close(self, current: BackwardPass) -> None:
         """A backward pass is over: hand it on, or raise why not. The user's gradients are complete by now."""
-        if not self._passes.close(current) or not self.forwards.active:
+        if not self._passes.finish(current) or not self.forwards.active:
             return
         empty = current.accumulator.is_empty
         if empty and current.task in self._passes.ignored:
