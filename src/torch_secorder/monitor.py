@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,7 +19,13 @@ from torch_secorder.arguments import (
 from torch_secorder.autograd.hooks import HookSet
 from torch_secorder.batch_axis.knowledge import KindSchedule, ModelKnowledge, knowledge_of
 from torch_secorder.batch_axis.told import BatchAxis, NSamples, SampleOf, Told, told
-from torch_secorder.errors import ArgumentError, CurvatureError, LifecycleError, SkippedPassWarning
+from torch_secorder.errors import (
+    ArgumentError,
+    CurvatureError,
+    LifecycleError,
+    SkippedPassWarning,
+    warn_at_users_line,
+)
 from torch_secorder.model.hooks import HookScope, WeakHook
 from torch_secorder.model.parameters import ParameterTable, plain_name, unwrapped
 from torch_secorder.model.restore import lock_of
@@ -136,6 +141,9 @@ class FisherMonitor(HookScope):
             either case: "raise" the error, or "skip" the pass, so that ``report().attrs["skipped_passes"]`` says how many there
             were, and a :class:`~torch_secorder.errors.SkippedPassWarning` tells the first of each kind of error. What is found
             on entry or in forward, and arguments that mean nothing, is raised all the same.
+            A weight penalty in the loss is refused in passes whose sums are checked, and from the first such pass on in all that
+            have it. Passes that were counted before have the right trace, since a penalty belongs to no sample; it is in
+            their ``grad_sq_norm``.
         repeated_calls: what it means that one backward pass reaches two calls of the model: "same" if row n of both is
             one sample (siamese networks), "new" if they are different samples. By default that is an error.
         every: watch the first of every so many calls of the model only, at about the price of a plain step for the others. If
@@ -298,11 +306,10 @@ class FisherMonitor(HookScope):
         if self._options.on_refusal == "raise" or not ours:
             raise error
         self.results.statistics.skipped_passes += 1
+        self._schedule.restart()
         if type(error) not in self._warned_of:
             self._warned_of.add(type(error))
-            warnings.warn(
-                f"a backward pass was left out ({type(error).__name__}): {error}", SkippedPassWarning, stacklevel=2
-            )
+            warn_at_users_line(f"a backward pass was left out ({type(error).__name__}): {error}", SkippedPassWarning)
 
     def _count(self, current: BackwardPass) -> None:
         """Count a backward pass, or raise why not."""

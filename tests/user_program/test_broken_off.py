@@ -19,9 +19,9 @@ PLACES: dict[str, Callable[[nn.Module, Tensor, Callable[..., Any]], Any]] = {
     "the last weight": lambda model, outputs, hook: model[2].weight.register_hook(hook),
     "the first weight": lambda model, outputs, hook: model[0].weight.register_hook(hook),
     "a node": lambda model, outputs, hook: outputs.grad_fn.next_functions[1][0].register_prehook(hook),
-    "a weight whose gradient is there": lambda model, outputs, hook: model[
-        0
-    ].weight.register_post_accumulate_grad_hook(hook),
+    "a weight whose gradient is there": lambda model, outputs, hook: model[0].weight.register_post_accumulate_grad_hook(
+        hook
+    ),
 }
 
 
