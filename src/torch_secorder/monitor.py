@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch_secorder.arguments import (
     require_max_memory,
     require_positive_int,
 )
+from torch_secorder.autograd.engine import without_modes
 from torch_secorder.autograd.hooks import HookSet
 from torch_secorder.batch_axis.knowledge import KindSchedule, ModelKnowledge, knowledge_of
 from torch_secorder.batch_axis.told import BatchAxis, NSamples, SampleOf, Told, told
@@ -228,6 +230,10 @@ class FisherMonitor(HookScope):
         return super().__enter__()
 
     def _attach(self) -> None:
+        with without_modes():
+            self._attach_hooks()
+
+    def _attach_hooks(self) -> None:
         assert self._watched is not None
         options, model, table = self._options, self._watched.model, self._watched.table
         table.gather(model)
@@ -291,7 +297,8 @@ class FisherMonitor(HookScope):
             raise LifecycleError(
                 "verify: call the model inside the monitor's block, keep its outputs, and pass their loss"
             )
-        self._expected = expected_norms(loss, outputs, self._recorder.n or 0, self._recorder.table)
+        with without_modes():
+            self._expected = expected_norms(loss, outputs, self._recorder.n or 0, self._recorder.table)
 
     def _on_pass(self, current: BackwardPass) -> None:
         """A backward pass is over: count it, or say why not."""
@@ -316,7 +323,8 @@ class FisherMonitor(HookScope):
         recorder, watched = self._recorder, self._watched
         if recorder is None or watched is None:
             return
-        names, (positions, norms) = self.results.statistics.names, current.gradients.all()
+        with without_modes() if current.special else nullcontext():
+            names, (positions, norms) = self.results.statistics.names, current.gradients.all()
         if current.error is None and current.accumulator.is_empty and not positions:
             return
         loss_scale = self._options.loss_scale
@@ -333,8 +341,9 @@ class FisherMonitor(HookScope):
         checks += map(partial(partial, _require_expected, names), expected)
         samples = recorder.finish(current, self._options.nonfinite, checks)
         scale = (samples.batch / loss_scale if self._options.reduction == "mean" else 1 / loss_scale) ** 2
-        squares = (norms / loss_scale).square().tolist()
-        self.results.statistics.update(samples, dict(zip(positions, squares, strict=True)), scale)
+        with without_modes() if current.special else nullcontext():
+            squares = (norms / loss_scale).square().tolist()
+            self.results.statistics.update(samples, dict(zip(positions, squares, strict=True)), scale)
 
     # ------------------------------------------------------------------------------------------------ its results
 

@@ -14,18 +14,18 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import torch_secorder
 from faults.subjects import EMPIRICAL, WAYS, assert_exact, batch, loss_fn, model
 from model_state import assert_unchanged, hooks, state
+from modes import ModeInside
 from oracles import assert_equal
 from torch_secorder import FisherMonitor, empirical_fisher_trace, fisher_report
 from torch_secorder.autograd.engine import LIBRARY_THREADS
 
 
-class AtOperation(TorchDispatchMode):
-    """Interrupts the n-th operation of torch."""
+class AtOperation(ModeInside):
+    """Interrupts the n-th operation of torch, the library's own included."""
 
     def __init__(self, n: int):
         super().__init__()

@@ -70,11 +70,21 @@ def in_library_call() -> bool:
     return get_ident() in LIBRARY_THREADS or (bool(LIBRARY_PASSES) and current_graph_task() in LIBRARY_PASSES)
 
 
+# How many modes of the user's see every operation just now, counters of operations for one.
+active_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
+
+
+def modes_are_active() -> bool:
+    """Whether modes of the user's see every operation just now."""
+    return active_modes() > 0
+
+
 def without_modes() -> AbstractContextManager[object]:
-    """Inside, modes of the user's that see every operation, counters of operations for one, see none."""
-    if not torch._C._len_torch_dispatch_stack() and not torch._C._len_torch_function_stack():
-        return nullcontext()
-    return torch.utils._python_dispatch._disable_current_modes()
+    """Inside, modes of the user's that see every operation see none."""
+    return torch.utils._python_dispatch._disable_current_modes() if active_modes() else _NOTHING
+
+
+_NOTHING = nullcontext()
 
 
 @contextmanager

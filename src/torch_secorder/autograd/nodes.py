@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-from torch_secorder.autograd.engine import keeps_graph
+from torch_secorder.autograd.engine import keeps_graph, without_modes
 from torch_secorder.autograd.guard import in_python_function
 from torch_secorder.autograd.self_test import hooks_are_seen, raw_tensors
 from torch_secorder.errors import UnsupportedError
@@ -191,7 +191,10 @@ def gradient_edge_of(output: Tensor) -> GradientEdge | None:
 
 def made_by(x: Tensor) -> Node:
     """The node that made a tensor; for a leaf, the one that takes its gradient."""
-    return x.grad_fn if x.grad_fn is not None else get_gradient_edge(x).node
+    if x.grad_fn is not None:
+        return x.grad_fn
+    with without_modes():  # torch makes a view to find it
+        return get_gradient_edge(x).node
 
 
 def after_node(hook: Callable[..., None], _: object, grads: tuple[Tensor | None, ...]) -> None:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_secorder.autograd.compiled import never_compiled
-from torch_secorder.autograd.engine import saved_tensors_hooks
+from torch_secorder.autograd.engine import saved_tensors_hooks, without_modes
 from torch_secorder.autograd.hooks import HookSet
 from torch_secorder.autograd.nodes import gradient_edge_of, made_by
 from torch_secorder.autograd.versions import version
@@ -221,7 +221,8 @@ class ModuleHooks(HookScope):
         record.training = module.training
         if site.keep is not None:
             record.inputs, record.kwargs, record.versions = (), {}, ()
-            record.kept = site.keep(module, args, kwargs, output)
+            with without_modes():
+                record.kept = site.keep(module, args, kwargs, output)
         else:
             if (hooks := saved_tensors_hooks()) is not None:
                 record.pack_inputs(*hooks)
@@ -288,7 +289,8 @@ class ModuleHooks(HookScope):
         assert site.keep is not None
         nodes, _ = _nodes_and_versions(args, kwargs)
         record = Record(site, forward, (), {}, whole_shape(output), placement, not nodes, nodes)
-        record.kept = site.keep(module, args, kwargs, output)
+        with without_modes():
+            record.kept = site.keep(module, args, kwargs, output)
         self._hook_gradient(record, output)
 
     def _hook_gradient(self, record: Record, output: Tensor) -> None:

@@ -26,7 +26,8 @@ class BackwardPass:
         accumulator: what it adds up to.
         gradients: the norms of the parameters' own gradients.
         projections: position -> the parameter's own gradient along one direction, in a pass that is checked.
-        special: whether our sums take a setting of their own: autocast is on, or memory is limited.
+        special: whether our sums take a setting of their own: autocast is on, memory is limited, or a mode of the user's sees
+            every operation.
         thread: where it began.
         error: the first that went wrong, which waits for the end of the pass.
         is_over: whether nothing more belongs to it.

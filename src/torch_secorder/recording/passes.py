@@ -38,6 +38,7 @@ class UserPasses:
 
     Attributes:
         under_way: the number of each outermost pass of the samples -> what is collected of it.
+        unfinished: the numbers of passes that began and whose end was not reached yet, or never will be.
         ignored: the passes under way that are none of the samples, with the calls of the model that they have reached; passes
             inside of them may be of the samples nevertheless.
     """
@@ -55,14 +56,14 @@ class UserPasses:
         # Only autograd keeps a pass alive: one that an exception breaks off is gone.
         self.under_way: WeakValueDictionary[int, BackwardPass] = WeakValueDictionary()
         self._outer_of: dict[int, int] = {}  # a pass of the samples inside of another pass -> the outermost one
-        self._unfinished: set[int] = set()  # passes that began and whose end was not reached yet, or never will be
+        self.unfinished = set[int]()
         self.ignored: dict[int, list[Forward]] = {}
 
     def clear(self) -> None:
         """Forget all of them."""
         self.under_way.clear()
         self._outer_of.clear()
-        self._unfinished.clear()
+        self.unfinished.clear()
         self.ignored.clear()
 
     def forget_broken_off(self) -> None:
@@ -74,11 +75,6 @@ class UserPasses:
         """What is collected of a pass, if that has begun."""
         return self.under_way.get(self._outer_of.get(task, task))
 
-    def open(self, current: BackwardPass) -> None:
-        """Something is collected of this pass from now on."""
-        self.under_way[current.task] = current
-        self._unfinished.add(current.task)
-
     def close(self, current: BackwardPass) -> bool:
         """A pass is over; says whether it was open."""
         current.is_over = True
@@ -87,14 +83,9 @@ class UserPasses:
                 self._outer_of.pop(inner, None)
         return self.under_way.pop(current.task, None) is not None
 
-    def finish(self, current: BackwardPass) -> bool:
-        """The engine says that a pass is over; says whether it was open."""
-        self._unfinished.discard(current.task)
-        return self.close(current)
-
     def is_broken_off(self, task: int) -> bool:
         """Whether a pass began and its end will never be reached, since an exception ended it."""
-        return task in self._unfinished and task not in self.under_way
+        return task in self.unfinished and task not in self.under_way
 
     def ignore(self, task: int) -> None:
         """The pass under way is none of the samples."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from torch_secorder.autograd.compiled import never_compiled
-from torch_secorder.autograd.engine import current_node
+from torch_secorder.autograd.engine import active_modes, current_node, modes_are_active, without_modes
 from torch_secorder.autograd.nodes import after_node
 from torch_secorder.autograd.precision import autocast_devices, full_precision
 from torch_secorder.batch_axis.knowledge import ModelKnowledge
@@ -135,7 +135,8 @@ class Recorder(HookScope):
     def _found_uses(self, forward: Forward, outputs: list[Tensor]) -> Uses:
         """The uses of parameters that no hooked call accounts for, in the graph of a forward's outputs."""
         try:
-            found = self._audit.uses(forward, outputs)
+            with without_modes() if active_modes() else nullcontext():
+                found = self._audit.uses(forward, outputs)
             for edge in self._audit.comparing:
                 edge.node.register_prehook(partial(self._on_comparing_output, edge.output_nr))
             if found.placed:
@@ -147,9 +148,11 @@ class Recorder(HookScope):
     def _on_comparing_output(self, output_nr: int, grads: tuple[Tensor | None, ...]) -> None:
         """A gradient has arrived at an output that compares samples."""
         grad = grads[output_nr]
-        current = None if grad is None else self._pass_under_way(grads)
-        if current is not None and current.error is None and bool(grad.any()):  # type: ignore[union-attr]  # it is there
-            current.error = compares_samples()
+        if grad is None or (current := self._pass_under_way(grads)) is None:
+            return
+        with without_modes():
+            if current.error is None and bool(grad.any()):
+                current.error = compares_samples()
 
     def _hook(self, use: ParameterUse, node: Node) -> None:
         """Have the node of a use call back with its gradients."""
@@ -249,17 +252,20 @@ class Recorder(HookScope):
     # ------------------------------------------------------------------------------------------------ begin and finish
 
     def _begin(self, task: int, *, keep_inputs: bool = False, checks: bool = False) -> BackwardPass:
-        gradients = GradientNorms()
+        sees_all = modes_are_active()
+        gradients = GradientNorms(waits=not sees_all)
         accumulator = PassAccumulator(
             self.table, self.options, keep_inputs=keep_inputs, checks=checks, gradients=gradients
         )
         in_autocast = bool(autocast_devices())
         accumulator.half = in_autocast  # autograd rounds its own gradients then, also those that it returns in float32
-        return BackwardPass(task, accumulator, gradients, in_autocast or self.options.max_memory is not None)
+        special = in_autocast or self.options.max_memory is not None or sees_all
+        return BackwardPass(task, accumulator, gradients, special)
 
     def _settings(self) -> ExitStack:
-        """Inside, our sums are in full precision, also in an autocast block, and within the memory that they may take."""
+        """Inside, our sums are in full precision, also in an autocast block, within the memory that they may take, and unseen."""
         stack = full_precision()
+        stack.enter_context(without_modes())
         stack.enter_context(memory_limit(self.options.max_memory))
         return stack
 

@@ -303,7 +303,8 @@ class UserRecorder(Recorder):
         # Through a graph that is kept, the pass may be made again, should an exception break it off.
         current = self._begin(task, keep_inputs=self.counts_again or keeps_graph(), checks=checks)
         current.special = current.special or torch.is_grad_enabled()  # then autograd would follow our sums
-        self._passes.open(current)
+        self._passes.under_way[current.task] = current
+        self._passes.unfinished.add(current.task)
         for leaf in self.table.leaves:
             if len(gradient_hooks(leaf) or ()) > 1:
                 put_last(leaf)
@@ -314,7 +315,8 @@ class UserRecorder(Recorder):
     @never_compiled
     def _close(self, current: BackwardPass) -> None:
         """A backward pass is over: hand it on, or raise why not. The user's gradients are complete by now."""
-        if not self._passes.finish(current) or not self.forwards.active:
+        self._passes.unfinished.discard(current.task)
+        if not self._passes.close(current) or not self.forwards.active:
             return
         empty = current.accumulator.is_empty
         if empty and current.task in self._passes.ignored:
