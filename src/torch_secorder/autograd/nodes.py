@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from enum import Enum
 from functools import partial
@@ -195,8 +195,3 @@ def made_by(x: Tensor) -> Node:
         return x.grad_fn
     with without_modes():  # torch makes a view to find it
         return get_gradient_edge(x).node
-
-
-def after_node(hook: Callable[..., None], _: object, grads: tuple[Tensor | None, ...]) -> None:
-    """Call a hook for a node's gradients once the node has run, which is told what it returned, too."""
-    hook(grads)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from operator import is_not
 from threading import get_ident
 from typing import Any
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from torch_secorder.autograd.compiled import never_compiled
 from torch_secorder.autograd.engine import saved_tensors_hooks, without_modes
 from torch_secorder.autograd.hooks import HookSet
+from torch_secorder.autograd.node_hooks import call_after
 from torch_secorder.autograd.nodes import gradient_edge_of, made_by
 from torch_secorder.autograd.versions import version
 from torch_secorder.batch_axis.placement import FIRST
@@ -302,7 +302,9 @@ class ModuleHooks(HookScope):
             )
         # When the node has run: its gradients are then what the user's own hooks on it have made of them, and a checkpoint whose
         # tensors the node fetched ran its forward again when it would without us.
-        edge.node.register_hook(partial(self._on_gradient, record, edge.output_nr))
+        record.node_hooks = call_after(edge.node, self._on_gradient, record, edge.output_nr)
+        if record.site.rule is not None:
+            forward.node_hooks.append(record.node_hooks)
         if forward.in_model_call and forward.recomputed_in is None:
             forward.records.append((record, edge))
         else:

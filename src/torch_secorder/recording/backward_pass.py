@@ -66,6 +66,16 @@ def counted_again(seen: Record | ParameterUse | IdleUse | Forward) -> LifecycleE
     )
 
 
+def changed_by_hook(what: str) -> UnsupportedError:
+    """The refusal of a pass in which a hook changes a gradient behind the node where it is taken apart by samples."""
+    return UnsupportedError(
+        f"{what}: a hook on the node that computes its gradients (grad_fn.register_hook) changes them, or was put on in the "
+        "backward pass itself, so that no sample's share in them is known; the batch is left out: change the gradient of the "
+        "layer's output instead (a hook on that tensor, or grad_fn.register_prehook), or the parameter's own (a hook on the "
+        "parameter)"
+    )
+
+
 def vmapped_pass() -> UnsupportedError:
     """The refusal of a backward pass that computes many gradients at once."""
     return UnsupportedError(

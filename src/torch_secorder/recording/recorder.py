@@ -18,7 +18,7 @@ from torch.autograd.graph import Node
 
 from torch_secorder.autograd.compiled import never_compiled
 from torch_secorder.autograd.engine import active_modes, current_node, modes_are_active, without_modes
-from torch_secorder.autograd.nodes import after_node
+from torch_secorder.autograd.node_hooks import HookTable, call_after
 from torch_secorder.autograd.precision import autocast_devices, full_precision
 from torch_secorder.batch_axis.knowledge import ModelKnowledge
 from torch_secorder.capture.forwards import ForwardTracker
@@ -37,7 +37,6 @@ from torch_secorder.recording.gradient_norms import GradientNorms
 from torch_secorder.recording.plan import Plan
 from torch_secorder.recording.sample_norms import SampleNorms
 from torch_secorder.recording.shared_outputs import find_shared_outputs
-from torch_secorder.rules.node_rules import runs_after_node
 
 
 class Recorder(HookScope):
@@ -156,11 +155,9 @@ class Recorder(HookScope):
 
     def _hook(self, use: ParameterUse, node: Node) -> None:
         """Have the node of a use call back with its gradients."""
-        hook = partial(self._on_use_gradients, use)
-        if runs_after_node(node):
-            node.register_hook(partial(after_node, hook))
-        else:
-            node.register_prehook(hook)
+        # When the node has run, as for calls of modules; some rules also read what that leaves behind.
+        use.node_hooks = call_after(node, self._on_use_gradients, use)
+        use.forward.node_hooks.append(use.node_hooks)
 
     # ------------------------------------------------------------------------------------------------ what arrives
 
@@ -178,15 +175,19 @@ class Recorder(HookScope):
             return
         current = self._pass_under_way(grads, record.forward.recomputed_in)
         if current is not None:
+            if (table := record.node_hooks()) is not None and len(table) > 1:
+                self._on_node_with_hooks(current, record, table)
             self._within(current, record, current.accumulator.add, record, grad)
         else:
             self._on_unrecorded_gradient(record)
 
     @never_compiled
-    def _on_use_gradients(self, use: ParameterUse, grads: tuple[Tensor | None, ...]) -> None:
+    def _on_use_gradients(self, use: ParameterUse, returned: object, grads: tuple[Tensor | None, ...]) -> None:
         """The gradients at a use of a parameter outside of any hooked module's call."""
         current = self._pass_under_way(grads, use.forward.recomputed_in)
         if current is not None:
+            if (table := use.node_hooks()) is not None and len(table) > 1:
+                self._on_node_with_hooks(current, use, table)
             self._within(current, use, current.accumulator.add_use, use, current_node(), grads)
         else:
             self._on_unrecorded_gradient(use)
@@ -196,6 +197,9 @@ class Recorder(HookScope):
         current = self._pass_under_way(grads, seen.forward.recomputed_in)
         if current is not None:
             self._within(current, seen, current.accumulator.add_idle, seen, grads)
+
+    def _on_node_with_hooks(self, current: BackwardPass, seen: Record | ParameterUse, table: HookTable) -> None:
+        """A node that makes gradients of parameters has run, and several hooks run after it."""
 
     def _on_unrecorded_gradient(self, seen: Record | ParameterUse) -> None:
         """A gradient has arrived in a pass that is not recorded."""

@@ -28,6 +28,7 @@ from torch_secorder.autograd.engine import (
     raise_after_backward,
 )
 from torch_secorder.autograd.hooks import gradient_hooks
+from torch_secorder.autograd.node_hooks import HookTable, NodeHook, ReturnsWatch, has_others, hooks_before
 from torch_secorder.autograd.second_derivatives import GradientGraphWatch
 from torch_secorder.autograd.tensor_hooks import are_last, put_last
 from torch_secorder.batch_axis.placement import Placement
@@ -38,7 +39,8 @@ from torch_secorder.graph.frontier import ParameterUse
 from torch_secorder.model.parameters import named_modules, parameters_by_name
 from torch_secorder.model.ranks import full_tensor, is_dtensor
 from torch_secorder.per_sample import as_refusal
-from torch_secorder.recording.backward_pass import BackwardPass, counted_again, replaced, vmapped_pass
+from torch_secorder.recording.backward_pass import BackwardPass, changed_by_hook, counted_again, replaced, vmapped_pass
+from torch_secorder.recording.changed_gradients import changes_parameters
 from torch_secorder.recording.passes import UserPasses
 from torch_secorder.recording.quantities import QUANTITIES
 from torch_secorder.recording.recorder import Recorder, counted_as
@@ -77,6 +79,8 @@ class UserRecorder(Recorder):
         leaves = list(self._audit.leaves)
         every_one = len(leaves) == len(self.table) > 0
         self._passes = UserPasses(leaves, every_one, self.plan.model, watches_outputs=watches)
+        # Position -> the hooks on the node that accumulates the parameter's gradient.
+        self._before_accumulation = {position: hooks_before(node) for node, position in self._audit.leaves.items()}
         self._gradient_graphs: dict[int, GradientGraphWatch] = {}  # of ignored passes with create_graph=True
         self._counting = RLock()  # several threads may train the model
         self._outputs: list[tuple[weakref.ref[Tensor], Placement]] = []
@@ -175,6 +179,27 @@ class UserRecorder(Recorder):
                 current.error = forward.refusal
             except LifecycleError as error:
                 current.error = error
+        for reference in forward.node_hooks:
+            # In every step, for every call: no function of Python's.
+            if (table := reference()) is not None and len(table) > 1 and has_others(table):
+                ReturnsWatch(table, partial(self._on_changed_gradients, current, self._seen_at(table)))
+
+    def _seen_at(self, table: HookTable) -> list[Record | ParameterUse]:
+        """What this recorder takes apart by samples at a node, by the hooks that run after it."""
+        hooks = [hook for hook in table.values() if isinstance(hook, NodeHook)]
+        return [hook.args[0] for hook in hooks if getattr(hook.func, "__self__", None) is self]
+
+    def _on_changed_gradients(
+        self, current: BackwardPass, seen: list[Record | ParameterUse], changed: list[int]
+    ) -> None:
+        """Hooks of the user's have changed what a node returned for some of its inputs."""
+        for one in seen:
+            if current.error is None and changes_parameters(current_node(), one, changed, self.table.leaves):
+                current.error = changed_by_hook(self._described(one))
+
+    def _on_node_with_hooks(self, current: BackwardPass, seen: Record | ParameterUse, table: HookTable) -> None:
+        if current.error is None and has_others(table) and not ReturnsWatch.encloses(table):
+            current.error = changed_by_hook(self._described(seen))
 
     @never_compiled
     def on_parameter_gradient(self, position: int, grad: Tensor) -> None:
@@ -191,7 +216,8 @@ class UserRecorder(Recorder):
         if current.task != current_graph_task() and not accumulates_gradient_of(get_gradient_edge(leaf).node):
             return  # A function's backward asked for it, and returns it to this pass, or doesn't.
         alone = len(gradient_hooks(leaf) or ()) <= 1
-        as_added = alone or are_last(leaf)  # A hook that was put on in this very pass comes after ours.
+        # A hook that was put on in this very pass comes after ours, and so does one on the node that accumulates the gradient.
+        as_added = (alone or are_last(leaf)) and not self._before_accumulation.get(position)
         if type(grad) is Tensor and not current.accumulator.checks:
             # In every step, and most parameters are small.
             if not (as_added and current.error is None and current.gradients.keep(position, grad)):

@@ -214,14 +214,14 @@ class GraphBackward(Recorder):
         if not self._is_start(record):
             super()._on_output_gradient(record, output_nr, returned, grads)
 
-    def _on_use_gradients(self, use: ParameterUse, grads: tuple[Tensor | None, ...]) -> None:
+    def _on_use_gradients(self, use: ParameterUse, returned: object, grads: tuple[Tensor | None, ...]) -> None:
         current = self._pass_under_way()
         if current is None:
             return
         if self._needs_node_calls(use):
             self._deferred.append((use, current_node(), grads))
         else:
-            super()._on_use_gradients(use, grads)
+            super()._on_use_gradients(use, returned, grads)
 
     def _needs_node_calls(self, use: ParameterUse) -> bool:
         return use.needs_node_calls or (use.permutes_entries and self._takes_forms)
