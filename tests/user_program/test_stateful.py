@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -13,7 +14,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from problems._base import Forward
 from torch_secorder import FisherMonitor, empirical_fisher_trace, fisher_report
-from torch_secorder.errors import UnsupportedError
+from torch_secorder.errors import SkippedPassWarning, UnsupportedError
 from traps.exactness import assert_exact, numbers
 
 
@@ -28,6 +29,22 @@ class Rotated(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         return ctx.cos.mul_(grad)
+
+
+class Counted(torch.autograd.Function):
+    """Counts its calls in an attribute of its class."""
+
+    calls = 0
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.tanh()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        Counted.calls += 1
+        return grad * (1 - ctx.saved_tensors[0].tanh().square())
 
 
 class Fused(torch.autograd.Function):
@@ -113,6 +130,22 @@ def test_tensors_that_are_given_back_once() -> None:
     with FisherMonitor(model):
         found = trained(model, x, y)
     assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize("steps_first", [False, True])  # where samples have to be looked for, what shows them is hidden
+def test_a_function_that_counts_its_calls_counts_those_of_the_program(steps_first: bool) -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        h = Counted.apply(self.first(x.transpose(0, 1) if steps_first else x))
+        return self.last(h.sum(0) if steps_first else h)
+
+    model, Counted.calls = made(forward), 0
+    x, y = torch.randn(5, *[5] * steps_first, 4).double(), torch.randn(5, 3).double()
+    with FisherMonitor(model, on_refusal="skip") as monitor, warnings.catch_warnings():
+        warnings.simplefilter("ignore", SkippedPassWarning)
+        for _ in range(3):
+            numbers(model(x), y).backward()
+    assert Counted.calls == 3
+    assert monitor.n_samples == (0 if steps_first else 15)
 
 
 @pytest.mark.parametrize("frozen", [False, True])

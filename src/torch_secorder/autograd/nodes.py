@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from torch_secorder.autograd.engine import keeps_graph, without_modes
+from torch_secorder.autograd.function_code import writes_elsewhere
 from torch_secorder.autograd.guard import in_python_function
 from torch_secorder.autograd.self_test import hooks_are_seen, raw_tensors
 from torch_secorder.errors import UnsupportedError
@@ -97,6 +98,8 @@ def keeps_state(node: Any) -> bool:
     """
     if not is_others_function(node):
         return False
+    if writes_elsewhere(node._forward_cls):
+        return True
     if not all(map(_is_constant, vars(node).values())):
         return True
     # Gradients that are fused with their accumulation are added to an attribute of the weight.
