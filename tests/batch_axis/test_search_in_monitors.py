@@ -12,7 +12,6 @@ from oracles import assert_equal
 from torch_secorder import FisherMonitor
 from torch_secorder.errors import CurvatureError
 
-
 PASSES: list[int] = []
 note = PASSES.append  # the search does not call a function that it sees to change something else
 

@@ -100,13 +100,18 @@ def keeps_state(node: Any) -> bool:
         return False
     if writes_elsewhere(node._forward_cls):
         return True
-    if not all(map(_is_constant, vars(node).values())):
-        return True
-    # Gradients that are fused with their accumulation are added to an attribute of the weight.
+    return not all(map(_is_constant, vars(node).values())) or bool(tensors_of_weights(node))
+
+
+def tensors_of_weights(node: Any) -> list[str]:
+    """The names of the tensors that the weights which a function takes have as attributes, ``main_grad`` for one.
+
+    A function that fuses the computation of a weight's gradient with its accumulation adds to such a tensor.
+    """
     plainly_saved = node.saved_tensors if has_packed_tensors(node) is False else ()
     variables = (getattr(child, "variable", None) for child, _ in node.next_functions)
     weights = [x for x in (*plainly_saved, *variables) if isinstance(x, nn.Parameter)]
-    return any(isinstance(value, Tensor) for x in weights for value in vars(x).values())
+    return [name for x in weights for name, value in vars(x).items() if isinstance(value, Tensor)]
 
 
 def _is_constant(value: Any) -> bool:
