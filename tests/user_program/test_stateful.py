@@ -12,8 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from oracles import per_sample_squared_norms
 from problems._base import Forward
-from torch_secorder import FisherMonitor, empirical_fisher_trace, fisher_report
+from torch_secorder import (
+    FisherMonitor,
+    empirical_fisher_trace,
+    fisher_report,
+    generalized_fisher_trace,
+    hessian_trace,
+)
 from torch_secorder.errors import SkippedPassWarning, UnsupportedError
 from traps.exactness import assert_exact, numbers
 
@@ -121,6 +128,51 @@ def test_the_users_gradients_are_those_of_their_code(way: str) -> None:
         numbers(model(x), y).backward()
         numbers(plain(x), y).backward()
     torch.testing.assert_close(watched.trace, right.trace, rtol=1e-8, atol=0)
+
+
+def products_kept() -> Any:
+    """Contexts that keep matrix products, which can be asked for once."""
+
+    def policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        return CheckpointPolicy.MUST_SAVE if "mm" in str(operation) else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)
+
+
+def with_products_kept(self: Any, x: Tensor) -> Tensor:
+    return self.last(checkpoint(lambda h: self.first(h).tanh(), x, use_reentrant=False, context_fn=products_kept))
+
+
+Call = Callable[[nn.Module, Tensor, Tensor], Any]
+ONE_PASS: dict[str, Call] = {
+    "empirical": lambda model, x, y: empirical_fisher_trace(model, numbers, x, y),
+    "differentiable": lambda model, x, y: empirical_fisher_trace(model, numbers, x, y, create_graph=True),
+    "report": lambda model, x, y: fisher_report(model, numbers, (x, y), progress=False)["fisher_trace"].sum(),
+}
+SEVERAL_PASSES: dict[str, Call] = {
+    "generalized": lambda model, x, y: generalized_fisher_trace(model, model(x), y, "mse"),
+    "exact report": lambda model, x, y: fisher_report(
+        model, None, (x, y), loss_type="mse", fisher="exact", progress=False
+    ),
+    "hessian": lambda model, x, y: hessian_trace(model, numbers, x, y, num_samples=2),
+}
+
+
+@pytest.mark.parametrize("call", ONE_PASS)
+def test_a_call_through_selective_checkpoints_is_exact(call: str) -> None:
+    model, x, y = made(with_products_kept), torch.randn(5, 4).double(), torch.randn(5, 3).double()
+    plain = made(lambda self, x: self.last(self.first(x).tanh()))
+    right = torch.stack([t.mean() for t in per_sample_squared_norms(plain, numbers, x, y).values()]).sum()
+    for _ in range(4):  # checked and unchecked
+        found = torch.as_tensor(ONE_PASS[call](model, x, y)).detach()
+        torch.testing.assert_close(found, right, rtol=1e-8, atol=0)
+
+
+@pytest.mark.parametrize("call", SEVERAL_PASSES)
+def test_several_passes_through_selective_checkpoints_are_refused_in_words(call: str) -> None:
+    model, x, y = made(with_products_kept), torch.randn(5, 4).double(), torch.randn(5, 3).double()
+    with pytest.raises(UnsupportedError, match=r"selective activation checkpointing \(context_fn=\)"):
+        SEVERAL_PASSES[call](model, x, y)
 
 
 def test_tensors_that_are_given_back_once() -> None:

@@ -173,17 +173,32 @@ def raise_after_backward(error: Exception) -> None:
 
 
 @contextmanager
-def refusing_reentrant_checkpoints() -> Iterator[None]:
-    """Inside, a backward pass to places of our choice is refused in our words where a re-entrant checkpoint refuses it."""
+def refusing_checkpoints() -> Iterator[None]:
+    """Inside, a backward pass to places of our choice is refused in our words where a checkpoint refuses it."""
     try:
         yield
     except RuntimeError as error:
+        if is_selective_checkpoints(error):
+            raise selective_checkpoint() from error
         if "use_reentrant" not in str(error):
             raise
         raise UnsupportedError(
             "re-entrant activation checkpointing computes gradients only together with those of the parameters: use "
             "torch.utils.checkpoint with use_reentrant=False, or a FisherMonitor around your own backward"
         ) from error
+
+
+def is_selective_checkpoints(error: Exception) -> bool:
+    """Whether torch refuses to run the forward of a selective checkpoint again."""
+    return "selective activation checkpoint" in str(error)
+
+
+def selective_checkpoint() -> UnsupportedError:
+    """The refusal of a second pass through a selective checkpoint."""
+    return UnsupportedError(
+        "selective activation checkpointing (context_fn=) runs its forward again for one backward pass only, and this takes "
+        "more: use torch.utils.checkpoint without context_fn, or a FisherMonitor around your own backward"
+    )
 
 
 def call_model(model: Callable[..., Any], inputs: Any) -> Any:

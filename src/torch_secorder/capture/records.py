@@ -300,13 +300,18 @@ class Record:
         found = tuple(map(each, inputs))
         return Call(found, expanded, grads, kept=self.kept, batch_axis=None, training=self.training)
 
+    def fetch_inputs(self) -> None:
+        """Take the inputs back from the hooks that hold them; a checkpoint runs its forward again for that."""
+        assert self.inputs is not None
+        self.inputs = tuple(_unpacked(x) for x in self.inputs)
+        self.kwargs = {name: _unpacked(x) for name, x in self.kwargs.items()}
+        self.versions, self.inputs_packed = _versions(self.inputs, self.kwargs), False
+
     def _arguments(self) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
         if self.inputs is None:
             raise CoverageError(f"{self.site}: its inputs are gone, since a backward pass has been here already")
         if self.inputs_packed:
-            self.inputs = tuple(_unpacked(x) for x in self.inputs)
-            self.kwargs = {name: _unpacked(x) for name, x in self.kwargs.items()}
-            self.versions, self.inputs_packed = _versions(self.inputs, self.kwargs), False
+            self.fetch_inputs()
         elif self.versions and _versions(self.inputs, self.kwargs) != self.versions:
             raise CoverageError(
                 f"{self.site}: its input was changed in place after the layer saw it; change it out of place"
