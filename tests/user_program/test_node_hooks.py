@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import pytest
@@ -189,19 +191,33 @@ def test_a_hook_that_is_put_on_in_the_backward_pass_itself_is_refused() -> None:
         monitor.report()
 
 
-def test_a_hook_inside_of_a_checkpoint_is_refused_or_in_the_numbers() -> None:
-    """The nodes are made in the backward pass itself."""
+def put_on(hook: Hook, module: nn.Module, args: Any, output: Tensor) -> None:
+    if output.grad_fn is not None:  # not in the forward of a re-entrant checkpoint
+        output.grad_fn.register_hook(hook)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("hook", [halves, looks])
+def test_a_hook_inside_of_a_checkpoint(hook: Hook, reentrant: bool) -> None:
+    """Of a re-entrant one the nodes are made in the backward pass itself."""
     layer = nn.Linear(4, 4).double()
-    layer.register_forward_hook(lambda module, args, out: out.grad_fn.register_hook(halves) and None)
     model = Forward(
-        lambda self, x: self.last(checkpoint(self.first, x, use_reentrant=False).tanh()),
+        lambda self, x: self.last(checkpoint(self.first, x, use_reentrant=reentrant).tanh()),
         first=layer,
         last=nn.Linear(4, 3).double(),
     )
-    x, y = torch.randn(5, 4).double(), torch.randn(5, 3).double()
+    x, y = torch.randn(5, 4).double().requires_grad_(), torch.randn(5, 3).double()
+    right = per_sample_squared_norms(
+        nn.Sequential(model.first, nn.Tanh(), model.last), numbers, x.detach(), y
+    )  # in the order of the parameters
+    layer.register_forward_hook(partial(put_on, hook))
     refused = pytest.raises(UnsupportedError, match="a hook on the node that computes its gradients")
-    with refused, FisherMonitor(model):
+    with refused if hook is halves else nullcontext(), FisherMonitor(model) as monitor:
         numbers(model(x), y).backward()
+    if hook is looks:
+        total = torch.stack([t.mean() for t in right.values()]).sum()
+        for found, t in zip(monitor.report().fisher_trace, right.values(), strict=True):
+            assert_equal(torch.tensor(found, dtype=torch.float64), t.mean(), total, torch.float64)
 
 
 @pytest.mark.parametrize("passes", [0, 3])

@@ -94,6 +94,7 @@ class Recorder(HookScope):
         if plan.model is not None:
             self._module_hooks = ModuleHooks(
                 *(plan.model, plan.modules, plan.sites, self._on_output_gradient, self.forwards, plan.guards),
+                before_node=self._before_node,
                 attach_leaf=attach_leaf,
             )
 
@@ -197,6 +198,9 @@ class Recorder(HookScope):
         current = self._pass_under_way(grads, seen.forward.recomputed_in)
         if current is not None:
             self._within(current, seen, current.accumulator.add_idle, seen, grads)
+
+    def _before_node(self, record: Record, grads: tuple[Tensor | None, ...]) -> None:
+        """The node of a call that is part of no call of the model, or is run again, is about to run."""
 
     def _on_node_with_hooks(self, current: BackwardPass, seen: Record | ParameterUse, table: HookTable) -> None:
         """A node that makes gradients of parameters has run, and several hooks run after it."""

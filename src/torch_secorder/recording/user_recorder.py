@@ -181,8 +181,20 @@ class UserRecorder(Recorder):
                 current.error = error
         for reference in forward.node_hooks:
             # In every step, for every call: no function of Python's.
-            if (table := reference()) is not None and len(table) > 1 and has_others(table):
-                ReturnsWatch(table, partial(self._on_changed_gradients, current, self._seen_at(table)))
+            if (table := reference()) is not None and len(table) > 1:
+                self._watch_others(current, table)
+
+    def _watch_others(self, current: BackwardPass, table: HookTable) -> None:
+        """Notice what hooks of the user's change of what a node is about to return."""
+        if has_others(table):
+            ReturnsWatch(table, partial(self._on_changed_gradients, current, self._seen_at(table)))
+
+    def _before_node(self, record: Record, grads: tuple[Tensor | None, ...]) -> None:
+        if (table := record.node_hooks()) is None or len(table) == 1:
+            return
+        current = self._pass_under_way(grads, record.forward.recomputed_in)
+        if current is not None:
+            self._watch_others(current, table)
 
     def _seen_at(self, table: HookTable) -> list[Record | ParameterUse]:
         """What this recorder takes apart by samples at a node, by the hooks that run after it."""
