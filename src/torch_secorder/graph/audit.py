@@ -233,7 +233,7 @@ class Audit:
                 self._refuse(forward, hidden(str(record.site), n))
             elif asked.ambiguous_shapes or record.placement is None:
                 record.placement, record.idle = None, Idle(found, partial(search.placements.forget, key))
-        if forward.inputs:
+        if forward.inputs and forward.refusal is None:  # What is hidden contradicts nothing.
             self._require_axes_of_inputs(forward, reached)
         return shared
 
