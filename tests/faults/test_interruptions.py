@@ -127,7 +127,7 @@ def test_an_interrupted_backward_pass_leaves_nothing_in_an_open_block() -> None:
             with contextlib.suppress(KeyboardInterrupt), AtOperation(n):
                 loss_fn(subject(x), y).backward()
             assert monitor._recorder is not None
-            assert not monitor._recorder._passes
+            assert not monitor._recorder._passes.under_way
         loss_fn(subject(x), y).backward()
     assert monitor.n_samples == 4 or monitor.n_samples == 8  # the last interruption may have come too late
 
