@@ -6,6 +6,8 @@ or module, the reason and the remedy; the alternative, a wrong number, is never 
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Sequence
 
 __all__ = [
@@ -77,3 +79,15 @@ def listed(items: Sequence[object], noun: str) -> str:
     shown = ", ".join(str(item) for item in items[:5])
     more = f" and {len(items) - 5} more" if len(items) > 5 else ""
     return f"{noun}{'s' if len(items) > 1 else ''} {shown}{more}"
+
+
+def warn_at_users_line(message: str, category: type[Warning]) -> None:
+    """Warn, and name the line of the user's that led here, however many calls of ours and of torch's lie in between."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and _is_ours_or_torchs(str(frame.f_globals.get("__name__", ""))):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, category, stacklevel=level)
+
+
+def _is_ours_or_torchs(module: str) -> bool:
+    return module.partition(".")[0] in ("torch_secorder", "torch", "contextlib")

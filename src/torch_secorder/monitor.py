@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,10 +17,17 @@ from torch_secorder.arguments import (
     require_max_memory,
     require_positive_int,
 )
+from torch_secorder.autograd.engine import without_modes
 from torch_secorder.autograd.hooks import HookSet
 from torch_secorder.batch_axis.knowledge import KindSchedule, ModelKnowledge, knowledge_of
 from torch_secorder.batch_axis.told import BatchAxis, NSamples, SampleOf, Told, told
-from torch_secorder.errors import ArgumentError, CurvatureError, LifecycleError, SkippedPassWarning
+from torch_secorder.errors import (
+    ArgumentError,
+    CurvatureError,
+    LifecycleError,
+    SkippedPassWarning,
+    warn_at_users_line,
+)
 from torch_secorder.model.hooks import HookScope, WeakHook
 from torch_secorder.model.names import plain_name
 from torch_secorder.model.parameters import ParameterTable, unwrapped
@@ -140,6 +147,9 @@ class FisherMonitor(HookScope):
             either case: "raise" the error, or "skip" the pass, so that ``report().attrs["skipped_passes"]`` says how many there
             were, and a :class:`~torch_secorder.errors.SkippedPassWarning` tells the first of each kind of error. What is found
             on entry or in forward, and arguments that mean nothing, is raised all the same.
+            A weight penalty in the loss is refused in passes whose sums are checked, and from the first such pass on in all that
+            have it. Passes that were counted before have the right trace, since a penalty belongs to no sample; it is in
+            their ``grad_sq_norm``.
         repeated_calls: what it means that one backward pass reaches two calls of the model: "same" if row n of both is
             one sample (siamese networks), "new" if they are different samples. By default that is an error.
         every: watch the first of every so many calls of the model only, at about the price of a plain step for the others. If
@@ -224,6 +234,10 @@ class FisherMonitor(HookScope):
         return super().__enter__()
 
     def _attach(self) -> None:
+        with without_modes():
+            self._attach_hooks()
+
+    def _attach_hooks(self) -> None:
         assert self._watched is not None
         options, model, table = self._options, self._watched.model, self._watched.table
         table.gather(model)
@@ -287,7 +301,8 @@ class FisherMonitor(HookScope):
             raise LifecycleError(
                 "verify: call the model inside the monitor's block, keep its outputs, and pass their loss"
             )
-        self._expected = expected_norms(loss, outputs, self._recorder.n or 0, self._recorder.table)
+        with without_modes():
+            self._expected = expected_norms(loss, outputs, self._recorder.n or 0, self._recorder.table)
 
     def _on_pass(self, current: BackwardPass) -> None:
         """A backward pass is over: count it, or say why not."""
@@ -302,18 +317,18 @@ class FisherMonitor(HookScope):
         if self._options.on_refusal == "raise" or not ours:
             raise error
         self.results.statistics.skipped_passes += 1
+        self._schedule.restart()
         if type(error) not in self._warned_of:
             self._warned_of.add(type(error))
-            warnings.warn(
-                f"a backward pass was left out ({type(error).__name__}): {error}", SkippedPassWarning, stacklevel=2
-            )
+            warn_at_users_line(f"a backward pass was left out ({type(error).__name__}): {error}", SkippedPassWarning)
 
     def _count(self, current: BackwardPass) -> None:
         """Count a backward pass, or raise why not."""
         recorder, watched = self._recorder, self._watched
         if recorder is None or watched is None:
             return
-        names, (positions, norms) = self.results.statistics.names, current.gradients.all()
+        with without_modes() if current.special else nullcontext():
+            names, (positions, norms) = self.results.statistics.names, current.gradients.all()
         if current.error is None and current.accumulator.is_empty and not positions:
             return
         loss_scale = self._options.loss_scale
@@ -330,8 +345,9 @@ class FisherMonitor(HookScope):
         checks += map(partial(partial, _require_expected, names), expected)
         samples = recorder.finish(current, self._options.nonfinite, checks)
         scale = (samples.batch / loss_scale if self._options.reduction == "mean" else 1 / loss_scale) ** 2
-        squares = (norms / loss_scale).square().tolist()
-        self.results.statistics.update(samples, dict(zip(positions, squares, strict=True)), scale)
+        with without_modes() if current.special else nullcontext():
+            squares = (norms / loss_scale).square().tolist()
+            self.results.statistics.update(samples, dict(zip(positions, squares, strict=True)), scale)
 
     # ------------------------------------------------------------------------------------------------ its results
 

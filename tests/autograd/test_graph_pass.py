@@ -222,14 +222,15 @@ def test_gradients_of_weights_that_nobody_wants_are_not_computed() -> None:
     model, x = nn.Linear(4, 3), leaf(5, 4)
     h = x * 2
     outputs = model(h)
-    node, answers = outputs.grad_fn, []
+    node, answers = outputs.grad_fn, list[Any]()
+    note = answers.append  # a function with the list itself would be opaque, since it may change it
 
     class Watched(Several):
         """Notes what the node before it passes on."""
 
         @staticmethod
         def backward(ctx: Any, product: Tensor, total: Tensor) -> tuple[Tensor, None, Tensor]:
-            answers.append(node(torch.ones(5, 3)))
+            note(node(torch.ones(5, 3)))
             return Several.backward(ctx, product, total)
 
     first, _ = Watched.apply(outputs, 0.0, torch.ones(3))

@@ -14,18 +14,18 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import torch_secorder
 from faults.subjects import EMPIRICAL, WAYS, assert_exact, batch, loss_fn, model
 from model_state import assert_unchanged, hooks, state
+from modes import ModeInside
 from oracles import assert_equal
 from torch_secorder import FisherMonitor, empirical_fisher_trace, fisher_report
 from torch_secorder.autograd.engine import LIBRARY_THREADS
 
 
-class AtOperation(TorchDispatchMode):
-    """Interrupts the n-th operation of torch."""
+class AtOperation(ModeInside):
+    """Interrupts the n-th operation of torch, the library's own included."""
 
     def __init__(self, n: int):
         super().__init__()
@@ -127,7 +127,7 @@ def test_an_interrupted_backward_pass_leaves_nothing_in_an_open_block() -> None:
             with contextlib.suppress(KeyboardInterrupt), AtOperation(n):
                 loss_fn(subject(x), y).backward()
             assert monitor._recorder is not None
-            assert not monitor._recorder._passes
+            assert not monitor._recorder._passes.under_way
         loss_fn(subject(x), y).backward()
     assert monitor.n_samples == 4 or monitor.n_samples == 8  # the last interruption may have come too late
 

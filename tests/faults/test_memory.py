@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from faults.subjects import batch, loss_fn, model
 from model_state import assert_same_gradients, gradients, hooks
+from modes import ModeInside
 from oracles import assert_equal, per_sample_squared_norms
 from torch_secorder import FisherMonitor, empirical_fisher_trace, fisher_report
 from torch_secorder.errors import CurvatureError, OutOfMemoryError
@@ -27,7 +27,7 @@ KINDS: dict[str, Callable[[], Exception]] = {
 }
 
 
-class Scarce(TorchDispatchMode):
+class Scarce(ModeInside):
     """No tensor of more than so many bytes is to be had where the library takes gradients apart."""
 
     def __init__(self, limit: int, error: Callable[[], Exception]):

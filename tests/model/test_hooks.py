@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import copy
 import gc
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
+from torch_secorder import FisherMonitor
 from torch_secorder.autograd.hooks import HookSet
 from torch_secorder.model.hooks import WeakHook
 
@@ -34,8 +41,68 @@ def test_a_hook_that_was_removed_does_nothing_in_a_thread_that_still_calls_it() 
         assert hook(module, (), torch.ones(1)) is None
 
 
-def test_a_copy_of_a_model_has_hooks_that_do_nothing() -> None:
-    owner, module, hooks = Owner(), nn.Linear(2, 2), HookSet()
+class Noted:
+    """A hook of the user's."""
+
+    def __call__(self, *args: object) -> None:
+        pass
+
+
+def tables(module: nn.Module) -> dict[str, int]:
+    return {name: len(table) for name, table in vars(module).items() if "hooks" in name and table}
+
+
+def watched_model() -> nn.Module:
+    model = nn.Sequential(nn.Linear(2, 2), nn.LSTM(2, 2))
+    model[0].register_forward_hook(Noted())
+    model.register_forward_pre_hook(Noted(), with_kwargs=True)
+    return model
+
+
+def test_a_copy_of_a_model_has_the_users_hooks_only() -> None:
+    model = watched_model()
+    plain = [tables(module) for module in copy.deepcopy(model).modules()]
+    with FisherMonitor(model, parameters="all"):
+        copied = copy.deepcopy(model)
+        assert [tables(module) for module in model.modules()] != plain
+    assert [tables(module) for module in copied.modules()] == plain
+    assert type(next(iter(copied[0]._forward_hooks.values()))) is Noted
+
+
+def test_a_copy_whose_memo_is_kept_has_a_hook_that_does_nothing_so_long() -> None:
+    owner, module, hooks, memo = Owner(), nn.Linear(2, 2), HookSet(), dict[int, object]()
     hooks.add(module, module.register_forward_hook, WeakHook(owner, "note", "called"))
-    copy.deepcopy(module)(torch.ones(1, 2))
+    copied = copy.deepcopy(module, memo)
+    copied(torch.ones(1, 2))
     assert owner.seen == []
+    memo.clear()
+    assert not copied._forward_hooks
+
+
+WITHOUT_US = """
+import sys
+sys.modules["torch_secorder"] = None  # importing it raises
+import torch
+model = torch.load(sys.argv[1], weights_only=False)
+assert not any(name.startswith("torch_secorder.") for name in sys.modules)
+print(model(torch.ones(5, 2)).sum().item())
+"""
+
+
+@pytest.mark.parametrize("write", [torch.save, lambda model, path: path.write_bytes(pickle.dumps(model))])
+def test_a_pickle_that_was_made_inside_of_a_block_is_loaded_without_this_package(write: Any, tmp_path: Path) -> None:
+    model, path = nn.Sequential(nn.Linear(2, 2), nn.Tanh()), tmp_path / "model.pt"
+    expected = model(torch.ones(5, 2)).sum().item()
+    with FisherMonitor(model):
+        write(model, path)
+    assert b"torch_secorder" not in path.read_bytes()
+    code = (
+        WITHOUT_US
+        if write is torch.save
+        else WITHOUT_US.replace(
+            "torch.load(sys.argv[1], weights_only=False)", "__import__('pickle').load(open(sys.argv[1], 'rb'))"
+        )
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) == pytest.approx(expected)

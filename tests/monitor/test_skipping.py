@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import itertools
 import warnings
 from pathlib import Path
@@ -67,6 +68,57 @@ def test_each_kind_of_error_is_told_once() -> None:
     ]
     with pytest.raises(LifecycleError, match=r"no sample was seen yet \(6 backward passes were refused"):
         monitor.report()
+
+
+def here() -> int:
+    """The line of the caller."""
+    return inspect.stack()[1].lineno
+
+
+def test_a_warning_names_the_users_line() -> None:
+    model, (x, y) = classifier(), batch()
+    loss = lambda: cross_entropy()(model(x), y) * torch.inf  # noqa: E731  # a pass that is refused
+    with FisherMonitor(model, on_refusal="skip"), pytest.warns(SkippedPassWarning) as told:
+        line, _ = here(), loss().backward()
+    with FisherMonitor(model, on_refusal="skip"), pytest.warns(SkippedPassWarning) as told_of_a_call:
+        line_of_a_call, _ = here(), torch.autograd.grad(loss(), list(model.parameters()))
+    found = [(one.filename, one.lineno) for one in (*told, *told_of_a_call)]
+    assert found == [(__file__, line), (__file__, line_of_a_call)]
+
+
+def test_what_is_said_when_the_block_ends_names_the_blocks_line() -> None:
+    model, (x, _) = classifier(), batch()
+    with pytest.warns(SkippedPassWarning) as told:
+        line = here() + 1
+        with FisherMonitor(model, on_refusal="skip"):
+            outputs = model(x)
+            torch.autograd.grad(
+                outputs, list(model.parameters()), torch.ones(2, *outputs.shape).double(), is_grads_batched=True
+            )
+    assert [(one.filename, one.lineno) for one in told] == [(__file__, line)]
+
+
+@pytest.mark.parametrize("first", [0, 5])  # the sixth pass of a kind is not one whose sums are checked
+def test_a_weight_penalty_that_was_found_once_is_found_in_every_pass(first: int) -> None:
+    """As elastic weight consolidation adds it. A pass that is counted before has the data's trace, of which it is no part."""
+    model, data = classifier(), [batch() for _ in range(14)]
+    before = [p.detach() + 0.1 for p in model.parameters()]
+    fisher = [torch.rand_like(p) for p in model.parameters()]
+    skipped = []
+    with FisherMonitor(model, on_refusal="skip") as monitor, pytest.warns(SkippedPassWarning, match="a weight penalty"):
+        for number, (x, y) in enumerate(data):
+            of_weights = zip(fisher, model.parameters(), before, strict=True)
+            penalty = sum((f * (p - p0) ** 2).sum() for f, p, p0 in of_weights)
+            (cross_entropy()(model(x), y) + (penalty if number >= first else 0)).backward()
+            skipped.append(monitor.results.statistics.skipped_passes)
+    found = skipped.index(1)
+    assert skipped[found:] == list(range(1, len(data) - found + 1))
+    if first:
+        assert found == 8
+        assert_report(monitor, norms(model, *data[:found]))
+    else:
+        assert found == 0
+        assert monitor.n_samples == 0
 
 
 def skipping(*steps: object) -> FisherMonitor:

@@ -10,9 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from modes import ModeInside
 from torch_secorder import FisherMonitor, fisher_report
 from torch_secorder.errors import ArgumentError
 from torch_secorder.per_sample import Convolution, Outer, PerSampleGradient, RowSparse, Sum, memory_limit
@@ -20,7 +20,7 @@ from torch_secorder.per_sample import Convolution, Outer, PerSampleGradient, Row
 KIB = 2**10
 
 
-class Peak(TorchDispatchMode):
+class Peak(ModeInside):
     """The most bytes that tensors made inside, and not given to it, hold at once."""
 
     def __init__(self) -> None:

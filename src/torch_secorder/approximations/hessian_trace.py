@@ -15,7 +15,7 @@ from torch_secorder.arguments import (
     require_positive_int,
 )
 from torch_secorder.autograd.compiled import eager_code
-from torch_secorder.autograd.engine import call_model, library_pass
+from torch_secorder.autograd.engine import call_model, is_selective_checkpoints, library_pass, selective_checkpoint
 from torch_secorder.autograd.tensor_hooks import silenced_in_library_passes
 from torch_secorder.errors import ArgumentError, CoverageError, NonFiniteError, UnsupportedError
 from torch_secorder.likelihoods import random_signs
@@ -152,6 +152,8 @@ def _probe(gradients: tuple[Tensor, ...], table: ParameterTable, generator: torc
         with library_pass(ends) as roots:
             products = torch.autograd.grad(roots, table.tensors, seeds, retain_graph=True, allow_unused=True)
     except RuntimeError as error:
+        if is_selective_checkpoints(error):
+            raise selective_checkpoint() from error
         raise UnsupportedError(
             f"something in the model or the loss has no second derivative ({str(error).splitlines()[0]}): use operations that "
             "have one, such as attention by matrix products"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
@@ -13,7 +12,13 @@ from torch import Tensor
 from torch_secorder.autograd.precision import has_half_precision
 from torch_secorder.autograd.sharded import GatheredWeights
 from torch_secorder.batch_axis.knowledge import ModelKnowledge
-from torch_secorder.errors import CoverageError, CurvatureError, NonFiniteError, SlowFallbackWarning
+from torch_secorder.errors import (
+    CoverageError,
+    CurvatureError,
+    NonFiniteError,
+    SlowFallbackWarning,
+    warn_at_users_line,
+)
 from torch_secorder.model.parameters import ParameterTable
 from torch_secorder.recording.accumulator import PassOptions
 from torch_secorder.recording.plan import Plan
@@ -110,9 +115,8 @@ class SamplesOfGraph:
         if all(norm is None for norm in self._of_sample(torch.ones_like(self._outputs), 0, create_graph=False)):
             raise CoverageError("the outputs do not depend on any trainable parameter of this model")
         if len(self._outputs) > 1:
-            warnings.warn(
+            warn_at_users_line(
                 "the graph of these outputs does not show every sample's gradient, so that each sample takes a backward pass "
                 f"of its own; fisher_report, which runs the model, may be faster ({reason})",
                 SlowFallbackWarning,
-                stacklevel=6,
             )

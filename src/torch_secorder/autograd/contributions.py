@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
 
+from torch_secorder.autograd.node_hooks import NodeHook
 from torch_secorder.autograd.versions import version
 
 # How many nodes a layer's own operation has at most between its output and its weight: views, the product, a transposition.
@@ -45,7 +45,7 @@ def note_contribution(node: Node | None, leaf: Tensor, note: Callable[[Identity]
         children = [child for child, _ in current.next_functions]
         if end in children:
             handles: list[Any] = []
-            handles.append(current.register_hook(partial(_note_once, note, children.index(end), handles)))
+            handles.append(current.register_hook(NodeHook(_note_once, note, children.index(end), handles)))
             return True
         queue += children
     return False

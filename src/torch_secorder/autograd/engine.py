@@ -70,11 +70,21 @@ def in_library_call() -> bool:
     return get_ident() in LIBRARY_THREADS or (bool(LIBRARY_PASSES) and current_graph_task() in LIBRARY_PASSES)
 
 
+# How many modes of the user's see every operation just now, counters of operations for one.
+active_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
+
+
+def modes_are_active() -> bool:
+    """Whether modes of the user's see every operation just now."""
+    return active_modes() > 0
+
+
 def without_modes() -> AbstractContextManager[object]:
-    """Inside, modes of the user's that see every operation, counters of operations for one, see none."""
-    if not torch._C._len_torch_dispatch_stack() and not torch._C._len_torch_function_stack():
-        return nullcontext()
-    return torch.utils._python_dispatch._disable_current_modes()
+    """Inside, modes of the user's that see every operation see none."""
+    return torch.utils._python_dispatch._disable_current_modes() if active_modes() else _NOTHING
+
+
+_NOTHING = nullcontext()
 
 
 @contextmanager
@@ -163,17 +173,32 @@ def raise_after_backward(error: Exception) -> None:
 
 
 @contextmanager
-def refusing_reentrant_checkpoints() -> Iterator[None]:
-    """Inside, a backward pass to places of our choice is refused in our words where a re-entrant checkpoint refuses it."""
+def refusing_checkpoints() -> Iterator[None]:
+    """Inside, a backward pass to places of our choice is refused in our words where a checkpoint refuses it."""
     try:
         yield
     except RuntimeError as error:
+        if is_selective_checkpoints(error):
+            raise selective_checkpoint() from error
         if "use_reentrant" not in str(error):
             raise
         raise UnsupportedError(
             "re-entrant activation checkpointing computes gradients only together with those of the parameters: use "
             "torch.utils.checkpoint with use_reentrant=False, or a FisherMonitor around your own backward"
         ) from error
+
+
+def is_selective_checkpoints(error: Exception) -> bool:
+    """Whether torch refuses to run the forward of a selective checkpoint again."""
+    return "selective activation checkpoint" in str(error)
+
+
+def selective_checkpoint() -> UnsupportedError:
+    """The refusal of a second pass through a selective checkpoint."""
+    return UnsupportedError(
+        "selective activation checkpointing (context_fn=) runs its forward again for one backward pass only, and this takes "
+        "more: use torch.utils.checkpoint without context_fn, or a FisherMonitor around your own backward"
+    )
 
 
 def call_model(model: Callable[..., Any], inputs: Any) -> Any:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from operator import attrgetter
 from typing import Any
 
 from torch import Tensor, nn
 
-from torch_secorder.model.hooks import WeakHook
+from torch_secorder.model.hooks import WeakHook, remove_from_tables
 
 Owner = nn.Module | Tensor
 
@@ -31,6 +32,8 @@ class HookSet:
     def add(self, owner: Owner, register: Callable[..., object], hook: Callable[..., Any], **options: bool) -> None:
         """Have ``register(hook, **options)`` put a hook on ``owner``."""
         self._ours.append((owner, hook))
+        if isinstance(hook, WeakHook) and not isinstance(owner, Tensor):
+            hook.module = weakref.ref(owner)
         register(hook, **options)
 
     def remove(self) -> None:
@@ -47,16 +50,11 @@ class HookSet:
 
 
 def _remove(owner: Owner, hook: Callable[..., Any]) -> None:
-    """Remove one hook from all tables of its owner, which torch keys by the same number."""
-    tables: list[dict[int, Any]] = [owner._backward_hooks or {}] if isinstance(owner, Tensor) else []
-    if not tables:
-        tables += filter(None, map(vars(owner).get, _TABLES))
-    found = [(table, key) for table in tables for key, mine in table.items() if mine is hook]
-    for where, key in found:
-        for table in tables:
-            if table is not where:
-                table.pop(key, None)
-        where.pop(key)  # last, since this is how it's found
+    """Remove one hook from all tables of its owner."""
+    if isinstance(owner, Tensor):
+        remove_from_tables([owner._backward_hooks or {}], hook)
+    else:
+        remove_from_tables([table for table in map(vars(owner).get, _TABLES) if table], hook)
 
 
 # The hooks for a tensor's gradient by their numbers; None if it never had one. (A Python function would double what it costs to

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from enum import Enum
 from functools import partial
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-from torch_secorder.autograd.engine import keeps_graph
+from torch_secorder.autograd.engine import keeps_graph, without_modes
+from torch_secorder.autograd.function_code import writes_elsewhere
 from torch_secorder.autograd.guard import in_python_function
 from torch_secorder.autograd.self_test import hooks_are_seen, raw_tensors
 from torch_secorder.errors import UnsupportedError
@@ -97,13 +98,20 @@ def keeps_state(node: Any) -> bool:
     """
     if not is_others_function(node):
         return False
-    if not all(map(_is_constant, vars(node).values())):
+    if writes_elsewhere(node._forward_cls):
         return True
-    # Gradients that are fused with their accumulation are added to an attribute of the weight.
+    return not all(map(_is_constant, vars(node).values())) or bool(tensors_of_weights(node))
+
+
+def tensors_of_weights(node: Any) -> list[str]:
+    """The names of the tensors that the weights which a function takes have as attributes, ``main_grad`` for one.
+
+    A function that fuses the computation of a weight's gradient with its accumulation adds to such a tensor.
+    """
     plainly_saved = node.saved_tensors if has_packed_tensors(node) is False else ()
     variables = (getattr(child, "variable", None) for child, _ in node.next_functions)
     weights = [x for x in (*plainly_saved, *variables) if isinstance(x, nn.Parameter)]
-    return any(isinstance(value, Tensor) for x in weights for value in vars(x).values())
+    return [name for x in weights for name, value in vars(x).items() if isinstance(value, Tensor)]
 
 
 def _is_constant(value: Any) -> bool:
@@ -191,9 +199,7 @@ def gradient_edge_of(output: Tensor) -> GradientEdge | None:
 
 def made_by(x: Tensor) -> Node:
     """The node that made a tensor; for a leaf, the one that takes its gradient."""
-    return x.grad_fn if x.grad_fn is not None else get_gradient_edge(x).node
-
-
-def after_node(hook: Callable[..., None], _: object, grads: tuple[Tensor | None, ...]) -> None:
-    """Call a hook for a node's gradients once the node has run, which is told what it returned, too."""
-    hook(grads)
+    if x.grad_fn is not None:
+        return x.grad_fn
+    with without_modes():  # torch makes a view to find it
+        return get_gradient_edge(x).node

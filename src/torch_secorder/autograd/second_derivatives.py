@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 from torch import Tensor
 from torch.autograd.graph import Node
 
 from torch_secorder.autograd.engine import is_executed
+from torch_secorder.autograd.node_hooks import NodeHook
 
 
 class GradientGraphWatch:
@@ -34,7 +34,7 @@ class GradientGraphWatch:
             self._seen.add(current)
             inner = [child for child, _ in current.next_functions if child is not None]
             if inner and is_executed(current):
-                self._handles.append(current.register_hook(partial(_hook_makers, self._on_gradient)))
+                self._handles.append(current.register_hook(NodeHook(_hook_makers, self._on_gradient)))
                 stack += inner
 
     def close(self) -> None:

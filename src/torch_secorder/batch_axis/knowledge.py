@@ -41,6 +41,10 @@ class KindSchedule:
         self._counts[fingerprint] += 1
         return is_due(self._counts[fingerprint])
 
+    def restart(self) -> None:
+        """Count from the beginning."""
+        self._counts.clear()
+
 
 class Schedule:
     """When a function of the user's is checked again."""

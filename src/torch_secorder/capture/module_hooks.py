@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from torch_secorder.autograd.compiled import never_compiled
-from torch_secorder.autograd.engine import saved_tensors_hooks
+from torch_secorder.autograd.engine import saved_tensors_hooks, without_modes
 from torch_secorder.autograd.hooks import HookSet
+from torch_secorder.autograd.node_hooks import call_after
 from torch_secorder.autograd.nodes import gradient_edge_of, made_by
 from torch_secorder.autograd.versions import version
 from torch_secorder.batch_axis.placement import FIRST
@@ -51,6 +52,8 @@ class ModuleHooks(HookScope):
         forwards: knows which run of the model a call belongs to.
         guards: for some modules, what is called before each of their calls, to raise for a state that no rule
             can be right in.
+        before_node: called with a record of a call that is part of no call of the model, or is run again, and the gradients of
+            its node's outputs, before that node runs.
         attach_leaf: give outputs that need no gradient one, so that frozen layers are seen too.
     """
 
@@ -63,9 +66,11 @@ class ModuleHooks(HookScope):
         forwards: ForwardTracker,
         guards: Mapping[nn.Module, Callable[[], None]],
         *,
+        before_node: Callable[[Record, tuple[Tensor | None, ...]], None],
         attach_leaf: bool = False,
     ):
         self._model, self._modules, self._sites, self._on_gradient = model, modules, sites, on_gradient
+        self._before_node = before_node
         self.forwards, self._guards, self._attach_leaf = forwards, guards, attach_leaf
         self._hooks = HookSet()
         self._frozen = {
@@ -221,7 +226,8 @@ class ModuleHooks(HookScope):
         record.training = module.training
         if site.keep is not None:
             record.inputs, record.kwargs, record.versions = (), {}, ()
-            record.kept = site.keep(module, args, kwargs, output)
+            with without_modes():
+                record.kept = site.keep(module, args, kwargs, output)
         else:
             if (hooks := saved_tensors_hooks()) is not None:
                 record.pack_inputs(*hooks)
@@ -288,7 +294,8 @@ class ModuleHooks(HookScope):
         assert site.keep is not None
         nodes, _ = _nodes_and_versions(args, kwargs)
         record = Record(site, forward, (), {}, whole_shape(output), placement, not nodes, nodes)
-        record.kept = site.keep(module, args, kwargs, output)
+        with without_modes():
+            record.kept = site.keep(module, args, kwargs, output)
         self._hook_gradient(record, output)
 
     def _hook_gradient(self, record: Record, output: Tensor) -> None:
@@ -300,10 +307,15 @@ class ModuleHooks(HookScope):
             )
         # When the node has run: its gradients are then what the user's own hooks on it have made of them, and a checkpoint whose
         # tensors the node fetched ran its forward again when it would without us.
-        edge.node.register_hook(partial(self._on_gradient, record, edge.output_nr))
+        table = call_after(edge.node, self._on_gradient, record, edge.output_nr)
+        if record.site.rule is not None:
+            record.node_hooks = table
+            forward.node_hooks.append(table)
         if forward.in_model_call and forward.recomputed_in is None:
             forward.records.append((record, edge))
         else:
+            if record.site.rule is not None:  # No output of the model tells when a pass is about to reach it.
+                edge.node.register_prehook(partial(self._before_node, record))
             record.in_output_graph = True  # there is no graph of the model's outputs to find it in
             record.input_nodes = ()
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
 from torch_secorder.autograd.engine import current_node
+from torch_secorder.autograd.node_hooks import TableReference, no_table
 from torch_secorder.autograd.versions import version
 from torch_secorder.batch_axis.count import Count, Seen
 from torch_secorder.batch_axis.evidence import Unplaced
@@ -88,6 +89,7 @@ class Forward:
         records: its calls so far, each with the place in the graph where its gradient arrives; empty once it is over, since a
             record that holds its own node is a cycle that outlives the graph.
         own_axes: the outputs of modules that have a batch axis of their own; empty once the run is over.
+        node_hooks: each finds the hooks that run after a node at which gradients are taken apart by samples.
         sharded: the modules that FSDP2 shards, each with a node that made one of its outputs; empty once the run is over.
         count: what says how many samples it has.
         placements: where each of the model's outputs has its samples; empty once the run is over.
@@ -110,6 +112,7 @@ class Forward:
     placements: Sequence[Placement | None] = ()
     inputs: list[tuple[Seen, Tensor]] = field(default_factory=list)
     bags: set[int] = field(default_factory=set)
+    node_hooks: list[TableReference] = field(default_factory=list)
 
     def settle(self, count: Count) -> None:
         """The outputs show that this is how many samples there are."""
@@ -238,6 +241,7 @@ class Record:
         last_pass: the last backward pass that reached it.
         kept: what the hooked module's ``keep`` took of the call.
         training: whether the module was in training mode.
+        node_hooks: finds the hooks that run after the node of its output.
     """
 
     site: HookedModule
@@ -255,6 +259,7 @@ class Record:
     last_pass: int | None = None
     kept: Any = None
     training: bool = False
+    node_hooks: TableReference = no_table
 
     def pack_inputs(self, pack: Callable[[Tensor], Any], unpack: Callable[[Any], Tensor]) -> None:
         """Leave the inputs to hooks for saved tensors.
@@ -295,13 +300,18 @@ class Record:
         found = tuple(map(each, inputs))
         return Call(found, expanded, grads, kept=self.kept, batch_axis=None, training=self.training)
 
+    def fetch_inputs(self) -> None:
+        """Take the inputs back from the hooks that hold them; a checkpoint runs its forward again for that."""
+        assert self.inputs is not None
+        self.inputs = tuple(_unpacked(x) for x in self.inputs)
+        self.kwargs = {name: _unpacked(x) for name, x in self.kwargs.items()}
+        self.versions, self.inputs_packed = _versions(self.inputs, self.kwargs), False
+
     def _arguments(self) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
         if self.inputs is None:
             raise CoverageError(f"{self.site}: its inputs are gone, since a backward pass has been here already")
         if self.inputs_packed:
-            self.inputs = tuple(_unpacked(x) for x in self.inputs)
-            self.kwargs = {name: _unpacked(x) for name, x in self.kwargs.items()}
-            self.versions, self.inputs_packed = _versions(self.inputs, self.kwargs), False
+            self.fetch_inputs()
         elif self.versions and _versions(self.inputs, self.kwargs) != self.versions:
             raise CoverageError(
                 f"{self.site}: its input was changed in place after the layer saw it; change it out of place"

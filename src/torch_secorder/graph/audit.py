@@ -12,7 +12,7 @@ from typing import NamedTuple
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-from torch_secorder.autograd.nodes import keeps_state
+from torch_secorder.autograd.nodes import keeps_state, tensors_of_weights
 from torch_secorder.autograd.sharded import GatheredWeights
 from torch_secorder.batch_axis.evidence import Unplaced
 from torch_secorder.batch_axis.knowledge import ModelKnowledge, PlacementCache, Wanted
@@ -233,7 +233,7 @@ class Audit:
                 self._refuse(forward, hidden(str(record.site), n))
             elif asked.ambiguous_shapes or record.placement is None:
                 record.placement, record.idle = None, Idle(found, partial(search.placements.forget, key))
-        if forward.inputs:
+        if forward.inputs and forward.refusal is None:  # What is hidden contradicts nothing.
             self._require_axes_of_inputs(forward, reached)
         return shared
 
@@ -271,6 +271,14 @@ class Audit:
     def _require_readable(self, use: ParameterUse, node: Node) -> None:
         """Raise if what the rule of a use needs can't be read from its node; count the use otherwise."""
         if keeps_state(node):
+            if fused := tensors_of_weights(node):
+                raise UnsupportedError(
+                    f"{', '.join(self._names(use))}: used by {node.name()}, a function that may add the gradient to an "
+                    f"attribute of the weight ({', '.join(dict.fromkeys(fused))}) in its backward, so that none arrives in .grad "
+                    "and it can't be called for single samples: turn the fusion of gradients with their accumulation off "
+                    "(gradient_accumulation_fusion=False in Megatron), or teach the library the layer with "
+                    "torch_secorder.register_rule"
+                )
             raise UnsupportedError(
                 f"{', '.join(self._names(use))}: used by {node.name()}, a function that keeps more than saved tensors for its "
                 "backward, which may change if it is called for single samples: save its tensors by ctx.save_for_backward, or "

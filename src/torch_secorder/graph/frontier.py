@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from torch.autograd.graph import GradientEdge, Node
 
 from torch_secorder.autograd.graph_pass import Route, runs_others_code
+from torch_secorder.autograd.node_hooks import TableReference, no_table
 from torch_secorder.autograd.nodes import Edge, has_packed_tensors, output_shapes, value_shape
 from torch_secorder.batch_axis.evidence import Evidence, Unplaced
 from torch_secorder.batch_axis.knowledge import Key, Wanted
@@ -59,6 +60,7 @@ class ParameterUse:
             gradients only, those give no answer.
         permutes_entries: whether putting its gradients' entries in order takes such calls; their norms take none.
         last_pass: the last backward pass that reached it.
+        node_hooks: finds the hooks that run after its node.
     """
 
     forward: Forward
@@ -69,6 +71,7 @@ class ParameterUse:
     needs_node_calls: bool = False
     permutes_entries: bool = False
     last_pass: int | None = None
+    node_hooks: TableReference = no_table
 
     @property
     def targets(self) -> list[Target]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -53,12 +53,39 @@ class HookScope(ABC):
         """Remove whatever is attached; safe after a partial :meth:`_attach`, and when called twice."""
 
 
+def remove_from_module(module: Any, hook: Callable[..., Any]) -> None:
+    """Remove a hook from all tables of a module, which torch keys by the same number."""
+    remove_from_tables(
+        [table for name, table in vars(module).items() if "hooks" in name and isinstance(table, dict)], hook
+    )
+
+
+def remove_from_tables(tables: list[dict[int, Any]], hook: Callable[..., Any]) -> None:
+    """Remove a hook from tables that are keyed by the same number."""
+    found = [(table, key) for table in tables for key, mine in table.items() if mine is hook]
+    for where, key in found:
+        for table in tables:
+            if table is not where:
+                table.pop(key, None)
+        where.pop(key)  # last, since this is how it's found
+
+
+def nothing() -> Callable[..., None]:
+    """A new function that takes anything and does nothing, which a process without this package can load, too."""
+    return nullcontext().__exit__
+
+
 class WeakHook(partial[Any]):
     """A method of an object as a hook that does not keep the object alive.
 
-    The object removes its hooks when it goes, so that the method is never called without it. A copy of the model (deepcopy,
-    pickle) has a hook that does nothing in its place, so that the object is not copied along.
+    The object removes its hooks when it goes, so that the method is never called without it. A deep copy of the model has no
+    such hook. What pickle makes of the model has a hook that does nothing in its place, and no word of this package.
+
+    Attributes:
+        module: the module that has the hook, if one has it.
     """
+
+    module: weakref.ref[Any] | None = None
 
     def __new__(cls, owner: object, method: str, *first: Any) -> Self:
         """The method bound to a proxy of its owner, which torch calls without another Python frame in between."""
@@ -66,14 +93,29 @@ class WeakHook(partial[Any]):
 
     def disarm(self) -> None:
         """Do nothing from now on: another thread may be about to call the hook, though it was removed meanwhile."""
-        self.__setstate__((_Nothing(), (), {}, None))  # type: ignore[attr-defined]  # of partial objects
+        self.__setstate__((nothing(), (), {}, None))  # type: ignore[attr-defined]  # of partial objects
 
-    def __reduce__(self) -> tuple[Callable[[], object], tuple[()]]:
-        return (_Nothing, ())
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
+        return getattr, (nullcontext(), "__exit__")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
+        """A function that does nothing, which leaves the copy of the module when all is copied.
+
+        An entry of a table can't be left out while the table is being copied. What is copied last is the list of what has to
+        live until then, which the module ``copy`` keeps in its memo.
+        """
+        copied = nothing()
+        module = None if self.module is None else memo.get(id(self.module()))
+        if module is not None:
+            memo.setdefault(id(memo), []).append(_RemovedAtTheEnd(module, copied))
+        return copied
 
 
-class _Nothing:
-    """What a copied model has in the place of a hook."""
+class _RemovedAtTheEnd:
+    """Removes a hook from a module when it goes."""
 
-    def __call__(self, *args: Any, **kwargs: Any) -> None:
-        pass
+    def __init__(self, module: object, hook: Callable[..., None]):
+        self._module, self._hook = module, hook
+
+    def __del__(self) -> None:
+        remove_from_module(self._module, self._hook)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +16,14 @@ from torch_secorder.autograd.engine import current_node
 from torch_secorder.autograd.precision import HALF, is_half
 from torch_secorder.batch_axis.placement import Grouping
 from torch_secorder.capture.records import Forward, Record
-from torch_secorder.errors import CoverageError, LifecycleError, ShapeError, SlowFallbackWarning, UnsupportedError
+from torch_secorder.errors import (
+    CoverageError,
+    LifecycleError,
+    ShapeError,
+    SlowFallbackWarning,
+    UnsupportedError,
+    warn_at_users_line,
+)
 from torch_secorder.graph.frontier import IdleUse, ParameterUse
 from torch_secorder.graph.refusals import unexpected
 from torch_secorder.model.nested import whole
@@ -117,11 +123,10 @@ class PassAccumulator:
         """Warn if taking one sample at a time is most of the work; says whether it did."""
         if sum(self.slow.values()) <= self._seen:
             return False
-        warnings.warn(
+        warn_at_users_line(
             f"most of the work is done by rules that take one sample at a time ({', '.join(sorted(self.slow))}); the numbers "
             "are exact, and torch_secorder.register_rule for the layer makes them cheaper",
             SlowFallbackWarning,
-            stacklevel=2,
         )
         return True
 

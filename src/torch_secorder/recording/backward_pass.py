@@ -26,7 +26,8 @@ class BackwardPass:
         accumulator: what it adds up to.
         gradients: the norms of the parameters' own gradients.
         projections: position -> the parameter's own gradient along one direction, in a pass that is checked.
-        special: whether our sums take a setting of their own: autocast is on, or memory is limited.
+        special: whether our sums take a setting of their own: autocast is on, memory is limited, or a mode of the user's sees
+            every operation.
         thread: where it began.
         error: the first that went wrong, which waits for the end of the pass.
         is_over: whether nothing more belongs to it.
@@ -62,6 +63,16 @@ def counted_again(seen: Record | ParameterUse | IdleUse | Forward) -> LifecycleE
         f"{what}: a second backward pass went through the same forward, whose samples are counted already: add the losses and "
         "differentiate their sum, or all at once (torch.autograd.backward([first, second])); for other samples call the model "
         'again; or pass repeated_calls="new" to count them as new samples'
+    )
+
+
+def changed_by_hook(what: str) -> UnsupportedError:
+    """The refusal of a pass in which a hook changes a gradient behind the node where it is taken apart by samples."""
+    return UnsupportedError(
+        f"{what}: a hook on the node that computes its gradients (grad_fn.register_hook) changes them, or was put on in the "
+        "backward pass itself, so that no sample's share in them is known; the batch is left out: change the gradient of the "
+        "layer's output instead (a hook on that tensor, or grad_fn.register_prehook), or the parameter's own (a hook on the "
+        "parameter)"
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import traceback
 
+from torch_secorder.autograd.engine import is_selective_checkpoints, selective_checkpoint
 from torch_secorder.errors import CurvatureError, UnsupportedError
 from torch_secorder.per_sample import as_refusal
 
@@ -20,6 +21,9 @@ def refusal_of(error: Exception, what: str) -> Exception:
         what: what the library was about to do, in words.
     """
     refusal = as_refusal(error)
+    if is_selective_checkpoints(error):
+        refusal = selective_checkpoint()
+        refusal.__cause__ = error
     if isinstance(refusal, CurvatureError) or _is_theirs(error):
         return refusal
     found = UnsupportedError(

@@ -21,8 +21,14 @@ from torch_secorder.recording.small_calls import MOST_CALLS
 
 @dataclass(eq=False)
 class GradientNorms:
-    """``||grad_p L_b||`` of every parameter p that one backward pass reaches."""
+    """``||grad_p L_b||`` of every parameter p that one backward pass reaches.
 
+    Args:
+        waits: whether small gradients may be kept, so that their norms are taken together. Of a gradient that is kept autograd
+            makes a copy, which a mode of the user's that sees every operation would see.
+    """
+
+    waits: bool = True
     _from_factors: dict[int, Tensor] = field(default_factory=dict)  # norms that layers' factors told
     _contributions: dict[int, Identity] = field(default_factory=dict)  # what these layers contribute to the gradients
     _norms: dict[int, Tensor] = field(default_factory=dict)
@@ -47,7 +53,13 @@ class GradientNorms:
         The reference that is kept makes autograd accumulate into a copy, so that later changes of .grad in place, or of a
         communication buffer, do not reach this tensor.
         """
-        if position in self._from_factors or grad.numel() > SMALL or grad.dtype not in FULL or grad.is_sparse:
+        if (
+            not self.waits
+            or position in self._from_factors
+            or grad.numel() > SMALL
+            or grad.dtype not in FULL
+            or grad.is_sparse
+        ):
             return False
         if len(self._waiting) == MOST_CALLS:
             return False

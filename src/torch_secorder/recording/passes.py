@@ -38,6 +38,7 @@ class UserPasses:
 
     Attributes:
         under_way: the number of each outermost pass of the samples -> what is collected of it.
+        unfinished: the numbers of passes that began and whose end was not reached yet, or never will be.
         ignored: the passes under way that are none of the samples, with the calls of the model that they have reached; passes
             inside of them may be of the samples nevertheless.
     """
@@ -55,12 +56,14 @@ class UserPasses:
         # Only autograd keeps a pass alive: one that an exception breaks off is gone.
         self.under_way: WeakValueDictionary[int, BackwardPass] = WeakValueDictionary()
         self._outer_of: dict[int, int] = {}  # a pass of the samples inside of another pass -> the outermost one
+        self.unfinished = set[int]()
         self.ignored: dict[int, list[Forward]] = {}
 
     def clear(self) -> None:
         """Forget all of them."""
         self.under_way.clear()
         self._outer_of.clear()
+        self.unfinished.clear()
         self.ignored.clear()
 
     def forget_broken_off(self) -> None:
@@ -79,6 +82,10 @@ class UserPasses:
             for inner in [inner for inner, outer in list(self._outer_of.items()) if outer == current.task]:
                 self._outer_of.pop(inner, None)
         return self.under_way.pop(current.task, None) is not None
+
+    def is_broken_off(self, task: int) -> bool:
+        """Whether a pass began and its end will never be reached, since an exception ended it."""
+        return task in self.unfinished and task not in self.under_way
 
     def ignore(self, task: int) -> None:
         """The pass under way is none of the samples."""

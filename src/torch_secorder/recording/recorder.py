@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from torch_secorder.autograd.compiled import never_compiled
-from torch_secorder.autograd.engine import current_node
-from torch_secorder.autograd.nodes import after_node
+from torch_secorder.autograd.engine import active_modes, current_node, modes_are_active, without_modes
+from torch_secorder.autograd.node_hooks import HookTable, call_after
 from torch_secorder.autograd.precision import autocast_devices, full_precision
 from torch_secorder.batch_axis.knowledge import ModelKnowledge
 from torch_secorder.capture.forwards import ForwardTracker
@@ -37,7 +37,6 @@ from torch_secorder.recording.gradient_norms import GradientNorms
 from torch_secorder.recording.plan import Plan
 from torch_secorder.recording.sample_norms import SampleNorms
 from torch_secorder.recording.shared_outputs import find_shared_outputs
-from torch_secorder.rules.node_rules import runs_after_node
 
 
 class Recorder(HookScope):
@@ -95,6 +94,7 @@ class Recorder(HookScope):
         if plan.model is not None:
             self._module_hooks = ModuleHooks(
                 *(plan.model, plan.modules, plan.sites, self._on_output_gradient, self.forwards, plan.guards),
+                before_node=self._before_node,
                 attach_leaf=attach_leaf,
             )
 
@@ -135,7 +135,8 @@ class Recorder(HookScope):
     def _found_uses(self, forward: Forward, outputs: list[Tensor]) -> Uses:
         """The uses of parameters that no hooked call accounts for, in the graph of a forward's outputs."""
         try:
-            found = self._audit.uses(forward, outputs)
+            with without_modes() if active_modes() else nullcontext():
+                found = self._audit.uses(forward, outputs)
             for edge in self._audit.comparing:
                 edge.node.register_prehook(partial(self._on_comparing_output, edge.output_nr))
             if found.placed:
@@ -147,17 +148,17 @@ class Recorder(HookScope):
     def _on_comparing_output(self, output_nr: int, grads: tuple[Tensor | None, ...]) -> None:
         """A gradient has arrived at an output that compares samples."""
         grad = grads[output_nr]
-        current = None if grad is None else self._pass_under_way(grads)
-        if current is not None and current.error is None and bool(grad.any()):  # type: ignore[union-attr]  # it is there
-            current.error = compares_samples()
+        if grad is None or (current := self._pass_under_way(grads)) is None:
+            return
+        with without_modes():
+            if current.error is None and bool(grad.any()):
+                current.error = compares_samples()
 
     def _hook(self, use: ParameterUse, node: Node) -> None:
         """Have the node of a use call back with its gradients."""
-        hook = partial(self._on_use_gradients, use)
-        if runs_after_node(node):
-            node.register_hook(partial(after_node, hook))
-        else:
-            node.register_prehook(hook)
+        # When the node has run, as for calls of modules; some rules also read what that leaves behind.
+        use.node_hooks = call_after(node, self._on_use_gradients, use)
+        use.forward.node_hooks.append(use.node_hooks)
 
     # ------------------------------------------------------------------------------------------------ what arrives
 
@@ -175,15 +176,19 @@ class Recorder(HookScope):
             return
         current = self._pass_under_way(grads, record.forward.recomputed_in)
         if current is not None:
+            if (table := record.node_hooks()) is not None and len(table) > 1:
+                self._on_node_with_hooks(current, record, table)
             self._within(current, record, current.accumulator.add, record, grad)
         else:
             self._on_unrecorded_gradient(record)
 
     @never_compiled
-    def _on_use_gradients(self, use: ParameterUse, grads: tuple[Tensor | None, ...]) -> None:
+    def _on_use_gradients(self, use: ParameterUse, returned: object, grads: tuple[Tensor | None, ...]) -> None:
         """The gradients at a use of a parameter outside of any hooked module's call."""
         current = self._pass_under_way(grads, use.forward.recomputed_in)
         if current is not None:
+            if (table := use.node_hooks()) is not None and len(table) > 1:
+                self._on_node_with_hooks(current, use, table)
             self._within(current, use, current.accumulator.add_use, use, current_node(), grads)
         else:
             self._on_unrecorded_gradient(use)
@@ -193,6 +198,12 @@ class Recorder(HookScope):
         current = self._pass_under_way(grads, seen.forward.recomputed_in)
         if current is not None:
             self._within(current, seen, current.accumulator.add_idle, seen, grads)
+
+    def _before_node(self, record: Record, grads: tuple[Tensor | None, ...]) -> None:
+        """The node of a call that is part of no call of the model, or is run again, is about to run."""
+
+    def _on_node_with_hooks(self, current: BackwardPass, seen: Record | ParameterUse, table: HookTable) -> None:
+        """A node that makes gradients of parameters has run, and several hooks run after it."""
 
     def _on_unrecorded_gradient(self, seen: Record | ParameterUse) -> None:
         """A gradient has arrived in a pass that is not recorded."""
@@ -238,24 +249,31 @@ class Recorder(HookScope):
         counted = counted_as(seen)
         if counted.last_pass == current.task:
             return
-        if counted.last_pass is not None and not self.counts_again:
+        if counted.last_pass is not None and not self._counts_samples_again(counted.last_pass):
             raise counted_again(seen)
         counted.last_pass = current.task
+
+    def _counts_samples_again(self, last_pass: int) -> bool:
+        """Whether samples that an earlier pass has reached count once more."""
+        return self.counts_again
 
     # ------------------------------------------------------------------------------------------------ begin and finish
 
     def _begin(self, task: int, *, keep_inputs: bool = False, checks: bool = False) -> BackwardPass:
-        gradients = GradientNorms()
+        sees_all = modes_are_active()
+        gradients = GradientNorms(waits=not sees_all)
         accumulator = PassAccumulator(
             self.table, self.options, keep_inputs=keep_inputs, checks=checks, gradients=gradients
         )
         in_autocast = bool(autocast_devices())
         accumulator.half = in_autocast  # autograd rounds its own gradients then, also those that it returns in float32
-        return BackwardPass(task, accumulator, gradients, in_autocast or self.options.max_memory is not None)
+        special = in_autocast or self.options.max_memory is not None or sees_all
+        return BackwardPass(task, accumulator, gradients, special)
 
     def _settings(self) -> ExitStack:
-        """Inside, our sums are in full precision, also in an autocast block, and within the memory that they may take."""
+        """Inside, our sums are in full precision, also in an autocast block, within the memory that they may take, and unseen."""
         stack = full_precision()
+        stack.enter_context(without_modes())
         stack.enter_context(memory_limit(self.options.max_memory))
         return stack
 

@@ -23,10 +23,12 @@ from torch_secorder.autograd.engine import (
     current_graph_task,
     current_node,
     is_library_pass,
+    keeps_graph,
     leaf_of,
     raise_after_backward,
 )
 from torch_secorder.autograd.hooks import gradient_hooks
+from torch_secorder.autograd.node_hooks import HookTable, NodeHook, ReturnsWatch, has_others, hooks_before
 from torch_secorder.autograd.second_derivatives import GradientGraphWatch
 from torch_secorder.autograd.tensor_hooks import are_last, put_last
 from torch_secorder.batch_axis.placement import Placement
@@ -37,7 +39,8 @@ from torch_secorder.graph.frontier import ParameterUse
 from torch_secorder.model.parameters import named_modules, parameters_by_name
 from torch_secorder.model.ranks import full_tensor, is_dtensor
 from torch_secorder.per_sample import as_refusal
-from torch_secorder.recording.backward_pass import BackwardPass, counted_again, replaced, vmapped_pass
+from torch_secorder.recording.backward_pass import BackwardPass, changed_by_hook, counted_again, replaced, vmapped_pass
+from torch_secorder.recording.changed_gradients import changes_parameters
 from torch_secorder.recording.passes import UserPasses
 from torch_secorder.recording.quantities import QUANTITIES
 from torch_secorder.recording.recorder import Recorder, counted_as
@@ -76,6 +79,8 @@ class UserRecorder(Recorder):
         leaves = list(self._audit.leaves)
         every_one = len(leaves) == len(self.table) > 0
         self._passes = UserPasses(leaves, every_one, self.plan.model, watches_outputs=watches)
+        # Position -> the hooks on the node that accumulates the parameter's gradient.
+        self._before_accumulation = {position: hooks_before(node) for node, position in self._audit.leaves.items()}
         self._gradient_graphs: dict[int, GradientGraphWatch] = {}  # of ignored passes with create_graph=True
         self._counting = RLock()  # several threads may train the model
         self._outputs: list[tuple[weakref.ref[Tensor], Placement]] = []
@@ -174,6 +179,39 @@ class UserRecorder(Recorder):
                 current.error = forward.refusal
             except LifecycleError as error:
                 current.error = error
+        for reference in forward.node_hooks:
+            # In every step, for every call: no function of Python's.
+            if (table := reference()) is not None and len(table) > 1:
+                self._watch_others(current, table)
+
+    def _watch_others(self, current: BackwardPass, table: HookTable) -> None:
+        """Notice what hooks of the user's change of what a node is about to return."""
+        if has_others(table):
+            ReturnsWatch(table, partial(self._on_changed_gradients, current, self._seen_at(table)))
+
+    def _before_node(self, record: Record, grads: tuple[Tensor | None, ...]) -> None:
+        if (table := record.node_hooks()) is None or len(table) == 1:
+            return
+        current = self._pass_under_way(grads, record.forward.recomputed_in)
+        if current is not None:
+            self._watch_others(current, table)
+
+    def _seen_at(self, table: HookTable) -> list[Record | ParameterUse]:
+        """What this recorder takes apart by samples at a node, by the hooks that run after it."""
+        hooks = [hook for hook in table.values() if isinstance(hook, NodeHook)]
+        return [hook.args[0] for hook in hooks if getattr(hook.func, "__self__", None) is self]
+
+    def _on_changed_gradients(
+        self, current: BackwardPass, seen: list[Record | ParameterUse], changed: list[int]
+    ) -> None:
+        """Hooks of the user's have changed what a node returned for some of its inputs."""
+        for one in seen:
+            if current.error is None and changes_parameters(current_node(), one, changed, self.table.leaves):
+                current.error = changed_by_hook(self._described(one))
+
+    def _on_node_with_hooks(self, current: BackwardPass, seen: Record | ParameterUse, table: HookTable) -> None:
+        if current.error is None and has_others(table) and not ReturnsWatch.encloses(table):
+            current.error = changed_by_hook(self._described(seen))
 
     @never_compiled
     def on_parameter_gradient(self, position: int, grad: Tensor) -> None:
@@ -190,7 +228,8 @@ class UserRecorder(Recorder):
         if current.task != current_graph_task() and not accumulates_gradient_of(get_gradient_edge(leaf).node):
             return  # A function's backward asked for it, and returns it to this pass, or doesn't.
         alone = len(gradient_hooks(leaf) or ()) <= 1
-        as_added = alone or are_last(leaf)  # A hook that was put on in this very pass comes after ours.
+        # A hook that was put on in this very pass comes after ours, and so does one on the node that accumulates the gradient.
+        as_added = (alone or are_last(leaf)) and not self._before_accumulation.get(position)
         if type(grad) is Tensor and not current.accumulator.checks:
             # In every step, and most parameters are small.
             if not (as_added and current.error is None and current.gradients.keep(position, grad)):
@@ -234,6 +273,9 @@ class UserRecorder(Recorder):
 
     def _abandon(self, current: BackwardPass) -> None:
         self._passes.close(current)
+
+    def _counts_samples_again(self, last_pass: int) -> bool:
+        return super()._counts_samples_again(last_pass) or self._passes.is_broken_off(last_pass)
 
     def _pass_under_way(self, grads: Sequence[Tensor | None], recomputed_in: int | None = None) -> BackwardPass | None:
         task = current_graph_task()
@@ -296,9 +338,11 @@ class UserRecorder(Recorder):
     def _open(self, task: int) -> BackwardPass:
         # Beside the watched calls, a pass may reach calls of compiled code, which no hook has seen; the sums show it.
         checks = self._checks_next(self._audit.fingerprint) or self._watched.are_counted
-        current = self._begin(task, keep_inputs=self.counts_again, checks=checks)
+        # Through a graph that is kept, the pass may be made again, should an exception break it off.
+        current = self._begin(task, keep_inputs=self.counts_again or keeps_graph(), checks=checks)
         current.special = current.special or torch.is_grad_enabled()  # then autograd would follow our sums
         self._passes.under_way[current.task] = current
+        self._passes.unfinished.add(current.task)
         for leaf in self.table.leaves:
             if len(gradient_hooks(leaf) or ()) > 1:
                 put_last(leaf)
@@ -309,6 +353,7 @@ class UserRecorder(Recorder):
     @never_compiled
     def _close(self, current: BackwardPass) -> None:
         """A backward pass is over: hand it on, or raise why not. The user's gradients are complete by now."""
+        self._passes.unfinished.discard(current.task)
         if not self._passes.close(current) or not self.forwards.active:
             return
         empty = current.accumulator.is_empty

@@ -88,7 +88,6 @@ class NodeRule:
         when: the places where it holds.
         reads: what it and ``when`` read of what the node saved.
         many: whether it takes the gradients of all of the node's outputs.
-        after: whether it is better asked when the node has run, for what that leaves behind.
     """
 
     kind: str
@@ -96,7 +95,6 @@ class NodeRule:
     when: Callable[[NodeUse], bool]
     reads: tuple[str, ...]
     many: bool
-    after: bool
 
     def holds(self, place: NodeUse) -> bool:
         """Whether the rule is exact here, and this torch shows what it reads."""
@@ -112,21 +110,14 @@ def node_rule(
     *,
     reads: tuple[str, ...] = (),
     many: bool = False,
-    after: bool = False,
 ) -> Callable[[Function], Function]:
     """A decorator for the rule of the nodes called ``kind``, for the places where ``when`` is true."""
 
     def register(rule: Function) -> Function:
-        _rules[kind] = NodeRule(kind, rule, when, reads, many, after)
+        _rules[kind] = NodeRule(kind, rule, when, reads, many)
         return rule
 
     return register
-
-
-def runs_after_node(node: Any) -> bool:
-    """Whether the rule for such nodes is better asked when the node has run."""
-    rule = _rules.get(node.name())
-    return rule is not None and rule.after
 
 
 def has_rule(place: NodeUse) -> bool:

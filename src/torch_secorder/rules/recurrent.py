@@ -37,7 +37,6 @@ SIGMOID, TANH = torch.ops.aten.sigmoid_backward, torch.ops.aten.tanh_backward
         "reverse",
     ),
     many=True,
-    after=True,
 )
 def lstm_layer(at: NodeUse, grads: Gradients) -> PerSampleGradient | Tensor:
     """One direction of one layer of an LSTM: weights and biases are shared by the steps."""

@@ -15,7 +15,7 @@ from torch.autograd.graph import GradientEdge, Node
 from torch_secorder.autograd.engine import (
     current_node,
     library_pass,
-    refusing_reentrant_checkpoints,
+    refusing_checkpoints,
 )
 from torch_secorder.autograd.graph_pass import Gradients, GraphPass, behind
 from torch_secorder.autograd.nodes import edges_of, made_by
@@ -166,7 +166,11 @@ class GraphBackward(Recorder):
     ) -> Sequence[Tensor | None]:
         """The gradients where nothing analyzed comes before; those at all other places arrive at hooks meanwhile."""
         options = {"retain_graph": retain, "create_graph": self._create_graph, "allow_unused": True}
-        with refusing_reentrant_checkpoints():
+        packed = [item for item, _ in self._starts if isinstance(item, Record) and item.inputs_packed]
+        if packed:
+            assert root.grad_fn is not None
+            root.grad_fn.register_prehook(partial(_fetch_inputs, packed))
+        with refusing_checkpoints():
             return torch.autograd.grad(root, inputs, seed, **options)
 
     def _finished(self, current: BackwardPass, root: Tensor, found: Sequence[Tensor | None]) -> SampleNorms:
@@ -214,14 +218,23 @@ class GraphBackward(Recorder):
         if not self._is_start(record):
             super()._on_output_gradient(record, output_nr, returned, grads)
 
-    def _on_use_gradients(self, use: ParameterUse, grads: tuple[Tensor | None, ...]) -> None:
+    def _on_use_gradients(self, use: ParameterUse, returned: object, grads: tuple[Tensor | None, ...]) -> None:
         current = self._pass_under_way()
         if current is None:
             return
         if self._needs_node_calls(use):
             self._deferred.append((use, current_node(), grads))
         else:
-            super()._on_use_gradients(use, grads)
+            super()._on_use_gradients(use, returned, grads)
 
     def _needs_node_calls(self, use: ParameterUse) -> bool:
         return use.needs_node_calls or (use.permutes_entries and self._takes_forms)
+
+
+def _fetch_inputs(records: list[Record], _: object) -> None:
+    """Fetch the inputs of calls inside of the pass, in which each checkpoint runs its forward again once for all that ask.
+
+    Selective ones do so only once, whatever for.
+    """
+    for record in records:
+        record.fetch_inputs()

@@ -85,9 +85,10 @@ def squared_norms_of_sample(
     passes.run(lambda: [of_one_sample(gradient, sample, where) for gradient, where in located], arrive)
     if not passes.hidden.isdisjoint(positions):
         raise UnsupportedError(
-            "re-entrant activation checkpointing, or a function whose backward calls modules or starts a backward pass, hides a "
-            "part of the graph of these outputs from a look at one sample: use torch.utils.checkpoint with "
-            "use_reentrant=False, or a FisherMonitor around your own backward"
+            "re-entrant or selective activation checkpointing (context_fn=), or a function whose backward calls modules, starts "
+            "a backward pass or keeps more than saved tensors, hides a part of the graph of these outputs from a look at one "
+            "sample: use torch.utils.checkpoint with use_reentrant=False and without context_fn, or a FisherMonitor around your "
+            "own backward"
         )
     return norms
 

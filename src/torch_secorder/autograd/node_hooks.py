@@ -1,0 +1,104 @@
+"""Hooks on nodes: the library's own, and whether those of the user's change what a node returns.
+
+torch keeps all hooks that run after a node in one table, in the order in which they run. It shows the table to whoever
+registers a hook.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node
+from torch.utils.hooks import RemovableHandle
+
+from torch_secorder.autograd.engine import without_modes
+
+HookTable = dict[int, Callable[..., Any]]
+TableReference = Callable[[], HookTable | None]
+Returned = Sequence[Tensor | None]
+
+
+def no_table() -> None:
+    """The reference of what has no node."""
+
+
+class NodeHook(partial[None]):
+    """A hook of the library's that is called when a node has run, with what it returned and the gradients that it was given."""
+
+
+def call_after(node: Node, function: Callable[..., None], *args: Any) -> TableReference:
+    """Have ``function(*args, returned, grads)`` called when a node has run.
+
+    Returns:
+        A weak reference to the table of the hooks that run after this node. (The table is the node's, and the hook in it often
+        holds what asks for the table: together they would outlive the graph.)
+    """
+    handle: RemovableHandle = node.register_hook(NodeHook(function, *args))
+    found: weakref.ref[HookTable] = handle.hooks_dict_ref
+    return found
+
+
+def hooks_before(node: Node) -> HookTable:
+    """The table of the hooks that run before a node, and stay with it."""
+    handle: RemovableHandle = node.register_prehook(lambda grads: None)
+    table = handle.hooks_dict_ref()
+    handle.remove()
+    assert table is not None  # the node has it
+    return table
+
+
+def has_others(table: HookTable) -> bool:
+    """Whether hooks of the user's are in a table."""
+    return not all(isinstance(hook, NodeHook) for hook in table.values())
+
+
+class ReturnsWatch:
+    """Two hooks around all others of a node: what the others make of what it returns is compared with that.
+
+    Args:
+        table: the hooks that run after the node.
+        on_change: called with the numbers of the inputs whose gradients the others have changed.
+    """
+
+    def __init__(self, table: HookTable, on_change: Callable[[list[int]], None]):
+        self._before: list[Tensor | None] = []
+        self._on_change, others = on_change, dict(table)
+        table.clear()  # torch reads the table as a plain dict, in the order of insertion
+        self._add(table, self._note)
+        table.update(others)
+        self._add(table, self._compare)
+
+    @staticmethod
+    def _add(table: HookTable, method: Callable[[Returned, object], None]) -> None:
+        table[RemovableHandle(table).id] = NodeHook(method)
+
+    @staticmethod
+    def encloses(table: HookTable) -> bool:
+        """Whether the last hook in a table is that of a watch, so that no other came later."""
+        last = list(table.values())[-1]
+        return isinstance(last, NodeHook) and isinstance(getattr(last.func, "__self__", None), ReturnsWatch)
+
+    def _note(self, returned: Returned, _: object) -> None:
+        with torch.no_grad(), without_modes():  # A hook may write on a tensor in ways that no version tells.
+            self._before = [None if x is None else x.clone() for x in returned]
+
+    def _compare(self, returned: Returned, _: object) -> None:
+        before, self._before = self._before, []
+        with torch.no_grad(), without_modes():
+            changed = [nr for nr, (x, y) in enumerate(zip(before, returned, strict=True)) if not _is_same(x, y)]
+        if changed:
+            self._on_change(changed)
+
+
+def _is_same(x: Tensor | None, y: Tensor | None) -> bool:
+    if x is None or y is None:
+        return x is y
+    if x.layout != y.layout or x.shape != y.shape:
+        return False
+    x, y = (one.to_dense() if one.layout != torch.strided else one for one in (x, y))
+    return bool(((x == y) | ((x != x) & (y != y))).all())
