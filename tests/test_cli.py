@@ -93,6 +93,36 @@ def interrupted():
     return model, loss, batches()
 
 
+def dropped():
+    model, loss, data = build()
+    return torch.nn.Sequential(*model, torch.nn.Dropout(0.5)), loss, data
+
+
+def empty():
+    return *build()[:2], []
+
+
+class Scale(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(4))
+
+    def forward(self, x):
+        return x * self.scale
+
+
+def wrong_rule():
+    from torch_secorder import register_rule
+    from torch_secorder.per_sample import Dense
+
+    @register_rule(Scale)
+    def twice(module, call):
+        return {"scale": Dense(2 * call.inputs[0] * call.grad_output)}
+
+    model, loss, data = build()
+    return nn.Sequential(Scale(), *model), loss, data
+
+
 constant = 3
 """
 
@@ -334,6 +364,50 @@ def test_compare_refuses_in_words(folder: Path, capsys: pytest.CaptureFixture[st
 
 
 @pytest.mark.slow
+def test_check_shows_both_numbers(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "setup_me.py:build"]) == 0
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    assert "the library and the loop agree (empirical Fisher, mean over 8 samples)" in printed.out
+    report = pd.read_csv(_first_batch(folder), index_col="parameter")
+    for name, trace in report["fisher_trace"].items():
+        (line,) = [line for line in printed.out.splitlines() if line.startswith(f"{name} ")]
+        assert line.split()[1:3] == [f"{trace:.4g}"] * 2
+        assert line.endswith("equal")
+    assert main(["check", "setup_me.py:dropped", "--seed", "1", "--parameters", "all"]) == 0
+    assert "8 samples, in eval mode" in capsys.readouterr().out
+
+
+def _first_batch(folder: Path) -> Path:
+    assert main(["report", "setup_me.py:build", "--max-batches", "1", "--csv", "first.csv"]) == 0
+    return folder / "first.csv"
+
+
+def test_check_fails_where_the_library_is_wrong(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "setup_me.py:wrong_rule", "--no-verify"]) == 1
+    printed = capsys.readouterr()
+    assert "THE LIBRARY AND THE LOOP DIFFER" in printed.out
+    assert printed.err == "torch-secorder: parameter 0.scale: the library and the loop differ\n"
+    assert main(["check", "setup_me.py:wrong_rule"]) == 1
+    assert "VerificationError" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("setup", "words"),
+    [
+        ("empty", "has no batch"),
+        ("normalized", "CoupledSamplesError"),
+        ("unlabeled", "loss_fn must be a module or a function"),
+        ("wrong_shape", "the model, the loss or the data of setup_me.py:wrong_shape failed"),
+    ],
+)
+def test_check_refuses_in_words(setup: str, words: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", f"setup_me.py:{setup}"]) == 1
+    printed = capsys.readouterr()
+    assert words in printed.err
+    assert printed.out == ""
+
+
 def test_it_is_a_command(folder: Path) -> None:
     command = [sys.executable, "-W", "error", "-m", "torch_secorder.cli"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}

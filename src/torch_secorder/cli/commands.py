@@ -12,6 +12,7 @@ from typing import Any
 import click
 import torch
 
+from torch_secorder import testing
 from torch_secorder.approximations.fisher_report import ReportOptions, accumulated, batches
 from torch_secorder.arguments import fresh_generator
 from torch_secorder.cli import changes
@@ -20,8 +21,8 @@ from torch_secorder.cli.files import FORMATS, check_targets, write
 from torch_secorder.cli.merging import merged
 from torch_secorder.cli.resuming import Journal
 from torch_secorder.cli.setups import Setup
-from torch_secorder.cli.text import as_text
-from torch_secorder.errors import CurvatureError
+from torch_secorder.cli.text import as_text, checked_as_text
+from torch_secorder.errors import CurvatureError, listed
 from torch_secorder.results.results import Results
 
 EXIT_CODES = (
@@ -143,6 +144,30 @@ def report(setup: Setup, by: str, max_batches: int | None, progress: bool | None
             if journal:
                 journal.save(results)
     _finish(results, by, files)
+
+
+@main.command(epilog=EXIT_CODES)
+@click.argument("setup", callback=_setup, metavar="SETUP.py:FUNCTION")
+@click.option("--parameters", type=click.Choice(["trainable", "all"]), default="trainable", show_default=True)
+@click.option("--seed", type=int, metavar="N", help="For torch.manual_seed before SETUP.py is run.")
+@click.option("--verify/--no-verify", default=True, help="Let the library check itself too.  [default: verify]")
+def check(setup: Setup, seed: int | None, **options: Any) -> None:
+    """The traces of the first batch beside those of a plain float64 loop over its samples.
+
+    Takes the same function as report. The exit code is 1 if a trace is different, which one is not that differs by the
+    rounding of the model's own precision only.
+    """
+    if seed is not None:
+        torch.manual_seed(seed)
+    with setup.built() as (model, loss, data), _running(setup, None):
+        batch = next(iter(batches(data, 1, False)), None)
+        if batch is None:
+            raise CommandError(f"the data of {setup} has no batch")
+        found = testing.check(model, loss, batch, **options)
+    print(checked_as_text(found))
+    if not found.attrs["equal"]:
+        different = [str(name) for name in found.index[found["verdict"] == "different"]]
+        raise CommandError(f"{listed(different, 'parameter')}: the library and the loop differ")
 
 
 @contextmanager

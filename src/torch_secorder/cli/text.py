@@ -32,6 +32,20 @@ def as_text(report: pd.DataFrame) -> str:
     return f"{aligned([header, *rows])}\n\nFisher trace of the model: {number(total)} ({kind})"
 
 
+def checked_as_text(checked: pd.DataFrame) -> str:
+    """What :func:`torch_secorder.testing.check` found, for a terminal."""
+    header = ["parameter", "library", "loop", "relative error", "verdict"]
+    rows = [
+        [str(name), number(row["library"]), number(row["loop"]), f"{row['relative_error']:.1e}", row["verdict"]]
+        for name, row in zip(checked.index, checked.to_dict("records"), strict=True)
+    ]
+    facts = checked.attrs
+    verdict = "the library and the loop agree" if facts["equal"] else "THE LIBRARY AND THE LOOP DIFFER"
+    mode = ", in eval mode" if facts["mode"] == "eval" else ""
+    kind = f"empirical Fisher, {facts['reduction']} over {facts['n_samples']} samples{mode}"
+    return f"{aligned([header, *rows])}\n\n{verdict} ({kind})"
+
+
 def number(value: float) -> str:
     """Four digits, or nothing."""
     return "" if math.isnan(value) else f"{value:.4g}"
