@@ -202,6 +202,81 @@ def test_options_reach_the_library(folder: Path) -> None:
     assert set(pd.read_csv("b.csv")["fisher"]) == {"sampled"}
 
 
+def test_the_diagonal_in_a_file(folder: Path) -> None:
+    import safetensors.torch
+
+    assert main(["report", "setup_me.py:build", "--diagonal", "fisher.safetensors", "--csv", "a.csv"]) == 0
+    found = safetensors.torch.load_file("fisher.safetensors")
+    table = pd.read_csv("a.csv", index_col="parameter")
+    shapes = {"0.weight": (5, 4), "0.bias": (5,), "2.weight": (3, 5), "2.bias": (3,)}
+    assert {name: tuple(value.shape) for name, value in found.items()} == shapes
+    for name, value in found.items():
+        assert float(value.sum()) == pytest.approx(table.loc[name, "fisher_trace"], rel=1e-5)
+
+
+def test_axes_and_memory_reach_the_library(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def trace(setup: str, *options: str) -> float:
+        assert main(["report", f"axes.py:{setup}", *options, "--csv", "b.csv"]) == 0
+        return float(pd.read_csv("b.csv")["fisher_trace"].sum())
+
+    (folder / "axes.py").write_text(AXES)
+    exact = ["--fisher", "exact", "--max-memory", "64"]
+    expected = trace("plain", *exact)
+    last = [*exact, "--class-axis", "-1"]
+    assert trace("classes_last", *last) == pytest.approx(expected, rel=1e-5)
+    assert trace("samples_second", *last, "--batch-axis", "1") == pytest.approx(expected, rel=1e-5)
+    ignoring = trace("classes_last", *last, "--ignore-index", "0")
+    assert ignoring == pytest.approx(trace("zeros_left_out", *last), rel=1e-5)
+    assert ignoring < 0.9 * expected
+    capsys.readouterr()
+    assert main(["report", "axes.py:plain", "--batch-axis", "-1"]) == 2
+    assert "--batch-axis" in capsys.readouterr().err
+    assert main(["check", "axes.py:samples_second", "--batch-axis", "1", "--max-memory", "64"]) == 0
+
+
+AXES = """
+import torch
+from torch import nn
+
+
+class Axes(nn.Module):
+    def __init__(self, classes_axis, batch_axis):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.classes_axis, self.batch_axis = nn.Linear(4, 3), classes_axis, batch_axis
+
+    def forward(self, x):
+        return self.layer(x).movedim(-1, self.classes_axis)
+
+
+def loss(f, y):
+    return nn.functional.cross_entropy(f.flatten(0, 1), y.flatten(), reduction="sum")
+
+
+def data():
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(6, 5, 4, generator=generator), torch.randint(3, (6, 5), generator=generator)
+
+
+def plain():
+    return Axes(1, 0), None, data()
+
+
+def classes_last():
+    return Axes(-1, 0), loss, data()
+
+
+def samples_second():
+    x, y = data()
+    return Axes(-1, 1), loss, (x.transpose(0, 1), y.T)
+
+
+def zeros_left_out():
+    x, y = data()
+    return Axes(-1, 0), loss, (x, y.masked_fill(y == 0, -100))
+"""
+
+
 def test_progress_bar(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", "setup_me.py:build", "--progress"]) == 0
     assert "Fisher:" in capsys.readouterr().err

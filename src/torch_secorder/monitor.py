@@ -403,6 +403,15 @@ class FisherMonitor(HookScope):
         """
         self.results.save(path)
 
+    def save_diagonal(self, path: str | Path) -> None:
+        """Write the diagonal to a safetensors file that other programs read; see :meth:`Results.save_diagonal`.
+
+        Raises:
+            ArgumentError: if safetensors is not installed, or there is no such folder.
+            LifecycleError: if no diagonal was asked for, or no sample was seen.
+        """
+        self.results.save_diagonal(path)
+
     @classmethod
     def load(cls, path: str | Path, model: nn.Module | None = None) -> Self:
         """A monitor with what :meth:`save` wrote. Nothing in the file is executed.

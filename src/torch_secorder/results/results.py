@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from torch_secorder.errors import ArgumentError, LifecycleError
 from torch_secorder.model.parameters import Parameter, plain_name, unwrapped
 from torch_secorder.recording.quantities import Diagonal
 from torch_secorder.results.report import By, Report
-from torch_secorder.results.saving import load, save
+from torch_secorder.results.saving import load, save, save_tensors
 from torch_secorder.results.statistics import Statistics
 
 if TYPE_CHECKING:
@@ -220,6 +221,33 @@ class Results:
             ArgumentError: if safetensors is not installed, or there is no such folder.
         """
         save(self.state_dict(), Path(path))
+
+    def save_diagonal(self, path: str | Path) -> None:
+        """Write :attr:`diagonal` to a safetensors file that other programs read (``pip install 'torch-secorder[save]'``).
+
+        ``safetensors.torch.load_file(path)`` gives each parameter's name and a contiguous tensor of its shape. The file's
+        metadata are strings that say ``reduction``, ``fisher``, ``n_samples`` and ``version``, the release of this library that
+        wrote it.
+
+        Raises:
+            ArgumentError: if safetensors is not installed, or there is no such folder.
+            LifecycleError: if no diagonal was asked for, or no sample was seen.
+
+        Example:
+            >>> import os, tempfile, torch
+            >>> from safetensors.torch import load_file
+            >>> from torch_secorder import fisher_results
+            >>> model = torch.nn.Linear(3, 2)
+            >>> data = torch.randn(8, 3), torch.randint(2, (8,))
+            >>> results = fisher_results(model, torch.nn.CrossEntropyLoss(), data, diagonal=True, progress=False)
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     results.save_diagonal(os.path.join(folder, "fisher.safetensors"))
+            ...     load_file(os.path.join(folder, "fisher.safetensors"))["weight"].shape
+            torch.Size([2, 3])
+        """
+        held = {name: value.detach().cpu().contiguous() for name, value in self.diagonal.items()}
+        facts = {"reduction": self.reduction, "fisher": self.fisher, "n_samples": str(self.n_samples)}
+        save_tensors(held, facts | {"version": version("torch-secorder")}, Path(path))
 
     @classmethod
     def load(cls, path: str | Path, model: nn.Module | None = None) -> Results:

@@ -132,7 +132,8 @@ class Analysis:
         with self._prepared() as run:
             outputs = logits(run(inputs))
             require_targets_of_batch(targets, run.n, self.batch_axis)
-            count, seeds = kind.output_gradients(outputs, targets, generator, self.table.ranks)
+            ranks, axis = self.table.ranks, self.batch_axis
+            count, seeds = kind.output_gradients(outputs, targets, generator, ranks, axis=axis)
             passes = (
                 run.backward(outputs, seed.to(outputs.dtype), last=number == count)
                 for number, seed in enumerate(seeds, start=1)

@@ -135,7 +135,7 @@ class Diagonal(Quantity):
     def scaled(self, factor: float) -> dict[str, Tensor]:
         """Parameter name -> the sum times a factor, in the parameter's shape."""
         found = zip(self.names, self.totals, self.shapes, strict=True)
-        return {name: (factor * total).expand(shape) for name, total, shape in found}
+        return {name: (factor * total).expand(shape).contiguous() for name, total, shape in found}
 
     def state(self) -> dict[str, Any]:
         state: dict[str, Any] = {"squares": [one.recent.clone() for one in self._sums]}
