@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,7 @@ from torch_secorder.per_sample import as_refusal
 from torch_secorder.recording.accumulator import PassOptions
 from torch_secorder.recording.backward_pass import BackwardPass, Check
 from torch_secorder.recording.plan import BatchAxis, planned
+from torch_secorder.recording.quantities import Keeps, kept, wanted
 from torch_secorder.recording.sample_norms import SampleNorms
 from torch_secorder.recording.user_recorder import UserRecorder
 from torch_secorder.results.report import By
@@ -59,7 +60,7 @@ class MonitorOptions:
     every: int = 1
     fisher: str = "empirical"
     max_memory: int | None = None
-    keeps: Mapping[str, bool] = field(default_factory=dict)
+    keeps: Keeps = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         require_choice("reduction", self.reduction, ("mean", "sum"))
@@ -75,8 +76,7 @@ class MonitorOptions:
     @property
     def of_passes(self) -> PassOptions:
         """What each backward pass collects."""
-        quantities = tuple(name for name, wanted in self.keeps.items() if wanted)
-        return PassOptions(quantities, self.repeated_calls, self.max_memory)
+        return PassOptions(wanted(self.keeps), self.repeated_calls, self.max_memory)
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,10 @@ class FisherMonitor(HookScope):
         loss_scale: the factor that the loss was multiplied by: 1/k for ``loss / k`` over k accumulation steps, or a
             GradScaler's scale. A number, or a function that is called at each backward pass.
         parameters: "trainable", or "all" for frozen ones too.
-        diagonal: also keep the Fisher diagonal, a tensor of each parameter's size.
+        diagonal: also keep the Fisher diagonal, a tensor of each parameter's size; or, for less memory and time, a mapping from
+            patterns of names to "full", "rows" (the sum for each output channel) or "columns" (for each input channel), as in
+            ``{"*.weight": "rows", "lm_head.weight": "columns"}``. Of several patterns that match, the last counts; parameters
+            that none matches are left out.
         per_sample: also keep every t_{n,p}.
         activations: also keep account of every module's output: its Fisher trace and its moments.
         batch_axis: where the samples are counted, if not on axis 0: an int for the model's inputs and all of its
@@ -165,7 +168,7 @@ class FisherMonitor(HookScope):
         *,
         loss_scale: float | Tensor | Callable[[], float | Tensor] = 1.0,
         parameters: str = "trainable",
-        diagonal: bool = False,
+        diagonal: bool | Mapping[str, str] = False,
         per_sample: bool = False,
         activations: bool = False,
         batch_axis: BatchAxis = None,
@@ -182,7 +185,8 @@ class FisherMonitor(HookScope):
             *(repeated_calls, every, fisher, max_memory, keeps),
         )
         watched = _Watched.of(model, options)
-        self._set_up(options, watched, Results(watched.table.rows, reduction, fisher, **keeps))
+        options = replace(options, keeps=kept(keeps, watched.model, watched.table))
+        self._set_up(options, watched, Results(watched.table.rows, reduction, fisher, **options.keeps))
 
     def _set_up(self, options: MonitorOptions, watched: _Watched | None, results: Results) -> None:
         self._options, self._watched, self.results = options, watched, results
@@ -332,7 +336,7 @@ class FisherMonitor(HookScope):
 
     @property
     def diagonal(self) -> dict[str, Tensor]:
-        """The Fisher diagonal ``c sum_n g_n ** 2``, a dict of tensors of the parameters' shapes that sum to their traces."""
+        """The Fisher diagonal ``c sum_n g_n ** 2``, a dict of tensors that sum to the traces; see :attr:`Results.diagonal`."""
         return self.results.diagonal
 
     @property

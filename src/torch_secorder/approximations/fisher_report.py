@@ -17,6 +17,7 @@ from torch_secorder.errors import ArgumentError
 from torch_secorder.likelihoods import random_signs
 from torch_secorder.model.restore import forked_random, lock_of
 from torch_secorder.recording.plan import BatchAxis
+from torch_secorder.recording.quantities import Keeps
 from torch_secorder.results.report import By
 from torch_secorder.results.results import Results
 from torch_secorder.running.analysis import Analysis, Batch, Checked, logits
@@ -119,7 +120,7 @@ def fisher_results(
     loss_fn: Callable[[Any, Any], Tensor] | None,
     data: Any,
     *,
-    diagonal: bool = False,
+    diagonal: bool | Mapping[str, str] = False,
     per_sample: bool = False,
     activations: bool = False,
     **options: Any,
@@ -130,7 +131,8 @@ def fisher_results(
         model: as for :func:`fisher_report`, like ``loss_fn`` and ``data``.
         loss_fn: see there.
         data: see there.
-        diagonal: also keep the Fisher diagonal, a tensor of each parameter's size.
+        diagonal: also keep the Fisher diagonal, a tensor of each parameter's size, or the sums that a mapping from patterns of
+            names to "full", "rows" or "columns" asks for; see :class:`FisherMonitor`.
         per_sample: also keep every sample's squared norms; under "exact" their expectations.
         activations: also keep account of every module's output: its Fisher trace and its moments.
         options: the other arguments of :func:`fisher_report`, but ``by``.
@@ -179,7 +181,7 @@ class ReportOptions:
     generator: torch.Generator | None = None
     max_passes: int = 10_000
     max_memory: int | None = None
-    keeps: Mapping[str, bool] = field(default_factory=dict)
+    keeps: Keeps = field(default_factory=dict)
 
     @classmethod
     def names(cls) -> set[str]:
@@ -201,11 +203,6 @@ class ReportOptions:
         labels = "observed" if self.fisher == "observed" else "model"
         draws = (self.num_samples or 1) if self.fisher == "sampled" else None
         return FisherKind(self.loss_type, labels, draws, self.ignore_index, self.class_axis, self.max_passes)
-
-    @property
-    def quantities(self) -> tuple[str, ...]:
-        """The names of those that are kept."""
-        return tuple(name for name, wanted in self.keeps.items() if wanted)
 
 
 def accumulated(
@@ -232,7 +229,7 @@ def accumulated(
         require_callable("loss_fn", loss_fn)
     kind, generator = options.kind, fresh_generator(options.generator)
     analysis = Analysis(
-        model, options.parameters, options.batch_axis, quantities=options.quantities, max_memory=options.max_memory
+        model, options.parameters, options.batch_axis, keeps=options.keeps, max_memory=options.max_memory
     )
     results, reduction = earlier, options.reduction
     for number, (inputs, targets) in enumerate(
@@ -250,7 +247,7 @@ def accumulated(
                 due = options.verify and analysis.is_due(_projection)
                 if due and number and not _verify_projection(analysis, inputs):
                     samples = analysis.fisher(kind, inputs, targets, generator)
-        results = results or Results(analysis.table.rows, reduction or "mean", options.fisher, **options.keeps)
+        results = results or Results(analysis.table.rows, reduction or "mean", options.fisher, **analysis.keeps)
         results.statistics.update(samples)
         yield results
 

@@ -85,7 +85,7 @@ class ChannelGates(HookScope):
         require_choice("reduction", reduction, ("mean", "sum"))
         require_choice("repeated_calls", repeated_calls, (None, "same", "new"))
         self._model, self._reduction, self._loss_scale = unwrapped(model), reduction, loss_scale_value(loss_scale)
-        self._batch_axis, self._passes = batch_axis, PassOptions(("diagonal",), repeated_calls)
+        self._batch_axis, self._passes = batch_axis, PassOptions({"diagonal": True}, repeated_calls)
         placement = placements(self._model, batch_axis)
         watched = [(name, m) for name, m in named_modules(self._model) if _is_watched(name, m, modules)]
         if not watched:

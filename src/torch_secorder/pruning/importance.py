@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch_secorder.curvature import channel_axis
 from torch_secorder.errors import ArgumentError
+from torch_secorder.model.channels import channel_axis
 from torch_secorder.model.parameters import named_modules, unwrapped
 
 # What all batch norms and instance norms derive from.

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
 
 from torch_secorder.arguments import require_choice, require_share
-from torch_secorder.curvature import channel_axis
 from torch_secorder.errors import ArgumentError
+from torch_secorder.model.channels import channel_axis
 from torch_secorder.model.parameters import plain_name, unwrapped
 
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from torch_secorder.arguments import require_choice
-from torch_secorder.curvature import channel_axis
 from torch_secorder.errors import ArgumentError
+from torch_secorder.model.channels import channel_axis
 from torch_secorder.model.parameters import named_modules, plain_name, unwrapped
 
 if TYPE_CHECKING:

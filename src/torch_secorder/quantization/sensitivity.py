@@ -62,7 +62,7 @@ def quantization_sensitivity(
     Returns:
         A DataFrame with index ``parameter`` (for outputs: the module), columns ``kind`` ("weight" or "activation"), ``numel``
         (for outputs: per sample), and one for each number of bits, an int. ``attrs`` hold ``scheme``, ``per``, ``fisher``,
-        ``basis`` ("diagonal" or "trace") and ``unit``.
+        ``basis`` ("diagonal", "channels" if sums over channels were kept, or "trace") and ``unit``.
 
     Raises:
         ArgumentError: for bits outside 1..16, a report of another model or without the columns that it needs, activations
@@ -103,8 +103,7 @@ def quantization_sensitivity(
         rows.append(row)
     if activations is not False:
         rows += _activations(unwrapped(model), source, activations, known, widths, scheme)
-    basis = "diagonal" if known.diagonal else "trace"
-    facts = {"scheme": scheme, "per": per, "fisher": known.fisher, "basis": basis, "unit": "nats per sample"}
+    facts = {"scheme": scheme, "per": per, "fisher": known.fisher, "basis": known.basis, "unit": "nats per sample"}
     return table(rows, "parameter", ("kind", "numel", *widths), **facts)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -38,7 +38,7 @@ class Plan:
 
 
 def planned(
-    model: nn.Module, table: ParameterTable, batch_axis: BatchAxis = None, quantities: Sequence[str] = ()
+    model: nn.Module, table: ParameterTable, batch_axis: BatchAxis = None, quantities: Iterable[str] = ()
 ) -> Plan:
     """The plan for a model.
 

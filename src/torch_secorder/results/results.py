@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Mapping
 from importlib.metadata import version
@@ -31,14 +32,14 @@ class Results:
         rows: the analyzed parameters.
         reduction: "mean" or "sum".
         fisher: which Fisher the samples are of.
-        keeps: name of a quantity -> whether it is kept: "diagonal", "per_sample", "activations".
+        keeps: name of a quantity -> whether it is kept, or what of it is: "diagonal", "per_sample", "activations".
 
     Attributes:
         statistics: what was accumulated.
         counts_samples: whether this rank's samples count when ranks are added up; not if another rank computed the same ones.
     """
 
-    def __init__(self, rows: Iterable[Parameter], reduction: str, fisher: str = "empirical", **keeps: bool):
+    def __init__(self, rows: Iterable[Parameter], reduction: str, fisher: str = "empirical", **keeps: Any):
         self.rows, self.reduction, self.fisher = list(rows), reduction, fisher
         self.statistics = Statistics([row.name for row in self.rows], [row.shape for row in self.rows], **keeps)
         self._all_ranks = self._sum_of()  # what all ranks were given by all_reduce
@@ -84,7 +85,10 @@ class Results:
 
     @property
     def diagonal(self) -> dict[str, Tensor]:
-        """The Fisher diagonal ``c sum_n g_n ** 2``, a dict of tensors of the parameters' shapes that sum to their traces."""
+        """The Fisher diagonal ``c sum_n g_n ** 2``, a dict of tensors of the parameters' shapes that sum to their traces.
+
+        Where ``diagonal=`` asked for "rows" or "columns" of a parameter, its tensor has the sum for each output or input channel.
+        """
         statistics = self._seen("diagonal")
         quantity = statistics.quantities["diagonal"]
         assert isinstance(quantity, Diagonal)
@@ -227,7 +231,8 @@ class Results:
 
         ``safetensors.torch.load_file(path)`` gives each parameter's name and a contiguous tensor of its shape. The file's
         metadata are strings that say ``reduction``, ``fisher``, ``n_samples`` and ``version``, the release of this library that
-        wrote it.
+        wrote it. Where sums over channels were kept, ``channels`` is JSON: parameter name -> the axis that they are counted on,
+        and the groups of a convolution.
 
         Raises:
             ArgumentError: if safetensors is not installed, or there is no such folder.
@@ -247,6 +252,8 @@ class Results:
         """
         held = {name: value.detach().cpu().contiguous() for name, value in self.diagonal.items()}
         facts = {"reduction": self.reduction, "fisher": self.fisher, "n_samples": str(self.n_samples)}
+        if not isinstance(layout := self.statistics.keeps["diagonal"], bool):
+            facts["channels"] = json.dumps({name: numbers for name, numbers in layout.items() if numbers})
         save_tensors(held, facts | {"version": version("torch-secorder")}, Path(path))
 
     @classmethod

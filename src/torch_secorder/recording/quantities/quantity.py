@@ -64,12 +64,17 @@ class Quantity(ABC):
     watches_outputs: ClassVar[bool] = False
     torn = False
 
-    def __init__(self, names: Sequence[str], shapes: Sequence[tuple[int, ...]]):
+    def __init__(self, names: Sequence[str], shapes: Sequence[tuple[int, ...]], how: Any = True):
         self.names, self.shapes = list(names), list(shapes)
 
     @staticmethod
-    def part() -> Part:
-        """An empty part, for one backward pass."""
+    def part(names: Sequence[str], how: Any) -> Part:
+        """An empty part, for one backward pass.
+
+        Args:
+            names: the parameters, as in the quantity.
+            how: what the argument that asks for the quantity has become: True, or what of it is kept.
+        """
         return Part()
 
     @abstractmethod

@@ -19,8 +19,8 @@ class SampleRows(Quantity):
 
     name: ClassVar[str] = "per_sample"
 
-    def __init__(self, names: Sequence[str], shapes: Sequence[tuple[int, ...]]):
-        super().__init__(names, shapes)
+    def __init__(self, names: Sequence[str], shapes: Sequence[tuple[int, ...]], how: Any = True):
+        super().__init__(names, shapes, how)
         self.blocks: list[Tensor] = []
 
     def add(self, part: Part, t: Tensor, scale: float) -> None:
