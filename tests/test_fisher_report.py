@@ -18,7 +18,7 @@ from model_state import assert_unchanged, state
 from oracles import assert_equal, exact_fisher, per_sample_squared_norms, total, trace
 from torch_secorder import FisherMonitor, empirical_fisher_trace, fisher_report, fisher_results, hessian_trace
 from torch_secorder.errors import ArgumentError, CurvatureError, LifecycleError, ShapeError
-from torch_secorder.pruning import ChannelGates
+from torch_secorder.pruning import Gates
 
 Batch = tuple[Tensor, Tensor]
 
@@ -130,7 +130,7 @@ def test_monitors_around_it_see_only_what_the_user_runs(analysis: Callable[..., 
     x, y = torch.randn(8, 4, dtype=torch.float64), torch.randint(3, (8,))
     expected = per_sample_squared_norms(model, cross_entropy, x, y)
     with FisherMonitor(model) as monitor, FisherMonitor(model.last if hasattr(model, "last") else model[2]) as inner:
-        with ChannelGates(model, modules=(nn.Linear,)) as gates:
+        with Gates(model, modules=(nn.Linear,)) as gates:
             analysis(model, x, y)
             loss = cross_entropy(model(x), y)
             analysis(model, x, y)

@@ -43,10 +43,13 @@ class ChannelSums:
 
     def spread(self, sums: Tensor, shape: Sequence[int]) -> Tensor:
         """A tensor of the parameter's shape in which every entry has the mean of its channel."""
-        means = sums * (self.length(shape) / max(1, math.prod(shape)))
+        return self.broadcast(sums * (self.length(shape) / max(1, math.prod(shape))), shape)
+
+    def broadcast(self, values: Tensor, shape: Sequence[int]) -> Tensor:
+        """A tensor of the parameter's shape in which every entry has the value of its channel, ``[channels]``."""
         if not self.axis:
-            return means.view(-1, *[1] * (len(shape) - 1)).expand(*shape)
-        inside = means.view(self.groups, 1, shape[1], *[1] * (len(shape) - 2))
+            return values.view(-1, *[1] * (len(shape) - 1)).expand(*shape)
+        inside = values.view(self.groups, 1, shape[1], *[1] * (len(shape) - 2))
         return inside.expand(self.groups, shape[0] // self.groups, *shape[1:]).reshape(*shape)
 
 
