@@ -21,7 +21,7 @@ from torch_secorder.errors import (
     NonFiniteError,
     ShapeError,
 )
-from torch_secorder.pruning import Gates, GroupImportance, prune, pruning_sensitivity, weight_saliency
+from torch_secorder.pruning import Gates, GroupImportance, prune, pruning_sensitivity, top_k_mask, weight_saliency
 
 cross_entropy = nn.functional.cross_entropy
 
@@ -383,6 +383,39 @@ def test_saliencies_that_do_not_fit() -> None:
     with pytest.raises(ArgumentError, match="scope"):
         prune(model, good, 0.5, scope="all")
     assert not torch_prune.is_pruned(model), "nothing was pruned"
+
+
+@pytest.mark.parametrize("share", [0, 0.1, 0.5, 1])
+def test_the_largest_entries_are_taken(share: float) -> None:
+    scores = {"a": torch.rand(4, 5), "b": torch.rand(7), "c.bias": torch.rand(3), "d": torch.rand(())}
+    found = top_k_mask(scores, share, always="*.bias")
+    assert {name: mask.shape for name, mask in found.items()} == {name: value.shape for name, value in scores.items()}
+    assert found["c.bias"].all()
+    flat, taken = (torch.cat([x[name].flatten() for name in ("a", "b", "d")]) for x in (scores, found))
+    assert int(taken.sum()) == round(share * 28)
+    if 0 < share < 1:
+        assert flat[taken].min() > flat[~taken].max()
+
+
+def test_masks_of_the_largest_have_as_many_as_asked_for_among_equals() -> None:
+    found = top_k_mask({"a": torch.zeros(10)}, 0.3)
+    assert int(found["a"].sum()) == 3
+    assert top_k_mask({"a": torch.zeros(2)}, 0, always=["a"])["a"].all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (({"a": torch.ones(2)}, 1.5), "share must be a share from 0 to 1"),
+        (([torch.ones(2)], 0.5), "mapping from names to tensors"),
+        (({"a": torch.tensor([1.0, math.nan])}, 0.5), "the diagonal of a has NaN"),
+    ],
+)
+def test_masks_of_nonsense(arguments: Any, words: str) -> None:
+    with pytest.raises(ArgumentError, match=words):
+        top_k_mask(*arguments)
+    with pytest.raises(ArgumentError, match=r"no name matches 'b\.\*'"):
+        top_k_mask({"a": torch.ones(2)}, 0.5, always=("a", "b.*"))
 
 
 class Residual(nn.Module):

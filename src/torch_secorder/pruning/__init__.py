@@ -9,5 +9,6 @@ from torch_secorder.pruning.gates import Gates, GateSaliency
 from torch_secorder.pruning.importance import GroupImportance
 from torch_secorder.pruning.masks import prune
 from torch_secorder.pruning.saliency import pruning_sensitivity, weight_saliency
+from torch_secorder.pruning.top_k import top_k_mask
 
-__all__ = ["GateSaliency", "Gates", "GroupImportance", "prune", "pruning_sensitivity", "weight_saliency"]
+__all__ = ["GateSaliency", "Gates", "GroupImportance", "prune", "pruning_sensitivity", "top_k_mask", "weight_saliency"]
