@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -275,6 +276,25 @@ def zeros_left_out():
     x, y = data()
     return Axes(-1, 0), loss, (x, y.masked_fill(y == 0, -100))
 """
+
+
+def test_a_precision(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", "setup_me.py:build", "--rtol", "0.5", "--csv", "a.csv"]) == 0
+    assert "; the data ended at a standard error of" in capsys.readouterr().out
+    assert read_report("a.csv").attrs["rtol"] == 0.5
+    (folder / "more.py").write_text(
+        "from setup_me import build\n\ndef many():\n    model, loss, data = build()\n    return model, loss, data * 50\n"
+    )
+    assert main(["report", "more.py:many", "--rtol", "0.1", "--rtol-of", "rows"]) == 0
+    assert re.search(r"stopped at a standard error of \d\.\d% of every row, 10\.0% asked for", capsys.readouterr().out)
+    (folder / "one.py").write_text(
+        "from setup_me import build\n\ndef one():\n    model, loss, data = build()\n    return model, loss, (data[0][0][:1], data[0][1][:1])\n"
+    )
+    assert main(["report", "one.py:one", "--rtol", "0.1", "--json", "one.json"]) == 0
+    assert json.loads(Path("one.json").read_text())["relative_stderr"] is None
+    capsys.readouterr()
+    assert main(["report", "setup_me.py:build", "--rtol", "-1"]) == 1
+    assert "rtol must be a positive number" in capsys.readouterr().err
 
 
 def test_progress_bar(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

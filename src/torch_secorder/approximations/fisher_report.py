@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from torch_secorder.approximations.precision import Precision
 from torch_secorder.arguments import fresh_generator, require_callable, require_choice, require_positive_int
 from torch_secorder.autograd.compiled import eager_code
 from torch_secorder.errors import ArgumentError
@@ -38,6 +39,8 @@ def fisher_report(
     num_samples: int | None = None,
     loss_type: str = "nll",
     max_batches: int | None = None,
+    rtol: float | None = None,
+    rtol_of: str = "total",
     progress: bool = True,
     verify: bool = True,
     by: By = None,
@@ -63,6 +66,10 @@ def fisher_report(
         loss_type: the likelihood, for everything but "empirical"; see
             :func:`~torch_secorder.approximations.fisher_trace.generalized_fisher_trace`.
         max_batches: stop after so many.
+        rtol: stop as soon as the standard error is no more than this fraction of the trace, such as 0.05, and at least 32
+            samples were seen. The data have to come in a random order. ``attrs`` then say ``rtol``, ``rtol_of``, the
+            ``relative_stderr`` that there is, and whether it ``reached_rtol`` or the data ended before.
+        rtol_of: whose standard error: that of the "total", or of all "rows", each of its own trace.
         progress: show a progress bar, if tqdm is installed.
         verify: check the first, the last and a random sample of the first batch against plain autograd, and of later ones that
             make another kind of graph, or the 2nd, 3rd, 5th, 9th, ... of a kind.
@@ -102,6 +109,8 @@ def fisher_report(
         num_samples=num_samples,
         loss_type=loss_type,
         max_batches=max_batches,
+        rtol=rtol,
+        rtol_of=rtol_of,
         progress=progress,
         verify=verify,
         reduction=reduction,
@@ -171,6 +180,8 @@ class ReportOptions:
     num_samples: int | None = None
     loss_type: str = "nll"
     max_batches: int | None = None
+    rtol: float | None = None
+    rtol_of: str = "total"
     progress: bool = True
     verify: bool = True
     reduction: str | None = None
@@ -196,6 +207,13 @@ class ReportOptions:
         for name in ("max_batches", "num_samples"):
             if getattr(self, name) is not None:
                 require_positive_int(name, getattr(self, name))
+        require_choice("rtol_of", self.rtol_of, ("total", "rows"))
+        _ = self.precision  # checked before anything runs
+
+    @property
+    def precision(self) -> Precision | None:
+        """What is to be reached, if that ends the run."""
+        return None if self.rtol is None else Precision(self.rtol, self.rtol_of)
 
     @property
     def kind(self) -> FisherKind:
@@ -231,9 +249,13 @@ def accumulated(
     analysis = Analysis(
         model, options.parameters, options.batch_axis, keeps=options.keeps, max_memory=options.max_memory
     )
-    results, reduction = earlier, options.reduction
+    results, reduction, precision = earlier, options.reduction, options.precision
+
+    def status() -> str:
+        return "" if precision is None or results is None else precision.as_text(results.statistics)
+
     for number, (inputs, targets) in enumerate(
-        _in_step(analysis, batches(data, options.max_batches, options.progress))
+        _in_step(analysis, batches(data, options.max_batches, options.progress, status))
     ):
         checked: Checked = "never" if not options.verify else "always" if number == 0 else "when due"
         with lock_of(analysis.model), eager_code():
@@ -249,7 +271,12 @@ def accumulated(
                     samples = analysis.fisher(kind, inputs, targets, generator)
         results = results or Results(analysis.table.rows, reduction or "mean", options.fisher, **analysis.keeps)
         results.statistics.update(samples)
+        if precision is not None:
+            results.precision = precision.facts(results.statistics)
         yield results
+        # Ranks that hold the model together have samples of their own, and stop together.
+        if precision is not None and not analysis.table.ranks.max_over_ranks(not results.precision["reached_rtol"]):
+            return
 
 
 def _empirical(
@@ -280,8 +307,13 @@ def _projection(outputs: Any) -> Tensor:
     return (f * random_signs(f.shape, f, torch.Generator().manual_seed(0))).sum()
 
 
-def batches(data: Any, max_batches: int | None, progress: bool) -> Iterable[tuple[Any, Any]]:
-    """Pairs of inputs and targets, of an iterable of them or of one."""
+def batches(
+    data: Any, max_batches: int | None, progress: bool, status: Callable[[], str] = str
+) -> Iterable[tuple[Any, Any]]:
+    """Pairs of inputs and targets, of an iterable of them or of one.
+
+    The progress bar shows the ``status`` that there is once a batch was analyzed.
+    """
     if _is_pair(data) and (isinstance(data, tuple) or not all(map(_is_pair, data))):
         data = [data]
     if not isinstance(data, Iterable):
@@ -292,7 +324,7 @@ def batches(data: Any, max_batches: int | None, progress: bool) -> Iterable[tupl
     total = len(data) if isinstance(data, Sized) else None
     if max_batches is not None:
         data, total = itertools.islice(data, max_batches), min(total or max_batches, max_batches)
-    for batch in _with_progress(data, total) if progress else data:
+    for batch in _with_progress(data, total, status) if progress else data:
         if not _is_pair(batch):
             raise ArgumentError(
                 f"data must yield pairs (inputs, targets), not a {type(batch).__name__}; make pairs of what it yields, as in "
@@ -314,9 +346,13 @@ def _is_pair(value: Any) -> bool:
     return isinstance(value, (tuple, list)) and len(value) == 2
 
 
-def _with_progress(data: Iterable[Any], total: int | None) -> Iterable[Any]:
+def _with_progress(data: Iterable[Any], total: int | None, status: Callable[[], str]) -> Iterable[Any]:
     try:
         from tqdm.auto import tqdm
     except ImportError:
-        return data
-    return tqdm(data, total=total, desc="Fisher", unit="batch", leave=False)
+        yield from data
+        return
+    with tqdm(data, total=total, desc="Fisher", unit="batch", leave=False) as bar:
+        for batch in bar:
+            yield batch
+            bar.set_postfix_str(status())

@@ -103,6 +103,8 @@ def _tables(command: Callable[..., None]) -> Callable[..., None]:
 )
 @click.option("--num-samples", type=POSITIVE, metavar="K", help="Backward passes per batch of --fisher sampled.")
 @click.option("--max-batches", type=POSITIVE, metavar="K", help="Stop after so many batches.")
+@click.option("--rtol", type=float, metavar="R", help="Stop at a relative standard error of R, such as 0.05.")
+@click.option("--rtol-of", type=click.Choice(["total", "rows"]), default="total", show_default=True, help="Of --rtol.")
 @click.option(
     "--max-passes", type=POSITIVE, metavar="K", default=10_000, show_default=True, help="The most passes per batch."
 )

@@ -29,6 +29,12 @@ def as_text(report: pd.DataFrame) -> str:
     total = float(report["fisher_trace"].sum())
     passes = f" in {facts['n_passes']:,} batches" if facts["n_passes"] > 1 else ""
     kind = f"{facts['fisher']} Fisher, {facts['reduction']} over {facts['n_samples']:,} samples{passes}"
+    if "rtol" in facts:
+        what = "the total" if facts["rtol_of"] == "total" else "every row"
+        end = "stopped" if facts["reached_rtol"] else "the data ended"
+        kind += (
+            f"; {end} at a standard error of {facts['relative_stderr']:.1%} of {what}, {facts['rtol']:.1%} asked for"
+        )
     return f"{aligned([header, *rows])}\n\nFisher trace of the model: {number(total)} ({kind})"
 
 

@@ -36,6 +36,7 @@ class Results:
 
     Attributes:
         statistics: what was accumulated.
+        precision: what is to be said of a standard error that was to be reached, for ``attrs``; empty if none was.
         counts_samples: whether this rank's samples count when ranks are added up; not if another rank computed the same ones.
     """
 
@@ -44,6 +45,7 @@ class Results:
         self.statistics = Statistics([row.name for row in self.rows], [row.shape for row in self.rows], **keeps)
         self._all_ranks = self._sum_of()  # what all ranks were given by all_reduce
         self.counts_samples = True
+        self.precision: dict[str, Any] = {}
 
     def __repr__(self) -> str:
         return (
@@ -81,7 +83,9 @@ class Results:
         Raises:
             LifecycleError: if no sample was seen.
         """
-        return self._report(sync).table(by)
+        table = self._report(sync).table(by)
+        table.attrs.update({} if sync else self.precision)
+        return table
 
     @property
     def diagonal(self) -> dict[str, Tensor]:
@@ -133,6 +137,7 @@ class Results:
         """Forget every sample."""
         self.statistics.clear()
         self._all_ranks.clear()
+        self.precision = {}
 
     def merge(self, other: Any) -> Self:
         """Add the samples of other results, or of another monitor, of a model with the same parameters; returns self.
@@ -148,6 +153,7 @@ class Results:
         if self.fisher != other.fisher:
             raise ArgumentError(f"cannot merge fisher={other.fisher!r} into fisher={self.fisher!r}")
         self.statistics.merge(other._whole())
+        self.precision = {}
         return self
 
     # ------------------------------------------------------------------------------------------------ ranks
@@ -167,6 +173,7 @@ class Results:
         """
         self._all_ranks = self._reduced(group)
         self.statistics.clear()
+        self.precision = {}
         return self
 
     def _whole(self) -> Statistics:
@@ -217,6 +224,7 @@ class Results:
             raise ArgumentError(f"the state has fisher={state['fisher']!r}, this monitor {self.fisher!r}")
         self.statistics.load_state_dict(state)
         self._all_ranks.clear()
+        self.precision = {}
 
     def save(self, path: str | Path) -> None:
         """Write what was accumulated to a file, whole or not at all (safetensors; ``pip install 'torch-secorder[save]'``).
