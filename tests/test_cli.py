@@ -287,9 +287,8 @@ def test_a_precision(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     )
     assert main(["report", "more.py:many", "--rtol", "0.1", "--rtol-of", "rows"]) == 0
     assert re.search(r"stopped at a standard error of \d\.\d% of every row, 10\.0% asked for", capsys.readouterr().out)
-    (folder / "one.py").write_text(
-        "from setup_me import build\n\ndef one():\n    model, loss, data = build()\n    return model, loss, (data[0][0][:1], data[0][1][:1])\n"
-    )
+    one = "def one():\n    model, loss, ((x, y), _) = build()\n    return model, loss, (x[:1], y[:1])\n"
+    (folder / "one.py").write_text(f"from setup_me import build\n\n{one}")
     assert main(["report", "one.py:one", "--rtol", "0.1", "--json", "one.json"]) == 0
     assert json.loads(Path("one.json").read_text())["relative_stderr"] is None
     capsys.readouterr()
