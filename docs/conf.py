@@ -5,10 +5,16 @@ author = "torch-secorder contributors"
 copyright = "2026, torch-secorder contributors"
 version = release = installed("torch-secorder")
 
-extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax", "sphinx.ext.doctest"]
+extensions = [
+    *("sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.doctest"),
+    "sphinx-mathjax-offline",  # formulas without a network
+    "myst_parser",  # the changelog
+]
 exclude_patterns = ["_build"]
 
 html_theme = "furo"
+html_static_path = ["_static"]
+html_css_files = ["tables.css"]
 html_title = f"torch-secorder {release}"
 
 autodoc_member_order = "bysource"

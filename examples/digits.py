@@ -13,7 +13,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset, random_split
 
-from torch_secorder import FisherMonitor
+from torch_secorder import FisherMonitor, fisher_results
 
 loss_fn = nn.CrossEntropyLoss()
 
@@ -71,22 +71,6 @@ def analyze(model, loader):
     return monitor
 
 
-def table(report):
-    """A report, by parameter or by module, as text for a terminal of 100 columns."""
-    share = report["fisher_trace_share"]
-    text = report[[]].copy()
-    if "shape" in report:
-        text["layer"] = report["module_type"]
-        text["shape"] = report["shape"].map(lambda shape: "x".join(map(str, shape)))
-    text["numel"] = report["numel"].map("{:,}".format)
-    text["fisher_trace"] = report["fisher_trace"].map("{:.4f}".format)
-    text["± stderr"] = report["fisher_trace_stderr"].map("{:.4f}".format)
-    text["per weight"] = report["fisher_mean"].map("{:.1e}".format)
-    text["share"] = share.map("{:.1%}".format)
-    text[""] = (share / share.max()).map(lambda length: f"{'█' * round(10 * length):10}")
-    return text.rename_axis(None).to_string()
-
-
 def picture(layers, n_samples):
     """Horizontal bars: what each layer carries, with its standard error."""
     figure = Figure(figsize=(8, 0.5 * len(layers) + 1.3), layout="constrained")
@@ -104,22 +88,20 @@ def picture(layers, n_samples):
     return figure
 
 
-def conclusions(monitor):
+def conclusions(monitor, exact):
     """What the numbers say, in sentences."""
     report, layers = monitor.report(), monitor.report(by="module")
-    model = monitor.report(by=lambda parameter: "model").loc["model"]
     first, second = layers.sort_values("fisher_trace", ascending=False).head(2).itertuples()
     largest = layers.loc[layers["numel"].idxmax()]
     squared = report["grad_sq_norm"].sum()
     return [
-        f"The Fisher trace of the model is {model.fisher_trace:.3f} ± {model.fisher_trace_stderr:.3f}"
-        f" ({monitor.n_samples:,} images, {report.attrs['n_passes']} backward passes).",
         f"{first.Index} carries most, {first.fisher_trace:.3f} ± {first.fisher_trace_stderr:.3f};"
         f" then comes {second.Index}, {second.fisher_trace:.3f} ± {second.fisher_trace_stderr:.3f}.",
-        f"{largest.name} has {largest.numel / model.numel:.0%} of the weights"
+        f"{largest.name} has {largest.numel / report['numel'].sum():.0%} of the weights"
         f" and {largest.fisher_trace_share:.0%} of the trace.",
-        f"Squaring the gradient of each batch would have said {squared:.4f}:"
-        f" {model.fisher_trace / squared:.0f} times too small.",
+        f"The empirical Fisher, {monitor.trace:.2f}, takes the labels of the data, which a trained model finds likely.",
+        f"The exact Fisher, {exact.trace:.1f}, averages over all labels that the model predicts.",
+        f"Squaring the gradient of each batch gives {squared:.4f}: {monitor.trace / squared:.0f} times too small.",
     ]
 
 
@@ -135,18 +117,20 @@ def main():
     model = DigitNet()
     train(model, training, epochs=1 if options.quick else 8)
     print(f"Trained on {len(training.dataset):,} images of handwritten digits.", end=" ")
-    print(f"Of {len(held_out.dataset)} others, {accuracy(model, held_out):.1%} are read correctly.")
+    print(f"Accuracy on {len(held_out.dataset)} held-out images: {accuracy(model, held_out):.1%}")
 
     monitor = analyze(model, training)
-    report, layers = monitor.report(), monitor.report(by="module")
-    print(f"\nBy parameter\n\n{table(report)}")
-    print(f"\nBy module\n\n{table(layers)}\n")
-    print(*conclusions(monitor), sep="\n")
+    print(f"\nEmpirical Fisher, by parameter\n\n{monitor.summary()}")
+    exact = fisher_results(model, None, training, fisher="exact", progress=False)
+    print(f"\nExact Fisher, by module\n\n{exact.summary(by='module')}\n")
+    print(*conclusions(monitor, exact), sep="\n")
 
     options.out.mkdir(parents=True, exist_ok=True)
+    report = monitor.report()
     report.assign(**report.attrs).to_csv(options.out / "report.csv")  # for read_report and torch-secorder compare
-    picture(layers, monitor.n_samples).savefig(options.out / "report.png", dpi=150)
+    picture(monitor.report(by="module"), monitor.n_samples).savefig(options.out / "report.png", dpi=150)
     print(f"\nWritten to {options.out / 'report.csv'} and {options.out / 'report.png'}.")
+    print("Next: docs/quickstart.rst for your own model, examples/quantize_pretrained.py for a decision.")
 
 
 if __name__ == "__main__":

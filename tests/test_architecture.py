@@ -14,6 +14,7 @@ import torch_secorder
 ROOT = Path(torch_secorder.__file__).parent
 FLOORS = [  # from the ground up; rooms on one floor don't know each other
     ["errors"],
+    ["text"],
     ["arguments", "likelihoods", "tables", "plotting"],
     ["model"],
     ["autograd"],
@@ -28,6 +29,7 @@ FLOORS = [  # from the ground up; rooms on one floor don't know each other
     ["monitor", "approximations"],
     ["pruning", "quantization", "testing", "integrations"],
     ["cli"],
+    ["__main__"],
 ]
 FILES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py"))
 

@@ -18,7 +18,7 @@ from torch.utils.data import TensorDataset
 from model_state import assert_unchanged, state
 from oracles import assert_equal, exact_fisher, per_sample_squared_norms, total, trace
 from torch_secorder import FisherMonitor, empirical_fisher_trace, fisher_report, fisher_results, hessian_trace
-from torch_secorder.errors import ArgumentError, CurvatureError, LifecycleError, ShapeError
+from torch_secorder.errors import ArgumentError, CurvatureError, LifecycleError
 from torch_secorder.pruning import Gates
 
 Batch = tuple[Tensor, Tensor]
@@ -60,51 +60,6 @@ def test_empirical_is_what_a_monitor_sees(reduction: str) -> None:
     assert report.attrs["fisher"] == "empirical"
     assert report.attrs["n_samples"] == 8
     assert report.attrs["n_passes"] == 2
-
-
-class Swapped(nn.Module):
-    """Takes and returns positions and samples, with the features or classes on one of three axes."""
-
-    def __init__(self, classes: int) -> None:
-        super().__init__()
-        self.layer, self.classes = nn.Linear(4, 3), classes
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x.movedim(self.classes, -1)).movedim(-1, self.classes)
-
-
-@pytest.mark.parametrize("layout", ["tnc", "cnt", "tcn", "ctn"])  # t: positions, n: samples, c: features or classes
-@pytest.mark.parametrize("loss_type", ["nll", "mse", "poisson"])
-def test_the_exact_fisher_of_samples_on_another_axis(layout: str, loss_type: str) -> None:
-    classes, samples, of_targets = layout.index("c"), layout.index("n"), layout.replace("c", "")
-    model, x = Swapped(classes).double(), torch.randn(6, 5, 4, dtype=torch.float64)
-    y = torch.randint(3, (6, 5)) if loss_type == "nll" and samples == 1 else None
-    if y is not None:
-        y[0, 0] = -100
-    data = x.permute(*map("tnc".index, layout)), None if y is None else y.permute(*map("tn".index, of_targets))
-    axes = {"": samples, "layer": of_targets.index("n")}
-    options = {"fisher": "exact", "loss_type": loss_type, "class_axis": classes, "progress": False}
-    report = fisher_report(model, None, data, batch_axis=axes, **options)
-    first = Swapped(classes=1).double()
-    first.load_state_dict(model.state_dict())
-    expected = exact_fisher(first, x.permute(1, 2, 0), None if y is None else y.T, loss_type)
-    assert_report(report, expected)
-
-
-def test_classes_on_the_axis_of_the_samples_are_refused() -> None:
-    x = torch.randn(6, 5, 4)
-    with pytest.raises(ArgumentError, match="whose axis 1 is the batch: say with class_axis="):
-        fisher_report(Swapped(2), None, (x, None), fisher="exact", batch_axis=1, progress=False)
-
-    class Both(Swapped):
-        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-            f = super().forward(x)
-            return f.sum((0, 2)), f
-
-    with pytest.raises(ShapeError, match=r"shape \(5,\) have no axis 1"):
-        fisher_report(
-            Both(2), None, (x, None), fisher="exact", loss_type="mse", batch_axis=1, verify=False, progress=False
-        )
 
 
 def shuffled(batches: int, size: int) -> list[Batch]:
@@ -437,7 +392,7 @@ def test_the_diagonal_and_the_activations_of_every_fisher_are_those_of_a_loop() 
         for name, sum_ in outputs.items():
             assert results.activations.loc[name, "activation_trace"] == pytest.approx(sum_, rel=1e-8)
         assert results.activations.loc["0", "numel"] == 5 * 48
-        assert results.activations.attrs == results.report().attrs
+        assert results.activations.attrs.items() <= results.report().attrs.items()
         assert results.report().attrs["fisher"] == fisher
         assert results.report()["fisher_trace"].sum() == pytest.approx(sum(float(d.sum()) for d in diagonal.values()))
         assert all(p.grad is None for p in model.parameters())

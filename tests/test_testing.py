@@ -70,6 +70,23 @@ def test_samples_on_another_axis() -> None:
     assert check(model, lambda f, t: (f - t).square().sum(), (x, y), batch_axis=1).attrs["equal"]
 
 
+def test_axes_apart() -> None:
+    class Turned(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).transpose(0, 1)  # [samples, steps, classes]
+
+    def loss(f: Tensor, y: Tensor) -> Tensor:
+        return cross_entropy(f.mean(1), y)
+
+    model, x, y = Turned(4, 3), torch.randn(7, 5, 4), torch.randint(3, (5,))
+    assert check(model, loss, (x, y), batch_axis={"inputs": 1}).attrs["equal"]
+    with pytest.raises(ArgumentError, match="one axis each for inputs, outputs and targets"):
+        sample_gradients(model, loss, x, y, batch_axis={"inputs": {0: 1}})
+    for name in ("n_samples", "sample_of"):
+        with pytest.raises(ArgumentError, match=f"and no {name}="):
+            check(model, loss, (x, y), **{name: 5})
+
+
 def test_complex_parameters() -> None:
     class Complex(nn.Module):
         def __init__(self) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from torch_secorder.errors import ArgumentError
 
@@ -35,8 +35,26 @@ def require_callable(name: str, value: Any) -> None:
     Raises:
         ArgumentError: naming the argument.
     """
+    if isinstance(value, type) and issubclass(value, nn.Module):
+        raise ArgumentError(f"{name} is the class {value.__name__}: pass an instance of it, {value.__name__}()")
     if not callable(value):
         raise ArgumentError(f"{name} must be a module or a function of (outputs, targets), not {value!r:.80}")
+
+
+def require_model_before_loss(model: Any, loss_fn: Any) -> None:
+    """Raise if the two have probably changed places: the model has no parameters, and the loss has some.
+
+    Raises:
+        ArgumentError: saying so.
+    """
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"model must be a torch.nn.Module, not {model!r:.80}")
+    swapped = isinstance(loss_fn, nn.Module) and any(True for _ in loss_fn.parameters())
+    if swapped and not any(True for _ in model.parameters()):
+        raise ArgumentError(
+            f"the model is a {type(model).__name__} without parameters, and loss_fn a {type(loss_fn).__name__} with some: "
+            "pass the model first, then the loss"
+        )
 
 
 def fresh_generator(generator: torch.Generator | None) -> torch.Generator:

@@ -9,12 +9,14 @@ sampled. So the trace's part of sample n is the sum of ``||J_n^T s_n||^2`` over 
 from __future__ import annotations
 
 import math
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from torch_secorder.errors import ArgumentError, ShapeError, UnsupportedError
 
@@ -133,6 +135,47 @@ ELEMENTWISE = {
     "poisson": Elementwise(mean=torch.exp, root=lambda f: (f / 2).exp()),
 }
 LOSS_TYPES = ("nll", *ELEMENTWISE)
+
+# What else they are called.
+SYNONYMS = {
+    **dict.fromkeys(("ce", "cross_entropy", "crossentropy", "categorical", "softmax", "classification"), "nll"),
+    **dict.fromkeys(("binary", "bernoulli", "sigmoid", "binary_cross_entropy"), "bce"),
+    **dict.fromkeys(("l2", "gaussian", "regression", "squared"), "mse"),
+}
+
+# The losses of torch that are the negative logarithm of a likelihood, but for a constant or a factor.
+LOSSES_OF = {
+    **dict.fromkeys((nn.CrossEntropyLoss, nn.NLLLoss, F.cross_entropy, F.nll_loss), "nll"),
+    **dict.fromkeys((nn.BCEWithLogitsLoss, F.binary_cross_entropy_with_logits), "bce"),
+    **dict.fromkeys((nn.MSELoss, F.mse_loss), "mse"),
+    **dict.fromkeys((nn.PoissonNLLLoss, F.poisson_nll_loss), "poisson"),
+}
+
+
+def require_loss_of(loss_type: str, loss_fn: object) -> None:
+    """Raise if a loss of torch is that of another likelihood.
+
+    Raises:
+        ArgumentError: naming both.
+    """
+    own = LOSSES_OF.get(type(loss_fn)) or (LOSSES_OF.get(loss_fn) if isinstance(loss_fn, Hashable) else None)
+    if own is not None and own != loss_type:
+        name = getattr(loss_fn, "__name__", type(loss_fn).__name__)
+        raise ArgumentError(
+            f'loss_fn is {name}, the loss of loss_type="{own}", and loss_type is "{loss_type}": pass loss_type="{own}", or '
+            "loss_fn=None if the likelihood is meant to be another one"
+        )
+
+
+def warn_of_probabilities(outputs: Tensor) -> None:
+    """Warn of a model that ends in a softmax, whose outputs are no logits."""
+    node = outputs.grad_fn
+    if node is not None and node.name().startswith("SoftmaxBackward"):
+        warnings.warn(
+            'the model ends in a softmax, and loss_type="nll" takes its outputs for logits, so that a softmax of a softmax is '
+            "analyzed: return the logits, or their logarithm (log_softmax)",
+            stacklevel=2,
+        )
 
 
 class Categorical(Likelihood):
@@ -261,7 +304,8 @@ def likelihood(
         return ELEMENTWISE[loss_type]
     if loss_type != "nll":
         *names, last = (f'"{name}"' for name in LOSS_TYPES)
-        raise UnsupportedError(f"loss_type must be {', '.join(names)} or {last}, not {loss_type!r}")
+        meant = f'; {loss_type!r} is "{SYNONYMS[loss_type]}" here' if loss_type in SYNONYMS else ""
+        raise UnsupportedError(f"loss_type must be {', '.join(names)} or {last}, not {loss_type!r}{meant}")
     return _categorical(outputs, targets, ignore_index, class_axis)
 
 
@@ -275,9 +319,19 @@ def _categorical(outputs: Tensor, targets: Tensor | None, ignore_index: int, cla
         raise ShapeError(
             f"outputs of shape {tuple(outputs.shape)} have no class on axis {axis}: class_axis says where they are"
         )
+    if outputs.shape[axis] == 1:
+        raise ShapeError(
+            f'loss_type="nll" needs logits of two classes or more, and outputs of shape {tuple(outputs.shape)} have one on axis '
+            f'{axis}: pass loss_type="mse" for regression, loss_type="bce" for one logit of two classes, or class_axis='
+        )
     if not isinstance(targets, Tensor):
         return Categorical(axis)
     positions = (*outputs.shape[:axis], *outputs.shape[axis + 1 :])
+    if targets.shape == outputs.shape and targets.is_floating_point():
+        raise ShapeError(
+            f'targets have the outputs\' shape, {tuple(targets.shape)}, and loss_type="nll" takes class indices: pass '
+            'loss_type="mse" for regression, loss_type="bce" for independent labels, or, for probabilities of classes, no targets'
+        )
     if tuple(targets.shape) != positions:
         raise ShapeError(
             f"targets of shape {tuple(targets.shape)} for outputs of shape {tuple(outputs.shape)} with class_axis={axis}: "

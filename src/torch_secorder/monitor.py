@@ -19,6 +19,7 @@ from torch_secorder.arguments import (
 )
 from torch_secorder.autograd.hooks import HookSet
 from torch_secorder.batch_axis.knowledge import KindSchedule, ModelKnowledge, knowledge_of
+from torch_secorder.batch_axis.told import BatchAxis, NSamples, SampleOf, Told, told
 from torch_secorder.errors import ArgumentError, CurvatureError, LifecycleError, SkippedPassWarning
 from torch_secorder.model.hooks import HookScope, WeakHook
 from torch_secorder.model.parameters import ParameterTable, plain_name, unwrapped
@@ -26,7 +27,7 @@ from torch_secorder.model.restore import lock_of
 from torch_secorder.per_sample import as_refusal
 from torch_secorder.recording.accumulator import PassOptions
 from torch_secorder.recording.backward_pass import BackwardPass, Check
-from torch_secorder.recording.plan import BatchAxis, planned
+from torch_secorder.recording.plan import planned
 from torch_secorder.recording.quantities import Keeps, kept, wanted
 from torch_secorder.recording.sample_norms import SampleNorms
 from torch_secorder.recording.user_recorder import UserRecorder
@@ -54,6 +55,8 @@ class MonitorOptions:
     loss_scale: float | Tensor | Callable[[], float | Tensor] = 1.0
     parameters: str = "trainable"
     batch_axis: BatchAxis = None
+    n_samples: NSamples = None
+    sample_of: SampleOf = None
     nonfinite: str = "raise"
     on_refusal: str = "raise"
     repeated_calls: str | None = None
@@ -85,6 +88,7 @@ class _Watched:
 
     model: nn.Module
     table: ParameterTable
+    words: Told
     knowledge: ModelKnowledge
 
     @classmethod
@@ -93,8 +97,9 @@ class _Watched:
         bare = unwrapped(model)
         with lock_of(bare):
             table = ParameterTable(bare, options.parameters)
-        planned(bare, table, options.batch_axis)
-        return cls(bare, table, knowledge_of(bare, options.batch_axis, checks=False))
+        words = told(bare, options.batch_axis, options.n_samples, options.sample_of)
+        planned(bare, table, words)
+        return cls(bare, table, words, knowledge_of(bare, words, checks=False))
 
 
 class FisherMonitor(HookScope):
@@ -121,8 +126,16 @@ class FisherMonitor(HookScope):
             that none matches are left out.
         per_sample: also keep every t_{n,p}.
         activations: also keep account of every module's output: its Fisher trace and its moments.
-        batch_axis: where the samples are counted, if not on axis 0: an int for the model's inputs and all of its
-            layers, or a mapping from module names to axes ("" is the model itself).
+        batch_axis: where the samples are counted, if not on axis 0: an int for the model's inputs, its outputs and all of its
+            layers, or a mapping with some of the keys "inputs", "outputs" and "modules", as in ``{"inputs": 1, "outputs": 0}``.
+            Inputs may differ by position or name, ``{"inputs": {0: 1, "mask": None}}``, and outputs by position or key: None
+            means that all samples share it, "list" that it is a list with an item for each sample. Modules go by names or
+            patterns, ``{"modules": {"encoder.*": 1}}``.
+        n_samples: how many samples a call of the model has, where no axis of its inputs counts them: a number, or a function of
+            the model's arguments.
+        sample_of: the sample of each row, where rows are nodes of graphs or tokens: the position or name of the argument of the
+            model that says it, or a function of the model's arguments. Of inputs and outputs that have as many rows, the rows
+            with one number are one sample.
         nonfinite: "raise" when a gradient is infinite or NaN, or "skip" those samples.
         on_refusal: what happens at the end of a backward pass that can't be counted exactly, whose samples are left out in
             either case: "raise" the error, or "skip" the pass, so that ``report().attrs["skipped_passes"]`` says how many there
@@ -172,6 +185,8 @@ class FisherMonitor(HookScope):
         per_sample: bool = False,
         activations: bool = False,
         batch_axis: BatchAxis = None,
+        n_samples: NSamples = None,
+        sample_of: SampleOf = None,
         nonfinite: str = "raise",
         on_refusal: str = "raise",
         repeated_calls: str | None = None,
@@ -181,7 +196,7 @@ class FisherMonitor(HookScope):
     ):
         keeps = {"diagonal": diagonal, "per_sample": per_sample, "activations": activations}
         options = MonitorOptions(
-            *(reduction, loss_scale, parameters, batch_axis, nonfinite, on_refusal),
+            *(reduction, loss_scale, parameters, batch_axis, n_samples, sample_of, nonfinite, on_refusal),
             *(repeated_calls, every, fisher, max_memory, keeps),
         )
         watched = _Watched.of(model, options)
@@ -216,7 +231,7 @@ class FisherMonitor(HookScope):
         table.gather(model)
         self.results.counts_samples = table.ranks.counts_samples
         passes = options.of_passes
-        plan = planned(model, table, options.batch_axis, passes.quantities)
+        plan = planned(model, table, self._watched.words, passes.quantities)
         self._recorder = UserRecorder(
             *(table, plan, self._watched.knowledge, passes),
             on_pass=self._on_pass,
@@ -274,7 +289,7 @@ class FisherMonitor(HookScope):
             raise LifecycleError(
                 "verify: call the model inside the monitor's block, keep its outputs, and pass their loss"
             )
-        self._expected = expected_norms(loss, outputs, self._recorder.table, axis=self._recorder.plan.batch_axis)
+        self._expected = expected_norms(loss, outputs, self._recorder.n or 0, self._recorder.table)
 
     def _on_pass(self, current: BackwardPass) -> None:
         """A backward pass is over: count it, or say why not."""
@@ -361,6 +376,22 @@ class FisherMonitor(HookScope):
             LifecycleError: if no sample was seen.
         """
         return self.results.report(by, sync=sync)
+
+    def summary(self, by: By = None, *, width: int | None = None, sync: bool = False) -> str:
+        """The report as text, with bars and the total; see :meth:`Results.summary`.
+
+        Args:
+            by: None, "module", "type", or a function from a parameter's name to a group.
+            width: of the text in characters; by default that of the terminal.
+            sync: of the samples of all ranks, as in :meth:`report`.
+
+        Raises:
+            LifecycleError: if no sample was seen.
+        """
+        return self.results.summary(by, width=width, sync=sync)
+
+    def _repr_html_(self) -> str:
+        return self.results._repr_html_()
 
     def reset(self) -> None:
         """Forget every sample."""

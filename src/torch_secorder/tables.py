@@ -12,7 +12,7 @@ from torch_secorder.errors import ArgumentError
 
 ATTRIBUTES = ("reduction", "fisher", "n_samples")
 FURTHER_ATTRIBUTES = (  # that not every report has
-    *("n_passes", "skipped_passes", "n_skipped", "mean_inverse_batch_size"),
+    *("n_passes", "skipped_passes", "total_stderr", "n_skipped", "mean_inverse_batch_size"),
     *("rtol", "rtol_of", "relative_stderr", "reached_rtol"),
 )
 

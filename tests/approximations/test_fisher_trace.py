@@ -159,6 +159,7 @@ def test_signatures() -> None:
         **dict.fromkeys(("model", "loss_fn", "inputs", "targets"), (needed, place)),
         "num_samples": (1, place),
         "create_graph": (False, keyword),
+        **dict.fromkeys(("batch_axis", "n_samples", "sample_of"), (None, keyword)),
     }
     assert parameters(generalized_fisher_trace) == {
         **dict.fromkeys(("model", "outputs", "targets"), (needed, place)),
@@ -669,9 +670,12 @@ def test_the_default_max_passes() -> None:
         generalized_fisher_trace(model, model(torch.randn(2, 1)), None)
 
 
-def test_one_class_has_no_curvature() -> None:
-    model = nn.Linear(4, 1)
-    assert float(generalized_fisher_trace(model, model(torch.randn(5, 4)), None)) == 0
+def test_one_class_is_no_classification() -> None:
+    model, x = nn.Linear(4, 1), torch.randn(5, 4)
+    with pytest.raises(CurvatureError, match='loss_type="mse" for regression'):
+        generalized_fisher_trace(model, model(x), None)
+    per_sample = x.square().sum(1) + 1  # the outputs' gradient in weight and bias
+    assert_equal(generalized_fisher_trace(model, model(x), None, "mse"), per_sample.mean(), per_sample.mean())
 
 
 def test_a_nearly_certain_class_keeps_its_digits() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from torch_secorder.batch_axis.knowledge import KINDS_OF_GRAPH, ModelKnowledge, Schedule, is_due, knowledge_of
+from torch_secorder.batch_axis.told import told
 
 
 def test_the_schedule_is_the_1st_2nd_3rd_5th_9th_17th() -> None:
@@ -83,9 +84,9 @@ def test_a_losss_reduction_is_remembered() -> None:
 
 def test_knowledge_lives_as_long_as_its_model() -> None:
     model = nn.Linear(2, 2)
-    knowledge = knowledge_of(model, None)
-    assert knowledge_of(model, None) is knowledge
-    assert len({id(knowledge), id(knowledge_of(model, 1)), id(knowledge_of(model, None, checks=False))}) == 3
+    knowledge = knowledge_of(model)
+    assert knowledge_of(model) is knowledge
+    assert len({id(knowledge), id(knowledge_of(model, told(model, 1))), id(knowledge_of(model, checks=False))}) == 3
     del model
     gc.collect()
-    assert knowledge_of(nn.Linear(2, 2), None) is not knowledge
+    assert knowledge_of(nn.Linear(2, 2)) is not knowledge

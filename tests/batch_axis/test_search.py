@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from torch_secorder.autograd.nodes import value_shape
 from torch_secorder.batch_axis.evidence import Evidence, Finding, Unplaced
 from torch_secorder.batch_axis.knowledge import PlacementCache, Wanted, is_due
-from torch_secorder.batch_axis.placement import Layout, Placement
+from torch_secorder.batch_axis.placement import FIRST, Layout, Placement
 from torch_secorder.batch_axis.search import SampleSearch
 from torch_secorder.batch_axis.search_pass import SearchPasses, Viewed
 from torch_secorder.errors import ShapeError
@@ -49,7 +49,7 @@ class Steps:
 def test_one_set_of_passes_places_all_tensors_of_a_graph() -> None:
     steps = Steps()
     wanted = [seen(x) for x in (steps.positions, steps.first, steps.folded, steps.turned, steps.unused)]
-    assert places(SearchPasses([steps.outputs], 0, N), *wanted) == [
+    assert places(SearchPasses([(steps.outputs, FIRST)], N), *wanted) == [
         Unplaced.SHARED_BY_SAMPLES,
         Placement(0),
         Placement(0, Layout.BLOCKS),
@@ -62,7 +62,7 @@ def test_a_search_leaves_gradients_and_the_graph_alone() -> None:
     model, x = nn.Linear(4, 2), torch.randn(N, 4, requires_grad=True)
     h = x * 2
     outputs = model(h)
-    assert places(SearchPasses([outputs], 0, N), seen(h), seen(outputs)) == [Placement(0), Placement(0)]
+    assert places(SearchPasses([(outputs, FIRST)], N), seen(h), seen(outputs)) == [Placement(0), Placement(0)]
     assert x.grad is None
     assert model.weight.grad is None
     outputs.sum().backward()
@@ -71,15 +71,16 @@ def test_a_search_leaves_gradients_and_the_graph_alone() -> None:
 
 def test_outputs_without_samples_show_nothing() -> None:
     loss = nn.Linear(4, 2)(torch.randn(N, 4)).sum()
-    with pytest.raises(ShapeError, match="returns no differentiable tensor with as many indices on axis 0"):
-        places(SearchPasses([loss], 0, N), seen(loss))
+    refusal = ShapeError("nothing is counted")
+    with pytest.raises(ShapeError, match="nothing is counted"):
+        places(SearchPasses([(loss, None)], N, not_counted=lambda: refusal), seen(loss))
 
 
 def test_what_is_behind_a_re_entrant_checkpoint_is_hidden() -> None:
     x = torch.randn(N, 4, requires_grad=True)
     h = x * 2
     outputs = checkpoint(nn.Linear(4, 2), h, use_reentrant=True)
-    assert places(SearchPasses([outputs], 0, N), seen(h), seen(outputs)) == [Unplaced.HIDDEN, Placement(0)]
+    assert places(SearchPasses([(outputs, FIRST)], N), seen(h), seen(outputs)) == [Unplaced.HIDDEN, Placement(0)]
 
 
 class Counted(SearchPasses):
@@ -103,7 +104,7 @@ class Graphs:
 
     def __init__(self, *, ambiguous: bool = False) -> None:
         self.placements, self.steps, self._ambiguous = PlacementCache(), Steps(), ambiguous
-        self.passes = Counted([self.steps.outputs], 0, N)
+        self.passes = Counted([(self.steps.outputs, FIRST)], N)
 
     def looked_at(self, wanted: Sequence[Wanted], count: int = 10) -> list[int]:
         found = []
@@ -156,7 +157,7 @@ def test_a_call_that_no_gradient_reached_is_searched_for_ever_more_rarely(ambigu
 
 def test_a_small_batch_is_asked_before_the_whole_graph() -> None:
     placements, steps = PlacementCache(graphs_seen=5), Steps()
-    passes = Counted([steps.outputs], 0, N)
+    passes = Counted([(steps.outputs, FIRST)], N)
 
     def locate() -> None:
         placements.keep(("call", "first"), Finding(Placement(0)))
@@ -169,7 +170,7 @@ def test_a_small_batch_is_asked_before_the_whole_graph() -> None:
 
 def test_a_pass_sees_what_may_be_asked_later() -> None:
     placements, steps = PlacementCache(), Steps()
-    passes = Counted([steps.outputs], 0, N)
+    passes = Counted([(steps.outputs, FIRST)], N)
     node = steps.folded.grad_fn
     assert node is not None
     search = SampleSearch(placements, N, False, lambda **_: passes, look_ahead=lambda: [node])

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from oracles import assert_equal, per_sample_squared_norms, total, trace
 from problems._base import Forward
 from torch_secorder import FisherMonitor
-from torch_secorder.capture.forwards import batch_size
+from torch_secorder.batch_axis.count import counted
+from torch_secorder.batch_axis.told import NOTHING, Told
 from torch_secorder.errors import CurvatureError, ShapeError
 
 
@@ -44,16 +45,16 @@ def assert_traces(monitor: FisherMonitor, expected: dict[str, Tensor]) -> None:
     ids=str,
 )
 def test_the_batch_size_of_inputs(shapes: list[tuple[int, ...]], axis: int, n: int | None) -> None:
-    assert batch_size([torch.zeros(shape) for shape in shapes], axis) == n
+    assert counted(Told(inputs=axis), tuple(map(torch.zeros, shapes)), {}).n == n
 
 
 def test_the_batch_size_of_nested_inputs() -> None:
-    assert batch_size(["text", None, {"ids": [torch.zeros(1, 2), (torch.zeros(6, 2),)]}], 0) == 6
+    assert counted(NOTHING, ("text", None), {"more": {"ids": [torch.zeros(1, 2), (torch.zeros(6, 2),)]}}).n == 6
 
 
 def test_an_empty_batch_is_refused() -> None:
     with pytest.raises(ShapeError, match=r"batch is empty"):
-        batch_size([torch.zeros(5, 3), {"more": torch.zeros(0, 3)}], 0)
+        counted(NOTHING, (torch.zeros(5, 3), {"more": torch.zeros(0, 3)}), {})
 
 
 # Which run

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from problems._base import Forward as Model
 from torch_secorder import FisherMonitor
 from torch_secorder.batch_axis.knowledge import ModelKnowledge
+from torch_secorder.batch_axis.placement import FIRST
 from torch_secorder.capture.records import Forward
 from torch_secorder.graph.audit import Audit, Questions
 from torch_secorder.graph.frontier import ParameterUse
@@ -61,7 +62,7 @@ def uses(model: nn.Module, outputs: Tensor) -> dict[str, ParameterUse]:
     """The uses of each parameter, all in the graph of these outputs."""
     table = ParameterTable(model)
     table.gather(model)
-    found = Audit(table, 0, ModelKnowledge()).uses(Forward(len(outputs)), [outputs]).placed
+    found = Audit(table, ModelKnowledge()).uses(Forward(len(outputs), placements=[FIRST]), [outputs]).placed
     return {table.names[target]: use for use, _ in found for target in use.targets if isinstance(target, int)}
 
 

@@ -212,7 +212,8 @@ class BatchFirst(nn.Module):
 @pytest.mark.parametrize("shape", [(6, 4), (5, 5)], ids=str)
 def test_the_batch_axis_of_every_module(shape: tuple[int, int]) -> None:
     model, ids, y = SequenceFirst().double(), torch.randint(7, shape), torch.randint(3, shape)
-    axes = {"": 1, "inner": 0, **dict.fromkeys(["embedding", "norm", "block", "head"], 1)}
+    modules = {"inner": 0, **dict.fromkeys(["embedding", "norm", "b*", "head"], 1)}
+    axes = {"inputs": 1, "outputs": {0: 1}, "modules": modules}
     with FisherMonitor(model, batch_axis=axes, per_sample=True, diagonal=True) as monitor:
         cross_entropy()(model(ids).flatten(0, 1), y.flatten()).backward()
     squared = per_sample_squared_norms(BatchFirst(model), cross_entropy(), ids.T, y.T)
@@ -233,12 +234,17 @@ def test_one_batch_axis_for_all() -> None:
 @pytest.mark.parametrize(
     ("batch_axis", "message"),
     [
-        ({"3": 1}, r"batch_axis.*3"),
+        ({"3": 1}, r"batch_axis.*'modules'"),
+        ({"modules": {"0": 0, "9*": 1}}, r"modules that the model lacks: 9\*"),
+        ({"modules": {"0": -1}}, r"batch_axis\['modules'\].*-1"),
+        ({"outputs": True}, r"batch_axis\['outputs'\].*True"),
+        ({"inputs": {0: "rows"}}, r"batch_axis\['inputs'\].*rows"),
+        ({"inputs": {"mask": 0}}, r"lacks: mask"),
         ("0", r"batch_axis"),
         (True, r"batch_axis"),
         ([], r"batch_axis"),
         (-2, r"batch_axis.*-2"),
-        ({"": -1}, r"batch_axis.*-1"),
+        ({"targets": -1}, r"batch_axis\['targets'\].*-1"),
     ],
     ids=str,
 )

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from torch_secorder.batch_axis.evidence import Sketch, Unplaced, evidence, sample_marks
 from torch_secorder.batch_axis.placement import Placement
+from torch_secorder.batch_axis.samples import BatchSamples
 from torch_secorder.errors import CoverageError, VerificationError
 from torch_secorder.model.ranks import Ranks
 from torch_secorder.verification.comparison import require_equal_norms, unequal_norms
@@ -128,14 +129,14 @@ def test_batches_and_uses_of_one_pass_are_added_up() -> None:
 def test_a_gradient_that_is_no_number_is_not_separable(value: float, spoilt_first: bool) -> None:
     """With the other samples' outputs as they are, or with others."""
     outputs, targets = torch.full((3, 4), 2.0, dtype=torch.float64), torch.zeros(3)
-    require_separable(lambda o, t: o.square().mean(), outputs, targets, 3)
+    require_separable(lambda o, t: o.square().mean(), outputs, targets, BatchSamples(3))
 
     def loss(o: Tensor, t: Tensor) -> Tensor:
         as_they_are = o[1:].detach().sum() == 16
         return o.square().mean() * torch.where(as_they_are == spoilt_first, value, 1.0)
 
     with pytest.raises(VerificationError, match="compares samples"):
-        require_separable(loss, outputs, targets, 3)
+        require_separable(loss, outputs, targets, BatchSamples(3))
 
 
 # Where samples are

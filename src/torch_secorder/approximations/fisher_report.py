@@ -12,12 +12,19 @@ import torch
 from torch import Tensor, nn
 
 from torch_secorder.approximations.precision import Precision
-from torch_secorder.arguments import fresh_generator, require_callable, require_choice, require_positive_int
+from torch_secorder.arguments import (
+    fresh_generator,
+    require_callable,
+    require_choice,
+    require_model_before_loss,
+    require_positive_int,
+)
 from torch_secorder.autograd.compiled import eager_code
+from torch_secorder.batch_axis.told import BatchAxis, NSamples, SampleOf, told
 from torch_secorder.errors import ArgumentError
-from torch_secorder.likelihoods import random_signs
+from torch_secorder.likelihoods import random_signs, require_loss_of
+from torch_secorder.model.parameters import unwrapped
 from torch_secorder.model.restore import forked_random, lock_of
-from torch_secorder.recording.plan import BatchAxis
 from torch_secorder.recording.quantities import Keeps
 from torch_secorder.results.report import By
 from torch_secorder.results.results import Results
@@ -47,6 +54,8 @@ def fisher_report(
     reduction: str | None = None,
     parameters: str = "trainable",
     batch_axis: BatchAxis = None,
+    n_samples: NSamples = None,
+    sample_of: SampleOf = None,
     ignore_index: int = -100,
     class_axis: int = 1,
     generator: torch.Generator | None = None,
@@ -76,9 +85,11 @@ def fisher_report(
         by: as in :meth:`FisherMonitor.report`.
         reduction: "mean" or "sum"; by default as the loss does ("empirical"), else "mean".
         parameters: "trainable" or "all".
-        batch_axis: as in :class:`FisherMonitor`.
+        batch_axis: as in :class:`FisherMonitor`, and "targets" for what the loss takes.
+        n_samples: as in :class:`FisherMonitor`.
+        sample_of: as in :class:`FisherMonitor`.
         ignore_index: "nll" positions with this target contribute nothing.
-        class_axis: where "nll" outputs have their classes.
+        class_axis: where "nll" outputs have their classes, with the samples on axis 0.
         generator: for "sampled".
         max_passes: the most backward passes per batch that "exact" may take.
         max_memory: as in :class:`FisherMonitor`.
@@ -116,6 +127,8 @@ def fisher_report(
         reduction=reduction,
         parameters=parameters,
         batch_axis=batch_axis,
+        n_samples=n_samples,
+        sample_of=sample_of,
         ignore_index=ignore_index,
         class_axis=class_axis,
         generator=generator,
@@ -187,6 +200,8 @@ class ReportOptions:
     reduction: str | None = None
     parameters: str = "trainable"
     batch_axis: BatchAxis = None
+    n_samples: NSamples = None
+    sample_of: SampleOf = None
     ignore_index: int = -100
     class_axis: int = 1
     generator: torch.Generator | None = None
@@ -245,10 +260,13 @@ def accumulated(
                 'fisher="empirical" needs a loss_fn; fisher="exact", of the model\'s own labels, needs none'
             )
         require_callable("loss_fn", loss_fn)
+    elif loss_fn is not None:
+        require_callable("loss_fn", loss_fn)
+        require_loss_of(options.loss_type, loss_fn)
+    require_model_before_loss(model, loss_fn)
     kind, generator = options.kind, fresh_generator(options.generator)
-    analysis = Analysis(
-        model, options.parameters, options.batch_axis, keeps=options.keeps, max_memory=options.max_memory
-    )
+    words = told(unwrapped(model), options.batch_axis, options.n_samples, options.sample_of)
+    analysis = Analysis(model, options.parameters, words, keeps=options.keeps, max_memory=options.max_memory)
     results, reduction, precision = earlier, options.reduction, options.precision
 
     def status() -> str:

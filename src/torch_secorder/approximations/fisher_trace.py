@@ -10,10 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from torch_secorder.approximations.samples_of_graph import SamplesOfGraph
-from torch_secorder.arguments import fresh_generator, require_callable, require_choice, require_positive_int
+from torch_secorder.arguments import (
+    fresh_generator,
+    require_callable,
+    require_choice,
+    require_model_before_loss,
+    require_positive_int,
+)
 from torch_secorder.autograd.compiled import eager_code
 from torch_secorder.autograd.guard import recomputation
 from torch_secorder.batch_axis.knowledge import ModelKnowledge, knowledge_of
+from torch_secorder.batch_axis.samples import BatchSamples
+from torch_secorder.batch_axis.told import BatchAxis, NSamples, SampleOf, told
 from torch_secorder.errors import CoverageError, ShapeError
 from torch_secorder.model.parameters import ParameterTable, unwrapped
 from torch_secorder.model.restore import lock_of
@@ -33,6 +41,9 @@ def empirical_fisher_trace(
     num_samples: int = 1,
     *,
     create_graph: bool = False,
+    batch_axis: BatchAxis = None,
+    n_samples: NSamples = None,
+    sample_of: SampleOf = None,
 ) -> Tensor:
     r"""The trace of the empirical Fisher of one batch, exactly.
 
@@ -51,6 +62,9 @@ def empirical_fisher_trace(
         targets: whatever the loss takes.
         num_samples: has no effect, since the value is exact.
         create_graph: make the result differentiable.
+        batch_axis: where the samples are counted, if not on axis 0; as in :class:`~torch_secorder.FisherMonitor`.
+        n_samples: how many samples there are, where no axis of the inputs counts them; as there.
+        sample_of: the sample of each row, where rows are not samples; as there.
 
     Returns:
         A 0-dim tensor on the model's device, in the parameters' dtype but at least float32.
@@ -78,7 +92,9 @@ def empirical_fisher_trace(
     """
     require_positive_int("num_samples", num_samples)
     require_callable("loss_fn", loss_fn)
-    analysis = Analysis(model, create_graph=create_graph)
+    require_model_before_loss(model, loss_fn)
+    words = told(unwrapped(model), batch_axis, n_samples, sample_of)
+    analysis = Analysis(model, words=words, create_graph=create_graph)
     checked: Checked = "never" if create_graph else "when due"
     analyze = partial(analysis.empirical, loss_fn, inputs, targets, checked=checked)
     check = partial(verify_empirical, analysis, loss_fn, inputs, targets)
@@ -176,13 +192,13 @@ def generalized_fisher_trace(
         raise CoverageError("the outputs carry no autograd graph: compute them outside of torch.no_grad()")
     if not outputs.dim() or not len(outputs):
         raise ShapeError(f"the batch is empty: outputs of shape {tuple(outputs.shape)}")
-    require_targets_of_batch(targets, len(outputs))
+    require_targets_of_batch(targets, BatchSamples(len(outputs)))
     kind = FisherKind(loss_type, labels, num_samples, ignore_index, class_axis, max_passes)
     _, seeds = kind.output_gradients(
         outputs, targets, fresh_generator(generator), table.ranks, differentiable=create_graph
     )
     with lock_of(unwrapped(model)):
-        norms = _squared_norms(outputs, seeds, table, knowledge_of(unwrapped(model), None), create_graph)
+        norms = _squared_norms(outputs, seeds, table, knowledge_of(unwrapped(model)), create_graph)
     return _as_result(norms, reduction, table)
 
 

@@ -8,7 +8,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from torch_secorder.arguments import fresh_generator, require_callable, require_positive_int
+from torch_secorder.arguments import (
+    fresh_generator,
+    require_callable,
+    require_model_before_loss,
+    require_positive_int,
+)
 from torch_secorder.autograd.compiled import eager_code
 from torch_secorder.autograd.engine import call_model, library_pass
 from torch_secorder.autograd.tensor_hooks import silenced_in_library_passes
@@ -85,6 +90,7 @@ def hessian_trace(
     """
     require_positive_int("num_samples", num_samples)
     require_callable("loss_fn", loss_fn)
+    require_model_before_loss(model, loss_fn)
     if tolerance is not None and not (isinstance(tolerance, (int, float)) and tolerance > 0):
         raise ArgumentError(
             f"tolerance must be a positive number, or None for all num_samples probes, not {tolerance!r}"

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from torch_secorder.errors import UnsupportedError
+from torch_secorder.model.containers import is_packed
 from torch_secorder.model.hooks import restoring
 
 # The number of the backward pass under way in this thread; -1 outside of any.
@@ -174,4 +175,4 @@ def call_model(model: Callable[..., Any], inputs: Any) -> Any:
     with library_call():
         if isinstance(inputs, Mapping):
             return model(**inputs)
-        return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+        return model(*inputs) if isinstance(inputs, tuple) and not is_packed(inputs) else model(inputs)

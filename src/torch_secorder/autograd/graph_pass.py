@@ -111,7 +111,8 @@ class Route:
 
         Args:
             pending: the gradients at the starts; what flows is taken out of it.
-            arrive: called with each end and the gradients of its outputs, when these are complete.
+            arrive: called with each end and the list of the gradients of its outputs, when these are complete; those that it
+                replaces by None flow no further.
             before: called with each node before the node is.
             call: how a node is called.
             complete: whether every node has to give all gradients that are asked for.

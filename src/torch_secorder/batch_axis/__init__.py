@@ -7,6 +7,9 @@ comes back multiplied by w_n, exactly, since powers of two multiply without roun
 
 The files, one verb each:
 
+* ``told`` is what the user says: ``batch_axis=``, ``n_samples=`` and ``sample_of=``;
+* ``count`` says how many samples a call of the model has, by that word or by the shapes of its arguments;
+* ``samples`` takes arguments, outputs and targets apart by samples;
 * ``placement`` says where a tensor has its samples: on which axis, and how they lie along it;
 * ``evidence`` reads the placement from gradients that came back plain and marked;
 * ``search_pass`` lets such gradients flow through the user's graph, in which no hook runs;

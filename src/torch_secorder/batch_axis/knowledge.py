@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -13,6 +13,7 @@ from torch.autograd.graph import GradientEdge
 
 from torch_secorder.batch_axis.evidence import Evidence, Finding, Unplaced
 from torch_secorder.batch_axis.placement import Placement
+from torch_secorder.batch_axis.told import NOTHING, Told
 
 Key = tuple[object, ...]
 Wanted = tuple[Key, GradientEdge, Sequence[int]]  # what to remember it by, where in the graph, the shape to see it in
@@ -160,12 +161,9 @@ class ModelKnowledge:
 _knowledge: WeakKeyDictionary[nn.Module, dict[Hashable, ModelKnowledge]] = WeakKeyDictionary()
 
 
-def knowledge_of(
-    model: nn.Module, batch_axis: int | Mapping[str, int] | None, *, checks: bool = True
-) -> ModelKnowledge:
+def knowledge_of(model: nn.Module, words: Told = NOTHING, *, checks: bool = True) -> ModelKnowledge:
     """What was found out about a model before: by callers that check samples now and then, or by those that don't.
 
     The two are kept apart, since only the former find out that shapes have misled them.
     """
-    axis = tuple(sorted(batch_axis.items())) if isinstance(batch_axis, Mapping) else batch_axis
-    return _knowledge.setdefault(model, {}).setdefault((axis, checks), ModelKnowledge())
+    return _knowledge.setdefault(model, {}).setdefault((words.fingerprint, checks), ModelKnowledge())

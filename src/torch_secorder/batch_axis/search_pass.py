@@ -24,6 +24,7 @@ from torch_secorder.batch_axis.evidence import (
     sample_marks,
 )
 from torch_secorder.batch_axis.placement import Placement
+from torch_secorder.batch_axis.samples import rows_of
 from torch_secorder.errors import ShapeError
 from torch_secorder.model.nested import sample_rows, whole, with_values
 
@@ -37,9 +38,9 @@ class SearchPasses:
     """Passes through the graph from a model's outputs, one for each set of marks.
 
     Args:
-        roots: the model's outputs.
-        axis: where those have their samples; an output with another size there shows nothing.
+        placed: the model's outputs, and where each has its samples; one that has none shows nothing.
         n: how many samples.
+        not_counted: the refusal if no output has the samples.
         common_count: from the number of passes that this graph needs to the number that is made. Ranks that search together
             agree on it here, when nothing is left to refuse: whoever has refused before doesn't come to the passes.
         weights: gathers the weights that are in parts on several ranks.
@@ -48,18 +49,19 @@ class SearchPasses:
 
     def __init__(
         self,
-        roots: Sequence[Tensor],
-        axis: int,
+        placed: Sequence[tuple[Tensor, Placement | None]],
         n: int,
         common_count: Callable[[int], int] = lambda own: own,
         weights: GatheredWeights | None = None,
         *,
         comparing: Container[int] = (),
+        not_counted: Callable[[], ShapeError] = ShapeError,
     ):
-        counted = {number: x for number, x in enumerate(roots) if x.dim() > axis and x.shape[axis] == n}
+        counted = {number: (x, where) for number, (x, where) in enumerate(placed) if where is not None}
         self._numbers = [number for number in counted if number not in comparing]
-        self._roots = [counted[number] for number in self._numbers]
-        self._axis, self._n, self._common_count, self._weights = axis, n, common_count, weights
+        self._placed = [counted[number] for number in self._numbers]
+        self._roots = [root for root, _ in self._placed]
+        self._n, self._common_count, self._weights, self._not_counted = n, common_count, weights, not_counted
         self._marks_per_pass = MARKS_PER_PASS_OF_HALF if has_half_precision(*self._roots) else MARKS_PER_PASS
 
     def findings(self, wanted: Sequence[Viewed]) -> list[Finding]:
@@ -69,10 +71,7 @@ class SearchPasses:
             ShapeError: if no output has the samples.
         """
         if not self._roots:
-            raise ShapeError(
-                f"where this model has its {self._n} samples can't be found out: it returns no differentiable tensor with as "
-                f"many indices on axis {self._axis}; return the outputs along with the loss, or pass batch_axis="
-            )
+            raise self._not_counted()
         with without_modes():
             return self._findings(wanted)
 
@@ -100,7 +99,7 @@ class SearchPasses:
         ]
         if not unclear or len(self._roots) < 2:
             return set()
-        each = [SearchPasses([root], self._axis, self._n, weights=self._weights) for root in self._roots]
+        each = [SearchPasses([one], self._n, weights=self._weights) for one in self._placed]
         alone = [one.findings(unclear) for one in each]
         placed = [any(isinstance(one.evidence, Placement) for one in several) for several in zip(*alone, strict=True)]
         return {
@@ -132,7 +131,7 @@ class SearchPasses:
         return found, {place for node in passes.hidden & places.keys() for place in places[node]}
 
     def _marked_roots(self, blocks: list[Tensor], mark: Tensor) -> list[Tensor]:
-        return [self._marked(x, block, mark) for x, block in zip(self._roots, blocks, strict=True)]
+        return [self._marked(*one, block, mark) for one, block in zip(self._placed, blocks, strict=True)]
 
     def _random_blocks(self) -> list[Tensor]:
         """For each root the random numbers that its gradient repeats, the same in each pass."""
@@ -143,7 +142,8 @@ class SearchPasses:
             for x, size in zip(self._roots, sizes, strict=True)
         ]
 
-    def _marked(self, root: Tensor, block: Tensor, mark: Tensor) -> Tensor:
+    @staticmethod
+    def _marked(root: Tensor, placement: Placement, block: Tensor, mark: Tensor) -> Tensor:
         """A gradient for a root: the same random numbers in each pass, with each sample's part times its mark."""
         # A new one for each pass, since a node may change it in place. Those of all passes at once would be too much memory: an
         # output is sometimes as large as everything else.
@@ -153,7 +153,7 @@ class SearchPasses:
         if root.is_nested:
             values, of_rows = root.values(), mark.to(gradient)[sample_rows(root)]
             return with_values(root, gradient.view(values.shape) * of_rows.view(-1, *[1] * (values.dim() - 1)))
-        return gradient.view(root.shape).mul_(mark.to(gradient).view(-1, *[1] * (root.dim() - 1 - self._axis)))
+        return gradient.view(root.shape).mul_(rows_of(mark.to(gradient), root, placement))
 
 
 def _sketch(grad: Tensor, shape: Sequence[int]) -> Sketch:

@@ -20,8 +20,12 @@ from torch_secorder.autograd.engine import (
     in_library_call,
     innermost_transform,
 )
+from torch_secorder.batch_axis.count import Count, Seen, counted
+from torch_secorder.batch_axis.placement import Placement
+from torch_secorder.batch_axis.samples import BatchSamples
+from torch_secorder.batch_axis.told import Told
 from torch_secorder.capture.records import Forward
-from torch_secorder.errors import ShapeError
+from torch_secorder.errors import CurvatureError
 from torch_secorder.model.containers import tensors
 
 
@@ -29,7 +33,7 @@ class ForwardTracker:
     """Follows the runs of one model through the hooks before and after its call.
 
     Args:
-        batch_axis: where the model's own inputs have the batch axis.
+        words: what the user says of where the samples are.
         every: record every k-th call of the model, beginning with the first.
         only_library_calls: record calls that this library makes in this thread, instead of the user's.
         on_recomputation: called with the backward pass that runs a forward again (activation checkpointing), and with the one
@@ -50,7 +54,7 @@ class ForwardTracker:
 
     def __init__(
         self,
-        batch_axis: int,
+        words: Told,
         *,
         every: int = 1,
         only_library_calls: bool = False,
@@ -58,7 +62,7 @@ class ForwardTracker:
         on_refusal: Callable[[Exception], object] | None = None,
         on_exit: Callable[[Forward, list[Tensor]], object],
     ):
-        self.batch_axis, self.every, self._calls = batch_axis, every, 0
+        self.words, self.every, self._calls = words, every, 0
         self._thread = get_ident() if only_library_calls else None
         self._on_recomputation, self._on_refusal, self._on_exit = on_recomputation, on_refusal, on_exit
         self._running: dict[int, Forward] = {}  # thread -> its run of the model; several threads may train one model
@@ -96,11 +100,14 @@ class ForwardTracker:
             return
         self._skipping.discard(thread)
         try:
-            n = batch_size((*args, *kwargs.values()) if kwargs else args, self.batch_axis)
-        except ShapeError as error:
+            count = counted(self.words, args, kwargs)
+        except CurvatureError as error:
             self.refuse(error)
             return
-        self._running[thread] = Forward(n, recomputed_in=None if task == -1 else self._recomputation(task))
+        recomputed_in = None if task == -1 else self._recomputation(task)
+        forward = self._running[thread] = Forward(count.n, recomputed_in=recomputed_in, count=count)
+        if count.n is not None and recomputed_in is None:
+            forward.inputs = ambiguous_inputs(count, args, kwargs)
 
     @never_compiled
     def on_model_exit(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -119,11 +126,28 @@ class ForwardTracker:
         self.latest = forward
         try:
             if output is not None and forward.recomputed_in is None:
+                self._place_outputs(forward, output, outputs)
                 self._on_exit(forward, outputs)
         finally:
             for record, _ in forward.records:
                 record.input_nodes = ()
             forward.records, forward.sharded, forward.own_axes = [], [], []
+            forward.placements, forward.inputs = (), []
+
+    def _place_outputs(self, forward: Forward, output: Any, outputs: list[Tensor]) -> None:
+        """Note where the outputs have their samples; where they have none, another reading of the arguments may fit them."""
+        forward.placements = self._placements(forward.count, output)
+        if forward.n is None or _are_counted(outputs, forward.placements):
+            return
+        for count in forward.count.alternatives(forward.bags):
+            placements = self._placements(count, output)
+            if _are_counted(outputs, placements):
+                forward.placements = placements
+                forward.settle(count)
+                return
+
+    def _placements(self, count: Count, output: Any) -> list[Placement | None]:
+        return BatchSamples(count.n or -1, self.words, count.indices).placements("outputs", output)
 
     def refuse(self, error: Exception) -> None:
         """Raise what can't be recorded, or leave that to the end of the backward pass in which the forward runs."""
@@ -151,15 +175,20 @@ class ForwardTracker:
     def _outside(self, output: Any, axis: int) -> Forward:
         """The run of a call with no call of the model around it: a checkpoint's, or the user's call of a submodule."""
         if LOOKS and (look := current_graph_task()) in LOOKS:
-            return Forward(self.latest.n, Counter(self.latest.calls), recomputed_in=look)
+            return self._again(look)
         task, found = self._recomputation(current_graph_task()), self.outside_calls
         if task is not None:
             if found is None or found.recomputed_in != task:
-                found = Forward(self.latest.n, Counter(self.latest.calls), recomputed_in=task)
+                found = self._again(task)
         elif found is None or found.recomputed_in is not None or found.n not in (None, size_on(output, axis)):
             found = Forward(in_model_call=False)
         self.outside_calls = found
         return found
+
+    def _again(self, task: int) -> Forward:
+        """The latest run of the model, parts of which a backward pass runs again."""
+        latest = self.latest
+        return Forward(latest.n, Counter(latest.calls), recomputed_in=task, count=latest.count)
 
     def _recomputation(self, task: int) -> int | None:
         """The backward pass in which a forward runs again, for a task that is one."""
@@ -174,26 +203,25 @@ class ForwardTracker:
     @contextmanager
     def recomputing(self) -> Iterator[None]:
         """Layers run again inside, after the backward pass, for what a checkpoint threw away."""
-        self._running[get_ident()] = Forward(self.latest.n, Counter(self.latest.calls), recomputed_in=-1)
+        self._running[get_ident()] = self._again(-1)
         try:
             yield
         finally:
             del self._running[get_ident()]
 
 
-def batch_size(values: Sequence[Any], axis: int) -> int | None:
-    """The size that the tensors among ``values`` (also inside of mappings and sequences) have on the batch axis.
+def _are_counted(outputs: Sequence[Tensor], placements: Sequence[Placement | None]) -> bool:
+    """Whether some differentiable output has the samples."""
+    return any(p is not None and x.requires_grad for x, p in zip(outputs, placements, strict=True))
 
-    A tensor of size 1 there is shared by all samples, as position ids often are, unless all have size 1. Of several other
-    sizes the first tensor's counts: masks come after what they mask.
-    """
-    found: int | None = None
-    for x in tensors(values):
-        size = x.size(axis) if x.dim() > axis else None
-        if size == 0:
-            raise ShapeError("the batch is empty: a tensor among the model's inputs has 0 samples")
-        if size is not None and found in (None, 1):
-            found = size
+
+def ambiguous_inputs(count: Count, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[tuple[Seen, Tensor]]:
+    """The arguments that are tensors with as many indices as samples on the batch axis, and on another one, too."""
+    found = []
+    for seen in count.seen:
+        value = args[seen.key] if isinstance(seen.key, int) else kwargs[seen.key]
+        if seen.n == count.n and isinstance(value, Tensor) and sum(size == count.n for size in seen.shape) > 1:
+            found.append((seen, value))
     return found
 
 

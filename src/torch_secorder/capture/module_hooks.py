@@ -88,6 +88,8 @@ class ModuleHooks(HookScope):
         for name, module in named_modules(model):
             if isinstance(module, (nn.RNNBase, nn.MultiheadAttention)):
                 add(module, module.register_forward_hook, WeakHook(self, "on_own_axis", name), prepend=True)
+            if isinstance(module, nn.EmbeddingBag):
+                add(module, module.register_forward_hook, WeakHook(self, "on_bags"), prepend=True, with_kwargs=True)
         for module, guard in self._guards.items():
             add(module, module.register_forward_pre_hook, WeakHook(self, "check_state", guard))
         if self._frozen:
@@ -230,6 +232,16 @@ class ModuleHooks(HookScope):
             forward.own_axes.append(OwnAxis(name, module, axis, output.shape, edge))
 
     @never_compiled
+    def on_bags(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any = NO_OUTPUT
+    ) -> None:
+        """Note how many bags an EmbeddingBag made of ids without a batch axis."""
+        ids = args[0] if args else kwargs.get("input")
+        forward = self.forwards.of_call(output, 0)
+        if forward is not None and isinstance(ids, Tensor) and isinstance(output, Tensor) and ids.dim() == 1:
+            forward.bags.add(len(output))
+
+    @never_compiled
     def on_sharded_output(self, module: nn.Module, args: object, output: Any) -> None:
         """Note where in the graph a module begins whose weights have to be gathered for a look through it."""
         forward = self.forwards.of_call(output, 0)
@@ -295,13 +307,14 @@ def _record(
         forward.n = size_on(output, placement.axis)
     # An output without elements, an expert's that no token was sent to, belongs to nobody.
     if placement is FIRST:
-        fits = not output.numel() or output.shape[:1] == (forward.n,)
+        odd = forward.recomputed_in is not None and forward.is_odd
+        fits = not output.numel() or (output.shape[:1] == (forward.n,) and not odd)
     else:
         fits = not output.numel() or placement.fits(output.shape, forward.n or -1)
     if not fits and (site.placement is not None or forward.recomputed_in is not None):
         raise ShapeError(
             f"{site}: its output has shape {tuple(output.shape)}, whose axis {placement.axis} is not the batch of "
-            f"{forward.n} samples; pass batch_axis={{'{site.name}': axis}} if it has one"
+            f"{forward.n} samples; pass batch_axis={{'modules': {{'{site.name}': axis}}}} if it has one"
         )
     nodes = _nodes_of_inputs(args, kwargs)
     shape = whole_shape(output) if output.is_nested else output.shape

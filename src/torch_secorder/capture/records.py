@@ -14,8 +14,9 @@ from torch.autograd.graph import GradientEdge, Node
 
 from torch_secorder.autograd.engine import current_node, saved_tensors_hooks
 from torch_secorder.autograd.versions import version
+from torch_secorder.batch_axis.count import Count, Seen
 from torch_secorder.batch_axis.evidence import Unplaced
-from torch_secorder.batch_axis.placement import Placement
+from torch_secorder.batch_axis.placement import FIRST, Layout, Placement
 from torch_secorder.errors import CoverageError, CurvatureError, ShapeError
 from torch_secorder.model.nested import whole
 from torch_secorder.model.ranks import class_as_written
@@ -62,8 +63,9 @@ class OwnAxis:
         kind, first = class_as_written(self.module).__name__, bool(getattr(self.module, "batch_first", False))
         return ShapeError(
             f"{kind} '{self.name}' has its batch on axis {self.axis} (batch_first={first}), its steps on axis {1 - self.axis}, "
-            f"where the model's {n} samples would be: pass batch_axis={self.axis} if the model's inputs have their samples "
-            f"there, or make the module with batch_first={not first}"
+            f"where the model's {n} samples would be: if the model's inputs have their samples there, pass "
+            f"batch_axis={self.axis}, or batch_axis={{'inputs': {self.axis}}} if its outputs have them first; or make the module "
+            f"with batch_first={not first}"
         )
 
 
@@ -83,6 +85,11 @@ class Forward:
             record that holds its own node is a cycle that outlives the graph.
         own_axes: the outputs of modules that have a batch axis of their own; empty once the run is over.
         sharded: the modules that FSDP2 shards, each with a node that made one of its outputs; empty once the run is over.
+        count: what says how many samples it has.
+        placements: where each of the model's outputs has its samples; empty once the run is over.
+        inputs: the model's arguments of which more than one axis may count the samples, each with the axis that is taken to;
+            empty once the run is over.
+        bags: how many bags the EmbeddingBags with offsets made.
     """
 
     n: int | None = None
@@ -95,6 +102,23 @@ class Forward:
     records: list[tuple[Record, GradientEdge]] = field(default_factory=list)
     sharded: list[tuple[nn.Module, Node]] = field(default_factory=list)
     own_axes: list[OwnAxis] = field(default_factory=list)
+    count: Count = field(default_factory=Count)
+    placements: Sequence[Placement | None] = ()
+    inputs: list[tuple[Seen, Tensor]] = field(default_factory=list)
+    bags: set[int] = field(default_factory=set)
+
+    @property
+    def is_odd(self) -> bool:
+        """Whether shapes say nothing of the samples, and what one batch shows is not good for others."""
+        return self.count.is_odd or bool(self.count.indices)
+
+    def settle(self, count: Count) -> None:
+        """The outputs show that this is how many samples there are."""
+        self.count, self.n = count, count.n
+        for record, _ in self.records:
+            if record.site.placement is None:
+                fits = not record.shape.numel() or FIRST.fits(record.shape, count.n or -1)
+                record.placement = FIRST if fits else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,6 +172,9 @@ class HookedModule:
             raise type(error)(f"{self}: {error}") from error
         return found
 
+
+# Layers whose output has the axes of its input, but for the last.
+KEEPS_AXES = (nn.Linear, nn.Embedding, nn.LayerNorm, nn.RMSNorm, nn.PReLU)
 
 # Calls with fewer elements are batched before anything is computed: starting an operation costs as much as reading these.
 SMALL = 2**15
@@ -317,3 +344,31 @@ def _first(value: Any, axis: int, size: int) -> Any:
 
 def _for_each(value: Any, n: int) -> Any:
     return value.expand(n, *value.shape) if isinstance(value, Tensor) else value
+
+
+def contradicted_axis(record: Record, argument: Tensor, axis: int) -> int | None:
+    """The axis of an argument of the model along which a layer that got it has the samples, if not the given one.
+
+    Layers of torch's that keep the axes of their input have the samples where their input has them.
+
+    Args:
+        record: the layer's call, with its placement.
+        argument: the model's, with as many indices on several axes as there are samples.
+        axis: where it is taken to have the samples.
+    """
+    x, placement, n = record.inputs[0] if record.inputs else None, record.placement, argument.shape[axis]
+    if type(x) is not Tensor or type(argument) is not Tensor or not isinstance(record.site.module, KEEPS_AXES):
+        return None
+    if placement is None or placement.layout is not Layout.ONE_EACH:
+        return None
+    if x.untyped_storage().data_ptr() != argument.untyped_storage().data_ptr():
+        return None
+    sides = min(x.dim(), len(record.shape))
+    if x.dim() != argument.dim() or placement.axis >= sides or x.shape[placement.axis] != n:
+        return None
+    # The layer may have got the argument transposed: its axes are told by their strides.
+    ways = [(size, stride) for size, stride in zip(argument.shape, argument.stride(), strict=True)]
+    own = (x.shape[placement.axis], x.stride(placement.axis))
+    if own not in ways or ways.count(own) > 1 or ways[axis] == own:
+        return None
+    return ways.index(own)

@@ -16,14 +16,15 @@ from torch_secorder import testing
 from torch_secorder.approximations.fisher_report import ReportOptions, accumulated, batches
 from torch_secorder.arguments import fresh_generator
 from torch_secorder.cli import changes
+from torch_secorder.cli.checking import checked_as_text
 from torch_secorder.cli.failures import DONE, INTERRUPTED, USAGE, CommandError, Interrupted, needed, told
 from torch_secorder.cli.files import FORMATS, check_targets, write
 from torch_secorder.cli.merging import merged
 from torch_secorder.cli.resuming import Journal
 from torch_secorder.cli.setups import Setup
-from torch_secorder.cli.text import as_text, checked_as_text
 from torch_secorder.errors import CurvatureError, listed
 from torch_secorder.results.results import Results
+from torch_secorder.text import summary
 
 EXIT_CODES = (
     "Exit codes: 0 done; 1 refused or failed, with the reason on stderr and no table written; 2 a wrong command line; "
@@ -269,5 +270,5 @@ def _finish(results: Results, by: str, files: dict[str, Path]) -> None:
     """Print the table, and write it."""
     rows: dict[str, Any] = {"parameter": None, "model": lambda name: "model"}
     table = results.report(rows.get(by, by))
-    print(as_text(table))
+    print(summary(table))
     write({path: FORMATS[form](table) for form, path in files.items()})

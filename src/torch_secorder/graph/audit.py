@@ -18,10 +18,10 @@ from torch_secorder.batch_axis.knowledge import ModelKnowledge, PlacementCache, 
 from torch_secorder.batch_axis.placement import Layout, Placement
 from torch_secorder.batch_axis.search import SampleSearch, SearchOnAllRanks
 from torch_secorder.batch_axis.search_pass import SearchPasses
-from torch_secorder.capture.records import Forward, Idle, OwnAxis, Record
+from torch_secorder.capture.records import Forward, Idle, OwnAxis, Record, contradicted_axis
 from torch_secorder.errors import CoverageError, CurvatureError, UnsupportedError
 from torch_secorder.graph.frontier import Frontier, IdleUse, ParameterUse
-from torch_secorder.graph.refusals import hidden, not_finite
+from torch_secorder.graph.refusals import hidden, not_counted, not_finite, on_another_axis
 from torch_secorder.graph.walk import Walk
 from torch_secorder.model.parameters import Table
 from torch_secorder.model.ranks import Ranks
@@ -49,12 +49,16 @@ class Questions(NamedTuple):
     uses_outside_calls: bool
 
     @classmethod
-    def of(cls, walk: Walk, reached: Reached, n: int) -> Questions:
-        """The answers for one graph of n samples, whose outputs lead to the calls in ``reached``."""
-        ambiguous = walk.reorders_samples or walk.has_ambiguous_axis
+    def of(cls, walk: Walk, reached: Reached, n: int, *, is_odd: bool = False) -> Questions:
+        """The answers for one graph of n samples, whose outputs lead to the calls in ``reached``.
+
+        Where rows are something else than samples, no shape shows anything, and no batch shows it for others.
+        """
+        reorders = walk.reorders_samples or is_odd
+        ambiguous = reorders or walk.has_ambiguous_axis
         for record, _ in reached:
             ambiguous = ambiguous or record.placement is None
-        return cls(n > 1, walk.reorders_samples, ambiguous, bool(walk.uses))
+        return cls(n > 1, reorders, ambiguous, bool(walk.uses))
 
     def on_any(self, ranks: Ranks) -> Questions:
         """For each question whether any rank says yes."""
@@ -78,7 +82,6 @@ class Audit:
 
     Args:
         table: the analyzed parameters.
-        batch_axis: where the model's outputs have the batch axis.
         knowledge: what is known about the model already.
         locate_on_three_samples: adds to the knowledge from a batch of three samples; called when a search is needed.
         rehearsal: whether this is for a smaller batch, in which everything is looked at.
@@ -95,14 +98,13 @@ class Audit:
     def __init__(
         self,
         table: Table,
-        batch_axis: int = 0,
         knowledge: ModelKnowledge | None = None,
         locate_on_three_samples: Callable[[], None] | None = None,
         *,
         trust_shapes: bool = False,
         rehearsal: bool = False,
     ):
-        self._table, self._ranks, self._axis = table, table.ranks, batch_axis
+        self._table, self._ranks = table, table.ranks
         self.leaves = {
             get_gradient_edge(p).node: position for position, p in enumerate(table.leaves) if p.requires_grad
         }
@@ -126,7 +128,8 @@ class Audit:
             return self._uses(forward, outputs)
 
     def _uses(self, forward: Forward, outputs: Sequence[Tensor]) -> Uses:
-        roots, self.comparing = [x for x in outputs if x.requires_grad], []
+        placed = [(x, p) for x, p in zip(outputs, forward.placements, strict=True) if x.requires_grad]
+        roots, self.comparing = [x for x, _ in placed], []
         walk, n = Walk(roots, forward, self.leaves), forward.n
         self.fingerprint, self.other_leaves = walk.fingerprint, walk.other_leaves
         if n is None:
@@ -138,10 +141,10 @@ class Audit:
             for record, edge in forward.records
             if record.site.rule is not None and edge.node in nodes and record not in unfolded
         ]
-        asked = Questions.of(walk, reached, n)
+        asked = Questions.of(walk, reached, n, is_odd=forward.is_odd)
         if self._ranks.distributed:
             asked = asked.on_any(self._ranks)
-        search = self._search(walk, roots, forward, reached, asked)
+        search = self._search(walk, placed, forward, reached, asked)
         own_axes = [one for one in forward.own_axes if one.edge.node in nodes] if forward.own_axes else []
         shared = self._place(forward, reached, own_axes, search, asked)
         if search.placements.comparing:
@@ -164,13 +167,19 @@ class Audit:
         return uses
 
     def _search(
-        self, walk: Walk, roots: list[Tensor], forward: Forward, reached: Reached, asked: Questions
+        self,
+        walk: Walk,
+        placed: list[tuple[Tensor, Placement | None]],
+        forward: Forward,
+        reached: Reached,
+        asked: Questions,
     ) -> SampleSearch:
         """A search in this graph, which begins with what graphs of the same kind have shown."""
         n = forward.n or 0
         known = PlacementCache() if asked.reorders_samples else self._knowledge.placements(self.fingerprint)
         weights = GatheredWeights(forward.sharded, () if forward.sharded else self._table.sharded)
-        passes = partial(SearchPasses, roots, self._axis, n, weights=weights)
+        refusal = partial(not_counted, forward.count, [x.shape for x, _ in placed])
+        passes = partial(SearchPasses, placed, n, weights=weights, not_counted=refusal)
         if self._ranks.distributed:
             # No look ahead: with one sample autograd skips nodes that broadcast, so that ranks with batches of different sizes
             # would look at different nodes.
@@ -200,7 +209,7 @@ class Audit:
             found = search.placements.evidence[key]
             if isinstance(found, Placement) and found.axis == 1 - one.axis:
                 raise one.refusal(n)
-        shared = []
+        shared: list[Record] = []
         for (record, _), (key, _, _) in zip(reached, wanted, strict=True):
             found = search.placements.evidence[key]
             if found is Unplaced.SHARED_BY_SAMPLES:
@@ -213,7 +222,17 @@ class Audit:
                 self._refuse(forward, hidden(str(record.site), n))
             elif asked.ambiguous_shapes or record.placement is None:
                 record.placement, record.idle = None, Idle(found, partial(search.placements.forget, key))
+        if forward.inputs:
+            self._require_axes_of_inputs(forward, reached)
         return shared
+
+    def _require_axes_of_inputs(self, forward: Forward, reached: Reached) -> None:
+        """Raise if a layer that got an argument of the model has its samples along another axis of that than is assumed."""
+        for record, _ in reached:
+            for seen, tensor in forward.inputs:
+                assert isinstance(seen.axis, int)
+                if (axis := contradicted_axis(record, tensor, seen.axis)) is not None:
+                    raise on_another_axis(record, forward.count, seen, axis)
 
     def _require_trainable(self, forward: Forward, records: Iterable[Record]) -> None:
         """Have a forward refused if calls that are taken for their nodes have frozen parameters, which no node shows."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from torch_secorder.batch_axis.count import Count, Seen
 from torch_secorder.batch_axis.evidence import Unplaced
+from torch_secorder.capture.records import Record
 from torch_secorder.errors import CoupledSamplesError, CurvatureError, NonFiniteError, ShapeError, UnsupportedError
 
 
@@ -14,6 +16,64 @@ def hidden(what: str, n: int | None) -> UnsupportedError:
         f"{what}: the shapes leave open where its {n} samples are, and what shows it is hidden, by re-entrant activation "
         "checkpointing (use torch.utils.checkpoint with use_reentrant=False, or another batch size), by hooks on saved tensors, "
         "or by a function whose backward calls modules, starts a backward pass or keeps more than saved tensors"
+    )
+
+
+def not_counted(count: Count, shapes: Sequence[Sequence[int]]) -> ShapeError:
+    """The refusal of outputs of which none has the samples, with what to do.
+
+    Args:
+        count: how many samples there are, and what says so.
+        shapes: of the differentiable outputs.
+    """
+    seen = f"the differentiable tensors that it returns, of shape {listed_shapes(shapes)}, have"
+    what = f"{seen} another number on the axis that counts them" if shapes else "it returns no differentiable tensor"
+    return ShapeError(f"where this model has its {count} can't be found out: {what}; {_remedy(count, shapes)}")
+
+
+def listed_shapes(shapes: Sequence[Sequence[int]]) -> str:
+    """The first few of them."""
+    few = [str(tuple(shape)) for shape in shapes[:3]]
+    return ", ".join(few) + (", ..." if len(shapes) > len(few) else "")
+
+
+def _remedy(count: Count, shapes: Sequence[Sequence[int]]) -> str:
+    """What helps, as far as the shapes tell."""
+    with_axes = [shape for shape in shapes if len(shape)]
+    if not with_axes:
+        return "return the outputs along with the loss, or unreduced losses of shape (N,)"
+    m = with_axes[0][0]
+    for seen in count.seen:
+        if seen.inside == m:
+            return (
+                f"if input {seen.key!r} is a list with an item for each of {m} samples, pass "
+                f"batch_axis={{'inputs': {{{seen.key!r}: 'list'}}}}"
+            )
+    for shape in shapes:
+        if axis := next((axis for axis, size in enumerate(shape) if size == count.n), None):
+            return f"if the samples are on axis {axis} of the outputs, pass batch_axis={{'outputs': {axis}}}"
+    for seen in count.seen:
+        if m in seen.shape and isinstance(seen.axis, int):
+            axis = list(seen.shape).index(m)
+            return (
+                f"if there are {m} samples, pass batch_axis={{'inputs': {{{seen.key!r}: {axis}}}}}, and None in the place of the "
+                "axis for arguments that all samples share; or n_samples=, a number or a function of the model's arguments"
+            )
+    if len(shapes) == count.n:
+        return "if the model returns a list with an item for each sample, pass batch_axis={'outputs': 'list'}"
+    return (
+        f"if there are {m} samples, pass n_samples=, a number or a function of the model's arguments; if the outputs have "
+        "several rows for each sample, return them as (N, T, ...), or pass sample_of=, the sample of each row"
+    )
+
+
+def on_another_axis(record: Record, count: Count, seen: Seen, axis: int) -> ShapeError:
+    """The refusal of samples that are along two axes of an argument: by its shape, and by what the outputs say of a layer."""
+    where = f"{seen.key!r}" if isinstance(seen.key, str) else f"{seen.key}"
+    return ShapeError(
+        f"{record.site}: of the model's {count}, the outputs show that they are on axis {axis} of that input, if they are on the "
+        f"axis of the outputs that is taken for theirs: pass batch_axis={{'inputs': {{{where}: {axis}}}}} if that is so, or say "
+        "which axis of the outputs has them, as in batch_axis={'outputs': 1}"
     )
 
 

@@ -58,7 +58,7 @@ class Walk:
 
     def _traverse(self, roots: Sequence[Tensor], calls: dict[Node, list[Record]]) -> None:
         # In every step: one loop, and no function for each node.
-        stack = [x.grad_fn for x in roots if x.grad_fn is not None]
+        stack = list(dict.fromkeys([x.grad_fn for x in roots if x.grad_fn is not None]))  # one may have made several
         seen = set(stack)
         while stack:
             node = stack.pop()

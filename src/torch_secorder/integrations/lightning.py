@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_secorder.batch_axis.told import BatchAxis
 from torch_secorder.errors import LifecycleError
 from torch_secorder.integrations.watching import By, WatchingCallback, missing, single_process
-from torch_secorder.recording.plan import BatchAxis
 
 try:
     from lightning.pytorch import Callback

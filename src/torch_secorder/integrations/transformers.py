@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from torch_secorder.batch_axis.told import BatchAxis
 from torch_secorder.errors import LifecycleError
 from torch_secorder.integrations.watching import By, WatchingCallback, missing, single_process
-from torch_secorder.recording.plan import BatchAxis
 
 try:
     from transformers import TrainerCallback

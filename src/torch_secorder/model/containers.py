@@ -8,8 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 from torch_secorder.model.nested import with_values
+
+Key = int | str  # of a part of a container: a position, or the name of a field or an entry
 
 
 def tensors(value: Any) -> list[Tensor]:
@@ -41,34 +44,47 @@ def mapped(function: Callable[[Tensor], Tensor], value: Any) -> Any:
     """The same nested mappings, sequences and dataclasses, with ``function`` applied to every tensor in them."""
     if isinstance(value, Tensor):
         return function(value)
+    return with_parts(lambda _, part: mapped(function, part), value)
+
+
+def parts(value: Any) -> list[tuple[Key, Any]]:
+    """What a container consists of, each part with its key, field or position; a tensor is the only part of itself."""
     if isinstance(value, Mapping):
-        items = {key: mapped(function, item) for key, item in value.items()}
+        return list(value.items())
+    if is_dataclass(value) and not isinstance(value, type):
+        return [(f.name, getattr(value, f.name)) for f in fields(value)]
+    if isinstance(value, (list, tuple)):
+        return list(enumerate(value))
+    return [(0, value)] if isinstance(value, Tensor) else []
+
+
+def with_parts(function: Callable[[Key, Any], Any], value: Any) -> Any:
+    """The same container with ``function(key, part)`` in the place of each of its parts; anything else as it is."""
+    if isinstance(value, Mapping):
+        items = {key: function(key, item) for key, item in value.items()}
         kind: Any = type(value)
         return kind(**items) if is_dataclass(value) else kind(items)
     if is_dataclass(value) and not isinstance(value, type):
-        return replace(value, **{f.name: mapped(function, getattr(value, f.name)) for f in fields(value)})
+        return replace(value, **{f.name: function(f.name, getattr(value, f.name)) for f in fields(value)})
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(mapped(function, item) for item in value))
-    return type(value)(mapped(function, item) for item in value) if isinstance(value, (list, tuple)) else value
+        return type(value)(*(function(number, item) for number, item in enumerate(value)))
+    if isinstance(value, (list, tuple)):
+        return type(value)(function(number, item) for number, item in enumerate(value))
+    return value
 
 
-def sample_axis(x: Tensor, n: int, axis: int = 0) -> int | None:
-    """The axis on which a tensor counts n samples: ``axis``, else the first one, as for labels; None if it counts none."""
-    return next((a for a in (axis, 0) if x.dim() > a and x.size(a) == n), None)
+def is_packed(value: Any) -> bool:
+    """Whether something is a packed sequence, which is one argument though it is a tuple."""
+    return isinstance(value, PackedSequence)
 
 
-def rows(value: Any, index: list[int], n: int, axis: int = 0) -> Any:
-    """The samples in ``index`` of every tensor in ``value`` that counts n of them, copied; other tensors as they are."""
-
-    def picked(x: Tensor) -> Tensor:
-        where = sample_axis(x, n, axis)
-        if x.is_nested and where is not None:
-            parts = x.unbind()
-            return torch.nested.as_nested_tensor([parts[i] for i in index], layout=x.layout)
-        # Copying large rows one by one is several times faster than index_select.
-        return x if where is None else torch.cat([x.narrow(where, i, 1) for i in index], where)
-
-    return mapped(picked, value)
+def packed_sequences(value: Any) -> list[PackedSequence]:
+    """Every packed sequence in nested containers."""
+    if isinstance(value, PackedSequence):
+        return [value]
+    if isinstance(value, Tensor):
+        return []
+    return [packed for _, part in parts(value) for packed in packed_sequences(part)]
 
 
 def is_continuous(x: Tensor) -> bool:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from torch_secorder.arguments import loss_scale_value, require_choice
 from torch_secorder.batch_axis.knowledge import knowledge_of
+from torch_secorder.batch_axis.told import BatchAxis, told
 from torch_secorder.capture.records import HookedModule
 from torch_secorder.errors import LifecycleError
 from torch_secorder.model.hooks import HookScope
@@ -17,7 +18,7 @@ from torch_secorder.pruning.gate_places import GatePlace, Watched, gate_places
 from torch_secorder.pruning.gate_rule import GateRule, KeptInput, KeptOutput
 from torch_secorder.recording.accumulator import PassOptions
 from torch_secorder.recording.backward_pass import BackwardPass
-from torch_secorder.recording.plan import BatchAxis, Plan, axis_of_inputs, guards, placements
+from torch_secorder.recording.plan import Plan, guards
 from torch_secorder.recording.quantities import Diagonal
 from torch_secorder.recording.user_recorder import UserRecorder
 
@@ -110,8 +111,8 @@ class Gates(HookScope):
         require_choice("reduction", reduction, ("mean", "sum"))
         require_choice("repeated_calls", repeated_calls, (None, "same", "new"))
         self._model, self._reduction, self._loss_scale = unwrapped(model), reduction, loss_scale_value(loss_scale)
-        self._batch_axis, self._passes = batch_axis, PassOptions({"diagonal": True}, repeated_calls)
-        placement = placements(self._model, batch_axis)
+        self._words, self._passes = told(self._model, batch_axis), PassOptions({"diagonal": True}, repeated_calls)
+        placement = self._words.placement
         self.places, named = gate_places(self._model, modules), dict(named_modules(self._model))
         self._sites = [
             HookedModule(
@@ -135,10 +136,8 @@ class Gates(HookScope):
         return super().__enter__()
 
     def _attach(self) -> None:
-        plan = Plan(
-            self._model, self._sites, guards(self._model), axis_of_inputs(placements(self._model, self._batch_axis))
-        )
-        knowledge = knowledge_of(self._model, self._batch_axis, checks=False)
+        plan = Plan(self._model, self._sites, guards(self._model), self._words)
+        knowledge = knowledge_of(self._model, self._words, checks=False)
         self._recorder = UserRecorder(self._table, plan, knowledge, self._passes, on_pass=self._count)
         self._recorder.__enter__()
 

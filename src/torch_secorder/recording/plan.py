@@ -9,15 +9,14 @@ from functools import partial
 from torch import nn
 
 from torch_secorder.batch_axis.placement import Placement
+from torch_secorder.batch_axis.told import NOTHING, Told
 from torch_secorder.capture.module_hooks import moments
 from torch_secorder.capture.records import HookedModule
-from torch_secorder.errors import ArgumentError, CurvatureError, UnsupportedError
+from torch_secorder.errors import CurvatureError, UnsupportedError
 from torch_secorder.model.parameters import ParameterTable, named_modules
 from torch_secorder.model.ranks import class_as_written
 from torch_secorder.recording.quantities import QUANTITIES
 from torch_secorder.rules import Rule, refusal_for, rule_for
-
-BatchAxis = int | Mapping[str, int] | None
 
 
 @dataclass(frozen=True)
@@ -28,27 +27,24 @@ class Plan:
         model: the model to hook; None where its graph is there already.
         sites: the modules to hook.
         guards: modules that may be in a state in which no rule is right, with a check for each call.
-        batch_axis: where the model's own inputs and outputs have the batch axis.
+        words: what the user says of where the samples are.
     """
 
     model: nn.Module | None = None
     sites: Sequence[HookedModule] = ()
     guards: Mapping[nn.Module, Callable[[], None]] = field(default_factory=dict)
-    batch_axis: int = 0
+    words: Told = NOTHING
 
 
-def planned(
-    model: nn.Module, table: ParameterTable, batch_axis: BatchAxis = None, quantities: Iterable[str] = ()
-) -> Plan:
+def planned(model: nn.Module, table: ParameterTable, words: Told = NOTHING, quantities: Iterable[str] = ()) -> Plan:
     """The plan for a model.
 
     Modules without a rule are left to the autograd graph, where every use of a parameter can be found, unless it is frozen.
 
     Raises:
         UnsupportedError: naming every module without a rule that owns an analyzed but frozen parameter.
-        ArgumentError: if ``batch_axis`` is neither an axis nor a mapping from module names to axes.
     """
-    placement = placements(model, batch_axis)
+    placement = words.placement
     sites: list[HookedModule] = []
     missing: list[str] = []
     for name, module in named_modules(model):
@@ -70,7 +66,7 @@ def planned(
         )
     if any(QUANTITIES[name].watches_outputs for name in quantities):
         sites += _watched(model, placement)
-    return Plan(model, sites, guards(model), axis_of_inputs(placement))
+    return Plan(model, sites, guards(model), words)
 
 
 def _watched(model: nn.Module, placement: Callable[[str], Placement | None]) -> list[HookedModule]:
@@ -94,25 +90,3 @@ def guards(model: nn.Module) -> dict[nn.Module, Callable[[], None]]:
 def _refuse(name: str, module: nn.Module, refusal: Callable[[nn.Module], CurvatureError | None]) -> None:
     if (error := refusal(module)) is not None:
         raise type(error)(f"{class_as_written(module).__name__} '{name}': {error}")
-
-
-def placements(model: nn.Module, batch_axis: BatchAxis) -> Callable[[str], Placement | None]:
-    """From a module's name to where the user says that its samples are; None where nothing is said."""
-    if batch_axis is None:
-        return lambda name: None
-    axes = batch_axis.values() if isinstance(batch_axis, Mapping) else [batch_axis]
-    if any(isinstance(axis, bool) or not isinstance(axis, int) or axis < 0 for axis in axes):
-        raise ArgumentError(
-            f"batch_axis must be an int of 0 or more, or a mapping from module names to such ints, not {batch_axis!r}"
-        )
-    if not isinstance(batch_axis, Mapping):
-        return lambda name: Placement(batch_axis)
-    if unknown := set(batch_axis) - {name for name, _ in named_modules(model)}:
-        raise ArgumentError(f"batch_axis names modules that the model lacks: {', '.join(sorted(unknown))}")
-    return lambda name: Placement(batch_axis[name]) if name in batch_axis else None
-
-
-def axis_of_inputs(placement: Callable[[str], Placement | None]) -> int:
-    """Where the model's own inputs and outputs have the batch axis."""
-    own = placement("")
-    return own.axis if own else 0

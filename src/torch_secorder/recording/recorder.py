@@ -78,14 +78,13 @@ class Recorder(HookScope):
         self.table, self.plan, self.options, self._knowledge = table, plan, options, knowledge
         self._audit = Audit(
             table,
-            plan.batch_axis,
             knowledge,
             locate_on_three_samples,
             trust_shapes=trust_shapes,
             rehearsal=rehearsal,
         )
         self.forwards = ForwardTracker(
-            plan.batch_axis,
+            plan.words,
             every=every,
             only_library_calls=only_library_calls,
             on_recomputation=self._on_recomputation,

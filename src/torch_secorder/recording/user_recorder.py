@@ -29,6 +29,8 @@ from torch_secorder.autograd.engine import (
 from torch_secorder.autograd.hooks import gradient_hooks
 from torch_secorder.autograd.second_derivatives import GradientGraphWatch
 from torch_secorder.autograd.tensor_hooks import are_last, put_last
+from torch_secorder.batch_axis.placement import Placement
+from torch_secorder.batch_axis.samples import of_one
 from torch_secorder.capture.records import Forward, Record
 from torch_secorder.errors import LifecycleError, UnsupportedError
 from torch_secorder.graph.frontier import ParameterUse
@@ -76,7 +78,7 @@ class UserRecorder(Recorder):
         self._passes = UserPasses(leaves, every_one, self.plan.model, watches_outputs=watches)
         self._gradient_graphs: dict[int, GradientGraphWatch] = {}  # of ignored passes with create_graph=True
         self._counting = RLock()  # several threads may train the model
-        self._outputs: list[weakref.ref[Tensor]] = []
+        self._outputs: list[tuple[weakref.ref[Tensor], Placement]] = []
         self.waiting: list[Exception] = []
         assert self.plan.model is not None
         self._parameters = dict(self.plan.model.named_parameters())  # as they are on entry
@@ -84,9 +86,15 @@ class UserRecorder(Recorder):
         self._known_leaves: set[Node] = set()
 
     @property
-    def outputs(self) -> list[Tensor]:
-        """The outputs of the model's latest call that are still there and can be differentiated."""
-        return [x for reference in self._outputs if (x := reference()) is not None and x.requires_grad]
+    def outputs(self) -> list[tuple[Tensor, Placement]]:
+        """The outputs of the model's latest call that have samples, are still there and can be differentiated."""
+        alive = [(reference(), placement) for reference, placement in self._outputs]
+        return [(x, placement) for x, placement in alive if x is not None and x.requires_grad]
+
+    @property
+    def n(self) -> int | None:
+        """How many samples the model's latest call has."""
+        return self.forwards.latest.n
 
     def _attach(self) -> None:
         self._watched.enter()
@@ -111,7 +119,11 @@ class UserRecorder(Recorder):
         if self._passes:
             self._passes.forget_broken_off()
         super()._on_model_exit(forward, outputs)
-        self._outputs = list(map(weakref.ref, outputs))
+        self._outputs = []
+        for x, placement in zip(outputs, forward.placements, strict=True):
+            where = placement or (of_one(x, 0) if forward.n == 1 else None)  # an output may have no axis left
+            if where is not None:
+                self._outputs.append((weakref.ref(x), where))
         for node in self._audit.other_leaves:
             if node not in self._known_leaves and isinstance(variable := leaf_of(node), nn.Parameter):
                 self._require_known(forward, node, variable)

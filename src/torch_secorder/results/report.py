@@ -53,6 +53,7 @@ class Report:
         frame = self._by_parameter() if by is None else self._grouped(by)
         statistics = self._statistics
         frame.attrs.update(self._facts())
+        frame.attrs["total_stderr"] = self._figures(list(range(len(self._parameters)))).fisher_trace_stderr
         if statistics.n_skipped:
             frame.attrs["n_skipped"] = statistics.n_skipped
         if passes := statistics.gradients.passes:

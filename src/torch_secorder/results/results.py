@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import math
 from collections.abc import Iterable, Mapping
@@ -19,6 +20,7 @@ from torch_secorder.recording.quantities import Diagonal
 from torch_secorder.results.report import By, Report
 from torch_secorder.results.saving import load, save, save_tensors
 from torch_secorder.results.statistics import Statistics
+from torch_secorder.text import as_html, summary
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -77,8 +79,8 @@ class Results:
             A DataFrame with the columns ``module``, ``module_type``, ``shape``, ``numel`` (by group: ``n_parameters``,
             ``numel``), then ``fisher_trace``, ``fisher_trace_stderr``, ``fisher_trace_share``, ``fisher_mean``,
             ``grad_sq_norm`` and ``rule``. Its ``attrs`` say ``reduction``, ``fisher``, ``n_samples``, ``n_passes``,
-            ``skipped_passes`` (backward passes that were left out because they were refused) and, where ``nonfinite="skip"`` left
-            out samples, ``n_skipped``.
+            ``skipped_passes`` (backward passes that were left out because they were refused), ``total_stderr`` (the standard
+            error of the total) and, where ``nonfinite="skip"`` left out samples, ``n_skipped``.
 
         Raises:
             LifecycleError: if no sample was seen.
@@ -86,6 +88,22 @@ class Results:
         table = self._report(sync).table(by)
         table.attrs.update({} if sync else self.precision)
         return table
+
+    def summary(self, by: By = None, *, width: int | None = None, sync: bool = False) -> str:
+        """The report as text: the numbers that decide, shares as bars, and the total with its standard error.
+
+        Args:
+            by: None, "module", "type", or a function from a parameter's name to a group.
+            width: of the text in characters; by default that of the terminal. See :func:`torch_secorder.text.summary`.
+            sync: of the samples of all ranks, as in :meth:`report`.
+
+        Raises:
+            LifecycleError: if no sample was seen.
+        """
+        return summary(self.report(by, sync=sync), width)
+
+    def _repr_html_(self) -> str:
+        return as_html(self.report()) if self.n_samples else html.escape(repr(self))
 
     @property
     def diagonal(self) -> dict[str, Tensor]:

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from torch_secorder.arguments import require_max_memory
 from torch_secorder.batch_axis.knowledge import knowledge_of
+from torch_secorder.batch_axis.samples import BatchSamples
+from torch_secorder.batch_axis.told import NOTHING, Told
 from torch_secorder.errors import ArgumentError, CoverageError, UnsupportedError
 from torch_secorder.graph.queries import used_by_loss
 from torch_secorder.model.containers import mapped
@@ -20,7 +22,7 @@ from torch_secorder.model.hooks import restoring
 from torch_secorder.model.parameters import ParameterTable, unwrapped
 from torch_secorder.model.restore import lock_of, requiring_grad, restoring_buffers
 from torch_secorder.recording.accumulator import PassOptions
-from torch_secorder.recording.plan import BatchAxis, planned
+from torch_secorder.recording.plan import planned
 from torch_secorder.recording.quantities import Keeps, kept, wanted
 from torch_secorder.recording.sample_norms import SampleNorms
 from torch_secorder.running.fisher_kind import FisherKind
@@ -38,6 +40,7 @@ class Batch:
         samples: squared norms of its per-sample gradients.
         outputs: what the model returned, without its graph; None unless the batch is to be checked.
         random: whether the forward drew random numbers.
+        where: where its samples are in the inputs, outputs and targets.
         fingerprint: a hash of the graph, equal for graphs of the same kind.
         reduction: how the loss combines samples, where that was found out.
     """
@@ -45,6 +48,7 @@ class Batch:
     samples: SampleNorms
     outputs: Any
     random: bool
+    where: BatchSamples
     fingerprint: int
     reduction: str = "sum"
 
@@ -55,7 +59,7 @@ class Analysis:
     Args:
         model: the user's model.
         parameters: "trainable" or "all".
-        batch_axis: as in FisherMonitor.
+        words: what the user says of where the samples are.
         create_graph: make the norms differentiable.
         keeps: what is taken besides squared norms, as the arguments ``diagonal=`` and so on ask for it.
         max_memory: as in FisherMonitor.
@@ -70,7 +74,7 @@ class Analysis:
         self,
         model: nn.Module,
         parameters: str = "trainable",
-        batch_axis: BatchAxis = None,
+        words: Told = NOTHING,
         *,
         create_graph: bool = False,
         keeps: Keeps | None = None,
@@ -86,13 +90,12 @@ class Analysis:
             self.table.gather(self.model)
         self.keeps = kept(keeps or {}, self.model, self.table)
         self._passes = PassOptions(wanted(self.keeps), max_memory=max_memory)
-        self.knowledge = knowledge_of(self.model, batch_axis)
+        self.knowledge = knowledge_of(self.model, words)
         # Nothing is verified with create_graph, whose result would keep the check's graph alive, nor on several ranks, where one
         # rank's failure can't make the others repeat the batch; so shapes are not believed there.
         self.trusts_shapes = self.knowledge.trusts_shapes and not create_graph and not self.table.ranks.distributed
         with lock_of(self.model), self.differentiable():
-            self._plan = planned(self.model, self.table, batch_axis, self._passes.quantities)
-        self.batch_axis = self._plan.batch_axis
+            self._plan = planned(self.model, self.table, words, self._passes.quantities)
         self._fingerprint = 0  # that of the latest batch's graph
 
     def empirical(
@@ -115,7 +118,7 @@ class Analysis:
         """
         with self._prepared() as run:
             outputs = run(inputs)
-            require_targets_of_batch(targets, run.n, self.batch_axis)
+            require_targets_of_batch(targets, run.samples)
             loss = require_scalar_loss(loss_fn(outputs, targets))
             if direct := used_by_loss(loss, outputs, self.table):
                 raise CoverageError(
@@ -123,21 +126,19 @@ class Analysis:
                     "belongs to no sample: leave it out of the loss, or move the computation into the model's forward"
                 )
             reduction = self.knowledge.reduction(
-                loss_fn, partial(reduction_of, loss_fn, outputs, targets, loss, run.n, self.batch_axis)
+                loss_fn, partial(reduction_of, loss_fn, outputs, targets, loss, run.samples)
             )
             kept = mapped(Tensor.detach, outputs) if self._is_checked(checked, loss_fn, run.fingerprint) else None
             del outputs
             samples = run.backward(loss)
         samples = samples.scaled(run.n**2 if reduction == "mean" else 1)
-        return Batch(samples, kept, run.random, run.fingerprint, reduction)
+        return Batch(samples, kept, run.random, run.samples, run.fingerprint, reduction)
 
     def fisher(self, kind: FisherKind, inputs: Any, targets: Any, generator: torch.Generator) -> SampleNorms:
         """Expected squared norms of the gradient of -log p(y | x_n)."""
         with self._prepared() as run:
-            outputs = logits(run(inputs))
-            require_targets_of_batch(targets, run.n, self.batch_axis)
-            ranks, axis = self.table.ranks, self.batch_axis
-            count, seeds = kind.output_gradients(outputs, targets, generator, ranks, axis=axis)
+            outputs, targets = _with_samples_first(logits(run(inputs)), targets, run.samples)
+            count, seeds = kind.output_gradients(outputs, targets, generator, self.table.ranks)
             passes = (
                 run.backward(outputs, seed.to(outputs.dtype), last=number == count)
                 for number, seed in enumerate(seeds, start=1)
@@ -149,7 +150,8 @@ class Analysis:
         """Squared norms of the per-sample gradients of ``root(outputs)``, a sum over samples."""
         with self._prepared() as run:
             outputs = run(inputs)
-            return Batch(run.backward(root(outputs)), mapped(Tensor.detach, outputs), run.random, run.fingerprint)
+            samples = run.backward(root(outputs))
+            return Batch(samples, mapped(Tensor.detach, outputs), run.random, run.samples, run.fingerprint)
 
     def _is_checked(self, checked: Checked, loss_fn: Callable[..., Any], fingerprint: int) -> bool:
         """Whether a batch is checked, on all ranks that hold the model together if on one."""
@@ -186,6 +188,25 @@ class Analysis:
             with restoring(run.__exit__), run:
                 yield run
         self._fingerprint = run.fingerprint
+
+
+def _with_samples_first(outputs: Tensor, targets: Any, samples: BatchSamples) -> tuple[Tensor, Any]:
+    """Outputs and targets as a likelihood takes them.
+
+    Raises:
+        UnsupportedError: if the outputs have rows for something else than samples, whose labels belong to no single row.
+    """
+    require_targets_of_batch(targets, samples)
+    placement = samples.of(outputs, "outputs")
+    if placement is not None and placement.sample_index is not None:
+        raise UnsupportedError(
+            "the Fisher of the model's own labels takes outputs with the samples on an axis of their own, not a row for "
+            'something else: pad them to (N, T, ...) in the model\'s forward, or use fisher="empirical"'
+        )
+    axis = 0 if placement is None else placement.axis
+    if isinstance(targets, Tensor) and (found := samples.of(targets, "targets")) is not None:
+        targets = targets.movedim(found.axis, 0)
+    return outputs.movedim(axis, 0) if axis else outputs, targets
 
 
 def logits(outputs: Any) -> Tensor:

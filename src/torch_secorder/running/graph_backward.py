@@ -21,6 +21,8 @@ from torch_secorder.autograd.graph_pass import Gradients, GraphPass
 from torch_secorder.autograd.nodes import edges_of
 from torch_secorder.autograd.sharded import GatheredWeights
 from torch_secorder.autograd.tensor_hooks import untouched
+from torch_secorder.batch_axis.placement import FIRST
+from torch_secorder.batch_axis.samples import BatchSamples
 from torch_secorder.capture.records import Forward, Record
 from torch_secorder.errors import CoverageError
 from torch_secorder.graph.audit import Uses
@@ -41,6 +43,7 @@ class GraphBackward(Recorder):
 
     Attributes:
         n: how many samples the latest graph has.
+        samples: where those are in the model's arguments and outputs.
         fingerprint: a hash of the graph: equal for graphs with the same nodes in the same order and the same pattern of sizes.
     """
 
@@ -60,12 +63,13 @@ class GraphBackward(Recorder):
         # Uses whose gradients take calls of nodes have to wait for the end of the backward pass.
         self._deferred: list[tuple[ParameterUse, Node | None, tuple[Tensor | None, ...]]] = []
         self.n = self.fingerprint = 0
+        self.samples = BatchSamples(0)
 
     @contextmanager
     def through(self, outputs: Tensor) -> Iterator[None]:
         """Inside, passes go through outputs that were computed before, whose graph is somebody else's, maybe with hooks on it."""
         try:
-            uses = self._found_uses(Forward(len(outputs)), [outputs])
+            uses = self._found_uses(Forward(len(outputs), placements=[FIRST]), [outputs])
             self._uses_of_node = {node: use for use, node in uses.placed}
             self._uses_of_node |= {node: idle for idle, node in uses.idle}
             self._others_graph = True
@@ -96,6 +100,7 @@ class GraphBackward(Recorder):
         if forward.refusal is not None:
             raise forward.refusal
         self.n, self.fingerprint = forward.n or 0, self._audit.fingerprint
+        self.samples = BatchSamples(self.n, self.plan.words, forward.count.indices, forward.count.is_of_bags)
         return uses
 
     def backward(self, root: Tensor, seed: Tensor | None = None, *, last: bool = True) -> SampleNorms:

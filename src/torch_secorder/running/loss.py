@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from torch_secorder.autograd.precision import has_half_precision, is_half
+from torch_secorder.batch_axis.samples import BatchSamples
 from torch_secorder.errors import ArgumentError, ShapeError
-from torch_secorder.model.containers import is_continuous, mapped, rows, sample_axis, shrunk, tensors
+from torch_secorder.model.containers import is_continuous, mapped, shrunk, tensors
 
 LossFunction = Callable[[Any, Any], Tensor]
-Samples = Sequence[Any]  # the outputs and the targets of some samples
 
 # What the loss of every sample given twice is, as a multiple of the loss.
 MULTIPLES = {"mean": 1.0, "sum": 2.0}
@@ -31,8 +31,7 @@ def reduction_of(
     outputs: Any,
     targets: Any,
     loss: Tensor,
-    n: int,
-    axis: int = 0,
+    where: BatchSamples,
     expected: str | None = None,
 ) -> str:
     """Whether a loss averages or sums over the batch, found out by giving it samples twice.
@@ -46,15 +45,15 @@ def reduction_of(
     near = NEAR_IN_HALF_PRECISION if is_half(loss) else NEAR
     with torch.no_grad(), torch.random.fork_rng(devices=[loss.device] if loss.is_cuda else []):
         if expected is not None:
-            one = [rows(value, [0], n, axis) for value in (outputs, targets)]
-            if abs(_multiple(*_losses(loss_fn, one, 1, axis)) - MULTIPLES[expected]) < near:
+            multiple = _multiple(*_losses(loss_fn, outputs, targets, where, [0]))
+            if abs(multiple - MULTIPLES[expected]) < near:
                 return expected
+        _require_a_target_for_each_output(loss_fn, outputs, targets)
         if has_half_precision(loss, *tensors(outputs)):
             near = NEAR_IN_HALF_PRECISION
         found = []
-        for index in ([0], list(range(n))):
-            some = [rows(value, index, n, axis) for value in (outputs, targets)]
-            multiple, of_difference = _multiples(loss_fn, some, len(index), axis)
+        for index in ([0], list(range(where.n))):
+            multiple, of_difference = _multiples(loss_fn, outputs, targets, where, index)
             if (reduction := _reduction(multiple, of_difference, near)) is not None:
                 return reduction
             found.append(multiple)
@@ -67,6 +66,30 @@ def reduction_of(
     )
 
 
+def _require_a_target_for_each_output(loss_fn: LossFunction, outputs: Any, targets: Any) -> None:
+    """Raise if outputs ``[n, 1]`` and targets ``[n]`` are broadcast to ``[n, n]``, so that each output meets every target.
+
+    Such a loss is the same when its targets change places, and another one when they change. Both are tried on numbers of
+    their own, so that it doesn't matter what the model returned.
+    """
+    if not (isinstance(outputs, Tensor) and isinstance(targets, Tensor)) or targets.numel() < 2:
+        return
+    if not targets.is_floating_point() or outputs.shape != (*targets.shape, 1):
+        return
+    steps = torch.linspace(0.25, 0.75, targets.numel(), device=targets.device, dtype=targets.dtype).view(targets.shape)
+    given = steps.to(outputs.device, outputs.dtype).unsqueeze(-1)
+    try:
+        once, turned, moved = (float(loss_fn(given, t)) for t in (steps, steps.roll(1, 0), steps + 0.125))
+    except Exception:
+        return  # It takes no such numbers.
+    if abs(turned - once) <= NEAR * abs(once) and abs(moved - once) > NEAR * abs(once):
+        shapes = f"outputs of shape {tuple(outputs.shape)} and targets of shape {tuple(targets.shape)}"
+        raise ShapeError(
+            f"the loss broadcasts {shapes}, so that every output is compared with every target: pass targets.unsqueeze(-1), or "
+            "let the model return outputs.squeeze(-1)"
+        )
+
+
 def _reduction(multiple: float, of_difference: float, near: float) -> str | None:
     """The reduction that both multiples agree with, as far as they are numbers; None without one."""
     for name, value in MULTIPLES.items():
@@ -77,22 +100,31 @@ def _reduction(multiple: float, of_difference: float, near: float) -> str | None
     return None
 
 
-def _multiples(loss_fn: LossFunction, samples: Samples, size: int, axis: int) -> tuple[float, float]:
+def _multiples(
+    loss_fn: LossFunction, outputs: Any, targets: Any, where: BatchSamples, index: list[int]
+) -> tuple[float, float]:
     """The loss of samples given twice as a multiple of their loss; and the same for its change with other outputs.
 
     The change shows a constant that the loss itself may hide.
     """
-    outputs, targets = samples
-    twice, once = _losses(loss_fn, samples, size, axis)
-    twice_other, once_other = _losses(loss_fn, (mapped(shrunk, outputs), targets), size, axis)
+    twice, once = _losses(loss_fn, outputs, targets, where, index)
+    twice_other, once_other = _losses(loss_fn, outputs, targets, where, index, shrunk)
     return _multiple(twice, once), _multiple(twice - twice_other, once - once_other)
 
 
-def _losses(loss_fn: LossFunction, samples: Samples, size: int, axis: int) -> tuple[float, float]:
-    """The loss of samples given twice, and their loss."""
-    twice = [rows(value, [*range(size)] * 2, size, axis) for value in samples]
-    once = _number(loss_fn, *samples)
-    return _number(loss_fn, *twice), once
+def _losses(
+    loss_fn: LossFunction,
+    outputs: Any,
+    targets: Any,
+    where: BatchSamples,
+    index: list[int],
+    change: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[float, float]:
+    """The loss of some samples given twice, and their loss; with other outputs, if a change of those is given."""
+    some, own = where.rows("outputs", outputs, index), where.rows("targets", targets, index)
+    some, few, twice = some if change is None else mapped(change, some), where.subset(index), [*range(len(index))] * 2
+    once = _number(loss_fn, some, own)
+    return _number(loss_fn, few.rows("outputs", some, twice), few.rows("targets", own, twice)), once
 
 
 def _has_finite_gradient(loss_fn: LossFunction, outputs: Any, targets: Any) -> bool:
@@ -131,7 +163,8 @@ def require_scalar_loss(loss: Any) -> Tensor:
     return loss
 
 
-def require_targets_of_batch(targets: Any, n: int, axis: int = 0) -> None:
+def require_targets_of_batch(targets: Any, where: BatchSamples) -> None:
     """Raise if there is another number of targets than of samples."""
-    if isinstance(targets, Tensor) and targets.dim() and sample_axis(targets, n, axis) is None:
-        raise ShapeError(f"{n} samples in the inputs and {targets.shape[0]} in the targets")
+    counts = isinstance(targets, Tensor) and targets.dim() and where.words.axis("targets", 0) is not None
+    if counts and where.of(targets, "targets") is None:
+        raise ShapeError(f"{where.n} samples in the inputs and {targets.shape[0]} in the targets")

@@ -12,10 +12,11 @@ from torch import Tensor
 from torch_secorder.autograd.engine import call_model
 from torch_secorder.autograd.versions import hiding_changes
 from torch_secorder.batch_axis.knowledge import ModelKnowledge
+from torch_secorder.batch_axis.samples import BatchSamples
 from torch_secorder.capture.records import Forward, Record
 from torch_secorder.errors import UnsupportedError
 from torch_secorder.graph.queries import without_second_derivative
-from torch_secorder.model.containers import rows, tensors
+from torch_secorder.model.containers import tensors
 from torch_secorder.model.parameters import ParameterTable
 from torch_secorder.model.restore import (
     forked_random,
@@ -89,7 +90,7 @@ class HookedForward(GraphBackward):
         if n is None or n < 8:
             return
         assert plan.model is not None
-        few = rows(self._arguments, [0, 1, 2], n, plan.batch_axis)
+        few = BatchSamples(n, plan.words).rows("inputs", self._arguments, [0, 1, 2])
         layers = replace(plan, sites=[site for site in plan.sites if site.rule is not None])
         self.forwards.active = False
         try:

@@ -14,7 +14,6 @@ from torch_secorder.arguments import require_callable
 from torch_secorder.errors import ArgumentError, VerificationError
 from torch_secorder.model.parameters import plain_name, unwrapped
 from torch_secorder.model.restore import eval_mode, forked_random, random_state, restoring_buffers
-from torch_secorder.recording.plan import axis_of_inputs, placements
 from torch_secorder.tables import table
 from torch_secorder.testing.sample_loop import Loss, float64_copy, in_float64, run, sample_gradients
 
@@ -50,7 +49,8 @@ def check(model: nn.Module, loss_fn: Loss, batch: tuple[Any, Any], **options: An
         model: the model, which stays as it is.
         loss_fn: from ``(outputs, targets)`` to a scalar that averages or sums over the batch.
         batch: ``(inputs, targets)``, as for :func:`~torch_secorder.fisher_report`.
-        options: those of :func:`~torch_secorder.fisher_results`, such as ``parameters`` and ``batch_axis``.
+        options: those of :func:`~torch_secorder.fisher_results`, such as ``parameters`` and ``batch_axis``. The loop needs
+            samples that an axis counts: not ``n_samples`` and ``sample_of``.
 
     Returns:
         A row for each parameter: ``library``, the trace that the library finds in the model's own precision; ``loop``, that of
@@ -76,6 +76,8 @@ def check(model: nn.Module, loss_fn: Loss, batch: tuple[Any, Any], **options: An
     require_callable("loss_fn", loss_fn)
     if not isinstance(batch, (tuple, list)) or len(batch) != 2:
         raise ArgumentError(f"batch must be a pair (inputs, targets), not a {type(batch).__name__}")
+    if given := [name for name in ("n_samples", "sample_of") if options.get(name) is not None]:
+        raise ArgumentError(f"the loop over samples takes samples that an axis counts, and no {given[0]}=")
     inputs, targets = batch
     bare = unwrapped(model)
     random = _draws(bare, inputs)
@@ -99,13 +101,13 @@ def _compared(
         [str(name) for name in report.index], torch.tensor(list(report["fisher_trace"]), dtype=torch.float64)
     )
     reduction, n = report.attrs["reduction"], report.attrs["n_samples"]
-    axis = axis_of_inputs(placements(model, options.get("batch_axis")))
+    axis = options.get("batch_axis") or 0
     gradients = sample_gradients(model, loss_fn, inputs, targets, names=library.names, batch_axis=axis)
     loop = torch.stack([_trace(g, reduction) for g in gradients.values()]).cpu()
     if (seen := len(next(iter(gradients.values())))) != n:
         raise VerificationError(
-            f"the library counts {n} samples and the loop {seen}, by axis {axis} of the first input: say with batch_axis= which "
-            "axis counts the samples"
+            f"the library counts {n} samples and the loop {seen}, on the first input with batch_axis={axis!r}: say with "
+            "batch_axis= which axis counts the samples"
         )
     dtypes = {plain_name(name): p.dtype for name, p in model.named_parameters()}
     single = torch.tensor([_is_single(dtypes[name]) for name in library.names])

@@ -28,7 +28,7 @@ def sample_gradients(
     *,
     names: Sequence[str] | None = None,
     reduction: str | None = None,
-    batch_axis: int = 0,
+    batch_axis: int | Mapping[str, Any] = 0,
 ) -> dict[str, Tensor]:
     """The gradient of every sample's loss by a plain loop in float64: parameter name -> ``[n, *shape]``.
 
@@ -44,7 +44,8 @@ def sample_gradients(
         names: of the parameters; by default of all that require a gradient.
         reduction: whether the loss averages ("mean") or sums ("sum"); by default the loss is asked, by giving it every sample
             twice.
-        batch_axis: which axis of inputs and outputs counts the samples.
+        batch_axis: which axis counts the samples, of all tensors, or of "inputs", "outputs" and "targets" apart, which are as the
+            outputs if nothing is said. Tensors without such an axis belong to all samples.
 
     Returns:
         A float64 tensor for each parameter, zero where a sample's loss doesn't reach it.
@@ -61,7 +62,8 @@ def sample_gradients(
         >>> found["weight"].shape
         torch.Size([8, 2, 3])
     """
-    loop = _Loop(float64_copy(model), in_float64(loss_fn), in_float64(inputs), in_float64(targets), batch_axis)
+    axes = _axes(batch_axis)
+    loop = _Loop(float64_copy(model), in_float64(loss_fn), in_float64(inputs), in_float64(targets), axes)
     named = {plain_name(name): p for name, p in loop.model.named_parameters()}
     wanted = [name for name, p in named.items() if p.requires_grad] if names is None else list(names)
     if unknown := [name for name in wanted if name not in named]:
@@ -99,8 +101,9 @@ def run(model: nn.Module, inputs: Any) -> Any:
 class _Loop:
     """A float64 model and its batch."""
 
-    def __init__(self, model: nn.Module, loss_fn: Loss, inputs: Any, targets: Any, axis: int):
-        self.model, self.loss_fn, self.inputs, self.targets, self.axis = model, loss_fn, inputs, targets, axis
+    def __init__(self, model: nn.Module, loss_fn: Loss, inputs: Any, targets: Any, axes: Mapping[str, int]):
+        self.model, self.loss_fn, self.inputs, self.targets, self.axes = model, loss_fn, inputs, targets, axes
+        axis = axes["inputs"]
         counted = [x.shape[axis] for x in tensors(inputs) if x.dim() > axis]
         if not counted:
             raise ArgumentError(
@@ -118,7 +121,7 @@ class _Loop:
 
     def _gradients_of(self, sample: int, parameters: Sequence[Tensor], factor: int) -> list[Tensor]:
         with torch.enable_grad():
-            own = self._run(self._rows(self.inputs, [sample]))
+            own = self._run(self._rows("inputs", self.inputs, [sample]))
             loss = factor * self._loss(self._with_row(sample, own), self.targets)
         if not loss.requires_grad:
             return [torch.zeros_like(p) for p in parameters]
@@ -130,7 +133,7 @@ class _Loop:
         mine = iter(tensors(own))
 
         def replaced(batch: Tensor) -> Tensor:
-            row, where = next(mine), self._sample_axis(batch)
+            row, where = next(mine), self._sample_axis("outputs", batch)
             if where is None:
                 return row
             expected, after = batch.narrow(where, sample, 1), batch.narrow(where, sample + 1, self.n - sample - 1)
@@ -148,7 +151,8 @@ class _Loop:
         twice = [*range(self.n)] * 2
         with torch.no_grad():
             once = float(self._loss(self.outputs, self.targets))
-            both = float(self._loss(self._rows(self.outputs, twice), self._rows(self.targets, twice)))
+            rows = self._rows("outputs", self.outputs, twice), self._rows("targets", self.targets, twice)
+            both = float(self._loss(*rows))
         for reduction, multiple in (("mean", 1), ("sum", 2)):
             if once and abs(both - multiple * once) <= NEAR * abs(once):
                 return reduction
@@ -157,18 +161,19 @@ class _Loop:
             'reduction="mean" or "sum"'
         )
 
-    def _rows(self, value: Any, index: list[int]) -> Any:
+    def _rows(self, side: str, value: Any, index: list[int]) -> Any:
         """Some samples of every tensor that counts them."""
 
         def picked(x: Tensor) -> Tensor:
-            where = self._sample_axis(x)
+            where = self._sample_axis(side, x)
             return x if where is None else x.index_select(where, torch.tensor(index, device=x.device))
 
         return mapped(picked, value)
 
-    def _sample_axis(self, x: Tensor) -> int | None:
-        """Where a tensor counts the samples; labels have them in front."""
-        return next((a for a in (self.axis, 0) if x.dim() > a and x.shape[a] == self.n), None)
+    def _sample_axis(self, side: str, x: Tensor) -> int | None:
+        """Where a tensor counts the samples; None if it belongs to all of them."""
+        axis = self.axes[side]
+        return axis if x.dim() > axis and x.shape[axis] == self.n else None
 
     def _run(self, inputs: Any) -> Any:
         try:
@@ -187,6 +192,20 @@ class _Loop:
                 f"the loss raised {type(error).__name__} on outputs in float64 ({str(error)[:200]}): what it keeps (class "
                 "weights) must be in a module or a functools.partial, which the loop can copy in float64"
             ) from error
+
+
+def _axes(batch_axis: int | Mapping[str, Any]) -> dict[str, int]:
+    """The axes that count samples, apart."""
+    given = (
+        batch_axis if isinstance(batch_axis, Mapping) else dict.fromkeys(("inputs", "outputs", "targets"), batch_axis)
+    )
+    axes = {side: given.get(side, 0) for side in ("inputs", "outputs")}
+    axes["targets"] = given.get("targets", axes["outputs"])
+    if not all(isinstance(axis, int) and not isinstance(axis, bool) and axis >= 0 for axis in axes.values()):
+        raise ArgumentError(
+            f"the loop over samples takes one axis each for inputs, outputs and targets, not {batch_axis!r}"
+        )
+    return axes
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -13,6 +13,8 @@ from torch_secorder.autograd.graph_pass import Gradients, GraphPass
 from torch_secorder.autograd.nodes import Edge
 from torch_secorder.autograd.precision import has_half_precision
 from torch_secorder.autograd.sharded import GatheredWeights
+from torch_secorder.batch_axis.placement import Placement
+from torch_secorder.batch_axis.samples import rows_of
 from torch_secorder.errors import CurvatureError, LifecycleError, VerificationError
 from torch_secorder.likelihoods import random_signs
 from torch_secorder.model.parameters import Table
@@ -53,43 +55,44 @@ class ExpectedNorms:
         require_equal_norms(own, found, self.alone, half=self.half, sample=self.sample)
 
 
-def expected_norms(loss: Tensor, outputs: Sequence[Tensor], table: Table, *, axis: int = 0) -> list[ExpectedNorms]:
+def expected_norms(
+    loss: Tensor, outputs: Sequence[tuple[Tensor, Placement]], n: int, table: Table
+) -> list[ExpectedNorms]:
     """Those of the first, the last and one sample of a loss, through the user's graph of the model's outputs, which is kept.
 
     Args:
         loss: the loss.
-        outputs: what the model returned.
+        outputs: what the model returned, and where each has its samples.
+        n: how many samples.
         table: the analyzed parameters; frozen ones have no gradient in the user's graph.
-        axis: where the outputs have their samples.
 
     Raises:
         LifecycleError: if the loss doesn't depend on these outputs.
         VerificationError: if its gradient in one sample's outputs depends on other samples' outputs.
     """
-    gradients = _output_gradients(loss, outputs)
-    pairs = [(x, g) for x, g in zip(outputs, gradients, strict=True) if g is not None and x.dim() > axis]
-    if not pairs:
+    gradients = _output_gradients(loss, [x for x, _ in outputs])
+    triples = [(x, where, g) for (x, where), g in zip(outputs, gradients, strict=True) if g is not None]
+    if not triples:
         raise LifecycleError("verify: the loss doesn't depend on the outputs of the model's latest call in this block")
     positions = [position for position, leaf in enumerate(table.leaves) if leaf.requires_grad]
-    reached, seeds = zip(*pairs, strict=True)
-    n = reached[0].shape[axis]
-    _require_separable(loss, reached, n, axis)
+    reached, placements, seeds = zip(*triples, strict=True)
+    _require_separable(loss, reached, placements, n)
     trained = [table.leaves[position] for position in positions]
     weights, half = GatheredWeights(throughout=table.sharded), has_half_precision(loss)
     found = []
     for sample in samples_to_check(n, table.ranks):
-        norms = squared_norms_of_sample(reached, seeds, trained, sample, axis=axis, weights=weights)
+        norms = squared_norms_of_sample(reached, seeds, trained, sample, placements=placements, weights=weights)
         found.append(ExpectedNorms(sample, positions, as_row(norms), half))
     return found
 
 
-def _require_separable(loss: Tensor, outputs: Sequence[Tensor], n: int, axis: int) -> None:
+def _require_separable(loss: Tensor, outputs: Sequence[Tensor], placements: Sequence[Placement], n: int) -> None:
     """Raise if the loss has second derivatives between the outputs of different samples.
 
     A loss without any, such as one of the largest output, or an operation that has none, shows nothing.
     """
     half = torch.randperm(n, generator=torch.Generator().manual_seed(n)) < n // 2
-    masks = [half.to(x.device).view(-1, *[1] * (x.dim() - 1 - axis)) for x in outputs]
+    masks = [rows_of(half, x, where) for x, where in zip(outputs, placements, strict=True)]
     try:
         with torch.enable_grad():
             slopes = _output_gradients(loss, outputs, create_graph=True)
@@ -111,12 +114,18 @@ def _require_separable(loss: Tensor, outputs: Sequence[Tensor], n: int, axis: in
 
 
 def _output_gradients(loss: Tensor, outputs: Sequence[Tensor], *, create_graph: bool = False) -> list[Tensor | None]:
-    """The gradient of the loss with respect to each output, None for those that it doesn't depend on."""
+    """The gradient of the loss with respect to each output, None for those that it doesn't depend on.
+
+    An output may have been computed from another one. What the loss gets through it is none of the other's own.
+    """
     edges = [get_gradient_edge(x) for x in outputs]
+    own = {(edge.node, edge.output_nr) for edge in edges}
     arrived: dict[Edge, Tensor | None] = {}
 
     def arrive(node: Node, grads: Gradients) -> None:
         arrived.update({(node, nr): grad for nr, grad in enumerate(grads)})
+        assert isinstance(grads, list)
+        grads[:] = [None if (node, nr) in own else grad for nr, grad in enumerate(grads)]
 
     GraphPass([loss], {edge.node for edge in edges}, create_graph=create_graph).run(
         lambda: [torch.ones_like(loss)], arrive

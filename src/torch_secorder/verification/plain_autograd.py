@@ -19,6 +19,8 @@ from torch_secorder.autograd.nodes import is_others_function
 from torch_secorder.autograd.precision import full_precision
 from torch_secorder.autograd.sharded import GatheredWeights
 from torch_secorder.autograd.tensor_hooks import untouched
+from torch_secorder.batch_axis.placement import FIRST, Placement
+from torch_secorder.batch_axis.samples import rows_of
 from torch_secorder.errors import UnsupportedError
 from torch_secorder.model.ranks import full_tensor, is_dtensor
 from torch_secorder.per_sample import at_least_float32, squared_norm_of_rows
@@ -56,18 +58,18 @@ def squared_norms_of_sample(
     leaves: Sequence[Tensor],
     sample: int,
     *,
-    axis: int = 0,
+    placements: Sequence[Placement] | None = None,
     create_graph: bool = False,
     weights: GatheredWeights | None = None,
 ) -> list[SquaredNorm]:
     """``||J_n^T s_n||^2`` of each parameter, through the user's own graph, which is kept.
 
     Args:
-        outputs: what the model returned, with the samples on ``axis``.
+        outputs: what the model returned.
         output_gradients: the gradients s of all samples, of the outputs' shapes.
         leaves: the parameters.
         sample: n, the one whose gradient is taken.
-        axis: where the outputs have their samples.
+        placements: where the outputs have their samples, if not all on the first axis.
         create_graph: make the norms differentiable.
         weights: gathers the weights that are in parts on several ranks.
     """
@@ -79,7 +81,8 @@ def squared_norms_of_sample(
         norms[positions[node]] = None if grad is None else _squared_norm(grad)
 
     passes = GraphPass(outputs, positions, create_graph=create_graph, weights=weights)
-    passes.run(lambda: [_of_one_sample(gradient, sample, axis) for gradient in output_gradients], arrive)
+    located = list(zip(output_gradients, placements or [FIRST] * len(outputs), strict=True))
+    passes.run(lambda: [of_one_sample(gradient, sample, where) for gradient, where in located], arrive)
     if not passes.hidden.isdisjoint(positions):
         raise UnsupportedError(
             "re-entrant activation checkpointing, or a function whose backward calls modules or starts a backward pass, hides a "
@@ -94,8 +97,11 @@ def as_row(norms: Sequence[SquaredNorm]) -> Tensor:
     return torch.tensor([0.0 if norm is None else float(norm) for norm in norms], dtype=torch.float64)
 
 
-def _of_one_sample(gradient: Tensor, sample: int, axis: int) -> Tensor:
+def of_one_sample(gradient: Tensor, sample: int, placement: Placement = FIRST) -> Tensor:
     """The gradient with zeros for all other samples."""
+    axis, rows = placement.axis, placement.sample_index
+    if rows is not None:
+        return gradient * rows_of(torch.arange(int(rows.max()) + 1) == sample, gradient, placement)
     alone = torch.zeros_like(gradient)
     alone.select(axis, sample).copy_(gradient.select(axis, sample))
     return alone

@@ -14,15 +14,16 @@ from torch import Tensor
 
 from torch_secorder.autograd.precision import has_half_precision
 from torch_secorder.errors import CurvatureError, VerificationError
-from torch_secorder.model.containers import is_continuous, mapped, rows, sample_axis, tensors
-from torch_secorder.model.nested import whole, with_rows
+from torch_secorder.model.containers import is_continuous, mapped, tensors
+from torch_secorder.model.nested import whole
 from torch_secorder.model.ranks import Ranks
 from torch_secorder.model.restore import eval_mode, forked_random, restoring_buffers
 from torch_secorder.per_sample import as_refusal
 from torch_secorder.running.analysis import Analysis, Batch
 from torch_secorder.verification.comparison import require_equal_norms, unequal_norms
 from torch_secorder.verification.differentiable_model import DifferentiableModel
-from torch_secorder.verification.plain_autograd import as_row, squared_norms_of_loss
+from torch_secorder.verification.own_rows import with_own_rows
+from torch_secorder.verification.plain_autograd import as_row, of_one_sample, squared_norms_of_loss
 from torch_secorder.verification.separable_loss import require_separable
 from torch_secorder.verification.tolerances import ROUNDED_OUTPUTS
 
@@ -50,10 +51,9 @@ def verify_empirical(
     Raises:
         VerificationError: if not, naming the parameters that differ, with both numbers.
     """
-    n = batch.samples.batch
     with on_samples_alone():
-        require_separable(loss_fn, batch.outputs, targets, n, analysis.batch_axis)
-    scale = n if batch.reduction == "mean" else 1
+        require_separable(loss_fn, batch.outputs, targets, batch.where)
+    scale = batch.where.n if batch.reduction == "mean" else 1
     verify_samples(analysis, lambda outputs: loss_fn(outputs, targets) * scale, inputs, batch, samples)
 
 
@@ -64,7 +64,9 @@ def verify_samples(
 
     Each sample runs through the model alone. Its output takes its row in the batch's outputs, which are constants, and the loss
     of that is differentiated by plain autograd: a step of one sample, in which no rule takes part. Where the model draws random
-    numbers, the batch is analyzed once more in eval mode, which stops dropout, for the comparison.
+    numbers, the batch is analyzed once more in eval mode, which stops dropout, for the comparison. Samples that have several rows
+    by the user's word stay in their batch, since nothing takes such arguments apart (the edges of graphs, offsets of bags), and
+    the loss's gradient in a sample's own rows of the outputs is sent back.
 
     Args:
         analysis: what is verified.
@@ -86,12 +88,15 @@ def verify_samples(
             if batch.random:
                 warnings.warn("not verified: the model draws random numbers in eval mode too", stacklevel=3)
                 return
-        n, axis = batch.samples.batch, analysis.batch_axis
-        samples = samples_to_check(n, analysis.table.ranks) if samples is None else samples
+        where = batch.where
+        samples = samples_to_check(where.n, analysis.table.ranks) if samples is None else samples
         stack.enter_context(on_samples_alone())
-        model = DifferentiableModel(analysis.model, analysis.table, rows(inputs, [samples[0]], n, axis))
+        one = inputs if where.takes_no_rows else where.rows("inputs", inputs, [samples[0]])
+        model = DifferentiableModel(analysis.model, analysis.table, one)
         for sample in samples:
-            _SampleAlone(analysis, model, loss, inputs, batch, sample).verify()
+            (_SampleInBatch if where.takes_no_rows else _SampleAlone)(
+                analysis, model, loss, inputs, batch, sample
+            ).verify()
 
 
 @contextmanager
@@ -110,7 +115,9 @@ def on_samples_alone() -> Iterator[None]:
         raise VerificationError(
             f"the numbers can't be checked, since on some samples of the batch alone the model or the loss raised "
             f"{type(error).__name__} ({str(error)[:200]}): an input that is not one row per sample (a mask, a hidden state, a "
-            "list of lengths) can't be taken apart, or the samples belong together; where each sample has a loss of its own, "
+            "list of lengths) can't be taken apart, or the samples belong together: say where each argument has its samples, as "
+            "in batch_axis={'inputs': {1: None}} for a mask that all share, {'inputs': {1: 1}} for another axis, {'inputs': {1: "
+            "'list'}} for a list with an item for each sample; where each sample has a loss of its own, "
             "fisher_report(..., verify=False) returns the numbers unchecked"
         ) from error
 
@@ -135,8 +142,9 @@ class _SampleAlone:
         self, analysis: Analysis, model: DifferentiableModel, loss: Loss, inputs: Any, batch: Batch, sample: int
     ):
         self._analysis, self._model, self._loss, self._sample = analysis, model, loss, sample
-        self._n, self._axis = batch.samples.batch, analysis.batch_axis
-        self._inputs, self._in_batch = self._of_sample(inputs), self._of_sample(batch.outputs)
+        self._where = batch.where
+        self._inputs = self._own_inputs(inputs)
+        self._in_batch = self._where.rows("outputs", batch.outputs, [sample])
         self._outputs, self._norms = batch.outputs, batch.samples.squared_norms[:, sample].detach()[model.positions]
 
     def verify(self) -> None:
@@ -151,27 +159,24 @@ class _SampleAlone:
         with ranks.fail_together():
             require_equal_norms(names, self._norms, alone, half=half, rounding=rounding, sample=self._sample)
 
-    def _of_sample(self, value: Any) -> Any:
-        return rows(value, [self._sample], self._n, self._axis)
+    def _own_inputs(self, inputs: Any) -> Any:
+        return self._where.rows("inputs", inputs, [self._sample])
 
     def _squared_norms(self, loss: Loss) -> tuple[Tensor, bool]:
         """``||g||^2`` of each parameter for a loss of the sample's own outputs, and whether half precision takes part."""
         with torch.enable_grad(), self._analysis.differentiable():
             outputs = self._model(self._inputs)
-            root = loss(outputs)
+            root = self._root(loss, outputs)
             half = has_half_precision(root, *tensors(outputs), *self._analysis.table.tensors)
             return as_row(squared_norms_of_loss(root, self._model.leaves)), half
 
+    def _root(self, loss: Loss, outputs: Any) -> Tensor:
+        """What is differentiated for a loss."""
+        return loss(outputs)
+
     def _loss_in_batch(self, own: Any) -> Tensor:
         """The batch's loss with the sample's own outputs in their place, and all others constant."""
-        mine, batch = list(tensors(own)), list(tensors(self._outputs))
-        if len(mine) != len(batch):
-            raise VerificationError(
-                f"the model returns {len(batch)} tensors for a batch and {len(mine)} for one of its samples alone, so that "
-                "the two can't be compared; verify=False returns the numbers unchecked"
-            )
-        filled = map(partial(_with_own_row, self._sample, self._n, self._axis), mine, batch)
-        return self._loss(mapped(lambda _: next(filled), self._outputs))
+        return self._loss(with_own_rows(self._where, self._sample, own, self._outputs))
 
     def _effect_of_rounding(self, alone: Tensor) -> Tensor:
         """By how much the norms may differ because the sample's outputs are rounded differently alone and in its batch.
@@ -194,22 +199,28 @@ class _SampleAlone:
         return [None if a is None or b is None else a - b for a, b in zip(*both, strict=True)]
 
 
-def _with_own_row(sample: int, n: int, axis: int, own: Tensor, batch: Tensor) -> Tensor:
-    """One of the batch's outputs with the sample's own in its row; the sample's, or the batch's, if there are no rows."""
-    where = sample_axis(batch, n, axis)
-    if where is not None and batch.is_nested:
-        return with_rows(batch, {sample: own.unbind()[0]})
-    if where is not None:
-        row = batch.narrow(where, sample, 1)
-        # A model that squeezes its outputs drops the axis of a single sample.
-        if [s for s in own.shape if s != 1] == [s for s in row.shape if s != 1]:
-            parts = [
-                batch.narrow(where, 0, sample),
-                own.reshape(row.shape),
-                batch.narrow(where, sample + 1, n - sample - 1),
-            ]
-            return torch.cat(parts, where)
-    return own if own.shape == batch.shape else batch
+class _SampleInBatch(_SampleAlone):
+    """One sample of a batch that can't be taken apart: its own rows of the outputs, of the whole batch's run."""
+
+    def verify(self) -> None:
+        alone, half = self._squared_norms(self._loss)
+        names = [self._analysis.table.names[position] for position in self._model.positions]
+        with self._analysis.table.ranks.fail_together():
+            require_equal_norms(names, self._norms, alone, half=half, sample=self._sample)
+
+    def _own_inputs(self, inputs: Any) -> Any:
+        return inputs
+
+    def _root(self, loss: Loss, outputs: Any) -> Tensor:
+        found = [x for x in tensors(outputs) if x.requires_grad]
+        seeds = torch.autograd.grad(loss(outputs), found, allow_unused=True, retain_graph=True)
+        placed = zip(tensors(outputs), self._where.placements("outputs", outputs), strict=True)
+        located = [where for x, where in placed if x.requires_grad]
+        total = torch.zeros((), dtype=torch.float64)
+        for x, seed, where in zip(found, seeds, located, strict=True):
+            if seed is not None and where is not None:
+                total = total + (x * of_one_sample(seed, self._sample, where).conj()).real.sum().to(total)
+        return total
 
 
 def _differs_by_rounding(x: Tensor, y: Tensor) -> bool:

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from torch_secorder.batch_axis.placement import Placement
+from torch_secorder.batch_axis.samples import BatchSamples, rows_of
 from torch_secorder.errors import VerificationError
-from torch_secorder.model.containers import is_continuous, mapped, rows, sample_axis, shrunk, tensors
+from torch_secorder.model.containers import is_continuous, shrunk, tensors
 from torch_secorder.verification.tolerances import ROUNDED_GRADIENT, SEPARABLE_LOSS
 
 # Of losses of more outputs than this a few samples are tried; of others as many ways to change the others as this allows.
@@ -18,7 +20,7 @@ CHEAP = 2**22
 FEW = 3  # as many as it takes for a loss that compares each sample with two others
 
 
-def require_separable(loss_fn: Callable[[Any, Any], Tensor], outputs: Any, targets: Any, n: int, axis: int = 0) -> None:
+def require_separable(loss_fn: Callable[[Any, Any], Tensor], outputs: Any, targets: Any, where: BatchSamples) -> None:
     """Raise if the loss's gradient in some samples' outputs depends on other samples' outputs.
 
     The outputs of half of the samples are changed, and the gradients in those of the other half have to stay. By the digits of
@@ -27,16 +29,19 @@ def require_separable(loss_fn: Callable[[Any, Any], Tensor], outputs: Any, targe
     Raises:
         VerificationError: if it does.
     """
-    size = sum(x.numel() for x in tensors(outputs))
+    size, n = sum(x.numel() for x in tensors(outputs)), where.n
+    if n < 2:
+        return
     if size > CHEAP and n > FEW:
         few = [0, n // 2, n - 1]
-        outputs, targets, n = rows(outputs, few, n, axis), rows(targets, few, n, axis), FEW
+        outputs, targets = where.rows("outputs", outputs, few), where.rows("targets", targets, few)
+        where, n = where.subset(few), FEW
         size = sum(x.numel() for x in tensors(outputs))
-    before = _gradients(loss_fn, outputs, targets, n, axis)
+    before = _gradients(loss_fn, outputs, targets, where)
     for changed in _halves(n)[: max(2, CHEAP // max(size, 1))]:
-        after = _gradients(loss_fn, _changed(outputs, changed, n, axis), targets, n, axis)
+        after = _gradients(loss_fn, _changed(outputs, changed, where), targets, where)
         for here, there in zip(before, after, strict=True):
-            off, own = ((rows_of[~changed]).norm(dim=1) for rows_of in (here - there, here))
+            off, own = ((of_samples[~changed]).norm(dim=1) for of_samples in (here - there, here))
             # What isn't finite agrees with nothing.
             if not bool((own.isfinite() & (off <= SEPARABLE_LOSS * (own + ROUNDED_GRADIENT * own.max()))).all()):
                 raise VerificationError(
@@ -54,12 +59,11 @@ def _halves(n: int) -> list[Tensor]:
     return [half for digit in digits for half in (digit, ~digit)]
 
 
-def _changed(outputs: Any, which: Tensor, n: int, axis: int) -> Any:
+def _changed(outputs: Any, which: Tensor, where: BatchSamples) -> Any:
     """The outputs with other values for some samples."""
 
-    def change(x: Tensor) -> Tensor:
-        where = sample_axis(x, n, axis)
-        if where is None or not is_continuous(x):
+    def change(x: Tensor, placement: Placement | None) -> Tensor:
+        if placement is None or not is_continuous(x):
             return x
         if x.is_nested:
             parts = zip(x.unbind(), shrunk(x).unbind(), which.tolist(), strict=True)
@@ -67,41 +71,42 @@ def _changed(outputs: Any, which: Tensor, n: int, axis: int) -> Any:
                 [other if change else own for own, other, change in parts], layout=x.layout
             )
         # Rows of other samples are values of the same kind, too, and rank otherwise.
-        return torch.where(which.to(x.device).view(-1, *[1] * (x.dim() - 1 - where)), shrunk(x.roll(1, where)), x)
+        return torch.where(rows_of(which, x, placement), shrunk(x.roll(1, placement.axis) if x.dim() else x), x)
 
-    return mapped(change, outputs)
+    return where.mapped(change, "outputs", outputs)
 
 
-def _gradients(loss_fn: Callable[[Any, Any], Tensor], outputs: Any, targets: Any, n: int, axis: int) -> list[Tensor]:
+def _gradients(loss_fn: Callable[[Any, Any], Tensor], outputs: Any, targets: Any, where: BatchSamples) -> list[Tensor]:
     """The loss's gradients in the outputs, ``[n, entries]`` each in double precision on the host."""
-    leaves: list[tuple[Tensor, int]] = []
+    leaves: list[tuple[Tensor, Placement]] = []
 
-    def leaf(x: Tensor) -> Tensor:
-        where = sample_axis(x, n, axis)
-        if where is None or not is_continuous(x):
+    def leaf(x: Tensor, placement: Placement | None) -> Tensor:
+        if placement is None or not is_continuous(x):
             return x
         x = x.detach().clone().requires_grad_()
-        leaves.append((x, where))
+        leaves.append((x, placement))
         return x
 
     with torch.enable_grad():
-        loss = loss_fn(mapped(leaf, outputs), targets)
+        loss = loss_fn(where.mapped(leaf, "outputs", outputs), targets)
         if not leaves or not loss.requires_grad:
             raise VerificationError(
-                f"the numbers can't be checked, since the loss has no gradient in any output with one row for each of {n} "
+                f"the numbers can't be checked, since the loss has no gradient in any output with one row for each of {where.n} "
                 "samples, as where a loss is computed inside the model: have the model return unreduced losses of shape (N,) or "
-                "what the loss is computed from; fisher_report(..., verify=False) returns the numbers unchecked"
+                "what the loss is computed from, or say where the outputs have them, as in batch_axis={'outputs': {1: 'list'}} "
+                "for a list with an item for each sample; fisher_report(..., verify=False) returns the numbers unchecked"
             )
         found = torch.autograd.grad(loss, [x for x, _ in leaves], allow_unused=True)
-    return [_rows(g, where) for g, (_, where) in zip(found, leaves, strict=True) if g is not None]
+    return [_rows(g, placement, where.n) for g, (_, placement) in zip(found, leaves, strict=True) if g is not None]
 
 
-def _rows(grad: Tensor, where: int) -> Tensor:
+def _rows(grad: Tensor, placement: Placement, n: int) -> Tensor:
     """A row for each sample; those of a nested gradient are padded with zeros."""
     if grad.is_nested:
         return pad_sequence([_in_float64(part).flatten() for part in grad.unbind()], batch_first=True)
-    moved = _in_float64(grad.movedim(where, 0))
-    return moved.reshape(len(moved), -1)
+    moved = _in_float64(grad.movedim(placement.axis, 0) if grad.dim() else grad[None])
+    groups = placement.grouping(n, moved.device)
+    return (moved if groups is None else groups.rows(moved)).reshape(n, -1)
 
 
 def _in_float64(grad: Tensor) -> Tensor:

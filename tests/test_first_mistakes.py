@@ -1,0 +1,174 @@
+"""What a first hour's mistakes are told, and that each remedy that is named works."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from torch_secorder import empirical_fisher_trace, fisher_report, generalized_fisher_trace, hessian_trace
+from torch_secorder.errors import ArgumentError, CurvatureError, ShapeError, UnsupportedError
+
+N = 6
+
+
+def regression() -> tuple[nn.Module, Tensor, Tensor]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 1)).double()
+    return model, torch.randn(N, 4, dtype=torch.float64), torch.randn(N, dtype=torch.float64)
+
+
+def classification() -> tuple[nn.Module, Tensor, Tensor]:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 3)).double(), torch.randn(N, 4, dtype=torch.float64), torch.randint(3, (N,))
+
+
+def loop(model: nn.Module, inputs: Tensor, targets: Tensor, loss_fn: nn.Module) -> float:
+    """The trace by plain autograd, one sample after the other."""
+    squares = 0.0
+    for x, y in zip(inputs.split(1), targets.split(1), strict=True):
+        squares += sum(
+            float(g.square().sum()) for g in torch.autograd.grad(loss_fn(model(x), y), list(model.parameters()))
+        )
+    return squares / len(inputs)
+
+
+def total(*arguments, **options) -> float:
+    return float(fisher_report(*arguments, progress=False, **options)["fisher_trace"].sum())
+
+
+# A loss that broadcasts
+
+
+@pytest.mark.filterwarnings("ignore:Using a target size")
+@pytest.mark.parametrize(
+    "loss_fn",
+    [nn.MSELoss(), nn.L1Loss(), nn.HuberLoss(), lambda f, y: ((f - y) ** 2).mean()],
+    ids=["MSELoss", "L1Loss", "HuberLoss", "by hand"],
+)
+def test_a_loss_that_compares_every_output_with_every_target_is_refused(loss_fn) -> None:
+    model, x, y = regression()
+    for call in (empirical_fisher_trace, lambda m, loss, a, b: total(m, loss, (a, b))):
+        with pytest.raises(ShapeError, match=r"\(6, 1\) and targets of shape \(6,\).*targets.unsqueeze\(-1\)"):
+            call(model, loss_fn, x, y)
+    assert total(model, loss_fn, (x, y.unsqueeze(-1))) == pytest.approx(
+        loop(model, x, y.unsqueeze(-1), loss_fn), rel=1e-8
+    )
+    squeezed = nn.Sequential(model, nn.Flatten(0))
+    assert total(squeezed, loss_fn, (x, y)) == pytest.approx(loop(squeezed, x, y, loss_fn), rel=1e-8)
+
+
+@pytest.mark.parametrize("constant", [False, True])
+def test_a_loss_that_squeezes_by_itself_is_none(constant: bool) -> None:
+    model, x, y = regression()
+    y = torch.ones_like(y) if constant else y
+
+    def loss_fn(outputs: Tensor, targets: Tensor) -> Tensor:
+        return F.mse_loss(outputs.squeeze(-1), targets)
+
+    assert total(model, loss_fn, (x, y)) == pytest.approx(loop(model, x, y, loss_fn), rel=1e-8)
+
+
+def test_a_loss_without_targets_is_none() -> None:
+    model, x, y = regression()
+
+    def loss_fn(outputs: Tensor, targets: Tensor) -> Tensor:
+        return F.softplus(-outputs).mean()
+
+    assert total(model, loss_fn, (x, y)) == pytest.approx(loop(model, x, y, loss_fn), rel=1e-8)
+
+
+# The wrong likelihood
+
+
+def test_one_output_under_nll_names_the_likelihoods_of_one_output() -> None:
+    model, x, _ = regression()
+    with pytest.raises(CurvatureError, match='"mse" for regression, loss_type="bce" for one logit'):
+        total(model, None, (x, None), fisher="exact")
+    per_sample = loop(model, x, torch.zeros(N), lambda f, y: f.sum())
+    assert total(model, None, (x, None), fisher="exact", loss_type="mse") == pytest.approx(per_sample, rel=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "own"),
+    [(nn.MSELoss(), "mse"), (F.mse_loss, "mse"), (nn.BCEWithLogitsLoss(), "bce")],
+    ids=["MSELoss", "mse_loss", "BCEWithLogitsLoss"],
+)
+def test_a_loss_that_contradicts_the_likelihood_is_refused(loss_fn, own: str) -> None:
+    model, x, _ = classification()
+    data = (x, torch.rand(N, 3, dtype=torch.float64))
+    with pytest.raises(ArgumentError, match=f'pass loss_type="{own}", or loss_fn=None'):
+        total(model, loss_fn, data, fisher="exact")
+    assert total(model, loss_fn, data, fisher="exact", loss_type=own) == total(
+        model, None, data, fisher="exact", loss_type=own
+    )
+
+
+def test_targets_that_are_no_classes_name_the_other_likelihoods() -> None:
+    model, x, _ = classification()
+    with pytest.raises(
+        ShapeError, match=r'"mse" for regression, loss_type="bce" for independent labels, or.* no targets'
+    ):
+        generalized_fisher_trace(model, model(x), torch.rand(N, 3))
+    assert float(generalized_fisher_trace(model, model(x), None)) > 0
+
+
+@pytest.mark.parametrize(("said", "meant"), [("ce", "nll"), ("cross_entropy", "nll"), ("binary", "bce"), ("l2", "mse")])
+def test_another_name_of_a_likelihood_is_understood_and_refused(said: str, meant: str) -> None:
+    model, x, _ = classification()
+    with pytest.raises(UnsupportedError, match=f"'{said}' is \"{meant}\" here"):
+        total(model, None, (x, None), fisher="exact", loss_type=said)
+
+
+def test_a_model_that_ends_in_a_softmax_is_warned_of() -> None:
+    model, x, y = classification()
+    with pytest.warns(UserWarning, match="ends in a softmax.*return the logits"):
+        generalized_fisher_trace(*(lambda m: (m, m(x)))(nn.Sequential(model, nn.Softmax(1))), y)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        logarithms = nn.Sequential(model, nn.LogSoftmax(1))
+        assert float(generalized_fisher_trace(logarithms, logarithms(x), y)) == pytest.approx(
+            float(generalized_fisher_trace(model, model(x), y)), rel=1e-8
+        )
+
+
+# Arguments in the wrong place
+
+
+def test_the_class_of_a_loss_is_no_loss() -> None:
+    model, x, y = classification()
+    for call in (
+        lambda loss: empirical_fisher_trace(model, loss, x, y),
+        lambda loss: hessian_trace(model, loss, x, y),
+        lambda loss: total(model, loss, (x, y)),
+        lambda loss: total(model, loss, (x, y), fisher="exact"),
+    ):
+        with pytest.raises(
+            ArgumentError, match=r"the class CrossEntropyLoss: pass an instance of it, CrossEntropyLoss\(\)"
+        ):
+            call(nn.CrossEntropyLoss)
+        call(nn.CrossEntropyLoss())
+
+
+def test_model_and_loss_in_each_others_place() -> None:
+    model, x, y = classification()
+    for call in (
+        lambda *both: empirical_fisher_trace(*both, x, y),
+        lambda *both: hessian_trace(*both, x, y),
+        lambda *both: total(*both, (x, y)),
+    ):
+        with pytest.raises(ArgumentError, match=r"CrossEntropyLoss without parameters.*pass the model first"):
+            call(nn.CrossEntropyLoss(), model)
+        with pytest.raises(ArgumentError, match=r"model must be a torch.nn.Module"):
+            call(lambda x: x, nn.CrossEntropyLoss())
+        call(model, nn.CrossEntropyLoss())
+
+
+def test_too_many_passes_name_what_then_works() -> None:
+    model = nn.Linear(4, 30)
+    with pytest.raises(ArgumentError, match=r'num_samples=k .*to fisher_report together with fisher="sampled"'):
+        total(model, None, (torch.randn(N, 4), None), fisher="exact", max_passes=10)
+    assert total(model, None, (torch.randn(N, 4), None), fisher="sampled", num_samples=10, max_passes=10) > 0
