@@ -28,7 +28,7 @@ from torch_secorder.per_sample import as_refusal
 from torch_secorder.recording.accumulator import PassOptions
 from torch_secorder.recording.backward_pass import BackwardPass, Check
 from torch_secorder.recording.plan import planned
-from torch_secorder.recording.quantities import Keeps, kept, wanted
+from torch_secorder.recording.quantities import Keeps, OnOutput, kept, wanted
 from torch_secorder.recording.sample_norms import SampleNorms
 from torch_secorder.recording.user_recorder import UserRecorder
 from torch_secorder.results.report import By
@@ -126,6 +126,11 @@ class FisherMonitor(HookScope):
             that none matches are left out.
         per_sample: also keep every t_{n,p}.
         activations: also keep account of every module's output: its Fisher trace and its moments.
+        on_output: a function that is called in the backward pass with each module's name, its output without a graph, and the
+            gradient of the loss in it, both with the samples first: for sums over channels, samples or positions of one's own.
+            The gradient is that of the loss which is differentiated; a sample's own is N times that if the loss averages.
+            Outputs without a batch axis are left out, and outputs that are changed in place are refused. It has seen a part of a
+            pass that turns out to be refused.
         batch_axis: where the samples are counted, if not on axis 0: an int for the model's inputs, its outputs and all of its
             layers, or a mapping with some of the keys "inputs", "outputs" and "modules", as in ``{"inputs": 1, "outputs": 0}``.
             Inputs may differ by position or name, ``{"inputs": {0: 1, "mask": None}}``, and outputs by position or key: None
@@ -184,6 +189,7 @@ class FisherMonitor(HookScope):
         diagonal: bool | Mapping[str, str] = False,
         per_sample: bool = False,
         activations: bool = False,
+        on_output: OnOutput | None = None,
         batch_axis: BatchAxis = None,
         n_samples: NSamples = None,
         sample_of: SampleOf = None,
@@ -194,7 +200,7 @@ class FisherMonitor(HookScope):
         fisher: str = "empirical",
         max_memory: int | None = None,
     ):
-        keeps = {"diagonal": diagonal, "per_sample": per_sample, "activations": activations}
+        keeps = {"diagonal": diagonal, "per_sample": per_sample, "activations": activations, "on_output": on_output}
         options = MonitorOptions(
             *(reduction, loss_scale, parameters, batch_axis, n_samples, sample_of, nonfinite, on_refusal),
             *(repeated_calls, every, fisher, max_memory, keeps),

@@ -41,8 +41,8 @@ class Statistics:
 
     def __init__(self, names: Sequence[str], shapes: Sequence[tuple[int, ...]], **keeps: Any):
         self.names, self.shapes = list(names), [tuple(shape) for shape in shapes]
-        self.keeps = {name: keeps.pop(name, False) for name in QUANTITIES}
-        assert not keeps, keeps
+        assert keeps.keys() <= QUANTITIES.keys(), keeps
+        self.keeps = {name: keeps.get(name, False) for name, kind in QUANTITIES.items() if kind.accumulates}
         self.clear()
 
     def clear(self) -> None:

@@ -41,7 +41,7 @@ class OutputTracesPart(Part):
 
     def on_output(self, record: Record, grad: Tensor, by_sample: bool) -> None:
         norms = Dense(grad if by_sample else grad[None]).squared_norm()
-        self.calls.setdefault(record.site, []).append(OutputNorms(norms, by_sample, record.kept))
+        self.calls.setdefault(record.site, []).append(OutputNorms(norms, by_sample, record.kept.moments))
 
     def scaled(self, factor: float) -> OutputTracesPart:
         return OutputTracesPart(
