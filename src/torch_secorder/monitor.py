@@ -34,9 +34,7 @@ from torch_secorder.recording.user_recorder import UserRecorder
 from torch_secorder.results.report import By
 from torch_secorder.results.results import Results
 from torch_secorder.verification.backward_passes import (
-    require_all_reached,
-    require_explained_sums,
-    require_present,
+    require_sound_pass,
     require_trainable,
     unaccounted,
 )
@@ -330,14 +328,12 @@ class FisherMonitor(HookScope):
         if current.error is None and current.accumulator.is_empty:
             raise unaccounted([names[position] for position in positions], norms)
         checks: list[Check] = [
-            partial(require_present, watched.model, watched.table),
-            partial(require_all_reached, names, positions, norms),
-            partial(require_explained_sums, names),
+            partial(require_sound_pass, watched.model, watched.table, positions, norms),
         ]
         if self._options.parameters == "trainable":
             checks.append(partial(require_trainable, watched.table))
         expected, self._expected = self._expected, []
-        checks += [partial(_require_expected, names, one) for one in expected]
+        checks += map(partial(partial, _require_expected, names), expected)
         samples = recorder.finish(current, self._options.nonfinite, checks)
         scale = (samples.batch / loss_scale if self._options.reduction == "mean" else 1 / loss_scale) ** 2
         squares = (norms / loss_scale).square().tolist()

@@ -11,9 +11,9 @@ from torch.autograd.graph import get_gradient_edge
 
 from torch_secorder.autograd.engine import (
     accumulates_gradient_of,
+    any_vmapped,
     computes_gradient_of,
     is_executed,
-    is_vmapped,
     leaf_of,
 )
 
@@ -32,7 +32,7 @@ class Scene:
     def hook(self, grads: tuple[Tensor, ...]) -> None:
         computed = [computes_gradient_of(leaf) for leaf in self.leaves]
         accumulated = [accumulates_gradient_of(leaf) for leaf in self.leaves]
-        self.said = [computed, accumulated, is_executed(self.hidden.grad_fn), is_vmapped(grads[0])]
+        self.said = [computed, accumulated, is_executed(self.hidden.grad_fn), any_vmapped(grads)]
 
 
 PASSES: dict[str, tuple[Callable[[Scene], object], list[object]]] = {

@@ -479,7 +479,7 @@ def test_trap_19_a_field_that_is_set_after_a_later_one() -> None:
         ({"sample_of": 2, "n_samples": 2}, "rows of 3 samples, and n_samples is 2"),
         ({"batch_axis": {"inputs": {0: 0, "edges": 1}}}, "count different numbers of samples"),
     ],
-    ids=str,
+    ids=range(9),
 )
 def test_trap_19_words_that_mean_nothing(words: dict[str, Any], message: str) -> None:
     model, graph = randomized(Graphs(False)).double(), torch.tensor([0, 1, 2, 2])

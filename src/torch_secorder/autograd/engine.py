@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from threading import get_ident
@@ -115,7 +115,10 @@ def is_library_pass(task: int) -> bool:
 
 def computes_gradient_of(leaf: Node) -> bool:
     """Whether the backward pass under way accumulates the gradient of the leaf with this node, or returns it."""
-    return accumulates_gradient_of(leaf) is not False
+    try:
+        return _will_execute(leaf)
+    except RuntimeError:
+        return True
 
 
 def accumulates_gradient_of(leaf: Node) -> bool | None:
@@ -141,10 +144,13 @@ def is_executed(node: Node) -> bool:
     return _will_execute(node)
 
 
-def is_vmapped(value: Tensor) -> bool:
-    """Whether a tensor stands for several ones, inside of ``torch.func.vmap`` or of ``is_grads_batched=True``."""
+def any_vmapped(values: Iterable[Tensor | None]) -> bool:
+    """Whether one of these tensors stands for several ones, inside of ``torch.func.vmap`` or of ``is_grads_batched=True``."""
     functorch = torch._C._functorch
-    return functorch.is_batchedtensor(value) or functorch.is_legacy_batchedtensor(value)
+    for value in values:  # in every step: no function for each of them
+        if value is not None and (functorch.is_batchedtensor(value) or functorch.is_legacy_batchedtensor(value)):
+            return True
+    return False
 
 
 def raise_after_backward(error: Exception) -> None:

@@ -13,6 +13,10 @@ from torch_secorder.model.hooks import WeakHook
 Owner = nn.Module | Tensor
 
 
+# The tables of hooks that every module has.
+_TABLES = [name for name, table in vars(nn.Module()).items() if "hooks" in name and isinstance(table, dict)]
+
+
 class HookSet:
     """Hooks of ours on modules and tensors.
 
@@ -44,10 +48,9 @@ class HookSet:
 
 def _remove(owner: Owner, hook: Callable[..., Any]) -> None:
     """Remove one hook from all tables of its owner, which torch keys by the same number."""
-    if isinstance(owner, Tensor):
-        tables = [owner._backward_hooks or {}]
-    else:
-        tables = [table for name, table in vars(owner).items() if "hooks" in name and isinstance(table, dict)]
+    tables: list[dict[int, Any]] = [owner._backward_hooks or {}] if isinstance(owner, Tensor) else []
+    if not tables:
+        tables += filter(None, map(vars(owner).get, _TABLES))
     found = [(table, key) for table in tables for key, mine in table.items() if mine is hook]
     for where, key in found:
         for table in tables:

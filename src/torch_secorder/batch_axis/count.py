@@ -55,7 +55,8 @@ class Count:
         indices: the samples of rows, for tensors that have a row for something else than a sample.
         is_settled: whether it is no guess of shapes.
         is_of_bags: whether it is the number of bags of an EmbeddingBag.
-        is_odd: whether the first argument's axis doesn't count the samples, so that what holds for one batch may not for others.
+        is_odd: whether shapes say nothing of the samples, since they are in ``indices`` or on another axis than the first
+            argument's, so that what one batch shows is not good for others.
     """
 
     n: int | None = None
@@ -95,20 +96,21 @@ def counted(words: Told, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Co
     seen = _seen(words, args, kwargs)
     if words is not NOTHING and (words.n_samples is not None or words.sample_of is not None):
         return _by_word(words, seen, args, kwargs)
-    if packed := [one for value in (*args, *kwargs.values()) for one in packed_sequences(value)]:
+    plain = not kwargs and set(map(type, args)) == {Tensor}  # in most steps
+    if not plain and (packed := [one for value in (*args, *kwargs.values()) for one in packed_sequences(value)]):
         return _of_packed(packed, seen)
     named = [one for one in seen if words.is_named("inputs", one.key)] if isinstance(words.inputs, Mapping) else []
     telling = named or seen
-    best: Seen | None = None
+    best, n = None, None
     for one in telling:
-        if one.n is not None and (best is None or best.n == 1):
-            best = one
+        if n in (None, 1) and (number := one.n) is not None:
+            best, n = one, number
     if best is None:
         return Count(seen=tuple(seen))
-    if differing := [one for one in named if one.n not in (best.n, 1)]:
+    if named and (differing := [one for one in named if one.n not in (n, 1)]):
         raise ShapeError(f"batch_axis: {best} and {differing[0]} count different numbers of samples")
-    first = next(one for one in seen if one.n is not None)
-    return Count(best.n, best, tuple(seen), is_settled=bool(named), is_odd=first.n not in (best.n, 1))
+    is_odd = best is not seen[0] and next(one.n for one in seen if one.n is not None) not in (n, 1)
+    return Count(n, best, tuple(seen), is_settled=bool(named), is_odd=is_odd)
 
 
 def _seen(words: Told, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Seen]:

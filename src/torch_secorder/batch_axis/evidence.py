@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from torch_secorder.autograd.precision import full_precision, is_half
-from torch_secorder.batch_axis.placement import Layout, Placement
+from torch_secorder.batch_axis.placement import FIRST, Layout, Placement
 
 
 class Unplaced(Enum):
@@ -59,9 +59,15 @@ def sample_marks(n: int, marks_per_pass: int = MARKS_PER_PASS) -> list[Tensor]:
     The exponents are the digits of the sample's number to the base ``marks_per_pass``, one digit in each pass, so that two
     samples differ in at least one of them.
     """
-    samples = torch.arange(n)
+    return list(_sample_marks(n, marks_per_pass))
+
+
+@lru_cache(16)  # a search asks for them at each place
+def _sample_marks(n: int, marks_per_pass: int) -> tuple[Tensor, ...]:
+    samples = torch.arange(n, device="cpu")
     digits = max(1, math.ceil(math.log(max(n, 2), marks_per_pass) - 1e-9))
-    return [torch.ones(n), *(2.0 ** (samples // marks_per_pass**place % marks_per_pass) for place in range(digits))]
+    ones = torch.ones(n, dtype=torch.float32, device="cpu")
+    return ones, *(ones * 2.0 ** (samples // marks_per_pass**place % marks_per_pass) for place in range(digits))
 
 
 # By how much a row may differ from its sample's mark times the plain one: relative to the row, and to the largest row. Powers of
@@ -198,7 +204,7 @@ def evidence(
 
 def _candidates(shape: Sequence[int], n: int) -> Iterator[Placement]:
     """The placements that a shape allows, but for lists: first the axes with an index for each sample, from the first one on."""
-    yield from (Placement(axis) for axis, size in enumerate(shape) if size == n)
+    yield from (Placement(axis) if axis else FIRST for axis, size in enumerate(shape) if size == n)
     for axis, size in enumerate(shape):
         for layout in (Layout.BLOCKS, Layout.INTERLEAVED):
             placement = Placement(axis, layout)
@@ -208,6 +214,9 @@ def _candidates(shape: Sequence[int], n: int) -> Iterator[Placement]:
 
 def _explains(plain: Sketch, marked: list[Sketch], n: int, marks_per_pass: int, placement: Placement) -> bool:
     """Whether every row came back times the mark of its sample."""
+    grouped = placement.layout in (Layout.BLOCKS, Layout.INTERLEAVED)
+    if grouped and _largest_row_contradicts(plain, marked, n, marks_per_pass, placement):
+        return False
     rows = plain.axes[placement.axis]
     sample_of_row = placement.sample_of_index(len(rows), n, rows.device)
     size = rows.norm(dim=1)
@@ -220,6 +229,27 @@ def _explains(plain: Sketch, marked: list[Sketch], n: int, marks_per_pass: int, 
         if not bool((off.isfinite() & (off <= forgiven * size + floor * size.max())).all()):
             return False
     return True
+
+
+def _largest_row_contradicts(
+    plain: Sketch, marked: list[Sketch], n: int, marks_per_pass: int, placement: Placement
+) -> bool:
+    """Whether the largest row alone came back by another factor than the mark that a placement in groups gives to it.
+
+    Most shapes allow several such placements, of which one is right at most. A few numbers rule out the others.
+    """
+    rows = plain.axes[placement.axis]
+    size = rows.norm(dim=1)
+    row = int(size.argmax())
+    sample = row // (len(rows) // n) if placement.layout is Layout.BLOCKS else row % n
+    forgiven, floor = FORGIVEN[torch.float16 if marks_per_pass == MARKS_PER_PASS_OF_HALF else plain.dtype]
+    # A little more is forgiven here than for all rows together, which have the last word.
+    own, bound = rows[row].tolist(), 1.01 * (forgiven + floor) * float(size[row])
+    for mark, sketch in zip(sample_marks(n, marks_per_pass)[1:], marked, strict=True):
+        factor = float(mark[sample])
+        if not math.dist([x / factor for x in sketch.axes[placement.axis][row].tolist()], own) <= bound:
+            return True
+    return False
 
 
 def _shows_every_sample(plain: Sketch, placement: Placement, n: int) -> bool:

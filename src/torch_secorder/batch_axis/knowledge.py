@@ -12,7 +12,7 @@ from torch import nn
 from torch.autograd.graph import GradientEdge
 
 from torch_secorder.batch_axis.evidence import Evidence, Finding, Unplaced
-from torch_secorder.batch_axis.placement import Placement
+from torch_secorder.batch_axis.placement import FIRST, Placement
 from torch_secorder.batch_axis.told import NOTHING, Told
 
 Key = tuple[object, ...]
@@ -108,7 +108,9 @@ class PlacementCache:
         for item in wanted:  # in every step: no function for each place
             key, _, shape = item
             known = self.evidence.get(key)
-            if isinstance(known, Placement):
+            if known is FIRST:
+                holds = shape[:1] == (n,) and key not in self._unproven
+            elif isinstance(known, Placement):
                 # A router decides anew for each batch, so that a list of samples is good for one graph only.
                 holds = known.sample_index is None and known.fits(shape, n) and key not in self._unproven
             elif known in (Unplaced.NO_GRADIENT, Unplaced.NOT_FINITE, Unplaced.HIDDEN):

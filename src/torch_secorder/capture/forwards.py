@@ -220,7 +220,7 @@ def ambiguous_inputs(count: Count, args: tuple[Any, ...], kwargs: Mapping[str, A
     found = []
     for seen in count.seen:
         value = args[seen.key] if isinstance(seen.key, int) else kwargs[seen.key]
-        if seen.n == count.n and isinstance(value, Tensor) and sum(size == count.n for size in seen.shape) > 1:
+        if isinstance(value, Tensor) and tuple(seen.shape).count(count.n) > 1 and seen.n == count.n:
             found.append((seen, value))
     return found
 

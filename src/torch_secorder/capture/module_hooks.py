@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from operator import is_not
 from threading import get_ident
 from typing import Any
 
@@ -18,8 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from torch_secorder.autograd.compiled import never_compiled
+from torch_secorder.autograd.engine import saved_tensors_hooks
 from torch_secorder.autograd.hooks import HookSet
 from torch_secorder.autograd.nodes import gradient_edge_of, made_by
+from torch_secorder.autograd.versions import version
 from torch_secorder.batch_axis.placement import FIRST
 from torch_secorder.capture.forwards import ForwardTracker, size_on
 from torch_secorder.capture.frozen_uses import FrozenUses
@@ -28,7 +31,6 @@ from torch_secorder.errors import CoverageError, CurvatureError, ShapeError, Uns
 from torch_secorder.model.containers import tensors
 from torch_secorder.model.hooks import HookScope, WeakHook
 from torch_secorder.model.nested import shows_sizes, whole_shape
-from torch_secorder.model.parameters import named_modules
 from torch_secorder.model.ranks import fsdp_modules, is_dtensor
 from torch_secorder.per_sample import real_entries
 
@@ -42,6 +44,7 @@ class ModuleHooks(HookScope):
 
     Args:
         model: the model, unwrapped.
+        modules: all of its modules, under their plain names.
         sites: its modules to hook.
         on_gradient: called inside each backward pass with a record, which output of its node is its own, what the node returned,
             and the gradients of the node's outputs.
@@ -54,6 +57,7 @@ class ModuleHooks(HookScope):
     def __init__(
         self,
         model: nn.Module,
+        modules: Sequence[tuple[str, nn.Module]],
         sites: Sequence[HookedModule],
         on_gradient: Callable[[Record, int, object, tuple[Tensor | None, ...]], None],
         forwards: ForwardTracker,
@@ -61,7 +65,7 @@ class ModuleHooks(HookScope):
         *,
         attach_leaf: bool = False,
     ):
-        self._model, self._sites, self._on_gradient = model, sites, on_gradient
+        self._model, self._modules, self._sites, self._on_gradient = model, modules, sites, on_gradient
         self.forwards, self._guards, self._attach_leaf = forwards, guards, attach_leaf
         self._hooks = HookSet()
         self._frozen = {
@@ -85,7 +89,7 @@ class ModuleHooks(HookScope):
         for module in fsdp_modules(model):
             leave_module = WeakHook(self, "on_sharded_output")
             add(module, module.register_forward_hook, leave_module, prepend=True)
-        for name, module in named_modules(model):
+        for name, module in self._modules:
             if isinstance(module, (nn.RNNBase, nn.MultiheadAttention)):
                 add(module, module.register_forward_hook, WeakHook(self, "on_own_axis", name), prepend=True)
             if isinstance(module, nn.EmbeddingBag):
@@ -165,10 +169,9 @@ class ModuleHooks(HookScope):
             return self._recorded(site, forward, module, args, kwargs, output)
         except CurvatureError as error:
             self.forwards.refuse(error)
-        if (
-            site.keep is None
-        ):  # Activation checkpointing counts what is packed in each run, so that it is packed here as well.
-            Record(site, forward, None, {}, torch.Size(), None, True, ()).keep_inputs(args, kwargs)
+        if site.keep is None and (hooks := saved_tensors_hooks()) is not None:
+            # Activation checkpointing counts what is packed in each run, so that it is packed here as well.
+            Record(site, forward, args, kwargs, torch.Size(), None, True, ()).pack_inputs(*hooks)
         return None
 
     def _recorded(
@@ -181,11 +184,13 @@ class ModuleHooks(HookScope):
         output: Any,
     ) -> Tensor | None:
         """Keep what a rule needs of a call; returns the new output, if there is one."""
-        if (replaced := _replaced_parameter(site, module)) is not None:
+        # As inside of ``torch.func.functional_call``; in every step, and no function for each parameter.
+        if any(map(is_not, map(module._parameters.get, site.tensors), site.tensors.values())):
             if self._attach_leaf:  # Of a frozen parameter, the graph shows no other use.
                 raise CoverageError(
-                    f"{site}: its parameter '{replaced}' was replaced since the analysis began (torch.func.functional_call, a "
-                    "parametrization, an assignment); start a new analysis of the model as it is now"
+                    f"{site}: its parameter '{_replaced_parameter(site, module)}' was replaced since the analysis began "
+                    "(torch.func.functional_call, a parametrization, an assignment); start a new analysis of the model as it is "
+                    "now"
                 )
             return None
         if not isinstance(output, Tensor):
@@ -212,9 +217,11 @@ class ModuleHooks(HookScope):
         record = _record(site, forward, args, kwargs, output)
         record.training = module.training
         if site.keep is not None:
-            record.inputs, record.kept = (), site.keep(module, args, kwargs, output)
+            record.inputs, record.kwargs, record.versions = (), {}, ()
+            record.kept = site.keep(module, args, kwargs, output)
         else:
-            record.keep_inputs(args, kwargs)
+            if (hooks := saved_tensors_hooks()) is not None:
+                record.pack_inputs(*hooks)
             if args and isinstance(args[0], Tensor):
                 forward.input_uses[id(args[0])] = forward.input_uses.get(id(args[0]), 0) + 1
         self._hook_gradient(record, output)
@@ -276,7 +283,7 @@ class ModuleHooks(HookScope):
             )
             return
         assert site.keep is not None
-        nodes = _nodes_of_inputs(args, kwargs)
+        nodes, _ = _nodes_and_versions(args, kwargs)
         record = Record(site, forward, (), {}, whole_shape(output), placement, not nodes, nodes)
         record.kept = site.keep(module, args, kwargs, output)
         self._hook_gradient(record, output)
@@ -307,7 +314,7 @@ def _record(
         forward.n = size_on(output, placement.axis)
     # An output without elements, an expert's that no token was sent to, belongs to nobody.
     if placement is FIRST:
-        odd = forward.recomputed_in is not None and forward.is_odd
+        odd = forward.recomputed_in is not None and forward.count.is_odd
         fits = not output.numel() or (output.shape[:1] == (forward.n,) and not odd)
     else:
         fits = not output.numel() or placement.fits(output.shape, forward.n or -1)
@@ -316,26 +323,27 @@ def _record(
             f"{site}: its output has shape {tuple(output.shape)}, whose axis {placement.axis} is not the batch of "
             f"{forward.n} samples; pass batch_axis={{'modules': {{'{site.name}': axis}}}} if it has one"
         )
-    nodes = _nodes_of_inputs(args, kwargs)
+    nodes, versions = _nodes_and_versions(args, kwargs)
     shape = whole_shape(output) if output.is_nested else output.shape
-    return Record(site, forward, None, {}, shape, placement if fits else None, not nodes, nodes)
+    return Record(site, forward, args, kwargs, shape, placement if fits else None, not nodes, nodes, versions)
 
 
-def _replaced_parameter(site: HookedModule, module: nn.Module) -> str | None:
-    """The local name of a parameter in whose place there is another tensor, as inside of ``torch.func.functional_call``."""
-    for local, tensor in site.tensors.items():
-        if module._parameters.get(local) is not tensor:
-            return local
-    return None
+def _replaced_parameter(site: HookedModule, module: nn.Module) -> str:
+    """The local name of the first parameter in whose place there is another tensor."""
+    return next(local for local, tensor in site.tensors.items() if module._parameters.get(local) is not tensor)
 
 
-def _nodes_of_inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
-    """The nodes that made those inputs that require a gradient."""
+def _nodes_and_versions(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], tuple[int, ...]]:
+    """The nodes that made those inputs that require a gradient, and how often each input was changed in place so far."""
     nodes: list[Any] = []
+    versions: list[int] = []
     for x in (*args, *kwargs.values()) if kwargs else args:
-        if isinstance(x, Tensor) and x.requires_grad:
-            nodes.append(x.grad_fn or made_by(x))
-    return tuple(nodes)
+        if isinstance(x, Tensor):
+            if x.requires_grad:
+                nodes.append(x.grad_fn or made_by(x))
+            if not x.is_inference():
+                versions.append(version(x))
+    return tuple(nodes), tuple(versions)
 
 
 def moments(module: nn.Module, args: object, kwargs: object, output: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
-from torch_secorder.autograd.engine import current_node, saved_tensors_hooks
+from torch_secorder.autograd.engine import current_node
 from torch_secorder.autograd.versions import version
 from torch_secorder.batch_axis.count import Count, Seen
 from torch_secorder.batch_axis.evidence import Unplaced
@@ -106,11 +106,6 @@ class Forward:
     placements: Sequence[Placement | None] = ()
     inputs: list[tuple[Seen, Tensor]] = field(default_factory=list)
     bags: set[int] = field(default_factory=set)
-
-    @property
-    def is_odd(self) -> bool:
-        """Whether shapes say nothing of the samples, and what one batch shows is not good for others."""
-        return self.count.is_odd or bool(self.count.indices)
 
     def settle(self, count: Count) -> None:
         """The outputs show that this is how many samples there are."""
@@ -257,15 +252,15 @@ class Record:
     kept: Any = None
     training: bool = False
 
-    def keep_inputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Hold on to the inputs, as the module got them."""
-        if (hooks := saved_tensors_hooks()) is None:
-            self.inputs, self.kwargs, self.versions = args, kwargs, _versions(args, kwargs)
-            return
-        # A tensor that we kept ourselves would stay in memory, which is what checkpointing is there to avoid.
-        self.inputs = tuple(_Packed(x, *hooks) if isinstance(x, Tensor) else x for x in args)
-        self.kwargs = {k: _Packed(x, *hooks) if isinstance(x, Tensor) else x for k, x in kwargs.items()}
-        self.inputs_packed = True
+    def pack_inputs(self, pack: Callable[[Tensor], Any], unpack: Callable[[Any], Tensor]) -> None:
+        """Leave the inputs to hooks for saved tensors.
+
+        Tensors that we kept ourselves would stay in memory, which is what checkpointing is there to avoid.
+        """
+        assert self.inputs is not None
+        self.inputs = tuple(_Packed(x, pack, unpack) if isinstance(x, Tensor) else x for x in self.inputs)
+        self.kwargs = {k: _Packed(x, pack, unpack) if isinstance(x, Tensor) else x for k, x in self.kwargs.items()}
+        self.inputs_packed, self.versions = True, ()
 
     def call(self, grad: Tensor, shared_factors: dict[torch.Size, SharedFactor] | None = None) -> Call:
         """What the rule needs, with the axis that counts samples first."""
@@ -309,7 +304,8 @@ class Record:
             )
         # What ranks compute in parts, and nested tensors, the rules get whole.
         kwargs = {name: whole(x) for name, x in self.kwargs.items()} if self.kwargs else self.kwargs
-        return tuple([x if type(x) is Tensor else whole(x) for x in self.inputs]), kwargs
+        inputs = self.inputs if set(map(type, self.inputs)) == {Tensor} else tuple(map(whole, self.inputs))
+        return inputs, kwargs
 
 
 class _Packed:

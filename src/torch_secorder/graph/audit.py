@@ -6,6 +6,7 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from operator import attrgetter, itemgetter
 from typing import NamedTuple
 
 from torch import Tensor
@@ -129,7 +130,7 @@ class Audit:
 
     def _uses(self, forward: Forward, outputs: Sequence[Tensor]) -> Uses:
         placed = [(x, p) for x, p in zip(outputs, forward.placements, strict=True) if x.requires_grad]
-        roots, self.comparing = [x for x, _ in placed], []
+        roots, self.comparing = list(map(itemgetter(0), placed)), []
         walk, n = Walk(roots, forward, self.leaves), forward.n
         self.fingerprint, self.other_leaves = walk.fingerprint, walk.other_leaves
         if n is None:
@@ -141,7 +142,7 @@ class Audit:
             for record, edge in forward.records
             if record.site.rule is not None and edge.node in nodes and record not in unfolded
         ]
-        asked = Questions.of(walk, reached, n, is_odd=forward.is_odd)
+        asked = Questions.of(walk, reached, n, is_odd=forward.count.is_odd)
         if self._ranks.distributed:
             asked = asked.on_any(self._ranks)
         search = self._search(walk, placed, forward, reached, asked)
@@ -177,8 +178,10 @@ class Audit:
         """A search in this graph, which begins with what graphs of the same kind have shown."""
         n = forward.n or 0
         known = PlacementCache() if asked.reorders_samples else self._knowledge.placements(self.fingerprint)
-        weights = GatheredWeights(forward.sharded, () if forward.sharded else self._table.sharded)
-        refusal = partial(not_counted, forward.count, [x.shape for x, _ in placed])
+        weights = None
+        if forward.sharded or self._table.sharded:
+            weights = GatheredWeights(forward.sharded, () if forward.sharded else self._table.sharded)
+        refusal = partial(not_counted, forward.count, list(map(attrgetter("shape"), map(itemgetter(0), placed))))
         passes = partial(SearchPasses, placed, n, weights=weights, not_counted=refusal)
         if self._ranks.distributed:
             # No look ahead: with one sample autograd skips nodes that broadcast, so that ranks with batches of different sizes
@@ -203,7 +206,7 @@ class Audit:
                 if record.placement is None:  # then there is one sample, and all of the output belongs to it
                     record.placement = Placement(0, Layout.BLOCKS)
             return []
-        wanted, beside = _wanted(reached), _wanted_of_own_axes(own_axes)
+        wanted, beside = _wanted(reached), _wanted_of_own_axes(own_axes) if own_axes else []
         search([*wanted, *beside])
         for one, (key, _, _) in zip(own_axes, beside, strict=True):
             found = search.placements.evidence[key]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
+from operator import attrgetter
 from typing import Any
 
 from torch import Tensor
@@ -48,6 +49,7 @@ class Walk:
         self.unfolded = set(unfolded)
         self.other_leaves: list[Node] = []
         self._names: list[str] = []  # of the nodes in children
+        self._suspects: list[Node] = []  # nodes outside of hooked calls that may put the samples into another order
         self._parts: list[int] = []  # which outputs of nodes with several are taken, in turn
         calls: dict[Node, list[Record]] = defaultdict(list)
         for record, edge in forward.records:
@@ -58,7 +60,8 @@ class Walk:
 
     def _traverse(self, roots: Sequence[Tensor], calls: dict[Node, list[Record]]) -> None:
         # In every step: one loop, and no function for each node.
-        stack = list(dict.fromkeys([x.grad_fn for x in roots if x.grad_fn is not None]))  # one may have made several
+        # One node may have made several of the roots.
+        stack: list[Any] = list(dict.fromkeys(filter(None, map(attrgetter("grad_fn"), roots))))
         seen = set(stack)
         while stack:
             node = stack.pop()
@@ -71,7 +74,9 @@ class Walk:
                 if not inputs and hasattr(node, "variable"):
                     self.other_leaves.append(node)
             self.children[node] = inputs
-            self._names.append(node.name())
+            self._names.append(name := node.name())
+            if ending is None and name in REORDERS:  # most products are in hooked calls, which keep the order
+                self._suspects.append(node)
             for index, (child, nr) in enumerate(inputs):
                 if nr:
                     self._parts.append(nr)
@@ -122,21 +127,14 @@ class Walk:
     def _describe(self, n: int | None) -> None:
         names, shapes = tuple(self._names), output_shapes(self.children)
         self.has_ambiguous_axis = n is not None and has_ambiguous_axis(n, shapes)
-        self.reorders_samples = (
-            n is not None and n > 1 and not REORDERS.isdisjoint(names) and self._may_reorder(names, n)
-        )
+        self.reorders_samples = False
+        if self._suspects and n is not None and n > 1:
+            self.reorders_samples = any(map(partial(may_reorder, n=n), self._suspects))
         along = tuple([axes(node) for node in self.children]) if self.has_ambiguous_axis else None
         order = None if n is None or PICKS.isdisjoint(names) else self._order_of_picks(names, n)
         self.fingerprint = hash(
             (names, None if n is None else size_pattern(n, shapes), along, order, tuple(self._parts))
         )
-
-    def _may_reorder(self, names: Sequence[str], n: int) -> bool:
-        """Whether some node may put the samples into another order; hooked calls don't."""
-        # In every step: most graphs have products in hooked calls only.
-        pairs = zip(self.children, names, strict=True)
-        found = [node for node, name in pairs if name in REORDERS and node not in self.records]
-        return bool(found) and any(may_reorder(node, n) for node in found)
 
     def _order_of_picks(self, names: Sequence[str], n: int) -> tuple[object, ...]:
         """Which samples are picked one by one, in the order in which they are met."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -21,6 +22,7 @@ from torch_secorder.model.ranks import (
 
 # Path components that wrappers add to a module's name, and that the user never wrote.
 WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
+_names_wrapper = re.compile("|".join(sorted(WRAPPERS))).search
 
 
 @dataclass(frozen=True)
@@ -120,8 +122,12 @@ class ParameterTable(Table):
 
     def owned(self, module: nn.Module) -> dict[str, int]:
         """The module's own analyzed parameters: local name -> position."""
-        found = ((local, self.position(p)) for local, p in module._parameters.items())
-        return {local: position for local, position in found if position is not None}
+        found: dict[str, int] = {}
+        for local, p in module._parameters.items():
+            position = self._positions.get(id(p))
+            if position is not None:
+                found[local] = position
+        return found
 
 
 def _is_quantized(p: Tensor) -> bool:
@@ -159,7 +165,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 def plain_name(name: str) -> str:
     """``name`` without what wrappers added to it."""
-    if not any(wrapper in name for wrapper in WRAPPERS):
+    if _names_wrapper(name) is None:
         return name
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
@@ -167,6 +173,16 @@ def plain_name(name: str) -> str:
 def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Every module once, under its plain name."""
     return ((plain_name(name), module) for name, module in model.named_modules())
+
+
+def parameters_by_name(modules: Iterable[tuple[str, nn.Module]]) -> dict[str, nn.Parameter]:
+    """The parameters that these modules own, of whatever they share under each of its names."""
+    found: dict[str, nn.Parameter] = {}
+    for name, module in modules:
+        for local, p in module._parameters.items():
+            if p is not None:
+                found[f"{name}.{local}" if name else local] = p
+    return found
 
 
 def _row(name: str, p: Tensor, owners: dict[str, str]) -> Parameter:

@@ -17,6 +17,7 @@ fastest; ``budget`` bounds the memory of all of them, and ``out_of_memory`` says
 """
 
 from torch_secorder.per_sample._base import (
+    FULL,
     Dense,
     PerSampleGradient,
     Sum,
@@ -30,13 +31,14 @@ from torch_secorder.per_sample._base import (
 )
 from torch_secorder.per_sample.budget import memory_limit
 from torch_secorder.per_sample.convolution import Convolution
-from torch_secorder.per_sample.out_of_memory import as_refusal, halving_on_oom, squared_norms_of
+from torch_secorder.per_sample.out_of_memory import all_squared_norms_of, as_refusal, halving_on_oom, squared_norms_of
 from torch_secorder.per_sample.outer import Outer, SharedFactor
 from torch_secorder.per_sample.pulled_back import PulledBack
 from torch_secorder.per_sample.row_sparse import RowSparse
 from torch_secorder.per_sample.square_sum import SquareSum
 
 __all__ = [
+    "FULL",
     "Convolution",
     "Dense",
     "Outer",
@@ -46,6 +48,7 @@ __all__ = [
     "SharedFactor",
     "SquareSum",
     "Sum",
+    "all_squared_norms_of",
     "as_refusal",
     "at_least_float32",
     "halving_on_oom",

@@ -21,6 +21,10 @@ Index = slice | Tensor
 CHUNK_BYTES = 8 * 2**20
 
 
+# What stays as it is, in most layers of most models.
+FULL = (torch.float32, torch.float64)
+
+
 def at_least_float32(value: Tensor) -> Tensor:
     """``value`` in at least float32: squares of half-precision numbers overflow and underflow."""
     if value.dtype == torch.complex32:
@@ -226,7 +230,7 @@ class Dense(PerSampleGradient):
     """The gradients as a tensor ``[n, *shape]``, as for biases, scales and other small parameters."""
 
     def __init__(self, value: Tensor):
-        self.value = value = at_least_float32(value)
+        self.value = value = value if value.dtype in FULL else at_least_float32(value)
         self.n, self.shape = value.shape[0], tuple(value.shape[1:])
 
     @property

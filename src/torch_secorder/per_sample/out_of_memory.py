@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from operator import methodcaller
 from typing import TypeVar
 
 import torch
@@ -62,3 +63,14 @@ def squared_norms_of(form: PerSampleGradient) -> Tensor:
             raise
     # Here and not in the except clause, where the error holds all that was allocated.
     return halving_on_oom(form, lambda part: part.squared_norm(), lambda a, b: torch.cat([a, b]))
+
+
+def all_squared_norms_of(forms: Iterable[PerSampleGradient]) -> list[Tensor]:
+    """The same for each of several forms."""
+    forms = list(forms)
+    try:
+        return list(map(methodcaller("squared_norm"), forms))
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+    return list(map(squared_norms_of, forms))

@@ -131,12 +131,13 @@ class Gates(HookScope):
     def __enter__(self) -> Self:
         if self._recorder is not None:
             raise LifecycleError("these gates are watched already; leave the block first")
-        for guard in guards(self._model).values():
+        for guard in guards(named_modules(self._model)).values():
             guard()
         return super().__enter__()
 
     def _attach(self) -> None:
-        plan = Plan(self._model, self._sites, guards(self._model), self._words)
+        modules = list(named_modules(self._model))
+        plan = Plan(self._model, modules, self._sites, guards(modules), self._words)
         knowledge = knowledge_of(self._model, self._words, checks=False)
         self._recorder = UserRecorder(self._table, plan, knowledge, self._passes, on_pass=self._count)
         self._recorder.__enter__()

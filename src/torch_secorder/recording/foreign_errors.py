@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import sys
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from torch_secorder.errors import CurvatureError, UnsupportedError
 from torch_secorder.per_sample import as_refusal
@@ -31,15 +29,6 @@ def refusal_of(error: Exception, what: str) -> Exception:
     )
     found.__cause__ = error
     return found
-
-
-@contextmanager
-def only_refusals(what: str) -> Iterator[None]:
-    """A block of the library's own work, which raises nothing but its own errors and those of the user's code."""
-    try:
-        yield
-    except Exception as error:
-        raise refusal_of(error, what)  # noqa: B904  # a refusal names its cause itself
 
 
 def _is_theirs(error: Exception) -> bool:

@@ -14,7 +14,7 @@ from torch.autograd.graph import Node
 
 from torch_secorder.autograd.contributions import Identity, identity, note_contribution
 from torch_secorder.capture.records import SMALL
-from torch_secorder.per_sample import at_least_float32, in_rows
+from torch_secorder.per_sample import FULL, at_least_float32
 from torch_secorder.recording.batch import alike
 from torch_secorder.recording.small_calls import MOST_CALLS
 
@@ -41,6 +41,19 @@ class GradientNorms:
         if note_contribution(node, leaf, partial(self._contributions.__setitem__, position)):
             self._from_factors[position] = norm
 
+    def keep(self, position: int, grad: Tensor) -> bool:
+        """Wait with the norm of a small gradient; says whether it can. Nothing is computed here, so that nothing can go wrong.
+
+        The reference that is kept makes autograd accumulate into a copy, so that later changes of .grad in place, or of a
+        communication buffer, do not reach this tensor.
+        """
+        if position in self._from_factors or grad.numel() > SMALL or grad.dtype not in FULL or grad.is_sparse:
+            return False
+        if len(self._waiting) == MOST_CALLS:
+            return False
+        self._waiting[position] = grad
+        return True
+
     def add(self, position: int, grad: Tensor, as_added: bool = True) -> None:
         """A parameter's gradient; ``as_added`` unless a hook of the user's may still change it."""
         known = self._from_factors.pop(position, None)
@@ -50,14 +63,10 @@ class GradientNorms:
         if known is not None and grad.dtype == known.dtype and self._contributions.get(position) == identity(grad):
             self._norms[position] = known
             return
-        # The norm is taken now, or a reference is kept: that makes autograd accumulate into a copy, so that later changes of
-        # .grad in place, or of a communication buffer, do not reach this tensor.
-        if grad.numel() > SMALL or grad.dtype not in (torch.float32, torch.float64) or grad.is_sparse:
-            self._norms[position] = norm(grad)
-            return
-        self._waiting[position] = grad
         if len(self._waiting) == MOST_CALLS:
             self._take_waiting()
+        if not self.keep(position, grad):
+            self._norms[position] = norm(grad)
 
     def _take_waiting(self) -> None:
         alike: dict[Hashable, tuple[list[int], list[Tensor]]] = {}
@@ -66,7 +75,7 @@ class GradientNorms:
             positions.append(position)
             grads.append(grad)
         for positions, grads in alike.values():
-            rows = in_rows(torch.stack(grads))
+            rows = torch.stack(grads)[:, None].flatten(1)  # also where a gradient is one number, or none
             self._batched.append((positions, torch.linalg.vector_norm(rows, dim=1)))
         self._waiting.clear()
 

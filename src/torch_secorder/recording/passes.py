@@ -37,6 +37,7 @@ class UserPasses:
         watches_outputs: whether the outputs of modules without an analyzed parameter are of interest.
 
     Attributes:
+        under_way: the number of each outermost pass of the samples -> what is collected of it.
         ignored: the passes under way that are none of the samples, with the calls of the model that they have reached; passes
             inside of them may be of the samples nevertheless.
     """
@@ -52,13 +53,13 @@ class UserPasses:
         self._leaves, self._all_have_gradients = leaves, all_have_gradients
         self._model, self._watches_outputs = model, watches_outputs
         # Only autograd keeps a pass alive: one that an exception breaks off is gone.
-        self._open: WeakValueDictionary[int, BackwardPass] = WeakValueDictionary()
+        self.under_way: WeakValueDictionary[int, BackwardPass] = WeakValueDictionary()
         self._outer_of: dict[int, int] = {}  # a pass of the samples inside of another pass -> the outermost one
         self.ignored: dict[int, list[Forward]] = {}
 
     def clear(self) -> None:
         """Forget all of them."""
-        self._open.clear()
+        self.under_way.clear()
         self._outer_of.clear()
         self.ignored.clear()
 
@@ -67,27 +68,17 @@ class UserPasses:
         while (current := self._of_this_thread()) is not None:
             self.close(current)
 
-    def number(self, task: int) -> int:
-        """The outermost pass that a pass belongs to, as far as that is known; its own number otherwise."""
-        return self._outer_of.get(task, task)
-
     def of(self, task: int) -> BackwardPass | None:
         """What is collected of a pass, if that has begun."""
-        return self._open.get(self._outer_of.get(task, task))
-
-    def open(self, current: BackwardPass) -> None:
-        """Something is collected of this pass from now on."""
-        self._open[current.task] = current
+        return self.under_way.get(self._outer_of.get(task, task))
 
     def close(self, current: BackwardPass) -> bool:
         """A pass is over; says whether it was open."""
         current.is_over = True
-        for inner in [inner for inner, outer in list(self._outer_of.items()) if outer == current.task]:
-            self._outer_of.pop(inner, None)
-        return self._open.pop(current.task, None) is not None
-
-    def __bool__(self) -> bool:
-        return bool(self._open)
+        if self._outer_of:
+            for inner in [inner for inner, outer in list(self._outer_of.items()) if outer == current.task]:
+                self._outer_of.pop(inner, None)
+        return self.under_way.pop(current.task, None) is not None
 
     def ignore(self, task: int) -> None:
         """The pass under way is none of the samples."""
@@ -104,10 +95,10 @@ class UserPasses:
             task: the pass under way.
             recomputed_in: the pass that ran the forward which this one goes through, if one did.
         """
-        outer = self.number(task)
+        outer = self._outer_of.get(task, task)
         if recomputed_in is not None and recomputed_in != task:
-            outer = self.number(recomputed_in)
-        elif outer == task:
+            outer = self._outer_of.get(recomputed_in, recomputed_in)
+        elif outer == task and self.under_way:
             around = self._of_this_thread()
             outer = task if around is None else around.task
         if outer != task:
@@ -116,7 +107,7 @@ class UserPasses:
 
     def _of_this_thread(self) -> BackwardPass | None:
         """One that began in this thread; another thread may begin one meanwhile."""
-        open_ones = (reference() for reference in self._open.valuerefs())
+        open_ones = (reference() for reference in self.under_way.valuerefs())
         return next((one for one in open_ones if one is not None and one.thread == get_ident()), None)
 
     def is_of_samples(self) -> bool:

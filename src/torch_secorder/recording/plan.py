@@ -18,6 +18,8 @@ from torch_secorder.model.ranks import class_as_written
 from torch_secorder.recording.quantities import QUANTITIES
 from torch_secorder.rules import Rule, refusal_for, rule_for
 
+NamedModule = tuple[str, nn.Module]
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -25,12 +27,14 @@ class Plan:
 
     Attributes:
         model: the model to hook; None where its graph is there already.
+        modules: all of its modules, under their plain names.
         sites: the modules to hook.
         guards: modules that may be in a state in which no rule is right, with a check for each call.
         words: what the user says of where the samples are.
     """
 
     model: nn.Module | None = None
+    modules: Sequence[NamedModule] = ()
     sites: Sequence[HookedModule] = ()
     guards: Mapping[nn.Module, Callable[[], None]] = field(default_factory=dict)
     words: Told = NOTHING
@@ -47,8 +51,9 @@ def planned(model: nn.Module, table: ParameterTable, words: Told = NOTHING, quan
     placement = words.placement
     sites: list[HookedModule] = []
     missing: list[str] = []
-    for name, module in named_modules(model):
-        if not (owned := table.owned(module)):
+    modules = list(named_modules(model))
+    for name, module in modules:
+        if not module._parameters or not (owned := table.owned(module)):
             continue
         rule = rule_for(module)
         if isinstance(rule, Rule):
@@ -65,29 +70,29 @@ def planned(model: nn.Module, table: ParameterTable, words: Told = NOTHING, quan
             "so that the autograd graph shows where they are used"
         )
     if any(QUANTITIES[name].watches_outputs for name in quantities):
-        sites += _watched(model, placement, set(quantities))
-    return Plan(model, sites, guards(model), words)
+        sites += _watched(modules, placement, set(quantities))
+    return Plan(model, modules, sites, guards(modules), words)
 
 
 def _watched(
-    model: nn.Module, placement: Callable[[str], Placement | None], quantities: Collection[str]
+    modules: Sequence[NamedModule], placement: Callable[[str], Placement | None], quantities: Collection[str]
 ) -> list[HookedModule]:
-    """One hooked module for each of the model's modules, that only looks at its output."""
+    """One hooked module for each module, that only looks at its output."""
     keep = partial(watched_call, with_moments="activations" in quantities, with_output="on_output" in quantities)
     return [
         HookedModule(name, module, {}, {}, {}, None, placement(name), keep, number)
-        for number, (name, module) in enumerate(named_modules(model))
+        for number, (name, module) in enumerate(modules)
     ]
 
 
-def guards(model: nn.Module) -> dict[nn.Module, Callable[[], None]]:
+def guards(modules: Iterable[NamedModule]) -> dict[nn.Module, Callable[[], None]]:
     """For each module that may be in a state in which no rule is right, what raises if it is."""
-    found = {module: (name, refusal_for(module)) for name, module in named_modules(model)}
-    return {
-        module: partial(_refuse, name, module, refusal)
-        for module, (name, refusal) in found.items()
-        if refusal is not None
-    }
+    found: dict[nn.Module, Callable[[], None]] = {}
+    for name, module in modules:
+        refusal = refusal_for(module)
+        if refusal is not None:
+            found[module] = partial(_refuse, name, module, refusal)
+    return found
 
 
 def _refuse(name: str, module: nn.Module, refusal: Callable[[nn.Module], CurvatureError | None]) -> None:

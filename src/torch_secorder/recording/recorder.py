@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from typing import Any
 
@@ -32,7 +32,7 @@ from torch_secorder.model.parameters import Table
 from torch_secorder.per_sample import memory_limit
 from torch_secorder.recording.accumulator import PassAccumulator, PassOptions
 from torch_secorder.recording.backward_pass import BackwardPass, Check, counted_again
-from torch_secorder.recording.foreign_errors import only_refusals, refusal_of
+from torch_secorder.recording.foreign_errors import refusal_of
 from torch_secorder.recording.gradient_norms import GradientNorms
 from torch_secorder.recording.plan import Plan
 from torch_secorder.recording.sample_norms import SampleNorms
@@ -94,7 +94,8 @@ class Recorder(HookScope):
         self._module_hooks: ModuleHooks | None = None
         if plan.model is not None:
             self._module_hooks = ModuleHooks(
-                plan.model, plan.sites, self._on_output_gradient, self.forwards, plan.guards, attach_leaf=attach_leaf
+                *(plan.model, plan.modules, plan.sites, self._on_output_gradient, self.forwards, plan.guards),
+                attach_leaf=attach_leaf,
             )
 
     def _attach(self) -> None:
@@ -108,12 +109,12 @@ class Recorder(HookScope):
     # ------------------------------------------------------------------------------------------------ what differs
 
     @abstractmethod
-    def _pass_under_way(self, grad: Tensor | None, recomputed_in: int | None = None) -> BackwardPass | None:
-        """The pass that a gradient which arrives now belongs to; None for passes that are not recorded.
+    def _pass_under_way(self, grads: Sequence[Tensor | None], recomputed_in: int | None = None) -> BackwardPass | None:
+        """The pass that gradients which arrive now belong to; None for passes that are not recorded.
 
         Args:
-            grad: the gradient.
-            recomputed_in: the pass that ran the forward of the gradient's call again, if one did.
+            grads: the gradients of a node's outputs.
+            recomputed_in: the pass that ran the forward of the gradients' call again, if one did.
         """
 
     def _on_recomputation(self, task: int, outer: int) -> None:
@@ -146,7 +147,7 @@ class Recorder(HookScope):
     def _on_comparing_output(self, output_nr: int, grads: tuple[Tensor | None, ...]) -> None:
         """A gradient has arrived at an output that compares samples."""
         grad = grads[output_nr]
-        current = None if grad is None else self._pass_under_way(grad)
+        current = None if grad is None else self._pass_under_way(grads)
         if current is not None and current.error is None and bool(grad.any()):  # type: ignore[union-attr]  # it is there
             current.error = compares_samples()
 
@@ -172,7 +173,7 @@ class Recorder(HookScope):
             if record.idle is not None:
                 self._on_idle_gradients(record, (grad,))
             return
-        current = self._pass_under_way(grad, record.forward.recomputed_in)
+        current = self._pass_under_way(grads, record.forward.recomputed_in)
         if current is not None:
             self._within(current, record, current.accumulator.add, record, grad)
         else:
@@ -181,7 +182,7 @@ class Recorder(HookScope):
     @never_compiled
     def _on_use_gradients(self, use: ParameterUse, grads: tuple[Tensor | None, ...]) -> None:
         """The gradients at a use of a parameter outside of any hooked module's call."""
-        current = self._pass_under_way(first_of(grads), use.forward.recomputed_in)
+        current = self._pass_under_way(grads, use.forward.recomputed_in)
         if current is not None:
             self._within(current, use, current.accumulator.add_use, use, current_node(), grads)
         else:
@@ -189,7 +190,7 @@ class Recorder(HookScope):
 
     def _on_idle_gradients(self, seen: Record | IdleUse, grads: tuple[Tensor | None, ...]) -> None:
         """Gradients have arrived where none are expected."""
-        current = self._pass_under_way(first_of(grads), seen.forward.recomputed_in)
+        current = self._pass_under_way(grads, seen.forward.recomputed_in)
         if current is not None:
             self._within(current, seen, current.accumulator.add_idle, seen, grads)
 
@@ -199,7 +200,7 @@ class Recorder(HookScope):
     def _within(
         self,
         current: BackwardPass,
-        seen: Record | ParameterUse | IdleUse | Forward | None,
+        seen: Record | ParameterUse | IdleUse | None,
         add: Callable[..., None],
         *args: Any,
     ) -> None:
@@ -207,7 +208,8 @@ class Recorder(HookScope):
         if current.error is not None:
             return
         try:
-            if seen is not None:
+            # In every step: a run of the model that this pass has reached is of this pass, with all of its calls.
+            if seen is not None and seen.forward.last_pass != current.task:
                 self._require_first_pass(current, seen)
             if current.special:
                 with self._settings():
@@ -220,7 +222,7 @@ class Recorder(HookScope):
             self._abandon(current)
             raise
 
-    def _described(self, seen: Record | ParameterUse | IdleUse | Forward | None) -> str:
+    def _described(self, seen: Record | ParameterUse | IdleUse | None) -> str:
         """What has a gradient, in words."""
         if isinstance(seen, Record):
             return str(seen.site)
@@ -265,12 +267,13 @@ class Recorder(HookScope):
         """
         if current.error is not None:
             raise current.error
-        with only_refusals("taking the gradients of this batch apart by samples"), ExitStack() as settings:
-            if current.special:
-                settings.enter_context(self._settings())
-            samples = current.accumulator.finish(nonfinite)
-            for check in checks:
-                check(current, samples)
+        try:
+            with self._settings() if current.special else nullcontext():
+                samples = current.accumulator.finish(nonfinite)
+                for check in checks:
+                    check(current, samples)
+        except Exception as error:
+            raise refusal_of(error, "taking the gradients of this batch apart by samples")  # noqa: B904  # it names its cause
         if current.accumulator.slow and not self._knowledge.warned_of_slow_rules:
             self._knowledge.warned_of_slow_rules = current.accumulator.warned()
         return samples
@@ -285,10 +288,3 @@ def counted_as(seen: Record | ParameterUse | IdleUse | Forward) -> Record | Para
     if isinstance(seen, Forward) or not seen.forward.in_model_call or seen.forward.recomputed_in is not None:
         return seen
     return seen.forward
-
-
-def first_of(grads: Sequence[Tensor | None]) -> Tensor | None:
-    """The first gradient that is there."""
-    if grads and grads[0] is not None:
-        return grads[0]
-    return next((grad for grad in grads if grad is not None), None)

@@ -12,7 +12,7 @@ from torch_secorder.autograd.versions import version
 from torch_secorder.batch_axis.placement import FIRST
 from torch_secorder.capture.records import SMALL, Record
 from torch_secorder.errors import CoverageError
-from torch_secorder.per_sample import squared_norms_of
+from torch_secorder.per_sample import all_squared_norms_of
 from torch_secorder.recording.batch import SampleBatch
 
 MOST_CALLS = 64  # that wait for each other
@@ -65,12 +65,13 @@ class SmallCallBatch:
                     "backward of the user's that gets the same tensor; return a new one there"
                 )
         batches, records, grads, _ = zip(*waiting, strict=True)
-        site, owned = records[0].site, [record.site.parameters for record in records]
-        for local, form in site.forms(Record.concatenated(records, grads)).items():
+        site, owned = records[0].site, list(map(operator.attrgetter("site.parameters"), records))
+        forms = site.forms(Record.concatenated(records, grads))
+        for (local, form), found in zip(forms.items(), all_squared_norms_of(forms.values()), strict=True):
             rule = {f"{site.rule.name} ({form.algorithm})": None}
             positions = list(map(operator.itemgetter(local), owned))
             self.rules.update(dict.fromkeys(positions, rule))
-            norms = squared_norms_of(form).unflatten(0, (len(waiting), -1))
+            norms = found.unflatten(0, (len(waiting), -1))
             if len(set(map(id, batches))) == 1:
                 batches[0].batched.append((positions, norms))
                 continue

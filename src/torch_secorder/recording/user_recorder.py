@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from threading import RLock, get_ident
@@ -19,10 +19,10 @@ from torch_secorder.autograd.engine import (
     LIBRARY_THREADS,
     accumulates_gradient_of,
     after_backward,
+    any_vmapped,
     current_graph_task,
     current_node,
     is_library_pass,
-    is_vmapped,
     leaf_of,
     raise_after_backward,
 )
@@ -34,13 +34,13 @@ from torch_secorder.batch_axis.samples import of_one
 from torch_secorder.capture.records import Forward, Record
 from torch_secorder.errors import LifecycleError, UnsupportedError
 from torch_secorder.graph.frontier import ParameterUse
-from torch_secorder.model.parameters import plain_name
+from torch_secorder.model.parameters import named_modules, parameters_by_name
 from torch_secorder.model.ranks import full_tensor, is_dtensor
 from torch_secorder.per_sample import as_refusal
 from torch_secorder.recording.backward_pass import BackwardPass, counted_again, replaced, vmapped_pass
 from torch_secorder.recording.passes import UserPasses
 from torch_secorder.recording.quantities import QUANTITIES
-from torch_secorder.recording.recorder import Recorder, counted_as, first_of
+from torch_secorder.recording.recorder import Recorder, counted_as
 from torch_secorder.recording.watched_passes import WatchedPasses
 
 
@@ -80,8 +80,7 @@ class UserRecorder(Recorder):
         self._counting = RLock()  # several threads may train the model
         self._outputs: list[tuple[weakref.ref[Tensor], Placement]] = []
         self.waiting: list[Exception] = []
-        assert self.plan.model is not None
-        self._parameters = dict(self.plan.model.named_parameters())  # as they are on entry
+        self._parameters = parameters_by_name(self.plan.modules)  # as they are on entry
         # Of tensors that are not analyzed, and are none of the model's new parameters.
         self._known_leaves: set[Node] = set()
 
@@ -116,7 +115,7 @@ class UserRecorder(Recorder):
     # ------------------------------------------------------------------------------------------------ what happens in forward
 
     def _on_model_exit(self, forward: Forward, outputs: list[Tensor]) -> None:
-        if self._passes:
+        if self._passes.under_way:
             self._passes.forget_broken_off()
         super()._on_model_exit(forward, outputs)
         self._outputs = []
@@ -133,10 +132,11 @@ class UserRecorder(Recorder):
     def _require_known(self, forward: Forward, node: Node, variable: nn.Parameter) -> None:
         """Have the pass through a forward refused if it used a parameter that was put into the model inside of the block."""
         assert self.plan.model is not None
-        others = {name: p for name, p in self.plan.model.named_parameters() if self._parameters.get(name) is not p}
+        now = parameters_by_name(named_modules(self.plan.model))
+        others = {name: p for name, p in now.items() if self._parameters.get(name) is not p}
         others = {name: p for name, p in others.items() if not is_dtensor(self._parameters.get(name))}
         if any(p is variable for p in others.values()):
-            forward.refusal = replaced(list(map(plain_name, others)))
+            forward.refusal = replaced(list(others))
             return
         self._known_leaves.add(node)
 
@@ -160,7 +160,7 @@ class UserRecorder(Recorder):
 
     def _on_outputs_gradient(self, forward: Forward, grads: tuple[Tensor | None, ...]) -> None:
         """A backward pass reaches what the model returned."""
-        current = self._pass_under_way(first_of(grads))
+        current = self._pass_under_way(grads)
         if current is not None:
             self._reach(current, forward)
         elif (reached := self._passes.ignored.get(current_graph_task())) is not None:
@@ -168,17 +168,20 @@ class UserRecorder(Recorder):
 
     def _reach(self, current: BackwardPass, forward: Forward) -> None:
         """The samples of a call of the model are those of this pass."""
-        self._within(current, forward, lambda: None)
-        if forward.refusal is not None and current.error is None:
-            current.error = forward.refusal
+        if current.error is None:
+            try:
+                self._require_first_pass(current, forward)
+                current.error = forward.refusal
+            except LifecycleError as error:
+                current.error = error
 
     @never_compiled
     def on_parameter_gradient(self, position: int, grad: Tensor) -> None:
         """The gradient of a parameter, as this backward pass adds it to ``.grad``."""
         # Re-entrant checkpointing has backward passes inside of one that is skipped; those open none of ours.
-        if self.forwards.skipped_passes and not self._passes:
+        if self.forwards.skipped_passes and not self._passes.under_way:
             return
-        current = self._pass_under_way(grad)
+        current = self._pass_under_way((grad,))
         if current is None:
             if self._watched.resting:
                 self._watched.note_gradient()
@@ -189,7 +192,9 @@ class UserRecorder(Recorder):
         alone = len(gradient_hooks(leaf) or ()) <= 1
         as_added = alone or are_last(leaf)  # A hook that was put on in this very pass comes after ours.
         if type(grad) is Tensor and not current.accumulator.checks:
-            self._within(current, None, current.gradients.add, position, grad, as_added)
+            # In every step, and most parameters are small.
+            if not (as_added and current.error is None and current.gradients.keep(position, grad)):
+                self._within(current, None, current.gradients.add, position, grad, as_added)
         else:
             self._within(current, None, self._add_checked_gradient, current, position, grad, as_added, alone)
 
@@ -212,7 +217,7 @@ class UserRecorder(Recorder):
 
     def _on_gradient_graph(self, grads: tuple[Tensor | None, ...]) -> None:
         """A backward pass goes through the graph of gradients that another one made."""
-        current = self._pass_under_way(first_of(grads))
+        current = self._pass_under_way(grads)
         if current is not None and current.error is None:
             current.error = UnsupportedError(
                 "the backward pass goes through the graph of a gradient (create_graph=True: a gradient penalty, forces, the "
@@ -230,7 +235,7 @@ class UserRecorder(Recorder):
     def _abandon(self, current: BackwardPass) -> None:
         self._passes.close(current)
 
-    def _pass_under_way(self, grad: Tensor | None, recomputed_in: int | None = None) -> BackwardPass | None:
+    def _pass_under_way(self, grads: Sequence[Tensor | None], recomputed_in: int | None = None) -> BackwardPass | None:
         task = current_graph_task()
         if not self.forwards.active or task in LIBRARY_PASSES or get_ident() in LIBRARY_THREADS:
             return None
@@ -240,7 +245,8 @@ class UserRecorder(Recorder):
         current = self._latest() if self._latest is not None else None
         # In every step: most gradients that arrive are of the pass of the one before.
         if current is None or current.task != task or current.is_over:
-            current = self._passes.of(task) or self._begun(task, grad, recomputed_in)
+            current = self._passes.of(task) if self._passes.under_way else None
+            current = current or self._begun(task, grads, recomputed_in)
             self._latest = None if current is None else weakref.ref(current)
         skipped = self.forwards.skipped_passes
         if skipped and task in skipped and current is not None and current.error is None:
@@ -250,13 +256,13 @@ class UserRecorder(Recorder):
             )
         return current
 
-    def _begun(self, task: int, grad: Tensor | None, recomputed_in: int | None) -> BackwardPass | None:
+    def _begun(self, task: int, grads: Sequence[Tensor | None], recomputed_in: int | None) -> BackwardPass | None:
         """A pass that something arrives in for the first time, or the one around it; None if it is none of the samples."""
-        vmapped = grad is not None and is_vmapped(grad)
         of_samples = self._is_of_samples()
-        if of_samples and not vmapped:
+        if of_samples and not any_vmapped(grads):
             number = self._passes.nest(task, recomputed_in)
-            current = self._passes.of(number) or self._open(number)
+            current = self._passes.of(number) if number != task else None
+            current = current or self._open(number)
             for forward in self._passes.ignored.get(number, ()):
                 self._reach(current, forward)
             return current
@@ -292,7 +298,7 @@ class UserRecorder(Recorder):
         checks = self._checks_next(self._audit.fingerprint) or self._watched.are_counted
         current = self._begin(task, keep_inputs=self.counts_again, checks=checks)
         current.special = current.special or torch.is_grad_enabled()  # then autograd would follow our sums
-        self._passes.open(current)
+        self._passes.under_way[current.task] = current
         for leaf in self.table.leaves:
             if len(gradient_hooks(leaf) or ()) > 1:
                 put_last(leaf)
@@ -314,4 +320,5 @@ class UserRecorder(Recorder):
                 self._on_pass(current)
         except Exception as error:
             raise_after_backward(as_refusal(error))
-        self._watched.pass_over()
+        if self._watched.are_counted:
+            self._watched.pass_over()

@@ -98,9 +98,9 @@ class Statistics:
     def _note_rules(self, samples: SampleNorms) -> None:
         """Note which parameters were reached, and how; both lists are replaced, so that an interrupt leaves the old ones."""
         reached, rules = self.reached, self.rules
-        for position in samples.reached:
-            if not reached[position]:
-                reached = reached.index_fill(0, torch.tensor(position), True)
+        positions = list(samples.reached)
+        if not bool(reached[positions].all()):
+            reached = reached.index_fill(0, torch.tensor(positions), True)
         for position, found in samples.rules.items():
             if rules[position] != list(found):
                 rules = [*rules[:position], list(dict.fromkeys([*rules[position], *found])), *rules[position + 1 :]]

@@ -56,18 +56,16 @@ class Rule:
         if not isinstance(found, Mapping):
             raise UnsupportedError(f"the rule for {self.layer.__name__} returned {found!r}, not a mapping")
         n = call.grad_output.shape[0]
-        forms = {
-            name: Dense(value) if isinstance(value, Tensor) else value
-            for name, value in found.items()
-            if name in shapes
-        }
+        forms: dict[str, PerSampleGradient] = {}
         for name, shape in shapes.items():
-            if name not in forms:
+            if name not in found:
                 raise UnsupportedError(f"the rule for {self.layer.__name__} says nothing of its parameter '{name}'")
-            if (forms[name].n, forms[name].shape) != (n, shape):
+            value = found[name]
+            form = forms[name] = Dense(value) if isinstance(value, Tensor) else value
+            if (form.n, form.shape) != (n, shape):
                 raise ShapeError(
                     f"the rule for {self.layer.__name__} gave '{name}' gradients of shape "
-                    f"{(forms[name].n, *forms[name].shape)} where (N, *shape) is {(n, *shape)}"
+                    f"{(form.n, *form.shape)} where (N, *shape) is {(n, *shape)}"
                 )
         return forms
 
@@ -177,7 +175,7 @@ def rule_for(module: nn.Module) -> Rule | str:
         return "its parameters are complex, and rules are written for real ones"
     if computed:
         return f"its {', '.join(computed)} is computed from other tensors (pruning, weight_norm, a parametrization)"
-    if changed := _overridden(kind, layer):
+    if kind is not layer and (changed := _overridden(kind, layer)):
         return f"a {layer.__name__} that changes {', '.join(changed)}"
     return rule
 

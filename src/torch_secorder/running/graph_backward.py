@@ -187,7 +187,9 @@ class GraphBackward(Recorder):
 
     # ------------------------------------------------------------------------------------------------ what arrives
 
-    def _pass_under_way(self, grad: Tensor | None = None, recomputed_in: int | None = None) -> BackwardPass | None:
+    def _pass_under_way(
+        self, grads: Sequence[Tensor | None] = (), recomputed_in: int | None = None
+    ) -> BackwardPass | None:
         return self._current
 
     def _on_output_gradient(

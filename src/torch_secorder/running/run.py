@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -115,7 +116,9 @@ class HookedForward(GraphBackward):
 class _Rehearsal(Recorder):
     """Records a forward for where its samples are only; no backward pass of it counts."""
 
-    def _pass_under_way(self, grad: Tensor | None = None, recomputed_in: int | None = None) -> BackwardPass | None:
+    def _pass_under_way(
+        self, grads: Sequence[Tensor | None] = (), recomputed_in: int | None = None
+    ) -> BackwardPass | None:
         return None
 
 

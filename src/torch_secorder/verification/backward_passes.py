@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import attrgetter
 
 from torch import Tensor, nn
 
@@ -14,35 +15,39 @@ from torch_secorder.recording.sample_norms import SampleNorms
 from torch_secorder.verification.gradient_sums import unexplained_gradients
 
 
-def require_all_reached(
-    names: Sequence[str], positions: Sequence[int], norms: Tensor, current: BackwardPass, samples: SampleNorms
+def require_sound_pass(
+    model: nn.Module,
+    table: ParameterTable,
+    positions: Sequence[int],
+    norms: Tensor,
+    current: BackwardPass,
+    samples: SampleNorms,
 ) -> None:
-    """Raise unless every parameter that got a gradient is accounted for.
+    """Raise unless everything that a pass did to the model's parameters is accounted for. In a steady step all is well.
 
     Args:
-        names: the parameters' names.
+        model: the model.
+        table: its analyzed parameters.
         positions: those that got a gradient.
         norms: the norms of these gradients.
         current: the pass.
         samples: what it found.
 
     Raises:
-        CoverageError: naming the parameters that nothing accounts for.
+        CoverageError: naming the parameters that are not accounted for.
         NonFiniteError: if that is because their gradients are not finite.
     """
+    if len(samples.reached) < len(table.rows):
+        _require_present(model, table, samples)
     if not samples.reached.issuperset(positions):
         missed = [index for index, position in enumerate(positions) if position not in samples.reached]
-        raise unaccounted([names[positions[index]] for index in missed], norms[missed])
+        raise unaccounted([table.names[positions[index]] for index in missed], norms[missed])
+    if current.projections and not samples.skipped:
+        _require_explained_sums(table.names, current, samples)
 
 
-def require_present(model: nn.Module, table: ParameterTable, current: BackwardPass, samples: SampleNorms) -> None:
-    """Raise unless every parameter that the pass did not reach is still the model's own.
-
-    Raises:
-        CoverageError: naming those that are not.
-    """
-    if len(samples.reached) == len(table):
-        return
+def _require_present(model: nn.Module, table: ParameterTable, samples: SampleNorms) -> None:
+    """Raise unless every parameter that the pass did not reach is still the model's own."""
     missed = [position for position in range(len(table)) if position not in samples.reached]
     if gone := [table.names[position] for position in missed if not table.is_present(position, model)]:
         raise replaced(gone)
@@ -54,8 +59,8 @@ def require_trainable(table: ParameterTable, current: BackwardPass, samples: Sam
     Raises:
         CoverageError: naming those that do not.
     """
-    frozen = [name for name, leaf in zip(table.names, table.leaves, strict=True) if not leaf.requires_grad]
-    if frozen:
+    if not all(map(attrgetter("requires_grad"), table.leaves)):
+        frozen = [name for name, leaf in zip(table.names, table.leaves, strict=True) if not leaf.requires_grad]
         raise CoverageError(
             f"{', '.join(frozen)}: frozen inside of the block (requires_grad_(False)); the batch is left out: leave the block, "
             'and make a new monitor for the model as it is now, with parameters="all" to analyze frozen parameters too'
@@ -74,14 +79,8 @@ def unaccounted(names: Sequence[str], norms: Tensor) -> CurvatureError:
     )
 
 
-def require_explained_sums(names: Sequence[str], current: BackwardPass, samples: SampleNorms) -> None:
-    """Raise unless what was captured adds up to autograd's own gradients, in a pass whose gradients were noted.
-
-    Raises:
-        CoverageError: naming the parameters for which it does not.
-    """
-    if not current.projections or samples.skipped:
-        return
+def _require_explained_sums(names: Sequence[str], current: BackwardPass, samples: SampleNorms) -> None:
+    """Raise unless what was captured adds up to autograd's own gradients, in a pass whose gradients were noted."""
     found = current.accumulator
     if wrong := unexplained_gradients(found.projections, current.projections, samples.squared_norms, found.half):
         raise CoverageError(
