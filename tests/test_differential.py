@@ -314,7 +314,7 @@ NOT_IN_HALF = {"bilinear-deep", "use-layers_by_keyword", "awkward-lstm"}
 
 @pytest.mark.slow
 @of_names(*(name for name in OTHERS if name not in NOT_IN_HALF))
-def test_autocast(name: str) -> None:
+def test_trap_21_autocast(name: str) -> None:
     """The same tensors are captured whoever drives, so that rounding to half precision makes no difference between them.
 
     Only where nodes of the graph are called, each sample's gradient is rounded once more: (1 + eps / 2)^2 - 1 is eps.

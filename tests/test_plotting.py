@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -216,3 +217,12 @@ def test_shares_are_percent(report: pd.DataFrame) -> None:
     ax = bars(report, "fisher_trace_share")
     ax.figure.canvas.draw()
     assert all(label.get_text().endswith("%") for label in ax.get_xticklabels())
+
+
+@pytest.mark.parametrize("picture", [bars, heat_strip], ids=["bars", "heat strip"])
+def test_without_matplotlib_the_extra_is_named(picture: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("pyplot", "ticker", "colors", "cm"):
+        monkeypatch.setitem(sys.modules, f"matplotlib.{module}", None)
+    table = pd.DataFrame({"fisher_trace": [1.0], "fisher_mean": [1.0]}, index=["first"])
+    with pytest.raises(ImportError, match=r"torch-secorder\[plot\]"):
+        picture(table)

@@ -180,7 +180,7 @@ IN_ORDER = re.compile(
     r"|the loss (must be a scalar|neither averages nor sums|can't be told to average)"
     r"|not finite|loss that compares samples|differ from those that plain autograd gives for that sample alone"
     r"|where (this model has its|the) \d samples( are in it)? can't be found out"
-    r"|has no second derivative|does not depend on any analyzed parameter"
+    r"|has no second derivative|no gradient of the loss reaches an analyzed parameter"
 )
 
 

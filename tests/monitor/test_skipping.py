@@ -233,3 +233,19 @@ def skipped_on_a_rank(rank: int, world: int) -> list[int]:
 
 def test_skipped_passes_are_added_over_ranks(tmp_path: Path) -> None:
     assert on_ranks(skipped_on_a_rank, 2, tmp_path) == [[3, 1, 2]] * 2
+
+
+def test_evaluations_between_two_steps_do_not_count() -> None:
+    """Every other step is watched, whatever is evaluated in between."""
+    model, watched = classifier(), []
+    with FisherMonitor(model, every=2) as monitor:
+        for number in range(4):
+            with torch.no_grad():
+                model(batch(3)[0])
+            before = monitor.results.statistics.n
+            backward(model, *batch())
+            if monitor.results.statistics.n > before:
+                watched.append(number)
+            with torch.no_grad():
+                model(batch(3)[0])
+    assert watched == [0, 2]

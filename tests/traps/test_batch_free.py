@@ -244,9 +244,31 @@ def test_trap_17_queries_and_keys_of_different_lengths() -> None:
         empirical_fisher_trace(model, steps_first, (q, k), torch.zeros(4, 3, 8).double())
 
 
-def test_trap_17_a_sum_over_the_past_is_refused_by_the_functions() -> None:
-    """Nothing tells a monitor, but :meth:`FisherMonitor.verify` and the docs."""
-    model = made(lambda self, x: self.head(self.layer(x).cumsum(0).tanh()), layer=nn.Linear(4, 4), head=nn.Linear(4, 2))
+@pytest.mark.parametrize(
+    "operation",
+    [
+        lambda h: h.cumsum(0),
+        lambda h: (1 + 0.1 * h).cumprod(-3),
+        lambda h: h.cummax(0)[0],
+        lambda h: h.cummin(0)[0],
+        lambda h: h.logcumsumexp(0),
+    ],
+    ids=["sum", "product", "maximum", "minimum", "logsumexp"],
+)
+def test_trap_17_what_is_carried_from_step_to_step_contradicts_at_once(operation: Callable[[Tensor], Tensor]) -> None:
+    model = made(
+        lambda self, x: self.head(operation(self.layer(x)).tanh()), layer=nn.Linear(4, 4), head=nn.Linear(4, 2)
+    )
+    model, x, y = drawn(model, 5, 3, 4)
+    with pytest.raises(ShapeError, match="carries something along axis 0"), FisherMonitor(model):
+        steps_first(model(x), y).backward()
+    with pytest.raises(CurvatureError, match="carries something along axis 0"):
+        fisher_report(model, steps_first, (x, y), progress=False)
+
+
+def test_trap_17_a_sum_over_the_past_of_the_data_is_refused_by_the_functions() -> None:
+    """Nothing in the graph tells a monitor, but samples alone tell the functions."""
+    model = made(lambda self, x: self.head(self.layer(x.cumsum(0)).tanh()), layer=nn.Linear(4, 4), head=nn.Linear(4, 2))
     model, x, y = drawn(model, 5, 3, 4)
     with pytest.raises(VerificationError, match="either samples influence each other"):
         fisher_report(model, steps_first, (x, y), progress=False)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import copy
+import dataclasses
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -71,6 +73,60 @@ def test_trap_29_parameters_and_layers_without_elements(n: int) -> None:
     model = Holding(forward, parameters={"z": torch.zeros(0, 4)}, h=nn.Linear(4, 3), empty=empty, narrow=narrow)
     for _ in range(5):  # later passes put small calls together
         assert_exact(*drawn(model, n, 4))
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@pytest.mark.parametrize("shape", [(5, 3, 4), (5, 2, 3, 4)], ids=str)
+def test_trap_29_layers_without_elements_over_positions(shape: tuple[int, ...]) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        words = m.words((x[..., 0] > 0).long()).sum(-1, keepdim=True)
+        return m.h(x) + m.narrow(m.empty(x)) + words
+
+    empty, narrow = nn.Linear(4, 0), nn.Linear(0, 3)
+    model = Forward(forward, h=nn.Linear(4, 3), empty=empty, narrow=narrow, words=nn.Embedding(2, 0))
+    model, x, y = drawn(model, *shape)
+    assert_exact(model, x, y)
+    assert_exact(model, x, y, report=False, diagonal=True)
+
+
+# Outputs in containers
+
+
+def test_trap_29_a_list_with_a_tensor_for_each_sample_among_the_outputs() -> None:
+    def forward(m: Any, x: Tensor) -> Any:
+        h = m.l(x)
+        return {"all": h, "each": list(h)}
+
+    model, x, y = Forward(forward, l=nn.Linear(4, 3)).double(), torch.randn(5, 4).double(), torch.randn(5, 3).double()
+    assert_exact(model, x, y, lambda outputs, targets: numbers(outputs["all"], targets))
+
+
+@dataclasses.dataclass
+class Output(collections.OrderedDict):  # type: ignore[type-arg]  # as the outputs of transformers' models are
+    last: Any = None
+    pooled: Any = None
+    hidden: Any = None
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            if getattr(self, field.name) is not None:
+                self[field.name] = getattr(self, field.name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if value is not None and len(self):
+            self[name] = value
+
+
+def test_trap_19_a_field_of_the_outputs_that_is_set_after_a_later_one() -> None:
+    def forward(m: Any, x: Tensor) -> Any:
+        outputs = Output(last=m.a(x), hidden=(m.b(x),))
+        outputs.pooled = m.a(x).sum(-1, keepdim=True)
+        return outputs
+
+    model = Forward(forward, a=nn.Linear(4, 3), b=nn.Linear(4, 5)).double()
+    x, y = torch.randn(5, 4).double(), torch.randn(5, 1).double()
+    assert_exact(model, x, y, lambda outputs, targets: numbers(outputs["pooled"], targets))
 
 
 # Sparse gradients
@@ -173,7 +229,7 @@ def test_trap_29_what_raises_on_one_sample_alone_names_the_remedy(name: str) -> 
     assert float(monitor.trace) == pytest.approx(expected, rel=1e-4)
 
 
-def test_trap_29_a_loss_that_was_computed_inside_of_the_model() -> None:
+def test_trap_20_a_loss_that_was_computed_inside_of_the_model() -> None:
     def forward(m: Any, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         return {"loss": F.cross_entropy(m.net(x), y), "logits": m.net(x)}
 

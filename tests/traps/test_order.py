@@ -22,6 +22,7 @@ def by_scattering(z: Tensor, order: Tensor) -> Tensor:
 
 WAYS: dict[str, Reorder] = {
     "index": lambda z, order: z[order],
+    "index of an axis counted from the last": lambda z, order: z[:, None].index_select(-3, order)[:, 0],
     "index of the second axis": lambda z, order: z.T[:, order].T,
     "select and stack": lambda z, order: torch.stack([z[int(i)] for i in order]),
     "slice and cat": lambda z, order: torch.cat([z[int(i) : int(i) + 1] for i in order]),

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from expectations import expectation
-from oracles import assert_equal, per_sample_squared_norms
-from problems._base import Forward
-from torch_secorder import FisherMonitor, fisher_report
+from oracles import assert_equal, per_sample_squared_norms, total, trace
+from problems._base import Forward, randomized
+from torch_secorder import FisherMonitor, empirical_fisher_trace, fisher_report
 from torch_secorder.batch_axis.knowledge import is_due
 from torch_secorder.errors import CoupledSamplesError, CurvatureError
 from traps.exactness import assert_exact, drawn, numbers
@@ -117,6 +117,39 @@ def test_trap_08_partly_frozen_and_partly_reached() -> None:
     monitor = assert_exact(model, x, y)
     assert list(monitor.report().index) == ["one.bias", "two.weight", "two.bias", "unreached.weight", "unreached.bias"]
     assert list(monitor.report()["rule"] == "unused") == [False, False, False, True, True]
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_trap_08_a_leaf_that_the_model_makes_and_that_requires_a_gradient(verify: bool) -> None:
+    """As kernels do that write into a tensor of zeros: a layer behind it has an input with a gradient, and starts no graph."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        made = torch.zeros(len(x), 4, dtype=x.dtype, requires_grad=True)
+        return m.both(m.one(x) + m.two(made)).tanh()
+
+    model = Forward(forward, one=nn.Linear(4, 4), two=nn.Linear(4, 4), both=nn.Linear(4, 3))
+    model, x, y = drawn(model, 5, 4)
+    expected = per_sample_squared_norms(model, numbers, x, y)
+    for inputs in (x, x.clone().requires_grad_(), x.clone().requires_grad_().neg().neg()):
+        assert_exact(model, inputs, y, report=False)
+        table = fisher_report(model, numbers, (inputs, y), progress=False, verify=verify)
+        for name, t in expected.items():
+            assert_equal(torch.tensor(table.loc[name, "fisher_trace"]), t.mean(), total(trace(expected)), torch.float64)
+        found = empirical_fisher_trace(model, numbers, inputs, y)
+        assert_equal(found, total(trace(expected)), total(trace(expected)), torch.float64)
+
+
+def test_trap_19_the_same_tensor_twice_among_the_outputs_and_two_outputs_of_one_node() -> None:
+    def forward(m: Any, x: Tensor) -> tuple[Tensor, ...]:
+        h = m.one(x).tanh() @ m.weight.weight
+        last = m.two(h)
+        return last, h, last, *last.chunk(2, 1)
+
+    model = Forward(forward, one=nn.Linear(4, 4), two=nn.Linear(4, 6), weight=nn.Linear(4, 4))
+    model, x = randomized(model).double(), torch.randn(5, 4).double()
+    assert_exact(
+        model, x, torch.randn(5, 6).double(), lambda outputs, targets: numbers(outputs[2] + outputs[0], targets)
+    )
 
 
 # 10. Settings that a formula forgets

@@ -126,7 +126,7 @@ def test_batches_and_uses_of_one_pass_are_added_up() -> None:
 
 @pytest.mark.parametrize("value", NOT_NUMBERS)
 @pytest.mark.parametrize("spoilt_first", [False, True])
-def test_a_gradient_that_is_no_number_is_not_separable(value: float, spoilt_first: bool) -> None:
+def test_trap_28_a_gradient_that_is_no_number_is_not_separable(value: float, spoilt_first: bool) -> None:
     """With the other samples' outputs as they are, or with others."""
     outputs, targets = torch.full((3, 4), 2.0, dtype=torch.float64), torch.zeros(3)
     require_separable(lambda o, t: o.square().mean(), outputs, targets, BatchSamples(3))
@@ -142,7 +142,7 @@ def test_a_gradient_that_is_no_number_is_not_separable(value: float, spoilt_firs
 # Where samples are
 
 
-def test_a_gradient_with_nan_is_no_evidence() -> None:
+def test_trap_28_a_gradient_with_nan_is_no_evidence() -> None:
     """What overflows on its way, and is multiplied by zero, says nothing of whose it is."""
     grad = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     marked = [grad * factor[:, None].double() for factor in sample_marks(4)]

@@ -203,6 +203,7 @@ class GraphPass:
         wanted: the nodes whose outputs' gradients are wanted.
         create_graph: make these gradients differentiable.
         weights: gathers the weights that are in parts on several ranks.
+        start: a place behind the roots, if the passes begin there, with one gradient.
     """
 
     def __init__(
@@ -212,10 +213,11 @@ class GraphPass:
         *,
         create_graph: bool = False,
         weights: GatheredWeights | None = None,
+        start: GradientEdge | None = None,
     ):
         self._roots, self._wanted, self._create_graph = list(roots), list(wanted), create_graph
         self._weights = weights or GatheredWeights()
-        self._edges = [torch.autograd.graph.get_gradient_edge(x) for x in roots]
+        self._edges = [start] if start is not None else [torch.autograd.graph.get_gradient_edge(x) for x in roots]
         self._opaque: list[Node] = []
         self._route = self._found_route()
 

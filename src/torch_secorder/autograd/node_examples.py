@@ -167,6 +167,61 @@ def _topk() -> Example:
     return numbers(3, 4).topk(2, 1)[0], {"axis": 1}
 
 
+@_example("KthvalueBackward0")
+def _kthvalue() -> Example:
+    return numbers(3, 4).kthvalue(2, 1)[0], {"axis": 1}
+
+
+@_example("MedianBackward1")
+def _median() -> Example:
+    return numbers(3, 4).median(1)[0], {"axis": 1}
+
+
+@_example("MaxBackward0")
+def _max() -> Example:
+    return numbers(3, 4).max(1)[0], {"axis": 1}
+
+
+@_example("MinBackward0")
+def _min() -> Example:
+    return numbers(3, 4).min(1)[0], {"axis": 1}
+
+
+@_example("CumsumBackward0")
+def _cumsum() -> Example:
+    return numbers(3, 4).cumsum(1), {"axis": 1}
+
+
+@_example("CumprodBackward0")
+def _cumprod() -> Example:
+    return numbers(3, 4).cumprod(1), {"axis": 1}
+
+
+@_example("CummaxBackward0")
+def _cummax() -> Example:
+    return numbers(3, 4).cummax(1)[0], {"axis": 1}
+
+
+@_example("CumminBackward0")
+def _cummin() -> Example:
+    return numbers(3, 4).cummin(1)[0], {"axis": 1}
+
+
+@_example("LogcumsumexpBackward0")
+def _logcumsumexp() -> Example:
+    return numbers(3, 4).logcumsumexp(1), {"axis": 1}
+
+
+@_example("AmaxBackward0")
+def _amax() -> Example:
+    return numbers(3, 4).amax(1), {"axes": (1,)}
+
+
+@_example("AminBackward0")
+def _amin() -> Example:
+    return numbers(3, 4).amin(1), {"axes": (1,)}
+
+
 @_example("TransposeBackward0")
 def _transpose() -> Example:
     return numbers(2, 3, 4).transpose(0, 2), {"axis": 0, "other": 2}

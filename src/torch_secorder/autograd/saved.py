@@ -97,6 +97,17 @@ ATTRIBUTES: dict[str, dict[str, str]] = {
     "GatherBackward0": _AXIS,
     "SortBackward0": _AXIS,
     "TopkBackward0": _AXIS,
+    "KthvalueBackward0": _AXIS,
+    "MedianBackward1": _AXIS,
+    "MaxBackward0": _AXIS,
+    "MinBackward0": _AXIS,
+    "AmaxBackward0": {"axes": "_saved_dim"},
+    "AminBackward0": {"axes": "_saved_dim"},
+    "CumsumBackward0": _AXIS,
+    "CumprodBackward0": _AXIS,
+    "CummaxBackward0": _AXIS,
+    "CumminBackward0": _AXIS,
+    "LogcumsumexpBackward0": _AXIS,
     # What tells apart two nodes of one kind that only move entries; those that save nothing are all alike.
     "TransposeBackward0": {"axis": "_saved_dim0", "other": "_saved_dim1"},
     "PermuteBackward0": {"axes": "_saved_dims"},
@@ -122,7 +133,14 @@ def knows(kind: str, *names: str) -> bool:
 
 def saved(node: Any, name: str) -> Any:
     """What a node saved under a name of ours; only for what :func:`knows` says yes to."""
-    return getattr(node, ATTRIBUTES[node.name()][name])
+    return _signed(getattr(node, ATTRIBUTES[node.name()][name]))
+
+
+def _signed(value: Any) -> Any:
+    """A number below zero, such as an axis counted from the last, which torch shows as one without a sign, of 64 bits."""
+    if isinstance(value, tuple):
+        return tuple(map(_signed, value))
+    return value - 2**64 if type(value) is int and value >= 2**63 else value
 
 
 def settings(node: Node) -> tuple[object, ...] | None:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from threading import get_ident
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from torch_secorder.autograd.compiled import never_compiled
@@ -34,7 +35,7 @@ class ForwardTracker:
 
     Args:
         words: what the user says of where the samples are.
-        every: record every k-th call of the model, beginning with the first.
+        every: record every k-th call of the model, beginning with the first; calls without gradients don't count.
         only_library_calls: record calls that this library makes in this thread, instead of the user's.
         on_recomputation: called with the backward pass that runs a forward again (activation checkpointing), and with the one
             that it is nested in, or itself.
@@ -94,8 +95,7 @@ class ForwardTracker:
             if self.outside_calls is not None and self.outside_calls.recomputed_in is not None:
                 self.outside_calls = None  # of a backward pass that was broken off
             self.skipped_passes.clear()
-            self._calls += 1
-        if task in self.skipped_passes if task != -1 else (self._calls - 1) % self.every:
+        if task in self.skipped_passes if task != -1 else self._passes_over():
             self._skipping.add(thread)
             return
         self._skipping.discard(thread)
@@ -108,6 +108,16 @@ class ForwardTracker:
         forward = self._running[thread] = Forward(count.n, recomputed_in=recomputed_in, count=count)
         if count.n is not None and recomputed_in is None:
             forward.inputs = ambiguous_inputs(count, args, kwargs)
+
+    def _passes_over(self) -> bool:
+        """Count a call of the model; returns whether it is one of those between two that are recorded.
+
+        A call without gradients, an evaluation between two steps, leads to no backward pass and doesn't count.
+        """
+        if not torch.is_grad_enabled():
+            return False
+        self._calls += 1
+        return (self._calls - 1) % self.every != 0
 
     @never_compiled
     def on_model_exit(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:

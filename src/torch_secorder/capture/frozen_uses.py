@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from torch_secorder.model.containers import tensors
+from torch_secorder.model.numpy_of_frozen import NumpyOfFrozen
 
 
-class FrozenUses(TorchFunctionMode):
+class FrozenUses(NumpyOfFrozen):
     """Counts, inside, the operations that take one of these parameters and give a tensor.
 
     Args:
@@ -35,7 +35,7 @@ class FrozenUses(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """Run the operation, and count what it took."""
-        result = func(*args, **(kwargs or {}))
+        result = super().__torch_function__(func, types, args, kwargs)
         # Attributes of a tensor are read by such functions, too.
         if getattr(func, "__name__", "") != "__get__" and isinstance(result, (Tensor, tuple, list)):
             for x in tensors((*args, *(kwargs or {}).values())):

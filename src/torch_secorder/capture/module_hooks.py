@@ -208,7 +208,10 @@ class ModuleHooks(HookScope):
         if not output.requires_grad:
             if not self._attach_leaf:
                 return None
-            output = leaf = output + output.new_zeros((), requires_grad=True)
+            zero = output.new_zeros((), requires_grad=True)
+            output = leaf = output + zero
+            if (uses := self._watched_uses.get(get_ident())) is not None:
+                uses.leaves.append(zero)
         if not forward.in_model_call and site.placement is None:
             raise ShapeError(
                 f"{site} was called outside of a call of the monitored model, where nothing shows which axis counts the "

@@ -58,6 +58,10 @@ class OwnAxis:
         """Whether there are n steps, and not a multiple of n samples."""
         return self.shape[1 - self.axis] == n and self.shape[self.axis] % n != 0
 
+    def contradicts(self, found: Placement) -> bool:
+        """Whether samples that were found there are the module's steps."""
+        return found.axis == 1 - self.axis
+
     def refusal(self, n: int) -> ShapeError:
         """The refusal of samples that are on another axis."""
         kind, first = class_as_written(self.module).__name__, bool(getattr(self.module, "batch_first", False))

@@ -21,6 +21,7 @@ from torch_secorder.batch_axis.search import SampleSearch, SearchOnAllRanks
 from torch_secorder.batch_axis.search_pass import SearchPasses
 from torch_secorder.capture.records import Forward, Idle, OwnAxis, Record, contradicted_axis
 from torch_secorder.errors import CoverageError, CurvatureError, UnsupportedError
+from torch_secorder.graph.conditions import CarriedAxis
 from torch_secorder.graph.frontier import Frontier, IdleUse, ParameterUse
 from torch_secorder.graph.refusals import hidden, not_counted, not_finite, on_another_axis
 from torch_secorder.graph.walk import Walk
@@ -146,7 +147,9 @@ class Audit:
         if self._ranks.distributed:
             asked = asked.on_any(self._ranks)
         search = self._search(walk, placed, forward, reached, asked)
-        own_axes = [one for one in forward.own_axes if one.edge.node in nodes] if forward.own_axes else []
+        own_axes: list[OwnAxis | CarriedAxis] = [*walk.carried_axes]
+        if forward.own_axes:
+            own_axes += [one for one in forward.own_axes if one.edge.node in nodes]
         shared = self._place(forward, reached, own_axes, search, asked)
         if search.placements.comparing:
             self.comparing = [get_gradient_edge(roots[number]) for number in search.placements.comparing]
@@ -193,7 +196,12 @@ class Audit:
         return SampleSearch(known, n, asked.ambiguous_shapes, passes, locate, ahead, rehearsal=self._rehearsal)
 
     def _place(
-        self, forward: Forward, reached: Reached, own_axes: list[OwnAxis], search: SampleSearch, asked: Questions
+        self,
+        forward: Forward,
+        reached: Reached,
+        own_axes: Sequence[OwnAxis | CarriedAxis],
+        search: SampleSearch,
+        asked: Questions,
     ) -> list[Record]:
         """Give each record its placement; returns those of calls that all samples share, which have none."""
         n = forward.n or 0
@@ -210,7 +218,7 @@ class Audit:
         search([*wanted, *beside])
         for one, (key, _, _) in zip(own_axes, beside, strict=True):
             found = search.placements.evidence[key]
-            if isinstance(found, Placement) and found.axis == 1 - one.axis:
+            if isinstance(found, Placement) and one.contradicts(found):
                 raise one.refusal(n)
         shared: list[Record] = []
         for (record, _), (key, _, _) in zip(reached, wanted, strict=True):
@@ -288,8 +296,8 @@ def _ahead(walk: Walk, reached: Reached) -> list[Node]:
     return walk.above(itertools.chain(consumers, unplaced), LOOK_AHEAD)
 
 
-def _wanted_of_own_axes(own_axes: Sequence[OwnAxis]) -> list[Wanted]:
-    """The places of outputs that have a batch axis of their own."""
+def _wanted_of_own_axes(own_axes: Sequence[OwnAxis | CarriedAxis]) -> list[Wanted]:
+    """The places of outputs that have a batch axis of their own, or an axis that is none."""
     counts: Counter[str] = Counter()
     wanted: list[Wanted] = []
     for one in own_axes:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node
 
 from torch_secorder.autograd.nodes import value_shape
 from torch_secorder.autograd.saved import knows, saved
+from torch_secorder.batch_axis.placement import Placement
+from torch_secorder.errors import ShapeError
 
 # Nodes that may put samples into another order, if they work along an axis of samples.
 _NAMES = (
@@ -20,6 +24,51 @@ REORDERS = {f"{name}Backward{version}" for name in _NAMES.split() for version in
 
 # Nodes that take some entries along an axis. Which ones tells two graphs apart that put them together in another order.
 PICKS = {"SelectBackward0", "SliceBackward0"}
+
+
+# Nodes that carry something from each index along an axis to all later ones, as a cumulative sum does.
+CARRIES = {f"{name}Backward0" for name in ("Cumsum", "Cumprod", "Cummax", "Cummin", "Logcumsumexp")}
+
+
+@dataclass(frozen=True)
+class CarriedAxis:
+    """The output of a node that carries something along an axis, on which no samples can be.
+
+    Attributes:
+        name: the node's.
+        axis: the axis.
+        shape: the output's.
+        edge: where the output's gradient arrives.
+    """
+
+    name: str
+    axis: int
+    shape: tuple[int, ...]
+    edge: GradientEdge
+
+    @classmethod
+    def of(cls, node: Node) -> CarriedAxis | None:
+        """That of a node which is known to carry; None for one without axes, and where this torch doesn't show its axis."""
+        name, shape = node.name(), value_shape(node, 0)
+        if not shape or not knows(name, "axis"):
+            return None
+        return cls(name, saved(node, "axis") % len(shape), shape, GradientEdge(node, 0))
+
+    def contradicts_shapes(self, n: int) -> bool:
+        """Whether the axis may be taken for that of n samples."""
+        return self.shape[self.axis] == n
+
+    def contradicts(self, found: Placement) -> bool:
+        """Whether samples that were found there are on the axis."""
+        return found.axis == self.axis
+
+    def refusal(self, n: int) -> ShapeError:
+        """The refusal of samples that are on the axis."""
+        return ShapeError(
+            f"{self.name} carries something along axis {self.axis} of a tensor of shape {self.shape} from one index to the next, "
+            f"where the model's {n} samples would be: pass batch_axis= if the model's inputs and outputs have their samples on "
+            "another axis than the first; a cumulative sum over samples leaves none a gradient of its own"
+        )
 
 
 # Both are remembered, since step after step has the same shapes.

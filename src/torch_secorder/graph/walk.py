@@ -14,7 +14,16 @@ from torch.autograd.graph import Node
 from torch_secorder.autograd.nodes import Edge, output_shapes
 from torch_secorder.autograd.saved import axes
 from torch_secorder.capture.records import Forward, Record
-from torch_secorder.graph.conditions import PICKS, REORDERS, has_ambiguous_axis, may_reorder, picked, size_pattern
+from torch_secorder.graph.conditions import (
+    CARRIES,
+    PICKS,
+    REORDERS,
+    CarriedAxis,
+    has_ambiguous_axis,
+    may_reorder,
+    picked,
+    size_pattern,
+)
 
 
 class Walk:
@@ -35,6 +44,7 @@ class Walk:
             sizes, that take parts and pick samples in the same order. Where sizes prove nothing, the axes that the nodes work
             along are hashed as well.
         has_ambiguous_axis: whether some tensor has n indices on another axis than the first, so that sizes prove nothing.
+        carried_axes: the axes along which some node carries something from one index to the next.
         reorders_samples: whether some node may put the samples into another order, so that what held for other batches
             may not hold for this one.
     """
@@ -130,11 +140,17 @@ class Walk:
         self.reorders_samples = False
         if self._suspects and n is not None and n > 1:
             self.reorders_samples = any(map(partial(may_reorder, n=n), self._suspects))
+        self.carried_axes = [] if CARRIES.isdisjoint(names) else self._carried_axes(names)
         along = tuple([axes(node) for node in self.children]) if self.has_ambiguous_axis else None
         order = None if n is None or PICKS.isdisjoint(names) else self._order_of_picks(names, n)
         self.fingerprint = hash(
             (names, None if n is None else size_pattern(n, shapes), along, order, tuple(self._parts))
         )
+
+    def _carried_axes(self, names: Sequence[str]) -> list[CarriedAxis]:
+        pairs = zip(self.children, names, strict=True)
+        found = [CarriedAxis.of(node) for node, name in pairs if name in CARRIES and node not in self.records]
+        return [one for one in found if one is not None]
 
     def _order_of_picks(self, names: Sequence[str], n: int) -> tuple[object, ...]:
         """Which samples are picked one by one, in the order in which they are met."""

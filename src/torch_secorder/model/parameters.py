@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from torch_secorder.errors import ArgumentError, UnsupportedError
 from torch_secorder.model.containers import is_continuous
+from torch_secorder.model.numpy_of_frozen import NumpyOfFrozen
 from torch_secorder.model.ranks import (
     Ranks,
     class_as_written,
@@ -68,6 +70,7 @@ class ParameterTable(Table):
     Attributes:
         tensors: the parameters themselves.
         paths: the name of each in the model as it is wrapped.
+        frozen: those of them that require no gradient, as it was when the table was made.
         quantized: the positions of quantized weights. They hold codes, for which autograd gives no gradient.
     """
 
@@ -90,6 +93,7 @@ class ParameterTable(Table):
                 f"{', '.join(bare[:3])}: on the meta device, without numbers; load the weights first"
             )
         self.tensors: list[Tensor] = [p for _, p in named]
+        self.frozen = [p for _, p in named if not p.requires_grad]
         self.paths = [name for name, _ in named]
         super().__init__(_row(name, p, owners) for name, p in named)
         self.quantized = {position for position, p in enumerate(self.tensors) if _is_quantized(p)}
@@ -128,6 +132,11 @@ class ParameterTable(Table):
             if position is not None:
                 found[local] = position
         return found
+
+
+def numpy_of_frozen(table: ParameterTable) -> AbstractContextManager[object]:
+    """The mode for calls of a model whose frozen parameters have a gradient for the time; nothing if there are none."""
+    return NumpyOfFrozen(table.frozen) if table.frozen else nullcontext()
 
 
 def _is_quantized(p: Tensor) -> bool:

@@ -170,8 +170,8 @@ class Outer(PerSampleGradient):
     def sum_of_squares(self) -> Tensor:
         if self.a.shape[2] > 1:
             k, i = self.a.shape[1::2]
-            found = [PerSampleGradient.sum_of_squares(strip).view(k, -1, i) for strip in self._by_features()]
-            return torch.cat(found, 1).reshape(self.shape)
+            found = [PerSampleGradient.sum_of_squares(strip) for strip in self._by_features()]
+            return torch.cat([x.view(k, len(x) // k, i) for x in found], 1).reshape(self.shape)
         a, g = self.a.square().squeeze(2), self.g.square().squeeze(2)
         return torch.einsum("nki,nko->koi", a, g).reshape(self.shape)
 
@@ -213,8 +213,7 @@ class Outer(PerSampleGradient):
         return sums.index_copy(1, some, direct)
 
     def total(self) -> Tensor:
-        k = self.a.shape[1]
-        a, g = (x.movedim(1, 0).reshape(k, -1, x.shape[3]) for x in (self.a, self.g))
+        a, g = (x.movedim(1, 0).flatten(1, 2) for x in (self.a, self.g))
         return (g.mT @ a).reshape(self.shape)
 
     def batch_gradient_norm(self) -> Tensor | None:

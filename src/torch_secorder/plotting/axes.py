@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from torch_secorder.errors import ArgumentError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 BLUE, GREY = "#4c78a8", "#888888"
 COLORS = ("#4c78a8", "#e1812c", "#3a923a", "#c03d3e", "#9372b2", "#845b53")
@@ -21,14 +23,20 @@ def axes_of(ax: Axes | None, *, height: float, width: float = 7.5) -> Axes:
     """The given Axes, or those of a new figure of this size in inches."""
     if ax is not None:
         return ax
+    figure: Figure = matplotlib("pyplot").figure(figsize=(width, height), layout="constrained")
+    return figure.subplots()
+
+
+def matplotlib(module: str) -> Any:
+    """A module of matplotlib.
+
+    Raises:
+        ImportError: with the command that installs it, if it is not there.
+    """
     try:
-        from matplotlib.figure import Figure
+        return import_module(f"matplotlib.{module}")
     except ImportError as error:
         raise ImportError("pictures need matplotlib: pip install 'torch-secorder[plot]'") from error
-    import matplotlib.pyplot as plt
-
-    figure: Figure = plt.figure(figsize=(width, height), layout="constrained")
-    return figure.subplots()
 
 
 def check_numbers(report: Any, column: str) -> None:

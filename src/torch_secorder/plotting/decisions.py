@@ -12,6 +12,7 @@ from torch_secorder.plotting.axes import (
     GREY,
     MARKERS,
     axes_of,
+    matplotlib,
     name_rows,
     setting,
     settings,
@@ -42,17 +43,14 @@ def sensitivity_by_bits(
         >>> [label.get_text() for label in sensitivity_by_bits(sensitivity).get_xticklabels()]
         ['2', '4']
     """
-    from matplotlib import colormaps
-    from matplotlib.colors import LogNorm
-
     widths = settings(sensitivity)
     if not widths or not len(sensitivity):
         raise ArgumentError("not a sensitivity: pass what quantization_sensitivity() or pruning_sensitivity() returned")
     cells = [[float(v) if v > 0 else math.nan for v in row] for row in sensitivity[widths].to_numpy()]
     seen = [v for row in cells for v in row if not math.isnan(v)] or [1.0]
     ax = axes_of(ax, height=max(2.6, 0.22 * len(sensitivity) + 1.5))
-    colors = colormaps["viridis"].with_extremes(bad="#cccccc")
-    norm = LogNorm(min(seen), max(*seen, min(seen) * 1.01))
+    colors = matplotlib("cm").viridis.with_extremes(bad="#cccccc")
+    norm = matplotlib("colors").LogNorm(min(seen), max(*seen, min(seen) * 1.01))
     image = ax.imshow(cells, aspect="auto", cmap=colors, norm=norm, interpolation="nearest")
     ax.set_xticks(range(len(widths)), [setting(c) for c in widths])
     ax.set_xlabel("sparsity" if any(isinstance(c, float) for c in widths) else "bits")

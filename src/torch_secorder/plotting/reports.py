@@ -15,6 +15,7 @@ from torch_secorder.plotting.axes import (
     axes_of,
     check_numbers,
     label_of,
+    matplotlib,
     name_rows,
     percent,
     short_names,
@@ -46,8 +47,6 @@ def bars(report: pd.DataFrame, column: str = "fisher_trace", *, top: int | None 
         >>> [label.get_text() for label in bars(report).get_yticklabels()]
         ['0', '2']
     """
-    from matplotlib.ticker import PercentFormatter
-
     check_numbers(report, column)
     if top is not None:
         report = report.loc[sorted(range_of_largest(report[column], top), key=list(report.index).index)]
@@ -72,7 +71,7 @@ def bars(report: pd.DataFrame, column: str = "fisher_trace", *, top: int | None 
     ax.set_xlim(left=0)
     ax.set_xlabel(label_of(column, report, errors is not None))
     if column == "fisher_trace_share":
-        ax.xaxis.set_major_formatter(PercentFormatter(1))
+        ax.xaxis.set_major_formatter(matplotlib("ticker").PercentFormatter(1))
     return ax
 
 
@@ -95,9 +94,6 @@ def heat_strip(report: pd.DataFrame, column: str = "fisher_mean", *, log: bool =
         >>> [label.get_text() for label in heat_strip(report).get_xticklabels()]
         ['first', 'second']
     """
-    from matplotlib import colormaps
-    from matplotlib.colors import LogNorm, Normalize
-
     check_numbers(report, column)
     names = short_names(report.index)
     ax = axes_of(ax, height=2 + 0.07 * max(map(len, names)), width=max(5.0, min(14.0, 0.3 * len(report) + 1.5)))
@@ -106,9 +102,14 @@ def heat_strip(report: pd.DataFrame, column: str = "fisher_mean", *, log: bool =
     if not seen:
         raise ArgumentError(f"{column} has no {'positive ' if log else ''}number to draw")
     low, high = min(seen), max(seen)
-    norm = LogNorm(low, high if high > low else 2 * low) if log else Normalize(low, high if high > low else low + 1)
+    scale = matplotlib("colors")
+    norm = (
+        scale.LogNorm(low, high if high > low else 2 * low)
+        if log
+        else scale.Normalize(low, high if high > low else low + 1)
+    )
     cells = [[v if math.isfinite(v) and (v > 0 or not log) else math.nan for v in values]]
-    colors = colormaps["viridis"].with_extremes(bad="#cccccc")
+    colors = matplotlib("cm").viridis.with_extremes(bad="#cccccc")
     image = ax.imshow(cells, aspect="auto", cmap=colors, norm=norm, interpolation="nearest")
     ax.set_yticks([])
     step = math.ceil(len(names) / MOST_NAMES)

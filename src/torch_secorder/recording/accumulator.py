@@ -264,10 +264,12 @@ class PassAccumulator:
             form = form if groups is None else form.grouped_by_sample(groups)
             position = site.parameters[local]
             twice = position in batch.settled or position in batch.held
-            if twice and not forward.in_model_call and self._options.repeated_calls is None:
+            if twice and not forward.in_model_call and self._options.repeated_calls != "same":
+                # Nothing shows which calls of parts belong together, so that other samples can't be told from the same.
                 raise LifecycleError(
                     f"{site} was called more than once outside of a call of the monitored model, which can mean one sample "
-                    'seen twice or two batches: pass repeated_calls="same" or "new", or monitor the submodule'
+                    'seen twice or two batches: pass repeated_calls="same" if row n of both calls belongs to one sample; if they '
+                    'are different samples, monitor the submodule that is called, with repeated_calls="new"'
                 )
             self._collect(batch, forward, position, form, site.rule.name)
 

@@ -161,7 +161,8 @@ class Results:
         """Add the samples of other results, or of another monitor, of a model with the same parameters; returns self.
 
         Raises:
-            ArgumentError: if names, shapes, reduction, which Fisher it is or what is kept differ.
+            ArgumentError: if names, shapes, reduction, which Fisher it is or what is kept differ, or if both have samples in
+                common: a monitor and itself, or two states of one run.
         """
         other = results_of(other)
         if not isinstance(other, Results):
@@ -170,7 +171,9 @@ class Results:
             raise ArgumentError(f"cannot merge reduction={other.reduction!r} into reduction={self.reduction!r}")
         if self.fisher != other.fisher:
             raise ArgumentError(f"cannot merge fisher={other.fisher!r} into fisher={self.fisher!r}")
-        self.statistics.merge(other._whole())
+        samples = other._whole()
+        self._all_ranks.require_none_of(samples)
+        self.statistics.merge(samples)
         self.precision = {}
         return self
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
+from uuid import uuid4
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from torch_secorder.results.moments import BatchGradients, SampleMoments
 VERSION = 1
 
 # What states of this version that were written before don't have, and what stands for it.
-ADDED_LATER = {"skipped_passes": 0}
+ADDED_LATER: dict[str, Any] = {"skipped_passes": 0, "origins": []}
 
 
 class Statistics:
@@ -35,6 +36,7 @@ class Statistics:
         passes: how many backward passes.
         n_skipped: how many samples were left out because they were not finite.
         skipped_passes: how many backward passes were left out because they were refused.
+        origins: a name, drawn at random, for each accumulation whose samples are in here.
         reached: ``[p]``, which parameters a pass has reached.
         rules: for each parameter how its numbers were computed.
     """
@@ -53,6 +55,10 @@ class Statistics:
             name: QUANTITIES[name](self.names, self.shapes, how) for name, how in wanted(self.keeps).items()
         }
         self.passes = self.n_skipped = self.skipped_passes = 0
+        self.origins: frozenset[str] = frozenset()
+        self._origin: str | None = (
+            None  # drawn with the first samples: processes that fork before them see different ones
+        )
         self.reached = torch.zeros(p, dtype=torch.bool)
         self.rules: list[list[str]] = [[] for _ in range(p)]
 
@@ -79,6 +85,8 @@ class Statistics:
         before = list(zip(parts, map(dict, map(vars, parts)), strict=True))
         try:
             self.passes, self.n_skipped = self.passes + 1, self.n_skipped + samples.skipped
+            self._origin = self._origin or uuid4().hex
+            self.origins |= {self._origin}
             self._note_rules(samples)
             self.squared_norms.add(t)
             self.gradients.add(gradients or {}, samples.batch)
@@ -110,9 +118,11 @@ class Statistics:
         """Add the samples of ``other``, which stays as it is.
 
         Raises:
-            ArgumentError: if it is of other parameters, or of another kind.
+            ArgumentError: if it is of other parameters, or of another kind, or if some of its samples are counted here already.
         """
         self.check_same_kind(other)
+        self.require_none_of(other)
+        self.origins |= other.origins
         self.squared_norms.merge(other.squared_norms)
         self.gradients.merge(other.gradients)
         self.passes, self.n_skipped = self.passes + other.passes, self.n_skipped + other.n_skipped
@@ -121,6 +131,18 @@ class Statistics:
         self.rules = [list(dict.fromkeys([*a, *b])) for a, b in zip(self.rules, other.rules, strict=True)]
         for name, quantity in self.quantities.items():
             quantity.merge(other.quantities[name])
+
+    def require_none_of(self, other: Statistics) -> None:
+        """Raise if samples of ``other`` are counted here already.
+
+        Raises:
+            ArgumentError: if so.
+        """
+        if not self.origins.isdisjoint(other.origins):
+            raise ArgumentError(
+                "these statistics have samples in common, which would be counted twice, as a monitor and what was saved of it "
+                "have: merge the last state of each run, once"
+            )
 
     def check_same_kind(self, other: Statistics) -> None:
         """Raise unless ``other`` counts the same things.
@@ -147,6 +169,7 @@ class Statistics:
             "n_skipped": self.n_skipped,
             "skipped_passes": self.skipped_passes,
             "passes": self.passes,
+            "origins": sorted(self.origins),
             "reached": self.reached.clone(),
             "rules": [list(rules) for rules in self.rules],
         }
@@ -173,6 +196,6 @@ class Statistics:
         for part in other._parts():
             part.load(state)
         other.n_skipped, other.skipped_passes = int(state["n_skipped"]), int(state["skipped_passes"])
-        other.passes = int(state["passes"])
+        other.passes, other.origins = int(state["passes"]), frozenset(state["origins"])
         other.reached, other.rules = state["reached"].clone(), [list(rules) for rules in state["rules"]]
         vars(self).update(vars(other))

@@ -18,7 +18,8 @@ def embedding(module: nn.Embedding, call: Call) -> Gradients:
         raise ShapeError("an Embedding got a single id, without a batch axis")
     if module.padding_idx is not None:
         g = g.masked_fill((ids == module.padding_idx)[..., None], 0)
-    return {"weight": RowSparse(ids.reshape(len(ids), -1), g.reshape(len(g), -1, g.shape[-1]), module.weight.shape)}
+    ids = ids.reshape(len(ids), -1)
+    return {"weight": RowSparse(ids, g.reshape(*ids.shape, g.shape[-1]), module.weight.shape)}
 
 
 @register_refusal(nn.Embedding, nn.EmbeddingBag)

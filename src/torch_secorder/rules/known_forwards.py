@@ -29,7 +29,7 @@ def _code_of_conv1d(self: Any, x: Any) -> Any:  # GPT-2
 def conv1d(module: Any, call: Call) -> Gradients:
     """``y = x W + b``: a Linear whose weight is transposed."""
     x, g = call.argument(0, "x"), call.grad_output
-    x, g = (value.reshape(len(value), 1, -1, value.shape[-1]) for value in (x, g))
+    x, g = (value[:, None].flatten(2, -2) if value.dim() > 2 else value[:, None, None] for value in (x, g))
     return {"weight": Outer(g, x, module.weight.shape), "bias": sum_over(g, (1, 2))}
 
 

@@ -18,6 +18,6 @@ def linear(module: nn.Linear, call: Call) -> Gradients:
         raise ShapeError(f"a Linear got an input of shape {tuple(x.shape)}, without a batch axis")
     if x.dim() == 2:
         return {"weight": Outer(x[:, None, None], g[:, None, None], module.weight.shape), "bias": g}
-    a, g = x.reshape(x.shape[0], 1, -1, x.shape[-1]), g.reshape(g.shape[0], 1, -1, g.shape[-1])
+    a, g = x.flatten(1, -2)[:, None], g.flatten(1, -2)[:, None]
     weight = Outer(call.shared(a), g, module.weight.shape)
     return {"weight": weight} if module.bias is None else {"weight": weight, "bias": sum_over(g, (1, 2))}

@@ -275,7 +275,8 @@ def embedding(at: NodeUse, g: Tensor) -> PerSampleGradient:
     if 0 <= padding < at.shape[0]:
         g = g.masked_fill((ids == padding)[..., None], 0)
     ids, g = at.rows(ids), at.rows(g)
-    return RowSparse(ids.reshape(len(ids), -1), g.reshape(len(g), -1, g.shape[-1]), at.shape)
+    ids = ids.reshape(len(ids), -1)
+    return RowSparse(ids, g.reshape(*ids.shape, g.shape[-1]), at.shape)
 
 
 @node_rule(

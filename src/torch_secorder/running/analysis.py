@@ -17,7 +17,7 @@ from torch_secorder.batch_axis.samples import BatchSamples
 from torch_secorder.batch_axis.told import NOTHING, Told
 from torch_secorder.errors import ArgumentError, CoverageError, UnsupportedError
 from torch_secorder.graph.queries import used_by_loss
-from torch_secorder.model.containers import mapped
+from torch_secorder.model.containers import mapped, tensors
 from torch_secorder.model.hooks import restoring
 from torch_secorder.model.parameters import ParameterTable, unwrapped
 from torch_secorder.model.restore import lock_of, requiring_grad, restoring_buffers
@@ -120,6 +120,11 @@ class Analysis:
             outputs = run(inputs)
             require_targets_of_batch(targets, run.samples)
             loss = require_scalar_loss(loss_fn(outputs, targets))
+            if loss.requires_grad and not any(x.requires_grad for x in tensors(outputs)):
+                raise CoverageError(
+                    f"the model returned a {type(outputs).__name__}, in which no tensor with a gradient is seen: return what the "
+                    "loss is computed from (the logits of a distribution), in tensors, mappings, sequences or dataclasses"
+                )
             if direct := used_by_loss(loss, outputs, self.table):
                 raise CoverageError(
                     f"the loss uses {', '.join(direct)} by another way than through the model's outputs; a penalty on weights "

@@ -17,8 +17,8 @@ from torch_secorder.autograd.engine import (
     library_pass,
     refusing_reentrant_checkpoints,
 )
-from torch_secorder.autograd.graph_pass import Gradients, GraphPass
-from torch_secorder.autograd.nodes import edges_of
+from torch_secorder.autograd.graph_pass import Gradients, GraphPass, behind
+from torch_secorder.autograd.nodes import edges_of, made_by
 from torch_secorder.autograd.sharded import GatheredWeights
 from torch_secorder.autograd.tensor_hooks import untouched
 from torch_secorder.batch_axis.placement import FIRST
@@ -57,11 +57,13 @@ class GraphBackward(Recorder):
         self._count = 0  # of the passes so far
         self._starts: list[tuple[Record | ParameterUse | IdleUse, list[GradientEdge]]] = []
         self._inputs: Sequence[Tensor] = []  # the model's inputs that require a gradient
+        self._leaves: list[GradientEdge] = []  # what the model made inside of it that requires a gradient
         self._uses_of_node: dict[Node, ParameterUse | IdleUse] = {}
         self._others_graph = False
         self._defers = False
         # Uses whose gradients take calls of nodes have to wait for the end of the backward pass.
         self._deferred: list[tuple[ParameterUse, Node | None, tuple[Tensor | None, ...]]] = []
+        self._shapes: list[tuple[int, ...]] = []  # those of the outputs that have a gradient
         self.n = self.fingerprint = 0
         self.samples = BatchSamples(0)
 
@@ -80,15 +82,25 @@ class GraphBackward(Recorder):
     def _on_model_exit(self, forward: Forward, outputs: list[Tensor]) -> None:
         """Prepare for backward passes from these outputs."""
         uses = self._found_uses(forward, outputs)
+        self._shapes = [tuple(x.shape) for x in outputs if x.requires_grad]
         self._starts = [(record, [edge]) for record, edge in forward.records if self._is_start(record)]
         self._starts += [(use, edges_of(node)) for use, node in uses.placed if use.is_first]
         self._starts += [(idle, edges_of(node)) for idle, node in uses.idle]
+        self._leaves = self._leaves_of_the_model()
         # Where no gradient is expected behind a use, the use's own node runs in the pass, too, and is asked later.
         idle = uses.idle or any(record.idle for record, _ in forward.records)
         self._defers = bool(idle) or any(self._needs_node_calls(use) for use, _ in uses.placed)
         for use, node in uses.placed:
             if not use.is_first:  # the gradients of those that are are results of the pass
                 self._hook(use, node)
+
+    def _leaves_of_the_model(self) -> list[GradientEdge]:
+        """Where leaves that the model made itself, so that calls behind them don't start the graph, get their gradients."""
+        if not (leaves := self._audit.other_leaves):
+            return []
+        nodes = list(map(made_by, self._inputs))
+        outside = {*nodes, *behind(nodes)}
+        return [GradientEdge(node, 0) for node in leaves if node not in outside]
 
     @staticmethod
     def _is_start(record: Record) -> bool:
@@ -119,7 +131,7 @@ class GraphBackward(Recorder):
         try:
             if self._others_graph:
                 return self._finished(current, root, self._looked_through(current, root, seed))
-            ends = [*(edge for _, several in self._starts for edge in several), *self._inputs]
+            ends = [*(edge for _, several in self._starts for edge in several), *self._inputs, *self._leaves]
             if root.requires_grad and ends:
                 retain = not last or self._create_graph or self._defers
                 with library_pass([root]) as (start,), untouched(self.table.leaves):
@@ -183,7 +195,11 @@ class GraphBackward(Recorder):
     def _nothing_found(self, root: Tensor) -> Exception:
         if not bool(root.isfinite().all()):
             return not_finite("the outputs or their loss")
-        return CoverageError("the loss does not depend on any analyzed parameter through a differentiable way")
+        return CoverageError(
+            "no gradient of the loss reaches an analyzed parameter through the outputs that were looked at, of the shapes "
+            f"{', '.join(map(str, self._shapes)) or '(none has a gradient)'}: the loss takes no gradient from them (.detach(), "
+            ".item(), argmax), or what they are computed from is not analyzed"
+        )
 
     # ------------------------------------------------------------------------------------------------ what arrives
 

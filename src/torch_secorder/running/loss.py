@@ -60,9 +60,9 @@ def reduction_of(
     if not bool(loss.isfinite()) and not _has_finite_gradient(loss_fn, outputs, targets):
         return "mean"  # The batch is going to be refused with the names of the parameters that are hit.
     raise ArgumentError(
-        "the loss neither averages nor sums over the batch: given every sample twice it is "
-        f"{' / '.join(f'{multiple:.6g}' for multiple in found)} times as large, not 1 or 2 times (a loss that compares samples "
-        "with each other has no per-sample gradients)"
+        f"the loss neither averages nor sums over the batch: with the first sample given twice it is {found[0]:.6g} times as "
+        f"large as with that sample once, with all samples given twice {found[1]:.6g} times as large as with the batch, where "
+        "an average gives 1 and a sum 2 (a loss that compares samples with each other has no per-sample gradients)"
     )
 
 

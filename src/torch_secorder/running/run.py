@@ -18,7 +18,7 @@ from torch_secorder.capture.records import Forward, Record
 from torch_secorder.errors import UnsupportedError
 from torch_secorder.graph.queries import without_second_derivative
 from torch_secorder.model.containers import tensors
-from torch_secorder.model.parameters import ParameterTable
+from torch_secorder.model.parameters import ParameterTable, numpy_of_frozen
 from torch_secorder.model.restore import (
     forked_random,
     random_state,
@@ -66,7 +66,7 @@ class HookedForward(GraphBackward):
         super()._detach()
         for record in self._records:
             record.inputs, record.kwargs = None, {}  # the graph, which may outlive this, has the records in its hooks
-        self._starts, self._arguments, self._records = [], None, []
+        self._starts, self._leaves, self._arguments, self._records = [], [], None, []
 
     def __call__(self, inputs: Any) -> Any:
         """The model's outputs: a tensor is the argument, a tuple all positional and a mapping all keyword arguments."""
@@ -74,7 +74,7 @@ class HookedForward(GraphBackward):
         self._arguments = inputs
         self._inputs = [x for x in tensors(inputs) if x.requires_grad]
         before = random_state()
-        with torch.enable_grad(), twice_differentiable(self._create_graph):
+        with torch.enable_grad(), twice_differentiable(self._create_graph), numpy_of_frozen(self._parameters):
             outputs = call_model(self.plan.model, inputs)
         self.random = not all(map(torch.equal, before, random_state()))
         if self._create_graph:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from torch_secorder.autograd.engine import call_model
 from torch_secorder.model.containers import tensors
-from torch_secorder.model.parameters import ParameterTable
+from torch_secorder.model.parameters import ParameterTable, numpy_of_frozen
 from torch_secorder.verification.tolerances import DEQUANTIZED_OUTPUTS
 
 
@@ -32,7 +32,7 @@ class DifferentiableModel:
 
     def __init__(self, model: nn.Module, table: ParameterTable, inputs: Any):
         leaves = {position: leaf for position, leaf in enumerate(table.leaves) if position not in table.quantized}
-        self._call: Callable[..., Any] = model
+        self._call, self._table = cast("Callable[..., Any]", model), table
         if table.quantized:
             weights = _dequantized(table)
             call = partial(_called_with, model, _by_name(model, table, weights))
@@ -45,7 +45,8 @@ class DifferentiableModel:
 
     def __call__(self, inputs: Any) -> Any:
         """The model's outputs; a tuple is spread over positions and a mapping over keywords."""
-        return call_model(self._call, inputs)
+        with numpy_of_frozen(self._table):
+            return call_model(self._call, inputs)
 
 
 def _dequantized(table: ParameterTable) -> dict[int, Tensor]:

@@ -15,12 +15,13 @@ from torch_secorder.autograd.precision import has_half_precision
 from torch_secorder.autograd.sharded import GatheredWeights
 from torch_secorder.batch_axis.placement import Placement
 from torch_secorder.batch_axis.samples import rows_of
-from torch_secorder.errors import CurvatureError, LifecycleError, VerificationError
+from torch_secorder.errors import CurvatureError, LifecycleError
 from torch_secorder.likelihoods import random_signs
 from torch_secorder.model.parameters import Table
 from torch_secorder.verification.comparison import require_equal_norms
 from torch_secorder.verification.plain_autograd import as_row, squared_norms_of_sample
 from torch_secorder.verification.samples_alone import samples_to_check
+from torch_secorder.verification.selections import coupling_loss, selects_among_samples
 from torch_secorder.verification.tolerances import SEPARABLE_LOSS
 
 
@@ -87,10 +88,12 @@ def expected_norms(
 
 
 def _require_separable(loss: Tensor, outputs: Sequence[Tensor], placements: Sequence[Placement], n: int) -> None:
-    """Raise if the loss has second derivatives between the outputs of different samples.
+    """Raise if the loss selects among samples, or has second derivatives between the outputs of different ones.
 
-    A loss without any, such as one of the largest output, or an operation that has none, shows nothing.
+    An operation that has none shows nothing.
     """
+    if selects_among_samples(loss, outputs, n, placements):
+        raise coupling_loss()
     half = torch.randperm(n, generator=torch.Generator().manual_seed(n)) < n // 2
     masks = [rows_of(half, x, where) for x, where in zip(outputs, placements, strict=True)]
     try:
@@ -107,10 +110,7 @@ def _require_separable(loss: Tensor, outputs: Sequence[Tensor], placements: Sequ
     own = max((float((c * m).norm()) for c, m in zip(curved, masks, strict=True) if c is not None), default=0.0)
     across = max((float((c * ~m).norm()) for c, m in zip(curved, masks, strict=True) if c is not None), default=0.0)
     if across > SEPARABLE_LOSS * own:
-        raise VerificationError(
-            "the loss's gradient in one sample's outputs changes with the other samples' outputs: a loss that compares samples "
-            "with each other (contrastive, load balancing, batch statistics) has no per-sample gradients"
-        )
+        raise coupling_loss()
 
 
 def _output_gradients(loss: Tensor, outputs: Sequence[Tensor], *, create_graph: bool = False) -> list[Tensor | None]:

@@ -13,6 +13,7 @@ from torch_secorder.batch_axis.placement import Placement
 from torch_secorder.batch_axis.samples import BatchSamples, rows_of
 from torch_secorder.errors import VerificationError
 from torch_secorder.model.containers import is_continuous, shrunk, tensors
+from torch_secorder.verification.selections import coupling_loss, selects_among_samples
 from torch_secorder.verification.tolerances import ROUNDED_GRADIENT, SEPARABLE_LOSS
 
 # Of losses of more outputs than this a few samples are tried; of others as many ways to change the others as this allows.
@@ -37,17 +38,14 @@ def require_separable(loss_fn: Callable[[Any, Any], Tensor], outputs: Any, targe
         outputs, targets = where.rows("outputs", outputs, few), where.rows("targets", targets, few)
         where, n = where.subset(few), FEW
         size = sum(x.numel() for x in tensors(outputs))
-    before = _gradients(loss_fn, outputs, targets, where)
+    before = _gradients(loss_fn, outputs, targets, where, look_for_selections=True)
     for changed in _halves(n)[: max(2, CHEAP // max(size, 1))]:
         after = _gradients(loss_fn, _changed(outputs, changed, where), targets, where)
         for here, there in zip(before, after, strict=True):
             off, own = ((of_samples[~changed]).norm(dim=1) for of_samples in (here - there, here))
             # What isn't finite agrees with nothing.
             if not bool((own.isfinite() & (off <= SEPARABLE_LOSS * (own + ROUNDED_GRADIENT * own.max()))).all()):
-                raise VerificationError(
-                    "the loss's gradient in one sample's outputs changes with the other samples' outputs: a loss that compares "
-                    "samples with each other (contrastive, load balancing, batch statistics) has no per-sample gradients"
-                )
+                raise coupling_loss()
 
 
 def _halves(n: int) -> list[Tensor]:
@@ -76,7 +74,14 @@ def _changed(outputs: Any, which: Tensor, where: BatchSamples) -> Any:
     return where.mapped(change, "outputs", outputs)
 
 
-def _gradients(loss_fn: Callable[[Any, Any], Tensor], outputs: Any, targets: Any, where: BatchSamples) -> list[Tensor]:
+def _gradients(
+    loss_fn: Callable[[Any, Any], Tensor],
+    outputs: Any,
+    targets: Any,
+    where: BatchSamples,
+    *,
+    look_for_selections: bool = False,
+) -> list[Tensor]:
     """The loss's gradients in the outputs, ``[n, entries]`` each in double precision on the host."""
     leaves: list[tuple[Tensor, Placement]] = []
 
@@ -92,10 +97,14 @@ def _gradients(loss_fn: Callable[[Any, Any], Tensor], outputs: Any, targets: Any
         if not leaves or not loss.requires_grad:
             raise VerificationError(
                 f"the numbers can't be checked, since the loss has no gradient in any output with one row for each of {where.n} "
-                "samples, as where a loss is computed inside the model: have the model return unreduced losses of shape (N,) or "
-                "what the loss is computed from, or say where the outputs have them, as in batch_axis={'outputs': {1: 'list'}} "
-                "for a list with an item for each sample; fisher_report(..., verify=False) returns the numbers unchecked"
+                "samples, as where a loss is computed inside the model: compute it in loss_fn from the model's other outputs "
+                "(its logits), have the model return unreduced losses of shape (N,) or what the loss is computed from, or say "
+                "where the outputs have them, as in batch_axis={'outputs': {1: 'list'}} for a list with an item for each sample; "
+                "fisher_report(..., verify=False) returns the numbers unchecked"
             )
+        placements = [placement for _, placement in leaves]
+        if look_for_selections and selects_among_samples(loss, [x for x, _ in leaves], where.n, placements):
+            raise coupling_loss()
         found = torch.autograd.grad(loss, [x for x, _ in leaves], allow_unused=True)
     return [_rows(g, placement, where.n) for g, (_, placement) in zip(found, leaves, strict=True) if g is not None]
 

@@ -51,6 +51,9 @@ DEQUANTIZED_OUTPUTS = 1e-4
 # are; other vector instructions for other numbers cost some bits.
 SEPARABLE_LOSS = 1e-3
 
+# An entry of one sample keeps its derivative, or its negative, when other samples' directions change; relative to the largest.
+MIXED_ENTRIES, MIXED_ENTRIES_IN_HALF_PRECISION = 1e-4, 5e-2
+
 # A sample whose gradient is nearly zero beside the largest has little but rounding, as a part of that.
 ROUNDED_GRADIENT = 1e-3
 

@@ -1,0 +1,313 @@
+"""More refusals with their remedies: of parts, of graphs that can't be read, and of what was saved."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
+
+from oracles import exact_fisher, total
+from problems._base import Forward
+from remedies.programs import expected, linear, monitored, problem, refused, right, step
+from remedies.registry import remedy
+from torch_secorder import FisherMonitor, fisher_report, fisher_results, generalized_fisher_trace
+from torch_secorder.batch_axis.knowledge import is_due
+from torch_secorder.rules import register_rule, registry
+from traps.exactness import assert_exact, drawn, numbers
+
+
+@remedy("where this model has its * can't be found out")
+def _only_the_loss() -> None:
+    def forward(m: Any, x: Tensor, y: Tensor) -> Any:
+        outputs = m.net(x)
+        loss = numbers(outputs, y)
+        return (loss, outputs) if m.returns_both else loss
+
+    model, x, y = Forward(forward, net=linear()).double(), torch.randn(5, 4).double(), torch.randn(5, 3).double()
+    model.returns_both = False
+    with refused("return the outputs along with the loss"):
+        monitored(model, lambda: model(x, y).backward())
+    model.returns_both = True
+    right(monitored(model, lambda: model(x, y)[0].backward()), expected(model.net, x, y))
+
+
+@remedy("samples; pass batch_axis={'modules': {'*': axis}} if it has one")
+def _wrong_axis() -> None:
+    model = Forward(lambda m, x: m.l(x.transpose(0, 1)).transpose(0, 1), l=nn.Linear(4, 3)).double()
+    x, y = torch.randn(5, 6, 4).double(), torch.randn(5, 6, 3).double()
+    with refused("pass batch_axis={'modules': {'l': axis}}"):
+        monitored(model, lambda: step(model, x, y), batch_axis={"modules": {"l": 0}})
+    right(monitored(model, lambda: step(model, x, y), batch_axis={"modules": {"l": 1}}), expected(model, x, y))
+
+
+@remedy("all that is computed from them belongs to several samples at once")
+def _across_steps() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        smoothed = F.conv1d(m.l(x).tanh().permute(1, 2, 0), torch.ones(4, 1, 3).to(x), padding=2, groups=4)
+        return m.head(smoothed[..., : len(x)].permute(2, 0, 1))
+
+    model = Forward(forward, l=nn.Linear(4, 4), head=nn.Linear(4, 3)).double()
+    x, y = torch.randn(6, 5, 4).double(), torch.randn(6, 5, 3).double()
+    with refused("(batch_axis=)"):
+        monitored(model, lambda: step(model, x, y))
+
+    def of_columns() -> None:
+        numbers(model(x).transpose(0, 1), y.transpose(0, 1)).backward()
+
+    turned = Forward(lambda m, x: m.of(x.transpose(0, 1)).transpose(0, 1), of=model)
+    right(monitored(model, of_columns, batch_axis=1), expected(turned, x.transpose(0, 1), y.transpose(0, 1)))
+
+
+@remedy("was called more than once outside of a call of the monitored model")
+def _part_twice() -> None:
+    model, x, y = problem()
+    whole = Forward(lambda m, x: m.net(x), net=model)
+    other = torch.randn(5, 4).double()
+
+    def difference() -> None:
+        numbers(model(x) - model(other), y).backward()
+
+    with refused("monitor the submodule that is called"):
+        monitored(whole, difference, batch_axis=0)
+    siamese = Forward(lambda m, pair: m.of(pair[:, 0]) - m.of(pair[:, 1]), of=model)
+    truth = expected(siamese, torch.stack([x, other], 1), y)
+    right(monitored(whole, difference, batch_axis=0, repeated_calls="same"), truth)
+    right(monitored(model, difference, repeated_calls="same"), truth)
+
+    def both() -> None:
+        (numbers(model(x), y) + numbers(model(other), y)).backward()
+
+    truth = 4 * (expected(model, x, y) + expected(model, other, y)) / 2  # each loss is twice its share of 2 N samples
+    with refused("monitor the submodule that is called"):
+        monitored(whole, both, batch_axis=0, repeated_calls="new")
+    right(monitored(model, both, repeated_calls="new"), truth)
+
+
+@remedy("inside of activation checkpointing (or other hooks on saved tensors)")
+def _function_in_a_checkpoint() -> None:
+    class Scale(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gain = nn.Parameter(torch.ones(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.gain
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = m.first(x)
+        return m.last(checkpoint(m.scale, h, use_reentrant=False) if m.checkpoints else m.scale(h))
+
+    model = Forward(forward, first=nn.Linear(4, 4), scale=Scale(), last=nn.Linear(4, 3))
+    model.checkpoints = True
+    model, x, y = drawn(model, 5, 4)
+    with refused("run it without checkpointing"):
+        monitored(model, lambda: step(model, x, y))
+    model.checkpoints = False
+    truth = expected(model, x, y)
+    right(monitored(model, lambda: step(model, x, y)), truth)
+    model.checkpoints, before = True, dict(registry._rules)
+    try:
+        register_rule(Scale)(lambda module, call: {"gain": call.inputs[0] * call.grad_output})
+        right(monitored(model, lambda: step(model, x, y)), truth)
+    finally:
+        registry._rules.clear()
+        registry._rules.update(before)
+
+
+@remedy("no exact rule for the frozen parameters of")
+def _frozen_without_a_rule() -> None:
+    class Scale(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gain = nn.Parameter(torch.ones(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.gain
+
+    model, x, y = drawn(nn.Sequential(nn.Linear(4, 4), Scale(), nn.Linear(4, 3)), 5, 4)
+    truth = expected(model, x, y)
+    model[1].requires_grad_(False)
+    with refused("teach the library these layers"):
+        FisherMonitor(model, parameters="all")
+    before = dict(registry._rules)
+    try:
+        register_rule(Scale)(lambda module, call: {"gain": call.inputs[0] * call.grad_output})
+        right(monitored(model, lambda: step(model, x, y), parameters="all"), truth)
+    finally:
+        registry._rules.clear()
+        registry._rules.update(before)
+    model[1].requires_grad_(True)
+    right(monitored(model, lambda: step(model, x, y)), truth)
+
+
+class _Negated(torch.autograd.Function):
+    in_place = True
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return grads[0].mul_(-3) if _Negated.in_place else grads[0] * -3
+
+
+@remedy("the gradient of its output was changed in place after it had arrived")
+def _gradient_in_place() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        adverse = _Negated.apply(m.second(x).tanh())
+        return adverse + m.first(x)
+
+    model, x, y = drawn(Forward(forward, first=nn.Linear(6, 3), second=nn.Linear(6, 3)), 4, 6)
+    unchecked = next(number for number in range(1, 20) if not is_due(number))
+    _Negated.in_place = True
+    with FisherMonitor(model) as monitor:
+        for _ in range(unchecked - 1):
+            step(model, x, y)
+        with refused("return a new one there"):
+            step(model, x, y)
+    _Negated.in_place = False
+    truth = expected(model, x, y)
+    with FisherMonitor(model) as monitor:
+        for _ in range(unchecked):
+            step(model, x, y)
+    right(monitor, truth)
+
+
+@remedy("is not the sum of what the model's samples contribute")
+def _penalty_in_a_monitor() -> None:
+    model, x, y = problem()
+
+    def penalty() -> Tensor:
+        return sum(p.square().sum() for p in model.parameters())
+
+    with refused("differentiate it in a backward pass outside of the monitor"):
+        monitored(model, lambda: (numbers(model(x), y) + penalty()).backward())
+    monitor = monitored(model, lambda: step(model, x, y))
+    penalty().backward()
+    right(monitor, expected(model, x, y))
+
+
+@remedy("DataParallel runs copies of the model")
+def _data_parallel() -> None:
+    model, x, y = problem()
+    parallel = nn.DataParallel(model)
+    with refused("use the bare model"):
+        FisherMonitor(parallel)
+    assert_exact(parallel.module, x, y)
+
+
+@remedy("this monitor was loaded without its model: pass it, FisherMonitor.load(path, model)")
+def _loaded_alone() -> None:
+    model, x, y = problem()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "state.safetensors"
+        monitored(model, lambda: step(model, x, y)).save(path)
+        with refused("FisherMonitor.load(path, model)"), FisherMonitor.load(path):
+            pass
+        loaded = FisherMonitor.load(path, model)
+    with loaded:
+        step(model, x, y)
+    right(loaded, expected(model, x, y))
+    assert loaded.n_samples == 2 * len(x)
+
+
+@remedy("this monitor was loaded from results of the exact Fisher")
+def _loaded_exact() -> None:
+    model, x, _ = problem()
+    found = [
+        fisher_results(model, None, (part, None), fisher="exact", loss_type="mse", progress=False)
+        for part in x.split(3)
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "state.safetensors"
+        found[0].save(path)
+        monitor = FisherMonitor.load(path, model)
+        with refused("merge it with other exact results"), monitor:
+            pass
+    monitor.merge(found[1])
+    right(monitor, float(total(exact_fisher(model, x, loss_type="mse")) / len(x)))
+    assert monitor.report().attrs["n_samples"] == len(x)
+
+
+@remedy("no process group: call torch.distributed.init_process_group first")
+def _no_process_group() -> None:
+    model, x, y = problem()
+    monitor = monitored(model, lambda: step(model, x, y))
+    with refused("init_process_group first"):
+        monitor.all_reduce()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        right(monitor.all_reduce(), expected(model, x, y))
+    finally:
+        dist.destroy_process_group()
+
+
+@remedy("the model returned a * without logits; return a tensor of outputs")
+def _no_logits() -> None:
+    model, x, _ = problem()
+    pair = Forward(lambda m, x: {"scores": m.net(x)}, net=model)
+
+    def exact(model: nn.Module) -> float:
+        return fisher_report(model, None, (x, None), fisher="exact", loss_type="mse", progress=False)[
+            "fisher_trace"
+        ].sum()
+
+    with refused("return a tensor of outputs"):
+        exact(pair)
+    truth = float(total(exact_fisher(model, x, loss_type="mse")) / len(x))
+    assert exact(Forward(lambda m, x: m.net(x), net=model)) == pytest.approx(truth, rel=1e-8)
+
+
+@remedy("pass num_samples=k for an unbiased estimate from k passes")
+def _too_many_passes() -> None:
+    model, x, _ = problem()
+    outputs = model(x)
+    with refused("pass num_samples=k"):
+        generalized_fisher_trace(model, outputs, None, "mse", max_passes=2)
+    truth = float(total(exact_fisher(model, x, loss_type="mse")) / len(x))
+    draws = generalized_fisher_trace(
+        model, outputs, None, "mse", num_samples=600, max_passes=2, generator=torch.Generator().manual_seed(0)
+    )
+    assert float(draws) == pytest.approx(
+        truth, rel=0.15
+    )  # some 600 x 5 squares of random numbers, of relative variance 2 or so
+
+
+@remedy("returned a nested tensor that shows no sizes: make it with layout=torch.jagged")
+def _nested() -> None:
+    model = Forward(lambda m, x: torch.stack([row.sum(0) for row in m.l(x).unbind()]), l=nn.Linear(4, 3)).double()
+    rows, y = [torch.randn(k, 4).double() for k in (2, 3, 1)], torch.randn(3, 3).double()
+    with refused("make it with layout=torch.jagged"):
+        monitored(model, lambda: step(model, torch.nested.nested_tensor(rows), y))
+    truth = sum(
+        float(g.square().sum()) / 3
+        for row, target in zip(rows, y, strict=True)
+        for g in torch.autograd.grad(numbers(model.l(row).sum(0)[None], target[None]), list(model.parameters()))
+    )
+    jagged = torch.nested.nested_tensor(rows, layout=torch.jagged)
+    right(monitored(model, lambda: step(model, jagged, y)), truth)
+
+
+@remedy("create_graph: * has no second derivative; compute it under *, by operations that have one")
+def _fused_attention() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = m.l(x)[:, None]
+        return m.head(F.scaled_dot_product_attention(h, h, h)[:, 0].mean(1))
+
+    model, x, _ = drawn(Forward(forward, l=nn.Linear(4, 4), head=nn.Linear(4, 3)), 5, 6, 4)
+    with refused("SDPBackend.MATH"):
+        generalized_fisher_trace(model, model(x), None, "mse", create_graph=True)
+    with sdpa_kernel(SDPBackend.MATH):
+        found = generalized_fisher_trace(model, model(x), None, "mse", create_graph=True)
+    assert found.requires_grad
+    truth = float(total(exact_fisher(model, x, loss_type="mse")) / len(x))
+    assert float(found) == pytest.approx(truth, rel=1e-8)
