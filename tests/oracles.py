@@ -1,7 +1,7 @@
 """Independent answers: plain autograd loops in float64, `vmap(grad)`, and what "equal" means.
 
-Nothing in this file imports the library. A sample is one index of the batch axis; l_n is N times its share of the
-batch's loss under "mean" and its share under "sum".
+Of the library only its public oracle is imported, which is such a loop itself. A sample is one index of the batch axis; l_n
+is N times its share of the batch's loss under "mean" and its share under "sum".
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from torch_secorder.testing import sample_gradients
 
 Inputs = Any  # a tensor, a tuple of positional inputs, or a mapping of keyword inputs
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -96,21 +98,6 @@ def per_sample_losses(model: nn.Module, loss_fn: Loss, inputs: Inputs, targets: 
     ]
 
 
-def per_sample_shares(
-    model: nn.Module, loss_fn: Loss, inputs: Inputs, targets: Tensor, reduction: str
-) -> list[Callable[[], Tensor]]:
-    """l_n for any loss: sample n's own output in row n of the batch's detached outputs, the batch's loss times 1/c."""
-    with torch.no_grad():
-        outputs = call(model, inputs)
-    factor = batch_size(inputs) if reduction == "mean" else 1
-
-    def share(n: int) -> Tensor:
-        own = call(model, sample(inputs, n))
-        return factor * loss_fn(torch.cat([outputs[:n], own, outputs[n + 1 :]]), targets)
-
-    return [lambda n=n: share(n) for n in range(batch_size(inputs))]  # type: ignore[misc]
-
-
 def per_sample_gradients(
     model: nn.Module,
     loss_fn: Loss,
@@ -121,14 +108,13 @@ def per_sample_gradients(
     shares_of: str | None = None,
 ) -> dict[str, Tensor]:
     """g_n per parameter, [n, *shape], from a loop; `shares_of` (a reduction) for normalizers that are not N."""
+    if shares_of is not None:
+        names = list(analyzed(model, parameters))
+        return sample_gradients(model, loss_fn, inputs, targets, names=names, reduction=shares_of)
     twin, named = double_copy(model, parameters)
     if isinstance(loss_fn, nn.Module):
         loss_fn = copy.deepcopy(loss_fn).double()
-    inputs, targets = double(inputs), double(targets)
-    if shares_of is None:
-        losses = per_sample_losses(twin, loss_fn, inputs, targets)
-    else:
-        losses = per_sample_shares(twin, loss_fn, inputs, targets, shares_of)
+    losses = per_sample_losses(twin, loss_fn, double(inputs), double(targets))
     rows = [dense_gradients(loss(), named) for loss in losses]
     return {name: torch.stack([row[name] for row in rows]) for name in named}
 

@@ -27,7 +27,8 @@ FLOORS = [  # from the ground up; rooms on one floor don't know each other
     ["running", "results", "noise_scale"],
     ["verification", "curvature"],
     ["monitor", "approximations", "losses"],
-    ["pruning", "quantization", "integrations", "cli"],
+    ["pruning", "quantization", "testing", "integrations"],
+    ["cli"],
     ["__main__"],
 ]
 FILES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -93,6 +94,36 @@ def interrupted():
     return model, loss, batches()
 
 
+def dropped():
+    model, loss, data = build()
+    return torch.nn.Sequential(*model, torch.nn.Dropout(0.5)), loss, data
+
+
+def empty():
+    return *build()[:2], []
+
+
+class Scale(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(4))
+
+    def forward(self, x):
+        return x * self.scale
+
+
+def wrong_rule():
+    from torch_secorder import register_rule
+    from torch_secorder.per_sample import Dense
+
+    @register_rule(Scale)
+    def twice(module, call):
+        return {"scale": Dense(2 * call.inputs[0] * call.grad_output)}
+
+    model, loss, data = build()
+    return nn.Sequential(Scale(), *model), loss, data
+
+
 constant = 3
 """
 
@@ -172,6 +203,99 @@ def test_options_reach_the_library(folder: Path) -> None:
     sampled = ["--fisher", "sampled", "--num-samples", "2", "--seed", "3", "--loss-type", "mse"]
     assert main(["report", "setup_me.py:unlabeled", *sampled, "--csv", "b.csv"]) == 0
     assert set(pd.read_csv("b.csv")["fisher"]) == {"sampled"}
+
+
+def test_the_diagonal_in_a_file(folder: Path) -> None:
+    import safetensors.torch
+
+    assert main(["report", "setup_me.py:build", "--diagonal", "fisher.safetensors", "--csv", "a.csv"]) == 0
+    found = safetensors.torch.load_file("fisher.safetensors")
+    table = pd.read_csv("a.csv", index_col="parameter")
+    shapes = {"0.weight": (5, 4), "0.bias": (5,), "2.weight": (3, 5), "2.bias": (3,)}
+    assert {name: tuple(value.shape) for name, value in found.items()} == shapes
+    for name, value in found.items():
+        assert float(value.sum()) == pytest.approx(table.loc[name, "fisher_trace"], rel=1e-5)
+
+
+def test_axes_and_memory_reach_the_library(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def trace(setup: str, *options: str) -> float:
+        assert main(["report", f"axes.py:{setup}", *options, "--csv", "b.csv"]) == 0
+        return float(pd.read_csv("b.csv")["fisher_trace"].sum())
+
+    (folder / "axes.py").write_text(AXES)
+    exact = ["--fisher", "exact", "--max-memory", "64"]
+    expected = trace("plain", *exact)
+    last = [*exact, "--class-axis", "-1"]
+    assert trace("classes_last", *last) == pytest.approx(expected, rel=1e-5)
+    assert trace("samples_second", *last, "--batch-axis", "1") == pytest.approx(expected, rel=1e-5)
+    ignoring = trace("classes_last", *last, "--ignore-index", "0")
+    assert ignoring == pytest.approx(trace("zeros_left_out", *last), rel=1e-5)
+    assert ignoring < 0.9 * expected
+    capsys.readouterr()
+    assert main(["report", "axes.py:plain", "--batch-axis", "-1"]) == 2
+    assert "--batch-axis" in capsys.readouterr().err
+    assert main(["check", "axes.py:samples_second", "--batch-axis", "1", "--max-memory", "64"]) == 0
+
+
+AXES = """
+import torch
+from torch import nn
+
+
+class Axes(nn.Module):
+    def __init__(self, classes_axis, batch_axis):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.classes_axis, self.batch_axis = nn.Linear(4, 3), classes_axis, batch_axis
+
+    def forward(self, x):
+        return self.layer(x).movedim(-1, self.classes_axis)
+
+
+def loss(f, y):
+    return nn.functional.cross_entropy(f.flatten(0, 1), y.flatten(), reduction="sum")
+
+
+def data():
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(6, 5, 4, generator=generator), torch.randint(3, (6, 5), generator=generator)
+
+
+def plain():
+    return Axes(1, 0), None, data()
+
+
+def classes_last():
+    return Axes(-1, 0), loss, data()
+
+
+def samples_second():
+    x, y = data()
+    return Axes(-1, 1), loss, (x.transpose(0, 1), y.T)
+
+
+def zeros_left_out():
+    x, y = data()
+    return Axes(-1, 0), loss, (x, y.masked_fill(y == 0, -100))
+"""
+
+
+def test_a_precision(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", "setup_me.py:build", "--rtol", "0.5", "--csv", "a.csv"]) == 0
+    assert ", the data ended at a standard error of" in capsys.readouterr().out
+    assert read_report("a.csv").attrs["rtol"] == 0.5
+    (folder / "more.py").write_text(
+        "from setup_me import build\n\ndef many():\n    model, loss, data = build()\n    return model, loss, data * 50\n"
+    )
+    assert main(["report", "more.py:many", "--rtol", "0.1", "--rtol-of", "rows"]) == 0
+    assert re.search(r"stopped at a standard error of \d\.\d% of every row, 10\.0% asked for", capsys.readouterr().out)
+    one = "def one():\n    model, loss, ((x, y), _) = build()\n    return model, loss, (x[:1], y[:1])\n"
+    (folder / "one.py").write_text(f"from setup_me import build\n\n{one}")
+    assert main(["report", "one.py:one", "--rtol", "0.1", "--json", "one.json"]) == 0
+    assert json.loads(Path("one.json").read_text())["relative_stderr"] is None
+    capsys.readouterr()
+    assert main(["report", "setup_me.py:build", "--rtol", "-1"]) == 1
+    assert "rtol must be a positive number" in capsys.readouterr().err
 
 
 def test_progress_bar(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -336,6 +460,50 @@ def test_compare_refuses_in_words(folder: Path, capsys: pytest.CaptureFixture[st
 
 
 @pytest.mark.slow
+def test_check_shows_both_numbers(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "setup_me.py:build"]) == 0
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    assert "the library and the loop agree (empirical Fisher, mean over 8 samples)" in printed.out
+    report = pd.read_csv(_first_batch(folder), index_col="parameter")
+    for name, trace in report["fisher_trace"].items():
+        (line,) = [line for line in printed.out.splitlines() if line.startswith(f"{name} ")]
+        assert line.split()[1:3] == [f"{trace:.4g}"] * 2
+        assert line.endswith("equal")
+    assert main(["check", "setup_me.py:dropped", "--seed", "1", "--parameters", "all"]) == 0
+    assert "8 samples, in eval mode" in capsys.readouterr().out
+
+
+def _first_batch(folder: Path) -> Path:
+    assert main(["report", "setup_me.py:build", "--max-batches", "1", "--csv", "first.csv"]) == 0
+    return folder / "first.csv"
+
+
+def test_check_fails_where_the_library_is_wrong(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "setup_me.py:wrong_rule", "--no-verify"]) == 1
+    printed = capsys.readouterr()
+    assert "THE LIBRARY AND THE LOOP DIFFER" in printed.out
+    assert printed.err == "torch-secorder: parameter 0.scale: the library and the loop differ\n"
+    assert main(["check", "setup_me.py:wrong_rule"]) == 1
+    assert "VerificationError" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("setup", "words"),
+    [
+        ("empty", "has no batch"),
+        ("normalized", "CoupledSamplesError"),
+        ("unlabeled", "loss_fn must be a module or a function"),
+        ("wrong_shape", "the model, the loss or the data of setup_me.py:wrong_shape failed"),
+    ],
+)
+def test_check_refuses_in_words(setup: str, words: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", f"setup_me.py:{setup}"]) == 1
+    printed = capsys.readouterr()
+    assert words in printed.err
+    assert printed.out == ""
+
+
 def test_it_is_a_command(folder: Path) -> None:
     command = [sys.executable, "-W", "error", "-m", "torch_secorder"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from model_state import assert_unchanged, state
 from oracles import assert_equal, exact_fisher, per_sample_squared_norms, total, trace
 from torch_secorder import FisherMonitor, empirical_fisher_trace, fisher_report, fisher_results, hessian_trace
 from torch_secorder.errors import ArgumentError, CurvatureError, LifecycleError
-from torch_secorder.pruning import ChannelGates
+from torch_secorder.pruning import Gates
 
 Batch = tuple[Tensor, Tensor]
 
@@ -61,6 +62,89 @@ def test_empirical_is_what_a_monitor_sees(reduction: str) -> None:
     assert report.attrs["n_passes"] == 2
 
 
+def shuffled(batches: int, size: int) -> list[Batch]:
+    return [(torch.randn(size, 4, dtype=torch.float64), torch.randint(3, (size,))) for _ in range(batches)]
+
+
+def relative_errors(squared: dict[str, Tensor]) -> dict[str, float]:
+    """The standard errors of a table's rows and of their total, from every sample's squared norms."""
+    rows = {name: float(t.std() / len(t) ** 0.5 / t.mean()) for name, t in squared.items()}
+    whole = torch.stack(list(squared.values())).sum(0)
+    return rows | {"total": float(whole.std() / len(whole) ** 0.5 / whole.mean())}
+
+
+@pytest.mark.parametrize("rtol_of", ["total", "rows"])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_it_stops_at_the_first_batch_that_is_precise_enough(rtol_of: str, reduction: str) -> None:
+    model, data, loss_fn = classifier(), shuffled(60, 8), nn.CrossEntropyLoss(reduction=reduction)
+    report = fisher_report(model, loss_fn, data, rtol=0.07, rtol_of=rtol_of, progress=False)
+    stopped = report.attrs["n_passes"]
+    assert 4 <= stopped < 60
+    found = []
+    for passes in (stopped - 1, stopped):
+        x, y = pooled(data[:passes])
+        errors = relative_errors(per_sample_squared_norms(model, nn.CrossEntropyLoss(reduction="sum"), x, y))
+        found.append(errors["total"] if rtol_of == "total" else max(errors[name] for name in report.index))
+    before, after = found
+    assert after <= 0.07 < before or (after <= 0.07 and stopped == 4)
+    facts = {name: report.attrs[name] for name in ("rtol", "rtol_of", "reached_rtol")}
+    assert facts == {"rtol": 0.07, "rtol_of": rtol_of, "reached_rtol": True}
+    assert report.attrs["relative_stderr"] == pytest.approx(after, rel=1e-6)
+    assert_report(report, per_sample_squared_norms(model, loss_fn, *pooled(data[:stopped])), reduction)
+
+
+def test_it_says_that_the_data_ended_before() -> None:
+    model, data = classifier(), shuffled(3, 8)
+    report = fisher_report(model, cross_entropy, data, rtol=1e-6, progress=False)
+    assert (report.attrs["n_samples"], report.attrs["reached_rtol"]) == (24, False)
+    errors = relative_errors(per_sample_squared_norms(model, cross_entropy, *pooled(data)))
+    assert report.attrs["relative_stderr"] == pytest.approx(errors["total"], rel=1e-6)
+    assert "rtol" not in fisher_report(model, cross_entropy, data, progress=False).attrs
+    # Thirty-two samples are the least, however equal they are.
+    same = [(data[0][0][:1].expand(8, -1), torch.zeros(8, dtype=torch.long))] * 10
+    assert fisher_report(model, cross_entropy, same, rtol=0.5, progress=False).attrs["n_samples"] == 32
+
+
+def test_rows_that_are_zero_but_for_rounding_do_not_keep_it_running() -> None:
+    class Shifted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.shift = nn.Linear(4, 3), nn.Parameter(torch.zeros(1))
+            self.unused = nn.Parameter(torch.zeros(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x) + self.shift  # softmax doesn't see it
+
+    report = fisher_report(
+        *(Shifted().double(), cross_entropy, shuffled(100, 8)), rtol=0.1, rtol_of="rows", progress=False
+    )
+    assert report.attrs["reached_rtol"]
+    assert report.attrs["n_passes"] < 100
+
+
+def test_merged_results_say_nothing_of_a_precision() -> None:
+    model, data = classifier(), shuffled(10, 8)
+    one, two = (fisher_results(model, cross_entropy, data, rtol=0.5, progress=False) for _ in range(2))
+    assert one.report().attrs["rtol"] == 0.5
+    assert one.report("module").attrs["reached_rtol"]
+    assert "rtol" not in one.merge(two).report().attrs
+
+
+def test_the_progress_bar_says_how_precise_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    fisher_report(classifier(), cross_entropy, shuffled(30, 8), rtol=0.08)
+    assert re.search(r"stderr \d+\.\d% of the total, stops at 8\.0%", capsys.readouterr().err)
+    fisher_report(classifier(), cross_entropy, shuffled(3, 8))
+    assert "stderr" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("rtol", [0, -0.1, True, "5%", float("nan"), float("inf")])
+def test_a_precision_that_means_nothing(rtol: Any) -> None:
+    with pytest.raises(ArgumentError, match="rtol must be a positive number"):
+        fisher_report(classifier(), cross_entropy, shuffled(1, 8), rtol=rtol, progress=False)
+    with pytest.raises(ArgumentError, match="rtol_of must be one of"):
+        fisher_report(classifier(), cross_entropy, shuffled(1, 8), rtol_of="mean", progress=False)
+
+
 class Checkpointed(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -85,7 +169,7 @@ def test_monitors_around_it_see_only_what_the_user_runs(analysis: Callable[..., 
     x, y = torch.randn(8, 4, dtype=torch.float64), torch.randint(3, (8,))
     expected = per_sample_squared_norms(model, cross_entropy, x, y)
     with FisherMonitor(model) as monitor, FisherMonitor(model.last if hasattr(model, "last") else model[2]) as inner:
-        with ChannelGates(model, modules=(nn.Linear,)) as gates:
+        with Gates(model, modules=(nn.Linear,)) as gates:
             analysis(model, x, y)
             loss = cross_entropy(model(x), y)
             analysis(model, x, y)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_secorder import fisher_results
-from torch_secorder.pruning import ChannelGates, prune, pruning_sensitivity
+from torch_secorder.pruning import Gates, prune, pruning_sensitivity
 from torch_secorder.quantization import quantization_sensitivity
 
 pytestmark = pytest.mark.slow
@@ -96,10 +96,10 @@ def test_rounded_activations(trained: tuple[nn.Sequential, Tensor]) -> None:
 
 
 @pytest.fixture(scope="module")
-def gates(trained: tuple[nn.Sequential, Tensor]) -> ChannelGates:
+def gates(trained: tuple[nn.Sequential, Tensor]) -> Gates:
     """Of 30 passes with labels that were drawn from the prediction; the last layer, whose outputs are classes, stays."""
     model, x = trained
-    with torch.random.fork_rng(), ChannelGates(model, modules=lambda name: name in ("0", "2", "5")) as found:
+    with torch.random.fork_rng(), Gates(model, modules=lambda name: name in ("0", "2", "5")) as found:
         torch.manual_seed(0)
         for _ in range(30):
             outputs = model(x)
@@ -112,7 +112,7 @@ def gates(trained: tuple[nn.Sequential, Tensor]) -> ChannelGates:
     ("closed", "order", "low", "high"), [(0.05, 0.97, 0.9, 1.1), (1.0, 0.9, 0.6, 1.2)], ids=["a little", "entirely"]
 )
 def test_gates_that_close(
-    closed: float, order: float, low: float, high: float, trained: tuple[nn.Sequential, Tensor], gates: ChannelGates
+    closed: float, order: float, low: float, high: float, trained: tuple[nn.Sequential, Tensor], gates: Gates
 ) -> None:
     """One channel at a time, of those that are awake. To second order the rise goes with the square of the step."""
     model, x = trained
@@ -131,7 +131,7 @@ def test_gates_that_close(
         assert low < (table["predicted"] / table["measured"]).median() < high
 
 
-def test_channels_that_go_together(trained: tuple[nn.Sequential, Tensor], gates: ChannelGates) -> None:
+def test_channels_that_go_together(trained: tuple[nn.Sequential, Tensor], gates: Gates) -> None:
     """What the sum over channels leaves out is what they do to each other: it falls short as more of them go."""
     model, x = trained
     before = prediction(model, x)

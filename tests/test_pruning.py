@@ -21,7 +21,7 @@ from torch_secorder.errors import (
     NonFiniteError,
     ShapeError,
 )
-from torch_secorder.pruning import ChannelGates, GroupImportance, prune, pruning_sensitivity, weight_saliency
+from torch_secorder.pruning import Gates, GroupImportance, prune, pruning_sensitivity, top_k_mask, weight_saliency
 
 cross_entropy = nn.functional.cross_entropy
 
@@ -73,7 +73,7 @@ def gates_by_hand(model: nn.Module, name: str, axis: int, x: Tensor, labels: Ten
 def test_gates_are_those_of_explicit_gates(reduction: str, inplace: bool) -> None:
     model = net(inplace)
     x, labels = torch.randn(7, 2, 6, 6), torch.randint(4, (7,))
-    with ChannelGates(model, reduction) as gates:
+    with Gates(model, reduction=reduction) as gates:
         for part, y in zip(x.split(4), labels.split(4), strict=True):
             cross_entropy(model(part), y, reduction=reduction).backward()
     assert gates.n_samples == 7
@@ -95,7 +95,7 @@ def net_without_inplace(model: nn.Module) -> nn.Module:
 def test_gates_of_norms_and_of_tokens() -> None:
     model = net()
     x, labels = torch.randn(5, 2, 6, 6), torch.randint(4, (5,))
-    with ChannelGates(model, modules=(nn.BatchNorm2d,)) as gates:
+    with Gates(model, modules=(nn.BatchNorm2d,)) as gates:
         cross_entropy(model(x), labels).backward()
     torch.testing.assert_close(gates.fisher["1"], gates_by_hand(model, "1", 1, x, labels, 4), rtol=1e-4, atol=1e-10)
 
@@ -109,7 +109,7 @@ def test_gates_of_norms_and_of_tokens() -> None:
 
     tokens = Tokens()
     x = torch.randn(5, 7, 3)
-    with ChannelGates(tokens, modules=lambda name: name == "hidden") as gates:
+    with Gates(tokens, modules=lambda name: name == "hidden") as gates:
         cross_entropy(tokens(x), labels).backward()
     expected = gates_by_hand(tokens, "hidden", 2, x, labels, 5)
     torch.testing.assert_close(gates.fisher["hidden"], expected, rtol=1e-4, atol=1e-10)
@@ -126,7 +126,7 @@ def test_all_calls_of_a_layer_share_its_gates() -> None:
 
     model = Twice()
     x, labels = torch.randn(6, 4), torch.randint(4, (6,))
-    with ChannelGates(model) as gates:
+    with Gates(model) as gates:
         cross_entropy(model(x), labels).backward()
     torch.testing.assert_close(
         gates.fisher["layer"], gates_by_hand(model, "layer", 1, x, labels, 4), rtol=1e-4, atol=1e-10
@@ -139,7 +139,7 @@ def test_gates_beside_a_monitor_cost_no_pass_and_leave_nothing() -> None:
     cross_entropy(model(x), labels).backward()
     before = [p.grad.clone() for p in model.parameters() if p.grad is not None]
     model.zero_grad()
-    with FisherMonitor(model) as monitor, ChannelGates(model) as gates:
+    with FisherMonitor(model) as monitor, Gates(model) as gates:
         cross_entropy(model(x), labels).backward()
     assert all(torch.equal(a, p.grad) for a, p in zip(before, model.parameters(), strict=True) if p.grad is not None)
     assert monitor.n_samples == gates.n_samples == 5
@@ -157,43 +157,43 @@ def test_gates_beside_a_monitor_cost_no_pass_and_leave_nothing() -> None:
 def test_loss_scale_of_gates() -> None:
     model = net()
     x, labels = torch.randn(5, 2, 6, 6), torch.randint(4, (5,))
-    with ChannelGates(model) as plain:
+    with Gates(model) as plain:
         cross_entropy(model(x), labels).backward()
-    with ChannelGates(model, loss_scale=8.0) as scaled:
+    with Gates(model, loss_scale=8.0) as scaled:
         (8 * cross_entropy(model(x), labels)).backward()
     torch.testing.assert_close(plain.fisher["0"], scaled.fisher["0"])
 
 
 def test_what_gates_refuse() -> None:
     model = net()
-    with pytest.raises(CoupledSamplesError, match=r"BatchNorm2d '1'.*eval"), ChannelGates(model.train()):
+    with pytest.raises(CoupledSamplesError, match=r"BatchNorm2d '1'.*eval"), Gates(model.train()):
         pass
     model.eval()
     with pytest.raises(LifecycleError, match="no sample"):
-        _ = ChannelGates(model).fisher
-    with pytest.raises(LifecycleError, match="already"), ChannelGates(model) as gates, gates:
+        _ = Gates(model).fisher
+    with pytest.raises(LifecycleError, match="already"), Gates(model) as gates, gates:
         pass
     with pytest.raises(ArgumentError, match="no module of those"):
-        ChannelGates(nn.Tanh())
+        Gates(nn.Tanh())
     with pytest.raises(ArgumentError, match="reduction"):
-        ChannelGates(model, "none")
+        Gates(model, reduction="none")
     with pytest.raises(ArgumentError, match="loss_scale"):
-        ChannelGates(model, loss_scale=0)
-    with pytest.raises(ShapeError, match="without a batch axis"), ChannelGates(model[0]):
+        Gates(model, loss_scale=0)
+    with pytest.raises(ShapeError, match="without a batch axis"), Gates(model[0]):
         model[0](torch.randn(2, 6, 6))
-    with pytest.raises(ShapeError, match="outside of a call of the monitored model"), ChannelGates(model):
+    with pytest.raises(ShapeError, match="outside of a call of the monitored model"), Gates(model):
         model[0](torch.randn(5, 2, 6, 6))
     linear = nn.Linear(3, 2)
     linear.weight.requires_grad_(False)
     x = torch.randn(5, 3)
-    with ChannelGates(linear) as gates:
+    with Gates(linear) as gates:
         outputs = linear(x).mul_(2)
         x.add_(1)
         with pytest.raises(CoverageError, match="changed in place"):
             torch.autograd.backward(outputs.sum(), inputs=[linear.bias])
     assert linear.bias.grad is not None, "gradients are complete"
     assert gates.n_samples == 0
-    with pytest.raises(NonFiniteError, match="not finite"), ChannelGates(linear):
+    with pytest.raises(NonFiniteError, match="not finite"), Gates(linear):
         (linear(torch.randn(5, 3)).sum() * math.inf).backward()
 
 
@@ -218,7 +218,7 @@ def test_gates_inside_of_checkpointing(reentrant: bool) -> None:
     x, labels = torch.randn(5, 4), torch.randint(3, (5,))
     found = []
     for model.on in (False, True):
-        with ChannelGates(model) as gates:
+        with Gates(model) as gates:
             cross_entropy(model(x), labels).backward()
         assert gates.n_samples == 5
         found.append(gates.fisher)
@@ -385,6 +385,39 @@ def test_saliencies_that_do_not_fit() -> None:
     assert not torch_prune.is_pruned(model), "nothing was pruned"
 
 
+@pytest.mark.parametrize("share", [0, 0.1, 0.5, 1])
+def test_the_largest_entries_are_taken(share: float) -> None:
+    scores = {"a": torch.rand(4, 5), "b": torch.rand(7), "c.bias": torch.rand(3), "d": torch.rand(())}
+    found = top_k_mask(scores, share, always="*.bias")
+    assert {name: mask.shape for name, mask in found.items()} == {name: value.shape for name, value in scores.items()}
+    assert found["c.bias"].all()
+    flat, taken = (torch.cat([x[name].flatten() for name in ("a", "b", "d")]) for x in (scores, found))
+    assert int(taken.sum()) == round(share * 28)
+    if 0 < share < 1:
+        assert flat[taken].min() > flat[~taken].max()
+
+
+def test_masks_of_the_largest_have_as_many_as_asked_for_among_equals() -> None:
+    found = top_k_mask({"a": torch.zeros(10)}, 0.3)
+    assert int(found["a"].sum()) == 3
+    assert top_k_mask({"a": torch.zeros(2)}, 0, always=["a"])["a"].all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (({"a": torch.ones(2)}, 1.5), "share must be a share from 0 to 1"),
+        (([torch.ones(2)], 0.5), "mapping from names to tensors"),
+        (({"a": torch.tensor([1.0, math.nan])}, 0.5), "the diagonal of a has NaN"),
+    ],
+)
+def test_masks_of_nonsense(arguments: Any, words: str) -> None:
+    with pytest.raises(ArgumentError, match=words):
+        top_k_mask(*arguments)
+    with pytest.raises(ArgumentError, match=r"no name matches 'b\.\*'"):
+        top_k_mask({"a": torch.ones(2)}, 0.5, always=("a", "b.*"))
+
+
 class Residual(nn.Module):
     """Two convolutions into one stream, and a depthwise one behind."""
 
@@ -408,7 +441,7 @@ def test_torch_pruning_prunes_by_our_importance(kind: str) -> None:
     model = Residual().eval()
     x, labels = torch.randn(6, 3, 8, 8), torch.randint(5, (6,))
     modules = (nn.BatchNorm2d,) if kind == "norms" else None
-    with FisherMonitor(model, diagonal=True) as monitor, ChannelGates(model, modules=modules) as gates:
+    with FisherMonitor(model, diagonal=True) as monitor, Gates(model, modules=modules) as gates:
         cross_entropy(model(x), labels).backward()
     weights = weight_saliency(model, monitor, fisher="sampled")
     importance = GroupImportance(model, weights if kind == "weights" else gates.saliency)

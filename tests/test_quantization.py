@@ -361,6 +361,148 @@ def test_a_sensitivity_from_a_file_allocates_the_same(tmp_path: Any) -> None:
     assert list(allocate_bits(again, 4)["bits"]) == list(allocate_bits(sensitivity, 4)["bits"])
 
 
+def with_bits(rows: dict[str, tuple[int, list[float]]], widths: tuple[int, ...] = (2, 4, 8)) -> pd.DataFrame:
+    frame = pd.DataFrame(
+        {name: {"numel": n, **dict(zip(widths, costs, strict=True))} for name, (n, costs) in rows.items()}
+    ).T
+    frame.columns = ["numel", *widths]
+    return frame.astype({"numel": int})
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("by_function", [False, True])
+def test_the_allocation_of_groups_is_the_best_of_all(seed: int, by_function: bool) -> None:
+    """Against every assignment in which the members of a group agree, and what is fixed stays."""
+    generator = torch.Generator().manual_seed(seed)
+    names = ["a.q", "a.k", "a.v", "a.o", "b.q", "b.k", "head"]
+    widths = (2, 4, 8)
+
+    def costs() -> list[float]:
+        return sorted(torch.rand(3, generator=generator).tolist(), reverse=True)
+
+    rows = {name: (int(torch.randint(1, 9, (), generator=generator)), costs()) for name in names}
+    sensitivity, budget = with_bits(rows, widths), 4.5
+    groups: Any = [("a.q", "a.k", "a.v"), ["b.q", "b.k"]]
+    if by_function:
+        groups = lambda name: name[0] if name[-1] in "qkv" else None  # noqa: E731
+    found = allocate_bits(sensitivity, 8, groups=groups, fixed={"*": 2, "head": 8, "[ab].*": 4} | {"a.o": 4})
+    assert found["bits"].to_dict() == dict.fromkeys(names[:-1], 4) | {"head": 8}
+    found = allocate_bits(sensitivity, budget, groups=groups, fixed={"head": 4})
+    best, size = math.inf, budget * sum(n for n, _ in rows.values())
+    for q, o, k in itertools.product(range(3), repeat=3):
+        choice = {"a.q": q, "a.k": q, "a.v": q, "a.o": o, "b.q": k, "b.k": k, "head": 1}
+        if sum(rows[name][0] * widths[c] for name, c in choice.items()) <= size:
+            best = min(best, sum(rows[name][1][c] for name, c in choice.items()))
+    assert found.attrs["predicted"] == pytest.approx(best, rel=1e-9)
+    assert found.attrs["size"] <= size
+    assert found.loc[["a.q", "a.k", "a.v"], "bits"].nunique() == found.loc[["b.q", "b.k"], "bits"].nunique() == 1
+    assert found.loc["head", "bits"] == 4
+
+
+def test_what_is_fixed_in_floating_point_stays_what_it_is() -> None:
+    model = net()
+    sensitivity = quantization_sensitivity(model, exact(model), bits=(2, 4))
+    found = allocate_bits(sensitivity, 8, fixed={"6.weight": 16})
+    assert found.loc["6.weight", ["bits", "predicted"]].tolist() == [16, 0]
+    assert found.attrs["not_rounded"] == ["6.weight"]
+    assert found.attrs["size"] == int((found["numel"] * found["bits"]).sum())
+    before = model[6].weight.detach().clone()
+    with quantized(model, found):
+        assert torch.equal(model[6].weight, before)
+        assert model[4].weight[0].unique().numel() <= 15
+    with_column = quantization_sensitivity(model, exact(model), bits=(4, 16))
+    assert "not_rounded" not in allocate_bits(with_column, 16, fixed={"6.weight": 16}).attrs
+    least = 2 * (sensitivity["numel"].sum() - 24) + 16 * 24
+    with pytest.raises(
+        ArgumentError, match=rf"for all that is not fixed fit: the budget must be at least {least} bits"
+    ):
+        allocate_bits(sensitivity, int(least) - 1, unit="bits", fixed={"6.weight": 16})
+    everything = allocate_bits(sensitivity, 32, fixed={"*": 32})
+    assert (everything.attrs["predicted"], everything.attrs["bits_per_weight"]) == (0, 32)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"fixed": {"6.*": 5}}, r"fixed\['6\.\*'\] must be one of the sensitivity's 2, 4 bits, or 16, 32 or 64"),
+        ({"fixed": {"6.*": True}}, "must be one of"),
+        ({"fixed": {"7.*": 4}}, r"no row of the sensitivity matches '7\.\*'"),
+        ({"groups": [("6.weight", "7.weight")]}, "'7.weight' is no row"),
+        ({"groups": ["6.weight", ("4.weight", "6.weight")]}, "'6.weight' is in two groups"),
+        (
+            {"groups": [("4.weight", "6.weight")], "fixed": {"6.weight": 4}},
+            r"6\.weight is fixed, and others of its group are not",
+        ),
+        ({"groups": [("4.weight", "6.weight")], "fixed": {"6.*": 4, "4.*": 2}}, "or at other bits"),
+    ],
+)
+def test_groups_and_fixed_rows_that_mean_nothing(options: Any, words: str) -> None:
+    model = net()
+    with pytest.raises(ArgumentError, match=words):
+        allocate_bits(quantization_sensitivity(model, exact(model), bits=(2, 4)), 8, **options)
+
+
+@pytest.mark.parametrize("scheme", ["symmetric", "affine"])
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("size", [1, 4, 5, 100])
+def test_groups_of_a_channel_have_steps_of_their_own(scheme: str, axis: int, size: int) -> None:
+    weight = torch.randn(3, 5, 2, dtype=torch.float64)
+    found = rounded(weight, 3, scheme, "group", axis, group_size=size).movedim(axis, 0).flatten(1)
+    for row, values in zip(found.tolist(), weight.movedim(axis, 0).flatten(1).tolist(), strict=True):
+        parts = [by_hand(values[start : start + size], 3, scheme) for start in range(0, len(values), size)]
+        assert row == pytest.approx([value for part in parts for value in part], rel=1e-12, abs=1e-12)
+
+
+def test_a_rounding_of_ones_own() -> None:
+    model = net()
+    report = exact(model)
+    calls = []
+
+    def truncated(weight: Tensor, bits: int) -> Tensor:
+        calls.append(bits)
+        return (weight * 2**bits).trunc() / 2**bits
+
+    found = quantization_sensitivity(model, report, bits=(2, 5), rounding=truncated)
+    assert calls == [2, 5] * 4
+    assert (found.attrs["scheme"], found.attrs["per"]) == ("truncated", "rounding")
+    for name, row in found.iterrows():
+        weight = model.get_parameter(str(name)).detach().double()
+        error = weight - (weight * 4).trunc() / 4
+        expected = 0.5 * report.loc[name, "fisher_mean"] * float(error.square().sum())
+        assert row[2] == pytest.approx(expected, rel=1e-5)
+    before = model[6].weight.detach().clone()
+    with quantized(model, {"6.weight": 2}, rounding=truncated):
+        assert torch.equal(model[6].weight, (before * 4).trunc() / 4)
+    assert torch.equal(model[6].weight, before)
+    grouped = quantization_sensitivity(model, report, bits=3, per="group", group_size=16)
+    assert grouped.attrs["group_size"] == 16
+    weight = model[4].weight.detach()
+    error = (rounded(weight, 3, per="group", group_size=16) - weight).double()
+    expected = 0.5 * report.loc["4.weight", "fisher_mean"] * float(error.square().sum())
+    assert grouped.loc["4.weight", 3] == pytest.approx(expected, rel=1e-5)
+    assert grouped.loc["4.weight", 3] < quantization_sensitivity(model, report, bits=3).loc["4.weight", 3]
+    assert allocate_bits(grouped, 3).attrs["group_size"] == 16
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"per": "group"}, "belong together"),
+        ({"group_size": 4}, "belong together"),
+        ({"per": "group", "group_size": 0}, "group_size must be an int >= 1"),
+        ({"rounding": "nearest"}, "rounding must be a function"),
+        ({"rounding": torch.round, "per": "group", "group_size": 4}, "leave out per= and group_size="),
+        ({"rounding": lambda w, b: w[:1]}, r"rounding\(0\.weight, 4\) must return a finite tensor"),
+        ({"rounding": lambda w, b: w / 0}, "must return a finite tensor"),
+        ({"rounding": lambda w, b: 1.0}, "not float"),
+    ],
+)
+def test_roundings_that_mean_nothing(options: Any, words: str) -> None:
+    model = net()
+    with pytest.raises(ArgumentError, match=words):
+        quantization_sensitivity(model, exact(model), bits=4, **options)
+
+
 def test_quantized_models_come_back() -> None:
     model = net()
     before = {name: p.clone() for name, p in model.state_dict().items()}

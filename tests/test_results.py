@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+from oracles import assert_equal, per_sample_gradients
 from ranks import on_ranks
-from torch_secorder import FisherMonitor, fisher_results
+from torch_secorder import FisherMonitor, __version__, fisher_results
 from torch_secorder.errors import ArgumentError, LifecycleError
 
 FIGURES = ["fisher_trace", "fisher_trace_stderr", "fisher_trace_share", "fisher_mean", "grad_sq_norm"]
@@ -127,6 +128,49 @@ def test_saved_results_come_back_whole(tmp_path: Path) -> None:
         torch.testing.assert_close(other.diagonal, monitor.diagonal, rtol=0, atol=0)
     assert isinstance(again, FisherMonitor)
     pd.testing.assert_frame_equal(alone.report("type")[FIGURES], monitor.report("type")[FIGURES])
+
+
+class WithUnused(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.unused, self.nothing = nn.Linear(4, 3), nn.Linear(5, 2), nn.Parameter(torch.zeros(2, 0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.used(x)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_a_saved_diagonal_is_read_by_others(reduction: str, tmp_path: Path) -> None:
+    import safetensors
+    import safetensors.torch
+
+    model, x, y = WithUnused(), torch.randn(6, 4), torch.randint(3, (6,))
+    with FisherMonitor(model, reduction=reduction, diagonal=True, fisher="observed") as monitor:
+        F.cross_entropy(model(x), y, reduction=reduction).backward()
+    assert all(value.is_contiguous() for value in monitor.diagonal.values())
+    monitor.save_diagonal(tmp_path / "fisher.safetensors")
+    assert [p.name for p in tmp_path.iterdir()] == ["fisher.safetensors"]
+    found = safetensors.torch.load_file(tmp_path / "fisher.safetensors")
+    gradients = per_sample_gradients(model, nn.CrossEntropyLoss(reduction="sum"), x, y)
+    assert set(found) == set(gradients)
+    for name, value in found.items():
+        expected = gradients[name].square().sum(0) / (6 if reduction == "mean" else 1)
+        assert_equal(value, expected, expected.sum(), torch.float32)
+    with safetensors.safe_open(tmp_path / "fisher.safetensors", framework="pt") as file:
+        assert file.metadata() == {
+            "reduction": reduction,
+            "fisher": "observed",
+            "n_samples": "6",
+            "version": __version__,
+        }
+
+
+def test_a_diagonal_that_is_not_there_is_not_saved(tmp_path: Path) -> None:
+    with pytest.raises(LifecycleError, match="diagonal was not asked for"):
+        watched(network(), [0]).save_diagonal(tmp_path / "a")
+    with pytest.raises(ArgumentError, match="there is no folder"):
+        watched(network(), [0], diagonal=True).save_diagonal(tmp_path / "missing" / "a")
+    assert not list(tmp_path.iterdir())
 
 
 def test_jobs_merge_and_a_killed_run_goes_on(tmp_path: Path) -> None:

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from torch_secorder.errors import ArgumentError, LifecycleError
+from torch_secorder.model.channels import ChannelSums, channel_axis
 from torch_secorder.model.names import plain_name
 from torch_secorder.model.parameters import refuse_complex, unwrapped
 from torch_secorder.model.ranks import refuse_dtensors
+from torch_secorder.recording.quantities.layout import Layout, sums_in
 from torch_secorder.results.results import Results, results_of
 from torch_secorder.tables import ATTRIBUTES, shape_of
 
@@ -34,7 +36,9 @@ class Curvature:
         parameters: name -> the model's own tensor, in the order of the report.
         axes: name -> the axis of the parameter that counts output channels.
         traces: name -> the mean over samples of ``||g_{n,p}||^2``.
-        diagonal: name -> the mean over samples of ``g_{n,p} ** 2``, entry by entry; empty where only traces are known.
+        diagonal: name -> the mean over samples of ``g_{n,p} ** 2``, entry by entry, or its mean over each channel in all of the
+            channel's entries; empty where only traces are known.
+        basis: "diagonal", "channels" where some of that is known by channels only, or "trace".
         fisher: "empirical", "exact", "sampled" or "observed".
         n_samples: how many samples were seen.
         divisor: what the source's own numbers were divided by to get those per sample.
@@ -47,9 +51,10 @@ class Curvature:
     fisher: str
     n_samples: int
     divisor: float
+    basis: str
 
     def of(self, name: str) -> Tensor:
-        """The diagonal's part of a parameter: entry by entry where it is known, else its mean in every entry."""
+        """The diagonal's part of a parameter: as far as it is known, else its mean in every entry."""
         parameter = self.parameters[name]
         if name in self.diagonal:
             return self.diagonal[name]
@@ -78,11 +83,12 @@ def curvature(
         LifecycleError: if the monitor saw no sample.
     """
     source = results_of(source)
+    layout: Layout = True
     if isinstance(source, Results):
         report = source.report()
         if diagonal is None:
             try:
-                diagonal = source.diagonal
+                diagonal, layout = source.diagonal, source.statistics.keeps["diagonal"]
             except LifecycleError:
                 diagonal = None
     else:
@@ -117,19 +123,21 @@ def curvature(
         parameters,
         {name: channel_axis(owners[name.rpartition(".")[0]]) for name in names},
         {name: trace / divisor for name, trace in zip(names, traces, strict=True)},
-        {name: _entries(name, diagonal[name], parameters[name], divisor) for name in names if name in (diagonal or {})}
-        if diagonal is not None
-        else {},
+        {
+            name: _entries(name, value, parameters[name], sums_in(layout, name)) / divisor
+            for name, value in (diagonal or {}).items()
+        },
         kind,
         n,
         divisor,
+        _basis(diagonal, layout),
     )
 
 
-def channel_axis(module: nn.Module) -> int:
-    """The axis of a module's weight that counts its output channels."""
-    transposed = getattr(module, "transposed", False) is True or type(module).__name__ == "Conv1D"
-    return 1 if transposed else 0
+def _basis(diagonal: Mapping[str, Tensor] | None, layout: Layout) -> str:
+    if not diagonal:
+        return "trace"
+    return "channels" if any(sums_in(layout, name) is not None for name in diagonal) else "diagonal"
 
 
 def warn_if_no_prediction(fisher: str) -> None:
@@ -186,9 +194,12 @@ def _facts(report: Any) -> dict[str, Any]:
     return facts
 
 
-def _entries(name: str, diagonal: Tensor, parameter: Tensor, divisor: float) -> Tensor:
+def _entries(name: str, diagonal: Tensor, parameter: Tensor, channels: ChannelSums | None) -> Tensor:
+    """A number for each entry of a parameter: the diagonal's, or the mean of its channel."""
+    if channels is not None:
+        diagonal = channels.spread(diagonal, parameter.shape)
     if diagonal.shape != parameter.shape:
         raise ArgumentError(
             f"the diagonal of {name} has shape {tuple(diagonal.shape)}, the parameter {tuple(parameter.shape)}"
         )
-    return diagonal.detach().to(parameter.device) / divisor
+    return diagonal.detach().to(parameter.device)

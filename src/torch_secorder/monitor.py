@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +37,7 @@ from torch_secorder.per_sample import as_refusal
 from torch_secorder.recording.accumulator import PassOptions
 from torch_secorder.recording.backward_pass import BackwardPass, Check
 from torch_secorder.recording.plan import planned
+from torch_secorder.recording.quantities import Keeps, OnOutput, kept, wanted
 from torch_secorder.recording.sample_norms import SampleNorms
 from torch_secorder.recording.user_recorder import UserRecorder
 from torch_secorder.results.report import By
@@ -69,7 +70,7 @@ class MonitorOptions:
     every: int = 1
     fisher: str = "empirical"
     max_memory: int | None = None
-    keeps: Mapping[str, bool] = field(default_factory=dict)
+    keeps: Keeps = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         require_choice("reduction", self.reduction, ("mean", "sum"))
@@ -85,8 +86,7 @@ class MonitorOptions:
     @property
     def of_passes(self) -> PassOptions:
         """What each backward pass collects."""
-        quantities = tuple(name for name, wanted in self.keeps.items() if wanted)
-        return PassOptions(quantities, self.repeated_calls, self.max_memory)
+        return PassOptions(wanted(self.keeps), self.repeated_calls, self.max_memory)
 
 
 @dataclass(frozen=True)
@@ -129,9 +129,17 @@ class FisherMonitor(HookScope):
         parameters: "trainable", or "all" for frozen ones too; names or patterns of names, such as ``["*.weight"]``, or a function
             from a name and a parameter to whether it is analyzed, which may choose frozen ones as well. What is not analyzed
             has no row and is not in the total.
-        diagonal: also keep the Fisher diagonal, a tensor of each parameter's size.
+        diagonal: also keep the Fisher diagonal, a tensor of each parameter's size; or, for less memory and time, a mapping from
+            patterns of names to "full", "rows" (the sum for each output channel) or "columns" (for each input channel), as in
+            ``{"*.weight": "rows", "lm_head.weight": "columns"}``. Of several patterns that match, the last counts; parameters
+            that none matches are left out.
         per_sample: also keep every t_{n,p}.
         activations: also keep account of every module's output: its Fisher trace and its moments.
+        on_output: a function that is called in the backward pass with each module's name, its output without a graph, and the
+            gradient of the loss in it, both with the samples first: for sums over channels, samples or positions of one's own.
+            The gradient is that of the loss which is differentiated; a sample's own is N times that if the loss averages.
+            Outputs without a batch axis are left out, and outputs that are changed in place are refused. It has seen a part of a
+            pass that turns out to be refused.
         batch_axis: where the samples are counted, if not on axis 0: an int for the model's inputs, its outputs and all of its
             layers, or a mapping with some of the keys "inputs", "outputs" and "modules", as in ``{"inputs": 1, "outputs": 0}``.
             Inputs may differ by position or name, ``{"inputs": {0: 1, "mask": None}}``, and outputs by position or key: None
@@ -190,9 +198,10 @@ class FisherMonitor(HookScope):
         *,
         loss_scale: float | Tensor | Callable[[], float | Tensor] = 1.0,
         parameters: Selection = "trainable",
-        diagonal: bool = False,
+        diagonal: bool | Mapping[str, str] = False,
         per_sample: bool = False,
         activations: bool = False,
+        on_output: OnOutput | None = None,
         batch_axis: BatchAxis = None,
         n_samples: NSamples = None,
         sample_of: SampleOf = None,
@@ -203,13 +212,14 @@ class FisherMonitor(HookScope):
         fisher: str = "empirical",
         max_memory: int | None = None,
     ):
-        keeps = {"diagonal": diagonal, "per_sample": per_sample, "activations": activations}
+        keeps = {"diagonal": diagonal, "per_sample": per_sample, "activations": activations, "on_output": on_output}
         options = MonitorOptions(
             *(reduction, loss_scale, parameters, batch_axis, n_samples, sample_of, nonfinite, on_refusal),
             *(repeated_calls, every, fisher, max_memory, keeps),
         )
         watched = _Watched.of(model, options)
-        self._set_up(options, watched, Results(watched.table.rows, reduction, fisher, **keeps))
+        options = replace(options, keeps=kept(keeps, watched.model, watched.table))
+        self._set_up(options, watched, Results(watched.table.rows, reduction, fisher, **options.keeps))
 
     def _set_up(self, options: MonitorOptions, watched: _Watched | None, results: Results) -> None:
         self._options, self._watched, self.results = options, watched, results
@@ -363,7 +373,7 @@ class FisherMonitor(HookScope):
 
     @property
     def diagonal(self) -> dict[str, Tensor]:
-        """The Fisher diagonal ``c sum_n g_n ** 2``, a dict of tensors of the parameters' shapes that sum to their traces."""
+        """The Fisher diagonal ``c sum_n g_n ** 2``, a dict of tensors that sum to the traces; see :attr:`Results.diagonal`."""
         return self.results.diagonal
 
     @property
@@ -449,6 +459,15 @@ class FisherMonitor(HookScope):
             ArgumentError: if safetensors is not installed, or there is no such folder.
         """
         self.results.save(path)
+
+    def save_diagonal(self, path: str | Path) -> None:
+        """Write the diagonal to a safetensors file that other programs read; see :meth:`Results.save_diagonal`.
+
+        Raises:
+            ArgumentError: if safetensors is not installed, or there is no such folder.
+            LifecycleError: if no diagonal was asked for, or no sample was seen.
+        """
+        self.results.save_diagonal(path)
 
     @classmethod
     def load(cls, path: str | Path, model: nn.Module | None = None) -> Self:

@@ -11,6 +11,10 @@ import pandas as pd
 from torch_secorder.errors import ArgumentError
 
 ATTRIBUTES = ("reduction", "fisher", "n_samples")
+FURTHER_ATTRIBUTES = (  # that not every report has
+    *("n_passes", "skipped_passes", "total_stderr", "n_skipped", "mean_inverse_batch_size"),
+    *("rtol", "rtol_of", "relative_stderr", "reached_rtol"),
+)
 
 
 def table(rows: Iterable[Mapping[Any, Any]], index: str, columns: Iterable[Any] = (), **attrs: Any) -> pd.DataFrame:
@@ -61,11 +65,7 @@ def read_report(path: str | PathLike[str]) -> pd.DataFrame:
             f"{path} lacks {', '.join(missing)}: write it with report.assign(**report.attrs).to_csv(path), which keeps them"
         )
     frame = frame.set_index("parameter")
-    kept = [
-        name
-        for name in (*ATTRIBUTES, "n_passes", "skipped_passes", "total_stderr", "n_skipped", "mean_inverse_batch_size")
-        if name in frame
-    ]
+    kept = [name for name in (*ATTRIBUTES, *FURTHER_ATTRIBUTES) if name in frame]
     for name in kept:
         if frame[name].nunique() != 1:
             raise ArgumentError(f"{path} has several values of {name}: it is not one report")

@@ -166,6 +166,12 @@ def _facts(report: pd.DataFrame) -> list[str]:
         told += [_counted(facts["skipped_passes"], "refused pass", "refused passes") + " left out"]
     if facts.get("n_skipped"):
         told += [_counted(facts["n_skipped"], "sample") + " with non-finite gradients left out"]
+    if "rtol" in facts:
+        what = "the total" if facts["rtol_of"] == "total" else "every row"
+        end = "stopped" if facts["reached_rtol"] else "the data ended"
+        told += [
+            f"{end} at a standard error of {facts['relative_stderr']:.1%} of {what}, {facts['rtol']:.1%} asked for"
+        ]
     return [total, ", ".join(told)]
 
 

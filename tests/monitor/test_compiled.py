@@ -12,7 +12,7 @@ from model_state import hooks
 from monitor.compiled_programs import WAYS, N, Program, nothing_compiled, product
 from oracles import assert_equal
 from torch_secorder import FisherMonitor, empirical_fisher_trace, fisher_report, hessian_trace
-from torch_secorder.pruning import ChannelGates
+from torch_secorder.pruning import Gates
 from traps.exactness import numbers
 
 pytestmark = [
@@ -180,7 +180,7 @@ def test_gates_run_the_model_as_written() -> None:
     program.compile()
     program.step(0)
     before = program.backend.counts()
-    with ChannelGates(program.model, modules=(nn.Linear,)) as gates:
+    with Gates(program.model, modules=(nn.Linear,)) as gates:
         program.step(1)
     assert program.backend.counts() == before
     assert gates.n_samples == N

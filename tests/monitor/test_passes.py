@@ -19,7 +19,7 @@ from monitor.classifier import assert_report, batch, classifier, cross_entropy, 
 from oracles import assert_equal, per_sample_squared_norms, total, trace
 from torch_secorder import FisherMonitor
 from torch_secorder.errors import CoverageError, CurvatureError, LifecycleError, UnsupportedError
-from torch_secorder.pruning import ChannelGates
+from torch_secorder.pruning import Gates
 from torch_secorder.recording.accumulator import PassAccumulator
 
 Step = Callable[[nn.Module, Tensor, Tensor], object]
@@ -286,9 +286,9 @@ def test_frozen_parameters_count_in_backward(with_input_gradient: bool) -> None:
 
 def test_gates_count_in_backward_and_where_parameters_are_asked_for() -> None:
     model, (x, y) = classifier(), batch()
-    with ChannelGates(model) as alone:
+    with Gates(model) as alone:
         cross_entropy()(model(x), y).backward()
-    with ChannelGates(model) as both:
+    with Gates(model) as both:
         saliency(model, x)
         torch.autograd.grad(cross_entropy()(model(x), y), list(model.parameters()))
     assert both.n_samples == alone.n_samples == 5

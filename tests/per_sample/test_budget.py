@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from modes import ModeInside
 from torch_secorder import FisherMonitor, fisher_report
 from torch_secorder.errors import ArgumentError
+from torch_secorder.model.channels import ChannelSums
 from torch_secorder.per_sample import Convolution, Outer, PerSampleGradient, RowSparse, Sum, memory_limit
 
 KIB = 2**10
@@ -88,6 +89,18 @@ def test_the_diagonal_keeps_to_the_budget_beside_itself(name: str) -> None:
         found = form.sum_of_squares()
     torch.testing.assert_close(found, form.dense().square().sum(0), rtol=2e-5, atol=1e-6)
     assert peak.peak <= 64 * KIB + 3 * found.nbytes
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("name", ["gram", "direct", "rows"])
+def test_sums_over_channels_keep_to_the_budget(name: str, axis: int) -> None:
+    form = FORMS[name]()
+    with Peak() as peak, memory_limit(96 * KIB):
+        found = form.channel_squares(ChannelSums(axis))
+    expected = form.dense().double().square().sum(0).sum(1 - axis)
+    torch.testing.assert_close(found.double(), expected, rtol=2e-5, atol=1e-6)
+    # What is summed for one parameter at a time is at most as large as that parameter.
+    assert peak.peak <= 96 * KIB + 3 * form.shape[0] * form.shape[1] * 4
 
 
 def network() -> nn.Module:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from torch_secorder.model.channels import ChannelSums
 from torch_secorder.per_sample import Convolution, costs
 from torch_secorder.per_sample.costs import FORMS, predicted
 
@@ -87,6 +88,40 @@ def test_the_diagonal_is_that_of_the_dense_form(name: str, dims: int, monkeypatc
         costs = {"direct": 2.0, "shifted": 2.0, cheapest: 1.0}
         monkeypatch.setattr("torch_secorder.per_sample.convolution.predicted", lambda _, costs=costs: costs)
         torch.testing.assert_close(form.sum_of_squares(), expected, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.usefixtures("budget")
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_sums_over_channels_are_those_of_the_dense_form(name: str, dims: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    form = convolution(dims, **SETTINGS[name])
+    squares = form.dense().square().sum(0)
+    inputs = torch.cat([part.transpose(0, 1).flatten(1).sum(1) for part in squares.chunk(form.groups)])
+    for cheapest in FORMS:
+        costs = {"direct": 2.0, "shifted": 2.0, cheapest: 1.0}
+        monkeypatch.setattr("torch_secorder.per_sample.convolution.predicted", lambda _, costs=costs: costs)
+        for axis, expected in enumerate((squares.flatten(1).sum(1), inputs)):
+            found = form.channel_squares(ChannelSums(axis, form.groups))
+            torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("left_over", [0.0, 1e-6, 1e-3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_channels_that_cancel_keep_their_digits(
+    left_over: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    half, g = torch.randn(3, 1, 24, 2, 2), torch.randn(3, 1, 20, 2, 2)
+    x = torch.cat([half, half * (1 + left_over)], 4).to(dtype)
+    form = Convolution(x, torch.cat([g, -g], 4).to(dtype), (20, 24, 1, 1), (1, 1), (0, 0), (1, 1), 1)
+    exact = Convolution(form.x.double(), form.g.double(), *form._settings()).dense().square().sum((0, 2, 3, 4))
+    monkeypatch.setattr("torch_secorder.per_sample.convolution.predicted", lambda _: {"gram": 1.0, "direct": 2.0})
+    found = form.channel_squares(ChannelSums(0))
+    assert (found >= 0).all()
+    if left_over >= 1e-3 or dtype == torch.float64:
+        torch.testing.assert_close(found.double(), exact, rtol=1e-4 if dtype == torch.float32 else 1e-8, atol=1e-20)
+    else:
+        magnitude = form.x.double().square().sum() * form.g.double().square().sum((0, 1, 3, 4))
+        assert (found.double() <= 1e-11 * magnitude).all()
 
 
 @pytest.mark.usefixtures("budget")

@@ -13,6 +13,7 @@ from oracles import assert_equal, call, mapped, per_sample_gradients
 from problems import Problem, every_problem
 from torch_secorder.batch_axis.placement import Grouping, Layout
 from torch_secorder.capture.records import Call
+from torch_secorder.model.channels import ChannelSums
 from torch_secorder.per_sample import (
     Convolution,
     Dense,
@@ -96,6 +97,17 @@ def chunk_bytes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("name", FORMS)
 def test_every_answer_is_that_of_the_dense_form(name: str) -> None:
     assert_like_dense(FORMS[name]())
+
+
+@pytest.mark.usefixtures("chunk_bytes")
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("name", FORMS)
+def test_sums_over_channels_are_those_of_the_dense_form(name: str, groups: int) -> None:
+    form = FORMS[name]()
+    squares = form.dense().square().sum(0)
+    inputs = torch.cat([part.movedim(1, 0).flatten(1).sum(1) for part in squares.chunk(groups)])
+    assert_equal(form.channel_squares(ChannelSums(0, groups)), squares.flatten(1).sum(1), squares.sum())
+    assert_equal(form.channel_squares(ChannelSums(1, groups)), inputs, squares.sum())
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -191,6 +203,29 @@ def test_gram_sums_that_cancel_keep_their_digits(left_over: float, dtype: torch.
         # What is left of the difference of float32 numbers is rounding; it must stay as small as rounding.
         magnitude = 2 * a.double().square().sum((1, 2, 3)) * g.double().square().sum((1, 2, 3))
         assert (form.squared_norm().double() <= 1e-11 * magnitude).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("left_over", [0.0, 1e-6, 1e-3, 0.3])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_channels_that_cancel_keep_their_digits(axis: int, left_over: float, dtype: torch.dtype) -> None:
+    """Half of the channels' gradients are differences of two positions."""
+    a, g = normal(N, 1, 1, 24, dtype=dtype), normal(N, 1, 1, 20, dtype=dtype)
+    both = {0: a, 1: g}
+    other, own = both[axis], both[1 - axis]
+    signs = torch.where(torch.arange(own.shape[3]) % 2 == 0, -1.0, 1.0).to(dtype)
+    factors = {axis: torch.cat([other, other * (1 + left_over)], 2), 1 - axis: torch.cat([own, own * signs], 2)}
+    form = Outer(factors[0], factors[1], (20, 24))
+    assert form.algorithm == "gram"
+    exact = Outer(form.a.double(), form.g.double(), (20, 24)).dense().square().sum(0).sum(1 - axis)
+    found = form.channel_squares(ChannelSums(axis))
+    assert (found >= 0).all()
+    if left_over >= 1e-3 or dtype == torch.float64:
+        rtol = 1e-4 if dtype == torch.float32 else 1e-8
+        # Two products that are equal may be rounded differently, by 1e-16 of each: that is 1e-32 in a square.
+        torch.testing.assert_close(found.double(), exact, rtol=rtol, atol=1e-28 * float(exact.max()))
+    else:
+        assert ((found.double() - exact).abs() <= 1e-4 * exact + 1e-11 * exact.max()).all()
 
 
 @pytest.mark.parametrize("left_over", [0.0, 1e-6, 1e-3])

@@ -13,7 +13,7 @@ from expectations import expectation
 from oracles import assert_equal, per_sample_squared_norms
 from torch_secorder import FisherMonitor
 from torch_secorder.errors import CoupledSamplesError
-from torch_secorder.pruning import ChannelGates
+from torch_secorder.pruning import Gates
 
 
 def net() -> tuple[nn.Sequential, Tensor, Tensor]:
@@ -98,14 +98,14 @@ def test_trap_31_gates_of_two_batches_in_one_backward_pass() -> None:
     """They are asked about as a monitor's are, and answer as for two passes once it is said what the calls mean."""
     model = nn.Sequential(nn.Linear(4, 3)).double()
     x, y = torch.randn(2, 4, 4).double(), torch.randint(3, (2, 4))
-    with ChannelGates(model) as apart:
+    with Gates(model) as apart:
         for inputs, labels in zip(x, y, strict=True):
             F.cross_entropy(model(inputs), labels).backward()
-    with ChannelGates(model) as unsaid, expectation(r"two calls of the model.*repeated_calls=\"same\"|repeated_calls"):
+    with Gates(model) as unsaid, expectation(r"two calls of the model.*repeated_calls=\"same\"|repeated_calls"):
         (F.cross_entropy(model(x[0]), y[0]) + F.cross_entropy(model(x[1]), y[1])).backward()
     assert unsaid.n_samples == 0
     # The sum of two averages of four is twice the average of eight.
-    with ChannelGates(model, repeated_calls="new", loss_scale=2.0) as together:
+    with Gates(model, repeated_calls="new", loss_scale=2.0) as together:
         (F.cross_entropy(model(x[0]), y[0]) + F.cross_entropy(model(x[1]), y[1])).backward()
     assert together.n_samples == apart.n_samples == 8
     torch.testing.assert_close(together.fisher, apart.fisher, rtol=1e-10, atol=0)
@@ -113,7 +113,7 @@ def test_trap_31_gates_of_two_batches_in_one_backward_pass() -> None:
 
 def test_trap_31_gates_of_a_model_that_mixes_samples_inside_of_the_block() -> None:
     model, x, _ = net()
-    with ChannelGates(model) as gates:
+    with Gates(model) as gates:
         model.train()
         with pytest.raises(CoupledSamplesError, match="BatchNorm1d '1'"):
             model(x)

@@ -149,8 +149,11 @@ def _takes(model: nn.Module, key: str) -> bool:
     )
 
 
-def batches(data: Any, max_batches: int | None, progress: bool) -> Iterable[Any]:
-    """The batches of an iterable of them, or of one: each is a mapping, or a sequence of inputs, targets and whatever else."""
+def batches(data: Any, max_batches: int | None, progress: bool, status: Callable[[], str] = str) -> Iterable[Any]:
+    """The batches of an iterable of them, or of one: each is a mapping, or a sequence of inputs, targets and whatever else.
+
+    The progress bar shows the ``status`` that there is once a batch was analyzed.
+    """
     if _is_one_batch(data):
         data = [data]
     if not isinstance(data, Iterable):
@@ -161,7 +164,7 @@ def batches(data: Any, max_batches: int | None, progress: bool) -> Iterable[Any]
     total = len(data) if isinstance(data, Sized) else None
     if max_batches is not None:
         data, total = itertools.islice(data, max_batches), min(total or max_batches, max_batches)
-    yield from map(_checked, _with_progress(data, total) if progress else data)
+    yield from map(_checked, _with_progress(data, total, status) if progress else data)
 
 
 def while_any(left: Callable[[], int | None], batches: Iterable[Any]) -> Iterator[Any]:
@@ -219,9 +222,13 @@ def _checked(batch: Any) -> Any:
     return batch
 
 
-def _with_progress(data: Iterable[Any], total: int | None) -> Iterator[Any]:
+def _with_progress(data: Iterable[Any], total: int | None, status: Callable[[], str]) -> Iterator[Any]:
     try:
         from tqdm.auto import tqdm
     except ImportError:
-        return iter(data)
-    return iter(tqdm(data, total=total, desc="Fisher", unit="batch", leave=False))
+        yield from data
+        return
+    with tqdm(data, total=total, desc="Fisher", unit="batch", leave=False) as bar:
+        for batch in bar:
+            yield batch
+            bar.set_postfix_str(status())

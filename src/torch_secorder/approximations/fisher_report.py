@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_secorder.approximations.batches import LabeledBatch, Layout, batches, while_any
+from torch_secorder.approximations.precision import Precision
 from torch_secorder.arguments import (
     fresh_generator,
     require_choice,
@@ -24,7 +25,7 @@ from torch_secorder.likelihoods import random_signs, require_loss_of
 from torch_secorder.model.parameters import unwrapped
 from torch_secorder.model.restore import forked_random, lock_of
 from torch_secorder.model.selection import Selection
-from torch_secorder.recording.quantities import SampleIds, SampleRows
+from torch_secorder.recording.quantities import Keeps, SampleIds, SampleRows
 from torch_secorder.results.report import By
 from torch_secorder.results.results import Results
 from torch_secorder.running.analysis import Analysis, Batch, Checked, logits
@@ -48,6 +49,8 @@ def fisher_report(
     loss_type: str = "nll",
     max_batches: int | None = None,
     max_samples: int | None = None,
+    rtol: float | None = None,
+    rtol_of: str = "total",
     progress: bool = True,
     verify: bool = True,
     by: By = None,
@@ -81,6 +84,10 @@ def fisher_report(
             :func:`~torch_secorder.approximations.fisher_trace.generalized_fisher_trace`.
         max_batches: stop after so many.
         max_samples: stop after so many samples; of the last batch only the first ones are taken.
+        rtol: stop as soon as the standard error is no more than this fraction of the trace, such as 0.05, and at least 32
+            samples were seen. The data have to come in a random order. ``attrs`` then say ``rtol``, ``rtol_of``, the
+            ``relative_stderr`` that there is, and whether it ``reached_rtol`` or the data ended before.
+        rtol_of: whose standard error: that of the "total", or of all "rows", each of its own trace.
         progress: show a progress bar, if tqdm is installed.
         verify: check the first, the last and a random sample of the first batch against plain autograd, and of later ones that
             make another kind of graph, or the 2nd, 3rd, 5th, 9th, ... of a kind.
@@ -129,6 +136,8 @@ def fisher_report(
         loss_type=loss_type,
         max_batches=max_batches,
         max_samples=max_samples,
+        rtol=rtol,
+        rtol_of=rtol_of,
         progress=progress,
         verify=verify,
         reduction=reduction,
@@ -151,7 +160,7 @@ def fisher_results(
     loss_fn: Callable[[Any, Any], Tensor] | str | None,
     data: Any,
     *,
-    diagonal: bool = False,
+    diagonal: bool | Mapping[str, str] = False,
     per_sample: bool = False,
     activations: bool = False,
     ids: str | int | Callable[[Any], Any] | None = None,
@@ -163,7 +172,8 @@ def fisher_results(
         model: as for :func:`fisher_report`, like ``loss_fn`` and ``data``.
         loss_fn: see there.
         data: see there.
-        diagonal: also keep the Fisher diagonal, a tensor of each parameter's size.
+        diagonal: also keep the Fisher diagonal, a tensor of each parameter's size, or the sums that a mapping from patterns of
+            names to "full", "rows" or "columns" asks for; see :class:`FisherMonitor`.
         per_sample: also keep every sample's squared norms; under "exact" their expectations.
         activations: also keep account of every module's output: its Fisher trace and its moments.
         ids: what the rows of ``per_sample`` are called: the entry of batches that are mappings, which the model is not given;
@@ -208,6 +218,8 @@ class ReportOptions:
     loss_type: str = "nll"
     max_batches: int | None = None
     max_samples: int | None = None
+    rtol: float | None = None
+    rtol_of: str = "total"
     progress: bool = True
     verify: bool = True
     reduction: str | None = None
@@ -223,7 +235,7 @@ class ReportOptions:
     max_passes: int = 10_000
     max_memory: int | None = None
     ids: str | int | Callable[[Any], Any] | None = None
-    keeps: Mapping[str, bool] = field(default_factory=dict)
+    keeps: Keeps = field(default_factory=dict)
 
     @classmethod
     def names(cls) -> set[str]:
@@ -243,6 +255,13 @@ class ReportOptions:
         for name in ("max_batches", "max_samples", "num_samples"):
             if getattr(self, name) is not None:
                 require_positive_int(name, getattr(self, name))
+        require_choice("rtol_of", self.rtol_of, ("total", "rows"))
+        _ = self.precision  # checked before anything runs
+
+    @property
+    def precision(self) -> Precision | None:
+        """What is to be reached, if that ends the run."""
+        return None if self.rtol is None else Precision(self.rtol, self.rtol_of)
 
     @property
     def kind(self) -> FisherKind:
@@ -252,11 +271,6 @@ class ReportOptions:
         return FisherKind(
             self.loss_type, labels, draws, self.ignore_index, self.class_axis, self.max_passes, self.shift
         )
-
-    @property
-    def quantities(self) -> tuple[str, ...]:
-        """The names of those that are kept."""
-        return tuple(name for name, wanted in self.keeps.items() if wanted)
 
 
 def accumulated(
@@ -286,15 +300,18 @@ def accumulated(
     require_model_before_loss(model, loss_fn)
     kind, generator = options.kind, fresh_generator(options.generator)
     words = told(unwrapped(model), options.batch_axis, options.n_samples, options.sample_of)
-    analysis = Analysis(model, options.parameters, words, quantities=options.quantities, max_memory=options.max_memory)
+    analysis = Analysis(model, options.parameters, words, keeps=options.keeps, max_memory=options.max_memory)
     layout = Layout(analysis.model, options.labels, labels_go_in=loss_fn == "model", ids=options.ids)
-    results, reduction = earlier, options.reduction
+    results, reduction, precision = earlier, options.reduction, options.precision
 
     def left() -> int | None:
         """How many samples may still be counted; None for any number."""
         return None if options.max_samples is None else options.max_samples - (results.n_samples if results else 0)
 
-    wanted = while_any(left, batches(data, options.max_batches, options.progress))
+    def status() -> str:
+        return "" if precision is None or results is None else precision.as_text(results.statistics)
+
+    wanted = while_any(left, batches(data, options.max_batches, options.progress, status))
     for number, loaded in enumerate(_in_step(analysis, wanted)):
         parts = layout.parts(loaded)
         most = left()
@@ -315,9 +332,14 @@ def accumulated(
         _require_batch_of(parts, samples.batch, most)
         if parts.ids is not None:
             samples = replace(samples, parts=samples.parts | {SampleRows.name: SampleIds(parts.ids)})
-        results = results or Results(analysis.table.rows, reduction or "mean", options.fisher, **options.keeps)
+        results = results or Results(analysis.table.rows, reduction or "mean", options.fisher, **analysis.keeps)
         results.statistics.update(samples)
+        if precision is not None:
+            results.precision = precision.facts(results.statistics)
         yield results
+        # Ranks that hold the model together have samples of their own, and stop together.
+        if precision is not None and not analysis.table.ranks.max_over_ranks(not results.precision["reached_rtol"]):
+            return
 
 
 def _require_batch_of(parts: LabeledBatch, n: int, most: int | None) -> None:

@@ -1,4 +1,4 @@
-"""The command line: ``torch-secorder report SETUP.py:build``, ``compare a.csv b.csv`` and ``merge a b``."""
+"""The command line: ``torch-secorder report SETUP.py:build``, and ``check``, ``compare`` and ``merge`` beside it."""
 
 from __future__ import annotations
 

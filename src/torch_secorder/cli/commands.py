@@ -12,16 +12,18 @@ from typing import Any
 import click
 import torch
 
+from torch_secorder import testing
 from torch_secorder.approximations.batches import batches
 from torch_secorder.approximations.fisher_report import ReportOptions, accumulated
 from torch_secorder.arguments import fresh_generator
 from torch_secorder.cli import changes
+from torch_secorder.cli.checking import checked_as_text
 from torch_secorder.cli.failures import DONE, INTERRUPTED, USAGE, CommandError, Interrupted, needed, told
 from torch_secorder.cli.files import FORMATS, check_targets, write
 from torch_secorder.cli.merging import merged
 from torch_secorder.cli.resuming import Journal
 from torch_secorder.cli.setups import Setup
-from torch_secorder.errors import CurvatureError
+from torch_secorder.errors import CurvatureError, listed
 from torch_secorder.results.results import Results
 from torch_secorder.text import summary
 
@@ -29,8 +31,11 @@ EXIT_CODES = (
     "Exit codes: 0 done; 1 refused or failed, with the reason on stderr and no table written; 2 a wrong command line; "
     "130 interrupted."
 )
-SAME = ("fisher", "num_samples", "loss_type", "reduction", "parameters", "seed")  # in a run that goes on
-POSITIVE = click.IntRange(min=1)
+SAME = (  # in a run that goes on
+    *("fisher", "num_samples", "loss_type", "reduction", "parameters", "seed", "diagonal"),
+    *("class_axis", "ignore_index", "batch_axis"),
+)
+POSITIVE, FROM_ZERO = click.IntRange(min=1), click.IntRange(min=0)
 FILE = click.Path(path_type=Path)
 
 
@@ -89,12 +94,29 @@ def _tables(command: Callable[..., None]) -> Callable[..., None]:
     "likelihood.",
 )
 @click.option("--loss-type", default="nll", show_default=True, help="Likelihood where --fisher is not empirical.")
+@click.option("--class-axis", type=int, metavar="AXIS", default=1, show_default=True, help="Of nll outputs.")
+@click.option(
+    "--ignore-index",
+    type=int,
+    metavar="LABEL",
+    default=-100,
+    show_default=True,
+    help="The nll label that counts for nothing.",
+)
 @click.option("--num-samples", type=POSITIVE, metavar="K", help="Backward passes per batch of --fisher sampled.")
 @click.option("--max-batches", type=POSITIVE, metavar="K", help="Stop after so many batches.")
+@click.option("--rtol", type=float, metavar="R", help="Stop at a relative standard error of R, such as 0.05.")
+@click.option("--rtol-of", type=click.Choice(["total", "rows"]), default="total", show_default=True, help="Of --rtol.")
 @click.option(
     "--max-passes", type=POSITIVE, metavar="K", default=10_000, show_default=True, help="The most passes per batch."
 )
+@click.option(
+    "--max-memory", type=POSITIVE, metavar="BYTES", help="How much one parameter's computation may take at once."
+)
 @click.option("--reduction", type=click.Choice(["mean", "sum"]), help="By default as the loss does.")
+@click.option(
+    "--batch-axis", type=FROM_ZERO, metavar="AXIS", help="Where the samples are counted.  [default: 0, or found out]"
+)
 @click.option("--parameters", type=click.Choice(["trainable", "all"]), default="trainable", show_default=True)
 @click.option(
     "--seed", type=int, metavar="N", help="For torch.manual_seed before SETUP.py is run, and for sampled labels."
@@ -104,6 +126,9 @@ def _tables(command: Callable[..., None]) -> Callable[..., None]:
     "--progress/--no-progress",
     default=None,
     help="A progress bar on stderr, with tqdm.  [default: on a terminal]",
+)
+@click.option(
+    "--diagonal", type=FILE, metavar="FILE", help="Also write the Fisher diagonal of every parameter (safetensors)."
 )
 @click.option("--save", type=FILE, metavar="STATE", help="Write the statistics to a file, to merge or to go on from.")
 @click.option("--every", type=POSITIVE, metavar="M", help="Write STATE after every M batches too.")
@@ -116,7 +141,8 @@ def report(setup: Setup, by: str, max_batches: int | None, progress: bool | None
     --fisher needs none), and an iterable of (inputs, targets), such as a DataLoader.
     """
     path, every, resume, seed = (options.pop(name) for name in ("save", "every", "resume", "seed"))
-    files = _checked({form: options.pop(form) for form in FORMATS}, path)
+    diagonal: Path | None = options.pop("diagonal")
+    files = _checked({form: options.pop(form) for form in FORMATS}, save=path, diagonal=diagonal)
     if path is None and (every or resume):
         raise click.UsageError("--every and --resume need --save STATE")
     if path is not None and path.exists() and not resume:
@@ -127,7 +153,8 @@ def report(setup: Setup, by: str, max_batches: int | None, progress: bool | None
     with setup.built() as (model, loss, data):
         journal = None
         if path is not None:
-            same = {name: seed if name == "seed" else options[name] for name in SAME}
+            given = options | {"seed": seed, "diagonal": diagonal is not None}
+            same = {name: given[name] for name in SAME}
             journal = Journal(path, every, model, same, generator)
         earlier = journal.resumed() if journal and resume and path.exists() else None
         with _running(setup, journal):
@@ -135,7 +162,8 @@ def report(setup: Setup, by: str, max_batches: int | None, progress: bool | None
             whole = batches(data, max_batches, shown)
             rest = journal.rest(whole) if journal else whole
             results = earlier
-            asked = ReportOptions(progress=False, generator=generator, **options)
+            keeps = {"diagonal": diagonal is not None}
+            asked = ReportOptions(progress=False, generator=generator, keeps=keeps, **options)
             for results in accumulated(model, loss, rest, asked, earlier):
                 if journal:
                     journal.count(results)
@@ -143,7 +171,39 @@ def report(setup: Setup, by: str, max_batches: int | None, progress: bool | None
                 raise CommandError(f"the data of {setup} has no batch")
             if journal:
                 journal.save(results)
+    if diagonal is not None:
+        results.save_diagonal(diagonal)
     _finish(results, by, files)
+
+
+@main.command(epilog=EXIT_CODES)
+@click.argument("setup", callback=_setup, metavar="SETUP.py:FUNCTION")
+@click.option("--parameters", type=click.Choice(["trainable", "all"]), default="trainable", show_default=True)
+@click.option(
+    "--batch-axis", type=FROM_ZERO, metavar="AXIS", help="Where the samples are counted.  [default: 0, or found out]"
+)
+@click.option(
+    "--max-memory", type=POSITIVE, metavar="BYTES", help="How much one parameter's computation may take at once."
+)
+@click.option("--seed", type=int, metavar="N", help="For torch.manual_seed before SETUP.py is run.")
+@click.option("--verify/--no-verify", default=True, help="Let the library check itself too.  [default: verify]")
+def check(setup: Setup, seed: int | None, **options: Any) -> None:
+    """The traces of the first batch beside those of a plain float64 loop over its samples.
+
+    Takes the same function as report. The exit code is 1 if a trace is different, which one is not that differs by the
+    rounding of the model's own precision only.
+    """
+    if seed is not None:
+        torch.manual_seed(seed)
+    with setup.built() as (model, loss, data), _running(setup, None):
+        batch = next(iter(batches(data, 1, False)), None)
+        if batch is None:
+            raise CommandError(f"the data of {setup} has no batch")
+        found = testing.check(model, loss, batch, **options)
+    print(checked_as_text(found))
+    if not found.attrs["equal"]:
+        different = [str(name) for name in found.index[found["verdict"] == "different"]]
+        raise CommandError(f"{listed(different, 'parameter')}: the library and the loop differ")
 
 
 @contextmanager
@@ -170,7 +230,7 @@ def merge(states: tuple[Path, ...], by: str, save: Path | None, **options: Any) 
 
     The files are those of torch-secorder report --save and of FisherMonitor.save, each of a part of the data.
     """
-    files = _checked(options, save)
+    files = _checked(options, save=save)
     needed("merge", "safetensors", "save")
     results = merged(states)
     if save is not None:
@@ -195,14 +255,15 @@ def compare(before: Path, after: Path, csv: Path | None) -> None:
         write({csv: changes.as_csv(index, rows)})
 
 
-def _checked(files: dict[str, Path | None], save: Path | None) -> dict[str, Path]:
-    """The files to write, which are known to be writable as far as can be told before."""
-    wanted = {form: path for form, path in files.items() if path is not None}
-    check_targets([*wanted.values(), *([save] if save else [])])
+def _checked(tables: dict[str, Path | None], **tensors: Path | None) -> dict[str, Path]:
+    """The tables to write. They and the files of tensors are known to be writable as far as can be told before."""
+    wanted = {form: path for form, path in tables.items() if path is not None}
+    others = {option: path for option, path in tensors.items() if path is not None}
+    check_targets([*wanted.values(), *others.values()])
     if "png" in wanted:
         needed("--png", "matplotlib", "plot")
-    if save is not None:
-        needed("--save", "safetensors", "save")
+    for option in others:
+        needed(f"--{option}", "safetensors", "save")
     return wanted
 
 

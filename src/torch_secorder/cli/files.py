@@ -66,7 +66,8 @@ def _csv(report: pd.DataFrame) -> bytes:
 
 def _json(report: pd.DataFrame) -> bytes:
     rows = [{key: _plain(value) for key, value in row.items()} for row in report.reset_index().to_dict("records")]
-    return (json.dumps(report.attrs | {"rows": rows}, indent=1, allow_nan=False) + "\n").encode()
+    facts = {str(name): _plain(value) for name, value in report.attrs.items()}
+    return (json.dumps(facts | {"rows": rows}, indent=1, allow_nan=False) + "\n").encode()
 
 
 def _plain(value: Any) -> Any:

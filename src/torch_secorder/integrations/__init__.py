@@ -1,1 +1,1 @@
-"""Callbacks for the places where people train. Each file needs a package of its own, and nothing else imports them."""
+"""What other packages take: callbacks for the places where people train, and ranks for adapters. Nothing else imports these."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from torch_secorder.autograd.precision import HALF
 from torch_secorder.batch_axis.placement import Grouping
+from torch_secorder.model.channels import ChannelSums
 from torch_secorder.per_sample.budget import chunk_bytes
 
 Index = slice | Tensor
@@ -163,6 +164,10 @@ class PerSampleGradient(ABC):
         """
         squares = (real_entries(part.dense()).square().sum(0) for part in self.parts())
         return _total(value.sum(-1) if value.dim() > len(self.shape) else value for value in squares)
+
+    def channel_squares(self, channels: ChannelSums) -> Tensor:
+        """The sums of :meth:`sum_of_squares` over each channel, ``[channels]``."""
+        return channels.of(self.sum_of_squares())
 
     def total(self) -> Tensor:
         """``sum_n G_n``, ``[*shape]``: the gradient that autograd computes for the batch."""

@@ -9,10 +9,13 @@ import torch
 from torch import Tensor
 
 from torch_secorder.batch_axis.placement import Grouping
+from torch_secorder.model.channels import ChannelSums
 from torch_secorder.per_sample._base import (
     Index,
     PerSampleGradient,
+    _total,
     at_least_float32,
+    cancellation_floor,
     recompute_cancelled,
     squared_norm_of_rows,
 )
@@ -168,6 +171,25 @@ class Convolution(PerSampleGradient):
         value = torch.stack(sums).unflatten(2, (self.shape[1], -1))  # [first axis's taps, k, i, other taps, o]
         return value.permute(1, 4, 2, 0, 3).reshape(self.shape)
 
+    def channel_squares(self, channels: ChannelSums) -> Tensor:
+        algorithm = "patches" if self.sizes.positions == 1 else self.algorithm
+        if algorithm == "patches":
+            return _total(part.patches().channel_squares(channels) for part in self._parts("patches"))
+        if algorithm != "gram" or channels.axis:
+            return super().channel_squares(channels)
+        sums, magnitudes = _total(part._gram_channels() for part in self._parts("gram"))
+        if bool((sums < cancellation_floor(self.dtype) * magnitudes).any()):
+            return super().channel_squares(channels)
+        return sums
+
+    def _gram_channels(self) -> Tensor:
+        """The sums of squares for each output channel, and their parts from a position with itself, ``[2, channels]``."""
+        seen, positions = self._gram_matrices()
+        pixels = seen.reshape(positions.shape)
+        g = self.tall().g[:, 0].reshape(self.n * self.groups, -1, pixels.shape[1])
+        sums, squares = ((g @ pixels) * g).sum(2), (g.square() * pixels.diagonal(dim1=1, dim2=2)[:, None]).sum(2)
+        return torch.stack([value.view(self.n, -1).sum(0) for value in (sums, squares)])
+
     def _parts(self, form: str) -> Iterator[Convolution]:
         step = self.sizes.step(form)
         if step == self.n:
@@ -224,7 +246,13 @@ class Convolution(PerSampleGradient):
         return torch.stack(squares).sum(0) if len(squares) > 1 else squares[0]
 
     def _gram(self) -> tuple[Tensor, Tensor]:
-        """The squared norms as sums over pairs of positions, and their parts from a position with itself, each ``[n]``.
+        """The squared norms as sums over pairs of positions, and their parts from a position with itself, each ``[n]``."""
+        seen, positions = self._gram_matrices()
+        terms = (seen * positions.view(seen.shape)).view(self.n, self.groups, *positions.shape[1:])
+        return terms.sum((1, 2, 3)), terms.diagonal(dim1=2, dim2=3).sum((1, 2))
+
+    def _gram_matrices(self) -> tuple[Tensor, Tensor]:
+        """The Gram matrices of the patches, ``[n k, *map, *map]``, and of the output gradients, ``[n k, positions, positions]``.
 
         The sum over the taps adds up copies of the pixels' Gram matrix that are shifted along its diagonal, one axis of the
         kernel after the other.
@@ -250,8 +278,7 @@ class Convolution(PerSampleGradient):
         (outer, row, _), steps = pixels.stride(), [a * b for a, b in zip(tall.stride, strides, strict=True)]
         out = tall.g.shape[3:]
         seen = pixels.as_strided((len(pixels), *out, *out), (outer, *(row * step for step in steps), *steps))
-        terms = (seen * positions.view(seen.shape)).view(self.n, self.groups, *positions.shape[1:])
-        return terms.sum((1, 2, 3)), terms.diagonal(dim1=2, dim2=3).sum((1, 2))
+        return seen, positions
 
     def patches(self) -> Outer:
         """The same gradients as products over positions, whose inputs are the patches that the kernel saw."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from torch_secorder.autograd.precision import HALF
 from torch_secorder.batch_axis.placement import Grouping
+from torch_secorder.model.channels import ChannelSums
 from torch_secorder.per_sample._base import (
     CHUNK_BYTES,
     Index,
@@ -172,6 +174,43 @@ class Outer(PerSampleGradient):
             return torch.cat([x.view(k, len(x) // k, i) for x in found], 1).reshape(self.shape)
         a, g = self.a.square().squeeze(2), self.g.square().squeeze(2)
         return torch.einsum("nki,nko->koi", a, g).reshape(self.shape)
+
+    def channel_squares(self, channels: ChannelSums) -> Tensor:
+        r"""The sums of squares without the product of both factors, where that is cheaper.
+
+        With ``f`` the factor whose features are the channels and ``h`` the other one, a channel's sum is
+        ``sum_n sum_{t,s} f_t f_s (h_t . h_s)``: for one position ``f^2 ||h||^2``, and for more a product with h's Gram matrix,
+        recomputed where it cancels.
+        """
+        k, t, i = self.a.shape[1:]
+        o = self.g.shape[3]
+        of_outputs = channels.axis == 0
+        fits = self.shape[0] == k * o and (of_outputs or (channels.groups == k and i == math.prod(self.shape[1:])))
+        if self.g.is_complex() or not fits or (t > 1 and self.algorithm != "gram"):
+            return super().channel_squares(channels)
+        f, h = (self.g, self.a) if of_outputs else (self.a, self.g)
+        sums = self._by_feature(f, h, of_outputs)
+        return sums.flatten() if of_outputs else sums.view(k, self.shape[1], -1).sum(2).flatten()
+
+    def _by_feature(self, f: Tensor, h: Tensor, of_outputs: bool) -> Tensor:
+        """``sum_n sum_{t,s} f_t f_s (h_t . h_s)`` for each feature of f, ``[k, features]``."""
+        if f.shape[2] == 1:
+            return (f.square() * squared_norm_of_rows(h)[..., None]).sum((0, 2))
+        k, t, features = f.shape[1:]
+        found = []
+        for rows in chunks(self.n, k * t * (t + 2 * features) * self.dtype.itemsize):
+            part, gram = f[rows], h[rows] @ h[rows].mT
+            squares = part.square() * gram.diagonal(dim1=2, dim2=3)[..., None]
+            found.append(torch.stack([((gram @ part) * part).sum((0, 2)), squares.sum((0, 2))]))
+        sums, magnitudes = _total(iter(found))
+        lost = (sums < cancellation_floor(self.dtype) * magnitudes).any(0)
+        if not bool(lost.any()):
+            return sums
+        some = lost.nonzero().squeeze(1)
+        a, g = (self.a, self.g[..., some]) if of_outputs else (self.a[..., some], self.g)
+        few = Outer(a, g, (k * g.shape[3], a.shape[3]))
+        direct = PerSampleGradient.sum_of_squares(few).view(k, -1, few.a.shape[3]).sum(2 if of_outputs else 1)
+        return sums.index_copy(1, some, direct)
 
     def total(self) -> Tensor:
         a, g = (x.movedim(1, 0).flatten(1, 2) for x in (self.a, self.g))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from torch_secorder.batch_axis.placement import Grouping
+from torch_secorder.model.channels import ChannelSums
 from torch_secorder.per_sample._base import Index, PerSampleGradient, at_least_float32, chunks, squared_norm_of_rows
 from torch_secorder.per_sample.outer import Outer
 
@@ -67,6 +68,14 @@ class RowSparse(PerSampleGradient):
     def sum_of_squares(self) -> Tensor:
         _, ids, summed = self.pairs()
         return self.g.new_zeros(self.shape).index_add(0, ids, summed.square())
+
+    def channel_squares(self, channels: ChannelSums) -> Tensor:
+        if channels.groups > 1:
+            return super().channel_squares(channels)
+        _, ids, summed = self.pairs()
+        if channels.axis:
+            return summed.square().sum(0)
+        return self.g.new_zeros(self.shape[0]).index_add(0, ids, squared_norm_of_rows(summed))
 
     def total(self) -> Tensor:
         return self.g.new_zeros(self.shape).index_add(0, self.ids.flatten(), self.g.flatten(0, 1))

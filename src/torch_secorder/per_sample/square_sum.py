@@ -7,20 +7,21 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from torch_secorder.model.channels import ChannelSums
 from torch_secorder.per_sample._base import PerSampleGradient
 from torch_secorder.per_sample.outer import Outer
 
 
 @dataclass(frozen=True, eq=False)
 class SquareSum:
-    """``factor * sum_n G_n ** 2`` entry by entry.
+    """``factor * sum_n G_n ** 2`` entry by entry, or added up over each channel.
 
     For one position it is the product of the squared factors. That product is added straight to the total, since both are
     as large as the parameter, and each further way through memory would cost as much again.
 
     Attributes:
         values: the sum without the factor, ``[*shape]``, or the two matrices ``(g^T ** 2, a ** 2)`` whose product it is.
-        shape: the parameter's shape.
+        shape: the parameter's shape, or ``(channels,)``.
         factor: what the sum is multiplied by.
     """
 
@@ -29,8 +30,10 @@ class SquareSum:
     factor: float = 1.0
 
     @classmethod
-    def of(cls, form: PerSampleGradient) -> SquareSum:
-        """The sum over the samples of a form."""
+    def of(cls, form: PerSampleGradient, channels: ChannelSums | None = None) -> SquareSum:
+        """The sum over the samples of a form, entry by entry unless there are ``channels`` to add up over."""
+        if channels is not None:
+            return cls(form.channel_squares(channels).detach(), (channels.length(form.shape),))
         if isinstance(form, Outer) and form.a.shape[1:3] == (1, 1):
             g, a = form.g.detach(), form.a.detach()
             return cls((g.square().flatten(1).T, a.square().flatten(1)), form.shape)

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch_secorder.curvature import channel_axis
 from torch_secorder.errors import ArgumentError
+from torch_secorder.model.channels import channel_axis
 from torch_secorder.model.parameters import named_modules, unwrapped
 
 # What all batch norms and instance norms derive from.
@@ -25,7 +25,7 @@ class GroupImportance:
 
     Args:
         model: the model that the pruner changes. Names are looked up once, so make this before pruning.
-        saliency: :attr:`ChannelGates.saliency`, or by parameter (:func:`weight_saliency`): then a channel's importance is the
+        saliency: :attr:`Gates.saliency`, or by parameter (:func:`weight_saliency`): then a channel's importance is the
             sum over all weights that go with it, those that read the channel too.
 
     Raises:
@@ -33,9 +33,9 @@ class GroupImportance:
 
     Example:
         >>> import torch
-        >>> from torch_secorder.pruning import ChannelGates, GroupImportance
+        >>> from torch_secorder.pruning import Gates, GroupImportance
         >>> model = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(16, 3))
-        >>> with ChannelGates(model) as gates:
+        >>> with Gates(model) as gates:
         ...     torch.nn.functional.cross_entropy(model(torch.randn(8, 1, 4, 4)), torch.randint(3, (8,))).backward()
         >>> importance = GroupImportance(model, gates.saliency)  # tp.pruner.BasePruner(model, x, importance=importance, ...)
 
@@ -48,6 +48,12 @@ class GroupImportance:
         self._channels: dict[nn.Module, Tensor] = {}
         self._weights: dict[tuple[nn.Module, str], Tensor] = {}
         modules = dict(named_modules(model))
+        for name, place in getattr(saliency, "places", {}).items():
+            if name in saliency and (place.side, place.groups) != ("output", None):
+                raise ArgumentError(
+                    f"{name} has gates on its {place.side}, for blocks of channels or not; a group's importance takes gates on "
+                    "outputs, one for each channel"
+                )
         for name, scores in saliency.items():
             owner, _, local = name.rpartition(".")
             if name in modules and scores.dim() == 1:

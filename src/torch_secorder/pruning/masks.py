@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,10 +11,11 @@ from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
 
 from torch_secorder.arguments import require_choice, require_share
-from torch_secorder.curvature import channel_axis
 from torch_secorder.errors import ArgumentError
+from torch_secorder.model.channels import ChannelSums
 from torch_secorder.model.names import plain_name
 from torch_secorder.model.parameters import unwrapped
+from torch_secorder.pruning.gate_places import ANY_CONVOLUTION, GatePlace, weight_axis
 
 
 def prune(
@@ -27,12 +29,14 @@ def prune(
 
     Args:
         model: the model, whose modules get masks.
-        saliency: by parameter, in its shape (:func:`weight_saliency`), or by module, one number for each of its output
-            channels (:attr:`ChannelGates.saliency`): then a channel's weights and its bias go together, and the module
-            puts out zeros there. Leave out the names that are not to be pruned, such as the last layer's.
+        saliency: by parameter, in its shape (:func:`weight_saliency`), or by module, one number for each of its gates
+            (:attr:`Gates.saliency`): then all weights of an output channel and its bias go together, and the module puts out
+            zeros there; of gates on an input, the weights that read the channel. A gate on a block takes all of its channels.
+            A dict that isn't :attr:`Gates.saliency` itself has one number for each output channel. Leave out the names that are
+            not to be pruned, such as the last layer's.
         amount: the share to be pruned, from 0 to 1: of all entries, or of each.
         scope: "global" for the least of all, or "layer" for the same share of each parameter or module.
-        minimum: of channels, how many a module keeps at least. Weights may go entirely.
+        minimum: of channels or heads, how many a module keeps at least. Weights may go entirely.
 
     Raises:
         ArgumentError: for an amount outside [0, 1], or a saliency that doesn't fit the model: names, shapes, numbers that
@@ -51,30 +55,60 @@ def prune(
     require_choice("scope", scope, ("global", "layer"))
     model = unwrapped(model)
     if not isinstance(saliency, Mapping) or not saliency:
-        raise ArgumentError("the saliency has no entry; pass what weight_saliency() or ChannelGates.saliency gave")
+        raise ArgumentError("the saliency has no entry; pass what weight_saliency() or Gates.saliency gave")
     if isinstance(minimum, bool) or not isinstance(minimum, int) or minimum < 0:
         raise ArgumentError(f"minimum must be a number of channels, not {minimum!r}")
-    kinds = {name: _target(model, name, scores) for name, scores in saliency.items()}
-    if len({channels for _, _, channels in kinds.values()}) > 1:
+    places: Mapping[str, GatePlace] = getattr(saliency, "places", {})
+    targets = {name: _target(model, name, scores, places.get(name)) for name, scores in saliency.items()}
+    if len({target.channels is None for target in targets.values()}) > 1:
         raise ArgumentError("saliencies of weights and of channels can't be compared; prune by one after the other")
-    by_channel = next(iter(kinds.values()))[2]
-    left = {name: _unpruned(scores, *kinds[name]) for name, scores in saliency.items()}
-    keep = _kept(left, share, scope, minimum if by_channel else 0)
-    for name, (module, local, channels) in kinds.items():
-        if not channels:
-            torch_prune.custom_from_mask(module, local, keep[name])
-            continue
-        axis = channel_axis(module)
-        weight: Any = module.weight
-        sides = [1] * weight.dim()
-        sides[axis] = -1
-        torch_prune.custom_from_mask(module, "weight", keep[name].view(sides).expand_as(weight))
-        if getattr(module, "bias", None) is not None:
-            torch_prune.custom_from_mask(module, "bias", keep[name])
+    by_channel = next(iter(targets.values())).channels is not None
+    left = {name: targets[name].unpruned(scores) for name, scores in saliency.items()}
+    for name, mask in _kept(left, share, scope, minimum if by_channel else 0).items():
+        targets[name].mask(mask)
 
 
-def _target(model: nn.Module, name: str, scores: Tensor) -> tuple[nn.Module, str, bool]:
-    """The module, its parameter's name without pruning's suffix, and whether the scores are of channels."""
+@dataclass(frozen=True)
+class _Target:
+    """What the scores of one name are of.
+
+    Attributes:
+        module: the module that gets the masks.
+        local: its parameter's name without pruning's suffix.
+        channels: where the parameter counts the channels that the scores are of; None if they are of single entries.
+        block: how many channels each score is of.
+        with_bias: whether the bias goes with the channels.
+    """
+
+    module: nn.Module
+    local: str
+    channels: ChannelSums | None = None
+    block: int = 1
+    with_bias: bool = False
+
+    def unpruned(self, scores: Tensor) -> Tensor:
+        """The scores, with minus infinity where a mask that is there has pruned already."""
+        mask = getattr(self.module, f"{self.local}_mask", None)
+        if mask is None:
+            return scores
+        if self.channels is not None:
+            mask = self.channels.of(mask).view(-1, self.block).sum(1)
+        return scores.masked_fill(mask.to(scores.device) == 0, -torch.inf)
+
+    def mask(self, keep: Tensor) -> None:
+        """Add masks with 1 for what stays."""
+        if self.channels is None:
+            torch_prune.custom_from_mask(self.module, self.local, keep)
+            return
+        weight: Any = self.module.weight
+        keep = keep.repeat_interleave(self.block)
+        torch_prune.custom_from_mask(self.module, "weight", self.channels.broadcast(keep, weight.shape))
+        if self.with_bias and getattr(self.module, "bias", None) is not None:
+            torch_prune.custom_from_mask(self.module, "bias", keep)
+
+
+def _target(model: nn.Module, name: str, scores: Tensor, place: GatePlace | None) -> _Target:
+    """What is masked by these scores."""
     if bool(torch.isnan(scores).any()):
         raise ArgumentError(f"the saliency of {name} has NaN")
     modules = {plain_name(key): module for key, module in model.named_modules(remove_duplicate=False)}
@@ -82,14 +116,9 @@ def _target(model: nn.Module, name: str, scores: Tensor) -> tuple[nn.Module, str
     parameter = modules[owner]._parameters.get(local) if owner in modules else None
     if parameter is not None:
         plain = local.removesuffix("_orig") if hasattr(modules[owner], f"{local.removesuffix('_orig')}_mask") else local
-        expected, found = tuple(parameter.shape), (modules[owner], plain, False)
+        expected, found = tuple(parameter.shape), _Target(modules[owner], plain)
     elif name in modules and isinstance(getattr(modules[name], "weight", None), Tensor):
-        weight: Any = modules[name].weight
-        axis = channel_axis(modules[name]) if weight.dim() > 1 else 0
-        groups = getattr(modules[name], "groups", 1) if axis else 1
-        if groups != 1:
-            raise ArgumentError(f"channels of {name}, a grouped transposed convolution, can't be masked; leave it out")
-        expected, found = (weight.shape[axis],), (modules[name], "weight", True)
+        expected, found = _target_of_gates(modules[name], name, place)
     else:
         raise ArgumentError(
             f"the saliency is of another model: {type(model).__name__} has no parameter or layer {name!r}"
@@ -99,14 +128,22 @@ def _target(model: nn.Module, name: str, scores: Tensor) -> tuple[nn.Module, str
     return found
 
 
-def _unpruned(scores: Tensor, module: nn.Module, local: str, channels: bool) -> Tensor:
-    """The scores, with minus infinity where a mask that is there has pruned already."""
-    mask = getattr(module, f"{local}_mask", None)
-    if mask is None:
-        return scores
-    if channels:
-        mask = mask.movedim(channel_axis(module) if mask.dim() > 1 else 0, 0).flatten(1).any(1)
-    return scores.masked_fill(mask.to(scores.device) == 0, -torch.inf)
+def _target_of_gates(module: nn.Module, name: str, place: GatePlace | None) -> tuple[tuple[int, ...], _Target]:
+    """How many gates a module has, and what they close; without a place they are those of its output channels."""
+    if place is not None and not place.of_weights:
+        raise ArgumentError(
+            f"the gates of {name} are on axis {place.axis} of its {place.side}, where its weight has no channels to mask"
+        )
+    weight: Any = module.weight
+    side = "output" if place is None else place.side
+    axis = weight_axis(module, side) if weight.dim() > 1 else 0
+    channels = ChannelSums(axis, int(getattr(module, "groups", 1)) if isinstance(module, ANY_CONVOLUTION) else 1)
+    count = channels.length(weight.shape)
+    gates = count if place is None or place.groups is None else place.groups
+    if count % gates:
+        raise ArgumentError(f"the {count} channels of {name} are no {gates} equal groups")
+    with_bias = side == "output" and not isinstance(module, nn.Embedding)
+    return (gates,), _Target(module, "weight", channels, count // gates, with_bias)
 
 
 def _kept(saliency: Mapping[str, Tensor], share: float, scope: str, minimum: int) -> dict[str, Tensor]:

@@ -97,7 +97,7 @@ def pruning_sensitivity(
     It is the sum of the saliencies of the :math:`\operatorname{round}(a\, d_p)` entries that go, of :math:`d_p` in all.
 
     Args:
-        saliency: what :func:`weight_saliency` or :attr:`ChannelGates.saliency` gave.
+        saliency: what :func:`weight_saliency` or :attr:`Gates.saliency` gave.
         amounts: shares that are pruned, each from 0 to 1.
         order: what to prune by, smallest first, if not by the saliency: the weights' absolute values, say.
 

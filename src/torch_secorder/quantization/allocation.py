@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any
 
 from torch_secorder.arguments import require_choice
 from torch_secorder.errors import ArgumentError
@@ -13,7 +15,18 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-def allocate_bits(sensitivity: pd.DataFrame, budget: float, *, unit: str = "bits per weight") -> pd.DataFrame:
+# Widths at which a weight is a floating-point number, and stays what it is.
+NOT_ROUNDED = (16, 32, 64)
+
+
+def allocate_bits(
+    sensitivity: pd.DataFrame,
+    budget: float,
+    *,
+    unit: str = "bits per weight",
+    groups: Callable[[str], object] | Iterable[Iterable[str]] = (),
+    fixed: Mapping[str, int] | None = None,
+) -> pd.DataFrame:
     r"""The assignment of bits with the least predicted KL divergence of all that fit into a size.
 
     With :math:`k_{p,b}` the sensitivity and :math:`d_p` the number of entries,
@@ -28,13 +41,20 @@ def allocate_bits(sensitivity: pd.DataFrame, budget: float, *, unit: str = "bits
         budget: the size that must not be exceeded.
         unit: of the budget: "bits per weight" on average, so that 4 compares with 4 bits everywhere, or "bytes" or "bits"
             in all.
+        groups: parameters that get the same number of bits, such as the q, k and v of a layer: tuples of names, or a function
+            from a name to its group, None for a parameter of its own.
+        fixed: patterns of names -> bits, for parameters that stay: one of the table's columns, or 16, 32 or 64 for
+            floating-point numbers that are not rounded and cost nothing but their size, where that is no column. Of several
+            patterns that match, the last counts.
 
     Returns:
         A DataFrame with index ``parameter`` and columns ``numel``, ``bits`` and ``predicted``; ``attrs`` hold ``size`` in bits,
-        ``bits_per_weight`` and ``predicted`` in total, and the scheme of the sensitivity.
+        ``bits_per_weight`` and ``predicted`` in total, the scheme of the sensitivity, and ``not_rounded``, the names of what
+        ``fixed`` leaves as it is, if anything.
 
     Raises:
-        ArgumentError: if not even the fewest bits fit, naming the smallest budget, or the table is not a sensitivity.
+        ArgumentError: if not even the fewest bits fit, naming the smallest budget, if the table is not a sensitivity, or for
+            groups and patterns of parameters that it has not.
         ImportError: without scipy: ``pip install 'torch-secorder[decide]'``.
 
     Example:
@@ -56,10 +76,67 @@ def allocate_bits(sensitivity: pd.DataFrame, budget: float, *, unit: str = "bits
         raise ArgumentError(f"budget must be a positive number of {unit}, not {budget!r}")
     factor = {"bits per weight": sum(numel), "bytes": 8, "bits": 1}[unit]
     size = int(budget * factor + 1e-6)
-    if min(widths) * sum(numel) > size:
-        least = min(widths) * sum(numel) / factor
-        raise ArgumentError(f"not even {min(widths)} bits everywhere fit: the budget must be at least {least:g} {unit}")
-    return _allocation(sensitivity, [widths[c] for c in _cheapest(costs, numel, widths, size)])
+    names = [str(name) for name in sensitivity.index]
+    stays = _fixed(names, fixed or {}, widths)
+    members = _members(names, groups, stays)
+    spent = sum(numel[p] * b for p, b in stays.items())
+    free = sum(numel) - sum(numel[p] for p in stays)
+    if min(widths) * free + spent > size:
+        least = (min(widths) * free + spent) / factor
+        everywhere = "everywhere" if not stays else "for all that is not fixed"
+        raise ArgumentError(
+            f"not even {min(widths)} bits {everywhere} fit: the budget must be at least {least:g} {unit}"
+        )
+    bits = dict(stays)
+    if members:
+        together = [[sum(costs[p][c] for p in group) for c in range(len(widths))] for group in members]
+        sizes = [sum(numel[p] for p in group) for group in members]
+        for group, c in zip(members, _cheapest(together, sizes, widths, size - spent), strict=True):
+            bits |= dict.fromkeys(group, widths[c])
+    return _allocation(sensitivity, [bits[p] for p in range(len(names))])
+
+
+def _fixed(names: Sequence[str], fixed: Mapping[str, int], widths: Sequence[int]) -> dict[int, int]:
+    """Row -> its bits, for those that stay."""
+    stays: dict[int, int] = {}
+    for pattern, bits in fixed.items():
+        if isinstance(bits, bool) or bits not in (*widths, *NOT_ROUNDED):
+            raise ArgumentError(
+                f"fixed[{pattern!r}] must be one of the sensitivity's {', '.join(map(str, widths))} bits, or 16, 32 or 64 for "
+                f"what is not rounded, not {bits!r}"
+            )
+        found = [p for p, name in enumerate(names) if fnmatchcase(name, str(pattern))]
+        if not found:
+            raise ArgumentError(f"fixed: no row of the sensitivity matches {pattern!r}")
+        stays |= dict.fromkeys(found, int(bits))
+    return stays
+
+
+def _members(
+    names: Sequence[str], groups: Callable[[str], object] | Iterable[Iterable[str]], stays: Mapping[int, int]
+) -> list[list[int]]:
+    """The rows that are not fixed, together with those that get as many bits."""
+    labels: dict[int, object] = {}
+    if callable(groups):
+        labels = {p: label for p, name in enumerate(names) if (label := groups(name)) is not None}
+    else:
+        rows = {name: p for p, name in enumerate(names)}
+        for number, group in enumerate(groups):
+            for name in [group] if isinstance(group, str) else group:
+                if name not in rows or rows[name] in labels:
+                    problem = "is in two groups" if name in rows else "is no row of the sensitivity"
+                    raise ArgumentError(f"groups: {name!r} {problem}")
+                labels[rows[name]] = number
+    found: dict[object, list[int]] = {}
+    for p in range(len(names)):
+        found.setdefault((True, labels[p]) if p in labels else (False, p), []).append(p)
+    for members in found.values():
+        if len({stays.get(p) for p in members}) > 1:
+            one = next(names[p] for p in members if p in stays)
+            raise ArgumentError(
+                f"groups: {one} is fixed, and others of its group are not, or at other bits; fix the whole group, or take it out"
+            )
+    return [members for members in found.values() if members[0] not in stays]
 
 
 def uniform_bits(sensitivity: pd.DataFrame, bits: int) -> pd.DataFrame:
@@ -133,11 +210,13 @@ def _cheapest(costs: list[list[float]], numel: list[int], widths: list[int], siz
 def _allocation(sensitivity: pd.DataFrame, bits: list[int]) -> pd.DataFrame:
     costs, numel, widths = _choices(sensitivity)
     rows = [
-        {"parameter": name, "numel": n, "bits": b, "predicted": row[widths.index(b)]}
+        {"parameter": name, "numel": n, "bits": b, "predicted": row[widths.index(b)] if b in widths else 0.0}
         for name, n, b, row in zip(sensitivity.index, numel, bits, costs, strict=True)
     ]
     size = sum(n * b for n, b in zip(numel, bits, strict=True))
     total = sum(row["predicted"] for row in rows)
-    facts = {"size": size, "bits_per_weight": size / max(1, sum(numel)), "predicted": total}
-    scheme = {key: sensitivity.attrs[key] for key in ("scheme", "per") if key in sensitivity.attrs}
+    facts: dict[str, Any] = {"size": size, "bits_per_weight": size / max(1, sum(numel)), "predicted": total}
+    scheme = {key: sensitivity.attrs[key] for key in ("scheme", "per", "group_size") if key in sensitivity.attrs}
+    if untouched := [str(row["parameter"]) for row in rows if row["bits"] not in widths]:
+        facts["not_rounded"] = untouched
     return table(rows, "parameter", **facts, **scheme)

@@ -4,25 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from torch_secorder.arguments import require_choice
-from torch_secorder.curvature import channel_axis
+from torch_secorder.arguments import require_choice, require_positive_int
 from torch_secorder.errors import ArgumentError
+from torch_secorder.model.channels import channel_axis
 from torch_secorder.model.names import plain_name
 from torch_secorder.model.parameters import named_modules, unwrapped
 
 if TYPE_CHECKING:
     import pandas as pd
 
-SCHEMES, GRAINS = ("symmetric", "affine"), ("tensor", "channel")
+SCHEMES, GRAINS = ("symmetric", "affine"), ("tensor", "channel", "group")
+
+RoundingFunction = Callable[[Tensor, int], Tensor]  # from a weight and a number of bits to the weight as it will be
 
 
-def rounded(weight: Tensor, bits: int, scheme: str = "symmetric", per: str = "tensor", axis: int = 0) -> Tensor:
+def rounded(
+    weight: Tensor,
+    bits: int,
+    scheme: str = "symmetric",
+    per: str = "tensor",
+    axis: int = 0,
+    group_size: int | None = None,
+) -> Tensor:
     r"""The weight after rounding to ``bits`` bits and back, in its own shape and dtype.
 
     With s the step, ``symmetric`` has the levels of a signed integer without its lowest, and ``affine`` those of an unsigned
@@ -41,11 +51,15 @@ def rounded(weight: Tensor, bits: int, scheme: str = "symmetric", per: str = "te
         weight: the tensor to round; it stays as it is.
         bits: 1 to 16.
         scheme: "symmetric" or "affine".
-        per: one step for the "tensor", or one for each "channel". Tensors with fewer than two axes have one step anyway.
+        per: one step for the "tensor", one for each "channel", or one for each "group" of ``group_size`` entries that follow one
+            another in a channel, of which the last group may have fewer. Tensors with fewer than two axes have one step
+            anyway.
         axis: the axis of the channels.
+        group_size: of ``per="group"``, such as 128.
 
     Raises:
-        ArgumentError: for bits outside 1..16, an unknown scheme, or weights that are not finite.
+        ArgumentError: for bits outside 1..16, an unknown scheme, a group size without groups or groups without one, or weights
+            that are not finite.
 
     Example:
         >>> import torch
@@ -59,9 +73,11 @@ def rounded(weight: Tensor, bits: int, scheme: str = "symmetric", per: str = "te
     """
     bits = checked_bits(bits)
     require_choice("scheme", scheme, SCHEMES)
-    require_choice("per", per, GRAINS)
+    _check_grain(per, group_size)
     if not weight.numel():
         return weight.clone()
+    if group_size is not None and weight.dim() > 1:
+        return _rounded_in_groups(weight, bits, scheme, axis, group_size)
     w = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
     if not bool(torch.isfinite(w).all()):
         raise ArgumentError("weights that are infinite or NaN can't be rounded")
@@ -82,12 +98,85 @@ def rounded(weight: Tensor, bits: int, scheme: str = "symmetric", per: str = "te
     return torch.where(step > 0, levels * step, w).to(weight.dtype)
 
 
+def _check_grain(per: str, group_size: int | None) -> None:
+    require_choice("per", per, GRAINS)
+    if (per == "group") != (group_size is not None):
+        raise ArgumentError(f'per="group" and group_size= belong together; there are per={per!r} and {group_size=}')
+    if group_size is not None:
+        require_positive_int("group_size", group_size)
+
+
+def _rounded_in_groups(weight: Tensor, bits: int, scheme: str, axis: int, size: int) -> Tensor:
+    """The weight with a step for each group of so many entries of a channel."""
+    moved = weight.movedim(axis, 0)
+    channels = moved.flatten(1)
+    whole = channels.shape[1] // size * size
+    groups = channels[:, :whole].reshape(-1, size)
+    parts = [rounded(groups, bits, scheme, "channel").view(len(channels), whole)]
+    parts.append(rounded(channels[:, whole:], bits, scheme, "channel"))
+    return torch.cat(parts, 1).view(moved.shape).movedim(0, axis)
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How weights are rounded, by :func:`rounded` or by a function of the user's.
+
+    Attributes:
+        scheme: as for :func:`rounded`, like ``per`` and ``group_size``.
+        per: see there.
+        group_size: see there.
+        function: the user's, which takes the place of all that.
+    """
+
+    scheme: str = "symmetric"
+    per: str = "channel"
+    group_size: int | None = None
+    function: RoundingFunction | None = None
+
+    def __post_init__(self) -> None:
+        require_choice("scheme", self.scheme, SCHEMES)
+        _check_grain(self.per, self.group_size)
+        if self.function is None:
+            return
+        if not callable(self.function):
+            raise ArgumentError(f"rounding must be a function of (weight, bits), not {self.function!r:.80}")
+        if self.group_size is not None:
+            raise ArgumentError("rounding= is a function that makes its own groups: leave out per= and group_size=")
+
+    def of(self, name: str, weight: Tensor, bits: int, axis: int) -> Tensor:
+        """A weight as it will be.
+
+        Raises:
+            ArgumentError: if the user's function returns no finite tensor of the weight's shape.
+        """
+        if self.function is None:
+            return rounded(weight, bits, self.scheme, self.per, axis, self.group_size)
+        found = self.function(weight.detach().clone(), checked_bits(bits))
+        if not isinstance(found, Tensor) or found.shape != weight.shape or not bool(found.isfinite().all()):
+            what = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+            raise ArgumentError(
+                f"rounding({name}, {bits}) must return a finite tensor of the weight's shape {tuple(weight.shape)}, not {what}"
+            )
+        return found.to(weight.device)
+
+    @property
+    def facts(self) -> dict[str, str | int]:
+        """What a table says of it."""
+        if self.function is not None:
+            return {"scheme": getattr(self.function, "__name__", type(self.function).__name__), "per": "rounding"}
+        size = {} if self.group_size is None else {"group_size": self.group_size}
+        return {"scheme": self.scheme, "per": self.per, **size}
+
+
 @contextmanager
 def quantized(
     model: nn.Module,
     bits: int | Mapping[str, int] | pd.DataFrame,
     scheme: str = "symmetric",
     per: str = "channel",
+    *,
+    group_size: int | None = None,
+    rounding: RoundingFunction | None = None,
 ) -> Iterator[nn.Module]:
     """A context in which the model's weights are rounded; on leaving it, they are bit for bit what they were.
 
@@ -95,7 +184,9 @@ def quantized(
         model: the model.
         bits: for all parameters with two or more axes, for those that a mapping names, or as :func:`allocate_bits` says.
         scheme: "symmetric" or "affine".
-        per: "tensor" or "channel".
+        per: "tensor", "channel", or "group" with a ``group_size``, as for :func:`rounded`.
+        group_size: see there.
+        rounding: a function from a weight and its bits to the weight as it will be, in place of all that.
 
     Raises:
         ArgumentError: for bits outside 1..16, or names that the model lacks.
@@ -108,12 +199,14 @@ def quantized(
         ...     print(len(model.weight[0].unique()) <= 3)
         True
     """
-    module = unwrapped(model)
+    module, way = unwrapped(model), Rounding(scheme, per, group_size, rounding)
     named = {plain_name(name): p for name, p in module.named_parameters()}
     if isinstance(bits, int):
         chosen = {name: bits for name, p in named.items() if p.dim() > 1}
     elif isinstance(bits, Mapping) or "bits" in getattr(bits, "columns", ()):
         chosen = {str(name): b for name, b in (bits if isinstance(bits, Mapping) else bits["bits"]).items()}
+        untouched = getattr(bits, "attrs", {}).get("not_rounded", ())
+        chosen = {name: b for name, b in chosen.items() if name not in untouched}
     else:
         raise ArgumentError(f"bits must be a number, a mapping, or what allocate_bits() returned, not {bits!r:.50}")
     if unknown := sorted(set(chosen) - set(named)):
@@ -121,7 +214,7 @@ def quantized(
     owners = dict(named_modules(module))
     with torch.no_grad():
         new = {
-            name: rounded(named[name], b, scheme, per, channel_axis(owners.get(name.rpartition(".")[0], module)))
+            name: way.of(name, named[name], b, channel_axis(owners.get(name.rpartition(".")[0], module)))
             for name, b in chosen.items()
         }
         old = {name: named[name].clone() for name in chosen}

@@ -11,7 +11,7 @@ from torch_secorder.arguments import require_choice
 from torch_secorder.curvature import Curvature, curvature, warn_if_no_prediction
 from torch_secorder.errors import ArgumentError
 from torch_secorder.model.parameters import named_modules, unwrapped
-from torch_secorder.quantization.rounding import GRAINS, SCHEMES, checked_bits, rounded
+from torch_secorder.quantization.rounding import Rounding, RoundingFunction, checked_bits
 from torch_secorder.results.results import Results, results_of
 from torch_secorder.tables import table
 
@@ -26,6 +26,8 @@ def quantization_sensitivity(
     scheme: str = "symmetric",
     *,
     per: str = "channel",
+    group_size: int | None = None,
+    rounding: RoundingFunction | None = None,
     parameters: str | Callable[[str], bool] = "weights",
     activations: bool | pd.DataFrame = False,
     diagonal: Mapping[str, Tensor] | None = None,
@@ -51,7 +53,11 @@ def quantization_sensitivity(
             be of the exact or the sampled Fisher.
         bits: the bit widths, each 1 to 16.
         scheme: "symmetric" or "affine".
-        per: one step per "tensor" or per output "channel" of a weight. Outputs of modules have one step.
+        per: one step per "tensor", per output "channel" of a weight, or per "group" of ``group_size`` entries of a channel, as in
+            :func:`rounded`. Outputs of modules have one step.
+        group_size: of ``per="group"``.
+        rounding: a function from a weight and a number of bits to the weight as it will be, such as that of another package, in
+            place of :func:`rounded`. Outputs of modules are rounded by ``scheme``.
         parameters: "weights" for those with two or more axes, "all", or a function from a name to whether it counts.
         activations: also give the outputs of modules a row: True for all modules without children, from a monitor or
             results with ``activations=True``, or the rows of ``monitor.activations`` to take.
@@ -62,7 +68,7 @@ def quantization_sensitivity(
     Returns:
         A DataFrame with index ``parameter`` (for outputs: the module), columns ``kind`` ("weight" or "activation"), ``numel``
         (for outputs: per sample), and one for each number of bits, an int. ``attrs`` hold ``scheme``, ``per``, ``fisher``,
-        ``basis`` ("diagonal" or "trace") and ``unit``.
+        ``basis`` ("diagonal", "channels" if sums over channels were kept, or "trace") and ``unit``.
 
     Raises:
         ArgumentError: for bits outside 1..16, a report of another model or without the columns that it needs, activations
@@ -89,8 +95,7 @@ def quantization_sensitivity(
     widths = [checked_bits(b) for b in (bits if isinstance(bits, Iterable) else [bits])]
     if not widths or len(set(widths)) < len(widths):
         raise ArgumentError(f"bits must be one or more different numbers, not {tuple(widths)}")
-    require_choice("scheme", scheme, SCHEMES)
-    require_choice("per", per, GRAINS)
+    way = Rounding(scheme, per, group_size, rounding)
     known = curvature(model, source, fisher=fisher, diagonal=diagonal)
     warn_if_no_prediction(known.fisher)
     rows: list[dict[Any, Any]] = []
@@ -98,14 +103,13 @@ def quantization_sensitivity(
         weight, f = known.parameters[name], known.of(name)
         row: dict[Any, Any] = {"parameter": name, "kind": "weight", "numel": weight.numel()}
         for b in widths:
-            error = rounded(weight, b, scheme, per, known.axes[name]).double() - weight.double()
+            error = way.of(name, weight, b, known.axes[name]).double() - weight.double()
             row[b] = 0.5 * float((f.double() * error.square()).sum())
         rows.append(row)
     if activations is not False:
         rows += _activations(unwrapped(model), source, activations, known, widths, scheme)
-    basis = "diagonal" if known.diagonal else "trace"
-    facts = {"scheme": scheme, "per": per, "fisher": known.fisher, "basis": basis, "unit": "nats per sample"}
-    return table(rows, "parameter", ("kind", "numel", *widths), **facts)
+    facts = {"fisher": known.fisher, "basis": known.basis, "unit": "nats per sample"}
+    return table(rows, "parameter", ("kind", "numel", *widths), **way.facts, **facts)
 
 
 def _chosen(known: Curvature, parameters: str | Callable[[str], bool]) -> list[str]:

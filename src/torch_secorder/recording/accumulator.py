@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -52,12 +52,12 @@ class PassOptions:
     """What the backward passes of a recorder collect, decided once for all of them.
 
     Attributes:
-        quantities: the names of what is taken besides squared norms.
+        quantities: what is taken besides squared norms: the name of a quantity -> what of it is kept, True for all.
         repeated_calls: what two calls of the model that one backward pass reaches are: "same" or "new" samples; None refuses.
         max_memory: how many bytes the algebra may take for its temporaries at once.
     """
 
-    quantities: tuple[str, ...] = ()
+    quantities: Mapping[str, Any] = field(default_factory=dict)
     repeated_calls: str | None = None
     max_memory: int | None = None
 
@@ -97,8 +97,8 @@ class PassAccumulator:
         self._rules: dict[int, dict[str, None]] = defaultdict(dict)
         self.parts: dict[str, Part] = {}
         self._of_forms: list[Part] = []
-        for name in options.quantities:
-            self.parts[name] = QUANTITIES[name].part()
+        for name, how in options.quantities.items():
+            self.parts[name] = QUANTITIES[name].part(table.names, how)
             if QUANTITIES[name].takes_forms:
                 self._of_forms.append(self.parts[name])
         alone = options.repeated_calls is None

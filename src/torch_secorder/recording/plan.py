@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -10,8 +10,8 @@ from torch import nn
 
 from torch_secorder.batch_axis.placement import Placement
 from torch_secorder.batch_axis.told import NOTHING, Told
-from torch_secorder.capture.module_hooks import moments
 from torch_secorder.capture.records import HookedModule
+from torch_secorder.capture.watched_calls import watched_call
 from torch_secorder.errors import CurvatureError, UnsupportedError
 from torch_secorder.model.parameters import ParameterTable, named_modules
 from torch_secorder.model.ranks import class_as_written
@@ -40,7 +40,7 @@ class Plan:
     words: Told = NOTHING
 
 
-def planned(model: nn.Module, table: ParameterTable, words: Told = NOTHING, quantities: Sequence[str] = ()) -> Plan:
+def planned(model: nn.Module, table: ParameterTable, words: Told = NOTHING, quantities: Iterable[str] = ()) -> Plan:
     """The plan for a model.
 
     Modules without a rule are left to the autograd graph, where every use of a parameter can be found, unless it is frozen.
@@ -70,14 +70,17 @@ def planned(model: nn.Module, table: ParameterTable, words: Told = NOTHING, quan
             "so that the autograd graph shows where they are used"
         )
     if any(QUANTITIES[name].watches_outputs for name in quantities):
-        sites += _watched(modules, placement)
+        sites += _watched(modules, placement, set(quantities))
     return Plan(model, modules, sites, guards(modules), words)
 
 
-def _watched(modules: Sequence[NamedModule], placement: Callable[[str], Placement | None]) -> list[HookedModule]:
+def _watched(
+    modules: Sequence[NamedModule], placement: Callable[[str], Placement | None], quantities: Collection[str]
+) -> list[HookedModule]:
     """One hooked module for each module, that only looks at its output."""
+    keep = partial(watched_call, with_moments="activations" in quantities, with_output="on_output" in quantities)
     return [
-        HookedModule(name, module, {}, {}, {}, None, placement(name), moments, number)
+        HookedModule(name, module, {}, {}, {}, None, placement(name), keep, number)
         for number, (name, module) in enumerate(modules)
     ]
 

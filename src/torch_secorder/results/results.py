@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import html
+import json
 import math
 from collections.abc import Iterable, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +20,7 @@ from torch_secorder.model.packed import weight_shape
 from torch_secorder.model.parameters import Parameter, unwrapped
 from torch_secorder.recording.quantities import Diagonal
 from torch_secorder.results.report import By, Report
-from torch_secorder.results.saving import load, save
+from torch_secorder.results.saving import load, save, save_tensors
 from torch_secorder.results.statistics import Statistics
 from torch_secorder.text import as_html, summary
 
@@ -34,18 +36,20 @@ class Results:
         rows: the analyzed parameters.
         reduction: "mean" or "sum".
         fisher: which Fisher the samples are of.
-        keeps: name of a quantity -> whether it is kept: "diagonal", "per_sample", "activations".
+        keeps: name of a quantity -> whether it is kept, or what of it is: "diagonal", "per_sample", "activations".
 
     Attributes:
         statistics: what was accumulated.
+        precision: what is to be said of a standard error that was to be reached, for ``attrs``; empty if none was.
         counts_samples: whether this rank's samples count when ranks are added up; not if another rank computed the same ones.
     """
 
-    def __init__(self, rows: Iterable[Parameter], reduction: str, fisher: str = "empirical", **keeps: bool):
+    def __init__(self, rows: Iterable[Parameter], reduction: str, fisher: str = "empirical", **keeps: Any):
         self.rows, self.reduction, self.fisher = list(rows), reduction, fisher
         self.statistics = Statistics([row.name for row in self.rows], [row.shape for row in self.rows], **keeps)
         self._all_ranks = self._sum_of()  # what all ranks were given by all_reduce
         self.counts_samples = True
+        self.precision: dict[str, Any] = {}
 
     def __repr__(self) -> str:
         return (
@@ -83,7 +87,9 @@ class Results:
         Raises:
             LifecycleError: if no sample was seen.
         """
-        return self._report(sync).table(by)
+        table = self._report(sync).table(by)
+        table.attrs.update({} if sync else self.precision)
+        return table
 
     def summary(self, by: By = None, *, width: int | None = None, sync: bool = False) -> str:
         """The report as text: the numbers that decide, shares as bars, and the total with its standard error.
@@ -103,7 +109,10 @@ class Results:
 
     @property
     def diagonal(self) -> dict[str, Tensor]:
-        """The Fisher diagonal ``c sum_n g_n ** 2``, a dict of tensors of the parameters' shapes that sum to their traces."""
+        """The Fisher diagonal ``c sum_n g_n ** 2``, a dict of tensors of the parameters' shapes that sum to their traces.
+
+        Where ``diagonal=`` asked for "rows" or "columns" of a parameter, its tensor has the sum for each output or input channel.
+        """
         statistics = self._seen("diagonal")
         quantity = statistics.quantities["diagonal"]
         assert isinstance(quantity, Diagonal)
@@ -151,6 +160,7 @@ class Results:
         """Forget every sample."""
         self.statistics.clear()
         self._all_ranks.clear()
+        self.precision = {}
 
     def merge(self, other: Any) -> Self:
         """Add the samples of other results, or of another monitor, of a model with the same parameters; returns self.
@@ -169,6 +179,7 @@ class Results:
         samples = other._whole()
         self._all_ranks.require_none_of(samples)
         self.statistics.merge(samples)
+        self.precision = {}
         return self
 
     # ------------------------------------------------------------------------------------------------ ranks
@@ -188,6 +199,7 @@ class Results:
         """
         self._all_ranks = self._reduced(group)
         self.statistics.clear()
+        self.precision = {}
         return self
 
     def _whole(self) -> Statistics:
@@ -238,6 +250,7 @@ class Results:
             raise ArgumentError(f"the state has fisher={state['fisher']!r}, this monitor {self.fisher!r}")
         self.statistics.load_state_dict(state)
         self._all_ranks.clear()
+        self.precision = {}
 
     def save(self, path: str | Path) -> None:
         """Write what was accumulated to a file, whole or not at all (safetensors; ``pip install 'torch-secorder[save]'``).
@@ -246,6 +259,36 @@ class Results:
             ArgumentError: if safetensors is not installed, or there is no such folder.
         """
         save(self.state_dict(), Path(path))
+
+    def save_diagonal(self, path: str | Path) -> None:
+        """Write :attr:`diagonal` to a safetensors file that other programs read (``pip install 'torch-secorder[save]'``).
+
+        ``safetensors.torch.load_file(path)`` gives each parameter's name and a contiguous tensor of its shape. The file's
+        metadata are strings that say ``reduction``, ``fisher``, ``n_samples`` and ``version``, the release of this library that
+        wrote it. Where sums over channels were kept, ``channels`` is JSON: parameter name -> the axis that they are counted on,
+        and the groups of a convolution.
+
+        Raises:
+            ArgumentError: if safetensors is not installed, or there is no such folder.
+            LifecycleError: if no diagonal was asked for, or no sample was seen.
+
+        Example:
+            >>> import os, tempfile, torch
+            >>> from safetensors.torch import load_file
+            >>> from torch_secorder import fisher_results
+            >>> model = torch.nn.Linear(3, 2)
+            >>> data = torch.randn(8, 3), torch.randint(2, (8,))
+            >>> results = fisher_results(model, torch.nn.CrossEntropyLoss(), data, diagonal=True, progress=False)
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     results.save_diagonal(os.path.join(folder, "fisher.safetensors"))
+            ...     load_file(os.path.join(folder, "fisher.safetensors"))["weight"].shape
+            torch.Size([2, 3])
+        """
+        held = {name: value.detach().cpu().contiguous() for name, value in self.diagonal.items()}
+        facts = {"reduction": self.reduction, "fisher": self.fisher, "n_samples": str(self.n_samples)}
+        if not isinstance(layout := self.statistics.keeps["diagonal"], bool):
+            facts["channels"] = json.dumps({name: numbers for name, numbers in layout.items() if numbers})
+        save_tensors(held, facts | {"version": version("torch-secorder")}, Path(path))
 
     @classmethod
     def load(cls, path: str | Path, model: nn.Module | None = None) -> Results:

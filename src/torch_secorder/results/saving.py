@@ -18,9 +18,6 @@ KEY = "torch_secorder"
 
 def save(state: Mapping[str, Any], path: Path) -> None:
     """Write tensors, lists of tensors, and what JSON can hold; the file appears complete or not at all."""
-    files = _safetensors()
-    if not path.parent.is_dir():
-        raise ArgumentError(f"{path}: there is no folder {path.parent}")
     held: dict[str, Tensor] = {}
     plain: dict[str, Any] = {}
     for name, value in state.items():
@@ -31,10 +28,22 @@ def save(state: Mapping[str, Any], path: Path) -> None:
             held |= {f"{name}/{i}": item.detach().cpu().contiguous().clone() for i, item in enumerate(value)}
         else:
             plain[name] = {"value": value}
+    save_tensors(held, {KEY: json.dumps(plain)}, path)
+
+
+def save_tensors(held: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path) -> None:
+    """Write named tensors and what is to be known of them; the file appears complete or not at all.
+
+    Raises:
+        ArgumentError: if safetensors is not installed, or there is no such folder.
+    """
+    files = _safetensors()
+    if not path.parent.is_dir():
+        raise ArgumentError(f"{path}: there is no folder {path.parent}")
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
     try:
-        files.save_file(held, temporary, metadata={KEY: json.dumps(plain)})
+        files.save_file(dict(held), temporary, metadata=dict(metadata))
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from torch_secorder.errors import ArgumentError
-from torch_secorder.recording.quantities import QUANTITIES, Quantity
+from torch_secorder.recording.quantities import QUANTITIES, Quantity, wanted
 from torch_secorder.recording.sample_norms import SampleNorms
 from torch_secorder.results.moments import BatchGradients, SampleMoments
 
@@ -27,7 +27,7 @@ class Statistics:
     Args:
         names: of the parameters.
         shapes: of the parameters.
-        keeps: name of a quantity -> whether it is kept.
+        keeps: name of a quantity -> whether it is kept, or what of it is.
 
     Attributes:
         squared_norms: mean and second moments of t_{n,p}.
@@ -41,10 +41,10 @@ class Statistics:
         rules: for each parameter how its numbers were computed.
     """
 
-    def __init__(self, names: Sequence[str], shapes: Sequence[tuple[int, ...]], **keeps: bool):
+    def __init__(self, names: Sequence[str], shapes: Sequence[tuple[int, ...]], **keeps: Any):
         self.names, self.shapes = list(names), [tuple(shape) for shape in shapes]
-        self.keeps = {name: keeps.pop(name, False) for name in QUANTITIES}
-        assert not keeps, keeps
+        assert keeps.keys() <= QUANTITIES.keys(), keeps
+        self.keeps = {name: keeps.get(name, False) for name, kind in QUANTITIES.items() if kind.accumulates}
         self.clear()
 
     def clear(self) -> None:
@@ -52,7 +52,7 @@ class Statistics:
         p = len(self.names)
         self.squared_norms, self.gradients = SampleMoments(p), BatchGradients(p)
         self.quantities: dict[str, Quantity] = {
-            name: QUANTITIES[name](self.names, self.shapes) for name, wanted in self.keeps.items() if wanted
+            name: QUANTITIES[name](self.names, self.shapes, how) for name, how in wanted(self.keeps).items()
         }
         self.passes = self.n_skipped = self.skipped_passes = 0
         self.origins: frozenset[str] = frozenset()

@@ -26,6 +26,7 @@ from torch_secorder.model.restore import eval_mode, forked_random, lock_of, requ
 from torch_secorder.model.selection import Selection
 from torch_secorder.recording.accumulator import PassOptions
 from torch_secorder.recording.plan import planned
+from torch_secorder.recording.quantities import Keeps, kept, wanted
 from torch_secorder.recording.sample_norms import SampleNorms
 from torch_secorder.running.fisher_kind import FisherKind
 from torch_secorder.running.loss import LossFunction, loss_of, reduction_of, require_targets_of_batch
@@ -66,11 +67,12 @@ class Analysis:
         parameters: as in FisherMonitor.
         words: what the user says of where the samples are.
         create_graph: make the norms differentiable.
-        quantities: the names of what is taken besides squared norms.
+        keeps: what is taken besides squared norms, as the arguments ``diagonal=`` and so on ask for it.
         max_memory: as in FisherMonitor.
 
     Attributes:
         knowledge: what is known about where the model's samples are.
+        keeps: the same for the parameters that this model has.
         trusts_shapes: whether shapes that allow one reading only are believed.
     """
 
@@ -81,23 +83,25 @@ class Analysis:
         words: Told = NOTHING,
         *,
         create_graph: bool = False,
-        quantities: tuple[str, ...] = (),
+        keeps: Keeps | None = None,
         max_memory: int | None = None,
     ):
         if torch.is_inference_mode_enabled():
             raise ArgumentError("torch.inference_mode() forbids gradients: call this outside of it")
         self.model = unwrapped(model)
-        self._passes = PassOptions(quantities, max_memory=require_max_memory(max_memory))
+        max_memory = require_max_memory(max_memory)
         self._create_graph = create_graph
         with lock_of(self.model):
             self.table = ParameterTable(self.model, parameters)
             self.table.gather(self.model)
+        self.keeps = kept(keeps or {}, self.model, self.table)
+        self._passes = PassOptions(wanted(self.keeps), max_memory=max_memory)
         self.knowledge = knowledge_of(self.model, words)
         # Nothing is verified with create_graph, whose result would keep the check's graph alive, nor on several ranks, where one
         # rank's failure can't make the others repeat the batch; so shapes are not believed there.
         self.trusts_shapes = self.knowledge.trusts_shapes and not create_graph and not self.table.ranks.distributed
         with lock_of(self.model), self.differentiable():
-            self._plan = planned(self.model, self.table, words, quantities)
+            self._plan = planned(self.model, self.table, words, self._passes.quantities)
         self._fingerprint = 0  # that of the latest batch's graph
 
     def empirical(

@@ -4,35 +4,54 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from torch_secorder.errors import NonFiniteError, listed
+from torch_secorder.model.channels import ChannelSums
 from torch_secorder.per_sample import PerSampleGradient, SquareSum, halving_on_oom
+from torch_secorder.recording.quantities.layout import Layout, is_kept, sums_in
 from torch_secorder.recording.quantities.quantity import Part, Quantity
 
 
 class DiagonalPart(Part):
-    """Of one backward pass, for each position in the parameter table, ``sum_n G_n ** 2``; factored where that is possible."""
+    """Of one backward pass, for each position in the parameter table, ``sum_n G_n ** 2``; factored where that is possible.
 
-    def __init__(self, sums: dict[int, list[SquareSum]] | None = None):
+    Args:
+        sums: position -> the sum, in several parts.
+        channels: position -> the channels that the sum is added up over, None for all entries, for the parameters that are
+            kept; None if all of them are, entry by entry.
+    """
+
+    def __init__(
+        self,
+        sums: dict[int, list[SquareSum]] | None = None,
+        channels: Mapping[int, ChannelSums | None] | None = None,
+    ):
         self.sums = {} if sums is None else sums
+        self._channels = channels
 
     def on_form(self, position: int, form: PerSampleGradient, squared_norms: Tensor) -> None:
+        if self._channels is not None and position not in self._channels:
+            return
+        channels = None if self._channels is None else self._channels[position]
         finite = squared_norms.isfinite()
         if bool(finite.any()):
             form = form if bool(finite.all()) else form.select(finite.nonzero().squeeze(1))
-            new = halving_on_oom(form, SquareSum.of, lambda a, b: SquareSum.summed([a, b]))
+            square_sum = partial(SquareSum.of, channels=channels)
+            new = halving_on_oom(form, square_sum, lambda a, b: SquareSum.summed([a, b]))
             self.sums.setdefault(position, []).append(new)
 
     def scaled(self, factor: float) -> DiagonalPart:
-        return DiagonalPart({position: [one.times(factor) for one in found] for position, found in self.sums.items()})
+        sums = {position: [one.times(factor) for one in found] for position, found in self.sums.items()}
+        return DiagonalPart(sums, self._channels)
 
     def plus(self, other: DiagonalPart) -> DiagonalPart:
         both = {p: [SquareSum.summed([*self.sums.get(p, []), *found])] for p, found in other.sums.items()}
-        return DiagonalPart(self.sums | both)
+        return DiagonalPart(self.sums | both, self._channels)
 
     def finite(self, bad: Tensor, names: Sequence[str]) -> DiagonalPart:
         rows = bad.any(0)
@@ -93,23 +112,32 @@ class _Sum:
 
 
 class Diagonal(Quantity):
-    """``sum_n g_n ** 2``, a tensor for each parameter.
+    """``sum_n g_n ** 2``, a tensor for each parameter, or the sums of its entries over each channel.
 
     A sum in single precision stops growing once a pass adds less than its last digit. The sums of 128 passes are therefore
     added up in float64, on the host. A short run takes no memory but that of one number for each entry, and a long one twice
     that on the host besides. Sums that are in float64 anyway stay where they are.
+
+    Args:
+        names: the parameters.
+        shapes: their shapes.
+        how: what is kept of which parameter.
     """
 
     name: ClassVar[str] = "diagonal"
     takes_forms: ClassVar[bool] = True
 
-    def __init__(self, names: Sequence[str], shapes: Sequence[tuple[int, ...]]):
-        super().__init__(names, shapes)
+    def __init__(self, names: Sequence[str], shapes: Sequence[tuple[int, ...]], how: Layout = True):
+        super().__init__(names, shapes, how)
         self._sums: list[_Sum] = []
+        self._layout = how
 
     @staticmethod
-    def part() -> DiagonalPart:
-        return DiagonalPart()
+    def part(names: Sequence[str], how: Layout) -> DiagonalPart:
+        if isinstance(how, bool):
+            return DiagonalPart()
+        kept = {position: sums_in(how, name) for position, name in enumerate(names) if is_kept(how, name)}
+        return DiagonalPart(channels=kept)
 
     @property
     def totals(self) -> list[Tensor]:
@@ -133,9 +161,17 @@ class Diagonal(Quantity):
             self._sums = [mine.plus(theirs) for mine, theirs in pairs]
 
     def scaled(self, factor: float) -> dict[str, Tensor]:
-        """Parameter name -> the sum times a factor, in the parameter's shape."""
+        """Parameter name -> the sum times a factor, in the parameter's shape or by channels."""
         found = zip(self.names, self.totals, self.shapes, strict=True)
-        return {name: (factor * total).expand(shape) for name, total, shape in found}
+        return {
+            name: (factor * total).expand(self._shape(name, shape)).contiguous()
+            for name, total, shape in found
+            if is_kept(self._layout, name)
+        }
+
+    def _shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        channels = sums_in(self._layout, name)
+        return shape if channels is None else (channels.length(shape),)
 
     def state(self) -> dict[str, Any]:
         state: dict[str, Any] = {"squares": [one.recent.clone() for one in self._sums]}

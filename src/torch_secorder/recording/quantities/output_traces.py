@@ -41,7 +41,7 @@ class OutputTracesPart(Part):
 
     def on_output(self, record: Record, grad: Tensor, by_sample: bool) -> None:
         norms = Dense(grad if by_sample else grad[None]).squared_norm()
-        self.calls.setdefault(record.site, []).append(OutputNorms(norms, by_sample, record.kept))
+        self.calls.setdefault(record.site, []).append(OutputNorms(norms, by_sample, record.kept.moments))
 
     def scaled(self, factor: float) -> OutputTracesPart:
         return OutputTracesPart(
@@ -85,12 +85,12 @@ class OutputTraces(Quantity):
     name: ClassVar[str] = "activations"
     watches_outputs: ClassVar[bool] = True
 
-    def __init__(self, names: Sequence[str], shapes: Sequence[tuple[int, ...]]):
-        super().__init__(names, shapes)
+    def __init__(self, names: Sequence[str], shapes: Sequence[tuple[int, ...]], how: Any = True):
+        super().__init__(names, shapes, how)
         self.sums: dict[str, tuple[str, float, list[float]]] = {}
 
     @staticmethod
-    def part() -> OutputTracesPart:
+    def part(names: Sequence[str], how: Any) -> OutputTracesPart:
         return OutputTracesPart()
 
     def add(self, part: OutputTracesPart, t: Tensor, scale: float) -> None:

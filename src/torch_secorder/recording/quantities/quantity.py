@@ -56,20 +56,27 @@ class Quantity(ABC):
         name: the argument that asks for it, and the property of the results that shows it.
         takes_forms: whether its parts are made of the parameters' gradients.
         watches_outputs: whether the outputs of all modules are hooked for it.
+        accumulates: whether results hold something of it.
         torn: whether an addition in place was begun and not finished, so that nothing of it can be believed.
     """
 
     name: ClassVar[str]
     takes_forms: ClassVar[bool] = False
     watches_outputs: ClassVar[bool] = False
+    accumulates: ClassVar[bool] = True
     torn = False
 
-    def __init__(self, names: Sequence[str], shapes: Sequence[tuple[int, ...]]):
+    def __init__(self, names: Sequence[str], shapes: Sequence[tuple[int, ...]], how: Any = True):
         self.names, self.shapes = list(names), list(shapes)
 
     @staticmethod
-    def part() -> Part:
-        """An empty part, for one backward pass."""
+    def part(names: Sequence[str], how: Any) -> Part:
+        """An empty part, for one backward pass.
+
+        Args:
+            names: the parameters, as in the quantity.
+            how: what the argument that asks for the quantity has become: True, or what of it is kept.
+        """
         return Part()
 
     @abstractmethod

@@ -36,8 +36,8 @@ class SampleRows(Quantity):
 
     name: ClassVar[str] = "per_sample"
 
-    def __init__(self, names: Sequence[str], shapes: Sequence[tuple[int, ...]]):
-        super().__init__(names, shapes)
+    def __init__(self, names: Sequence[str], shapes: Sequence[tuple[int, ...]], how: Any = True):
+        super().__init__(names, shapes, how)
         self.blocks: list[Tensor] = []
         self.ids: list[list[Id]] = []
 

@@ -1,0 +1,169 @@
+"""Which gates there are: on a module's output or input, on which axis, one for each channel or for each block of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import Tensor, nn
+
+from torch_secorder.arguments import require_choice, require_positive_int
+from torch_secorder.errors import ArgumentError, ShapeError, UnsupportedError
+from torch_secorder.model.channels import channel_axis
+from torch_secorder.model.parameters import named_modules
+from torch_secorder.model.ranks import class_as_written
+from torch_secorder.rules import Rule, rule_for
+
+ANY_CONVOLUTION: Any = nn.Conv1d.__base__
+_NORMS: Any = (nn.BatchNorm1d.__base__, nn.InstanceNorm1d.__base__, nn.GroupNorm)
+
+# Modules whose outputs end in features, and modules that have channels behind the samples.
+FEATURES_LAST = (nn.Linear, nn.Embedding, nn.LayerNorm, nn.RMSNorm)
+CHANNELS_SECOND = (ANY_CONVOLUTION, nn.PReLU, *_NORMS)
+
+# The rules of the layers whose input's gradient is known from the output's.
+WITH_INPUT_GRADIENT = ("linear", "conv1d", "convolution", "transposed_convolution")
+
+Watched = Mapping[str, Mapping[str, Any]] | tuple[type[nn.Module], ...] | Callable[[str], bool] | None
+
+
+@dataclass(frozen=True)
+class GatePlace:
+    """Where a module has its gates.
+
+    Attributes:
+        side: "output" or "input".
+        axis: of the output or the input, the one that counts channels; it may count from the end.
+        groups: how many gates there are, each for an equal block of channels; None for one for each channel.
+        of_weights: whether the axis counts channels of the module's weight, so that a gate can be closed by masking them.
+    """
+
+    side: str
+    axis: int
+    groups: int | None
+    of_weights: bool
+
+    def sums(self, product: Tensor, batch_axis: int | None) -> Tensor:
+        """The gradients of the gates, ``[n, gates]``, from values times gradients, which have the samples first.
+
+        Args:
+            product: output or input times its gradient.
+            batch_axis: where the samples were before they came first; None if there were none.
+
+        Raises:
+            ShapeError: if the axis counts the samples, or doesn't have as many channels as the gates need.
+        """
+        product = product.movedim(self._axis_behind(product.dim(), batch_axis), 1)
+        sums = product.flatten(2).sum(2) if product.dim() > 2 else product
+        if self.groups is None:
+            return sums
+        if sums.shape[1] % self.groups:
+            raise ShapeError(f"the {sums.shape[1]} channels of its {self.side} are no {self.groups} equal groups")
+        return sums.unflatten(1, (self.groups, -1)).sum(2)
+
+    def _axis_behind(self, dims: int, batch_axis: int | None) -> int:
+        """The axis of the channels once the samples come first, of so many axes."""
+        own = dims - (batch_axis is None)  # a call without a batch axis has got one in front
+        if not -own <= self.axis < own:
+            raise ShapeError(f"its {self.side} has no axis {self.axis} that counts channels, but {own} axes: say axis=")
+        axis = self.axis % own
+        if batch_axis is None:
+            return axis + 1
+        if axis == batch_axis:
+            raise ShapeError(f"axis {axis} counts its channels and can't count the samples: say axis=")
+        return axis + 1 if axis < batch_axis else axis
+
+
+def gate_places(model: nn.Module, modules: Watched) -> dict[str, GatePlace]:
+    """Module name -> where it has its gates, as the argument ``modules`` of :class:`~torch_secorder.pruning.Gates` says.
+
+    Raises:
+        ArgumentError: for options that mean nothing, patterns that no module matches, or a module whose channels nobody knows.
+        UnsupportedError: for gates on the input of a module whose input gradient is not known.
+    """
+    named = dict(named_modules(model))
+    options = dict(_options(named, modules))
+    if not options:
+        raise ArgumentError(f"{type(model).__name__} has no module of those to watch")
+    return {name: _place(name, module, options[name]) for name, module in named.items() if name in options}
+
+
+def _options(named: Mapping[str, nn.Module], modules: Watched) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The names of the modules that have gates, each with its options."""
+    if isinstance(modules, Mapping):
+        for pattern, options in modules.items():
+            _check_options(pattern, options)
+            matching = [name for name in named if fnmatchcase(name, str(pattern))]
+            if not matching:
+                raise ArgumentError(f"modules: the model has no module whose name matches {pattern!r}")
+            yield from ((name, options) for name in matching)
+        return
+    for name, module in named.items():
+        if modules is None:
+            watched = isinstance(module, (ANY_CONVOLUTION, nn.Linear)) or type(module).__name__ == "Conv1D"
+        else:
+            watched = isinstance(module, modules) if isinstance(modules, (tuple, type)) else bool(modules(name))
+        if watched:
+            yield name, {}
+
+
+def _check_options(pattern: str, options: Any) -> None:
+    if not isinstance(options, Mapping) or not options.keys() <= {"side", "groups", "axis"}:
+        raise ArgumentError(
+            f"modules[{pattern!r}] must be a mapping with some of the keys 'side', 'groups' and 'axis', not {options!r:.80}"
+        )
+    require_choice(f"modules[{pattern!r}]['side']", options.get("side", "output"), ("output", "input"))
+    if options.get("groups") is not None:
+        require_positive_int(f"modules[{pattern!r}]['groups']", options["groups"])
+    if not isinstance(axis := options.get("axis", 0), int) or isinstance(axis, bool):
+        raise ArgumentError(f"modules[{pattern!r}]['axis'] must be an int, not {axis!r}")
+
+
+def _place(name: str, module: nn.Module, options: Mapping[str, Any]) -> GatePlace:
+    side, kind = options.get("side", "output"), class_as_written(module).__name__
+    rule = rule_for(module)
+    if side == "input":
+        if not isinstance(rule, Rule) or rule.name not in WITH_INPUT_GRADIENT:
+            reason = rule if isinstance(rule, str) else "it is neither a linear layer nor a convolution"
+            raise UnsupportedError(
+                f"{kind} '{name}': gates on its input take the input's gradient, which is not known here ({reason}): watch the "
+                'output of the module in front of it, {"side": "output"}'
+            )
+        if _pads_otherwise(module):
+            raise UnsupportedError(
+                f"{kind} '{name}': gates on the input of a convolution take padding by a number of zeros: watch the output of "
+                'the module in front of it, {"side": "output"}'
+            )
+    natural = _natural_axis(module, rule)
+    if natural is None and options.get("axis") is None:
+        raise ArgumentError(
+            f"{kind} '{name}': which axis of its {side} counts channels is not known: say so with "
+            f'{{"{name}": {{"axis": 1}}}}, or -1 for features at the end'
+        )
+    axis = options.get("axis")
+    axis = natural if axis is None else axis
+    assert axis is not None
+    return GatePlace(side, axis, options.get("groups"), axis == natural)
+
+
+def _natural_axis(module: nn.Module, rule: Rule | str) -> int | None:
+    """The axis on which outputs and inputs of a module have their channels; None if that is not known."""
+    by_rule = isinstance(rule, Rule) and rule.name in ("conv1d", "rms_norm")
+    if by_rule or isinstance(module, FEATURES_LAST) or type(module).__name__ == "Conv1D":
+        return -1
+    return 1 if isinstance(module, CHANNELS_SECOND) else None
+
+
+def _pads_otherwise(module: nn.Module) -> bool:
+    """Whether a module is a convolution whose padding is not a number of zeros."""
+    if not isinstance(module, ANY_CONVOLUTION):
+        return False
+    return isinstance(module.padding, str) or getattr(module, "padding_mode", "zeros") != "zeros"
+
+
+def weight_axis(module: nn.Module, side: str) -> int:
+    """The axis of a module's weight that counts the channels of its output or its input."""
+    outputs = 1 if isinstance(module, nn.Embedding) else channel_axis(module)
+    return outputs if side == "output" else 1 - outputs

@@ -1,0 +1,69 @@
+"""Masks of the weights that carry the most Fisher information."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor
+
+from torch_secorder.arguments import require_share
+from torch_secorder.errors import ArgumentError
+
+
+def top_k_mask(diagonal: Mapping[str, Tensor], share: float, *, always: str | Iterable[str] = ()) -> dict[str, Tensor]:
+    """The entries with the largest values of all, as boolean masks: what sparse fine-tuning trains, or what must not change.
+
+    Args:
+        diagonal: name -> values, such as ``results.diagonal`` or what :func:`weight_saliency` returned.
+        share: of all entries that are not there always, how many are taken; ``round(share * number)`` of them. Of equal values at
+            the boundary as many are taken as are still needed.
+        always: patterns of names that are taken whole, such as ``"classifier.*"`` or ``"*.bias"``.
+
+    Returns:
+        Name -> a mask of the values' shape, on their device.
+
+    Raises:
+        ArgumentError: for a share outside [0, 1], values that are NaN, or a pattern that no name matches.
+
+    Example:
+        >>> import torch
+        >>> from torch_secorder.pruning import top_k_mask
+        >>> diagonal = {"weight": torch.tensor([[4.0, 1.0], [2.0, 3.0]]), "bias": torch.tensor([0.5, 0.5])}
+        >>> top_k_mask(diagonal, 0.5, always="bias")
+        {'weight': tensor([[ True, False],
+                [False,  True]]), 'bias': tensor([True, True])}
+
+    Source:
+        Sung, Nair and Raffel (2021), "Training neural networks with fixed sparse masks".
+    """
+    require_share(share, "share")
+    if not isinstance(diagonal, Mapping) or not all(isinstance(value, Tensor) for value in diagonal.values()):
+        raise ArgumentError("diagonal must be a mapping from names to tensors, such as results.diagonal")
+    whole: set[str] = set()
+    for pattern in [always] if isinstance(always, str) else always:
+        found = {name for name in diagonal if fnmatchcase(name, str(pattern))}
+        if not found:
+            raise ArgumentError(f"always: no name matches {pattern!r}")
+        whole |= found
+    rest = {name: value.detach() for name, value in diagonal.items() if name not in whole}
+    if bad := [name for name, value in rest.items() if bool(value.isnan().any())]:
+        raise ArgumentError(f"the diagonal of {bad[0]} has NaN")
+    some = _largest(rest, share)
+    return {
+        name: some[name] if name in some else torch.ones_like(value, dtype=torch.bool)
+        for name, value in diagonal.items()
+    }
+
+
+def _largest(values: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
+    if not values:
+        return {}
+    flat = torch.cat([value.flatten().double().cpu() for value in values.values()])
+    mask = torch.zeros(len(flat), dtype=torch.bool)
+    mask[flat.topk(round(share * len(flat)), sorted=False).indices] = True
+    parts = mask.split([value.numel() for value in values.values()])
+    return {
+        name: part.view(value.shape).to(value.device) for part, (name, value) in zip(parts, values.items(), strict=True)
+    }

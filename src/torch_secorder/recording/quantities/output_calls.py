@@ -1,0 +1,55 @@
+"""A function of the user's, called with every module's output and the gradient in it. Nothing is accumulated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from torch_secorder.capture.records import Record
+from torch_secorder.errors import CurvatureError
+from torch_secorder.recording.quantities.quantity import Part, Quantity
+
+OnOutput = Callable[[str, Tensor, Tensor], None]
+
+
+class OutputCallsPart(Part):
+    """Of one backward pass, the calls."""
+
+    def __init__(self, function: OnOutput):
+        self._function = function
+
+    def on_output(self, record: Record, grad: Tensor, by_sample: bool) -> None:
+        if not by_sample:
+            return
+        axis = 0 if record.placement is None else record.placement.axis
+        try:
+            output = record.kept.output
+        except CurvatureError as error:
+            raise type(error)(f"{record.site}: {error}") from error
+        self._function(record.site.name, output.movedim(axis, 0) if axis else output, grad)
+
+
+class OutputCalls(Quantity):
+    """Has nothing to add, merge or save."""
+
+    name: ClassVar[str] = "on_output"
+    watches_outputs: ClassVar[bool] = True
+    accumulates: ClassVar[bool] = False
+
+    @staticmethod
+    def part(names: Sequence[str], how: OnOutput) -> OutputCallsPart:
+        return OutputCallsPart(how)
+
+    def add(self, part: Part, t: Tensor, scale: float) -> None:
+        pass
+
+    def merge(self, other: OutputCalls) -> None:
+        pass
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        pass

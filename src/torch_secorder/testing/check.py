@@ -1,0 +1,164 @@
+"""The library's numbers beside those of a plain loop over samples, and whether they agree."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from torch_secorder.approximations.fisher_report import fisher_results
+from torch_secorder.arguments import require_callable
+from torch_secorder.errors import ArgumentError, VerificationError
+from torch_secorder.model.names import plain_name
+from torch_secorder.model.parameters import unwrapped
+from torch_secorder.model.restore import eval_mode, forked_random, random_state, restoring_buffers
+from torch_secorder.tables import table
+from torch_secorder.testing.sample_loop import Loss, float64_copy, in_float64, run, sample_gradients
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+# What "equal" means: |library - loop| <= relative * loop + of_total * (the sum over all parameters). The second term is for
+# gradients that are zero by symmetry, of which only rounding is left. Single precision has 24 bits and double precision 53; both
+# bounds leave room for sums of a few thousand terms.
+_EXACT, _SINGLE = (1e-8, 1e-20), (1e-4, 1e-12)
+
+
+@dataclass(frozen=True)
+class _Numbers:
+    """A trace for each parameter, in one order."""
+
+    names: list[str]
+    traces: Tensor
+
+    def agree_with(self, loop: Tensor, bounds: tuple[float, float]) -> Tensor:
+        """For each parameter whether the loop's trace is the same within these bounds; NaN never is."""
+        relative, of_total = bounds
+        return (self.traces - loop).abs() <= relative * loop.abs() + of_total * loop.sum()
+
+
+def check(model: nn.Module, loss_fn: Loss, batch: tuple[Any, Any], **options: Any) -> pd.DataFrame:
+    """The Fisher traces of one batch by this library and by a plain float64 loop over its samples, side by side.
+
+    The loop takes a forward and a backward pass for each sample, so a batch of eight or so is enough. Where the model draws
+    random numbers, as dropout does, both run in eval mode, since a loop draws others.
+
+    Args:
+        model: the model, which stays as it is.
+        loss_fn: from ``(outputs, targets)`` to a scalar that averages or sums over the batch.
+        batch: ``(inputs, targets)``, as for :func:`~torch_secorder.fisher_report`.
+        options: those of :func:`~torch_secorder.fisher_results`, such as ``parameters`` and ``batch_axis``. The loop needs
+            samples that an axis counts: not ``n_samples`` and ``sample_of``.
+
+    Returns:
+        A row for each parameter: ``library``, the trace that the library finds in the model's own precision; ``loop``, that of
+        the loop in float64; ``relative_error``; and the ``verdict``. ``"equal"``: they differ by 1e-4 of the loop's at most, 1e-8
+        if the parameter is in float64, or by 1e-12 (1e-20) of the total. ``"rounding"``: they differ by more than that, and the
+        library finds what the loop finds if it is given the float64 model too, so that the difference is the precision of the
+        model's own arithmetic. ``"different"``: one of the two is wrong. ``attrs`` say ``reduction``, ``n_samples``, ``mode``
+        ("as it is" or "eval"), and in ``equal`` whether no row is different.
+
+    Raises:
+        ArgumentError: if there is no loop to compare with: model or loss don't run in float64, or on one sample alone.
+        VerificationError: if both count different numbers of samples.
+        CurvatureError: whatever the library refuses.
+
+    Example:
+        >>> import torch
+        >>> from torch_secorder.testing import check
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
+        >>> checked = check(model, torch.nn.CrossEntropyLoss(), (torch.randn(8, 3), torch.randint(2, (8,))))
+        >>> list(checked["verdict"]), checked.attrs["equal"]
+        (['equal', 'equal', 'equal', 'equal'], True)
+    """
+    require_callable("loss_fn", loss_fn)
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        raise ArgumentError(f"batch must be a pair (inputs, targets), not a {type(batch).__name__}")
+    if given := [name for name in ("n_samples", "sample_of") if options.get(name) is not None]:
+        raise ArgumentError(f"the loop over samples takes samples that an axis counts, and no {given[0]}=")
+    inputs, targets = batch
+    bare = unwrapped(model)
+    random = _draws(bare, inputs)
+    with eval_mode(bare) if random else nullcontext():
+        if random and _draws(bare, inputs):
+            raise ArgumentError(
+                f"{type(bare).__name__} draws random numbers in eval mode too, which a loop over samples can't repeat: switch "
+                "them off for the check"
+            )
+        rows, facts = _compared(bare, loss_fn, inputs, targets, options)
+    facts |= {"mode": "eval" if random else "as it is", "equal": all(row["verdict"] != "different" for row in rows)}
+    return table(rows, "parameter", **facts)
+
+
+def _compared(
+    model: nn.Module, loss_fn: Loss, inputs: Any, targets: Any, options: dict[str, Any]
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The table's rows, and what holds for all of them."""
+    report = fisher_results(model, loss_fn, [(inputs, targets)], progress=False, **options).report()
+    library = _Numbers(
+        [str(name) for name in report.index], torch.tensor(list(report["fisher_trace"]), dtype=torch.float64)
+    )
+    reduction, n = report.attrs["reduction"], report.attrs["n_samples"]
+    axis = options.get("batch_axis") or 0
+    gradients = sample_gradients(model, loss_fn, inputs, targets, names=library.names, batch_axis=axis)
+    loop = torch.stack([_trace(g, reduction) for g in gradients.values()]).cpu()
+    if (seen := len(next(iter(gradients.values())))) != n:
+        raise VerificationError(
+            f"the library counts {n} samples and the loop {seen}, on the first input with batch_axis={axis!r}: say with "
+            "batch_axis= which axis counts the samples"
+        )
+    dtypes = {plain_name(name): p.dtype for name, p in model.named_parameters()}
+    single = torch.tensor([_is_single(dtypes[name]) for name in library.names])
+    equal = torch.where(single, library.agree_with(loop, _SINGLE), library.agree_with(loop, _EXACT))
+    rounding = equal
+    if not bool(equal.all()):
+        rounding = _in_float64_too(model, loss_fn, inputs, targets, options).agree_with(loop, _EXACT)
+    return [
+        {
+            "parameter": name,
+            "library": float(ours),
+            "loop": float(theirs),
+            "relative_error": _relative_error(float(ours), float(theirs)),
+            "verdict": "equal" if same else "rounding" if but_for_rounding else "different",
+        }
+        for name, ours, theirs, same, but_for_rounding in zip(
+            library.names, library.traces, loop, equal.tolist(), rounding.tolist(), strict=True
+        )
+    ], {"reduction": reduction, "n_samples": n}
+
+
+def _in_float64_too(model: nn.Module, loss_fn: Loss, inputs: Any, targets: Any, options: dict[str, Any]) -> _Numbers:
+    """The library's traces of the float64 model."""
+    batch = in_float64(inputs), in_float64(targets)
+    results = fisher_results(float64_copy(model), in_float64(loss_fn), [batch], progress=False, **options)
+    report = results.report()
+    return _Numbers(
+        [str(name) for name in report.index], torch.tensor(list(report["fisher_trace"]), dtype=torch.float64)
+    )
+
+
+def _trace(gradients: Tensor, reduction: str) -> Tensor:
+    """``c sum_n ||g_n||^2``."""
+    squares = gradients.abs().square().sum()
+    return squares / len(gradients) if reduction == "mean" else squares
+
+
+def _draws(model: nn.Module, inputs: Any) -> bool:
+    """Whether a forward draws random numbers from torch's global generators."""
+    with torch.no_grad(), forked_random(list(model.parameters())), restoring_buffers(model):
+        before = random_state()
+        run(model, inputs)
+        return any(not torch.equal(a, b) for a, b in zip(before, random_state(), strict=True))
+
+
+def _is_single(dtype: torch.dtype) -> bool:
+    return dtype not in (torch.float64, torch.complex128)
+
+
+def _relative_error(ours: float, theirs: float) -> float:
+    """``|ours - theirs| / theirs``; 0 where both are the same."""
+    difference = abs(ours - theirs)
+    return difference / theirs if theirs else (0.0 if difference == 0 else float("inf"))

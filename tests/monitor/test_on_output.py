@@ -1,0 +1,96 @@
+"""A function of the user's that sees every module's output and gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from oracles import activation_squared_norms, double_copy
+from torch_secorder import FisherMonitor
+from torch_secorder.errors import ArgumentError, CoverageError
+
+
+def network(inplace: bool = False) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(inplace), nn.Flatten(), nn.Linear(64, 3)).double()
+
+
+def data(n: int = 5) -> tuple[Tensor, Tensor]:
+    return torch.randn(n, 2, 6, 6, dtype=torch.float64), torch.randint(3, (n,))
+
+
+def test_traces_per_channel_and_per_sample() -> None:
+    model, (x, y) = network(), data()
+    seen: dict[str, list[tuple[Tensor, Tensor]]] = {}
+
+    def note(module: str, output: Tensor, grad: Tensor) -> None:
+        assert not output.requires_grad
+        seen.setdefault(module, []).append((output, grad))
+
+    with FisherMonitor(model, on_output=note, activations=True) as monitor:
+        cross_entropy(model(x), y).backward()
+    assert set(seen) == {"", "0", "1", "2", "3"}
+    assert all(len(calls) == 1 for calls in seen.values())
+    for name, ((output, grad),) in seen.items():
+        own = (5 * grad).square().flatten(1).sum(1)
+        if name:
+            torch.testing.assert_close(
+                own, activation_squared_norms(model, name, cross_entropy, x, y), rtol=1e-10, atol=0
+            )
+            torch.testing.assert_close(output, model[: int(name) + 1](x).detach(), rtol=0, atol=0)
+        assert float(own.mean()) == pytest.approx(monitor.activations.loc[name, "activation_trace"], rel=1e-10)
+    # By channels, against a loop over samples.
+    twin, _ = double_copy(model)
+    expected = torch.zeros(4, dtype=torch.float64)
+    for n in range(5):
+        hidden = twin[0](x[n : n + 1]).detach().requires_grad_()
+        cross_entropy(twin[1:](hidden), y[n : n + 1]).backward()
+        assert hidden.grad is not None
+        expected += hidden.grad.square().sum((0, 2, 3)) / 5
+    ((_, grad),) = seen["0"]
+    torch.testing.assert_close((5 * grad).square().sum((0, 2, 3)) / 5, expected, rtol=1e-10, atol=0)
+
+
+def test_every_pass_calls_it_and_results_keep_nothing_of_it() -> None:
+    model, (x, y) = network(), data()
+    names: list[str] = []
+    with FisherMonitor(model, on_output=lambda name, *_: names.append(name)) as monitor, FisherMonitor(model) as alone:
+        for _ in range(2):
+            cross_entropy(model(x), y).backward()
+    assert sorted(names) == sorted(["", "0", "1", "2", "3"] * 2)
+    assert "on_output" not in monitor.state_dict()["keeps"]
+    torch.testing.assert_close(monitor.trace, alone.trace)
+
+
+def test_samples_come_first() -> None:
+    shapes = []
+    model, x, y = nn.Linear(4, 3), torch.randn(7, 5, 4), torch.randint(3, (5,))
+    with FisherMonitor(model, batch_axis=1, on_output=lambda name, f, g: shapes.append((f.shape, g.shape))):
+        cross_entropy(model(x).mean(0), y).backward()
+    assert shapes == [((5, 7, 3), (5, 7, 3))]
+
+
+def test_outputs_that_are_changed_in_place_are_refused() -> None:
+    model, (x, y) = network(inplace=True), data()
+    words = "Conv2d '0': its output was changed in place"
+    with pytest.raises(CoverageError, match=words), FisherMonitor(model, on_output=lambda *_: None):
+        cross_entropy(model(x), y).backward()
+    assert all(p.grad is not None for p in model.parameters()), "gradients are complete"
+
+
+def test_its_own_error_comes_after_the_pass() -> None:
+    def fails(*_: Any) -> None:
+        raise KeyError("mine")
+
+    model, (x, y) = network(), data()
+    with pytest.raises(KeyError, match="mine"), FisherMonitor(model, on_output=fails):
+        cross_entropy(model(x), y).backward()
+    assert all(p.grad is not None for p in model.parameters()), "gradients are complete"
+
+
+def test_it_must_be_a_function() -> None:
+    with pytest.raises(ArgumentError, match="on_output must be a function"):
+        FisherMonitor(network(), on_output="print")  # type: ignore[arg-type]
