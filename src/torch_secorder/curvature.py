@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from torch_secorder.autograd.double_precision import widest_dtype
 from torch_secorder.errors import ArgumentError, LifecycleError
 from torch_secorder.model.channels import ChannelSums, channel_axis
 from torch_secorder.model.names import plain_name
@@ -58,7 +59,9 @@ class Curvature:
         parameter = self.parameters[name]
         if name in self.diagonal:
             return self.diagonal[name]
-        return torch.full_like(parameter, self.traces[name] / max(1, parameter.numel()), dtype=torch.float64)
+        return torch.full_like(
+            parameter, self.traces[name] / max(1, parameter.numel()), dtype=widest_dtype(parameter.device)
+        )
 
 
 def curvature(

@@ -19,7 +19,6 @@ from pretend.autocast import register_autocast
 from pretend.counting import waited
 from pretend.tensor import NAME, factory, run
 
-DEVICES = 2
 # Errors that a hook raised in the device thread while torch's C++ code asked our guard for the device.
 _errors: deque[BaseException] = deque()
 # Any function of Python's own: what is called through `pythonapi` raises an error that is on its way already.
@@ -44,7 +43,8 @@ class Module:
         return 0
 
     def device_count(self) -> int:
-        return DEVICES
+        """One, whose random state is all that there is: ``torch.random.fork_rng()`` warns of more."""
+        return 1
 
     def synchronize(self, device: Any = None) -> None:
         waited("synchronize")

@@ -58,6 +58,15 @@ class Pretend(Tensor):
     def device(self) -> torch.device:
         return torch.device(NAME, self.index)
 
+    @property
+    def data(self) -> Tensor:
+        return torch._C.TensorBase.data.__get__(self)
+
+    @data.setter
+    def data(self, other: Pretend) -> None:
+        torch._C.TensorBase.data.__set__(self, other)
+        self.numbers, self.index = other.numbers, other.index
+
     def data_ptr(self) -> int:
         return self.numbers.data_ptr()
 

@@ -152,6 +152,18 @@ def test_modules_are_moved_with_their_ties_copied_and_saved() -> None:
     assert (loaded.device, loaded.tolist()) == (torch.device("pretend:1"), moved[0].weight.tolist())
 
 
+def test_data_may_be_exchanged() -> None:
+    layer = nn.Linear(2, 2, **HERE)
+    weight, numbers = layer.weight, layer.weight.tolist()
+    layer.double()
+    assert layer.weight is weight
+    assert (weight.dtype, weight.tolist()) == (torch.float64, numbers)
+    weight.data = torch.zeros(2, 2, **HERE)
+    assert weight.sum().item() == 0
+    weight.data.fill_(1)
+    assert weight.sum().item() == 4
+
+
 def test_the_host_cannot_read_what_is_on_the_device() -> None:
     with pytest.raises(TypeError, match="can't convert pretend:0 device type tensor to numpy"):
         torch.ones(2, **HERE).numpy()

@@ -15,6 +15,7 @@ from torch_secorder.arguments import (
     require_positive_int,
 )
 from torch_secorder.autograd.compiled import eager_code
+from torch_secorder.autograd.double_precision import sum_in_double_precision
 from torch_secorder.autograd.engine import call_model, is_selective_checkpoints, library_pass, selective_checkpoint
 from torch_secorder.autograd.tensor_hooks import silenced_in_library_passes
 from torch_secorder.errors import ArgumentError, CoverageError, NonFiniteError, UnsupportedError
@@ -146,7 +147,7 @@ def _probe(gradients: tuple[Tensor, ...], table: ParameterTable, generator: torc
     signs = [random_signs(p.shape, p, generator) for p in table.tensors]
     curved = [(g, z) for g, z in zip(gradients, signs, strict=True) if g.requires_grad]
     if not curved:  # a loss that is linear in the parameters
-        return torch.zeros(len(signs), dtype=torch.float64)
+        return torch.zeros(len(signs), dtype=torch.float64, device="cpu")
     ends, seeds = zip(*curved, strict=True)
     try:
         with library_pass(ends) as roots:
@@ -158,10 +159,8 @@ def _probe(gradients: tuple[Tensor, ...], table: ParameterTable, generator: torc
             f"something in the model or the loss has no second derivative ({str(error).splitlines()[0]}): use operations that "
             "have one, such as attention by matrix products"
         ) from error
-    zero = torch.zeros((), dtype=torch.float64)
-    values = [
-        zero if h is None else (z.double() * h.double()).sum().cpu() for z, h in zip(signs, products, strict=True)
-    ]
+    zero = torch.zeros((), dtype=torch.float64, device="cpu")
+    values = [zero if h is None else sum_in_double_precision(z, h).cpu() for z, h in zip(signs, products, strict=True)]
     found = torch.stack(values)
     if not bool(found.isfinite().all()):
         names = [table.names[position] for position in (~found.isfinite()).nonzero().flatten().tolist()]

@@ -269,7 +269,7 @@ class GraphPass:
         try:
             with torch.autograd.set_detect_anomaly(False):
                 # Compiled functions free what they saved unless the pass retains the graph.
-                torch.autograd.grad(start, ends, torch.zeros(()), retain_graph=True, allow_unused=True)
+                torch.autograd.grad(start, ends, torch.zeros_like(start), retain_graph=True, allow_unused=True)
         except _OverError:
             return
 
@@ -285,7 +285,7 @@ class _Start(torch.autograd.Function):
     def forward(ctx: Any, flow: Callable[[], None], *roots: Tensor) -> Tensor:
         ctx.flow = flow
         ctx.set_materialize_grads(False)
-        return torch.zeros(())
+        return torch.zeros((), device="cpu")  # where its node runs in the thread that asks for it
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:

@@ -16,6 +16,7 @@ from functools import lru_cache, partial
 import torch
 from torch import Tensor
 
+from torch_secorder.autograd.double_precision import in_double_precision
 from torch_secorder.autograd.precision import full_precision, is_half
 from torch_secorder.batch_axis.placement import FIRST, Layout, Placement
 
@@ -64,10 +65,10 @@ def sample_marks(n: int, marks_per_pass: int = MARKS_PER_PASS) -> list[Tensor]:
 
 @lru_cache(16)  # a search asks for them at each place
 def _sample_marks(n: int, marks_per_pass: int) -> tuple[Tensor, ...]:
-    samples = torch.arange(n, device="cpu")
+    samples = torch.arange(n, dtype=torch.float64, device="cpu")
     digits = max(1, math.ceil(math.log(max(n, 2), marks_per_pass) - 1e-9))
-    ones = torch.ones(n, dtype=torch.float32, device="cpu")
-    return ones, *(ones * 2.0 ** (samples // marks_per_pass**place % marks_per_pass) for place in range(digits))
+    marks = (2.0 ** (samples // marks_per_pass**place % marks_per_pass) for place in range(digits))
+    return torch.ones(n, dtype=torch.float32, device="cpu"), *(mark.float() for mark in marks)
 
 
 # By how much a row may differ from its sample's mark times the plain one: relative to the row, and to the largest row. Powers of
@@ -116,7 +117,7 @@ class Sketch:
             value = torch.view_as_real(value.resolve_conj())
         largest = max(-float(value.min()), float(value.max())) if value.numel() else 0.0
         with full_precision():
-            axes = [_contracted(value, axis).double() for axis in range(grad.dim())]
+            axes = [in_double_precision(_contracted(value, axis)) for axis in range(grad.dim())]
         return cls(axes, largest, grad.dtype.to_real())
 
     @property
@@ -165,7 +166,8 @@ def _before(value: Tensor) -> Tensor:
 
 @lru_cache(16)
 def _random(size: int) -> Tensor:
-    return torch.randn(size, DIRECTIONS, generator=torch.Generator().manual_seed(size))
+    generator = torch.Generator().manual_seed(size)
+    return torch.randn(size, DIRECTIONS, generator=generator, dtype=torch.float32, device="cpu")
 
 
 def _directions(size: int, like: Tensor) -> Tensor:

@@ -138,7 +138,7 @@ class SearchPasses:
         generator = torch.Generator().manual_seed(0)
         sizes = [min(x.numel(), SEED_PERIOD) for x in self._roots]
         return [
-            torch.randn(size, generator=generator).to(x.device, x.dtype)
+            torch.randn(size, generator=generator, dtype=torch.float32, device="cpu").to(x.device, x.dtype)
             for x, size in zip(self._roots, sizes, strict=True)
         ]
 

@@ -108,7 +108,9 @@ class FisherCallback(WatchingCallback, Callback):  # type: ignore[misc] # Lightn
         """All of a step's batches are differentiated."""
         numbers = self._watch.stop(trainer.global_step)
         if numbers is not None:
-            trainer.callback_metrics.update({name: torch.tensor(value) for name, value in numbers.items()})
+            trainer.callback_metrics.update(
+                {name: torch.tensor(value, dtype=torch.float32, device="cpu") for name, value in numbers.items()}
+            )
             for logger in trainer.loggers:
                 logger.log_metrics(numbers, step=trainer.global_step)
 

@@ -80,7 +80,7 @@ def sign_vectors(shape: Sequence[int], like: Tensor) -> tuple[Tensor, Tensor]:
 @lru_cache(32)
 def _sign_vectors(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    left, right = (2.0 * torch.randint(2, (side,), generator=generator) - 1 for side in (rows, columns))
+    left, right = (2 * torch.randint(2, (side,), generator=generator, device="cpu") - 1 for side in (rows, columns))
     return left.to(device, dtype), right.to(device, dtype)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torch_secorder.autograd.double_precision import widest_dtype
 from torch_secorder.autograd.versions import version, versions
 from torch_secorder.capture.records import Call
 from torch_secorder.errors import CoverageError, ShapeError, UnsupportedError
@@ -39,7 +40,8 @@ class GateRule:
         kept: KeptOutput | KeptInput = call.kept
         value, axis = kept.value(), call.batch_axis
         value = value[None] if axis is None else value.movedim(axis, 0)
-        product = kept.gradient(value, call).double() * value.double()
+        wide = widest_dtype(value.device)
+        product = kept.gradient(value, call).to(wide) * value.to(wide)
         return {"gate": Dense(self.place.sums(product, axis))}
 
 

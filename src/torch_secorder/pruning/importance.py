@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torch_secorder.autograd.double_precision import on_host
 from torch_secorder.errors import ArgumentError
 from torch_secorder.model.channels import channel_axis
 from torch_secorder.model.parameters import named_modules, unwrapped
@@ -88,9 +89,9 @@ class GroupImportance:
             raise ArgumentError(
                 f"no member of the group ({names}) has a saliency; watch these modules, or ignore the layer"
             )
-        total = torch.zeros(size, dtype=torch.float64)
+        total = torch.zeros(size, dtype=torch.float64, device="cpu")
         for _, scores, roots in found:
-            total.index_add_(0, torch.tensor(roots), scores.double().cpu())
+            total.index_add_(0, torch.tensor(roots, device="cpu"), on_host(scores))
         return total
 
     def _scores(self, module: nn.Module, way: str, idxs: list[int]) -> Tensor | None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
 
 from torch_secorder.arguments import require_choice, require_share
+from torch_secorder.autograd.double_precision import on_host
 from torch_secorder.errors import ArgumentError
 from torch_secorder.model.channels import ChannelSums
 from torch_secorder.model.names import plain_name
@@ -153,10 +154,7 @@ def _kept(saliency: Mapping[str, Tensor], share: float, scope: str, minimum: int
         return {name: _without_least(scores, counts[name]) for name, scores in saliency.items()}
     protected = {name: _best(scores, minimum) for name, scores in saliency.items()}
     flat = torch.cat(
-        [
-            scores.detach().double().masked_fill(protected[name], torch.inf).flatten().cpu()
-            for name, scores in saliency.items()
-        ]
+        [on_host(scores).masked_fill(protected[name].cpu(), torch.inf).flatten() for name, scores in saliency.items()]
     )
     count = min(round(share * len(flat)), int((flat < torch.inf).sum()) if minimum else len(flat))
     masks = _without_least(flat, count).split([scores.numel() for scores in saliency.values()])
@@ -170,6 +168,6 @@ def _best(scores: Tensor, count: int) -> Tensor:
 
 
 def _without_least(scores: Tensor, count: int) -> Tensor:
-    mask = torch.ones(scores.numel(), device=scores.device)
+    mask = torch.ones(scores.numel(), dtype=torch.float32, device=scores.device)
     mask[scores.flatten().topk(count, largest=False).indices] = 0
     return mask.view_as(scores)

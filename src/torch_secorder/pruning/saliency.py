@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_secorder.arguments import require_choice, require_share
+from torch_secorder.autograd.double_precision import in_double_precision, on_host
 from torch_secorder.curvature import curvature, warn_if_no_prediction
 from torch_secorder.errors import ArgumentError
 from torch_secorder.results.results import Results
@@ -78,8 +79,8 @@ def weight_saliency(
     if not callable(parameters):
         require_choice("parameters", parameters, ("weights", "all"))
     return {
-        name: (0.5 * _shrunk(known.of(name).double(), share) * weight.double().square()).to(
-            torch.promote_types(weight.dtype, torch.float32)
+        name: (0.5 * _shrunk(in_double_precision(known.of(name)), share) * in_double_precision(weight).square()).to(
+            weight.device, torch.promote_types(weight.dtype, torch.float32)
         )
         for name, weight in known.parameters.items()
         if (parameters(name) if callable(parameters) else parameters == "all" or weight.dim() > 1)
@@ -119,7 +120,7 @@ def pruning_sensitivity(
         by = scores if order is None else order.get(name)
         if by is None or by.shape != scores.shape:
             raise ArgumentError(f"order must have a tensor of shape {tuple(scores.shape)} for {name}")
-        sums = scores.flatten().double()[by.flatten().argsort()].cumsum(0)
+        sums = on_host(scores).flatten()[by.cpu().flatten().argsort()].cumsum(0)
         row: dict[Any, Any] = {"parameter": name, "numel": scores.numel()}
         for share in shares:
             count = round(share * scores.numel())

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from torch_secorder.arguments import require_share
+from torch_secorder.autograd.double_precision import on_host
 from torch_secorder.errors import ArgumentError
 
 
@@ -60,8 +61,8 @@ def top_k_mask(diagonal: Mapping[str, Tensor], share: float, *, always: str | It
 def _largest(values: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
     if not values:
         return {}
-    flat = torch.cat([value.flatten().double().cpu() for value in values.values()])
-    mask = torch.zeros(len(flat), dtype=torch.bool)
+    flat = torch.cat([on_host(value).flatten() for value in values.values()])
+    mask = torch.zeros(len(flat), dtype=torch.bool, device="cpu")
     mask[flat.topk(round(share * len(flat)), sorted=False).indices] = True
     parts = mask.split([value.numel() for value in values.values()])
     return {

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from torch_secorder.arguments import require_choice
+from torch_secorder.autograd.double_precision import in_double_precision
 from torch_secorder.curvature import Curvature, curvature, warn_if_no_prediction
 from torch_secorder.errors import ArgumentError
 from torch_secorder.model.parameters import named_modules, unwrapped
@@ -103,8 +104,8 @@ def quantization_sensitivity(
         weight, f = known.parameters[name], known.of(name)
         row: dict[Any, Any] = {"parameter": name, "kind": "weight", "numel": weight.numel()}
         for b in widths:
-            error = way.of(name, weight, b, known.axes[name]).double() - weight.double()
-            row[b] = 0.5 * float((f.double() * error.square()).sum())
+            error = in_double_precision(way.of(name, weight, b, known.axes[name])) - in_double_precision(weight)
+            row[b] = 0.5 * float((in_double_precision(f) * error.square()).sum())
         rows.append(row)
     if activations is not False:
         rows += _activations(unwrapped(model), source, activations, known, widths, scheme)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
+from torch_secorder.autograd.double_precision import sum_in_double_precision
 from torch_secorder.autograd.engine import current_node
 from torch_secorder.autograd.precision import HALF, is_half
 from torch_secorder.batch_axis.placement import Grouping
@@ -306,7 +307,7 @@ class PassAccumulator:
         before, size = batch.projections.get(position, (torch.zeros_like(along), 0.0))
         norms = squared_norms_of(form)
         # Uses of one parameter may cancel; rounding goes by the size of each.
-        own = math.sqrt(float(norms.double().sum()) * batch.n)
+        own = math.sqrt(float(sum_in_double_precision(norms)) * batch.n)
         batch.projections[position] = before + along, size + own
         return norms
 

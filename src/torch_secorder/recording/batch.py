@@ -44,7 +44,9 @@ class SampleBatch:
             parts.append(norms)
         if len(parts) == 1:
             return positions, parts[0]
-        return positions, torch.cat(alike(parts)) if parts else torch.zeros(0, self.n)
+        return positions, torch.cat(alike(parts)) if parts else torch.zeros(
+            0, self.n, dtype=torch.float32, device="cpu"
+        )
 
 
 def alike(values: list[Tensor]) -> list[Tensor]:

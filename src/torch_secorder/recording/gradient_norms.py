@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from torch_secorder.autograd.contributions import Identity, identity, note_contribution
+from torch_secorder.autograd.double_precision import in_double_precision
 from torch_secorder.capture.records import SMALL
 from torch_secorder.per_sample import FULL, at_least_float32
 from torch_secorder.recording.batch import alike
@@ -99,11 +100,11 @@ class GradientNorms:
             self._batched.append((list(self._norms), torch.stack(alike(list(self._norms.values())))))
             self._norms = {}
         if not self._batched:
-            return [], torch.zeros(0)
+            return [], torch.zeros(0, dtype=torch.float64, device="cpu")
         if len(self._batched) == 1:
-            return self._batched[0][0], self._batched[0][1].double()
+            return self._batched[0][0], in_double_precision(self._batched[0][1])
         positions, norms = zip(*self._batched, strict=True)
-        return list(itertools.chain.from_iterable(positions)), torch.cat(alike(list(norms))).double()
+        return list(itertools.chain.from_iterable(positions)), in_double_precision(torch.cat(alike(list(norms))))
 
 
 def norm(grad: Tensor) -> Tensor:

@@ -23,8 +23,8 @@ class SampleMoments:
     """
 
     def __init__(self, p: int):
-        self.n, self.mean = 0, torch.zeros(p, dtype=torch.float64)
-        self.moments = torch.zeros(p, p, dtype=torch.float64)
+        self.n, self.mean = 0, torch.zeros(p, dtype=torch.float64, device="cpu")
+        self.moments = torch.zeros(p, p, dtype=torch.float64, device="cpu")
 
     def add(self, t: Tensor) -> None:
         """Add samples, ``[p, n]`` in float64."""
@@ -50,7 +50,7 @@ class SampleMoments:
         """Variance (ddof = 1) over samples of the sum of these parameters' squared norms; NaN for one sample."""
         if self.n < 2:
             return float("nan")
-        index = torch.tensor(list(positions))
+        index = torch.tensor(list(positions), device="cpu")
         return max(0.0, float(self.moments[index][:, index].sum()) / (self.n - 1))
 
     def state(self) -> dict[str, Any]:
@@ -74,14 +74,17 @@ class BatchGradients:
 
     def __init__(self, p: int):
         self.passes, self.inverse_batch_sizes = 0, 0.0
-        self.sums, self.counts = torch.zeros(p, dtype=torch.float64), torch.zeros(p, dtype=torch.int64)
+        self.sums, self.counts = (
+            torch.zeros(p, dtype=torch.float64, device="cpu"),
+            torch.zeros(p, dtype=torch.int64, device="cpu"),
+        )
 
     def add(self, squared_norms: Mapping[int, float], n: int) -> None:
         """Add a pass: position -> ``||grad_p L_b||^2``, of a batch of n samples."""
         if not squared_norms or not all(map(math.isfinite, squared_norms.values())):
             return
-        index = torch.tensor(list(squared_norms))
-        new = torch.tensor(list(squared_norms.values()), dtype=torch.float64)
+        index = torch.tensor(list(squared_norms), device="cpu")
+        new = torch.tensor(list(squared_norms.values()), dtype=torch.float64, device="cpu")
         self.sums = self.sums.index_add(0, index, new)
         self.counts = self.counts.index_add(0, index, torch.ones_like(index))
         self.passes += 1

@@ -67,7 +67,7 @@ class Results:
     @property
     def trace(self) -> Tensor:
         """The total over all analyzed parameters, a 0-dim float64 tensor."""
-        return torch.tensor(self._report().trace, dtype=torch.float64)
+        return torch.tensor(self._report().trace, dtype=torch.float64, device="cpu")
 
     def report(self, by: By = None, *, sync: bool = False) -> pd.DataFrame:
         """The table: a row for each parameter, or for each group of them.

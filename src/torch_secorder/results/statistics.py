@@ -9,6 +9,7 @@ from uuid import uuid4
 import torch
 from torch import Tensor
 
+from torch_secorder.autograd.double_precision import on_host
 from torch_secorder.errors import ArgumentError
 from torch_secorder.recording.quantities import QUANTITIES, Quantity, wanted
 from torch_secorder.recording.sample_norms import SampleNorms
@@ -59,7 +60,7 @@ class Statistics:
         self._origin: str | None = (
             None  # drawn with the first samples: processes that fork before them see different ones
         )
-        self.reached = torch.zeros(p, dtype=torch.bool)
+        self.reached = torch.zeros(p, dtype=torch.bool, device="cpu")
         self.rules: list[list[str]] = [[] for _ in range(p)]
 
     @property
@@ -80,7 +81,7 @@ class Statistics:
             gradients: position -> ``||grad_p L_b||^2``, for the parameters whose gradient was computed.
             scale: from the pass's squares to those of gradients of l_n.
         """
-        t = samples.squared_norms.detach().to("cpu", torch.float64) * scale
+        t = on_host(samples.squared_norms) * scale
         parts = [self, *self._parts()]
         before = list(zip(parts, map(dict, map(vars, parts)), strict=True))
         try:
@@ -108,7 +109,7 @@ class Statistics:
         reached, rules = self.reached, self.rules
         positions = list(samples.reached)
         if not bool(reached[positions].all()):
-            reached = reached.index_fill(0, torch.tensor(positions), True)
+            reached = reached.index_fill(0, torch.tensor(positions, device="cpu"), True)
         for position, found in samples.rules.items():
             if rules[position] != list(found):
                 rules = [*rules[:position], list(dict.fromkeys([*rules[position], *found])), *rules[position + 1 :]]

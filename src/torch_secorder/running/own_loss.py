@@ -76,7 +76,7 @@ def is_computed_inside(loss_fn: LossFunction, outputs: Any, targets: Any, where:
 
     with torch.enable_grad():
         own = where.mapped(leaf, "outputs", outputs)
-        loss = loss_fn(own, targets) if leaves else torch.zeros(())
+        loss = loss_fn(own, targets) if leaves else torch.zeros((), device="cpu")
         found = torch.autograd.grad(loss, leaves, allow_unused=True) if loss.requires_grad else ()
     return any(gradient is not None for gradient in found)
 

@@ -99,7 +99,8 @@ def _compared(
     """The table's rows, and what holds for all of them."""
     report = fisher_results(model, loss_fn, [(inputs, targets)], progress=False, **options).report()
     library = _Numbers(
-        [str(name) for name in report.index], torch.tensor(list(report["fisher_trace"]), dtype=torch.float64)
+        [str(name) for name in report.index],
+        torch.tensor(list(report["fisher_trace"]), dtype=torch.float64, device="cpu"),
     )
     reduction, n = report.attrs["reduction"], report.attrs["n_samples"]
     axis = options.get("batch_axis") or 0
@@ -111,7 +112,7 @@ def _compared(
             "batch_axis= which axis counts the samples"
         )
     dtypes = {plain_name(name): p.dtype for name, p in model.named_parameters()}
-    single = torch.tensor([_is_single(dtypes[name]) for name in library.names])
+    single = torch.tensor([_is_single(dtypes[name]) for name in library.names], device="cpu")
     equal = torch.where(single, library.agree_with(loop, _SINGLE), library.agree_with(loop, _EXACT))
     rounding = equal
     if not bool(equal.all()):
@@ -136,7 +137,8 @@ def _in_float64_too(model: nn.Module, loss_fn: Loss, inputs: Any, targets: Any, 
     results = fisher_results(float64_copy(model), in_float64(loss_fn), [batch], progress=False, **options)
     report = results.report()
     return _Numbers(
-        [str(name) for name in report.index], torch.tensor(list(report["fisher_trace"]), dtype=torch.float64)
+        [str(name) for name in report.index],
+        torch.tensor(list(report["fisher_trace"]), dtype=torch.float64, device="cpu"),
     )
 
 

@@ -94,14 +94,15 @@ def _require_separable(loss: Tensor, outputs: Sequence[Tensor], placements: Sequ
     """
     if selects_among_samples(loss, outputs, n, placements):
         raise coupling_loss()
-    half = torch.randperm(n, generator=torch.Generator().manual_seed(n)) < n // 2
+    half = torch.randperm(n, generator=torch.Generator().manual_seed(n), device="cpu") < n // 2
     masks = [rows_of(half, x, where) for x, where in zip(outputs, placements, strict=True)]
     try:
         with torch.enable_grad():
             slopes = _output_gradients(loss, outputs, create_graph=True)
             pairs = [(g, m) for g, m in zip(slopes, masks, strict=True) if g is not None]
             signs = torch.Generator().manual_seed(0)
-            total = sum(((g * m * random_signs(g.shape, g, signs)).sum() for g, m in pairs), loss.new_zeros(()))
+            products = ((g * m * random_signs(g.shape, g, signs)).sum().to(loss.device) for g, m in pairs)
+            total = sum(products, loss.new_zeros(()))
         if not total.requires_grad:
             return
         curved = _output_gradients(total, outputs)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
+from torch_secorder.autograd.double_precision import sum_in_double_precision
 from torch_secorder.verification.tolerances import GRADIENT_SUMS_FLOOR, gradient_sum
 
 
@@ -26,7 +27,7 @@ def unexplained_gradients(
         norms: ``[parameters, N]``, the squared norms of the captured gradients.
         half: whether some gradient has half precision.
     """
-    floor = GRADIENT_SUMS_FLOOR * math.sqrt(float(norms.double().sum()) * norms.shape[1])
+    floor = GRADIENT_SUMS_FLOOR * math.sqrt(float(sum_in_double_precision(norms)) * norms.shape[1])
     wrong = []
     for position, gradient in actual.items():
         found = captured.get(position, ())

@@ -95,7 +95,7 @@ def squared_norms_of_sample(
 
 def as_row(norms: Sequence[SquaredNorm]) -> Tensor:
     """``[parameters]`` in float64 on the CPU; zero for a parameter that is not reached."""
-    return torch.tensor([0.0 if norm is None else float(norm) for norm in norms], dtype=torch.float64)
+    return torch.tensor([0.0 if norm is None else float(norm) for norm in norms], dtype=torch.float64, device="cpu")
 
 
 def of_one_sample(gradient: Tensor, sample: int, placement: Placement = FIRST) -> Tensor:

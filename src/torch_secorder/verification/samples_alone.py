@@ -243,4 +243,5 @@ def _gradients(loss: Loss, outputs: Any) -> list[Tensor | None]:
 def _inner(gradients: Sequence[Tensor | None], outputs: Any) -> Tensor:
     """``sum of outputs times gradients``, whose gradients in the outputs these are."""
     pairs = zip(tensors(outputs), gradients, strict=True)
-    return sum(((x * g.conj()).real.sum() for x, g in pairs if g is not None and x.requires_grad), torch.zeros(()))
+    found = [(x * g.conj()).real.sum() for x, g in pairs if g is not None and x.requires_grad]
+    return sum((value.to(found[0].device) for value in found[1:]), found[0]) if found else torch.zeros((), device="cpu")

@@ -52,7 +52,7 @@ def _halves(n: int) -> list[Tensor]:
     """Which samples are changed, ``[n]`` each: half of them, by the digits of numbers that are dealt out at random."""
     if n < 2:
         return []
-    number = torch.randperm(n, generator=torch.Generator().manual_seed(n))
+    number = torch.randperm(n, generator=torch.Generator().manual_seed(n), device="cpu")
     digits = [(number >> place) % 2 == 1 for place in range((n - 1).bit_length())]
     return [half for digit in digits for half in (digit, ~digit)]
 

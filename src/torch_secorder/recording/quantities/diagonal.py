@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from torch_secorder.autograd.double_precision import on_host
 from torch_secorder.errors import NonFiniteError, listed
 from torch_secorder.model.channels import ChannelSums
 from torch_secorder.per_sample import PerSampleGradient, SquareSum, halving_on_oom
@@ -86,13 +87,13 @@ class _Sum:
     @property
     def total(self) -> Tensor:
         """The whole sum, in the dtype and on the device of the recent one."""
-        return self.recent if self.settled is None else (self.settled + _on_host(self.recent)).to(self.recent)
+        return self.recent if self.settled is None else (self.settled + on_host(self.recent)).to(self.recent)
 
     def with_room(self, passes: int) -> _Sum:
         """The same sum, whose recent one can take so many more passes."""
         if self.passes + passes <= PASSES_IN_SINGLE or self.recent.dtype == torch.float64:
             return replace(self, passes=self.passes + passes)
-        return _Sum(self.recent.new_zeros(()), passes, _both(self.settled, _on_host(self.recent)))
+        return _Sum(self.recent.new_zeros(()), passes, _both(self.settled, on_host(self.recent)))
 
     def plus_pass(self, one: SquareSum) -> _Sum:
         """With what one pass adds, which is added in place where there is a tensor of the parameter's shape."""
@@ -153,7 +154,7 @@ class Diagonal(Quantity):
         self.torn = False
 
     def _nothing(self) -> list[_Sum]:
-        return [_Sum(torch.zeros(())) for _ in self.names]
+        return [_Sum(torch.zeros((), dtype=torch.float32, device="cpu")) for _ in self.names]
 
     def merge(self, other: Diagonal) -> None:
         if other._sums:
@@ -186,13 +187,8 @@ class Diagonal(Quantity):
         self._sums = [_Sum(r.clone(), PASSES_IN_SINGLE, s) for r, s in zip(recent, before, strict=True)]
 
 
-def _on_host(value: Tensor) -> Tensor:
-    """A sum in float64, which not every device has."""
-    return value.cpu().double()
-
-
 def _zero() -> Tensor:
-    return torch.zeros((), dtype=torch.float64)
+    return torch.zeros((), dtype=torch.float64, device="cpu")
 
 
 def _both(before: Tensor | None, value: Tensor) -> Tensor:

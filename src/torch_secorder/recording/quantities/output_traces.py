@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from torch_secorder.autograd.double_precision import sum_in_double_precision
 from torch_secorder.capture.records import HookedModule, Record
 from torch_secorder.per_sample import Dense
 from torch_secorder.recording.quantities.quantity import Part, Quantity
@@ -97,7 +98,7 @@ class OutputTraces(Quantity):
         sums = dict(self.sums)
         for site in sorted(part.calls, key=lambda site: site.number):
             calls = part.calls[site]
-            squares = sum(float(call.squared_norms.double().sum()) for call in calls) * scale
+            squares = sum(float(sum_in_double_precision(call.squared_norms)) for call in calls) * scale
             _add(sums, site.name, site.kind, squares, _pooled(torch.stack([call.moments for call in calls])))
         self.sums = sums
 

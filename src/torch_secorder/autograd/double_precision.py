@@ -1,0 +1,50 @@
+"""In which precision sums are taken: in double precision on the device, or on the host where the device has none.
+
+Apple's GPUs have no float64, nor have some of Intel's. There, what is short goes to the host as it is, and what is long is
+summed in rows on the device before that.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+# A row of so many numbers keeps its digits in single precision: torch adds in pairs, so that rounding grows with the logarithm.
+ROW = 4096
+
+
+@cache
+def has_double_precision(device: torch.device) -> bool:
+    """Whether a device computes in float64, which making a number tells."""
+    try:
+        torch.zeros((), dtype=torch.float64, device=device)
+    except (RuntimeError, TypeError):
+        return False
+    return True
+
+
+def widest_dtype(device: torch.device) -> torch.dtype:
+    """The dtype for sums that have to stay on a device."""
+    return torch.float64 if has_double_precision(device) else torch.float32
+
+
+def in_double_precision(value: Tensor) -> Tensor:
+    """A tensor in float64, on its device or else on the host."""
+    return value.double() if has_double_precision(value.device) else value.cpu().double()
+
+
+def on_host(value: Tensor) -> Tensor:
+    """A tensor in float64 on the host; it is copied before it is converted, since its device may not have such numbers."""
+    return value.detach().cpu().double()
+
+
+def sum_in_double_precision(value: Tensor, factor: Tensor | None = None) -> Tensor:
+    """The sum of a tensor, or of its product with another of its shape, in float64: on its device or else on the host."""
+    if has_double_precision(value.device):
+        return value.double().sum() if factor is None else (value.double() * factor.double()).sum()
+    terms = (value if factor is None else value.float() * factor.float()).float().flatten()
+    whole = len(terms) // ROW * ROW
+    rows = torch.cat([terms[:whole].unflatten(0, (-1, ROW)).sum(1), terms[whole:].sum(0, keepdim=True)])
+    return rows.cpu().double().sum()
