@@ -39,8 +39,8 @@ saved_tensors_hooks: Callable[[], tuple[Any, Any] | None] = partial(
     torch._C._autograd._top_saved_tensors_default_hooks, False
 )
 
-# Backward passes under way that the library started. Threads of devices run them too, so that this can't be a thread's own.
-LIBRARY_PASSES: set[int] = set()
+# Backward passes under way that the library started, and the threads in which it did. Threads of devices run them too.
+LIBRARY_PASSES: dict[int, int] = {}
 
 # Whether the backward pass under way executes a node. For a leaf whose gradient is a result of the pass it raises instead.
 _will_execute: Callable[[Node], bool] = torch._C._will_engine_execute_node
@@ -68,6 +68,12 @@ def library_call() -> Iterator[None]:
 def in_library_call() -> bool:
     """Whether the library, and not the user, is calling the model."""
     return get_ident() in LIBRARY_THREADS or (bool(LIBRARY_PASSES) and current_graph_task() in LIBRARY_PASSES)
+
+
+def calling_thread() -> int:
+    """The thread that this call is made for: where a device's thread runs the library's backward pass, the one that asked."""
+    thread = get_ident()
+    return LIBRARY_PASSES.get(current_graph_task(), thread) if LIBRARY_PASSES else thread
 
 
 # How many modes of the user's see every operation just now, counters of operations for one.
@@ -101,11 +107,11 @@ def looking() -> Iterator[None]:
 @contextmanager
 def library_pass(roots: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     """Copies of what the library's own call of a model returned; backward passes from them inside are the library's own."""
-    copies, begun = [x.view_as(x) for x in roots], set[int]()
+    copies, begun, thread = [x.view_as(x) for x in roots], set[int](), get_ident()
 
     def begin(grads: object) -> None:
         begun.add(task := current_graph_task())
-        LIBRARY_PASSES.add(task)
+        LIBRARY_PASSES[task] = thread
 
     for root in copies:
         assert root.grad_fn is not None
@@ -115,7 +121,8 @@ def library_pass(roots: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         with library_call():
             yield copies
     finally:
-        LIBRARY_PASSES.difference_update(begun)
+        for task in begun:
+            del LIBRARY_PASSES[task]
 
 
 def is_library_pass(task: int) -> bool:

@@ -16,6 +16,7 @@ from torch_secorder.autograd.engine import (
     LIBRARY_PASSES,
     LIBRARY_THREADS,
     LOOKS,
+    calling_thread,
     current_graph_task,
     forward_mode_level,
     in_library_call,
@@ -78,7 +79,7 @@ class ForwardTracker:
         if not self.active:
             return False
         if self._thread is not None:  # A loss may call the model, too.
-            return self._thread == get_ident() and self._thread in LIBRARY_THREADS
+            return self._thread == calling_thread() and self._thread in LIBRARY_THREADS
         # What torch.func transforms has gradients of its own. Where parameters take part in it, the graph shows them.
         if innermost_transform() is not None or forward_mode_level() >= 0:
             return False
