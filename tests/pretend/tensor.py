@@ -30,7 +30,6 @@ class Pretend(Tensor):
 
     numbers: Tensor
     index: int
-    __torch_function__ = torch._C._disabled_torch_function_impl
 
     @staticmethod
     def __new__(cls, numbers: Tensor, index: int = 0, requires_grad: bool = False) -> Pretend:
@@ -49,6 +48,14 @@ class Pretend(Tensor):
         made.numbers, made.index = numbers, index
         memory.held(numbers, index)
         return made.requires_grad_(requires_grad) if requires_grad else made
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Nothing but what C++ code would do, which takes a tensor that another is brought to for one of the first device."""
+        if func is torch.Tensor.to:
+            args = (args[0], *_parsable(args[1:]))
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
 
     @classmethod
     def __torch_dispatch__(cls, func: Operation, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -202,7 +209,8 @@ def _one_device(operation: Operation, name: str, flat: Sequence[Any], kwargs: Ma
     target = kwargs.get("device")
     found = [x for x in flat if isinstance(x, Tensor)]
     devices = dict.fromkeys(x.device for x in found if not _is_a_number(x, operation, name))
-    if len(devices) > 1 and not (name in INDEXED and devices.keys() == {CPU, found[0].device}):
+    # Whatever was a list of numbers, C++ code has brought to the first device by now.
+    if len(devices) > 1 and not (name in INDEXED and isinstance(found[0], Pretend)):
         raise RuntimeError(
             f"Expected all tensors to be on the same device, but found at least two devices, "
             f"{' and '.join(map(str, devices))}! (when checking {operation})"
@@ -210,8 +218,9 @@ def _one_device(operation: Operation, name: str, flat: Sequence[Any], kwargs: Ma
     generators = [x for x in flat if isinstance(x, torch.Generator)]
     if generators:
         raise RuntimeError(f"Expected a '{NAME}' device type for generator but found '{generators[0].device.type}'")
-    if target is not None:
-        return torch.device(target).index or 0
+    # C++ code that makes a tensor like another asks for the first device.
+    if target is not None and ((index := torch.device(target).index) or not devices):
+        return index or 0
     return next(device.index for device in devices if device.type == NAME)
 
 
