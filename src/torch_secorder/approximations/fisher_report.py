@@ -31,6 +31,7 @@ from torch_secorder.results.results import Results
 from torch_secorder.running.analysis import Analysis, Batch, Checked, logits
 from torch_secorder.running.fisher_kind import FisherKind
 from torch_secorder.running.own_loss import loss_function
+from torch_secorder.running.placing import Device, Placing
 from torch_secorder.verification.empirical import verify_empirical
 from torch_secorder.verification.samples_alone import verify_samples
 from torch_secorder.verification.schedule import analyze_and_verify
@@ -66,6 +67,7 @@ def fisher_report(
     generator: torch.Generator | None = None,
     max_passes: int = 10_000,
     max_memory: int | None = None,
+    device: Device = None,
 ) -> pd.DataFrame:
     """The table of every parameter's Fisher-trace contribution over a data set. Runs the loop itself, writes no ``.grad``.
 
@@ -108,6 +110,8 @@ def fisher_report(
         generator: for "sampled".
         max_passes: the most backward passes per batch that "exact" may take.
         max_memory: as in :class:`FisherMonitor`.
+        device: where batches are brought to; by default, batches on the host come to the accelerator that all of the model is
+            on. Inputs, and targets, of which something is there already are left as they are.
 
     Returns:
         The same table as :meth:`FisherMonitor.report`; ``grad_sq_norm`` is NaN, since no parameter gradient is computed. For
@@ -152,6 +156,7 @@ def fisher_report(
         generator=generator,
         max_passes=max_passes,
         max_memory=max_memory,
+        device=device,
     ).report(by)
 
 
@@ -234,6 +239,7 @@ class ReportOptions:
     generator: torch.Generator | None = None
     max_passes: int = 10_000
     max_memory: int | None = None
+    device: Device = None
     ids: str | int | Callable[[Any], Any] | None = None
     keeps: Keeps = field(default_factory=dict)
 
@@ -303,6 +309,7 @@ def accumulated(
     analysis = Analysis(model, options.parameters, words, keeps=options.keeps, max_memory=options.max_memory)
     layout = Layout(analysis.model, options.labels, labels_go_in=loss_fn == "model", ids=options.ids)
     results, reduction, precision = earlier, options.reduction, options.precision
+    placed = Placing(analysis.table.tensors, options.device)
 
     def left() -> int | None:
         """How many samples may still be counted; None for any number."""
@@ -316,7 +323,7 @@ def accumulated(
         parts = layout.parts(loaded)
         most = left()
         parts = parts if most is None else parts.first(most, words)
-        inputs, targets = parts.inputs, parts.targets
+        inputs, targets = placed(parts.inputs), placed(parts.targets)
         checked: Checked = "never" if not options.verify else "always" if number == 0 else "when due"
         with lock_of(analysis.model), eager_code():
             if options.fisher == "empirical":

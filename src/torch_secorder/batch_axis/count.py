@@ -174,6 +174,6 @@ def _of_packed(packed: Sequence[PackedSequence], seen: list[Seen]) -> Count:
 def rows_of_packed(packed: PackedSequence) -> Tensor:
     """The sample of each row of a packed sequence's data."""
     sizes = packed.batch_sizes
-    place = torch.arange(int(sizes[0])).expand(len(sizes), -1)
+    place = torch.arange(int(sizes[0]), device=sizes.device).expand(len(sizes), -1)
     index = place[place < sizes[:, None]].to(packed.data.device)
     return index if packed.sorted_indices is None else packed.sorted_indices[index]

@@ -102,7 +102,7 @@ def of_one_sample(gradient: Tensor, sample: int, placement: Placement = FIRST) -
     """The gradient with zeros for all other samples."""
     axis, rows = placement.axis, placement.sample_index
     if rows is not None:
-        return gradient * rows_of(torch.arange(int(rows.max()) + 1) == sample, gradient, placement)
+        return gradient * rows_of(torch.arange(int(rows.max()) + 1, device="cpu") == sample, gradient, placement)
     alone = torch.zeros_like(gradient)
     alone.select(axis, sample).copy_(gradient.select(axis, sample))
     return alone

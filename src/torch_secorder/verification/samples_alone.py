@@ -214,10 +214,10 @@ class _SampleInBatch(SampleAlone):
         seeds = torch.autograd.grad(loss(outputs), found, allow_unused=True, retain_graph=True)
         placed = zip(tensors(outputs), self._where.placements("outputs", outputs), strict=True)
         located = [where for x, where in placed if x.requires_grad]
-        total = torch.zeros((), dtype=torch.float64)
+        total = torch.zeros((), dtype=torch.float64, device="cpu")
         for x, seed, where in zip(found, seeds, located, strict=True):
             if seed is not None and where is not None:
-                total = total + (x * of_one_sample(seed, self._sample, where).conj()).real.sum().to(total)
+                total = total + (x * of_one_sample(seed, self._sample, where).conj()).real.sum().cpu().double()
         return total
 
 

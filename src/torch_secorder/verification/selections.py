@@ -130,10 +130,14 @@ def _tangents(
         if not reached:
             return None
         generator = torch.Generator().manual_seed(0)
-        products = [(g * torch.randn(g.shape, generator=generator).to(g), where) for g, where in reached]
+        products = [
+            (g * torch.randn(g.shape, generator=generator, dtype=torch.float32, device="cpu").to(g), where)
+            for g, where in reached
+        ]
         rows = [_sums(product, where, n) for product, where in products]
         of_samples = sum(rows[1:], rows[0])
-        kept = [torch.ones(n), *((-1.0) ** (torch.arange(n) >> place & 1) for place in range((n - 1).bit_length()))]
+        samples = torch.arange(n, device="cpu")
+        kept = [torch.ones_like(samples), *(1 - 2 * (samples >> place & 1) for place in range((n - 1).bit_length()))]
         return torch.stack(
             [torch.autograd.grad(of_samples, cotangent, signs.to(of_samples), retain_graph=True)[0] for signs in kept]
         )
