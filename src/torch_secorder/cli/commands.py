@@ -83,6 +83,14 @@ def _tables(command: Callable[..., None]) -> Callable[..., None]:
     return click.option("--by", type=rows, default="parameter", show_default=True, help="What a row is.")(command)
 
 
+def _device(_context: click.Context, _option: click.Parameter, value: str | None) -> torch.device | None:
+    """The device of that name."""
+    try:
+        return None if value is None else torch.device(value)
+    except RuntimeError:
+        raise click.BadParameter(f"{value!r} is not a device of torch's") from None
+
+
 @main.command(epilog=EXIT_CODES)
 @click.argument("setup", callback=_setup, metavar="SETUP.py:FUNCTION")
 @click.option(
@@ -121,6 +129,7 @@ def _tables(command: Callable[..., None]) -> Callable[..., None]:
 @click.option(
     "--seed", type=int, metavar="N", help="For torch.manual_seed before SETUP.py is run, and for sampled labels."
 )
+@click.option("--device", callback=_device, metavar="D", help="Bring the model and the data there, to cuda or mps say.")
 @click.option("--verify/--no-verify", default=True, help="Check three samples by plain autograd.  [default: verify]")
 @click.option(
     "--progress/--no-progress",
@@ -161,7 +170,8 @@ def report(setup: Setup, by: str, max_batches: int | None, progress: bool | None
             shown = sys.stderr.isatty() if progress is None else progress
             whole = batches(data, max_batches, shown)
             rest = journal.rest(whole) if journal else whole
-            results = earlier
+            results, device = earlier, options["device"]
+            model = model if device is None else model.to(device)
             keeps = {"diagonal": diagonal is not None}
             asked = ReportOptions(progress=False, generator=generator, keeps=keeps, **options)
             for results in accumulated(model, loss, rest, asked, earlier):
