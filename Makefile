@@ -28,6 +28,7 @@ demo: $(READY)  ## train on real digits, and see which layers carry the curvatur
 
 test: $(READY)  ## run the tests, on all cores; what a file's tests share is made once
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n auto tests/pretend
 
 check: lint types test doctest examples docs  ## everything that has to pass
 

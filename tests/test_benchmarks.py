@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("transformers")
 
-from benchmarks import growth, launches, page, results, speed
+from benchmarks import growth, page, results, speed
 from benchmarks.exactness import exact, verdict
 from benchmarks.variants import OURS, VARIANTS
 from benchmarks.workloads import WORKLOADS
@@ -71,15 +71,3 @@ def test_verdicts(found, expected):
 
 def test_slopes_are_of_the_larger_half():
     assert growth.slope([1, 2, 4, 8], [7, 7, 16, 64]) == pytest.approx(2)
-
-
-def test_launches_and_waits_are_counted(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(results, "FOLDER", tmp_path)
-    launches.main(["mlp", "--save", "--places"])
-    head, line, *places = capsys.readouterr().out.splitlines()
-    assert (head, line[:3]) == (launches.HEAD, "MLP")
-    row = json.loads((tmp_path / "launches.json").read_text())["rows"]["mlp"]
-    assert 0 < row["plain"] < row["monitored"]
-    assert row["per_tensor"] == (row["monitored"] - row["plain"]) / 6
-    assert row["waits"] == sum(int(place.split()[0]) for place in places)
-    assert row["peak"][0] >= 4 * 256 * 1024  # an activation

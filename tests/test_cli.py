@@ -14,7 +14,6 @@ import pandas as pd
 import pytest
 import torch
 
-import pretend
 from torch_secorder import FisherMonitor, fisher_report
 from torch_secorder.cli import main
 from torch_secorder.cli.files import _png, _umask
@@ -297,14 +296,6 @@ def test_a_precision(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
     assert main(["report", "setup_me.py:build", "--rtol", "-1"]) == 1
     assert "rtol must be a positive number" in capsys.readouterr().err
-
-
-def test_the_model_and_the_data_are_brought_to_a_device(folder: Path) -> None:
-    pretend.register()
-    assert main(["report", "setup_me.py:build", "--csv", "there.csv", "--device", "pretend"]) == 0
-    assert main(["report", "setup_me.py:build", "--csv", "here.csv"]) == 0
-    here, there = (read_report(f"{where}.csv")["fisher_trace"] for where in ("here", "there"))
-    assert there.to_numpy() == pytest.approx(here.to_numpy(), rel=1e-4)
 
 
 def test_a_device_that_is_none_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

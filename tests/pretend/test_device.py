@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 import pretend
 
-pretend.register()
 HERE = {"device": "pretend"}
 THERE = {"device": "pretend:1"}
 

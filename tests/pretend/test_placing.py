@@ -14,7 +14,6 @@ from torch_secorder import fisher_report
 from torch_secorder.errors import ArgumentError
 from torch_secorder.running.placing import Placing
 
-pretend.register()
 HERE, THERE = torch.device("pretend:0"), torch.device("pretend:1")
 
 

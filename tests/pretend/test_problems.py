@@ -29,7 +29,6 @@ from test_differential import (
 from torch_secorder import FisherMonitor, fisher_report
 from torch_secorder.autograd.double_precision import has_double_precision
 
-pretend.register()
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths"),
     pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True"),  # re-entrant checkpoints
