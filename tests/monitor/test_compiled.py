@@ -172,7 +172,7 @@ def test_functions_inside_of_a_block_do_not_have_its_passes_counted() -> None:
             program.step(number)
             program.evaluate()
             fisher_report(other.model, numbers, other.batches[0], progress=False)
-    program.require_exact(monitor, [0, 1, 2])
+    program.require_exact(monitor, [0, 2])
 
 
 def test_gates_run_the_model_as_written() -> None:
@@ -194,4 +194,4 @@ def test_a_model_that_is_not_compiled_counts_calls_whatever_else_was_compiled() 
         for number in range(3):
             program.step(number)
             program.evaluate()
-    program.require_exact(monitor, [0, 1, 2])
+    program.require_exact(monitor, [0, 2])

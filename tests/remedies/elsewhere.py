@@ -16,6 +16,24 @@ TRIED = {
     "the outputs show that they are on axis": "traps/test_what_counts_samples.py::test_trap_19_outputs_with_the_steps_in_front",
     "say where each argument has its samples": "traps/test_what_counts_samples.py::test_trap_19_a_mask_of_steps",
     "the loss broadcasts *": "test_first_mistakes.py::test_a_loss_that_compares_every_output_with_every_target_is_refused",
+    "data must yield mappings or pairs": "approximations/test_batches.py::test_what_follows_inputs_and_targets_is_not_used",
+    "data has a batch without any entry": "approximations/test_batches.py::test_a_mapping_is_one_batch",
+    "names an entry of batches that are mappings": "approximations/test_batches.py::test_a_mapping_is_one_batch",
+    "ids name the rows of per_sample": "approximations/test_batches.py::test_ids_name_the_rows",
+    "of them for a batch of * samples; give one for each": "approximations/test_batches.py::test_ids_name_the_rows",
+    "the model returned a * without a loss": "approximations/test_batches.py::test_the_models_own_loss",
+    "the loss that the model computes can't be told": "approximations/test_batches.py::test_a_loss_taken_out_of_the_outputs_is_the_models_own",
+    "selective activation checkpointing (context_fn=) runs its forward again": (
+        "user_program/test_stateful.py::test_a_call_through_selective_checkpoints_is_exact"
+    ),
+    "a function that may add the gradient to an attribute": (
+        "user_program/test_stateful.py::test_a_gradient_that_is_added_up_elsewhere_is_added_up_once"
+    ),
+    "a hook on the node that computes its gradients": (
+        "user_program/test_node_hooks.py::test_a_change_of_a_layers_inputs_gradient_is_in_the_numbers"
+    ),
+    'has no columns; say "rows" or "full"': "test_channel_sums.py::test_sums_over_channels",
+    "may have their classes on either axis": "test_losses.py::test_the_last_position_has_no_label",
     "needs whole parameters, and this rank has a part": "test_sharding.py::test_functions_of_a_sharded_model",
     "shard the model with torch.distributed.fsdp.fully_shard": "test_sharding.py::test_every_rank_gets_the_table_of_one_process",
 }
@@ -23,7 +41,11 @@ TRIED = {
 # A fragment of the message -> why its remedy isn't tried.
 NOT_TRIED = {
     "pad them to (N, T, ...) in the model's forward": "the remedy is to write another model",
-    "data must yield pairs (inputs, targets)": "every test of a report passes pairs",
+    "max_samples cuts batches by their rows": "max_batches= is tried wherever there is data",
+    "can't be cut to the * that are left": "max_batches= is tried wherever there is data",
+    "so that the graph of these outputs shows nothing of them": "reports of frozen models are tried in trap 8",
+    "its output was changed in place after the call": "every other test of on_output= changes nothing in place",
+    "the loss that the model computes neither averages nor sums": "a loss that compares samples has no remedy",
     "something in the model or the loss has no second derivative": "the remedy is to write another model",
     "move the block, or the call, out of that function": "every other test of a compiled model has its block outside",
     "gives no gradient for what a parameter went into": "no program is known whose pass for some gradients comes here",

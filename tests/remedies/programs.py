@@ -336,7 +336,7 @@ def _loss_inside() -> None:
     def forward(m: Any, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         outputs = m.net(x)
         each = (outputs - y).square().sum(1)
-        return {"loss": each.mean(), "logits": outputs, "losses": each}
+        return {"parts": torch.stack([each.mean(), 0 * each.sum()]), "logits": outputs, "losses": each}
 
     model, x, y = Forward(forward, net=linear()).double(), torch.randn(5, 4).double(), torch.randn(5, 3).double()
     truth = expected(model.net, x, y)
@@ -345,10 +345,10 @@ def _loss_inside() -> None:
         return fisher_report(model, loss_fn, ((x, y), y), progress=False, **options)["fisher_trace"].sum()
 
     with refused("computed inside the model"):
-        report(lambda outputs, _: outputs["loss"])
+        report(lambda outputs, _: outputs["parts"].sum())
     assert report(lambda outputs, targets: numbers(outputs["logits"], targets)) == pytest.approx(truth, rel=1e-8)
     assert report(lambda outputs, _: outputs["losses"].mean()) == pytest.approx(truth, rel=1e-8)
-    assert report(lambda outputs, _: outputs["loss"], verify=False) == pytest.approx(truth, rel=1e-8)
+    assert report(lambda outputs, _: outputs["parts"].sum(), verify=False) == pytest.approx(truth, rel=1e-8)
 
 
 @remedy("the loss must be a scalar, not of shape")
