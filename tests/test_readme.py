@@ -47,7 +47,8 @@ def test_public_names_are_in_the_reference(name):
     assert re.search(rf"(:members:|autofunction::|autoclass::)[^\n]*\b{name}\b", pages)
 
 
-def test_what_the_quick_start_prints_is_what_it_says(capsys):
+def test_what_the_quick_start_prints_is_what_it_says(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
     snippet, printed = re.search(r"^```python\n(.*?)^```\n\n```\n(.*?)^```", README, re.MULTILINE | re.DOTALL).groups()
     exec(compile(snippet, "README.md, quick start", "exec"), {"__name__": "readme"})
     assert capsys.readouterr().out == printed

@@ -176,7 +176,7 @@ def awkward() -> Iterator[Problem]:
         "checkpointed_reentrant",
         checkpointed(use_reentrant=True),
         (5, 4),
-        refusal=r"use_reentrant=False .*or a FisherMonitor",
+        refusal=r"use_reentrant=False.* or a FisherMonitor",
     )
     family.add("lazy_linear", lambda: nn.Sequential(nn.LazyLinear(3), nn.Tanh(), nn.Linear(3, 2)), (5, 4))
     family.add(

@@ -22,7 +22,9 @@ TRIED = {
     "ids name the rows of per_sample": "approximations/test_batches.py::test_ids_name_the_rows",
     "of them for a batch of * samples; give one for each": "approximations/test_batches.py::test_ids_name_the_rows",
     "the model returned a * without a loss": "approximations/test_batches.py::test_the_models_own_loss",
-    "the loss that the model computes can't be told": "approximations/test_batches.py::test_a_loss_taken_out_of_the_outputs_is_the_models_own",
+    "the loss that the model computes can't be told": (
+        "approximations/test_batches.py::test_a_loss_taken_out_of_the_outputs_is_the_models_own"
+    ),
     "selective activation checkpointing (context_fn=) runs its forward again": (
         "user_program/test_stateful.py::test_a_call_through_selective_checkpoints_is_exact"
     ),
