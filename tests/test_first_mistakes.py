@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torch_secorder import empirical_fisher_trace, fisher_report, generalized_fisher_trace, hessian_trace
-from torch_secorder.errors import ArgumentError, CurvatureError, ShapeError, UnsupportedError
+from torch_secorder import FisherMonitor, empirical_fisher_trace, fisher_report, generalized_fisher_trace, hessian_trace
+from torch_secorder.errors import ArgumentError, CurvatureError, LifecycleError, ShapeError, UnsupportedError
+from torch_secorder.pruning import ChannelGates
 
 N = 6
 
@@ -172,3 +175,115 @@ def test_too_many_passes_name_what_then_works() -> None:
     with pytest.raises(ArgumentError, match=r'num_samples=k .*to fisher_report together with fisher="sampled"'):
         total(model, None, (torch.randn(N, 4), None), fisher="exact", max_passes=10)
     assert total(model, None, (torch.randn(N, 4), None), fisher="sampled", num_samples=10, max_passes=10) > 0
+
+
+# No sample was seen
+
+Step = Callable[[nn.Module, Tensor, Tensor], object]
+
+
+def trained(model: nn.Module, x: Tensor, y: Tensor) -> None:
+    F.cross_entropy(model(x), y).backward()
+
+
+def copied(model: nn.Module, x: Tensor, y: Tensor) -> None:
+    trained(copy.deepcopy(model), x, y)
+
+
+def only_forward(model: nn.Module, x: Tensor, y: Tensor) -> None:
+    F.cross_entropy(model(x), y)
+    model(x)
+
+
+def detached(model: nn.Module, x: Tensor, y: Tensor) -> None:
+    F.cross_entropy(model(x).detach().requires_grad_(), y).backward()
+
+
+def evaluated(model: nn.Module, x: Tensor, y: Tensor) -> None:
+    for block in (torch.no_grad, torch.inference_mode):
+        with block():
+            F.cross_entropy(model(x), y)
+
+
+def of_inputs(model: nn.Module, x: Tensor, y: Tensor) -> None:
+    x = x.clone().requires_grad_()
+    torch.autograd.grad(F.cross_entropy(model(x), y), x)
+
+
+def refused(model: nn.Module, x: Tensor, y: Tensor) -> None:
+    with pytest.raises(CurvatureError, match="finite"):
+        (F.cross_entropy(model(x), y) * torch.inf).backward()
+
+
+UNSEEN = {
+    copied: r"no call of this Sequential was completed inside it; if a copy .* watch the module that is called",
+    only_forward: r"the forward of Sequential ran 2 times, but no backward pass reached its outputs: call loss.backward\(\)",
+    detached: r"ran 1 time, but no backward pass reached its outputs: .* without detach\(\)",
+    evaluated: r"ran 2 times, but no output of it can be differentiated: call the model outside of torch.no_grad\(\)",
+    of_inputs: r"ran 1 time, and 1 backward pass computed no gradient of an analyzed parameter.* call backward\(\)",
+    refused: r"1 backward pass was refused, the last because: .*finite",
+}
+
+
+# Gates take every pass that reaches a leaf, and any number.
+PAIRS = [(make, step) for step in (*UNSEEN, None) for make in (FisherMonitor, ChannelGates)]
+PAIRS = [(make, step) for make, step in PAIRS if make is FisherMonitor or step not in (of_inputs, refused)]
+
+
+@pytest.mark.parametrize(("make", "step"), PAIRS)
+def test_a_block_without_samples_says_what_it_saw(make: type[FisherMonitor | ChannelGates], step: Step | None) -> None:
+    model, x, y = classification()
+    said = "the block was never entered: call the model, and backward" if step is None else UNSEEN[step]
+    monitor = make(model)
+    if step is not None:
+        with monitor:
+            step(model, x, y)
+    with pytest.raises(LifecycleError, match=f"no sample was seen yet: .*{said}"):
+        _ = monitor.trace if isinstance(monitor, FisherMonitor) else monitor.fisher
+    with monitor:
+        trained(model, x, y)
+    assert monitor.n_samples == N
+    if isinstance(monitor, FisherMonitor):
+        assert float(monitor.trace) == pytest.approx(loop(model, x, y, nn.CrossEntropyLoss()), rel=1e-8)
+
+
+def test_backward_after_the_block_is_told_as_such() -> None:
+    model, x, y = classification()
+    with FisherMonitor(model) as monitor:
+        loss = F.cross_entropy(model(x), y)
+    loss.backward()
+    with pytest.raises(
+        LifecycleError, match=r"ran 1 time, but backward came after the block had ended: call .* inside"
+    ):
+        monitor.report()
+
+
+def test_the_copy_that_is_called_is_the_one_to_watch() -> None:
+    model, x, y = classification()
+    called = copy.deepcopy(model)
+    with FisherMonitor(called) as monitor:
+        trained(called, x, y)
+    assert float(monitor.trace) == pytest.approx(loop(model, x, y, nn.CrossEntropyLoss()), rel=1e-8)
+
+
+def test_what_was_seen_counts_from_the_reset_on() -> None:
+    model, x, y = classification()
+    with FisherMonitor(model, every=2) as monitor:
+        trained(model, x, y)
+        monitor.reset()
+        with pytest.raises(LifecycleError, match=r"no call of this Sequential was completed inside it since reset\(\)"):
+            monitor.report()
+        for _ in range(2):
+            model(x)
+        with pytest.raises(
+            LifecycleError, match=r"ran 1 time since reset\(\) \(without the calls that every=2 passes over\)"
+        ):
+            monitor.report()
+
+
+def test_samples_that_were_skipped_are_told() -> None:
+    model, x, y = classification()
+    with FisherMonitor(model, nonfinite="skip") as monitor:
+        trained(model, x * torch.nan, y)
+    with pytest.raises(LifecycleError, match=r'nonfinite="skip" left out all 6 samples, .* learning rate'):
+        monitor.report()

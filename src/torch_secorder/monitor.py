@@ -36,6 +36,7 @@ from torch_secorder.model.selection import Selection
 from torch_secorder.per_sample import as_refusal
 from torch_secorder.recording.accumulator import PassOptions
 from torch_secorder.recording.backward_pass import BackwardPass, Check
+from torch_secorder.recording.history import History
 from torch_secorder.recording.plan import planned
 from torch_secorder.recording.quantities import Keeps, OnOutput, kept, wanted
 from torch_secorder.recording.sample_norms import SampleNorms
@@ -223,6 +224,8 @@ class FisherMonitor(HookScope):
 
     def _set_up(self, options: MonitorOptions, watched: _Watched | None, results: Results) -> None:
         self._options, self._watched, self.results = options, watched, results
+        self._history = History("model" if watched is None else type(watched.model).__name__)
+        results.why_empty = self._history.why_empty
         self._recorder: UserRecorder | None = None
         self._hooks = HookSet()
         self._schedule = KindSchedule()  # of the checks of sums
@@ -256,6 +259,7 @@ class FisherMonitor(HookScope):
         plan = planned(model, table, self._watched.words, passes.quantities)
         self._recorder = UserRecorder(
             *(table, plan, self._watched.knowledge, passes),
+            history=self._history,
             on_pass=self._on_pass,
             checks_next=self._schedule.due,
             every=options.every,
@@ -326,6 +330,7 @@ class FisherMonitor(HookScope):
         ours = isinstance(error, CurvatureError) and not isinstance(error, ArgumentError)
         if self._options.on_refusal == "raise" or not ours:
             raise error
+        self._history.refuse(error)
         self.results.statistics.skipped_passes += 1
         self._schedule.restart()
         if type(error) not in self._warned_of:
@@ -418,6 +423,7 @@ class FisherMonitor(HookScope):
     def reset(self) -> None:
         """Forget every sample."""
         self.results.reset()
+        self._history.forget_passes()
 
     def merge(self, other: FisherMonitor | Results) -> Self:
         """Add the samples of another monitor or of results, of a model with the same parameters; returns self.

@@ -66,7 +66,9 @@ def test_each_kind_of_error_is_told_once() -> None:
         "a backward pass was left out (NonFiniteError)",
         "a backward pass was left out (LifecycleError)",
     ]
-    with pytest.raises(LifecycleError, match=r"no sample was seen yet \(6 backward passes were refused"):
+    with pytest.raises(
+        LifecycleError, match=r"no sample was seen yet: 6 backward passes were refused, the last because: "
+    ):
         monitor.report()
 
 

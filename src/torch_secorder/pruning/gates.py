@@ -18,6 +18,7 @@ from torch_secorder.pruning.gate_places import GatePlace, Watched, gate_places
 from torch_secorder.pruning.gate_rule import GateRule, KeptInput, KeptOutput
 from torch_secorder.recording.accumulator import PassOptions
 from torch_secorder.recording.backward_pass import BackwardPass
+from torch_secorder.recording.history import History
 from torch_secorder.recording.plan import Plan, guards
 from torch_secorder.recording.quantities import Diagonal
 from torch_secorder.recording.user_recorder import UserRecorder
@@ -122,6 +123,7 @@ class Gates(HookScope):
         ]
         kinds = {name: class_as_written(named[name]).__name__ for name in self.places}
         self._table = Table(Parameter(name, name, kind, (), 0) for name, kind in kinds.items())
+        self._history = History(type(self._model).__name__)
         self._recorder: UserRecorder | None = None
         self._sums, self._n = self._nothing(), 0
 
@@ -139,7 +141,9 @@ class Gates(HookScope):
         modules = list(named_modules(self._model))
         plan = Plan(self._model, modules, self._sites, guards(modules), self._words)
         knowledge = knowledge_of(self._model, self._words, checks=False)
-        self._recorder = UserRecorder(self._table, plan, knowledge, self._passes, on_pass=self._count)
+        self._recorder = UserRecorder(
+            self._table, plan, knowledge, self._passes, history=self._history, on_pass=self._count
+        )
         self._recorder.__enter__()
 
     def _detach(self) -> None:
@@ -171,7 +175,7 @@ class Gates(HookScope):
     def fisher(self) -> dict[str, Tensor]:
         """The Fisher information of each gate per sample: module name -> ``[gates]``, float64."""
         if not self._n:
-            raise LifecycleError("no sample was seen yet: run forward and backward inside the block")
+            raise LifecycleError(f"no sample was seen yet: {self._history.why_empty()}")
         found = zip(self._table.names, self._sums.totals, strict=True)
         return {name: total / self._n for name, total in found if total.dim()}
 

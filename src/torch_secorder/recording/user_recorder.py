@@ -41,6 +41,7 @@ from torch_secorder.model.ranks import full_tensor, is_dtensor
 from torch_secorder.per_sample import as_refusal
 from torch_secorder.recording.backward_pass import BackwardPass, changed_by_hook, counted_again, replaced, vmapped_pass
 from torch_secorder.recording.changed_gradients import changes_parameters
+from torch_secorder.recording.history import History
 from torch_secorder.recording.passes import UserPasses
 from torch_secorder.recording.quantities import QUANTITIES
 from torch_secorder.recording.recorder import Recorder, counted_as
@@ -51,6 +52,7 @@ class UserRecorder(Recorder):
     """Records the user's backward passes, each from its first gradient to the engine's word that it is over.
 
     Args:
+        history: counts what happens, for messages.
         on_pass: called with each pass that is over; what it raises is raised at the end of that backward pass.
         checks_next: says of the kind of the latest graph whether the next pass also notes its gradients along one direction, to
             compare sums.
@@ -63,6 +65,7 @@ class UserRecorder(Recorder):
     def __init__(
         self,
         *args: Any,
+        history: History,
         on_pass: Callable[[BackwardPass], None],
         checks_next: Callable[[int], bool] = lambda fingerprint: False,
         every: int = 1,
@@ -70,6 +73,8 @@ class UserRecorder(Recorder):
     ):
         super().__init__(*args, every=every, **options)
         self._on_pass, self._checks_next, self._every = on_pass, checks_next, every
+        self._history, history.every = history, every
+        history.blocks += 1
         can_count = any(leaf.requires_grad for leaf in self.table.leaves) if every > 1 else False
         self._watched = WatchedPasses(every if can_count else 1, self._count_passes, super()._attach, super()._detach)
         self._latest: weakref.ref[BackwardPass] | None = None  # the pass that something arrived in last
@@ -131,7 +136,12 @@ class UserRecorder(Recorder):
         for node in self._audit.other_leaves:
             if node not in self._known_leaves and isinstance(variable := leaf_of(node), nn.Parameter):
                 self._require_known(forward, node, variable)
-        for node in {x.grad_fn for x in outputs if x.grad_fn is not None}:
+        nodes = {x.grad_fn for x in outputs if x.grad_fn is not None}
+        if nodes:
+            self._history.forwards += 1
+        else:
+            self._history.without_gradient += 1
+        for node in nodes:
             node.register_prehook(partial(self._on_outputs_gradient, forward))
 
     def _require_known(self, forward: Forward, node: Node, variable: nn.Parameter) -> None:
@@ -170,6 +180,8 @@ class UserRecorder(Recorder):
             self._reach(current, forward)
         elif (reached := self._passes.ignored.get(current_graph_task())) is not None:
             reached.append(forward)
+        elif not self.forwards.active:
+            self._history.late_passes += 1
 
     def _reach(self, current: BackwardPass, forward: Forward) -> None:
         """The samples of a call of the model are those of this pass."""
@@ -309,7 +321,8 @@ class UserRecorder(Recorder):
                 self._reach(current, forward)
             return current
         if of_samples:
-            self.waiting.append(vmapped_pass())
+            self._let_wait(vmapped_pass())
+        self._history.other_passes += 1
         self._passes.ignore(task)
         self._watch_gradient_graph(task)
         return None
@@ -318,8 +331,12 @@ class UserRecorder(Recorder):
         try:
             return self._passes.is_of_samples()
         except UnsupportedError as error:
-            self.waiting.append(error)
+            self._let_wait(error)
             return False
+
+    def _let_wait(self, error: Exception) -> None:
+        self.waiting.append(error)
+        self._history.refuse(error)
 
     def _watch_gradient_graph(self, task: int) -> None:
         """If an ignored pass makes a graph of its gradients, notice when a later one goes through it."""
@@ -364,6 +381,7 @@ class UserRecorder(Recorder):
             with torch.no_grad(), self._counting:
                 self._on_pass(current)
         except Exception as error:
+            self._history.refuse(error)
             raise_after_backward(as_refusal(error))
         if self._watched.are_counted:
             self._watched.pass_over()

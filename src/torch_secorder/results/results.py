@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,6 +42,7 @@ class Results:
         statistics: what was accumulated.
         precision: what is to be said of a standard error that was to be reached, for ``attrs``; empty if none was.
         counts_samples: whether this rank's samples count when ranks are added up; not if another rank computed the same ones.
+        why_empty: says why there is no sample, if somebody knows.
     """
 
     def __init__(self, rows: Iterable[Parameter], reduction: str, fisher: str = "empirical", **keeps: Any):
@@ -50,6 +51,7 @@ class Results:
         self._all_ranks = self._sum_of()  # what all ranks were given by all_reduce
         self.counts_samples = True
         self.precision: dict[str, Any] = {}
+        self.why_empty: Callable[[], str] | None = None
 
     def __repr__(self) -> str:
         return (
@@ -147,12 +149,18 @@ class Results:
             )
         statistics = self._reduced(None) if sync else self._whole()
         if not statistics.n:
-            skipped = statistics.skipped_passes
-            refused = f" ({skipped} backward passes were refused, and left out)" if skipped else ""
-            raise LifecycleError(
-                f"no sample was seen yet{refused}: run the model's forward and its loss's backward inside the monitor's block"
-            )
+            raise LifecycleError(f"no sample was seen yet: {self._why_empty(statistics)}")
         return statistics
+
+    def _why_empty(self, statistics: Statistics) -> str:
+        if statistics.n_skipped:
+            return (
+                f'nonfinite="skip" left out all {statistics.n_skipped} samples, whose gradients are infinite or NaN: lower the '
+                "learning rate or the loss scale, or look at the batch"
+            )
+        if self.why_empty is not None:
+            return self.why_empty()
+        return "these results are empty; merge() into them what has samples"
 
     # ------------------------------------------------------------------------------------------------ added to
 
