@@ -12,7 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torch_secorder import FisherMonitor, empirical_fisher_trace, fisher_report, generalized_fisher_trace, hessian_trace
-from torch_secorder.errors import ArgumentError, CurvatureError, LifecycleError, ShapeError, UnsupportedError
+from torch_secorder.errors import (
+    ArgumentError,
+    BroadcastLossWarning,
+    CurvatureError,
+    LifecycleError,
+    ShapeError,
+    UnsupportedError,
+)
 from torch_secorder.pruning import ChannelGates
 
 N = 6
@@ -82,6 +89,71 @@ def test_a_loss_without_targets_is_none() -> None:
         return F.softplus(-outputs).mean()
 
     assert total(model, loss_fn, (x, y)) == pytest.approx(loop(model, x, y, loss_fn), rel=1e-8)
+
+
+# In a monitor, which does not see the loss
+
+
+def many(n: int) -> tuple[nn.Module, Tensor, Tensor]:
+    return regression()[0], torch.randn(n, 4, dtype=torch.float64), 3 + torch.randn(n, dtype=torch.float64)
+
+
+def by_hand(outputs: Tensor, targets: Tensor) -> Tensor:
+    return ((outputs - targets) ** 2).mean()
+
+
+@pytest.mark.filterwarnings("ignore:Using a target size")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("loss_fn", [by_hand, nn.MSELoss(), lambda f, y: 1e4 * by_hand(f, y)], ids=["", "MSELoss", "x"])
+def test_a_monitor_warns_of_a_loss_that_broadcasts(loss_fn, dtype: torch.dtype) -> None:
+    for n in (N, 500):
+        model, x, y = (value.to(dtype) for value in many(n))
+        with (
+            FisherMonitor(model) as monitor,
+            pytest.warns(BroadcastLossWarning, match=rf"\({n}, 1\).*\({n},\).*unsqueeze"),
+        ):
+            loss_fn(model(x), y).backward()
+        assert monitor.n_samples == n
+    with FisherMonitor(model) as monitor, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loss_fn(model(x), y.unsqueeze(-1)).backward()
+        loss_fn(nn.Flatten(0)(model(x)), y).backward()
+    exact = loop(model, x, y.unsqueeze(-1), loss_fn)
+    assert float(monitor.trace) == pytest.approx(exact, rel=1e-4 if dtype == torch.float32 else 1e-8)
+
+
+def test_where_warnings_are_errors_the_gradients_are_complete() -> None:
+    model, x, y = regression()
+    with FisherMonitor(model) as monitor, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(BroadcastLossWarning):
+            by_hand(model(x), y).backward()
+    found = [p.grad for p in model.parameters()]
+    assert monitor.n_samples == 0
+    expected = torch.autograd.grad(by_hand(model(x), y), list(model.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    "loss_fn",
+    [
+        lambda f, y: f.square().mean(),
+        lambda f, y: F.softplus(-f).mean(),
+        lambda f, y: f.mean(),
+        lambda f, y: F.mse_loss(f.squeeze(-1), y),
+        lambda f, y: F.binary_cross_entropy_with_logits(f.squeeze(-1), y.sigmoid()),
+        lambda f, y: (f.exp() - f).mean(),
+    ],
+    ids=["no target", "logistic", "linear", "squeezed", "logits", "rates"],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("scale", [1.0, 0.1, 0.001])
+@pytest.mark.parametrize("n", [N, 500])
+def test_other_losses_of_one_output_are_not_warned_of(loss_fn, n: int, scale: float, dtype: torch.dtype) -> None:
+    model, x, y = (value.to(dtype) for value in many(n))
+    with FisherMonitor(model), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loss_fn(scale * model(x), y).backward()
 
 
 # The wrong likelihood

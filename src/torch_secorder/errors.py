@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 __all__ = [
     "ArgumentError",
+    "BroadcastLossWarning",
     "CoupledSamplesError",
     "CoverageError",
     "CurvatureError",
@@ -68,6 +69,10 @@ class VerificationError(CurvatureError):
 
 class SkippedPassWarning(UserWarning):
     """A backward pass was refused, and left out since ``on_refusal="skip"`` asks for that."""
+
+
+class BroadcastLossWarning(UserWarning):
+    """The gradients of a loss look as if it compares every output of shape ``(N, 1)`` with every target of shape ``(N,)``."""
 
 
 class SlowFallbackWarning(UserWarning):

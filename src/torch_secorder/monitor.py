@@ -48,6 +48,7 @@ from torch_secorder.verification.backward_passes import (
     require_trainable,
     unaccounted,
 )
+from torch_secorder.verification.broadcast_loss import warn_of_broadcast
 from torch_secorder.verification.expected_norms import ExpectedNorms, expected_norms
 
 if TYPE_CHECKING:
@@ -359,6 +360,8 @@ class FisherMonitor(HookScope):
         expected, self._expected = self._expected, []
         checks += map(partial(partial, _require_expected, names), expected)
         samples = recorder.finish(current, self._options.nonfinite, checks)
+        if current.column is not None:
+            warn_of_broadcast(*current.column)
         scale = (samples.batch / loss_scale if self._options.reduction == "mean" else 1 / loss_scale) ** 2
         with without_modes() if current.special else nullcontext():
             squares = (norms / loss_scale).square().tolist()

@@ -31,6 +31,7 @@ class BackwardPass:
         thread: where it began.
         error: the first that went wrong, which waits for the end of the pass.
         is_over: whether nothing more belongs to it.
+        column: the model's output and its gradient, where a loss that broadcasts it is looked for.
     """
 
     task: int
@@ -41,6 +42,7 @@ class BackwardPass:
     thread: int = field(default_factory=get_ident)
     error: Exception | None = None
     is_over: bool = False
+    column: tuple[Tensor, Tensor] | None = None
 
     def project(self, position: int, grad: Tensor) -> None:
         """Note a parameter's own gradient along one direction."""

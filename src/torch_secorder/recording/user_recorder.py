@@ -89,6 +89,8 @@ class UserRecorder(Recorder):
         self._gradient_graphs: dict[int, GradientGraphWatch] = {}  # of ignored passes with create_graph=True
         self._counting = RLock()  # several threads may train the model
         self._outputs: list[tuple[weakref.ref[Tensor], Placement]] = []
+        self._looks_at_column = True  # until one pass has gone through an output [n, 1]
+        self._column: tuple[Forward, Tensor] | None = None
         self.waiting: list[Exception] = []
         self._parameters = parameters_by_name(self.plan.modules)  # as they are on entry
         # Of tensors that are not analyzed, and are none of the model's new parameters.
@@ -141,6 +143,9 @@ class UserRecorder(Recorder):
             self._history.forwards += 1
         else:
             self._history.without_gradient += 1
+        if self._looks_at_column:
+            alone = outputs[0] if len(outputs) == 1 and outputs[0].shape == (forward.n, 1) else None
+            self._column = None if alone is None else (forward, alone.detach())
         for node in nodes:
             node.register_prehook(partial(self._on_outputs_gradient, forward))
 
@@ -178,6 +183,9 @@ class UserRecorder(Recorder):
         current = self._pass_under_way(grads)
         if current is not None:
             self._reach(current, forward)
+            if self._column is not None and self._column[0] is forward and (grad := first_of(grads)) is not None:
+                current.column = self._column[1], grad.detach()
+                self._looks_at_column, self._column = False, None
         elif (reached := self._passes.ignored.get(current_graph_task())) is not None:
             reached.append(forward)
         elif not self.forwards.active:
