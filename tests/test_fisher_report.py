@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+import tqdm.auto
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
@@ -242,6 +244,34 @@ def test_inputs_by_position_and_by_name(kind: str) -> None:
     expected = per_sample_squared_norms(model, nn.CrossEntropyLoss(), inputs, y)
     assert_report(fisher_report(model, nn.CrossEntropyLoss(), (inputs, y), progress=False), expected)
     assert_report(fisher_report(model, nn.CrossEntropyLoss(), [(inputs, y)], progress=False), expected)
+
+
+class EveryStep(tqdm.auto.tqdm):
+    """A bar that draws every step, also those that take no time."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, mininterval=0, miniters=1, **options)
+
+
+@pytest.mark.parametrize("classes", [3, 12, 102])
+@pytest.mark.parametrize("installed", [True, False])
+def test_progress_shows_passes_and_the_total_and_says_once_what_sampling_costs(
+    classes: int, installed: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if installed:
+        monkeypatch.setattr("tqdm.auto.tqdm", EveryStep)
+    else:
+        monkeypatch.setitem(sys.modules, "tqdm.auto", None)
+    model, data = nn.Linear(4, classes), [(torch.randn(5, 4), None) for _ in range(3)]
+    fisher_report(model, None, data, fisher="exact", progress=True)
+    shown = capsys.readouterr().err
+    assert (f"{classes - 1}/{classes - 1} " in shown) == (installed and classes > 10)
+    cost = f'takes {classes - 1} backward passes for each batch here; fisher="sampled" takes num_samples'
+    assert shown.count(cost) == (classes > 100)
+    two = fisher_report(model, None, data[:2], fisher="exact", progress=False)
+    assert (f"trace {two['fisher_trace'].sum():.4g} ± {two.attrs['total_stderr']:.2g}" in shown) == installed
+    fisher_report(model, None, data, fisher="sampled", num_samples=101, progress=True)
+    assert "backward passes for each" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("progress", [True, False])

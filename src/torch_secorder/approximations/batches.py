@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from torch_secorder.approximations.progress import Progress
 from torch_secorder.batch_axis.samples import BatchSamples
 from torch_secorder.batch_axis.told import Told
 from torch_secorder.errors import ArgumentError
@@ -149,11 +150,8 @@ def _takes(model: nn.Module, key: str) -> bool:
     )
 
 
-def batches(data: Any, max_batches: int | None, progress: bool, status: Callable[[], str] = str) -> Iterable[Any]:
-    """The batches of an iterable of them, or of one: each is a mapping, or a sequence of inputs, targets and whatever else.
-
-    The progress bar shows the ``status`` that there is once a batch was analyzed.
-    """
+def batches(data: Any, max_batches: int | None, progress: Progress | None = None) -> Iterable[Any]:
+    """The batches of an iterable of them, or of one: each is a mapping, or a sequence of inputs, targets and whatever else."""
     if _is_one_batch(data):
         data = [data]
     if not isinstance(data, Iterable):
@@ -164,7 +162,7 @@ def batches(data: Any, max_batches: int | None, progress: bool, status: Callable
     total = len(data) if isinstance(data, Sized) else None
     if max_batches is not None:
         data, total = itertools.islice(data, max_batches), min(total or max_batches, max_batches)
-    yield from map(_checked, _with_progress(data, total, status) if progress else data)
+    yield from map(_checked, data if progress is None else progress.over(data, total))
 
 
 def while_any(left: Callable[[], int | None], batches: Iterable[Any]) -> Iterator[Any]:
@@ -220,15 +218,3 @@ def _checked(batch: Any) -> Any:
             "data has a batch without any entry: give the model's inputs by the names that its forward has"
         )
     return batch
-
-
-def _with_progress(data: Iterable[Any], total: int | None, status: Callable[[], str]) -> Iterator[Any]:
-    try:
-        from tqdm.auto import tqdm
-    except ImportError:
-        yield from data
-        return
-    with tqdm(data, total=total, desc="Fisher", unit="batch", leave=False) as bar:
-        for batch in bar:
-            yield batch
-            bar.set_postfix_str(status())

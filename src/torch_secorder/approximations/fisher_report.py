@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from torch_secorder.approximations.batches import LabeledBatch, Layout, batches, while_any
 from torch_secorder.approximations.precision import Precision
+from torch_secorder.approximations.progress import Progress
 from torch_secorder.arguments import (
     fresh_generator,
     require_choice,
@@ -90,7 +91,7 @@ def fisher_report(
             samples were seen. The data have to come in a random order. ``attrs`` then say ``rtol``, ``rtol_of``, the
             ``relative_stderr`` that there is, and whether it ``reached_rtol`` or the data ended before.
         rtol_of: whose standard error: that of the "total", or of all "rows", each of its own trace.
-        progress: show a progress bar, if tqdm is installed.
+        progress: show on stderr how far the loop is and the total so far, with tqdm if it is installed.
         verify: check the first, the last and a random sample of the first batch against plain autograd, and of later ones that
             make another kind of graph, or the 2nd, 3rd, 5th, 9th, ... of a kind.
         by: as in :meth:`FisherMonitor.report`.
@@ -285,6 +286,7 @@ def accumulated(
     data: Any,
     options: ReportOptions,
     earlier: Results | None = None,
+    progress: Progress | None = None,
 ) -> Iterator[Results]:
     """The results so far, the same object after every batch.
 
@@ -294,6 +296,7 @@ def accumulated(
         data: see there.
         options: the other arguments.
         earlier: results of other batches, to add these batches to.
+        progress: shows how far it is, where the caller counts the batches; by default as the options say.
     """
     if options.fisher == "empirical":
         if loss_fn is None:
@@ -315,10 +318,9 @@ def accumulated(
         """How many samples may still be counted; None for any number."""
         return None if options.max_samples is None else options.max_samples - (results.n_samples if results else 0)
 
-    def status() -> str:
-        return "" if precision is None or results is None else precision.as_text(results.statistics)
-
-    wanted = while_any(left, batches(data, options.max_batches, options.progress, status))
+    own = Progress(options.progress, options.fisher)
+    progress = progress or own
+    wanted = while_any(left, batches(data, options.max_batches, own))
     for number, loaded in enumerate(_in_step(analysis, wanted)):
         parts = layout.parts(loaded)
         most = left()
@@ -332,10 +334,10 @@ def accumulated(
             else:
                 if checked == "always":
                     _verify_projection(analysis, inputs)
-                samples = analysis.fisher(kind, inputs, targets, generator)
+                samples = analysis.fisher(kind, inputs, targets, generator, progress.passes)
                 due = options.verify and analysis.is_due(_projection)
                 if due and number and not _verify_projection(analysis, inputs):
-                    samples = analysis.fisher(kind, inputs, targets, generator)
+                    samples = analysis.fisher(kind, inputs, targets, generator, progress.passes)
         _require_batch_of(parts, samples.batch, most)
         if parts.ids is not None:
             samples = replace(samples, parts=samples.parts | {SampleRows.name: SampleIds(parts.ids)})
@@ -343,6 +345,7 @@ def accumulated(
         results.statistics.update(samples)
         if precision is not None:
             results.precision = precision.facts(results.statistics)
+        progress.show(results, "" if precision is None else precision.as_text(results.statistics))
         yield results
         # Ranks that hold the model together have samples of their own, and stop together.
         if precision is not None and not analysis.table.ranks.max_over_ranks(not results.precision["reached_rtol"]):

@@ -15,6 +15,7 @@ import torch
 from torch_secorder import testing
 from torch_secorder.approximations.batches import batches
 from torch_secorder.approximations.fisher_report import ReportOptions, accumulated
+from torch_secorder.approximations.progress import Progress
 from torch_secorder.arguments import fresh_generator
 from torch_secorder.cli import changes
 from torch_secorder.cli.checking import checked_as_text
@@ -168,13 +169,14 @@ def report(setup: Setup, by: str, max_batches: int | None, progress: bool | None
         earlier = journal.resumed() if journal and resume and path.exists() else None
         with _running(setup, journal):
             shown = sys.stderr.isatty() if progress is None else progress
-            whole = batches(data, max_batches, shown)
+            bar = Progress(shown, options["fisher"])
+            whole = batches(data, max_batches, bar)
             rest = journal.rest(whole) if journal else whole
             results, device = earlier, options["device"]
             model = model if device is None else model.to(device)
             keeps = {"diagonal": diagonal is not None}
             asked = ReportOptions(progress=False, generator=generator, keeps=keeps, **options)
-            for results in accumulated(model, loss, rest, asked, earlier):
+            for results in accumulated(model, loss, rest, asked, earlier, bar):
                 if journal:
                     journal.count(results)
             if results is None:
@@ -206,7 +208,7 @@ def check(setup: Setup, seed: int | None, **options: Any) -> None:
     if seed is not None:
         torch.manual_seed(seed)
     with setup.built() as (model, loss, data), _running(setup, None):
-        batch = next(iter(batches(data, 1, False)), None)
+        batch = next(iter(batches(data, 1)), None)
         if batch is None:
             raise CommandError(f"the data of {setup} has no batch")
         found = testing.check(model, loss, batch, **options)

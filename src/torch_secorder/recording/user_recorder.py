@@ -183,8 +183,9 @@ class UserRecorder(Recorder):
         current = self._pass_under_way(grads)
         if current is not None:
             self._reach(current, forward)
-            if self._column is not None and self._column[0] is forward and (grad := first_of(grads)) is not None:
-                current.column = self._column[1], grad.detach()
+            if self._column is not None and self._column[0] is forward:
+                arrived = [grad for grad in grads if grad is not None]
+                current.column = (self._column[1], arrived[0].detach()) if arrived else None
                 self._looks_at_column, self._column = False, None
         elif (reached := self._passes.ignored.get(current_graph_task())) is not None:
             reached.append(forward)

@@ -48,12 +48,17 @@ class Report:
         """The total."""
         return float(self._statistics.mean.sum()) * self._scale
 
+    @property
+    def trace_stderr(self) -> float:
+        """The standard error of the total."""
+        return self._figures(list(range(len(self._parameters)))).fisher_trace_stderr
+
     def table(self, by: By = None) -> pd.DataFrame:
         """The table by parameter, or grouped."""
         frame = self._by_parameter() if by is None else self._grouped(by)
         statistics = self._statistics
         frame.attrs.update(self._facts())
-        frame.attrs["total_stderr"] = self._figures(list(range(len(self._parameters)))).fisher_trace_stderr
+        frame.attrs["total_stderr"] = self.trace_stderr
         if statistics.n_skipped:
             frame.attrs["n_skipped"] = statistics.n_skipped
         if passes := statistics.gradients.passes:

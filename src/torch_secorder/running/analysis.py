@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial, reduce
@@ -165,14 +165,29 @@ class Analysis:
             outputs = call_model(self.model, where.rows("inputs", inputs, samples))
             return loss_of(loss_fn, outputs, where.rows("targets", targets, samples)).detach()
 
-    def fisher(self, kind: FisherKind, inputs: Any, targets: Any, generator: torch.Generator) -> SampleNorms:
-        """Expected squared norms of the gradient of -log p(y | x_n)."""
+    def fisher(
+        self,
+        kind: FisherKind,
+        inputs: Any,
+        targets: Any,
+        generator: torch.Generator,
+        counted: Callable[[int, Iterator[Tensor]], Iterable[Tensor]] = lambda count, output_gradients: output_gradients,
+    ) -> SampleNorms:
+        """Expected squared norms of the gradient of -log p(y | x_n).
+
+        Args:
+            kind: which Fisher.
+            inputs: a batch.
+            targets: its targets, for labels that are observed or ignored.
+            generator: for labels that are drawn.
+            counted: given how many backward passes there are and what they start with; returns the latter.
+        """
         with self._prepared() as run:
             outputs, targets = _with_samples_first(logits(run(inputs)), targets, run.samples)
             count, seeds = kind.output_gradients(outputs, targets, generator, self.table.ranks)
             passes = (
                 run.backward(outputs, seed.to(outputs.dtype), last=number == count)
-                for number, seed in enumerate(seeds, start=1)
+                for number, seed in enumerate(counted(count, seeds), start=1)
             )
             nothing = SampleNorms(run.n, outputs.new_zeros(len(self.table), run.n), set(), {})
             return reduce(SampleNorms.plus, passes, nothing)

@@ -1,0 +1,70 @@
+"""The progress bar of a report: batches, the backward passes of a batch that takes many, and the total so far."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch import Tensor
+
+from torch_secorder.results.report import Report
+from torch_secorder.results.results import Results
+
+# A batch with so many backward passes has a bar of its own, and one with so many under "exact" is told what "sampled" costs.
+MANY, VERY_MANY = 10, 100
+
+
+class Progress:
+    """Shows on stderr how far a report is, with tqdm if that is installed.
+
+    Args:
+        shown: whether anything is shown.
+        fisher: which Fisher the report is of.
+    """
+
+    def __init__(self, shown: bool, fisher: str):
+        self._tqdm = _tqdm() if shown else None
+        self._tells_cost = shown and fisher == "exact"
+        self._bar: Any = None
+
+    def over(self, data: Iterable[Any], total: int | None) -> Iterator[Any]:
+        """The batches, counted."""
+        if self._tqdm is None:
+            yield from data
+            return
+        with self._tqdm(data, total=total, desc="Fisher", unit="batch", leave=False) as self._bar:
+            yield from self._bar
+
+    def passes(self, count: int, output_gradients: Iterator[Tensor]) -> Iterable[Tensor]:
+        """What the backward passes of a batch start with, counted if they are many."""
+        if count > VERY_MANY and self._tells_cost:
+            self._tells_cost = False
+            self._say(
+                f'fisher="exact" takes {count:,} backward passes for each batch here; fisher="sampled" takes num_samples of '
+                "them, 1 by default, for an unbiased estimate"
+            )
+        if self._tqdm is None or count < MANY:
+            return output_gradients
+        return self._tqdm(output_gradients, total=count, desc="this batch", unit="pass", leave=False)
+
+    def show(self, results: Results, precision: str = "") -> None:
+        """The total so far with its standard error, and how far that is from the error that is asked for."""
+        if self._bar is not None:
+            report = Report(results.rows, results.statistics, results.reduction, results.fisher)
+            total = f"trace {report.trace:.4g} ± {report.trace_stderr:.2g}"
+            self._bar.set_postfix_str(", ".join(filter(None, (total, precision))))
+
+    def _say(self, text: str) -> None:
+        if self._tqdm is None:
+            print(text, file=sys.stderr)
+        else:
+            self._tqdm.write(text, file=sys.stderr)
+
+
+def _tqdm() -> Any:
+    try:
+        from tqdm.auto import tqdm
+    except ImportError:
+        return None
+    return tqdm
