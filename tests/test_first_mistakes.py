@@ -20,7 +20,7 @@ from torch_secorder.errors import (
     ShapeError,
     UnsupportedError,
 )
-from torch_secorder.pruning import ChannelGates
+from torch_secorder.pruning import Gates
 
 N = 6
 
@@ -298,12 +298,12 @@ UNSEEN = {
 
 
 # Gates take every pass that reaches a leaf, and any number.
-PAIRS = [(make, step) for step in (*UNSEEN, None) for make in (FisherMonitor, ChannelGates)]
+PAIRS = [(make, step) for step in (*UNSEEN, None) for make in (FisherMonitor, Gates)]
 PAIRS = [(make, step) for make, step in PAIRS if make is FisherMonitor or step not in (of_inputs, refused)]
 
 
 @pytest.mark.parametrize(("make", "step"), PAIRS)
-def test_a_block_without_samples_says_what_it_saw(make: type[FisherMonitor | ChannelGates], step: Step | None) -> None:
+def test_a_block_without_samples_says_what_it_saw(make: type[FisherMonitor | Gates], step: Step | None) -> None:
     model, x, y = classification()
     said = "the block was never entered: call the model, and backward" if step is None else UNSEEN[step]
     monitor = make(model)

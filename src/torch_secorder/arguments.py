@@ -4,12 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from torch_secorder.errors import ArgumentError
+
+# The choices of public arguments, which type checkers see; `require_choice` tells everybody else.
+Reduction: TypeAlias = Literal["mean", "sum"]
+MonitorFisher: TypeAlias = Literal["empirical", "sampled", "observed"]
+Fisher: TypeAlias = Literal["empirical", "exact", "sampled", "observed"]
+LossType: TypeAlias = Literal["nll", "bce", "mse", "poisson"]
+Labels: TypeAlias = Literal["model", "observed"]
+OnError: TypeAlias = Literal["raise", "skip"]
+RepeatedCalls: TypeAlias = Literal["same", "new"]
+Scheme: TypeAlias = Literal["symmetric", "affine"]
+Grain: TypeAlias = Literal["tensor", "channel", "group"]
+Scope: TypeAlias = Literal["global", "layer"]
+By: TypeAlias = Literal["module", "type"] | Callable[[str], object] | None
 
 
 def require_choice(name: str, value: object, allowed: tuple[object, ...]) -> None:

@@ -12,6 +12,11 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from torch_secorder.arguments import (
+    By,
+    MonitorFisher,
+    OnError,
+    Reduction,
+    RepeatedCalls,
     loss_scale_value,
     require_choice,
     require_max_memory,
@@ -41,7 +46,6 @@ from torch_secorder.recording.plan import planned
 from torch_secorder.recording.quantities import Keeps, OnOutput, kept, wanted
 from torch_secorder.recording.sample_norms import SampleNorms
 from torch_secorder.recording.user_recorder import UserRecorder
-from torch_secorder.results.report import By
 from torch_secorder.results.results import Results
 from torch_secorder.verification.backward_passes import (
     require_sound_pass,
@@ -196,7 +200,7 @@ class FisherMonitor(HookScope):
     def __init__(
         self,
         model: nn.Module,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
         *,
         loss_scale: float | Tensor | Callable[[], float | Tensor] = 1.0,
         parameters: Selection = "trainable",
@@ -207,11 +211,11 @@ class FisherMonitor(HookScope):
         batch_axis: BatchAxis = None,
         n_samples: NSamples = None,
         sample_of: SampleOf = None,
-        nonfinite: str = "raise",
-        on_refusal: str = "raise",
-        repeated_calls: str | None = None,
+        nonfinite: OnError = "raise",
+        on_refusal: OnError = "raise",
+        repeated_calls: RepeatedCalls | None = None,
         every: int = 1,
-        fisher: str = "empirical",
+        fisher: MonitorFisher = "empirical",
         max_memory: int | None = None,
     ):
         keeps = {"diagonal": diagonal, "per_sample": per_sample, "activations": activations, "on_output": on_output}

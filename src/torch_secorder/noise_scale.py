@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
+from torch_secorder.arguments import By
 from torch_secorder.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 COLUMNS = ("module", "module_type", "numel", "fisher_trace", "grad_sq_norm")
 
 
-def gradient_noise_scale(report: pd.DataFrame, by: str | Callable[[str], object] | None = "module") -> pd.DataFrame:
+def gradient_noise_scale(report: pd.DataFrame, by: By | Literal["model"] = "module") -> pd.DataFrame:
     r"""The simple noise scale of every module, or of other groups of parameters, from one report.
 
     With g the gradient of one sample's loss, :math:`G = \mathbb{E}\, g` and :math:`\Sigma = \operatorname{Cov}(g)`,

@@ -14,6 +14,10 @@ from torch_secorder.approximations.batches import LabeledBatch, Layout, batches,
 from torch_secorder.approximations.precision import Precision
 from torch_secorder.approximations.progress import Progress
 from torch_secorder.arguments import (
+    By,
+    Fisher,
+    LossType,
+    Reduction,
     fresh_generator,
     require_choice,
     require_model_before_loss,
@@ -27,7 +31,6 @@ from torch_secorder.model.parameters import unwrapped
 from torch_secorder.model.restore import forked_random, lock_of
 from torch_secorder.model.selection import Selection
 from torch_secorder.recording.quantities import Keeps, SampleIds, SampleRows
-from torch_secorder.results.report import By
 from torch_secorder.results.results import Results
 from torch_secorder.running.analysis import Analysis, Batch, Checked, logits
 from torch_secorder.running.fisher_kind import FisherKind
@@ -46,9 +49,9 @@ def fisher_report(
     loss_fn: Callable[[Any, Any], Tensor] | str | None,
     data: Any,
     *,
-    fisher: str = "empirical",
+    fisher: Fisher = "empirical",
     num_samples: int | None = None,
-    loss_type: str = "nll",
+    loss_type: LossType = "nll",
     max_batches: int | None = None,
     max_samples: int | None = None,
     rtol: float | None = None,
@@ -56,7 +59,7 @@ def fisher_report(
     progress: bool = True,
     verify: bool = True,
     by: By = None,
-    reduction: str | None = None,
+    reduction: Reduction | None = None,
     parameters: Selection = "trainable",
     labels: str | None = None,
     batch_axis: BatchAxis = None,

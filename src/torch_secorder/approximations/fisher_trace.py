@@ -11,6 +11,9 @@ from torch import Tensor, nn
 
 from torch_secorder.approximations.samples_of_graph import SamplesOfGraph
 from torch_secorder.arguments import (
+    Labels,
+    LossType,
+    Reduction,
     fresh_generator,
     require_choice,
     require_model_before_loss,
@@ -111,12 +114,12 @@ def generalized_fisher_trace(
     model: nn.Module,
     outputs: Any,
     targets: Any,
-    loss_type: str = "nll",
+    loss_type: LossType = "nll",
     num_samples: int | None = None,
     create_graph: bool = False,
     *,
-    labels: str = "model",
-    reduction: str = "mean",
+    labels: Labels = "model",
+    reduction: Reduction = "mean",
     ignore_index: int = -100,
     class_axis: int = 1,
     generator: torch.Generator | None = None,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_secorder.arguments import (
+    By,
     fresh_generator,
     require_callable,
     require_model_before_loss,
@@ -25,7 +26,7 @@ from torch_secorder.model.ranks import refuse_dtensors
 from torch_secorder.model.restore import lock_of, requiring_grad, restoring_buffers, twice_differentiable
 from torch_secorder.model.selection import Selection
 from torch_secorder.recording.sample_norms import SampleNorms
-from torch_secorder.results.report import By, Report
+from torch_secorder.results.report import Report
 from torch_secorder.results.statistics import Statistics
 from torch_secorder.running.loss import require_scalar_loss
 

@@ -7,9 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_secorder.arguments import (
+    By,
+    OnError,
+    Reduction,
+)
 from torch_secorder.batch_axis.told import BatchAxis
 from torch_secorder.errors import LifecycleError
-from torch_secorder.integrations.watching import By, WatchingCallback, missing, single_process
+from torch_secorder.integrations.watching import WatchingCallback, missing, single_process
 from torch_secorder.model.selection import Selection
 
 try:
@@ -73,11 +78,11 @@ class FisherCallback(WatchingCallback, Callback):  # type: ignore[misc] # Lightn
         *,
         by: By = "module",
         module: str | None = None,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
         noise_decay: float | None = 0.9,
         parameters: Selection = "trainable",
         batch_axis: BatchAxis = None,
-        nonfinite: str | None = None,
+        nonfinite: OnError | None = None,
     ):
         super().__init__(every, by, noise_decay, parameters=parameters, batch_axis=batch_axis, nonfinite=nonfinite)
         self._module, self._reduction = module, reduction

@@ -8,9 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from torch_secorder.arguments import (
+    By,
+    OnError,
+)
 from torch_secorder.batch_axis.told import BatchAxis
 from torch_secorder.errors import LifecycleError
-from torch_secorder.integrations.watching import By, WatchingCallback, missing, single_process
+from torch_secorder.integrations.watching import WatchingCallback, missing, single_process
 from torch_secorder.model.selection import Selection
 
 try:
@@ -83,7 +87,7 @@ class FisherCallback(WatchingCallback, TrainerCallback):  # type: ignore[misc] #
         noise_decay: float | None = 0.9,
         parameters: Selection = "trainable",
         batch_axis: BatchAxis = None,
-        nonfinite: str | None = None,
+        nonfinite: OnError | None = None,
     ):
         super().__init__(every, by, noise_decay, parameters=parameters, batch_axis=batch_axis, nonfinite=nonfinite)
         self._numbers: dict[str, float] | None = None

@@ -7,14 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from torch_secorder.arguments import By, Reduction
 from torch_secorder.errors import ArgumentError, LifecycleError
 from torch_secorder.monitor import FisherMonitor
 from torch_secorder.noise_scale import gradient_noise_scale
 
 if TYPE_CHECKING:
     import pandas as pd
-
-By = str | Callable[[str], object] | None
 
 
 class Watch:
@@ -54,7 +53,9 @@ class Watch:
         """Whether a step is being watched."""
         return self._active
 
-    def begin(self, model: nn.Module, reduction: str, loss_scale: Callable[[], float | Tensor], scaled: bool) -> None:
+    def begin(
+        self, model: nn.Module, reduction: Reduction, loss_scale: Callable[[], float | Tensor], scaled: bool
+    ) -> None:
         """Training starts: refuse now what can't be right later.
 
         Args:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from torch_secorder.arguments import loss_scale_value, require_choice
+from torch_secorder.arguments import Reduction, RepeatedCalls, loss_scale_value, require_choice
 from torch_secorder.batch_axis.knowledge import knowledge_of
 from torch_secorder.batch_axis.told import BatchAxis, told
 from torch_secorder.capture.records import HookedModule
@@ -103,11 +103,11 @@ class Gates(HookScope):
         self,
         model: nn.Module,
         modules: Watched = None,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
         *,
         loss_scale: float = 1.0,
         batch_axis: BatchAxis = None,
-        repeated_calls: str | None = None,
+        repeated_calls: RepeatedCalls | None = None,
     ):
         require_choice("reduction", reduction, ("mean", "sum"))
         require_choice("repeated_calls", repeated_calls, (None, "same", "new"))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
 
-from torch_secorder.arguments import require_choice, require_share
+from torch_secorder.arguments import Scope, require_choice, require_share
 from torch_secorder.autograd.double_precision import on_host
 from torch_secorder.errors import ArgumentError
 from torch_secorder.model.channels import ChannelSums
@@ -20,7 +20,7 @@ from torch_secorder.pruning.gate_places import ANY_CONVOLUTION, GatePlace, weigh
 
 
 def prune(
-    model: nn.Module, saliency: Mapping[str, Tensor], amount: float, *, scope: str = "global", minimum: int = 1
+    model: nn.Module, saliency: Mapping[str, Tensor], amount: float, *, scope: Scope = "global", minimum: int = 1
 ) -> None:
     """Mask the weights or channels of least saliency, through :mod:`torch.nn.utils.prune`.
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from torch_secorder.arguments import require_choice, require_share
+from torch_secorder.arguments import Fisher, require_choice, require_share
 from torch_secorder.autograd.double_precision import in_double_precision, on_host
 from torch_secorder.curvature import curvature, warn_if_no_prediction
 from torch_secorder.errors import ArgumentError
@@ -26,7 +26,7 @@ def weight_saliency(
     parameters: str | Callable[[str], bool] = "weights",
     shrinkage: float = 0.0,
     diagonal: Mapping[str, Tensor] | None = None,
-    fisher: str | None = None,
+    fisher: Fisher | None = None,
 ) -> dict[str, Tensor]:
     r"""The predicted KL divergence, in nats per sample, of setting each single weight to zero.
 

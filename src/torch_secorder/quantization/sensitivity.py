@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from torch_secorder.arguments import require_choice
+from torch_secorder.arguments import Fisher, Grain, Scheme, require_choice
 from torch_secorder.autograd.double_precision import in_double_precision
 from torch_secorder.curvature import Curvature, curvature, warn_if_no_prediction
 from torch_secorder.errors import ArgumentError
@@ -24,15 +24,15 @@ def quantization_sensitivity(
     model: nn.Module,
     source: Results | pd.DataFrame,
     bits: int | Sequence[int] = (2, 3, 4, 6, 8),
-    scheme: str = "symmetric",
+    scheme: Scheme = "symmetric",
     *,
-    per: str = "channel",
+    per: Grain = "channel",
     group_size: int | None = None,
     rounding: RoundingFunction | None = None,
     parameters: str | Callable[[str], bool] = "weights",
     activations: bool | pd.DataFrame = False,
     diagonal: Mapping[str, Tensor] | None = None,
-    fisher: str | None = None,
+    fisher: Fisher | None = None,
 ) -> pd.DataFrame:
     r"""The predicted KL divergence, in nats per sample, of rounding each parameter alone to each number of bits.
 

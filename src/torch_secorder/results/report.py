@@ -8,12 +8,11 @@ from dataclasses import asdict, dataclass
 
 import pandas as pd
 
+from torch_secorder.arguments import By
 from torch_secorder.errors import ArgumentError
 from torch_secorder.model.parameters import Parameter
 from torch_secorder.recording.quantities import OutputTraces, SampleRows
 from torch_secorder.results.statistics import Statistics
-
-By = str | Callable[[str], object] | None
 
 
 @dataclass(frozen=True)

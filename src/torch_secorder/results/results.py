@@ -14,12 +14,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from torch_secorder.arguments import By
 from torch_secorder.errors import ArgumentError, LifecycleError
 from torch_secorder.model.names import plain_name
 from torch_secorder.model.packed import weight_shape
 from torch_secorder.model.parameters import Parameter, unwrapped
 from torch_secorder.recording.quantities import Diagonal
-from torch_secorder.results.report import By, Report
+from torch_secorder.results.report import Report
 from torch_secorder.results.saving import load, save, save_tensors
 from torch_secorder.results.statistics import Statistics
 from torch_secorder.text import as_html, summary
