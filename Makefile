@@ -52,6 +52,7 @@ examples: $(READY)  ## run every example as a user would
 docs: $(READY)  ## build the documentation, and run the code in it
 	$(BIN)/sphinx-build -W --keep-going -q -b doctest docs docs/_build/doctest
 	$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html
+	@echo "The documentation is in docs/_build/html/index.html."
 
 format: $(READY)  ## let the formatter have its way
 	$(BIN)/ruff check --fix .

@@ -1,4 +1,8 @@
+import sys
 from importlib.metadata import version as installed
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))  # the page with pictures draws those of an example
 
 project = "torch-secorder"
 author = "torch-secorder contributors"
@@ -9,6 +13,7 @@ extensions = [
     *("sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.doctest"),
     "sphinx-mathjax-offline",  # formulas without a network
     "myst_parser",  # the changelog
+    "matplotlib.sphinxext.plot_directive",  # the page with pictures
 ]
 exclude_patterns = ["_build"]
 
@@ -16,6 +21,9 @@ html_theme = "furo"
 html_static_path = ["_static"]
 html_css_files = ["tables.css"]
 html_title = f"torch-secorder {release}"
+
+plot_formats = [("png", 110)]
+plot_html_show_formats = plot_html_show_source_link = False
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 
 import pytest
@@ -44,6 +45,14 @@ def test_it_runs_without_the_peers(name, capsys, tmp_path, monkeypatch):
         assert row[key]["verdict"].startswith(start)
         assert VARIANTS[key].label in told
     assert any(WORKLOADS[name].label in line for line in page.speed({name: row}))
+
+
+def test_the_page_tells_no_goals():
+    row = {"plain": {"milliseconds": 18.0, "mib": 16.0, "floor": {"operations": 0.6, "bytes": 0.7}}}
+    row |= {variant: {"ratio": 1.234, "verdict": "exact"} for variant in VARIANTS if variant != "plain"}
+    lines = [*page.speed({"mlp": row}), *page.memory({"mlp": row})]
+    assert "     - 1.23" in lines
+    assert not [line for line in lines if re.search(r"1\.23.*\(", line)]
 
 
 def test_goals_are_met_or_missed():

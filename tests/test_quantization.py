@@ -548,3 +548,10 @@ def test_results_predict_as_their_report_with_its_diagonal() -> None:
     rows = mean.activations.loc[[name for name in mean.activations.index if name]]
     same = quantization_sensitivity(model, results.report(), activations=rows, diagonal=results.diagonal)
     pd.testing.assert_frame_equal(found, same, check_exact=False, rtol=1e-5)
+
+
+@pytest.mark.parametrize("differentiates", [True, False])
+def test_rounded_weights_leave_the_grad_mode_alone(differentiates: bool) -> None:
+    model = nn.Linear(4, 3)
+    with torch.set_grad_enabled(differentiates), quantized(model, bits=2):
+        assert model(torch.randn(2, 4)).requires_grad == differentiates

@@ -44,7 +44,6 @@ How to read it
 * **Numbers are checked first** against a loop over single samples in float64. A ratio with a mark is the price of
   another number, or of a part of it; the notes say which. A dash is a variant that refuses
   or was not run.
-* A goal in brackets is met where the ratio is no larger.
 """
 COMPILED = """\
 Why nothing is compiled
@@ -74,13 +73,13 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], widths: Sequence[i
     return [*lines, ""]
 
 
-def ratio(row: RowSparse, name: str, goal: float | None = None) -> str:
-    """A variant's ratio with its goal, or with a mark where its number is not the whole one."""
+def ratio(row: RowSparse, name: str) -> str:
+    """A variant's ratio, with a mark where its number is not the whole one."""
     found = row.get(name, {})
     if "ratio" not in found:
         return "–"
     mark = "" if is_exact(found) else " \\*"
-    return f"{found['ratio']:.2f}{mark}" + ("" if goal is None else f" ({goal:.2f})")
+    return f"{found['ratio']:.2f}{mark}"
 
 
 def is_exact(found: dict[str, Any]) -> bool:
@@ -88,13 +87,13 @@ def is_exact(found: dict[str, Any]) -> bool:
 
 
 def speed(rows: dict[str, RowSparse]) -> list[str]:
-    """Ours, the floors and the goals; then the peers, and what is wrong with their numbers."""
+    """Ours and the floors; then the peers, and what is wrong with their numbers."""
     ours = [
         [
             WORKLOADS[name].label,
             f"{row['plain']['milliseconds']:.0f}",
             "{operations:.2f}, {bytes:.2f}, ".format(**row["plain"]["floor"]) + ratio(row, ALONE),
-            *(ratio(row, variant, getattr(WORKLOADS[name].goals, variant, None)) for variant in OURS),
+            *(ratio(row, variant) for variant in OURS),
         ]
         for name, row in rows.items()
     ]
@@ -135,7 +134,7 @@ def memory(rows: dict[str, RowSparse]) -> list[str]:
         [
             WORKLOADS[name].label,
             f"{row['plain']['mib']:.0f}",
-            *(ratio(row, variant, getattr(WORKLOADS[name].goals, f"{variant}_memory", None)) for variant in names),
+            *(ratio(row, variant) for variant in names),
         ]
         for name, row in rows.items()
     ]

@@ -212,6 +212,7 @@ def quantized(
     if unknown := sorted(set(chosen) - set(named)):
         raise ArgumentError(f"{type(module).__name__} has no parameter {', '.join(unknown)}")
     owners = dict(named_modules(module))
+    differentiates = torch.is_grad_enabled()
     with torch.no_grad():
         new = {
             name: way.of(name, named[name], b, channel_axis(owners.get(name.rpartition(".")[0], module)))
@@ -221,7 +222,7 @@ def quantized(
         try:
             for name, value in new.items():
                 named[name].copy_(value)
-            with torch.enable_grad():
+            with torch.set_grad_enabled(differentiates):
                 yield model
         finally:
             for name, value in old.items():
