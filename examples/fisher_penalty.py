@@ -43,7 +43,7 @@ def train(pixels, labels, penalty):
 
 @torch.no_grad()
 def quality(model, pixels, labels):
-    """The loss, and the share of images that are read correctly."""
+    """The loss, and the accuracy."""
     outputs = model(pixels)
     return float(loss_fn(outputs, labels)), float((outputs.argmax(1) == labels).float().mean())
 

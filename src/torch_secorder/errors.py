@@ -32,7 +32,7 @@ class CurvatureError(RuntimeError):
 
 
 class ArgumentError(CurvatureError, ValueError):
-    """An argument has a value that means nothing."""
+    """An argument is invalid."""
 
 
 class UnsupportedError(CurvatureError, NotImplementedError):

@@ -140,7 +140,7 @@ class FisherMonitor(HookScope):
             ``{"*.weight": "rows", "lm_head.weight": "columns"}``. Of several patterns that match, the last counts; parameters
             that none matches are left out.
         per_sample: also keep every t_{n,p}.
-        activations: also keep account of every module's output: its Fisher trace and its moments.
+        activations: also keep the Fisher trace and the moments of every module's output.
         on_output: a function that is called in the backward pass with each module's name, its output without a graph, and the
             gradient of the loss in it, both with the samples first: for sums over channels, samples or positions of one's own.
             The gradient is that of the loss which is differentiated; a sample's own is N times that if the loss averages.
@@ -160,27 +160,28 @@ class FisherMonitor(HookScope):
         on_refusal: what happens at the end of a backward pass that can't be counted exactly, whose samples are left out in
             either case: "raise" the error, or "skip" the pass, so that ``report().attrs["skipped_passes"]`` says how many there
             were, and a :class:`~torch_secorder.errors.SkippedPassWarning` tells the first of each kind of error. What is found
-            on entry or in forward, and arguments that mean nothing, is raised all the same.
+            on entry or in forward, and an invalid argument, is raised all the same.
             A weight penalty in the loss is refused in passes whose sums are checked, and from the first such pass on in all that
             have it. Passes that were counted before have the right trace, since a penalty belongs to no sample; it is in
             their ``grad_sq_norm``.
         repeated_calls: what it means that one backward pass reaches two calls of the model: "same" if row n of both is
             one sample (siamese networks), "new" if they are different samples. By default that is an error.
-        every: watch the first of every so many calls of the model only, at about the price of a plain step for the others. If
-            code that torch.compile compiled is called inside the block, the first of every so many backward passes is watched,
-            with all calls of the model since the backward pass before it, and the others run compiled.
-        fisher: what the differentiated losses make of it, for ``report().attrs`` and all that reads them: "empirical" for
-            the data's labels, "sampled" for labels that were drawn from the model's own prediction, "observed" for
-            log-likelihoods of the data's labels.
-        max_memory: how many bytes what is computed for one parameter may take at once, above the layer's own input and output
+        every: with ``every=k``, only the first of each k calls of the model is watched, and the other steps cost about what plain
+            steps cost. If code that torch.compile compiled is called inside the block, the first of each k backward passes is
+            watched instead, with all calls of the model since the pass before it, and the other steps run compiled.
+        fisher: whose labels your losses use; this is recorded in ``report().attrs`` for whatever reads them, and changes no
+            number. "empirical" is for the data's labels, "sampled" for labels that were drawn from the model's own prediction,
+            "observed" for log-likelihoods of the data's labels.
+        max_memory: the most bytes that the computation for one parameter may take at once, above the layer's own input and output
             gradient and what is kept of the result. By default a few MiB, or one sample's gradient where it is larger;
             smaller budgets cost time. A convolution takes one sample at least, and so does an operation without a rule.
 
     Attributes:
-        results: what was accumulated; the monitor's own ``report``, ``trace``, ``merge``, ``save`` and so on are those of it.
+        results: what was accumulated; the monitor's own ``report``, ``trace``, ``merge``, ``save`` and so on call those of
+            ``results``.
 
     Raises:
-        ArgumentError: for an argument that means nothing, or a model with no trainable parameter.
+        ArgumentError: for an invalid argument, or a model with no trainable parameter.
         UnsupportedError: naming all frozen layers without a rule, where ``parameters`` asks for them.
 
     Example:

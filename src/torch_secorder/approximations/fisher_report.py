@@ -88,8 +88,8 @@ def fisher_report(
         num_samples: how many backward passes per batch "sampled" takes, 1 by default.
         loss_type: the likelihood, for everything but "empirical"; see
             :func:`~torch_secorder.approximations.fisher_trace.generalized_fisher_trace`.
-        max_batches: stop after so many.
-        max_samples: stop after so many samples; of the last batch only the first ones are taken.
+        max_batches: use at most this many batches.
+        max_samples: use at most this many samples; of the last batch only the first ones are taken.
         rtol: stop as soon as the standard error is no more than this fraction of the trace, such as 0.05, and at least 32
             samples were seen. The data have to come in a random order. ``attrs`` then say ``rtol``, ``rtol_of``, the
             ``relative_stderr`` that there is, and whether it ``reached_rtol`` or the data ended before.
@@ -119,10 +119,10 @@ def fisher_report(
 
     Returns:
         The same table as :meth:`FisherMonitor.report`; ``grad_sq_norm`` is NaN, since no parameter gradient is computed. For
-        the diagonal and the activations, which no table holds, see :func:`fisher_results`.
+        the diagonal, per-sample squared norms and activation statistics, see :func:`fisher_results`.
 
     Raises:
-        ArgumentError: for arguments that mean nothing, no data, or a loss that neither averages nor sums.
+        ArgumentError: for an invalid argument, no data, or a loss that neither averages nor sums.
         VerificationError: if a sample alone has other gradients than in its batch, or the loss compares samples.
         CurvatureError: in one of its kinds, for whatever can't be exact; it says what to do.
 
@@ -175,7 +175,7 @@ def fisher_results(
     ids: str | int | Callable[[Any], Any] | None = None,
     **options: Any,
 ) -> Results:
-    """What :func:`fisher_report` finds, with all that its table can't hold.
+    """The results behind the table of :func:`fisher_report`, with the diagonal, per-sample squared norms and activations.
 
     Args:
         model: as for :func:`fisher_report`, like ``loss_fn`` and ``data``.
@@ -184,14 +184,14 @@ def fisher_results(
         diagonal: also keep the Fisher diagonal, a tensor of each parameter's size, or the sums that a mapping from patterns of
             names to "full", "rows" or "columns" asks for; see :class:`FisherMonitor`.
         per_sample: also keep every sample's squared norms; under "exact" their expectations.
-        activations: also keep account of every module's output: its Fisher trace and its moments.
+        activations: also keep the Fisher trace and the moments of every module's output.
         ids: what the rows of ``per_sample`` are called: the entry of batches that are mappings, which the model is not given;
             the place in batches that are sequences, 2 for what follows inputs and targets; or a function of a batch. Ids are a
             list of names or numbers, or a tensor of integers.
-        options: the other arguments of :func:`fisher_report`, but ``by``.
+        options: the other arguments of :func:`fisher_report`, without ``by``.
 
     Returns:
-        Results as those of a :class:`FisherMonitor`: ``report(by)``, ``trace``, ``diagonal``, ``per_sample``, ``activations``,
+        Results like those of a :class:`FisherMonitor`: ``report(by)``, ``trace``, ``diagonal``, ``per_sample``, ``activations``,
         ``merge``, ``save``.
 
     Raises:

@@ -174,7 +174,7 @@ def generalized_fisher_trace(
         A 0-dim tensor on the model's device, in the parameters' dtype but at least float32.
 
     Raises:
-        ArgumentError: for arguments that mean nothing, and when more than ``max_passes`` seeds would be needed.
+        ArgumentError: for an invalid argument, and when more than ``max_passes`` seeds would be needed.
         UnsupportedError: for an unknown ``loss_type``.
         CoverageError: if the outputs carry no graph that leads to a trainable parameter.
 

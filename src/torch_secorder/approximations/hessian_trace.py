@@ -77,7 +77,7 @@ def hessian_trace(
         ``attrs`` say ``num_samples``, ``trace`` and ``trace_stderr``.
 
     Raises:
-        ArgumentError: for arguments that mean nothing, or a loss that is no scalar.
+        ArgumentError: for an invalid argument, or a loss that is no scalar.
         UnsupportedError: if something in the model or the loss has no second derivative.
         CoverageError: if the loss depends on no trainable parameter.
         NonFiniteError: naming the parameters whose Hessian is not finite.

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch_secorder.results.report import Report
 from torch_secorder.results.results import Results
 
-# A batch with so many backward passes has a bar of its own, and one with so many under "exact" is told what "sampled" costs.
+# A batch of at least MANY backward passes gets a bar of its own. With more than VERY_MANY, "exact" says what "sampled" costs.
 MANY, VERY_MANY = 10, 100
 
 

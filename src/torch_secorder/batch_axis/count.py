@@ -91,7 +91,7 @@ def counted(words: Told, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Co
 
     Raises:
         ShapeError: if the batch is empty, or named arguments count different numbers.
-        ArgumentError: for words that mean nothing for this call.
+        ArgumentError: if what the user said does not fit this call.
     """
     seen = _seen(words, args, kwargs)
     if words is not NOTHING and (words.n_samples is not None or words.sample_of is not None):

@@ -116,7 +116,7 @@ def told(
     """The words of a user, checked.
 
     Raises:
-        ArgumentError: if they mean nothing for this model.
+        ArgumentError: if they do not fit this model.
     """
     if n_samples is not None and not callable(n_samples):
         require_positive_int("n_samples", n_samples)

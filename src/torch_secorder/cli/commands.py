@@ -113,7 +113,7 @@ def _device(_context: click.Context, _option: click.Parameter, value: str | None
     help="The nll label that counts for nothing.",
 )
 @click.option("--num-samples", type=POSITIVE, metavar="K", help="Backward passes per batch of --fisher sampled.")
-@click.option("--max-batches", type=POSITIVE, metavar="K", help="Stop after so many batches.")
+@click.option("--max-batches", type=POSITIVE, metavar="K", help="Use at most this many batches.")
 @click.option("--rtol", type=float, metavar="R", help="Stop at a relative standard error of R, such as 0.05.")
 @click.option("--rtol-of", type=click.Choice(["total", "rows"]), default="total", show_default=True, help="Of --rtol.")
 @click.option(

@@ -59,7 +59,7 @@ class FisherCallback(WatchingCallback, Callback):  # type: ignore[misc] # Lightn
         report: the latest watched step's table by parameter, as of ``FisherMonitor.report()``.
 
     Raises:
-        ArgumentError: for an argument that means nothing.
+        ArgumentError: for an invalid argument.
         LifecycleError: when training starts, under manual optimization (whose backward passes may be of different losses
             over the same samples), DeepSpeed, or several processes.
         CurvatureError: in one of its kinds, from the backward pass or when training starts, for whatever can't be exact:

@@ -65,7 +65,7 @@ class FisherCallback(WatchingCallback, TrainerCallback):  # type: ignore[misc] #
             NaN if the micro-batches have different sizes.
 
     Raises:
-        ArgumentError: for an argument that means nothing.
+        ArgumentError: for an invalid argument.
         LifecycleError: when training starts, with DataParallel, DeepSpeed or several processes.
         CurvatureError: in one of its kinds, from the forward or backward pass or when training starts, for whatever can't be
             exact. It says what to do. If training ends by an error in a watched step, the Trainer tells no callback:

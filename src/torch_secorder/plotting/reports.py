@@ -31,8 +31,8 @@ def bars(report: pd.DataFrame, column: str = "fisher_trace", *, top: int | None 
 
     Args:
         report: a report by parameter, by module, or by anything else.
-        column: what the bars are long as.
-        top: only so many rows with the longest bars, in the report's order.
+        column: the column that sets the bar lengths.
+        top: draw only this many rows, those with the longest bars, in the report's order.
         ax: where to draw.
 
     Raises:

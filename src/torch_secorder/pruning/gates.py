@@ -78,7 +78,7 @@ class Gates(HookScope):
         places: module name -> where it has its gates.
 
     Raises:
-        ArgumentError: for arguments that mean nothing, if no module is watched, or if nobody knows where one has its channels.
+        ArgumentError: for an invalid argument, if no module is watched, or if nothing shows where one has its channels.
         UnsupportedError: for gates on the input of a module that is neither a linear layer nor a convolution.
         CoupledSamplesError: on entry, for layers that mix samples.
         CurvatureError: as a :class:`~torch_secorder.FisherMonitor`, which finds samples and counts calls in the same way.

@@ -11,7 +11,7 @@ class History:
 
     Attributes:
         model: the class of the watched model, for messages.
-        every: one of so many calls of the model is recorded.
+        every: the first of this many calls of the model is recorded.
         blocks: how many blocks were entered.
         forwards: how many recorded calls of the model returned an output that can be differentiated.
         without_gradient: how many returned none.
