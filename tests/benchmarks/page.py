@@ -20,8 +20,9 @@ Performance
 .. This page is written by `make bench` and `make bench-growth`; do not edit it.
 
 What the exact numbers cost, over a plain step: a forward and a backward pass with parameter gradients. 1.00 is the price
-of the step that was running anyway; :func:`~torch_secorder.empirical_fisher_trace` needs no parameter gradients, and can
-be cheaper than it.
+of the step that was running anyway;
+:func:`~torch_secorder.approximations.fisher_trace.empirical_fisher_trace` needs no parameter gradients, and can be cheaper
+than it.
 """
 READING = """\
 How to read it
