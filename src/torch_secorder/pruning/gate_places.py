@@ -80,7 +80,7 @@ def gate_places(model: nn.Module, modules: Watched) -> dict[str, GatePlace]:
     """Module name -> where it has its gates, as the argument ``modules`` of :class:`~torch_secorder.pruning.Gates` says.
 
     Raises:
-        ArgumentError: for options that mean nothing, patterns that no module matches, or a module whose channels nobody knows.
+        ArgumentError: for invalid options, patterns that no module matches, or a module whose channel axis is unknown.
         UnsupportedError: for gates on the input of a module whose input gradient is not known.
     """
     named = dict(named_modules(model))

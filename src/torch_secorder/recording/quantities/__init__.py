@@ -29,7 +29,7 @@ def kept(keeps: Keeps, model: nn.Module, table: Table) -> dict[str, Any]:
     """What the arguments that ask for quantities mean for a model's parameters.
 
     Raises:
-        ArgumentError: for arguments that mean nothing.
+        ArgumentError: for an invalid argument.
     """
     function = keeps.get(OutputCalls.name)
     if function is not None and not callable(function):
