@@ -118,16 +118,6 @@ def _copied() -> None:
     assert monitor.report()["fisher_trace"].sum() == pytest.approx(expected(model, x, y), rel=1e-8)
 
 
-@remedy("no sample was seen yet*: run the model's forward and its loss's backward inside the monitor's block")
-def _no_sample() -> None:
-    model, x, y = problem()
-    monitor = FisherMonitor(model)
-    step(model, x, y)
-    with refused("no sample was seen"):
-        monitor.report()
-    right(monitored(model, lambda: step(model, x, y)), expected(model, x, y))
-
-
 @remedy("was not asked for: pass *=True to FisherMonitor or fisher_results")
 def _not_asked_for() -> None:
     model, x, y = problem()
