@@ -57,7 +57,7 @@ class Questions(NamedTuple):
         Where rows are something else than samples, no shape shows anything, and no batch shows it for others.
         """
         reorders = walk.reorders_samples or is_odd
-        ambiguous = reorders or walk.has_ambiguous_axis
+        ambiguous = reorders or walk.takes_samples_apart or walk.has_ambiguous_axis
         for record, _ in reached:
             ambiguous = ambiguous or record.placement is None
         return cls(n > 1, reorders, ambiguous, bool(walk.uses))
