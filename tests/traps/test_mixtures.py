@@ -36,6 +36,13 @@ def table_and_its_square(self: Any, x: Tensor) -> Tensor:
     return self.head(x * self.weights.exp()[0] + (squares * self.weights)[1] + torch.stack(rows).sin())
 
 
+def stacked(self: Any, x: Tensor) -> Tensor:
+    """The layer that makes the weights is the one that the samples went through, in a sum over stacked parts."""
+    h = self.layer(torch.stack([x, x.sin()], 1)).relu()
+    both = torch.einsum("lntd,sd->slnt", torch.stack([h, h.tanh()]), self.layer(self.weights))
+    return self.head(both.sum(1).permute(1, 2, 0)).mean(1)
+
+
 def model(forward: Callable[..., Any]) -> nn.Module:
     made = Forward(forward, cells=nn.GRU(4, 4, batch_first=True), layer=nn.Linear(4, 4), head=nn.Linear(4, 3))
     made.start, made.weights = nn.Parameter(torch.randn(1, 2, 4)), nn.Parameter(torch.randn(4, 4))
@@ -43,7 +50,9 @@ def model(forward: Callable[..., Any]) -> nn.Module:
 
 
 @pytest.mark.parametrize("large", [(1,), (0, 3), (0, 1, 2, 3), ()], ids="samples {} are large".format)
-@pytest.mark.parametrize("forward", [recurrence, chain_of_layers, table_and_its_square], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "forward", [recurrence, chain_of_layers, table_and_its_square, stacked], ids=lambda f: f.__name__
+)
 def test_trap_04_what_one_sample_uses_below_what_all_use(forward: Callable[..., Any], large: tuple[int, ...]) -> None:
     made, x, y = drawn(model(forward), 4, 4)
     x[:, 0] = -x[:, 0].abs()

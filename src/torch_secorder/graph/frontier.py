@@ -174,7 +174,12 @@ class Frontier:
                 indices[consumer.node].append(consumer.input_index)
             else:
                 idle.append((consumer, found))
-        self._frontier, self._ends = set(met), self._targets.keys() | met.keys()
+        self._frontier = set(met)
+        # What goes through these is accounted for there.
+        self._closed = self._frontier.union(
+            node for node, records in self._walk.records.items() if any(r.placement is not None for r in records)
+        )
+        self._ends = self._targets.keys() | self._closed
         uses = [(self._use(forward, node, indices[node], *met[node]), node) for node in met]
         return uses, [(IdleUse(forward, self._origin_targets(one.edge), why), one.node) for one, why in idle]
 
@@ -314,11 +319,11 @@ class Frontier:
         """A value, and all that it was computed from and that meets no sample by itself on the way to it.
 
         A value that belongs to several samples, such as a sum of what each has and of what all share, was computed from more.
-        What goes through another node of the frontier, in which it belongs to one sample by itself, is that node's affair.
+        What goes through another node of the frontier, or through a call that has samples, is that node's or call's affair.
         """
         assert made_by is not None
         reached = list(_reached(made_by, self._ends))
-        closed = frozenset(self._frontier.intersection(reached))
+        closed = frozenset(self._closed.intersection(reached))
         found: list[tuple[Target, BatchFreeVjp]] = []
         for node in reached:
             if node in origins:
