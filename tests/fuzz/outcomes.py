@@ -18,6 +18,11 @@ from fuzz.registry import LOSSES, WAYS
 from fuzz.ways import Inconsistent, Problem
 from torch_secorder.errors import CurvatureError
 
+FROZEN = (  # what a monitor says of frozen parameters, where its graph shows nothing of them
+    "no exact rule for the frozen parameters",
+    "a frozen parameter is used outside of its module's forward",
+    "frozen, in a layer that has no batch axis",
+)
 FAILURES = ("wrong", "crashed", "inconsistent")  # The command fails for these.
 
 
@@ -26,7 +31,7 @@ class Outcome:
     """How a case ended.
 
     `kind` is "exact"; "wrong", NaN among it; "refused", though exact was possible; "coupled", refused as it should be;
-    "frozen", refused since the docs say that frozen layers without a rule are (with `parameters="all"`);
+    "frozen", refused since the docs say that frozen parameters are where no layer's rule sees them (with `parameters="all"`);
     "crashed", by an exception that isn't the library's; "inconsistent", if the fuzzer is at fault;
     or "impossible", if torch itself can't run the case.
     """
@@ -69,7 +74,7 @@ def outcome(case: Case) -> Outcome:
     except Wrong as error:
         return Outcome("wrong", name, str(error))
     except CurvatureError as error:
-        frozen = "no exact rule for the frozen parameters" in str(error)
+        frozen = any(words in str(error) for words in FROZEN)
         kind = "coupled" if case.coupled else "frozen" if frozen else "refused"
         return Outcome(kind, name, f"{type(error).__name__}: {' '.join(str(error).split())}")
     except Inconsistent as error:

@@ -72,7 +72,7 @@ class Problem:
 
     @property
     def batch_axis(self) -> Any:
-        return {"inputs": self.axis, "outputs": self.axis} if self.axis else None
+        return {"inputs": self.axis, "outputs": self.axis, "targets": 0} if self.axis else None
 
     def pooled(self) -> tuple[dict[str, Tensor], float]:
         """t_{n,p} of all batches, and what their sum is multiplied by."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -66,3 +67,48 @@ def test_trap_22_samples_in_another_order_than_before(way: str, before: int) -> 
         for name, norms in expected.items():
             last = torch.tensor(found[name].to_numpy()[-5:])
             assert_equal(last, norms, total(trace(expected)), torch.float64)
+
+
+class Permuted(torch.autograd.Function):
+    """A user's own function, of which no list knows that it puts samples into another order."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, order: Tensor) -> Tensor:
+        ctx.save_for_backward(order)
+        return z[order]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return grads[0][ctx.saved_tensors[0].argsort()], None
+
+
+UNCHECKED = WAYS | {"a function of the user's": Permuted.apply}
+
+
+@pytest.mark.parametrize("way", UNCHECKED)
+def test_trap_22_shapes_are_not_believed_where_no_sample_is_checked(way: str) -> None:
+    """The first batch of a new model, with ``verify=False``; no size but that of the samples is 5."""
+    model = Sorted(UNCHECKED[way]).double()
+    x, y = torch.randn(5, 4).double(), torch.randn(5, 3).double()
+    expected = per_sample_squared_norms(model, numbers, x, y)
+    results = fisher_results(model, numbers, (x, y), per_sample=True, progress=False, verify=False)
+    for name, norms in expected.items():
+        found = torch.tensor(results.per_sample[name].to_numpy())
+        assert_equal(found, norms, 5 * total(trace(expected)), torch.float64)
+
+
+TAKEN_APART = ("select and stack", "slice and cat", "split and cat", "unbind and stack")
+
+
+@pytest.mark.parametrize("way", TAKEN_APART)
+def test_trap_22_samples_that_are_checked_stay_in_place_and_others_do_not(way: str) -> None:
+    """Of forty samples the first, the last and one at random are looked at; two others change places."""
+    model = Sorted(WAYS[way]).double()
+    x, y = torch.randn(40, 4).double(), torch.randn(40, 3).double()
+    x = x[x[:, 0].argsort()]
+    x[[7, 8]] = x[[8, 7]]
+    expected = per_sample_squared_norms(model, numbers, x, y)
+    results = fisher_results(model, numbers, (x, y), per_sample=True, progress=False)
+    for name, norms in expected.items():
+        found = torch.tensor(results.per_sample[name].to_numpy())
+        assert_equal(found, norms, 40 * total(trace(expected)), torch.float64)

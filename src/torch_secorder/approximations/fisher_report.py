@@ -312,7 +312,12 @@ def accumulated(
     require_model_before_loss(model, loss_fn)
     kind, generator = options.kind, fresh_generator(options.generator)
     words = told(unwrapped(model), options.batch_axis, options.n_samples, options.sample_of)
-    analysis = Analysis(model, options.parameters, words, keeps=options.keeps, max_memory=options.max_memory)
+    analysis = Analysis(
+        *(model, options.parameters, words),
+        keeps=options.keeps,
+        max_memory=options.max_memory,
+        checks=options.verify,
+    )
     layout = Layout(analysis.model, options.labels, labels_go_in=loss_fn == "model", ids=options.ids)
     results, reduction, precision = earlier, options.reduction, options.precision
     placed = Placing(analysis.table.tensors, options.device)

@@ -7,7 +7,7 @@ seen.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -45,6 +45,7 @@ class Route:
         starts: where the ways begin.
         ends: where they end; a way may go on from one end to another.
         opaque: nodes that are not looked through, besides those of the functions that are known to be opaque.
+        closed: nodes through which no way leads.
 
     Attributes:
         order: the nodes, each after all of its consumers.
@@ -52,15 +53,21 @@ class Route:
         hidden: the nodes behind opaque ones. None of them is on the route, since only a part of its gradient would arrive.
     """
 
-    def __init__(self, starts: Iterable[Node], ends: Iterable[Node], opaque: Iterable[Node] = ()):
-        wanted, self._opaque = set(ends), set(opaque)
+    def __init__(
+        self,
+        starts: Iterable[Node],
+        ends: Iterable[Node],
+        opaque: Iterable[Node] = (),
+        closed: Container[Node] = (),
+    ):
+        wanted, self._opaque, self._closed = set(ends), set(opaque), closed
         reached = self._reached(starts)
         found_opaque = [node for node in reached if self._is_opaque(node)]
         self.hidden = behind(found_opaque) if found_opaque else set()
         self._leads: dict[Node, bool] = {}  # node on the route -> whether it leads on to an end
         order: list[Node] = []
         for node in reached:
-            if node in self.hidden:
+            if node in self.hidden or node in closed:
                 continue
             leads = not self._is_opaque(node) and any(child in self._leads for child, _ in node.next_functions)
             if leads or node in wanted:
@@ -93,7 +100,7 @@ class Route:
                     found.append(node)
                 continue
             done[node] = False
-            if not self._is_opaque(node):
+            if not self._is_opaque(node) and node not in self._closed:
                 stack += [child for child, _ in node.next_functions if child is not None and child not in done]
         return found
 

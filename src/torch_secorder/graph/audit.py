@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from functools import partial
 from operator import attrgetter, itemgetter
 from typing import NamedTuple
@@ -57,7 +57,7 @@ class Questions(NamedTuple):
         Where rows are something else than samples, no shape shows anything, and no batch shows it for others.
         """
         reorders = walk.reorders_samples or is_odd
-        ambiguous = reorders or walk.has_ambiguous_axis
+        ambiguous = reorders or walk.takes_samples_apart or walk.has_ambiguous_axis
         for record, _ in reached:
             ambiguous = ambiguous or record.placement is None
         return cls(n > 1, reorders, ambiguous, bool(walk.uses))
@@ -164,11 +164,25 @@ class Audit:
         if inner:
             shared = [record for record in shared if record.starts_graph]
             walk = Walk(roots, forward, self.leaves, (*walk.unfolded, *inner))
-        frontier = Frontier(walk, shared, search, self._table, one_sample=not asked.several_samples)
-        uses = Uses(*frontier.uses(forward))
+        uses, beginning = self._at_frontier(walk, shared, search, forward, asked)
+        while self._ranks.max_over_ranks(bool(beginning)) if self._ranks.distributed else beginning:
+            # They are taken for their nodes, since what they take has a gradient that only those show.
+            for record in beginning:
+                record.placement = None
+            self._require_trainable(forward, beginning)
+            walk = Walk(roots, forward, self.leaves, (*walk.unfolded, *beginning))
+            uses, beginning = self._at_frontier(walk, shared, search, forward, asked)
         for use, node in uses.placed:
             self._require_readable(use, node)
         return uses
+
+    def _at_frontier(
+        self, walk: Walk, shared: list[Record], search: SampleSearch, forward: Forward, asked: Questions
+    ) -> tuple[Uses, list[Record]]:
+        """The uses at the frontier, and the calls that are at it themselves."""
+        frontier = Frontier(walk, shared, search, self._table, one_sample=not asked.several_samples)
+        uses = Uses(*frontier.uses(forward))
+        return uses, _first_with_samples(walk, frontier.batch_free)
 
     def _search(
         self,
@@ -295,6 +309,17 @@ class Audit:
 
     def _names(self, use: ParameterUse) -> list[str]:
         return [self._table.names[target] if isinstance(target, int) else str(target.site) for target in use.targets]
+
+
+def _first_with_samples(walk: Walk, batch_free: Container[Node]) -> list[Record]:
+    """The calls whose output has samples, but that take what has none, as where one sample alone uses what a layer gave."""
+    return [
+        record
+        for node, records in walk.records.items()
+        if any(child in batch_free for child, _ in walk.children[node])
+        for record in records
+        if record.placement is not None and not record.starts_graph
+    ]
 
 
 def _ahead(walk: Walk, reached: Reached) -> list[Node]:

@@ -36,12 +36,18 @@ class BatchFreeVjp:
         shape: the parameter's or the output's.
         permutation: if the chain only moves entries, something that is equal for chains that move them alike; else None. The
             empty tuple is the chain without any node.
+        closed: nodes that are met on other ways to the start, where data comes in: their gradients are accounted for there.
     """
 
     value: Edge
     start: Node
     shape: tuple[int, ...]
     permutation: tuple[object, ...] | None
+    closed: frozenset[Node] = frozenset()
+
+    def route(self) -> Route:
+        """The nodes of the chain."""
+        return Route([self.value[0]], [self.start], closed=self.closed)
 
     def __call__(self, form: PerSampleGradient) -> PerSampleGradient:
         """The gradient of the parameter for each sample, given that of the value."""
@@ -49,22 +55,23 @@ class BatchFreeVjp:
             return form
         if isinstance(form, Outer) and form.a.shape[1] == 1 and self._transposes(form):
             return Outer(form.g, form.a, self.shape)
-        vjp = partial(_vjp, self.value, self.start, self.shape, self.permutation is not None)
-        return PulledBack(form, vjp, self.shape, self.permutation)
+        return PulledBack(form, partial(_vjp, self), self.shape, self.permutation)
 
     def _transposes(self, form: Outer) -> bool:
         single = self.value[0].name() in TRANSPOSES and self.permutation is not None and len(self.permutation) == 1
         return single and len(self.shape) == 2 and form.shape == self.shape[::-1]
 
 
-def batch_free_vjp(value: Edge, start: Node, shape: tuple[int, ...]) -> BatchFreeVjp:
+def batch_free_vjp(
+    value: Edge, start: Node, shape: tuple[int, ...], closed: frozenset[Node] = frozenset()
+) -> BatchFreeVjp:
     """The product for the chain from ``start`` to ``value``, which is looked through once."""
     chain = _line(value, start)
     permutation = None
     if chain is not None and all(node.name() in PERMUTES_ENTRIES for node, _ in chain):
         settled = [(node.name(), nr, settings(node)) for node, nr in chain]
         permutation = None if any(found is None for _, _, found in settled) else tuple(settled)
-    return BatchFreeVjp(value, start, shape, permutation)
+    return BatchFreeVjp(value, start, shape, permutation, closed)
 
 
 def _line(value: Edge, start: Node) -> list[Edge] | None:
@@ -79,20 +86,20 @@ def _line(value: Edge, start: Node) -> list[Edge] | None:
     return chain
 
 
-def _vjp(value: Edge, start: Node, shape: tuple[int, ...], permutes: bool, grads: Tensor) -> Tensor:
+def _vjp(chain: BatchFreeVjp, grads: Tensor) -> Tensor:
     """``[n, *value shape]`` -> ``[n, *shape]`` through the batch-free chain between the two."""
-    route = Route([value[0]], [start])
-    if start not in route.ends:
+    route, shape, permutes = chain.route(), chain.shape, chain.permutation is not None
+    if chain.start not in route.ends:
         raise UnsupportedError(
             "what was computed from a parameter alone went through something that can't be looked through: re-entrant activation "
             "checkpointing, or a function that calls modules in its backward; compute it outside of that"
         )
     # A node that computes has saved tensors of the model's dtype, which may be narrower than that of our gradients.
-    dtype = grads.dtype if permutes else output_dtype(*value)
+    dtype = grads.dtype if permutes else output_dtype(*chain.value)
     found = []
     for grad in grads.to(dtype):
         arrived: list[Tensor] = []
-        route.flow({value: grad}, partial(_first_of, arrived), complete=True, keeps_dtype=permutes)
+        route.flow({chain.value: grad}, partial(_first_of, arrived), complete=True, keeps_dtype=permutes)
         found.append(_no_narrower(arrived[0].reshape(shape), grads.dtype) if arrived else grads.new_zeros(shape))
     return torch.stack(found) if found else grads.new_zeros(0, *shape)
 

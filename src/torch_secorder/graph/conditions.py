@@ -25,6 +25,9 @@ REORDERS = {f"{name}Backward{version}" for name in _NAMES.split() for version in
 # Nodes that take some entries along an axis. Which ones tells two graphs apart that put them together in another order.
 PICKS = {"SelectBackward0", "SliceBackward0"}
 
+# Those, and nodes that take an axis apart: what is put together again of their outputs may have another order.
+PARTS = PICKS | {f"{name}Backward0" for name in ("Unbind", "Split", "SplitWithSizes", "UnsafeSplit")}
+
 
 # Nodes that carry something from each index along an axis to all later ones, as a cumulative sum does.
 CARRIES = {f"{name}Backward0" for name in ("Cumsum", "Cumprod", "Cummax", "Cummin", "Logcumsumexp")}
@@ -117,6 +120,15 @@ def picked(node: Any, n: int) -> tuple[int, int] | None:
         return None
     axis = saved(node, "axis") % len(shape)
     return (axis, saved(node, where)) if _may_count(shape[axis], n) else None
+
+
+def takes_samples_apart(node: Any, n: int) -> bool:
+    """Whether one of these nodes takes some of n samples, or all of them one by one."""
+    shape = _input_shape(node, 0)
+    if not shape or not knows(node.name(), "axis"):
+        return bool(shape)
+    axis = saved(node, "axis") % len(shape)
+    return shape[axis] == n or (axis == 0 and _may_count(shape[0], n))
 
 
 def _mixes_rows(node: Any, n: int) -> bool:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from torch.autograd.graph import GradientEdge, Node
 
-from torch_secorder.autograd.graph_pass import Route, runs_others_code
+from torch_secorder.autograd.graph_pass import runs_others_code
 from torch_secorder.autograd.node_hooks import TableReference, no_table
 from torch_secorder.autograd.nodes import Edge, has_packed_tensors, output_shapes, value_shape
 from torch_secorder.batch_axis.evidence import Evidence, Unplaced
@@ -88,7 +88,7 @@ class ParameterUse:
     def unreadable_because(self, node: Node) -> str | None:
         """The name of a node whose saved tensors only autograd can fetch, and only once, since hooks keep them elsewhere."""
         computed = (vjp for value in self.values for _, vjp in value.targets if vjp.permutation is None)
-        chains = (Route([vjp.value[0]], [vjp.start]).order[:-1] for vjp in computed)
+        chains = (vjp.route().order[:-1] for vjp in computed)
         for one in (node, *itertools.chain(*chains)):
             packed = has_packed_tensors(one)
             if packed is None:
@@ -144,16 +144,24 @@ class Frontier:
         search: finds out where tensors in this graph have their samples.
         table: the analyzed parameters.
         one_sample: whether there is one sample, on every rank, so that all of each tensor is that sample's.
+
+    Attributes:
+        batch_free: the nodes that turned out to have been computed from parameters alone, besides the parameters' own.
     """
 
     def __init__(self, walk: Walk, shared: list[Record], search: SampleSearch, table: Table, *, one_sample: bool):
         self._walk, self._search, self._table, self._one_sample = walk, search, table, one_sample
         self._shared = {node: r for node, records in walk.records.items() for r in records if r in shared}
         self._targets: dict[Node, Target] = {**self._shared, **walk.leaves}
+        self.batch_free = set(self._shared)
         self._parents = walk.parents
         # Consumer -> the nodes of the parameters and calls from which it was reached, and the consumers for which it was left.
         self._origins: dict[Edge, set[Node]] = defaultdict(set)
         self._climbs: dict[Edge, list[Edge]] = {}
+        self._frontier, self._ends = (
+            set[Node](),
+            set[Node](),
+        )  # nodes at the frontier; these and what the climbs began from
 
     def uses(self, forward: Forward) -> tuple[list[tuple[ParameterUse, Node]], list[tuple[IdleUse, Node]]]:
         """Every use at the frontier, and those where no gradient is expected, each with its node."""
@@ -166,8 +174,13 @@ class Frontier:
                 indices[consumer.node].append(consumer.input_index)
             else:
                 idle.append((consumer, found))
-        frontier = set(met)
-        uses = [(self._use(forward, node, indices[node], *met[node], frontier), node) for node in met]
+        self._frontier = set(met)
+        # What goes through these is accounted for there.
+        self._closed = self._frontier.union(
+            node for node, records in self._walk.records.items() if any(r.placement is not None for r in records)
+        )
+        self._ends = self._targets.keys() | self._closed
+        uses = [(self._use(forward, node, indices[node], *met[node]), node) for node in met]
         return uses, [(IdleUse(forward, self._origin_targets(one.edge), why), one.node) for one, why in idle]
 
     def _origin_targets(self, edge: Edge) -> list[Target]:
@@ -224,6 +237,7 @@ class Frontier:
 
     def _above(self, item: Consumer) -> list[Consumer]:
         """What takes the output of a consumer that turned out to be batch-free itself."""
+        self.batch_free.add(item.node)
         path = f"{item.path}{item.node.name()}/"
         above = [Consumer(*edge, path) for edge in self._parents[item.node]]
         self._climbs[item.edge] = [consumer.edge for consumer in above]
@@ -278,13 +292,12 @@ class Frontier:
             self._search.placements.telling_outputs[place] = best[1]
         return best
 
-    def _use(
-        self, forward: Forward, node: Node, indices: list[int], placement: Placement, output: int, frontier: set[Node]
-    ) -> ParameterUse:
+    def _use(self, forward: Forward, node: Node, indices: list[int], placement: Placement, output: int) -> ParameterUse:
         inputs = node.next_functions
         values = [self._value(index, *inputs[index], self._origins[node, index]) for index in indices]
+        values = [value for value in values if value.targets]
         others = [child for index, (child, _) in enumerate(inputs) if index not in indices and child is not None]
-        is_first = all(self._is_free(child, frontier) for child in others)
+        is_first = all(self._is_free(child) for child in others)
         use = ParameterUse(forward, values, placement, output, is_first)
         ways = [(target, vjp.permutation) for value in values for target, vjp in value.targets]
         use.permutes_entries = any(permutation != () for _, permutation in ways)
@@ -293,12 +306,12 @@ class Frontier:
         use.needs_node_calls = not direct or not all(has_rule(use.node_use(node, value, {})) for value in values)
         return use
 
-    def _is_free(self, node: Node, frontier: set[Node]) -> bool:
+    def _is_free(self, node: Node) -> bool:
         """Whether a node's value was computed from parameters alone."""
         for current in _reached(node, self._targets):
             if current in self._targets:
                 continue
-            if current in self._walk.records or current in frontier or not current.next_functions:
+            if current in self._walk.records or current in self._frontier or not current.next_functions:
                 return False
         return True
 
@@ -306,14 +319,17 @@ class Frontier:
         """A value, and all that it was computed from and that meets no sample by itself on the way to it.
 
         A value that belongs to several samples, such as a sum of what each has and of what all share, was computed from more.
+        What goes through another node of the frontier, or through a call that has samples, is that node's or call's affair.
         """
         assert made_by is not None
+        reached = list(_reached(made_by, self._ends))
+        closed = frozenset(self._closed.intersection(reached))
         found: list[tuple[Target, BatchFreeVjp]] = []
-        for node in _reached(made_by, self._targets):
+        for node in reached:
             if node in origins:
                 target = self._targets[node]
                 shape = self._table.rows[target].shape if isinstance(target, int) else tuple(target.shape)
-                found.append((target, batch_free_vjp((made_by, nr), node, shape)))
+                found.append((target, batch_free_vjp((made_by, nr), node, shape, closed)))
         return UsedValue(index, value_shape(made_by, nr), found)
 
 

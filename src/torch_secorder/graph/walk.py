@@ -16,6 +16,7 @@ from torch_secorder.autograd.saved import axes
 from torch_secorder.capture.records import Forward, Record
 from torch_secorder.graph.conditions import (
     CARRIES,
+    PARTS,
     PICKS,
     REORDERS,
     CarriedAxis,
@@ -23,6 +24,7 @@ from torch_secorder.graph.conditions import (
     may_reorder,
     picked,
     size_pattern,
+    takes_samples_apart,
 )
 
 
@@ -44,6 +46,8 @@ class Walk:
             sizes, that take parts and pick samples in the same order. Where sizes prove nothing, the axes that the nodes work
             along are hashed as well.
         has_ambiguous_axis: whether some tensor has n indices on another axis than the first, so that sizes prove nothing.
+        takes_samples_apart: whether some node takes single samples, which may be put together in another order. Nor do sizes
+            prove anything then; but graphs that take them in another order have other fingerprints.
         carried_axes: the axes along which some node carries something from one index to the next.
         reorders_samples: whether some node may put the samples into another order, so that what held for other batches
             may not hold for this one.
@@ -60,6 +64,7 @@ class Walk:
         self.other_leaves: list[Node] = []
         self._names: list[str] = []  # of the nodes in children
         self._suspects: list[Node] = []  # nodes outside of hooked calls that may put the samples into another order
+        self._takers: list[Node] = []  # nodes outside of hooked calls that may take samples apart
         self._parts: list[int] = []  # which outputs of nodes with several are taken, in turn
         calls: dict[Node, list[Record]] = defaultdict(list)
         for record, edge in forward.records:
@@ -87,6 +92,8 @@ class Walk:
             self._names.append(name := node.name())
             if ending is None and name in REORDERS:  # most products are in hooked calls, which keep the order
                 self._suspects.append(node)
+            elif ending is None and name in PARTS:
+                self._takers.append(node)
             for index, (child, nr) in enumerate(inputs):
                 if nr:
                     self._parts.append(nr)
@@ -137,9 +144,11 @@ class Walk:
     def _describe(self, n: int | None) -> None:
         names, shapes = tuple(self._names), output_shapes(self.children)
         self.has_ambiguous_axis = n is not None and has_ambiguous_axis(n, shapes)
-        self.reorders_samples = False
+        self.reorders_samples = self.takes_samples_apart = False
         if self._suspects and n is not None and n > 1:
             self.reorders_samples = any(map(partial(may_reorder, n=n), self._suspects))
+        if self._takers and n is not None and n > 1:
+            self.takes_samples_apart = any(map(partial(takes_samples_apart, n=n), self._takers))
         self.carried_axes = [] if CARRIES.isdisjoint(names) else self._carried_axes(names)
         along = tuple([axes(node) for node in self.children]) if self.has_ambiguous_axis else None
         order = None if n is None or PICKS.isdisjoint(names) else self._order_of_picks(names, n)

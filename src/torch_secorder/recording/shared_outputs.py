@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 
 from torch.autograd.graph import Node
 
@@ -30,12 +30,12 @@ def find_shared_outputs(uses: Iterable[tuple[ParameterUse, Node]], forward: Forw
         return
     for use, consumer in uses:
         for value in use.values:
-            made = value.targets[0][1].value
+            made, closed = value.targets[0][1].value, value.targets[0][1].closed
             starts = {vjp.start for _, vjp in value.targets}
-            for record, nr, node in _behind(made[0], watched):
+            for record, nr, node in _behind(made[0], watched, closed):
                 if not _is_free(node, starts):
                     continue
-                vjp = batch_free_vjp(made, node, tuple(record.shape))
+                vjp = batch_free_vjp(made, node, tuple(record.shape), closed)
                 value.targets.append((record, vjp))
                 record.placement = None
                 use.needs_node_calls = use.needs_node_calls or vjp.permutation != ()
@@ -63,14 +63,16 @@ def _is_free(output: Node, starts: set[Node]) -> bool:
     return True
 
 
-def _behind(start: Node, watched: dict[Node, list[tuple[Record, int]]]) -> Iterator[tuple[Record, int, Node]]:
-    """The watched outputs among a value and all that it was computed from."""
+def _behind(
+    start: Node, watched: dict[Node, list[tuple[Record, int]]], closed: Container[Node]
+) -> Iterator[tuple[Record, int, Node]]:
+    """The watched outputs among a value and all that it was computed from by ways that are not closed."""
     stack, seen = [start], {start}
     while stack:
         node = stack.pop()
         for record, nr in watched.get(node, ()):
             yield record, nr, node
         for child, _ in node.next_functions:
-            if child is not None and child not in seen:
+            if child is not None and child not in seen and child not in closed:
                 seen.add(child)
                 stack.append(child)

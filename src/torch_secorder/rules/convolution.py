@@ -19,35 +19,29 @@ Transposed = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 @register_rule(nn.Conv1d, nn.Conv2d, nn.Conv3d)
 def convolution(module: Convolved, call: Call) -> Gradients:
     """A convolution; padding that is not the same number of zeros on both sides is applied to the input first."""
-    x, g = call.argument(0, "input"), call.grad_output
-    _check_batched(module, x)
+    x, g = _of_each_sample(module, call)
     padding: Any = module.padding
     mode: str = module.padding_mode
     if isinstance(padding, str) or mode != "zeros":
         mode = "constant" if mode == "zeros" else mode
-        x = F.pad(x, _both_sides(module), mode)
-        padding = (0,) * len(module.kernel_size)
-    weight = Convolution(
-        x[:, None], g[:, None], module.weight.shape, module.stride, tuple(padding), module.dilation, module.groups
-    )
+        padded = F.pad(x.flatten(0, 1), _both_sides(module), mode)
+        x, padding = padded.unflatten(0, x.shape[:2]), (0,) * len(module.kernel_size)
+    weight = Convolution(x, g, module.weight.shape, module.stride, tuple(padding), module.dilation, module.groups)
     return _with_bias(module, weight, g)
 
 
 @register_rule(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 def transposed_convolution(module: Transposed, call: Call) -> Gradients:
     """The adjoint of a convolution: its input is that convolution's output gradient, and the other way round."""
-    x, g = call.argument(0, "input"), call.grad_output
-    _check_batched(module, x)
+    x, g = _of_each_sample(module, call)
     sides: list[int] = []
     for axis in reversed(range(len(module.kernel_size))):
         padding, reach = int(module.padding[axis]), module.dilation[axis] * (module.kernel_size[axis] - 1) + 1
         # Output padding adds to one side only; taking it off there makes the adjoint's output exactly as long as x.
-        extra = g.shape[axis + 2] + 2 * padding - reach - (x.shape[axis + 2] - 1) * module.stride[axis]
+        extra = g.shape[axis + 3] + 2 * padding - reach - (x.shape[axis + 3] - 1) * module.stride[axis]
         sides += [padding, padding - extra]
     none = [0] * len(module.kernel_size)
-    weight = Convolution(
-        F.pad(g, sides)[:, None], x[:, None], module.weight.shape, module.stride, none, module.dilation, module.groups
-    )
+    weight = Convolution(F.pad(g, sides), x, module.weight.shape, module.stride, none, module.dilation, module.groups)
     return _with_bias(module, weight, g)
 
 
@@ -65,9 +59,18 @@ def _both_sides(module: Convolved) -> list[int]:
 
 def _with_bias(module: Convolved | Transposed, weight: Convolution, g: Tensor) -> Gradients:
     # A sum that nobody wants would cost one more pass over the map; before a batch norm there is no bias.
-    return {"weight": weight} if module.bias is None else {"weight": weight, "bias": sum_over(g.flatten(2), (2,))}
+    return {"weight": weight} if module.bias is None else {"weight": weight, "bias": sum_over(g.flatten(3), (1, 3))}
 
 
-def _check_batched(module: Convolved | Transposed, x: Tensor) -> None:
-    if x.dim() != len(module.kernel_size) + 2:
+def _of_each_sample(module: Convolved | Transposed, call: Call) -> tuple[Tensor, Tensor]:
+    """The input ``[n, r, channels, *map]`` and the output's gradient: one map for each sample, or all that it shares with others.
+
+    A layer that was called without the samples, on a parameter for one, has a batch axis of its own.
+    """
+    x, g = call.argument(0, "input"), call.grad_output
+    batched = len(module.kernel_size) + 2
+    if call.batch_axis is None and x.dim() == batched + 1:
+        return x, g
+    if x.dim() != batched:
         raise ShapeError(f"a {type(module).__name__} got an input of shape {tuple(x.shape)}, without a batch axis")
+    return x[:, None], g[:, None]

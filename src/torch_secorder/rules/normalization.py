@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,8 +45,11 @@ def rms_norm(module: nn.RMSNorm, call: Call) -> Gradients:
 @register_rule(nn.GroupNorm, depends_on=("num_groups", "eps"))
 def group_norm(module: nn.GroupNorm, call: Call) -> Gradients:
     """Statistics of each sample's groups of channels."""
-    x = _input(module, call, 1)
-    return _named(*over_channels(F.group_norm(x, module.num_groups, None, None, module.eps), call.grad_output))
+
+    def gradients(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        return over_channels(F.group_norm(x, module.num_groups, None, None, module.eps), g)
+
+    return _of_each_sample(gradients, call, _input(module, call, 1), own_batch=call.batch_axis is None)
 
 
 @register_rule(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
@@ -53,18 +57,23 @@ def instance_norm(module: InstanceNorm, call: Call) -> Gradients:
     """Statistics of each sample's channels, or running ones in eval mode with ``track_running_stats``."""
     x = _input(module, call, 1)
     expected = {nn.InstanceNorm1d: 3, nn.InstanceNorm2d: 4, nn.InstanceNorm3d: 5}
-    if not any(isinstance(module, kind) and x.dim() == dims for kind, dims in expected.items()):
+    dims = next(dims for kind, dims in expected.items() if isinstance(module, kind))
+    own_batch = call.batch_axis is None and x.dim() == 1 + dims
+    if x.dim() != dims + own_batch:
         raise ShapeError(f"an {type(module).__name__} got an input of shape {tuple(x.shape)}, without a batch axis")
-    running = not call.training and module.track_running_stats
-    if running:
-        return _running(module, x, call.grad_output)
-    return _named(*over_channels(F.instance_norm(x, eps=module.eps), call.grad_output))
+
+    def gradients(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        if not call.training and module.track_running_stats:
+            return _running(module, x, g)
+        return over_channels(F.instance_norm(x, eps=module.eps), g)
+
+    return _of_each_sample(gradients, call, x, own_batch=own_batch)
 
 
 @register_rule(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 def batch_norm(module: BatchNorm, call: Call) -> Gradients:
     """With running statistics it is an affine map; without, the module is refused in forward."""
-    return _running(module, _input(module, call, 1), call.grad_output)
+    return _of_each_sample(partial(_running, module), call, _input(module, call, 1), own_batch=call.batch_axis is None)
 
 
 @register_refusal(ANY_BATCH_NORM)
@@ -127,10 +136,23 @@ def _last_axes(module: Any, normalized: Tensor, g: Tensor) -> dict[str, Tensor]:
     return {"weight": (g * normalized).reshape(shape).sum(1), "bias": g.reshape(shape).sum(1)}
 
 
-def _running(module: BatchNorm | InstanceNorm, x: Tensor, g: Tensor) -> dict[str, Tensor]:
+def _of_each_sample(
+    gradients: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], call: Call, x: Tensor, *, own_batch: bool
+) -> dict[str, Tensor]:
+    """Gradients from inputs ``[n, channels, ...]``, or ``[n, b, channels, ...]`` of a layer with a batch axis of its own.
+
+    A layer has one if it was called without the samples, on a parameter for one.
+    """
+    if not own_batch:
+        return _named(*gradients(x, call.grad_output))
+    found = gradients(x.flatten(0, 1), call.grad_output.flatten(0, 1))
+    return _named(*(value.unflatten(0, x.shape[:2]).sum(1) for value in found))
+
+
+def _running(module: BatchNorm | InstanceNorm, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     assert module.running_mean is not None  # else it was refused
     assert module.running_var is not None
-    return _named(*with_running(x, g, module.running_mean, module.running_var, module.eps))
+    return with_running(x, g, module.running_mean, module.running_var, module.eps)
 
 
 def _named(weight: Tensor, bias: Tensor) -> dict[str, Tensor]:

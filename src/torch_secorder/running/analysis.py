@@ -69,6 +69,7 @@ class Analysis:
         create_graph: make the norms differentiable.
         keeps: what is taken besides squared norms, as the arguments ``diagonal=`` and so on ask for it.
         max_memory: as in FisherMonitor.
+        checks: whether samples are checked after the batch.
 
     Attributes:
         knowledge: what is known about where the model's samples are.
@@ -85,6 +86,7 @@ class Analysis:
         create_graph: bool = False,
         keeps: Keeps | None = None,
         max_memory: int | None = None,
+        checks: bool = True,
     ):
         if torch.is_inference_mode_enabled():
             raise ArgumentError("torch.inference_mode() forbids gradients: call this outside of it")
@@ -96,10 +98,11 @@ class Analysis:
             self.table.gather(self.model)
         self.keeps = kept(keeps or {}, self.model, self.table)
         self._passes = PassOptions(wanted(self.keeps), max_memory=max_memory)
-        self.knowledge = knowledge_of(self.model, words)
+        checks = checks and not create_graph
+        self.knowledge = knowledge_of(self.model, words, checks=checks)
         # Nothing is verified with create_graph, whose result would keep the check's graph alive, nor on several ranks, where one
         # rank's failure can't make the others repeat the batch; so shapes are not believed there.
-        self.trusts_shapes = self.knowledge.trusts_shapes and not create_graph and not self.table.ranks.distributed
+        self.trusts_shapes = self.knowledge.trusts_shapes and checks and not self.table.ranks.distributed
         with lock_of(self.model), self.differentiable():
             self._plan = planned(self.model, self.table, words, self._passes.quantities)
         self._fingerprint = 0  # that of the latest batch's graph
