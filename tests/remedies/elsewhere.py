@@ -48,6 +48,7 @@ NOT_TRIED = {
     "so that the graph of these outputs shows nothing of them": "reports of frozen models are tried in trap 8",
     "its output was changed in place after the call": "every other test of on_output= changes nothing in place",
     "the loss that the model computes neither averages nor sums": "a loss that compares samples has no remedy",
+    "all that is computed from them belongs to several samples at once": "axes that are said are tried in traps 5 and 19",
     "something in the model or the loss has no second derivative": "the remedy is to write another model",
     "move the block, or the call, out of that function": "every other test of a compiled model has its block outside",
     "gives no gradient for what a parameter went into": "no program is known whose pass for some gradients comes here",

@@ -48,24 +48,6 @@ def _wrong_axis() -> None:
     right(monitored(model, lambda: step(model, x, y), batch_axis={"modules": {"l": 1}}), expected(model, x, y))
 
 
-@remedy("all that is computed from them belongs to several samples at once")
-def _across_steps() -> None:
-    def forward(m: Any, x: Tensor) -> Tensor:
-        smoothed = F.conv1d(m.l(x).tanh().permute(1, 2, 0), torch.ones(4, 1, 3).to(x), padding=2, groups=4)
-        return m.head(smoothed[..., : len(x)].permute(2, 0, 1))
-
-    model = Forward(forward, l=nn.Linear(4, 4), head=nn.Linear(4, 3)).double()
-    x, y = torch.randn(6, 5, 4).double(), torch.randn(6, 5, 3).double()
-    with refused("(batch_axis=)"):
-        monitored(model, lambda: step(model, x, y))
-
-    def of_columns() -> None:
-        numbers(model(x).transpose(0, 1), y.transpose(0, 1)).backward()
-
-    turned = Forward(lambda m, x: m.of(x.transpose(0, 1)).transpose(0, 1), of=model)
-    right(monitored(model, of_columns, batch_axis=1), expected(turned, x.transpose(0, 1), y.transpose(0, 1)))
-
-
 @remedy("was called more than once outside of a call of the monitored model")
 def _part_twice() -> None:
     model, x, y = problem()
