@@ -156,12 +156,23 @@ def picked(x: Tensor) -> Tensor:
     return order[order < len(x)]
 
 
+def experts(x: Tensor, w: Tensor) -> Tensor:
+    """Two matrices, of which each gets the positions that a router sends to it; sizes are multiples of 16 bytes."""
+    rows = F.pad(x.reshape(-1, 6).float(), (0, 2))
+    chosen = (rows[:, 0] > 0).long()
+    order = chosen.argsort(stable=True)
+    found = F.grouped_mm(rows[order], w.float(), offs=torch.bincount(chosen, minlength=2).cumsum(0).int())
+    return found[order.argsort()].reshape(len(x), -1).tanh().to(x.dtype)
+
+
 LSTM = [(12, 6), (12, 3), (12,), (12,)]
 # What uses a node of each kind, with the shapes of the parameters, for inputs [5, 4, 6].
 USES: dict[str, tuple[Function, list[tuple[int, ...]]]] = {
     "AddmmBackward0": (lambda x, w, b: F.linear(x.flatten(1), w, b), [(3, 24), (3,)]),
     "MmBackward0": (lambda x, w: x.flatten(1) @ w, [(24, 3)]),
     "BmmBackward0": (lambda x, w: torch.bmm(x.transpose(0, 1), w).transpose(0, 1), [(4, 6, 3)]),
+    "MvBackward0": (lambda x, w: (x @ w).tanh(), [(6,)]),
+    "GroupedMmBackward0": (experts, [(2, 8, 4)]),
     "ConvolutionBackward0": (F.conv1d, [(3, 4, 2), (3,)]),
     "EmbeddingBackward0": (lambda x, w: x[..., :3] * F.embedding((x[..., 0] > 0).long(), w), [(2, 3)]),
     "NativeLayerNormBackward0": (lambda x, w, b: F.layer_norm(x, (6,), w, b), [(6,), (6,)]),
@@ -196,8 +207,8 @@ def setting(kind: str) -> tuple[nn.Sequential, Tensor, Tensor]:
     """A model with such a node, an input and targets."""
     function, shapes = USES[kind]
     torch.manual_seed(0)
-    # oneDNN's LSTM is of single precision.
-    dtype = torch.float32 if kind.startswith("Mkldnn") else torch.float64
+    # oneDNN's LSTM and grouped products are of single precision.
+    dtype = torch.float32 if kind.startswith(("Mkldnn", "GroupedMm")) else torch.float64
     model, x = nn.Sequential(Functional(function, *shapes)).to(dtype), torch.randn(5, 4, 6, dtype=dtype)
     output = model(x)
     if kind not in set(names(output)):
@@ -238,15 +249,17 @@ def test_what_is_missing_is_done_another_way(kind: str, gone: bool, monkeypatch:
         assert report["rule"].str.contains("one sample at a time").any() == gone
 
 
-RULED = [kind for kind in USES if not kind.startswith(("Index", "Flip"))][:15]
+RULED = [kind for kind in USES if not kind.startswith(("Index", "Flip"))][:17]
 
 
 def test_the_kinds_with_a_rule_are_those_of_the_rules() -> None:
     from torch_secorder.rules import node_rules
+    from torch_secorder.rules.nodes.broadcast import BY_ENTRIES
 
     unread = {kind for kind, rule in node_rules._rules.items() if not rule.reads}
-    assert unread == {"ExpandBackward0"}
-    assert set(RULED) == set(node_rules._rules) - unread - {"CudnnBatchNormBackward0"}
+    assert unread == {"ExpandBackward0", *BY_ENTRIES}
+    picking = {"IndexBackward0", "IndexSelectBackward0"}  # whose uses here pick among the samples
+    assert set(RULED) == set(node_rules._rules) - unread - picking - {"CudnnBatchNormBackward0"}
     for kind, rule in node_rules._rules.items():
         assert set(rule.reads) <= set(saved.ATTRIBUTES.get(kind, {}))
 

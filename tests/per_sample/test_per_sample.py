@@ -20,6 +20,7 @@ from torch_secorder.per_sample import (
     Outer,
     PerSampleGradient,
     PulledBack,
+    Routed,
     RowSparse,
     SharedFactor,
     _base,
@@ -43,6 +44,12 @@ def outer(t: int = 3, k: int = 1, i: int = 4, o: int = 6) -> Outer:
 
 def rows(t: int = 5) -> RowSparse:
     return RowSparse(torch.randint(6, (N, t)), normal(N, t, 4), (6, 4))
+
+
+def routed(positions: int = 23) -> Routed:
+    """Of four matrices, of which two have no position, nor has the third sample."""
+    matrix, sample = torch.randint(2, (positions,)) * 2, torch.tensor([0, 1, 3])[torch.randint(3, (positions,))]
+    return Routed(normal(positions, 2), normal(positions, 4), matrix, sample, N, (4, 4, 2))
 
 
 def convolution(size: int = 6, channels: int = 4, groups: int = 1, stride: int = 1, maps: int = 1) -> Convolution:
@@ -71,6 +78,9 @@ FORMS: dict[str, Callable[[], PerSampleGradient]] = {
     "sum with rows": lambda: rows() + outer(),
     "sum without rows": lambda: Dense(normal(N, 6, 4)) + outer(),
     "sum of three": lambda: Dense(normal(N, 6, 4)) + outer() + rows(),
+    "routed": routed,
+    "routed twice": lambda: routed() + routed(),
+    "routed and dense": lambda: routed() + Dense(normal(N, 4, 4, 2)),
     "same kind twice": lambda: outer() + outer(t=2),
 }
 
@@ -91,6 +101,7 @@ def chunk_bytes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
         one = lambda n, size, budget=request.param: whole(n, size, budget)  # noqa: E731
         monkeypatch.setattr(_base, "chunks", one)
         monkeypatch.setattr("torch_secorder.per_sample.outer.chunks", one)
+        monkeypatch.setattr("torch_secorder.per_sample.routed.chunks", one)
 
 
 @pytest.mark.usefixtures("chunk_bytes")

@@ -13,21 +13,20 @@ from torch import Tensor, nn
 
 from oracles import assert_equal, call, exact_fisher, per_sample_squared_norms, total, trace
 from problems import BY_NAME
-from torch_secorder import empirical_fisher_trace, generalized_fisher_trace
+from torch_secorder import FisherMonitor, empirical_fisher_trace, generalized_fisher_trace
 from torch_secorder.batch_axis.placement import Placement
 from torch_secorder.rules import node_rules
 from torch_secorder.rules.node_rules import NodeUse, gradient_at, has_rule
 
+ONE_BY_ONE = node_rules._one_by_one
 FAMILIES = ("norm-", "prelu-", "bilinear-")
 
 
 @pytest.fixture(autouse=True)
 def no_calls_for_each_sample(monkeypatch: pytest.MonkeyPatch) -> None:
-    one_by_one = node_rules._one_by_one
-
     def refuse(place: NodeUse, grads: Any) -> Tensor:
         if place.n == 1:  # one sample alone, with which results are verified
-            return one_by_one(place, grads)
+            return ONE_BY_ONE(place, grads)
         raise AssertionError(f"{place.node.name()} was called for one sample at a time")
 
     monkeypatch.setattr(node_rules, "_one_by_one", refuse)
@@ -73,6 +72,37 @@ USES: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]]]] = {
     "a token for each sample": (lambda x, t: torch.cat([t.repeat(len(x), 1, 1), x], 1).tanh(), [(1, 1, 6)]),
     "repeated along samples and positions": (lambda x, t: x * t.repeat(len(x), 4, 1), [(1, 1, 6)]),
     "repeated in one row": (lambda x, t: x * t.repeat(len(x)).view(len(x), 1, 6), [(6,)]),
+    "a quotient": (lambda x, w: x / (w + 3), [(6,)]),
+    "a quotient of a parameter": (lambda x, w: w / (x + 9), [(4, 1)]),
+    "interpolated by a parameter": (lambda x, w: torch.lerp(x, x.tanh(), w), [(6,)]),
+    "interpolated to a parameter": (lambda x, w, e: torch.lerp(w, torch.lerp(x, e, 0.3), 0.2), [(6,), (1, 4, 1)]),
+    "a power": (lambda x, w: x.sigmoid() ** w, [(1, 6)]),
+    "the larger and the smaller": (lambda x, v, w: torch.minimum(torch.maximum(x, v), w.exp()), [(6,), (6,)]),
+    "clamped": (lambda x, v, w: torch.clamp(x, v - 1, w + 1), [(6,), (1, 6)]),
+    "clamped on one side": (lambda x, v, w: torch.clamp(torch.clamp(x, min=v - 1), max=w + 1), [(6,), (6,)]),
+    "where": (lambda x, w: torch.where(x > 0, x, w), [(4, 6)]),
+    "an angle": (lambda x, w: torch.atan2(x, w), [(6,)]),
+    "addcmul and addcdiv": (lambda x, v, w: torch.addcmul(v, x, torch.addcdiv(x, w, x + 9)), [(6,), (6,)]),
+    "logaddexp": (lambda x, w: torch.logaddexp(x, w), [(6,)]),
+    "rsub": (lambda x, w: torch.rsub(w, x), [(6,)]),
+    "filled by a mask": (lambda x, w: x * w.masked_fill(x > 0, 2.0), [(6,)]),
+    "interpolated in windows": (windows(lambda x, w: torch.lerp(x, x.tanh(), w)), [(2, 1)]),
+    "a matrix on the left": (lambda x, w: (w @ x.reshape(len(x), -1).T).T, [(3, 24)]),
+    "a matrix and its bias on the left": (
+        lambda x, w, b: torch.addmm(b, w, x[:, 0].T, beta=2, alpha=3).T,
+        [(3, 6), (3, 1)],
+    ),
+    "a stack on the left of an einsum": (lambda x, w: torch.einsum("hkc,bhc->bhk", w, x), [(4, 3, 6)]),
+    "relative positions": (lambda x, w: torch.einsum("bhwc,hkc->bhwk", x.view(-1, 2, 2, 6), w), [(2, 3, 6)]),
+    "a vector": (lambda x, w: x @ w, [(6,)]),
+    "entries by number": (lambda x, w: w[(x * 3).long() % 5], [(5,)]),
+    "rows by number": (lambda x, w: w[(x[..., 0] * 3).long() % 5 - 5], [(5, 3)]),
+    "rows and columns": (lambda x, w: w[(x[..., 0] * 3).long() % 5, (x[..., 1] * 3).long() % 3], [(5, 3, 2)]),
+    "columns by number": (lambda x, w: w[:, (x[..., 0] * 3).long() % 5].transpose(0, 1), [(2, 5, 3)]),
+    "selected rows": (
+        lambda x, w: w.index_select(1, (x[..., 0] * 3).long().flatten() % 5).T.reshape(len(x), -1),
+        [(2, 5)],
+    ),
     "repeated twice for each sample": (lambda x, t: x * t.repeat(2 * len(x), 1, 1).view(x.shape), [(1, 2, 6)]),
 }
 
@@ -85,8 +115,15 @@ def test_functional_uses(name: str) -> None:
     x = torch.randn(5, 4, 6, dtype=torch.float64)
     y = torch.randn_like(model(x))
     loss_fn = nn.MSELoss(reduction="sum")
-    expected = total(trace(per_sample_squared_norms(model, loss_fn, x, y), "sum"))
-    assert_equal(empirical_fisher_trace(model, loss_fn, x, y), expected, expected)
+    expected = trace(per_sample_squared_norms(model, loss_fn, x, y), "sum")
+    assert_equal(empirical_fisher_trace(model, loss_fn, x, y), total(expected), total(expected))
+    with FisherMonitor(model, reduction="sum") as monitor:
+        loss_fn(model(x), y).backward()
+    for name, value in expected.items():
+        assert_equal(torch.tensor(monitor.report().loc[name, "fisher_trace"]), value, total(expected))
+    # The same in outputs that were made before, with passes through their graph.
+    fisher = total(trace(exact_fisher(model, x, loss_type="mse")))
+    assert_equal(generalized_fisher_trace(model, model(x), None, "mse"), fisher, fisher)
 
 
 @pytest.mark.parametrize(
@@ -129,3 +166,47 @@ def test_the_batch_norm_of_gpus(training: bool) -> None:
         normalized = (x - mean[:, None]) / (variance[:, None] + 1e-3).sqrt()
         assert rule == "cudnnbatchnorm"
         torch.testing.assert_close(form.dense(), (g * normalized).sum(2))
+
+
+def experts(x: Tensor, w: Tensor) -> Tensor:
+    """Four matrices, of which each gets the positions that a router sends to it; the second gets none."""
+    rows = F.pad(x.reshape(-1, x.shape[-1]).float(), (0, 2))  # sizes have to be multiples of 16 bytes
+    chosen = torch.tensor([0, 2, 3])[(rows[:, 0] * 3).long() % 3]
+    order = chosen.argsort(stable=True)
+    ends = torch.bincount(chosen, minlength=4).cumsum(0).int()
+    found = F.grouped_mm(rows[order], w.float(), offs=ends)
+    return found.tanh()[order.argsort()].reshape(*x.shape[:-1], -1).to(x.dtype)
+
+
+def test_experts_of_a_grouped_product() -> None:
+    """torch has the product in float32 at most, so that both sides are compared in that."""
+    torch.manual_seed(0)
+    model, x = Functional(experts, (4, 8, 4)).float(), torch.randn(5, 4, 6)
+    y = torch.randn_like(model(x))
+    loss_fn = nn.MSELoss(reduction="sum")
+    expected = trace(per_sample_squared_norms(model, loss_fn, x, y), "sum")["values.0"]
+    with FisherMonitor(model, reduction="sum", diagonal=True, per_sample=True) as monitor:
+        loss_fn(model(x), y).backward()
+    assert monitor.report().loc["values.0", "rule"] == "groupedmm (routed)"
+    assert_equal(monitor.trace, expected, expected, torch.float32)
+    assert_equal(monitor.diagonal["values.0"].sum(), expected, expected, torch.float32)
+
+
+def test_a_node_that_sums_over_the_samples_itself_is_called_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As another version of torch may have it: the gradient arrives in the shape of the value."""
+    vjp = node_rules.node_vjp
+
+    def summed(node: Any, grads: Any) -> list[Tensor | None]:
+        return [x if x is None else x.sum_to_size(6) for x in vjp(node, grads)]
+
+    monkeypatch.setattr(node_rules, "node_vjp", summed)
+    monkeypatch.setattr(node_rules, "_one_by_one", ONE_BY_ONE)
+    model = Functional(*USES["a quotient"][:1], *USES["a quotient"][1])
+    x = torch.randn(5, 4, 6, dtype=torch.float64)
+    loss_fn = nn.MSELoss(reduction="sum")
+    y = torch.randn_like(model(x))
+    expected = total(trace(per_sample_squared_norms(model, loss_fn, x, y), "sum"))
+    with FisherMonitor(model, reduction="sum") as monitor:
+        loss_fn(model(x), y).backward()
+    assert_equal(monitor.trace, expected, expected)
+    assert monitor.report()["rule"].tolist() == ["div, one sample at a time (dense)"]

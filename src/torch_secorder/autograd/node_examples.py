@@ -49,7 +49,20 @@ def _mm() -> Example:
 @_example("BmmBackward0")
 def _bmm() -> Example:
     x, w = numbers(2, 3, 4), numbers(2, 4, 5)
-    return torch.bmm(x, w), {"left": x}
+    return torch.bmm(x, w), {"left": x, "right": w}
+
+
+@_example("MvBackward0")
+def _mv() -> Example:
+    x, w = numbers(3, 4), numbers(4)
+    return torch.mv(x, w), {"left": x}
+
+
+@_example("GroupedMmBackward0")
+def _grouped_mm() -> Example:
+    x, w = numbers(3, 4, dtype=torch.float32), numbers(2, 4, 4, dtype=torch.float32)
+    ends = _indices(1, 3).int()
+    return F.grouped_mm(x, w, offs=ends), {"left": x, "ends": ends}
 
 
 @_example("ConvolutionBackward0")

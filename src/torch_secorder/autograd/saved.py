@@ -22,7 +22,9 @@ _AXIS = {"axis": "_saved_dim"}
 ATTRIBUTES: dict[str, dict[str, str]] = {
     "AddmmBackward0": {"alpha": "_saved_alpha", "beta": "_saved_beta", "left": "_saved_mat1", "right": "_saved_mat2"},
     "MmBackward0": {"left": "_saved_self", "right": "_saved_mat2"},
-    "BmmBackward0": {"left": "_saved_self"},
+    "BmmBackward0": {"left": "_saved_self", "right": "_saved_mat2"},
+    "MvBackward0": {"left": "_saved_self"},
+    "GroupedMmBackward0": {"left": "_saved_self", "ends": "_saved_offs"},
     "ConvolutionBackward0": {
         "input": "_saved_input",
         "stride": "_saved_stride",

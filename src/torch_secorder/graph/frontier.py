@@ -23,7 +23,7 @@ from torch_secorder.graph.chain import PERMUTES_ENTRIES, BatchFreeVjp, batch_fre
 from torch_secorder.graph.refusals import hidden
 from torch_secorder.graph.walk import Walk
 from torch_secorder.model.parameters import Table
-from torch_secorder.rules.node_rules import NodeUse, has_rule
+from torch_secorder.rules.node_rules import NodeUse, needs_node_call
 
 Target = int | Record  # the position of a parameter, or a module's call without a batch axis
 
@@ -303,7 +303,7 @@ class Frontier:
         use.permutes_entries = any(permutation != () for _, permutation in ways)
         # Norms need no way to a parameter whose entries are only moved. A call's rule needs the gradient as the call gave it.
         direct = all(p == () or (p is not None and isinstance(target, int)) for target, p in ways)
-        use.needs_node_calls = not direct or not all(has_rule(use.node_use(node, value, {})) for value in values)
+        use.needs_node_calls = not direct or any(needs_node_call(use.node_use(node, value, {})) for value in values)
         return use
 
     def _is_free(self, node: Node) -> bool:

@@ -11,9 +11,10 @@ another form, total over samples, dense. :class:`PerSampleGradient` answers them
 samples at a time, and says which four members a new form must define. A form overrides what its factors give more cheaply.
 
 The forms, each in a file: ``outer`` (what a matrix that multiplies data gets), ``convolution``, ``row_sparse`` (embeddings),
-``pulled_back`` (a parameter that reaches the data through other tensors), and in ``_base`` a dense tensor and a sum of unlike
-terms. ``square_sum`` keeps a diagonal factored until it counts. ``costs`` predicts which way to a convolution's norms is the
-fastest; ``budget`` bounds the memory of all of them, and ``out_of_memory`` says what happens where it does not suffice.
+``routed`` (experts), ``pulled_back`` (a parameter that reaches the data through other tensors), and in ``_base`` a dense tensor
+and a sum of unlike terms. ``square_sum`` keeps a diagonal factored until it counts. ``costs`` predicts which way to a
+convolution's norms is the fastest; ``budget`` bounds the memory of all of them, and ``out_of_memory`` says what happens where it
+does not suffice.
 """
 
 from torch_secorder.per_sample._base import (
@@ -34,6 +35,7 @@ from torch_secorder.per_sample.convolution import Convolution
 from torch_secorder.per_sample.out_of_memory import all_squared_norms_of, as_refusal, halving_on_oom, squared_norms_of
 from torch_secorder.per_sample.outer import Outer, SharedFactor
 from torch_secorder.per_sample.pulled_back import PulledBack
+from torch_secorder.per_sample.routed import Routed
 from torch_secorder.per_sample.row_sparse import RowSparse
 from torch_secorder.per_sample.square_sum import SquareSum
 
@@ -44,6 +46,7 @@ __all__ = [
     "Outer",
     "PerSampleGradient",
     "PulledBack",
+    "Routed",
     "RowSparse",
     "SharedFactor",
     "SquareSum",

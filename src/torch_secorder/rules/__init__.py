@@ -12,6 +12,7 @@ from torch_secorder.rules import (
     embedding,
     known_forwards,
     linear,
+    nodes,
     normalization,
     recurrent,
 )
@@ -27,6 +28,7 @@ __all__ = [
     "embedding",
     "known_forwards",
     "linear",
+    "nodes",
     "normalization",
     "recurrent",
     "refusal_for",
