@@ -165,6 +165,11 @@ def _flip() -> Example:
     return numbers(3, 4).flip(1), {"axes": (1,)}
 
 
+@_example("RollBackward0")
+def _roll() -> Example:
+    return numbers(2, 3, 4).roll((1, 2), (2, 1)), {"axes": (2, 1), "shifts": (1, 2)}
+
+
 @_example("GatherBackward0")
 def _gather() -> Example:
     return numbers(3, 4).gather(1, _indices(1, 0)[None].expand(3, 2)), {"axis": 1}

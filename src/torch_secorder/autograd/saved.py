@@ -96,6 +96,7 @@ ATTRIBUTES: dict[str, dict[str, str]] = {
     "IndexBackward0": {"indices": "_saved_indices"},
     "IndexSelectBackward0": _AXIS | {"index": "_saved_index"},
     "FlipBackward0": {"axes": "_saved_dims"},
+    "RollBackward0": {"axes": "_saved_dims", "shifts": "_saved_shifts"},
     "GatherBackward0": _AXIS,
     "SortBackward0": _AXIS,
     "TopkBackward0": _AXIS,

@@ -201,7 +201,11 @@ def evidence(
         return Finding(Unplaced.SHARED_BY_SAMPLES)
     sample_of_row = _samples_of_rows(plain.axes[0], [sketch.axes[0] for sketch in found], marks_per_pass)
     listed = Placement(0, Layout.INDEXED, sample_of_row)
-    return Finding(listed if explain(listed) else Unplaced.SHARED_BY_SAMPLES)
+    if not explain(listed):
+        return Finding(Unplaced.SHARED_BY_SAMPLES)
+    # A row without a gradient may be any sample's.
+    size = plain.axes[0].norm(dim=1)
+    return Finding(listed, proven=bool((size > SPEAKS * size.max()).all()))
 
 
 def _candidates(shape: Sequence[int], n: int) -> Iterator[Placement]:

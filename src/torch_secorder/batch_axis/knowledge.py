@@ -73,6 +73,7 @@ class PlacementCache:
         telling_outputs: for nodes with several outputs, the one whose gradient shows the samples.
         graphs_seen: how many graphs of this kind there were.
         comparing: the numbers of the model's outputs that compare samples.
+        keeps_lists: whether the graphs have their samples at the same indices each time.
     """
 
     evidence: dict[Key, Evidence] = field(default_factory=dict)
@@ -80,14 +81,15 @@ class PlacementCache:
     telling_outputs: dict[Key, int] = field(default_factory=dict)
     graphs_seen: int = 0
     comparing: set[int] = field(default_factory=set)
+    keeps_lists: bool = False
 
     def keep(self, key: Key, found: Finding) -> None:
         """Note what a look showed; what it does not prove is good for one graph, unless it agrees with what is known."""
         known = self.evidence.get(key)
-        says_nothing = found.evidence in (Unplaced.NO_GRADIENT, Unplaced.NOT_FINITE)
-        agrees = says_nothing or (not found.proven and known in (found.evidence, *found.others))
-        if agrees and isinstance(known, Placement) and known.sample_index is None and key not in self._unproven:
-            return
+        if isinstance(known, Placement) and known.sample_index is None and key not in self._unproven:
+            says_nothing = found.evidence in (Unplaced.NO_GRADIENT, Unplaced.NOT_FINITE)
+            if says_nothing or (not found.proven and known in (found.evidence, *found.others)):
+                return
         self.evidence[key] = found.evidence
         (self._unproven.discard if found.proven else self._unproven.add)(key)
 
@@ -102,6 +104,10 @@ class PlacementCache:
         self.graphs_seen += 1
         return is_due(self.graphs_seen)
 
+    def _lasts(self, known: Placement) -> bool:
+        """Whether a placement may be that of the next graph, too; a router decides anew for each batch."""
+        return known.sample_index is None or self.keeps_lists
+
     def missing(self, wanted: Sequence[Wanted], n: int, ambiguous_shapes: bool) -> list[Wanted]:
         """The places in a graph of n samples for which no evidence is known that holds there.
 
@@ -115,8 +121,7 @@ class PlacementCache:
             if known is FIRST:
                 holds = shape[:1] == (n,) and key not in self._unproven
             elif isinstance(known, Placement):
-                # A router decides anew for each batch, so that a list of samples is good for one graph only.
-                holds = known.sample_index is None and known.fits(shape, n) and key not in self._unproven
+                holds = self._lasts(known) and known.fits(shape, n) and key not in self._unproven
             elif known in (Unplaced.NO_GRADIENT, Unplaced.NOT_FINITE, Unplaced.HIDDEN):
                 holds = key[0] == "own axis" or (key[0] == "call" and not ambiguous_shapes)
             else:
@@ -140,6 +145,7 @@ class ModelKnowledge:
         self.schedule = Schedule()
         self.warned_of_slow_rules = False
         self._by_fingerprint: dict[int, PlacementCache] = {}
+        self._in_order: dict[int, tuple[Hashable, PlacementCache]] = {}
         self._reductions: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
 
     def placements(self, fingerprint: int) -> PlacementCache:
@@ -148,10 +154,23 @@ class ModelKnowledge:
             self._by_fingerprint.clear()
         return self._by_fingerprint.setdefault(fingerprint, PlacementCache())
 
+    def placements_in_order(self, fingerprint: int, order: Hashable) -> PlacementCache:
+        """Those of one kind of graph that has its samples in one order. Of each kind the latest order is remembered.
+
+        Lists take memory, and where each batch has another order none of them comes again.
+        """
+        if len(self._in_order) > KINDS_OF_GRAPH:
+            self._in_order.clear()
+        known = self._in_order.get(fingerprint)
+        if known is None or known[0] != order:
+            known = self._in_order[fingerprint] = order, PlacementCache(keeps_lists=True)
+        return known[1]
+
     def forget_shapes(self) -> None:
         """Forget where samples are, trust no shapes from now on, and check the next analysis of every function."""
         self.trusts_shapes = False
         self._by_fingerprint.clear()
+        self._in_order.clear()
         self.schedule.restart()
 
     def reduction(self, function: Callable[..., Any], find: Callable[[str | None], str]) -> str:

@@ -194,7 +194,7 @@ class Audit:
     ) -> SampleSearch:
         """A search in this graph, which begins with what graphs of the same kind have shown."""
         n = forward.n or 0
-        known = PlacementCache() if asked.reorders_samples else self._knowledge.placements(self.fingerprint)
+        known = self._known(walk, forward, asked)
         weights = None
         if forward.sharded or self._table.sharded:
             weights = GatheredWeights(forward.sharded, () if forward.sharded else self._table.sharded)
@@ -208,6 +208,14 @@ class Audit:
         locate = None if asked.reorders_samples else self._locate_on_three_samples
         ahead = partial(_ahead, walk, reached)
         return SampleSearch(known, n, asked.ambiguous_shapes, passes, locate, ahead, rehearsal=self._rehearsal)
+
+    def _known(self, walk: Walk, forward: Forward, asked: Questions) -> PlacementCache:
+        """What graphs of the same kind have shown: where samples may be in another order, those with that very order."""
+        if not asked.reorders_samples:
+            return self._knowledge.placements(self.fingerprint)
+        if walk.order is None or forward.count.is_odd or self._ranks.distributed:
+            return PlacementCache()
+        return self._knowledge.placements_in_order(self.fingerprint, walk.order)
 
     def _place(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -99,8 +100,9 @@ def may_reorder(node: Any, n: int) -> bool:
     if name == "EmbeddingBackward0":
         return not _is_weight(node.next_functions[0][0]) and _may_count(_input_shape(node, 0)[0], n)
     shape = _input_shape(node, 0)
-    if name == "FlipBackward0" and knows(name, "axes"):
-        return any(_may_count(shape[axis % len(shape)], n) for axis in saved(node, "axes"))
+    if name in ("FlipBackward0", "RollBackward0") and knows(name, "axes"):
+        axes = saved(node, "axes")  # a roll without axes goes through all entries
+        return not axes or any(_may_count(shape[axis % len(shape)], n) for axis in axes)
     if name == "IndexBackward0" and knows(name, "indices"):
         pairs = zip(saved(node, "indices"), shape, strict=False)
         return any(index is not None and _may_count(size, n) and not _in_order(index, size) for index, size in pairs)
@@ -110,6 +112,36 @@ def may_reorder(node: Any, n: int) -> bool:
     if name in ("GatherBackward0", "SortBackward0", "TopkBackward0") and shape and knows(name, "axis"):
         return _may_count(shape[saved(node, "axis") % len(shape)], n)
     return True
+
+
+# How many entries an index may have that is compared with that of the graph before.
+LARGEST_INDEX = 2**20
+
+
+def order_given_by(node: Any) -> Hashable | None:
+    """What decides where a node puts entries, the same for two that put them alike; None for one that doesn't show it.
+
+    An index is known by its numbers, so that it doesn't matter whether data had a part in them. On other devices than the host
+    these are not looked at, since the host would have to wait for them in every step.
+    """
+    name = node.name()
+    if name in ("FlipBackward0", "RollBackward0") and knows(name, "axes"):
+        return name, saved(node, "axes"), saved(node, "shifts") if knows(name, "shifts") else ()
+    if name == "IndexBackward0" and knows(name, "indices"):
+        return _numbers(name, saved(node, "indices"))
+    if name == "IndexSelectBackward0" and knows(name, "axis", "index"):
+        return _numbers(name, (saved(node, "index"),), saved(node, "axis"))
+    return None
+
+
+def _numbers(name: str, indices: Sequence[Tensor | None], axis: int = 0) -> Hashable | None:
+    """The numbers in some indices, byte by byte; None if they are too many, or not on the host."""
+    found: list[Hashable] = [name, axis]
+    for index in indices:
+        if index is not None and (index.device.type != "cpu" or index.numel() > LARGEST_INDEX):
+            return None
+        found.append(None if index is None else (tuple(index.shape), index.dtype, index.numpy().tobytes()))
+    return tuple(found)
 
 
 def picked(node: Any, n: int) -> tuple[int, int] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from functools import cached_property, partial
 from operator import attrgetter
 from typing import Any
@@ -22,6 +22,7 @@ from torch_secorder.graph.conditions import (
     CarriedAxis,
     has_ambiguous_axis,
     may_reorder,
+    order_given_by,
     picked,
     size_pattern,
     takes_samples_apart,
@@ -51,6 +52,8 @@ class Walk:
         carried_axes: the axes along which some node carries something from one index to the next.
         reorders_samples: whether some node may put the samples into another order, so that what held for other batches
             may not hold for this one.
+        order: where they do, what decides all of that order, with all sizes and axes: equal for graphs in which the samples are
+            at the same indices; None if some node does not show it.
     """
 
     def __init__(
@@ -145,8 +148,10 @@ class Walk:
         names, shapes = tuple(self._names), output_shapes(self.children)
         self.has_ambiguous_axis = n is not None and has_ambiguous_axis(n, shapes)
         self.reorders_samples = self.takes_samples_apart = False
+        self.order = None
         if self._suspects and n is not None and n > 1:
             self.reorders_samples = any(map(partial(may_reorder, n=n), self._suspects))
+            self.order = self._order(names, shapes) if self.reorders_samples else None
         if self._takers and n is not None and n > 1:
             self.takes_samples_apart = any(map(partial(takes_samples_apart, n=n), self._takers))
         self.carried_axes = [] if CARRIES.isdisjoint(names) else self._carried_axes(names)
@@ -155,6 +160,16 @@ class Walk:
         self.fingerprint = hash(
             (names, None if n is None else size_pattern(n, shapes), along, order, tuple(self._parts))
         )
+
+    def _order(self, names: Sequence[str], shapes: Hashable) -> Hashable | None:
+        given: list[Hashable] = []
+        for node in self._suspects:
+            # Where only a list tells the samples, an axis of any size may have them.
+            if may_reorder(node, n=1):
+                if (order := order_given_by(node)) is None:
+                    return None
+                given.append(order)
+        return self.n, shapes, tuple(map(axes, self.children)), self._order_of_picks(names, 1), tuple(given)
 
     def _carried_axes(self, names: Sequence[str]) -> list[CarriedAxis]:
         pairs = zip(self.children, names, strict=True)
