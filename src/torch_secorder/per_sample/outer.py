@@ -237,7 +237,8 @@ class Outer(PerSampleGradient):
         k, i, o = self.a.shape[1], self.a.shape[3], self.g.shape[3]
         if len(left) != k * o or len(right) != i:
             return super().along(left, right)
-        g = (self.g @ left.view(k, o, 1)).squeeze(3)
+        # Without groups it is one product with a vector, and not one for each sample.
+        g = self.g @ left if k == 1 else (self.g @ left.view(k, o, 1)).squeeze(3)
         return ((self.a @ right) * g).sum()
 
     def concatenated(self, other: PerSampleGradient) -> PerSampleGradient | None:

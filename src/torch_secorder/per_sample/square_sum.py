@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from torch_secorder.model.channels import ChannelSums
@@ -58,6 +59,6 @@ class SquareSum:
             return self.values * self.factor if total is None else total.add_(self.values.to(total), alpha=self.factor)
         left, right = self.values
         if total is None:
-            return ((self.factor * left) @ right).reshape(self.shape)
+            return torch.addmm(left.new_zeros(()), left, right, beta=0, alpha=self.factor).reshape(self.shape)
         left, right = left.to(total), right.to(total)
         return total.view(len(left), -1).addmm_(left, right, alpha=self.factor).view(self.shape)
