@@ -32,7 +32,7 @@ def marks_of(dtype: torch.dtype) -> int:
 def looked_at(make: Callable[[Tensor], Tensor], n: int, dtype: torch.dtype = torch.float64) -> Finding:
     """What the gradient shows that a seed gives in which sample n has the factor of index n."""
     marks = sample_marks(n, marks_of(dtype))
-    plain, *marked = [Sketch.of(make(mark.double()).to(dtype)) for mark in marks]
+    plain, *marked = [Sketch.of(make(mark.double()).to(dtype), n) for mark in marks]
     return evidence(plain, marked, n, marks_of(dtype))
 
 
@@ -159,7 +159,7 @@ def test_rows_without_a_gradient_prove_nothing(shape: tuple[int, int], rows: lis
 @every_dtype
 def test_gradients_that_say_nothing(dtype: torch.dtype) -> None:
     n, count = 5, len(sample_marks(5, marks_of(dtype)))
-    some = Sketch.of(torch.randn(n, 3).to(dtype))
+    some = Sketch.of(torch.randn(n, 3).to(dtype), n)
     assert evidence(None, [some] * (count - 1), n, marks_of(dtype)).evidence is Unplaced.NO_GRADIENT
     assert evidence(some, [None] * (count - 1), n, marks_of(dtype)).evidence is Unplaced.NO_GRADIENT
     assert seen(lambda mark: torch.zeros(n, 3), n, dtype) is Unplaced.NO_GRADIENT
@@ -190,8 +190,13 @@ def test_long_gradients(shape: tuple[int, ...]) -> None:
 
 def test_sums_of_half_precision_are_taken_in_more() -> None:
     """4,000 ones add up to 4,000: in bfloat16 they would stop at 256."""
-    plain, doubled = (Sketch.of(torch.full((2, 4000), value, dtype=torch.bfloat16)) for value in (1.0, 2.0))
-    for one, two in zip(plain.axes, doubled.axes, strict=True):
+    plain, doubled = (Sketch.of(torch.full((2, 4000), value, dtype=torch.bfloat16), 2) for value in (1.0, 2.0))
+    for one, two in zip(plain.axes.values(), doubled.axes.values(), strict=True):
         assert torch.equal(2 * one, two)
-    exact = Sketch.of(torch.ones(2, 4000, dtype=torch.float64))
+    exact = Sketch.of(torch.ones(2, 4000, dtype=torch.float64), 2)
     torch.testing.assert_close(plain.axes[0], exact.axes[0], rtol=1e-4, atol=1e-4)
+
+
+def test_only_axes_that_may_count_samples_are_looked_at() -> None:
+    """And the first one, whose rows may be anybody's."""
+    assert Sketch.of(torch.randn(7, 5, 3, 10), 5).axes.keys() == {0, 1, 3}

@@ -97,8 +97,8 @@ def test_trap_04_what_samples_share_does_not_look_like_one_samples_by_chance() -
     (weights,) = sample_marks(5)[1:]
     for _ in range(300):
         parts = torch.randn(5, 1, 4, 6, generator=generator)
-        scaled = Sketch.of((weights.to(parts).view(5, 1, 1, 1) * parts).sum(0))
-        assert evidence(Sketch.of(parts.sum(0)), [scaled], 5).evidence is Unplaced.SHARED_BY_SAMPLES
+        scaled = Sketch.of((weights.to(parts).view(5, 1, 1, 1) * parts).sum(0), 5)
+        assert evidence(Sketch.of(parts.sum(0), 5), [scaled], 5).evidence is Unplaced.SHARED_BY_SAMPLES
 
 
 # Shapes that show no doubt, or that lie

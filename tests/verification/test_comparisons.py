@@ -146,10 +146,10 @@ def test_trap_28_a_gradient_with_nan_is_no_evidence() -> None:
     """What overflows on its way, and is multiplied by zero, says nothing of whose it is."""
     grad = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     marked = [grad * factor[:, None].double() for factor in sample_marks(4)]
-    plain, *scaled = map(Sketch.of, marked)
+    plain, *scaled = [Sketch.of(one, 4) for one in marked]
     assert evidence(plain, scaled, 4).evidence == Placement(0)
     for value in NOT_NUMBERS:
-        spoilt = [Sketch.of(torch.full_like(grad, value)) for _ in scaled]
+        spoilt = [Sketch.of(torch.full_like(grad, value), 4) for _ in scaled]
         assert evidence(plain, spoilt, 4).evidence is Unplaced.NOT_FINITE
 
 

@@ -100,35 +100,34 @@ class Sketch:
     too, without rounding, so that they show the same.
 
     Attributes:
-        axes: for each axis of the tensor the products of its slices, ``[size, DIRECTIONS]``, in float64.
+        shape: the gradient's shape.
+        axes: for each axis that may count samples the products of its slices, ``[size, DIRECTIONS]``, in float64.
         largest: the largest magnitude in the gradient.
         dtype: the gradient's, or that of its real and imaginary parts.
     """
 
-    axes: list[Tensor]
+    shape: tuple[int, ...]
+    axes: dict[int, Tensor]
     largest: float
     dtype: torch.dtype
 
     @classmethod
-    def of(cls, grad: Tensor) -> Sketch:
-        """The sketch of a gradient."""
+    def of(cls, grad: Tensor, n: int) -> Sketch:
+        """The sketch of a gradient of n samples."""
         value = grad.float() if is_half(grad) else grad
         if value.is_complex():  # Real marks multiply both parts.
             value = torch.view_as_real(value.resolve_conj())
         largest = max(-float(value.min()), float(value.max())) if value.numel() else 0.0
         with full_precision():
-            axes = [in_double_precision(_contracted(value, axis)) for axis in range(grad.dim())]
-        return cls(axes, largest, grad.dtype.to_real())
+            # The rows of the first axis may be any samples'.
+            counting = (axis for axis, size in enumerate(grad.shape) if axis == 0 or size % n == 0)
+            axes = {axis: in_double_precision(_contracted(value, axis)) for axis in counting}
+        return cls(tuple(grad.shape), axes, largest, grad.dtype.to_real())
 
     @property
     def tiny(self) -> float:
         """The smallest normal number of the gradient's dtype."""
         return torch.finfo(self.dtype).tiny
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The gradient's shape."""
-        return tuple(len(rows) for rows in self.axes)
 
 
 def _contracted(value: Tensor, axis: int) -> Tensor:

@@ -123,7 +123,7 @@ class SearchPasses:
             for place in places[node]:
                 edge, shape = wanted[place]
                 grad = grads[edge.output_nr]
-                found[-1][place] = None if grad is None else _sketch(grad, shape)
+                found[-1][place] = None if grad is None else _sketch(grad, shape, self._n)
 
         for mark in marks:
             found.append([None] * len(wanted))
@@ -156,5 +156,5 @@ class SearchPasses:
         return gradient.view(root.shape).mul_(rows_of(mark.to(gradient), root, placement))
 
 
-def _sketch(grad: Tensor, shape: Sequence[int]) -> Sketch:
-    return Sketch.of(whole(grad) if grad.is_nested else whole(grad).reshape(tuple(shape)))
+def _sketch(grad: Tensor, shape: Sequence[int], n: int) -> Sketch:
+    return Sketch.of(whole(grad) if grad.is_nested else whole(grad).reshape(tuple(shape)), n)
