@@ -153,7 +153,7 @@ def test_trap_03_a_penalty_on_weights_is_refused() -> None:
 # What is slow says so
 
 
-class Angle(nn.Module):
+class Length(nn.Module):
     """An operation that no rule knows."""
 
     def __init__(self) -> None:
@@ -161,16 +161,16 @@ class Angle(nn.Module):
         self.weight = nn.Parameter(torch.rand(4) + 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.atan2(x, self.weight)
+        return torch.hypot(x, self.weight)
 
 
 def test_a_fallback_that_dominates_warns_once() -> None:
-    model, x, y = drawn(Angle(), 5, 4)
-    with pytest.warns(SlowFallbackWarning, match=r"atan2.*register_rule") as warned, FisherMonitor(model) as monitor:
+    model, x, y = drawn(Length(), 5, 4)
+    with pytest.warns(SlowFallbackWarning, match=r"hypot.*register_rule") as warned, FisherMonitor(model) as monitor:
         for _ in range(3):
             numbers(model(x), y).backward()
     assert len(warned) == 1
-    assert monitor.report().loc["weight", "rule"].startswith("atan2, one sample at a time")
+    assert monitor.report().loc["weight", "rule"].startswith("hypot, one sample at a time")
     assert_exact(model, x, y)
 
 
