@@ -12,7 +12,8 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 from oracles import assert_equal, per_sample_squared_norms, total, trace
-from torch_secorder import FisherMonitor, fisher_report
+from torch_secorder import FisherMonitor, empirical_fisher_trace, fisher_report
+from torch_secorder.errors import UnsupportedError
 
 
 class Recurrent(nn.Module):
@@ -118,3 +119,59 @@ def test_nothing_before_the_models_inputs_is_differentiated() -> None:
     assert_equal(torch.tensor(report.fisher_trace["0.weight"]), expected["0.weight"], total(expected), torch.float64)
     x.sum().backward()
     assert seen
+
+
+class AskingForAGradient(nn.Module):
+    """What comes after the first layer has a gradient only if the first layer's output has one."""
+
+    def __init__(self, checkpointed: bool) -> None:
+        super().__init__()
+        self.first, self.inner, self.last = nn.Linear(4, 5), nn.Linear(5, 5), nn.Linear(5, 3)
+        self.spare, self.checkpointed = nn.Linear(5, 3), checkpointed
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        if self.checkpointed:
+            return self.last(checkpoint(lambda h: self.inner(h).tanh(), h, use_reentrant=True))
+        inner = self.inner(h).tanh()
+        return self.last(inner if h.requires_grad else inner.detach())
+
+
+@pytest.mark.parametrize("parameters", [["inner.*", "last.bias"], ["inner.weight"], ["*.bias"]], ids=str)
+def test_freezing_what_is_not_chosen_takes_no_gradient_from_what_is(parameters: list[str]) -> None:
+    model, x, y = AskingForAGradient(False).double(), torch.randn(6, 4).double(), torch.randint(3, (6,))
+    expected = per_sample_squared_norms(model, cross_entropy, x, y)
+    everything = total(trace(expected))
+    for fisher, verify in (("empirical", True), ("empirical", False), ("observed", True), ("observed", False)):
+        loss = cross_entropy if fisher == "empirical" else None
+        # The second batch's graph is of a kind that was seen.
+        data = [(x[:4], y[:4]), (x[4:], y[4:])]
+        report = fisher_report(model, loss, data, fisher=fisher, parameters=parameters, verify=verify, progress=False)  # type: ignore[arg-type]
+        for name, found in report["fisher_trace"].items():
+            found = torch.tensor(found, dtype=torch.float64)
+            assert_equal(found, expected[str(name)].mean(), everything, torch.float64)
+    found = empirical_fisher_trace(model, cross_entropy, x, y, parameters=parameters)
+    assert_equal(found, sum(expected[name].mean() for name in report.index), everything, torch.float64)
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+@pytest.mark.filterwarnings(
+    "ignore:None of the inputs have requires_grad"
+)  # Torch says so while the others are frozen.
+@pytest.mark.parametrize("parameters", [["inner.*", "last.bias"], ["inner.weight"], ["*.bias"]], ids=str)
+def test_freezing_what_is_not_chosen_hides_no_reentrant_checkpoint(parameters: list[str]) -> None:
+    model, x, y = AskingForAGradient(True), torch.randn(6, 4), torch.randint(3, (6,))
+    for run in (
+        lambda: fisher_report(model, cross_entropy, (x, y), parameters=parameters, progress=False),
+        lambda: empirical_fisher_trace(model, cross_entropy, x, y, parameters=parameters),
+    ):
+        with pytest.raises(UnsupportedError, match="use_reentrant=False"):
+            run()
+
+
+def test_what_no_freezing_cuts_off_is_run_once_again_only() -> None:
+    model, x, y, calls = AskingForAGradient(False), torch.randn(6, 4), torch.randint(3, (6,)), []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    chosen = {"parameters": ["last.*", "spare.*"], "verify": False, "progress": False}
+    fisher_report(model, cross_entropy, [(x, y)] * 5, **chosen)  # type: ignore[arg-type]
+    assert len(calls) == 6

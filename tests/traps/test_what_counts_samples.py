@@ -321,7 +321,7 @@ def test_trap_19_samples_without_a_row_leave_it_open_what_rows_are() -> None:
     model = randomized(Graphs(False)).double()
     graph, edges = torch.tensor([0, 0, 2]), torch.tensor([[0], [1]])
     with (
-        FisherMonitor(model, sample_of=2),
+        FisherMonitor(model, sample_of=2, n_samples=3),
         pytest.raises(ShapeError, match=r"samples without a row.*leave such samples out"),
     ):
         model(drawn(3, 4), edges, graph)
@@ -461,6 +461,29 @@ def test_trap_19_a_field_that_is_set_after_a_later_one() -> None:
         return outputs["pooled"].square().sum() + outputs["hidden"][0].exp().sum()
 
     assert_exact(model, x, None, [loss(model(x[i : i + 1]), None) for i in range(N)], loss)
+
+
+def test_trap_19_numbers_that_are_no_count() -> None:
+    """Documents have identifiers, of which the largest says nothing of how many there are: 8 samples were 3."""
+    model, x, y = (
+        made(lambda m, x: m.head(m.layer(x).tanh()), layer=nn.Linear(4, 4), head=nn.Linear(4, 3)),
+        drawn(6, 4),
+        drawn(6, 3),
+    )
+    document = torch.tensor([7, 7, 2, 5, 2, 7])
+    for run in (
+        lambda: monitored(model, x, y, squares, False, sample_of=document),
+        lambda: fisher_report(model, squares, (x, y), sample_of=document, progress=False),
+        lambda: empirical_fisher_trace(model, squares, x, y, sample_of=document),
+    ):
+        with pytest.raises(
+            ArgumentError, match=r"3 different numbers, the largest of which is 7.*return_inverse.*n_samples=8"
+        ):
+            run()
+    alone = [squares(model(x[document == number]), y[document == number]) for number in (2, 5, 7)]
+    assert_exact(model, x, y, alone, sample_of=torch.unique(document, return_inverse=True)[1])
+    rows = [document == number for number in range(8)]  # Most have none, and count.
+    assert_exact(model, x, y, [squares(model(x[own]), y[own]) for own in rows], sample_of=document, n_samples=8)
 
 
 # Words that mean nothing

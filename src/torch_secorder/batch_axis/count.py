@@ -142,6 +142,8 @@ def _by_word(words: Told, seen: list[Seen], args: tuple[Any, ...], kwargs: Mappi
         least = int(index.max()) + 1
         if n is not None and n < least:
             raise ArgumentError(f"sample_of has rows of {least} samples, and n_samples is {n}")
+        if n is None:
+            _require_no_gaps(index, least)
         n, why, indices = n or least, "n_samples=" if n else "sample_of=", (index,)
     require_positive_int("n_samples", n)
     return Count(n, why, tuple(seen), indices, is_settled=True, is_odd=True)
@@ -159,6 +161,20 @@ def _sample_of(words: Told, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
             f"sample_of must give the number of a sample, 0 or more, for each row, in a tensor of one axis, not {index!r}"
         )
     return index.detach().long()
+
+
+def _require_no_gaps(index: Tensor, n: int) -> None:
+    """Raise where some numbers are missing: identifiers of documents count none, and graphs without nodes count one each.
+
+    Raises:
+        ArgumentError: if a number below the largest has no row.
+    """
+    if (named := len(index.unique())) < n:
+        raise ArgumentError(
+            f"sample_of has {named} different numbers, the largest of which is {n - 1}: if there are {named} samples, number them "
+            "from 0 on, as torch.unique(sample_of, return_inverse=True)[1] does; if samples without a row count too, pass "
+            f"n_samples={n} besides"
+        )
 
 
 def _of_packed(packed: Sequence[PackedSequence], seen: list[Seen]) -> Count:

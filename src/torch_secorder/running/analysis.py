@@ -29,6 +29,7 @@ from torch_secorder.recording.plan import planned
 from torch_secorder.recording.quantities import Keeps, kept, wanted
 from torch_secorder.recording.sample_norms import SampleNorms
 from torch_secorder.running.fisher_kind import FisherKind
+from torch_secorder.running.frozen_others import FrozenOthers
 from torch_secorder.running.loss import LossFunction, loss_of, reduction_of, require_targets_of_batch
 from torch_secorder.running.own_loss import is_computed_inside, own_reduction
 from torch_secorder.running.run import HookedForward
@@ -96,6 +97,8 @@ class Analysis:
         with lock_of(self.model):
             self.table = ParameterTable(self.model, parameters)
             self.table.gather(self.model)
+        # Others are left alone where ranks gather them anew for each call, and where the result is differentiated, maybe in them.
+        self._others = FrozenOthers(self.model, self.table, allowed=not (self.table.sharded or create_graph))
         self.keeps = kept(keeps or {}, self.model, self.table)
         self._passes = PassOptions(wanted(self.keeps), max_memory=max_memory)
         checks = checks and not create_graph
@@ -125,6 +128,10 @@ class Analysis:
                 shown what kind of graph this is. The outputs of a batch that isn't checked are gone before the backward pass,
                 which is when memory is scarcest.
         """
+        analyze = partial(self._empirical, loss_fn, inputs, targets, checked)
+        return self._others.without_cuts(analyze, lambda batch: batch.samples.reached, lambda: self._fingerprint)
+
+    def _empirical(self, loss_fn: Callable[[Any, Any], Tensor], inputs: Any, targets: Any, checked: Checked) -> Batch:
         with self._prepared() as run:
             outputs = run(inputs)
             require_targets_of_batch(targets, run.samples)
@@ -185,6 +192,17 @@ class Analysis:
             generator: for labels that are drawn.
             counted: given how many backward passes there are and what they start with; returns the latter.
         """
+        analyze = partial(self._fisher, kind, inputs, targets, generator, counted)
+        return self._others.without_cuts(analyze, lambda samples: samples.reached, lambda: self._fingerprint)
+
+    def _fisher(
+        self,
+        kind: FisherKind,
+        inputs: Any,
+        targets: Any,
+        generator: torch.Generator,
+        counted: Callable[[int, Iterator[Tensor]], Iterable[Tensor]],
+    ) -> SampleNorms:
         with self._prepared() as run:
             outputs, targets = _with_samples_first(logits(run(inputs)), targets, run.samples)
             count, seeds = kind.output_gradients(outputs, targets, generator, self.table.ranks)
@@ -197,6 +215,10 @@ class Analysis:
 
     def of(self, root: Callable[[Any], Tensor], inputs: Any) -> Batch:
         """Squared norms of the per-sample gradients of ``root(outputs)``, a sum over samples."""
+        analyze = partial(self._of, root, inputs)
+        return self._others.without_cuts(analyze, lambda batch: batch.samples.reached, lambda: self._fingerprint)
+
+    def _of(self, root: Callable[[Any], Tensor], inputs: Any) -> Batch:
         with self._prepared() as run:
             outputs = run(inputs)
             samples = run.backward(root(outputs))
@@ -219,14 +241,10 @@ class Analysis:
         self.trusts_shapes = False
 
     def differentiable(self) -> AbstractContextManager[None]:
-        """All analyzed parameters require a gradient inside, but those that hold codes and can't, and no others do.
-
-        Others are left alone where ranks gather them anew for each call, and where the result is differentiated, maybe in them.
-        """
+        """All analyzed parameters require a gradient inside, but those that hold codes and can't; no others do, if possible."""
         quantized = {id(self.table.tensors[position]) for position in self.table.quantized}
         analyzed = {id(p): p for p in (*self.table.tensors, *self.table.leaves) if id(p) not in quantized}
-        others = () if self.table.sharded or self._create_graph else self.model.parameters()
-        return requiring_grad(analyzed.values(), (p for p in others if self.table.position(p) is None))
+        return requiring_grad(analyzed.values(), self._others.parameters())
 
     @contextmanager
     def _prepared(self) -> Iterator[HookedForward]:

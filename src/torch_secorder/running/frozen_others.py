@@ -1,0 +1,64 @@
+"""Parameters that are not analyzed: they need no gradient meanwhile, unless those that are analyzed depend on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from torch import Tensor, nn
+
+from torch_secorder.errors import CoverageError
+from torch_secorder.model.parameters import ParameterTable
+from torch_secorder.model.restore import forked_random
+
+T = TypeVar("T")
+
+
+class FrozenOthers:
+    """Which parameters are frozen for the time of an analysis, to compute less.
+
+    That can cut off the graph of analyzed ones: re-entrant checkpointing gives parameters a gradient only if one of its inputs
+    has one, and models may ask for ``requires_grad`` themselves. So where some analyzed parameter is not reached, the batch is
+    run again with nothing frozen, once for each kind of graph.
+
+    Args:
+        model: the model.
+        table: its analyzed parameters.
+        allowed: whether any may be frozen.
+    """
+
+    def __init__(self, model: nn.Module, table: ParameterTable, *, allowed: bool):
+        self._model, self._table, self._allowed = model, table, allowed
+        self._whole: set[int] = set()  # Fingerprints of graphs that freezing does not cut.
+
+    def parameters(self) -> list[Tensor]:
+        """Those that are frozen."""
+        return [p for p in self._model.parameters() if self._table.position(p) is None] if self._allowed else []
+
+    def without_cuts(self, analyze: Callable[[], T], reached: Callable[[T], set[int]], kind: Callable[[], int]) -> T:
+        """What ``analyze`` finds of a batch, with nothing frozen if freezing takes gradients from analyzed parameters.
+
+        Args:
+            analyze: runs the batch.
+            reached: the positions of the parameters that the pass reached.
+            kind: the fingerprint of the latest graph.
+        """
+        if not any(p.requires_grad for p in self.parameters()):
+            return analyze()
+        try:
+            found = analyze()
+            before, graph = reached(found), kind()
+            if len(before) == len(self._table) or graph in self._whole:
+                return found
+        except CoverageError:  # Maybe none is reached.
+            self._allowed = False
+            with forked_random(self._table.tensors):
+                return analyze()
+        self._allowed = False
+        with forked_random(self._table.tensors):
+            again = analyze()
+        if reached(again) != before:
+            return again
+        self._allowed = True
+        self._whole.add(graph)
+        return found
