@@ -124,6 +124,29 @@ def wrong_rule():
     return nn.Sequential(Scale(), *model), loss, data
 
 
+class Tagger(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(7, 6), nn.Linear(6, 7)
+
+    def forward(self, ids, labels=None):
+        logits = self.head(torch.tanh(self.embedding(ids)).cumsum(1))
+        if labels is None:
+            return {"logits": logits}
+        return {"loss": nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()), "logits": logits}
+
+
+def named():
+    torch.manual_seed(0)
+    ids = torch.randint(7, (6, 5))
+    labels = ids.where(torch.arange(5) < torch.tensor([5, 3, 4, 2, 1, 5])[:, None], -100)
+
+    def loss(outputs, targets):
+        return nn.functional.cross_entropy(outputs["logits"].flatten(0, 1), targets.flatten())
+
+    return Tagger(), loss, {"ids": ids, "labels": labels}
+
+
 constant = 3
 """
 
@@ -477,6 +500,22 @@ def test_check_shows_both_numbers(folder: Path, capsys: pytest.CaptureFixture[st
         assert line.endswith("equal")
     assert main(["check", "setup_me.py:dropped", "--seed", "1", "--parameters", "all"]) == 0
     assert "8 samples, in eval mode" in capsys.readouterr().out
+
+
+def test_batches_with_names(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The model's own loss and the same loss outside of it are the same, in report and in check."""
+    traces = []
+    for options in (["--labels", "labels"], ["--loss", "model"]):
+        assert main(["report", "setup_me.py:named", *options, "--csv", "named.csv"]) == 0
+        traces.append(list(read_report("named.csv")["fisher_trace"]))
+        assert main(["check", "setup_me.py:named", *options]) == 0
+        assert "the library and the loop agree (empirical Fisher, mean over 6 samples)" in capsys.readouterr().out
+    assert traces[0] == pytest.approx(traces[1], rel=1e-5)
+    assert main(["report", "setup_me.py:named", "--labels", "targets"]) == 1
+    assert "has no such entry; it has ids, labels" in capsys.readouterr().err
+    assert main(["check", "setup_me.py:build", "--loss", "model"]) == 1
+    assert "without a loss" in capsys.readouterr().err
+    assert main(["report", "setup_me.py:named", "--loss", "mine"]) == 2
 
 
 def _first_batch(folder: Path) -> Path:

@@ -181,7 +181,10 @@ class Comparing(nn.Linear):
     ("model", "loss", "data", "words"),
     [
         (nn.Linear(4, 3), None, batch(), "loss_fn must be"),
-        (nn.Linear(4, 3), cross_entropy, batch()[0], "must be a pair"),
+        (nn.Linear(4, 3), cross_entropy, batch()[0], r"must be \(inputs, targets\) or a mapping"),
+        (nn.Linear(4, 3), "mine", batch(), 'or "model" for its own loss'),
+        (nn.Linear(4, 3), cross_entropy, {"x": batch()[0]}, "forward takes no 'x'"),
+        (nn.Linear(4, 3), "model", batch(), "returned a Tensor without a loss"),
         (Noisy(4, 3), cross_entropy, batch(), "draws random numbers in eval mode too"),
         (Copyless(4, 3), cross_entropy, batch(), "can't be copied"),
     ],
@@ -215,3 +218,82 @@ def test_check_passes_on_what_the_library_refuses() -> None:
     model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 3))
     with pytest.raises(UnsupportedError, match="BatchNorm1d"):
         check(model, cross_entropy, batch())
+
+
+class Tagger(nn.Module):
+    """A model with a loss of its own, as those of transformers have it."""
+
+    def __init__(self, reduction: str = "mean") -> None:
+        super().__init__()
+        self.embedding, self.head, self.reduction = nn.Embedding(7, 6), nn.Linear(6, 7), reduction
+
+    def forward(self, ids: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        logits = self.head(torch.tanh(self.embedding(ids).cumsum(1)))
+        if labels is None:
+            return {"logits": logits}
+        # In float32, whatever the model is in, as in transformers.
+        loss = cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction=self.reduction)
+        return {"loss": loss, "logits": logits}
+
+
+def tokens() -> dict[str, Tensor]:
+    """Four sequences, of which one has labels on all five positions, and the last on two."""
+    ids = torch.randint(7, (4, 5))
+    lengths = torch.tensor([5, 3, 4, 2])
+    return {"ids": ids, "labels": ids.where(torch.arange(5) < lengths[:, None], -100)}
+
+
+def share(tagger: Tagger, batch: dict[str, Tensor], sample: int) -> Tensor:
+    """A sequence's part of the batch's loss, from its logits and labels alone, times the number of sequences if it averages."""
+    logits = tagger(batch["ids"][sample : sample + 1])["logits"][0]
+    total = cross_entropy(logits, batch["labels"][sample], reduction="sum")
+    return total * 4 / (batch["labels"] != -100).sum() if tagger.reduction == "mean" else total
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("loss", ["model", lambda outputs, batch: outputs["loss"]], ids=["named", "read"])
+def test_the_models_own_loss(loss: Any, reduction: str) -> None:
+    model, data = Tagger(reduction), tokens()
+    found = check(model, loss, data)
+    assert found.attrs["equal"]
+    assert found.attrs["reduction"] == reduction
+    gradients = sample_gradients(model, loss, data, data)
+    for sample in range(4):
+        rows = torch.autograd.grad(share(model, data, sample), list(model.parameters()))
+        for (name, _), row in zip(model.named_parameters(), rows, strict=True):
+            torch.testing.assert_close(gradients[name][sample].float(), row, rtol=1e-4, atol=1e-6)
+
+
+def test_batches_with_names_and_with_more_than_two_parts() -> None:
+    data = tokens()
+
+    def loss(outputs: dict[str, Tensor], targets: Tensor) -> Tensor:
+        return cross_entropy(outputs["logits"].flatten(0, 1), targets.flatten())
+
+    named = check(Tagger(), loss, data, labels="labels")
+    assert named.attrs["equal"]
+    pair = check(Tagger(), lambda o, batch: loss(o, batch["labels"]), ({"ids": data["ids"]}, data))
+    assert pair.attrs["equal"]
+    x, y = batch()
+    assert check(classifier(), cross_entropy, (x, y, ["weights", "of", "the", "five", "samples"])).attrs["equal"]
+    with pytest.raises(ArgumentError, match="has no such entry; it has ids, labels"):
+        check(Tagger(), loss, data, labels="targets")
+
+
+class Contrastive(Tagger):
+    def forward(self, ids: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        found = super().forward(ids)["logits"].mean(1)
+        return {"loss": (found @ found.T).logsumexp(1).mean(), "logits": found}
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "words"),
+    [
+        (Contrastive(), tokens(), "compares samples"),
+        (Tagger(), tokens() | {"labels": torch.tensor([[-100] * 5] + [[1] * 5] * 3)}, "sample 0 alone is nan"),
+        (Tagger(), {name: rows[:1].repeat(4, 1) for name, rows in tokens().items()}, "so much alike"),
+    ],
+)
+def test_own_losses_without_a_loop_are_refused_in_words(model: nn.Module, data: Any, words: str) -> None:
+    with pytest.raises(ArgumentError, match=words):
+        sample_gradients(model, "model", data, None)

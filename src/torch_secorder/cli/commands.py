@@ -34,7 +34,7 @@ EXIT_CODES = (
 )
 SAME = (  # in a run that goes on
     *("fisher", "num_samples", "loss_type", "reduction", "parameters", "seed", "diagonal"),
-    *("class_axis", "ignore_index", "batch_axis"),
+    *("class_axis", "ignore_index", "batch_axis", "loss", "labels"),
 )
 POSITIVE, FROM_ZERO = click.IntRange(min=1), click.IntRange(min=0)
 FILE = click.Path(path_type=Path)
@@ -92,6 +92,13 @@ def _device(_context: click.Context, _option: click.Parameter, value: str | None
         raise click.BadParameter(f"{value!r} is not a device of torch's") from None
 
 
+def _batches(command: Callable[..., None]) -> Callable[..., None]:
+    """The options that say what the entries of batches are."""
+    labels = click.option("--labels", metavar="ENTRY", help="The entry of batches that are mappings with the targets.")
+    whose = "The loss that the model computes itself, in place of the one that the function returns."
+    return click.option("--loss", type=click.Choice(["model"]), help=whose)(labels(command))
+
+
 @main.command(epilog=EXIT_CODES)
 @click.argument("setup", callback=_setup, metavar="SETUP.py:FUNCTION")
 @click.option(
@@ -143,12 +150,13 @@ def _device(_context: click.Context, _option: click.Parameter, value: str | None
 @click.option("--save", type=FILE, metavar="STATE", help="Write the statistics to a file, to merge or to go on from.")
 @click.option("--every", type=POSITIVE, metavar="M", help="Write STATE after every M batches too.")
 @click.option("--resume", is_flag=True, help="Go on from STATE, if it is there.")
+@_batches
 @_tables
 def report(setup: Setup, by: str, max_batches: int | None, progress: bool | None, **options: Any) -> None:
     """The Fisher trace of every parameter of a model.
 
     Runs a function of yours that takes no argument and returns a torch.nn.Module, a loss(outputs, targets) (or None, where
-    --fisher needs none), and an iterable of (inputs, targets), such as a DataLoader.
+    --fisher needs none), and an iterable of (inputs, targets) or of mappings, such as a DataLoader.
     """
     path, every, resume, seed = (options.pop(name) for name in ("save", "every", "resume", "seed"))
     diagonal: Path | None = options.pop("diagonal")
@@ -160,12 +168,13 @@ def report(setup: Setup, by: str, max_batches: int | None, progress: bool | None
     if seed is not None:
         torch.manual_seed(seed)
     generator = fresh_generator(None if seed is None else torch.Generator().manual_seed(seed))
-    with setup.built() as (model, loss, data):
+    with setup.built() as (model, built_loss, data):
         journal = None
         if path is not None:
             given = options | {"seed": seed, "diagonal": diagonal is not None}
             same = {name: given[name] for name in SAME}
             journal = Journal(path, every, model, same, generator)
+        loss = options.pop("loss") or built_loss
         earlier = journal.resumed() if journal and resume and path.exists() else None
         with _running(setup, journal):
             shown = sys.stderr.isatty() if progress is None else progress
@@ -199,7 +208,8 @@ def report(setup: Setup, by: str, max_batches: int | None, progress: bool | None
 )
 @click.option("--seed", type=int, metavar="N", help="For torch.manual_seed before SETUP.py is run.")
 @click.option("--verify/--no-verify", default=True, help="Let the library check itself too.  [default: verify]")
-def check(setup: Setup, seed: int | None, **options: Any) -> None:
+@_batches
+def check(setup: Setup, seed: int | None, loss: str | None, **options: Any) -> None:
     """The traces of the first batch beside those of a plain float64 loop over its samples.
 
     Takes the same function as report. The exit code is 1 if a trace is different, which one is not that differs by the
@@ -207,11 +217,11 @@ def check(setup: Setup, seed: int | None, **options: Any) -> None:
     """
     if seed is not None:
         torch.manual_seed(seed)
-    with setup.built() as (model, loss, data), _running(setup, None):
+    with setup.built() as (model, built_loss, data), _running(setup, None):
         batch = next(iter(batches(data, 1)), None)
         if batch is None:
             raise CommandError(f"the data of {setup} has no batch")
-        found = testing.check(model, loss, batch, **options)
+        found = testing.check(model, loss or built_loss, batch, **options)
     print(checked_as_text(found))
     if not found.attrs["equal"]:
         different = [str(name) for name in found.index[found["verdict"] == "different"]]

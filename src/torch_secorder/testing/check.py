@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -9,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from torch_secorder.approximations.batches import LabeledBatch, Layout
 from torch_secorder.approximations.fisher_report import fisher_results
-from torch_secorder.arguments import require_callable
 from torch_secorder.errors import ArgumentError, VerificationError
 from torch_secorder.model.names import plain_name
 from torch_secorder.model.parameters import unwrapped
 from torch_secorder.model.restore import eval_mode, forked_random, random_state, restoring_buffers
+from torch_secorder.running.own_loss import loss_function
 from torch_secorder.tables import table
 from torch_secorder.testing.sample_loop import Loss, float64_copy, in_float64, run, sample_gradients
 
@@ -40,7 +42,9 @@ class _Numbers:
         return (self.traces - loop).abs() <= relative * loop.abs() + of_total * loop.sum()
 
 
-def check(model: nn.Module, loss_fn: Loss, batch: tuple[Any, Any], **options: Any) -> pd.DataFrame:
+def check(
+    model: nn.Module, loss_fn: Loss | str, batch: Any, *, labels: str | None = None, **options: Any
+) -> pd.DataFrame:
     """The Fisher traces of one batch by this library and by a plain float64 loop over its samples, side by side.
 
     The loop takes a forward and a backward pass for each sample, so a batch of eight or so is enough. Where the model draws
@@ -48,8 +52,10 @@ def check(model: nn.Module, loss_fn: Loss, batch: tuple[Any, Any], **options: An
 
     Args:
         model: the model, which stays as it is.
-        loss_fn: from ``(outputs, targets)`` to a scalar that averages or sums over the batch.
-        batch: ``(inputs, targets)``, as for :func:`~torch_secorder.fisher_report`.
+        loss_fn: from ``(outputs, targets)`` to a scalar that averages or sums over the batch; "model" for the loss that the model
+            computes itself.
+        batch: one batch as for :func:`~torch_secorder.fisher_report`: ``(inputs, targets)`` and what may follow, or a mapping.
+        labels: the entry of a mapping that has the targets, as there.
         options: those of :func:`~torch_secorder.fisher_results`, such as ``parameters`` and ``batch_axis``. The loop needs
             samples that an axis counts: not ``n_samples`` and ``sample_of``.
 
@@ -74,37 +80,37 @@ def check(model: nn.Module, loss_fn: Loss, batch: tuple[Any, Any], **options: An
         >>> list(checked["verdict"]), checked.attrs["equal"]
         (['equal', 'equal', 'equal', 'equal'], True)
     """
-    require_callable("loss_fn", loss_fn)
-    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-        raise ArgumentError(f"batch must be a pair (inputs, targets), not a {type(batch).__name__}")
+    loss_function(loss_fn)  # Nonsense is refused before anything runs.
+    if not isinstance(batch, Mapping) and not (isinstance(batch, (tuple, list)) and len(batch) >= 2):
+        raise ArgumentError(f"batch must be (inputs, targets) or a mapping, not a {type(batch).__name__}")
     if given := [name for name in ("n_samples", "sample_of") if options.get(name) is not None]:
         raise ArgumentError(f"the loop over samples takes samples that an axis counts, and no {given[0]}=")
-    inputs, targets = batch
     bare = unwrapped(model)
-    random = _draws(bare, inputs)
+    parts = Layout(bare, labels, labels_go_in=loss_fn == "model", ids=options.get("ids")).parts(batch)
+    random = _draws(bare, parts.inputs)
     with eval_mode(bare) if random else nullcontext():
-        if random and _draws(bare, inputs):
+        if random and _draws(bare, parts.inputs):
             raise ArgumentError(
                 f"{type(bare).__name__} draws random numbers in eval mode too, which a loop over samples can't repeat: switch "
                 "them off for the check"
             )
-        rows, facts = _compared(bare, loss_fn, inputs, targets, options)
+        rows, facts = _compared(bare, loss_fn, batch, parts, options | {"labels": labels})
     facts |= {"mode": "eval" if random else "as it is", "equal": all(row["verdict"] != "different" for row in rows)}
     return table(rows, "parameter", **facts)
 
 
 def _compared(
-    model: nn.Module, loss_fn: Loss, inputs: Any, targets: Any, options: dict[str, Any]
+    model: nn.Module, loss_fn: Loss | str, batch: Any, parts: LabeledBatch, options: dict[str, Any]
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """The table's rows, and what holds for all of them."""
-    report = fisher_results(model, loss_fn, [(inputs, targets)], progress=False, **options).report()
+    report = fisher_results(model, loss_fn, [batch], progress=False, **options).report()
     library = _Numbers(
         [str(name) for name in report.index],
         torch.tensor(list(report["fisher_trace"]), dtype=torch.float64, device="cpu"),
     )
     reduction, n = report.attrs["reduction"], report.attrs["n_samples"]
     axis = options.get("batch_axis") or 0
-    gradients = sample_gradients(model, loss_fn, inputs, targets, names=library.names, batch_axis=axis)
+    gradients = sample_gradients(model, loss_fn, parts.inputs, parts.targets, names=library.names, batch_axis=axis)
     loop = torch.stack([_trace(g, reduction) for g in gradients.values()]).cpu()
     if (seen := len(next(iter(gradients.values())))) != n:
         raise VerificationError(
@@ -116,7 +122,7 @@ def _compared(
     equal = torch.where(single, library.agree_with(loop, _SINGLE), library.agree_with(loop, _EXACT))
     rounding = equal
     if not bool(equal.all()):
-        rounding = _in_float64_too(model, loss_fn, inputs, targets, options).agree_with(loop, _EXACT)
+        rounding = _in_float64_too(model, loss_fn, batch, options).agree_with(loop, _EXACT)
     return [
         {
             "parameter": name,
@@ -131,10 +137,9 @@ def _compared(
     ], {"reduction": reduction, "n_samples": n}
 
 
-def _in_float64_too(model: nn.Module, loss_fn: Loss, inputs: Any, targets: Any, options: dict[str, Any]) -> _Numbers:
+def _in_float64_too(model: nn.Module, loss_fn: Loss | str, batch: Any, options: dict[str, Any]) -> _Numbers:
     """The library's traces of the float64 model."""
-    batch = in_float64(inputs), in_float64(targets)
-    results = fisher_results(float64_copy(model), in_float64(loss_fn), [batch], progress=False, **options)
+    results = fisher_results(float64_copy(model), in_float64(loss_fn), [in_float64(batch)], progress=False, **options)
     report = results.report()
     return _Numbers(
         [str(name) for name in report.index],

@@ -14,6 +14,8 @@ from torch_secorder.errors import ArgumentError
 from torch_secorder.model.containers import mapped, tensors
 from torch_secorder.model.names import plain_name
 from torch_secorder.model.parameters import unwrapped
+from torch_secorder.running.own_loss import loss_function
+from torch_secorder.testing.own_loss_loop import gradients_of_own_loss
 
 Loss = Callable[[Any, Any], Tensor]
 
@@ -23,7 +25,7 @@ NEAR = 1e-6
 
 def sample_gradients(
     model: nn.Module,
-    loss_fn: Loss,
+    loss_fn: Loss | str,
     inputs: Any,
     targets: Any,
     *,
@@ -36,10 +38,12 @@ def sample_gradients(
     Each sample runs alone through a float64 copy of the model. Its output takes its row among the batch's outputs, which are
     constants, and the loss of that batch is differentiated, times the number of samples if the loss averages. That is the
     definition of a sample's loss also where the loss's normalizer is not the number of samples (class weights, ``ignore_index``).
+    A loss that the model computes itself has no such row. Each sample's loss alone is differentiated then, and counts for what it
+    does in the batch: least squares say it, by which the gradient of the batch's loss is a weighted sum of those alone.
 
     Args:
         model: the model, which stays as it is; it runs in its current mode.
-        loss_fn: from ``(outputs, targets)`` to a scalar.
+        loss_fn: from ``(outputs, targets)`` to a scalar; "model" for the loss that the model computes itself.
         inputs: a batch: a tensor, a tuple of positional arguments, or a mapping of keyword arguments.
         targets: whatever the loss takes.
         names: of the parameters; by default of all that require a gradient.
@@ -64,7 +68,7 @@ def sample_gradients(
         torch.Size([8, 2, 3])
     """
     axes = _axes(batch_axis)
-    loop = _Loop(float64_copy(model), in_float64(loss_fn), in_float64(inputs), in_float64(targets), axes)
+    loop = _Loop(float64_copy(model), in_float64(loss_function(loss_fn)), in_float64(inputs), in_float64(targets), axes)
     named = {plain_name(name): p for name, p in loop.model.named_parameters()}
     wanted = [name for name, p in named.items() if p.requires_grad] if names is None else list(names)
     if unknown := [name for name in wanted if name not in named]:
@@ -116,6 +120,8 @@ class _Loop:
 
     def gradients(self, named: Mapping[str, Tensor], reduction: str | None) -> dict[str, Tensor]:
         """A row for each sample, and a table for each parameter."""
+        if self._loss_is_inside():
+            return gradients_of_own_loss(self._loss_of_samples, self.n, named, reduction)
         factor = self.n if (reduction or self._reduction()) == "mean" else 1
         rows = [self._gradients_of(sample, list(named.values()), factor) for sample in range(self.n)]
         return {name: torch.stack(column) for name, column in zip(named, zip(*rows, strict=True), strict=True)}
@@ -146,6 +152,24 @@ class _Loop:
             return torch.cat([batch.narrow(where, 0, sample), row.reshape(expected.shape), after], where)
 
         return mapped(replaced, self.outputs)
+
+    def _loss_is_inside(self) -> bool:
+        """Whether the loss depends on a number that the model returns, which would be NaN if that number were."""
+
+        def without(x: Tensor) -> Tensor:
+            return torch.full_like(x, torch.nan) if x.dim() == 0 and x.is_floating_point() else x
+
+        if not any(x.dim() == 0 for x in tensors(self.outputs)):
+            return False
+        with torch.no_grad():
+            whole = self._loss(self.outputs, self.targets).isfinite()
+            return bool(whole & self._loss(mapped(without, self.outputs), self.targets).isnan())
+
+    def _loss_of_samples(self, samples: list[int]) -> Tensor:
+        """The loss of some samples that run together, and apart from the others."""
+        with torch.enable_grad():
+            outputs = self._run(self._rows("inputs", self.inputs, samples))
+            return self._loss(outputs, self._rows("targets", self.targets, samples))
 
     def _reduction(self) -> str:
         """Whether the loss averages or sums."""
@@ -188,6 +212,8 @@ class _Loop:
     def _loss(self, outputs: Any, targets: Any) -> Tensor:
         try:
             return self.loss_fn(outputs, targets)
+        except ArgumentError:
+            raise
         except Exception as error:
             raise ArgumentError(
                 f"the loss raised {type(error).__name__} on outputs in float64 ({str(error)[:200]}): what it keeps (class "

@@ -1,0 +1,105 @@
+"""The loop for losses that a model computes itself, of which no output has a row for each sample."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from torch_secorder.errors import ArgumentError
+
+# Models compute their loss in float32 also where everything else is in float64 (transformers does), so that its last bits are
+# lost. The gradients of two samples may be alike, but not so much that those bits decide what each counts for.
+NEAR, ALIKE = 1e-5, 1e-2
+
+
+def gradients_of_own_loss(
+    loss_of: Callable[[list[int]], Tensor], n: int, named: Mapping[str, Tensor], reduction: str | None
+) -> dict[str, Tensor]:
+    """Every sample's gradient: parameter name -> ``[n, *shape]``.
+
+    Each sample runs alone. An average over tokens counts a sample in its batch by its length, so what a sample counts for
+    comes from the gradient of the batch's loss, which is a weighted sum of the gradients alone.
+
+    Args:
+        loss_of: the loss of some samples of the batch, run together.
+        n: how many samples there are.
+        named: the parameters.
+        reduction: whether the loss averages or sums; found out if it isn't said.
+
+    Raises:
+        ArgumentError: if the loss neither averages nor sums, compares samples, or has no value for a sample alone.
+    """
+    parameters = list(named.values())
+    alone = [_gradients_alone(loss_of, sample, parameters) for sample in range(n)]
+    weights = _weights(alone, _gradients(loss_of(list(range(n))), parameters))
+    if (reduction or _reduction(loss_of, n)) == "mean":
+        weights = n * weights
+    rows = [[weight * g for g in gradients] for weight, gradients in zip(weights, alone, strict=True)]
+    return {name: torch.stack(column) for name, column in zip(named, zip(*rows, strict=True), strict=True)}
+
+
+def _gradients_alone(loss_of: Callable[[list[int]], Tensor], sample: int, parameters: Sequence[Tensor]) -> list[Tensor]:
+    """The gradient of a sample's loss, without the others."""
+    loss = loss_of([sample])
+    if not bool(loss.isfinite()):
+        raise ArgumentError(
+            f"the loss that the model computes of sample {sample} alone is {float(loss.detach())}, so that there is no loop to "
+            "compare with: leave it out of the batch"
+        )
+    return _gradients(loss, parameters)
+
+
+def _gradients(loss: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
+    """The gradient of a loss in each parameter, zero where the loss doesn't reach it."""
+    if not loss.requires_grad:
+        return [torch.zeros_like(p) for p in parameters]
+    found = torch.autograd.grad(loss, list(parameters), allow_unused=True)
+    return [torch.zeros_like(p) if g is None else g.to_dense() for p, g in zip(parameters, found, strict=True)]
+
+
+def _reduction(loss_of: Callable[[list[int]], Tensor], n: int) -> str:
+    """Whether the loss averages or sums, by giving it a sample twice."""
+    for sample in range(n):
+        once, twice = (float(loss_of(samples).detach()) for samples in ([sample], [sample, sample]))
+        for reduction, multiple in (("mean", 1), ("sum", 2)):
+            if once and abs(twice - multiple * once) <= NEAR * abs(once):
+                return reduction
+    raise ArgumentError(
+        "the loss that the model computes is neither the same nor twice as large for a sample that is given twice: say "
+        'reduction="mean" or "sum"'
+    )
+
+
+def _weights(alone: Sequence[Sequence[Tensor]], batch: Sequence[Tensor]) -> Tensor:
+    """What each sample's gradient counts for in that of the batch, by least squares; 0 where a sample has none."""
+    sizes = torch.tensor([float(_product(g, g)) ** 0.5 for g in alone], dtype=torch.float64)
+    used = [sample for sample, size in enumerate(sizes.tolist()) if size]
+    weights = torch.zeros(len(alone), dtype=torch.float64, device=batch[0].device)
+    if not used:
+        return weights
+    gram = torch.tensor(
+        [[float(_product(alone[i], alone[j]) / (sizes[i] * sizes[j])) for j in used] for i in used], dtype=torch.float64
+    )
+    if float(torch.linalg.eigvalsh(gram)[0]) < ALIKE**2 * len(used):
+        raise ArgumentError(
+            "the gradients of the samples are so much alike that what each counts for in the loss that the model computes can't "
+            "be told: give other samples, or fewer"
+        )
+    along = torch.tensor([float(_product(alone[i], batch) / sizes[i]) for i in used], dtype=torch.float64)
+    weights[used] = (torch.linalg.solve(gram, along) / sizes[used]).to(weights)
+    left = [
+        b - sum(w * g for w, g in zip(weights, column, strict=True)) for b, *column in zip(batch, *alone, strict=True)
+    ]
+    if float(_product(left, left)) ** 0.5 > NEAR * float((weights.cpu() * sizes).abs().sum()):
+        raise ArgumentError(
+            "the gradient of the batch's loss is no weighted sum of the gradients of the samples alone: the loss that the model "
+            "computes compares samples, which have no gradients of their own then"
+        )
+    return weights
+
+
+def _product(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+    """The inner product over all parameters, the real part for complex ones."""
+    return sum((torch.vdot(x.flatten(), y.flatten()).real for x, y in zip(a, b, strict=True)), start=torch.zeros(()))
