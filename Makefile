@@ -45,7 +45,7 @@ doctest: $(READY)  ## the examples in the docstrings
 examples: $(READY)  ## run every example as a user would
 	@mkdir -p build/examples
 	@set -e; for example in $(EXAMPLES); do \
-		case $$example in *quantize_pretrained.py | *which_curvature.py) options=--quick;; *) options=;; esac; \
+		case $$example in *quantize_*.py | *which_curvature.py) options=--quick;; *) options=;; esac; \
 		echo "$$example $$options"; \
 		(cd build/examples && ../../$(BIN)/python -W error ../../$$example $$options > /dev/null); done
 
