@@ -216,6 +216,48 @@ def test_samples_on_another_axis() -> None:
         torch.testing.assert_close(gates.fisher[name], expected, rtol=1e-4, atol=1e-12)
 
 
+class Nodes(nn.Sequential):
+    """Rows are nodes of graphs; ``graph`` says of which."""
+
+    def forward(self, x: Tensor, graph: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+class FeaturesFirst(nn.Sequential):
+    """Inputs have their samples on the second axis."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.T)
+
+
+def gates_by_hand(model: nn.Sequential, parts: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    """Gates on the output of the first layer and, in two blocks, on the input of the last, one sample at a time."""
+    found = {"0": torch.zeros(6).double(), "2": torch.zeros(2).double()}
+    for x, y in parts:
+        masks = [torch.ones_like(total, requires_grad=True) for total in found.values()]
+        hidden = model[1](model[0](x) * masks[0])
+        loss = cross_entropy(model[2](hidden * masks[1].repeat_interleave(3)), y, reduction="sum")
+        for total, g in zip(found.values(), torch.autograd.grad(loss, masks), strict=True):
+            total += g.square() / len(parts)
+    return found
+
+
+@pytest.mark.parametrize("words", ["sample_of", "n_samples"])
+def test_samples_that_the_user_counts(words: str) -> None:
+    graph, x, y = torch.tensor([0, 0, 1, 2, 2, 2, 1]), torch.randn(7, 4).double(), torch.randint(3, (7,))
+    layers = nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)
+    model = (Nodes if words == "sample_of" else FeaturesFirst)(*layers).double()
+    told: dict[str, Any] = {"sample_of": "graph"} if words == "sample_of" else {"n_samples": 7}
+    given = (x, graph) if words == "sample_of" else (x.T,)
+    with Gates(model, {"0": {}, "2": {"side": "input", "groups": 2}}, "sum", **told) as gates:
+        cross_entropy(model(*given), y, reduction="sum").backward()
+    rows = [graph == n for n in range(3)] if words == "sample_of" else list(torch.eye(7).bool())
+    expected = gates_by_hand(model, [(x[where], y[where]) for where in rows])
+    assert gates.n_samples == len(rows)
+    for name, values in expected.items():
+        torch.testing.assert_close(gates.fisher[name], values, rtol=1e-10, atol=0)
+
+
 def test_two_calls_share_the_gates_on_their_input() -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:

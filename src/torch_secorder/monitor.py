@@ -139,7 +139,8 @@ class FisherMonitor(HookScope):
             patterns of names to "full", "rows" (the sum for each output channel) or "columns" (for each input channel), as in
             ``{"*.weight": "rows", "lm_head.weight": "columns"}``. Of several patterns that match, the last counts; parameters
             that none matches are left out.
-        per_sample: also keep every t_{n,p}.
+        per_sample: also keep every t_{n,p}. Rows are in the order in which samples came; a monitor sees no batches, so that names
+            for them are for the loop to collect: ``monitor.per_sample.set_axis(ids)``.
         activations: also keep the Fisher trace and the moments of every module's output.
         on_output: a function that is called in the backward pass with each module's name, its output without a graph, and the
             gradient of the loss in it, both with the samples first: for sums over channels, samples or positions of one's own.

@@ -105,6 +105,27 @@ def test_every_watched_step_is_exact(reduction: str, accumulate: int, tmp_path: 
         assert row["fisher_trace_stderr"] == pytest.approx(float(spread), rel=1e-8)
 
 
+class Flat(Classifier):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x.view(-1, 4))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        return self.loss_fn(self(x.flatten()), y)
+
+
+def test_samples_that_the_user_counts(tmp_path: Path) -> None:
+    plain, told = FisherCallback(every=2), FisherCallback(every=2, n_samples=4)
+    module = Classifier()
+    flat = Flat()
+    flat.load_state_dict(module.state_dict())
+    fit(module, [plain], tmp_path)
+    fit(flat, [told], tmp_path)
+    assert len(told.history) == len(plain.history) == 3
+    for row, expected in zip(told.history, plain.history, strict=True):
+        assert row == pytest.approx(expected, rel=1e-10)
+
+
 def test_only_watched_steps_are_hooked_and_training_is_the_same(tmp_path: Path) -> None:
     module, recorder = Classifier(), Recorder()
     plain = copy.deepcopy(module)

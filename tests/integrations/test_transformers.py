@@ -211,6 +211,41 @@ def test_every_watched_step_is_exact(case: str, accumulate: int, tmp_path: Path)
             assert "fisher_trace_stderr" not in row
 
 
+class Graphs(PreTrainedModel):
+    """Rows are nodes, and a graph's prediction is the sum over its nodes."""
+
+    config_class = Config
+
+    def __init__(self, config: Config):
+        super().__init__(config)
+        self.net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+
+    def forward(self, x: Tensor, graph: Tensor, labels: Tensor) -> SequenceClassifierOutput:
+        logits = x.new_zeros(len(labels), 3).index_add(0, graph, self.net(x))
+        return SequenceClassifierOutput(loss=nn.functional.cross_entropy(logits, labels), logits=logits)
+
+
+def collated(samples: list[Sample]) -> Sample:
+    """The nodes of all graphs one after the other, as PyTorch Geometric has them."""
+    graph = torch.cat([torch.full((len(sample["x"]),), number) for number, sample in enumerate(samples)])
+    labels = torch.stack([sample["labels"] for sample in samples])
+    return {"x": torch.cat([sample["x"] for sample in samples]), "graph": graph, "labels": labels}
+
+
+def test_samples_that_the_user_counts(tmp_path: Path) -> None:
+    sizes = [3, 1, 4, 2, 2, 5, 1, 3]
+    samples = [{"x": torch.randn(k, 4, dtype=torch.float64), "labels": torch.randint(3, ())} for k in sizes]
+    model, recorder, callback = Graphs(Config()).double(), Recorder(), FisherCallback(every=1, sample_of="graph")
+    trainer = trainer_for(model, samples, [callback, recorder], tmp_path, per_device_train_batch_size=4)
+    trainer.data_collator = collated
+    trainer.train()
+    assert len(callback.history) == len(recorder.models) == 2
+    for row, before, part in zip(callback.history, recorder.models, (samples[:4], samples[4:]), strict=True):
+        shares = [before(**collated([sample])).loss / 4 for sample in part]
+        everything = torch.stack(list(squared_norms(before, shares).values())).sum(0)
+        assert row["fisher_trace"] == pytest.approx(float(everything.mean()), rel=1e-8)
+
+
 def test_micro_batches_give_what_one_batch_gives(tmp_path: Path) -> None:
     """The point of num_items_in_batch: 2 x 3 samples are 1 x 6, here and in a plain monitor with a plain loss."""
     model, samples = language_model(), texts(6)

@@ -184,7 +184,9 @@ def fisher_results(
         diagonal: also keep the Fisher diagonal, a tensor of each parameter's size, or the sums that a mapping from patterns of
             names to "full", "rows" or "columns" asks for; see :class:`FisherMonitor`.
         per_sample: also keep every sample's squared norms; under "exact" their expectations.
-        activations: also keep the Fisher trace and the moments of every module's output.
+        activations: also keep the Fisher trace and the moments of every module's output. Sums of one's own are for a
+            loop of one's own: ``FisherMonitor(on_output=)``, since under "exact" a sample has many gradients with weights, of
+            which no single one is the one that a function should see.
         ids: what the rows of ``per_sample`` are called: the entry of batches that are mappings, which the model is not given;
             the place in batches that are sequences, 2 for what follows inputs and targets; or a function of a batch. Ids are a
             list of names or numbers, or a tensor of integers.

@@ -12,7 +12,7 @@ from torch_secorder.arguments import (
     OnError,
     Reduction,
 )
-from torch_secorder.batch_axis.told import BatchAxis
+from torch_secorder.batch_axis.told import BatchAxis, NSamples, SampleOf
 from torch_secorder.errors import LifecycleError
 from torch_secorder.integrations.watching import WatchingCallback, missing, single_process
 from torch_secorder.model.selection import Selection
@@ -52,7 +52,8 @@ class FisherCallback(WatchingCallback, Callback):  # type: ignore[misc] # Lightn
         noise_decay: the gradient noise scale's two parts are averaged over the watched steps with weights
             ``noise_decay ** age`` before they are divided, since those of a single step scatter widely. 0 takes each step
             by itself; None logs no noise scale.
-        **options: ``parameters``, ``batch_axis`` and ``nonfinite`` of :class:`~torch_secorder.FisherMonitor`.
+        **options: ``parameters``, ``batch_axis``, ``n_samples``, ``sample_of`` and ``nonfinite`` of
+            :class:`~torch_secorder.FisherMonitor`.
 
     Attributes:
         history: a dict for each watched step: ``step``, and what was logged.
@@ -82,9 +83,12 @@ class FisherCallback(WatchingCallback, Callback):  # type: ignore[misc] # Lightn
         noise_decay: float | None = 0.9,
         parameters: Selection = "trainable",
         batch_axis: BatchAxis = None,
+        n_samples: NSamples = None,
+        sample_of: SampleOf = None,
         nonfinite: OnError | None = None,
     ):
-        super().__init__(every, by, noise_decay, parameters=parameters, batch_axis=batch_axis, nonfinite=nonfinite)
+        samples = {"batch_axis": batch_axis, "n_samples": n_samples, "sample_of": sample_of}
+        super().__init__(every, by, noise_decay, parameters=parameters, nonfinite=nonfinite, **samples)
         self._module, self._reduction = module, reduction
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:

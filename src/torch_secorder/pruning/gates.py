@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from torch_secorder.arguments import Reduction, RepeatedCalls, loss_scale_value, require_choice
 from torch_secorder.batch_axis.knowledge import knowledge_of
-from torch_secorder.batch_axis.told import BatchAxis, told
+from torch_secorder.batch_axis.told import BatchAxis, NSamples, SampleOf, told
 from torch_secorder.capture.records import HookedModule
 from torch_secorder.errors import LifecycleError
 from torch_secorder.model.hooks import HookScope
@@ -71,7 +71,10 @@ class Gates(HookScope):
             convolutions and linear layers. For structured pruning of networks with BatchNorm, watch ``(nn.BatchNorm2d,)``.
         reduction: how the loss that is differentiated combines its samples, "mean" or "sum".
         loss_scale: the factor that the loss was multiplied by.
-        batch_axis: where the samples are counted, if not on axis 0; as in :class:`~torch_secorder.FisherMonitor`.
+        batch_axis: where the samples are counted, if not on axis 0; as in :class:`~torch_secorder.FisherMonitor`, like the next
+            two.
+        n_samples: see there.
+        sample_of: see there.
         repeated_calls: what two calls of the model in one backward pass mean, as there.
 
     Attributes:
@@ -107,12 +110,15 @@ class Gates(HookScope):
         *,
         loss_scale: float = 1.0,
         batch_axis: BatchAxis = None,
+        n_samples: NSamples = None,
+        sample_of: SampleOf = None,
         repeated_calls: RepeatedCalls | None = None,
     ):
         require_choice("reduction", reduction, ("mean", "sum"))
         require_choice("repeated_calls", repeated_calls, (None, "same", "new"))
         self._model, self._reduction, self._loss_scale = unwrapped(model), reduction, loss_scale_value(loss_scale)
-        self._words, self._passes = told(self._model, batch_axis), PassOptions({"diagonal": True}, repeated_calls)
+        self._words = told(self._model, batch_axis, n_samples, sample_of)
+        self._passes = PassOptions({"diagonal": True}, repeated_calls)
         placement = self._words.placement
         self.places, named = gate_places(self._model, modules), dict(named_modules(self._model))
         self._sites = [
