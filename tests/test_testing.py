@@ -264,6 +264,13 @@ def test_the_models_own_loss(loss: Any, reduction: str) -> None:
             torch.testing.assert_close(gradients[name][sample].float(), row, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_a_loss_in_float32_is_no_difference(dtype: torch.dtype) -> None:
+    found = check(Tagger().to(dtype), "model", tokens())
+    assert found.attrs["equal"]
+    assert found["relative_error"].max() > 1e-9  # what a loss in float32 loses
+
+
 def test_batches_with_names_and_with_more_than_two_parts() -> None:
     data = tokens()
 

@@ -18,7 +18,7 @@ from torch_secorder.model.parameters import unwrapped
 from torch_secorder.model.restore import eval_mode, forked_random, random_state, restoring_buffers
 from torch_secorder.running.own_loss import loss_function
 from torch_secorder.tables import table
-from torch_secorder.testing.sample_loop import Loss, float64_copy, in_float64, run, sample_gradients
+from torch_secorder.testing.sample_loop import Loss, float64_copy, in_float64, loss_dtype, run, sample_gradients
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -60,12 +60,13 @@ def check(
             samples that an axis counts: not ``n_samples`` and ``sample_of``.
 
     Returns:
-        A row for each parameter: ``library``, the trace that the library finds in the model's own precision; ``loop``, that of
-        the loop in float64; ``relative_error``; and the ``verdict``. ``"equal"``: they differ by 1e-4 of the loop's at most, 1e-8
-        if the parameter is in float64, or by 1e-12 (1e-20) of the total. ``"rounding"``: they differ by more than that, and the
-        library finds what the loop finds if it is given the float64 model too, so that the difference is the precision of the
-        model's own arithmetic. ``"different"``: one of the two is wrong. ``attrs`` say ``reduction``, ``n_samples``, ``mode``
-        ("as it is" or "eval"), and in ``equal`` whether no row is different.
+        A row for each parameter: ``library``, the trace that the library finds in the model's own precision; ``loop``, that
+        of the loop in float64; ``relative_error``; and the ``verdict``. ``"equal"``: they differ by 1e-4 of the loop's at
+        most, 1e-8 if the parameter is in float64 and so is its loss (models of transformers compute theirs in float32), or by
+        1e-12 (1e-20) of the total. ``"rounding"``: they differ by more than that, and the library finds what the loop finds
+        if it is given the float64 model too, so that the difference is the precision of the model's own arithmetic.
+        ``"different"``: one of the two is wrong. ``attrs`` say ``reduction``, ``n_samples``, ``mode`` ("as it is" or "eval"),
+        and in ``equal`` whether no row is different.
 
     Raises:
         ArgumentError: if there is no loop to compare with: model or loss don't run in float64, or on one sample alone.
@@ -119,10 +120,12 @@ def _compared(
         )
     dtypes = {plain_name(name): p.dtype for name, p in model.named_parameters()}
     single = torch.tensor([_is_single(dtypes[name]) for name in library.names], device="cpu")
-    equal = torch.where(single, library.agree_with(loop, _SINGLE), library.agree_with(loop, _EXACT))
+    loss_in = loss_dtype(model, loss_fn, parts.inputs, parts.targets, batch_axis=axis)
+    exact = _SINGLE if _is_single(loss_in) else _EXACT
+    equal = torch.where(single, library.agree_with(loop, _SINGLE), library.agree_with(loop, exact))
     rounding = equal
     if not bool(equal.all()):
-        rounding = _in_float64_too(model, loss_fn, batch, options).agree_with(loop, _EXACT)
+        rounding = _in_float64_too(model, loss_fn, batch, options).agree_with(loop, exact)
     return [
         {
             "parameter": name,

@@ -67,8 +67,7 @@ def sample_gradients(
         >>> found["weight"].shape
         torch.Size([8, 2, 3])
     """
-    axes = _axes(batch_axis)
-    loop = _Loop(float64_copy(model), in_float64(loss_function(loss_fn)), in_float64(inputs), in_float64(targets), axes)
+    loop = _loop(model, loss_fn, inputs, targets, batch_axis)
     named = {plain_name(name): p for name, p in loop.model.named_parameters()}
     wanted = [name for name, p in named.items() if p.requires_grad] if names is None else list(names)
     if unknown := [name for name in wanted if name not in named]:
@@ -76,6 +75,14 @@ def sample_gradients(
     for name in wanted:
         named[name].requires_grad_(True)
     return loop.gradients({name: named[name] for name in wanted}, reduction)
+
+
+def loss_dtype(
+    model: nn.Module, loss_fn: Loss | str, inputs: Any, targets: Any, *, batch_axis: int | Mapping[str, Any] = 0
+) -> torch.dtype:
+    """What the loop's loss is in: float64, but for models that compute their loss in float32 whatever they are in."""
+    loop = _loop(model, loss_fn, inputs, targets, batch_axis)
+    return loop.loss_dtype()
 
 
 def float64_copy(model: nn.Module) -> nn.Module:
@@ -117,6 +124,11 @@ class _Loop:
         self.n = counted[0]
         with torch.no_grad():
             self.outputs = self._run(inputs)
+
+    def loss_dtype(self) -> torch.dtype:
+        """That of the whole batch's loss."""
+        with torch.no_grad():
+            return self._loss(self.outputs, self.targets).dtype
 
     def gradients(self, named: Mapping[str, Tensor], reduction: str | None) -> dict[str, Tensor]:
         """A row for each sample, and a table for each parameter."""
@@ -219,6 +231,14 @@ class _Loop:
                 f"the loss raised {type(error).__name__} on outputs in float64 ({str(error)[:200]}): what it keeps (class "
                 "weights) must be in a module or a functools.partial, which the loop can copy in float64"
             ) from error
+
+
+def _loop(
+    model: nn.Module, loss_fn: Loss | str, inputs: Any, targets: Any, batch_axis: int | Mapping[str, Any]
+) -> _Loop:
+    """Model, loss and batch in float64."""
+    loss = in_float64(loss_function(loss_fn))
+    return _Loop(float64_copy(model), loss, in_float64(inputs), in_float64(targets), _axes(batch_axis))
 
 
 def _axes(batch_axis: int | Mapping[str, Any]) -> dict[str, int]:
