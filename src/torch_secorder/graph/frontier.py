@@ -329,17 +329,18 @@ class Frontier:
         """A value, and all that it was computed from and that meets no sample by itself on the way to it.
 
         A value that belongs to several samples, such as a sum of what each has and of what all share, was computed from more.
-        What goes through another node of the frontier, or through a call that has samples, is that node's or call's affair.
+        What goes through another node of the frontier, or through a call, is that node's or call's affair: a layer that is called
+        again counts in its first call what a way through that call would bring to its weight once more.
         """
         assert made_by is not None
         reached = list(_reached(made_by, self._ends))
-        closed = frozenset(self._closed.intersection(reached))
+        closed = frozenset(self._closed.union(self._targets).intersection(reached))
         found: list[tuple[Target, BatchFreeVjp]] = []
         for node in reached:
             if node in origins:
                 target = self._targets[node]
                 shape = self._table.rows[target].shape if isinstance(target, int) else tuple(target.shape)
-                found.append((target, batch_free_vjp((made_by, nr), node, shape, closed)))
+                found.append((target, batch_free_vjp((made_by, nr), node, shape, closed - {node})))
         return UsedValue(index, value_shape(made_by, nr), found)
 
 
