@@ -200,7 +200,7 @@ class SampleAlone:
         """
         tries = (self.squared_norms_of(partial(_times, factor, self._loss_in_batch))[0] / factor**2 for factor in (3, 5, 7))
         found = 4 * torch.stack([(squared - alone).abs() for squared in tries]).amax(0)  # three may miss the largest
-        return found.clamp(max=sample_alone(self.norms_in_batch.dtype, half).of_total * alone.nansum())
+        return found.clamp(max=sample_alone(self.norms_in_batch.dtype, half).of_total * alone[alone.isfinite()].sum())
 
     def _change_of_gradients(self, own: Any) -> list[Tensor | None]:
         """How the loss's gradient in the outputs changes by rounding: by nothing, if the outputs differ by more than that."""
