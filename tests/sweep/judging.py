@@ -44,6 +44,33 @@ def close(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
     return a.shape == b.shape and bool((a - b).abs().max() <= tolerance * (1 + b.abs().max()))
 
 
+class Wide(nn.Module):
+    """A model whose forward takes nothing in less than the sweep's dtype, and that keeps nothing of earlier forward passes.
+
+    Casts are only replaced while the model runs, since the library's own have to stay what they are.
+    """
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.model, self.dtype = model, dtype
+
+    def forward(self, **inputs: Tensor) -> Any:
+        forget(self.model)
+        with at_full_width(self.dtype):
+            return self.model(**inputs)
+
+
+def forget(model: nn.Module) -> None:
+    """Empties the tables of attention biases that LeViT and others keep, with their graphs, in evaluation mode."""
+    for module in model.modules():
+        for name in CACHES:
+            if isinstance(table := getattr(module, name, None), dict):
+                table.clear()
+
+
+CACHES = ("attention_bias_cache", "attention_biases_cache")
+
+
 class Judge:
     """The oracle for one model and its inputs, and what the library says beside it."""
 
@@ -61,24 +88,24 @@ class Judge:
     def _prepare(self, made: Made) -> None:
         torch.set_default_dtype(self.dtype)
         self._kept: dict[int, dict[str, Tensor]] = {}
-        self.model = copy.deepcopy(made.model).to(self.dtype)
+        forget(made.model)
+        self.model = Wide(copy.deepcopy(made.model).to(self.dtype), self.dtype)
         self.inputs = {k: v.to(self.dtype) if v.is_floating_point() else v for k, v in made.inputs.items()}
-        with at_full_width(self.dtype):
-            together = floating(self.model(**self.inputs), SAMPLES)
-            again = floating(self.model(**self.inputs), SAMPLES)
-            if any(not close(again[k], together[k], self.dtype) for k in together):
-                raise NotMadeError("draws random numbers in evaluation mode")
-            self.named = {k: p for k, p in self.model.named_parameters() if p.requires_grad}
-            self.truth = dict.fromkeys(self.named, 0.0)
-            self.reached: set[str] = set()
-            self.paths = [path for path in together if all(self._alone(n, path, together) for n in range(SAMPLES))]
-            self.beside = [path for path in together if path not in self.paths]
-            self.coupled = not self.paths
-            self.sums = {name: torch.zeros_like(p) for name, p in self.named.items()}
-            for n in range(SAMPLES if self.paths else 0):
-                self._sample(n)
-            if self.paths:
-                self._conservation()
+        together = floating(self.model(**self.inputs), SAMPLES)
+        again = floating(self.model(**self.inputs), SAMPLES)
+        if any(not close(again[k], together[k], self.dtype) for k in together):
+            raise NotMadeError("draws random numbers in evaluation mode")
+        self.named = {k: p for k, p in self.model.named_parameters() if p.requires_grad}
+        self.truth = dict.fromkeys(self.named, 0.0)
+        self.reached: set[str] = set()
+        self.paths = [path for path in together if all(self._alone(n, path, together) for n in range(SAMPLES))]
+        self.beside = [path for path in together if path not in self.paths]
+        self.coupled = not self.paths
+        self.sums = {name: torch.zeros_like(p) for name, p in self.named.items()}
+        for n in range(SAMPLES if self.paths else 0):
+            self._sample(n)
+        if self.paths:
+            self._conservation()
 
     def _outputs(self, n: int) -> dict[str, Tensor]:
         """Those of sample n alone."""
@@ -139,7 +166,7 @@ class Judge:
 
     def _said(self, run: Any) -> str:
         try:
-            with warnings.catch_warnings(), at_full_width(self.dtype):
+            with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 table = run()
         except Exception as error:

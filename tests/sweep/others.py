@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from .inputs import SAMPLES, Inputs, numbers, words
 from .making import PATIENCE, Made, NotMadeError, first_line, floating
 from .stand_in import stand_in
+from .tiny import timm_model, vit_model
 
-LARGEST = 8_000_000  # parameters: these models can't be made as small as those with a configuration
+LARGEST = 24_000_000  # parameters: these models can't be made as small as those with a configuration
 SMALL = re.compile(r"test_|atto|femto|pico|nano|zepto|micro|tiny|mini|small|xxs|xs|_s0|_t\b|18|050|lite|_xx?s")
 
 
@@ -85,6 +86,8 @@ def timm_architecture(name: str) -> Made:
     stand_in()
     import timm
 
+    if (known := timm_model(name)) is not None:
+        return tried(Positional(known.eval()), ({"x": numbers(3, side, side)} for side in (64, 96, 128, 224)))
     models = sorted(timm.list_models(module=name), key=lambda n: (not SMALL.search(n), len(n)))[:4]
     sizes: dict[tuple[str, int, int], int] = {}
     for place, model in enumerate(models):
@@ -147,6 +150,10 @@ def vit_names() -> list[str]:
 
 def vit_architecture(name: str) -> Made:
     stand_in()
+    torch.manual_seed(0)
+    if (known := vit_model(name)) is not None:
+        model, shape = known
+        return tried(Positional(model.eval()), iter([{"x": numbers(*shape)}]))
     module, _, kind = name.rpartition(".")
     built = getattr(importlib.import_module(f"vit_pytorch.{module}"), kind)
     takes = inspect.signature(built).parameters
@@ -175,21 +182,26 @@ def segmentation_names() -> list[str]:
 
     kinds = [n for n, k in vars(smp).items() if inspect.isclass(k) and issubclass(k, nn.Module)]
     return sorted(
-        [f"{kind} resnet18" for kind in kinds] + [f"Unet {e}" for e in ENCODERS if e in smp.encoders.encoders]
+        [f"{kind} {PLAIN}" for kind in kinds] + [f"Unet {encoder}" for encoder in ENCODERS]
     )
 
 
+PLAIN = "tu-test_resnet"  # Encoders of timm ("tu-"), since the library's own are subclasses of torchvision's.
 ENCODERS = (
-    "mobilenet_v2",
-    "efficientnet-b0",
-    "densenet121",
-    "vgg11",
-    "dpn68",
-    "xception",
+    "tu-mobilenetv2_050",
+    "tu-efficientnet_lite0",
+    "tu-densenet121",
+    "tu-vgg11",
+    "tu-dpn68",
     "mit_b0",
     "mobileone_s0",
-    "timm-regnetx_002",
+    "tu-regnetx_002",
 )
+DPT: dict[str, Any] = {
+    "decoder_intermediate_channels": (16, 32, 48, 64),
+    "decoder_fusion_channels": 32,
+    "dynamic_img_size": True,
+}
 
 
 def segmentation_architecture(name: str) -> Made:
@@ -198,8 +210,9 @@ def segmentation_architecture(name: str) -> Made:
 
     kind, encoder = name.split()
     torch.manual_seed(0)
+    more = DPT if kind == "DPT" else {}
     encoder = encoder if kind != "DPT" else "tu-vit_tiny_patch16_224"
-    model = getattr(smp, kind)(encoder, encoder_weights=None, classes=2).eval()
+    model = getattr(smp, kind)(encoder, encoder_weights=None, classes=2, **more).eval()
     return tried(Positional(model), ({"x": numbers(3, side, side)} for side in (64, 96, 128, 224)))
 
 

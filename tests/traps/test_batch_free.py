@@ -59,6 +59,12 @@ def a_whole_network(self: Any, x: Tensor) -> Tensor:
     return self.head(torch.cat([prompts.expand(len(x), -1, -1), x], 1).tanh().mean(1))
 
 
+def one_layer_twice(self: Any, x: Tensor) -> Tensor:
+    """On numbers that all samples share, and on what it made of them: the second call's way leads through the first one."""
+    shared = self.layer(self.numbers)
+    return self.head((x + self.layer(shared.tanh()) * shared).tanh().mean(1))
+
+
 BATCH_FREE: dict[str, Make] = {
     "a position bias": lambda: made(
         position_bias,
@@ -81,6 +87,9 @@ BATCH_FREE: dict[str, Make] = {
     ),
     "a whole network": lambda: made(
         a_whole_network, prompts=torch.randn(2, 4), first=nn.Linear(4, 5), second=nn.Linear(5, 4), head=nn.Linear(4, 3)
+    ),
+    "one layer twice": lambda: made(
+        one_layer_twice, {"numbers": torch.randn(3, 4)}, layer=nn.Linear(4, 4), head=nn.Linear(4, 3)
     ),
 }
 

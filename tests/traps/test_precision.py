@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from oracles import assert_equal, per_sample_squared_norms, total, trace
 from problems._base import Forward
-from torch_secorder import FisherMonitor
+from torch_secorder import FisherMonitor, fisher_report
 from traps.exactness import numbers
 
 # 12. Half precision
@@ -38,6 +38,33 @@ def language_model() -> nn.Module:
 def autocast(dtype: torch.dtype) -> Iterator[None]:
     with torch.autocast("cpu", dtype):
         yield
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_trap_12_a_layer_on_data_and_on_a_parameter_whose_cast_is_shared(n: int) -> None:
+    """Autocast casts a weight once for all of its uses, so that what arrives at the cast is both uses' gradient."""
+
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        return m.layer(x).tanh() @ m.layer(m.table).float()
+
+    model, x = Forward(forward, layer=nn.Linear(4, 4)), torch.randn(n, 3, 4)
+    model.table = nn.Parameter(torch.randn(4, 4))
+
+    def losses() -> Tensor:
+        with autocast(torch.bfloat16):
+            return model(x).float().square().sum((1, 2))
+
+    def gradients(loss: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+
+    expected = {name: torch.zeros(()).double() for name, _ in model.named_parameters()}
+    for loss in losses():
+        for (name, _), g in zip(model.named_parameters(), gradients(loss), strict=True):
+            expected[name] += g.double().square().sum() / n
+    with FisherMonitor(model) as monitor:
+        losses().mean().backward()
+    for name, value in expected.items():
+        torch.testing.assert_close(float(monitor.report().loc[name, "fisher_trace"]), float(value), rtol=3e-2, atol=0.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -123,3 +150,20 @@ def test_trap_13_gradients_that_nearly_cancel() -> None:
     assert_equal(
         torch.tensor(monitor.report().loc["layer.weight", "fisher_trace"]), expected["layer.weight"], 0, torch.float32
     )
+
+
+def test_trap_13_a_gradient_that_vanishes_is_amplified_rounding() -> None:
+    """The norm of equal numbers divides by the root of its eps. A bias before it has a gradient of zero, which is rounded."""
+    torch.manual_seed(0)
+    model = Forward(
+        lambda m, x: m.h(m.n(m.c(x[:, None]).mean(1).tanh().mT).mT[:, 0]),
+        c=nn.Conv2d(1, 3, 3, padding=1),
+        n=nn.GroupNorm(2, 4),
+        h=nn.Linear(4, 3),
+    )
+    x = torch.zeros(16, 2, 4)
+    x[0] = torch.randn(2, 4)
+    y = torch.randint(3, (16,))
+    found = torch.tensor(fisher_report(model, F.cross_entropy, (x, y), progress=False)["fisher_trace"].to_numpy())
+    expected = trace(per_sample_squared_norms(model.double(), F.cross_entropy, x.double(), y))
+    assert_equal(found, torch.stack(list(expected.values())), total(expected), torch.float32)

@@ -199,9 +199,8 @@ class Frontier:
             done.update(item.edge for item in level)
             # The passes that such a function starts bring the gradients that it returns to hooks of the modules that it calls.
             level = [item for item in level if not runs_others_code(item.node)]
-            # A node that only moves the entries of a batch-free value gives another one. No evidence is needed for that.
-            moving = [item for item in level if not self._one_sample and item.node.name() in PERMUTES_ENTRIES]
-            others = [item for item in level if self._one_sample or item.node.name() not in PERMUTES_ENTRIES]
+            moving = [item for item in level if self._is_batch_free(item)]
+            others = [item for item in level if not self._is_batch_free(item)]
             level = []
             for item in moving:
                 if above := self._above(item):
@@ -219,6 +218,17 @@ class Frontier:
                     level += above
                 else:
                     yield item, Idle(found, partial(self._forget, item)), output
+
+    def _is_batch_free(self, item: Consumer) -> bool:
+        """Whether a consumer gives another batch-free value, for which no evidence is needed.
+
+        A node that only moves the entries of such a value does. Where there is one sample, all of each tensor is that sample's;
+        but a value that a hooked call uses too (a weight that autocast has cast once) gets that call's gradient as well, which
+        its rule counts, so that the sample's part of it is what the other consumers give.
+        """
+        if self._one_sample:
+            return item.node in self._walk.inside_calls and bool(self._parents[item.node])
+        return item.node.name() in PERMUTES_ENTRIES
 
     def _starts(self) -> list[Consumer]:
         """What takes a parameter outside of its module's call, or the output of a call without a batch axis."""
@@ -319,17 +329,18 @@ class Frontier:
         """A value, and all that it was computed from and that meets no sample by itself on the way to it.
 
         A value that belongs to several samples, such as a sum of what each has and of what all share, was computed from more.
-        What goes through another node of the frontier, or through a call that has samples, is that node's or call's affair.
+        What goes through another node of the frontier, or through a call, is that node's or call's affair: a layer that is called
+        again counts in its first call what a way through that call would bring to its weight once more.
         """
         assert made_by is not None
         reached = list(_reached(made_by, self._ends))
-        closed = frozenset(self._closed.intersection(reached))
+        closed = frozenset(self._closed.union(self._targets).intersection(reached))
         found: list[tuple[Target, BatchFreeVjp]] = []
         for node in reached:
             if node in origins:
                 target = self._targets[node]
                 shape = self._table.rows[target].shape if isinstance(target, int) else tuple(target.shape)
-                found.append((target, batch_free_vjp((made_by, nr), node, shape, closed)))
+                found.append((target, batch_free_vjp((made_by, nr), node, shape, closed - {node})))
         return UsedValue(index, value_shape(made_by, nr), found)
 
 

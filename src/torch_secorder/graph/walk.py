@@ -69,6 +69,7 @@ class Walk:
         self._suspects: list[Node] = []  # nodes outside of hooked calls that may put the samples into another order
         self._takers: list[Node] = []  # nodes outside of hooked calls that may take samples apart
         self._parts: list[int] = []  # which outputs of nodes with several are taken, in turn
+        self._inside: list[set[Node]] = []  # for each hooked call, the nodes that it consists of
         calls: dict[Node, list[Record]] = defaultdict(list)
         for record, edge in forward.records:
             if record.site.rule is not None and record not in self.unfolded:
@@ -142,6 +143,7 @@ class Walk:
                 elif child not in seen:
                     seen.add(child)
                     stack.append(child)
+        self._inside.append(seen)
         return outside
 
     def _describe(self, n: int | None) -> None:
@@ -190,6 +192,11 @@ class Walk:
                     if child is not None:
                         found[child].append((node, index))
         return found
+
+    @cached_property
+    def inside_calls(self) -> set[Node]:
+        """The nodes that hooked calls consist of, some of which others may use too: autocast casts a weight once for all."""
+        return set().union(*self._inside)
 
     def above(self, nodes: Iterable[Node], levels: int) -> list[Node]:
         """These nodes, and those that consume them in up to so many steps."""

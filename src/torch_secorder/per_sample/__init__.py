@@ -29,6 +29,7 @@ from torch_secorder.per_sample._base import (
     sign_vectors,
     squared_norm_of_rows,
     sum_over,
+    zero_squared_norms,
 )
 from torch_secorder.per_sample.budget import memory_limit
 from torch_secorder.per_sample.convolution import Convolution
@@ -63,4 +64,5 @@ __all__ = [
     "squared_norm_of_rows",
     "squared_norms_of",
     "sum_over",
+    "zero_squared_norms",
 ]

@@ -102,6 +102,11 @@ def squared_norm_of_rows(value: Tensor) -> Tensor:
     return squares + torch.linalg.vector_norm(value[..., even:], dim=-1).square()
 
 
+def zero_squared_norms(n: int, gradient: Tensor) -> Tensor:
+    """The squared norms of n samples whose gradients are zero, ``[n]``: real numbers, also where the gradients are complex."""
+    return at_least_float32(gradient.new_zeros(n, dtype=gradient.dtype.to_real()))
+
+
 class PerSampleGradient(ABC):
     """The gradients of one parameter for each of N samples.
 

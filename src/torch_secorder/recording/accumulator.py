@@ -35,10 +35,10 @@ from torch_secorder.per_sample import (
     PerSampleGradient,
     PulledBack,
     SharedFactor,
-    at_least_float32,
     halving_on_oom,
     sign_vectors,
     squared_norms_of,
+    zero_squared_norms,
 )
 from torch_secorder.recording.batch import SampleBatch, all_squared_norms
 from torch_secorder.recording.gradient_norms import GradientNorms
@@ -157,7 +157,7 @@ class PassAccumulator:
         """A call without any position, an expert's that no token was sent to, say."""
         batch = self._batch_of(record)
         for position in record.site.positions:
-            batch.squared_norms.setdefault(position, at_least_float32(grad.new_zeros(batch.n)))
+            batch.squared_norms.setdefault(position, zero_squared_norms(batch.n, grad))
             self._rules[position][f"{record.site.rule.name} (empty)"] = None
 
     def _add_output(self, record: Record, grad: Tensor) -> None:
@@ -256,7 +256,7 @@ class PassAccumulator:
             raise unexpected([self._table.names[position] for position in positions], seen.idle.why, seen.forward.n)
         batch = self._batch(seen.forward, seen.forward.n)
         for position in positions:
-            batch.squared_norms.setdefault(position, at_least_float32(there[0].new_zeros(batch.n)))
+            batch.squared_norms.setdefault(position, zero_squared_norms(batch.n, there[0]))
             self._rules[position]["none (zero gradient)"] = None
 
     # ------------------------------------------------------------------------------------------------ one parameter

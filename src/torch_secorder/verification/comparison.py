@@ -36,7 +36,7 @@ def require_equal_norms(
         VerificationError: naming the parameters that differ, with both numbers.
     """
     if wrong := unequal_norms(in_batch, alone, half=half, rounding=rounding):
-        lines = [f"{names[i]}: {in_batch[i]:.6g} in its batch, {alone[i]:.6g} alone" for i in wrong[:SHOWN]]
+        lines = [f"{names[i]}: {in_batch[i]:.10g} in its batch, {alone[i]:.10g} alone" for i in wrong[:SHOWN]]
         lines += [f"and {len(wrong) - SHOWN} more"] if len(wrong) > SHOWN else []
         raise VerificationError(
             f"sample {sample}: its squared gradient norms differ from those that plain autograd gives for that sample alone:\n  "

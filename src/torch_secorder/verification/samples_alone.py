@@ -24,7 +24,7 @@ from torch_secorder.verification.comparison import require_equal_norms, unequal_
 from torch_secorder.verification.differentiable_model import DifferentiableModel
 from torch_secorder.verification.own_rows import with_own_rows
 from torch_secorder.verification.plain_autograd import as_row, of_one_sample, squared_norms_of_loss
-from torch_secorder.verification.tolerances import ROUNDED_OUTPUTS
+from torch_secorder.verification.tolerances import ROUNDED_OUTPUTS, sample_alone
 
 Loss = Callable[[Any], Tensor]  # from the model's outputs to a sum over samples
 
@@ -151,7 +151,7 @@ class SampleAlone:
         rounding = torch.zeros_like(alone)
         # Ranks that hold the model together differentiate it together.
         if ranks.max_over_ranks(bool(unequal_norms(self.norms_in_batch, alone, half=half))):
-            rounding = self._effect_of_rounding(alone)
+            rounding = self._effect_of_rounding(alone) + self._rounding_of_gradients(alone, half)
         self.require_equal(alone, half, rounding)
 
     def require_equal(self, alone: Tensor, half: bool, rounding: Tensor | float = 0.0) -> None:
@@ -190,6 +190,17 @@ class SampleAlone:
         change = self._change_of_gradients(own)
         squared, _ = self.squared_norms_of(partial(_inner, change))
         return 4 * (squared + 2 * (squared * alone).sqrt())  # d is itself an estimate
+
+    def _rounding_of_gradients(self, alone: Tensor, half: bool) -> Tensor:
+        """By how much the norms may differ because gradients are sums that cancel but for rounding.
+
+        A backward pass is linear: c times the loss has c times the gradient, and ``c ** 2`` times its squared norm. Whatever
+        differs from that is rounding, which is another one for each c that is no power of two. It is never more than what is
+        forgiven of a norm that is small beside others, so that a model which changes from call to call explains nothing.
+        """
+        tries = (self.squared_norms_of(partial(_times, factor, self._loss_in_batch))[0] / factor**2 for factor in (3, 5, 7))
+        found = 4 * torch.stack([(squared - alone).abs() for squared in tries]).amax(0)  # three may miss the largest
+        return found.clamp(max=sample_alone(self.norms_in_batch.dtype, half).of_total * alone[alone.isfinite()].sum())
 
     def _change_of_gradients(self, own: Any) -> list[Tensor | None]:
         """How the loss's gradient in the outputs changes by rounding: by nothing, if the outputs differ by more than that."""
@@ -238,6 +249,11 @@ def _gradients(loss: Loss, outputs: Any) -> list[Tensor | None]:
         wanted = [x for x in tensors(leaves) if x.requires_grad]
         found = iter(torch.autograd.grad(loss(leaves), wanted, allow_unused=True))
     return [next(found) if x.requires_grad else None for x in tensors(leaves)]
+
+
+def _times(factor: float, loss: Loss, outputs: Any) -> Tensor:
+    """A loss times a number."""
+    return factor * loss(outputs)
 
 
 def _inner(gradients: Sequence[Tensor | None], outputs: Any) -> Tensor:

@@ -25,8 +25,10 @@ class Tolerance:
 
 # One sample alone against the same sample in its batch. Kernels round differently for one row than for many, and each layer
 # passes the difference on: that stays below the bounds in networks of a hundred layers. Whatever is wrong in principle (a term
-# left out, samples that influence each other, the wrong axis) shifts some norm by per cents. A rounding error of eps in a
-# gradient that should be zero is eps^2 of the total here: 1e-14 in float32, 1e-32 in float64, with room for sums of many.
+# left out, samples that influence each other, the wrong axis) shifts some norm by per cents. Models in float64 have parts in
+# float32 (the norms of language models), which is why float64 has no smaller bound. A rounding error of eps in a
+# gradient that should be zero is eps^2 of the total here: 1e-14 in float32, 1e-32 in float64, with room for sums of many. Where
+# a layer amplifies it (the norm of nearly equal numbers, by 1 / sqrt(eps)), how large it is there is tried before a refusal.
 _SAMPLE_ALONE = {
     torch.float64: Tolerance(1e-6, 1e-12, 1e-20),
     torch.float32: Tolerance(1e-3, 1e-7, 1e-12),
