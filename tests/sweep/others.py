@@ -181,9 +181,7 @@ def segmentation_names() -> list[str]:
     import segmentation_models_pytorch as smp
 
     kinds = [n for n, k in vars(smp).items() if inspect.isclass(k) and issubclass(k, nn.Module)]
-    return sorted(
-        [f"{kind} {PLAIN}" for kind in kinds] + [f"Unet {encoder}" for encoder in ENCODERS]
-    )
+    return sorted([f"{kind} {PLAIN}" for kind in kinds] + [f"Unet {encoder}" for encoder in ENCODERS])
 
 
 PLAIN = "tu-test_resnet"  # Encoders of timm ("tu-"), since the library's own are subclasses of torchvision's.

@@ -94,13 +94,25 @@ TIMM: dict[str, tuple[str, Arguments]] = {  # a module of timm's -> its class, a
     "hieradet_sam2": ("HieraDet", {"embed_dim": 16, "num_heads": 1, "stages": (1, 1, 2, 1), "global_att_blocks": (3,)}),
     "nextvit": ("NextViT", {"in_chans": 3, "stem_chs": (16, 8, 16), "depths": (1, 1, 4, 1)}),
     "levit": ("Levit", {"img_size": 64, "embed_dim": (32, 48), "key_dim": 8, "depth": (1, 1), "num_heads": (2, 3)}),
-    "pit": ("PoolingVisionTransformer", {"img_size": 64, "base_dims": (16,) * 3, "depth": (1,) * 3, "heads": (1, 2, 4)}),
-    "lowformer": ("LowFormer", {"width_list": [8, 16, 16, 32, 32], "depth_list": [0, 1, 1, 1, 1], "head_widths": (64, 64)}),
+    "pit": (
+        "PoolingVisionTransformer",
+        {"img_size": 64, "base_dims": (16,) * 3, "depth": (1,) * 3, "heads": (1, 2, 4)},
+    ),
+    "lowformer": (
+        "LowFormer",
+        {"width_list": [8, 16, 16, 32, 32], "depth_list": [0, 1, 1, 1, 1], "head_widths": (64, 64)},
+    ),
     "rdnet": ("RDNet", {"growth_rates": (8,) * 7, "num_blocks_list": (1,) * 7, "num_init_features": 16}),
     "davit": ("DaVit", {"depths": FOUR, "embed_dims": SIZES, "num_heads": HEADS}),
     "crossvit": (
         "CrossVit",
-        {"img_size": 64, "embed_dim": (16, 32), "depth": ((1, 1, 1),), "num_heads": (2, 4), "mlp_ratio": (2.0, 2.0, 1.0)},
+        {
+            "img_size": 64,
+            "embed_dim": (16, 32),
+            "depth": ((1, 1, 1),),
+            "num_heads": (2, 4),
+            "mlp_ratio": (2.0, 2.0, 1.0),
+        },
     ),
     "vgg": ("VGG", {"cfg": [16, "M", 32, "M", 32, "M", 32, "M", 32, "M"], "mlp_ratio": 0.02}),
     "vovnet": (

@@ -171,8 +171,8 @@ def _require_no_gaps(index: Tensor, n: int) -> None:
     """
     if (named := len(index.unique())) < n:
         raise ArgumentError(
-            f"sample_of has {named} different numbers, the largest of which is {n - 1}: if there are {named} samples, number them "
-            "from 0 on, as torch.unique(sample_of, return_inverse=True)[1] does; if samples without a row count too, pass "
+            f"sample_of has {named} different numbers, the largest of which is {n - 1}: if there are {named} samples, number "
+            "them from 0 on, as torch.unique(sample_of, return_inverse=True)[1] does; if samples without a row count too, pass "
             f"n_samples={n} besides"
         )
 

@@ -198,7 +198,9 @@ class SampleAlone:
         differs from that is rounding, which is another one for each c that is no power of two. It is never more than what is
         forgiven of a norm that is small beside others, so that a model which changes from call to call explains nothing.
         """
-        tries = (self.squared_norms_of(partial(_times, factor, self._loss_in_batch))[0] / factor**2 for factor in (3, 5, 7))
+        tries = (
+            self.squared_norms_of(partial(_times, factor, self._loss_in_batch))[0] / factor**2 for factor in (3, 5, 7)
+        )
         found = 4 * torch.stack([(squared - alone).abs() for squared in tries]).amax(0)  # three may miss the largest
         return found.clamp(max=sample_alone(self.norms_in_batch.dtype, half).of_total * alone[alone.isfinite()].sum())
 
