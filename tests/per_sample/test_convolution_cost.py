@@ -207,3 +207,15 @@ def test_temporaries_stay_within_their_budget(way: str) -> None:
         assert sizes.step(way) == 1 or sizes.step(way) * sizes.floats(way) * sizes.itemsize <= costs.BUDGET
         if way in predicted(sizes) and way != "direct":
             assert sizes.floats(way) * sizes.itemsize <= costs.LIMIT
+
+
+@pytest.mark.parametrize("dims", [1, 2])
+def test_maps_of_one_pixel_have_strides_of_any_order(dims: int) -> None:
+    """Channels-last strides, as torch's convolution in float64 on the host refuses them for its gradient in the weight."""
+    x, g = (torch.randn(3, *[1] * dims, channels).double().movedim(-1, 1) for channels in (4, 5))
+    sides = [1] * dims
+    form = Convolution(x.unsqueeze(1), g.unsqueeze(1), (5, 4, *[3] * dims), sides, sides, sides, 1)
+    middle = form.dense()[(..., *sides)]
+    expected = torch.einsum("ni,nj->nij", g.flatten(1), x.flatten(1))
+    assert torch.allclose(middle, expected, rtol=1e-12)
+    assert torch.allclose(form.dense().square().sum(), expected.square().sum(), rtol=1e-12)

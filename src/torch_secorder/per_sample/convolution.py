@@ -115,6 +115,8 @@ class Convolution(PerSampleGradient):
         # Only the weight's shape matters here. As an expanded scalar it would be copied.
         weight = x.new_empty(copies * self.shape[0], *self.shape[1:])
         dims = len(self.stride)
+        # A map of one pixel may have strides of any order, which torch takes for those of channels-last maps, and then refuses.
+        x = x.view(-1).view(x.shape) if x.is_contiguous() else x
         return torch.ops.aten.convolution_backward(
             *(g, x, weight, None, self.stride, self.padding, self.dilation),
             *(False, [0] * dims, copies * self.groups, [False, True, False]),
