@@ -151,7 +151,7 @@ class FisherMonitor(HookScope):
             layers, or a mapping with some of the keys "inputs", "outputs" and "modules", as in ``{"inputs": 1, "outputs": 0}``.
             Inputs may differ by position or name, ``{"inputs": {0: 1, "mask": None}}``, and outputs by position or key: None
             means that all samples share it, "list" that it is a list with an item for each sample. Modules go by names or
-            patterns, ``{"modules": {"encoder.*": 1}}``.
+            patterns, ``{"modules": {"encoder.*": 1}}``; of several patterns that match, the last counts.
         n_samples: how many samples a call of the model has, where no axis of its inputs counts them: a number, or a function of
             the model's arguments.
         sample_of: the sample of each row, where rows are nodes of graphs or tokens: the position or name of the argument of the

@@ -486,6 +486,25 @@ def test_trap_19_numbers_that_are_no_count() -> None:
     assert_exact(model, x, y, [squares(model(x[own]), y[own]) for own in rows], sample_of=document, n_samples=8)
 
 
+@pytest.mark.parametrize("modules", [{"*": 0, "turned": 1}, {"turned": 0, "turn*": 1}], ids=str)
+def test_trap_19_of_several_patterns_the_last_counts(modules: dict[str, int]) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return m.head(m.turned(x.transpose(0, 1)).tanh().transpose(0, 1))
+
+    model, x, y = made(forward, turned=nn.Linear(4, 4), head=nn.Linear(4, 3)), drawn(N, N, 4), drawn(N, N, 3)
+    shown: dict[str, Tensor] = {}
+
+    def show(name: str, output: Tensor, gradient: Tensor) -> None:
+        shown[name] = output
+
+    assert_exact(
+        model, x, y, [squares(model(x[i : i + 1]), y[i : i + 1]) for i in range(N)], batch_axis={"modules": modules}
+    )
+    with FisherMonitor(model, "sum", on_output=show, batch_axis={"modules": modules}):
+        squares(model(x), y).backward()
+    assert torch.equal(shown["turned"], model.turned(x))
+
+
 # Words that mean nothing
 
 

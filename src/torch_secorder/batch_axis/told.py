@@ -98,7 +98,8 @@ class Told:
         """Where a module's outputs have their samples; None where nothing is said."""
         if not isinstance(self.modules, Mapping):
             return None if self.modules is None else Placement(self.modules)
-        return next((Placement(axis) for pattern, axis in self.modules.items() if fnmatchcase(name, pattern)), None)
+        matching = [axis for pattern, axis in self.modules.items() if fnmatchcase(name, pattern)]
+        return Placement(matching[-1]) if matching else None
 
     @property
     def fingerprint(self) -> Hashable:
@@ -189,4 +190,4 @@ def _input_names(model: nn.Module) -> tuple[str, ...]:
 
 
 def _frozen(axes: Any) -> Hashable:
-    return tuple(sorted(axes.items(), key=str)) if isinstance(axes, Mapping) else axes
+    return tuple(axes.items()) if isinstance(axes, Mapping) else axes  # Of patterns the order counts.
