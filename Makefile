@@ -18,7 +18,7 @@ EXAMPLES := $(wildcard examples/*.py)
 # The arrays here are small: threads cost more than they give.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test check lint types doctest examples docs format fuzz bench bench-growth bench-launches sweep versions newest clean
+.PHONY: help demo test check lint types doctest examples docs format fuzz bench bench-check bench-growth bench-launches sweep versions newest clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -65,6 +65,9 @@ bench: $(BENCH)  ## measure time and memory beside other packages, and write doc
 	PYTHONPATH=tests $(BIN)/python -m benchmarks.speed --save
 	PYTHONPATH=tests $(BIN)/python -m benchmarks.memory --save
 	PYTHONPATH=tests $(BIN)/python -m benchmarks.page
+
+bench-check: $(READY)  ## fail on what became slower or larger than stored: make bench-check ARGUMENTS=--store
+	PYTHONPATH=tests $(BIN)/python -m benchmarks.check $(ARGUMENTS)
 
 bench-growth: $(READY)  ## measure growth with batch, positions, width and vocabulary, for the same page
 	PYTHONPATH=tests $(BIN)/python -m benchmarks.growth --save

@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("transformers")
 
-from benchmarks import growth, page, results, speed
+from benchmarks import check, growth, page, results, speed
 from benchmarks.exactness import exact, verdict
 from benchmarks.variants import OURS, VARIANTS
 from benchmarks.workloads import WORKLOADS
@@ -80,3 +80,36 @@ def test_verdicts(found, expected):
 
 def test_slopes_are_of_the_larger_half():
     assert growth.slope([1, 2, 4, 8], [7, 7, 16, 64]) == pytest.approx(2)
+
+
+@pytest.fixture
+def measured_ratios(monkeypatch, tmp_path):
+    """What the check finds, one mapping for each measurement, instead of what it would measure."""
+    found: list[dict[str, float]] = []
+    sizes = {name + check.MEMORY: 1.0 for name in check.SIZED}
+    monkeypatch.setattr(results, "FOLDER", tmp_path)
+    monkeypatch.setattr(check, "times", lambda workload, variants, rounds, n: found.pop(0))
+    monkeypatch.setattr(check, "sizes", lambda workload, variants: sizes)
+    return found
+
+
+def test_what_is_slower_each_time_fails_the_check(measured_ratios, capsys):
+    before = {"monitor_loop": 1.0, "monitor": 1.2, "functional": 0.7}
+    measured_ratios += [before, before | {"functional": 0.8}, {"functional": 0.74}, {"functional": 0.76}]
+    assert check.main(["--workloads", "mlp", "--store"]) == 0
+    assert check.main(["--workloads", "mlp"]) == 1
+    assert "worse by more than 5%: mlp: functional\n" in capsys.readouterr().out
+    assert not measured_ratios
+
+
+def test_what_is_slower_once_passes_the_check(measured_ratios):
+    before = {"monitor_loop": 1.0, "monitor": 1.2, "functional": 0.7}
+    measured_ratios += [before, before | {"monitor": 1.4}, {"monitor": 1.23}]
+    assert check.main(["--workloads", "mlp", "--store"]) == 0
+    assert check.main(["--workloads", "mlp"]) == 0
+    assert not measured_ratios
+
+
+def test_without_stored_ratios_there_is_nothing_to_check(measured_ratios, capsys):
+    assert check.main(["--workloads", "mlp"]) == 2
+    assert "by --store" in capsys.readouterr().out
