@@ -32,8 +32,15 @@ def marks_of(dtype: torch.dtype) -> int:
 def looked_at(make: Callable[[Tensor], Tensor], n: int, dtype: torch.dtype = torch.float64) -> Finding:
     """What the gradient shows that a seed gives in which sample n has the factor of index n."""
     marks = sample_marks(n, marks_of(dtype))
-    plain, *marked = [Sketch.of(make(mark.double()).to(dtype), n) for mark in marks]
-    return evidence(plain, marked, n, marks_of(dtype))
+    gradients = [make(mark.double()).to(dtype) for mark in marks]
+    plain, *marked = [Sketch.of(grad, n) for grad in gradients]
+    found = evidence(plain, marked, n, marks_of(dtype))
+    assert found is not None
+    first = Sketch.of(gradients[0], n, in_brief=True)
+    marked = [Sketch.of(grad, n, in_brief=True, plain=first) for grad in gradients[1:]]
+    in_brief = evidence(first, marked, n, marks_of(dtype))
+    assert in_brief is None or str(in_brief) == str(found)  # as text, since lists of samples are tensors
+    return found
 
 
 def seen(make: Callable[[Tensor], Tensor], n: int, dtype: torch.dtype = torch.float64) -> Evidence:
@@ -200,3 +207,34 @@ def test_sums_of_half_precision_are_taken_in_more() -> None:
 def test_only_axes_that_may_count_samples_are_looked_at() -> None:
     """And the first one, whose rows may be anybody's."""
     assert Sketch.of(torch.randn(7, 5, 3, 10), 5).axes.keys() == {0, 1, 3}
+
+
+def in_brief(make: Callable[[Tensor], Tensor], n: int) -> tuple[Sketch, Finding | None]:
+    """The sketch in the plain pass of the likeliest axes, and what such sketches show."""
+    plain, *marked = [make(mark.double()) for mark in sample_marks(n)]
+    first = Sketch.of(plain, n, in_brief=True)
+    return first, evidence(first, [Sketch.of(grad, n, in_brief=True, plain=first) for grad in marked], n)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_a_look_at_the_likeliest_axis_is_enough_where_slices_of_the_others_have_several_samples(axis: int) -> None:
+    shape = [8, 12, 16]
+    shape[axis] = 4
+    sketch, found = in_brief(along(torch.arange(4), axis, *shape), 4)
+    assert list(sketch.axes) == [axis]
+    assert len(sketch.slices) == 2
+    assert found == Finding(Placement(axis))
+
+
+def test_a_look_at_one_slice_of_an_axis_leaves_open_what_whole_axes_show() -> None:
+    owners = torch.eye(4, dtype=torch.float64).repeat_interleave(3, 1)  # [4, 12], of which sample n has a block
+    sketch, found = in_brief(lambda mark: mark[:, None] * owners, 4)
+    assert list(sketch.slices) == [1]
+    assert found is None
+    assert looked_at(lambda mark: mark[:, None] * owners, 4).others == (Placement(1, Layout.BLOCKS),)
+
+
+def test_a_look_at_one_slice_leaves_open_what_lies_on_another_axis() -> None:
+    _, found = in_brief(along(torch.arange(4).repeat_interleave(3), 1, 4, 12), 4)
+    assert found is None
+    assert looked_at(along(torch.arange(4).repeat_interleave(3), 1, 4, 12), 4).evidence == Placement(1, Layout.BLOCKS)

@@ -100,34 +100,72 @@ class Sketch:
     too, without rounding, so that they show the same.
 
     Attributes:
-        shape: the gradient's shape.
         axes: for each axis that may count samples the products of its slices, ``[size, DIRECTIONS]``, in float64.
+        slices: for each axis of which one slice is looked at only, the slice's index and its products.
+        shape: the gradient's shape.
         largest: the largest magnitude in the gradient.
         dtype: the gradient's, or that of its real and imaginary parts.
     """
 
-    shape: tuple[int, ...]
     axes: dict[int, Tensor]
+    slices: dict[int, tuple[int, list[float]]]
+    shape: tuple[int, ...]
     largest: float
     dtype: torch.dtype
 
     @classmethod
-    def of(cls, grad: Tensor, n: int) -> Sketch:
-        """The sketch of a gradient of n samples."""
+    def of(cls, grad: Tensor, n: int, *, in_brief: bool = False, plain: Sketch | None = None) -> Sketch:
+        """The sketch of a gradient.
+
+        Args:
+            grad: the gradient.
+            n: the number of samples, which decides what axes may count them; the first may always, by a list.
+            in_brief: look at the whole of the likeliest axes only, which are those with n indices, and at one slice along each
+                other one, which nearly always shows that it belongs to no single sample.
+            plain: the sketch of the gradient in the plain pass, if this is another one; the same slices are looked at.
+        """
         value = grad.float() if is_half(grad) else grad
         if value.is_complex():  # Real marks multiply both parts.
             value = torch.view_as_real(value.resolve_conj())
+        shape = tuple(grad.shape)
         largest = max(-float(value.min()), float(value.max())) if value.numel() else 0.0
+        possible = [axis for axis, size in enumerate(shape) if size % n == 0 or not axis]
+        whole = possible
+        if in_brief and n > 1 and shape and value.numel():
+            whole = [axis for axis in possible if shape[axis] == n] or [0]
+        others = [axis for axis in possible if axis not in whole and shape[axis] % n == 0]
         with full_precision():
-            # The rows of the first axis may be any samples'.
-            counting = (axis for axis, size in enumerate(grad.shape) if axis == 0 or size % n == 0)
-            axes = {axis: in_double_precision(_contracted(value, axis)) for axis in counting}
-        return cls(tuple(grad.shape), axes, largest, grad.dtype.to_real())
+            axes = {axis: in_double_precision(_contracted(value, axis)) for axis in whole}
+            slices = {}
+            if others:
+                indices = plain.indices if plain is not None else _indices_of_largest(value, whole[0], axes[whole[0]])
+                slices = {axis: (indices[axis], _product(value.select(axis, indices[axis]))) for axis in others}
+        return cls(axes, slices, shape, largest, grad.dtype.to_real())
+
+    @property
+    def indices(self) -> dict[int, int]:
+        """For each axis of which one slice is looked at only, that slice's index."""
+        return {axis: index for axis, (index, _) in self.slices.items()}
 
     @property
     def tiny(self) -> float:
         """The smallest normal number of the gradient's dtype."""
         return torch.finfo(self.dtype).tiny
+
+
+def _indices_of_largest(value: Tensor, axis: int, rows: Tensor) -> dict[int, int]:
+    """For each other axis the index of the largest entry in the largest row along an axis; slices through it are not zero."""
+    row = value.select(axis, int(rows.square().sum(1).argmax()))
+    place, indices = int(row.abs().argmax()), {}
+    for other in reversed([other for other in range(value.dim()) if other != axis]):
+        place, indices[other] = divmod(place, value.shape[other])
+    return indices
+
+
+def _product(part: Tensor) -> list[float]:
+    """The products of a slice with random directions, ``[DIRECTIONS]``."""
+    products: list[float] = _after(part.reshape(1, -1))[0].tolist()
+    return products
 
 
 def _contracted(value: Tensor, axis: int) -> Tensor:
@@ -175,8 +213,8 @@ def _directions(size: int, like: Tensor) -> Tensor:
 
 def evidence(
     plain: Sketch | None, marked: Sequence[Sketch | None], n: int, marks_per_pass: int = MARKS_PER_PASS
-) -> Finding:
-    """Where a tensor has its n samples, if its gradients show it.
+) -> Finding | None:
+    """Where a tensor has its n samples, if its gradients show it; None where slices leave it open and whole axes may show it.
 
     Args:
         plain: the gradient in the pass in which every sample's mark is one.
@@ -192,12 +230,17 @@ def evidence(
     # Numbers below the smallest normal one have few digits, and a mark brings some back: they show nothing.
     if plain.largest <= plain.tiny:
         return Finding(Unplaced.NO_GRADIENT)
+    if not all(_slice_contradicts(plain, found, n, marks_per_pass, axis) for axis in plain.slices):
+        return None
     explain = partial(_explains, plain, found, n, marks_per_pass)
-    if fitting := [placement for placement in _candidates(plain.shape, n) if explain(placement)]:
+    possible = (placement for placement in _candidates(plain.shape, n) if placement.axis in plain.axes)
+    if fitting := [placement for placement in possible if explain(placement)]:
         proven = len(fitting) == 1 and _shows_every_sample(plain, fitting[0], n)
         return Finding(fitting[0], proven, tuple(fitting[1:]))
     if not plain.shape:
         return Finding(Unplaced.SHARED_BY_SAMPLES)
+    if 0 not in plain.axes:
+        return None
     sample_of_row = _samples_of_rows(plain.axes[0], [sketch.axes[0] for sketch in found], marks_per_pass)
     listed = Placement(0, Layout.INDEXED, sample_of_row)
     if not explain(listed):
@@ -215,6 +258,31 @@ def _candidates(shape: Sequence[int], n: int) -> Iterator[Placement]:
             placement = Placement(axis, layout)
             if size != n and placement.fits(shape, n):
                 yield placement
+
+
+def _norm(plain: Sketch) -> float:
+    """The norm of all products of a gradient with random directions."""
+    return math.hypot(*[float(rows.norm()) for rows in plain.axes.values()])
+
+
+def _slice_contradicts(plain: Sketch, marked: list[Sketch], n: int, marks_per_pass: int, axis: int) -> bool:
+    """Whether the slice that is known of an axis came back by another factor than each mark that a placement gives to it.
+
+    What is forgiven besides a part of the slice is a part of the largest one, which is taken to be as large as all of them are
+    together, and four times that, since both are known by their products with random directions.
+    """
+    index, own = plain.slices[axis]
+    forgiven, floor = FORGIVEN[torch.float16 if marks_per_pass == MARKS_PER_PASS_OF_HALF else plain.dtype]
+    bound = 1.01 * (forgiven * math.hypot(*own) + 4 * floor * _norm(plain))
+    each = plain.shape[axis] // n
+    for sample in {index // each, index % n}:
+        off = []
+        for mark, sketch in zip(sample_marks(n, marks_per_pass)[1:], marked, strict=True):
+            factor = float(mark[sample])
+            off.append(math.dist([x / factor for x in sketch.slices[axis][1]], own))
+        if all(x <= bound for x in off):
+            return False
+    return True
 
 
 def _explains(plain: Sketch, marked: list[Sketch], n: int, marks_per_pass: int, placement: Placement) -> bool:

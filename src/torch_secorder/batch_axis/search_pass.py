@@ -51,7 +51,7 @@ class SearchPasses:
         self,
         placed: Sequence[tuple[Tensor, Placement | None]],
         n: int,
-        common_count: Callable[[int], int] = lambda own: own,
+        common_count: Callable[[int], int] | None = None,
         weights: GatheredWeights | None = None,
         *,
         comparing: Container[int] = (),
@@ -61,7 +61,9 @@ class SearchPasses:
         self._numbers = [number for number in counted if number not in comparing]
         self._placed = [counted[number] for number in self._numbers]
         self._roots = [root for root, _ in self._placed]
-        self._n, self._common_count, self._weights, self._not_counted = n, common_count, weights, not_counted
+        self._n, self._weights, self._not_counted = n, weights, not_counted
+        # Where ranks search together, no look of one of them is followed by another that the others don't take.
+        self._together, self._common_count = common_count is not None, common_count or (lambda own: own)
         self._marks_per_pass = MARKS_PER_PASS_OF_HALF if has_half_precision(*self._roots) else MARKS_PER_PASS
 
     def findings(self, wanted: Sequence[Viewed]) -> list[Finding]:
@@ -76,9 +78,19 @@ class SearchPasses:
             return self._findings(wanted)
 
     def _findings(self, wanted: Sequence[Viewed]) -> list[Finding]:
+        found = self._looked_at(wanted, in_brief=not self._together)
+        if left := [place for place, finding in enumerate(found) if finding is None]:
+            again = self._looked_at([wanted[place] for place in left], in_brief=False)
+            for place, finding in zip(left, again, strict=True):
+                found[place] = finding
+        return [finding for finding in found if finding is not None]
+
+    def _looked_at(self, wanted: Sequence[Viewed], *, in_brief: bool) -> list[Finding | None]:
+        """What the gradients show; None where a look in brief leaves it open."""
         marks = sample_marks(self._n, self._marks_per_pass)
         own = len(marks)
-        sketches, hidden = self._sketches(wanted, marks + marks[:1] * (self._common_count(own) - own))
+        more = marks[:1] * (self._common_count(own) - own)
+        sketches, hidden = self._sketches(wanted, marks + more, in_brief)
         columns = enumerate(zip(*sketches[:own], strict=True))
         return [
             Finding(Unplaced.HIDDEN) if place in hidden else evidence(plain, marked, self._n, self._marks_per_pass)
@@ -111,8 +123,16 @@ class SearchPasses:
             )
         }
 
-    def _sketches(self, wanted: Sequence[Viewed], marks: list[Tensor]) -> tuple[list[Sketches], set[int]]:
-        """For each set of marks a sketch of each wanted gradient, None where none arrives; and which of them are hidden."""
+    def _sketches(
+        self, wanted: Sequence[Viewed], marks: list[Tensor], in_brief: bool
+    ) -> tuple[list[Sketches], set[int]]:
+        """For each set of marks a sketch of each wanted gradient, None where none arrives; and which of them are hidden.
+
+        Args:
+            wanted: where it is looked.
+            marks: one set for each pass.
+            in_brief: as for :meth:`Sketch.of`.
+        """
         places: dict[Node, list[int]] = defaultdict(list)
         for place, (edge, _) in enumerate(wanted):
             places[edge.node].append(place)
@@ -122,8 +142,9 @@ class SearchPasses:
         def arrive(node: Node, grads: Gradients) -> None:
             for place in places[node]:
                 edge, shape = wanted[place]
-                grad = grads[edge.output_nr]
-                found[-1][place] = None if grad is None else _sketch(grad, shape, self._n)
+                grad, plain = grads[edge.output_nr], found[0][place] if len(found) > 1 else None
+                if grad is not None:
+                    found[-1][place] = Sketch.of(_seen(grad, shape), self._n, in_brief=in_brief, plain=plain)
 
         for mark in marks:
             found.append([None] * len(wanted))
@@ -156,5 +177,5 @@ class SearchPasses:
         return gradient.view(root.shape).mul_(rows_of(mark.to(gradient), root, placement))
 
 
-def _sketch(grad: Tensor, shape: Sequence[int], n: int) -> Sketch:
-    return Sketch.of(whole(grad) if grad.is_nested else whole(grad).reshape(tuple(shape)), n)
+def _seen(grad: Tensor, shape: Sequence[int]) -> Tensor:
+    return whole(grad) if grad.is_nested else whole(grad).reshape(tuple(shape))
