@@ -20,11 +20,13 @@ from torch_secorder.autograd.nodes import (
     Edge,
     fitted,
     has_others_hooks,
+    has_packed_tensors,
     is_others_function,
     is_python_function,
     keeps_state,
     node_vjp,
     output_count,
+    outputs_of,
 )
 from torch_secorder.autograd.precision import full_precision
 from torch_secorder.autograd.sharded import GatheredWeights, passes_on
@@ -61,20 +63,26 @@ class Route:
         closed: Container[Node] = (),
     ):
         wanted, self._opaque, self._closed = set(ends), set(opaque), closed
-        reached = self._reached(starts)
-        found_opaque = [node for node in reached if self._is_opaque(node)]
+        reached, found_opaque = self._reached(starts)
         self.hidden = behind(found_opaque) if found_opaque else set()
         self._leads: dict[Node, bool] = {}  # node on the route -> whether it leads on to an end
         order: list[Node] = []
         for node in reached:
             if node in self.hidden or node in closed:
                 continue
-            leads = not self._is_opaque(node) and any(child in self._leads for child, _ in node.next_functions)
+            # In each look, for each node of the graph: no function of its own.
+            leads = False
+            if node not in found_opaque:
+                for child, _ in node.next_functions:
+                    leads = leads or child in self._leads
             if leads or node in wanted:
                 self._leads[node] = leads
                 order.append(node)
         self.order = order[::-1]
         self.ends = wanted.intersection(self._leads)
+        self._outputs: dict[
+            Node, Any
+        ] = {}  # node -> what torch says of its outputs, which is made anew whenever it is read
 
     def _is_opaque(self, node: Any) -> bool:
         if node in self._opaque:
@@ -86,10 +94,11 @@ class Route:
             node.name() == "CheckpointFunctionBackward" or node._forward_cls in _opaque_functions or keeps_state(node)
         )
 
-    def _reached(self, starts: Iterable[Node]) -> list[Node]:
-        """The starts and all that they were computed from, each after its inputs, and nothing behind opaque nodes."""
+    def _reached(self, starts: Iterable[Node]) -> tuple[list[Node], set[Node]]:
+        """The starts and all that they were computed from, each after its inputs; and those that are opaque, which end it."""
         done: dict[Node, bool] = {}  # a node that was met -> whether its inputs are in the list
         found: list[Node] = []
+        opaque: set[Node] = set()
         stack = list(dict.fromkeys(starts))
         while stack:
             node = stack[-1]
@@ -100,9 +109,15 @@ class Route:
                     found.append(node)
                 continue
             done[node] = False
-            if not self._is_opaque(node) and node not in self._closed:
-                stack += [child for child, _ in node.next_functions if child is not None and child not in done]
-        return found
+            if self._is_opaque(node):
+                opaque.add(node)
+                continue
+            if node in self._closed:
+                continue
+            for child, _ in node.next_functions:
+                if child is not None and child not in done:
+                    stack.append(child)
+        return found, opaque
 
     def flow(
         self,
@@ -129,8 +144,13 @@ class Route:
             CoverageError: if a node gives less than all, and ``complete``.
         """
         for node in self.order:
-            grads = [pending.pop((node, nr), None) for nr in range(output_count(node))]
-            if all(grad is None for grad in grads):
+            if (outputs := self._outputs.get(node)) is None:
+                outputs = self._outputs[node] = outputs_of(node)
+            grads, arrived = [], False
+            for nr in range(len(outputs)):
+                grads.append(grad := pending.pop((node, nr), None))
+                arrived = arrived or grad is not None
+            if not arrived:
                 continue
             if node in self.ends:
                 arrive(node, grads)
@@ -145,7 +165,9 @@ class Route:
                     if complete:
                         raise _gives_nothing(node)
                     continue
-                part, there = fitted(result, child, nr, keeps_dtype=keeps_dtype), pending.get((child, nr))
+                if (outputs := self._outputs.get(child)) is None:
+                    outputs = self._outputs[child] = outputs_of(child)
+                part, there = fitted(result, outputs[nr], keeps_dtype=keeps_dtype), pending.get((child, nr))
                 pending[child, nr] = part if there is None else there + part
 
 
@@ -224,8 +246,10 @@ class GraphPass:
     ):
         self._roots, self._wanted, self._create_graph = list(roots), list(wanted), create_graph
         self._weights = weights or GatheredWeights()
+        self._before = None if weights is None else weights.before
         self._edges = [start] if start is not None else [torch.autograd.graph.get_gradient_edge(x) for x in roots]
         self._opaque: list[Node] = []
+        self._plain: set[Node] = set()  # nodes that are only called: torch's own, with all that they saved beside them
         self._route = self._found_route()
 
     @property
@@ -268,7 +292,7 @@ class GraphPass:
                 self._weights.during_pass(),
                 torch.set_grad_enabled(self._create_graph),
             ):
-                self._route.flow(pending, arrive, before=self._weights.before, call=_called_or_opaque)
+                self._route.flow(pending, arrive, before=self._before, call=self._called)
 
         with torch.enable_grad():
             start = _Start.apply(flow, *self._roots)  # type: ignore[no-untyped-call]  # torch does not type it
@@ -279,6 +303,15 @@ class GraphPass:
                 torch.autograd.grad(start, ends, torch.zeros_like(start), retain_graph=True, allow_unused=True)
         except _OverError:
             return
+
+    def _called(self, node: Any, grads: Gradients) -> list[Tensor | None]:
+        """The gradients of a node's inputs. What decides how it is called is the same in each pass."""
+        if node not in self._plain:
+            if is_python_function(node) or passes_on(node) or has_packed_tensors(node) is not False:
+                return _called_or_opaque(node, grads)
+            self._plain.add(node)
+        results = node(*grads)
+        return list(results) if isinstance(results, tuple) else [results]
 
 
 class _Start(torch.autograd.Function):

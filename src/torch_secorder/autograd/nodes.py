@@ -24,7 +24,7 @@ Edge = tuple[Node, int]
 def value_shape(node: Node, nr: int) -> tuple[int, ...]:
     """The shape of a node's output, or of the parameter whose gradient the node accumulates."""
     variable = getattr(node, "variable", None)
-    return tuple(variable.shape if variable is not None else _metadata(node)[nr].shape)
+    return tuple(variable.shape if variable is not None else outputs_of(node)[nr].shape)
 
 
 def output_shapes(nodes: Iterable[Node]) -> tuple[tuple[int, ...], ...]:
@@ -38,7 +38,7 @@ def output_shapes(nodes: Iterable[Node]) -> tuple[tuple[int, ...], ...]:
 
 def output_count(node: Node) -> int:
     """How many outputs a node has, which is how many gradients it takes."""
-    return len(_metadata(node))
+    return len(outputs_of(node))
 
 
 def edges_of(node: Node) -> list[GradientEdge]:
@@ -48,16 +48,17 @@ def edges_of(node: Node) -> list[GradientEdge]:
 
 def output_dtype(node: Node, nr: int) -> torch.dtype:
     """The dtype of a node's output."""
-    dtype: torch.dtype = _metadata(node)[nr].dtype
+    dtype: torch.dtype = outputs_of(node)[nr].dtype
     return dtype
 
 
 def is_plain(node: Node) -> bool:
     """Whether all outputs of a node are real, and none is nested."""
-    return not any(output.dtype.is_complex or output.is_nested_tensor for output in _metadata(node))
+    return not any(output.dtype.is_complex or output.is_nested_tensor for output in outputs_of(node))
 
 
-def _metadata(node: Any) -> Any:
+def outputs_of(node: Any) -> Any:
+    """What torch says of each output of a node: its shape, dtype and device."""
     try:
         return node._input_metadata
     except AttributeError:
@@ -168,15 +169,20 @@ def _or_zeros(node: Node, nr: int, grad: Tensor | None) -> Tensor | None:
     """The gradient of an output, or the zeros that the engine gives a Python function for one that was not used."""
     if grad is not None:
         return grad
-    output = _metadata(node)[nr]
+    output = outputs_of(node)[nr]
     if output.is_nested_tensor:
         return None
     return torch.zeros(output.shape, dtype=output.dtype, device=output.device)
 
 
-def fitted(grad: Tensor, node: Node, nr: int, *, keeps_dtype: bool = False) -> Tensor:
-    """A gradient as the engine hands it to a node: of its output's shape and dtype, and real if that is real."""
-    output = _metadata(node)[nr]
+def fitted(grad: Tensor, output: Any, *, keeps_dtype: bool = False) -> Tensor:
+    """A gradient as the engine hands it to a node: of its output's shape and dtype, and real if that is real.
+
+    Args:
+        grad: the gradient.
+        output: what torch says of the output, as :func:`outputs_of` has it.
+        keeps_dtype: leave the gradient's dtype as it is.
+    """
     if tuple(grad.shape) != tuple(output.shape):
         grad = grad.sum_to_size(tuple(output.shape))
     if grad.is_complex() and not output.dtype.is_complex:

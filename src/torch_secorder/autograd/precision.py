@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import cache
 
@@ -42,22 +42,23 @@ def has_half_precision(*values: Tensor) -> bool:
     Autocast tells, and so do the dtypes of the tensors and of all that the autograd graph behind them passes on: a model that
     runs under autocast may well return float32. (What re-entrant checkpointing hides is not seen; autocast around it is.)
     """
-    return (
-        bool(autocast_devices()) or any(map(is_half, values)) or any(dtype in HALF for dtype in _graph_dtypes(values))
-    )
+    return bool(autocast_devices()) or any(map(is_half, values)) or not _graph_dtypes(values).isdisjoint(HALF)
 
 
-def _graph_dtypes(roots: tuple[Tensor, ...]) -> Iterator[torch.dtype]:
-    """The dtype of every gradient that a backward pass from these tensors would bring to some node."""
+def _graph_dtypes(roots: tuple[Tensor, ...]) -> set[torch.dtype]:
+    """The dtypes of all gradients that a backward pass from these tensors would bring to some node."""
+    dtypes: set[torch.dtype] = set()
     stack = [x.grad_fn for x in roots if x.grad_fn is not None]
     seen = set(stack)
     while stack:
         node = stack.pop()
-        yield from (meta.dtype for meta in node._input_metadata)
+        for output in node._input_metadata:
+            dtypes.add(output.dtype)
         for child, _ in node.next_functions:
             if child is not None and child not in seen:
                 seen.add(child)
                 stack.append(child)
+    return dtypes
 
 
 @cache

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_secorder.autograd.nodes import fitted, is_plain, node_vjp
+from torch_secorder.autograd.nodes import fitted, is_plain, node_vjp, outputs_of
 from torch_secorder.autograd.saved import knows
 from torch_secorder.batch_axis.placement import Placement
 from torch_secorder.errors import CoverageError, ShapeError
@@ -179,10 +179,11 @@ def _one_by_one(place: NodeUse, grads: Gradients) -> Tensor:
     """``[n, *shape]`` from the node itself, given the gradients of one sample at a time."""
     if "one by one" not in place.memo:
         place.memo["one by one"] = [node_vjp(place.node, _alone(place, grads, sample)) for sample in range(place.n)]
-    found = []
+    value, nr = place.node.next_functions[place.index]
+    output, found = outputs_of(value)[nr], []
     for results in place.memo["one by one"]:
         result = place.found(results)
-        found.append(fitted(result, *place.node.next_functions[place.index], keeps_dtype=True).reshape(place.shape))
+        found.append(fitted(result, output, keeps_dtype=True).reshape(place.shape))
     return torch.stack(found)
 
 
