@@ -40,7 +40,7 @@ class BatchSamples:
             value: the container.
         """
         found: list[Placement | None] = []
-        axes = 0 if self.words is NOTHING else self.words.axes(side)  # in most steps nothing is said
+        axes = self.words.outputs if side == "outputs" else self.words.axes(side)  # in every step, for the outputs
         if not isinstance(axes, Mapping):
             self._collect(value, axes, found)
             return found

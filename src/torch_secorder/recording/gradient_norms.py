@@ -14,6 +14,7 @@ from torch.autograd.graph import Node
 
 from torch_secorder.autograd.contributions import Identity, identity, note_contribution
 from torch_secorder.autograd.double_precision import in_double_precision
+from torch_secorder.autograd.precision import HALF
 from torch_secorder.capture.records import SMALL
 from torch_secorder.per_sample import FULL, at_least_float32
 from torch_secorder.recording.batch import alike
@@ -107,7 +108,14 @@ class GradientNorms:
         return list(itertools.chain.from_iterable(positions)), in_double_precision(torch.cat(alike(list(norms))))
 
 
+# A gradient of half precision is widened in parts of so many entries, which stay in the caches of a CPU.
+WIDENED_AT_ONCE = 2**20
+
+
 def norm(grad: Tensor) -> Tensor:
     """``||grad||``, in at least float32."""
     values = grad.detach().coalesce().values() if grad.is_sparse else grad.detach()
+    if values.dtype in HALF and values.device.type == "cpu" and values.numel() > WIDENED_AT_ONCE:
+        parts = values.flatten().split(WIDENED_AT_ONCE)
+        return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(part.float()) for part in parts]))
     return torch.linalg.vector_norm(at_least_float32(values))
