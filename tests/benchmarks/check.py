@@ -112,8 +112,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         workload, own = WORKLOADS[name], before.get(name, {})
         found[name] = ratios(workload, own, options.rounds, options.batch)
         print(*lines(workload, found[name], own), sep="\n", flush=True)
-    if options.store:
-        store(found)
+        if options.store:
+            store({name: found[name]})
     slower = [f"{name}: {what}" for name in found for what in worse(found[name], before.get(name, {}))]
     print(f"worse by more than {WORSE - 1:.0%}: {', '.join(slower) or 'nothing'}")
     return int(bool(slower))
