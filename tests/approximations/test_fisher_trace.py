@@ -821,3 +821,14 @@ def test_what_is_remembered_of_a_model_goes_by_its_axes_too() -> None:
         model.flip = call_number < 5
         value = empirical_fisher_trace(model, F.cross_entropy, x, y)
         assert_equal(value, expected, expected)
+
+
+@pytest.mark.parametrize("half", [lambda n: slice(n // 2, n), lambda n: slice(0, n // 2 + 1)], ids=["last", "first"])
+def test_a_loss_that_goes_by_the_places_of_samples_neither_averages_nor_sums(half) -> None:
+    model, x, y = nn.Linear(4, 3), torch.randn(8, 4), torch.randn(8, 3)
+
+    def loss_fn(outputs: Tensor, targets: Tensor) -> Tensor:
+        return F.mse_loss(outputs, targets, reduction="none").sum(1)[half(len(outputs))].sum()
+
+    with pytest.raises(CurvatureError, match="neither averages nor sums"):
+        empirical_fisher_trace(model, loss_fn, x, y)

@@ -16,7 +16,7 @@ from traps.exactness import Square, numbers
 from traps.test_checkpoints import Blocks, Recomputed
 from traps.test_outputs_and_losses import Adversarial
 from traps.test_randomness import EXPERTS, Noisy, Routed, Scaled
-from traps.test_uses import Angle, Gated, Product, Rounded, ThreeWays
+from traps.test_uses import Gated, Length, Product, Rounded, ThreeWays
 from user_program.hooks import all_hooks, full_backward_hooks
 from user_program.observed import Run, assert_unnoticed, observed
 
@@ -77,7 +77,7 @@ TRAPS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "3 a chain with several ways": (parametrized, (5, 4)),
     "3 a function in a chain": (partial(with_a_function, rounded), (5, 2, 4)),
     "3 a function of samples and weights": (partial(with_a_function, Product.apply), (5, 2, 4)),
-    "3 an operation without a rule": (Angle, (5, 4)),
+    "3 an operation without a rule": (Length, (5, 4)),
     "4 and 5 all sizes equal": (partial(Square, 4), (4, 4)),
     "4 and 5 a batch of one": (partial(Square, 4), (1, 4)),
     "6 gradients written in place": (Adversarial, (4, 6)),

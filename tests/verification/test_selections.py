@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from problems._base import randomized
 from torch_secorder import FisherMonitor, empirical_fisher_trace, fisher_report
-from torch_secorder.errors import VerificationError
+from torch_secorder.errors import CurvatureError, VerificationError
 from traps.exactness import assert_exact
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -63,13 +63,16 @@ def problem(n: int) -> tuple[nn.Module, Tensor, Tensor]:
 @pytest.mark.parametrize("name", COUPLING)
 def test_trap_23_a_loss_that_selects_among_samples_is_refused(name: str, n: int) -> None:
     model, x, y = problem(n)
+    # Of samples given twice, these two select another share of three than of six.
+    by_count = n == 3 and name in ("hard examples", "trimmed")
     for ask in (
         lambda: empirical_fisher_trace(model, COUPLING[name], x, y),
         lambda: fisher_report(model, COUPLING[name], (x, y), progress=False),
-        lambda: verified(model, COUPLING[name], x, y),
     ):
-        with pytest.raises(VerificationError, match="selects among them"):
+        with pytest.raises(CurvatureError, match="neither averages nor sums" if by_count else "selects among them"):
             ask()
+    with pytest.raises(VerificationError, match="selects among them"):
+        verified(model, COUPLING[name], x, y)
 
 
 def verified(model: nn.Module, loss_fn: Loss, x: Tensor, y: Tensor) -> None:

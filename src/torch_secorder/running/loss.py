@@ -36,8 +36,9 @@ def reduction_of(
 ) -> str:
     """Whether a loss averages or sums over the batch, found out by giving it samples twice.
 
-    One sample twice is enough; where its loss says nothing (zero, or NaN because its target is ignored), the whole batch
-    is taken. What was found out for this loss before, and is ``expected``, only has to hold for the loss of one sample.
+    The first sample is given twice, and the whole batch. They must not contradict each other, as they do where a loss goes by the
+    places of samples; either may say nothing (zero, or NaN because its target is ignored). What was found out for this loss
+    before, and is ``expected``, only has to hold for the loss of one sample.
 
     Raises:
         ArgumentError: if twice the samples give neither the loss nor twice the loss.
@@ -51,17 +52,17 @@ def reduction_of(
         _require_a_target_for_each_output(loss_fn, outputs, targets)
         if has_half_precision(loss, *tensors(outputs)):
             near = NEAR_IN_HALF_PRECISION
-        found = []
-        for index in ([0], list(range(where.n))):
-            multiple, of_difference = _multiples(loss_fn, outputs, targets, where, index)
-            if (reduction := reduction_of_multiples(multiple, of_difference, near)) is not None:
-                return reduction
-            found.append(multiple)
+        indices = ([0], list(range(where.n)))
+        found = [_multiples(loss_fn, outputs, targets, where, index) for index in indices]
+    telling = [multiples for multiples in found if not all(map(math.isnan, multiples))]
+    reductions = {reduction_of_multiples(*multiples, near) for multiples in telling}
+    if len(reductions) == 1 and (reduction := reductions.pop()) is not None:
+        return reduction
     if not bool(loss.isfinite()) and not _has_finite_gradient(loss_fn, outputs, targets):
         return "mean"  # The batch is going to be refused with the names of the parameters that are hit.
     raise ArgumentError(
-        f"the loss neither averages nor sums over the batch: with the first sample given twice it is {found[0]:.6g} times as "
-        f"large as with that sample once, with all samples given twice {found[1]:.6g} times as large as with the batch, where "
+        f"the loss neither averages nor sums over the batch: with the first sample given twice it is {found[0][0]:.6g} times as "
+        f"large as with that sample once, with all samples given twice {found[1][0]:.6g} times as large as with the batch, where "
         "an average gives 1 and a sum 2 (a loss that compares samples with each other has no per-sample gradients)"
     )
 
