@@ -15,6 +15,7 @@ from torch_secorder.autograd.nodes import has_packed_tensors
 from torch_secorder.autograd.saved import knows, saved
 from torch_secorder.capture.records import Call
 from torch_secorder.errors import CoupledSamplesError, CurvatureError, ShapeError
+from torch_secorder.per_sample import at_least_float32
 from torch_secorder.rules.registry import Gradients, register_refusal, register_rule
 
 BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
@@ -172,8 +173,10 @@ def with_running(x: Tensor, g: Tensor, mean: Tensor, variance: Tensor, eps: floa
     """The same for an input that is normalized by statistics which are none of its own."""
     if _in_one_pass(x, g):
         return _as_torch_does(x, g, mean, variance, eps)
-    deviation = (variance + eps).sqrt()
-    if torch.is_grad_enabled() or bool((mean.abs() > MODERATE * deviation).any()):
+    deviation = (variance + eps).sqrt() if g.device.type == "cpu" else None
+    # An accelerator would have to be asked which way is better. There, the first one takes fewer calls, and is always right.
+    if deviation is None or torch.is_grad_enabled() or bool((mean.abs() > MODERATE * deviation).any()):
+        x, g = at_least_float32(x), at_least_float32(g)
         return over_channels(F.batch_norm(x, mean, variance, None, None, False, 0.0, eps), g)
     # sum g (x - m) / s = (sum g x - m sum g) / s needs no normalized input, and only a mean far from zero costs digits.
     along, bias = over_channels(x.to(g.dtype), g)
