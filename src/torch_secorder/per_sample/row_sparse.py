@@ -48,11 +48,9 @@ class RowSparse(PerSampleGradient):
         Beside the others are zeros: how many ids differ, which nobody has to know here, only the device could say.
         """
         n, t = self.ids.shape
-        ids = self.ids.sort(1).values
-        places = (
-            torch.searchsorted(ids, self.ids.contiguous())
-            + torch.arange(0, n * t, max(t, 1), device=ids.device)[:n, None]
-        )
+        own = self.ids.contiguous()
+        ids = own.sort(1).values
+        places = torch.searchsorted(ids, own) + torch.arange(0, n * t, max(t, 1), device=ids.device)[:n, None]
         summed = self.g.new_zeros(n * t, self.shape[1]).index_add(0, places.flatten(), self.g.flatten(0, 1))
         return ids, summed.view(n, t, -1)
 
