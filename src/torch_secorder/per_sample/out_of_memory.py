@@ -71,7 +71,7 @@ def direct_squared_norms_of(form: PerSampleGradient) -> Tensor:
 
 def norms_of(form: PerSampleGradient) -> Tensor | None:
     """A form's norms, whose squares may be taken later, for all parameters at once; None where squares come first."""
-    return halving_on_oom(form, lambda part: part.norms(), lambda a, b: a if a is None or b is None else _both(a, b))
+    return halving_on_oom(form, lambda part: part.norms(), _both_norms)
 
 
 def unguarded_squared_norms_of(form: PerSampleGradient) -> Unguarded:
@@ -81,6 +81,10 @@ def unguarded_squared_norms_of(form: PerSampleGradient) -> Unguarded:
 
 def _both(a: Tensor, b: Tensor) -> Tensor:
     return torch.cat([a, b])
+
+
+def _both_norms(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return None if a is None or b is None else _both(a, b)
 
 
 def _both_unguarded(first: Unguarded, second: Unguarded) -> Unguarded:

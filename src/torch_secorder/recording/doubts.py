@@ -111,9 +111,9 @@ class Doubts:
         Raises:
             CoverageError: if factors are not any more what they were.
         """
-        for batch, own in columns.items():
+        for batch, samples in columns.items():
             roots = list(batch.roots)
-            norms[roots, own] = norms[roots, own].square()
+            norms[roots, samples] = norms[roots, samples].square()
         lost: list[tuple[Doubt, list[int], Tensor]] = []
         for doubt, sizes in zip(self._doubts, self._sizes, strict=True):
             own = torch.cat([norms[p, columns[b]] for p, b in zip(doubt.positions, doubt.batches, strict=True)])
