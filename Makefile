@@ -18,7 +18,7 @@ EXAMPLES := $(wildcard examples/*.py)
 # The arrays here are small: threads cost more than they give.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test check lint types doctest examples docs format fuzz bench bench-check bench-growth bench-launches sweep versions newest clean
+.PHONY: help demo test check lint types doctest examples docs format fuzz bench bench-check bench-growth bench-gpu bench-launches sweep versions newest clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -72,6 +72,9 @@ bench-check: $(READY)  ## fail on what became slower or larger than stored: make
 bench-growth: $(READY)  ## measure growth with batch, positions, width and vocabulary, for the same page
 	PYTHONPATH=tests $(BIN)/python -m benchmarks.growth --save
 	PYTHONPATH=tests $(BIN)/python -m benchmarks.page
+
+bench-gpu: $(BENCH)  ## measure on an accelerator beside other packages; without one, try the program on the pretend device
+	PYTHONPATH=tests $(BIN)/python -m benchmarks.accelerator --save
 
 bench-launches: $(READY)  ## count what a monitor adds on an accelerator, a pretend one: launches, waits of the host, bytes
 	PYTHONPATH=tests $(BIN)/python -m benchmarks.launches --save

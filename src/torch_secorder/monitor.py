@@ -22,6 +22,7 @@ from torch_secorder.arguments import (
     require_max_memory,
     require_positive_int,
 )
+from torch_secorder.autograd.double_precision import on_host
 from torch_secorder.autograd.engine import without_modes
 from torch_secorder.autograd.hooks import HookSet
 from torch_secorder.batch_axis.knowledge import KindSchedule, ModelKnowledge, knowledge_of
@@ -365,12 +366,13 @@ class FisherMonitor(HookScope):
             checks.append(partial(require_trainable, watched.table))
         expected, self._expected = self._expected, []
         checks += map(partial(partial, _require_expected, names), expected)
-        samples = recorder.finish(current, self._options.nonfinite, checks)
+        samples = recorder.finish(current, self._options.nonfinite, checks, norms)
         if current.column is not None:
             warn_of_broadcast(*current.column)
         scale = (samples.batch / loss_scale if self._options.reduction == "mean" else 1 / loss_scale) ** 2
         with without_modes() if current.special else nullcontext():
-            squares = (norms / loss_scale).square().tolist()
+            assert samples.gradient_norms is not None
+            squares = (on_host(samples.gradient_norms) / loss_scale).square().tolist()
             self.results.statistics.update(samples, dict(zip(positions, squares, strict=True)), scale)
 
     # ------------------------------------------------------------------------------------------------ its results

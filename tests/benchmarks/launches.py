@@ -129,8 +129,8 @@ class Added:
         }
 
 
-def counted(build: Callable[[], Setting]) -> Added:
-    """The tenth step, plain and in a monitor's block."""
+def counted(build: Callable[[], Setting], steps: int = STEPS) -> Added:
+    """The last of so many steps, plain and in a monitor's block."""
     pretend.register()
     with torch.random.fork_rng(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -138,13 +138,15 @@ def counted(build: Callable[[], Setting]) -> Added:
         setting = build()
         model = pretend.moved(setting.model)
         batch = pretend.moved((setting.inputs, setting.targets))
-        plain, monitored = (_last_step(setting, model, *batch, watched=watched) for watched in (False, True))
+        plain, monitored = (_last_step(setting, model, *batch, steps, watched) for watched in (False, True))
     return Added(plain, monitored, sum(p.requires_grad for p in model.parameters()))
 
 
-def _last_step(setting: Setting, model: nn.Module, inputs: Tensor, targets: Tensor, watched: bool) -> pretend.Counts:
+def _last_step(
+    setting: Setting, model: nn.Module, inputs: Tensor, targets: Tensor, steps: int, watched: bool
+) -> pretend.Counts:
     with FisherMonitor(model) if watched else nullcontext():
-        for _ in range(STEPS):
+        for _ in range(steps):
             model.zero_grad()
             with pretend.counting() as counts:
                 setting.loss_fn(model(inputs), targets).backward()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from torch_secorder.model.channels import ChannelSums
 from torch_secorder.per_sample import Convolution, costs
 from torch_secorder.per_sample.costs import FORMS, predicted
+from torch_secorder.per_sample.profiles import CPU
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -62,7 +64,8 @@ def budget(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
     if request.param is not None:
         monkeypatch.setattr("torch_secorder.per_sample.costs.BUDGET", request.param)
         monkeypatch.setattr("torch_secorder.per_sample.costs.LIMIT", request.param)
-        monkeypatch.setattr("torch_secorder.per_sample.convolution.BUDGET", request.param)
+        small = replace(CPU, convolution_bytes=request.param)
+        monkeypatch.setattr("torch_secorder.per_sample.convolution.profile_of", lambda _: small)
 
 
 @pytest.mark.slow

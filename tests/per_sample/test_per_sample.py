@@ -98,7 +98,7 @@ def assert_like_dense(form: PerSampleGradient) -> None:
 def chunk_bytes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param is not None:
         whole = _base.chunks
-        one = lambda n, size, budget=request.param: whole(n, size, budget)  # noqa: E731
+        one = lambda n, size, usual: whole(n, size, request.param)  # noqa: E731
         monkeypatch.setattr(_base, "chunks", one)
         monkeypatch.setattr("torch_secorder.per_sample.outer.chunks", one)
         monkeypatch.setattr("torch_secorder.per_sample.routed.chunks", one)

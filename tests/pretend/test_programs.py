@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import launches, results
+from benchmarks import accelerator, launches, results
 from torch_secorder.cli import main
 from torch_secorder.tables import read_report
 
@@ -48,3 +48,16 @@ def test_launches_and_waits_are_counted(
     assert row["per_tensor"] == (row["monitored"] - row["plain"]) / 6
     assert row["waits"] == sum(int(place.split()[0]) for place in places)
     assert row["peak"][0] >= 4 * 256 * 1024  # an activation
+
+
+def test_the_benchmark_for_accelerators_runs(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(results, "FOLDER", tmp_path)
+    monkeypatch.setattr(accelerator, "STEPS", 4)
+    accelerator.main(["mlp", "--device", "pretend", "--ways", "plain", "monitor_loop", "--save"])
+    card, _, *rows = capsys.readouterr().out.splitlines()
+    assert (card, len(rows)) == ("pretend", 2)
+    saved = json.loads((tmp_path / "accelerator.json").read_text())["rows"]["pretend: mlp"]
+    assert saved["plain"]["launches"] < saved["monitor_loop"]["launches"]
+    assert saved["plain"]["waits"] == 0

@@ -24,11 +24,12 @@ from torch_secorder.arguments import (
     require_positive_int,
 )
 from torch_secorder.autograd.compiled import eager_code
+from torch_secorder.autograd.random_state import forked_random
 from torch_secorder.batch_axis.told import BatchAxis, NSamples, SampleOf, told
 from torch_secorder.errors import ArgumentError
 from torch_secorder.likelihoods import random_signs, require_loss_of
 from torch_secorder.model.parameters import unwrapped
-from torch_secorder.model.restore import forked_random, lock_of
+from torch_secorder.model.restore import lock_of
 from torch_secorder.model.selection import Selection
 from torch_secorder.recording.quantities import Keeps, SampleIds, SampleRows
 from torch_secorder.results.results import Results

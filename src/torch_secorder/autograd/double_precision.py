@@ -6,7 +6,8 @@ summed in rows on the device before that.
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Sequence
+from functools import cache, reduce
 
 import torch
 from torch import Tensor
@@ -30,14 +31,32 @@ def widest_dtype(device: torch.device) -> torch.dtype:
     return torch.float64 if has_double_precision(device) else torch.float32
 
 
+def on_host(value: Tensor) -> Tensor:
+    """A tensor in float64 on the host; it is copied before it is converted, since its device may not have such numbers."""
+    return value.detach().cpu().double()
+
+
 def in_double_precision(value: Tensor) -> Tensor:
     """A tensor in float64, on its device or else on the host."""
     return value.double() if has_double_precision(value.device) else value.cpu().double()
 
 
-def on_host(value: Tensor) -> Tensor:
-    """A tensor in float64 on the host; it is copied before it is converted, since its device may not have such numbers."""
-    return value.detach().cpu().double()
+def together_on_host(values: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors in float64 on the host, to which those of one device go in one copy, so that the host waits once."""
+    on_device: dict[torch.device, list[int]] = {}
+    found = list(values)
+    for index, value in enumerate(values):
+        if value.device.type == "cpu":
+            found[index] = on_host(value)
+        else:
+            on_device.setdefault(value.device, []).append(index)
+    for several in on_device.values():
+        dtype = reduce(torch.promote_types, [values[index].dtype for index in several])
+        together = torch.cat([values[index].detach().flatten().to(dtype) for index in several])
+        parts = on_host(together).split([values[index].numel() for index in several])
+        for index, part in zip(several, parts, strict=True):
+            found[index] = part.view(values[index].shape)
+    return found
 
 
 def sum_in_double_precision(value: Tensor, factor: Tensor | None = None) -> Tensor:

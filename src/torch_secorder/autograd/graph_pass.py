@@ -29,6 +29,7 @@ from torch_secorder.autograd.nodes import (
     outputs_of,
 )
 from torch_secorder.autograd.precision import full_precision
+from torch_secorder.autograd.random_state import forked_random
 from torch_secorder.autograd.sharded import GatheredWeights, passes_on
 from torch_secorder.errors import CoverageError
 
@@ -208,7 +209,7 @@ def runs_others_code(node: Any) -> bool:
     if kind not in _tried_functions:
         _tried_functions.add(kind)
         try:
-            with guarded(), torch.random.fork_rng(()), torch.no_grad():
+            with guarded(), forked_random(), torch.no_grad():
                 node_vjp(node, [None] * output_count(node))
         except RunsOthersCodeError:
             _opaque_functions.add(kind)
@@ -287,7 +288,7 @@ class GraphPass:
                 looking(),
                 without_modes(),
                 guarded(),
-                torch.random.fork_rng(_devices(self._roots)),
+                forked_random(self._roots),
                 full_precision(),
                 self._weights.during_pass(),
                 torch.set_grad_enabled(self._create_graph),
@@ -343,7 +344,3 @@ class _FoundOpaque(Exception):
     def __init__(self, node: Node):
         super().__init__(node.name())
         self.node = node
-
-
-def _devices(tensors: Sequence[Tensor]) -> list[torch.device]:
-    return list({x.device for x in tensors if x.is_cuda})

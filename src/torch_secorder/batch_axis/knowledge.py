@@ -138,12 +138,14 @@ class ModelKnowledge:
         trusts_shapes: whether a shape that allows one reading only is believed; false once that was a mistake.
         schedule: when the analyses of a function are checked again.
         warned_of_slow_rules: whether the user was told that most of the work is done by slow rules.
+        cancelled: the names of parameters whose squared norms have lost digits as sums with signs.
     """
 
     def __init__(self) -> None:
         self.trusts_shapes = True
         self.schedule = Schedule()
         self.warned_of_slow_rules = False
+        self.cancelled: set[str] = set()
         self._by_fingerprint: dict[int, PlacementCache] = {}
         self._in_order: dict[int, tuple[Hashable, PlacementCache]] = {}
         self._reductions: WeakKeyDictionary[Any, str] = WeakKeyDictionary()

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torch_secorder.autograd.random_state import random_state, set_random_state
 from torch_secorder.cli.failures import CommandError
 from torch_secorder.model.containers import tensors
-from torch_secorder.model.restore import random_state
 from torch_secorder.results.results import Results
 from torch_secorder.results.saving import load, save
 
@@ -116,9 +116,7 @@ class Journal:
                 f"{self.path} has counted {self._skip} batches, but these are others: the data must come in the same order "
                 "every time (shuffle=False, or pass --seed)"
             )
-        torch.set_rng_state(self._random[0])
-        if len(self._random) > 1:
-            torch.cuda.set_rng_state_all(self._random[1:])
+        set_random_state(self._random)
 
 
 def _of_model(model: nn.Module) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from threading import RLock
@@ -21,19 +21,6 @@ _turns: WeakKeyDictionary[nn.Module, RLock] = WeakKeyDictionary()
 def lock_of(model: nn.Module) -> RLock:
     """The lock that serializes temporary changes to a model, such as ``requires_grad`` flags, with all that reads them."""
     return _turns.setdefault(model, RLock())
-
-
-@contextmanager
-def forked_random(parameters: Sequence[Tensor]) -> Iterator[None]:
-    """A block whose random draws leave the global random state as it was, also on the parameters' devices."""
-    devices = list({p.device for p in parameters if p.is_cuda})
-    with torch.random.fork_rng(devices=devices):
-        yield
-
-
-def random_state() -> list[Tensor]:
-    """The state of every global random generator in use."""
-    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [])]
 
 
 def twice_differentiable(wanted: bool) -> AbstractContextManager[object]:

@@ -13,8 +13,8 @@ samples at a time, and says which four members a new form must define. A form ov
 The forms, each in a file: ``outer`` (what a matrix that multiplies data gets), ``convolution``, ``row_sparse`` (embeddings),
 ``routed`` (experts), ``pulled_back`` (a parameter that reaches the data through other tensors), and in ``_base`` a dense tensor
 and a sum of unlike terms. ``square_sum`` keeps a diagonal factored until it counts. ``costs`` predicts which way to a
-convolution's norms is the fastest; ``budget`` bounds the memory of all of them, and ``out_of_memory`` says what happens where it
-does not suffice.
+convolution's norms is the fastest; ``profiles`` says what is cheap on a device, ``budget`` bounds the memory of all of them, and
+``out_of_memory`` says what happens where it does not suffice.
 """
 
 from torch_secorder.per_sample._base import (
@@ -23,6 +23,7 @@ from torch_secorder.per_sample._base import (
     PerSampleGradient,
     Sum,
     at_least_float32,
+    cancellation_floor,
     in_rows,
     one_direction,
     real_entries,
@@ -33,7 +34,14 @@ from torch_secorder.per_sample._base import (
 )
 from torch_secorder.per_sample.budget import memory_limit
 from torch_secorder.per_sample.convolution import Convolution
-from torch_secorder.per_sample.out_of_memory import all_squared_norms_of, as_refusal, halving_on_oom, squared_norms_of
+from torch_secorder.per_sample.out_of_memory import (
+    as_refusal,
+    direct_squared_norms_of,
+    halving_on_oom,
+    norms_of,
+    squared_norms_of,
+    unguarded_squared_norms_of,
+)
 from torch_secorder.per_sample.outer import Outer, SharedFactor
 from torch_secorder.per_sample.pulled_back import PulledBack
 from torch_secorder.per_sample.routed import Routed
@@ -52,17 +60,20 @@ __all__ = [
     "SharedFactor",
     "SquareSum",
     "Sum",
-    "all_squared_norms_of",
     "as_refusal",
     "at_least_float32",
+    "cancellation_floor",
+    "direct_squared_norms_of",
     "halving_on_oom",
     "in_rows",
     "memory_limit",
+    "norms_of",
     "one_direction",
     "real_entries",
     "sign_vectors",
     "squared_norm_of_rows",
     "squared_norms_of",
     "sum_over",
+    "unguarded_squared_norms_of",
     "zero_squared_norms",
 ]

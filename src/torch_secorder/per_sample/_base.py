@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 
 import torch
@@ -14,11 +14,11 @@ from torch_secorder.autograd.precision import HALF
 from torch_secorder.batch_axis.placement import Grouping
 from torch_secorder.model.channels import ChannelSums
 from torch_secorder.per_sample.budget import chunk_bytes
+from torch_secorder.per_sample.profiles import profile_of
 
 Index = slice | Tensor
-
-# Temporaries of this size stay in the last-level cache of common machines, and the allocator reuses them.
-CHUNK_BYTES = 8 * 2**20
+# Squared norms in which digits may have cancelled, and the sizes of what was added up; None where nothing can cancel.
+Unguarded = tuple[Tensor, Tensor | None]
 
 
 # What stays as it is, in most layers of most models.
@@ -47,7 +47,7 @@ def sum_over(value: Tensor, axes: Sequence[int], *, keepdim: bool = False) -> Te
     return value.sum(list(axes), keepdim=keepdim, dtype=torch.float32 if value.dtype in HALF else None)
 
 
-def chunks(n: int, bytes_per_sample: float, usual: int | None = CHUNK_BYTES) -> Iterator[slice]:
+def chunks(n: int, bytes_per_sample: float, usual: int | None) -> Iterator[slice]:
     """Slices of 0..n, each with as many samples as fit into the budget of ``usual`` bytes or fewer, but at least one."""
     budget = chunk_bytes(usual)
     step = max(1, n if budget is None else min(n, int(budget // max(bytes_per_sample, 1))))
@@ -62,6 +62,12 @@ def cancellation_floor(dtype: torch.dtype) -> float:
     """
     wanted = 1e-5 if dtype == torch.float32 else 1e-9
     return 4 * torch.finfo(dtype).eps / wanted
+
+
+def joined(parts: Iterable[Tensor]) -> Tensor:
+    """The numbers of all parts behind one another; a single part as it is, since a copy takes time."""
+    first, *others = parts
+    return torch.cat([first, *others]) if others else first
 
 
 def in_rows(value: Tensor) -> Tensor:
@@ -158,9 +164,26 @@ class PerSampleGradient(ABC):
         """``sum of G_n ** 2`` over the parameter's entries, ``[n]``."""
         return self.dense_squared_norm()
 
+    @property
+    def may_cancel(self) -> bool:
+        """Whether the squared norms are sums with signs, which can lose all digits."""
+        return False
+
+    def unguarded_squared_norm(self) -> Unguarded:
+        """The squared norms before anybody asked whether digits have cancelled, and the sizes of what was added up."""
+        return self.squared_norm(), None
+
     def dense_squared_norm(self) -> Tensor:
         """:meth:`squared_norm` from the gradients themselves: no sum with signs, and no digits that cancel."""
-        return torch.cat([squared_norm_of_rows(in_rows(part.dense())) for part in self.parts()])
+        return joined(squared_norm_of_rows(in_rows(part.dense())) for part in self.parts())
+
+    def norms(self) -> Tensor | None:
+        """``|G_n|``, ``[n]``, whose squares may be taken later, for all parameters at once; None where squares come first."""
+        return None
+
+    def dense_norms(self) -> Tensor:
+        """:meth:`norms` from the gradients themselves."""
+        return joined(torch.linalg.vector_norm(in_rows(part.dense()), dim=1) for part in self.parts())
 
     def sum_of_squares(self) -> Tensor:
         """``sum_n |G_n| ** 2`` entry by entry, ``[*shape]``: the diagonal of ``sum_n vec(G_n) vec(G_n)^T``.
@@ -224,11 +247,23 @@ class PerSampleGradient(ABC):
         return None
 
     def parts(self) -> Iterator[PerSampleGradient]:
-        """The samples in groups whose dense gradients fit into :data:`CHUNK_BYTES`."""
+        """The samples in groups whose dense gradients fit into what temporaries may take at once."""
         return (self.select(rows) for rows in self._chunks())
 
     def _chunks(self) -> Iterator[slice]:
-        return chunks(self.n, math.prod(self.shape) * self.dtype.itemsize)
+        return chunks(self.n, math.prod(self.shape) * self.dtype.itemsize, profile_of(self.like.device).chunk_bytes)
+
+
+class Cancelling(PerSampleGradient):
+    """A form whose squared norms may be sums with signs: whoever asks for them alone gets those that cancelled recomputed."""
+
+    @abstractmethod
+    def unguarded_squared_norm(self) -> Unguarded:
+        """See the base class; here everything else follows from it."""
+
+    def squared_norm(self) -> Tensor:
+        norms, sizes = self.unguarded_squared_norm()
+        return norms if sizes is None else recompute_cancelled(norms, sizes, self)
 
 
 class Dense(PerSampleGradient):
@@ -248,6 +283,9 @@ class Dense(PerSampleGradient):
     def select(self, samples: Index) -> Dense:
         return Dense(self.value[samples])
 
+    def norms(self) -> Tensor:
+        return torch.linalg.vector_norm(in_rows(self.value), dim=1)
+
     def squared_norm(self) -> Tensor:
         return squared_norm_of_rows(self.value if self.value.dim() == 2 else in_rows(self.value))
 
@@ -258,7 +296,7 @@ class Dense(PerSampleGradient):
         return Dense(self.value + other.value) if isinstance(other, Dense) else None
 
 
-class Sum(PerSampleGradient):
+class Sum(Cancelling):
     """A sum of forms of different kinds, as of an embedding that is tied to the output layer.
 
     If a term is sparse, its norms are ``||A + B||^2 = ||A||^2 + ||B||^2 + 2 <A, B>``. If none is, or if the cross terms
@@ -283,12 +321,19 @@ class Sum(PerSampleGradient):
     def grouped_by_sample(self, groups: Grouping) -> Sum:
         return Sum([term.grouped_by_sample(groups) for term in self.terms])
 
-    def squared_norm(self) -> Tensor:
-        if not any(term.sparse for term in self.terms):
-            return super().squared_norm()
-        squares = torch.stack([term.squared_norm() for term in self.terms]).sum(0)
-        cross = [a.inner(b) for i, a in enumerate(self.terms) for b in self.terms[:i]]
-        return recompute_cancelled(squares + 2 * torch.stack(cross).sum(0), squares, self)
+    @property
+    def may_cancel(self) -> bool:
+        return any(term.sparse for term in self.terms)
+
+    def unguarded_squared_norm(self) -> Unguarded:
+        if not self.may_cancel:
+            return self.dense_squared_norm(), None
+        found = [term.unguarded_squared_norm() for term in self.terms]
+        squares = _total(norms for norms, _ in found)
+        cross = _total(a.inner(b) for i, a in enumerate(self.terms) for b in self.terms[:i])
+        # What may have cancelled in a term is off by its own sizes.
+        sizes = _total(norms if size is None else size.maximum(norms) for norms, size in found)
+        return squares + 2 * cross, sizes
 
     def total(self) -> Tensor:
         return _total(term.total() for term in self.terms)
@@ -297,9 +342,14 @@ class Sum(PerSampleGradient):
         return _total(term.along(left, right) for term in self.terms)
 
 
-def recompute_cancelled(squared_norms: Tensor, magnitude: Tensor, form: PerSampleGradient) -> Tensor:
-    """The squared norms, with those recomputed densely that cancelled below :func:`cancellation_floor` of ``magnitude``."""
-    lost = squared_norms.detach() < cancellation_floor(squared_norms.dtype) * magnitude.detach()
+def has_cancelled(squared_norms: Tensor, sizes: Tensor) -> Tensor:
+    """Which squared norms have cancelled below :func:`cancellation_floor` of the sizes of what was added up."""
+    return squared_norms.detach() < cancellation_floor(squared_norms.dtype) * sizes.detach()
+
+
+def recompute_cancelled(squared_norms: Tensor, sizes: Tensor, form: PerSampleGradient) -> Tensor:
+    """The squared norms, with those recomputed densely that have cancelled."""
+    lost = has_cancelled(squared_norms, sizes)
     if not bool(lost.any()):
         return squared_norms
     samples = lost.nonzero().squeeze(1)

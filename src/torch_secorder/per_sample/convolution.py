@@ -11,23 +11,27 @@ from torch import Tensor
 from torch_secorder.batch_axis.placement import Grouping
 from torch_secorder.model.channels import ChannelSums
 from torch_secorder.per_sample._base import (
+    Cancelling,
     Index,
     PerSampleGradient,
+    Unguarded,
     _total,
     at_least_float32,
     cancellation_floor,
+    joined,
     recompute_cancelled,
     squared_norm_of_rows,
 )
 from torch_secorder.per_sample.budget import chunk_bytes
-from torch_secorder.per_sample.costs import BUDGET, Sizes, predicted
+from torch_secorder.per_sample.costs import Sizes, predicted
 from torch_secorder.per_sample.outer import Outer
+from torch_secorder.per_sample.profiles import profile_of
 
 # How many rows fill a vector register, in single precision and with AVX-512.
 FILLED = 16
 
 
-class Convolution(PerSampleGradient):
+class Convolution(Cancelling):
     """``G_n`` = gradient of the weight of ``convolution(x_n)`` for the output gradient ``g_n``, in 1, 2 or 3 dimensions.
 
     A transposed convolution is the adjoint of a convolution, so its weight gradient is this one with input and output
@@ -86,9 +90,9 @@ class Convolution(PerSampleGradient):
         channels, features = self.shape[0] // self.groups, self.shape[1]
         maps = (tuple(self.x.shape[3:]), tuple(self.g.shape[3:]), self.shape[2:])
         rest = (tuple(self.stride), tuple(self.padding), self.dtype.itemsize)
-        return Sizes(
-            self.n, self.x.shape[1], self.groups, features, channels, *maps, *rest, budget=chunk_bytes(BUDGET) or BUDGET
-        )
+        profile = profile_of(self.g.device)
+        budget = chunk_bytes(profile.convolution_bytes) or profile.convolution_bytes
+        return Sizes(self.n, self.x.shape[1], self.groups, features, channels, *maps, *rest, budget, profile)
 
     def dense(self) -> Tensor:
         """One grouped convolution with the samples as groups."""
@@ -143,22 +147,33 @@ class Convolution(PerSampleGradient):
     def _settings(self) -> tuple[tuple[int, ...], list[int], list[int], list[int], int]:
         return self.shape, self.stride, self.padding, self.dilation, self.groups
 
-    def squared_norm(self) -> Tensor:
-        return self.squared_norms(self.algorithm)
+    @property
+    def may_cancel(self) -> bool:
+        return self.algorithm == "gram" or (self.algorithm == "patches" and self.sizes.positions > 1)
+
+    def norms(self) -> Tensor | None:
+        return self.dense_norms() if self.algorithm == "direct" else None
+
+    def unguarded_squared_norm(self) -> Unguarded:
+        return self._unguarded(self.algorithm)
 
     def squared_norms(self, form: str) -> Tensor:
         """The squared norms by one of the four algorithms, whatever it costs."""
+        norms, sizes = self._unguarded(form)
+        return norms if sizes is None else recompute_cancelled(norms, sizes, self)
+
+    def _unguarded(self, form: str) -> Unguarded:
         match form:
             case "direct":
-                return self.dense_squared_norm()
+                return self.dense_squared_norm(), None
             case "shifted":
-                return torch.cat([part._shifted_squared_norms() for part in self._parts("shifted")])
+                return joined(part._shifted_squared_norms() for part in self._parts("shifted")), None
             case "gram":
-                values = [part._gram() for part in self._parts("gram")]
-                norms, magnitudes = (torch.cat(value) for value in zip(*values, strict=True))
-                return recompute_cancelled(norms, magnitudes, self)
+                found: list[Unguarded] = [part._gram() for part in self._parts("gram")]
             case _:
-                return torch.cat([part.patches().squared_norm() for part in self._parts("patches")])
+                found = [part.patches().unguarded_squared_norm() for part in self._parts("patches")]
+        sizes = [size for _, size in found if size is not None]
+        return joined(norms for norms, _ in found), joined(sizes) if sizes else None
 
     def sum_of_squares(self) -> Tensor:
         if self.sizes.positions == 1:
@@ -271,16 +286,24 @@ class Convolution(PerSampleGradient):
         strides = [math.prod(size[axis + 1 :]) for axis in range(len(size))]
         for kernel, gap, stride in zip(self.shape[2:], self.dilation, strides, strict=True):
             if kernel > 1:
-                length = pixels.shape[1] - (kernel - 1) * gap * stride
-                shifts = (slice(tap * gap * stride, tap * gap * stride + length) for tap in range(kernel))
-                first, second, *others = (pixels[:, shift, shift] for shift in shifts)
-                pixels = first + second
-                for other in others:
-                    pixels += other
+                pixels = self._sum_along_diagonal(pixels, kernel, gap * stride)
         (outer, row, _), steps = pixels.stride(), [a * b for a, b in zip(tall.stride, strides, strict=True)]
         out = tall.g.shape[3:]
         seen = pixels.as_strided((len(pixels), *out, *out), (outer, *(row * step for step in steps), *steps))
         return seen, positions
+
+    def _sum_along_diagonal(self, matrices: Tensor, taps: int, step: int) -> Tensor:
+        """The sum of as many copies, each shifted further along the diagonal."""
+        length = matrices.shape[1] - (taps - 1) * step
+        if not profile_of(matrices.device).has_caches:  # then in one call
+            (outer, row, column), size = matrices.stride(), (len(matrices), length, length, taps)
+            return matrices.as_strided(size, (outer, row, column, step * (row + column))).sum(3)
+        shifts = (slice(tap * step, tap * step + length) for tap in range(taps))
+        first, second, *others = (matrices[:, shift, shift] for shift in shifts)
+        total = first + second
+        for other in others:
+            total += other
+        return total
 
     def patches(self) -> Outer:
         """The same gradients as products over positions, whose inputs are the patches that the kernel saw."""

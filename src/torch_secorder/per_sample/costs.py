@@ -10,9 +10,10 @@ import math
 from functools import lru_cache
 from typing import NamedTuple
 
-# Temporaries of this size stay in the caches. Larger ones gain nothing.
-BUDGET = 4 * 2**20
-# A form whose temporaries for a single sample are larger than this is not offered.
+from torch_secorder.per_sample.profiles import CPU, DeviceProfile
+
+BUDGET = CPU.convolution_bytes
+# On a CPU, a form whose temporaries for a single sample are larger than this is not offered.
 LIMIT = 4 * BUDGET
 
 Counts = dict[str, float]
@@ -20,7 +21,7 @@ FORMS = ("direct", "shifted", "gram", "patches")
 
 # Nanoseconds for each piece of work in float32 on one thread, fitted by tests/benchmarks/convolution_cost.py to times with
 # AVX-512 and with AVX2 together: with either, the form that they pick takes 1.01 times as long as the best one, on
-# average. Only their ratios matter. On other devices the same choice is made, which gives the same numbers, if perhaps later.
+# average. Only their ratios matter.
 NANOSECONDS: dict[str, Counts] = {
     "direct": {
         "calls": 1.4e5,
@@ -46,6 +47,23 @@ NANOSECONDS: dict[str, Counts] = {
     "patches": {"calls": 2.5e4, "products": 81, "multiply": 0.013, "copied": 1.0, "runs": 9.0, "packed": 0.03},
 }
 
+# The same for accelerators, reckoned and not measured: 5 microseconds for a launch, of which a form's call takes one to three,
+# 2e13 multiplications and 5e11 elements a second. There, no code goes through patches or runs of elements one after the other.
+_MULTIPLY, _MOVE = 5e-5, 2e-3
+OF_ACCELERATORS: dict[str, Counts] = {
+    "direct": {
+        "calls": 1e4,
+        "multiply": _MULTIPLY,
+        "outputs": 2 * _MOVE,
+        "factors": _MOVE,
+        "depthwise": _MULTIPLY,
+        "unfolded": _MULTIPLY,
+    },
+    "shifted": {"calls": 1e4, "multiply": _MULTIPLY, "packed": _MOVE, "outputs": 2 * _MOVE, "copied": 2 * _MOVE},
+    "gram": {"calls": 5e3, "multiply": _MULTIPLY, "added": 2 * _MOVE, "packed": _MOVE},
+    "patches": {"calls": 1e4, "multiply": _MULTIPLY, "copied": 2 * _MOVE, "packed": _MOVE},
+}
+
 
 class Sizes(NamedTuple):
     """A convolution's sizes: n samples of r maps, k groups of ``i`` channels in and ``o`` channels out."""
@@ -62,6 +80,7 @@ class Sizes(NamedTuple):
     padding: tuple[int, ...]
     itemsize: int
     budget: int = BUDGET  # bytes of temporaries at once
+    profile: DeviceProfile = CPU
 
     @property
     def positions(self) -> int:
@@ -163,8 +182,9 @@ def predicted(at: Sizes) -> dict[str, float]:
     overlapping = any(size > step for size, step in zip(at.kernel, at.stride, strict=True))
     if at.positions > 1 and (overlapping or max(at.kernel) == 1):  # then the pixels' Gram matrix does no worse
         forms = [form for form in forms if form != "patches"]
+    prices = NANOSECONDS if at.profile.has_caches else OF_ACCELERATORS
     return {
-        form: sum(NANOSECONDS[form][kind] * size for kind, size in counts(form, at).items()) / 1e6 for form in forms
+        form: sum(prices[form].get(kind, 0) * size for kind, size in counts(form, at).items()) / 1e6 for form in forms
     }
 
 

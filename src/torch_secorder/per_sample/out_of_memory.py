@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from operator import methodcaller
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from torch_secorder.errors import CurvatureError, OutOfMemoryError
-from torch_secorder.per_sample._base import PerSampleGradient
+from torch_secorder.per_sample._base import PerSampleGradient, Unguarded
 
 Answer = TypeVar("Answer")
 
@@ -62,15 +61,36 @@ def squared_norms_of(form: PerSampleGradient) -> Tensor:
         if form.n == 1 or not out_of_memory(error):
             raise
     # Here and not in the except clause, where the error holds all that was allocated.
-    return halving_on_oom(form, lambda part: part.squared_norm(), lambda a, b: torch.cat([a, b]))
+    return halving_on_oom(form, lambda part: part.squared_norm(), _both)
 
 
-def all_squared_norms_of(forms: Iterable[PerSampleGradient]) -> list[Tensor]:
-    """The same for each of several forms."""
-    forms = list(forms)
-    try:
-        return list(map(methodcaller("squared_norm"), forms))
-    except Exception as error:
-        if not out_of_memory(error):
-            raise
-    return list(map(squared_norms_of, forms))
+def direct_squared_norms_of(form: PerSampleGradient) -> Tensor:
+    """The same from the gradients themselves, in which no digits cancel."""
+    return halving_on_oom(form, lambda part: part.dense_squared_norm(), _both)
+
+
+def norms_of(form: PerSampleGradient) -> Tensor | None:
+    """A form's norms, whose squares may be taken later, for all parameters at once; None where squares come first."""
+    return halving_on_oom(form, lambda part: part.norms(), _both_norms)
+
+
+def unguarded_squared_norms_of(form: PerSampleGradient) -> Unguarded:
+    """The same before anybody asked whether digits have cancelled, and the sizes of what was added up."""
+    return halving_on_oom(form, lambda part: part.unguarded_squared_norm(), _both_unguarded)
+
+
+def _both(a: Tensor, b: Tensor) -> Tensor:
+    return torch.cat([a, b])
+
+
+def _both_norms(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return None if a is None or b is None else _both(a, b)
+
+
+def _both_unguarded(first: Unguarded, second: Unguarded) -> Unguarded:
+    (norms, sizes), (more_norms, more_sizes) = first, second
+    if sizes is None and more_sizes is None:
+        return torch.cat([norms, more_norms]), None
+    # Of a half in which nothing can cancel, the sizes are the norms.
+    sizes, more_sizes = norms if sizes is None else sizes, more_norms if more_sizes is None else more_sizes
+    return torch.cat([norms, more_norms]), torch.cat([sizes, more_sizes])

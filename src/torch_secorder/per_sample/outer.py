@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,31 +13,30 @@ from torch_secorder.autograd.precision import HALF
 from torch_secorder.batch_axis.placement import Grouping
 from torch_secorder.model.channels import ChannelSums
 from torch_secorder.per_sample._base import (
-    CHUNK_BYTES,
+    Cancelling,
     Index,
     PerSampleGradient,
+    Unguarded,
     _total,
     at_least_float32,
     cancellation_floor,
     chunks,
-    recompute_cancelled,
+    joined,
     squared_norm_of_rows,
 )
 from torch_secorder.per_sample.budget import chunk_bytes
-
-# An element that is written and read again costs as much as so many multiplications of a matrix product.
-PRICE_OF_A_WRITE = 20
+from torch_secorder.per_sample.profiles import DeviceProfile, profile_of
 
 
-def _width(positions: int) -> int:
-    """How many columns of a Gram matrix are computed at once: a small multiple of 16, for which products are fastest."""
-    return min(positions, 32 if positions < 512 else 64)
+def _width(positions: int, profile: DeviceProfile) -> int:
+    """How many columns of a Gram matrix are computed at once: with caches a small multiple of 16, which is fastest, else all."""
+    return min(positions, 32 if positions < 512 else 64) if profile.has_caches else positions
 
 
-def _cheaper(positions: int, i: int, o: int) -> str:
+def _cheaper(positions: int, i: int, o: int, profile: DeviceProfile) -> str:
     """The cheaper algorithm, "gram" or "direct", for so many positions and features."""
-    saved = 1.0 if _width(positions) == positions else 0.7
-    gram, direct = saved * positions**2 * (i + o + PRICE_OF_A_WRITE), (positions + PRICE_OF_A_WRITE) * i * o
+    saved, price = 1.0 if _width(positions, profile) == positions else 0.7, profile.price_of_a_write
+    gram, direct = saved * positions**2 * (i + o + price), (positions + price) * i * o
     return "gram" if gram < direct else "direct"
 
 
@@ -53,7 +53,8 @@ class SharedFactor:
     def gram(self, rows: slice, start: int, stop: int) -> tuple[Tensor, bool]:
         """Columns of the matrix's lower half for some samples, and whether they are kept, so that nobody may change them."""
         n, k, t, _ = self.value.shape
-        if n * k * t * t * self.value.dtype.itemsize > (chunk_bytes(CHUNK_BYTES) or 0):
+        most = chunk_bytes(profile_of(self.value.device).chunk_bytes) or 0
+        if n * k * t * t * self.value.dtype.itemsize > most:
             return _strip(self.value, rows, start, stop), False
         key = rows.start, start, stop
         if key not in self._kept:
@@ -67,7 +68,7 @@ def _strip(x: Tensor, rows: slice, start: int, stop: int) -> Tensor:
     return torch.bmm(x[:, start:], x[:, start:stop].mT)
 
 
-class Outer(PerSampleGradient):
+class Outer(Cancelling):
     r"""``G[n, k, o, i] = sum_t g[n, k, t, o] a[n, k, t, i]``, viewed as the parameter's shape.
 
     The squared norm is taken in one of three ways, whichever is the cheapest:
@@ -77,7 +78,9 @@ class Outer(PerSampleGradient):
       that strips of columns of its lower half suffice: ``s T^2 (I + O + m)`` operations, s = 1 for one strip and 0.7 for more;
     * ``direct``: the ``O x I`` product is formed for a few samples at a time, ``(T + m) I O`` operations.
 
-    Here m = 20 is the price of a write, in multiplications. It and s were measured on one core in single precision.
+    Here m is the price of a write, in multiplications, which depends on the device
+    (:class:`~torch_secorder.per_sample.profiles.DeviceProfile`); s was measured on one core in single precision. On an
+    accelerator there is one strip, if memory suffices.
 
     Args:
         a: layer inputs, ``[n, k, t, i]``, or a :class:`SharedFactor` of them.
@@ -95,7 +98,11 @@ class Outer(PerSampleGradient):
         self.a, self.g = inputs, grads
         self.n, self.shape = inputs.shape[0], tuple(shape)
         positions = inputs.shape[2]
-        self.algorithm = "product" if positions == 1 else _cheaper(positions, inputs.shape[3], grads.shape[3])
+        self.algorithm = (
+            "product"
+            if positions == 1
+            else _cheaper(positions, inputs.shape[3], grads.shape[3], profile_of(grads.device))
+        )
 
     @property
     def like(self) -> Tensor:
@@ -111,26 +118,47 @@ class Outer(PerSampleGradient):
         a, g = (groups.rows(x).transpose(1, 2).flatten(2, 3) for x in (self.a, self.g))
         return Outer(a, g, self.shape)
 
-    def squared_norm(self) -> Tensor:
+    @property
+    def may_cancel(self) -> bool:
+        return self.algorithm == "gram"
+
+    def norms(self) -> Tensor | None:
+        if self.algorithm == "direct" and chunk_bytes(None) is None:
+            return self.dense_norms()
+        if self.algorithm != "product" or self.a.shape[1] > 1:
+            return None
+        a, g = (torch.linalg.vector_norm(x.flatten(1), dim=1) for x in (self.a, self.g))
+        return a * g
+
+    def unguarded_squared_norm(self) -> Unguarded:
         match self.algorithm:
             case "product":
-                return (squared_norm_of_rows(self.a) * squared_norm_of_rows(self.g)).sum((1, 2))
+                products = squared_norm_of_rows(self.a) * squared_norm_of_rows(self.g)
+                return products.sum((1, 2)) if products.shape[1] > 1 else products.flatten(), None
             case "gram":
                 return self._gram()
             case _:
-                return self.dense_squared_norm()
+                return self.dense_squared_norm(), None
 
-    def _gram(self) -> Tensor:
+    def _gram(self) -> tuple[Tensor, Tensor]:
         k, t = self.a.shape[1:3]
-        line = 2 * k * t * self.dtype.itemsize
-        size = max(1, min(_width(t), (chunk_bytes(CHUNK_BYTES) or 0) // line))
-        found = [self._gram_sums(rows, size) for rows in chunks(self.n, line * size)]
-        norms, diagonals = found[0] if len(found) == 1 else (torch.cat(parts) for parts in zip(*found, strict=True))
+        line, profile = 2 * k * t * self.dtype.itemsize, profile_of(self.g.device)
+        size = max(1, min(_width(t, profile), (chunk_bytes(profile.chunk_bytes) or 0) // line))
+        sums = self._whole_gram_sums if size == t and not profile.has_caches else partial(self._gram_sums, size)
+        norms, diagonals = (
+            joined(parts) for parts in zip(*map(sums, chunks(self.n, line * size, profile.chunk_bytes)), strict=True)
+        )
         if k > 1:
             norms, diagonals = (value.view(self.n, k).sum(1) for value in (norms, diagonals))
-        return recompute_cancelled(norms, diagonals, self)
+        return norms, diagonals
 
-    def _gram_sums(self, rows: slice, size: int) -> tuple[Tensor, Tensor]:
+    def _whole_gram_sums(self, rows: slice) -> tuple[Tensor, Tensor]:
+        """What :meth:`_gram_sums` says, in as few calls as there can be."""
+        a, g = (gram for gram, _ in self._factors(rows, 0, self.a.shape[2]))
+        norms = torch.bmm(a.flatten(1)[:, None], g.flatten(1)[:, :, None]).flatten()
+        return norms, torch.linalg.vecdot(a.diagonal(dim1=1, dim2=2), g.diagonal(dim1=1, dim2=2))
+
+    def _gram_sums(self, size: int, rows: slice) -> tuple[Tensor, Tensor]:
         """For some samples the sum over pairs of positions, and its part from pairs of a position with itself.
 
         ``size`` columns are computed at a time.
@@ -147,14 +175,18 @@ class Outer(PerSampleGradient):
 
     def _strip(self, rows: slice, start: int, stop: int) -> Tensor:
         """Columns of the lower half of the product of both Gram matrices for some samples, ``[n k, t - start, columns]``."""
+        (a, a_is_kept), (g, g_is_kept) = self._factors(rows, start, stop)
+        if torch.is_grad_enabled() or (a_is_kept and g_is_kept):
+            return a * g
+        return g.mul_(a) if a_is_kept else a.mul_(g)
+
+    def _factors(self, rows: slice, start: int, stop: int) -> list[tuple[Tensor, bool]]:
+        """Columns of both Gram matrices, and whether they are kept for other forms, so that nobody may change them."""
         found = []
         for x in (self.a, self.g):
             common = next((factor for factor in self._common if factor.value is x), None)
             found.append((_strip(x, rows, start, stop), False) if common is None else common.gram(rows, start, stop))
-        (a, a_is_kept), (g, g_is_kept) = found
-        if torch.is_grad_enabled() or (a_is_kept and g_is_kept):
-            return a * g
-        return g.mul_(a) if a_is_kept else a.mul_(g)
+        return found
 
     def dense_squared_norm(self) -> Tensor:
         return _total(PerSampleGradient.dense_squared_norm(strip) for strip in self._by_features())
@@ -164,7 +196,7 @@ class Outer(PerSampleGradient):
         k, i, o = self.a.shape[1], self.a.shape[3], self.g.shape[3]
         if (budget := chunk_bytes(None)) is None or k * i * o * self.dtype.itemsize <= budget:
             return iter([self])
-        strips = chunks(o, k * i * self.dtype.itemsize)
+        strips = chunks(o, k * i * self.dtype.itemsize, budget)
         return (Outer(self.a, g, (k * g.shape[3], i)) for g in (self.g[..., rows] for rows in strips))
 
     def sum_of_squares(self) -> Tensor:
@@ -198,7 +230,8 @@ class Outer(PerSampleGradient):
             return (f.square() * squared_norm_of_rows(h)[..., None]).sum((0, 2))
         k, t, features = f.shape[1:]
         found = []
-        for rows in chunks(self.n, k * t * (t + 2 * features) * self.dtype.itemsize):
+        size = k * t * (t + 2 * features) * self.dtype.itemsize
+        for rows in chunks(self.n, size, profile_of(f.device).chunk_bytes):
             part, gram = f[rows], h[rows] @ h[rows].mT
             squares = part.square() * gram.diagonal(dim1=2, dim2=3)[..., None]
             found.append(torch.stack([((gram @ part) * part).sum((0, 2)), squares.sum((0, 2))]))

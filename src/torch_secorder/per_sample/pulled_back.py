@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from torch_secorder.batch_axis.placement import Grouping
-from torch_secorder.per_sample._base import Index, PerSampleGradient
+from torch_secorder.per_sample._base import Cancelling, Index, PerSampleGradient, Unguarded
 
 
-class PulledBack(PerSampleGradient):
+class PulledBack(Cancelling):
     """``V^T vec(G_n)``, with G_n the gradient of a value computed from the parameter alone and V that computation's Jacobian.
 
     A value may be a part of the parameter (a chunk of a packed projection, one expert of a stack), its entries in another
@@ -52,8 +52,15 @@ class PulledBack(PerSampleGradient):
     def grouped_by_sample(self, groups: Grouping) -> PulledBack:
         return PulledBack(self.value.grouped_by_sample(groups), self.vjp, self.shape, self.permutation)
 
-    def squared_norm(self) -> Tensor:
-        return self.value.squared_norm() if self.permutation is not None else super().squared_norm()
+    @property
+    def may_cancel(self) -> bool:
+        return self.permutation is not None and self.value.may_cancel
+
+    def norms(self) -> Tensor | None:
+        return self.dense_norms() if self.permutation is None else self.value.norms()
+
+    def unguarded_squared_norm(self) -> Unguarded:
+        return (self.dense_squared_norm(), None) if self.permutation is None else self.value.unguarded_squared_norm()
 
     def total(self) -> Tensor:
         return self.vjp(self.value.total()[None])[0]

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch_secorder.batch_axis.placement import Grouping, Layout, Placement
 from torch_secorder.per_sample._base import Index, PerSampleGradient, chunks
 from torch_secorder.per_sample.outer import Outer
+from torch_secorder.per_sample.profiles import profile_of
 
 
 class Routed(PerSampleGradient):
@@ -54,8 +55,8 @@ class Routed(PerSampleGradient):
     def _chunks_of_pairs(self) -> Iterator[tuple[Tensor, Outer]]:
         """The pairs, as many at a time as have gradients that fit into the memory limit."""
         pairs, each = self._pairs()
-        size = self.shape[1] * self.shape[2] * self.dtype.itemsize
-        return ((pairs[rows], each.select(rows)) for rows in chunks(len(pairs), size))
+        size, usual = self.shape[1] * self.shape[2] * self.dtype.itemsize, profile_of(self.g.device).chunk_bytes
+        return ((pairs[rows], each.select(rows)) for rows in chunks(len(pairs), size, usual))
 
     def dense(self) -> Tensor:
         pairs, each = self._pairs()

@@ -9,7 +9,14 @@ from torch import Tensor
 
 from torch_secorder.batch_axis.placement import Grouping
 from torch_secorder.model.channels import ChannelSums
-from torch_secorder.per_sample._base import Index, PerSampleGradient, at_least_float32, chunks, squared_norm_of_rows
+from torch_secorder.per_sample._base import (
+    Index,
+    PerSampleGradient,
+    at_least_float32,
+    chunks,
+    joined,
+    squared_norm_of_rows,
+)
 from torch_secorder.per_sample.outer import Outer
 
 
@@ -35,16 +42,23 @@ class RowSparse(PerSampleGradient):
     def like(self) -> Tensor:
         return self.g
 
-    def pairs(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The distinct pairs of sample ``[u]`` and id ``[u]``, and the summed gradient ``[u, d]`` of each."""
-        samples = torch.arange(self.n, device=self.ids.device)[:, None]
-        keys, inverse = (samples * self.shape[0] + self.ids).flatten().unique(return_inverse=True)
-        summed = self.g.new_zeros(len(keys), self.shape[1]).index_add(0, inverse, self.g.flatten(0, 1))
-        return keys // self.shape[0], keys % self.shape[0], summed
+    def summed(self) -> tuple[Tensor, Tensor]:
+        """Ids ``[n, t]``, sorted for each sample, and beside the first of equal ones their summed gradient ``[n, t, d]``.
+
+        Beside the others are zeros: how many ids differ, which nobody has to know here, only the device could say.
+        """
+        n, t = self.ids.shape
+        own = self.ids.contiguous()
+        ids = own.sort(1).values
+        places = torch.searchsorted(ids, own) + torch.arange(0, n * t, max(t, 1), device=ids.device)[:n, None]
+        summed = self.g.new_zeros(n * t, self.shape[1]).index_add(0, places.flatten(), self.g.flatten(0, 1))
+        return ids, summed.view(n, t, -1)
 
     def dense(self) -> Tensor:
-        samples, ids, summed = self.pairs()
-        return self.g.new_zeros(self.n, *self.shape).index_put((samples, ids), summed)
+        samples = torch.arange(self.n, device=self.ids.device)[:, None]
+        rows = (samples * self.shape[0] + self.ids).flatten()
+        table = self.g.new_zeros(self.n * self.shape[0], self.shape[1])
+        return table.index_add(0, rows, self.g.flatten(0, 1)).view(self.n, *self.shape)
 
     def select(self, samples: Index) -> RowSparse:
         return RowSparse(self.ids[samples], self.g[samples], self.shape)
@@ -54,28 +68,28 @@ class RowSparse(PerSampleGradient):
         ids, g = (groups.rows(x).flatten(1, 2) for x in (self.ids, self.g))
         return RowSparse(ids, g, self.shape)
 
-    def squared_norm(self) -> Tensor:
-        return torch.cat([self.select(rows)._squared_norms() for rows in self._chunks()])
+    def norms(self) -> Tensor:
+        parts = (self.select(rows).summed()[1].flatten(1) for rows in self._chunks())
+        return joined(torch.linalg.vector_norm(summed, dim=1) for summed in parts)
 
-    def _squared_norms(self) -> Tensor:
-        samples, _, summed = self.pairs()
-        return self.g.new_zeros(self.n).index_add(0, samples, squared_norm_of_rows(summed))
+    def squared_norm(self) -> Tensor:
+        return joined(squared_norm_of_rows(self.select(rows).summed()[1].flatten(1)) for rows in self._chunks())
 
     def _chunks(self) -> Iterator[slice]:
         # For each position: four integers to sort the ids, the sum of its gradients, and the copy that is added up.
         return chunks(self.n, self.ids.shape[1] * (4 * 8 + 2 * self.g.shape[2] * self.dtype.itemsize), None)
 
     def sum_of_squares(self) -> Tensor:
-        _, ids, summed = self.pairs()
-        return self.g.new_zeros(self.shape).index_add(0, ids, summed.square())
+        ids, summed = self.summed()
+        return self.g.new_zeros(self.shape).index_add(0, ids.flatten(), summed.square().flatten(0, 1))
 
     def channel_squares(self, channels: ChannelSums) -> Tensor:
         if channels.groups > 1:
             return super().channel_squares(channels)
-        _, ids, summed = self.pairs()
+        ids, summed = self.summed()
         if channels.axis:
-            return summed.square().sum(0)
-        return self.g.new_zeros(self.shape[0]).index_add(0, ids, squared_norm_of_rows(summed))
+            return summed.square().sum((0, 1))
+        return self.g.new_zeros(self.shape[0]).index_add(0, ids.flatten(), squared_norm_of_rows(summed).flatten())
 
     def total(self) -> Tensor:
         return self.g.new_zeros(self.shape).index_add(0, self.ids.flatten(), self.g.flatten(0, 1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -40,7 +41,8 @@ from torch_secorder.per_sample import (
     squared_norms_of,
     zero_squared_norms,
 )
-from torch_secorder.recording.batch import SampleBatch, all_squared_norms
+from torch_secorder.recording.batch import SampleBatch, side_by_side
+from torch_secorder.recording.doubts import Doubts
 from torch_secorder.recording.gradient_norms import GradientNorms
 from torch_secorder.recording.quantities import QUANTITIES, Part
 from torch_secorder.recording.sample_norms import SampleNorms
@@ -74,6 +76,8 @@ class PassAccumulator:
         options: what is collected.
         keep_inputs: leave the records' inputs alone, for another backward pass through the same forward.
         checks: also project the captured gradients on one direction each, to compare them with autograd's.
+        doubts: takes what may have cancelled, so that the pass's answers go to the host in one copy; None to ask at once, and
+            to leave the answers where they are.
         gradients: takes the norms of whole gradients that factors tell for less than reading the gradient costs.
 
     Attributes:
@@ -91,6 +95,7 @@ class PassAccumulator:
         keep_inputs: bool = False,
         checks: bool = False,
         gradients: GradientNorms | None = None,
+        doubts: Doubts | None = None,
     ):
         self._table, self._options, self._keep_inputs = table, options, keep_inputs
         self.checks, self.half, self.is_empty = checks, False, True
@@ -107,7 +112,8 @@ class PassAccumulator:
         self._gradients = gradients if alone and not checks and not table.ranks.distributed else None
         # The id of an input -> the input, how many of its uses are left, and what they share.
         self._shared: dict[int, tuple[Any, int, dict[torch.Size, SharedFactor]]] = {}
-        self._small = SmallCallBatch(self._rules, keep_inputs=keep_inputs)
+        self._doubts = None if table.ranks.distributed else doubts
+        self._small = SmallCallBatch(self._rules, keep_inputs=keep_inputs, squared_norms=self._squared_norms)
         self.slow: dict[str, int] = {}
         self._seen = 0  # elements of all gradients
 
@@ -313,9 +319,17 @@ class PassAccumulator:
 
     def _settle(self, batch: SampleBatch, position: int, form: PerSampleGradient, norms: Tensor | None = None) -> None:
         batch.settled.add(position)
-        norms = batch.squared_norms[position] = squared_norms_of(form) if norms is None else norms
+        norms = self._squared_norms([batch], [position], form) if norms is None else norms
+        batch.squared_norms[position] = norms
         for part in self._of_forms:
             part.on_form(position, form, norms)
+
+    def _squared_norms(
+        self, batches: Sequence[SampleBatch], positions: Sequence[int], form: PerSampleGradient
+    ) -> Tensor:
+        if self._doubts is None:
+            return squared_norms_of(form)
+        return self._doubts.squared_norms(batches, positions, form)
 
     def _leaves(self, use: ParameterUse) -> list[Tensor]:
         targets = [target for value in use.values for target, _ in value.targets]
@@ -352,8 +366,12 @@ class PassAccumulator:
             )
         return SampleBatch(n)
 
-    def finish(self, nonfinite: str = "raise") -> SampleNorms:
+    def finish(self, nonfinite: str = "raise", gradient_norms: Tensor | None = None) -> SampleNorms:
         """Everything that the pass collected.
+
+        Args:
+            nonfinite: "skip" or "raise".
+            gradient_norms: of the parameters' gradients, which are brought to the host together with the answers.
 
         Raises:
             NonFiniteError: if a gradient is not finite and ``nonfinite`` is "raise".
@@ -362,11 +380,29 @@ class PassAccumulator:
             if batch.shared or batch.held:
                 self._settle_waiting(batch)
         self._small.finish()
-        reached, norms = all_squared_norms(list(self._batches.values()), len(self._table.rows))
+        batches = list(self._batches.values())
+        stacked = [batch.stacked() for batch in batches]
+        reached = {position for positions, _ in stacked for position in positions}
+        if self._doubts is not None:
+            stacked, gradient_norms = self._on_host(self._doubts, stacked, gradient_norms)
+        norms = side_by_side(stacked, len(self._table.rows))
+        if self._doubts is not None:
+            ends = list(itertools.accumulate(batch.n for batch in batches))
+            columns = {batch: slice(end - batch.n, end) for batch, end in zip(batches, ends, strict=True)}
+            self._doubts.recompute(norms, columns)
         if self._table.ranks.distributed:
             self._table.ranks.require_same_norms(norms, self._table.names)
-        samples = SampleNorms(norms.shape[1], norms, reached, self._rules, self.parts)
+        samples = SampleNorms(norms.shape[1], norms, reached, self._rules, self.parts, gradient_norms=gradient_norms)
         return samples.finite(self._table.names, nonfinite)
+
+    def _on_host(
+        self, doubts: Doubts, stacked: list[tuple[list[int], Tensor]], gradient_norms: Tensor | None
+    ) -> tuple[list[tuple[list[int], Tensor]], Tensor | None]:
+        """Squared norms and the norms of gradients in float64 on the host, where everything else happens."""
+        norms = [] if gradient_norms is None else [gradient_norms]
+        found = doubts.answered([*(values for _, values in stacked), *norms])
+        positions = [several for several, _ in stacked]
+        return list(zip(positions, found[: len(stacked)], strict=True)), found[-1] if norms else None
 
     def _settle_waiting(self, batch: SampleBatch) -> None:
         """Whatever waited for the end of the pass."""

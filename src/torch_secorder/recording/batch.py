@@ -13,12 +13,13 @@ from torch_secorder.capture.records import Record
 from torch_secorder.per_sample import PerSampleGradient
 
 
-@dataclass
+@dataclass(eq=False)
 class SampleBatch:
     """One batch of samples: a forward that the backward pass reached.
 
     Attributes:
         squared_norms: position of a parameter -> ``[n]``, in the units of the backward pass.
+        roots: positions of which the norms are there, whose squares are still to be taken, for all at once.
         batched: the same for parameters that were taken together: their positions, ``[positions, n]``.
         settled: positions that have their squared norms, or will have.
         held: position -> the sum so far, for parameters that are used more than once.
@@ -29,6 +30,7 @@ class SampleBatch:
 
     n: int
     squared_norms: dict[int, Tensor] = field(default_factory=dict)
+    roots: set[int] = field(default_factory=set)
     batched: list[tuple[list[int], Tensor]] = field(default_factory=list)
     settled: set[int] = field(default_factory=set)
     held: dict[int, PerSampleGradient] = field(default_factory=dict)
@@ -60,15 +62,17 @@ def alike(values: list[Tensor]) -> list[Tensor]:
     return [value.to(first.device, dtype) for value in values]
 
 
-def all_squared_norms(batches: Sequence[SampleBatch], count: int) -> tuple[set[int], Tensor]:
-    """Of ``count`` parameters the positions that the pass reached, and ``[count, samples]``, zeros for what it did not reach."""
-    reached: set[int] = set()
+def side_by_side(stacked: Sequence[tuple[list[int], Tensor]], count: int) -> Tensor:
+    """The squared norms of all batches, ``[count parameters, samples]``, zeros for what the pass did not reach.
+
+    Args:
+        stacked: for each batch, positions and their squared norms.
+        count: the number of parameters.
+    """
     columns: list[Tensor] = []
-    for batch in batches:
-        positions, values = batch.stacked()
-        reached.update(positions)
+    for positions, values in stacked:
         if positions != list(range(count)):
             index = torch.tensor(positions, device=values.device, dtype=torch.long)
-            values = values.new_zeros(count, batch.n).index_copy(0, index, values)
+            values = values.new_zeros(count, values.shape[1]).index_copy(0, index, values)
         columns.append(values if not columns else values.to(columns[0]))
-    return reached, columns[0] if len(columns) == 1 else torch.cat(columns, 1)
+    return columns[0] if len(columns) == 1 else torch.cat(columns, 1)

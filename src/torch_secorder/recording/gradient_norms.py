@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from torch_secorder.autograd.contributions import Identity, identity, note_contribution
-from torch_secorder.autograd.double_precision import in_double_precision
 from torch_secorder.autograd.precision import HALF
 from torch_secorder.capture.records import SMALL
 from torch_secorder.per_sample import FULL, at_least_float32
@@ -61,6 +60,7 @@ class GradientNorms:
             or grad.numel() > SMALL
             or grad.dtype not in FULL
             or grad.is_sparse
+            or grad.device.type != "cpu"  # where the copy that autograd then makes takes as long as the norm
         ):
             return False
         if len(self._waiting) == MOST_CALLS:
@@ -94,7 +94,7 @@ class GradientNorms:
         self._waiting.clear()
 
     def all(self) -> tuple[list[int], Tensor]:
-        """The positions that have a gradient, and its norm for each in float64 on one device."""
+        """The positions that have a gradient, and its norm for each, on one device."""
         if self._waiting:
             self._take_waiting()
         if self._norms:
@@ -103,9 +103,9 @@ class GradientNorms:
         if not self._batched:
             return [], torch.zeros(0, dtype=torch.float64, device="cpu")
         if len(self._batched) == 1:
-            return self._batched[0][0], in_double_precision(self._batched[0][1])
+            return self._batched[0]
         positions, norms = zip(*self._batched, strict=True)
-        return list(itertools.chain.from_iterable(positions)), in_double_precision(torch.cat(alike(list(norms))))
+        return list(itertools.chain.from_iterable(positions)), torch.cat(alike(list(norms)))
 
 
 # A gradient of half precision is widened in parts of so many entries, which stay in the caches of a CPU.

@@ -32,6 +32,7 @@ from torch_secorder.model.parameters import Table
 from torch_secorder.per_sample import memory_limit
 from torch_secorder.recording.accumulator import PassAccumulator, PassOptions
 from torch_secorder.recording.backward_pass import BackwardPass, Check, counted_again
+from torch_secorder.recording.doubts import Doubts, kept_bytes
 from torch_secorder.recording.foreign_errors import refusal_of
 from torch_secorder.recording.gradient_norms import GradientNorms
 from torch_secorder.recording.plan import Plan
@@ -55,10 +56,12 @@ class Recorder(HookScope):
         only_library_calls: record calls that this library makes in this thread, instead of the user's.
 
     Attributes:
+        collects_doubts: whether what a pass says goes to the host in one copy when it is over, and doubts with it.
         counts_again: whether a second backward pass through the same forward counts its samples again.
     """
 
     counts_again = False
+    collects_doubts = False
 
     def __init__(
         self,
@@ -262,8 +265,11 @@ class Recorder(HookScope):
     def _begin(self, task: int, *, keep_inputs: bool = False, checks: bool = False) -> BackwardPass:
         sees_all = modes_are_active()
         gradients = GradientNorms(waits=not sees_all)
+        doubts = None
+        if self.collects_doubts:
+            doubts = Doubts(self.table.names, self._knowledge.cancelled, kept_bytes(self.options.max_memory))
         accumulator = PassAccumulator(
-            self.table, self.options, keep_inputs=keep_inputs, checks=checks, gradients=gradients
+            self.table, self.options, keep_inputs=keep_inputs, checks=checks, gradients=gradients, doubts=doubts
         )
         in_autocast = bool(autocast_devices())
         accumulator.half = in_autocast  # autograd rounds its own gradients then, also those that it returns in float32
@@ -274,11 +280,26 @@ class Recorder(HookScope):
         """Inside, our sums are in full precision, also in an autocast block, within the memory that they may take, and unseen."""
         stack = full_precision()
         stack.enter_context(without_modes())
-        stack.enter_context(memory_limit(self.options.max_memory))
+        limit = self.options.max_memory
+        if limit is not None and self.collects_doubts and any(leaf.device.type != "cpu" for leaf in self.table.leaves):
+            limit -= kept_bytes(limit)
+        stack.enter_context(memory_limit(limit))
         return stack
 
-    def finish(self, current: BackwardPass, nonfinite: str = "raise", checks: Sequence[Check] = ()) -> SampleNorms:
+    def finish(
+        self,
+        current: BackwardPass,
+        nonfinite: str = "raise",
+        checks: Sequence[Check] = (),
+        gradient_norms: Tensor | None = None,
+    ) -> SampleNorms:
         """What a backward pass says of its samples, if nothing went wrong and it passes the checks.
+
+        Args:
+            current: the pass.
+            nonfinite: "skip" or "raise", for samples that are not finite.
+            checks: what it has to pass.
+            gradient_norms: of the parameters' gradients, which are brought to the host together with the answers.
 
         Raises:
             CurvatureError: what went wrong, or what a check finds.
@@ -287,7 +308,7 @@ class Recorder(HookScope):
             raise current.error
         try:
             with self._settings() if current.special else nullcontext():
-                samples = current.accumulator.finish(nonfinite)
+                samples = current.accumulator.finish(nonfinite, gradient_norms)
                 for check in checks:
                     check(current, samples)
         except Exception as error:

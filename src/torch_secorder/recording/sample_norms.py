@@ -22,6 +22,7 @@ class SampleNorms:
         rules: position -> the rules and algorithms that gave its numbers.
         parts: what the pass adds to the other quantities that are kept, by their names.
         skipped: how many samples were left out because their gradients are not finite.
+        gradient_norms: those of the parameters' gradients that came to the host together with the samples.
     """
 
     batch: int
@@ -30,6 +31,7 @@ class SampleNorms:
     rules: Mapping[int, Iterable[str]]
     parts: dict[str, Part] = field(default_factory=dict)
     skipped: int = 0
+    gradient_norms: Tensor | None = None
 
     def scaled(self, factor: float) -> SampleNorms:
         """The same with all squares multiplied."""

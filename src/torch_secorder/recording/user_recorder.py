@@ -62,6 +62,8 @@ class UserRecorder(Recorder):
         waiting: refusals of passes at whose end nothing could be raised, for the end of the block.
     """
 
+    collects_doubts = True
+
     def __init__(
         self,
         *args: Any,

@@ -15,6 +15,7 @@ from torch_secorder.autograd.nodes import has_packed_tensors
 from torch_secorder.autograd.saved import knows, saved
 from torch_secorder.capture.records import Call
 from torch_secorder.errors import CoupledSamplesError, CurvatureError, ShapeError
+from torch_secorder.per_sample import at_least_float32
 from torch_secorder.rules.registry import Gradients, register_refusal, register_rule
 
 BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
@@ -32,14 +33,17 @@ def layer_norm(module: nn.LayerNorm, call: Call) -> Gradients:
     x = _input(module, call, len(module.normalized_shape))
     if (statistics := _kept(call, x)) is not None:
         return _named(*_with_statistics(module.normalized_shape, x, call.grad_output, *statistics))
-    return _last_axes(module, F.layer_norm(x, module.normalized_shape, None, None, module.eps), call.grad_output)
+    normalized = F.layer_norm(x, module.normalized_shape, None, None, module.eps)
+    g = call.grad_output
+    return _named(_over_positions(module, g * normalized), _over_positions(module, g))
 
 
 @register_rule(nn.RMSNorm, depends_on=("normalized_shape", "eps"))
 def rms_norm(module: nn.RMSNorm, call: Call) -> Gradients:
     """The root mean square of the last axes."""
     x = _input(module, call, len(module.normalized_shape))
-    return _last_axes(module, F.rms_norm(x, module.normalized_shape, None, module.eps), call.grad_output)
+    normalized = F.rms_norm(x, module.normalized_shape, None, module.eps)
+    return {"weight": _over_positions(module, call.grad_output * normalized)}
 
 
 @register_rule(nn.GroupNorm, depends_on=("num_groups", "eps"))
@@ -130,10 +134,9 @@ def _with_statistics(shape: Sequence[int], x: Tensor, g: Tensor, mean: Tensor, s
     return weight.view(n, *shape), bias.view(n, *shape)
 
 
-def _last_axes(module: Any, normalized: Tensor, g: Tensor) -> dict[str, Tensor]:
-    """Gradients of parameters over the last axes, summed over the axes between those and the batch."""
-    shape = (g.shape[0], -1, *module.normalized_shape)
-    return {"weight": (g * normalized).reshape(shape).sum(1), "bias": g.reshape(shape).sum(1)}
+def _over_positions(module: Any, value: Tensor) -> Tensor:
+    """The sum over the axes between the batch and those that a parameter is for."""
+    return value.reshape(value.shape[0], -1, *module.normalized_shape).sum(1)
 
 
 def _of_each_sample(
@@ -172,8 +175,10 @@ def with_running(x: Tensor, g: Tensor, mean: Tensor, variance: Tensor, eps: floa
     """The same for an input that is normalized by statistics which are none of its own."""
     if _in_one_pass(x, g):
         return _as_torch_does(x, g, mean, variance, eps)
-    deviation = (variance + eps).sqrt()
-    if torch.is_grad_enabled() or bool((mean.abs() > MODERATE * deviation).any()):
+    deviation = (variance + eps).sqrt() if g.device.type == "cpu" else None
+    # An accelerator would have to be asked which way is better. There, the first one takes fewer calls, and is always right.
+    if deviation is None or torch.is_grad_enabled() or bool((mean.abs() > MODERATE * deviation).any()):
+        x, g = at_least_float32(x), at_least_float32(g)
         return over_channels(F.batch_norm(x, mean, variance, None, None, False, 0.0, eps), g)
     # sum g (x - m) / s = (sum g x - m sum g) / s needs no normalized input, and only a mean far from zero costs digits.
     along, bias = over_channels(x.to(g.dtype), g)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch_secorder.arguments import require_max_memory
 from torch_secorder.autograd.engine import call_model
 from torch_secorder.autograd.precision import has_half_precision
+from torch_secorder.autograd.random_state import forked_random
 from torch_secorder.batch_axis.knowledge import knowledge_of
 from torch_secorder.batch_axis.samples import BatchSamples
 from torch_secorder.batch_axis.told import NOTHING, Told
@@ -22,7 +23,7 @@ from torch_secorder.graph.queries import used_by_loss
 from torch_secorder.model.containers import mapped, tensors
 from torch_secorder.model.hooks import restoring
 from torch_secorder.model.parameters import ParameterTable, unwrapped
-from torch_secorder.model.restore import eval_mode, forked_random, lock_of, requiring_grad, restoring_buffers
+from torch_secorder.model.restore import eval_mode, lock_of, requiring_grad, restoring_buffers
 from torch_secorder.model.selection import Selection
 from torch_secorder.recording.accumulator import PassOptions
 from torch_secorder.recording.plan import planned

@@ -7,9 +7,9 @@ from typing import TypeVar
 
 from torch import Tensor, nn
 
+from torch_secorder.autograd.random_state import forked_random
 from torch_secorder.errors import CoverageError
 from torch_secorder.model.parameters import ParameterTable
-from torch_secorder.model.restore import forked_random
 
 T = TypeVar("T")
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from torch_secorder.autograd.precision import has_half_precision, is_half
+from torch_secorder.autograd.random_state import forked_random
 from torch_secorder.batch_axis.samples import BatchSamples
 from torch_secorder.errors import ArgumentError, ShapeError
 from torch_secorder.model.containers import is_continuous, mapped, shrunk, tensors
@@ -44,7 +45,7 @@ def reduction_of(
         ArgumentError: if twice the samples give neither the loss nor twice the loss.
     """
     near = NEAR_IN_HALF_PRECISION if is_half(loss) else NEAR
-    with torch.no_grad(), torch.random.fork_rng(devices=[loss.device] if loss.is_cuda else []):
+    with torch.no_grad(), forked_random([loss]):
         if expected is not None:
             multiple = multiple_of(*_losses(loss_fn, outputs, targets, where, [0]))
             if abs(multiple - MULTIPLES[expected]) < near:

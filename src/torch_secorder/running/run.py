@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from torch_secorder.autograd.engine import call_model
+from torch_secorder.autograd.random_state import forked_random, random_state
 from torch_secorder.autograd.versions import hiding_changes
 from torch_secorder.batch_axis.knowledge import ModelKnowledge
 from torch_secorder.batch_axis.samples import BatchSamples
@@ -19,12 +20,7 @@ from torch_secorder.errors import UnsupportedError
 from torch_secorder.graph.queries import without_second_derivative
 from torch_secorder.model.containers import tensors
 from torch_secorder.model.parameters import ParameterTable, numpy_of_frozen
-from torch_secorder.model.restore import (
-    forked_random,
-    random_state,
-    restoring_buffers,
-    twice_differentiable,
-)
+from torch_secorder.model.restore import restoring_buffers, twice_differentiable
 from torch_secorder.recording.accumulator import PassOptions
 from torch_secorder.recording.backward_pass import BackwardPass
 from torch_secorder.recording.plan import Plan

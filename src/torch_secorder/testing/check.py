@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from torch_secorder.approximations.batches import LabeledBatch, Layout
 from torch_secorder.approximations.fisher_report import fisher_results
+from torch_secorder.autograd.random_state import forked_random, random_state
 from torch_secorder.errors import ArgumentError, VerificationError
 from torch_secorder.model.names import plain_name
 from torch_secorder.model.parameters import unwrapped
-from torch_secorder.model.restore import eval_mode, forked_random, random_state, restoring_buffers
+from torch_secorder.model.restore import eval_mode, restoring_buffers
 from torch_secorder.running.own_loss import loss_function
 from torch_secorder.tables import table
 from torch_secorder.testing.sample_loop import Loss, float64_copy, in_float64, loss_dtype, run, sample_gradients

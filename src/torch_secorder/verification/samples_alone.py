@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from torch_secorder.autograd.precision import has_half_precision
+from torch_secorder.autograd.random_state import forked_random
 from torch_secorder.errors import CurvatureError, VerificationError
 from torch_secorder.model.containers import is_continuous, mapped, tensors
 from torch_secorder.model.nested import whole
 from torch_secorder.model.ranks import Ranks
-from torch_secorder.model.restore import eval_mode, forked_random, restoring_buffers
+from torch_secorder.model.restore import eval_mode, restoring_buffers
 from torch_secorder.per_sample import as_refusal
 from torch_secorder.running.analysis import Analysis, Batch
 from torch_secorder.verification.comparison import require_equal_norms, unequal_norms

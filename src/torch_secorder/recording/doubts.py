@@ -1,0 +1,149 @@
+"""Squared norms in which digits may have cancelled: on an accelerator they are asked about together when the pass is over.
+
+To ask at once, the host would have to wait for the device in the middle of the pass, for each layer again. So the factors of
+what may have to be recomputed are kept until then, within a budget. A layer beyond it takes the direct form, in which nothing
+cancels, and so does one that has cancelled, from then on. On a CPU nobody waits, and every layer is asked about at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from torch_secorder.autograd.double_precision import together_on_host
+from torch_secorder.autograd.versions import versions
+from torch_secorder.errors import CoverageError
+from torch_secorder.per_sample import (
+    PerSampleGradient,
+    cancellation_floor,
+    direct_squared_norms_of,
+    norms_of,
+    squared_norms_of,
+    unguarded_squared_norms_of,
+)
+from torch_secorder.recording.batch import SampleBatch
+
+# What may be kept where the user sets no limit.
+KEPT_BYTES = 2**28
+
+
+def kept_bytes(max_memory: int | None) -> int:
+    """How many bytes may be kept until a pass is over: half of the limit, if there is one."""
+    return KEPT_BYTES if max_memory is None else max_memory // 2
+
+
+@dataclass(frozen=True, eq=False)
+class Doubt:
+    """Squared norms that may have cancelled.
+
+    Attributes:
+        batches: whose samples they are, for each position.
+        positions: of k parameters.
+        sizes: of what was added up, ``[k n]``.
+        form: the gradients, of ``k n`` samples.
+        versions: how often its factors were changed in place before.
+    """
+
+    batches: Sequence[SampleBatch]
+    positions: Sequence[int]
+    sizes: Tensor
+    form: PerSampleGradient
+    versions: tuple[int, ...]
+
+
+class Doubts:
+    """Those of one backward pass.
+
+    Args:
+        names: of the parameters.
+        cancelled: the names of those that have cancelled before; more are added.
+        budget: how many bytes may be kept.
+    """
+
+    def __init__(self, names: Sequence[str], cancelled: set[str], budget: int):
+        self._names, self._cancelled, self._left = names, cancelled, budget
+        self._doubts: list[Doubt] = []
+
+    def squared_norms(
+        self, batches: Sequence[SampleBatch], positions: Sequence[int], form: PerSampleGradient
+    ) -> Tensor:
+        """A form's squared norms, which are good as they are or are to be asked about; or its norms, as the batches are told.
+
+        Args:
+            batches: whose samples they are, for each position.
+            positions: of the parameters; the form has the samples of the first one, then of the second, and so on.
+            form: the gradients.
+        """
+        if form.like.device.type == "cpu":
+            return squared_norms_of(form)
+        if not form.may_cancel:
+            if (roots := norms_of(form)) is None:
+                return squared_norms_of(form)
+            for batch, position in zip(batches, positions, strict=True):
+                batch.roots.add(position)
+            return roots
+        factors = list(_tensors(form))
+        size = sum(x.numel() * x.dtype.itemsize for x in factors)
+        if size > self._left or not self._cancelled.isdisjoint(self._names[position] for position in positions):
+            return direct_squared_norms_of(form)
+        norms, sizes = unguarded_squared_norms_of(form)
+        if sizes is not None:
+            self._left -= size
+            self._doubts.append(Doubt(batches, positions, sizes, form, versions(factors)))
+        return norms
+
+    def answered(self, values: Sequence[Tensor]) -> list[Tensor]:
+        """These tensors on the host, to which the sizes travel in the same copy."""
+        found = together_on_host([*values, *(doubt.sizes for doubt in self._doubts)])
+        self._sizes = found[len(values) :]
+        return found[: len(values)]
+
+    def recompute(self, norms: Tensor, columns: Mapping[SampleBatch, slice]) -> None:
+        """Take the squares that were left to do, and put what has cancelled in order, in place.
+
+        Args:
+            norms: ``[parameters, samples]``, on the host.
+            columns: where the samples of each batch are.
+
+        Raises:
+            CoverageError: if factors are not any more what they were.
+        """
+        for batch, samples in columns.items():
+            roots = list(batch.roots)
+            norms[roots, samples] = norms[roots, samples].square()
+        lost: list[tuple[Doubt, list[int], Tensor]] = []
+        for doubt, sizes in zip(self._doubts, self._sizes, strict=True):
+            own = torch.cat([norms[p, columns[b]] for p, b in zip(doubt.positions, doubt.batches, strict=True)])
+            rows = (own < cancellation_floor(doubt.sizes.dtype) * sizes).nonzero().flatten().tolist()
+            if rows:
+                lost.append((doubt, rows, self._direct(doubt, rows)))
+        self._doubts = []
+        for (doubt, rows, _), found in zip(lost, together_on_host([values for *_, values in lost]), strict=True):
+            n = len(doubt.sizes) // len(doubt.positions)
+            for row, value in zip(rows, found.tolist(), strict=True):
+                index = row // n
+                norms[doubt.positions[index], columns[doubt.batches[index]].start + row % n] = value
+            self._cancelled.update(self._names[doubt.positions[row // n]] for row in rows)
+
+    def _direct(self, doubt: Doubt, rows: list[int]) -> Tensor:
+        if versions(_tensors(doubt.form)) != doubt.versions:
+            names = ", ".join(self._names[position] for position in doubt.positions)
+            raise CoverageError(
+                f"{names}: digits have cancelled, and the layer's input or the gradient of its output was changed in place "
+                "before the backward pass was over, by a hook or a backward of the user's that gets the same tensor; return a "
+                "new one there"
+            )
+        index = torch.tensor(rows, device=doubt.form.like.device)
+        return direct_squared_norms_of(doubt.form.select(index))
+
+
+def _tensors(value: object) -> Iterator[Tensor]:
+    """The tensors that a form is made of."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (PerSampleGradient, list)):
+        for part in value if isinstance(value, list) else vars(value).values():
+            yield from _tensors(part)
