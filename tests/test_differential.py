@@ -161,6 +161,8 @@ Refusals = dict[str, str]  # driver -> what it says
 
 def refusals_of(name: str) -> Refusals:
     """Drivers that differentiate by themselves refuse some problems that a monitor analyzes."""
+    if name == "awkward-checkpointed_reentrant":  # in the user's own run it stays re-entrant
+        return {"observed": r"use_reentrant=False.* or a FisherMonitor"}
     return dict.fromkeys(BUT_THE_MONITOR, EVERY[name].refusal)
 
 

@@ -15,6 +15,7 @@ import torch_secorder
 from fuzz import __main__ as command
 from fuzz import ways
 from fuzz.case import Case, Step, drawn
+from fuzz.model import Site
 from fuzz.outcomes import Outcome, outcome, shrunk
 from fuzz.program import program
 from fuzz.registry import LOSSES, PIECES, WAYS
@@ -59,6 +60,17 @@ def test_pieces_that_mix_samples_are_refused(piece: str) -> None:
     for name in ("monitor", "report", "empirical"):
         assert outcome(case_of("linear", piece, sizes=(5,), ways=(name,))).kind in ("coupled", "exact"), name
     assert outcome(case_of("linear", piece, sizes=(5,), ways=("report",))).kind == "coupled"
+
+
+@pytest.mark.parametrize(
+    ("way", "kind"), [("monitor", "hidden"), ("exact", "hidden"), ("report", "exact"), ("empirical", "exact")]
+)
+def test_a_reentrant_checkpoint_is_hidden_in_the_users_own_run_only(
+    way: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Site, "choice", lambda self, *options: options[0])
+    case = replace(case_of(ways=(way,), sizes=(4,)), steps=(Step("checkpointed", 0, around=False),))
+    assert outcome(case).kind == kind
 
 
 COMPARING = [
@@ -125,7 +137,9 @@ def test_foreign_exceptions_are_crashes(monkeypatch: pytest.MonkeyPatch) -> None
     assert outcome(case_of("linear", ways=("empirical",))).kind == "crashed"
 
 
-@pytest.mark.parametrize("kind", ["exact", "coupled", "frozen", "refused", "wrong", "crashed", "inconsistent"])
+@pytest.mark.parametrize(
+    "kind", ["exact", "coupled", "frozen", "hidden", "refused", "wrong", "crashed", "inconsistent"]
+)
 def test_the_command_fails_for_wrong_numbers_and_crashes_only(
     kind: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -172,12 +172,7 @@ def awkward() -> Iterator[Problem]:
     family.add("embedding_of_max_norm", lambda: nn.Embedding(5, 4, max_norm=0.5), ids(4, 9))
     family.add("embedding_bag", lambda: nn.EmbeddingBag(5, 4), ids(4, 6))
     family.add("checkpointed", checkpointed(use_reentrant=False), (5, 4))
-    family.add(
-        "checkpointed_reentrant",
-        checkpointed(use_reentrant=True),
-        (5, 4),
-        refusal=r"use_reentrant=False.* or a FisherMonitor",
-    )
+    family.add("checkpointed_reentrant", checkpointed(use_reentrant=True), (5, 4))
     family.add("lazy_linear", lambda: nn.Sequential(nn.LazyLinear(3), nn.Tanh(), nn.Linear(3, 2)), (5, 4))
     family.add(
         "flipped_batch",

@@ -152,18 +152,19 @@ def test_trap_13_gradients_that_nearly_cancel() -> None:
     )
 
 
-def test_trap_13_a_gradient_that_vanishes_is_amplified_rounding() -> None:
+@pytest.mark.parametrize("seed", [10, 15, 26])  # of numbers whose rounding is above the usual bound
+def test_trap_13_a_gradient_that_vanishes_is_amplified_rounding(seed: int) -> None:
     """The norm of equal numbers divides by the root of its eps. A bias before it has a gradient of zero, which is rounded."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = Forward(
         lambda m, x: m.h(m.n(m.c(x[:, None]).mean(1).tanh().mT).mT[:, 0]),
         c=nn.Conv2d(1, 3, 3, padding=1),
         n=nn.GroupNorm(2, 4),
         h=nn.Linear(4, 3),
     )
-    x = torch.zeros(16, 2, 4)
-    x[0] = torch.randn(2, 4)
-    y = torch.randint(3, (16,))
+    x = torch.zeros(4, 2, 4)
+    x[0, 0] = torch.randn(4)
+    y = torch.randint(3, (4,))
     found = torch.tensor(fisher_report(model, F.cross_entropy, (x, y), progress=False)["fisher_trace"].to_numpy())
     expected = trace(per_sample_squared_norms(model.double(), F.cross_entropy, x.double(), y))
     assert_equal(found, torch.stack(list(expected.values())), total(expected), torch.float32)

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from threading import get_ident
+from threading import Lock, get_ident
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
+from torch_secorder.autograd.checkpoints import put_back, put_in_place
 from torch_secorder.errors import UnsupportedError
 from torch_secorder.model.containers import is_packed
 from torch_secorder.model.hooks import restoring
@@ -51,6 +52,7 @@ LOOKS: set[int] = set()
 
 # Threads in which the library is calling a model. User's monitors must not see these calls.
 LIBRARY_THREADS: set[int] = set()
+_LIBRARY_THREADS_CHANGE = Lock()
 
 
 @contextmanager
@@ -60,9 +62,18 @@ def library_call() -> Iterator[None]:
     if thread in LIBRARY_THREADS:
         yield
         return
-    with restoring(partial(LIBRARY_THREADS.discard, thread)):
-        LIBRARY_THREADS.add(thread)
+    with restoring(partial(_leave_library_call, thread)):
+        with _LIBRARY_THREADS_CHANGE:
+            LIBRARY_THREADS.add(thread)
+            put_in_place(in_library_call)
         yield
+
+
+def _leave_library_call(thread: int) -> None:
+    with _LIBRARY_THREADS_CHANGE:
+        LIBRARY_THREADS.discard(thread)
+        if not LIBRARY_THREADS:
+            put_back()
 
 
 def in_library_call() -> bool:
