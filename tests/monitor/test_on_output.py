@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 
 from oracles import activation_squared_norms, double_copy
 from torch_secorder import FisherMonitor
-from torch_secorder.errors import ArgumentError, CoverageError
+from torch_secorder.errors import ArgumentError, CoverageError, ShapeError
 
 
 def network(inplace: bool = False) -> nn.Sequential:
@@ -94,3 +94,33 @@ def test_its_own_error_comes_after_the_pass() -> None:
 def test_it_must_be_a_function() -> None:
     with pytest.raises(ArgumentError, match="on_output must be a function"):
         FisherMonitor(network(), on_output="print")  # type: ignore[arg-type]
+
+
+def test_as_many_positions_as_samples_have_to_be_told_apart() -> None:
+    """Steps in front, and as many of them as samples: no size says which axis the function gets first."""
+
+    class StepsFirst(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x.transpose(0, 1)).tanh().transpose(0, 1).mean(1)
+
+    model, x, y = StepsFirst().double(), torch.randn(5, 5, 4, dtype=torch.float64), torch.randint(3, (5,))
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def note(module: str, output: Tensor, grad: Tensor) -> None:
+        seen[module] = (output, grad)
+
+    message = r"axis 0 or 1.*batch_axis=\{'modules': \{'layer': axis\}\}"
+    with pytest.raises(ShapeError, match=message), FisherMonitor(model, on_output=note):
+        cross_entropy(model(x), y).backward()
+    with FisherMonitor(model, on_output=note, batch_axis={"modules": {"layer": 1}}):
+        cross_entropy(model(x), y).backward()
+    output, grad = seen["layer"]
+    torch.testing.assert_close(output, model.layer(x).detach(), rtol=0, atol=0)
+    for n in range(5):
+        hidden = model.layer(x[n : n + 1]).detach().requires_grad_()
+        cross_entropy(hidden.tanh().mean(1), y[n : n + 1]).backward()
+        torch.testing.assert_close(5 * grad[n], hidden.grad[0], rtol=1e-10, atol=0)

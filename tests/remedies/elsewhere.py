@@ -39,6 +39,9 @@ TRIED = {
     ),
     'has no columns; say "rows" or "full"': "test_channel_sums.py::test_sums_over_channels",
     "may have their classes on either axis": "test_losses.py::test_the_last_position_has_no_label",
+    "on_output= gets it with the samples first": (
+        "monitor/test_on_output.py::test_as_many_positions_as_samples_have_to_be_told_apart"
+    ),
     "needs whole parameters, and this rank has a part": "test_sharding.py::test_functions_of_a_sharded_model",
     "shard the model with torch.distributed.fsdp.fully_shard": "test_sharding.py::test_every_rank_gets_the_table_of_one_process",
 }
@@ -49,6 +52,7 @@ NOT_TRIED = {
     "max_samples cuts batches by their rows": "max_batches= is tried wherever there is data",
     "can't be cut to the * that are left": "max_batches= is tried wherever there is data",
     "so that the graph of these outputs shows nothing of them": "reports of frozen models are tried in trap 8",
+    "digits have cancelled, and the layer's input": "what is changed in place is tried on the pretend device",
     "its output was changed in place after the call": "every other test of on_output= changes nothing in place",
     "the loss that the model computes neither averages nor sums": "a loss that compares samples has no remedy",
     "all that is computed from them belongs to several samples at once": "axes that are said are tried in traps 5 and 19",

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from torch_secorder.capture.records import Record
-from torch_secorder.errors import CurvatureError
+from torch_secorder.errors import CurvatureError, ShapeError
 from torch_secorder.recording.quantities.quantity import Part, Quantity
 
 OnOutput = Callable[[str, Tensor, Tensor], None]
@@ -23,12 +23,24 @@ class OutputCallsPart(Part):
     def on_output(self, record: Record, grad: Tensor, by_sample: bool) -> None:
         if not by_sample:
             return
+        if record.site.placement is None:
+            _require_one_axis(record, len(grad))
         axis = 0 if record.placement is None else record.placement.axis
         try:
             output = record.kept.output
         except CurvatureError as error:
             raise type(error)(f"{record.site}: {error}") from error
         self._function(record.site.name, output.movedim(axis, 0) if axis else output, grad)
+
+
+def _require_one_axis(record: Record, n: int) -> None:
+    """Raise if several axes of an output have as many entries as there are samples, since nothing else tells them apart."""
+    axes = [str(axis) for axis, size in enumerate(record.shape) if size == n]
+    if n > 1 and len(axes) > 1:
+        raise ShapeError(
+            f"{record.site}: its output of shape {tuple(record.shape)} may have the {n} samples on axis {' or '.join(axes)}, and "
+            f"on_output= gets it with the samples first: pass batch_axis={{'modules': {{{record.site.name!r}: axis}}}}"
+        )
 
 
 class OutputCalls(Quantity):
