@@ -113,7 +113,7 @@ class PassAccumulator:
         # The id of an input -> the input, how many of its uses are left, and what they share.
         self._shared: dict[int, tuple[Any, int, dict[torch.Size, SharedFactor]]] = {}
         self._doubts = None if table.ranks.distributed else doubts
-        self._small = SmallCallBatch(self._rules, keep_inputs=keep_inputs, squared_norms=self._squared_norms)
+        self._small = SmallCallBatch(self._rules, keep_inputs=keep_inputs, doubts=self._doubts)
         self.slow: dict[str, int] = {}
         self._seen = 0  # elements of all gradients
 

@@ -56,7 +56,7 @@ class Recorder(HookScope):
         only_library_calls: record calls that this library makes in this thread, instead of the user's.
 
     Attributes:
-        collects_doubts: whether what a pass says goes to the host in one copy when it is over, and doubts with it.
+        collects_doubts: whether what a pass on an accelerator says goes to the host in one copy when it is over, and doubts with it.
         counts_again: whether a second backward pass through the same forward counts its samples again.
     """
 
@@ -78,6 +78,7 @@ class Recorder(HookScope):
         only_library_calls: bool = False,
     ):
         self.table, self.plan, self.options, self._knowledge = table, plan, options, knowledge
+        self._on_accelerator = False  # whether doubts are collected, since the host would have to wait for each answer
         self._audit = Audit(
             table,
             knowledge,
@@ -102,6 +103,7 @@ class Recorder(HookScope):
             )
 
     def _attach(self) -> None:
+        self._on_accelerator = self.collects_doubts and any(leaf.device.type != "cpu" for leaf in self.table.leaves)
         if self._module_hooks is not None:
             self._module_hooks.__enter__()
 
@@ -266,7 +268,7 @@ class Recorder(HookScope):
         sees_all = modes_are_active()
         gradients = GradientNorms(waits=not sees_all)
         doubts = None
-        if self.collects_doubts:
+        if self._on_accelerator:
             doubts = Doubts(self.table.names, self._knowledge.cancelled, kept_bytes(self.options.max_memory))
         accumulator = PassAccumulator(
             self.table, self.options, keep_inputs=keep_inputs, checks=checks, gradients=gradients, doubts=doubts
@@ -281,7 +283,7 @@ class Recorder(HookScope):
         stack = full_precision()
         stack.enter_context(without_modes())
         limit = self.options.max_memory
-        if limit is not None and self.collects_doubts and any(leaf.device.type != "cpu" for leaf in self.table.leaves):
+        if limit is not None and self._on_accelerator:
             limit -= kept_bytes(limit)
         stack.enter_context(memory_limit(limit))
         return stack

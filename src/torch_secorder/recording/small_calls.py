@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -12,10 +12,10 @@ from torch_secorder.autograd.versions import version
 from torch_secorder.batch_axis.placement import FIRST
 from torch_secorder.capture.records import SMALL, Record
 from torch_secorder.errors import CoverageError
-from torch_secorder.per_sample import PerSampleGradient
+from torch_secorder.per_sample import squared_norms_of
 from torch_secorder.recording.batch import SampleBatch
+from torch_secorder.recording.doubts import Doubts
 
-Answer = Callable[[Sequence[SampleBatch], Sequence[int], PerSampleGradient], Tensor]
 MOST_CALLS = 64  # that wait for each other
 
 
@@ -26,12 +26,12 @@ class SmallCallBatch:
     Attributes:
         rules: position -> how its numbers were computed, to add to.
         keep_inputs: leave the records' inputs alone.
-        squared_norms: of a form, given the batches and the positions of its parameters.
+        doubts: takes what may have cancelled; None to ask at once.
     """
 
     rules: dict[int, dict[str, None]]
     keep_inputs: bool
-    squared_norms: Answer
+    doubts: Doubts | None
     _waiting: dict[Hashable, list[tuple[SampleBatch, Record, Tensor, int]]] = field(default_factory=dict)
 
     def add(self, batch: SampleBatch, record: Record, grad: Tensor) -> bool:
@@ -74,7 +74,9 @@ class SmallCallBatch:
             rule = {f"{site.rule.name} ({form.algorithm})": None}
             positions = list(map(operator.itemgetter(local), owned))
             self.rules.update(dict.fromkeys(positions, rule))
-            norms = self.squared_norms(batches, positions, form).unflatten(0, (len(waiting), -1))
+            doubts = self.doubts
+            norms = squared_norms_of(form) if doubts is None else doubts.squared_norms(batches, positions, form)
+            norms = norms.unflatten(0, (len(waiting), -1))
             if len(set(map(id, batches))) == 1:
                 batches[0].batched.append((positions, norms))
                 continue
