@@ -56,7 +56,8 @@ class Recorder(HookScope):
         only_library_calls: record calls that this library makes in this thread, instead of the user's.
 
     Attributes:
-        collects_doubts: whether what a pass on an accelerator says goes to the host in one copy when it is over, and doubts with it.
+        collects_doubts: whether what a pass on an accelerator says goes to the host in one copy when it is over, and doubts
+            with it.
         counts_again: whether a second backward pass through the same forward counts its samples again.
     """
 
