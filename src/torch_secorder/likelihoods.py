@@ -304,7 +304,11 @@ def likelihood(
         return ELEMENTWISE[loss_type]
     if loss_type != "nll":
         *names, last = (f'"{name}"' for name in LOSS_TYPES)
-        meant = f'; {loss_type!r} is "{SYNONYMS[loss_type]}" here' if loss_type in SYNONYMS else ""
+        meant = (
+            f'; {loss_type!r} is "{SYNONYMS[loss_type]}" here'
+            if isinstance(loss_type, str) and loss_type in SYNONYMS
+            else ""
+        )
         raise UnsupportedError(f"loss_type must be {', '.join(names)} or {last}, not {loss_type!r}{meant}")
     return _categorical(outputs, targets, ignore_index, class_axis)
 

@@ -26,10 +26,15 @@ class InTheOtherForm:
         self.usual, self._is_library_call = usual, is_library_call
 
     def apply(self, function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
-        """As torch's function is called. Where no gradient goes into it none comes out of it either, which stays so."""
-        wanted = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args)
-        if not (wanted and self._is_library_call()):
+        """As torch's function is called. Where no gradient goes into it none comes out of it either, which stays so.
+
+        Torch warns of that, as it should if the user's inputs are at fault; in the library's runs it is what is frozen for the time.
+        """
+        if not self._is_library_call():
             return self.usual.apply(function, preserve, *args)
+        if not (torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args)):
+            with torch.no_grad():
+                return function(*args)
         return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=preserve, determinism_check="none")
 
 
