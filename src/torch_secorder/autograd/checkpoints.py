@@ -28,7 +28,8 @@ class InTheOtherForm:
     def apply(self, function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
         """As torch's function is called. Where no gradient goes into it none comes out of it either, which stays so.
 
-        Torch warns of that, as it should if the user's inputs are at fault; in the library's runs it is what is frozen for the time.
+        Torch warns of that, as it should if the user's inputs are at fault; in the library's runs it is what is frozen for the
+        time.
         """
         if not self._is_library_call():
             return self.usual.apply(function, preserve, *args)
