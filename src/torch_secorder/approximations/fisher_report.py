@@ -106,7 +106,8 @@ def fisher_report(
         batch_axis: as in :class:`FisherMonitor`, and "targets" for what the loss takes.
         n_samples: as in :class:`FisherMonitor`.
         sample_of: as in :class:`FisherMonitor`.
-        ignore_index: "nll" positions with this target contribute nothing.
+        ignore_index: "nll" positions with this target contribute nothing. Where batches are mappings without ``labels=``, the
+            targets are their ``labels``, or else positions that their ``attention_mask`` hides contribute nothing.
         class_axis: where "nll" outputs have their classes, with the samples on axis 0. Logits of three axes need -1 or -2, unless
             targets tell.
         shift: "nll" outputs at one position are about the label at the next, as those of causal language models are. Targets are
