@@ -40,8 +40,8 @@ def counted_labels(targets: Any, outputs: Tensor, class_axis: int, ignore_index:
         return None
     if tuple(mask.shape) != positions:
         raise ShapeError(
-            f"the batch's {name} of shape {tuple(mask.shape)} hides positions, and the outputs have the positions {positions}, so "
-            f"that it does not say which of them count: labels= names an entry of that shape, {ignore_index} where nothing counts"
+            f"the batch's {name} of shape {tuple(mask.shape)} hides positions, and the outputs have the positions {positions}, "
+            f"so that it does not say which of them count: labels= names an entry that does, {ignore_index} where nothing counts"
         )
     return torch.zeros_like(mask, dtype=torch.long).masked_fill(~mask.bool(), ignore_index)
 
