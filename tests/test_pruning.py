@@ -73,7 +73,7 @@ def gates_by_hand(model: nn.Module, name: str, axis: int, x: Tensor, labels: Ten
 def test_gates_are_those_of_explicit_gates(reduction: str, inplace: bool) -> None:
     model = net(inplace)
     x, labels = torch.randn(7, 2, 6, 6), torch.randint(4, (7,))
-    with Gates(model, reduction=reduction) as gates:
+    with Gates(model, reduction=reduction, fisher="sampled") as gates:
         for part, y in zip(x.split(4), labels.split(4), strict=True):
             cross_entropy(model(part), y, reduction=reduction).backward()
     assert gates.n_samples == 7
@@ -441,7 +441,7 @@ def test_torch_pruning_prunes_by_our_importance(kind: str) -> None:
     model = Residual().eval()
     x, labels = torch.randn(6, 3, 8, 8), torch.randint(5, (6,))
     modules = (nn.BatchNorm2d,) if kind == "norms" else None
-    with FisherMonitor(model, diagonal=True) as monitor, Gates(model, modules=modules) as gates:
+    with FisherMonitor(model, diagonal=True) as monitor, Gates(model, modules=modules, fisher="sampled") as gates:
         cross_entropy(model(x), labels).backward()
     weights = weight_saliency(model, monitor, fisher="sampled")
     importance = GroupImportance(model, weights if kind == "weights" else gates.saliency)
@@ -474,3 +474,12 @@ def test_importances_that_do_not_fit() -> None:
         GroupImportance(Residual(), {"other": torch.ones(8)})
     with pytest.raises(ArgumentError, match="another model"):
         GroupImportance(Residual(), {"stem.weight": torch.ones(8)})
+
+
+def test_a_model_in_the_place_of_saliencies() -> None:
+    model = nn.Linear(4, 3)
+    with FisherMonitor(model, fisher="sampled") as monitor:
+        model(torch.randn(5, 4)).square().sum(1).mean().backward()
+    with pytest.raises(ArgumentError, match=r"not a Linear: pruning_sensitivity\(weight_saliency\(model, monitor\)\)"):
+        pruning_sensitivity(model, monitor)  # type: ignore[arg-type]
+    assert list(pruning_sensitivity(weight_saliency(model, monitor)).index) == ["weight"]

@@ -106,7 +106,7 @@ def pruning_sensitivity(
         A DataFrame with index ``parameter`` and columns ``numel`` and one for each amount.
 
     Raises:
-        ArgumentError: for amounts outside [0, 1], or an order with other names or shapes.
+        ArgumentError: for amounts outside [0, 1], an order with other names or shapes, or a model in the saliency's place.
 
     Example:
         >>> import torch
@@ -114,6 +114,11 @@ def pruning_sensitivity(
         >>> pruning_sensitivity({"weight": torch.tensor([[3.0, 1.0], [2.0, 4.0]])}, amounts=(0.25, 0.5)).loc["weight", 0.5]
         np.float64(3.0)
     """
+    if not isinstance(saliency, Mapping) or not all(isinstance(scores, Tensor) for scores in saliency.values()):
+        raise ArgumentError(
+            f"pruning_sensitivity takes what weight_saliency() or Gates.saliency gave, not a {type(saliency).__name__}: "
+            "pruning_sensitivity(weight_saliency(model, monitor))"
+        )
     shares = [require_share(amount) for amount in ([amounts] if isinstance(amounts, float) else amounts)]
     rows: list[dict[Any, Any]] = []
     for name, scores in saliency.items():
