@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
 
-from torch_secorder import FisherMonitor, fisher_report
+from torch_secorder import FisherMonitor, fisher_report, fisher_results
 from torch_secorder.errors import (
     ArgumentError,
     CoupledSamplesError,
@@ -478,8 +478,25 @@ def test_importances_that_do_not_fit() -> None:
 
 def test_a_model_in_the_place_of_saliencies() -> None:
     model = nn.Linear(4, 3)
-    with FisherMonitor(model, fisher="sampled") as monitor:
+    with FisherMonitor(model, fisher="sampled", diagonal=True) as monitor:
         model(torch.randn(5, 4)).square().sum(1).mean().backward()
     with pytest.raises(ArgumentError, match=r"not a Linear: pruning_sensitivity\(weight_saliency\(model, monitor\)\)"):
         pruning_sensitivity(model, monitor)  # type: ignore[arg-type]
     assert list(pruning_sensitivity(weight_saliency(model, monitor)).index) == ["weight"]
+
+
+def test_a_forgotten_diagonal_is_told() -> None:
+    model, x = nn.Linear(4, 3), torch.randn(5, 4)
+    options: dict[str, Any] = {"fisher": "exact", "progress": False}
+    traces = fisher_results(model, None, (x, None), **options)
+    with pytest.warns(UserWarning, match="keeps no diagonal.*pass diagonal=True.*or shrinkage=1"):
+        found = weight_saliency(model, traces)
+    whole = fisher_results(model, None, (x, None), diagonal=True, **options)
+    for silent in (
+        weight_saliency(model, traces, shrinkage=1),
+        weight_saliency(model, traces.report()),
+        weight_saliency(model, whole, shrinkage=1),
+    ):
+        torch.testing.assert_close(silent["weight"], found["weight"])
+    expected = 0.5 * whole.diagonal["weight"] * model.weight.double() ** 2
+    torch.testing.assert_close(weight_saliency(model, whole)["weight"].double(), expected.detach().double())

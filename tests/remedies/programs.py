@@ -209,6 +209,20 @@ def _verify_outside() -> None:
     right(monitor, expected(model, x, y))
 
 
+@remedy("generalized_fisher_trace takes the model's outputs and no loss function")
+def _loss_before_outputs() -> None:
+    model, x, _ = problem()
+    labels = torch.randint(3, (len(x),))
+    with refused("pass (model, model(inputs), targets)"):
+        generalized_fisher_trace(model, nn.CrossEntropyLoss(), x, labels)
+    with refused("outputs = model(inputs), and pass these, not the inputs"):
+        generalized_fisher_trace(model, x, labels)
+    found = generalized_fisher_trace(model, model(x), labels)
+    torch.testing.assert_close(
+        found, total({n: v.mean() for n, v in exact_fisher(model, x).items()}), rtol=1e-8, atol=0
+    )
+
+
 # Parameters and modules
 
 
