@@ -95,7 +95,7 @@ def fisher_report(
             samples were seen. The data have to come in a random order. ``attrs`` then say ``rtol``, ``rtol_of``, the
             ``relative_stderr`` that there is, and whether it ``reached_rtol`` or the data ended before.
         rtol_of: whose standard error: that of the "total", or of all "rows", each of its own trace.
-        progress: show on stderr how far the loop is and the total so far, with tqdm if it is installed.
+        progress: show on a terminal, or in a notebook, how far the loop is and the total so far, with tqdm if it is installed.
         verify: check the first, the last and a random sample of the first batch against plain autograd, and of later ones that
             make another kind of graph, or the 2nd, 3rd, 5th, 9th, ... of a kind.
         by: as in :meth:`FisherMonitor.report`.

@@ -180,7 +180,7 @@ def report(setup: Setup, by: str, max_batches: int | None, progress: bool | None
         earlier = journal.resumed() if journal and resume and path.exists() else None
         with _running(setup, journal):
             shown = sys.stderr.isatty() if progress is None else progress
-            bar = Progress(shown, options["fisher"])
+            bar = Progress(shown, options["fisher"], anywhere=progress is True)
             whole = batches(data, max_batches, bar)
             rest = journal.rest(whole) if journal else whole
             results, device = earlier, options["device"]
