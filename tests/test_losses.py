@@ -214,6 +214,36 @@ def test_padding_with_a_shift(given: str) -> None:
         assert found.fisher_trace[name] == pytest.approx(value, rel=1e-12)
 
 
+def test_a_mask_is_nothing_to_one_label_for_each_sample() -> None:
+    class Whole(Tagger):
+        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:  # type: ignore[override]
+            return super().forward(input_ids, attention_mask).logits.sum(1)
+
+    model, batch = Whole().double(), tagged(3, 4)
+    del batch["labels"]
+    found = fisher_report(model, None, batch, fisher="exact", progress=False)
+    assert_traces(found, exact_fisher(model, batch))
+
+
+def test_a_decoder_has_a_mask_of_its_own() -> None:
+    class Decoder(Tagger):
+        def forward(  # type: ignore[override]
+            self, input_ids: Tensor, attention_mask: Tensor, decoder_input_ids: Tensor, decoder_attention_mask: Tensor
+        ) -> Tensor:
+            return super().forward(decoder_input_ids).logits + super().forward(input_ids).logits.mean(
+                (1, 2), keepdim=True
+            )
+
+    model, mask = Decoder().double(), torch.ones(3, 4).long()
+    mask[1, 2:] = 0
+    batch = {"input_ids": torch.randint(7, (3, 4)), "attention_mask": mask.flip(0, 1)}
+    batch |= {"decoder_input_ids": torch.randint(7, (3, 4)), "decoder_attention_mask": mask}
+    options: dict[str, Any] = {"fisher": "exact", "class_axis": -1, "progress": False}
+    told = fisher_report(model, None, (batch, torch.where(mask.bool(), 0, IGNORED)), **options)
+    for name, value in fisher_report(model, None, batch, **options).fisher_trace.items():
+        assert told.fisher_trace[name] == pytest.approx(value, rel=1e-12)
+
+
 def test_a_mask_of_other_positions_than_the_outputs() -> None:
     """An encoder's mask says nothing of a decoder's positions; labels that say it are what the message asks for."""
 
