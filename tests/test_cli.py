@@ -228,6 +228,29 @@ def test_options_reach_the_library(folder: Path) -> None:
     assert set(pd.read_csv("b.csv")["fisher"]) == {"sampled"}
 
 
+def test_a_number_of_samples(folder: Path) -> None:
+    assert main(["report", "setup_me.py:build", "--max-samples", "10", "--csv", "a.csv"]) == 0
+    found = read_report("a.csv")
+    assert found.attrs["n_samples"] == 10
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3))
+    x, y = torch.randn(12, 4), torch.randint(3, (12,))
+    first = fisher_report(model, torch.nn.CrossEntropyLoss(), (x[:10], y[:10]), progress=False)
+    assert list(found["fisher_trace"]) == pytest.approx(list(first["fisher_trace"]), rel=1e-5)
+
+
+def test_a_shift(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The last position has no label then, so that there is less in the same batch."""
+    options = ["report", "setup_me.py:named", "--fisher", "exact", "--labels", "labels", "--class-axis", "-1"]
+    totals = []
+    for more in ([], ["--shift"]):
+        assert main([*options, *more, "--csv", "a.csv"]) == 0
+        totals.append(read_report("a.csv")["fisher_trace"].sum())
+    assert totals[1] < 0.9 * totals[0]
+    assert main(["report", "setup_me.py:named", "--labels", "labels", "--shift"]) == 1
+    assert "shift=True is for labels of a likelihood" in capsys.readouterr().err
+
+
 def test_the_diagonal_in_a_file(folder: Path) -> None:
     import safetensors.torch
 
@@ -448,6 +471,32 @@ def test_compare(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert (row["note"] == "rose") == (row["z"] > 2)
     totals = before["fisher_trace"].sum(), after["fisher_trace"].sum()
     assert f"{totals[0]:.4g} before, {totals[1]:.4g} after, {totals[1] / totals[0]:.4g} times" in printed
+
+
+def test_compare_says_where_nothing_changed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (build,) = reports("build")
+    Path("copy.csv").write_bytes(Path(build).read_bytes())
+    capsys.readouterr()
+    assert main(["compare", build, "copy.csv"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.rstrip().endswith("after, unchanged")
+    assert "times" not in printed
+
+
+def test_tables_and_statistics_go_to_their_own_commands(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", "setup_me.py:build", "--csv", "a.csv", "--save", "a.safetensors"]) == 0
+    capsys.readouterr()
+    assert main(["compare", "a.csv", "a.safetensors"]) == 1
+    assert (
+        "compare reads what --csv wrote; statistics that --save wrote go to torch-secorder merge"
+        in capsys.readouterr().err
+    )
+    assert main(["merge", "a.safetensors", "a.csv"]) == 1
+    assert (
+        "merge reads what --save wrote; tables that --csv wrote go to torch-secorder compare" in capsys.readouterr().err
+    )
+    assert main(["compare", "a.csv", "a.csv"]) == 0
+    assert main(["merge", "a.safetensors"]) == 0
 
 
 def test_compare_shows_what_only_one_has(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

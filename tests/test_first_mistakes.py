@@ -359,3 +359,34 @@ def test_samples_that_were_skipped_are_told() -> None:
         trained(model, x * torch.nan, y)
     with pytest.raises(LifecycleError, match=r'nonfinite="skip" left out all 6 samples, .* learning rate'):
         monitor.report()
+
+
+def test_what_verify_cannot_see_is_off_by_what_the_questions_page_says() -> None:
+    """A sum in a mean's monitor is N^2 off the mean's number and N off the sum's; a third of the loss is a ninth."""
+    model, x, y = classification()
+    mean = loop(model, x, y, nn.CrossEntropyLoss())
+
+    def watched(loss_of: Callable[[Tensor], Tensor]) -> float:
+        with FisherMonitor(model) as monitor:
+            outputs = model(x)
+            loss = loss_of(outputs)
+            monitor.verify(loss)
+            loss.backward()
+        return float(monitor.trace)
+
+    summed = watched(lambda outputs: F.cross_entropy(outputs, y, reduction="sum"))
+    assert summed == pytest.approx(N**2 * mean, rel=1e-8)
+    assert summed == pytest.approx(N * total(model, nn.CrossEntropyLoss(reduction="sum"), (x, y)), rel=1e-8)
+    assert watched(lambda outputs: F.cross_entropy(outputs, y) / 3) == pytest.approx(mean / 9, rel=1e-8)
+
+
+def test_results_of_a_replaced_model_are_merged() -> None:
+    first, x, y = classification()
+    second = copy.deepcopy(first)
+    old, new = FisherMonitor(first), FisherMonitor(second)
+    for monitor, model in ((old, first), (new, second)):
+        with monitor:
+            F.cross_entropy(model(x), y).backward()
+    new.merge(old)
+    assert new.n_samples == 2 * N
+    assert float(new.trace) == pytest.approx(loop(first, x, y, nn.CrossEntropyLoss()), rel=1e-8)

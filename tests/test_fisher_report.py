@@ -132,7 +132,10 @@ def test_merged_results_say_nothing_of_a_precision() -> None:
     assert "rtol" not in one.merge(two).report().attrs
 
 
-def test_the_progress_bar_says_how_precise_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_progress_bar_says_how_precise_it_is(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     fisher_report(classifier(), cross_entropy, shuffled(30, 8), rtol=0.08)
     assert re.search(r"stderr \d+\.\d% of the total, stops at 8\.0%", capsys.readouterr().err)
     fisher_report(classifier(), cross_entropy, shuffled(3, 8))
@@ -262,6 +265,7 @@ def test_progress_shows_passes_and_the_total_and_says_once_what_sampling_costs(
         monkeypatch.setattr("tqdm.auto.tqdm", EveryStep)
     else:
         monkeypatch.setitem(sys.modules, "tqdm.auto", None)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     model, data = nn.Linear(4, classes), [(torch.randn(5, 4), None) for _ in range(3)]
     fisher_report(model, None, data, fisher="exact", progress=True)
     shown = capsys.readouterr().err
@@ -272,6 +276,25 @@ def test_progress_shows_passes_and_the_total_and_says_once_what_sampling_costs(
     assert (f"trace {two['fisher_trace'].sum():.4g} ± {two.attrs['total_stderr']:.2g}" in shown) == installed
     fisher_report(model, None, data, fisher="sampled", num_samples=101, progress=True)
     assert "backward passes for each" not in capsys.readouterr().err
+
+
+def test_a_bar_counts_the_batches_that_its_total_is_of(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    model, data = nn.Linear(4, 3), [(torch.randn(5, 4), None) for _ in range(3)]
+    fisher_report(model, None, data, fisher="exact", progress=True)
+    shown = capsys.readouterr().err
+    for count in (1, 2, 3):
+        trace = fisher_report(model, None, data[:count], fisher="exact", progress=False)["fisher_trace"].sum()
+        lines = [line for line in shown.split("\r") if f"trace {trace:.4g} ±" in line]
+        assert lines
+        assert all(f" {count}/3 " in line for line in lines), lines
+
+
+def test_no_bar_is_drawn_into_a_file(capsys: pytest.CaptureFixture[str]) -> None:
+    fisher_report(nn.Linear(4, 3), None, (torch.randn(5, 4), None), fisher="exact", progress=True)
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("progress", [True, False])

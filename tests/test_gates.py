@@ -186,9 +186,9 @@ def test_channels_of_maps(kind: str, side: str) -> None:
     x, y = torch.randn(5, 2, 6, 6), torch.randint(4, (5,))
     if side == "input" and kind in ("norm", "slopes"):
         with pytest.raises(UnsupportedError, match="neither a linear layer nor a convolution"):
-            Gates(model, {"1": {"side": side}})
+            Gates(model, {"1": {"side": side}}, fisher="sampled")
         return
-    with Gates(model, {"1": {"side": side}}) as gates:
+    with Gates(model, {"1": {"side": side}}, fisher="sampled") as gates:
         cross_entropy(model(x), y).backward()
     count = channels if side == "input" or kind in ("norm", "slopes") else 6
     torch.testing.assert_close(gates.fisher["1"], by_masks(model, "1", side, 1, count, x, y), rtol=1e-4, atol=1e-12)
@@ -303,7 +303,7 @@ def test_the_last_pattern_counts() -> None:
 
 def test_pruned_heads_are_those_of_a_closed_mask() -> None:
     model, (x, y) = Transformer(), tokens()
-    with Gates(model, {"*.o_proj": {"side": "input", "groups": HEADS}}) as gates:
+    with Gates(model, {"*.o_proj": {"side": "input", "groups": HEADS}}, fisher="sampled") as gates:
         cross_entropy(model(x), y).backward()
     saliency = gates.saliency
     del saliency["blocks.1.o_proj"]
@@ -328,7 +328,7 @@ def test_pruned_channels_are_those_of_a_closed_mask(kind: str, side: str) -> Non
     layer = CONVOLUTIONS[kind][0]()
     model = nn.Sequential(nn.Conv2d(2, 4, 1), layer, nn.Flatten())
     x = torch.randn(5, 2, 6, 6)
-    with Gates(model, {"1": {"side": side}}) as gates:
+    with Gates(model, {"1": {"side": side}}, fisher="sampled") as gates:
         model(x).square().sum(1).mean().backward()
     count = len(gates.saliency["1"])
     wrapper = Masked(copy.deepcopy(layer), side, 1, count)
@@ -341,7 +341,7 @@ def test_pruned_channels_are_those_of_a_closed_mask(kind: str, side: str) -> Non
 
 def test_gates_of_an_embedding_close_its_columns() -> None:
     model, (x, y) = Transformer(), tokens()
-    with Gates(model, {"embed": {}}) as gates:
+    with Gates(model, {"embed": {}}, fisher="sampled") as gates:
         cross_entropy(model(x), y).backward()
     prune(model, gates.saliency, amount=0.25)
     assert int((model.embed.weight_mask.sum(0) == 0).sum()) == 3
@@ -349,14 +349,25 @@ def test_gates_of_an_embedding_close_its_columns() -> None:
 
 def test_gates_that_no_mask_closes() -> None:
     model, (x, y) = Transformer(), tokens()
-    with Gates(model, {"blocks.0.v_proj": {"axis": 1}}) as gates:
+    with Gates(model, {"blocks.0.v_proj": {"axis": 1}}, fisher="sampled") as gates:
         cross_entropy(model(x), y).backward()
     with pytest.raises(ArgumentError, match="on axis 1 of its output, where its weight has no channels"):
         prune(model, gates.saliency, amount=0.5)
-    with Gates(model, {"*.o_proj": {"side": "input"}}) as gates:
+    with Gates(model, {"*.o_proj": {"side": "input"}}, fisher="sampled") as gates:
         cross_entropy(model(x), y).backward()
     with pytest.raises(ArgumentError, match="a group's importance takes gates on outputs"):
         GroupImportance(model, gates.saliency)
+
+
+def test_gates_of_the_datas_labels_predict_nothing() -> None:
+    model, (x, y) = Transformer(), tokens()
+    with Gates(model, {"*.o_proj": {"side": "input"}}) as gates:
+        cross_entropy(model(x), y).backward()
+    with pytest.warns(UserWarning, match="of the empirical Fisher, whose labels are those of the data"):
+        found = gates.saliency
+    torch.testing.assert_close(found["blocks.0.o_proj"], gates.fisher["blocks.0.o_proj"] / 2)
+    with pytest.raises(ArgumentError, match="fisher must be one of 'empirical', 'sampled', 'observed'"):
+        Gates(model, fisher="exact")  # type: ignore[arg-type]
 
 
 # Nonsense, and what is not known
@@ -376,6 +387,14 @@ class Changed(nn.Linear):
         ({"head": "input"}, "some of the keys 'side', 'groups' and 'axis'"),
         ({"head": {"side": "left"}}, r"modules\['head'\]\['side'\] must be one of"),
         ({"head": {"groups": 0}}, r"\['groups'\] must be an int >= 1"),
+        ("*.o_proj", r'pass \{"\*\.o_proj": \{\}\} for gates on their outputs'),
+        (["head", "embed"], r'pass \{"head": \{\}, "embed": \{\}\}'),
+        ([nn.Linear], "a tuple of types of modules"),
+        (
+            {"*.o_proj": {"side": "input", "groups": 5}},
+            "12 channels of its input are no 5 equal groups: groups has to divide 12",
+        ),
+        ({"blocks.0.v_proj": {"groups": 5}}, "12 channels of its output are no 5 equal groups"),
         ({"head": {"axis": "last"}}, r"\['axis'\] must be an int"),
         ({"blocks.0.act": {}}, r"GELU 'blocks\.0\.act': which axis of its output counts channels is not known"),
         ((nn.GELU,), "which axis of its output counts channels is not known"),
@@ -384,6 +403,11 @@ class Changed(nn.Linear):
 def test_nonsense_is_refused_in_words(modules: Any, words: str) -> None:
     with pytest.raises(ArgumentError, match=words):
         Gates(Transformer(), modules)
+
+
+def test_what_the_words_on_names_say_to_pass() -> None:
+    for modules in ({"*.o_proj": {}}, {"*.o_proj": {"side": "input", "groups": HEADS}}):
+        assert list(Gates(Transformer(), modules).places) == ["blocks.0.o_proj", "blocks.1.o_proj"]
 
 
 @pytest.mark.parametrize(
@@ -403,7 +427,7 @@ def test_inputs_whose_gradient_is_not_known(layer: nn.Module, words: str) -> Non
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"groups": 5}, "12 channels of its output are no 5 equal groups"),
+        ({"axis": 1, "groups": 64}, r"\d+ channels of its output are no 64 equal groups"),
         ({"axis": 0}, "axis 0 counts its channels and can't count the samples"),
         ({"axis": 3}, "has no axis 3 that counts channels, but 3 axes"),
     ],

@@ -151,6 +151,115 @@ def test_three_axes_without_anything_that_tells_which_has_the_classes_are_refuse
     assert last != first
 
 
+# --------------------------------------------------------------------------------------------- padding
+
+
+class TwoAxes(Tagger):
+    """Three classes for each position, classes last, whatever else the batch has."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, **others: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(input_ids, attention_mask).logits
+
+
+def loop_over_positions(model: nn.Module, batch: dict[str, Tensor], counted: Tensor) -> dict[str, Tensor]:
+    """E ||gradient of -log p||^2 of every sample, a sum over its counted positions' labels, which are independent."""
+    rows = []
+    for n in range(len(counted)):
+        logits = model(batch["input_ids"][n : n + 1], batch["attention_mask"][n : n + 1])[0]
+        found = dict.fromkeys(dict(model.named_parameters()), torch.zeros((), dtype=torch.float64))
+        for t in counted[n].nonzero().flatten().tolist():
+            for label, p in enumerate(logits[t].softmax(-1).tolist()):
+                one = squared_norms(
+                    model,
+                    [
+                        -log_softmax(
+                            model(batch["input_ids"][n : n + 1], batch["attention_mask"][n : n + 1])[0, t], -1
+                        )[label]
+                    ],
+                )
+                found = {name: value + p * one[name][0] for name, value in found.items()}
+        rows.append(found)
+    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+@pytest.mark.parametrize("given", ["mask", "mask and labels", "labels of a few positions", "pair"])
+@pytest.mark.parametrize("fisher", ["exact", "sampled"])
+def test_padding_has_no_labels_of_the_models_own(fisher: str, given: str) -> None:
+    """A position that the mask hides, or that has the label -100, contributes nothing. So many draws are exact."""
+    model, batch = TwoAxes(vocabulary=7).double(), tagged(3, 3)
+    mask, labels = batch["attention_mask"].bool(), batch.pop("labels")
+    counted = mask
+    if given == "labels of a few positions":
+        counted = torch.zeros(3, 3).bool()
+        counted[0, 1] = counted[1, 0] = counted[2, 0] = True
+        labels = labels.where(counted, IGNORED)
+    data: Any = batch | {"labels": labels} if "labels" in given else (batch, None) if given == "pair" else batch
+    options: dict[str, Any] = {"fisher": fisher, "class_axis": -1, "progress": False}
+    options |= {"num_samples": 18} if fisher == "sampled" else {}
+    expected = loop_over_positions(model, batch, counted)
+    everything = loop_over_positions(model, batch, torch.ones(3, 3).bool())
+    assert float(total(trace(everything)) / total(trace(expected))) > 1.2, "padding makes no difference here"
+    assert_traces(fisher_report(model, None, data, **options), expected)
+
+
+@pytest.mark.parametrize("given", ["mask", "pair"])
+def test_padding_with_a_shift(given: str) -> None:
+    model, batch = TwoAxes().double(), tagged()
+    del batch["labels"]
+    labels = batch["input_ids"].where(batch["attention_mask"].bool(), IGNORED)
+    options: dict[str, Any] = {"fisher": "exact", "class_axis": -1, "shift": True, "progress": False}
+    found = fisher_report(model, None, (batch, None) if given == "pair" else batch, **options)
+    told = fisher_report(model, None, (batch, labels), **options)
+    for name, value in told.fisher_trace.items():
+        assert found.fisher_trace[name] == pytest.approx(value, rel=1e-12)
+
+
+def test_a_mask_is_nothing_to_one_label_for_each_sample() -> None:
+    class Whole(Tagger):
+        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:  # type: ignore[override]
+            return super().forward(input_ids, attention_mask).logits.sum(1)
+
+    model, batch = Whole().double(), tagged(3, 4)
+    del batch["labels"]
+    found = fisher_report(model, None, batch, fisher="exact", progress=False)
+    assert_traces(found, exact_fisher(model, batch))
+
+
+def test_a_decoder_has_a_mask_of_its_own() -> None:
+    class Decoder(Tagger):
+        def forward(  # type: ignore[override]
+            self, input_ids: Tensor, attention_mask: Tensor, decoder_input_ids: Tensor, decoder_attention_mask: Tensor
+        ) -> Tensor:
+            return super().forward(decoder_input_ids).logits + super().forward(input_ids).logits.mean(
+                (1, 2), keepdim=True
+            )
+
+    model, mask = Decoder().double(), torch.ones(3, 4).long()
+    mask[1, 2:] = 0
+    batch = {"input_ids": torch.randint(7, (3, 4)), "attention_mask": mask.flip(0, 1)}
+    batch |= {"decoder_input_ids": torch.randint(7, (3, 4)), "decoder_attention_mask": mask}
+    options: dict[str, Any] = {"fisher": "exact", "class_axis": -1, "progress": False}
+    told = fisher_report(model, None, (batch, torch.where(mask.bool(), 0, IGNORED)), **options)
+    for name, value in fisher_report(model, None, batch, **options).fisher_trace.items():
+        assert told.fisher_trace[name] == pytest.approx(value, rel=1e-12)
+
+
+def test_a_mask_of_other_positions_than_the_outputs() -> None:
+    """An encoder's mask says nothing of a decoder's positions; labels that say it are what the message asks for."""
+
+    class Pooled(TwoAxes):
+        def forward(self, input_ids: Tensor, attention_mask: Tensor, **others: Tensor) -> Tensor:  # type: ignore[override]
+            return super().forward(input_ids, attention_mask)[:, :2]
+
+    model, batch = Pooled(), tagged(3, 4)
+    del batch["labels"]
+    options: dict[str, Any] = {"fisher": "exact", "class_axis": -1, "progress": False}
+    with pytest.raises(ShapeError, match=r"attention_mask of shape \(3, 4\) hides.*positions \(3, 2\).*labels= names"):
+        fisher_report(model, None, batch, **options)
+    counted = batch | {"counted": torch.zeros(3, 2).long()}
+    assert fisher_report(model, None, counted, labels="counted", **options).attrs["n_samples"] == 3
+
+
 # --------------------------------------------------------------------------------------------- nonsense
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
 
-from torch_secorder import FisherMonitor, fisher_report
+from torch_secorder import FisherMonitor, fisher_report, fisher_results
 from torch_secorder.errors import (
     ArgumentError,
     CoupledSamplesError,
@@ -73,7 +73,7 @@ def gates_by_hand(model: nn.Module, name: str, axis: int, x: Tensor, labels: Ten
 def test_gates_are_those_of_explicit_gates(reduction: str, inplace: bool) -> None:
     model = net(inplace)
     x, labels = torch.randn(7, 2, 6, 6), torch.randint(4, (7,))
-    with Gates(model, reduction=reduction) as gates:
+    with Gates(model, reduction=reduction, fisher="sampled") as gates:
         for part, y in zip(x.split(4), labels.split(4), strict=True):
             cross_entropy(model(part), y, reduction=reduction).backward()
     assert gates.n_samples == 7
@@ -441,7 +441,7 @@ def test_torch_pruning_prunes_by_our_importance(kind: str) -> None:
     model = Residual().eval()
     x, labels = torch.randn(6, 3, 8, 8), torch.randint(5, (6,))
     modules = (nn.BatchNorm2d,) if kind == "norms" else None
-    with FisherMonitor(model, diagonal=True) as monitor, Gates(model, modules=modules) as gates:
+    with FisherMonitor(model, diagonal=True) as monitor, Gates(model, modules=modules, fisher="sampled") as gates:
         cross_entropy(model(x), labels).backward()
     weights = weight_saliency(model, monitor, fisher="sampled")
     importance = GroupImportance(model, weights if kind == "weights" else gates.saliency)
@@ -474,3 +474,29 @@ def test_importances_that_do_not_fit() -> None:
         GroupImportance(Residual(), {"other": torch.ones(8)})
     with pytest.raises(ArgumentError, match="another model"):
         GroupImportance(Residual(), {"stem.weight": torch.ones(8)})
+
+
+def test_a_model_in_the_place_of_saliencies() -> None:
+    model = nn.Linear(4, 3)
+    with FisherMonitor(model, fisher="sampled", diagonal=True) as monitor:
+        model(torch.randn(5, 4)).square().sum(1).mean().backward()
+    with pytest.raises(ArgumentError, match=r"not a Linear: pruning_sensitivity\(weight_saliency\(model, monitor\)\)"):
+        pruning_sensitivity(model, monitor)  # type: ignore[arg-type]
+    assert list(pruning_sensitivity(weight_saliency(model, monitor)).index) == ["weight"]
+
+
+def test_a_forgotten_diagonal_is_told() -> None:
+    model, x = nn.Linear(4, 3), torch.randn(5, 4)
+    options: dict[str, Any] = {"fisher": "exact", "progress": False}
+    traces = fisher_results(model, None, (x, None), **options)
+    with pytest.warns(UserWarning, match="keeps no diagonal.*pass diagonal=True.*or shrinkage=1"):
+        found = weight_saliency(model, traces)
+    whole = fisher_results(model, None, (x, None), diagonal=True, **options)
+    for silent in (
+        weight_saliency(model, traces, shrinkage=1),
+        weight_saliency(model, traces.report()),
+        weight_saliency(model, whole, shrinkage=1),
+    ):
+        torch.testing.assert_close(silent["weight"], found["weight"])
+    expected = 0.5 * whole.diagonal["weight"] * model.weight.double() ** 2
+    torch.testing.assert_close(weight_saliency(model, whole)["weight"].double(), expected.detach().double())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -270,3 +271,15 @@ def test_results_are_copied_and_a_monitor_says_what_to_copy() -> None:
     for copied in (copy.deepcopy, pickle.dumps):
         with pytest.raises(TypeError, match=r"state_dict\(\)"):
             copied(FisherMonitor(model))
+
+
+def test_a_missing_extra_is_an_import_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Linear(3, 2)
+    results = fisher_results(model, None, (torch.randn(4, 3), None), fisher="exact", diagonal=True, progress=False)
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    for write in (results.save, results.save_diagonal):
+        with pytest.raises(ImportError, match=r"need safetensors: pip install 'torch-secorder\[save\]'"):
+            write(tmp_path / "fisher.safetensors")
+    with pytest.raises(ImportError, match=r"torch-secorder\[save\]"):
+        FisherMonitor.load(tmp_path / "fisher.safetensors")
+    assert not list(tmp_path.iterdir())

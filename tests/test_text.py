@@ -2,6 +2,7 @@
 
 import math
 
+import pandas as pd
 import pytest
 import torch
 from torch import nn
@@ -66,6 +67,49 @@ def test_long_names_are_cut_in_the_middle() -> None:
     assert row.startswith("encoder")
     assert "projection.weight " in row
     assert len(row) <= 60
+
+
+def renamed(names: list[str]) -> pd.DataFrame:
+    """A report whose rows have these names."""
+    model = nn.Sequential(*(nn.Linear(3, 3, bias=False) for _ in names))
+    report = fisher_report(model, nn.MSELoss(), (torch.randn(4, 3), torch.randn(4, 3)), progress=False)
+    report.index = pd.Index(names, name="parameter")
+    return report
+
+
+def labels(names: list[str], width: int) -> list[str]:
+    return [line.split()[0] for line in summary(renamed(names), width=width).splitlines()[1 : len(names) + 1]]
+
+
+LORA = [
+    f"base_model.model.model.layers.{layer}.self_attn.{name}_proj.lora_{side}.default.weight"
+    for layer in (0, 1, 11)
+    for name in "qv"
+    for side in "AB"
+]
+
+
+@pytest.mark.parametrize("others", [[], ["lm_head.weight"], ["base_model.model.lm_head.weight"]])
+@pytest.mark.parametrize("width", [20, 40, 60, 80, 100])
+def test_names_stay_different(width: int, others: list[str]) -> None:
+    names = [*LORA, *others]
+    assert len(set(labels(names, width))) == len(names)
+
+
+def test_what_all_names_share_goes_first() -> None:
+    assert labels(LORA, 80)[:2] == [
+        "…0.self_attn.q_proj.lora_A.default.weight",
+        "…0.self_attn.q_proj.lora_B.default.weight",
+    ]
+    assert labels(LORA, 70)[:2] == ["…0.self_attn.q_proj.lora_A…", "…0.self_attn.q_proj.lora_B…"]
+
+
+def test_errors_of_one_column_are_written_alike() -> None:
+    report = renamed(["a", "b", "c"])
+    report["fisher_trace"] = [0.5, 0.0002, 0.1]
+    report["fisher_trace_stderr"] = [0.0123, 3.7e-05, 0.002]
+    cells = [line.split()[-3] for line in summary(report, width=60).splitlines()[1:4]]
+    assert cells == ["1.2e-02", "3.7e-05", "2.0e-03"]
 
 
 def test_what_was_left_out_is_told() -> None:

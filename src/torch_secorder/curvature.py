@@ -149,7 +149,7 @@ def warn_if_no_prediction(fisher: str) -> None:
         warnings.warn(
             f"the report is of the {fisher} Fisher, whose labels are those of the data: half its quadratic form predicts no KL "
             'divergence, though it ranks layers; use fisher_report(..., fisher="sampled") or "exact", or say '
-            'FisherMonitor(..., fisher="sampled") around labels that are drawn from the prediction',
+            'fisher="sampled" to the monitor or the gates around labels that are drawn from the prediction',
             UserWarning,
             stacklevel=3,
         )

@@ -299,7 +299,8 @@ class FisherMonitor(HookScope):
         Their gradients are taken by plain autograd, through the outputs of the model's latest call inside the block, which must
         still be there; at the end of the backward pass the hooks must have found the same. It costs three more backward passes,
         and finds rules that are wrong, samples that were looked for in the wrong place, and smooth losses that compare samples
-        with each other. :func:`fisher_report`, which runs each sample alone, finds more.
+        with each other. It takes ``reduction=`` and ``loss_scale=`` at their word: which of both fit a loss, the loss function
+        would show, not the loss. :func:`fisher_report`, which has that function and runs each sample alone, finds more.
 
         Args:
             loss: computed from the model's latest outputs inside this monitor's block, not yet differentiated.
@@ -307,7 +308,8 @@ class FisherMonitor(HookScope):
         Raises:
             VerificationError: at the end of the backward pass, naming the parameters that differ; at once for a loss that
                 compares samples.
-            LifecycleError: outside of the block, or if the loss doesn't depend on the latest outputs.
+            LifecycleError: outside of the block, after the loss's backward pass, or if the latest outputs are gone or the loss
+                doesn't depend on them.
 
         Example:
             >>> import torch
@@ -318,11 +320,11 @@ class FisherMonitor(HookScope):
             ...     monitor.verify(loss)
             ...     loss.backward()
         """
-        outputs = [] if self._recorder is None else self._recorder.outputs
-        if self._recorder is None or not outputs:
+        if self._recorder is None:
             raise LifecycleError(
-                "verify: call the model inside the monitor's block, keep its outputs, and pass their loss"
+                "verify: outside of the monitor's block nothing is watched: write it inside, between the loss and its backward()"
             )
+        outputs = self._recorder.outputs_to_verify()
         with without_modes():
             self._expected = expected_norms(loss, outputs, self._recorder.n or 0, self._recorder.table)
 

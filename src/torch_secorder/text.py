@@ -40,7 +40,8 @@ def summary(report: pd.DataFrame, width: int | None = None) -> str:
         report: of :func:`~torch_secorder.fisher_report` or ``monitor.report``, by parameter or grouped.
         width: of the text in characters; by default that of the terminal, or 100 where there is none. Where the table is
             wider, columns are left out: first the layers' types, then the shapes, the bars, the traces per weight and
-            the numbers of weights; then names are cut in the middle.
+            the numbers of weights; then names lose what they begin and end with alike, and after that their middles, as far as
+            they stay different.
 
     Example:
         >>> import torch
@@ -107,7 +108,7 @@ def _columns(report: pd.DataFrame) -> list[_Column]:
         *columns,
         _Column("numel", [f"{numel:,}" for numel in report["numel"]], 5),
         _Column("fisher_trace", _of_one_precision(report["fisher_trace"])),
-        _Column("± stderr", _of_one_precision(report["fisher_trace_stderr"], report["fisher_trace"])),
+        _Column("± stderr", _errors(report["fisher_trace_stderr"], report["fisher_trace"])),
         _Column("per weight", ["" if math.isnan(mean) else f"{mean:.1e}" for mean in report["fisher_mean"]], 4),
         _Column("share", ["" if math.isnan(part) else f"{part:.1%}" for part in report["fisher_trace_share"]]),
         _Column("", bars, 3, left=True),
@@ -115,12 +116,12 @@ def _columns(report: pd.DataFrame) -> list[_Column]:
 
 
 def _fitting(columns: list[_Column], width: int) -> list[_Column]:
-    """Those columns that fit, names cut in the middle where nothing else can go."""
+    """Those columns that fit, with shorter names where nothing else can go."""
     while _width(columns) > width and len(columns) > 4:
         columns = [column for column in columns if column.rank != min(other.rank for other in columns)]
     names = columns[0]
     room = max(SHORTEST_NAME, names.width - max(_width(columns) - width, 0))
-    names.cells = [_cut(name, room) for name in names.cells]
+    names.cells = _shortened(names.cells, room)
     return columns
 
 
@@ -128,12 +129,48 @@ def _width(columns: list[_Column]) -> int:
     return sum(column.width for column in columns) + 2 * (len(columns) - 1)
 
 
-def _cut(name: str, width: int) -> str:
-    """A name with its middle left out, if it is longer than ``width``."""
-    if len(name) <= width:
-        return name
-    tail = (width - 1) * 2 // 3
-    return f"{name[: width - 1 - tail]}…{name[-tail:]}"
+def _shortened(names: list[str], width: int) -> list[str]:
+    """Names of at most ``width`` characters as far as they stay different: what all share goes first, then the middles."""
+    for shorter in (names, _without_common_start(names), _without_common_end(_without_common_start(names))):
+        if max(map(len, shorter), default=0) <= width:
+            return shorter
+    names = shorter
+    tails = sorted(range(1, width - 1), key=lambda tail: abs(tail - (width - 1) * 2 // 3))
+    for tail in tails:
+        cut = [_cut(name, width, tail) for name in names]
+        if len(set(cut)) == len(set(names)):
+            return cut
+    return _shortened(names, width + 1)
+
+
+def _without_common_start(names: list[str]) -> list[str]:
+    """Names of several rows without the modules that all of them begin with."""
+    split = [name.split(".") for name in names]
+    shared = 0
+    while all(len(parts) > shared + 1 and parts[shared] == split[0][shared] for parts in split):
+        shared += 1
+    return names if not shared or len(names) == 1 else ["…" + ".".join(parts[shared:]) for parts in split]
+
+
+def _without_common_end(names: list[str]) -> list[str]:
+    turned = [".".join(reversed(name.split("."))) for name in names]
+    shorter = _without_common_start(turned)
+    if shorter is turned:
+        return names
+    return [".".join(reversed(name[1:].split("."))) + "…" for name in shorter]
+
+
+def _cut(name: str, width: int, tail: int) -> str:
+    """A name with its middle left out, if it is longer than ``width``, and ``tail`` characters after that."""
+    return name if len(name) <= width else f"{name[: width - 1 - tail]}…{name[-tail:]}"
+
+
+def _errors(errors: Any, traces: Any) -> list[str]:
+    """Standard errors with the decimals of their traces, or all as powers of ten if one of them is too small for that."""
+    cells = _of_one_precision(errors, traces)
+    if any("e" in cell for cell in cells):
+        return ["" if math.isnan(error) else f"{error:.1e}" for error in errors]
+    return cells
 
 
 def _of_one_precision(values: Any, scale: Any = None) -> list[str]:

@@ -48,6 +48,36 @@ def _wrong_axis() -> None:
     right(monitored(model, lambda: step(model, x, y), batch_axis={"modules": {"l": 1}}), expected(model, x, y))
 
 
+class LastStep(nn.Module):
+    """Recurrent, with steps in front: the samples are on axis 1 of its inputs and on axis 0 of its outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.LSTM(4, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x)[0][-1])
+
+
+@remedy("says that every tensor, this one too, has its samples on axis")
+def _one_axis_for_everything() -> None:
+    model, x, y = LastStep().double(), torch.randn(7, 6, 4).double(), torch.randn(6, 3).double()
+    with refused("pass batch_axis={'inputs': 1} if only the model's inputs"):
+        monitored(model, lambda: step(model, x, y), batch_axis=1)
+    squares = []
+    for n in range(6):
+        gradients = torch.autograd.grad(numbers(model(x[:, n : n + 1]), y[n : n + 1]), list(model.parameters()))
+        squares.append(sum(g.square().sum() for g in gradients))
+    found = monitored(model, lambda: step(model, x, y), batch_axis={"inputs": 1})
+    torch.testing.assert_close(found.trace, torch.stack(squares).mean(), rtol=1e-8, atol=0)
+
+    model, x, y = problem()
+    for axis in (1, 3):
+        with refused("leave batch_axis out if samples come first"):
+            monitored(model, lambda: step(model, x, y), batch_axis=axis)
+    right(monitored(model, lambda: step(model, x, y)), expected(model, x, y))
+
+
 @remedy("was called more than once outside of a call of the monitored model")
 def _part_twice() -> None:
     model, x, y = problem()

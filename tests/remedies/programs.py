@@ -145,17 +145,82 @@ def _merged_twice() -> None:
     assert second.n_samples == 3 * len(x)
 
 
-@remedy("verify: call the model inside the monitor's block, keep its outputs, and pass their loss")
-def _verify() -> None:
+@remedy("verify: the model's outputs are gone: write outputs = model(inputs)")
+def _verify_without_outputs() -> None:
     model, x, y = problem()
     with FisherMonitor(model) as monitor:
-        with refused("keep its outputs"):
+        with refused("the model's outputs are gone"):
             monitor.verify(numbers(model(x), y))
         outputs = model(x)
         loss = numbers(outputs, y)
         monitor.verify(loss)
         loss.backward()
     right(monitor, expected(model, x, y))
+
+
+@remedy("verify goes before backward(), and the backward pass through")
+def _verify_after_backward() -> None:
+    for kept in (False, True):
+        model, x, y = problem()
+        with FisherMonitor(model) as monitor:
+            outputs = model(x)
+            loss = numbers(outputs, y)
+            if not kept:
+                del outputs
+            loss.backward()
+            with refused("verify goes before backward"):
+                monitor.verify(loss)
+            monitor.reset()
+            outputs = model(x)
+            loss = numbers(outputs, y)
+            monitor.verify(loss)
+            loss.backward()
+        right(monitor, expected(model, x, y))
+
+
+@remedy("verify: the model was not called with a gradient in this block")
+def _verify_without_a_call() -> None:
+    model, x, y = problem()
+    outputs = model(x)
+    with FisherMonitor(model) as monitor:
+        with refused("was not called with a gradient in this block"):
+            monitor.verify(numbers(outputs, y))
+        with torch.no_grad():
+            outputs = model(x)
+        with refused("outside of torch.no_grad"):
+            monitor.verify(numbers(outputs, y))
+        outputs = model(x)
+        loss = numbers(outputs, y)
+        monitor.verify(loss)
+        loss.backward()
+    right(monitor, expected(model, x, y))
+
+
+@remedy("verify: outside of the monitor's block nothing is watched: write it inside")
+def _verify_outside() -> None:
+    model, x, y = problem()
+    with FisherMonitor(model) as monitor:
+        outputs = model(x)
+        loss = numbers(outputs, y)
+        monitor.verify(loss)
+        loss.backward()
+    with refused("outside of the monitor's block"):
+        monitor.verify(loss)
+    right(monitor, expected(model, x, y))
+
+
+@remedy("generalized_fisher_trace takes the model's outputs and no loss function")
+def _loss_before_outputs() -> None:
+    model, x, _ = problem()
+    labels = torch.randint(3, (len(x),))
+    with refused("pass (model, model(inputs), targets)"):
+        generalized_fisher_trace(model, nn.CrossEntropyLoss(), x, labels)
+    with refused("outputs = model(inputs), and pass these, not the inputs"):
+        generalized_fisher_trace(model, x, labels)
+    found = generalized_fisher_trace(model, model(x), labels)
+    torch.testing.assert_close(
+        found, total({n: v.mean() for n, v in exact_fisher(model, x).items()}), rtol=1e-8, atol=0
+    )
 
 
 # Parameters and modules

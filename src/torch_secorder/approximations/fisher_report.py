@@ -95,7 +95,7 @@ def fisher_report(
             samples were seen. The data have to come in a random order. ``attrs`` then say ``rtol``, ``rtol_of``, the
             ``relative_stderr`` that there is, and whether it ``reached_rtol`` or the data ended before.
         rtol_of: whose standard error: that of the "total", or of all "rows", each of its own trace.
-        progress: show on stderr how far the loop is and the total so far, with tqdm if it is installed.
+        progress: show on a terminal, or in a notebook, how far the loop is and the total so far, with tqdm if it is installed.
         verify: check the first, the last and a random sample of the first batch against plain autograd, and of later ones that
             make another kind of graph, or the 2nd, 3rd, 5th, 9th, ... of a kind.
         by: as in :meth:`FisherMonitor.report`.
@@ -106,7 +106,8 @@ def fisher_report(
         batch_axis: as in :class:`FisherMonitor`, and "targets" for what the loss takes.
         n_samples: as in :class:`FisherMonitor`.
         sample_of: as in :class:`FisherMonitor`.
-        ignore_index: "nll" positions with this target contribute nothing.
+        ignore_index: "nll" positions with this target contribute nothing. Where batches are mappings without ``labels=``, the
+            targets are their ``labels``, or else positions that their ``attention_mask`` hides contribute nothing.
         class_axis: where "nll" outputs have their classes, with the samples on axis 0. Logits of three axes need -1 or -2, unless
             targets tell.
         shift: "nll" outputs at one position are about the label at the next, as those of causal language models are. Targets are

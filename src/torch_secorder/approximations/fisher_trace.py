@@ -24,7 +24,7 @@ from torch_secorder.autograd.guard import recomputation
 from torch_secorder.batch_axis.knowledge import ModelKnowledge, knowledge_of
 from torch_secorder.batch_axis.samples import BatchSamples
 from torch_secorder.batch_axis.told import BatchAxis, NSamples, SampleOf, told
-from torch_secorder.errors import CoverageError, ShapeError, listed
+from torch_secorder.errors import ArgumentError, CoverageError, ShapeError, listed
 from torch_secorder.model.parameters import ParameterTable, unwrapped
 from torch_secorder.model.restore import lock_of
 from torch_secorder.model.selection import Selection
@@ -194,6 +194,11 @@ def generalized_fisher_trace(
     require_choice("reduction", reduction, ("mean", "sum"))
     if num_samples is not None:
         require_positive_int("num_samples", num_samples)
+    if callable(outputs) and not isinstance(outputs, Tensor):
+        raise ArgumentError(
+            "generalized_fisher_trace takes the model's outputs and no loss function: pass (model, model(inputs), targets), with "
+            "loss_type= for another likelihood than that of classes"
+        )
     outputs = logits(outputs)
     with lock_of(unwrapped(model)):
         table = ParameterTable(unwrapped(model), parameters)
@@ -204,7 +209,10 @@ def generalized_fisher_trace(
             "a gradient and compute the outputs again, or use fisher_report, which runs the model"
         )
     if not outputs.requires_grad:
-        raise CoverageError("the outputs carry no autograd graph: compute them outside of torch.no_grad()")
+        raise CoverageError(
+            "the outputs carry no autograd graph: compute them outside of torch.no_grad(), outputs = model(inputs), and pass "
+            "these, not the inputs"
+        )
     if not outputs.dim() or not len(outputs):
         raise ShapeError(f"the batch is empty: outputs of shape {tuple(outputs.shape)}")
     require_targets_of_batch(targets, BatchSamples(len(outputs)))

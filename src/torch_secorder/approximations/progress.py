@@ -21,20 +21,26 @@ class Progress:
     Args:
         shown: whether anything is shown.
         fisher: which Fisher the report is of.
+        anywhere: whether bars are drawn also where stderr is no terminal, but a file or a pipe; notebooks have theirs.
     """
 
-    def __init__(self, shown: bool, fisher: str):
-        self._tqdm = _tqdm() if shown else None
+    def __init__(self, shown: bool, fisher: str, *, anywhere: bool = False):
+        self._tqdm = _tqdm(anywhere=anywhere) if shown else None
         self._tells_cost = shown and fisher == "exact"
         self._bar: Any = None
+        self._is_counted = False  # the latest batch
 
     def over(self, data: Iterable[Any], total: int | None) -> Iterator[Any]:
         """The batches, counted."""
         if self._tqdm is None:
             yield from data
             return
-        with self._tqdm(data, total=total, desc="Fisher", unit="batch", leave=False) as self._bar:
-            yield from self._bar
+        with self._tqdm(total=total, desc="Fisher", unit="batch", leave=False) as self._bar:
+            for batch in data:
+                self._is_counted = False
+                yield batch
+                if not self._is_counted:
+                    self._bar.update()
 
     def passes(self, count: int, output_gradients: Iterator[Tensor]) -> Iterable[Tensor]:
         """What the backward passes of a batch start with, counted if they are many."""
@@ -49,11 +55,14 @@ class Progress:
         return self._tqdm(output_gradients, total=count, desc="this batch", unit="pass", leave=False)
 
     def show(self, results: Results, precision: str = "") -> None:
-        """The total so far with its standard error, and how far that is from the error that is asked for."""
+        """The batches that the total is of, the total with its standard error, and how far that is from what is asked for."""
         if self._bar is not None:
             report = Report(results.rows, results.statistics, results.reduction, results.fisher)
             total = f"trace {report.trace:.4g} ± {report.trace_stderr:.2g}"
-            self._bar.set_postfix_str(", ".join(filter(None, (total, precision))))
+            self._bar.set_postfix_str(", ".join(filter(None, (total, precision))), refresh=False)
+            self._bar.update()
+            self._bar.refresh()
+            self._is_counted = True
 
     def _say(self, text: str) -> None:
         if self._tqdm is None:
@@ -62,9 +71,11 @@ class Progress:
             self._tqdm.write(text, file=sys.stderr)
 
 
-def _tqdm() -> Any:
+def _tqdm(*, anywhere: bool) -> Any:
+    """The class of bars; None without tqdm, or where nobody would see a bar move."""
     try:
         from tqdm.auto import tqdm
     except ImportError:
         return None
-    return tqdm
+    in_notebook = any(kind.__module__ == "tqdm.notebook" for kind in tqdm.__mro__)
+    return tqdm if anywhere or in_notebook or sys.stderr.isatty() else None

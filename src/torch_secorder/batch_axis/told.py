@@ -102,6 +102,11 @@ class Told:
         return Placement(matching[-1]) if matching else None
 
     @property
+    def is_of_everything(self) -> bool:
+        """Whether one axis was said of every tensor: of inputs, outputs, targets and all modules' outputs."""
+        return isinstance(self.modules, int) and self.inputs == self.outputs == self.targets == self.modules
+
+    @property
     def fingerprint(self) -> Hashable:
         """The same for words that mean the same: what was found out under some holds for these alone."""
         sides = tuple([_frozen(value) for value in (*map(self.axes, SIDES), self.modules)])

@@ -26,6 +26,7 @@ from torch_secorder.autograd.node_hooks import call_after
 from torch_secorder.autograd.nodes import gradient_edge_of, made_by
 from torch_secorder.autograd.versions import version
 from torch_secorder.batch_axis.placement import FIRST
+from torch_secorder.batch_axis.told import Told
 from torch_secorder.capture.forwards import ForwardTracker, size_on
 from torch_secorder.capture.frozen_uses import FrozenUses
 from torch_secorder.capture.records import Forward, HookedModule, OwnAxis, Record
@@ -223,7 +224,7 @@ class ModuleHooks(HookScope):
                 f"{site} was called outside of a call of the monitored model, where nothing shows which axis counts the "
                 "samples: call the model itself, monitor the part that is called, or say where they are (batch_axis=0)"
             )
-        record = _record(site, forward, args, kwargs, output)
+        record = _record(site, forward, args, kwargs, output, self.forwards.words)
         record.training = module.training
         if site.keep is not None:
             record.inputs, record.kwargs, record.versions = (), {}, ()
@@ -322,7 +323,7 @@ class ModuleHooks(HookScope):
 
 
 def _record(
-    site: HookedModule, forward: Forward, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor
+    site: HookedModule, forward: Forward, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor, words: Told
 ) -> Record:
     """A call as it is seen in forward, with its samples where the shape of its output allows them to be."""
     placement = site.placement or FIRST
@@ -334,6 +335,8 @@ def _record(
         fits = not output.numel() or (output.shape[:1] == (forward.n,) and not odd)
     else:
         fits = not output.numel() or placement.fits(output.shape, forward.n or -1)
+    if not fits and site.placement is not None and words.is_of_everything and placement.axis:
+        raise _axis_of_everything(site, placement.axis, output)
     if not fits and (site.placement is not None or forward.recomputed_in is not None):
         raise ShapeError(
             f"{site}: its output has shape {tuple(output.shape)}, whose axis {placement.axis} is not the batch of "
@@ -342,6 +345,15 @@ def _record(
     nodes, versions = _nodes_and_versions(args, kwargs)
     shape = whole_shape(output) if output.is_nested else output.shape
     return Record(site, forward, args, kwargs, shape, placement if fits else None, not nodes, nodes, versions)
+
+
+def _axis_of_everything(site: HookedModule, axis: int, output: Tensor) -> ShapeError:
+    """The refusal of a word about all tensors that does not fit one."""
+    return ShapeError(
+        f"{site}: its output has shape {tuple(output.shape)}, and batch_axis={axis} says that every tensor, this one too, has "
+        f"its samples on axis {axis}: leave batch_axis out if samples come first in what the model takes, or pass "
+        f"batch_axis={{'inputs': {axis}}} if only the model's inputs have them there"
+    )
 
 
 def _replaced_parameter(site: HookedModule, module: nn.Module) -> str:

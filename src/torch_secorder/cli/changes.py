@@ -34,7 +34,8 @@ def as_text(index: str, rows: list[Row], totals: list[float]) -> str:
     header = [index, "before", "after", "ratio", "change / stderr", ""]
     table = [[_cell(row, key) for key in ("name", *COLUMNS)] for row in rows]
     ratio = number(_ratio(*totals))
-    whole = f"Fisher trace of the model: {number(totals[0])} before, {number(totals[1])} after, {ratio} times"
+    factor = {"": "", "1": ", unchanged"}.get(ratio, f", {ratio} times")
+    whole = f"Fisher trace of the model: {number(totals[0])} before, {number(totals[1])} after{factor}"
     return f"{aligned([header, *table])}\n\n{whole}"
 
 
@@ -49,6 +50,10 @@ def as_csv(index: str, rows: list[Row]) -> bytes:
 
 def _read(path: Path) -> tuple[str, dict[str, Row]]:
     """What the rows are, and each of them by name."""
+    if path.suffix == ".safetensors":
+        raise CommandError(
+            f"{path}: compare reads what --csv wrote; statistics that --save wrote go to torch-secorder merge"
+        )
     try:
         with path.open(newline="", encoding="utf-8") as file:
             reader = csv.DictReader(file)

@@ -34,7 +34,7 @@ EXIT_CODES = (
 )
 SAME = (  # in a run that goes on
     *("fisher", "num_samples", "loss_type", "reduction", "parameters", "seed", "diagonal"),
-    *("class_axis", "ignore_index", "batch_axis", "loss", "labels"),
+    *("class_axis", "ignore_index", "batch_axis", "loss", "labels", "shift", "max_samples"),
 )
 POSITIVE, FROM_ZERO = click.IntRange(min=1), click.IntRange(min=0)
 FILE = click.Path(path_type=Path)
@@ -119,8 +119,10 @@ def _batches(command: Callable[..., None]) -> Callable[..., None]:
     show_default=True,
     help="The nll label that counts for nothing.",
 )
+@click.option("--shift", is_flag=True, help="Of nll outputs: each is about the label at the next position.")
 @click.option("--num-samples", type=POSITIVE, metavar="K", help="Backward passes per batch of --fisher sampled.")
 @click.option("--max-batches", type=POSITIVE, metavar="K", help="Use at most this many batches.")
+@click.option("--max-samples", type=POSITIVE, metavar="K", help="Use at most this many samples.")
 @click.option("--rtol", type=float, metavar="R", help="Stop at a relative standard error of R, such as 0.05.")
 @click.option("--rtol-of", type=click.Choice(["total", "rows"]), default="total", show_default=True, help="Of --rtol.")
 @click.option(
@@ -178,7 +180,7 @@ def report(setup: Setup, by: str, max_batches: int | None, progress: bool | None
         earlier = journal.resumed() if journal and resume and path.exists() else None
         with _running(setup, journal):
             shown = sys.stderr.isatty() if progress is None else progress
-            bar = Progress(shown, options["fisher"])
+            bar = Progress(shown, options["fisher"], anywhere=progress is True)
             whole = batches(data, max_batches, bar)
             rest = journal.rest(whole) if journal else whole
             results, device = earlier, options["device"]

@@ -25,6 +25,10 @@ def merged(paths: Sequence[Path]) -> Results:
     for path in paths:
         if not path.is_file():
             raise CommandError(f"there is no file {path}")
+        if path.suffix == ".csv":
+            raise CommandError(
+                f"{path}: merge reads what --save wrote; tables that --csv wrote go to torch-secorder compare"
+            )
         first = contents.setdefault(hashlib.blake2b(path.read_bytes()).hexdigest(), path)
         if first is not path:
             raise CommandError(f"{first} and {path} are the same statistics, which must not be counted twice")

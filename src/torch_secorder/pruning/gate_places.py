@@ -83,6 +83,7 @@ def gate_places(model: nn.Module, modules: Watched) -> dict[str, GatePlace]:
         ArgumentError: for invalid options, patterns that no module matches, or a module whose channel axis is unknown.
         UnsupportedError: for gates on the input of a module whose input gradient is not known.
     """
+    _check_modules(modules)
     named = dict(named_modules(model))
     options = dict(_options(named, modules))
     if not options:
@@ -107,6 +108,23 @@ def _options(named: Mapping[str, nn.Module], modules: Watched) -> Iterator[tuple
             watched = isinstance(module, modules) if isinstance(modules, (tuple, type)) else bool(modules(name))
         if watched:
             yield name, {}
+
+
+def _check_modules(modules: Any) -> None:
+    """Raise for names where patterns with options, types or a function are expected."""
+    if isinstance(modules, str) or (isinstance(modules, (list, set)) and all(isinstance(one, str) for one in modules)):
+        patterns = [modules] if isinstance(modules, str) else list(modules)
+        meant = ", ".join(f'"{pattern}": {{}}' for pattern in patterns)
+        raise ArgumentError(
+            f"modules must be a mapping from patterns of names to options, not {modules!r}: pass {{{meant}}} for gates on their "
+            'outputs, with {"side": "input", "groups": heads} in the place of {} for gates on heads'
+        )
+    types = isinstance(modules, tuple) and all(isinstance(one, type) for one in modules)
+    if not (modules is None or types or isinstance(modules, Mapping) or callable(modules)):
+        raise ArgumentError(
+            "modules must be a mapping from patterns of names to options, a tuple of types of modules, or a function from a "
+            f"name to whether it is watched, not {modules!r:.80}"
+        )
 
 
 def _check_options(pattern: str, options: Any) -> None:
@@ -145,7 +163,26 @@ def _place(name: str, module: nn.Module, options: Mapping[str, Any]) -> GatePlac
     axis = options.get("axis")
     axis = natural if axis is None else axis
     assert axis is not None
+    if (groups := options.get("groups")) is not None and axis == natural:
+        _require_equal_groups(f"{kind} '{name}'", module, side, groups)
     return GatePlace(side, axis, options.get("groups"), axis == natural)
+
+
+def _require_equal_groups(site: str, module: nn.Module, side: str, groups: int) -> None:
+    """Raise where a module's weight shows that its channels are no equal groups."""
+    channels = _channels(module, side)
+    if channels is not None and channels % groups:
+        raise ArgumentError(
+            f"{site}: the {channels} channels of its {side} are no {groups} equal groups: groups has to divide {channels}"
+        )
+
+
+def _channels(module: nn.Module, side: str) -> int | None:
+    """How many channels a linear layer or a convolution has on one side; None for other modules."""
+    names = ("out_features", "out_channels") if side == "output" else ("in_features", "in_channels")
+    if isinstance(module, (nn.Linear, ANY_CONVOLUTION)):
+        return next((getattr(module, name) for name in names if isinstance(getattr(module, name, None), int)), None)
+    return None
 
 
 def _natural_axis(module: nn.Module, rule: Rule | str) -> int | None:

@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from torch_secorder.arguments import Reduction, RepeatedCalls, loss_scale_value, require_choice
+from torch_secorder.arguments import MonitorFisher, Reduction, RepeatedCalls, loss_scale_value, require_choice
 from torch_secorder.batch_axis.knowledge import knowledge_of
 from torch_secorder.batch_axis.told import BatchAxis, NSamples, SampleOf, told
 from torch_secorder.capture.records import HookedModule
+from torch_secorder.curvature import warn_if_no_prediction
 from torch_secorder.errors import LifecycleError
 from torch_secorder.model.hooks import HookScope
 from torch_secorder.model.parameters import Parameter, Table, named_modules, unwrapped
@@ -76,6 +77,8 @@ class Gates(HookScope):
         n_samples: see there.
         sample_of: see there.
         repeated_calls: what two calls of the model in one backward pass mean, as there.
+        fisher: whose labels the losses use, as there: "sampled" for labels that were drawn from the prediction, and nothing else
+            makes :attr:`saliency` a prediction.
 
     Attributes:
         places: module name -> where it has its gates.
@@ -90,7 +93,7 @@ class Gates(HookScope):
         >>> import torch
         >>> from torch_secorder.pruning import Gates
         >>> model = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(16, 3))
-        >>> with Gates(model) as gates:
+        >>> with Gates(model, fisher="sampled") as gates:
         ...     labels = torch.distributions.Categorical(logits=(outputs := model(torch.randn(8, 1, 4, 4)))).sample()
         ...     torch.nn.functional.cross_entropy(outputs, labels).backward()
         >>> {name: len(values) for name, values in gates.saliency.items()}, gates.n_samples
@@ -113,7 +116,10 @@ class Gates(HookScope):
         n_samples: NSamples = None,
         sample_of: SampleOf = None,
         repeated_calls: RepeatedCalls | None = None,
+        fisher: MonitorFisher = "empirical",
     ):
+        require_choice("fisher", fisher, ("empirical", "sampled", "observed"))
+        self._fisher = fisher
         require_choice("reduction", reduction, ("mean", "sum"))
         require_choice("repeated_calls", repeated_calls, (None, "same", "new"))
         self._model, self._reduction, self._loss_scale = unwrapped(model), reduction, loss_scale_value(loss_scale)
@@ -187,5 +193,10 @@ class Gates(HookScope):
 
     @property
     def saliency(self) -> GateSaliency:
-        """Half of :attr:`fisher`: the predicted rise of the loss, in nats per sample, when a channel or a head is removed."""
+        """Half of :attr:`fisher`: the predicted KL divergence, in nats per sample, of removing a channel or a head.
+
+        Warns:
+            UserWarning: if the labels are those of the data. The order of gates may still be of use.
+        """
+        warn_if_no_prediction(self._fisher)
         return GateSaliency({name: 0.5 * values for name, values in self.fisher.items()}, dict(self.places))

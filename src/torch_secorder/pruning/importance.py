@@ -36,8 +36,9 @@ class GroupImportance:
         >>> import torch
         >>> from torch_secorder.pruning import Gates, GroupImportance
         >>> model = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(16, 3))
-        >>> with Gates(model) as gates:
-        ...     torch.nn.functional.cross_entropy(model(torch.randn(8, 1, 4, 4)), torch.randint(3, (8,))).backward()
+        >>> with Gates(model, fisher="sampled") as gates:
+        ...     labels = torch.distributions.Categorical(logits=(outputs := model(torch.randn(8, 1, 4, 4)))).sample()
+        ...     torch.nn.functional.cross_entropy(outputs, labels).backward()
         >>> importance = GroupImportance(model, gates.saliency)  # tp.pruner.BasePruner(model, x, importance=importance, ...)
 
     Source:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from torch_secorder.arguments import Fisher, require_choice, require_share
 from torch_secorder.autograd.double_precision import in_double_precision, on_host
 from torch_secorder.curvature import curvature, warn_if_no_prediction
 from torch_secorder.errors import ArgumentError
-from torch_secorder.results.results import Results
+from torch_secorder.results.results import Results, results_of
 from torch_secorder.tables import table
 
 if TYPE_CHECKING:
@@ -58,7 +59,8 @@ def weight_saliency(
         ArgumentError: if the report is of another model or lacks columns, or for a shrinkage outside [0, 1].
 
     Warns:
-        UserWarning: if the source is of the empirical or the observed Fisher. The order of weights may still be of use.
+        UserWarning: if the source is of the empirical or the observed Fisher, where the order of weights may still be of use; or
+            if it is a monitor or results without a diagonal.
 
     Example:
         >>> import torch
@@ -76,6 +78,13 @@ def weight_saliency(
     share = require_share(shrinkage, "shrinkage")
     known = curvature(model, source, fisher=fisher, diagonal=diagonal)
     warn_if_no_prediction(known.fisher)
+    if known.basis == "trace" and share < 1 and isinstance(results_of(source), Results):
+        warnings.warn(
+            "the source keeps no diagonal, so that the mean of each parameter stands for all of its entries and weights within a "
+            "parameter go by their size: pass diagonal=True to the monitor or to fisher_results, or shrinkage=1 if that is meant",
+            UserWarning,
+            stacklevel=2,
+        )
     if not callable(parameters):
         require_choice("parameters", parameters, ("weights", "all"))
     return {
@@ -106,7 +115,7 @@ def pruning_sensitivity(
         A DataFrame with index ``parameter`` and columns ``numel`` and one for each amount.
 
     Raises:
-        ArgumentError: for amounts outside [0, 1], or an order with other names or shapes.
+        ArgumentError: for amounts outside [0, 1], an order with other names or shapes, or a model in the saliency's place.
 
     Example:
         >>> import torch
@@ -114,6 +123,11 @@ def pruning_sensitivity(
         >>> pruning_sensitivity({"weight": torch.tensor([[3.0, 1.0], [2.0, 4.0]])}, amounts=(0.25, 0.5)).loc["weight", 0.5]
         np.float64(3.0)
     """
+    if not isinstance(saliency, Mapping) or not all(isinstance(scores, Tensor) for scores in saliency.values()):
+        raise ArgumentError(
+            f"pruning_sensitivity takes what weight_saliency() or Gates.saliency gave, not a {type(saliency).__name__}: "
+            "pruning_sensitivity(weight_saliency(model, monitor))"
+        )
     shares = [require_share(amount) for amount in ([amounts] if isinstance(amounts, float) else amounts)]
     rows: list[dict[Any, Any]] = []
     for name, scores in saliency.items():

@@ -104,6 +104,29 @@ class UserRecorder(Recorder):
         alive = [(reference(), placement) for reference, placement in self._outputs]
         return [(x, placement) for x, placement in alive if x is not None and x.requires_grad]
 
+    def outputs_to_verify(self) -> list[tuple[Tensor, Placement]]:
+        """The same, for a pass that is still to come.
+
+        Raises:
+            LifecycleError: if the model was not called, its pass is over, or the outputs are gone.
+        """
+        if self.forwards.latest.last_pass is not None and not self.counts_again:
+            raise LifecycleError(
+                "verify goes before backward(), and the backward pass through the model's latest call is over: call the model "
+                "again, then verify(loss), then loss.backward()"
+            )
+        outputs, seen = self.outputs, [reference() for reference, _ in self._outputs]
+        if not seen or (not outputs and any(x is not None for x in seen)):
+            raise LifecycleError(
+                "verify: the model was not called with a gradient in this block: call it inside, outside of torch.no_grad()"
+            )
+        if not outputs:
+            raise LifecycleError(
+                "verify: the model's outputs are gone: write outputs = model(inputs), and on the next line loss = "
+                "loss_fn(outputs, targets), so that they are there until verify(loss) has seen them"
+            )
+        return outputs
+
     @property
     def n(self) -> int | None:
         """How many samples the model's latest call has."""

@@ -265,7 +265,8 @@ class Results:
         """Write what was accumulated to a file, whole or not at all (safetensors; ``pip install 'torch-secorder[save]'``).
 
         Raises:
-            ArgumentError: if safetensors is not installed, or there is no such folder.
+            ArgumentError: if there is no such folder.
+            ImportError: without safetensors.
         """
         save(self.state_dict(), Path(path))
 
@@ -278,7 +279,8 @@ class Results:
         and the groups of a convolution.
 
         Raises:
-            ArgumentError: if safetensors is not installed, or there is no such folder.
+            ArgumentError: if there is no such folder.
+            ImportError: without safetensors.
             LifecycleError: if no diagonal was asked for, or no sample was seen.
 
         Example:

@@ -35,7 +35,8 @@ def save_tensors(held: Mapping[str, Tensor], metadata: Mapping[str, str], path: 
     """Write named tensors and what is to be known of them; the file appears complete or not at all.
 
     Raises:
-        ArgumentError: if safetensors is not installed, or there is no such folder.
+        ArgumentError: if there is no such folder.
+        ImportError: without safetensors.
     """
     files = _safetensors()
     if not path.parent.is_dir():
@@ -55,6 +56,7 @@ def load(path: Path) -> dict[str, Any]:
 
     Raises:
         ArgumentError: naming the file, if it is none of ours, or not whole.
+        ImportError: without safetensors.
     """
     files = _safetensors()
     if not path.is_file():
@@ -78,7 +80,7 @@ def _safetensors() -> Any:
         import safetensors
         import safetensors.torch
     except ImportError as error:
-        raise ArgumentError("saving takes safetensors: pip install 'torch-secorder[save]'") from error
+        raise ImportError("files of statistics need safetensors: pip install 'torch-secorder[save]'") from error
     return type(
         "Files", (), {"safe_open": safetensors.safe_open, "save_file": staticmethod(safetensors.torch.save_file)}
     )

@@ -29,6 +29,7 @@ from torch_secorder.recording.accumulator import PassOptions
 from torch_secorder.recording.plan import planned
 from torch_secorder.recording.quantities import Keeps, kept, wanted
 from torch_secorder.recording.sample_norms import SampleNorms
+from torch_secorder.running.counted import has_mask
 from torch_secorder.running.fisher_kind import FisherKind
 from torch_secorder.running.frozen_others import FrozenOthers
 from torch_secorder.running.loss import LossFunction, loss_of, reduction_of, require_targets_of_batch
@@ -205,6 +206,8 @@ class Analysis:
         counted: Callable[[int, Iterator[Tensor]], Iterable[Tensor]],
     ) -> SampleNorms:
         with self._prepared() as run:
+            if targets is None and has_mask(inputs) and kind.labels == "model":
+                targets = inputs  # whose mask says what is padding
             outputs, targets = _with_samples_first(logits(run(inputs)), targets, run.samples)
             count, seeds = kind.output_gradients(outputs, targets, generator, self.table.ranks)
             passes = (

@@ -15,6 +15,7 @@ from torch_secorder.graph.last_layer import last_linear_factors
 from torch_secorder.likelihoods import LastLayer, Likelihood, likelihood, warn_of_probabilities
 from torch_secorder.model.ranks import Ranks
 from torch_secorder.running.causal import causal_labels, shifted, unshifted
+from torch_secorder.running.counted import counted_labels, has_mask
 
 
 @dataclass(frozen=True)
@@ -62,10 +63,12 @@ class FisherKind:
         outputs = outputs if differentiable else outputs.detach()
         last_layer = None if product is None else LastLayer(*product)
         generator = ranks.common_generator(generator)
-        if self.shift:
+        if self.shift and (self.labels == "observed" or not has_mask(targets)):
             targets = causal_labels(targets, self.ignore_index)
         if self.loss_type == "nll":
             self._require_axis_told(outputs, targets)
+            if self.labels == "model":
+                targets = counted_labels(targets, outputs, self.class_axis, self.ignore_index)
         if self.shift:
             predicting, labels, axis = shifted(outputs, targets, self.class_axis)
             count, gradients = self._output_gradients(predicting, labels, generator, None)
