@@ -300,7 +300,7 @@ def likelihood(
         ArgumentError: if ``class_axis`` is the batch axis or none of the outputs'.
         ShapeError: if targets don't have the outputs' shape without the class axis.
     """
-    if loss_type in ELEMENTWISE:
+    if isinstance(loss_type, str) and loss_type in ELEMENTWISE:
         return ELEMENTWISE[loss_type]
     if loss_type != "nll":
         *names, last = (f'"{name}"' for name in LOSS_TYPES)

@@ -486,7 +486,7 @@ def test_trap_19_numbers_that_are_no_count() -> None:
     assert_exact(model, x, y, [squares(model(x[own]), y[own]) for own in rows], sample_of=document, n_samples=8)
 
 
-@pytest.mark.parametrize("modules", [{"*": 0, "turned": 1}, {"turned": 0, "turn*": 1}], ids=str)
+@pytest.mark.parametrize("modules", [{"*": 0, "turned": 1}, {"head": 0, "turned": 0, "turn*": 1}], ids=str)
 def test_trap_19_of_several_patterns_the_last_counts(modules: dict[str, int]) -> None:
     def forward(m: Any, x: Tensor) -> Tensor:
         return m.head(m.turned(x.transpose(0, 1)).tanh().transpose(0, 1))

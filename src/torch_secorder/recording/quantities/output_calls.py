@@ -23,7 +23,9 @@ class OutputCallsPart(Part):
     def on_output(self, record: Record, grad: Tensor, by_sample: bool) -> None:
         if not by_sample:
             return
-        if record.site.placement is None:
+        if (
+            record.site.placement is None and record.site.name
+        ):  # The model's own output is where all samples are counted.
             _require_one_axis(record, len(grad))
         axis = 0 if record.placement is None else record.placement.axis
         try:
