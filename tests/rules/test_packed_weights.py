@@ -87,3 +87,32 @@ def test_shapes_are_of_codes_only() -> None:
     register_rule(Other, shapes=lambda module: {"weight": (3, 4)})(gradients)
     with pytest.raises(ArgumentError, match=r"'weight' of shape \(2, 2\) stands for.*\(3, 4\).*packed codes only"):
         fisher_report(Other(2, 2), F.cross_entropy, (torch.ones(3, 2), torch.zeros(3).long()), progress=False)
+
+
+@pytest.mark.filterwarnings("ignore:not verified. 1.weight", "ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_four_bit_weights_of_bitsandbytes() -> None:
+    """Exact for the numbers that the codes stand for, in a layer of the package itself."""
+    bitsandbytes = pytest.importorskip("bitsandbytes", reason="it is an extra of the tests: make installs it")
+    layer = bitsandbytes.nn.Linear4bit(64, 64, compute_dtype=torch.float32, quant_type="nf4")
+    layer.load_state_dict({"weight": torch.randn(64, 64) / 8, "bias": torch.randn(64)})
+    model = nn.Sequential(nn.Linear(64, 64), layer.to("cpu"), nn.Tanh(), nn.Linear(64, 3))
+    x, y = torch.randn(5, 64), torch.randint(3, (5,))
+    model(x)  # the first call packs nothing any more
+    register_rule(type(layer), shapes=lambda module: {"weight": (module.out_features, module.in_features)})(gradients)
+    plain = bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).detach()
+    twin = nn.Sequential(model[0], nn.Linear(64, 64), *model[2:])
+    twin[1].load_state_dict({"weight": plain, "bias": layer.bias.detach()})
+    twin = twin.double()
+    expected = {name: 0.0 for name, _ in twin.named_parameters()}
+    for n in range(len(x)):
+        loss = F.cross_entropy(twin(x[n : n + 1].double()), y[n : n + 1])
+        for name, g in zip(expected, torch.autograd.grad(loss, list(twin.parameters())), strict=True):
+            expected[name] += float(g.square().sum()) / len(x)
+    twin.float()  # its first and last layers are the model's own
+    report = fisher_report(model, F.cross_entropy, (x, y), parameters="all", progress=False)
+    with FisherMonitor(model, parameters="all") as monitor:
+        F.cross_entropy(model(x), y).backward()
+    for table in (report, monitor.report()):
+        assert table.loc["1.weight", "shape"] == (64, 64)
+        for name, value in expected.items():
+            assert table.loc[name, "fisher_trace"] == pytest.approx(value, rel=1e-4)
