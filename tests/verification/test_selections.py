@@ -111,3 +111,17 @@ def test_trap_23_rounding_is_no_selection(dtype: torch.dtype) -> None:
     verified(model, SEPARABLE["hinges"], x, y)
     with pytest.raises(VerificationError, match="selects among them"):
         verified(model, COUPLING["pairwise hinges"], x, y)
+
+
+@pytest.mark.parametrize("pair", [(0, 2), (1, 3), (0, 4), (3, 4)], ids=str)
+def test_trap_07_one_pair_of_samples_that_compare_is_seen(pair: tuple[int, int]) -> None:
+    """Also where one half of the samples has both of them."""
+    model, x, y = problem(5)
+    i, j = pair
+
+    def loss_fn(outputs: Tensor, targets: Tensor) -> Tensor:
+        shares = (outputs - targets).square().sum(1)
+        return shares.mean() + (outputs[i] - outputs[j]).square().sum() / 5
+
+    with pytest.raises(VerificationError, match="compares samples"):
+        verified(model, loss_fn, x, y)

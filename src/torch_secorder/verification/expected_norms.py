@@ -90,11 +90,19 @@ def expected_norms(
 def _require_separable(loss: Tensor, outputs: Sequence[Tensor], placements: Sequence[Placement], n: int) -> None:
     """Raise if the loss selects among samples, or has second derivatives between the outputs of different ones.
 
-    An operation that has none shows nothing.
+    An operation that has none shows nothing. Any two samples are in different halves for some digit of their numbers.
     """
     if selects_among_samples(loss, outputs, n, placements):
         raise coupling_loss()
-    half = torch.randperm(n, generator=torch.Generator().manual_seed(n), device="cpu") < n // 2
+    numbers = torch.arange(n, device="cpu")
+    for digit in range((n - 1).bit_length()):
+        _require_separable_halves(loss, outputs, placements, (numbers >> digit) % 2 == 1)
+
+
+def _require_separable_halves(
+    loss: Tensor, outputs: Sequence[Tensor], placements: Sequence[Placement], half: Tensor
+) -> None:
+    """Raise if the loss has second derivatives between the outputs of two halves of the samples."""
     masks = [rows_of(half, x, where) for x, where in zip(outputs, placements, strict=True)]
     try:
         with torch.enable_grad():
