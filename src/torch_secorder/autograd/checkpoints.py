@@ -43,11 +43,11 @@ def put_in_place(is_library_call: Callable[[], bool]) -> None:
     """Have checkpoints that the library's calls of a model reach take the other form; safe when done twice."""
     usual = torch.utils.checkpoint.CheckpointFunction
     if not isinstance(usual, InTheOtherForm):
-        torch.utils.checkpoint.CheckpointFunction = InTheOtherForm(usual, is_library_call)  # type: ignore[misc, assignment]
+        torch.utils.checkpoint.CheckpointFunction = InTheOtherForm(usual, is_library_call)  # type: ignore[misc, assignment]  # no class
 
 
 def put_back() -> None:
     """Undo that; safe when done twice."""
     current: Any = torch.utils.checkpoint.CheckpointFunction
     if isinstance(current, InTheOtherForm):
-        torch.utils.checkpoint.CheckpointFunction = current.usual  # type: ignore[misc]
+        torch.utils.checkpoint.CheckpointFunction = current.usual  # type: ignore[misc]  # its own class again

@@ -55,8 +55,8 @@ def reduction_of(
             near = NEAR_IN_HALF_PRECISION
         indices = ([0], list(range(where.n)))
         found = [_multiples(loss_fn, outputs, targets, where, index) for index in indices]
-    telling = [multiples for multiples in found if not all(map(math.isnan, multiples))]
-    reductions = {reduction_of_multiples(*multiples, near) for multiples in telling}
+    answers = [(multiple, reduction_of_multiples(multiple, change, near)) for multiple, change in found]
+    reductions = {answer for multiple, answer in answers if answer is not None or not math.isnan(multiple)}
     if len(reductions) == 1 and (reduction := reductions.pop()) is not None:
         return reduction
     if not bool(loss.isfinite()) and not _has_finite_gradient(loss_fn, outputs, targets):
