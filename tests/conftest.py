@@ -8,9 +8,9 @@ import torch
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """The pretend device's tests run by themselves: torch is told of it before the first backward pass, and for good."""
-    asked = any("pretend" in argument for argument in config.args)
-    return True if collection_path.name == "pretend" and not asked else None
+    """Two folders run by themselves: torch is told of the pretend device for good, and a GPU is seldom there."""
+    apart = collection_path.name in ("pretend", "on_gpu")
+    return True if apart and not any(collection_path.name in argument for argument in config.args) else None
 
 
 @pytest.fixture(autouse=True)

@@ -104,8 +104,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--ways", nargs="*", choices=WAYS, default=WAYS)
     parser.add_argument("--save", action="store_true", help="keep the numbers in results/accelerator.json")
     options = parser.parse_args(arguments)
-    pretend.register()
     device = options.device or torch.device("cuda" if torch.cuda.is_available() else "pretend")
+    if device.type == "pretend":
+        pretend.register()
     print(
         f"{card(device)}\n{'model':10} | {'way':14} | {'ms':>9} | {'ratio':>6} | {'launches':>8} | {'waits':>5} | peak, MiB"
     )

@@ -1,15 +1,19 @@
 """How well the cost model of convolutions predicts, form by form: ``python tests/benchmarks/convolution_cost.py [--fit]``.
 
 Times are those of one thread, the shortest of several interleaved runs (other work on the machine only ever adds), beside
-the layer's own weight gradient. ``--fit`` prints the constants that the measured times ask for.
+the layer's own weight gradient. ``--fit`` prints the constants that the measured times ask for. On another device
+(``--device cuda``) every form that takes less than a fifth of a second is run.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from collections.abc import Callable, Iterator
 from itertools import product
+from math import inf
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +25,8 @@ from torch_secorder.per_sample.costs import FORMS, NANOSECONDS, counts, predicte
 
 # Forms that should take longer than this, and than the cheapest by this factor, are not run.
 MOST_MS, MOST_TIMES = 30.0, 12.0
+# What takes longer than this is timed once.
+SLOW_MS = 200.0
 
 
 class Case(NamedTuple):
@@ -35,11 +41,12 @@ class Case(NamedTuple):
     groups: int = 1
     padding: int | None = None
 
-    def form(self) -> Convolution:
+    def form(self, device: str = "cpu") -> Convolution:
         padding = [self.kernel // 2 if self.padding is None else self.padding] * 2
         stride = [self.stride] * 2
         after = (self.map + 2 * padding[0] - self.kernel) // self.stride + 1
-        x, g = torch.randn(self.n, 1, self.channels, self.map, self.map), torch.randn(self.n, 1, self.out, after, after)
+        x = torch.randn(self.n, 1, self.channels, self.map, self.map, device=device)
+        g = torch.randn(self.n, 1, self.out, after, after, device=device)
         shape = (self.out, self.channels // self.groups, self.kernel, self.kernel)
         return Convolution(x, g, shape, stride, padding, [1, 1], self.groups)
 
@@ -96,17 +103,21 @@ def milliseconds(forms: dict[str, Callable[[], object]], repetitions: int) -> di
     times: dict[str, list[float]] = {name: [] for name in forms}
     for _ in range(repetitions + 1):
         for name, run in forms.items():
+            if len(times[name]) > 1 and times[name][-1] > SLOW_MS:
+                continue
             start = time.perf_counter()
             run()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
             times[name].append(1e3 * (time.perf_counter() - start))
     return {name: min(values[1:]) for name, values in times.items()}
 
 
-def measured(case: Case, repetitions: int, thorough: bool) -> dict[str, float]:
+def measured(case: Case, repetitions: int, thorough: bool, device: str = "cpu") -> dict[str, float]:
     """Milliseconds of the layer's own gradient and of each form that is worth a try."""
-    form = case.form()
+    form = case.form(device)
     costs = predicted(form.sizes)
-    most = max(MOST_MS if thorough else 0.0, MOST_TIMES * min(costs.values()))
+    most = inf if device != "cpu" else max(MOST_MS if thorough else 0.0, MOST_TIMES * min(costs.values()))
     ways: dict[str, Callable[[], object]] = {"layer": lambda: layer_gradient(form)}
     ways |= {way: lambda way=way: form.squared_norms(way) for way, cost in costs.items() if cost <= most}
     return milliseconds(ways, repetitions)
@@ -134,13 +145,17 @@ def main() -> None:
     parser.add_argument("--fit", action="store_true", help="run slow forms too, and print constants")
     parser.add_argument("--reference", action="store_true", help="only the first few layers")
     parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--times", type=Path, help="where to keep the times, or to read them from if they are there")
     options = parser.parse_args()
     torch.set_num_threads(1)
     print(f"{'layer':<34}" + "".join(f"{name:>17}" for name in ("layer", *FORMS)) + "  picked    best      ratio")
     times, ratios, errors = {}, [], []
-    for case in REFERENCE if options.reference else grid():
-        times[case] = row = measured(case, options.repetitions, options.fit)
-        form = case.form()
+    kept = json.loads(options.times.read_text()) if options.times and options.times.exists() else []
+    known = {Case(*case): row for case, row in kept}
+    for case in known or (REFERENCE if options.reference else grid()):
+        times[case] = row = known.get(case) or measured(case, options.repetitions, options.fit, options.device)
+        form = case.form("meta") if known else case.form(options.device)
         costs, picked = predicted(form.sizes), form.algorithm
         best = min((way for way in row if way != "layer"), key=lambda way: row[way])
         ratios.append(row[picked] / row[best])
@@ -152,6 +167,8 @@ def main() -> None:
     median, most = np.exp(np.quantile(errors, [0.5, 0.9]))
     print(f"prediction off by a factor of {median:.2f} (median), {most:.2f} (90 %)")
     print(f"picked over best: mean {np.mean(ratios):.3f}, 99 % {np.quantile(ratios, 0.99):.2f}, most {max(ratios):.2f}")
+    if options.times and not known:
+        options.times.write_text(json.dumps([[case, row] for case, row in times.items()]))
     if options.fit:
         fit(times)
 

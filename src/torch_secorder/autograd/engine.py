@@ -219,6 +219,19 @@ def selective_checkpoint() -> UnsupportedError:
     )
 
 
+def is_capturing() -> bool:
+    """Whether what is started now is put down in a CUDA graph, where nothing can be read."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def step_in_a_cuda_graph() -> UnsupportedError:
+    """The refusal of a step that is captured."""
+    return UnsupportedError(
+        "a CUDA graph is being captured, in which no number can be read, and whose replays run no hooks: leave the block before "
+        "the capture, and run one step outside of the graph under a monitor whenever you want numbers"
+    )
+
+
 def call_model(model: Callable[..., Any], inputs: Any) -> Any:
     """``model(inputs)`` as a call of the library's; a tuple is spread over positions and a mapping over keywords."""
     with library_call():

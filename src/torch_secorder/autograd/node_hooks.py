@@ -22,6 +22,9 @@ HookTable = dict[int, Callable[..., Any]]
 TableReference = Callable[[], HookTable | None]
 Returned = Sequence[Tensor | None]
 
+# When a backward pass frees the graph, these write over what they saved, and can't be called again. Until they run they copy it.
+OVERWRITING = ("CudnnRnnBackward0", "MiopenRnnBackward0")
+
 
 def no_table() -> None:
     """The reference of what has no node."""
@@ -41,6 +44,24 @@ def call_after(node: Node, function: Callable[..., None], *args: Any) -> TableRe
     handle: RemovableHandle = node.register_hook(NodeHook(function, *args))
     found: weakref.ref[HookTable] = handle.hooks_dict_ref
     return found
+
+
+def call_with_gradients(node: Node, function: Callable[..., None], *args: Any) -> TableReference:
+    """Have ``function(*args, returned, grads)`` called when a node has run, while what it saved is still as it was.
+
+    Nodes that write over what they saved are about to run then, and have returned nothing.
+
+    Returns:
+        A weak reference to the table of the hooks that run after this node.
+    """
+    if node.name() not in OVERWRITING:
+        return call_after(node, function, *args)
+    node.register_prehook(partial(function, *args, ()))
+    return call_after(node, _hold_the_place)
+
+
+def _hold_the_place(returned: Returned, grads: Returned) -> None:
+    """Nothing: the table has the library's hook first, whenever it works."""
 
 
 def hooks_before(node: Node) -> HookTable:

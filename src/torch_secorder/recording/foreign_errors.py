@@ -5,7 +5,12 @@ from __future__ import annotations
 import sys
 import traceback
 
-from torch_secorder.autograd.engine import is_selective_checkpoints, selective_checkpoint
+from torch_secorder.autograd.engine import (
+    is_capturing,
+    is_selective_checkpoints,
+    selective_checkpoint,
+    step_in_a_cuda_graph,
+)
 from torch_secorder.errors import CurvatureError, UnsupportedError
 from torch_secorder.per_sample import as_refusal
 
@@ -23,6 +28,9 @@ def refusal_of(error: Exception, what: str) -> Exception:
     refusal = as_refusal(error)
     if is_selective_checkpoints(error):
         refusal = selective_checkpoint()
+        refusal.__cause__ = error
+    if is_capturing():
+        refusal = step_in_a_cuda_graph()
         refusal.__cause__ = error
     if isinstance(refusal, CurvatureError) or _is_theirs(error):
         return refusal

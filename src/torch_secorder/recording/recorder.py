@@ -18,7 +18,7 @@ from torch.autograd.graph import Node
 
 from torch_secorder.autograd.compiled import never_compiled
 from torch_secorder.autograd.engine import active_modes, current_node, modes_are_active, without_modes
-from torch_secorder.autograd.node_hooks import HookTable, call_after
+from torch_secorder.autograd.node_hooks import HookTable, call_with_gradients
 from torch_secorder.autograd.precision import autocast_devices, full_precision
 from torch_secorder.batch_axis.knowledge import ModelKnowledge
 from torch_secorder.capture.forwards import ForwardTracker
@@ -163,7 +163,7 @@ class Recorder(HookScope):
     def _hook(self, use: ParameterUse, node: Node) -> None:
         """Have the node of a use call back with its gradients."""
         # When the node has run, as for calls of modules; some rules also read what that leaves behind.
-        use.node_hooks = call_after(node, self._on_use_gradients, use)
+        use.node_hooks = call_with_gradients(node, self._on_use_gradients, use)
         use.forward.node_hooks.append(use.node_hooks)
 
     # ------------------------------------------------------------------------------------------------ what arrives

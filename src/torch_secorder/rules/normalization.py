@@ -96,7 +96,8 @@ def _input(module: nn.Module, call: Call, trailing: int) -> Tensor:
     x: Tensor = call.argument(0, "x" if isinstance(module, nn.RMSNorm) else "input")
     if x.dim() <= trailing:
         raise ShapeError(f"a {type(module).__name__} got an input of shape {tuple(x.shape)}, without a batch axis")
-    return x
+    # Autocast widens the inputs of most norms on accelerators, so that what comes out is wider than what was passed.
+    return x.to(torch.promote_types(x.dtype, call.grad_output.dtype))
 
 
 def _kept(call: Call, x: Tensor) -> tuple[Tensor, Tensor] | None:
