@@ -28,7 +28,9 @@ TRIED = {
     "the loss that the model computes can't be told": (
         "approximations/test_batches.py::test_a_loss_taken_out_of_the_outputs_is_the_models_own"
     ),
-    "a CUDA graph is being captured": "what a GPU refuses is tried on one: on_gpu/test_programs.py",
+    "a CUDA graph is being captured": (
+        "on_gpu/test_programs.py::test_a_graph_that_was_captured_before_is_replayed_in_the_block"
+    ),
     "selective activation checkpointing (context_fn=) runs its forward again": (
         "user_program/test_stateful.py::test_a_call_through_selective_checkpoints_is_exact"
     ),
