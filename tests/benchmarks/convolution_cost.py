@@ -21,7 +21,7 @@ import torch
 from scipy.optimize import least_squares
 
 from torch_secorder.per_sample import Convolution
-from torch_secorder.per_sample.costs import FORMS, NANOSECONDS, counts, predicted
+from torch_secorder.per_sample.costs import FORMS, NANOSECONDS, OF_ACCELERATORS, counts, predicted
 
 # Forms that should take longer than this, and than the cheapest by this factor, are not run.
 MOST_MS, MOST_TIMES = 30.0, 12.0
@@ -123,11 +123,12 @@ def measured(case: Case, repetitions: int, thorough: bool, device: str = "cpu") 
     return milliseconds(ways, repetitions)
 
 
-def fit(times: dict[Case, dict[str, float]]) -> None:
+def fit(times: dict[Case, dict[str, float]], device: str) -> None:
     """Constants with the smallest errors of the logarithm, form by form, and robust against single bad times."""
     for form in FORMS:
-        seen = [(counts(form, case.form().sizes), row[form]) for case, row in times.items() if form in row]
-        kinds, start = list(NANOSECONDS[form]), np.log(list(NANOSECONDS[form].values()))
+        prices = (NANOSECONDS if device == "cpu" else OF_ACCELERATORS)[form]
+        seen = [(counts(form, case.form(device).sizes), row[form]) for case, row in times.items() if form in row]
+        kinds, start = list(prices), np.log(list(prices.values()))
         work = np.array([[count.get(kind, 0) / (1e6 * ms) for kind in kinds] for count, ms in seen])
 
         def errors(logarithms: np.ndarray, work: np.ndarray = work, start: np.ndarray = start) -> np.ndarray:
@@ -155,7 +156,7 @@ def main() -> None:
     known = {Case(*case): row for case, row in kept}
     for case in known or (REFERENCE if options.reference else grid()):
         times[case] = row = known.get(case) or measured(case, options.repetitions, options.fit, options.device)
-        form = case.form("meta") if known else case.form(options.device)
+        form = case.form("meta" if known and options.device != "cpu" else options.device)
         costs, picked = predicted(form.sizes), form.algorithm
         best = min((way for way in row if way != "layer"), key=lambda way: row[way])
         ratios.append(row[picked] / row[best])
@@ -170,7 +171,7 @@ def main() -> None:
     if options.times and not known:
         options.times.write_text(json.dumps([[case, row] for case, row in times.items()]))
     if options.fit:
-        fit(times)
+        fit(times, "meta" if known and options.device != "cpu" else options.device)
 
 
 if __name__ == "__main__":

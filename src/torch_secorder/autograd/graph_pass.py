@@ -28,7 +28,7 @@ from torch_secorder.autograd.nodes import (
     output_count,
     outputs_of,
 )
-from torch_secorder.autograd.precision import full_precision
+from torch_secorder.autograd.precision import deterministic_convolutions, full_precision
 from torch_secorder.autograd.random_state import forked_random
 from torch_secorder.autograd.sharded import GatheredWeights, passes_on
 from torch_secorder.errors import CoverageError
@@ -290,6 +290,7 @@ class GraphPass:
                 guarded(),
                 forked_random(self._roots),
                 full_precision(),
+                deterministic_convolutions(),
                 self._weights.during_pass(),
                 torch.set_grad_enabled(self._create_graph),
             ):

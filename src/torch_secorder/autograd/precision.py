@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import cache
 
 import torch
@@ -34,6 +34,20 @@ def full_precision() -> ExitStack:
     for device in autocast_devices():
         stack.enter_context(torch.autocast(device, enabled=False))
     return stack
+
+
+@contextmanager
+def deterministic_convolutions() -> Iterator[None]:
+    """A block in which cuDNN takes the same numbers for the same convolution each time.
+
+    Its other algorithms add up parts in any order, and in TF32, which is the default, each part is rounded to 11 bits.
+    """
+    before = torch._C._get_cudnn_deterministic()
+    torch._C._set_cudnn_deterministic(True)
+    try:
+        yield
+    finally:
+        torch._C._set_cudnn_deterministic(before)
 
 
 def has_half_precision(*values: Tensor) -> bool:

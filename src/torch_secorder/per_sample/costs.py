@@ -47,21 +47,21 @@ NANOSECONDS: dict[str, Counts] = {
     "patches": {"calls": 2.5e4, "products": 81, "multiply": 0.013, "copied": 1.0, "runs": 9.0, "packed": 0.03},
 }
 
-# The same for accelerators, reckoned and not measured: 5 microseconds for a launch, of which a form's call takes one to three,
-# 2e13 multiplications and 5e11 elements a second. There, no code goes through patches or runs of elements one after the other.
-_MULTIPLY, _MOVE = 5e-5, 2e-3
+# The same for accelerators, from times on one NVIDIA H100 with torch 2.11, of which most are those of starting a call: the form that
+# they pick takes 1.07 times as long as the best one, on average, and 3 times at most.
 OF_ACCELERATORS: dict[str, Counts] = {
     "direct": {
-        "calls": 1e4,
-        "multiply": _MULTIPLY,
-        "outputs": 2 * _MOVE,
-        "factors": _MOVE,
-        "depthwise": _MULTIPLY,
-        "unfolded": _MULTIPLY,
+        "blocks": 1e5,
+        "calls": 1.6e5,
+        "multiply": 1.9e-4,
+        "outputs": 7.4e-3,
+        "factors": 5.1e-4,
+        "depthwise": 4.6e-5,
+        "unfolded": 3.4e-5,
     },
-    "shifted": {"calls": 1e4, "multiply": _MULTIPLY, "packed": _MOVE, "outputs": 2 * _MOVE, "copied": 2 * _MOVE},
-    "gram": {"calls": 5e3, "multiply": _MULTIPLY, "added": 2 * _MOVE, "packed": _MOVE},
-    "patches": {"calls": 1e4, "multiply": _MULTIPLY, "copied": 2 * _MOVE, "packed": _MOVE},
+    "shifted": {"blocks": 5e4, "calls": 7e4, "multiply": 2.1e-5, "packed": 1.9e-4, "outputs": 3.1e-3, "copied": 1.6e-3},
+    "gram": {"blocks": 1.5e5, "calls": 3e4, "multiply": 4.7e-5, "added": 1.6e-5, "packed": 4.7e-4},
+    "patches": {"calls": 6.1e4, "multiply": 5.4e-5, "copied": 4e-3, "packed": 2.1e-3},
 }
 
 
@@ -128,7 +128,7 @@ class Sizes(NamedTuple):
 def counts(form: str, at: Sizes) -> Counts:
     """How much of each kind of work ``form`` does.
 
-    Counted are calls of torch, matrix products and their multiplications (in units of what vector registers hold), elements
+    Counted are blocks of samples, calls of torch, matrix products and their multiplications (in units of what vector registers hold), elements
     that are read, written or copied, and the runs of adjacent elements in which these lie.
     """
     blocks, taps, steps = -(-at.n // at.step(form)), math.prod(at.kernel), sum(size - 1 for size in at.kernel)
@@ -136,7 +136,7 @@ def counts(form: str, at: Sizes) -> Counts:
     work: Counts
     match form:
         case "direct":
-            work = {"calls": blocks, "outputs": pairs * at.i * at.o * taps, "groups": pairs}
+            work = {"blocks": blocks, "calls": blocks, "outputs": pairs * at.i * at.o * taps, "groups": pairs}
             work["factors"] = pairs * (at.i * pixels + at.o * positions)
             if at.depthwise:
                 return {**work, "depthwise": pairs * taps * positions}
@@ -148,6 +148,7 @@ def counts(form: str, at: Sizes) -> Counts:
             row, products = at.i * math.prod(at.kernel[1:]), pairs * at.kernel[0]
             copied = 0 if taps == 1 and max(at.stride) == 1 and not any(at.padding) else at.n * at.floats(form)
             return {
+                "blocks": blocks,
                 "calls": blocks * (2 + at.kernel[0]),
                 "products": products,
                 "multiply": products * positions * _up(row, 8) * (_up(at.o, 16) if at.o > 1 else 1),
@@ -159,6 +160,7 @@ def counts(form: str, at: Sizes) -> Counts:
         case "gram":
             padding = pixels**2 / at.map[-1] if any(at.padding) else 0
             return {
+                "blocks": blocks,
                 "calls": blocks * (4 + steps),
                 "products": 2 * pairs,
                 "multiply": pairs * (pixels**2 * at.i + positions**2 * at.o),
@@ -168,7 +170,7 @@ def counts(form: str, at: Sizes) -> Counts:
             }
         case _:
             copied = pairs * positions * at.i * taps if taps > 1 else 0
-            work = {"calls": 4 * blocks, "copied": copied, "runs": copied / at.kernel[-1]}
+            work = {"blocks": blocks, "calls": 4 * blocks, "copied": copied, "runs": copied / at.kernel[-1]}
             work["packed"] = pairs * positions * (at.i * taps + at.o + positions)
             if positions == 1:  # then a norm is a product of norms
                 return work

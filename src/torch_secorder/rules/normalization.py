@@ -16,6 +16,7 @@ from torch_secorder.autograd.saved import knows, saved
 from torch_secorder.capture.records import Call
 from torch_secorder.errors import CoupledSamplesError, CurvatureError, ShapeError
 from torch_secorder.per_sample import at_least_float32
+from torch_secorder.per_sample.profiles import profile_of
 from torch_secorder.rules.registry import Gradients, register_refusal, register_rule
 
 BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
@@ -120,7 +121,7 @@ def _with_statistics(shape: Sequence[int], x: Tensor, g: Tensor, mean: Tensor, s
     """Gradients of a layer norm's weight and bias over the axes ``shape``, given the statistics of the input's other axes."""
     n, size = len(g), math.prod(shape)
     x, g, mean, scale = (value.reshape(n, -1, last) for value, last in ((x, size), (g, size), (mean, 1), (scale, 1)))
-    if x[0].numel() < LARGE:
+    if x[0].numel() < LARGE or not profile_of(x.device).has_caches:
         return ((x - mean).mul_(scale).mul_(g)).sum(1).view(n, *shape), g.sum(1).view(n, *shape)
     # torch's own gradient reads x and g once and writes nothing else; it adds up in the order of the rows, too many of
     # which would cost digits.
