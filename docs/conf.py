@@ -15,7 +15,7 @@ extensions = [
     "myst_parser",  # the changelog
     "matplotlib.sphinxext.plot_directive",  # the page with pictures
 ]
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "concepts/_*.rst"]
 
 html_theme = "furo"
 html_static_path = ["_static"]

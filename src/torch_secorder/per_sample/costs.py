@@ -47,8 +47,8 @@ NANOSECONDS: dict[str, Counts] = {
     "patches": {"calls": 2.5e4, "products": 81, "multiply": 0.013, "copied": 1.0, "runs": 9.0, "packed": 0.03},
 }
 
-# The same for accelerators, from times on one NVIDIA H100 with torch 2.11, of which most are those of starting a call: the form that
-# they pick takes 1.07 times as long as the best one, on average, and 3 times at most.
+# The same for accelerators, from times on one NVIDIA H100 with torch 2.11, of which most are those of starting a call: the
+# form that they pick takes 1.07 times as long as the best one, on average, and 3 times at most.
 OF_ACCELERATORS: dict[str, Counts] = {
     "direct": {
         "blocks": 1e5,
@@ -128,8 +128,8 @@ class Sizes(NamedTuple):
 def counts(form: str, at: Sizes) -> Counts:
     """How much of each kind of work ``form`` does.
 
-    Counted are blocks of samples, calls of torch, matrix products and their multiplications (in units of what vector registers hold), elements
-    that are read, written or copied, and the runs of adjacent elements in which these lie.
+    Counted are blocks of samples, calls of torch, matrix products and their multiplications (in units of what vector
+    registers hold), elements that are read, written or copied, and the runs of adjacent elements in which these lie.
     """
     blocks, taps, steps = -(-at.n // at.step(form)), math.prod(at.kernel), sum(size - 1 for size in at.kernel)
     pixels, positions, pairs = at.r * math.prod(at.map), at.positions, at.n * at.k
