@@ -18,7 +18,7 @@ EXAMPLES := $(wildcard examples/*.py)
 # The arrays here are small: threads cost more than they give.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test check lint types doctest examples docs format fuzz bench bench-check bench-growth bench-gpu bench-launches sweep versions newest clean
+.PHONY: help demo test check lint types doctest examples docs format fuzz test-gpu bench bench-check bench-growth bench-gpu bench-launches sweep versions newest clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,6 +29,9 @@ demo: $(READY)  ## train on real digits, and see which layers carry the curvatur
 test: $(READY)  ## run the tests, on all cores; what a file's tests share is made once
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 	$(BIN)/python -m pytest -n auto tests/pretend
+
+test-gpu: $(READY)  ## run the tests that need a GPU, with a torch that was built for it: make test-gpu TORCH=torch
+	$(BIN)/python -m pytest -n auto tests/on_gpu
 
 check: lint types test doctest examples docs  ## everything that has to pass
 
