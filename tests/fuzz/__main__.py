@@ -6,6 +6,7 @@ import argparse
 import collections
 import sys
 import time
+from dataclasses import replace
 
 import torch
 
@@ -22,6 +23,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=1, help="of the run; cases have seeds from SEED * 10**7 on")
     parser.add_argument("--only", default="", help="pieces to choose from, with commas")
     parser.add_argument("--skip", default="", help="pieces to leave out, with commas")
+    parser.add_argument("--device", default="cpu", help="where cases run, as the default device")
     parser.add_argument("--case", type=int, help="one case by its seed: made smaller, and printed as a program")
     return parser.parse_args()
 
@@ -41,7 +43,7 @@ def main() -> int:
     args = arguments()
     only, skip = (tuple(filter(None, text.split(","))) for text in (args.only, args.skip))
     if args.case is not None:
-        case, found = shrunk(drawn(args.case, only, skip))
+        case, found = shrunk(replace(drawn(args.case, only, skip), device=args.device))
         print(f"# {told(case, found)}", "" if found.kind == "exact" else program(case), sep="\n")
         return int(found.kind in FAILURES)
     counts: collections.Counter[str] = collections.Counter()
@@ -49,7 +51,7 @@ def main() -> int:
     first: dict[str, int] = {}
     seed, end = args.seed * 10**7, time.monotonic() + args.seconds
     while time.monotonic() < end:
-        case = drawn(seed, only, skip)
+        case = replace(drawn(seed, only, skip), device=args.device)
         found = outcome(case)
         counts[found.kind] += 1
         if found.kind in ("crashed", "refused"):

@@ -45,6 +45,7 @@ class Case:
     updates: bool = False  # an optimizer's step after every pass of the loop
     evaluates: bool = False
     sequence_first: bool = False
+    device: str = "cpu"  # where it runs, as the default device
     options: dict[str, Any] = field(default_factory=dict)  # of the monitor
 
     @property

@@ -5,8 +5,10 @@ from __future__ import annotations
 import traceback
 import warnings
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -54,9 +56,10 @@ class Outcome:
 
 def problem_of(case: Case) -> Problem:
     """The case's model, twin, batches and loss."""
-    twin = case.model()
+    model, twin = (case.model().to(case.device) for _ in range(2))
+    batches = [(x.to(case.device), y.to(case.device)) for x, y in case.batches()]
     return Problem(
-        *(case.model(), twin, case.batches(), LOSSES[case.loss].make, case.reduction, case.dtype, case.updates),
+        *(model, twin, batches, LOSSES[case.loss].make, case.reduction, case.dtype, case.updates),
         *(case.coupled, LOSSES[case.loss].coupled, int(case.sequence_first), case.options),
     )
 
@@ -69,13 +72,14 @@ def outcome(case: Case) -> Outcome:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             problem = problem_of(case)
-            if why := _impossible(problem):
-                return Outcome("impossible", "", why)
-            for name in case.ways:
-                WAYS[name].make(problem)
-                problem.model.zero_grad()
-                for p, q in zip(problem.model.parameters(), problem.twin.parameters(), strict=True):
-                    q.requires_grad_(p.requires_grad)
+            with _by_default(case.device):
+                if why := _impossible(problem):
+                    return Outcome("impossible", "", why)
+                for name in case.ways:
+                    WAYS[name].make(problem)
+                    problem.model.zero_grad()
+                    for p, q in zip(problem.model.parameters(), problem.twin.parameters(), strict=True):
+                        q.requires_grad_(p.requires_grad)
     except Wrong as error:
         return Outcome("wrong", name, str(error))
     except CurvatureError as error:
@@ -87,6 +91,11 @@ def outcome(case: Case) -> Outcome:
     except Exception as error:
         return Outcome("crashed", name, f"{type(error).__name__}: {' '.join(str(error).split())}", _place(error))
     return Outcome("exact")
+
+
+def _by_default(device: str) -> AbstractContextManager[Any]:
+    """The device as the default; of a CPU nobody has to be told."""
+    return nullcontext() if device == "cpu" else torch.device(device)
 
 
 def _kind_of_refusal(case: Case, way: str, text: str) -> str:

@@ -16,9 +16,13 @@ Rows = dict[str, Tensor]  # by parameter, [n, *shape] in float64
 
 def running(model: nn.Module, x: Tensor, dtype: str) -> Any:
     """The outputs, in float32 where the model runs in half precision."""
-    context = torch.autocast("cpu", torch.bfloat16) if dtype == "autocast" else contextlib.nullcontext()
-    with context:
+    with precision(x, dtype):
         return tree_map(lambda z: z.float() if dtype == "autocast" else z, model(x))
+
+
+def precision(x: Tensor, dtype: str) -> contextlib.AbstractContextManager[Any]:
+    """Half precision on the device of a tensor, or nothing."""
+    return torch.autocast(x.device.type, torch.bfloat16) if dtype == "autocast" else contextlib.nullcontext()
 
 
 def rows(named: dict[str, Tensor], scalars: Sequence[Tensor]) -> Rows:

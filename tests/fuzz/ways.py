@@ -155,7 +155,7 @@ def _updated(problem: Problem) -> None:
 def report(problem: Problem) -> None:
     """fisher_results over all batches, verified, with every sample's numbers and the diagonal."""
     t, c = problem.pooled()
-    with torch.autocast("cpu", torch.bfloat16, enabled=problem.dtype == "autocast"):
+    with truth.precision(problem.batches[0][0], problem.dtype):
         found = fisher_results(
             *(problem.model, problem.scalar, problem.batches),
             per_sample=True,
@@ -180,7 +180,7 @@ def empirical(problem: Problem) -> None:
     for x, y in [*problem.batches, problem.batches[0]]:
         c = 1.0 if problem.reduction == "sum" else 1 / len(y)
         expected = c * sum(t.sum() for t in squared_norms(problem.expected(x, y)).values())
-        with torch.autocast("cpu", torch.bfloat16, enabled=problem.dtype == "autocast"):
+        with truth.precision(problem.batches[0][0], problem.dtype):
             got = empirical_fisher_trace(problem.model, problem.scalar, x, y)
         require_equal("empirical_fisher_trace", got, expected, expected, problem.precision)
     _require_untouched(problem)
