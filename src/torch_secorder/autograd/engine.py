@@ -91,11 +91,6 @@ def calling_thread() -> int:
 active_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 
 
-def modes_are_active() -> bool:
-    """Whether modes of the user's see every operation just now."""
-    return active_modes() > 0
-
-
 def without_modes() -> AbstractContextManager[object]:
     """Inside, modes of the user's that see every operation see none."""
     return torch.utils._python_dispatch._disable_current_modes() if active_modes() else _NOTHING

@@ -1,4 +1,4 @@
-"""Hooks on nodes: the library's own, and whether those of the user's change what a node returns.
+"""Hooks on nodes: where they see a tensor's gradient, and whether those of the user's change what a node returns.
 
 torch keeps all hooks that run after a node in one table, in the order in which they run. It shows the table to whoever
 registers a hook.
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import Node
+from torch.autograd.graph import GradientEdge, Node
 from torch.utils.hooks import RemovableHandle
 
 from torch_secorder.autograd.engine import without_modes
@@ -32,6 +32,19 @@ def no_table() -> None:
 
 class NodeHook(partial[None]):
     """A hook of the library's that is called when a node has run, with what it returned and the gradients that it was given."""
+
+
+def gradient_edge_of(output: Tensor) -> GradientEdge | None:
+    """Where in the graph the gradient of ``output`` arrives, whatever is done to ``output`` later; None for a leaf.
+
+    An in-place operation on a view replaces the view's node, so the node of its base is taken, which sees the same
+    numbers in the base's shape.
+    """
+    whole = output
+    if output._is_view() and output._base is not None:
+        base = output._base
+        whole = base if base.numel() == output.numel() and base.is_contiguous() and output.is_contiguous() else output
+    return None if whole.grad_fn is None else GradientEdge(whole.grad_fn, whole.output_nr)
 
 
 def call_after(node: Node, function: Callable[..., None], *args: Any) -> TableReference:

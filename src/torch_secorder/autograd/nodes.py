@@ -190,19 +190,6 @@ def fitted(grad: Tensor, output: Any, *, keeps_dtype: bool = False) -> Tensor:
     return grad if keeps_dtype else grad.to(output.dtype)
 
 
-def gradient_edge_of(output: Tensor) -> GradientEdge | None:
-    """Where in the graph the gradient of ``output`` arrives, whatever is done to ``output`` later; None for a leaf.
-
-    An in-place operation on a view replaces the view's node, so the node of its base is taken, which sees the same
-    numbers in the base's shape.
-    """
-    whole = output
-    if output._is_view() and output._base is not None:
-        base = output._base
-        whole = base if base.numel() == output.numel() and base.is_contiguous() and output.is_contiguous() else output
-    return None if whole.grad_fn is None else GradientEdge(whole.grad_fn, whole.output_nr)
-
-
 def made_by(x: Tensor) -> Node:
     """The node that made a tensor; for a leaf, the one that takes its gradient."""
     if x.grad_fn is not None:

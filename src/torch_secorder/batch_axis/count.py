@@ -70,6 +70,15 @@ class Count:
     def __str__(self) -> str:
         return f"{self.n} samples ({self.why})"
 
+    def ambiguous_inputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[tuple[Seen, Tensor]]:
+        """The arguments that are tensors with as many indices as samples on the batch axis, and on another one, too."""
+        found = []
+        for seen in self.seen:
+            value = args[seen.key] if isinstance(seen.key, int) else kwargs[seen.key]
+            if isinstance(value, Tensor) and tuple(seen.shape).count(self.n) > 1 and seen.n == self.n:
+                found.append((seen, value))
+        return found
+
     def alternatives(self, bags: set[int]) -> list[Count]:
         """Other readings of the same arguments: one sample beside what all samples share, or bags of an EmbeddingBag."""
         if self.is_settled:

@@ -140,6 +140,11 @@ class BatchSamples:
         return replace(self, n=len(index), indices=tuple(indices))
 
 
+def some_has_samples(values: Sequence[Tensor], placements: Sequence[Placement | None]) -> bool:
+    """Whether some differentiable tensor of these has samples."""
+    return any(p is not None and x.requires_grad for x, p in zip(values, placements, strict=True))
+
+
 def of_one(x: Tensor, sample: int) -> Placement:
     """The placement of a tensor that is one sample's."""
     return Placement(0, Layout.INDEXED, torch.full((len(x) if x.dim() else 1,), sample, device=x.device))

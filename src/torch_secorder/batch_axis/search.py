@@ -43,7 +43,8 @@ class SampleSearch:
         self._locate_on_three_samples, self._look_ahead = locate_on_three_samples, look_ahead
         self._ambiguous_shapes = ambiguous_shapes
         self._ahead: dict[tuple[Node, int], Finding] = {}
-        self._examines = placements.examines_next(always=rehearsal)
+        self._rehearsal = rehearsal
+        self._examines: bool | None = None  # whether what is known is examined again, which the first question decides
 
     def __call__(self, wanted: Sequence[Wanted]) -> None:
         """Search where it is needed. Afterwards, ``placements.evidence`` has an entry for each of these places."""
@@ -56,6 +57,8 @@ class SampleSearch:
 
     def _missing(self, wanted: Sequence[Wanted]) -> Sequence[Wanted]:
         """All of these places in a graph in which what is known is examined again, else those of which nothing is known."""
+        if self._examines is None:
+            self._examines = self.placements.examines_next(always=self._rehearsal)
         return wanted if self._examines else self.placements.missing(wanted, self._n, self._ambiguous_shapes)
 
     def _find(self, wanted: Sequence[Wanted]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from threading import get_ident
 from typing import Any
@@ -22,9 +22,9 @@ from torch_secorder.autograd.engine import (
     in_library_call,
     innermost_transform,
 )
-from torch_secorder.batch_axis.count import Count, Seen, counted
+from torch_secorder.batch_axis.count import Count, counted
 from torch_secorder.batch_axis.placement import Placement
-from torch_secorder.batch_axis.samples import BatchSamples
+from torch_secorder.batch_axis.samples import BatchSamples, some_has_samples
 from torch_secorder.batch_axis.told import Told
 from torch_secorder.capture.records import Forward
 from torch_secorder.errors import CurvatureError
@@ -108,7 +108,7 @@ class ForwardTracker:
         recomputed_in = None if task == -1 else self._recomputation(task)
         forward = self._running[thread] = Forward(count.n, recomputed_in=recomputed_in, count=count)
         if count.n is not None and recomputed_in is None:
-            forward.inputs = ambiguous_inputs(count, args, kwargs)
+            forward.inputs = count.ambiguous_inputs(args, kwargs)
 
     def _passes_over(self) -> bool:
         """Count a call of the model; returns whether it is one of those between two that are recorded.
@@ -148,11 +148,11 @@ class ForwardTracker:
     def _place_outputs(self, forward: Forward, output: Any, outputs: list[Tensor]) -> None:
         """Note where the outputs have their samples; where they have none, another reading of the arguments may fit them."""
         forward.placements = self._placements(forward.count, output)
-        if forward.n is None or _are_counted(outputs, forward.placements):
+        if forward.n is None or some_has_samples(outputs, forward.placements):
             return
         for count in forward.count.alternatives(forward.bags):
             placements = self._placements(count, output)
-            if _are_counted(outputs, placements):
+            if some_has_samples(outputs, placements):
                 forward.placements = placements
                 forward.settle(count)
                 return
@@ -219,21 +219,6 @@ class ForwardTracker:
             yield
         finally:
             del self._running[get_ident()]
-
-
-def _are_counted(outputs: Sequence[Tensor], placements: Sequence[Placement | None]) -> bool:
-    """Whether some differentiable output has the samples."""
-    return any(p is not None and x.requires_grad for x, p in zip(outputs, placements, strict=True))
-
-
-def ambiguous_inputs(count: Count, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[tuple[Seen, Tensor]]:
-    """The arguments that are tensors with as many indices as samples on the batch axis, and on another one, too."""
-    found = []
-    for seen in count.seen:
-        value = args[seen.key] if isinstance(seen.key, int) else kwargs[seen.key]
-        if isinstance(value, Tensor) and tuple(seen.shape).count(count.n) > 1 and seen.n == count.n:
-            found.append((seen, value))
-    return found
 
 
 def size_on(value: Any, axis: int) -> int | None:

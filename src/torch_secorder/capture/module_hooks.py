@@ -22,8 +22,8 @@ from torch_secorder.autograd.compiled import never_compiled
 from torch_secorder.autograd.double_precision import in_double_precision, sum_in_double_precision
 from torch_secorder.autograd.engine import saved_tensors_hooks, without_modes
 from torch_secorder.autograd.hooks import HookSet
-from torch_secorder.autograd.node_hooks import call_after
-from torch_secorder.autograd.nodes import gradient_edge_of, made_by
+from torch_secorder.autograd.node_hooks import call_after, gradient_edge_of
+from torch_secorder.autograd.nodes import made_by
 from torch_secorder.autograd.versions import version
 from torch_secorder.batch_axis.placement import FIRST
 from torch_secorder.batch_axis.told import Told

@@ -40,6 +40,7 @@ from torch_secorder.per_sample.out_of_memory import (
     halving_on_oom,
     norms_of,
     squared_norms_of,
+    squared_norms_of_each,
     unguarded_squared_norms_of,
 )
 from torch_secorder.per_sample.outer import Outer, SharedFactor
@@ -73,6 +74,7 @@ __all__ = [
     "sign_vectors",
     "squared_norm_of_rows",
     "squared_norms_of",
+    "squared_norms_of_each",
     "sum_over",
     "unguarded_squared_norms_of",
     "zero_squared_norms",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 import torch
@@ -62,6 +62,19 @@ def squared_norms_of(form: PerSampleGradient) -> Tensor:
             raise
     # Here and not in the except clause, where the error holds all that was allocated.
     return halving_on_oom(form, lambda part: part.squared_norm(), _both)
+
+
+def squared_norms_of_each(forms: Mapping[str, PerSampleGradient]) -> dict[str, Tensor]:
+    """The squared norms of several forms, by their names."""
+    found: dict[str, Tensor] = {}
+    try:
+        for name, form in forms.items():
+            found[name] = form.squared_norm()
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+    # Here and not in the except clause, where the error holds all that was allocated.
+    return found if len(found) == len(forms) else {name: squared_norms_of(form) for name, form in forms.items()}
 
 
 def direct_squared_norms_of(form: PerSampleGradient) -> Tensor:

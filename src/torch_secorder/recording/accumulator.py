@@ -7,6 +7,7 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -381,8 +382,7 @@ class PassAccumulator:
                 self._settle_waiting(batch)
         self._small.finish()
         batches = list(self._batches.values())
-        stacked = [batch.stacked() for batch in batches]
-        reached = {position for positions, _ in stacked for position in positions}
+        stacked = list(map(SampleBatch.stacked, batches))
         if self._doubts is not None:
             stacked, gradient_norms = self._on_host(self._doubts, stacked, gradient_norms)
         norms = side_by_side(stacked, len(self._table.rows))
@@ -392,6 +392,7 @@ class PassAccumulator:
             self._doubts.recompute(norms, columns)
         if self._table.ranks.distributed:
             self._table.ranks.require_same_norms(norms, self._table.names)
+        reached = set(itertools.chain.from_iterable(map(itemgetter(0), stacked)))
         samples = SampleNorms(norms.shape[1], norms, reached, self._rules, self.parts, gradient_norms=gradient_norms)
         return samples.finite(self._table.names, nonfinite)
 

@@ -30,7 +30,6 @@ class BackwardPass:
             every operation.
         thread: where it began.
         error: the first that went wrong, which waits for the end of the pass.
-        is_over: whether nothing more belongs to it.
         column: the model's output and its gradient, where a loss that broadcasts it is looked for.
     """
 
@@ -41,7 +40,6 @@ class BackwardPass:
     projections: dict[int, Tensor] = field(default_factory=dict)
     thread: int = field(default_factory=get_ident)
     error: Exception | None = None
-    is_over: bool = False
     column: tuple[Tensor, Tensor] | None = None
 
     def project(self, position: int, grad: Tensor) -> None:

@@ -38,6 +38,8 @@ class UserPasses:
 
     Attributes:
         under_way: the number of each outermost pass of the samples -> what is collected of it.
+        known: the number of a pass under way -> the outermost one that it belongs to, once a gradient of it has arrived; empty
+            as soon as one of them is over.
         unfinished: the numbers of passes that began and whose end was not reached yet, or never will be.
         ignored: the passes under way that are none of the samples, with the calls of the model that they have reached; passes
             inside of them may be of the samples nevertheless.
@@ -55,6 +57,7 @@ class UserPasses:
         self._model, self._watches_outputs = model, watches_outputs
         # Only autograd keeps a pass alive: one that an exception breaks off is gone.
         self.under_way: WeakValueDictionary[int, BackwardPass] = WeakValueDictionary()
+        self.known: WeakValueDictionary[int, BackwardPass] = WeakValueDictionary()
         self._outer_of: dict[int, int] = {}  # a pass of the samples inside of another pass -> the outermost one
         self.unfinished = set[int]()
         self.ignored: dict[int, list[Forward]] = {}
@@ -62,6 +65,7 @@ class UserPasses:
     def clear(self) -> None:
         """Forget all of them."""
         self.under_way.clear()
+        self.known.clear()
         self._outer_of.clear()
         self.unfinished.clear()
         self.ignored.clear()
@@ -77,7 +81,7 @@ class UserPasses:
 
     def close(self, current: BackwardPass) -> bool:
         """A pass is over; says whether it was open."""
-        current.is_over = True
+        self.known.clear()
         if self._outer_of:
             for inner in [inner for inner, outer in list(self._outer_of.items()) if outer == current.task]:
                 self._outer_of.pop(inner, None)

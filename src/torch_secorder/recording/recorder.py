@@ -12,18 +12,20 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
 from functools import partial
 from typing import Any
+from weakref import WeakValueDictionary
 
 from torch import Tensor
 from torch.autograd.graph import Node
 
 from torch_secorder.autograd.compiled import never_compiled
-from torch_secorder.autograd.engine import active_modes, current_node, modes_are_active, without_modes
+from torch_secorder.autograd.engine import active_modes, current_graph_task, current_node, without_modes
 from torch_secorder.autograd.node_hooks import HookTable, call_with_gradients
 from torch_secorder.autograd.precision import autocast_devices, full_precision
 from torch_secorder.batch_axis.knowledge import ModelKnowledge
 from torch_secorder.capture.forwards import ForwardTracker
 from torch_secorder.capture.module_hooks import ModuleHooks
 from torch_secorder.capture.records import Forward, Record
+from torch_secorder.errors import LifecycleError
 from torch_secorder.graph.audit import Audit, Uses
 from torch_secorder.graph.frontier import IdleUse, ParameterUse
 from torch_secorder.graph.refusals import compares_samples
@@ -95,6 +97,8 @@ class Recorder(HookScope):
             on_refusal=self._on_refusal_in_forward,
             on_exit=self._on_model_exit,
         )
+        # Number of a pass under way -> the pass that it belongs to, where that was found out.
+        self._known_passes: WeakValueDictionary[int, BackwardPass] = WeakValueDictionary()
         self._module_hooks: ModuleHooks | None = None
         if plan.model is not None:
             self._module_hooks = ModuleHooks(
@@ -180,7 +184,9 @@ class Recorder(HookScope):
             if record.idle is not None:
                 self._on_idle_gradients(record, (grad,))
             return
-        current = self._pass_under_way(grads, record.forward.recomputed_in)
+        # In every step: most gradients that arrive are of the pass of the one before.
+        current = self._known_passes.get(current_graph_task())
+        current = current or self._pass_under_way(grads, record.forward.recomputed_in)
         if current is not None:
             if (table := record.node_hooks()) is not None and len(table) > 1:
                 self._on_node_with_hooks(current, record, table)
@@ -213,6 +219,22 @@ class Recorder(HookScope):
 
     def _on_unrecorded_gradient(self, seen: Record | ParameterUse) -> None:
         """A gradient has arrived in a pass that is not recorded."""
+
+    def _reach(self, current: BackwardPass, forward: Forward) -> None:
+        """The samples of a call of the model are those of this pass."""
+        if current.error is None:
+            try:
+                self._require_first_pass(current, forward)
+                current.error = forward.refusal
+            except LifecycleError as error:
+                current.error = error
+        for reference in forward.node_hooks:
+            # In every step, for every call: no function of Python's.
+            if (table := reference()) is not None and len(table) > 1:
+                self._watch_others(current, table)
+
+    def _watch_others(self, current: BackwardPass, table: HookTable) -> None:
+        """Several hooks will run after a node that a pass is about to reach."""
 
     def _within(
         self,
@@ -266,7 +288,7 @@ class Recorder(HookScope):
     # ------------------------------------------------------------------------------------------------ begin and finish
 
     def _begin(self, task: int, *, keep_inputs: bool = False, checks: bool = False) -> BackwardPass:
-        sees_all = modes_are_active()
+        sees_all = active_modes() > 0
         gradients = GradientNorms(waits=not sees_all)
         doubts = None
         if self._on_accelerator:

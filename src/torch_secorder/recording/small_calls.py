@@ -12,7 +12,7 @@ from torch_secorder.autograd.versions import version
 from torch_secorder.batch_axis.placement import FIRST
 from torch_secorder.capture.records import SMALL, Record
 from torch_secorder.errors import CoverageError
-from torch_secorder.per_sample import squared_norms_of
+from torch_secorder.per_sample import squared_norms_of_each
 from torch_secorder.recording.batch import SampleBatch
 from torch_secorder.recording.doubts import Doubts
 
@@ -70,12 +70,12 @@ class SmallCallBatch:
         batches, records, grads, _ = zip(*waiting, strict=True)
         site, owned = records[0].site, list(map(operator.attrgetter("site.parameters"), records))
         forms = site.forms(Record.concatenated(records, grads))
+        together = squared_norms_of_each(forms) if self.doubts is None else {}
         for local, form in forms.items():
             rule = {f"{site.rule.name} ({form.algorithm})": None}
             positions = list(map(operator.itemgetter(local), owned))
             self.rules.update(dict.fromkeys(positions, rule))
-            doubts = self.doubts
-            norms = squared_norms_of(form) if doubts is None else doubts.squared_norms(batches, positions, form)
+            norms = together[local] if self.doubts is None else self.doubts.squared_norms(batches, positions, form)
             norms = norms.unflatten(0, (len(waiting), -1))
             if len(set(map(id, batches))) == 1:
                 batches[0].batched.append((positions, norms))

@@ -79,13 +79,13 @@ class UserRecorder(Recorder):
         history.blocks += 1
         can_count = any(leaf.requires_grad for leaf in self.table.leaves) if every > 1 else False
         self._watched = WatchedPasses(every if can_count else 1, self._count_passes, super()._attach, super()._detach)
-        self._latest: weakref.ref[BackwardPass] | None = None  # the pass that something arrived in last
         self._refused = -1  # the latest pass that is not watched and reached samples which were counted
         self.counts_again = self.options.repeated_calls == "new"
         watches = any(QUANTITIES[name].watches_outputs for name in self.options.quantities)
         leaves = list(self._audit.leaves)
         every_one = len(leaves) == len(self.table) > 0
         self._passes = UserPasses(leaves, every_one, self.plan.model, watches_outputs=watches)
+        self._known_passes = self._passes.known
         # Position -> the hooks on the node that accumulates the parameter's gradient.
         self._before_accumulation = {position: hooks_before(node) for node, position in self._audit.leaves.items()}
         self._gradient_graphs: dict[int, GradientGraphWatch] = {}  # of ignored passes with create_graph=True
@@ -217,19 +217,6 @@ class UserRecorder(Recorder):
         elif not self.forwards.active:
             self._history.late_passes += 1
 
-    def _reach(self, current: BackwardPass, forward: Forward) -> None:
-        """The samples of a call of the model are those of this pass."""
-        if current.error is None:
-            try:
-                self._require_first_pass(current, forward)
-                current.error = forward.refusal
-            except LifecycleError as error:
-                current.error = error
-        for reference in forward.node_hooks:
-            # In every step, for every call: no function of Python's.
-            if (table := reference()) is not None and len(table) > 1:
-                self._watch_others(current, table)
-
     def _watch_others(self, current: BackwardPass, table: HookTable) -> None:
         """Notice what hooks of the user's change of what a node is about to return."""
         if has_others(table):
@@ -265,7 +252,7 @@ class UserRecorder(Recorder):
         # Re-entrant checkpointing has backward passes inside of one that is skipped; those open none of ours.
         if self.forwards.skipped_passes and not self._passes.under_way:
             return
-        current = self._pass_under_way((grad,))
+        current = self._known_passes.get(current_graph_task()) or self._pass_under_way((grad,))
         if current is None:
             if self._watched.resting:
                 self._watched.note_gradient()
@@ -330,14 +317,13 @@ class UserRecorder(Recorder):
         if task in self._passes.ignored:
             self._watch_gradient_graph(task)
             return None
-        current = self._latest() if self._latest is not None else None
-        # In every step: most gradients that arrive are of the pass of the one before.
-        if current is None or current.task != task or current.is_over:
-            current = self._passes.of(task) if self._passes.under_way else None
-            current = current or self._begun(task, grads, recomputed_in)
-            self._latest = None if current is None else weakref.ref(current)
-        skipped = self.forwards.skipped_passes
-        if skipped and task in skipped and current is not None and current.error is None:
+        current = self._passes.of(task) if self._passes.under_way else None
+        current = current or self._begun(task, grads, recomputed_in)
+        if current is None:
+            return None
+        if self._every == 1:  # else the pass may yet reach a call that was passed over
+            self._known_passes[task] = current
+        elif task in self.forwards.skipped_passes and current.error is None:
             current.error = LifecycleError(
                 f"one backward pass reached a call of the model that every={self._every} passed over, and one that it did not: "
                 "enter and leave the monitor's block for the steps to watch instead"
