@@ -26,7 +26,10 @@ def statistics(*blocks: Tensor, diagonal: bool = False, per_sample: bool = False
     for block in blocks:
         sums = {i: torch.full(shape, float(block[:, i].sum())) for i, shape in enumerate(SHAPES)} if diagonal else {}
         parts = {"diagonal": DiagonalPart({i: [SquareSum(value, SHAPES[i])] for i, value in sums.items()})}
-        found.update(SampleNorms(len(block), block.T, {0, 1, 2}, {0: ["rule"]}, parts), {0: 2.0})
+        found.update(
+            SampleNorms(len(block), block.T, {0, 1, 2}, {0: ["rule"]}, parts),
+            ([0], torch.tensor([2.0], dtype=torch.float64).sqrt()),
+        )
     return found
 
 

@@ -22,7 +22,6 @@ from torch_secorder.arguments import (
     require_max_memory,
     require_positive_int,
 )
-from torch_secorder.autograd.double_precision import on_host
 from torch_secorder.autograd.engine import without_modes
 from torch_secorder.autograd.hooks import HookSet
 from torch_secorder.batch_axis.knowledge import KindSchedule, ModelKnowledge, knowledge_of
@@ -374,8 +373,7 @@ class FisherMonitor(HookScope):
         scale = (samples.batch / loss_scale if self._options.reduction == "mean" else 1 / loss_scale) ** 2
         with without_modes() if current.special else nullcontext():
             assert samples.gradient_norms is not None
-            squares = (on_host(samples.gradient_norms) / loss_scale).square().tolist()
-            self.results.statistics.update(samples, dict(zip(positions, squares, strict=True)), scale)
+            self.results.statistics.update(samples, (positions, samples.gradient_norms), scale, loss_scale)
 
     # ------------------------------------------------------------------------------------------------ its results
 

@@ -79,13 +79,12 @@ class BatchGradients:
             torch.zeros(p, dtype=torch.int64, device="cpu"),
         )
 
-    def add(self, squared_norms: Mapping[int, float], n: int) -> None:
-        """Add a pass: position -> ``||grad_p L_b||^2``, of a batch of n samples."""
-        if not squared_norms or not all(map(math.isfinite, squared_norms.values())):
+    def add(self, positions: Sequence[int], squared_norms: Tensor, n: int) -> None:
+        """Add a pass of a batch of n samples: ``||grad_p L_b||^2`` of the parameters at these positions, in float64."""
+        if not len(positions) or not bool(squared_norms.isfinite().all()):
             return
-        index = torch.tensor(list(squared_norms), device="cpu")
-        new = torch.tensor(list(squared_norms.values()), dtype=torch.float64, device="cpu")
-        self.sums = self.sums.index_add(0, index, new)
+        index = torch.tensor(positions, device="cpu")
+        self.sums = self.sums.index_add(0, index, squared_norms)
         self.counts = self.counts.index_add(0, index, torch.ones_like(index))
         self.passes += 1
         self.inverse_batch_sizes += 1 / n

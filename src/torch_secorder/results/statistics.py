@@ -73,15 +73,24 @@ class Statistics:
         """The mean of t_{n,p} over the samples, ``[p]``."""
         return self.squared_norms.mean
 
-    def update(self, samples: SampleNorms, gradients: Mapping[int, float] | None = None, scale: float = 1.0) -> None:
+    def update(
+        self,
+        samples: SampleNorms,
+        gradients: tuple[Sequence[int], Tensor] | None = None,
+        scale: float = 1.0,
+        loss_scale: float = 1.0,
+    ) -> None:
         """Add one backward pass, all of it or, if that is interrupted, nothing.
 
         Args:
             samples: the pass.
-            gradients: position -> ``||grad_p L_b||^2``, for the parameters whose gradient was computed.
+            gradients: the positions of the parameters whose gradient was computed, and the gradient's norm for each.
             scale: from the pass's squares to those of gradients of l_n.
+            loss_scale: from the gradients of L_b to those whose norms are given.
         """
         t = on_host(samples.squared_norms) * scale
+        positions, norms = ([], t.new_zeros(0)) if gradients is None else gradients
+        squares = (on_host(norms) / loss_scale).square()
         parts = [self, *self._parts()]
         before = list(zip(parts, map(dict, map(vars, parts)), strict=True))
         try:
@@ -90,7 +99,7 @@ class Statistics:
             self.origins |= {self._origin}
             self._note_rules(samples)
             self.squared_norms.add(t)
-            self.gradients.add(gradients or {}, samples.batch)
+            self.gradients.add(positions, squares, samples.batch)
             for name, quantity in self.quantities.items():
                 quantity.add(samples.parts.get(name), t, scale)
         except BaseException:  # an interrupt in between: half of a batch is worse than none
