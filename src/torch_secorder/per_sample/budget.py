@@ -31,3 +31,10 @@ def chunk_bytes(usual: int | None) -> int | None:
     # Two chunks may be there at once: what is computed from a temporary can be as large as the temporary itself.
     limit = None if limit is None else limit // 2
     return limit if usual is None else usual if limit is None else min(usual, limit)
+
+
+def chunks(n: int, bytes_per_sample: float, usual: int | None) -> Iterator[slice]:
+    """Slices of 0..n, each with as many samples as fit into the budget of ``usual`` bytes or fewer, but at least one."""
+    budget = chunk_bytes(usual)
+    step = max(1, n if budget is None else min(n, int(budget // max(bytes_per_sample, 1))))
+    return (slice(start, min(start + step, n)) for start in range(0, n, step))

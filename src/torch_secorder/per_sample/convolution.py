@@ -10,18 +10,8 @@ from torch import Tensor
 
 from torch_secorder.batch_axis.placement import Grouping
 from torch_secorder.model.channels import ChannelSums
-from torch_secorder.per_sample._base import (
-    Cancelling,
-    Index,
-    PerSampleGradient,
-    Unguarded,
-    _total,
-    at_least_float32,
-    cancellation_floor,
-    joined,
-    recompute_cancelled,
-    squared_norm_of_rows,
-)
+from torch_secorder.per_sample._base import Cancelling, Index, PerSampleGradient, Unguarded, _total, recompute_cancelled
+from torch_secorder.per_sample.arithmetic import at_least_float32, cancellation_floor, joined, squared_norm_of_rows
 from torch_secorder.per_sample.budget import chunk_bytes
 from torch_secorder.per_sample.costs import Sizes, predicted
 from torch_secorder.per_sample.outer import Outer

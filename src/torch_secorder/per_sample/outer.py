@@ -12,19 +12,9 @@ from torch import Tensor
 from torch_secorder.autograd.precision import HALF
 from torch_secorder.batch_axis.placement import Grouping
 from torch_secorder.model.channels import ChannelSums
-from torch_secorder.per_sample._base import (
-    Cancelling,
-    Index,
-    PerSampleGradient,
-    Unguarded,
-    _total,
-    at_least_float32,
-    cancellation_floor,
-    chunks,
-    joined,
-    squared_norm_of_rows,
-)
-from torch_secorder.per_sample.budget import chunk_bytes
+from torch_secorder.per_sample._base import Cancelling, Index, PerSampleGradient, Unguarded, _total
+from torch_secorder.per_sample.arithmetic import at_least_float32, cancellation_floor, joined, squared_norm_of_rows
+from torch_secorder.per_sample.budget import chunk_bytes, chunks
 from torch_secorder.per_sample.profiles import DeviceProfile, profile_of
 
 
@@ -130,11 +120,17 @@ class Outer(Cancelling):
         a, g = (torch.linalg.vector_norm(x.flatten(1), dim=1) for x in (self.a, self.g))
         return a * g
 
+    def squared_norm(self) -> Tensor:
+        return self._product() if self.algorithm == "product" else super().squared_norm()
+
+    def _product(self) -> Tensor:
+        products = squared_norm_of_rows(self.a) * squared_norm_of_rows(self.g)
+        return products.sum((1, 2)) if products.shape[1] > 1 else products.flatten()
+
     def unguarded_squared_norm(self) -> Unguarded:
         match self.algorithm:
             case "product":
-                products = squared_norm_of_rows(self.a) * squared_norm_of_rows(self.g)
-                return products.sum((1, 2)) if products.shape[1] > 1 else products.flatten(), None
+                return self._product(), None
             case "gram":
                 return self._gram()
             case _:

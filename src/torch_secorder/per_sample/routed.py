@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from torch_secorder.batch_axis.placement import Grouping, Layout, Placement
-from torch_secorder.per_sample._base import Index, PerSampleGradient, chunks
+from torch_secorder.per_sample._base import Index, PerSampleGradient
+from torch_secorder.per_sample.budget import chunks
 from torch_secorder.per_sample.outer import Outer
 from torch_secorder.per_sample.profiles import profile_of
 

@@ -9,14 +9,9 @@ from torch import Tensor
 
 from torch_secorder.batch_axis.placement import Grouping
 from torch_secorder.model.channels import ChannelSums
-from torch_secorder.per_sample._base import (
-    Index,
-    PerSampleGradient,
-    at_least_float32,
-    chunks,
-    joined,
-    squared_norm_of_rows,
-)
+from torch_secorder.per_sample._base import Index, PerSampleGradient
+from torch_secorder.per_sample.arithmetic import at_least_float32, joined, squared_norm_of_rows
+from torch_secorder.per_sample.budget import chunks
 from torch_secorder.per_sample.outer import Outer
 
 

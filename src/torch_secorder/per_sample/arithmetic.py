@@ -1,0 +1,96 @@
+"""What is computed of plain tensors: in which precision, row by row, and along one direction."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from torch_secorder.autograd.precision import HALF
+
+# What stays as it is, in most layers of most models.
+FULL = (torch.float32, torch.float64)
+
+
+def at_least_float32(value: Tensor) -> Tensor:
+    """``value`` in at least float32: squares of half-precision numbers overflow and underflow."""
+    if value.dtype == torch.complex32:
+        return value.to(torch.complex64)
+    return value.float() if value.dtype in HALF else value
+
+
+def real_entries(value: Tensor) -> Tensor:
+    """Real numbers as they are, and complex ones as pairs of real numbers along one more axis."""
+    return torch.view_as_real(value.resolve_conj()) if value.is_complex() else value
+
+
+def one_direction(value: Tensor) -> Tensor:
+    """Real numbers as they are, and the sum of the two parts of complex ones."""
+    return value.real + value.imag if value.is_complex() else value
+
+
+def sum_over(value: Tensor, axes: Sequence[int], *, keepdim: bool = False) -> Tensor:
+    """The sum over ``axes``, in at least float32: in half precision it would be rounded, and might overflow."""
+    return value.sum(list(axes), keepdim=keepdim, dtype=torch.float32 if value.dtype in HALF else None)
+
+
+def cancellation_floor(dtype: torch.dtype) -> float:
+    """The fraction of its terms' summed magnitudes below which a sum with signs has lost too many digits.
+
+    A Gram sum is off by about ``4 eps`` of the sum of its diagonal. Demanding 1e-5 (float32) or 1e-9 (float64), a
+    tenth of what the library promises, gives the fractions 0.05 and 1e-6.
+    """
+    wanted = 1e-5 if dtype == torch.float32 else 1e-9
+    return 4 * torch.finfo(dtype).eps / wanted
+
+
+def joined(parts: Iterable[Tensor]) -> Tensor:
+    """The numbers of all parts behind one another; a single part as it is, since a copy takes time."""
+    first, *others = parts
+    return torch.cat([first, *others]) if others else first
+
+
+def in_rows(value: Tensor) -> Tensor:
+    """``[n, *shape]`` as ``[n, elements]``, also where a sample has one number, or none."""
+    return value[:, None].flatten(1)
+
+
+def sign_vectors(shape: Sequence[int], like: Tensor) -> tuple[Tensor, Tensor]:
+    """Random signs ``left`` and ``right``, real numbers, for :meth:`PerSampleGradient.along`, always the same for one shape.
+
+    ``left right^T`` is a direction in the space of a parameter whose shape is read as ``(left, right)``.
+    """
+    return _sign_vectors(shape[0] if shape else 1, math.prod(shape[1:]), like.dtype.to_real(), like.device)
+
+
+@lru_cache(32)
+def _sign_vectors(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    left, right = (2 * torch.randint(2, (side,), generator=generator, device="cpu") - 1 for side in (rows, columns))
+    return left.to(device, dtype), right.to(device, dtype)
+
+
+# A norm adds one square after the other. In float32 a row of thousands keeps its digits, one of millions does not.
+LONG = 4096
+
+
+def squared_norm_of_rows(value: Tensor) -> Tensor:
+    """``sum of |x| ** 2`` over the last axis."""
+    if value.is_complex():
+        return squared_norm_of_rows(real_entries(value).flatten(-2))
+    # For large rows a norm is faster, since it writes nothing; but its second derivative does not exist at zero.
+    if value.numel() <= 2**16 or torch.is_grad_enabled():
+        return torch.linalg.vecdot(value, value)
+    if value.shape[-1] <= LONG:
+        return torch.linalg.vector_norm(value, dim=-1).square()
+    even = value.shape[-1] // LONG * LONG
+    squares = torch.linalg.vector_norm(value[..., :even].unflatten(-1, (-1, LONG)), dim=-1).square().sum(-1)
+    return squares + torch.linalg.vector_norm(value[..., even:], dim=-1).square()
+
+
+def zero_squared_norms(n: int, gradient: Tensor) -> Tensor:
+    """The squared norms of n samples whose gradients are zero, ``[n]``: real numbers, also where the gradients are complex."""
+    return at_least_float32(gradient.new_zeros(n, dtype=gradient.dtype.to_real()))
