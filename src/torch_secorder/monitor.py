@@ -367,7 +367,7 @@ class FisherMonitor(HookScope):
             checks.append(partial(require_trainable, watched.table))
         expected, self._expected = self._expected, []
         checks += map(partial(partial, _require_expected, names), expected)
-        samples = recorder.finish(current, self._options.nonfinite, checks, norms)
+        samples = recorder.lifecycle.finish(current, self._options.nonfinite, checks, norms)
         if current.column is not None:
             warn_of_broadcast(*current.column)
         scale = (samples.batch / loss_scale if self._options.reduction == "mean" else 1 / loss_scale) ** 2

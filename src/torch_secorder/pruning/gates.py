@@ -173,7 +173,7 @@ class Gates(HookScope):
         """A backward pass is over: add up the squares of its gates' gradients."""
         if self._recorder is None or (current.accumulator.is_empty and current.error is None):
             return
-        samples = self._recorder.finish(current)
+        samples = self._recorder.lifecycle.finish(current)
         scale = ((samples.batch if self._reduction == "mean" else 1) / self._loss_scale) ** 2
         self._sums.add(samples.parts["diagonal"], samples.squared_norms, scale)  # type: ignore[arg-type]  # its own part
         self._n += samples.batch

@@ -1,19 +1,59 @@
-"""Whether what a hook of the user's changes is the gradient of a parameter, or that of a layer's input."""
+"""Hooks of the user's on nodes: whether what they change is the gradient of a parameter, or that of a layer's input."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
 
 from torch_secorder.autograd.contributions import NODES_OF_A_LAYER
+from torch_secorder.autograd.engine import current_node
+from torch_secorder.autograd.node_hooks import HookTable, NodeHook, ReturnsWatch, has_others
 from torch_secorder.capture.records import Record
 from torch_secorder.graph.frontier import ParameterUse
+from torch_secorder.recording.backward_pass import BackwardPass, changed_by_hook
 
 
-def changes_parameters(node: Any, seen: Record | ParameterUse, changed: list[int], leaves: Sequence[Tensor]) -> bool:
+class ChangedGradients:
+    """Has passes refused in which hooks of the user's change a parameter's gradient behind the node that computes it.
+
+    Args:
+        leaves: the analyzed parameters, as the graph has them.
+        owner: whose hooks on nodes take gradients apart by samples.
+        described: says in words what has a gradient.
+    """
+
+    def __init__(
+        self, leaves: Sequence[Tensor], owner: object, described: Callable[[Record | ParameterUse | None], str]
+    ):
+        self._leaves, self._owner, self._described = leaves, owner, described
+
+    def watch(self, current: BackwardPass, table: HookTable) -> None:
+        """Notice what the user's hooks in this table change of what their node is about to return."""
+        if has_others(table):
+            ReturnsWatch(table, partial(self._on_change, current, self._seen_at(table)))
+
+    def _seen_at(self, table: HookTable) -> list[Record | ParameterUse]:
+        """What the owner takes apart by samples at a node, by the hooks that run after it."""
+        hooks = [hook for hook in table.values() if isinstance(hook, NodeHook)]
+        return [hook.args[0] for hook in hooks if getattr(hook.func, "__self__", None) is self._owner]
+
+    def _on_change(self, current: BackwardPass, seen: list[Record | ParameterUse], changed: list[int]) -> None:
+        """Hooks of the user's have changed what a node returned for some of its inputs."""
+        for one in seen:
+            if current.error is None and _changes_parameters(current_node(), one, changed, self._leaves):
+                current.error = changed_by_hook(self._described(one))
+
+    def require_watched(self, current: BackwardPass, seen: Record | ParameterUse, table: HookTable) -> None:
+        """Have a pass refused if hooks of the user's at a node that has run were put there too late to be watched."""
+        if current.error is None and has_others(table) and not ReturnsWatch.encloses(table):
+            current.error = changed_by_hook(self._described(seen))
+
+
+def _changes_parameters(node: Any, seen: Record | ParameterUse, changed: list[int], leaves: Sequence[Tensor]) -> bool:
     """Whether the gradients of a layer's or a use's parameters come out of changed ones.
 
     Args:

@@ -1,7 +1,7 @@
 """The recorder: hands every gradient that arrives in a hooked model or its graph to the backward pass that it belongs to.
 
 Whatever holds for one driver holds for all and stands here once: no autocast in our own sums, errors that wait until the pass is
-over, a call seen twice, and the finish. Who starts a pass, when it ends and what is done then differs between the two kinds of
+over, and a call seen twice. Who starts a pass, when it ends and what is done then differs between the two kinds of
 recorders: ``UserRecorder`` for the user's own passes, ``GraphBackward`` for those that the library makes.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 from weakref import WeakValueDictionary
@@ -20,7 +20,6 @@ from torch.autograd.graph import Node
 from torch_secorder.autograd.compiled import never_compiled
 from torch_secorder.autograd.engine import active_modes, current_graph_task, current_node, without_modes
 from torch_secorder.autograd.node_hooks import HookTable, call_with_gradients
-from torch_secorder.autograd.precision import autocast_devices, full_precision
 from torch_secorder.batch_axis.knowledge import ModelKnowledge
 from torch_secorder.capture.forwards import ForwardTracker
 from torch_secorder.capture.module_hooks import ModuleHooks
@@ -31,14 +30,11 @@ from torch_secorder.graph.frontier import IdleUse, ParameterUse
 from torch_secorder.graph.refusals import compares_samples
 from torch_secorder.model.hooks import HookScope
 from torch_secorder.model.parameters import Table
-from torch_secorder.per_sample import memory_limit
-from torch_secorder.recording.accumulator import PassAccumulator, PassOptions
-from torch_secorder.recording.backward_pass import BackwardPass, Check, counted_again
-from torch_secorder.recording.doubts import Doubts, kept_bytes
+from torch_secorder.recording.accumulator import PassOptions
+from torch_secorder.recording.backward_pass import BackwardPass, counted_again
 from torch_secorder.recording.foreign_errors import refusal_of
-from torch_secorder.recording.gradient_norms import GradientNorms
+from torch_secorder.recording.lifecycle import PassLifecycle
 from torch_secorder.recording.plan import Plan
-from torch_secorder.recording.sample_norms import SampleNorms
 from torch_secorder.recording.shared_outputs import find_shared_outputs
 
 
@@ -58,13 +54,13 @@ class Recorder(HookScope):
         only_library_calls: record calls that this library makes in this thread, instead of the user's.
 
     Attributes:
-        collects_doubts: whether what a pass on an accelerator says goes to the host in one copy when it is over, and doubts
-            with it.
         counts_again: whether a second backward pass through the same forward counts its samples again.
+        of_user: whether the passes are the user's.
+        lifecycle: how the passes begin and end.
     """
 
     counts_again = False
-    collects_doubts = False
+    of_user = False
 
     def __init__(
         self,
@@ -81,7 +77,7 @@ class Recorder(HookScope):
         only_library_calls: bool = False,
     ):
         self.table, self.plan, self.options, self._knowledge = table, plan, options, knowledge
-        self._on_accelerator = False  # whether doubts are collected, since the host would have to wait for each answer
+        self.lifecycle = PassLifecycle(table, knowledge, options, of_user=self.of_user)
         self._audit = Audit(
             table,
             knowledge,
@@ -108,7 +104,7 @@ class Recorder(HookScope):
             )
 
     def _attach(self) -> None:
-        self._on_accelerator = self.collects_doubts and any(leaf.device.type != "cpu" for leaf in self.table.leaves)
+        self.lifecycle.note_devices()
         if self._module_hooks is not None:
             self._module_hooks.__enter__()
 
@@ -251,7 +247,7 @@ class Recorder(HookScope):
             if seen is not None and seen.forward.last_pass != current.task:
                 self._require_first_pass(current, seen)
             if current.special:
-                with self._settings():
+                with self.lifecycle.settings():
                     add(*args)
             else:
                 add(*args)
@@ -284,63 +280,6 @@ class Recorder(HookScope):
     def _counts_samples_again(self, last_pass: int) -> bool:
         """Whether samples that an earlier pass has reached count once more."""
         return self.counts_again
-
-    # ------------------------------------------------------------------------------------------------ begin and finish
-
-    def _begin(self, task: int, *, keep_inputs: bool = False, checks: bool = False) -> BackwardPass:
-        sees_all = active_modes() > 0
-        gradients = GradientNorms(waits=not sees_all)
-        doubts = None
-        if self._on_accelerator:
-            doubts = Doubts(self.table.names, self._knowledge.cancelled, kept_bytes(self.options.max_memory))
-        accumulator = PassAccumulator(
-            self.table, self.options, keep_inputs=keep_inputs, checks=checks, gradients=gradients, doubts=doubts
-        )
-        in_autocast = bool(autocast_devices())
-        accumulator.half = in_autocast  # autograd rounds its own gradients then, also those that it returns in float32
-        special = in_autocast or self.options.max_memory is not None or sees_all
-        return BackwardPass(task, accumulator, gradients, special)
-
-    def _settings(self) -> ExitStack:
-        """Inside, our sums are in full precision, also in an autocast block, within the memory that they may take, and unseen."""
-        stack = full_precision()
-        stack.enter_context(without_modes())
-        limit = self.options.max_memory
-        if limit is not None and self._on_accelerator:
-            limit -= kept_bytes(limit)
-        stack.enter_context(memory_limit(limit))
-        return stack
-
-    def finish(
-        self,
-        current: BackwardPass,
-        nonfinite: str = "raise",
-        checks: Sequence[Check] = (),
-        gradient_norms: Tensor | None = None,
-    ) -> SampleNorms:
-        """What a backward pass says of its samples, if nothing went wrong and it passes the checks.
-
-        Args:
-            current: the pass.
-            nonfinite: "skip" or "raise", for samples that are not finite.
-            checks: what it has to pass.
-            gradient_norms: of the parameters' gradients, which are brought to the host together with the answers.
-
-        Raises:
-            CurvatureError: what went wrong, or what a check finds.
-        """
-        if current.error is not None:
-            raise current.error
-        try:
-            with self._settings() if current.special else nullcontext():
-                samples = current.accumulator.finish(nonfinite, gradient_norms)
-                for check in checks:
-                    check(current, samples)
-        except Exception as error:
-            raise refusal_of(error, "taking the gradients of this batch apart by samples")  # noqa: B904  # it names its cause
-        if current.accumulator.slow and not self._knowledge.warned_of_slow_rules:
-            self._knowledge.warned_of_slow_rules = current.accumulator.warned()
-        return samples
 
 
 def counted_as(seen: Record | ParameterUse | IdleUse | Forward) -> Record | ParameterUse | IdleUse | Forward:

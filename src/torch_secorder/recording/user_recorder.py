@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from functools import partial
 from threading import RLock, get_ident
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.autograd.graph import Node, get_gradient_edge
+from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 from torch_secorder.autograd.compiled import never_compiled
 from torch_secorder.autograd.engine import (
@@ -21,27 +20,25 @@ from torch_secorder.autograd.engine import (
     after_backward,
     any_vmapped,
     current_graph_task,
-    current_node,
     is_library_pass,
     keeps_graph,
-    leaf_of,
     raise_after_backward,
 )
 from torch_secorder.autograd.hooks import gradient_hooks
-from torch_secorder.autograd.node_hooks import HookTable, NodeHook, ReturnsWatch, has_others, hooks_before
-from torch_secorder.autograd.second_derivatives import GradientGraphWatch
+from torch_secorder.autograd.node_hooks import HookTable, hooks_before
 from torch_secorder.autograd.tensor_hooks import are_last, put_last
 from torch_secorder.batch_axis.placement import Placement
 from torch_secorder.batch_axis.samples import of_one
 from torch_secorder.capture.records import Forward, Record
 from torch_secorder.errors import LifecycleError, UnsupportedError
 from torch_secorder.graph.frontier import ParameterUse
-from torch_secorder.model.parameters import named_modules, parameters_by_name
-from torch_secorder.model.ranks import full_tensor, is_dtensor
+from torch_secorder.model.ranks import full_tensor
 from torch_secorder.per_sample import as_refusal
-from torch_secorder.recording.backward_pass import BackwardPass, changed_by_hook, counted_again, replaced, vmapped_pass
-from torch_secorder.recording.changed_gradients import changes_parameters
+from torch_secorder.recording.backward_pass import BackwardPass, counted_again, vmapped_pass
+from torch_secorder.recording.changed_gradients import ChangedGradients
+from torch_secorder.recording.gradient_graphs import GradientGraphs, through_gradient_graph
 from torch_secorder.recording.history import History
+from torch_secorder.recording.new_parameters import NewParameters
 from torch_secorder.recording.passes import UserPasses
 from torch_secorder.recording.quantities import QUANTITIES
 from torch_secorder.recording.recorder import Recorder, counted_as
@@ -62,7 +59,7 @@ class UserRecorder(Recorder):
         waiting: refusals of passes at whose end nothing could be raised, for the end of the block.
     """
 
-    collects_doubts = True
+    of_user = True
 
     def __init__(
         self,
@@ -88,15 +85,14 @@ class UserRecorder(Recorder):
         self._known_passes = self._passes.known
         # Position -> the hooks on the node that accumulates the parameter's gradient.
         self._before_accumulation = {position: hooks_before(node) for node, position in self._audit.leaves.items()}
-        self._gradient_graphs: dict[int, GradientGraphWatch] = {}  # of ignored passes with create_graph=True
+        self._gradient_graphs = GradientGraphs(self._on_gradient_graph)
+        self._changed = ChangedGradients(self.table.leaves, self, self._described)
         self._counting = RLock()  # several threads may train the model
         self._outputs: list[tuple[weakref.ref[Tensor], Placement]] = []
         self._looks_at_column = True  # until one pass has gone through an output [n, 1]
         self._column: tuple[Forward, Tensor] | None = None
         self.waiting: list[Exception] = []
-        self._parameters = parameters_by_name(self.plan.modules)  # as they are on entry
-        # Of tensors that are not analyzed, and are none of the model's new parameters.
-        self._known_leaves: set[Node] = set()
+        self._new_parameters = NewParameters(self.plan.model, self.plan.modules)
 
     @property
     def outputs(self) -> list[tuple[Tensor, Placement]]:
@@ -139,10 +135,8 @@ class UserRecorder(Recorder):
     def _detach(self) -> None:
         self._watched.leave()
         self._passes.clear()
-        for watch in self._gradient_graphs.values():
-            watch.close()
-        self._gradient_graphs.clear()
-        self._known_leaves.clear()
+        self._gradient_graphs.close()
+        self._new_parameters.clear()
         super()._detach()
 
     def _count_passes(self) -> None:
@@ -160,9 +154,8 @@ class UserRecorder(Recorder):
             where = placement or (of_one(x, 0) if forward.n == 1 else None)  # an output may have no axis left
             if where is not None:
                 self._outputs.append((weakref.ref(x), where))
-        for node in self._audit.other_leaves:
-            if node not in self._known_leaves and isinstance(variable := leaf_of(node), nn.Parameter):
-                self._require_known(forward, node, variable)
+        if self._audit.other_leaves:
+            self._new_parameters.refuse_in(forward, self._audit.other_leaves)
         nodes = {x.grad_fn for x in outputs if x.grad_fn is not None}
         if nodes:
             self._history.forwards += 1
@@ -173,17 +166,6 @@ class UserRecorder(Recorder):
             self._column = None if alone is None else (forward, alone.detach())
         for node in nodes:
             node.register_prehook(partial(self._on_outputs_gradient, forward))
-
-    def _require_known(self, forward: Forward, node: Node, variable: nn.Parameter) -> None:
-        """Have the pass through a forward refused if it used a parameter that was put into the model inside of the block."""
-        assert self.plan.model is not None
-        now = parameters_by_name(named_modules(self.plan.model))
-        others = {name: p for name, p in now.items() if self._parameters.get(name) is not p}
-        others = {name: p for name, p in others.items() if not is_dtensor(self._parameters.get(name))}
-        if any(p is variable for p in others.values()):
-            forward.refusal = replaced(list(others))
-            return
-        self._known_leaves.add(node)
 
     def _on_recomputation(self, task: int, outer: int) -> None:
         if self._passes.of(task) is not None:
@@ -218,9 +200,10 @@ class UserRecorder(Recorder):
             self._history.late_passes += 1
 
     def _watch_others(self, current: BackwardPass, table: HookTable) -> None:
-        """Notice what hooks of the user's change of what a node is about to return."""
-        if has_others(table):
-            ReturnsWatch(table, partial(self._on_changed_gradients, current, self._seen_at(table)))
+        self._changed.watch(current, table)
+
+    def _on_node_with_hooks(self, current: BackwardPass, seen: Record | ParameterUse, table: HookTable) -> None:
+        self._changed.require_watched(current, seen, table)
 
     def _before_node(self, record: Record, grads: tuple[Tensor | None, ...]) -> None:
         if (table := record.node_hooks()) is None or len(table) == 1:
@@ -228,23 +211,6 @@ class UserRecorder(Recorder):
         current = self._pass_under_way(grads, record.forward.recomputed_in)
         if current is not None:
             self._watch_others(current, table)
-
-    def _seen_at(self, table: HookTable) -> list[Record | ParameterUse]:
-        """What this recorder takes apart by samples at a node, by the hooks that run after it."""
-        hooks = [hook for hook in table.values() if isinstance(hook, NodeHook)]
-        return [hook.args[0] for hook in hooks if getattr(hook.func, "__self__", None) is self]
-
-    def _on_changed_gradients(
-        self, current: BackwardPass, seen: list[Record | ParameterUse], changed: list[int]
-    ) -> None:
-        """Hooks of the user's have changed what a node returned for some of its inputs."""
-        for one in seen:
-            if current.error is None and changes_parameters(current_node(), one, changed, self.table.leaves):
-                current.error = changed_by_hook(self._described(one))
-
-    def _on_node_with_hooks(self, current: BackwardPass, seen: Record | ParameterUse, table: HookTable) -> None:
-        if current.error is None and has_others(table) and not ReturnsWatch.encloses(table):
-            current.error = changed_by_hook(self._described(seen))
 
     @never_compiled
     def on_parameter_gradient(self, position: int, grad: Tensor) -> None:
@@ -291,18 +257,9 @@ class UserRecorder(Recorder):
         """A backward pass goes through the graph of gradients that another one made."""
         current = self._pass_under_way(grads)
         if current is not None and current.error is None:
-            current.error = UnsupportedError(
-                "the backward pass goes through the graph of a gradient (create_graph=True: a gradient penalty, forces, the "
-                "residual of an equation), where parameters are used in ways that belong to no layer's call: differentiate such "
-                "a loss outside of the monitor's block; the batch is left out"
-            )
+            current.error = through_gradient_graph()
 
     # ------------------------------------------------------------------------------------------------ which pass it is
-
-    def _settings(self) -> ExitStack:
-        stack = super()._settings()
-        stack.enter_context(torch.no_grad())
-        return stack
 
     def _abandon(self, current: BackwardPass) -> None:
         self._passes.close(current)
@@ -315,7 +272,7 @@ class UserRecorder(Recorder):
         if not self.forwards.active or task in LIBRARY_PASSES or get_ident() in LIBRARY_THREADS:
             return None
         if task in self._passes.ignored:
-            self._watch_gradient_graph(task)
+            self._gradient_graphs.watch(task)
             return None
         current = self._passes.of(task) if self._passes.under_way else None
         current = current or self._begun(task, grads, recomputed_in)
@@ -344,7 +301,7 @@ class UserRecorder(Recorder):
             self._let_wait(vmapped_pass())
         self._history.other_passes += 1
         self._passes.ignore(task)
-        self._watch_gradient_graph(task)
+        self._gradient_graphs.watch(task)
         return None
 
     def _is_of_samples(self) -> bool:
@@ -358,26 +315,11 @@ class UserRecorder(Recorder):
         self.waiting.append(error)
         self._history.refuse(error)
 
-    def _watch_gradient_graph(self, task: int) -> None:
-        """If an ignored pass makes a graph of its gradients, notice when a later one goes through it."""
-        if not torch.is_grad_enabled():
-            return
-        watch = self._gradient_graphs.get(task)
-        if watch is None:
-            watch = self._gradient_graphs[task] = GradientGraphWatch(self._on_gradient_graph)
-            after_backward(partial(self._leave_gradient_graph, task))
-        watch.watch_below(current_node())
-
-    def _leave_gradient_graph(self, task: int) -> None:
-        if (watch := self._gradient_graphs.pop(task, None)) is not None:
-            watch.close()
-
     def _open(self, task: int) -> BackwardPass:
         # Beside the watched calls, a pass may reach calls of compiled code, which no hook has seen; the sums show it.
         checks = self._checks_next(self._audit.fingerprint) or self._watched.are_counted
         # Through a graph that is kept, the pass may be made again, should an exception break it off.
-        current = self._begin(task, keep_inputs=self.counts_again or keeps_graph(), checks=checks)
-        current.special = current.special or torch.is_grad_enabled()  # then autograd would follow our sums
+        current = self.lifecycle.begin(task, keep_inputs=self.counts_again or keeps_graph(), checks=checks)
         self._passes.under_way[current.task] = current
         self._passes.unfinished.add(current.task)
         for leaf in self.table.leaves:

@@ -127,7 +127,7 @@ class GraphBackward(Recorder):
             last: whether the graph may be freed.
         """
         self._count += 1
-        current = self._current = self._begin(self._count, keep_inputs=not last or self._create_graph)
+        current = self._current = self.lifecycle.begin(self._count, keep_inputs=not last or self._create_graph)
         try:
             if self._others_graph:
                 return self._finished(current, root, self._looked_through(current, root, seed))
@@ -189,7 +189,7 @@ class GraphBackward(Recorder):
                     self._within(current, item, self._add_start, current, item, grads[0])
             if current.error is None and current.accumulator.is_empty:
                 raise self._nothing_found(root)
-            return self.finish(current)
+            return self.lifecycle.finish(current)
 
     def _add_start(self, current: BackwardPass, record: Record, grad: Tensor) -> None:
         """The gradient of a layer before which nothing is differentiated."""

@@ -1,0 +1,106 @@
+"""How a backward pass begins and ends, and the settings in which the library takes its sums meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack, nullcontext
+
+import torch
+from torch import Tensor
+
+from torch_secorder.autograd.engine import active_modes, without_modes
+from torch_secorder.autograd.precision import autocast_devices, full_precision
+from torch_secorder.batch_axis.knowledge import ModelKnowledge
+from torch_secorder.model.parameters import Table
+from torch_secorder.per_sample import memory_limit
+from torch_secorder.recording.accumulator import PassAccumulator, PassOptions
+from torch_secorder.recording.backward_pass import BackwardPass, Check
+from torch_secorder.recording.doubts import Doubts, kept_bytes
+from torch_secorder.recording.foreign_errors import refusal_of
+from torch_secorder.recording.gradient_norms import GradientNorms
+from torch_secorder.recording.sample_norms import SampleNorms
+
+
+class PassLifecycle:
+    """Begins and finishes the backward passes of one recorder.
+
+    Args:
+        table: what is analyzed.
+        knowledge: what is known about the model already.
+        options: what each pass collects.
+        of_user: whether the passes are the user's. What such a pass on an accelerator says goes to the host in one copy when it
+            is over, and doubts with it; and autograd never follows our sums.
+    """
+
+    def __init__(self, table: Table, knowledge: ModelKnowledge, options: PassOptions, *, of_user: bool):
+        self._table, self._knowledge, self._options, self._of_user = table, knowledge, options, of_user
+        self._on_accelerator = False  # whether doubts are collected, since the host would have to wait for each answer
+
+    def note_devices(self) -> None:
+        """Note where the parameters are, which stay there as long as passes are recorded."""
+        self._on_accelerator = self._of_user and any(leaf.device.type != "cpu" for leaf in self._table.leaves)
+
+    def begin(self, task: int, *, keep_inputs: bool = False, checks: bool = False) -> BackwardPass:
+        """A backward pass that has just begun.
+
+        Args:
+            task: its number.
+            keep_inputs: leave the records' inputs alone, for another backward pass through the same forward.
+            checks: also project the captured gradients on one direction each, to compare them with autograd's.
+        """
+        sees_all = active_modes() > 0
+        gradients = GradientNorms(waits=not sees_all)
+        doubts = None
+        if self._on_accelerator:
+            doubts = Doubts(self._table.names, self._knowledge.cancelled, kept_bytes(self._options.max_memory))
+        accumulator = PassAccumulator(
+            self._table, self._options, keep_inputs=keep_inputs, checks=checks, gradients=gradients, doubts=doubts
+        )
+        in_autocast = bool(autocast_devices())
+        accumulator.half = in_autocast  # autograd rounds its own gradients then, also those that it returns in float32
+        special = in_autocast or self._options.max_memory is not None or sees_all
+        special = special or (self._of_user and torch.is_grad_enabled())  # then autograd would follow our sums
+        return BackwardPass(task, accumulator, gradients, special)
+
+    def settings(self) -> ExitStack:
+        """Inside, our sums are in full precision, also in an autocast block, within the memory that they may take, and unseen."""
+        stack = full_precision()
+        stack.enter_context(without_modes())
+        limit = self._options.max_memory
+        if limit is not None and self._on_accelerator:
+            limit -= kept_bytes(limit)
+        stack.enter_context(memory_limit(limit))
+        if self._of_user:
+            stack.enter_context(torch.no_grad())
+        return stack
+
+    def finish(
+        self,
+        current: BackwardPass,
+        nonfinite: str = "raise",
+        checks: Sequence[Check] = (),
+        gradient_norms: Tensor | None = None,
+    ) -> SampleNorms:
+        """What a backward pass says of its samples, if nothing went wrong and it passes the checks.
+
+        Args:
+            current: the pass.
+            nonfinite: "skip" or "raise", for samples that are not finite.
+            checks: what it has to pass.
+            gradient_norms: of the parameters' gradients, which are brought to the host together with the answers.
+
+        Raises:
+            CurvatureError: what went wrong, or what a check finds.
+        """
+        if current.error is not None:
+            raise current.error
+        try:
+            with self.settings() if current.special else nullcontext():
+                samples = current.accumulator.finish(nonfinite, gradient_norms)
+                for check in checks:
+                    check(current, samples)
+        except Exception as error:
+            raise refusal_of(error, "taking the gradients of this batch apart by samples")  # noqa: B904  # it names its cause
+        if current.accumulator.slow and not self._knowledge.warned_of_slow_rules:
+            self._knowledge.warned_of_slow_rules = current.accumulator.warned()
+        return samples
