@@ -76,6 +76,14 @@ def changed_by_hook(what: str) -> UnsupportedError:
     )
 
 
+def partly_passed_over(every: int) -> LifecycleError:
+    """The refusal of a pass through a call of the model that is recorded, and through one that is not."""
+    return LifecycleError(
+        f"one backward pass reached a call of the model that every={every} passed over, and one that it did not: enter and leave "
+        "the monitor's block for the steps to watch instead"
+    )
+
+
 def vmapped_pass() -> UnsupportedError:
     """The refusal of a backward pass that computes many gradients at once."""
     return UnsupportedError(

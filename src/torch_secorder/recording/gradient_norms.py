@@ -88,9 +88,12 @@ class GradientNorms:
             positions, grads = alike.setdefault((grad.shape, grad.dtype, grad.device), ([], []))
             positions.append(position)
             grads.append(grad)
-        for positions, grads in alike.values():
+        norms: list[Tensor] = []
+        for _, grads in alike.values():
             rows = torch.stack(grads)[:, None].flatten(1)  # also where a gradient is one number, or none
-            self._batched.append((positions, torch.linalg.vector_norm(rows, dim=1)))
+            norms.append(torch.linalg.vector_norm(rows, dim=1))
+        positions = [position for several, _ in alike.values() for position in several]
+        self._batched.append((positions, torch.cat(norms)))  # all are on the host, and the widest dtype counts
         self._waiting.clear()
 
     def all(self) -> tuple[list[int], Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from threading import get_ident
 from weakref import WeakValueDictionary
@@ -13,6 +13,7 @@ from torch.autograd.graph import Node
 from torch_secorder.autograd.engine import (
     accumulates_gradient_of,
     after_backward,
+    any_vmapped,
     computes_gradient_of,
     current_node,
     is_of_python_function,
@@ -20,7 +21,7 @@ from torch_secorder.autograd.engine import (
 )
 from torch_secorder.capture.records import Forward
 from torch_secorder.errors import UnsupportedError
-from torch_secorder.recording.backward_pass import BackwardPass
+from torch_secorder.recording.backward_pass import BackwardPass, vmapped_pass
 
 
 class UserPasses:
@@ -34,6 +35,7 @@ class UserPasses:
         leaves: the nodes that accumulate the gradients of those analyzed parameters that have one.
         all_have_gradients: whether these are all of what is analyzed.
         model: the model whose parameters' gradients may be asked for instead.
+        on_refusal: called with what is refused of a pass whose samples are not counted, and at whose end nothing is raised.
         watches_outputs: whether the outputs of modules without an analyzed parameter are of interest.
 
     Attributes:
@@ -50,11 +52,12 @@ class UserPasses:
         leaves: Sequence[Node],
         all_have_gradients: bool,
         model: nn.Module | None,
+        on_refusal: Callable[[Exception], None],
         *,
         watches_outputs: bool = False,
     ):
         self._leaves, self._all_have_gradients = leaves, all_have_gradients
-        self._model, self._watches_outputs = model, watches_outputs
+        self._model, self._on_refusal, self._watches_outputs = model, on_refusal, watches_outputs
         # Only autograd keeps a pass alive: one that an exception breaks off is gone.
         self.under_way: WeakValueDictionary[int, BackwardPass] = WeakValueDictionary()
         self.known: WeakValueDictionary[int, BackwardPass] = WeakValueDictionary()
@@ -121,12 +124,35 @@ class UserPasses:
         open_ones = (reference() for reference in self.under_way.valuerefs())
         return next((one for one in open_ones if one is not None and one.thread == get_ident()), None)
 
-    def is_of_samples(self) -> bool:
-        """Whether the pass under way computes gradients of what is analyzed.
+    def outermost(self, task: int, grads: Sequence[Tensor | None], recomputed_in: int | None) -> int | None:
+        """The number of the pass that the one under way belongs to, in which something arrives for the first time.
 
-        Raises:
-            UnsupportedError: if nothing tells.
+        Args:
+            task: the pass under way.
+            grads: the gradients of a node's outputs that arrive in it.
+            recomputed_in: the pass that ran the forward which this one goes through, if one did.
+
+        Returns:
+            None if it is none of the samples; it is ignored from now on.
         """
+        if self.is_of_samples():
+            if not any_vmapped(grads):
+                # In every step: nothing is under way that this pass may be inside of.
+                alone = not self.under_way and recomputed_in is None
+                return task if alone else self.nest(task, recomputed_in)
+            self._on_refusal(vmapped_pass())
+        self.ignore(task)
+        return None
+
+    def is_of_samples(self) -> bool:
+        """Whether the pass under way computes gradients of what is analyzed; if nothing tells, that is refused."""
+        try:
+            return self._computes_analyzed_gradients()
+        except UnsupportedError as error:
+            self._on_refusal(error)
+            return False
+
+    def _computes_analyzed_gradients(self) -> bool:
         if any(map(computes_gradient_of, self._leaves)):
             return True
         # Around a checkpoint that holds all analyzed parameters are modules whose outputs are watched.

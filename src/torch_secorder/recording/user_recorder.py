@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
 from threading import RLock, get_ident
@@ -18,7 +17,6 @@ from torch_secorder.autograd.engine import (
     LIBRARY_THREADS,
     accumulates_gradient_of,
     after_backward,
-    any_vmapped,
     current_graph_task,
     is_library_pass,
     keeps_graph,
@@ -28,16 +26,15 @@ from torch_secorder.autograd.hooks import gradient_hooks
 from torch_secorder.autograd.node_hooks import HookTable, hooks_before
 from torch_secorder.autograd.tensor_hooks import are_last, put_last
 from torch_secorder.batch_axis.placement import Placement
-from torch_secorder.batch_axis.samples import of_one
 from torch_secorder.capture.records import Forward, Record
-from torch_secorder.errors import LifecycleError, UnsupportedError
 from torch_secorder.graph.frontier import ParameterUse
 from torch_secorder.model.ranks import full_tensor
 from torch_secorder.per_sample import as_refusal
-from torch_secorder.recording.backward_pass import BackwardPass, counted_again, vmapped_pass
+from torch_secorder.recording.backward_pass import BackwardPass, counted_again, partly_passed_over
 from torch_secorder.recording.changed_gradients import ChangedGradients
 from torch_secorder.recording.gradient_graphs import GradientGraphs, through_gradient_graph
 from torch_secorder.recording.history import History
+from torch_secorder.recording.model_outputs import ModelOutputs
 from torch_secorder.recording.new_parameters import NewParameters
 from torch_secorder.recording.passes import UserPasses
 from torch_secorder.recording.quantities import QUANTITIES
@@ -81,47 +78,24 @@ class UserRecorder(Recorder):
         watches = any(QUANTITIES[name].watches_outputs for name in self.options.quantities)
         leaves = list(self._audit.leaves)
         every_one = len(leaves) == len(self.table) > 0
-        self._passes = UserPasses(leaves, every_one, self.plan.model, watches_outputs=watches)
+        self._passes = UserPasses(leaves, every_one, self.plan.model, self._let_wait, watches_outputs=watches)
         self._known_passes = self._passes.known
         # Position -> the hooks on the node that accumulates the parameter's gradient.
         self._before_accumulation = {position: hooks_before(node) for node, position in self._audit.leaves.items()}
         self._gradient_graphs = GradientGraphs(self._on_gradient_graph)
         self._changed = ChangedGradients(self.table.leaves, self, self._described)
         self._counting = RLock()  # several threads may train the model
-        self._outputs: list[tuple[weakref.ref[Tensor], Placement]] = []
-        self._looks_at_column = True  # until one pass has gone through an output [n, 1]
-        self._column: tuple[Forward, Tensor] | None = None
+        self._outputs = ModelOutputs()
         self.waiting: list[Exception] = []
         self._new_parameters = NewParameters(self.plan.model, self.plan.modules)
 
-    @property
-    def outputs(self) -> list[tuple[Tensor, Placement]]:
-        """The outputs of the model's latest call that have samples, are still there and can be differentiated."""
-        alive = [(reference(), placement) for reference, placement in self._outputs]
-        return [(x, placement) for x, placement in alive if x is not None and x.requires_grad]
-
     def outputs_to_verify(self) -> list[tuple[Tensor, Placement]]:
-        """The same, for a pass that is still to come.
+        """The outputs of the model's latest call that have samples, for a backward pass that is still to come.
 
         Raises:
             LifecycleError: if the model was not called, its pass is over, or the outputs are gone.
         """
-        if self.forwards.latest.last_pass is not None and not self.counts_again:
-            raise LifecycleError(
-                "verify goes before backward(), and the backward pass through the model's latest call is over: call the model "
-                "again, then verify(loss), then loss.backward()"
-            )
-        outputs, seen = self.outputs, [reference() for reference, _ in self._outputs]
-        if not seen or (not outputs and any(x is not None for x in seen)):
-            raise LifecycleError(
-                "verify: the model was not called with a gradient in this block: call it inside, outside of torch.no_grad()"
-            )
-        if not outputs:
-            raise LifecycleError(
-                "verify: the model's outputs are gone: write outputs = model(inputs), and on the next line loss = "
-                "loss_fn(outputs, targets), so that they are there until verify(loss) has seen them"
-            )
-        return outputs
+        return self._outputs.to_verify(is_over=self.forwards.latest.last_pass is not None and not self.counts_again)
 
     @property
     def n(self) -> int | None:
@@ -149,11 +123,7 @@ class UserRecorder(Recorder):
         if self._passes.under_way:
             self._passes.forget_broken_off()
         super()._on_model_exit(forward, outputs)
-        self._outputs = []
-        for x, placement in zip(outputs, forward.placements, strict=True):
-            where = placement or (of_one(x, 0) if forward.n == 1 else None)  # an output may have no axis left
-            if where is not None:
-                self._outputs.append((weakref.ref(x), where))
+        self._outputs.keep(forward, outputs)
         if self._audit.other_leaves:
             self._new_parameters.refuse_in(forward, self._audit.other_leaves)
         nodes = {x.grad_fn for x in outputs if x.grad_fn is not None}
@@ -161,16 +131,13 @@ class UserRecorder(Recorder):
             self._history.forwards += 1
         else:
             self._history.without_gradient += 1
-        if self._looks_at_column:
-            alone = outputs[0] if len(outputs) == 1 and outputs[0].shape == (forward.n, 1) else None
-            self._column = None if alone is None else (forward, alone.detach())
         for node in nodes:
             node.register_prehook(partial(self._on_outputs_gradient, forward))
 
     def _on_recomputation(self, task: int, outer: int) -> None:
         if self._passes.of(task) is not None:
             return
-        if task not in self._passes.ignored and not self._is_of_samples():
+        if task not in self._passes.ignored and not self._passes.is_of_samples():
             self._passes.ignore(task)  # but what begins inside of it may be of the samples
         number = self._passes.nest(task, outer)
         if self._passes.of(number) is None:
@@ -190,10 +157,8 @@ class UserRecorder(Recorder):
         current = self._pass_under_way(grads)
         if current is not None:
             self._reach(current, forward)
-            if self._column is not None and self._column[0] is forward:
-                arrived = [grad for grad in grads if grad is not None]
-                current.column = (self._column[1], arrived[0].detach()) if arrived else None
-                self._looks_at_column, self._column = False, None
+            if self._outputs.column is not None:
+                current.column = current.column or self._outputs.column_and_gradient(forward, grads)
         elif (reached := self._passes.ignored.get(current_graph_task())) is not None:
             reached.append(forward)
         elif not self.forwards.active:
@@ -249,7 +214,7 @@ class UserRecorder(Recorder):
         task, counted = current_graph_task(), counted_as(seen)
         if not self._watched.resting or self.counts_again or counted.last_pass in (None, task) or is_library_pass(task):
             return
-        if task != self._refused and self._is_of_samples():
+        if task != self._refused and self._passes.is_of_samples():
             self._refused = counted.last_pass = task
             raise_after_backward(counted_again(seen))
 
@@ -281,35 +246,21 @@ class UserRecorder(Recorder):
         if self._every == 1:  # else the pass may yet reach a call that was passed over
             self._known_passes[task] = current
         elif task in self.forwards.skipped_passes and current.error is None:
-            current.error = LifecycleError(
-                f"one backward pass reached a call of the model that every={self._every} passed over, and one that it did not: "
-                "enter and leave the monitor's block for the steps to watch instead"
-            )
+            current.error = partly_passed_over(self._every)
         return current
 
     def _begun(self, task: int, grads: Sequence[Tensor | None], recomputed_in: int | None) -> BackwardPass | None:
         """A pass that something arrives in for the first time, or the one around it; None if it is none of the samples."""
-        of_samples = self._is_of_samples()
-        if of_samples and not any_vmapped(grads):
-            number = self._passes.nest(task, recomputed_in)
-            current = self._passes.of(number) if number != task else None
-            current = current or self._open(number)
-            for forward in self._passes.ignored.get(number, ()):
-                self._reach(current, forward)
-            return current
-        if of_samples:
-            self._let_wait(vmapped_pass())
-        self._history.other_passes += 1
-        self._passes.ignore(task)
-        self._gradient_graphs.watch(task)
-        return None
-
-    def _is_of_samples(self) -> bool:
-        try:
-            return self._passes.is_of_samples()
-        except UnsupportedError as error:
-            self._let_wait(error)
-            return False
+        number = self._passes.outermost(task, grads, recomputed_in)
+        if number is None:
+            self._history.other_passes += 1
+            self._gradient_graphs.watch(task)
+            return None
+        current = self._passes.of(number) if number != task else None
+        current = current or self._open(number)
+        for forward in self._passes.ignored.get(number, ()):
+            self._reach(current, forward)
+        return current
 
     def _let_wait(self, error: Exception) -> None:
         self.waiting.append(error)

@@ -1,0 +1,74 @@
+"""The outputs of the model's latest call, for whoever asks for them between the call and its backward pass."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from torch_secorder.batch_axis.placement import Placement
+from torch_secorder.batch_axis.samples import of_one
+from torch_secorder.capture.records import Forward
+from torch_secorder.errors import LifecycleError
+
+
+class ModelOutputs:
+    """The outputs of the latest call that have samples; they are kept no longer than the user keeps them.
+
+    Attributes:
+        column: the run of the model and its output, if that is its only one and has the shape ``[n, 1]``; None after the first
+            backward pass that has gone through such an output.
+    """
+
+    def __init__(self) -> None:
+        self._outputs: list[tuple[weakref.ref[Tensor], Placement]] = []
+        self._looks_at_column = True  # until one pass has gone through an output [n, 1]
+        self.column: tuple[Forward, Tensor] | None = None
+
+    def keep(self, forward: Forward, outputs: Sequence[Tensor]) -> None:
+        """The model returns these tensors."""
+        self._outputs = []
+        for x, placement in zip(outputs, forward.placements, strict=True):
+            where = placement or (of_one(x, 0) if forward.n == 1 else None)  # an output may have no axis left
+            if where is not None:
+                self._outputs.append((weakref.ref(x), where))
+        if self._looks_at_column:
+            alone = outputs[0] if len(outputs) == 1 and outputs[0].shape == (forward.n, 1) else None
+            self.column = None if alone is None else (forward, alone.detach())
+
+    def column_and_gradient(self, forward: Forward, grads: Sequence[Tensor | None]) -> tuple[Tensor, Tensor] | None:
+        """The column and its gradient, which show a loss that broadcasts it, when a pass reaches that run of the model."""
+        if self.column is None or self.column[0] is not forward:
+            return None
+        arrived = [grad for grad in grads if grad is not None]
+        found = (self.column[1], arrived[0].detach()) if arrived else None
+        self._looks_at_column, self.column = False, None
+        return found
+
+    def to_verify(self, *, is_over: bool) -> list[tuple[Tensor, Placement]]:
+        """The outputs that are still there and can be differentiated, for a pass that is still to come.
+
+        Args:
+            is_over: whether the backward pass through them is over, and another would count nothing.
+
+        Raises:
+            LifecycleError: if the model was not called, its pass is over, or the outputs are gone.
+        """
+        if is_over:
+            raise LifecycleError(
+                "verify goes before backward(), and the backward pass through the model's latest call is over: call the model "
+                "again, then verify(loss), then loss.backward()"
+            )
+        alive = [(reference(), placement) for reference, placement in self._outputs]
+        outputs = [(x, placement) for x, placement in alive if x is not None and x.requires_grad]
+        if not alive or (not outputs and any(x is not None for x, _ in alive)):
+            raise LifecycleError(
+                "verify: the model was not called with a gradient in this block: call it inside, outside of torch.no_grad()"
+            )
+        if not outputs:
+            raise LifecycleError(
+                "verify: the model's outputs are gone: write outputs = model(inputs), and on the next line loss = "
+                "loss_fn(outputs, targets), so that they are there until verify(loss) has seen them"
+            )
+        return outputs
