@@ -14,7 +14,7 @@ from problems._base import Forward as Model
 from torch_secorder import FisherMonitor
 from torch_secorder.batch_axis.knowledge import ModelKnowledge
 from torch_secorder.batch_axis.placement import FIRST
-from torch_secorder.capture.records import Forward
+from torch_secorder.capture.model_run import Forward
 from torch_secorder.graph.audit import Audit, Questions
 from torch_secorder.graph.frontier import ParameterUse
 from torch_secorder.graph.walk import Walk

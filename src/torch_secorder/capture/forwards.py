@@ -26,7 +26,7 @@ from torch_secorder.batch_axis.count import Count, counted
 from torch_secorder.batch_axis.placement import Placement
 from torch_secorder.batch_axis.samples import BatchSamples, some_has_samples
 from torch_secorder.batch_axis.told import Told
-from torch_secorder.capture.records import Forward
+from torch_secorder.capture.model_run import Forward
 from torch_secorder.errors import CurvatureError
 from torch_secorder.model.containers import tensors
 

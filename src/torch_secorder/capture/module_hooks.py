@@ -29,7 +29,9 @@ from torch_secorder.batch_axis.placement import FIRST
 from torch_secorder.batch_axis.told import Told
 from torch_secorder.capture.forwards import ForwardTracker, size_on
 from torch_secorder.capture.frozen_uses import FrozenUses
-from torch_secorder.capture.records import Forward, HookedModule, OwnAxis, Record
+from torch_secorder.capture.model_run import Forward
+from torch_secorder.capture.own_axes import OwnAxis
+from torch_secorder.capture.records import HookedModule, Record
 from torch_secorder.errors import CoverageError, CurvatureError, ShapeError, UnsupportedError
 from torch_secorder.model.containers import tensors
 from torch_secorder.model.hooks import HookScope, WeakHook

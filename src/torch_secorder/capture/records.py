@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, Node
+from torch.autograd.graph import Node
 
 from torch_secorder.autograd.engine import current_node
 from torch_secorder.autograd.node_hooks import TableReference, no_table
 from torch_secorder.autograd.versions import version
-from torch_secorder.batch_axis.count import Count, Seen
 from torch_secorder.batch_axis.evidence import Unplaced
-from torch_secorder.batch_axis.placement import FIRST, Layout, Placement
-from torch_secorder.errors import CoverageError, CurvatureError, ShapeError
+from torch_secorder.batch_axis.placement import Placement
+from torch_secorder.capture.model_run import Forward
+from torch_secorder.errors import CoverageError, CurvatureError
 from torch_secorder.model.nested import whole
 from torch_secorder.model.ranks import class_as_written
 from torch_secorder.per_sample import PerSampleGradient, SharedFactor
@@ -35,92 +34,6 @@ class Idle:
 
     why: Unplaced
     forget: Callable[[], object]
-
-
-@dataclass(frozen=True)
-class OwnAxis:
-    """The output of a module that has a batch axis of its own: what goes along the other axis belongs together.
-
-    Attributes:
-        name: the module's.
-        module: the module.
-        axis: its batch axis.
-        shape: the output's, ``[batch, steps, features]`` or ``[steps, batch, features]``.
-        edge: where the output's gradient arrives.
-    """
-
-    name: str
-    module: nn.Module
-    axis: int
-    shape: torch.Size
-    edge: GradientEdge
-
-    def contradicts_shapes(self, n: int) -> bool:
-        """Whether there are n steps, and not a multiple of n samples."""
-        return self.shape[1 - self.axis] == n and self.shape[self.axis] % n != 0
-
-    def contradicts(self, found: Placement) -> bool:
-        """Whether samples that were found there are the module's steps."""
-        return found.axis == 1 - self.axis
-
-    def refusal(self, n: int) -> ShapeError:
-        """The refusal of samples that are on another axis."""
-        kind, first = class_as_written(self.module).__name__, bool(getattr(self.module, "batch_first", False))
-        return ShapeError(
-            f"{kind} '{self.name}' has its batch on axis {self.axis} (batch_first={first}), its steps on axis {1 - self.axis}, "
-            f"where the model's {n} samples would be: if the model's inputs have their samples there, pass "
-            f"batch_axis={self.axis}, or batch_axis={{'inputs': {self.axis}}} if its outputs have them first; or make the module "
-            f"with batch_first={not first}"
-        )
-
-
-@dataclass(eq=False, slots=True)
-class Forward:
-    """One run of the model: what makes the calls of its modules belong to the same samples.
-
-    Attributes:
-        n: its batch size, None as long as nobody knows.
-        calls: how often each parameter's module was called, by position in the parameter table.
-        input_uses: how often each tensor was a call's first input, by its id while such a call has it.
-        in_model_call: False for calls of submodules with no call of the model around them.
-        recomputed_in: the backward pass that runs this forward again (activation checkpointing), or None.
-        last_pass: the last backward pass that reached it, if the model's call shows which passes do.
-        refusal: what can't be right about it, for the end of the pass.
-        records: its calls so far, each with the place in the graph where its gradient arrives; empty once it is over, since a
-            record that holds its own node is a cycle that outlives the graph.
-        own_axes: the outputs of modules that have a batch axis of their own; empty once the run is over.
-        node_hooks: each finds the hooks that run after a node at which gradients are taken apart by samples.
-        sharded: the modules that FSDP2 shards, each with a node that made one of its outputs; empty once the run is over.
-        count: what says how many samples it has.
-        placements: where each of the model's outputs has its samples; empty once the run is over.
-        inputs: the model's arguments of which more than one axis may count the samples, each with the axis that is taken to;
-            empty once the run is over.
-        bags: how many bags the EmbeddingBags with offsets made.
-    """
-
-    n: int | None = None
-    calls: Counter[int] = field(default_factory=Counter)
-    input_uses: dict[int, int] = field(default_factory=dict)
-    in_model_call: bool = True
-    recomputed_in: int | None = None
-    last_pass: int | None = None
-    refusal: Exception | None = None
-    records: list[tuple[Record, GradientEdge]] = field(default_factory=list)
-    sharded: list[tuple[nn.Module, Node]] = field(default_factory=list)
-    own_axes: list[OwnAxis] = field(default_factory=list)
-    count: Count = field(default_factory=Count)
-    placements: Sequence[Placement | None] = ()
-    inputs: list[tuple[Seen, Tensor]] = field(default_factory=list)
-    bags: set[int] = field(default_factory=set)
-    node_hooks: list[TableReference] = field(default_factory=list)
-
-    def settle(self, count: Count) -> None:
-        """The outputs show that this is how many samples there are."""
-        self.count, self.n = count, count.n
-        for record, _ in self.records:
-            if record.site.placement is None:
-                fits = not record.shape.numel() or FIRST.fits(record.shape, count.n or -1)
-                record.placement = FIRST if fits else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,9 +87,6 @@ class HookedModule:
             raise type(error)(f"{self}: {error}") from error
         return found
 
-
-# Layers whose output has the axes of its input, but for the last.
-KEEPS_AXES = (nn.Linear, nn.Embedding, nn.LayerNorm, nn.RMSNorm, nn.PReLU)
 
 # Calls with fewer elements are batched before anything is computed: starting an operation costs as much as reading these.
 SMALL = 2**15
@@ -354,31 +264,3 @@ def _first(value: Any, axis: int, size: int) -> Any:
 
 def _for_each(value: Any, n: int) -> Any:
     return value.expand(n, *value.shape) if isinstance(value, Tensor) else value
-
-
-def contradicted_axis(record: Record, argument: Tensor, axis: int) -> int | None:
-    """The axis of an argument of the model along which a layer that got it has the samples, if not the given one.
-
-    Layers of torch's that keep the axes of their input have the samples where their input has them.
-
-    Args:
-        record: the layer's call, with its placement.
-        argument: the model's, with as many indices on several axes as there are samples.
-        axis: where it is taken to have the samples.
-    """
-    x, placement, n = record.inputs[0] if record.inputs else None, record.placement, argument.shape[axis]
-    if type(x) is not Tensor or type(argument) is not Tensor or not isinstance(record.site.module, KEEPS_AXES):
-        return None
-    if placement is None or placement.layout is not Layout.ONE_EACH:
-        return None
-    if x.untyped_storage().data_ptr() != argument.untyped_storage().data_ptr():
-        return None
-    sides = min(x.dim(), len(record.shape))
-    if x.dim() != argument.dim() or placement.axis >= sides or x.shape[placement.axis] != n:
-        return None
-    # The layer may have got the argument transposed: its axes are told by their strides.
-    ways = [(size, stride) for size, stride in zip(argument.shape, argument.stride(), strict=True)]
-    own = (x.shape[placement.axis], x.stride(placement.axis))
-    if own not in ways or ways.count(own) > 1 or ways[axis] == own:
-        return None
-    return ways.index(own)

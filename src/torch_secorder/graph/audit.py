@@ -19,7 +19,9 @@ from torch_secorder.batch_axis.knowledge import ModelKnowledge, PlacementCache, 
 from torch_secorder.batch_axis.placement import Layout, Placement
 from torch_secorder.batch_axis.search import SampleSearch, SearchOnAllRanks
 from torch_secorder.batch_axis.search_pass import SearchPasses
-from torch_secorder.capture.records import Forward, Idle, OwnAxis, Record, contradicted_axis
+from torch_secorder.capture.model_run import Forward
+from torch_secorder.capture.own_axes import OwnAxis, contradicted_axis
+from torch_secorder.capture.records import Idle, Record
 from torch_secorder.errors import CoverageError, CurvatureError, UnsupportedError
 from torch_secorder.graph.conditions import CarriedAxis
 from torch_secorder.graph.frontier import Frontier, IdleUse, ParameterUse

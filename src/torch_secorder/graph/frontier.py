@@ -18,7 +18,8 @@ from torch_secorder.batch_axis.evidence import Evidence, Unplaced
 from torch_secorder.batch_axis.knowledge import Key, Wanted
 from torch_secorder.batch_axis.placement import Layout, Placement
 from torch_secorder.batch_axis.search import SampleSearch
-from torch_secorder.capture.records import Forward, Idle, Record
+from torch_secorder.capture.model_run import Forward
+from torch_secorder.capture.records import Idle, Record
 from torch_secorder.graph.chain import PERMUTES_ENTRIES, BatchFreeVjp, batch_free_vjp
 from torch_secorder.graph.refusals import hidden
 from torch_secorder.graph.walk import Walk

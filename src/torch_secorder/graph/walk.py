@@ -13,7 +13,8 @@ from torch.autograd.graph import Node
 
 from torch_secorder.autograd.nodes import Edge, output_shapes
 from torch_secorder.autograd.saved import axes
-from torch_secorder.capture.records import Forward, Record
+from torch_secorder.capture.model_run import Forward
+from torch_secorder.capture.records import Record
 from torch_secorder.graph.conditions import (
     CARRIES,
     PARTS,

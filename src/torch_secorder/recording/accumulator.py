@@ -18,7 +18,8 @@ from torch_secorder.autograd.double_precision import sum_in_double_precision
 from torch_secorder.autograd.engine import current_node
 from torch_secorder.autograd.precision import HALF, is_half
 from torch_secorder.batch_axis.placement import Grouping
-from torch_secorder.capture.records import Forward, Record
+from torch_secorder.capture.model_run import Forward
+from torch_secorder.capture.records import Record
 from torch_secorder.errors import (
     CoverageError,
     LifecycleError,

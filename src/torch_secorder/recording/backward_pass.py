@@ -8,7 +8,8 @@ from threading import get_ident
 
 from torch import Tensor
 
-from torch_secorder.capture.records import Forward, Record
+from torch_secorder.capture.model_run import Forward
+from torch_secorder.capture.records import Record
 from torch_secorder.errors import CoverageError, LifecycleError, UnsupportedError
 from torch_secorder.graph.frontier import IdleUse, ParameterUse
 from torch_secorder.per_sample import one_direction, sign_vectors

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from torch_secorder.batch_axis.placement import Placement
 from torch_secorder.batch_axis.samples import of_one
-from torch_secorder.capture.records import Forward
+from torch_secorder.capture.model_run import Forward
 from torch_secorder.errors import LifecycleError
 
 

@@ -8,7 +8,7 @@ from torch import nn
 from torch.autograd.graph import Node
 
 from torch_secorder.autograd.engine import leaf_of
-from torch_secorder.capture.records import Forward
+from torch_secorder.capture.model_run import Forward
 from torch_secorder.model.parameters import named_modules, parameters_by_name
 from torch_secorder.model.ranks import is_dtensor
 from torch_secorder.recording.backward_pass import replaced

@@ -19,7 +19,7 @@ from torch_secorder.autograd.engine import (
     is_of_python_function,
     leaf_of,
 )
-from torch_secorder.capture.records import Forward
+from torch_secorder.capture.model_run import Forward
 from torch_secorder.errors import UnsupportedError
 from torch_secorder.recording.backward_pass import BackwardPass, vmapped_pass
 

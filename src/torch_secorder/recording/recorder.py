@@ -22,8 +22,9 @@ from torch_secorder.autograd.engine import active_modes, current_graph_task, cur
 from torch_secorder.autograd.node_hooks import HookTable, call_with_gradients
 from torch_secorder.batch_axis.knowledge import ModelKnowledge
 from torch_secorder.capture.forwards import ForwardTracker
+from torch_secorder.capture.model_run import Forward
 from torch_secorder.capture.module_hooks import ModuleHooks
-from torch_secorder.capture.records import Forward, Record
+from torch_secorder.capture.records import Record
 from torch_secorder.errors import LifecycleError
 from torch_secorder.graph.audit import Audit, Uses
 from torch_secorder.graph.frontier import IdleUse, ParameterUse

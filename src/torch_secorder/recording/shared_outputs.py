@@ -7,7 +7,8 @@ from collections.abc import Container, Iterable, Iterator
 
 from torch.autograd.graph import Node
 
-from torch_secorder.capture.records import Forward, Record
+from torch_secorder.capture.model_run import Forward
+from torch_secorder.capture.records import Record
 from torch_secorder.errors import UnsupportedError
 from torch_secorder.graph.chain import batch_free_vjp
 from torch_secorder.graph.frontier import ParameterUse

@@ -23,7 +23,8 @@ from torch_secorder.autograd.sharded import GatheredWeights
 from torch_secorder.autograd.tensor_hooks import untouched
 from torch_secorder.batch_axis.placement import FIRST
 from torch_secorder.batch_axis.samples import BatchSamples
-from torch_secorder.capture.records import Forward, Record
+from torch_secorder.capture.model_run import Forward
+from torch_secorder.capture.records import Record
 from torch_secorder.errors import CoverageError
 from torch_secorder.graph.audit import Uses
 from torch_secorder.graph.frontier import IdleUse, ParameterUse

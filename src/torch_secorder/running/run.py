@@ -15,7 +15,8 @@ from torch_secorder.autograd.random_state import forked_random, random_state
 from torch_secorder.autograd.versions import hiding_changes
 from torch_secorder.batch_axis.knowledge import ModelKnowledge
 from torch_secorder.batch_axis.samples import BatchSamples
-from torch_secorder.capture.records import Forward, Record
+from torch_secorder.capture.model_run import Forward
+from torch_secorder.capture.records import Record
 from torch_secorder.errors import UnsupportedError
 from torch_secorder.graph.queries import without_second_derivative
 from torch_secorder.model.containers import tensors

@@ -1,0 +1,83 @@
+"""Modules that say themselves which axis counts samples, and layers that keep the axes of their input."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
+
+from torch_secorder.batch_axis.placement import Layout, Placement
+from torch_secorder.capture.records import Record
+from torch_secorder.errors import ShapeError
+from torch_secorder.model.ranks import class_as_written
+
+
+@dataclass(frozen=True)
+class OwnAxis:
+    """The output of a module that has a batch axis of its own: what goes along the other axis belongs together.
+
+    Attributes:
+        name: the module's.
+        module: the module.
+        axis: its batch axis.
+        shape: the output's, ``[batch, steps, features]`` or ``[steps, batch, features]``.
+        edge: where the output's gradient arrives.
+    """
+
+    name: str
+    module: nn.Module
+    axis: int
+    shape: torch.Size
+    edge: GradientEdge
+
+    def contradicts_shapes(self, n: int) -> bool:
+        """Whether there are n steps, and not a multiple of n samples."""
+        return self.shape[1 - self.axis] == n and self.shape[self.axis] % n != 0
+
+    def contradicts(self, found: Placement) -> bool:
+        """Whether samples that were found there are the module's steps."""
+        return found.axis == 1 - self.axis
+
+    def refusal(self, n: int) -> ShapeError:
+        """The refusal of samples that are on another axis."""
+        kind, first = class_as_written(self.module).__name__, bool(getattr(self.module, "batch_first", False))
+        return ShapeError(
+            f"{kind} '{self.name}' has its batch on axis {self.axis} (batch_first={first}), its steps on axis {1 - self.axis}, "
+            f"where the model's {n} samples would be: if the model's inputs have their samples there, pass "
+            f"batch_axis={self.axis}, or batch_axis={{'inputs': {self.axis}}} if its outputs have them first; or make the module "
+            f"with batch_first={not first}"
+        )
+
+
+# Layers whose output has the axes of its input, but for the last.
+KEEPS_AXES = (nn.Linear, nn.Embedding, nn.LayerNorm, nn.RMSNorm, nn.PReLU)
+
+
+def contradicted_axis(record: Record, argument: Tensor, axis: int) -> int | None:
+    """The axis of an argument of the model along which a layer that got it has the samples, if not the given one.
+
+    Layers of torch's that keep the axes of their input have the samples where their input has them.
+
+    Args:
+        record: the layer's call, with its placement.
+        argument: the model's, with as many indices on several axes as there are samples.
+        axis: where it is taken to have the samples.
+    """
+    x, placement, n = record.inputs[0] if record.inputs else None, record.placement, argument.shape[axis]
+    if type(x) is not Tensor or type(argument) is not Tensor or not isinstance(record.site.module, KEEPS_AXES):
+        return None
+    if placement is None or placement.layout is not Layout.ONE_EACH:
+        return None
+    if x.untyped_storage().data_ptr() != argument.untyped_storage().data_ptr():
+        return None
+    sides = min(x.dim(), len(record.shape))
+    if x.dim() != argument.dim() or placement.axis >= sides or x.shape[placement.axis] != n:
+        return None
+    # The layer may have got the argument transposed: its axes are told by their strides.
+    ways = [(size, stride) for size, stride in zip(argument.shape, argument.stride(), strict=True)]
+    own = (x.shape[placement.axis], x.stride(placement.axis))
+    if own not in ways or ways.count(own) > 1 or ways[axis] == own:
+        return None
+    return ways.index(own)
