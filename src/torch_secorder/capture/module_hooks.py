@@ -8,18 +8,15 @@ every handle.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from operator import is_not
-from threading import get_ident
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from torch_secorder.autograd.compiled import never_compiled
-from torch_secorder.autograd.double_precision import in_double_precision, sum_in_double_precision
 from torch_secorder.autograd.engine import saved_tensors_hooks, without_modes
 from torch_secorder.autograd.hooks import HookSet
 from torch_secorder.autograd.node_hooks import call_after, gradient_edge_of
@@ -28,20 +25,14 @@ from torch_secorder.autograd.versions import version
 from torch_secorder.batch_axis.placement import FIRST
 from torch_secorder.batch_axis.told import Told
 from torch_secorder.capture.forwards import ForwardTracker, size_on
-from torch_secorder.capture.frozen_uses import FrozenUses
+from torch_secorder.capture.frozen_uses import FrozenParameters
 from torch_secorder.capture.model_run import Forward
-from torch_secorder.capture.own_axes import OwnAxis
+from torch_secorder.capture.module_notes import NO_OUTPUT, ModuleNotes
 from torch_secorder.capture.records import HookedModule, Record
 from torch_secorder.errors import CoverageError, CurvatureError, ShapeError, UnsupportedError
-from torch_secorder.model.containers import tensors
 from torch_secorder.model.hooks import HookScope, WeakHook
 from torch_secorder.model.nested import shows_sizes, whole_shape
-from torch_secorder.model.ranks import fsdp_modules, is_dtensor
-from torch_secorder.per_sample import at_least_float32, real_entries
-
-# torch registers a hook before it notes `with_kwargs`. Another thread that calls the module in between passes the output in the
-# place of the keyword arguments; this default recognizes such a call, which is not recorded.
-NO_OUTPUT = object()
+from torch_secorder.model.ranks import is_dtensor
 
 
 class ModuleHooks(HookScope):
@@ -77,15 +68,8 @@ class ModuleHooks(HookScope):
         self._before_node = before_node
         self.forwards, self._guards, self._attach_leaf = forwards, guards, attach_leaf
         self._hooks = HookSet()
-        self._frozen = {
-            id(tensor): site.parameters[local]
-            for site in (sites if attach_leaf else ())
-            for local, tensor in site.tensors.items()
-            if not tensor.requires_grad and type(tensor) in (Tensor, nn.Parameter)
-        }
-        self._watched_uses: dict[
-            int, FrozenUses
-        ] = {}  # thread -> the uses of frozen parameters in its run of the model
+        self._frozen = FrozenParameters(sites if attach_leaf else (), forwards)
+        self._notes = ModuleNotes(forwards)
 
     def _attach(self) -> None:
         add, model, forwards = self._hooks.add, self._model, self.forwards
@@ -95,67 +79,16 @@ class ModuleHooks(HookScope):
             # The hook is first in line: a user's hook may return something else than what the module computed.
             hook = WeakHook(self, "on_watched_output" if site.rule is None else "on_module_output", site)
             add(site.module, site.module.register_forward_hook, hook, prepend=True, with_kwargs=True)
-        for module in fsdp_modules(model):
-            leave_module = WeakHook(self, "on_sharded_output")
-            add(module, module.register_forward_hook, leave_module, prepend=True)
-        for name, module in self._modules:
-            if isinstance(module, (nn.RNNBase, nn.MultiheadAttention)):
-                add(module, module.register_forward_hook, WeakHook(self, "on_own_axis", name), prepend=True)
-            if isinstance(module, nn.EmbeddingBag):
-                add(module, module.register_forward_hook, WeakHook(self, "on_bags"), prepend=True, with_kwargs=True)
-        for module, guard in self._guards.items():
-            add(module, module.register_forward_pre_hook, WeakHook(self, "check_state", guard))
-        if self._frozen:
-            add(model, model.register_forward_pre_hook, WeakHook(self, "on_frozen_enter"))
-            add(model, model.register_forward_hook, WeakHook(self, "on_frozen_exit"), always_call=True)
+        self._notes.attach(self._hooks, model, self._modules, self._guards)
+        if self._frozen.positions:
+            add(model, model.register_forward_pre_hook, WeakHook(self._frozen, "on_model_enter"))
+            add(model, model.register_forward_hook, WeakHook(self._frozen, "on_model_exit"), always_call=True)
         add(model, model.register_forward_hook, leave, always_call=True)
         forwards.active = True
 
     def _detach(self) -> None:
         self.forwards.active = False
         self._hooks.remove()
-
-    @never_compiled
-    def on_frozen_enter(self, *_: Any) -> None:
-        """The model is called: watch what takes its frozen parameters."""
-        thread = get_ident()
-        if thread not in self._watched_uses and self.forwards.records_calls():
-            uses = self._watched_uses[thread] = FrozenUses(self._frozen)
-            uses.__enter__()  # type: ignore[no-untyped-call]  # torch does not type it
-
-    def on_frozen_exit(self, module: nn.Module, args: object, output: Any) -> None:
-        """The model returns, or raises: have its pass refused if a frozen parameter was used outside of its module's forward."""
-        uses = self._watched_uses.pop(get_ident(), None)
-        if uses is None:
-            return
-        uses.__exit__(None, None, None)  # type: ignore[no-untyped-call]  # the same
-        forward = self.forwards.of_call(output, 0)
-        if output is None or forward is None:
-            return
-        more = [site for site in self._sites if self._is_used_elsewhere(site, uses.counts, forward)]
-        if more and forward.refusal is None:
-            forward.refusal = CoverageError(
-                f"{', '.join(map(str, more))}: a frozen parameter is used outside of its module's forward, of which the autograd "
-                "graph shows nothing: let it require a gradient, or use fisher_report, which turns gradients on for the time"
-            )
-
-    @staticmethod
-    def _is_used_elsewhere(site: HookedModule, counts: Mapping[int, int], forward: Forward) -> bool:
-        """Whether some operation took a parameter of a module of torch's besides those of its own calls, one for each."""
-        standard = type(site.module).__module__.startswith("torch.nn.")
-        return any(
-            counts.get(position, 0) > forward.calls[position]
-            for position in site.positions
-            if standard or not forward.calls[position]
-        )
-
-    def check_state(self, guard: Callable[[], None], *_: Any) -> None:
-        """A module is called that may be in a state in which no rule is right."""
-        if self.forwards.records_calls():
-            try:
-                guard()
-            except CurvatureError as error:
-                self.forwards.refuse(error)
 
     @never_compiled
     def on_module_output(
@@ -219,8 +152,7 @@ class ModuleHooks(HookScope):
                 return None
             zero = output.new_zeros((), requires_grad=True)
             output = leaf = output + zero
-            if (uses := self._watched_uses.get(get_ident())) is not None:
-                uses.leaves.append(zero)
+            self._frozen.keep_leaf(zero)
         if not forward.in_model_call and site.placement is None:
             raise ShapeError(
                 f"{site} was called outside of a call of the monitored model, where nothing shows which axis counts the "
@@ -239,34 +171,6 @@ class ModuleHooks(HookScope):
                 forward.input_uses[id(args[0])] = forward.input_uses.get(id(args[0]), 0) + 1
         self._hook_gradient(record, output)
         return leaf
-
-    @never_compiled
-    def on_own_axis(self, name: str, module: nn.Module, args: object, outputs: Any) -> None:
-        """Note the output of a module that says itself which axis counts samples."""
-        output = outputs[0] if isinstance(outputs, tuple) else outputs
-        if not isinstance(output, Tensor) or output.dim() != 3 or not output.requires_grad:
-            return
-        forward, edge = self.forwards.of_call(output, 0), gradient_edge_of(output)
-        if forward is not None and forward.in_model_call and edge is not None:
-            axis = 0 if module.batch_first else 1
-            forward.own_axes.append(OwnAxis(name, module, axis, output.shape, edge))
-
-    @never_compiled
-    def on_bags(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any = NO_OUTPUT
-    ) -> None:
-        """Note how many bags an EmbeddingBag made of ids without a batch axis."""
-        ids = args[0] if args else kwargs.get("input")
-        forward = self.forwards.of_call(output, 0)
-        if forward is not None and isinstance(ids, Tensor) and isinstance(output, Tensor) and ids.dim() == 1:
-            forward.bags.add(len(output))
-
-    @never_compiled
-    def on_sharded_output(self, module: nn.Module, args: object, output: Any) -> None:
-        """Note where in the graph a module begins whose weights have to be gathered for a look through it."""
-        forward = self.forwards.of_call(output, 0)
-        if forward is not None:
-            forward.sharded += [(module, x.grad_fn) for x in tensors(output) if x.grad_fn is not None]
 
     @never_compiled
     def on_watched_output(
@@ -374,17 +278,3 @@ def _nodes_and_versions(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tup
             if not x.is_inference():
                 versions.append(version(x))
     return tuple(nodes), tuple(versions)
-
-
-def moments(module: nn.Module, args: object, kwargs: object, output: Tensor) -> Tensor:
-    """Number of elements, sum, sum of squares, minimum and maximum of a module's output, in float64.
-
-    The elements of a complex output are its real and its imaginary parts.
-    """
-    x = real_entries((output.values() if output.is_nested else output).detach())
-    if not x.numel():
-        return in_double_precision(x.float()).new_tensor([0.0, 0.0, 0.0, math.inf, -math.inf])
-    x = at_least_float32(x)
-    ends = in_double_precision(torch.stack([x.min(), x.max()]))
-    sums = torch.stack([sum_in_double_precision(x), sum_in_double_precision(x, x)])
-    return torch.cat([ends.new_full((1,), x.numel()), sums, ends])

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
+from torch_secorder.autograd.double_precision import in_double_precision, sum_in_double_precision
 from torch_secorder.autograd.versions import version
-from torch_secorder.capture.module_hooks import moments
 from torch_secorder.errors import CoverageError
+from torch_secorder.per_sample import at_least_float32, real_entries
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,5 +43,19 @@ def watched_call(
     module: nn.Module, args: object, kwargs: object, output: Tensor, *, with_moments: bool, with_output: bool
 ) -> WatchedCall:
     """What is kept of a call under way."""
-    found = moments(module, args, kwargs, output) if with_moments else None
+    found = _moments(output) if with_moments else None
     return WatchedCall(found, output.detach() if with_output else None, version(output))
+
+
+def _moments(output: Tensor) -> Tensor:
+    """Number of elements, sum, sum of squares, minimum and maximum of a module's output, in float64.
+
+    The elements of a complex output are its real and its imaginary parts.
+    """
+    x = real_entries((output.values() if output.is_nested else output).detach())
+    if not x.numel():
+        return in_double_precision(x.float()).new_tensor([0.0, 0.0, 0.0, math.inf, -math.inf])
+    x = at_least_float32(x)
+    ends = in_double_precision(torch.stack([x.min(), x.max()]))
+    sums = torch.stack([sum_in_double_precision(x), sum_in_double_precision(x, x)])
+    return torch.cat([ends.new_full((1,), x.numel()), sums, ends])

@@ -23,7 +23,7 @@ class OutputNorms:
     Attributes:
         squared_norms: ``[n]``, of the gradients in its output; ``[1]``, their sum, where nothing says which sample is where.
         by_sample: whether there is one for each sample.
-        moments: of the output; see :func:`torch_secorder.capture.module_hooks.moments`.
+        moments: of the output; see :class:`torch_secorder.capture.watched_calls.WatchedCall`.
     """
 
     squared_norms: Tensor

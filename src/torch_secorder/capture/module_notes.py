@@ -1,0 +1,96 @@
+"""What single modules say of the samples, whether or not they have a parameter that is analyzed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from torch_secorder.autograd.compiled import never_compiled
+from torch_secorder.autograd.hooks import HookSet
+from torch_secorder.autograd.node_hooks import gradient_edge_of
+from torch_secorder.capture.forwards import ForwardTracker
+from torch_secorder.capture.own_axes import OwnAxis
+from torch_secorder.errors import CurvatureError
+from torch_secorder.model.containers import tensors
+from torch_secorder.model.hooks import WeakHook
+from torch_secorder.model.ranks import fsdp_modules
+
+# torch registers a hook before it notes `with_kwargs`. Another thread that calls the module in between passes the output in the
+# place of the keyword arguments; this default recognizes such a call, which is not recorded.
+NO_OUTPUT = object()
+
+
+class ModuleNotes:
+    """Hooks that note, in the run of the model under way, what there is to know of it beside the calls that are recorded.
+
+    Args:
+        forwards: knows which run of the model a call belongs to.
+    """
+
+    def __init__(self, forwards: ForwardTracker):
+        self._forwards = forwards
+
+    def attach(
+        self,
+        hooks: HookSet,
+        model: nn.Module,
+        modules: Sequence[tuple[str, nn.Module]],
+        guards: Mapping[nn.Module, Callable[[], None]],
+    ) -> None:
+        """Put the hooks on a model's modules.
+
+        Args:
+            hooks: the set that they are added to, which removes them.
+            model: the model, unwrapped.
+            modules: all of its modules, under their plain names.
+            guards: for some modules, what is called before each of their calls, to raise for a state that no rule can be right
+                in.
+        """
+        for module in fsdp_modules(model):
+            hooks.add(module, module.register_forward_hook, WeakHook(self, "on_sharded_output"), prepend=True)
+        for name, module in modules:
+            if isinstance(module, (nn.RNNBase, nn.MultiheadAttention)):
+                hooks.add(module, module.register_forward_hook, WeakHook(self, "on_own_axis", name), prepend=True)
+            if isinstance(module, nn.EmbeddingBag):
+                hook = WeakHook(self, "on_bags")
+                hooks.add(module, module.register_forward_hook, hook, prepend=True, with_kwargs=True)
+        for module, guard in guards.items():
+            hooks.add(module, module.register_forward_pre_hook, WeakHook(self, "check_state", guard))
+
+    def check_state(self, guard: Callable[[], None], *_: Any) -> None:
+        """A module is called that may be in a state in which no rule is right."""
+        if self._forwards.records_calls():
+            try:
+                guard()
+            except CurvatureError as error:
+                self._forwards.refuse(error)
+
+    @never_compiled
+    def on_own_axis(self, name: str, module: nn.Module, args: object, outputs: Any) -> None:
+        """Note the output of a module that says itself which axis counts samples."""
+        output = outputs[0] if isinstance(outputs, tuple) else outputs
+        if not isinstance(output, Tensor) or output.dim() != 3 or not output.requires_grad:
+            return
+        forward, edge = self._forwards.of_call(output, 0), gradient_edge_of(output)
+        if forward is not None and forward.in_model_call and edge is not None:
+            axis = 0 if module.batch_first else 1
+            forward.own_axes.append(OwnAxis(name, module, axis, output.shape, edge))
+
+    @never_compiled
+    def on_bags(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any = NO_OUTPUT
+    ) -> None:
+        """Note how many bags an EmbeddingBag made of ids without a batch axis."""
+        ids = args[0] if args else kwargs.get("input")
+        forward = self._forwards.of_call(output, 0)
+        if forward is not None and isinstance(ids, Tensor) and isinstance(output, Tensor) and ids.dim() == 1:
+            forward.bags.add(len(output))
+
+    @never_compiled
+    def on_sharded_output(self, module: nn.Module, args: object, output: Any) -> None:
+        """Note where in the graph a module begins whose weights have to be gathered for a look through it."""
+        forward = self._forwards.of_call(output, 0)
+        if forward is not None:
+            forward.sharded += [(module, x.grad_fn) for x in tensors(output) if x.grad_fn is not None]
