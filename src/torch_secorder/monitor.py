@@ -39,9 +39,9 @@ from torch_secorder.model.parameters import ParameterTable, unwrapped
 from torch_secorder.model.restore import lock_of
 from torch_secorder.model.selection import Selection
 from torch_secorder.per_sample import as_refusal
-from torch_secorder.recording.accumulator import PassOptions
 from torch_secorder.recording.backward_pass import BackwardPass, Check
 from torch_secorder.recording.history import History
+from torch_secorder.recording.options import PassOptions
 from torch_secorder.recording.plan import planned
 from torch_secorder.recording.quantities import Keeps, OnOutput, kept, wanted
 from torch_secorder.recording.sample_norms import SampleNorms
@@ -325,7 +325,7 @@ class FisherMonitor(HookScope):
             )
         outputs = self._recorder.outputs_to_verify()
         with without_modes():
-            self._expected = expected_norms(loss, outputs, self._recorder.n or 0, self._recorder.table)
+            self._expected = expected_norms(loss, outputs, self._recorder.forwards.latest.n or 0, self._recorder.table)
 
     def _on_pass(self, current: BackwardPass) -> None:
         """A backward pass is over: count it, or say why not."""

@@ -20,7 +20,7 @@ from torch_secorder.errors import (
     warn_at_users_line,
 )
 from torch_secorder.model.parameters import ParameterTable
-from torch_secorder.recording.accumulator import PassOptions
+from torch_secorder.recording.options import PassOptions
 from torch_secorder.recording.plan import Plan
 from torch_secorder.running.graph_backward import GraphBackward
 from torch_secorder.verification.comparison import require_equal_norms

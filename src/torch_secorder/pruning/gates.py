@@ -17,9 +17,9 @@ from torch_secorder.model.parameters import Parameter, Table, named_modules, unw
 from torch_secorder.model.ranks import class_as_written
 from torch_secorder.pruning.gate_places import GatePlace, Watched, gate_places
 from torch_secorder.pruning.gate_rule import GateRule, KeptInput, KeptOutput
-from torch_secorder.recording.accumulator import PassOptions
 from torch_secorder.recording.backward_pass import BackwardPass
 from torch_secorder.recording.history import History
+from torch_secorder.recording.options import PassOptions
 from torch_secorder.recording.plan import Plan, guards
 from torch_secorder.recording.quantities import Diagonal
 from torch_secorder.recording.user_recorder import UserRecorder

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from operator import itemgetter
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from torch_secorder.autograd.double_precision import sum_in_double_precision
-from torch_secorder.autograd.engine import current_node
 from torch_secorder.autograd.precision import HALF, is_half
-from torch_secorder.batch_axis.placement import Grouping
 from torch_secorder.capture.model_run import Forward
 from torch_secorder.capture.records import Record
 from torch_secorder.errors import (
@@ -25,46 +20,27 @@ from torch_secorder.errors import (
     LifecycleError,
     ShapeError,
     SlowFallbackWarning,
-    UnsupportedError,
     warn_at_users_line,
 )
 from torch_secorder.graph.frontier import IdleUse, ParameterUse
 from torch_secorder.graph.refusals import unexpected
 from torch_secorder.model.nested import whole
 from torch_secorder.model.parameters import Table
-from torch_secorder.model.ranks import is_dtensor
 from torch_secorder.per_sample import (
-    Dense,
     PerSampleGradient,
-    PulledBack,
-    SharedFactor,
-    halving_on_oom,
-    sign_vectors,
-    squared_norms_of,
     zero_squared_norms,
 )
 from torch_secorder.recording.batch import SampleBatch, side_by_side
 from torch_secorder.recording.doubts import Doubts
 from torch_secorder.recording.gradient_norms import GradientNorms
+from torch_secorder.recording.options import PassOptions
+from torch_secorder.recording.parameter_norms import ParameterNorms
 from torch_secorder.recording.quantities import QUANTITIES, Part
 from torch_secorder.recording.sample_norms import SampleNorms
+from torch_secorder.recording.shared_inputs import SharedInputs
 from torch_secorder.recording.small_calls import SmallCallBatch
+from torch_secorder.recording.use_gradients import gradient_with_samples, require_whole
 from torch_secorder.rules.node_rules import gradient_at, has_rule
-
-
-@dataclass(frozen=True)
-class PassOptions:
-    """What the backward passes of a recorder collect, decided once for all of them.
-
-    Attributes:
-        quantities: what is taken besides squared norms: the name of a quantity -> what of it is kept, True for all.
-        repeated_calls: what two calls of the model that one backward pass reaches are: "same" or "new" samples; None refuses.
-        max_memory: how many bytes the algebra may take for its temporaries at once.
-    """
-
-    quantities: Mapping[str, Any] = field(default_factory=dict)
-    repeated_calls: str | None = None
-    max_memory: int | None = None
 
 
 class PassAccumulator:
@@ -81,9 +57,10 @@ class PassAccumulator:
         doubts: takes what may have cancelled, so that the pass's answers go to the host in one copy; None to ask at once, and
             to leave the answers where they are.
         gradients: takes the norms of whole gradients that factors tell for less than reading the gradient costs.
+        half: whether autograd rounds its own gradients, as in autocast, also those that it returns in float32.
 
     Attributes:
-        half: whether half precision takes part: a gradient has it, or autocast is on in the backward pass.
+        checks: whether captured gradients are compared with autograd's.
         is_empty: whether nothing was collected yet.
         parts: what the pass adds to other quantities, by their names.
         slow: rules that take one sample at a time -> elements of the gradients that went through them.
@@ -98,26 +75,34 @@ class PassAccumulator:
         checks: bool = False,
         gradients: GradientNorms | None = None,
         doubts: Doubts | None = None,
+        half: bool = False,
     ):
         self._table, self._options, self._keep_inputs = table, options, keep_inputs
-        self.checks, self.half, self.is_empty = checks, False, True
+        self.checks, self.is_empty = checks, True
         self._batches: dict[object, SampleBatch] = {}
         self._rules: dict[int, dict[str, None]] = defaultdict(dict)
         self.parts: dict[str, Part] = {}
-        self._of_forms: list[Part] = []
+        of_forms: list[Part] = []
         for name, how in options.quantities.items():
             self.parts[name] = QUANTITIES[name].part(table.names, how)
             if QUANTITIES[name].takes_forms:
-                self._of_forms.append(self.parts[name])
+                of_forms.append(self.parts[name])
         alone = options.repeated_calls is None
-        self._waits = alone and not (checks or self._of_forms or options.max_memory is not None)
-        self._gradients = gradients if alone and not checks and not table.ranks.distributed else None
-        # The id of an input -> the input, how many of its uses are left, and what they share.
-        self._shared: dict[int, tuple[Any, int, dict[torch.Size, SharedFactor]]] = {}
+        self._waits = alone and not (checks or of_forms or options.max_memory is not None)
         self._doubts = None if table.ranks.distributed else doubts
+        told = gradients if alone and not checks and not table.ranks.distributed else None
+        self._norms = ParameterNorms(
+            *(table, options, self._rules, self.parts, of_forms, checks, told, self._doubts, half)
+        )
+        self._shared = SharedInputs()
         self._small = SmallCallBatch(self._rules, keep_inputs=keep_inputs, doubts=self._doubts)
         self.slow: dict[str, int] = {}
         self._seen = 0  # elements of all gradients
+
+    @property
+    def half(self) -> bool:
+        """Whether half precision takes part: a gradient has it, or autocast is on in the backward pass."""
+        return self._norms.half
 
     @property
     def projections(self) -> dict[int, list[tuple[Tensor, float]]]:
@@ -144,7 +129,7 @@ class PassAccumulator:
     def add(self, record: Record, grad: Tensor) -> None:
         """The gradient of a recorded call's output has arrived."""
         grad = grad if type(grad) is Tensor else whole(grad)
-        self.half = self.half or grad.dtype in HALF
+        self._norms.half = self._norms.half or grad.dtype in HALF
         self._seen += grad.numel()
         if not grad.numel():
             self._add_empty(record, grad)
@@ -179,7 +164,7 @@ class PassAccumulator:
     def _add(self, record: Record, grad: Tensor) -> None:
         site = record.site
         assert record.placement is not None
-        call = record.call(grad, self._shared_factors(record))
+        call = record.call(grad, self._shared.factors_of(record))
         batch = self._batch_of(record)
         if not record.in_output_graph:
             raise CoverageError(
@@ -196,42 +181,19 @@ class PassAccumulator:
             if groups is not None and groups.sample_index is not None:
                 groups = replace(groups, sample_index=groups.sample_index[:1])
             forms = site.forms(record.expanded_to_samples(grad.reshape(1, *record.shape)))
-        self._apply(batch, record, forms, groups)
+        self._norms.add(batch, record, forms, groups)
         if not self._keep_inputs:
             record.inputs = None
 
-    def _shared_factors(self, record: Record) -> dict[torch.Size, SharedFactor] | None:
-        """What this call has in common with those that got the same input; forgotten with the last of them."""
-        if not record.inputs or record.inputs_packed or record.forward.recomputed_in is not None:
-            return None
-        x, uses = record.inputs[0], record.forward.input_uses.get(id(record.inputs[0]), 0)
-        if uses < 2:
-            return None
-        # The entry keeps the input, so that no other tensor can get its id; the count may include some that had it before.
-        same, left, factors = self._shared.pop(id(x), (x, uses, {}))
-        assert same is x
-        if left > 1:
-            self._shared[id(x)] = x, left - 1, factors
-        return factors
-
     def add_use(self, use: ParameterUse, node: Node | None, grads: tuple[Tensor | None, ...]) -> None:
         """The gradients of a frontier node's outputs have arrived."""
-        found = grads[use.output]
-        if found is None and all(grad is None for grad in grads):
+        if all(grad is None for grad in grads):
             return
         assert use.forward.n is not None
-        if any(map(is_dtensor, (*grads, *self._leaves(use)))):
-            raise UnsupportedError(
-                f"{self._names(use)}: used outside of its module's own forward, where ranks compute parts of it: leave this "
-                "parameter out of parallelize_module, or use it in its module's forward only"
-            )
+        require_whole(use, grads, self._table)
         batch = self._batch(use.forward, use.forward.n)
-        self.half = self.half or any(grad is not None and is_half(grad) for grad in grads)
-        if found is None and batch.n == 1:
-            found = next(grad for grad in grads if grad is not None)  # all of it is that sample's
-        elif found is None or not (batch.n == 1 or use.placement.fits(found.shape, batch.n)):
-            shape = None if found is None else tuple(found.shape)
-            raise ShapeError(f"{self._names(use)}: the {batch.n} samples are not in a gradient of shape {shape}")
+        self._norms.half = self._norms.half or any(grad is not None and is_half(grad) for grad in grads)
+        found = gradient_with_samples(use, grads, batch.n, self._table)
         self._seen += found.numel()
         memo: dict[str, Any] = {}
         for value in use.values:
@@ -247,7 +209,7 @@ class PassAccumulator:
     ) -> None:
         """The gradient of what a batch-free value was computed from: a parameter, or a call without a batch axis."""
         if isinstance(target, int):
-            self._collect(batch, forward, target, form, rule)
+            self._norms.collect(batch, forward, target, form, rule)
         else:
             before = batch.shared.get(target)
             batch.shared[target] = form.dense() if before is None else before + form.dense()
@@ -266,80 +228,6 @@ class PassAccumulator:
         for position in positions:
             batch.squared_norms.setdefault(position, zero_squared_norms(batch.n, there[0]))
             self._rules[position]["none (zero gradient)"] = None
-
-    # ------------------------------------------------------------------------------------------------ one parameter
-
-    def _apply(
-        self, batch: SampleBatch, record: Record, forms: Mapping[str, PerSampleGradient], groups: Grouping | None
-    ) -> None:
-        """The rule's answer for one call."""
-        site, forward = record.site, record.forward
-        for local, form in forms.items():
-            form = form if groups is None else form.grouped_by_sample(groups)
-            position = site.parameters[local]
-            twice = position in batch.settled or position in batch.held
-            if twice and not forward.in_model_call and self._options.repeated_calls != "same":
-                # Nothing shows which calls of parts belong together, so that other samples can't be told from the same.
-                raise LifecycleError(
-                    f"{site} was called more than once outside of a call of the monitored model, which can mean one sample "
-                    'seen twice or two batches: pass repeated_calls="same" if row n of both calls belongs to one sample; if they '
-                    'are different samples, monitor the submodule that is called, with repeated_calls="new"'
-                )
-            self._collect(batch, forward, position, form, site.rule.name)
-
-    def _collect(self, batch: SampleBatch, forward: Forward, position: int, form: PerSampleGradient, rule: str) -> None:
-        """Settle a parameter, or hold its gradient until all of its uses are there."""
-        self._rules[position][f"{rule} ({form.algorithm})"] = None
-        norms = self._project(batch, position, form) if self.checks else None
-        if self._options.repeated_calls == "same" or forward.calls[position] > 1:
-            if isinstance(form, PulledBack) and form.permutation is None:
-                form = Dense(form.dense())  # now, while the graph that it is pulled back through has its tensors
-            held = batch.held.get(position)
-            batch.held[position] = form if held is None else held + form
-        elif position in batch.settled:
-            raise CoverageError(
-                f"{self._table.rows[position].name}: its module was called again in the same backward pass, after its other "
-                "calls had been counted (activation checkpointing of a shared module); use torch.utils.checkpoint with "
-                "use_reentrant=False, or run this part without checkpointing"
-            )
-        else:
-            self._settle(batch, position, form, norms)
-            gradients = self._gradients if forward.in_model_call and not self.half else None
-            if gradients is not None and (norm := form.batch_gradient_norm()) is not None:
-                gradients.expect(position, norm, current_node(), self._table.leaves[position])
-
-    def _project(self, batch: SampleBatch, position: int, form: PerSampleGradient) -> Tensor:
-        """Note the captured gradient along one direction, for a check of the sums; returns the squared norms."""
-        left, right = sign_vectors(form.shape, form.like)
-        along = halving_on_oom(form, lambda part: part.along(left, right), torch.add)
-        before, size = batch.projections.get(position, (torch.zeros_like(along), 0.0))
-        norms = squared_norms_of(form)
-        # Uses of one parameter may cancel; rounding goes by the size of each.
-        own = math.sqrt(float(sum_in_double_precision(norms)) * batch.n)
-        batch.projections[position] = before + along, size + own
-        return norms
-
-    def _settle(self, batch: SampleBatch, position: int, form: PerSampleGradient, norms: Tensor | None = None) -> None:
-        batch.settled.add(position)
-        norms = self._squared_norms([batch], [position], form) if norms is None else norms
-        batch.squared_norms[position] = norms
-        for part in self._of_forms:
-            part.on_form(position, form, norms)
-
-    def _squared_norms(
-        self, batches: Sequence[SampleBatch], positions: Sequence[int], form: PerSampleGradient
-    ) -> Tensor:
-        if self._doubts is None:
-            return squared_norms_of(form)
-        return self._doubts.squared_norms(batches, positions, form)
-
-    def _leaves(self, use: ParameterUse) -> list[Tensor]:
-        targets = [target for value in use.values for target, _ in value.targets]
-        return [self._table.leaves[target] for target in targets if isinstance(target, int)]
-
-    def _names(self, use: ParameterUse) -> str:
-        targets = [target for value in use.values for target, _ in value.targets]
-        return ", ".join(self._table.rows[t].name if isinstance(t, int) else str(t.site) for t in targets)
 
     # ------------------------------------------------------------------------------------------------ batches
 
@@ -380,7 +268,7 @@ class PassAccumulator:
         """
         for batch in self._batches.values():
             if batch.shared or batch.held:
-                self._settle_waiting(batch)
+                self._norms.settle_waiting(batch)
         self._small.finish()
         batches = list(self._batches.values())
         stacked = list(map(SampleBatch.stacked, batches))
@@ -405,16 +293,3 @@ class PassAccumulator:
         found = doubts.answered([*(values for _, values in stacked), *norms])
         positions = [several for several, _ in stacked]
         return list(zip(positions, found[: len(stacked)], strict=True)), found[-1] if norms else None
-
-    def _settle_waiting(self, batch: SampleBatch) -> None:
-        """Whatever waited for the end of the pass."""
-        for record, grads in batch.shared.items():
-            if record.site.rule is None:
-                for part in self.parts.values():
-                    part.on_output(record, grads, True)
-                continue
-            self._apply(batch, record, record.site.forms(record.expanded_to_samples(grads)), None)
-        batch.shared.clear()
-        for position, form in batch.held.items():
-            self._settle(batch, position, form)
-        batch.held.clear()

@@ -13,11 +13,12 @@ from torch_secorder.autograd.precision import autocast_devices, full_precision
 from torch_secorder.batch_axis.knowledge import ModelKnowledge
 from torch_secorder.model.parameters import Table
 from torch_secorder.per_sample import memory_limit
-from torch_secorder.recording.accumulator import PassAccumulator, PassOptions
+from torch_secorder.recording.accumulator import PassAccumulator
 from torch_secorder.recording.backward_pass import BackwardPass, Check
 from torch_secorder.recording.doubts import Doubts, kept_bytes
 from torch_secorder.recording.foreign_errors import refusal_of
 from torch_secorder.recording.gradient_norms import GradientNorms
+from torch_secorder.recording.options import PassOptions
 from torch_secorder.recording.sample_norms import SampleNorms
 
 
@@ -53,11 +54,15 @@ class PassLifecycle:
         doubts = None
         if self._on_accelerator:
             doubts = Doubts(self._table.names, self._knowledge.cancelled, kept_bytes(self._options.max_memory))
-        accumulator = PassAccumulator(
-            self._table, self._options, keep_inputs=keep_inputs, checks=checks, gradients=gradients, doubts=doubts
-        )
         in_autocast = bool(autocast_devices())
-        accumulator.half = in_autocast  # autograd rounds its own gradients then, also those that it returns in float32
+        accumulator = PassAccumulator(
+            *(self._table, self._options),
+            keep_inputs=keep_inputs,
+            checks=checks,
+            gradients=gradients,
+            doubts=doubts,
+            half=in_autocast,
+        )
         special = in_autocast or self._options.max_memory is not None or sees_all
         special = special or (self._of_user and torch.is_grad_enabled())  # then autograd would follow our sums
         return BackwardPass(task, accumulator, gradients, special)

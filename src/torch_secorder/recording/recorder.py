@@ -31,10 +31,10 @@ from torch_secorder.graph.frontier import IdleUse, ParameterUse
 from torch_secorder.graph.refusals import compares_samples
 from torch_secorder.model.hooks import HookScope
 from torch_secorder.model.parameters import Table
-from torch_secorder.recording.accumulator import PassOptions
 from torch_secorder.recording.backward_pass import BackwardPass, counted_again
 from torch_secorder.recording.foreign_errors import refusal_of
 from torch_secorder.recording.lifecycle import PassLifecycle
+from torch_secorder.recording.options import PassOptions
 from torch_secorder.recording.plan import Plan
 from torch_secorder.recording.shared_outputs import find_shared_outputs
 

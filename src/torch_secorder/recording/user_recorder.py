@@ -98,11 +98,6 @@ class UserRecorder(Recorder):
         """
         return self._outputs.to_verify(is_over=self.forwards.latest.last_pass is not None and not self.counts_again)
 
-    @property
-    def n(self) -> int | None:
-        """How many samples the model's latest call has."""
-        return self.forwards.latest.n
-
     def _attach(self) -> None:
         self._watched.enter()
         super()._attach()

@@ -25,7 +25,7 @@ from torch_secorder.model.hooks import restoring
 from torch_secorder.model.parameters import ParameterTable, unwrapped
 from torch_secorder.model.restore import eval_mode, lock_of, requiring_grad, restoring_buffers
 from torch_secorder.model.selection import Selection
-from torch_secorder.recording.accumulator import PassOptions
+from torch_secorder.recording.options import PassOptions
 from torch_secorder.recording.plan import planned
 from torch_secorder.recording.quantities import Keeps, kept, wanted
 from torch_secorder.recording.sample_norms import SampleNorms

@@ -22,8 +22,8 @@ from torch_secorder.graph.queries import without_second_derivative
 from torch_secorder.model.containers import tensors
 from torch_secorder.model.parameters import ParameterTable, numpy_of_frozen
 from torch_secorder.model.restore import restoring_buffers, twice_differentiable
-from torch_secorder.recording.accumulator import PassOptions
 from torch_secorder.recording.backward_pass import BackwardPass
+from torch_secorder.recording.options import PassOptions
 from torch_secorder.recording.plan import Plan
 from torch_secorder.recording.recorder import Recorder
 from torch_secorder.running.graph_backward import GraphBackward
