@@ -14,8 +14,9 @@ import torch
 
 from torch_secorder import testing
 from torch_secorder.approximations.batches import batches
-from torch_secorder.approximations.fisher_report import ReportOptions, accumulated
 from torch_secorder.approximations.progress import Progress
+from torch_secorder.approximations.report_loop import accumulated
+from torch_secorder.approximations.report_options import ReportOptions
 from torch_secorder.arguments import fresh_generator
 from torch_secorder.cli import changes
 from torch_secorder.cli.checking import checked_as_text
