@@ -1,0 +1,112 @@
+"""Loss types: which likelihood each of them stands for, and which losses of torch are its."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Hashable
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from torch_secorder.errors import ArgumentError, ShapeError, UnsupportedError
+from torch_secorder.likelihoods.categorical import Categorical
+from torch_secorder.likelihoods.elementwise import ELEMENTWISE
+from torch_secorder.likelihoods.output_gradients import Likelihood
+
+LOSS_TYPES = ("nll", *ELEMENTWISE)
+
+# What else they are called.
+SYNONYMS = {
+    **dict.fromkeys(("ce", "cross_entropy", "crossentropy", "categorical", "softmax", "classification"), "nll"),
+    **dict.fromkeys(("binary", "bernoulli", "sigmoid", "binary_cross_entropy"), "bce"),
+    **dict.fromkeys(("l2", "gaussian", "regression", "squared"), "mse"),
+}
+
+# The losses of torch that are the negative logarithm of a likelihood, but for a constant or a factor.
+LOSSES_OF = {
+    **dict.fromkeys((nn.CrossEntropyLoss, nn.NLLLoss, F.cross_entropy, F.nll_loss), "nll"),
+    **dict.fromkeys((nn.BCEWithLogitsLoss, F.binary_cross_entropy_with_logits), "bce"),
+    **dict.fromkeys((nn.MSELoss, F.mse_loss), "mse"),
+    **dict.fromkeys((nn.PoissonNLLLoss, F.poisson_nll_loss), "poisson"),
+}
+
+
+def require_loss_of(loss_type: str, loss_fn: object) -> None:
+    """Raise if a loss of torch is that of another likelihood.
+
+    Raises:
+        ArgumentError: naming both.
+    """
+    own = LOSSES_OF.get(type(loss_fn)) or (LOSSES_OF.get(loss_fn) if isinstance(loss_fn, Hashable) else None)
+    if own is not None and own != loss_type:
+        name = getattr(loss_fn, "__name__", type(loss_fn).__name__)
+        raise ArgumentError(
+            f'loss_fn is {name}, the loss of loss_type="{own}", and loss_type is "{loss_type}": pass loss_type="{own}", or '
+            "loss_fn=None if the likelihood is meant to be another one"
+        )
+
+
+def warn_of_probabilities(outputs: Tensor) -> None:
+    """Warn of a model that ends in a softmax, whose outputs are no logits."""
+    node = outputs.grad_fn
+    if node is not None and node.name().startswith("SoftmaxBackward"):
+        warnings.warn(
+            'the model ends in a softmax, and loss_type="nll" takes its outputs for logits, so that a softmax of a softmax is '
+            "analyzed: return the logits, or their logarithm (log_softmax)",
+            stacklevel=2,
+        )
+
+
+def likelihood(
+    loss_type: str, outputs: Tensor, targets: Tensor | None, *, ignore_index: int = -100, class_axis: int = 1
+) -> Likelihood:
+    """The likelihood that a loss type stands for.
+
+    Raises:
+        UnsupportedError: for an unknown ``loss_type``.
+        ArgumentError: if ``class_axis`` is the batch axis or none of the outputs'.
+        ShapeError: if targets don't have the outputs' shape without the class axis.
+    """
+    if isinstance(loss_type, str) and loss_type in ELEMENTWISE:
+        return ELEMENTWISE[loss_type]
+    if loss_type != "nll":
+        *names, last = (f'"{name}"' for name in LOSS_TYPES)
+        meant = (
+            f'; {loss_type!r} is "{SYNONYMS[loss_type]}" here'
+            if isinstance(loss_type, str) and loss_type in SYNONYMS
+            else ""
+        )
+        raise UnsupportedError(f"loss_type must be {', '.join(names)} or {last}, not {loss_type!r}{meant}")
+    return _categorical(outputs, targets, ignore_index, class_axis)
+
+
+def _categorical(outputs: Tensor, targets: Tensor | None, ignore_index: int, class_axis: int) -> Categorical:
+    if not 1 <= class_axis % max(outputs.dim(), 1) < outputs.dim():
+        raise ArgumentError(
+            f"class_axis={class_axis} for outputs of shape {tuple(outputs.shape)}, whose axis 0 is the batch"
+        )
+    axis = class_axis % outputs.dim()
+    if not outputs.shape[axis]:
+        raise ShapeError(
+            f"outputs of shape {tuple(outputs.shape)} have no class on axis {axis}: class_axis says where they are"
+        )
+    if outputs.shape[axis] == 1:
+        raise ShapeError(
+            f'loss_type="nll" needs logits of two classes or more, and outputs of shape {tuple(outputs.shape)} have one on axis '
+            f'{axis}: pass loss_type="mse" for regression, loss_type="bce" for one logit of two classes, or class_axis='
+        )
+    if not isinstance(targets, Tensor):
+        return Categorical(axis)
+    positions = (*outputs.shape[:axis], *outputs.shape[axis + 1 :])
+    if targets.shape == outputs.shape and targets.is_floating_point():
+        raise ShapeError(
+            f'targets have the outputs\' shape, {tuple(targets.shape)}, and loss_type="nll" takes class indices: pass '
+            'loss_type="mse" for regression, loss_type="bce" for independent labels, or, for probabilities of classes, no targets'
+        )
+    if tuple(targets.shape) != positions:
+        fits = "; they fit class_axis=-1" if targets.shape == outputs.shape[:-1] else ""
+        raise ShapeError(
+            f"targets of shape {tuple(targets.shape)} for outputs of shape {tuple(outputs.shape)} with class_axis={axis}: "
+            f"expected {positions}{fits}"
+        )
+    return Categorical(axis, targets != ignore_index)
