@@ -4,28 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from torch_secorder.arguments import (
-    By,
     MonitorFisher,
     OnError,
     Reduction,
     RepeatedCalls,
     loss_scale_value,
-    require_choice,
-    require_max_memory,
-    require_positive_int,
 )
 from torch_secorder.autograd.engine import without_modes
 from torch_secorder.autograd.hooks import HookSet
-from torch_secorder.batch_axis.knowledge import KindSchedule, ModelKnowledge, knowledge_of
-from torch_secorder.batch_axis.told import BatchAxis, NSamples, SampleOf, Told, told
+from torch_secorder.batch_axis.knowledge import KindSchedule
+from torch_secorder.batch_axis.told import BatchAxis, NSamples, SampleOf
 from torch_secorder.errors import (
     ArgumentError,
     CurvatureError,
@@ -35,17 +31,17 @@ from torch_secorder.errors import (
 )
 from torch_secorder.model.hooks import HookScope, WeakHook
 from torch_secorder.model.names import plain_name
-from torch_secorder.model.parameters import ParameterTable, unwrapped
-from torch_secorder.model.restore import lock_of
+from torch_secorder.model.parameters import unwrapped
 from torch_secorder.model.selection import Selection
 from torch_secorder.per_sample import as_refusal
 from torch_secorder.recording.backward_pass import BackwardPass, Check
 from torch_secorder.recording.history import History
-from torch_secorder.recording.options import PassOptions
+from torch_secorder.recording.monitoring import MonitorOptions, WatchedModel
 from torch_secorder.recording.plan import planned
-from torch_secorder.recording.quantities import Keeps, OnOutput, kept, wanted
+from torch_secorder.recording.quantities import OnOutput, kept
 from torch_secorder.recording.sample_norms import SampleNorms
 from torch_secorder.recording.user_recorder import UserRecorder
+from torch_secorder.results.delegation import WithResults
 from torch_secorder.results.results import Results
 from torch_secorder.verification.backward_passes import (
     require_sound_pass,
@@ -56,66 +52,10 @@ from torch_secorder.verification.broadcast_loss import warn_of_broadcast
 from torch_secorder.verification.expected_norms import ExpectedNorms, expected_norms
 
 if TYPE_CHECKING:
-    import pandas as pd
     from typing_extensions import Self
 
 
-@dataclass(frozen=True)
-class MonitorOptions:
-    """The arguments of a :class:`FisherMonitor`, which has their meaning."""
-
-    reduction: str = "mean"
-    loss_scale: float | Tensor | Callable[[], float | Tensor] = 1.0
-    parameters: Selection = "trainable"
-    batch_axis: BatchAxis = None
-    n_samples: NSamples = None
-    sample_of: SampleOf = None
-    nonfinite: str = "raise"
-    on_refusal: str = "raise"
-    repeated_calls: str | None = None
-    every: int = 1
-    fisher: str = "empirical"
-    max_memory: int | None = None
-    keeps: Keeps = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        require_choice("reduction", self.reduction, ("mean", "sum"))
-        require_choice("nonfinite", self.nonfinite, ("raise", "skip"))
-        require_choice("on_refusal", self.on_refusal, ("raise", "skip"))
-        require_choice("repeated_calls", self.repeated_calls, (None, "same", "new"))
-        require_choice("fisher", self.fisher, ("empirical", "sampled", "observed"))
-        require_positive_int("every", self.every)
-        require_max_memory(self.max_memory)
-        if not callable(self.loss_scale):
-            object.__setattr__(self, "loss_scale", loss_scale_value(self.loss_scale))
-
-    @property
-    def of_passes(self) -> PassOptions:
-        """What each backward pass collects."""
-        return PassOptions(wanted(self.keeps), self.repeated_calls, self.max_memory)
-
-
-@dataclass(frozen=True)
-class _Watched:
-    """A model to watch, and what is known of it from one block to the next."""
-
-    model: nn.Module
-    table: ParameterTable
-    words: Told
-    knowledge: ModelKnowledge
-
-    @classmethod
-    def of(cls, model: nn.Module, options: MonitorOptions) -> _Watched:
-        """The model inside of its wrappers; what can't be right later is refused now."""
-        bare = unwrapped(model)
-        with lock_of(bare):
-            table = ParameterTable(bare, options.parameters)
-        words = told(bare, options.batch_axis, options.n_samples, options.sample_of)
-        planned(bare, table, words)
-        return cls(bare, table, words, knowledge_of(bare, words, checks=False))
-
-
-class FisherMonitor(HookScope):
+class FisherMonitor(WithResults, HookScope):
     r"""Exact empirical-Fisher traces of every parameter, from the forward and backward passes that run inside.
 
     With samples n = 1..N, l_n a sample's loss and g_n its gradient, the contribution of parameter p is
@@ -225,11 +165,11 @@ class FisherMonitor(HookScope):
             *(reduction, loss_scale, parameters, batch_axis, n_samples, sample_of, nonfinite, on_refusal),
             *(repeated_calls, every, fisher, max_memory, keeps),
         )
-        watched = _Watched.of(model, options)
+        watched = WatchedModel.of(model, options)
         options = replace(options, keeps=kept(keeps, watched.model, watched.table))
         self._set_up(options, watched, Results(watched.table.rows, reduction, fisher, **options.keeps))
 
-    def _set_up(self, options: MonitorOptions, watched: _Watched | None, results: Results) -> None:
+    def _set_up(self, options: MonitorOptions, watched: WatchedModel | None, results: Results) -> None:
         self._options, self._watched, self.results = options, watched, results
         self._history = History("model" if watched is None else type(watched.model).__name__)
         results.why_empty = self._history.why_empty
@@ -377,114 +317,10 @@ class FisherMonitor(HookScope):
 
     # ------------------------------------------------------------------------------------------------ its results
 
-    @property
-    def n_samples(self) -> int:
-        """How many samples were seen."""
-        return self.results.n_samples
-
-    @property
-    def trace(self) -> Tensor:
-        """The total over all analyzed parameters, a 0-dim float64 tensor."""
-        return self.results.trace
-
-    @property
-    def diagonal(self) -> dict[str, Tensor]:
-        """The Fisher diagonal ``c sum_n g_n ** 2``, a dict of tensors that sum to the traces; see :attr:`Results.diagonal`."""
-        return self.results.diagonal
-
-    @property
-    def per_sample(self) -> pd.DataFrame:
-        """Every unscaled t_{n,p}, a row for each sample in the order of backward passes and a column for each parameter."""
-        return self.results.per_sample
-
-    @property
-    def activations(self) -> pd.DataFrame:
-        """A row for each module that returns a tensor; see :attr:`Results.activations`."""
-        return self.results.activations
-
-    def report(self, by: By = None, *, sync: bool = False) -> pd.DataFrame:
-        """The table: a row for each parameter, or for each group of them; see :meth:`Results.report`.
-
-        Args:
-            by: None, "module", "type", or a function from a parameter's name to a group.
-            sync: of the samples of all ranks of the default process group, which all have to ask; what this rank has
-                accumulated stays its own.
-
-        Raises:
-            LifecycleError: if no sample was seen.
-        """
-        return self.results.report(by, sync=sync)
-
-    def summary(self, by: By = None, *, width: int | None = None, sync: bool = False) -> str:
-        """The report as text, with bars and the total; see :meth:`Results.summary`.
-
-        Args:
-            by: None, "module", "type", or a function from a parameter's name to a group.
-            width: of the text in characters; by default that of the terminal.
-            sync: of the samples of all ranks, as in :meth:`report`.
-
-        Raises:
-            LifecycleError: if no sample was seen.
-        """
-        return self.results.summary(by, width=width, sync=sync)
-
-    def _repr_html_(self) -> str:
-        return self.results._repr_html_()
-
     def reset(self) -> None:
         """Forget every sample."""
         self.results.reset()
         self._history.forget_passes()
-
-    def merge(self, other: FisherMonitor | Results) -> Self:
-        """Add the samples of another monitor or of results, of a model with the same parameters; returns self.
-
-        Raises:
-            ArgumentError: if names, shapes, reduction, which Fisher it is or what is kept differ.
-        """
-        self.results.merge(other)
-        return self
-
-    def all_reduce(self, group: Any = None) -> Self:
-        """Add the samples of all ranks of a process group, each once however often this is called; returns self.
-
-        All ranks have to call it, also those that saw no sample; see :meth:`Results.all_reduce`.
-
-        Raises:
-            LifecycleError: if no process group was initialized.
-            ArgumentError: if the ranks analyze different parameters, or keep different things.
-        """
-        self.results.all_reduce(group)
-        return self
-
-    def state_dict(self) -> dict[str, Any]:
-        """What was accumulated, as tensors, numbers and strings."""
-        return self.results.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Replace what was accumulated by another monitor's :meth:`state_dict`.
-
-        Raises:
-            ArgumentError: if it is of other parameters, another reduction or another kind, or of another version.
-        """
-        self.results.load_state_dict(state)
-
-    def save(self, path: str | Path) -> None:
-        """Write what was accumulated to a file, whole or not at all (safetensors; ``pip install 'torch-secorder[save]'``).
-
-        Raises:
-            ArgumentError: if safetensors is not installed, or there is no such folder.
-        """
-        self.results.save(path)
-
-    def save_diagonal(self, path: str | Path) -> None:
-        """Write the diagonal to a safetensors file that other programs read; see :meth:`Results.save_diagonal`.
-
-        Raises:
-            ArgumentError: if safetensors is not installed, or there is no such folder.
-            LifecycleError: if no diagonal was asked for, or no sample was seen.
-        """
-        self.results.save_diagonal(path)
 
     @classmethod
     def load(cls, path: str | Path, model: nn.Module | None = None) -> Self:
@@ -506,7 +342,7 @@ class FisherMonitor(HookScope):
             which = "trainable" if trainable == results.statistics.names else results.statistics.names
         options = MonitorOptions(results.reduction, parameters=which, fisher=fisher, keeps=results.statistics.keeps)
         monitor = cls.__new__(cls)
-        monitor._set_up(options, None if model is None else _Watched.of(model, options), results)
+        monitor._set_up(options, None if model is None else WatchedModel.of(model, options), results)
         return monitor
 
     def __reduce__(self) -> str:
