@@ -12,8 +12,8 @@ from torch.nn.functional import cross_entropy
 
 from torch_secorder.arguments import require_choice
 from torch_secorder.errors import ArgumentError, ShapeError
-from torch_secorder.running.analysis import logits
 from torch_secorder.running.causal import IGNORED, causal_labels
+from torch_secorder.running.logits import logits
 
 __all__ = ["causal_lm"]
 

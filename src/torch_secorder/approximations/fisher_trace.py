@@ -28,8 +28,9 @@ from torch_secorder.errors import ArgumentError, CoverageError, ShapeError, list
 from torch_secorder.model.parameters import ParameterTable, unwrapped
 from torch_secorder.model.restore import lock_of
 from torch_secorder.model.selection import Selection
-from torch_secorder.running.analysis import Analysis, Checked, logits
+from torch_secorder.running.analysis import Analysis, Checked
 from torch_secorder.running.fisher_kind import FisherKind
+from torch_secorder.running.logits import logits
 from torch_secorder.running.loss import require_targets_of_batch
 from torch_secorder.running.own_loss import loss_function
 from torch_secorder.running.run import require_twice_differentiable

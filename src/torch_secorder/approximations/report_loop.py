@@ -27,7 +27,8 @@ from torch_secorder.model.restore import lock_of
 from torch_secorder.recording.quantities import SampleIds, SampleRows
 from torch_secorder.recording.sample_norms import SampleNorms
 from torch_secorder.results.results import Results
-from torch_secorder.running.analysis import Analysis, Batch, Checked, logits
+from torch_secorder.running.analysis import Analysis, Batch, Checked
+from torch_secorder.running.logits import logits
 from torch_secorder.running.own_loss import loss_function
 from torch_secorder.running.placing import Placing
 from torch_secorder.verification.empirical import verify_empirical

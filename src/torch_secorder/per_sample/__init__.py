@@ -10,11 +10,11 @@ Every form answers the same questions: squared norm per sample, sum of squares o
 another form, total over samples, dense. :class:`PerSampleGradient` answers them all from the dense tensor of a few
 samples at a time, and says which four members a new form must define. A form overrides what its factors give more cheaply.
 
-The forms, each in a file: ``outer`` (what a matrix that multiplies data gets), ``convolution``, ``row_sparse`` (embeddings),
-``routed`` (experts), ``pulled_back`` (a parameter that reaches the data through other tensors), and in ``_base`` a dense tensor
-and a sum of unlike terms. ``arithmetic`` is what they compute of plain tensors. ``square_sum`` keeps a diagonal factored until it
-counts. ``costs`` predicts which way to a convolution's norms is the fastest; ``profiles`` says what is cheap on a device,
-``budget`` bounds the memory of all of them, and ``out_of_memory`` says what happens where it does not suffice.
+The forms, each in a file: ``outer`` (what a matrix that multiplies data gets), ``convolution`` (with ``convolution_gram``),
+``row_sparse`` (embeddings), ``routed`` (experts), ``pulled_back`` (a parameter that reaches the data through other tensors), and
+in ``_base`` a dense tensor and a sum of unlike terms. ``arithmetic`` is what they compute of tensors. ``square_sum`` keeps a
+diagonal factored until it counts. ``costs`` predicts which way to a convolution's norms is the fastest; ``profiles`` says what is
+cheap on a device, ``budget`` bounds the memory of all of them, and ``out_of_memory`` says what happens where it does not suffice.
 """
 
 from torch_secorder.per_sample._base import Dense, PerSampleGradient, Sum

@@ -13,6 +13,7 @@ from torch_secorder.model.channels import ChannelSums
 from torch_secorder.per_sample._base import Cancelling, Index, PerSampleGradient, Unguarded, _total, recompute_cancelled
 from torch_secorder.per_sample.arithmetic import at_least_float32, cancellation_floor, joined, squared_norm_of_rows
 from torch_secorder.per_sample.budget import chunk_bytes
+from torch_secorder.per_sample.convolution_gram import gram_channels, gram_norms
 from torch_secorder.per_sample.costs import Sizes, predicted
 from torch_secorder.per_sample.outer import Outer
 from torch_secorder.per_sample.profiles import profile_of
@@ -159,7 +160,7 @@ class Convolution(Cancelling):
             case "shifted":
                 return joined(part._shifted_squared_norms() for part in self._parts("shifted")), None
             case "gram":
-                found: list[Unguarded] = [part._gram() for part in self._parts("gram")]
+                found: list[Unguarded] = [gram_norms(part) for part in self._parts("gram")]
             case _:
                 found = [part.patches().unguarded_squared_norm() for part in self._parts("patches")]
         sizes = [size for _, size in found if size is not None]
@@ -184,18 +185,10 @@ class Convolution(Cancelling):
             return _total(part.patches().channel_squares(channels) for part in self._parts("patches"))
         if algorithm != "gram" or channels.axis:
             return super().channel_squares(channels)
-        sums, magnitudes = _total(part._gram_channels() for part in self._parts("gram"))
+        sums, magnitudes = _total(gram_channels(part) for part in self._parts("gram"))
         if bool((sums < cancellation_floor(self.dtype) * magnitudes).any()):
             return super().channel_squares(channels)
         return sums
-
-    def _gram_channels(self) -> Tensor:
-        """The sums of squares for each output channel, and their parts from a position with itself, ``[2, channels]``."""
-        seen, positions = self._gram_matrices()
-        pixels = seen.reshape(positions.shape)
-        g = self.tall().g[:, 0].reshape(self.n * self.groups, -1, pixels.shape[1])
-        sums, squares = ((g @ pixels) * g).sum(2), (g.square() * pixels.diagonal(dim1=1, dim2=2)[:, None]).sum(2)
-        return torch.stack([value.view(self.n, -1).sum(0) for value in (sums, squares)])
 
     def _parts(self, form: str) -> Iterator[Convolution]:
         step = self.sizes.step(form)
@@ -251,49 +244,6 @@ class Convolution(Cancelling):
         products = (value if value.is_contiguous() else value.mT for value in self.shifted())  # as they lie in memory
         squares = [squared_norm_of_rows(value.reshape(self.n, -1)) for value in products]
         return torch.stack(squares).sum(0) if len(squares) > 1 else squares[0]
-
-    def _gram(self) -> tuple[Tensor, Tensor]:
-        """The squared norms as sums over pairs of positions, and their parts from a position with itself, each ``[n]``."""
-        seen, positions = self._gram_matrices()
-        terms = (seen * positions.view(seen.shape)).view(self.n, self.groups, *positions.shape[1:])
-        return terms.sum((1, 2, 3)), terms.diagonal(dim1=2, dim2=3).sum((1, 2))
-
-    def _gram_matrices(self) -> tuple[Tensor, Tensor]:
-        """The Gram matrices of the patches, ``[n k, *map, *map]``, and of the output gradients, ``[n k, positions, positions]``.
-
-        The sum over the taps adds up copies of the pixels' Gram matrix that are shifted along its diagonal, one axis of the
-        kernel after the other.
-        """
-        tall = self.tall()
-        x, g = (value[:, 0].reshape(self.n * self.groups, -1, math.prod(value.shape[3:])) for value in (tall.x, tall.g))
-        pixels, positions = x.mT @ x, g.mT @ g
-        size = [*tall.x.shape[3:]]
-        if any(tall.padding):
-            sides = [side for p in reversed(tall.padding) for side in (p, p)]
-            pixels = torch.nn.functional.pad(pixels.view(-1, *size, *size), sides * 2)
-            size = [side + 2 * p for side, p in zip(size, tall.padding, strict=True)]
-            pixels = pixels.view(-1, math.prod(size), math.prod(size))
-        strides = [math.prod(size[axis + 1 :]) for axis in range(len(size))]
-        for kernel, gap, stride in zip(self.shape[2:], self.dilation, strides, strict=True):
-            if kernel > 1:
-                pixels = self._sum_along_diagonal(pixels, kernel, gap * stride)
-        (outer, row, _), steps = pixels.stride(), [a * b for a, b in zip(tall.stride, strides, strict=True)]
-        out = tall.g.shape[3:]
-        seen = pixels.as_strided((len(pixels), *out, *out), (outer, *(row * step for step in steps), *steps))
-        return seen, positions
-
-    def _sum_along_diagonal(self, matrices: Tensor, taps: int, step: int) -> Tensor:
-        """The sum of as many copies, each shifted further along the diagonal."""
-        length = matrices.shape[1] - (taps - 1) * step
-        if not profile_of(matrices.device).has_caches:  # then in one call
-            (outer, row, column), size = matrices.stride(), (len(matrices), length, length, taps)
-            return matrices.as_strided(size, (outer, row, column, step * (row + column))).sum(3)
-        shifts = (slice(tap * step, tap * step + length) for tap in range(taps))
-        first, second, *others = (matrices[:, shift, shift] for shift in shifts)
-        total = first + second
-        for other in others:
-            total += other
-        return total
 
     def patches(self) -> Outer:
         """The same gradients as products over positions, whose inputs are the patches that the kernel saw."""

@@ -18,7 +18,7 @@ from torch_secorder.autograd.random_state import forked_random
 from torch_secorder.batch_axis.knowledge import knowledge_of
 from torch_secorder.batch_axis.samples import BatchSamples
 from torch_secorder.batch_axis.told import NOTHING, Told
-from torch_secorder.errors import ArgumentError, CoverageError, UnsupportedError
+from torch_secorder.errors import ArgumentError, CoverageError
 from torch_secorder.graph.queries import used_by_loss
 from torch_secorder.model.containers import mapped, tensors
 from torch_secorder.model.hooks import restoring
@@ -32,6 +32,7 @@ from torch_secorder.recording.sample_norms import SampleNorms
 from torch_secorder.running.counted import has_mask
 from torch_secorder.running.fisher_kind import FisherKind
 from torch_secorder.running.frozen_others import FrozenOthers
+from torch_secorder.running.logits import logits, with_samples_first
 from torch_secorder.running.loss import LossFunction, loss_of, reduction_of, require_targets_of_batch
 from torch_secorder.running.own_loss import is_computed_inside, own_reduction
 from torch_secorder.running.run import HookedForward
@@ -208,7 +209,7 @@ class Analysis:
         with self._prepared() as run:
             if targets is None and has_mask(inputs) and kind.labels == "model":
                 targets = inputs  # whose mask says what is padding
-            outputs, targets = _with_samples_first(logits(run(inputs)), targets, run.samples)
+            outputs, targets = with_samples_first(logits(run(inputs)), targets, run.samples)
             count, seeds = kind.output_gradients(outputs, targets, generator, self.table.ranks)
             passes = (
                 run.backward(outputs, seed.to(outputs.dtype), last=number == count)
@@ -263,41 +264,3 @@ class Analysis:
             with restoring(run.__exit__), run:
                 yield run
         self._fingerprint = run.fingerprint
-
-
-def _with_samples_first(outputs: Tensor, targets: Any, samples: BatchSamples) -> tuple[Tensor, Any]:
-    """Outputs and targets as a likelihood takes them.
-
-    Raises:
-        UnsupportedError: if the outputs have rows for something else than samples, whose labels belong to no single row.
-    """
-    require_targets_of_batch(targets, samples)
-    placement = samples.of(outputs, "outputs")
-    if placement is not None and placement.sample_index is not None:
-        raise UnsupportedError(
-            "the Fisher of the model's own labels takes outputs with the samples on an axis of their own, not a row for "
-            'something else: pad them to (N, T, ...) in the model\'s forward, or use fisher="empirical"'
-        )
-    axis = 0 if placement is None else placement.axis
-    if isinstance(targets, Tensor) and (found := samples.of(targets, "targets")) is not None:
-        targets = targets.movedim(found.axis, 0)
-    return outputs.movedim(axis, 0) if axis else outputs, targets
-
-
-def logits(outputs: Any) -> Tensor:
-    """The tensor that the likelihood is about: the outputs, or their ``logits``."""
-    found = _logits(outputs)
-    if found.is_complex():
-        raise UnsupportedError("a likelihood takes real outputs, not complex ones: return torch.view_as_real(outputs)")
-    return found
-
-
-def _logits(outputs: Any) -> Tensor:
-    if isinstance(outputs, Tensor):
-        return outputs
-    found = outputs.get("logits") if hasattr(outputs, "get") else getattr(outputs, "logits", None)
-    if found is None and isinstance(outputs, (tuple, list)) and outputs and isinstance(outputs[0], Tensor):
-        found = outputs[0]
-    if not isinstance(found, Tensor):
-        raise ArgumentError(f"the model returned a {type(outputs).__name__} without logits; return a tensor of outputs")
-    return found
