@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from threading import get_ident
 from typing import Any
 
@@ -33,21 +33,12 @@ class FrozenUses(NumpyOfFrozen):
         self._positions = positions
         self.counts: Counter[int] = Counter()
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Iterable[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        """Run the operation, and count what it took."""
-        result = super().__torch_function__(func, types, args, kwargs)
+    def _ran(self, func: Callable[..., Any], arguments: Sequence[Any], result: Any) -> None:
         # Attributes of a tensor are read by such functions, too.
         if getattr(func, "__name__", "") != "__get__" and isinstance(result, (Tensor, tuple, list)):
-            for x in tensors((*args, *(kwargs or {}).values())):
+            for x in tensors(arguments):
                 if (position := self._positions.get(id(x))) is not None:
                     self.counts[position] += 1
-        return result
 
 
 class FrozenParameters:

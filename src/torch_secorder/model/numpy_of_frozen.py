@@ -35,7 +35,13 @@ class NumpyOfFrozen(TorchFunctionMode):
         """Run the operation."""
         if func in TO_NUMPY and self._is_constant(args[0]):
             args = (args[0].detach(), *args[1:])
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        self._ran(func, (*args, *kwargs.values()), result)
+        return result
+
+    def _ran(self, func: Callable[..., Any], arguments: Sequence[Any], result: Any) -> None:
+        """An operation has taken these arguments and given a result."""
 
     def _is_constant(self, x: Tensor) -> bool:
         """Whether all that a tensor's graph ends in are these leaves."""

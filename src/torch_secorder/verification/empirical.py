@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
 from torch_secorder.running.analysis import Analysis, Batch
-from torch_secorder.verification.own_loss import verify_own_loss
-from torch_secorder.verification.samples_alone import on_samples_alone, verify_samples
+from torch_secorder.running.loss import LossFunction
+from torch_secorder.verification.own_loss import LossAlone, require_explained
+from torch_secorder.verification.samples_alone import comparable, on_samples_alone, samples_to_check, verify_samples
 from torch_secorder.verification.separable_loss import require_separable
 
 
 def verify_empirical(
     analysis: Analysis,
-    loss_fn: Callable[[Any, Any], Tensor],
+    loss_fn: LossFunction,
     inputs: Any,
     targets: Any,
     batch: Batch,
@@ -34,10 +35,25 @@ def verify_empirical(
     Raises:
         VerificationError: if not, naming the parameters that differ, with both numbers.
     """
-    if batch.loss_inside:
-        verify_own_loss(analysis, loss_fn, inputs, targets, batch, samples)
+    mean = batch.reduction == "mean"
+    scale = batch.where.n if mean else 1
+
+    def loss(outputs: Any) -> Tensor:
+        """The sum of the samples' losses."""
+        return loss_fn(outputs, targets) * scale
+
+    if not batch.loss_inside:
+        with on_samples_alone():
+            require_separable(loss_fn, batch.outputs, targets, batch.where)
+        verify_samples(analysis, loss, inputs, batch, samples)
         return
-    with on_samples_alone():
-        require_separable(loss_fn, batch.outputs, targets, batch.where)
-    scale = batch.where.n if batch.reduction == "mean" else 1
-    verify_samples(analysis, lambda outputs: loss_fn(outputs, targets) * scale, inputs, batch, samples)
+    where = batch.where
+    chosen = list(samples_to_check(where.n, analysis.table.ranks) if samples is None else samples)
+    with comparable(analysis, loss, inputs, batch, chosen[0]) as found:
+        if found is not None:
+            plain, model = found
+            alone = [LossAlone(analysis, model, loss_fn, targets, inputs, plain, sample, mean) for sample in chosen]
+            for one in alone:
+                one.verify()
+            parts = where.rows("inputs", inputs, chosen), where.rows("targets", targets, chosen)
+            require_explained(alone, model, *parts)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from torch_secorder.autograd.precision import has_half_precision
 from torch_secorder.autograd.random_state import forked_random
-from torch_secorder.errors import CurvatureError, VerificationError
+from torch_secorder.errors import CurvatureError, VerificationError, warn_at_users_line
 from torch_secorder.model.containers import is_continuous, mapped, tensors
 from torch_secorder.model.nested import whole
 from torch_secorder.model.ranks import Ranks
@@ -83,7 +82,7 @@ def comparable(
             with on_samples_alone():
                 batch = analysis.of(loss, inputs)
             if batch.random:
-                warnings.warn("not verified: the model draws random numbers in eval mode too", stacklevel=5)
+                warn_at_users_line("not verified: the model draws random numbers in eval mode too", UserWarning)
                 yield None
                 return
         stack.enter_context(on_samples_alone())
