@@ -14,7 +14,6 @@ import torch_secorder
 ROOT = Path(torch_secorder.__file__).parent
 FLOORS = [  # from the ground up; rooms on one floor don't know each other
     ["errors"],
-    ["text"],
     ["arguments", "likelihoods", "tables", "plotting"],
     ["model"],
     ["autograd"],
@@ -28,8 +27,8 @@ FLOORS = [  # from the ground up; rooms on one floor don't know each other
     ["verification", "curvature"],
     ["monitor", "approximations", "losses"],
     ["pruning", "quantization", "testing", "integrations"],
-    ["cli"],
-    ["__main__"],
+    ["cli"],  # its command `check` is that of testing
+    ["__main__"],  # `python -m torch_secorder`
 ]
 FILES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py"))
 

@@ -9,8 +9,8 @@ from torch import nn
 
 from torch_secorder import FisherMonitor, fisher_report
 from torch_secorder.errors import LifecycleError
+from torch_secorder.results.text import summary
 from torch_secorder.tables import read_report
-from torch_secorder.text import summary
 
 
 def watched() -> FisherMonitor:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from torch_secorder.cli.failures import CommandError
-from torch_secorder.text import aligned, number
+from torch_secorder.results.text import aligned, number
 
 Row = dict[str, Any]
 COLUMNS = ("before", "after", "ratio", "z", "note")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from torch_secorder.text import aligned, number
+from torch_secorder.results.text import aligned, number
 
 if TYPE_CHECKING:
     import pandas as pd

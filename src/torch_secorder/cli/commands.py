@@ -27,7 +27,7 @@ from torch_secorder.cli.resuming import Journal
 from torch_secorder.cli.setups import Setup
 from torch_secorder.errors import CurvatureError, listed
 from torch_secorder.results.results import Results
-from torch_secorder.text import summary
+from torch_secorder.results.text import summary
 
 EXIT_CODES = (
     "Exit codes: 0 done; 1 refused or failed, with the reason on stderr and no table written; 2 a wrong command line; "

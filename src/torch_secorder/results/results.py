@@ -23,7 +23,7 @@ from torch_secorder.recording.quantities import Diagonal
 from torch_secorder.results.report import Report
 from torch_secorder.results.saving import load, save, save_tensors
 from torch_secorder.results.statistics import Statistics
-from torch_secorder.text import as_html, summary
+from torch_secorder.results.text import as_html, summary
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -99,7 +99,7 @@ class Results:
 
         Args:
             by: None, "module", "type", or a function from a parameter's name to a group.
-            width: of the text in characters; by default that of the terminal. See :func:`torch_secorder.text.summary`.
+            width: of the text in characters; by default that of the terminal. See :func:`torch_secorder.results.text.summary`.
             sync: of the samples of all ranks, as in :meth:`report`.
 
         Raises:

@@ -46,7 +46,7 @@ def summary(report: pd.DataFrame, width: int | None = None) -> str:
     Example:
         >>> import torch
         >>> from torch_secorder import fisher_report
-        >>> from torch_secorder.text import summary
+        >>> from torch_secorder.results.text import summary
         >>> inputs, targets = torch.eye(4), torch.tensor([0, 1, 0, 1])
         >>> model = torch.nn.Linear(4, 2)
         >>> model.load_state_dict({"weight": torch.zeros(2, 4), "bias": torch.zeros(2)})
