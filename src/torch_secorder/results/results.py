@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import html
 import json
-import math
 from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from torch_secorder.arguments import By
 from torch_secorder.errors import ArgumentError, LifecycleError
-from torch_secorder.model.names import plain_name
-from torch_secorder.model.packed import weight_shape
-from torch_secorder.model.parameters import Parameter, unwrapped
+from torch_secorder.model.parameters import Parameter
 from torch_secorder.recording.quantities import Diagonal
+from torch_secorder.results.across_ranks import of_all_ranks, sum_of
 from torch_secorder.results.report import Report
+from torch_secorder.results.saved_parameters import require_parameters_of, saved_parameters
 from torch_secorder.results.saving import load, save, save_tensors
 from torch_secorder.results.statistics import Statistics
 from torch_secorder.results.text import as_html, summary
@@ -49,7 +47,7 @@ class Results:
     def __init__(self, rows: Iterable[Parameter], reduction: str, fisher: str = "empirical", **keeps: Any):
         self.rows, self.reduction, self.fisher = list(rows), reduction, fisher
         self.statistics = Statistics([row.name for row in self.rows], [row.shape for row in self.rows], **keeps)
-        self._all_ranks = self._sum_of()  # what all ranks were given by all_reduce
+        self._all_ranks = sum_of(self.statistics)  # what all ranks were given by all_reduce
         self.counts_samples = True
         self.precision: dict[str, Any] = {}
         self.why_empty: Callable[[], str] | None = None
@@ -214,27 +212,12 @@ class Results:
     def _whole(self) -> Statistics:
         """What all ranks have in common, and what this one saw since."""
         of_all = self._all_ranks.n or self._all_ranks.skipped_passes
-        return self._sum_of(self._all_ranks, self.statistics) if of_all else self.statistics
+        return sum_of(self.statistics, self._all_ranks, self.statistics) if of_all else self.statistics
 
     def _reduced(self, group: Any) -> Statistics:
         """What all ranks have in common, and what any of them saw since."""
-        if not (dist.is_available() and dist.is_initialized()):
-            raise LifecycleError(
-                "no process group: call torch.distributed.init_process_group first, or run under torchrun"
-            )
-        states: list[Any] = [None] * dist.get_world_size(group)
-        own = self.statistics if self.counts_samples else self._sum_of()
-        dist.all_gather_object(states, own.state_dict(), group)
-        others = [self._sum_of() for _ in states]
-        for other, state in zip(others, states, strict=True):
-            other.load_state_dict(state)
-        return self._sum_of(self._all_ranks, *others)
-
-    def _sum_of(self, *parts: Statistics) -> Statistics:
-        whole = Statistics(self.statistics.names, self.statistics.shapes, **self.statistics.keeps)
-        for part in parts:
-            whole.merge(part)
-        return whole
+        own = self.statistics if self.counts_samples else sum_of(self.statistics)
+        return sum_of(self.statistics, self._all_ranks, *of_all_ranks(own, group))
 
     # ------------------------------------------------------------------------------------------------ saved
 
@@ -313,14 +296,9 @@ class Results:
             ArgumentError: if the file is torn, foreign, of another version, or of other parameters than the model's.
         """
         state = load(Path(path))
-        if any(key not in state for key in ("names", "shapes", "keeps", "reduction", "module_types")):
-            raise ArgumentError(f"{path} was not written by FisherMonitor.save")
-        rows = [
-            Parameter(name, name.rpartition(".")[0], kind, tuple(shape), math.prod(shape))
-            for name, kind, shape in zip(state["names"], state["module_types"], state["shapes"], strict=True)
-        ]
+        rows = saved_parameters(state, path)
         if model is not None:
-            _require_parameters_of(model, rows, path)
+            require_parameters_of(model, rows, path)
         results = cls(rows, state["reduction"], state.get("fisher", "empirical"), **state["keeps"])
         results.load_state_dict(state)
         return results
@@ -329,16 +307,3 @@ class Results:
 def results_of(source: Any) -> Any:
     """The results of a monitor; anything else as it is."""
     return getattr(source, "results", source)
-
-
-def _require_parameters_of(model: nn.Module, rows: Iterable[Parameter], path: str | Path) -> None:
-    """Raise unless the model has these parameters, in these shapes."""
-    model = unwrapped(model)
-    owners = dict(model.named_modules(remove_duplicate=False))
-    named = ((name.rpartition("."), p) for name, p in model.named_parameters())
-    known = {plain_name("".join(path)): weight_shape(owners[path[0]], path[2], p) for path, p in named}
-    for row in rows:
-        if row.name not in known:
-            raise ArgumentError(f"{path} is of different parameters: {type(model).__name__} has no {row.name!r}")
-        if known[row.name] != row.shape:
-            raise ArgumentError(f"{path}: {row.name} has shape {row.shape} there and {known[row.name]} in the model")
