@@ -62,7 +62,8 @@ def remove_from_module(module: Any, hook: Callable[..., Any]) -> None:
 
 def remove_from_tables(tables: list[dict[int, Any]], hook: Callable[..., Any]) -> None:
     """Remove a hook from tables that are keyed by the same number."""
-    found = [(table, key) for table in tables for key, mine in table.items() if mine is hook]
+    # Another thread may hook the same module meanwhile, so that copies of the tables are looked through.
+    found = [(table, key) for table in tables for key, mine in list(table.items()) if mine is hook]
     for where, key in found:
         for table in tables:
             if table is not where:
