@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import torch_secorder
+from benchmarks import calls
 
 ROOT = Path(torch_secorder.__file__).parent
 FLOORS = [  # from the ground up; rooms on one floor don't know each other
@@ -121,3 +122,10 @@ def test_the_public_names() -> None:
         assert name in torch_secorder.__all__
         assert getattr(torch_secorder, name).__doc__
     assert (ROOT / "py.typed").exists()
+
+
+def test_a_steady_monitor_step_stays_short() -> None:
+    """What happens in every step is to be read in one go, and not in leaps from file to file."""
+    steady = calls.steps()["monitor, step 8 (steady)"]()
+    assert 0 < len(steady.files) <= 180
+    assert 0 < steady.changes <= 80
