@@ -40,8 +40,8 @@ class UserPasses:
 
     Attributes:
         under_way: the number of each outermost pass of the samples -> what is collected of it.
-        known: the number of a pass under way -> the outermost one that it belongs to, once a gradient of it has arrived; empty
-            as soon as one of them is over.
+        known: the number of a pass under way -> the outermost one that it belongs to, once a gradient of it has arrived; gone
+            as soon as that is over.
         unfinished: the numbers of passes that began and whose end was not reached yet, or never will be.
         ignored: the passes under way that are none of the samples, with the calls of the model that they have reached; passes
             inside of them may be of the samples nevertheless.
@@ -84,8 +84,9 @@ class UserPasses:
 
     def close(self, current: BackwardPass) -> bool:
         """A pass is over; says whether it was open."""
-        self.known.clear()
+        self.known.pop(current.task, None)
         if self._outer_of:
+            self.known.clear()
             for inner in [inner for inner, outer in list(self._outer_of.items()) if outer == current.task]:
                 self._outer_of.pop(inner, None)
         return self.under_way.pop(current.task, None) is not None
