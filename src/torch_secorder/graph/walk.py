@@ -159,9 +159,16 @@ class Walk:
         self.carried_axes = [] if CARRIES.isdisjoint(names) else self._carried_axes(names)
         along = tuple([axes(node) for node in self.children]) if self.has_ambiguous_axis else None
         order = None if n is None or PICKS.isdisjoint(names) else self._order_of_picks(names, n)
+        # Where single samples are taken, nodes of the same names may put them together in another order.
+        wiring = self._wiring() if order or self.takes_samples_apart else None
         self.fingerprint = hash(
-            (names, None if n is None else size_pattern(n, shapes), along, order, tuple(self._parts))
+            (names, None if n is None else size_pattern(n, shapes), along, order, tuple(self._parts), wiring)
         )
+
+    def _wiring(self) -> Hashable:
+        """For each node in turn, which outputs of which others it takes."""
+        numbers = {node: number for number, node in enumerate(self.children)}
+        return tuple([tuple([(numbers.get(node), nr) for node, nr in inputs]) for inputs in self.children.values()])
 
     def _order(self, names: Sequence[str], shapes: Hashable) -> Hashable | None:
         given: list[Hashable] = []
