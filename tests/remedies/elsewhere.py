@@ -22,6 +22,9 @@ TRIED = {
     "data must yield mappings or pairs": "approximations/test_batches.py::test_what_follows_inputs_and_targets_is_not_used",
     "data has a batch without any entry": "approximations/test_batches.py::test_a_mapping_is_one_batch",
     "names an entry of batches that are mappings": "approximations/test_batches.py::test_a_mapping_is_one_batch",
+    "let another batch come first, or leave this one out": (
+        "approximations/test_fisher_trace.py::test_a_batch_that_is_masked_as_a_whole_says_nothing_and_may_come_later"
+    ),
     "ids name the rows of per_sample": "approximations/test_batches.py::test_ids_name_the_rows",
     "of them for a batch of * samples; give one for each": "approximations/test_batches.py::test_ids_name_the_rows",
     "the model returned a * without a loss": "approximations/test_batches.py::test_the_models_own_loss",
