@@ -147,9 +147,10 @@ class Audit:
         if self._ranks.distributed:
             asked = asked.on_any(self._ranks)
         search = self._search(walk, placed, forward, reached, asked)
-        own_axes: list[OwnAxis | CarriedAxis] = [*walk.carried_axes]
-        if forward.own_axes:
+        own_axes: list[OwnAxis | CarriedAxis] = []
+        if forward.own_axes:  # first, since they can be named
             own_axes += [one for one in forward.own_axes if one.edge.node in nodes]
+        own_axes += walk.carried_axes
         shared = self._place(forward, reached, own_axes, search, asked)
         if search.placements.comparing:
             self.comparing = [get_gradient_edge(roots[number]) for number in search.placements.comparing]
