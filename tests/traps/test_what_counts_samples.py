@@ -17,6 +17,7 @@ from oracles import assert_equal
 from problems._base import Forward, randomized
 from torch_secorder import FisherMonitor, empirical_fisher_trace, fisher_report
 from torch_secorder.errors import ArgumentError, CurvatureError, ShapeError, UnsupportedError
+from torch_secorder.verification import separable_loss
 
 N, T = 5, 6
 Loss = Callable[[Any, Any], Tensor]
@@ -265,6 +266,31 @@ def test_trap_19_outputs_with_a_row_for_each_step(sample_of: str) -> None:
     assert_exact(model, x, y, alone, sample_of=words[sample_of])
     with pytest.raises(UnsupportedError, match="on an axis of their own"):
         fisher_report(model, None, (x, None), fisher="exact", sample_of=words["tensor"], progress=False)
+
+
+def triplets(outputs: Tensor, targets: Any) -> Tensor:
+    """The anchors of all samples come first, then what is near them, then what is far."""
+    return nn.functional.triplet_margin_loss(*outputs.chunk(3), margin=5.0, reduction="sum")
+
+
+@pytest.mark.parametrize("few", [False, True], ids=["", "checked on three samples"])
+@pytest.mark.parametrize("order", [range(N), [3, 0, 4, 1, 2]], ids=["in order", "in another"])
+def test_trap_19_halves_of_a_batch(order: Sequence[int], few: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loss that takes the parts of a batch apart is given some samples in parts, too."""
+    if few:
+        monkeypatch.setattr(separable_loss, "CHEAP", 1)
+    model, x = made(lambda m, x: m.layer(x).tanh(), layer=nn.Linear(4, 3)), drawn(3 * N, 4)
+    sample = torch.tensor(order).repeat(3)
+    alone = [triplets(model(x[sample == n]), None) for n in range(N)]
+    assert_exact(model, x, None, alone, triplets, sample_of=lambda x: sample)
+
+
+def test_trap_19_rows_that_no_output_has() -> None:
+    model, x, y = made(lambda m, x: m.layer(x), layer=nn.Linear(4, 3)), drawn(2 * N, 4), drawn(2 * N, 3)
+    words = "sample_of says of 7 rows"
+    assert words in refusal(model, x, y, sample_of=torch.arange(N).repeat(2)[:7])
+    alone = [squares(model(x[n::N]), y[n::N]) for n in range(N)]
+    assert_exact(model, x, y, alone, sample_of=torch.arange(N).repeat(2))
 
 
 class Graphs(nn.Module):

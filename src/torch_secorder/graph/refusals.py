@@ -28,6 +28,12 @@ def not_counted(count: Count, shapes: Sequence[Sequence[int]]) -> ShapeError:
     """
     seen = f"the differentiable tensors that it returns, of shape {listed_shapes(shapes)}, have"
     what = f"{seen} another number on the axis that counts them" if shapes else "it returns no differentiable tensor"
+    rows = count.indices[0] if count.why == "sample_of=" else None
+    if rows is not None and shapes and not any(len(rows) in shape for shape in shapes):
+        return ShapeError(
+            f"sample_of says of {len(rows)} rows which sample they are of, and {seen} another number of rows: let it have a "
+            "number for each row of what the loss is computed from"
+        )
     return ShapeError(f"where this model has its {count} can't be found out: {what}; {_remedy(count, shapes)}")
 
 

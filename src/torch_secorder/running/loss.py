@@ -153,10 +153,12 @@ def _losses(
     change: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[float, float]:
     """The loss of some samples given twice, and their loss; with other outputs, if a change of those is given."""
-    some, own = where.rows("outputs", outputs, index), where.rows("targets", targets, index)
-    some, few, twice = some if change is None else mapped(change, some), where.subset(index), [*range(len(index))] * 2
-    once = _number(loss_fn, some, own)
-    return _number(loss_fn, few.rows("outputs", some, twice), few.rows("targets", own, twice)), once
+    outputs = outputs if change is None else mapped(change, outputs)
+    twice, once = (
+        _number(loss_fn, where.rows("outputs", outputs, samples), where.rows("targets", targets, samples))
+        for samples in (index * 2, index)
+    )
+    return twice, once
 
 
 def _has_finite_gradient(loss_fn: LossFunction, outputs: Any, targets: Any) -> bool:
