@@ -305,8 +305,8 @@ class Audit:
             raise UnsupportedError(
                 f"{', '.join(self._names(use))}: used by {node.name()}, a function that keeps more than saved tensors and "
                 "constants on ctx for its backward, or names a list, a mapping or a tensor from outside in it, which may change "
-                "if it is called for single samples: save its tensors by ctx.save_for_backward, keep its numbers as attributes of "
-                "ctx, or teach the library the layer with torch_secorder.register_rule"
+                "if it is called for single samples: save its tensors by ctx.save_for_backward, keep its numbers as attributes "
+                "of ctx, or teach the library the layer with torch_secorder.register_rule"
             )
         if why := use.unreadable_because(node):
             raise UnsupportedError(
