@@ -9,6 +9,9 @@ TRIED = {
         "user_program/test_stateful.py::test_a_function_of_saved_tensors_and_constants_is_looked_through"
     ),
     "hides a part of the graph of these outputs": "traps/test_checkpoints.py::test_trap_09_checkpointed_blocks",
+    "make a monitor with parameters= the names of those": (
+        "monitor/test_passes.py::test_a_pass_for_some_parameters_is_refused_unless_these_are_all"
+    ),
     "use smaller batches, or keep less": "faults/test_memory.py::test_fewer_samples_at_a_time_where_memory_runs_out",
     "leave such samples out of the batch": (
         "traps/test_what_counts_samples.py::test_trap_19_samples_without_a_row_leave_it_open_what_rows_are"
