@@ -16,6 +16,9 @@ TRIED = {
     "leave such samples out of the batch": (
         "traps/test_what_counts_samples.py::test_trap_19_samples_without_a_row_leave_it_open_what_rows_are"
     ),
+    "was called without a batch axis": (
+        "traps/test_what_counts_samples.py::test_trap_19_a_model_that_is_called_on_one_sample_without_a_batch_axis"
+    ),
     "let it have a number for each row": "traps/test_what_counts_samples.py::test_trap_19_rows_that_no_output_has",
     "different numbers, the largest of which is": (
         "traps/test_what_counts_samples.py::test_trap_19_numbers_that_are_no_count"

@@ -248,6 +248,53 @@ def test_trap_19_squeezed_outputs(n: int) -> None:
     assert_exact(model, x, y, [squares(model(x[i : i + 1]), y[i]) for i in range(n)])
 
 
+UNBATCHED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "autoencoder": (lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 4)), (4,)),
+    "convolutions": (lambda: nn.Sequential(nn.Conv1d(4, 5, 3), nn.Tanh(), nn.ConvTranspose1d(5, 4, 3)), (4, 6)),
+    "images": (lambda: nn.Sequential(nn.Conv2d(3, 5, 3), nn.Tanh(), nn.ConvTranspose2d(5, 3, 3)), (3, 4, 4)),
+    "lstm": (
+        lambda: made(lambda m, x: m.l(x)[0].tanh(), l=nn.LSTM(4, 3, batch_first=True)),
+        (5, 4),
+    ),
+    "attention": (
+        lambda: made(lambda m, x: m.l(x, x, x)[0], l=nn.MultiheadAttention(4, 2, batch_first=True)),
+        (5, 4),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNBATCHED)
+def test_trap_19_a_model_that_is_called_on_one_sample_without_a_batch_axis(name: str) -> None:
+    """As many outputs as inputs, or steps, are no samples."""
+    make, shape = UNBATCHED[name]
+    model, samples = randomized(make()).double(), drawn(N, *shape)
+    with pytest.raises(ShapeError, match="without a batch axis"), FisherMonitor(model, "sum"):
+        squares(model(samples[0]), 0.0).backward()
+    expected = {row: t.sum() for row, t in looped(model, [squares(model(x[None]), 0.0) for x in samples]).items()}
+    for words, given in (({"n_samples": 1}, samples), ({}, samples[:, None])):
+        with FisherMonitor(model, "sum", **words) as monitor:
+            for x in given:
+                squares(model(x), 0.0).backward()
+        assert monitor.n_samples == N
+        for row, t in expected.items():
+            found = torch.tensor(monitor.report().loc[row, "fisher_trace"])
+            assert_equal(found, t, torch.stack(list(expected.values())).sum(), torch.float64)
+
+
+@pytest.mark.parametrize("n", [3, 5])
+def test_trap_19_modules_that_the_model_calls_for_each_sample_have_no_batch_axis(n: int) -> None:
+    """With as many steps as samples, or other numbers."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return m.head(
+            torch.stack([m.attention(h, h, h)[0] + m.recurrent(m.layer(row))[0] for row in x for h in (row,)])
+        )
+
+    parts = {"layer": nn.Linear(4, 4), "recurrent": nn.LSTM(4, 4), "attention": nn.MultiheadAttention(4, 2)}
+    model, x, y = made(forward, head=nn.Linear(4, 3), **parts), drawn(n, 5, 4), drawn(n, 5, 3)
+    assert_exact(model, x, y, [squares(model(x[i : i + 1]), y[i : i + 1]) for i in range(n)])
+
+
 # Rows that are no samples
 
 

@@ -19,7 +19,15 @@ from torch_secorder.batch_axis.knowledge import ModelKnowledge, PlacementCache, 
 from torch_secorder.batch_axis.placement import Layout, Placement
 from torch_secorder.batch_axis.search import SampleSearch, SearchOnAllRanks
 from torch_secorder.batch_axis.search_pass import SearchPasses
-from torch_secorder.capture.records import Forward, Idle, OwnAxis, Record, contradicted_axis
+from torch_secorder.capture.records import (
+    Forward,
+    Idle,
+    OwnAxis,
+    Record,
+    contradicted_axis,
+    takes_for_one_sample,
+    without_batch_axis,
+)
 from torch_secorder.errors import CoverageError, CurvatureError, UnsupportedError
 from torch_secorder.graph.conditions import CarriedAxis
 from torch_secorder.graph.frontier import Frontier, IdleUse, ParameterUse
@@ -256,6 +264,10 @@ class Audit:
                 self._refuse(forward, hidden(str(record.site), n))
             elif asked.ambiguous_shapes or record.placement is None:
                 record.placement, record.idle = None, Idle(found, partial(search.placements.forget, key))
+        if shared and (argument := forward.counting()) is not None:
+            for record in shared:
+                if takes_for_one_sample(record, argument):
+                    raise without_batch_axis(str(record.site), f"an input of shape {tuple(argument.shape)}", n)
         if forward.inputs and forward.refusal is None:  # What is hidden contradicts nothing.
             self._require_axes_of_inputs(forward, reached)
         return shared
