@@ -356,6 +356,7 @@ class FisherMonitor(HookScope):
             names, (positions, norms) = self.results.statistics.names, current.gradients.all()
         if current.error is None and current.accumulator.is_empty and not positions:
             return
+        recorder.require_whole(current, positions)
         loss_scale = self._options.loss_scale
         if not isinstance(loss_scale, float):  # A function may count how often it is called: once for each pass.
             loss_scale = loss_scale_value(loss_scale)

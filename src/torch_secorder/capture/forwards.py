@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -109,6 +110,10 @@ class ForwardTracker:
         forward = self._running[thread] = Forward(count.n, recomputed_in=recomputed_in, count=count)
         if count.n is not None and recomputed_in is None:
             forward.inputs = ambiguous_inputs(count, args, kwargs)
+            if type(count.why) is Seen and count.why.inside is None and count.why.axis == 0:
+                key = count.why.key
+                value = args[key] if isinstance(key, int) else kwargs[key]
+                forward.counting = weakref.ref(value) if isinstance(value, Tensor) else forward.counting
 
     def _passes_over(self) -> bool:
         """Count a call of the model; returns whether it is one of those between two that are recorded.

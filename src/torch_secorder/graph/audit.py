@@ -19,7 +19,15 @@ from torch_secorder.batch_axis.knowledge import ModelKnowledge, PlacementCache, 
 from torch_secorder.batch_axis.placement import Layout, Placement
 from torch_secorder.batch_axis.search import SampleSearch, SearchOnAllRanks
 from torch_secorder.batch_axis.search_pass import SearchPasses
-from torch_secorder.capture.records import Forward, Idle, OwnAxis, Record, contradicted_axis
+from torch_secorder.capture.records import (
+    Forward,
+    Idle,
+    OwnAxis,
+    Record,
+    contradicted_axis,
+    takes_for_one_sample,
+    without_batch_axis,
+)
 from torch_secorder.errors import CoverageError, CurvatureError, UnsupportedError
 from torch_secorder.graph.conditions import CarriedAxis
 from torch_secorder.graph.frontier import Frontier, IdleUse, ParameterUse
@@ -147,9 +155,10 @@ class Audit:
         if self._ranks.distributed:
             asked = asked.on_any(self._ranks)
         search = self._search(walk, placed, forward, reached, asked)
-        own_axes: list[OwnAxis | CarriedAxis] = [*walk.carried_axes]
-        if forward.own_axes:
+        own_axes: list[OwnAxis | CarriedAxis] = []
+        if forward.own_axes:  # first, since they can be named
             own_axes += [one for one in forward.own_axes if one.edge.node in nodes]
+        own_axes += walk.carried_axes
         shared = self._place(forward, reached, own_axes, search, asked)
         if search.placements.comparing:
             self.comparing = [get_gradient_edge(roots[number]) for number in search.placements.comparing]
@@ -255,6 +264,10 @@ class Audit:
                 self._refuse(forward, hidden(str(record.site), n))
             elif asked.ambiguous_shapes or record.placement is None:
                 record.placement, record.idle = None, Idle(found, partial(search.placements.forget, key))
+        if shared and (argument := forward.counting()) is not None:
+            for record in shared:
+                if takes_for_one_sample(record, argument):
+                    raise without_batch_axis(str(record.site), f"an input of shape {tuple(argument.shape)}", n)
         if forward.inputs and forward.refusal is None:  # What is hidden contradicts nothing.
             self._require_axes_of_inputs(forward, reached)
         return shared
@@ -302,9 +315,10 @@ class Audit:
                     "torch_secorder.register_rule"
                 )
             raise UnsupportedError(
-                f"{', '.join(self._names(use))}: used by {node.name()}, a function that keeps more than saved tensors for its "
-                "backward, which may change if it is called for single samples: save its tensors by ctx.save_for_backward, or "
-                "teach the library the layer with torch_secorder.register_rule"
+                f"{', '.join(self._names(use))}: used by {node.name()}, a function that keeps more than saved tensors and "
+                "constants on ctx for its backward, or names a list, a mapping or a tensor from outside in it, which may change "
+                "if it is called for single samples: save its tensors by ctx.save_for_backward, keep its numbers as attributes "
+                "of ctx, or teach the library the layer with torch_secorder.register_rule"
             )
         if why := use.unreadable_because(node):
             raise UnsupportedError(

@@ -33,10 +33,22 @@ PARTS = PICKS | {f"{name}Backward0" for name in ("Unbind", "Split", "SplitWithSi
 # Nodes that carry something from each index along an axis to all later ones, as a cumulative sum does.
 CARRIES = {f"{name}Backward0" for name in ("Cumsum", "Cumprod", "Cummax", "Cummin", "Logcumsumexp")}
 
+# Fused attention, whose output has its positions on the last axis but one. Each of them takes something of others.
+_KINDS = (
+    "FlashAttentionForCpu",
+    "FlashAttention",
+    "EfficientAttention",
+    "CudnnAttention",
+    "FusedAttentionOverrideable",
+)
+ATTENDS = {f"ScaledDotProduct{kind}Backward0" for kind in _KINDS}
+
 
 @dataclass(frozen=True)
 class CarriedAxis:
     """The output of a node that carries something along an axis, on which no samples can be.
+
+    Attention among the tokens of several samples, which a mask keeps apart, has more tokens than samples there.
 
     Attributes:
         name: the node's.
@@ -51,9 +63,11 @@ class CarriedAxis:
     edge: GradientEdge
 
     @classmethod
-    def of(cls, node: Node) -> CarriedAxis | None:
+    def of(cls, node: Node, n: int | None) -> CarriedAxis | None:
         """That of a node which is known to carry; None for one without axes, and where this torch doesn't show its axis."""
         name, shape = node.name(), value_shape(node, 0)
+        if name in ATTENDS:
+            return cls(name, len(shape) - 2, shape, GradientEdge(node, 0)) if shape[-2] == n else None
         if not shape or not knows(name, "axis"):
             return None
         return cls(name, saved(node, "axis") % len(shape), shape, GradientEdge(node, 0))
@@ -69,9 +83,9 @@ class CarriedAxis:
     def refusal(self, n: int) -> ShapeError:
         """The refusal of samples that are on the axis."""
         return ShapeError(
-            f"{self.name} carries something along axis {self.axis} of a tensor of shape {self.shape} from one index to the next, "
+            f"{self.name} carries something along axis {self.axis} of a tensor of shape {self.shape} from one index to others, "
             f"where the model's {n} samples would be: pass batch_axis= if the model's inputs and outputs have their samples on "
-            "another axis than the first; a cumulative sum over samples leaves none a gradient of its own"
+            "another axis than the first; a cumulative sum or attention over samples leaves none a gradient of its own"
         )
 
 

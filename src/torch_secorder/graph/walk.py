@@ -15,6 +15,7 @@ from torch_secorder.autograd.nodes import Edge, output_shapes
 from torch_secorder.autograd.saved import axes
 from torch_secorder.capture.records import Forward, Record
 from torch_secorder.graph.conditions import (
+    ATTENDS,
     CARRIES,
     PARTS,
     PICKS,
@@ -156,7 +157,9 @@ class Walk:
             self.order = self._order(names, shapes) if self.reorders_samples else None
         if self._takers and n is not None and n > 1:
             self.takes_samples_apart = any(map(partial(takes_samples_apart, n=n), self._takers))
-        self.carried_axes = [] if CARRIES.isdisjoint(names) else self._carried_axes(names)
+        # Only a size that is met twice lets positions pass for samples.
+        kinds = CARRIES | ATTENDS if self.has_ambiguous_axis else CARRIES
+        self.carried_axes = [] if kinds.isdisjoint(names) else self._carried_axes(names, kinds)
         along = tuple([axes(node) for node in self.children]) if self.has_ambiguous_axis else None
         order = None if n is None or PICKS.isdisjoint(names) else self._order_of_picks(names, n)
         # Where single samples are taken, nodes of the same names may put them together in another order.
@@ -180,9 +183,9 @@ class Walk:
                 given.append(order)
         return self.n, shapes, tuple(map(axes, self.children)), self._order_of_picks(names, 1), tuple(given)
 
-    def _carried_axes(self, names: Sequence[str]) -> list[CarriedAxis]:
+    def _carried_axes(self, names: Sequence[str], kinds: set[str]) -> list[CarriedAxis]:
         pairs = zip(self.children, names, strict=True)
-        found = [CarriedAxis.of(node) for node, name in pairs if name in CARRIES and node not in self.records]
+        found = [CarriedAxis.of(node, self.n) for node, name in pairs if name in kinds and node not in self.records]
         return [one for one in found if one is not None]
 
     def _order_of_picks(self, names: Sequence[str], n: int) -> tuple[object, ...]:

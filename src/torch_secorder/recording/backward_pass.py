@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from threading import get_ident
 
 from torch import Tensor
+from torch.autograd.graph import Node
 
 from torch_secorder.capture.records import Forward, Record
 from torch_secorder.errors import CoverageError, LifecycleError, UnsupportedError
@@ -32,6 +33,7 @@ class BackwardPass:
         error: the first that went wrong, which waits for the end of the pass.
         is_over: whether nothing more belongs to it.
         column: the model's output and its gradient, where a loss that broadcasts it is looked for.
+        roots: the nodes of the model's outputs that it has come through.
     """
 
     task: int
@@ -43,6 +45,7 @@ class BackwardPass:
     error: Exception | None = None
     is_over: bool = False
     column: tuple[Tensor, Tensor] | None = None
+    roots: list[Node] = field(default_factory=list)
 
     def project(self, position: int, grad: Tensor) -> None:
         """Note a parameter's own gradient along one direction."""

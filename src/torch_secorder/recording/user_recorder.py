@@ -46,6 +46,7 @@ from torch_secorder.recording.passes import UserPasses
 from torch_secorder.recording.quantities import QUANTITIES
 from torch_secorder.recording.recorder import Recorder, counted_as
 from torch_secorder.recording.watched_passes import WatchedPasses
+from torch_secorder.recording.whole_passes import WholePasses
 
 
 class UserRecorder(Recorder):
@@ -86,6 +87,7 @@ class UserRecorder(Recorder):
         leaves = list(self._audit.leaves)
         every_one = len(leaves) == len(self.table) > 0
         self._passes = UserPasses(leaves, every_one, self.plan.model, watches_outputs=watches)
+        self._whole = WholePasses(self.table.names, self._audit.leaves)
         # Position -> the hooks on the node that accumulates the parameter's gradient.
         self._before_accumulation = {position: hooks_before(node) for node, position in self._audit.leaves.items()}
         self._gradient_graphs: dict[int, GradientGraphWatch] = {}  # of ignored passes with create_graph=True
@@ -208,6 +210,8 @@ class UserRecorder(Recorder):
         current = self._pass_under_way(grads)
         if current is not None:
             self._reach(current, forward)
+            if (node := current_node()) is not None:
+                current.roots.append(node)
             if self._column is not None and self._column[0] is forward:
                 arrived = [grad for grad in grads if grad is not None]
                 current.column = (self._column[1], arrived[0].detach()) if arrived else None
@@ -309,6 +313,12 @@ class UserRecorder(Recorder):
                 "residual of an equation), where parameters are used in ways that belong to no layer's call: differentiate such "
                 "a loss outside of the monitor's block; the batch is left out"
             )
+
+    def require_whole(self, current: BackwardPass, positions: Sequence[int]) -> None:
+        """Have a pass refused, at its end, that was asked for the gradients of some parameters only."""
+        if current.error is None and current_graph_task() == current.task:
+            current.error = self._whole.refusal(self._audit.fingerprint, current.roots, positions)
+        current.roots.clear()
 
     # ------------------------------------------------------------------------------------------------ which pass it is
 

@@ -162,11 +162,15 @@ class Diagonal(Quantity):
             self._sums = [mine.plus(theirs) for mine, theirs in pairs]
 
     def scaled(self, factor: float) -> dict[str, Tensor]:
-        """Parameter name -> the sum times a factor, in the parameter's shape or by channels."""
-        found = zip(self.names, self.totals, self.shapes, strict=True)
+        """Parameter name -> the sum times a factor, in the parameter's shape or by channels.
+
+        Zeros for what no pass has reached are of the dtype and on the device of the first parameter that one has.
+        """
+        totals = self.totals
+        like = next((total for total in totals if total.dim()), None)
         return {
-            name: (factor * total).expand(self._shape(name, shape)).contiguous()
-            for name, total, shape in found
+            name: _like(factor * total, like).expand(self._shape(name, shape)).contiguous()
+            for name, total, shape in zip(self.names, totals, self.shapes, strict=True)
             if is_kept(self._layout, name)
         }
 
@@ -185,6 +189,12 @@ class Diagonal(Quantity):
         before = [None if settled is None else value.clone() for value in settled or recent]
         # Nobody has counted the passes, which are as many as there may be.
         self._sums = [_Sum(r.clone(), PASSES_IN_SINGLE, s) for r, s in zip(recent, before, strict=True)]
+
+
+def _like(total: Tensor, other: Tensor | None) -> Tensor:
+    """A total, which takes another's dtype and device if it is a single zero."""
+    is_nothing = other is not None and not total.dim() and not bool(total)
+    return total.to(other) if is_nothing and other is not None else total
 
 
 def _zero() -> Tensor:
