@@ -72,7 +72,7 @@ class SkippedPassWarning(UserWarning):
 
 
 class BroadcastLossWarning(UserWarning):
-    """The gradients of a loss look as if it compares every output of shape ``(N, 1)`` with every target of shape ``(N,)``."""
+    """A loss makes ``(N, N)`` of outputs of shape ``(N, 1)``, as one that compares every output with every target does."""
 
 
 class SlowFallbackWarning(UserWarning):

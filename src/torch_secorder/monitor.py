@@ -369,8 +369,8 @@ class FisherMonitor(HookScope):
         expected, self._expected = self._expected, []
         checks += map(partial(partial, _require_expected, names), expected)
         samples = recorder.finish(current, self._options.nonfinite, checks, norms)
-        if current.column is not None:
-            warn_of_broadcast(*current.column)
+        if current.broadcast is not None:
+            warn_of_broadcast(*current.broadcast)
         scale = (samples.batch / loss_scale if self._options.reduction == "mean" else 1 / loss_scale) ** 2
         with without_modes() if current.special else nullcontext():
             assert samples.gradient_norms is not None

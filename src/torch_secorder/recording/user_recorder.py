@@ -35,6 +35,7 @@ from torch_secorder.batch_axis.placement import Placement
 from torch_secorder.batch_axis.samples import of_one
 from torch_secorder.capture.records import Forward, Record
 from torch_secorder.errors import LifecycleError, UnsupportedError
+from torch_secorder.graph.broadcast import broadcasting_node
 from torch_secorder.graph.frontier import ParameterUse
 from torch_secorder.model.parameters import named_modules, parameters_by_name
 from torch_secorder.model.ranks import full_tensor, is_dtensor
@@ -92,7 +93,7 @@ class UserRecorder(Recorder):
         self._counting = RLock()  # several threads may train the model
         self._outputs: list[tuple[weakref.ref[Tensor], Placement]] = []
         self._looks_at_column = True  # until one pass has gone through an output [n, 1]
-        self._column: tuple[Forward, Tensor] | None = None
+        self._column: Forward | None = None
         self.waiting: list[Exception] = []
         self._parameters = parameters_by_name(self.plan.modules)  # as they are on entry
         # Of tensors that are not analyzed, and are none of the model's new parameters.
@@ -169,8 +170,7 @@ class UserRecorder(Recorder):
         else:
             self._history.without_gradient += 1
         if self._looks_at_column:
-            alone = outputs[0] if len(outputs) == 1 and outputs[0].shape == (forward.n, 1) else None
-            self._column = None if alone is None else (forward, alone.detach())
+            self._column = forward if len(outputs) == 1 and outputs[0].shape == (forward.n, 1) else None
         for node in nodes:
             node.register_prehook(partial(self._on_outputs_gradient, forward))
 
@@ -208,14 +208,21 @@ class UserRecorder(Recorder):
         current = self._pass_under_way(grads)
         if current is not None:
             self._reach(current, forward)
-            if self._column is not None and self._column[0] is forward:
-                arrived = [grad for grad in grads if grad is not None]
-                current.column = (self._column[1], arrived[0].detach()) if arrived else None
-                self._looks_at_column, self._column = False, None
+            if self._column is forward:
+                self._look_at_column(current, forward)
         elif (reached := self._passes.ignored.get(current_graph_task())) is not None:
             reached.append(forward)
         elif not self.forwards.active:
             self._history.late_passes += 1
+
+    def _look_at_column(self, current: BackwardPass, forward: Forward) -> None:
+        """Note whether the loss compares each of the outputs ``[n, 1]`` with all targets."""
+        outputs, n = current_node(), forward.n
+        assert outputs is not None
+        assert n is not None
+        found = broadcasting_node(outputs, n)
+        current.broadcast = None if found is None else (n, found.name())
+        self._looks_at_column, self._column = False, None
 
     def _reach(self, current: BackwardPass, forward: Forward) -> None:
         """The samples of a call of the model are those of this pass."""
