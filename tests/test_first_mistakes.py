@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import warnings
 from collections.abc import Callable
 
@@ -11,16 +12,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torch_secorder import FisherMonitor, empirical_fisher_trace, fisher_report, generalized_fisher_trace, hessian_trace
+from torch_secorder import (
+    FisherMonitor,
+    empirical_fisher_trace,
+    fisher_report,
+    fisher_results,
+    generalized_fisher_trace,
+    hessian_trace,
+)
 from torch_secorder.errors import (
     ArgumentError,
     BroadcastLossWarning,
+    CallError,
     CurvatureError,
     LifecycleError,
     ShapeError,
     UnsupportedError,
 )
-from torch_secorder.pruning import Gates
+from torch_secorder.noise_scale import gradient_noise_scale
+from torch_secorder.pruning import Gates, weight_saliency
+from torch_secorder.testing import check
 
 N = 6
 
@@ -303,6 +314,151 @@ def test_too_many_passes_name_what_then_works() -> None:
     with pytest.raises(ArgumentError, match=r'num_samples=k .*to fisher_report together with fisher="sampled"'):
         total(model, None, (torch.randn(N, 4), None), fisher="exact", max_passes=10)
     assert total(model, None, (torch.randn(N, 4), None), fisher="sampled", num_samples=10, max_passes=10) > 0
+
+
+# Calls that don't fit
+
+LOSS, DATA = nn.CrossEntropyLoss(), [(torch.zeros(N, 4, dtype=torch.float64), torch.zeros(N, dtype=torch.int64))]
+
+# What is called, and what it is told to do instead. m is the model, x and y a batch.
+CALLS: dict[str, tuple[Callable[..., object], str]] = {
+    "fisher_report(m, loss, x, y)": (
+        lambda m, x, y: fisher_report(m, LOSS, x, y),
+        r"too many positional arguments: write fisher_report\(model, loss_fn, data\), where data is a loader or one pair",
+    ),
+    "fisher_report(m, data)": (
+        lambda m, x, y: fisher_report(m, DATA),
+        r"'data': write fisher_report\(model, loss_fn, data\)",
+    ),
+    "fisher_report(m, data, loss)": (
+        lambda m, x, y: fisher_report(m, DATA, LOSS),
+        r"type list, which seems to be data: the loss function comes before it, as in \(model, loss_fn, data\)",
+    ),
+    "fisher_report(fischer=)": (
+        lambda m, x, y: fisher_report(m, LOSS, DATA, fischer="exact"),
+        r"do you mean fisher=\?",
+    ),
+    "fisher_report(diagonal=)": (lambda m, x, y: fisher_report(m, LOSS, DATA, diagonal=True), r"use fisher_results"),
+    "fisher_results(m, loss, x, y)": (lambda m, x, y: fisher_results(m, LOSS, x, y), r"write fisher_results\(model, "),
+    "fisher_results(num_sample=)": (
+        lambda m, x, y: fisher_results(m, LOSS, DATA, num_sample=1),
+        r"mean num_samples=\?",
+    ),
+    "fisher_results(by=)": (
+        lambda m, x, y: fisher_results(m, LOSS, DATA, by="type"),
+        r"fisher_results\(.*\)\.report\(by=",
+    ),
+    "empirical_fisher_trace(m, x, y)": (
+        lambda m, x, y: empirical_fisher_trace(m, x, y),
+        r"'targets': write empirical_fisher_trace\(model, loss_fn, inputs, targets\) for one batch, or fisher_report\(",
+    ),
+    "empirical_fisher_trace(m, x, y, loss)": (
+        lambda m, x, y: empirical_fisher_trace(m, x, y, LOSS),
+        r"not a tensor of shape \(6, 4\), which seems to be data: the loss function comes before it",
+    ),
+    "empirical_fisher_trace(m, loss of a batch, x, y)": (
+        lambda m, x, y: empirical_fisher_trace(m, LOSS(m(x), y), x, y),
+        r"which seems to be a loss that was computed already: pass the function that computes it",
+    ),
+    "empirical_fisher_trace(m, loss, y, x)": (
+        lambda m, x, y: empirical_fisher_trace(m, LOSS, y, x),
+        r"inputs of shape \(6,\) and torch.int64 with targets of shape \(6, 4\) and torch.float64, which seem to have changed",
+    ),
+    "empirical_fisher_trace(m, loss, outputs, y)": (
+        lambda m, x, y: empirical_fisher_trace(m, LOSS, m(x), y),
+        r"inputs of shape \(6, 3\), which were computed from parameters: if they are its outputs, pass what the model takes",
+    ),
+    "empirical_fisher_trace(reduction=)": (
+        lambda m, x, y: empirical_fisher_trace(m, LOSS, x, y, reduction="sum"),
+        r"leave it out, since whether the loss averages or sums is found out",
+    ),
+    "fisher_report(m, loss, (y, x))": (lambda m, x, y: total(m, LOSS, (y, x)), r"seem to have changed places"),
+    "generalized_fisher_trace(m, outputs)": (
+        lambda m, x, y: generalized_fisher_trace(m, m(x)),
+        r"'targets': write generalized_fisher_trace\(model, model\(inputs\), targets\), where targets may be None",
+    ),
+    "generalized_fisher_trace(m, y, outputs)": (
+        lambda m, x, y: generalized_fisher_trace(m, y, m(x)),
+        r"changed places, pass \(model, model\(inputs\), targets\)",
+    ),
+    "generalized_fisher_trace(m, x, y)": (
+        lambda m, x, y: generalized_fisher_trace(m, x, y),
+        r"and pass these, not the inputs",
+    ),
+    "generalized_fisher_trace(loss_fn=)": (
+        lambda m, x, y: generalized_fisher_trace(m, m(x), y, loss_fn=LOSS),
+        r"say which likelihood it is, with loss_type=",
+    ),
+    "hessian_trace(m, x, y)": (
+        lambda m, x, y: hessian_trace(m, x, y),
+        r"write hessian_trace\(model, loss_fn, inputs, targets\)",
+    ),
+    "hessian_trace(m, loss, y, x)": (lambda m, x, y: hessian_trace(m, LOSS, y, x), r"seem to have changed places"),
+    "FisherMonitor()": (lambda m, x, y: FisherMonitor(), r"'model': write with FisherMonitor\(model\) as monitor"),
+    "FisherMonitor(m, loss)": (
+        lambda m, x, y: FisherMonitor(m, LOSS),
+        r"reduction, the second argument, .* not CrossEntropyLoss\(\): a monitor takes no loss and no data, but watches",
+    ),
+    "FisherMonitor(m, data)": (
+        lambda m, x, y: FisherMonitor(m, DATA),
+        r"a monitor takes no loss and no data, but watches",
+    ),
+    "FisherMonitor(loss_fn=)": (lambda m, x, y: FisherMonitor(m, loss_fn=LOSS), r"a monitor takes no loss and no data"),
+    "FisherMonitor(diag=)": (lambda m, x, y: FisherMonitor(m, diag=True), r"do you mean diagonal=\?"),
+    "FisherMonitor(m, 'sum', True)": (
+        lambda m, x, y: FisherMonitor(m, "sum", True),
+        r"but model and reduction go by name",
+    ),
+    "FisherMonitor(parameters)": (
+        lambda m, x, y: FisherMonitor(m.parameters()),
+        r"pass the model itself, and say with parameters= which of its parameters count",
+    ),
+    "FisherMonitor(optimizer)": (
+        lambda m, x, y: FisherMonitor(torch.optim.SGD(m.parameters())),
+        r"not an object of the type SGD: pass the model itself",
+    ),
+    "FisherMonitor(class)": (
+        lambda m, x, y: FisherMonitor(nn.Linear),
+        r"the class Linear: pass an instance of it, Linear\(",
+    ),
+    "Gates()": (lambda m, x, y: Gates(), r"'model': write Gates\(model\)"),
+    "Gates(m, loss)": (lambda m, x, y: Gates(m, LOSS), r"can't be a CrossEntropyLoss: gates take no loss, but watch"),
+    "check(m, loss, x, y)": (
+        lambda m, x, y: check(m, LOSS, x, y),
+        r"write check\(model, loss_fn, batch\), where batch is one pair",
+    ),
+    "check(fischer=)": (lambda m, x, y: check(m, LOSS, (x, y), fischer="exact"), r"do you mean fisher=\?"),
+    "gradient_noise_scale(m, loss, data)": (
+        lambda m, x, y: gradient_noise_scale(m, LOSS, DATA),
+        r"write gradient_noise_scale\(monitor.report\(\)\)",
+    ),
+    "weight_saliency(report, m)": (
+        lambda m, x, y: weight_saliency(fisher_report(m, LOSS, DATA, progress=False), m),
+        r"the model comes first, and then the monitor, results or report",
+    ),
+}
+
+
+@pytest.mark.parametrize(("call", "instead"), CALLS.values(), ids=CALLS)
+def test_a_call_that_does_not_fit_is_told_how_to_write_it(call: Callable[..., object], instead: str) -> None:
+    with pytest.raises(CurvatureError, match=instead) as told:
+        call(*classification())
+    assert isinstance(told.value, TypeError) == isinstance(told.value, CallError)
+    assert len(str(told.value)) < 400
+
+
+def test_functions_that_explain_their_calls_look_like_themselves() -> None:
+    for one in (fisher_report, fisher_results, empirical_fisher_trace, generalized_fisher_trace, hessian_trace, check):
+        assert next(iter(inspect.signature(one).parameters)) == "model"
+        assert (one.__doc__ or "").count("Args:") == 1
+    assert list(inspect.signature(FisherMonitor).parameters)[:2] == ["model", "reduction"]
+
+
+def test_an_error_of_a_model_whose_arguments_are_in_their_places_stays_its_own() -> None:
+    model, x, y = classification()
+    with pytest.raises(RuntimeError, match="cannot be multiplied") as told:
+        empirical_fisher_trace(model, LOSS, x[:, :2], y)
+    assert not isinstance(told.value, CurvatureError)
 
 
 # No sample was seen

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 __all__ = [
     "ArgumentError",
     "BroadcastLossWarning",
+    "CallError",
     "CoupledSamplesError",
     "CoverageError",
     "CurvatureError",
@@ -33,6 +34,10 @@ class CurvatureError(RuntimeError):
 
 class ArgumentError(CurvatureError, ValueError):
     """An argument is invalid."""
+
+
+class CallError(ArgumentError, TypeError):
+    """A call lacks an argument, or has one that the function doesn't take."""
 
 
 class UnsupportedError(CurvatureError, NotImplementedError):

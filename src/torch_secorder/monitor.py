@@ -13,10 +13,13 @@ from torch import Tensor, nn
 
 from torch_secorder.arguments import (
     By,
+    DiagonalLayout,
     MonitorFisher,
     OnError,
     Reduction,
     RepeatedCalls,
+    called_as,
+    described,
     loss_scale_value,
     require_choice,
     require_max_memory,
@@ -60,22 +63,27 @@ if TYPE_CHECKING:
     import pandas as pd
     from typing_extensions import Self
 
+TAKES_NO_LOSS = (
+    "a monitor takes no loss and no data, but watches the backward passes of your own loop in its block; fisher_report(model, "
+    "loss_fn, data) runs the loop itself"
+)
+
 
 @dataclass(frozen=True)
 class MonitorOptions:
     """The arguments of a :class:`FisherMonitor`, which has their meaning."""
 
-    reduction: str = "mean"
+    reduction: Reduction = "mean"
     loss_scale: float | Tensor | Callable[[], float | Tensor] = 1.0
     parameters: Selection = "trainable"
     batch_axis: BatchAxis = None
     n_samples: NSamples = None
     sample_of: SampleOf = None
-    nonfinite: str = "raise"
-    on_refusal: str = "raise"
-    repeated_calls: str | None = None
+    nonfinite: OnError = "raise"
+    on_refusal: OnError = "raise"
+    repeated_calls: RepeatedCalls | None = None
     every: int = 1
-    fisher: str = "empirical"
+    fisher: MonitorFisher = "empirical"
     max_memory: int | None = None
     keeps: Keeps = field(default_factory=dict)
 
@@ -200,6 +208,11 @@ class FisherMonitor(HookScope):
         ['weight', 'bias']
     """
 
+    @called_as(
+        "with FisherMonitor(model) as monitor: and in the block your own loop, loss_fn(model(inputs), targets).backward(); all "
+        "arguments but model and reduction go by name",
+        **dict.fromkeys(("loss_fn", "loss", "data"), TAKES_NO_LOSS),
+    )
     def __init__(
         self,
         model: nn.Module,
@@ -207,7 +220,7 @@ class FisherMonitor(HookScope):
         *,
         loss_scale: float | Tensor | Callable[[], float | Tensor] = 1.0,
         parameters: Selection = "trainable",
-        diagonal: bool | Mapping[str, str] = False,
+        diagonal: DiagonalLayout = False,
         per_sample: bool = False,
         activations: bool = False,
         on_output: OnOutput | None = None,
@@ -221,6 +234,10 @@ class FisherMonitor(HookScope):
         fisher: MonitorFisher = "empirical",
         max_memory: int | None = None,
     ):
+        if not isinstance(reduction, str):
+            raise ArgumentError(
+                f"reduction, the second argument, must be 'mean' or 'sum', not {described(reduction)}: {TAKES_NO_LOSS}"
+            )
         keeps = {"diagonal": diagonal, "per_sample": per_sample, "activations": activations, "on_output": on_output}
         options = MonitorOptions(
             *(reduction, loss_scale, parameters, batch_axis, n_samples, sample_of, nonfinite, on_refusal),

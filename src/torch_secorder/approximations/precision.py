@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import get_args
 
-from torch_secorder.arguments import require_choice
+from torch_secorder.arguments import ErrorOf, require_choice
 from torch_secorder.errors import ArgumentError
 from torch_secorder.results.statistics import Statistics
 
@@ -28,12 +29,12 @@ class Precision:
     """
 
     rtol: float
-    of: str = "total"
+    of: ErrorOf = "total"
 
     def __post_init__(self) -> None:
         if isinstance(self.rtol, bool) or not isinstance(self.rtol, (int, float)) or not 0 < self.rtol < math.inf:
             raise ArgumentError(f"rtol must be a positive number, such as 0.05 for five per cent, not {self.rtol!r}")
-        require_choice("rtol_of", self.of, ("total", "rows"))
+        require_choice("rtol_of", self.of, get_args(ErrorOf))
 
     def error(self, statistics: Statistics) -> float:
         """The largest relative standard error of the traces that count; NaN for fewer than two samples."""

@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 from torch import nn
 from torch.autograd.graph import GradientEdge
 
+from torch_secorder.arguments import Reduction
 from torch_secorder.batch_axis.evidence import Evidence, Finding, Unplaced
 from torch_secorder.batch_axis.placement import FIRST, Placement
 from torch_secorder.batch_axis.told import NOTHING, Told
@@ -148,7 +149,7 @@ class ModelKnowledge:
         self.cancelled: set[str] = set()
         self._by_fingerprint: dict[int, PlacementCache] = {}
         self._in_order: dict[int, tuple[Hashable, PlacementCache]] = {}
-        self._reductions: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
+        self._reductions: WeakKeyDictionary[Any, Reduction] = WeakKeyDictionary()
 
     def placements(self, fingerprint: int) -> PlacementCache:
         """Those of one kind of graph: another branch of the model may have its samples on another axis."""
@@ -175,7 +176,7 @@ class ModelKnowledge:
         self._in_order.clear()
         self.schedule.restart()
 
-    def reduction(self, function: Callable[..., Any], find: Callable[[str | None], str]) -> str:
+    def reduction(self, function: Callable[..., Any], find: Callable[[Reduction | None], Reduction]) -> Reduction:
         """How a loss combines samples, "mean" or "sum": ``find`` of what it was the last time, or of None."""
         try:
             before = self._reductions.get(function)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 import torch
@@ -211,7 +211,7 @@ def report(setup: Setup, by: str, max_batches: int | None, progress: bool | None
 @click.option("--seed", type=int, metavar="N", help="For torch.manual_seed before SETUP.py is run.")
 @click.option("--verify/--no-verify", default=True, help="Let the library check itself too.  [default: verify]")
 @_batches
-def check(setup: Setup, seed: int | None, loss: str | None, **options: Any) -> None:
+def check(setup: Setup, seed: int | None, loss: Literal["model"] | None, **options: Any) -> None:
     """The traces of the first batch beside those of a plain float64 loop over its samples.
 
     Takes the same function as report. The exit code is 1 if a trace is different, which one is not that differs by the

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from torch_secorder.arguments import Fisher, require_choice, require_share
+from torch_secorder.arguments import Fisher, WeightSelection, require_choice, require_share
 from torch_secorder.autograd.double_precision import in_double_precision, on_host
 from torch_secorder.curvature import curvature, warn_if_no_prediction
 from torch_secorder.errors import ArgumentError
@@ -24,7 +24,7 @@ def weight_saliency(
     model: nn.Module,
     source: Results | pd.DataFrame,
     *,
-    parameters: str | Callable[[str], bool] = "weights",
+    parameters: WeightSelection = "weights",
     shrinkage: float = 0.0,
     diagonal: Mapping[str, Tensor] | None = None,
     fisher: Fisher | None = None,

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from torch_secorder.arguments import require_max_memory
+from torch_secorder.arguments import Reduction, require_max_memory
 from torch_secorder.autograd.engine import call_model
 from torch_secorder.autograd.precision import has_half_precision
 from torch_secorder.autograd.random_state import forked_random
@@ -58,7 +58,7 @@ class Batch:
     random: bool
     where: BatchSamples
     fingerprint: int
-    reduction: str = "sum"
+    reduction: Reduction = "sum"
     loss_inside: bool = False
 
 
