@@ -319,6 +319,9 @@ class PassAccumulator:
 
     def _settle(self, batch: SampleBatch, position: int, form: PerSampleGradient, norms: Tensor | None = None) -> None:
         batch.settled.add(position)
+        if norms is None:
+            shown = (part.squared_norms(position, form) for part in self._of_forms)
+            norms = next((squares for squares in shown if squares is not None), None)
         norms = self._squared_norms([batch], [position], form) if norms is None else norms
         batch.squared_norms[position] = norms
         for part in self._of_forms:

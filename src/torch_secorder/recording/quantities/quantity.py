@@ -18,6 +18,13 @@ if TYPE_CHECKING:
 class Part:
     """What one backward pass adds to a quantity, in the units of that pass. This one takes nothing."""
 
+    def squared_norms(self, position: int, form: PerSampleGradient) -> Tensor | None:
+        """The squared norms of a parameter's gradients, ``[n]``, where what is taken of them shows them for nothing.
+
+        :meth:`on_form` is called with them next.
+        """
+        return None
+
     def on_form(self, position: int, form: PerSampleGradient, squared_norms: Tensor) -> None:
         """A parameter's gradients for all samples of a batch, and their squared norms, ``[n]``."""
 
