@@ -151,8 +151,8 @@ class FisherMonitor(HookScope):
         per_sample: also keep every t_{n,p}. Rows are in the order in which samples came; a monitor sees no batches, so that names
             for them are for the loop to collect: ``monitor.per_sample.set_axis(ids)``.
         activations: also keep the Fisher trace and the moments of every module's output.
-        on_output: a function that is called in the backward pass with each module's name, its output without a graph, and the
-            gradient of the loss in it, both with the samples first: for sums over channels, samples or positions of one's own.
+        on_output: a function that is called in the backward pass with each module, its output without a graph, and the gradient
+            of the loss in it, both with the samples first: for sums over channels, samples or positions of one's own.
             The gradient is that of the loss which is differentiated; a sample's own is N times that if the loss averages.
             Outputs without a batch axis are left out, and outputs that are changed in place are refused. It has seen a part of a
             pass that turns out to be refused.

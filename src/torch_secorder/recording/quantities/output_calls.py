@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from torch_secorder.capture.records import Record
 from torch_secorder.errors import CurvatureError, ShapeError
 from torch_secorder.recording.quantities.quantity import Part, Quantity
 
-OnOutput = Callable[[str, Tensor, Tensor], None]
+OnOutput = Callable[[nn.Module, Tensor, Tensor], None]
 
 
 class OutputCallsPart(Part):
@@ -32,7 +32,7 @@ class OutputCallsPart(Part):
             output = record.kept.output
         except CurvatureError as error:
             raise type(error)(f"{record.site}: {error}") from error
-        self._function(record.site.name, output.movedim(axis, 0) if axis else output, grad)
+        self._function(record.site.module, output.movedim(axis, 0) if axis else output, grad)
 
 
 def _require_one_axis(record: Record, n: int) -> None:
