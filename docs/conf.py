@@ -10,12 +10,22 @@ copyright = "2026, torch-secorder contributors"
 version = release = installed("torch-secorder")
 
 extensions = [
-    *("sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.doctest"),
+    *("sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.doctest", "sphinx.ext.intersphinx"),
     "sphinx-mathjax-offline",  # formulas without a network
     "myst_parser",  # the changelog
     "matplotlib.sphinxext.plot_directive",  # the page with pictures
 ]
 exclude_patterns = ["_build", "concepts/_*.rst"]
+
+# Names of other projects are links where their inventories lie in docs/inventories, so that a build takes no network.
+INVENTORIES = {
+    "python": "https://docs.python.org/3/",
+    "torch": "https://docs.pytorch.org/docs/stable/",
+    "pandas": "https://pandas.pydata.org/docs/",
+    "matplotlib": "https://matplotlib.org/stable/",
+}
+_files = {name: Path(__file__).parent / "inventories" / f"{name}.inv" for name in INVENTORIES}
+intersphinx_mapping = {name: (INVENTORIES[name], str(file)) for name, file in _files.items() if file.exists()}
 
 html_theme = "furo"
 html_static_path = ["_static"]
