@@ -139,7 +139,7 @@ class Layout:
 
 
 def _takes(model: nn.Module, key: str) -> bool:
-    """Whether a model's forward takes a keyword argument; it does, for all that is known, if it has no signature."""
+    """Whether a model's forward takes a keyword argument. One that shows no signature may take any."""
     try:
         known = inspect.signature(model.forward).parameters
     except (TypeError, ValueError):

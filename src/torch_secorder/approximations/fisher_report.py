@@ -232,7 +232,7 @@ def fisher_results(
     if ids is not None and not per_sample:
         raise ArgumentError("ids name the rows of per_sample: pass per_sample=True, too")
     results = None
-    for results in accumulated(model, loss_fn, data, ReportOptions(keeps=keeps, ids=ids, **options)):  # noqa: B007  # the last one
+    for results in accumulated(model, loss_fn, data, ReportOptions(keeps=keeps, ids=ids, **options)):  # noqa: B007  # The last one is returned.
         pass
     if results is None:
         raise ArgumentError("data has no batch")
@@ -390,16 +390,19 @@ def _require_batch_of(parts: LabeledBatch, n: int, most: int | None) -> None:
 def _empirical(
     analysis: Analysis, loss_fn: Callable[[Any, Any], Tensor], inputs: Any, targets: Any, checked: Checked
 ) -> Batch:
-    """One batch's gradients of the loss, and whether a sample's are as they are alone."""
+    """One batch's gradients of the loss, which are compared with those of single samples if a check is due."""
     analyze = partial(analysis.empirical, loss_fn, inputs, targets, checked=checked)
     return analyze_and_verify(analysis, analyze, partial(verify_empirical, analysis, loss_fn, inputs, targets))
 
 
 def _verify_projection(analysis: Analysis, inputs: Any) -> bool:
-    """Raise unless gradients of the outputs along one direction, which those of every Fisher are like, are right.
+    """Raise unless the gradients of one random projection of the outputs are right.
+
+    Every Fisher differentiates such projections, so that they stand for all of its backward passes.
 
     Returns:
-        Whether they were at once: if not, shapes have misled, and what was found before is to be found again.
+        Whether the gradients were right at once. If they were right only after the samples had been looked for again, the shapes
+        had been misleading, and what was computed from them before has to be computed again.
     """
     trusted = analysis.trusts_shapes
     with forked_random(analysis.table.tensors):  # the check is one more forward
@@ -410,13 +413,13 @@ def _verify_projection(analysis: Analysis, inputs: Any) -> bool:
 
 
 def _projection(outputs: Any) -> Tensor:
-    """The outputs along one fixed random direction, which every Fisher's gradients are like."""
+    """The sum of the outputs with random signs that are the same in each call."""
     f = logits(outputs)
     return (f * random_signs(f.shape, f, torch.Generator().manual_seed(0))).sum()
 
 
 def _in_step(analysis: Analysis, batches: Iterable[Any]) -> Iterable[Any]:
-    """The batches, as many on every rank that holds a part of the model."""
+    """The batches. All ranks that hold parts of the model take one at the same time, and raise if some have no more."""
     ranks, remedy = analysis.table.ranks, "some have more batches than others; give each as many, or pass max_batches="
     for batch in batches:
         ranks.require_same("a batch", remedy)

@@ -35,7 +35,7 @@ from torch_secorder.running.misplaced import explaining_misplaced
 if TYPE_CHECKING:
     import pandas as pd
 
-MIN_PROBES = 8  # A standard error from fewer of them is no more than a guess.
+MIN_PROBES = 8  # A standard error from fewer probes is no more than a guess.
 
 
 @called_as("hessian_trace(model, loss_fn, inputs, targets) for one batch", k="num_samples= says how many probes")
@@ -151,7 +151,7 @@ def _probe(gradients: tuple[Tensor, ...], table: ParameterTable, generator: torc
     """``z_p^T (H z)_p`` of every parameter for one z."""
     signs = [random_signs(p.shape, p, generator) for p in table.tensors]
     curved = [(g, z) for g, z in zip(gradients, signs, strict=True) if g.requires_grad]
-    if not curved:  # a loss that is linear in the parameters
+    if not curved:  # The loss is linear in the parameters.
         return torch.zeros(len(signs), dtype=torch.float64, device="cpu")
     ends, seeds = zip(*curved, strict=True)
     try:

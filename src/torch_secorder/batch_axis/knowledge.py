@@ -99,7 +99,10 @@ class PlacementCache:
         self.evidence.pop(key, None)
 
     def examines_next(self, *, always: bool = False) -> bool:
-        """Count a graph; returns whether what is known is examined again in it: a gate may have opened, an order changed."""
+        """Count a graph; returns whether what is known is examined again in it.
+
+        A gate may have opened since, or an order may have changed.
+        """
         if always:
             return True
         self.graphs_seen += 1
