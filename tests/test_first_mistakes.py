@@ -267,8 +267,14 @@ def test_another_name_of_a_likelihood_is_understood_and_refused(said: str, meant
 
 def test_a_model_that_ends_in_a_softmax_is_warned_of() -> None:
     model, x, y = classification()
-    with pytest.warns(UserWarning, match="ends in a softmax.*return the logits"):
-        generalized_fisher_trace(*(lambda m: (m, m(x)))(nn.Sequential(model, nn.Softmax(1))), y)
+    probabilities = nn.Sequential(model, nn.Softmax(1))
+    for call in (
+        lambda: generalized_fisher_trace(probabilities, probabilities(x), y),
+        lambda: total(probabilities, None, (x, None), fisher="exact"),
+    ):
+        with pytest.warns(UserWarning, match="ends in a softmax.*return the logits") as told:
+            call()
+        assert told[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         logarithms = nn.Sequential(model, nn.LogSoftmax(1))

@@ -63,9 +63,9 @@ def reduction_of(
     if not bool(loss.isfinite()) and not _has_finite_gradient(loss_fn, outputs, targets):
         return "mean"  # The batch is going to be refused with the names of the parameters that are hit.
     raise ArgumentError(
-        f"the loss neither averages nor sums over the batch: with the first sample given twice it is {found[0][0]:.6g} times as "
-        f"large as with that sample once, with all samples given twice {found[1][0]:.6g} times as large as with the batch, where "
-        "an average gives 1 and a sum 2 (a loss that compares samples with each other has no per-sample gradients)"
+        f"the loss neither averages nor sums over the batch: {_in_words(found[0][0])} as that of the first sample if that is "
+        f"given twice, and {_in_words(found[1][0])} as that of the batch if all samples are given twice, where an average gives "
+        "1 and a sum 2 (a loss that compares samples with each other has no per-sample gradients)"
     )
 
 
@@ -91,6 +91,12 @@ def _require_a_target_for_each_output(loss_fn: LossFunction, outputs: Any, targe
             f"the loss broadcasts {shapes}, so that every output is compared with every target: pass targets.unsqueeze(-1), or "
             "let the model return outputs.squeeze(-1)"
         )
+
+
+def _in_words(multiple: float) -> str:
+    return (
+        "it can't be said how many times as large" if math.isnan(multiple) else f"it is {multiple:.6g} times as large"
+    )
 
 
 def reduction_of_multiples(multiple: float, of_difference: float, near: float) -> Reduction | None:
