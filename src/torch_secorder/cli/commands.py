@@ -248,8 +248,8 @@ def report(setup: Setup, by: str, max_batches: int | None, progress: bool | None
 def check(setup: Setup, seed: int | None, loss: Literal["model"] | None, **options: Any) -> None:
     """The traces of the first batch beside those of a plain float64 loop over its samples.
 
-    Takes the same function as report. The exit code is 1 if a trace is different, which one is not that differs by the
-    rounding of the model's own precision only.
+    Takes the same function as report. The exit code is 1 if a trace is different. A trace that differs only by the rounding of
+    the model's own precision is not.
     """
     if seed is not None:
         torch.manual_seed(seed)
@@ -266,7 +266,7 @@ def check(setup: Setup, seed: int | None, loss: Literal["model"] | None, **optio
 
 @contextmanager
 def _running(setup: Setup, journal: Journal | None) -> Iterator[None]:
-    """What fails is told as the user's own; what is refused, as it is."""
+    """Inside, an error of the user's code is told with its traceback, and a refusal in one line."""
     try:
         yield
     except (CommandError, CurvatureError):
