@@ -119,7 +119,7 @@ class PlacementCache:
         the placement that its shape suggests, unless shapes are ambiguous. A use has none to keep, and is searched for anew.
         """
         found: list[Wanted] = []
-        for item in wanted:  # in every step: no function for each place
+        for item in wanted:  # Every step does this, without a function for each place.
             key, _, shape = item
             known = self.evidence.get(key)
             if known is FIRST:

@@ -40,7 +40,7 @@ class BatchSamples:
             value: the container.
         """
         found: list[Placement | None] = []
-        axes = self.words.outputs if side == "outputs" else self.words.axes(side)  # in every step, for the outputs
+        axes = self.words.outputs if side == "outputs" else self.words.axes(side)  # Every step asks for the outputs.
         if not isinstance(axes, Mapping):
             self._collect(value, axes, found)
             return found

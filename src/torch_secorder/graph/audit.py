@@ -136,7 +136,7 @@ class Audit:
         self.fingerprint, self.other_leaves = walk.fingerprint, walk.other_leaves
         if n is None:
             return Uses()
-        # In every step: no function for each call.
+        # Every step does this, so that no function of Python's is called for each call.
         nodes, unfolded = walk.children, walk.unfolded
         reached = [
             (record, edge)

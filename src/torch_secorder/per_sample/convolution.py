@@ -72,7 +72,7 @@ class Convolution(Cancelling):
         self.n, self.shape = x.shape[0], tuple(shape)
         self.stride, self.padding, self.dilation, self.groups = list(stride), list(padding), list(dilation), groups
         for axis, (kernel, step, sides) in enumerate(zip(self.shape[2:], stride, padding, strict=True), 3):
-            if kernel == 1 and step > 1 and not sides:  # most of the map is never read, and is left out here
+            if kernel == 1 and step > 1 and not sides:  # Most of the map is never read, and left out here.
                 self.x = self.x.unfold(axis, 1, step).squeeze(-1).narrow(axis, 0, g.shape[axis])
                 self.stride[axis - 3] = 1
 
@@ -290,7 +290,8 @@ class Convolution(Cancelling):
         return (_product(x[rest, :, :, skip * row : skip * row + g.shape[2]], g) for skip, rest in starts)
 
     def _shifted_squared_norms(self) -> Tensor:
-        products = (value if value.is_contiguous() else value.mT for value in self.shifted())  # as they lie in memory
+        # They are read as they lie in memory.
+        products = (value if value.is_contiguous() else value.mT for value in self.shifted())
         squares = [squared_norm_of_rows(value.reshape(self.n, -1)) for value in products]
         return torch.stack(squares).sum(0) if len(squares) > 1 else squares[0]
 
@@ -327,7 +328,7 @@ class Convolution(Cancelling):
     def _sum_along_diagonal(self, matrices: Tensor, taps: int, step: int) -> Tensor:
         """The sum of as many copies, each shifted further along the diagonal."""
         length = matrices.shape[1] - (taps - 1) * step
-        if not profile_of(matrices.device).has_caches:  # then in one call
+        if not profile_of(matrices.device).has_caches:  # One call does it there.
             (outer, row, column), size = matrices.stride(), (len(matrices), length, length, taps)
             return matrices.as_strided(size, (outer, row, column, step * (row + column))).sum(3)
         shifts = (slice(tap * step, tap * step + length) for tap in range(taps))

@@ -28,7 +28,7 @@ WITH_INPUT_GRADIENT = ("linear", "conv1d", "convolution", "transposed_convolutio
 
 
 class GateOptions(TypedDict, total=False):
-    """Of one module's gates."""
+    """The options of one module's gates."""
 
     side: Side
     groups: int | None

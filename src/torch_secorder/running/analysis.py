@@ -207,7 +207,7 @@ class Analysis:
     ) -> SampleNorms:
         with self._prepared() as run:
             if targets is None and has_mask(inputs) and kind.labels == "model":
-                targets = inputs  # whose mask says what is padding
+                targets = inputs  # Their mask says what is padding.
             outputs, targets = _with_samples_first(logits(run(inputs)), targets, run.samples)
             count, seeds = kind.output_gradients(outputs, targets, generator, self.table.ranks)
             passes = (

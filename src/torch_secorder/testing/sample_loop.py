@@ -127,7 +127,7 @@ class _Loop:
             self.outputs = self._run(inputs)
 
     def loss_dtype(self) -> torch.dtype:
-        """That of the whole batch's loss."""
+        """The dtype of the whole batch's loss."""
         with torch.no_grad():
             return self._loss(self.outputs, self.targets).dtype
 

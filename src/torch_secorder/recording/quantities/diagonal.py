@@ -19,7 +19,7 @@ from torch_secorder.recording.quantities.quantity import Part, Quantity
 
 
 class DiagonalPart(Part):
-    """Of one backward pass, for each position in the parameter table, ``sum_n G_n ** 2``; factored where that is possible.
+    """``sum_n G_n ** 2`` of one backward pass for each position in the parameter table, factored where that is possible.
 
     Args:
         sums: position -> the sum, in several parts.

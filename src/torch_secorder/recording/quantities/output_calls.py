@@ -15,7 +15,7 @@ OnOutput = Callable[[nn.Module, Tensor, Tensor], None]
 
 
 class OutputCallsPart(Part):
-    """Of one backward pass, the calls."""
+    """The calls of the user's function in one backward pass."""
 
     def __init__(self, function: OnOutput):
         self._function = function
@@ -46,7 +46,7 @@ def _require_one_axis(record: Record, n: int) -> None:
 
 
 class OutputCalls(Quantity):
-    """Has nothing to add, merge or save."""
+    """The quantity of a function of the user's, which has nothing to add, merge or save."""
 
     name: ClassVar[str] = "on_output"
     watches_outputs: ClassVar[bool] = True

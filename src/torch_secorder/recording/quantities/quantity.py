@@ -19,9 +19,9 @@ class Part:
     """What one backward pass adds to a quantity, in the units of that pass. This one takes nothing."""
 
     def squared_norms(self, position: int, form: PerSampleGradient) -> Tensor | None:
-        """The squared norms of a parameter's gradients, ``[n]``, where what is taken of them shows them for nothing.
+        """The squared norms of a parameter's gradients, ``[n]``, if this part computes something that gives them anyway.
 
-        :meth:`on_form` is called with them next.
+        :meth:`on_form` is called next, with these norms. None leaves them to the gradients' own way.
         """
         return None
 
