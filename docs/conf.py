@@ -1,8 +1,28 @@
 import sys
+from importlib import import_module
 from importlib.metadata import version as installed
 from pathlib import Path
+from pkgutil import walk_packages
+
+import matplotlib.axes
+import pandas
+import typing_extensions
+
+import torch_secorder
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))  # the page with pictures draws those of an example
+
+# What modules import for type checkers only is given to them here, so that signatures show what their types stand for.
+FOR_TYPES = {
+    "pd": pandas,
+    "Self": typing_extensions.Self,
+    "Unpack": typing_extensions.Unpack,
+    "Axes": matplotlib.axes.Axes,
+}
+for _module in walk_packages(torch_secorder.__path__, "torch_secorder."):
+    if not _module.name.endswith("__main__"):
+        _names = vars(import_module(_module.name))
+        _names.update({name: value for name, value in FOR_TYPES.items() if name not in _names})
 
 project = "torch-secorder"
 author = "torch-secorder contributors"
