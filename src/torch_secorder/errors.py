@@ -13,6 +13,7 @@ from collections.abc import Sequence
 __all__ = [
     "ArgumentError",
     "BroadcastLossWarning",
+    "CallError",
     "CoupledSamplesError",
     "CoverageError",
     "CurvatureError",
@@ -33,6 +34,10 @@ class CurvatureError(RuntimeError):
 
 class ArgumentError(CurvatureError, ValueError):
     """An argument is invalid."""
+
+
+class CallError(ArgumentError, TypeError):
+    """A call lacks an argument, or has one that the function doesn't take."""
 
 
 class UnsupportedError(CurvatureError, NotImplementedError):
@@ -72,7 +77,7 @@ class SkippedPassWarning(UserWarning):
 
 
 class BroadcastLossWarning(UserWarning):
-    """The gradients of a loss look as if it compares every output of shape ``(N, 1)`` with every target of shape ``(N,)``."""
+    """A loss makes ``(N, N)`` of outputs of shape ``(N, 1)``, as one that compares every output with every target does."""
 
 
 class SlowFallbackWarning(UserWarning):

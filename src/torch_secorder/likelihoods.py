@@ -9,7 +9,6 @@ sampled. So the trace's part of sample n is the sum of ``||J_n^T s_n||^2`` over 
 from __future__ import annotations
 
 import math
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torch_secorder.errors import ArgumentError, ShapeError, UnsupportedError
+from torch_secorder.errors import ArgumentError, ShapeError, UnsupportedError, warn_at_users_line
 
 
 @dataclass(frozen=True)
@@ -171,10 +170,10 @@ def warn_of_probabilities(outputs: Tensor) -> None:
     """Warn of a model that ends in a softmax, whose outputs are no logits."""
     node = outputs.grad_fn
     if node is not None and node.name().startswith("SoftmaxBackward"):
-        warnings.warn(
+        warn_at_users_line(
             'the model ends in a softmax, and loss_type="nll" takes its outputs for logits, so that a softmax of a softmax is '
             "analyzed: return the logits, or their logarithm (log_softmax)",
-            stacklevel=2,
+            UserWarning,
         )
 
 

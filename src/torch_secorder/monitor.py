@@ -13,10 +13,13 @@ from torch import Tensor, nn
 
 from torch_secorder.arguments import (
     By,
+    DiagonalLayout,
     MonitorFisher,
     OnError,
     Reduction,
     RepeatedCalls,
+    called_as,
+    described,
     loss_scale_value,
     require_choice,
     require_max_memory,
@@ -60,22 +63,27 @@ if TYPE_CHECKING:
     import pandas as pd
     from typing_extensions import Self
 
+TAKES_NO_LOSS = (
+    "a monitor takes no loss and no data, but watches the backward passes of your own loop in its block; fisher_report(model, "
+    "loss_fn, data) runs the loop itself"
+)
+
 
 @dataclass(frozen=True)
 class MonitorOptions:
     """The arguments of a :class:`FisherMonitor`, which has their meaning."""
 
-    reduction: str = "mean"
+    reduction: Reduction = "mean"
     loss_scale: float | Tensor | Callable[[], float | Tensor] = 1.0
     parameters: Selection = "trainable"
     batch_axis: BatchAxis = None
     n_samples: NSamples = None
     sample_of: SampleOf = None
-    nonfinite: str = "raise"
-    on_refusal: str = "raise"
-    repeated_calls: str | None = None
+    nonfinite: OnError = "raise"
+    on_refusal: OnError = "raise"
+    repeated_calls: RepeatedCalls | None = None
     every: int = 1
-    fisher: str = "empirical"
+    fisher: MonitorFisher = "empirical"
     max_memory: int | None = None
     keeps: Keeps = field(default_factory=dict)
 
@@ -143,8 +151,8 @@ class FisherMonitor(HookScope):
         per_sample: also keep every t_{n,p}. Rows are in the order in which samples came; a monitor sees no batches, so that names
             for them are for the loop to collect: ``monitor.per_sample.set_axis(ids)``.
         activations: also keep the Fisher trace and the moments of every module's output.
-        on_output: a function that is called in the backward pass with each module's name, its output without a graph, and the
-            gradient of the loss in it, both with the samples first: for sums over channels, samples or positions of one's own.
+        on_output: a function that is called in the backward pass with each module, its output without a graph, and the gradient
+            of the loss in it, both with the samples first: for sums over channels, samples or positions of one's own.
             The gradient is that of the loss which is differentiated; a sample's own is N times that if the loss averages.
             Outputs without a batch axis are left out, and outputs that are changed in place are refused. It has seen a part of a
             pass that turns out to be refused.
@@ -200,6 +208,11 @@ class FisherMonitor(HookScope):
         ['weight', 'bias']
     """
 
+    @called_as(
+        "with FisherMonitor(model) as monitor: and in the block your own loop, loss_fn(model(inputs), targets).backward(); all "
+        "arguments but model and reduction go by name",
+        **dict.fromkeys(("loss_fn", "loss", "data"), TAKES_NO_LOSS),
+    )
     def __init__(
         self,
         model: nn.Module,
@@ -207,7 +220,7 @@ class FisherMonitor(HookScope):
         *,
         loss_scale: float | Tensor | Callable[[], float | Tensor] = 1.0,
         parameters: Selection = "trainable",
-        diagonal: bool | Mapping[str, str] = False,
+        diagonal: DiagonalLayout = False,
         per_sample: bool = False,
         activations: bool = False,
         on_output: OnOutput | None = None,
@@ -221,6 +234,10 @@ class FisherMonitor(HookScope):
         fisher: MonitorFisher = "empirical",
         max_memory: int | None = None,
     ):
+        if not isinstance(reduction, str):
+            raise ArgumentError(
+                f"reduction, the second argument, must be 'mean' or 'sum', not {described(reduction)}: {TAKES_NO_LOSS}"
+            )
         keeps = {"diagonal": diagonal, "per_sample": per_sample, "activations": activations, "on_output": on_output}
         options = MonitorOptions(
             *(reduction, loss_scale, parameters, batch_axis, n_samples, sample_of, nonfinite, on_refusal),
@@ -370,8 +387,8 @@ class FisherMonitor(HookScope):
         expected, self._expected = self._expected, []
         checks += map(partial(partial, _require_expected, names), expected)
         samples = recorder.finish(current, self._options.nonfinite, checks, norms)
-        if current.column is not None:
-            warn_of_broadcast(*current.column)
+        if current.broadcast is not None:
+            warn_of_broadcast(*current.broadcast)
         scale = (samples.batch / loss_scale if self._options.reduction == "mean" else 1 / loss_scale) ** 2
         with without_modes() if current.special else nullcontext():
             assert samples.gradient_norms is not None

@@ -565,17 +565,17 @@ def test_trap_19_of_several_patterns_the_last_counts(modules: dict[str, int]) ->
         return m.head(m.turned(x.transpose(0, 1)).tanh().transpose(0, 1))
 
     model, x, y = made(forward, turned=nn.Linear(4, 4), head=nn.Linear(4, 3)), drawn(N, N, 4), drawn(N, N, 3)
-    shown: dict[str, Tensor] = {}
+    shown: dict[nn.Module, Tensor] = {}
 
-    def show(name: str, output: Tensor, gradient: Tensor) -> None:
-        shown[name] = output
+    def show(module: nn.Module, output: Tensor, gradient: Tensor) -> None:
+        shown[module] = output
 
     assert_exact(
         model, x, y, [squares(model(x[i : i + 1]), y[i : i + 1]) for i in range(N)], batch_axis={"modules": modules}
     )
     with FisherMonitor(model, "sum", on_output=show, batch_axis={"modules": modules}):
         squares(model(x), y).backward()
-    assert torch.equal(shown["turned"], model.turned(x))
+    assert torch.equal(shown[model.turned], model.turned(x))
 
 
 # Words that mean nothing

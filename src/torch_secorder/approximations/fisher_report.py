@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +13,16 @@ from torch import Tensor, nn
 from torch_secorder.approximations.batches import LabeledBatch, Layout, batches, while_any
 from torch_secorder.approximations.precision import Precision
 from torch_secorder.approximations.progress import Progress
+from torch_secorder.approximations.report_arguments import ReportArguments
 from torch_secorder.arguments import (
     By,
+    DiagonalLayout,
+    ErrorOf,
     Fisher,
+    Loss,
     LossType,
     Reduction,
+    called_as,
     fresh_generator,
     require_choice,
     require_model_before_loss,
@@ -35,6 +40,7 @@ from torch_secorder.recording.quantities import Keeps, SampleIds, SampleRows
 from torch_secorder.results.results import Results
 from torch_secorder.running.analysis import Analysis, Batch, Checked, logits
 from torch_secorder.running.fisher_kind import FisherKind
+from torch_secorder.running.misplaced import explaining_misplaced
 from torch_secorder.running.own_loss import loss_function
 from torch_secorder.running.placing import Device, Placing
 from torch_secorder.verification.empirical import verify_empirical
@@ -43,11 +49,19 @@ from torch_secorder.verification.schedule import analyze_and_verify
 
 if TYPE_CHECKING:
     import pandas as pd
+    from typing_extensions import Unpack
+
+USAGE = "(model, loss_fn, data), where data is a loader or one pair (inputs, targets), and all other arguments by name"
 
 
+@called_as(
+    f"fisher_report{USAGE}",
+    diagonal="use fisher_results, which keeps more than the table",
+    per_sample="use fisher_results, which keeps more than the table",
+)
 def fisher_report(
     model: nn.Module,
-    loss_fn: Callable[[Any, Any], Tensor] | str | None,
+    loss_fn: Loss | None,
     data: Any,
     *,
     fisher: Fisher = "empirical",
@@ -56,7 +70,7 @@ def fisher_report(
     max_batches: int | None = None,
     max_samples: int | None = None,
     rtol: float | None = None,
-    rtol_of: str = "total",
+    rtol_of: ErrorOf = "total",
     progress: bool = True,
     verify: bool = True,
     by: By = None,
@@ -166,16 +180,21 @@ def fisher_report(
     ).report(by)
 
 
+@called_as(
+    f"fisher_results{USAGE}",
+    ReportArguments.__annotations__,
+    by="group its table, fisher_results(model, loss_fn, data).report(by=...)",
+)
 def fisher_results(
     model: nn.Module,
-    loss_fn: Callable[[Any, Any], Tensor] | str | None,
+    loss_fn: Loss | None,
     data: Any,
     *,
-    diagonal: bool | Mapping[str, str] = False,
+    diagonal: DiagonalLayout = False,
     per_sample: bool = False,
     activations: bool = False,
     ids: str | int | Callable[[Any], Any] | None = None,
-    **options: Any,
+    **options: Unpack[ReportArguments],
 ) -> Results:
     """The results behind the table of :func:`fisher_report`, with the diagonal, per-sample squared norms and activations.
 
@@ -210,12 +229,10 @@ def fisher_results(
         (torch.Size([2, 3]), 'exact')
     """
     keeps = {"diagonal": diagonal, "per_sample": per_sample, "activations": activations}
-    if unknown := options.keys() - ReportOptions.names():
-        raise TypeError(f"fisher_results() got an unexpected keyword argument {min(unknown)!r}")
     if ids is not None and not per_sample:
         raise ArgumentError("ids name the rows of per_sample: pass per_sample=True, too")
     results = None
-    for results in accumulated(model, loss_fn, data, ReportOptions(keeps=keeps, ids=ids, **options)):  # noqa: B007  # the last one
+    for results in accumulated(model, loss_fn, data, ReportOptions(keeps=keeps, ids=ids, **options)):  # noqa: B007  # The last one is returned.
         pass
     if results is None:
         raise ArgumentError("data has no batch")
@@ -226,16 +243,16 @@ def fisher_results(
 class ReportOptions:
     """The arguments of :func:`fisher_results`, which has their meaning; ``keeps`` are the quantities that it keeps."""
 
-    fisher: str = "empirical"
+    fisher: Fisher = "empirical"
     num_samples: int | None = None
-    loss_type: str = "nll"
+    loss_type: LossType = "nll"
     max_batches: int | None = None
     max_samples: int | None = None
     rtol: float | None = None
-    rtol_of: str = "total"
+    rtol_of: ErrorOf = "total"
     progress: bool = True
     verify: bool = True
-    reduction: str | None = None
+    reduction: Reduction | None = None
     parameters: Selection = "trainable"
     labels: str | None = None
     batch_axis: BatchAxis = None
@@ -251,11 +268,6 @@ class ReportOptions:
     ids: str | int | Callable[[Any], Any] | None = None
     keeps: Keeps = field(default_factory=dict)
 
-    @classmethod
-    def names(cls) -> set[str]:
-        """Those of the arguments."""
-        return {one.name for one in fields(cls)} - {"keeps", "ids"}
-
     def __post_init__(self) -> None:
         require_choice("fisher", self.fisher, ("empirical", "exact", "sampled", "observed"))
         require_choice("reduction", self.reduction, (None, "mean", "sum"))
@@ -269,7 +281,7 @@ class ReportOptions:
         for name in ("max_batches", "max_samples", "num_samples"):
             if getattr(self, name) is not None:
                 require_positive_int(name, getattr(self, name))
-        require_choice("rtol_of", self.rtol_of, ("total", "rows"))
+        require_choice("rtol_of", self.rtol_of, get_args(ErrorOf))
         _ = self.precision  # checked before anything runs
 
     @property
@@ -289,7 +301,7 @@ class ReportOptions:
 
 def accumulated(
     model: nn.Module,
-    loss_fn: Callable[[Any, Any], Tensor] | str | None,
+    loss_fn: Loss | None,
     data: Any,
     options: ReportOptions,
     earlier: Results | None = None,
@@ -339,7 +351,7 @@ def accumulated(
         parts = parts if most is None else parts.first(most, words)
         inputs, targets = placed(parts.inputs), placed(parts.targets)
         checked: Checked = "never" if not options.verify else "always" if number == 0 else "when due"
-        with lock_of(analysis.model), eager_code():
+        with lock_of(analysis.model), eager_code(), explaining_misplaced(inputs, targets):
             if options.fisher == "empirical":
                 batch = _empirical(analysis, loss, inputs, targets, checked)
                 samples, reduction = batch.samples, reduction or batch.reduction
@@ -378,16 +390,19 @@ def _require_batch_of(parts: LabeledBatch, n: int, most: int | None) -> None:
 def _empirical(
     analysis: Analysis, loss_fn: Callable[[Any, Any], Tensor], inputs: Any, targets: Any, checked: Checked
 ) -> Batch:
-    """One batch's gradients of the loss, and whether a sample's are as they are alone."""
+    """One batch's gradients of the loss, which are compared with those of single samples if a check is due."""
     analyze = partial(analysis.empirical, loss_fn, inputs, targets, checked=checked)
     return analyze_and_verify(analysis, analyze, partial(verify_empirical, analysis, loss_fn, inputs, targets))
 
 
 def _verify_projection(analysis: Analysis, inputs: Any) -> bool:
-    """Raise unless gradients of the outputs along one direction, which those of every Fisher are like, are right.
+    """Raise unless the gradients of one random projection of the outputs are right.
+
+    Every Fisher differentiates such projections, so that they stand for all of its backward passes.
 
     Returns:
-        Whether they were at once: if not, shapes have misled, and what was found before is to be found again.
+        Whether the gradients were right at once. If they were right only after the samples had been looked for again, the shapes
+        had been misleading, and what was computed from them before has to be computed again.
     """
     trusted = analysis.trusts_shapes
     with forked_random(analysis.table.tensors):  # the check is one more forward
@@ -398,13 +413,13 @@ def _verify_projection(analysis: Analysis, inputs: Any) -> bool:
 
 
 def _projection(outputs: Any) -> Tensor:
-    """The outputs along one fixed random direction, which every Fisher's gradients are like."""
+    """The sum of the outputs with random signs that are the same in each call."""
     f = logits(outputs)
     return (f * random_signs(f.shape, f, torch.Generator().manual_seed(0))).sum()
 
 
 def _in_step(analysis: Analysis, batches: Iterable[Any]) -> Iterable[Any]:
-    """The batches, as many on every rank that holds a part of the model."""
+    """The batches. All ranks that hold parts of the model take one at the same time, and raise if some have no more."""
     ranks, remedy = analysis.table.ranks, "some have more batches than others; give each as many, or pass max_batches="
     for batch in batches:
         ranks.require_same("a batch", remedy)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from torch_secorder.approximations.samples_of_graph import SamplesOfGraph
 from torch_secorder.arguments import (
     Labels,
+    Loss,
     LossType,
     Reduction,
+    called_as,
     fresh_generator,
     require_choice,
     require_model_before_loss,
@@ -31,15 +33,21 @@ from torch_secorder.model.selection import Selection
 from torch_secorder.running.analysis import Analysis, Checked, logits
 from torch_secorder.running.fisher_kind import FisherKind
 from torch_secorder.running.loss import require_targets_of_batch
+from torch_secorder.running.misplaced import explaining_misplaced
 from torch_secorder.running.own_loss import loss_function
 from torch_secorder.running.run import require_twice_differentiable
 from torch_secorder.verification.empirical import verify_empirical
 from torch_secorder.verification.schedule import analyze_and_verify
 
 
+@called_as(
+    "empirical_fisher_trace(model, loss_fn, inputs, targets) for one batch, or fisher_report(model, loss_fn, data) for a loader",
+    reduction="leave it out, since whether the loss averages or sums is found out from the loss",
+    diagonal="use fisher_results(model, loss_fn, data, diagonal=True).diagonal",
+)
 def empirical_fisher_trace(
     model: nn.Module,
-    loss_fn: Callable[[Any, Any], Tensor] | str,
+    loss_fn: Loss,
     inputs: Any,
     targets: Any,
     num_samples: int = 1,
@@ -105,11 +113,16 @@ def empirical_fisher_trace(
     checked: Checked = "never" if create_graph else "when due"
     analyze = partial(analysis.empirical, loss_fn, inputs, targets, checked=checked)
     check = partial(verify_empirical, analysis, loss_fn, inputs, targets)
-    with lock_of(analysis.model), eager_code():
+    with lock_of(analysis.model), eager_code(), explaining_misplaced(inputs, targets):
         batch = analyze_and_verify(analysis, analyze, check)
     return _as_result(batch.samples.squared_norms.sum(0), batch.reduction, analysis.table)
 
 
+@called_as(
+    "generalized_fisher_trace(model, model(inputs), targets), where targets may be None",
+    loss_fn="say which likelihood it is, with loss_type=",
+    diagonal='use fisher_results(model, None, data, fisher="exact", diagonal=True).diagonal',
+)
 def generalized_fisher_trace(
     model: nn.Module,
     outputs: Any,
@@ -207,6 +220,11 @@ def generalized_fisher_trace(
         raise CoverageError(
             f"{listed(frozen, 'parameter')}: frozen, so that the graph of these outputs shows nothing of them: let them require "
             "a gradient and compute the outputs again, or use fisher_report, which runs the model"
+        )
+    if isinstance(targets, Tensor) and targets.grad_fn is not None and not outputs.requires_grad:
+        raise ArgumentError(
+            f"targets of shape {tuple(targets.shape)} were computed by a model, and outputs of shape {tuple(outputs.shape)} were "
+            "not: they have changed places, pass (model, model(inputs), targets)"
         )
     if not outputs.requires_grad:
         raise CoverageError(

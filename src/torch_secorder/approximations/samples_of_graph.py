@@ -62,7 +62,7 @@ class SamplesOfGraph:
         return self._one_by_one(seed) if found is None else found
 
     def _or_one_by_one(self, step: Callable[[GraphBackward], Tensor | None]) -> Tensor | None:
-        """What a step finds in the graph; None if samples are taken one by one, because it failed or one before it."""
+        """What a step finds in the graph; None where samples are taken one by one, since this or an earlier step failed."""
         if self._passes is None:
             return None
         try:
@@ -70,7 +70,7 @@ class SamplesOfGraph:
         except NonFiniteError:
             raise
         except CurvatureError as error:
-            if self._table.ranks.distributed:  # The others may not have to take samples one by one.
+            if self._table.ranks.distributed:  # The other ranks may not have to take samples one by one.
                 raise
             self._passes = None
             self._hooked.close()

@@ -63,7 +63,7 @@ def sample_marks(n: int, marks_per_pass: int = MARKS_PER_PASS) -> list[Tensor]:
     return list(_sample_marks(n, marks_per_pass))
 
 
-@lru_cache(16)  # a search asks for them at each place
+@lru_cache(16)  # A search asks for the same marks at each place.
 def _sample_marks(n: int, marks_per_pass: int) -> tuple[Tensor, ...]:
     samples = torch.arange(n, dtype=torch.float64, device="cpu")
     digits = max(1, math.ceil(math.log(max(n, 2), marks_per_pass) - 1e-9))
@@ -71,9 +71,10 @@ def _sample_marks(n: int, marks_per_pass: int) -> tuple[Tensor, ...]:
     return torch.ones(n, dtype=torch.float32, device="cpu"), *(mark.float() for mark in marks)
 
 
-# By how much a row may differ from its sample's mark times the plain one: relative to the row, and to the largest row. Powers of
-# two leave every rounding as it was, so that nothing but the order in which devices add differs; float16 underflows besides. What
-# is forgiven is an error of twice as much in the squared norms, so that it is below the tolerances of these.
+# A marked row should be the plain row times its sample's mark. These are the differences that are forgiven, relative to the row
+# and to the largest row. Powers of two leave every rounding as it was, so that only the order in which a device adds can make a
+# difference, and in float16 numbers that are too small for it. A forgiven difference makes an error of twice its size in the
+# squared norms, which is below their tolerances.
 FORGIVEN = {
     torch.float64: (1e-9, 1e-12),
     torch.float32: (1e-5, 1e-6),
@@ -81,7 +82,7 @@ FORGIVEN = {
     torch.float16: (0.02, 1e-4),
 }
 
-# A row that is smaller than this part of the largest fits any reading, or nearly so.
+# A row that is smaller than this part of the largest row says nothing, since it fits any reading, or nearly so.
 SPEAKS = 1e-3
 
 # Along a single random direction, what samples share may scale as if it were one sample's by accident, in half precision above
@@ -227,7 +228,7 @@ def evidence(
         return Finding(Unplaced.NO_GRADIENT)
     if not all(math.isfinite(sketch.largest) for sketch in (plain, *found)):
         return Finding(Unplaced.NOT_FINITE)
-    # Numbers below the smallest normal one have few digits, and a mark brings some back: they show nothing.
+    # Numbers below the smallest normal one show nothing: they have few digits, and a mark that lifts them brings some back.
     if plain.largest <= plain.tiny:
         return Finding(Unplaced.NO_GRADIENT)
     if not all(_slice_contradicts(plain, found, n, marks_per_pass, axis) for axis in plain.slices):

@@ -40,7 +40,7 @@ class BatchSamples:
             value: the container.
         """
         found: list[Placement | None] = []
-        axes = self.words.outputs if side == "outputs" else self.words.axes(side)  # in every step, for the outputs
+        axes = self.words.outputs if side == "outputs" else self.words.axes(side)  # Every step asks for the outputs.
         if not isinstance(axes, Mapping):
             self._collect(value, axes, found)
             return found
@@ -82,7 +82,7 @@ class BatchSamples:
         return Placement(axis, Layout.INDEXED, index.to(x.device))
 
     def of(self, x: Tensor, side: str, key: int | str = 0) -> Placement | None:
-        """Where a tensor has its samples: where it is said, else on the first axis, as in labels."""
+        """Where a tensor has its samples: on the axis that the user names, or else on the first one, as labels have them."""
         return self.anywhere(x, self.words.axis(side, key))
 
     def anywhere(self, x: Tensor, axis: Axis) -> Placement | None:

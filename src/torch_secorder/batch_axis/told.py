@@ -74,7 +74,7 @@ class Told:
         return isinstance(axes, Mapping) and any(name in axes for name in self._names(side, key))
 
     def _names(self, side: str, key: Key) -> list[Key]:
-        """A key, and for an argument of the model its other one."""
+        """What the user may call something: its key, and for an argument of the model both its position and its name."""
         if side != "inputs":
             return [key]
         if isinstance(key, int):

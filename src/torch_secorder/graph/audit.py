@@ -144,7 +144,7 @@ class Audit:
         self.fingerprint, self.other_leaves = walk.fingerprint, walk.other_leaves
         if n is None:
             return Uses()
-        # In every step: no function for each call.
+        # Every step does this, so that no function of Python's is called for each call.
         nodes, unfolded = walk.children, walk.unfolded
         reached = [
             (record, edge)
@@ -167,7 +167,7 @@ class Audit:
             return Uses()
         for record in (*shared, *walk.unfolded):
             record.placement = None
-        # What lies behind the input of a call without a batch axis has a gradient for every sample, too.
+        # Calls without a batch axis may take what other layers computed. Those layers have a gradient for every sample, too.
         inner = [record for record in shared if not record.starts_graph]
         self._require_trainable(forward, (*inner, *walk.unfolded))
         if inner:
@@ -175,7 +175,7 @@ class Audit:
             walk = Walk(roots, forward, self.leaves, (*walk.unfolded, *inner))
         uses, beginning = self._at_frontier(walk, shared, search, forward, asked)
         while self._ranks.max_over_ranks(bool(beginning)) if self._ranks.distributed else beginning:
-            # They are taken for their nodes, since what they take has a gradient that only those show.
+            # These calls count as the nodes that they consist of, since only the nodes show the gradients of what the calls take.
             for record in beginning:
                 record.placement = None
             self._require_trainable(forward, beginning)
@@ -210,8 +210,8 @@ class Audit:
         refusal = partial(not_counted, forward.count, list(map(attrgetter("shape"), map(itemgetter(0), placed))))
         passes = partial(SearchPasses, placed, n, weights=weights, not_counted=refusal)
         if self._ranks.distributed:
-            # No look ahead: with one sample autograd skips nodes that broadcast, so that ranks with batches of different sizes
-            # would look at different nodes.
+            # Nothing is looked at ahead. With one sample autograd skips nodes that broadcast, so that ranks with batches of
+            # different sizes would look at different nodes.
             passes = partial(passes, common_count=self._ranks.max_over_ranks)
             return SearchOnAllRanks(known, n, asked.ambiguous_shapes, passes, self._ranks)
         locate = None if asked.reorders_samples else self._locate_on_three_samples
@@ -242,7 +242,7 @@ class Audit:
         by_shape = self._trust_shapes and not (asked.ambiguous_shapes or contradicted)
         if by_shape or not asked.several_samples:
             for record, _ in reached:
-                if record.placement is None:  # then there is one sample, and all of the output belongs to it
+                if record.placement is None:  # There is one sample then, and all of the output belongs to it.
                     record.placement = Placement(0, Layout.BLOCKS)
             return []
         wanted, beside = _wanted(reached), _wanted_of_own_axes(own_axes) if own_axes else []
@@ -268,7 +268,8 @@ class Audit:
             for record in shared:
                 if takes_for_one_sample(record, argument):
                     raise without_batch_axis(str(record.site), f"an input of shape {tuple(argument.shape)}", n)
-        if forward.inputs and forward.refusal is None:  # What is hidden contradicts nothing.
+        # Where a forward is refused, some samples may be hidden, and those contradict nothing.
+        if forward.inputs and forward.refusal is None:
             self._require_axes_of_inputs(forward, reached)
         return shared
 

@@ -106,7 +106,7 @@ def _vjp(chain: BatchFreeVjp, grads: Tensor) -> Tensor:
 
 
 def _no_narrower(grad: Tensor, dtype: torch.dtype) -> Tensor:
-    """A gradient in this dtype, or in the complex one that it has."""
+    """A gradient in this dtype, or in the complex dtype of as many digits if it is complex."""
     return grad.to(torch.promote_types(grad.dtype, dtype) if grad.is_complex() else dtype)
 
 

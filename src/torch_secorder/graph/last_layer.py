@@ -23,6 +23,6 @@ def last_linear_factors(outputs: Tensor) -> tuple[Tensor, Tensor] | None:
         return None
     try:
         h, matrix = saved(node, "left"), saved(node, "right")
-    except RuntimeError:  # so torch says that a saved tensor was changed in place
+    except RuntimeError:  # torch raises it for a saved tensor that was changed in place.
         return None
     return None if h is None or matrix is None else (h.detach(), matrix.detach())

@@ -113,6 +113,20 @@ def zero_squared_norms(n: int, gradient: Tensor) -> Tensor:
     return at_least_float32(gradient.new_zeros(n, dtype=gradient.dtype.to_real()))
 
 
+def squared_norms_along(value: Tensor, axis: int) -> Tensor:
+    """``sum of x ** 2`` over one axis of real numbers, which may lie in memory in any order."""
+    if torch.is_grad_enabled() or value.shape[axis] > LONG:
+        return value.square().sum(axis)
+    return torch.linalg.vector_norm(value, dim=axis).square()
+
+
+def _channel_squares(value: Tensor, channels: ChannelSums) -> Tensor:
+    """The sums of squares over each channel, ``[n, channels]``, of real gradients ``[n, *shape]``."""
+    if channels.axis or value.dim() < 3:
+        return channels.of_samples(value.square())
+    return squared_norm_of_rows(value.flatten(2))
+
+
 class PerSampleGradient(ABC):
     """The gradients of one parameter for each of N samples.
 
@@ -196,6 +210,18 @@ class PerSampleGradient(ABC):
     def channel_squares(self, channels: ChannelSums) -> Tensor:
         """The sums of :meth:`sum_of_squares` over each channel, ``[channels]``."""
         return channels.of(self.sum_of_squares())
+
+    def sample_channel_squares(self, channels: ChannelSums) -> Tensor:
+        """The sums of ``|G_n| ** 2`` over each channel, ``[n, channels]``, here from the gradients themselves.
+
+        Their sums over the channels are the squared norms, and their sums over the samples are :meth:`channel_squares`. Both
+        have all their digits; a single number of them may have cancelled.
+        """
+        return joined(_channel_squares(part.dense(), channels) for part in self.parts())
+
+    def shares_norms_with(self, channels: ChannelSums) -> bool:
+        """Whether :meth:`sample_channel_squares` costs about what the squared norms cost, of which it then takes the place."""
+        return False
 
     def total(self) -> Tensor:
         """``sum_n G_n``, ``[*shape]``: the gradient that autograd computes for the batch."""

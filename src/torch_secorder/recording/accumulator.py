@@ -226,7 +226,7 @@ class PassAccumulator:
         batch = self._batch(use.forward, use.forward.n)
         self.half = self.half or any(grad is not None and is_half(grad) for grad in grads)
         if found is None and batch.n == 1:
-            found = next(grad for grad in grads if grad is not None)  # all of it is that sample's
+            found = next(grad for grad in grads if grad is not None)  # All of it belongs to the one sample.
         elif found is None or not (batch.n == 1 or use.placement.fits(found.shape, batch.n)):
             shape = None if found is None else tuple(found.shape)
             raise ShapeError(f"{self._names(use)}: the {batch.n} samples are not in a gradient of shape {shape}")
@@ -291,7 +291,7 @@ class PassAccumulator:
         norms = self._project(batch, position, form) if self.checks else None
         if self._options.repeated_calls == "same" or forward.calls[position] > 1:
             if isinstance(form, PulledBack) and form.permutation is None:
-                form = Dense(form.dense())  # now, while the graph that it is pulled back through has its tensors
+                form = Dense(form.dense())  # The graph that it is pulled back through has its tensors now.
             held = batch.held.get(position)
             batch.held[position] = form if held is None else held + form
         elif position in batch.settled:
@@ -319,6 +319,9 @@ class PassAccumulator:
 
     def _settle(self, batch: SampleBatch, position: int, form: PerSampleGradient, norms: Tensor | None = None) -> None:
         batch.settled.add(position)
+        if norms is None:
+            shown = (part.squared_norms(position, form) for part in self._of_forms)
+            norms = next((squares for squares in shown if squares is not None), None)
         norms = self._squared_norms([batch], [position], form) if norms is None else norms
         batch.squared_norms[position] = norms
         for part in self._of_forms:
@@ -405,7 +408,7 @@ class PassAccumulator:
         return list(zip(positions, found[: len(stacked)], strict=True)), found[-1] if norms else None
 
     def _settle_waiting(self, batch: SampleBatch) -> None:
-        """Whatever waited for the end of the pass."""
+        """Take the norms of the gradients that waited for the end of the pass."""
         for record, grads in batch.shared.items():
             if record.site.rule is None:
                 for part in self.parts.values():

@@ -32,8 +32,8 @@ class BackwardPass:
         thread: where it began.
         error: the first that went wrong, which waits for the end of the pass.
         is_over: whether nothing more belongs to it.
-        column: the model's output and its gradient, where a loss that broadcasts it is looked for.
         roots: the nodes of the model's outputs that it has come through.
+        broadcast: where the loss makes ``[n, n]`` of the model's output ``[n, 1]``: n, and the name of the node that does it.
     """
 
     task: int
@@ -44,8 +44,8 @@ class BackwardPass:
     thread: int = field(default_factory=get_ident)
     error: Exception | None = None
     is_over: bool = False
-    column: tuple[Tensor, Tensor] | None = None
     roots: list[Node] = field(default_factory=list)
+    broadcast: tuple[int, str] | None = None
 
     def project(self, position: int, grad: Tensor) -> None:
         """Note a parameter's own gradient along one direction."""

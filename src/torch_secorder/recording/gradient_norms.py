@@ -60,7 +60,7 @@ class GradientNorms:
             or grad.numel() > SMALL
             or grad.dtype not in FULL
             or grad.is_sparse
-            or grad.device.type != "cpu"  # where the copy that autograd then makes takes as long as the norm
+            or grad.device.type != "cpu"  # There, the copy that autograd makes takes as long as the norm.
         ):
             return False
         if len(self._waiting) == MOST_CALLS:
@@ -89,7 +89,7 @@ class GradientNorms:
             positions.append(position)
             grads.append(grad)
         for positions, grads in alike.values():
-            rows = torch.stack(grads)[:, None].flatten(1)  # also where a gradient is one number, or none
+            rows = torch.stack(grads)[:, None].flatten(1)  # A gradient may have one number, or none.
             self._batched.append((positions, torch.linalg.vector_norm(rows, dim=1)))
         self._waiting.clear()
 

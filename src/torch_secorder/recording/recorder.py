@@ -225,7 +225,7 @@ class Recorder(HookScope):
         if current.error is not None:
             return
         try:
-            # In every step: a run of the model that this pass has reached is of this pass, with all of its calls.
+            # Every step asks this. A run of the model that this pass has reached belongs to it with all of its calls.
             if seen is not None and seen.forward.last_pass != current.task:
                 self._require_first_pass(current, seen)
             if current.special:

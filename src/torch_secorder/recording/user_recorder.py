@@ -35,6 +35,7 @@ from torch_secorder.batch_axis.placement import Placement
 from torch_secorder.batch_axis.samples import of_one
 from torch_secorder.capture.records import Forward, Record
 from torch_secorder.errors import LifecycleError, UnsupportedError
+from torch_secorder.graph.broadcast import broadcasting_node
 from torch_secorder.graph.frontier import ParameterUse
 from torch_secorder.model.parameters import named_modules, parameters_by_name
 from torch_secorder.model.ranks import full_tensor, is_dtensor
@@ -94,10 +95,10 @@ class UserRecorder(Recorder):
         self._counting = RLock()  # several threads may train the model
         self._outputs: list[tuple[weakref.ref[Tensor], Placement]] = []
         self._looks_at_column = True  # until one pass has gone through an output [n, 1]
-        self._column: tuple[Forward, Tensor] | None = None
+        self._column: Forward | None = None
         self.waiting: list[Exception] = []
         self._parameters = parameters_by_name(self.plan.modules)  # as they are on entry
-        # Of tensors that are not analyzed, and are none of the model's new parameters.
+        # The leaves of tensors that are not analyzed, and are none of the model's new parameters.
         self._known_leaves: set[Node] = set()
 
     @property
@@ -159,7 +160,9 @@ class UserRecorder(Recorder):
         super()._on_model_exit(forward, outputs)
         self._outputs = []
         for x, placement in zip(outputs, forward.placements, strict=True):
-            where = placement or (of_one(x, 0) if forward.n == 1 else None)  # an output may have no axis left
+            where = placement or (
+                of_one(x, 0) if forward.n == 1 else None
+            )  # The output of one sample may have no axis left.
             if where is not None:
                 self._outputs.append((weakref.ref(x), where))
         for node in self._audit.other_leaves:
@@ -171,8 +174,7 @@ class UserRecorder(Recorder):
         else:
             self._history.without_gradient += 1
         if self._looks_at_column:
-            alone = outputs[0] if len(outputs) == 1 and outputs[0].shape == (forward.n, 1) else None
-            self._column = None if alone is None else (forward, alone.detach())
+            self._column = forward if len(outputs) == 1 and outputs[0].shape == (forward.n, 1) else None
         for node in nodes:
             node.register_prehook(partial(self._on_outputs_gradient, forward))
 
@@ -191,7 +193,7 @@ class UserRecorder(Recorder):
         if self._passes.of(task) is not None:
             return
         if task not in self._passes.ignored and not self._is_of_samples():
-            self._passes.ignore(task)  # but what begins inside of it may be of the samples
+            self._passes.ignore(task)  # A pass that begins inside of it may be of the samples.
         number = self._passes.nest(task, outer)
         if self._passes.of(number) is None:
             self._open(number)
@@ -212,14 +214,21 @@ class UserRecorder(Recorder):
             self._reach(current, forward)
             if (node := current_node()) is not None:
                 current.roots.append(node)
-            if self._column is not None and self._column[0] is forward:
-                arrived = [grad for grad in grads if grad is not None]
-                current.column = (self._column[1], arrived[0].detach()) if arrived else None
-                self._looks_at_column, self._column = False, None
+            if self._column is forward:
+                self._look_at_column(current, forward)
         elif (reached := self._passes.ignored.get(current_graph_task())) is not None:
             reached.append(forward)
         elif not self.forwards.active:
             self._history.late_passes += 1
+
+    def _look_at_column(self, current: BackwardPass, forward: Forward) -> None:
+        """Note whether the loss compares each of the outputs ``[n, 1]`` with all targets."""
+        outputs, n = current_node(), forward.n
+        assert outputs is not None
+        assert n is not None
+        found = broadcasting_node(outputs, n)
+        current.broadcast = None if found is None else (n, found.name())
+        self._looks_at_column, self._column = False, None
 
     def _reach(self, current: BackwardPass, forward: Forward) -> None:
         """The samples of a call of the model are those of this pass."""
@@ -230,7 +239,7 @@ class UserRecorder(Recorder):
             except LifecycleError as error:
                 current.error = error
         for reference in forward.node_hooks:
-            # In every step, for every call: no function of Python's.
+            # Every step does this for every call, so that no function of Python's is called.
             if (table := reference()) is not None and len(table) > 1:
                 self._watch_others(current, table)
 
@@ -266,7 +275,7 @@ class UserRecorder(Recorder):
     @never_compiled
     def on_parameter_gradient(self, position: int, grad: Tensor) -> None:
         """The gradient of a parameter, as this backward pass adds it to ``.grad``."""
-        # Re-entrant checkpointing has backward passes inside of one that is skipped; those open none of ours.
+        # Re-entrant checkpointing has backward passes inside of a pass that is skipped, which open none of ours.
         if self.forwards.skipped_passes and not self._passes.under_way:
             return
         current = self._pass_under_way((grad,))
@@ -276,12 +285,12 @@ class UserRecorder(Recorder):
             return
         leaf = self.table.leaves[position]
         if current.task != current_graph_task() and not accumulates_gradient_of(get_gradient_edge(leaf).node):
-            return  # A function's backward asked for it, and returns it to this pass, or doesn't.
+            return  # A function's backward asked for it, and may return it to this pass.
         alone = len(gradient_hooks(leaf) or ()) <= 1
         # A hook that was put on in this very pass comes after ours, and so does one on the node that accumulates the gradient.
         as_added = (alone or are_last(leaf)) and not self._before_accumulation.get(position)
         if type(grad) is Tensor and not current.accumulator.checks:
-            # In every step, and most parameters are small.
+            # Every step does this for every parameter, most of which are small.
             if not (as_added and current.error is None and current.gradients.keep(position, grad)):
                 self._within(current, None, current.gradients.add, position, grad, as_added)
         else:
@@ -341,7 +350,7 @@ class UserRecorder(Recorder):
             self._watch_gradient_graph(task)
             return None
         current = self._latest() if self._latest is not None else None
-        # In every step: most gradients that arrive are of the pass of the one before.
+        # Every step asks this for each gradient. Most gradients belong to the pass of the one before.
         if current is None or current.task != task or current.is_over:
             current = self._passes.of(task) if self._passes.under_way else None
             current = current or self._begun(task, grads, recomputed_in)
@@ -401,7 +410,7 @@ class UserRecorder(Recorder):
         checks = self._checks_next(self._audit.fingerprint) or self._watched.are_counted
         # Through a graph that is kept, the pass may be made again, should an exception break it off.
         current = self._begin(task, keep_inputs=self.counts_again or keeps_graph(), checks=checks)
-        current.special = current.special or torch.is_grad_enabled()  # then autograd would follow our sums
+        current.special = current.special or torch.is_grad_enabled()  # Autograd would follow our sums.
         self._passes.under_way[current.task] = current
         self._passes.unfinished.add(current.task)
         for leaf in self.table.leaves:

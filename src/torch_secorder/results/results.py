@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from torch_secorder.arguments import By
+from torch_secorder.arguments import By, Fisher, Reduction
 from torch_secorder.errors import ArgumentError, LifecycleError
 from torch_secorder.model.names import plain_name
 from torch_secorder.model.packed import weight_shape
@@ -46,7 +46,7 @@ class Results:
         why_empty: says why there is no sample, if somebody knows.
     """
 
-    def __init__(self, rows: Iterable[Parameter], reduction: str, fisher: str = "empirical", **keeps: Any):
+    def __init__(self, rows: Iterable[Parameter], reduction: Reduction, fisher: Fisher = "empirical", **keeps: Any):
         self.rows, self.reduction, self.fisher = list(rows), reduction, fisher
         self.statistics = Statistics([row.name for row in self.rows], [row.shape for row in self.rows], **keeps)
         self._all_ranks = self._sum_of()  # what all ranks were given by all_reduce

@@ -63,7 +63,7 @@ class GraphBackward(Recorder):
         self._defers = False
         # Uses whose gradients take calls of nodes have to wait for the end of the backward pass.
         self._deferred: list[tuple[ParameterUse, Node | None, tuple[Tensor | None, ...]]] = []
-        self._shapes: list[tuple[int, ...]] = []  # those of the outputs that have a gradient
+        self._shapes: list[tuple[int, ...]] = []  # the shapes of the outputs that have a gradient
         self.n = self.fingerprint = 0
         self.samples = BatchSamples(0)
 
@@ -91,7 +91,7 @@ class GraphBackward(Recorder):
         idle = uses.idle or any(record.idle for record, _ in forward.records)
         self._defers = bool(idle) or any(self._needs_node_calls(use) for use, _ in uses.placed)
         for use, node in uses.placed:
-            if not use.is_first:  # the gradients of those that are are results of the pass
+            if not use.is_first:  # The gradients of first uses are results of the pass.
                 self._hook(use, node)
 
     def _leaves_of_the_model(self) -> list[GradientEdge]:
@@ -139,7 +139,7 @@ class GraphBackward(Recorder):
                     return self._finished(current, root, found)
             raise self._nothing_found(root)
         finally:
-            self._current, self._deferred = None, []  # what holds nodes must not outlive the pass
+            self._current, self._deferred = None, []  # What holds nodes must not outlive the pass.
 
     def _looked_through(self, current: BackwardPass, root: Tensor, seed: Tensor | None) -> tuple[()]:
         """A pass through somebody else's graph, in which nobody's hooks run; nothing is left for its end."""

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_secorder.arguments import Reduction
 from torch_secorder.autograd.precision import has_half_precision, is_half
 from torch_secorder.autograd.random_state import forked_random
 from torch_secorder.batch_axis.samples import BatchSamples
@@ -20,7 +21,7 @@ from torch_secorder.model.containers import evenly_spaced, is_continuous, mapped
 LossFunction = Callable[[Any, Any], Tensor]
 
 # What the loss of every sample given twice is, as a multiple of the loss.
-MULTIPLES = {"mean": 1.0, "sum": 2.0}
+MULTIPLES: dict[Reduction, float] = {"mean": 1.0, "sum": 2.0}
 
 # How near the multiple has to be: a sum over twice as many terms is rounded differently, in half precision by up to a per cent.
 NEAR, NEAR_IN_HALF_PRECISION = 1e-4, 2e-2
@@ -35,8 +36,8 @@ def reduction_of(
     targets: Any,
     loss: Tensor,
     where: BatchSamples,
-    expected: str | None = None,
-) -> str:
+    expected: Reduction | None = None,
+) -> Reduction:
     """Whether a loss averages or sums over the batch, found out by giving it samples twice.
 
     The first sample is given twice, and the whole batch. They must not contradict each other, as they do where a loss goes by the
@@ -73,9 +74,9 @@ def reduction_of(
             "averages or sums: let another batch come first, or leave this one out"
         )
     raise ArgumentError(
-        f"the loss neither averages nor sums over the batch: with the first sample given twice it is {found[0][0]:.6g} times as "
-        f"large as with that sample once, with all samples given twice {found[1][0]:.6g} times as large as with the batch, where "
-        "an average gives 1 and a sum 2 (a loss that compares samples with each other has no per-sample gradients)"
+        f"the loss neither averages nor sums over the batch: {_in_words(found[0][0])} as that of the first sample if that is "
+        f"given twice, and {_in_words(found[1][0])} as that of the batch if all samples are given twice, where an average gives "
+        "1 and a sum 2 (a loss that compares samples with each other has no per-sample gradients)"
     )
 
 
@@ -122,7 +123,13 @@ def _require_a_target_for_each_output(loss_fn: LossFunction, outputs: Any, targe
         )
 
 
-def reduction_of_multiples(multiple: float, of_difference: float, near: float) -> str | None:
+def _in_words(multiple: float) -> str:
+    return (
+        "it can't be said how many times as large" if math.isnan(multiple) else f"it is {multiple:.6g} times as large"
+    )
+
+
+def reduction_of_multiples(multiple: float, of_difference: float, near: float) -> Reduction | None:
     """The reduction that both multiples agree with, as far as they are numbers; None without one."""
     for name, value in MULTIPLES.items():
         if not math.isnan(of_difference) and not abs(of_difference - value) < NEAR_FOR_DIFFERENCES:
