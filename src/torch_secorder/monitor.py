@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -32,6 +32,7 @@ from torch_secorder.errors import (
     CurvatureError,
     LifecycleError,
     SkippedPassWarning,
+    users_place,
     warn_at_users_line,
 )
 from torch_secorder.model.hooks import HookScope, WeakHook
@@ -236,7 +237,8 @@ class FisherMonitor(HookScope):
         results.why_empty = self._history.why_empty
         self._recorder: UserRecorder | None = None
         self._hooks = HookSet()
-        self._schedule = KindSchedule()  # of the checks of sums
+        self._checks = KindSchedule()  # of sums; that of the present block's kind
+        self._place: Hashable = None  # where in the user's program the block begins
         self._expected: list[ExpectedNorms] = []  # of some samples, where the next pass is to be verified
         self._warned_of: set[type[Exception]] = set()
 
@@ -252,6 +254,8 @@ class FisherMonitor(HookScope):
                 "this monitor was loaded from results of the exact Fisher, to which backward passes of a training loop can't be "
                 "added; report it, or merge it with other exact results"
             )
+        # A monitor doesn't see the loss. Blocks that begin at one place of the program are taken for those of one loss.
+        self._place = users_place()
         return super().__enter__()
 
     def _attach(self) -> None:
@@ -265,11 +269,12 @@ class FisherMonitor(HookScope):
         self.results.counts_samples = table.ranks.counts_samples
         passes = options.of_passes
         plan = planned(model, table, self._watched.words, passes.quantities)
+        self._checks = self._watched.knowledge.sum_checks((self._place, passes.kind, plan.state()))
         self._recorder = UserRecorder(
             *(table, plan, self._watched.knowledge, passes),
             history=self._history,
             on_pass=self._on_pass,
-            checks_next=self._schedule.due,
+            checks_next=self._checks.due,
             every=options.every,
             attach_leaf=options.parameters != "trainable",
         )
@@ -342,7 +347,7 @@ class FisherMonitor(HookScope):
             raise error
         self._history.refuse(error)
         self.results.statistics.skipped_passes += 1
-        self._schedule.restart()
+        self._checks.restart()
         if type(error) not in self._warned_of:
             self._warned_of.add(type(error))
             warn_at_users_line(f"a backward pass was left out ({type(error).__name__}): {error}", SkippedPassWarning)
