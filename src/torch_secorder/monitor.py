@@ -113,7 +113,8 @@ class _Watched:
         with lock_of(bare):
             table = ParameterTable(bare, options.parameters)
         words = told(bare, options.batch_axis, options.n_samples, options.sample_of)
-        planned(bare, table, words)
+        if table.frozen:
+            planned(bare, table, words)  # It refuses frozen layers without a rule.
         return cls(bare, table, words, knowledge_of(bare, words, checks=False))
 
 

@@ -99,9 +99,12 @@ def _watched(
 def guards(modules: Iterable[NamedModule]) -> dict[nn.Module, Callable[[], None]]:
     """For each module that may be in a state in which no rule is right, what raises if it is."""
     found: dict[nn.Module, Callable[[], None]] = {}
+    of_classes: dict[type, Callable[[nn.Module], CurvatureError | None] | None] = {}
     for name, module in modules:
-        refusal = refusal_for(module)
-        if refusal is not None:
+        kind = type(module)
+        if kind not in of_classes:
+            of_classes[kind] = refusal_for(kind)
+        if (refusal := of_classes[kind]) is not None:
             found[module] = partial(_refuse, name, module, refusal)
     return found
 
