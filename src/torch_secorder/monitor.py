@@ -344,11 +344,11 @@ class FisherMonitor(HookScope):
     def _refuse(self, error: Exception) -> None:
         """Raise why a pass is left out, or note that it was."""
         ours = isinstance(error, CurvatureError) and not isinstance(error, ArgumentError)
+        self._checks.restart()
         if self._options.on_refusal == "raise" or not ours:
             raise error
         self._history.refuse(error)
         self.results.statistics.skipped_passes += 1
-        self._checks.restart()
         if type(error) not in self._warned_of:
             self._warned_of.add(type(error))
             warn_at_users_line(f"a backward pass was left out ({type(error).__name__}): {error}", SkippedPassWarning)
