@@ -12,6 +12,7 @@ from oracles import assert_equal, exact_fisher, total, trace
 from torch_secorder import generalized_fisher_trace
 from torch_secorder.autograd.self_test import hooks_are_seen
 from torch_secorder.likelihoods import LastLayer, likelihood
+from torch_secorder.running import by_last_layer
 from torch_secorder.running.by_last_layer import ExactByLastLayer
 from torch_secorder.running.graph_backward import GraphBackward
 
@@ -49,8 +50,12 @@ def unchecked(model: nn.Module, x: Tensor, *args: object, **options: object) -> 
 
 @pytest.mark.parametrize("n", [1, 5])
 @pytest.mark.parametrize("classes", [2, 4, 30])
+@pytest.mark.parametrize("few", [0, 128])
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
-def test_it_is_exact(loss_type: str, classes: int, n: int, passes: list[str]) -> None:
+def test_it_is_exact(
+    loss_type: str, few: int, classes: int, n: int, passes: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(by_last_layer, "FEW_CLASSES", few)
     model, x = network(classes), torch.randn(n, 4, dtype=torch.float64)
     y = torch.randint(classes, (n,)) if loss_type == "nll" else None
     expected = total(trace(exact_fisher(model, x, y, loss_type)))
@@ -75,9 +80,11 @@ def test_single_precision(classes: int, passes: list[str]) -> None:
     assert set(passes) == {"part"}
 
 
+@pytest.mark.parametrize("few", [0, 128])
 @pytest.mark.parametrize("classes", [3, 40])
-def test_a_class_that_is_nearly_certain(classes: int) -> None:
+def test_a_class_that_is_nearly_certain(classes: int, few: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither 1 - p nor the difference of two products with the matrix has a digit there."""
+    monkeypatch.setattr(by_last_layer, "FEW_CLASSES", few)
     model, x = network(classes), torch.randn(3, 4, dtype=torch.float64)
     with torch.no_grad():
         model[4].bias[1] += 45.0
@@ -223,9 +230,13 @@ def test_a_wrong_root_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_equal(value, expected, expected)
 
 
+@pytest.mark.parametrize("few", [0, 128])
 @pytest.mark.parametrize("classes", [3, 30])
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
-def test_the_roots_are_those_of_the_curvature_before_the_layer(loss_type: str, classes: int) -> None:
+def test_the_roots_are_those_of_the_curvature_before_the_layer(
+    loss_type: str, classes: int, few: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(by_last_layer, "FEW_CLASSES", few)
     outputs, h, m = (torch.randn(*shape, dtype=torch.float64) for shape in ((4, classes), (4, 6), (6, classes)))
     y = torch.tensor([0, 1, -100, 2]) if loss_type == "nll" else None
     model = likelihood(loss_type, outputs, y)

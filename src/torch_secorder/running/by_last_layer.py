@@ -19,6 +19,9 @@ from torch_secorder.likelihoods import LastLayer, Likelihood
 # How many bytes the roots of all samples may take, and those of the seeds that they are computed from at once.
 MOST_OF_ROOTS, MOST_AT_ONCE = 2**28, 2**26
 
+# Up to so many seeds a product of each with the matrix costs less than reading and writing what takes its place.
+FEW_CLASSES = 128
+
 
 @dataclass(frozen=True)
 class ExactByLastLayer:
@@ -40,8 +43,12 @@ class ExactByLastLayer:
         seeds, (n, features) = likelihood.exact_passes(outputs), last_layer.inputs.shape
         # Few roots take a decomposition, which costs about what a few passes cost.
         pays = 2 * features <= seeds and n * features**2 * outputs.dtype.itemsize <= MOST_OF_ROOTS
-        roots = _fewest(likelihood, outputs, last_layer) if pays else None
-        gradients = roots or likelihood.exact_input_gradients(outputs, last_layer)
+        if pays:
+            gradients = _fewest(likelihood, outputs, last_layer)
+        elif seeds < FEW_CLASSES:
+            gradients = (seed @ last_layer.matrix.T for seed in likelihood.exact_output_gradients(outputs))
+        else:
+            gradients = likelihood.exact_input_gradients(outputs, last_layer)
         return cls(likelihood.curvature_traces(outputs), gradients, last_layer.matrix)
 
 
