@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -35,6 +35,7 @@ from torch_secorder.errors import (
     CurvatureError,
     LifecycleError,
     SkippedPassWarning,
+    users_place,
     warn_at_users_line,
 )
 from torch_secorder.model.hooks import HookScope, WeakHook
@@ -120,7 +121,8 @@ class _Watched:
         with lock_of(bare):
             table = ParameterTable(bare, options.parameters)
         words = told(bare, options.batch_axis, options.n_samples, options.sample_of)
-        planned(bare, table, words)
+        if table.frozen:
+            planned(bare, table, words)  # It refuses frozen layers without a rule.
         return cls(bare, table, words, knowledge_of(bare, words, checks=False))
 
 
@@ -253,7 +255,8 @@ class FisherMonitor(HookScope):
         results.why_empty = self._history.why_empty
         self._recorder: UserRecorder | None = None
         self._hooks = HookSet()
-        self._schedule = KindSchedule()  # of the checks of sums
+        self._checks = KindSchedule()  # of sums; that of the present block's kind
+        self._place: Hashable = None  # where in the user's program the block begins
         self._expected: list[ExpectedNorms] = []  # of some samples, where the next pass is to be verified
         self._warned_of: set[type[Exception]] = set()
 
@@ -269,6 +272,8 @@ class FisherMonitor(HookScope):
                 "this monitor was loaded from results of the exact Fisher, to which backward passes of a training loop can't be "
                 "added; report it, or merge it with other exact results"
             )
+        # A monitor doesn't see the loss. Blocks that begin at one place of the program are taken for those of one loss.
+        self._place = users_place()
         return super().__enter__()
 
     def _attach(self) -> None:
@@ -282,11 +287,12 @@ class FisherMonitor(HookScope):
         self.results.counts_samples = table.ranks.counts_samples
         passes = options.of_passes
         plan = planned(model, table, self._watched.words, passes.quantities)
+        self._checks = self._watched.knowledge.sum_checks((self._place, passes.kind, plan.state()))
         self._recorder = UserRecorder(
             *(table, plan, self._watched.knowledge, passes),
             history=self._history,
             on_pass=self._on_pass,
-            checks_next=self._schedule.due,
+            checks_next=self._checks.due,
             every=options.every,
             attach_leaf=options.parameters != "trainable",
         )
@@ -355,11 +361,11 @@ class FisherMonitor(HookScope):
     def _refuse(self, error: Exception) -> None:
         """Raise why a pass is left out, or note that it was."""
         ours = isinstance(error, CurvatureError) and not isinstance(error, ArgumentError)
+        self._checks.restart()
         if self._options.on_refusal == "raise" or not ours:
             raise error
         self._history.refuse(error)
         self.results.statistics.skipped_passes += 1
-        self._schedule.restart()
         if type(error) not in self._warned_of:
             self._warned_of.add(type(error))
             warn_at_users_line(f"a backward pass was left out ({type(error).__name__}): {error}", SkippedPassWarning)

@@ -31,6 +31,7 @@ from torch_secorder.model.parameters import ParameterTable, unwrapped
 from torch_secorder.model.restore import lock_of
 from torch_secorder.model.selection import Selection
 from torch_secorder.running.analysis import Analysis, Checked, logits
+from torch_secorder.running.by_last_layer import ExactByLastLayer
 from torch_secorder.running.fisher_kind import FisherKind
 from torch_secorder.running.loss import require_targets_of_batch
 from torch_secorder.running.misplaced import explaining_misplaced
@@ -161,6 +162,9 @@ def generalized_fisher_trace(
     it doesn't show every sample's gradient (compiled code, samples that influence each other), each sample takes a backward
     pass of its own, with a :class:`~torch_secorder.errors.SlowFallbackWarning`.
 
+    Where a product with a matrix made outputs ``(N, C)``, as a Linear layer does, the exact passes begin before it, since its own
+    part takes none; and where it has fewer than half as many inputs, there is one for each input.
+
     With ``num_samples=k``, "nll" draws k labels for each position without replacement, each with a probability pi_c in
     proportion to how much it is expected to add, and takes ``sqrt(p_c / pi_c) (e_c - p)`` for its gradient. Whatever the pi_c
     are, as long as they are positive where p_c is, ``E sum_c p_c / pi_c ||J^T (e_c - p)||^2 = sum_c p_c ||J^T (e_c - p)||^2``,
@@ -238,19 +242,27 @@ def generalized_fisher_trace(
     _, seeds = kind.output_gradients(
         outputs, targets, fresh_generator(generator), table.ranks, differentiable=create_graph
     )
+    by_last_layer = None if create_graph or table.ranks.distributed else kind.by_last_layer(outputs, targets)
     with lock_of(unwrapped(model)):
-        norms = _squared_norms(outputs, seeds, table, knowledge_of(unwrapped(model)), create_graph)
+        norms = _squared_norms(outputs, seeds, by_last_layer, table, knowledge_of(unwrapped(model)), create_graph)
     return _as_result(norms, reduction, table)
 
 
 def _squared_norms(
-    outputs: Tensor, seeds: Iterable[Tensor], table: ParameterTable, knowledge: ModelKnowledge, create_graph: bool
+    outputs: Tensor,
+    seeds: Iterable[Tensor],
+    by_last_layer: ExactByLastLayer | None,
+    table: ParameterTable,
+    knowledge: ModelKnowledge,
+    create_graph: bool,
 ) -> Tensor:
     """``sum_s ||J_n^T s_n||^2`` of every sample, ``[n]``."""
     if create_graph:
         require_twice_differentiable(outputs, table)
     norms = outputs.new_zeros(len(outputs), dtype=torch.promote_types(outputs.dtype, torch.float32))
     with recomputation(), SamplesOfGraph(outputs, table, knowledge, create_graph) as of_seed:
+        if by_last_layer is not None and (found := of_seed.by_last_layer(by_last_layer)) is not None:
+            return found
         for seed in seeds:
             norms = norms + of_seed(seed.to(outputs.dtype))
     return norms

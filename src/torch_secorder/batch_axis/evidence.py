@@ -129,7 +129,7 @@ class Sketch:
         if value.is_complex():  # Real marks multiply both parts.
             value = torch.view_as_real(value.resolve_conj())
         shape = tuple(grad.shape)
-        largest = max(-float(value.min()), float(value.max())) if value.numel() else 0.0
+        largest = max(map(abs, torch.stack(torch.aminmax(value)).tolist())) if value.numel() else 0.0
         possible = [axis for axis, size in enumerate(shape) if size % n == 0 or not axis]
         whole = possible
         if in_brief and n > 1 and shape and value.numel():
@@ -165,7 +165,7 @@ def _indices_of_largest(value: Tensor, axis: int, rows: Tensor) -> dict[int, int
 
 def _product(part: Tensor) -> list[float]:
     """The products of a slice with random directions, ``[DIRECTIONS]``."""
-    products: list[float] = _after(part.reshape(1, -1))[0].tolist()
+    products: list[float] = _after(part.reshape(1, -1))[:, 0].tolist()
     return products
 
 
@@ -177,35 +177,39 @@ def _contracted(value: Tensor, axis: int) -> Tensor:
     before, size, after = math.prod(value.shape[:axis]), value.shape[axis], math.prod(value.shape[axis + 1 :])
     # The longer side is contracted first, since little is left after that.
     if before < after:
-        rows = _after(value.reshape(before * size, after)).view(before, size, DIRECTIONS)
-        return torch.einsum("bsd,bd->sd", rows, _directions(before, value))
+        rows = _after(value.reshape(before * size, after)).view(DIRECTIONS, before, size)
+        return torch.einsum("dbs,db->sd", rows, _directions(before, value))
     columns = _before(value.reshape(before, size * after)).view(DIRECTIONS, size, after)
-    return torch.einsum("dsa,ad->sd", columns, _directions(after, value))
+    return torch.einsum("dsa,da->sd", columns, _directions(after, value))
 
 
 def _after(value: Tensor) -> Tensor:
-    """``[rows, columns]`` -> ``[rows, DIRECTIONS]``, by directions for the columns."""
-    if (columns := value.shape[1]) <= LONG:
-        return value @ _directions(columns, value)
+    """``[rows, columns]`` -> ``[DIRECTIONS, rows]``, by directions for the columns.
+
+    With the few directions on the left, the product takes a third of the time that it takes with them on the right.
+    """
+    rows, columns = value.shape
+    if columns <= LONG:
+        return _directions(columns, value) @ value.mT
     whole = columns // LONG
-    parts = value[:, : whole * LONG].unflatten(1, (whole, LONG)) @ _directions(LONG, value)
-    along = torch.einsum("rpd,pd->rd", parts, _directions(whole, value))
+    parts = _directions(LONG, value) @ value[:, : whole * LONG].reshape(rows * whole, LONG).mT
+    along = torch.einsum("drp,dp->dr", parts.view(DIRECTIONS, rows, whole), _directions(whole, value))
     return along + _after(value[:, whole * LONG :]) if columns % LONG else along
 
 
 def _before(value: Tensor) -> Tensor:
     """``[rows, columns]`` -> ``[DIRECTIONS, columns]``, by directions for the rows."""
     if (rows := value.shape[0]) <= LONG:
-        return _directions(rows, value).mT @ value
+        return _directions(rows, value) @ value
     left, outer = _directions(LONG, value), _directions(-(-rows // LONG), value)
-    parts = zip(value.split(LONG), outer, strict=True)
-    return sum(((left[: len(part)] * factor).mT @ part for part, factor in parts), value.new_zeros(()))
+    parts = zip(value.split(LONG), outer.unbind(1), strict=True)
+    return sum(((left[:, : len(part)] * factor[:, None]) @ part for part, factor in parts), value.new_zeros(()))
 
 
 @lru_cache(16)
 def _random(size: int) -> Tensor:
     generator = torch.Generator().manual_seed(size)
-    return torch.randn(size, DIRECTIONS, generator=generator, dtype=torch.float32, device="cpu")
+    return torch.randn(DIRECTIONS, size, generator=generator, dtype=torch.float32, device="cpu")
 
 
 def _directions(size: int, like: Tensor) -> Tensor:

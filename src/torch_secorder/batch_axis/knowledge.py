@@ -153,6 +153,13 @@ class ModelKnowledge:
         self._by_fingerprint: dict[int, PlacementCache] = {}
         self._in_order: dict[int, tuple[Hashable, PlacementCache]] = {}
         self._reductions: WeakKeyDictionary[Any, Reduction] = WeakKeyDictionary()
+        self._sum_checks: dict[Hashable, KindSchedule] = {}
+
+    def sum_checks(self, kind: Hashable) -> KindSchedule:
+        """When the sums of backward passes are compared, in all blocks of one kind: where they are and what they watch."""
+        if len(self._sum_checks) > KINDS_OF_GRAPH:
+            self._sum_checks.clear()
+        return self._sum_checks.setdefault(kind, KindSchedule())
 
     def placements(self, fingerprint: int) -> PlacementCache:
         """Those of one kind of graph: another branch of the model may have its samples on another axis."""

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-from torch_secorder.autograd.nodes import keeps_state, tensors_of_weights
+from torch_secorder.autograd.nodes import accumulators, keeps_state, tensors_of_weights
 from torch_secorder.autograd.sharded import GatheredWeights
 from torch_secorder.batch_axis.evidence import Unplaced
 from torch_secorder.batch_axis.knowledge import ModelKnowledge, PlacementCache, Wanted
@@ -115,9 +115,10 @@ class Audit:
         rehearsal: bool = False,
     ):
         self._table, self._ranks = table, table.ranks
-        self.leaves = {
-            get_gradient_edge(p).node: position for position, p in enumerate(table.leaves) if p.requires_grad
-        }
+        positions = [position for position, p in enumerate(table.leaves) if p.requires_grad]
+        self.leaves = dict(
+            zip(accumulators([table.leaves[position] for position in positions]), positions, strict=True)
+        )
         self._knowledge, self._trust_shapes = knowledge or ModelKnowledge(), trust_shapes
         self._rehearsal = rehearsal
         self._locate_on_three_samples = locate_on_three_samples

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -63,6 +63,11 @@ class PassOptions:
     quantities: Mapping[str, Any] = field(default_factory=dict)
     repeated_calls: str | None = None
     max_memory: int | None = None
+
+    @property
+    def kind(self) -> Hashable:
+        """The same for options with which passes are taken apart in the same way."""
+        return *self.quantities, self.repeated_calls, self.max_memory
 
 
 class PassAccumulator:

@@ -80,7 +80,7 @@ def reduction_of(
     )
 
 
-def _reductions(found: Sequence[tuple[float, float]], near: float) -> set[str | None]:
+def _reductions(found: Sequence[tuple[float, float]], near: float) -> set[Reduction | None]:
     """What the multiples say that say anything, None for one that fits no reduction."""
     answers = [(multiple, reduction_of_multiples(multiple, change, near)) for multiple, change in found]
     return {answer for multiple, answer in answers if answer is not None or not math.isnan(multiple)}
@@ -88,7 +88,7 @@ def _reductions(found: Sequence[tuple[float, float]], near: float) -> set[str | 
 
 def _reductions_of_own_numbers(
     loss_fn: LossFunction, outputs: Any, targets: Any, where: BatchSamples, near: float
-) -> set[str | None]:
+) -> set[Reduction | None]:
     """The same for outputs that have nothing to do with the model's: probabilities, and numbers of both signs."""
     for low, high in ((0.25, 0.75), (-3.0, 3.0)):
         with suppress(ArgumentError):  # The loss takes no such numbers.
