@@ -63,6 +63,16 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
         ),
         lambda: images(5, 6, 6),
     ),
+    "large maps": (
+        lambda: nn.Sequential(
+            nn.Conv2d(4, 6, 3, padding=1, groups=2), nn.ReLU(), nn.Conv2d(6, 2, 3, stride=2), nn.Flatten()
+        ),
+        lambda: images(5, 16, 16),
+    ),
+    "one pixel's worth": (
+        lambda: nn.Sequential(nn.Conv2d(4, 64, 3), nn.ReLU(), nn.Conv2d(64, 3, 3), nn.Flatten()),
+        lambda: images(5, 5, 5),
+    ),
     "small maps": (
         lambda: nn.Sequential(nn.Conv2d(4, 32, 1), nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1), nn.Flatten()),
         lambda: images(5, 2, 2),
@@ -168,6 +178,40 @@ def test_a_loaded_monitor_goes_on(tmp_path: Path) -> None:
         if name.endswith("weight"):
             torch.testing.assert_close(
                 monitor.diagonal[name].sum() * 15, before[name] + g.square().sum(), rtol=1e-10, atol=0
+            )
+
+
+@pytest.mark.parametrize("kind", ["rows", "columns"])
+@pytest.mark.parametrize("case", ["few positions", "many positions", "large maps", "one pixel's worth"])
+def test_samples_that_are_not_finite_are_in_no_sum(case: str, kind: str) -> None:
+    make, data = CASES[case]
+    model, x = make().double(), data().double()
+    y = torch.randint(model(x).shape[1], (5,))
+    bad = x.clone()
+    bad[2] = torch.inf
+    with FisherMonitor(model, "sum", diagonal={"*.weight": kind}, nonfinite="skip") as monitor:
+        cross_entropy(model(bad), y, reduction="sum").backward()
+    others = [0, 1, 3, 4]
+    with FisherMonitor(model, "sum", diagonal={"*.weight": kind}) as without:
+        cross_entropy(model(x[others]), y[others], reduction="sum").backward()
+    assert monitor.n_samples == 4
+    torch.testing.assert_close(monitor.diagonal, without.diagonal, rtol=1e-10, atol=1e-20)
+
+
+def test_they_take_the_place_of_the_norms_where_both_need_the_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One product for both: that of the norms is not made at all."""
+    monkeypatch.setattr("torch_secorder.recording.accumulator.squared_norms_of", None)
+    for case in ("many positions", "large maps"):
+        make, data = CASES[case]
+        model, x = make().double(), data().double()
+        y = torch.randint(model(x).shape[1], (5,))
+        weights = [name for name, p in model.named_parameters() if p.dim() > 1]
+        found = fisher_results(
+            *(model, cross_entropy, (x, y)), parameters=weights, diagonal={"*": "rows"}, verify=False, progress=False
+        )
+        for name, g in sample_gradients(model, cross_entropy, x, y, names=weights).items():
+            assert float(found.report().loc[name, "fisher_trace"]) == pytest.approx(
+                float(g.square().sum()) / 5, rel=1e-8
             )
 
 

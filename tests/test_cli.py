@@ -536,6 +536,15 @@ def test_compare_refuses_in_words(folder: Path, capsys: pytest.CaptureFixture[st
         assert words in capsys.readouterr().err
 
 
+def test_parameters_are_chosen_by_a_word_or_a_pattern(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", "setup_me.py:build", "--parameters", "*.weight", "--csv", "a.csv"]) == 0
+    names = list(pd.read_csv(folder / "a.csv", index_col="parameter").index)
+    assert names
+    assert all(name.endswith(".weight") for name in names)
+    assert main(["report", "setup_me.py:build", "--parameters", "*.wait"]) == 1
+    assert "*.wait" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_check_shows_both_numbers(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", "setup_me.py:build"]) == 0

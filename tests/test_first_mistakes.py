@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import warnings
 from collections.abc import Callable
 
@@ -11,16 +12,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torch_secorder import FisherMonitor, empirical_fisher_trace, fisher_report, generalized_fisher_trace, hessian_trace
+from torch_secorder import (
+    FisherMonitor,
+    empirical_fisher_trace,
+    fisher_report,
+    fisher_results,
+    generalized_fisher_trace,
+    hessian_trace,
+)
 from torch_secorder.errors import (
     ArgumentError,
     BroadcastLossWarning,
+    CallError,
     CurvatureError,
     LifecycleError,
     ShapeError,
     UnsupportedError,
 )
-from torch_secorder.pruning import Gates
+from torch_secorder.noise_scale import gradient_noise_scale
+from torch_secorder.pruning import Gates, weight_saliency
+from torch_secorder.testing import check
 
 N = 6
 
@@ -102,24 +113,71 @@ def by_hand(outputs: Tensor, targets: Tensor) -> Tensor:
     return ((outputs - targets) ** 2).mean()
 
 
+def weighted(outputs: Tensor, targets: Tensor) -> Tensor:
+    return ((outputs - 3) ** 2 * targets).mean()
+
+
+# A loss, and the node between it and the model's outputs that makes (n, n) of (n, 1). Those losses of torch whose node has no
+# gradient for a broadcast input (MSE, Huber, SmoothL1), and the L1 loss with them, expand both arguments to one shape first.
+BROADCASTING = {
+    "MSELoss": (nn.MSELoss(), "ExpandBackward0"),
+    "L1Loss": (nn.L1Loss(), "ExpandBackward0"),
+    "HuberLoss": (nn.HuberLoss(), "ExpandBackward0"),
+    "SmoothL1Loss": (nn.SmoothL1Loss(), "ExpandBackward0"),
+    "PoissonNLLLoss": (nn.PoissonNLLLoss(), "MulBackward0"),
+    "a sum": (nn.HuberLoss(reduction="sum"), "ExpandBackward0"),
+    "squares by hand": (by_hand, "SubBackward0"),
+    "absolute values by hand": (lambda f, y: (y - f).abs().mean(), "SubBackward0"),
+    "a factor": (lambda f, y: 1e4 * by_hand(f, y), "SubBackward0"),
+    "weights": (weighted, "MulBackward0"),
+    "after other operations": (lambda f, y: F.mse_loss(2 * f.view(-1, 1).tanh(), y), "ExpandBackward0"),
+}
+
+
 @pytest.mark.filterwarnings("ignore:Using a target size")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("loss_fn", [by_hand, nn.MSELoss(), lambda f, y: 1e4 * by_hand(f, y)], ids=["", "MSELoss", "x"])
-def test_a_monitor_warns_of_a_loss_that_broadcasts(loss_fn, dtype: torch.dtype) -> None:
-    for n in (N, 500):
+@pytest.mark.parametrize(("loss_fn", "node"), BROADCASTING.values(), ids=BROADCASTING)
+def test_a_monitor_warns_of_a_loss_that_broadcasts(loss_fn, node: str, dtype: torch.dtype) -> None:
+    reduction = getattr(loss_fn, "reduction", "mean")
+    words = r"\({0}, {0}\) .*\({0}, 1\) \({1}\).*shape \({0},\) broadcast so: pass targets.unsqueeze"
+    for n in (2, N, 50):
         model, x, y = (value.to(dtype) for value in many(n))
-        with (
-            FisherMonitor(model) as monitor,
-            pytest.warns(BroadcastLossWarning, match=rf"\({n}, 1\).*\({n},\).*unsqueeze"),
-        ):
-            loss_fn(model(x), y).backward()
-        assert monitor.n_samples == n
-    with FisherMonitor(model) as monitor, warnings.catch_warnings():
+        with FisherMonitor(model, reduction) as monitor:
+            with pytest.warns(BroadcastLossWarning, match=words.format(n, node)) as told:
+                loss_fn(model(x), y).backward()
+            assert __file__ in [one.filename for one in told if one.category is BroadcastLossWarning]
+            assert monitor.n_samples == n
+    with FisherMonitor(model, reduction) as monitor, warnings.catch_warnings():
         warnings.simplefilter("error")
         loss_fn(model(x), y.unsqueeze(-1)).backward()
-        loss_fn(nn.Flatten(0)(model(x)), y).backward()
-    exact = loop(model, x, y.unsqueeze(-1), loss_fn)
+    exact = loop(model, x, y.unsqueeze(-1), loss_fn) * (n if reduction == "sum" else 1)
     assert float(monitor.trace) == pytest.approx(exact, rel=1e-4 if dtype == torch.float32 else 1e-8)
+
+
+@pytest.mark.filterwarnings("ignore:Using a target size")
+@pytest.mark.parametrize("begin", [torch.autograd.backward, lambda loss: loss.backward(), "grad", "edge", "several"])
+def test_every_way_to_begin_a_backward_pass_shows_the_loss(begin) -> None:
+    model, x, y = regression()
+    with FisherMonitor(model), pytest.warns(BroadcastLossWarning):
+        loss = F.l1_loss(model(x), y)
+        if begin == "grad":
+            torch.autograd.grad(loss, list(model.parameters()))
+        elif begin == "edge":
+            torch.autograd.backward(torch.autograd.graph.get_gradient_edge(loss), torch.ones_like(loss))
+        elif begin == "several":
+            torch.autograd.backward([torch.zeros((), requires_grad=True) * 2, loss])
+        else:
+            begin(loss)
+
+
+@pytest.mark.filterwarnings("ignore:Using a target size")
+def test_only_the_first_loss_of_a_block_is_looked_at() -> None:
+    model, x, y = regression()
+    with FisherMonitor(model), warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            F.l1_loss(model(x), y).backward()
+    assert [one.category for one in told].count(BroadcastLossWarning) == 1
 
 
 def test_where_warnings_are_errors_the_gradients_are_complete() -> None:
@@ -134,6 +192,13 @@ def test_where_warnings_are_errors_the_gradients_are_complete() -> None:
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
+def quantiles(outputs: Tensor, targets: Tensor) -> Tensor:
+    """A pinball loss at five levels, whose tensors are ``[n, 5]``."""
+    error = targets.unsqueeze(-1) - outputs
+    levels = torch.linspace(0.1, 0.9, 5, dtype=outputs.dtype)
+    return torch.maximum(levels * error, (levels - 1) * error).mean()
+
+
 @pytest.mark.parametrize(
     "loss_fn",
     [
@@ -141,19 +206,21 @@ def test_where_warnings_are_errors_the_gradients_are_complete() -> None:
         lambda f, y: F.softplus(-f).mean(),
         lambda f, y: f.mean(),
         lambda f, y: F.mse_loss(f.squeeze(-1), y),
+        lambda f, y: F.mse_loss(f, torch.full_like(f, 2)),
+        lambda f, y: F.huber_loss(f.flatten(), torch.full_like(y, 2)),
         lambda f, y: F.binary_cross_entropy_with_logits(f.squeeze(-1), y.sigmoid()),
         lambda f, y: (f.exp() - f).mean(),
+        quantiles,
     ],
-    ids=["no target", "logistic", "linear", "squeezed", "logits", "rates"],
+    ids=["no target", "logistic", "linear", "squeezed", "equal", "equal, Huber", "logits", "rates", "quantiles"],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("scale", [1.0, 0.1, 0.001])
 @pytest.mark.parametrize("n", [N, 500])
-def test_other_losses_of_one_output_are_not_warned_of(loss_fn, n: int, scale: float, dtype: torch.dtype) -> None:
+def test_other_losses_of_one_output_are_not_warned_of(loss_fn, n: int, dtype: torch.dtype) -> None:
     model, x, y = (value.to(dtype) for value in many(n))
     with FisherMonitor(model), warnings.catch_warnings():
         warnings.simplefilter("error")
-        loss_fn(scale * model(x), y).backward()
+        loss_fn(model(x), y).backward()
 
 
 # The wrong likelihood
@@ -200,8 +267,14 @@ def test_another_name_of_a_likelihood_is_understood_and_refused(said: str, meant
 
 def test_a_model_that_ends_in_a_softmax_is_warned_of() -> None:
     model, x, y = classification()
-    with pytest.warns(UserWarning, match="ends in a softmax.*return the logits"):
-        generalized_fisher_trace(*(lambda m: (m, m(x)))(nn.Sequential(model, nn.Softmax(1))), y)
+    probabilities = nn.Sequential(model, nn.Softmax(1))
+    for call in (
+        lambda: generalized_fisher_trace(probabilities, probabilities(x), y),
+        lambda: total(probabilities, None, (x, None), fisher="exact"),
+    ):
+        with pytest.warns(UserWarning, match="ends in a softmax.*return the logits") as told:
+            call()
+        assert told[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         logarithms = nn.Sequential(model, nn.LogSoftmax(1))
@@ -247,6 +320,151 @@ def test_too_many_passes_name_what_then_works() -> None:
     with pytest.raises(ArgumentError, match=r'num_samples=k .*to fisher_report together with fisher="sampled"'):
         total(model, None, (torch.randn(N, 4), None), fisher="exact", max_passes=10)
     assert total(model, None, (torch.randn(N, 4), None), fisher="sampled", num_samples=10, max_passes=10) > 0
+
+
+# Calls that don't fit
+
+LOSS, DATA = nn.CrossEntropyLoss(), [(torch.zeros(N, 4, dtype=torch.float64), torch.zeros(N, dtype=torch.int64))]
+
+# What is called, and what it is told to do instead. m is the model, x and y a batch.
+CALLS: dict[str, tuple[Callable[..., object], str]] = {
+    "fisher_report(m, loss, x, y)": (
+        lambda m, x, y: fisher_report(m, LOSS, x, y),
+        r"too many positional arguments: write fisher_report\(model, loss_fn, data\), where data is a loader or one pair",
+    ),
+    "fisher_report(m, data)": (
+        lambda m, x, y: fisher_report(m, DATA),
+        r"'data': write fisher_report\(model, loss_fn, data\)",
+    ),
+    "fisher_report(m, data, loss)": (
+        lambda m, x, y: fisher_report(m, DATA, LOSS),
+        r"type list, which seems to be data: the loss function comes before it, as in \(model, loss_fn, data\)",
+    ),
+    "fisher_report(fischer=)": (
+        lambda m, x, y: fisher_report(m, LOSS, DATA, fischer="exact"),
+        r"do you mean fisher=\?",
+    ),
+    "fisher_report(diagonal=)": (lambda m, x, y: fisher_report(m, LOSS, DATA, diagonal=True), r"use fisher_results"),
+    "fisher_results(m, loss, x, y)": (lambda m, x, y: fisher_results(m, LOSS, x, y), r"write fisher_results\(model, "),
+    "fisher_results(num_sample=)": (
+        lambda m, x, y: fisher_results(m, LOSS, DATA, num_sample=1),
+        r"mean num_samples=\?",
+    ),
+    "fisher_results(by=)": (
+        lambda m, x, y: fisher_results(m, LOSS, DATA, by="type"),
+        r"fisher_results\(.*\)\.report\(by=",
+    ),
+    "empirical_fisher_trace(m, x, y)": (
+        lambda m, x, y: empirical_fisher_trace(m, x, y),
+        r"'targets': write empirical_fisher_trace\(model, loss_fn, inputs, targets\) for one batch, or fisher_report\(",
+    ),
+    "empirical_fisher_trace(m, x, y, loss)": (
+        lambda m, x, y: empirical_fisher_trace(m, x, y, LOSS),
+        r"not a tensor of shape \(6, 4\), which seems to be data: the loss function comes before it",
+    ),
+    "empirical_fisher_trace(m, loss of a batch, x, y)": (
+        lambda m, x, y: empirical_fisher_trace(m, LOSS(m(x), y), x, y),
+        r"which seems to be a loss that was computed already: pass the function that computes it",
+    ),
+    "empirical_fisher_trace(m, loss, y, x)": (
+        lambda m, x, y: empirical_fisher_trace(m, LOSS, y, x),
+        r"inputs of shape \(6,\) and torch.int64 with targets of shape \(6, 4\) and torch.float64, which seem to have changed",
+    ),
+    "empirical_fisher_trace(m, loss, outputs, y)": (
+        lambda m, x, y: empirical_fisher_trace(m, LOSS, m(x), y),
+        r"inputs of shape \(6, 3\), which were computed from parameters: if they are its outputs, pass what the model takes",
+    ),
+    "empirical_fisher_trace(reduction=)": (
+        lambda m, x, y: empirical_fisher_trace(m, LOSS, x, y, reduction="sum"),
+        r"leave it out, since whether the loss averages or sums is found out",
+    ),
+    "fisher_report(m, loss, (y, x))": (lambda m, x, y: total(m, LOSS, (y, x)), r"seem to have changed places"),
+    "generalized_fisher_trace(m, outputs)": (
+        lambda m, x, y: generalized_fisher_trace(m, m(x)),
+        r"'targets': write generalized_fisher_trace\(model, model\(inputs\), targets\), where targets may be None",
+    ),
+    "generalized_fisher_trace(m, y, outputs)": (
+        lambda m, x, y: generalized_fisher_trace(m, y, m(x)),
+        r"changed places, pass \(model, model\(inputs\), targets\)",
+    ),
+    "generalized_fisher_trace(m, x, y)": (
+        lambda m, x, y: generalized_fisher_trace(m, x, y),
+        r"and pass these, not the inputs",
+    ),
+    "generalized_fisher_trace(loss_fn=)": (
+        lambda m, x, y: generalized_fisher_trace(m, m(x), y, loss_fn=LOSS),
+        r"say which likelihood it is, with loss_type=",
+    ),
+    "hessian_trace(m, x, y)": (
+        lambda m, x, y: hessian_trace(m, x, y),
+        r"write hessian_trace\(model, loss_fn, inputs, targets\)",
+    ),
+    "hessian_trace(m, loss, y, x)": (lambda m, x, y: hessian_trace(m, LOSS, y, x), r"seem to have changed places"),
+    "FisherMonitor()": (lambda m, x, y: FisherMonitor(), r"'model': write with FisherMonitor\(model\) as monitor"),
+    "FisherMonitor(m, loss)": (
+        lambda m, x, y: FisherMonitor(m, LOSS),
+        r"reduction, the second argument, .* not CrossEntropyLoss\(\): a monitor takes no loss and no data, but watches",
+    ),
+    "FisherMonitor(m, data)": (
+        lambda m, x, y: FisherMonitor(m, DATA),
+        r"a monitor takes no loss and no data, but watches",
+    ),
+    "FisherMonitor(loss_fn=)": (lambda m, x, y: FisherMonitor(m, loss_fn=LOSS), r"a monitor takes no loss and no data"),
+    "FisherMonitor(diag=)": (lambda m, x, y: FisherMonitor(m, diag=True), r"do you mean diagonal=\?"),
+    "FisherMonitor(m, 'sum', True)": (
+        lambda m, x, y: FisherMonitor(m, "sum", True),
+        r"but model and reduction go by name",
+    ),
+    "FisherMonitor(parameters)": (
+        lambda m, x, y: FisherMonitor(m.parameters()),
+        r"pass the model itself, and say with parameters= which of its parameters count",
+    ),
+    "FisherMonitor(optimizer)": (
+        lambda m, x, y: FisherMonitor(torch.optim.SGD(m.parameters())),
+        r"not an object of the type SGD: pass the model itself",
+    ),
+    "FisherMonitor(class)": (
+        lambda m, x, y: FisherMonitor(nn.Linear),
+        r"the class Linear: pass an instance of it, Linear\(",
+    ),
+    "Gates()": (lambda m, x, y: Gates(), r"'model': write Gates\(model\)"),
+    "Gates(m, loss)": (lambda m, x, y: Gates(m, LOSS), r"can't be a CrossEntropyLoss: gates take no loss, but watch"),
+    "check(m, loss, x, y)": (
+        lambda m, x, y: check(m, LOSS, x, y),
+        r"write check\(model, loss_fn, batch\), where batch is one pair",
+    ),
+    "check(fischer=)": (lambda m, x, y: check(m, LOSS, (x, y), fischer="exact"), r"do you mean fisher=\?"),
+    "gradient_noise_scale(m, loss, data)": (
+        lambda m, x, y: gradient_noise_scale(m, LOSS, DATA),
+        r"write gradient_noise_scale\(monitor.report\(\)\)",
+    ),
+    "weight_saliency(report, m)": (
+        lambda m, x, y: weight_saliency(fisher_report(m, LOSS, DATA, progress=False), m),
+        r"the model comes first, and then the monitor, results or report",
+    ),
+}
+
+
+@pytest.mark.parametrize(("call", "instead"), CALLS.values(), ids=CALLS)
+def test_a_call_that_does_not_fit_is_told_how_to_write_it(call: Callable[..., object], instead: str) -> None:
+    with pytest.raises(CurvatureError, match=instead) as told:
+        call(*classification())
+    assert isinstance(told.value, TypeError) == isinstance(told.value, CallError)
+    assert len(str(told.value)) < 400
+
+
+def test_functions_that_explain_their_calls_look_like_themselves() -> None:
+    for one in (fisher_report, fisher_results, empirical_fisher_trace, generalized_fisher_trace, hessian_trace, check):
+        assert next(iter(inspect.signature(one).parameters)) == "model"
+        assert (one.__doc__ or "").count("Args:") == 1
+    assert list(inspect.signature(FisherMonitor).parameters)[:2] == ["model", "reduction"]
+
+
+def test_an_error_of_a_model_whose_arguments_are_in_their_places_stays_its_own() -> None:
+    model, x, y = classification()
+    with pytest.raises(RuntimeError, match="cannot be multiplied") as told:
+        empirical_fisher_trace(model, LOSS, x[:, :2], y)
+    assert not isinstance(told.value, CurvatureError)
 
 
 # No sample was seen

@@ -182,7 +182,7 @@ class Comparing(nn.Linear):
     [
         (nn.Linear(4, 3), None, batch(), "loss_fn must be"),
         (nn.Linear(4, 3), cross_entropy, batch()[0], r"must be \(inputs, targets\) or a mapping"),
-        (nn.Linear(4, 3), "mine", batch(), 'or "model" for its own loss'),
+        (nn.Linear(4, 3), "mine", batch(), 'or "model" for the loss that the model computes'),
         (nn.Linear(4, 3), cross_entropy, {"x": batch()[0]}, "forward takes no 'x'"),
         (nn.Linear(4, 3), "model", batch(), "returned a Tensor without a loss"),
         (Noisy(4, 3), cross_entropy, batch(), "draws random numbers in eval mode too"),

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Callable
-from typing import Any, Literal, TypeAlias
+from collections.abc import Callable, Collection, Iterator, Mapping
+from difflib import get_close_matches
+from functools import wraps
+from typing import Any, Literal, ParamSpec, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from torch_secorder.errors import ArgumentError
+from torch_secorder.errors import ArgumentError, CallError
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 # The choices of public arguments, which type checkers see; `require_choice` tells everybody else.
 Reduction: TypeAlias = Literal["mean", "sum"]
@@ -23,12 +29,74 @@ Scheme: TypeAlias = Literal["symmetric", "affine"]
 Grain: TypeAlias = Literal["tensor", "channel", "group"]
 Scope: TypeAlias = Literal["global", "layer"]
 By: TypeAlias = Literal["module", "type"] | Callable[[str], object] | None
+DiagonalSums: TypeAlias = Literal["full", "rows", "columns"]
+DiagonalLayout: TypeAlias = bool | Mapping[str, DiagonalSums]
+ErrorOf: TypeAlias = Literal["total", "rows"]
+BudgetUnit: TypeAlias = Literal["bits per weight", "bytes", "bits"]
+RankUnit: TypeAlias = Literal["rank", "parameters"]
+LossMean: TypeAlias = Literal["batch", "sequence", "sum"]
+WeightSelection: TypeAlias = Literal["weights", "all"] | Callable[[str], bool]
+Side: TypeAlias = Literal["output", "input"]
+
+# From outputs and targets to a scalar; "model" is the word for the loss that the model computes itself.
+Loss: TypeAlias = Callable[[Any, Any], Tensor] | Literal["model"]
+
+
+def called_as(usage: str, options: Collection[str] = (), **instead: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """A decorator for a public function: a call that doesn't fit its arguments is told how to write it.
+
+    Args:
+        usage: what follows "write" in the message.
+        options: the names of what its ``**options`` takes.
+        instead: for names of arguments that it doesn't have, but people try, what to do.
+    """
+
+    def decorated(function: Callable[P, R]) -> Callable[P, R]:
+        signature = inspect.signature(function)
+        named = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        names = {*(p.name for p in named), *options}
+
+        @wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            unknown = next((name for name in kwargs if name not in names), None)
+            try:
+                problem = "" if unknown is None else f"it has no argument {unknown!r}"
+                signature.replace(parameters=named).bind(*args, **{k: v for k, v in kwargs.items() if k not in options})
+            except TypeError as error:
+                problem = problem or str(error)
+            if problem:
+                name = function.__qualname__.removesuffix(".__init__")
+                raise CallError(f"{name}: {problem}: {_remedy(unknown, names, instead, usage)}")
+            return function(*args, **kwargs)
+
+        return call
+
+    return decorated
+
+
+def _remedy(unknown: str | None, names: Collection[str], instead: Mapping[str, str], usage: str) -> str:
+    if unknown is None:
+        return f"write {usage}"
+    if unknown in instead:
+        return instead[unknown]
+    near = get_close_matches(unknown, names, 1)
+    return f"do you mean {near[0]}=?" if near else f"write {usage}"
+
+
+def described(value: object) -> str:
+    """A value in few words, for messages."""
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    text = repr(value)
+    return text if len(text) <= 60 and "\n" not in text else f"an object of the type {type(value).__name__}"
 
 
 def require_choice(name: str, value: object, allowed: tuple[object, ...]) -> None:
     """Raise ArgumentError unless ``value`` is one of the allowed ones."""
     if not isinstance(value, (str, type(None))) or value not in allowed:
-        raise ArgumentError(f"{name} must be one of {', '.join(map(repr, allowed))}, not {value!r}")
+        raise ArgumentError(f"{name} must be one of {', '.join(map(repr, allowed))}, not {described(value)}")
 
 
 def require_positive_int(name: str, value: object) -> int:
@@ -42,16 +110,49 @@ def require_positive_int(name: str, value: object) -> int:
     return value
 
 
-def require_callable(name: str, value: Any) -> None:
-    """Raise unless ``value`` can be called.
+def require_loss(loss_fn: Any, or_model: str = "") -> None:
+    """Raise unless a loss function can be called.
+
+    Args:
+        loss_fn: what was given.
+        or_model: what else may be given, for the message.
 
     Raises:
-        ArgumentError: naming the argument.
+        ArgumentError: saying what to pass.
     """
-    if isinstance(value, type) and issubclass(value, nn.Module):
-        raise ArgumentError(f"{name} is the class {value.__name__}: pass an instance of it, {value.__name__}()")
-    if not callable(value):
-        raise ArgumentError(f"{name} must be a module or a function of (outputs, targets), not {value!r:.80}")
+    if isinstance(loss_fn, type) and issubclass(loss_fn, nn.Module):
+        raise ArgumentError(f"loss_fn is the class {loss_fn.__name__}: pass an instance of it, {loss_fn.__name__}()")
+    if not callable(loss_fn):
+        raise ArgumentError(
+            f"loss_fn must be a module or a function of (outputs, targets){or_model}, not {described(loss_fn)}"
+            f"{_where_it_belongs(loss_fn)}"
+        )
+
+
+def _where_it_belongs(value: Any) -> str:
+    """What to do about something that was given in the place of a loss function."""
+    if isinstance(value, Tensor) and not value.dim():
+        return ", which seems to be a loss that was computed already: pass the function that computes it"
+    if isinstance(value, str) or not hasattr(value, "__iter__"):
+        return ""
+    return ", which seems to be data: the loss function comes before it, as in (model, loss_fn, data)"
+
+
+def require_model(model: Any) -> None:
+    """Raise unless a model is one.
+
+    Raises:
+        ArgumentError: saying what to pass.
+    """
+    if isinstance(model, nn.Module):
+        return
+    if isinstance(model, type) and issubclass(model, nn.Module):
+        remedy = f": pass an instance of it, {model.__name__}(...)"
+    elif isinstance(model, (torch.optim.Optimizer, Iterator)):
+        remedy = ": pass the model itself, and say with parameters= which of its parameters count"
+    else:
+        remedy = ""
+    raise ArgumentError(f"model must be a torch.nn.Module, not {described(model)}{remedy}")
 
 
 def require_model_before_loss(model: Any, loss_fn: Any) -> None:
@@ -60,8 +161,7 @@ def require_model_before_loss(model: Any, loss_fn: Any) -> None:
     Raises:
         ArgumentError: saying so.
     """
-    if not isinstance(model, nn.Module):
-        raise ArgumentError(f"model must be a torch.nn.Module, not {model!r:.80}")
+    require_model(model)
     swapped = isinstance(loss_fn, nn.Module) and any(True for _ in loss_fn.parameters())
     if swapped and not any(True for _ in model.parameters()):
         raise ArgumentError(

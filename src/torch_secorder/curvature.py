@@ -85,6 +85,8 @@ def curvature(
         UnsupportedError: if the model's parameters are spread over ranks.
         LifecycleError: if the monitor saw no sample.
     """
+    if isinstance(source, nn.Module) and not isinstance(model, nn.Module):
+        raise ArgumentError("the model comes first, and then the monitor, results or report that say its Fisher")
     source = results_of(source)
     layout: Layout = True
     if isinstance(source, Results):

@@ -9,10 +9,12 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Sequence
+from types import CodeType, FrameType
 
 __all__ = [
     "ArgumentError",
     "BroadcastLossWarning",
+    "CallError",
     "CoupledSamplesError",
     "CoverageError",
     "CurvatureError",
@@ -33,6 +35,10 @@ class CurvatureError(RuntimeError):
 
 class ArgumentError(CurvatureError, ValueError):
     """An argument is invalid."""
+
+
+class CallError(ArgumentError, TypeError):
+    """A call lacks an argument, or has one that the function doesn't take."""
 
 
 class UnsupportedError(CurvatureError, NotImplementedError):
@@ -72,7 +78,7 @@ class SkippedPassWarning(UserWarning):
 
 
 class BroadcastLossWarning(UserWarning):
-    """The gradients of a loss look as if it compares every output of shape ``(N, 1)`` with every target of shape ``(N,)``."""
+    """A loss makes ``(N, N)`` of outputs of shape ``(N, 1)``, as one that compares every output with every target does."""
 
 
 class SlowFallbackWarning(UserWarning):
@@ -88,10 +94,22 @@ def listed(items: Sequence[object], noun: str) -> str:
 
 def warn_at_users_line(message: str, category: type[Warning]) -> None:
     """Warn, and name the line of the user's that led here, however many calls of ours and of torch's lie in between."""
+    level, _ = _users_frame()
+    warnings.warn(message, category, stacklevel=level - 1)
+
+
+def users_place() -> tuple[CodeType, int]:
+    """The place in the user's program that led here: a function's code, and the instruction in it."""
+    _, frame = _users_frame()
+    return frame.f_code, frame.f_lasti
+
+
+def _users_frame() -> tuple[int, FrameType]:
+    """The innermost call that is neither ours nor torch's, and its distance from here as warnings count it."""
     level, frame = 1, sys._getframe()
     while frame.f_back is not None and _is_ours_or_torchs(str(frame.f_globals.get("__name__", ""))):
         level, frame = level + 1, frame.f_back
-    warnings.warn(message, category, stacklevel=level)
+    return level, frame
 
 
 def _is_ours_or_torchs(module: str) -> bool:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from torch_secorder.arguments import require_choice
+from torch_secorder.arguments import LossMean, require_choice
 from torch_secorder.errors import ArgumentError, ShapeError
 from torch_secorder.running.causal import IGNORED, causal_labels
 from torch_secorder.running.logits import logits
@@ -18,7 +18,7 @@ from torch_secorder.running.logits import logits
 __all__ = ["causal_lm"]
 
 
-def causal_lm(per: str = "batch", *, ignore_index: int = IGNORED) -> Callable[[Any, Any], Tensor]:
+def causal_lm(per: LossMean = "batch", *, ignore_index: int = IGNORED) -> Callable[[Any, Any], Tensor]:
     r"""The loss of a causal language model, whose logits at one position are about the token at the next.
 
     With the cross-entropies :math:`e_{n,t}` of sequence n's :math:`T_n` labels, N sequences in the batch:
@@ -56,7 +56,7 @@ def causal_lm(per: str = "batch", *, ignore_index: int = IGNORED) -> Callable[[A
         >>> causal_lm("sum")(logits, {"input_ids": ids, "attention_mask": torch.ones(2, 4)})  # 6 log 8
         tensor(12.4766)
     """
-    require_choice("per", per, ("batch", "sequence", "sum"))
+    require_choice("per", per, get_args(LossMean))
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise ArgumentError(f"ignore_index must be an int, not {ignore_index!r}")
     return _CausalLM(per, ignore_index)
@@ -66,7 +66,7 @@ def causal_lm(per: str = "batch", *, ignore_index: int = IGNORED) -> Callable[[A
 class _CausalLM:
     """See :func:`causal_lm`."""
 
-    per: str
+    per: LossMean
     ignore_index: int
 
     def __call__(self, outputs: Any, targets: Any) -> Tensor:

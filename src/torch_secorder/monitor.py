@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -12,10 +12,13 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from torch_secorder.arguments import (
+    DiagonalLayout,
     MonitorFisher,
     OnError,
     Reduction,
     RepeatedCalls,
+    called_as,
+    described,
     loss_scale_value,
 )
 from torch_secorder.autograd.engine import without_modes
@@ -27,6 +30,7 @@ from torch_secorder.errors import (
     CurvatureError,
     LifecycleError,
     SkippedPassWarning,
+    users_place,
     warn_at_users_line,
 )
 from torch_secorder.model.hooks import HookScope, WeakHook
@@ -53,6 +57,11 @@ from torch_secorder.verification.expected_norms import ExpectedNorms, expected_n
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+TAKES_NO_LOSS = (
+    "a monitor takes no loss and no data, but watches the backward passes of your own loop in its block; fisher_report(model, "
+    "loss_fn, data) runs the loop itself"
+)
 
 
 class FisherMonitor(WithResults, HookScope):
@@ -82,8 +91,8 @@ class FisherMonitor(WithResults, HookScope):
         per_sample: also keep every t_{n,p}. Rows are in the order in which samples came; a monitor sees no batches, so that names
             for them are for the loop to collect: ``monitor.per_sample.set_axis(ids)``.
         activations: also keep the Fisher trace and the moments of every module's output.
-        on_output: a function that is called in the backward pass with each module's name, its output without a graph, and the
-            gradient of the loss in it, both with the samples first: for sums over channels, samples or positions of one's own.
+        on_output: a function that is called in the backward pass with each module, its output without a graph, and the gradient
+            of the loss in it, both with the samples first: for sums over channels, samples or positions of one's own.
             The gradient is that of the loss which is differentiated; a sample's own is N times that if the loss averages.
             Outputs without a batch axis are left out, and outputs that are changed in place are refused. It has seen a part of a
             pass that turns out to be refused.
@@ -139,6 +148,11 @@ class FisherMonitor(WithResults, HookScope):
         ['weight', 'bias']
     """
 
+    @called_as(
+        "with FisherMonitor(model) as monitor: and in the block your own loop, loss_fn(model(inputs), targets).backward(); all "
+        "arguments but model and reduction go by name",
+        **dict.fromkeys(("loss_fn", "loss", "data"), TAKES_NO_LOSS),
+    )
     def __init__(
         self,
         model: nn.Module,
@@ -146,7 +160,7 @@ class FisherMonitor(WithResults, HookScope):
         *,
         loss_scale: float | Tensor | Callable[[], float | Tensor] = 1.0,
         parameters: Selection = "trainable",
-        diagonal: bool | Mapping[str, str] = False,
+        diagonal: DiagonalLayout = False,
         per_sample: bool = False,
         activations: bool = False,
         on_output: OnOutput | None = None,
@@ -160,6 +174,10 @@ class FisherMonitor(WithResults, HookScope):
         fisher: MonitorFisher = "empirical",
         max_memory: int | None = None,
     ):
+        if not isinstance(reduction, str):
+            raise ArgumentError(
+                f"reduction, the second argument, must be 'mean' or 'sum', not {described(reduction)}: {TAKES_NO_LOSS}"
+            )
         keeps = {"diagonal": diagonal, "per_sample": per_sample, "activations": activations, "on_output": on_output}
         options = MonitorOptions(
             *(reduction, loss_scale, parameters, batch_axis, n_samples, sample_of, nonfinite, on_refusal),
@@ -175,7 +193,8 @@ class FisherMonitor(WithResults, HookScope):
         results.why_empty = self._history.why_empty
         self._recorder: UserRecorder | None = None
         self._hooks = HookSet()
-        self._schedule = KindSchedule()  # of the checks of sums
+        self._checks = KindSchedule()  # of sums; that of the present block's kind
+        self._place: Hashable = None  # where in the user's program the block begins
         self._expected: list[ExpectedNorms] = []  # of some samples, where the next pass is to be verified
         self._warned_of: set[type[Exception]] = set()
 
@@ -191,6 +210,8 @@ class FisherMonitor(WithResults, HookScope):
                 "this monitor was loaded from results of the exact Fisher, to which backward passes of a training loop can't be "
                 "added; report it, or merge it with other exact results"
             )
+        # A monitor doesn't see the loss. Blocks that begin at one place of the program are taken for those of one loss.
+        self._place = users_place()
         return super().__enter__()
 
     def _attach(self) -> None:
@@ -204,11 +225,12 @@ class FisherMonitor(WithResults, HookScope):
         self.results.counts_samples = table.ranks.counts_samples
         passes = options.of_passes
         plan = planned(model, table, self._watched.words, passes.quantities)
+        self._checks = self._watched.knowledge.sum_checks((self._place, passes.kind, plan.state()))
         self._recorder = UserRecorder(
             *(table, plan, self._watched.knowledge, passes),
             history=self._history,
             on_pass=self._on_pass,
-            checks_next=self._schedule.due,
+            checks_next=self._checks.due,
             every=options.every,
             attach_leaf=options.parameters != "trainable",
         )
@@ -277,11 +299,11 @@ class FisherMonitor(WithResults, HookScope):
     def _refuse(self, error: Exception) -> None:
         """Raise why a pass is left out, or note that it was."""
         ours = isinstance(error, CurvatureError) and not isinstance(error, ArgumentError)
+        self._checks.restart()
         if self._options.on_refusal == "raise" or not ours:
             raise error
         self._history.refuse(error)
         self.results.statistics.skipped_passes += 1
-        self._schedule.restart()
         if type(error) not in self._warned_of:
             self._warned_of.add(type(error))
             warn_at_users_line(f"a backward pass was left out ({type(error).__name__}): {error}", SkippedPassWarning)
@@ -295,6 +317,9 @@ class FisherMonitor(WithResults, HookScope):
             names, (positions, norms) = self.results.statistics.names, current.gradients.all()
         if current.error is None and current.accumulator.is_empty and not positions:
             return
+        if len(positions) < recorder.with_gradient:
+            recorder.require_whole(current, positions)
+        current.roots.clear()
         loss_scale = self._options.loss_scale
         if not isinstance(loss_scale, float):  # A function may count how often it is called: once for each pass.
             loss_scale = loss_scale_value(loss_scale)
@@ -308,8 +333,8 @@ class FisherMonitor(WithResults, HookScope):
         expected, self._expected = self._expected, []
         checks += map(partial(partial, _require_expected, names), expected)
         samples = recorder.lifecycle.finish(current, self._options.nonfinite, checks, norms)
-        if current.column is not None:
-            warn_of_broadcast(*current.column)
+        if current.broadcast is not None:
+            warn_of_broadcast(*current.broadcast)
         scale = (samples.batch / loss_scale if self._options.reduction == "mean" else 1 / loss_scale) ** 2
         with without_modes() if current.special else nullcontext():
             assert samples.gradient_norms is not None

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal
 
-from torch_secorder.arguments import By
+from torch_secorder.arguments import By, called_as
 from torch_secorder.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 COLUMNS = ("module", "module_type", "numel", "fisher_trace", "grad_sq_norm")
 
 
+@called_as("gradient_noise_scale(monitor.report()), of a FisherMonitor's report by parameter")
 def gradient_noise_scale(report: pd.DataFrame, by: By | Literal["model"] = "module") -> pd.DataFrame:
     r"""The simple noise scale of every module, or of other groups of parameters, from one report.
 

@@ -214,7 +214,7 @@ def without(batch: dict[str, Tensor], *names: str) -> dict[str, Tensor]:
         ("model", tagged() | {"length": torch.ones(4)}, {}, "forward takes no 'length'.*left out of the batches"),
         ("model", [{}], {}, "a batch without any entry"),
         ("model", [torch.ones(2, 3), torch.ones(2, 3), torch.ones(2, 3)], {}, "must yield mappings or pairs"),
-        ("average", tagged(), {}, 'or "model" for its own loss'),
+        ("average", tagged(), {}, 'or "model" for the loss that the model computes'),
     ],
 )
 def test_nonsense(loss_fn: Any, data: Any, options: dict[str, Any], message: str) -> None:

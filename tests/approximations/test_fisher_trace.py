@@ -832,3 +832,48 @@ def test_a_loss_that_goes_by_the_places_of_samples_neither_averages_nor_sums(hal
 
     with pytest.raises(CurvatureError, match="neither averages nor sums"):
         empirical_fisher_trace(model, loss_fn, x, y)
+
+
+@both_reductions
+def test_a_batch_in_which_every_hinge_is_satisfied_is_the_first(reduction: str) -> None:
+    """Its loss is 0, and that of samples given twice, too: other outputs show how the loss combines samples."""
+    model, x = nn.Linear(4, 1).double(), torch.randn(6, 4).double()
+    signs = model(x).detach()[:, 0].sign()
+    combined = torch.mean if reduction == "mean" else torch.sum
+
+    def loss_fn(outputs: Tensor, targets: Tensor) -> Tensor:
+        return combined((1 - outputs[:, 0] * targets).relu())
+
+    assert float(empirical_fisher_trace(model, loss_fn, x, 1e6 * signs)) == 0
+    table = fisher_report(model, loss_fn, [(x, 1e6 * signs), (x, -signs)], progress=False)
+    expected = trace(
+        per_sample_squared_norms(model, loss_fn, torch.cat([x, x]), torch.cat([1e6 * signs, -signs])), reduction
+    )
+    assert table.attrs["reduction"] == reduction
+    assert_equal(torch.tensor(table["fisher_trace"].to_numpy()), torch.stack(list(expected.values())), total(expected))
+
+
+def test_outputs_that_are_zero_say_nothing_of_a_loss_that_averages() -> None:
+    model, x = nn.Linear(4, 3).double(), torch.randn(6, 4).double()
+    nn.init.zeros_(model.weight)
+    nn.init.zeros_(model.bias)
+    assert float(empirical_fisher_trace(model, lambda outputs, _: outputs.square().mean(), x, None)) == 0
+
+
+@both_reductions
+def test_a_batch_that_is_masked_as_a_whole_says_nothing_and_may_come_later(reduction: str) -> None:
+    """It has samples all the same, whose gradients are 0."""
+    model, x, y = nn.Linear(4, 3).double(), torch.randn(6, 4).double(), torch.randn(6, 3).double()
+    combined = torch.mean if reduction == "mean" else torch.sum
+
+    def loss_fn(outputs: Tensor, targets: tuple[Tensor, Tensor]) -> Tensor:
+        numbers, mask = targets
+        return combined((outputs - numbers).square().sum(1) * mask)
+
+    nothing, everything = (x, (y, torch.zeros(6).double())), (x, (y, torch.ones(6).double()))
+    with pytest.raises(CurvatureError, match="let another batch come first"):
+        fisher_report(model, loss_fn, [nothing, everything], progress=False)
+    table = fisher_report(model, loss_fn, [everything, nothing], progress=False)
+    expected = trace(per_sample_squared_norms(model, lambda o, t: loss_fn(o, (t, torch.ones(len(t)))), x, y), reduction)
+    halved = torch.stack(list(expected.values())) / (2 if reduction == "mean" else 1)
+    assert_equal(torch.tensor(table["fisher_trace"].to_numpy()), halved, total(expected))

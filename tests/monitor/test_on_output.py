@@ -25,10 +25,11 @@ def data(n: int = 5) -> tuple[Tensor, Tensor]:
 def test_traces_per_channel_and_per_sample() -> None:
     model, (x, y) = network(), data()
     seen: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    names = {module: name for name, module in model.named_modules()}
 
-    def note(module: str, output: Tensor, grad: Tensor) -> None:
+    def note(module: nn.Module, output: Tensor, grad: Tensor) -> None:
         assert not output.requires_grad
-        seen.setdefault(module, []).append((output, grad))
+        seen.setdefault(names[module], []).append((output, grad))
 
     with FisherMonitor(model, on_output=note, activations=True) as monitor:
         cross_entropy(model(x), y).backward()
@@ -56,11 +57,14 @@ def test_traces_per_channel_and_per_sample() -> None:
 
 def test_every_pass_calls_it_and_results_keep_nothing_of_it() -> None:
     model, (x, y) = network(), data()
-    names: list[str] = []
-    with FisherMonitor(model, on_output=lambda name, *_: names.append(name)) as monitor, FisherMonitor(model) as alone:
+    called: list[nn.Module] = []
+    with (
+        FisherMonitor(model, on_output=lambda module, *_: called.append(module)) as monitor,
+        FisherMonitor(model) as alone,
+    ):
         for _ in range(2):
             cross_entropy(model(x), y).backward()
-    assert sorted(names) == sorted(["", "0", "1", "2", "3"] * 2)
+    assert sorted(map(id, called)) == sorted(map(id, [model, *model] * 2))
     assert "on_output" not in monitor.state_dict()["keeps"]
     torch.testing.assert_close(monitor.trace, alone.trace)
 
@@ -68,7 +72,7 @@ def test_every_pass_calls_it_and_results_keep_nothing_of_it() -> None:
 def test_samples_come_first() -> None:
     shapes = []
     model, x, y = nn.Linear(4, 3), torch.randn(7, 5, 4), torch.randint(3, (5,))
-    with FisherMonitor(model, batch_axis=1, on_output=lambda name, f, g: shapes.append((f.shape, g.shape))):
+    with FisherMonitor(model, batch_axis=1, on_output=lambda module, f, g: shapes.append((f.shape, g.shape))):
         cross_entropy(model(x).mean(0), y).backward()
     assert shapes == [((5, 7, 3), (5, 7, 3))]
 
@@ -108,9 +112,9 @@ def test_as_many_positions_as_samples_have_to_be_told_apart() -> None:
             return self.layer(x.transpose(0, 1)).tanh().transpose(0, 1).mean(1)
 
     model, x, y = StepsFirst().double(), torch.randn(5, 5, 4, dtype=torch.float64), torch.randint(3, (5,))
-    seen: dict[str, tuple[Tensor, Tensor]] = {}
+    seen: dict[nn.Module, tuple[Tensor, Tensor]] = {}
 
-    def note(module: str, output: Tensor, grad: Tensor) -> None:
+    def note(module: nn.Module, output: Tensor, grad: Tensor) -> None:
         seen[module] = (output, grad)
 
     message = r"axis 0 or 1.*batch_axis=\{'modules': \{'layer': axis\}\}"
@@ -118,9 +122,19 @@ def test_as_many_positions_as_samples_have_to_be_told_apart() -> None:
         cross_entropy(model(x), y).backward()
     with FisherMonitor(model, on_output=note, batch_axis={"modules": {"layer": 1}}):
         cross_entropy(model(x), y).backward()
-    output, grad = seen["layer"]
+    output, grad = seen[model.layer]
     torch.testing.assert_close(output, model.layer(x).detach(), rtol=0, atol=0)
     for n in range(5):
         hidden = model.layer(x[n : n + 1]).detach().requires_grad_()
         cross_entropy(hidden.tanh().mean(1), y[n : n + 1]).backward()
         torch.testing.assert_close(5 * grad[n], hidden.grad[0], rtol=1e-10, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")  # of the compiler's own, when it is imported
+def test_a_compiled_model_shows_the_modules_that_it_was_made_of() -> None:
+    model, (x, y) = network(), data()
+    called: list[nn.Module] = []
+    compiled = torch.compile(model, backend="eager")
+    with FisherMonitor(compiled, on_output=lambda module, *_: called.append(module)):
+        cross_entropy(compiled(x), y).backward()
+    assert set(map(id, called)) == set(map(id, [model, *model]))

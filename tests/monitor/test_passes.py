@@ -615,3 +615,71 @@ def test_a_pass_that_an_interrupt_broke_off_takes_no_later_one_for_its_own(monke
 
 def interrupted(*_: Any) -> None:
     raise KeyboardInterrupt
+
+
+# Passes for some parameters only
+
+
+class Tied(nn.Module):
+    """Uses a weight in two layers, and a scale after both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.last.weight = self.first.weight
+        self.scale, self.unused = nn.Parameter(torch.randn(4)), nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last((self.first(x) * self.scale).tanh()) * self.scale
+
+
+WAYS: dict[str, Callable[[Tensor, list[Tensor]], object]] = {
+    "backward": lambda loss, wanted: loss.backward(inputs=wanted),
+    "grad": torch.autograd.grad,
+}
+WANTED = [["last.bias"], ["first.bias"], ["first.weight"], ["scale"], ["last.bias", "scale"], ["first.weight", "x"]]
+
+
+def sizes(outputs: Tensor, _: object = None) -> Tensor:
+    return outputs.square().sum(1).mean()
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("wanted", WANTED, ids="-".join)
+@pytest.mark.parametrize("passes", [0, 3])  # after three, the next pass is not one whose sums are checked
+def test_a_pass_for_some_parameters_is_refused_unless_these_are_all(way: str, wanted: list[str], passes: int) -> None:
+    """It stops where nothing leads to them: at one of the two uses of a weight, before a layer, or nowhere."""
+    torch.manual_seed(0)
+    model, z = Tied().double(), torch.randn(5, 4).double()
+    x = z.clone().requires_grad_("x" in wanted)
+    named = {**dict(model.named_parameters()), "x": x}
+    right = norms_of_sizes(model, z)
+
+    def step() -> None:
+        WAYS[way](sizes(model(x)), [named[name] for name in wanted])
+
+    with pytest.raises(CoverageError, match="computes no gradient of"), FisherMonitor(model) as monitor:
+        for _ in range(passes):
+            sizes(model(x)).backward()
+        step()
+    assert monitor.n_samples == 5 * passes
+    chosen = [name for name in wanted if name != "x"]
+    with FisherMonitor(model, parameters=chosen) as some:
+        step()
+    assert_report(some, {name: right[name] for name in right if name in chosen})
+
+
+def norms_of_sizes(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    return per_sample_squared_norms(model, sizes, x, torch.zeros(len(x)).double())
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_pass_for_all_parameters_by_name_is_whole(way: str) -> None:
+    """Also where some are used in no pass, so that it can't be asked for them all."""
+    model, x = Tied().double(), torch.randn(5, 4).double()
+    wanted = [p for name, p in model.named_parameters() if not name.startswith("unused")]
+    with FisherMonitor(model) as monitor:
+        for _ in range(4):
+            WAYS[way](sizes(model(x)), wanted)
+    right = norms_of_sizes(model, x)
+    assert_report(monitor, {name: t.repeat(4) for name, t in right.items()})

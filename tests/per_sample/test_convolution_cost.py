@@ -106,6 +106,10 @@ def test_sums_over_channels_are_those_of_the_dense_form(name: str, dims: int, mo
         for axis, expected in enumerate((squares.flatten(1).sum(1), inputs)):
             found = form.channel_squares(ChannelSums(axis, form.groups))
             torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)
+            by_sample = form.sample_channel_squares(ChannelSums(axis, form.groups))
+            norms = form.dense().square().flatten(1).sum(1)
+            torch.testing.assert_close(by_sample.sum(0), expected, rtol=1e-12, atol=1e-13)
+            torch.testing.assert_close(by_sample.sum(1), norms, rtol=1e-12, atol=1e-13)
 
 
 @pytest.mark.parametrize("left_over", [0.0, 1e-6, 1e-3])

@@ -115,10 +115,13 @@ def test_every_answer_is_that_of_the_dense_form(name: str) -> None:
 @pytest.mark.parametrize("name", FORMS)
 def test_sums_over_channels_are_those_of_the_dense_form(name: str, groups: int) -> None:
     form = FORMS[name]()
-    squares = form.dense().square().sum(0)
-    inputs = torch.cat([part.movedim(1, 0).flatten(1).sum(1) for part in squares.chunk(groups)])
-    assert_equal(form.channel_squares(ChannelSums(0, groups)), squares.flatten(1).sum(1), squares.sum())
-    assert_equal(form.channel_squares(ChannelSums(1, groups)), inputs, squares.sum())
+    squares = form.dense().square()
+    parts = squares.chunk(groups, 1)
+    inputs = torch.cat([part.movedim(2, 1).flatten(2).sum(2) for part in parts], 1)
+    for axis, of_samples in enumerate((squares.flatten(2).sum(2), inputs)):
+        channels = ChannelSums(axis, groups)
+        assert_equal(form.channel_squares(channels), of_samples.sum(0), squares.sum())
+        assert_equal(form.sample_channel_squares(channels), of_samples, squares.sum())
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -228,15 +231,36 @@ def test_channels_that_cancel_keep_their_digits(axis: int, left_over: float, dty
     factors = {axis: torch.cat([other, other * (1 + left_over)], 2), 1 - axis: torch.cat([own, own * signs], 2)}
     form = Outer(factors[0], factors[1], (20, 24))
     assert form.algorithm == "gram"
-    exact = Outer(form.a.double(), form.g.double(), (20, 24)).dense().square().sum(0).sum(1 - axis)
+    squares = Outer(form.a.double(), form.g.double(), (20, 24)).dense().square()
+    exact = squares.sum(0).sum(1 - axis)
     found = form.channel_squares(ChannelSums(axis))
     assert (found >= 0).all()
+    norms = form.sample_channel_squares(ChannelSums(axis)).sum(1)
+    torch.testing.assert_close(
+        norms.double(), squares.sum((1, 2)), rtol=1e-4 if dtype == torch.float32 else 1e-8, atol=0
+    )
     if left_over >= 1e-3 or dtype == torch.float64:
         rtol = 1e-4 if dtype == torch.float32 else 1e-8
         # Two products that are equal may be rounded differently, by 1e-16 of each: that is 1e-32 in a square.
         torch.testing.assert_close(found.double(), exact, rtol=rtol, atol=1e-28 * float(exact.max()))
     else:
         assert ((found.double() - exact).abs() <= 1e-4 * exact + 1e-11 * exact.max()).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_samples_that_cancel_keep_their_digits_beside_sums_over_channels(axis: int, dtype: torch.dtype) -> None:
+    """One sample's gradient is the difference of two positions, which the sums over all samples don't show."""
+    a, g = normal(N, 1, 1, 24, dtype=dtype), normal(N, 1, 1, 20, dtype=dtype)
+    signs = torch.ones(N, 1, 1, 1, dtype=dtype)
+    signs[1] = -1
+    form = Outer(torch.cat([a, a * (1 + 1e-3)], 2), torch.cat([g, g * signs], 2), (20, 24))
+    exact = Outer(form.a.double(), form.g.double(), (20, 24)).dense().square().sum(2 - axis)
+    found = form.sample_channel_squares(ChannelSums(axis))
+    assert form.shares_norms_with(ChannelSums(axis))
+    rtol = 1e-4 if dtype == torch.float32 else 1e-8
+    torch.testing.assert_close(found.sum(1).double(), exact.sum(1), rtol=rtol, atol=0)
+    torch.testing.assert_close(found.sum(0).double(), exact.sum(0), rtol=rtol, atol=0)
 
 
 @pytest.mark.parametrize("left_over", [0.0, 1e-6, 1e-3])

@@ -9,10 +9,17 @@ TRIED = {
         "user_program/test_stateful.py::test_a_function_of_saved_tensors_and_constants_is_looked_through"
     ),
     "hides a part of the graph of these outputs": "traps/test_checkpoints.py::test_trap_09_checkpointed_blocks",
+    "make a monitor with parameters= the names of those": (
+        "monitor/test_passes.py::test_a_pass_for_some_parameters_is_refused_unless_these_are_all"
+    ),
     "use smaller batches, or keep less": "faults/test_memory.py::test_fewer_samples_at_a_time_where_memory_runs_out",
     "leave such samples out of the batch": (
         "traps/test_what_counts_samples.py::test_trap_19_samples_without_a_row_leave_it_open_what_rows_are"
     ),
+    "was called without a batch axis": (
+        "traps/test_what_counts_samples.py::test_trap_19_a_model_that_is_called_on_one_sample_without_a_batch_axis"
+    ),
+    "let it have a number for each row": "traps/test_what_counts_samples.py::test_trap_19_rows_that_no_output_has",
     "different numbers, the largest of which is": (
         "traps/test_what_counts_samples.py::test_trap_19_numbers_that_are_no_count"
     ),
@@ -22,6 +29,9 @@ TRIED = {
     "data must yield mappings or pairs": "approximations/test_batches.py::test_what_follows_inputs_and_targets_is_not_used",
     "data has a batch without any entry": "approximations/test_batches.py::test_a_mapping_is_one_batch",
     "names an entry of batches that are mappings": "approximations/test_batches.py::test_a_mapping_is_one_batch",
+    "let another batch come first, or leave this one out": (
+        "approximations/test_fisher_trace.py::test_a_batch_that_is_masked_as_a_whole_says_nothing_and_may_come_later"
+    ),
     "ids name the rows of per_sample": "approximations/test_batches.py::test_ids_name_the_rows",
     "of them for a batch of * samples; give one for each": "approximations/test_batches.py::test_ids_name_the_rows",
     "the model returned a * without a loss": "approximations/test_batches.py::test_the_models_own_loss",

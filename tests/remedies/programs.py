@@ -609,3 +609,31 @@ def _reentrant() -> None:
         empirical_fisher_trace(model, numbers, x, y)
     right(monitored(model, lambda: step(model, x, y)), expected(plain, x, y))
     assert_exact(make(False), x.detach(), y)
+
+
+@remedy("to hold a choice or weights of samples fixed")
+def _choice() -> None:
+    model, x, y = problem()
+
+    def chosen(losses: Tensor) -> Tensor:
+        return (losses > losses.mean()).to(losses)
+
+    def hard(outputs: Tensor, targets: Tensor) -> Tensor:
+        losses = (outputs - targets).square().sum(1)
+        return (losses * chosen(losses.detach())).mean()
+
+    def weighted(outputs: Tensor, targets: tuple[Tensor, Tensor]) -> Tensor:
+        return ((outputs - targets[0]).square().sum(1) * targets[1]).mean()
+
+    with refused("to hold a choice or weights of samples fixed"):
+        empirical_fisher_trace(model, hard, x, y)
+    with torch.no_grad():
+        weights = chosen((model(x) - y).square().sum(1))
+    truth = 0.0
+    for n in range(len(x)):
+        gradients = torch.autograd.grad(
+            weighted(model(x[n : n + 1]), (y[n : n + 1], weights[n : n + 1])), list(model.parameters())
+        )
+        truth += sum(float(g.square().sum()) for g in gradients) / len(x)
+    assert float(empirical_fisher_trace(model, weighted, x, (y, weights))) == pytest.approx(truth, rel=1e-8)
+    right(monitored(model, lambda: hard(model(x), y).backward()), truth)

@@ -275,6 +275,51 @@ def test_trap_17_what_is_carried_from_step_to_step_contradicts_at_once(operation
         fisher_report(model, steps_first, (x, y), progress=False)
 
 
+def fused_attention(self: Any, x: Tensor) -> Tensor:
+    heads = self.layer(x).unflatten(-1, (2, 4)).permute(1, 2, 0, 3)
+    h = F.scaled_dot_product_attention(heads, heads, heads, is_causal=self.causal)
+    return self.head(h.permute(2, 0, 1, 3).flatten(2))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("steps", "n"), [(5, 3), (4, 4), (3, 5), (6, 1)])
+def test_trap_17_positions_of_fused_attention_are_no_samples(steps: int, n: int, causal: bool) -> None:
+    """Of a model with the steps in front that is written without torch's own layers."""
+    model = made(fused_attention, layer=nn.Linear(4, 8), head=nn.Linear(8, 2))
+    model.causal = causal
+    model, x, y = drawn(model, steps, n, 4)
+    ways: list[Callable[..., Any]] = [
+        lambda **options: watched(model, x, y, **options),
+        lambda **options: fisher_report(model, steps_first, (x, y), progress=False, **options)["fisher_trace"].sum(),
+    ]
+    expected = torch.zeros((), dtype=torch.float64)
+    for i in range(n):
+        loss = steps_first(model(x[:, i : i + 1]), y[:, i : i + 1])
+        expected += sum(g.square().sum() for g in torch.autograd.grad(loss, list(model.parameters()))) / n
+    for way in ways:
+        with pytest.raises(ShapeError, match=r"carries something along axis 2 .*pass batch_axis="):
+            way()
+        found = torch.tensor(float(way(batch_axis=1)), dtype=torch.float64)
+        assert_equal(found, expected, expected, torch.float64)
+
+
+def test_trap_17_fused_attention_over_as_many_positions_as_samples_is_exact() -> None:
+    """Also where a block mask keeps the tokens of samples apart that stand in one row."""
+    model = made(fused_attention, layer=nn.Linear(4, 8), head=nn.Linear(8, 2))
+    model.causal = True
+    turned = made(lambda self, x: self.of(x.transpose(0, 1)).transpose(0, 1).flatten(1), of=model)
+    assert_exact(*drawn(turned, 5, 5, 4))
+
+    def packed(self: Any, x: Tensor) -> Tensor:
+        heads = self.layer(x.flatten(0, 1)).unflatten(-1, (2, 4)).transpose(0, 1)[None]
+        samples = torch.arange(len(x)).repeat_interleave(x.shape[1])
+        mask = samples[:, None] == samples
+        h = F.scaled_dot_product_attention(heads, heads, heads, attn_mask=mask)
+        return self.head(h[0].transpose(0, 1).flatten(1)).unflatten(0, x.shape[:2]).flatten(1)
+
+    assert_exact(*drawn(made(packed, layer=nn.Linear(4, 8), head=nn.Linear(8, 2)), 5, 5, 4))
+
+
 def test_trap_17_a_sum_over_the_past_of_the_data_is_refused_by_the_functions() -> None:
     """Nothing in the graph tells a monitor, but samples alone tell the functions."""
     model = made(lambda self, x: self.head(self.layer(x.cumsum(0)).tanh()), layer=nn.Linear(4, 4), head=nn.Linear(4, 2))

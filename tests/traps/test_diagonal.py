@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from problems._base import Forward
 from torch_secorder import FisherMonitor
 from torch_secorder.per_sample import Dense, SquareSum
 from torch_secorder.recording.quantities import Diagonal
@@ -62,3 +64,16 @@ def test_trap_31_a_monitor_over_many_passes(tmp_path: Path) -> None:
         assert all(torch.equal(before[name], value) for name, value in monitor.diagonal.items())
     for name, value in monitor.diagonal.items():
         assert float(value.double().sum()) == pytest.approx(monitor.report().fisher_trace[name], rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("diagonal", [True, {"*": "rows"}], ids=["full", "rows"])
+def test_trap_31_what_no_pass_reaches_is_zero_in_the_dtype_of_the_others(diagonal: Any, dtype: torch.dtype) -> None:
+    model = Forward(lambda m, x: m.used(x), unused=nn.Linear(2, 2), used=nn.Linear(3, 2)).to(dtype)
+    monitor = FisherMonitor(model, diagonal=diagonal)
+    with monitor:
+        model(torch.randn(4, 3).to(dtype)).square().sum(1).mean().backward()
+    wide = torch.promote_types(dtype, torch.float32)
+    for name, value in monitor.diagonal.items():
+        assert value.dtype == wide, name
+        assert bool(value.any()) == name.startswith("used"), name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,8 +15,8 @@ from oracles import assert_equal, per_sample_squared_norms, total, trace
 from problems._base import Forward, randomized
 from torch_secorder import FisherMonitor, empirical_fisher_trace, fisher_report
 from torch_secorder.batch_axis.knowledge import is_due
-from torch_secorder.errors import CoupledSamplesError, CurvatureError
-from traps.exactness import assert_exact, drawn, numbers
+from torch_secorder.errors import CoupledSamplesError, CurvatureError, VerificationError
+from traps.exactness import assert_exact, drawn, numbers, of_one_graph
 
 # 6. In-place operations, outputs of every kind, keywords
 
@@ -60,7 +61,10 @@ class Adversarial(nn.Module):
 
 
 def test_trap_06_a_gradient_that_is_changed_in_place_while_it_waits() -> None:
-    """Passes that are checked take each gradient at once, and are right; others put small calls together, and refuse."""
+    """Passes that are checked take each gradient at once, and are right; others put small calls together, and refuse.
+
+    After a refusal the passes are counted anew, so that those that come next are checked.
+    """
     model, x, y = drawn(Adversarial(), 4, 6)
     expected = []
     for n in range(4):
@@ -68,14 +72,14 @@ def test_trap_06_a_gradient_that_is_changed_in_place_while_it_waits() -> None:
         numbers(model(x[n : n + 1]), y[n : n + 1]).backward()
         expected.append([float(p.grad.square().sum()) for p in model.parameters() if p.grad is not None])
     with FisherMonitor(model, per_sample=True) as monitor:
-        for number in range(1, 7):
+        for number in (1, 2, 3, 4, 1, 2, 3, 4):
             refusal = "" if is_due(number) else r"'first': the gradient of its output was changed in place"
             loss = numbers(model(x), y)
             with expectation(refusal):
                 loss.backward()
-    assert monitor.n_samples == 4 * 4
+    assert monitor.n_samples == 6 * 4
     found = torch.tensor(monitor.per_sample.to_numpy())
-    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64).repeat(4, 1))
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64).repeat(6, 1))
 
 
 # 7. Coupled samples
@@ -103,6 +107,39 @@ def test_trap_07_a_loss_that_compares_samples_is_refused() -> None:
 
 
 # 8. Frozen parts, and losses that reach only some outputs
+
+
+MIXTURES: dict[str, Callable[[Tensor], Tensor]] = {
+    "the nodes of a graph": lambda h: torch.rand(len(h), len(h), generator=torch.Generator().manual_seed(0)).to(h) @ h,
+    "a convolution along the batch": lambda h: (
+        F.conv1d(h.T[:, None], h.new_tensor([[[0.2, 0.5, 0.3]]]), padding=1)[:, 0].T
+    ),
+    "attention over the batch": lambda h: (h @ h.T).softmax(1) @ h,
+    "neighbors": lambda h: h + h.roll(1, 0),
+    "a mean of its own": lambda h: h - h.mean(0),
+}
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_trap_07_a_model_that_mixes_samples(name: str) -> None:
+    """A monitor gives the gradients of the rows' losses, and what compares a sample alone refuses."""
+    layers = {"first": nn.Linear(4, 5), "last": nn.Linear(5, 3)}
+    model, x, y = drawn(Forward(lambda m, x: m.last(MIXTURES[name](m.first(x)).tanh()), **layers), 6, 4)
+    expected = of_one_graph(model, (model(x) - y).square().sum(1))
+    everything = total(trace(expected))
+    with FisherMonitor(model, per_sample=True) as monitor:
+        outputs = model(x)
+        loss = numbers(outputs, y)
+        monitor.verify(loss)
+        loss.backward()
+    unchecked = fisher_report(model, numbers, (x, y), verify=False, progress=False)
+    for row, t in expected.items():
+        assert_equal(torch.tensor(monitor.per_sample[row].to_numpy()), t, len(t) * everything, torch.float64)
+        assert_equal(torch.tensor(unchecked.fisher_trace[row]), t.mean(), everything, torch.float64)
+    with pytest.raises(VerificationError):
+        fisher_report(model, numbers, (x, y), progress=False)
+    with pytest.raises(VerificationError):
+        empirical_fisher_trace(model, numbers, x, y)
 
 
 def test_trap_08_partly_frozen_and_partly_reached() -> None:

@@ -17,6 +17,7 @@ from oracles import assert_equal
 from problems._base import Forward, randomized
 from torch_secorder import FisherMonitor, empirical_fisher_trace, fisher_report
 from torch_secorder.errors import ArgumentError, CurvatureError, ShapeError, UnsupportedError
+from torch_secorder.verification import separable_loss
 
 N, T = 5, 6
 Loss = Callable[[Any, Any], Tensor]
@@ -247,6 +248,53 @@ def test_trap_19_squeezed_outputs(n: int) -> None:
     assert_exact(model, x, y, [squares(model(x[i : i + 1]), y[i]) for i in range(n)])
 
 
+UNBATCHED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "autoencoder": (lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 4)), (4,)),
+    "convolutions": (lambda: nn.Sequential(nn.Conv1d(4, 5, 3), nn.Tanh(), nn.ConvTranspose1d(5, 4, 3)), (4, 6)),
+    "images": (lambda: nn.Sequential(nn.Conv2d(3, 5, 3), nn.Tanh(), nn.ConvTranspose2d(5, 3, 3)), (3, 4, 4)),
+    "lstm": (
+        lambda: made(lambda m, x: m.l(x)[0].tanh(), l=nn.LSTM(4, 3, batch_first=True)),
+        (5, 4),
+    ),
+    "attention": (
+        lambda: made(lambda m, x: m.l(x, x, x)[0], l=nn.MultiheadAttention(4, 2, batch_first=True)),
+        (5, 4),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNBATCHED)
+def test_trap_19_a_model_that_is_called_on_one_sample_without_a_batch_axis(name: str) -> None:
+    """As many outputs as inputs, or steps, are no samples."""
+    make, shape = UNBATCHED[name]
+    model, samples = randomized(make()).double(), drawn(N, *shape)
+    with pytest.raises(ShapeError, match="without a batch axis"), FisherMonitor(model, "sum"):
+        squares(model(samples[0]), 0.0).backward()
+    expected = {row: t.sum() for row, t in looped(model, [squares(model(x[None]), 0.0) for x in samples]).items()}
+    for words, given in (({"n_samples": 1}, samples), ({}, samples[:, None])):
+        with FisherMonitor(model, "sum", **words) as monitor:
+            for x in given:
+                squares(model(x), 0.0).backward()
+        assert monitor.n_samples == N
+        for row, t in expected.items():
+            found = torch.tensor(monitor.report().loc[row, "fisher_trace"])
+            assert_equal(found, t, torch.stack(list(expected.values())).sum(), torch.float64)
+
+
+@pytest.mark.parametrize("n", [3, 5])
+def test_trap_19_modules_that_the_model_calls_for_each_sample_have_no_batch_axis(n: int) -> None:
+    """With as many steps as samples, or other numbers."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return m.head(
+            torch.stack([m.attention(h, h, h)[0] + m.recurrent(m.layer(row))[0] for row in x for h in (row,)])
+        )
+
+    parts = {"layer": nn.Linear(4, 4), "recurrent": nn.LSTM(4, 4), "attention": nn.MultiheadAttention(4, 2)}
+    model, x, y = made(forward, head=nn.Linear(4, 3), **parts), drawn(n, 5, 4), drawn(n, 5, 3)
+    assert_exact(model, x, y, [squares(model(x[i : i + 1]), y[i : i + 1]) for i in range(n)])
+
+
 # Rows that are no samples
 
 
@@ -265,6 +313,31 @@ def test_trap_19_outputs_with_a_row_for_each_step(sample_of: str) -> None:
     assert_exact(model, x, y, alone, sample_of=words[sample_of])
     with pytest.raises(UnsupportedError, match="on an axis of their own"):
         fisher_report(model, None, (x, None), fisher="exact", sample_of=words["tensor"], progress=False)
+
+
+def triplets(outputs: Tensor, targets: Any) -> Tensor:
+    """The anchors of all samples come first, then what is near them, then what is far."""
+    return nn.functional.triplet_margin_loss(*outputs.chunk(3), margin=5.0, reduction="sum")
+
+
+@pytest.mark.parametrize("few", [False, True], ids=["", "checked on three samples"])
+@pytest.mark.parametrize("order", [range(N), [3, 0, 4, 1, 2]], ids=["in order", "in another"])
+def test_trap_19_halves_of_a_batch(order: Sequence[int], few: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loss that takes the parts of a batch apart is given some samples in parts, too."""
+    if few:
+        monkeypatch.setattr(separable_loss, "CHEAP", 1)
+    model, x = made(lambda m, x: m.layer(x).tanh(), layer=nn.Linear(4, 3)), drawn(3 * N, 4)
+    sample = torch.tensor(order).repeat(3)
+    alone = [triplets(model(x[sample == n]), None) for n in range(N)]
+    assert_exact(model, x, None, alone, triplets, sample_of=lambda x: sample)
+
+
+def test_trap_19_rows_that_no_output_has() -> None:
+    model, x, y = made(lambda m, x: m.layer(x), layer=nn.Linear(4, 3)), drawn(2 * N, 4), drawn(2 * N, 3)
+    words = "sample_of says of 7 rows"
+    assert words in refusal(model, x, y, sample_of=torch.arange(N).repeat(2)[:7])
+    alone = [squares(model(x[n::N]), y[n::N]) for n in range(N)]
+    assert_exact(model, x, y, alone, sample_of=torch.arange(N).repeat(2))
 
 
 class Graphs(nn.Module):
@@ -492,17 +565,17 @@ def test_trap_19_of_several_patterns_the_last_counts(modules: dict[str, int]) ->
         return m.head(m.turned(x.transpose(0, 1)).tanh().transpose(0, 1))
 
     model, x, y = made(forward, turned=nn.Linear(4, 4), head=nn.Linear(4, 3)), drawn(N, N, 4), drawn(N, N, 3)
-    shown: dict[str, Tensor] = {}
+    shown: dict[nn.Module, Tensor] = {}
 
-    def show(name: str, output: Tensor, gradient: Tensor) -> None:
-        shown[name] = output
+    def show(module: nn.Module, output: Tensor, gradient: Tensor) -> None:
+        shown[module] = output
 
     assert_exact(
         model, x, y, [squares(model(x[i : i + 1]), y[i : i + 1]) for i in range(N)], batch_axis={"modules": modules}
     )
     with FisherMonitor(model, "sum", on_output=show, batch_axis={"modules": modules}):
         squares(model(x), y).backward()
-    assert torch.equal(shown["turned"], model.turned(x))
+    assert torch.equal(shown[model.turned], model.turned(x))
 
 
 # Words that mean nothing

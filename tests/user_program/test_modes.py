@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -158,3 +159,24 @@ def test_the_numbers_under_a_mode_are_those_without() -> None:
         return torch.stack([monitor.trace, torch.tensor(monitor.report().grad_sq_norm.sum())])
 
     assert torch.allclose(trace(Operations()), trace(torch.enable_grad()), rtol=1e-12)
+
+
+class Functions(TorchFunctionMode):
+    """The names of all functions that are called, in order, and attributes that are read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_mode_of_functions_sees_the_programs_calls_and_the_librarys(name: str) -> None:
+    plain = steps_under(Functions(), name, None).names
+    watched = steps_under(Functions(), name, {}).names
+    rest = iter(watched)
+    assert all(one in rest for one in plain)  # in their order
+    assert len(watched) > len(plain) > 20

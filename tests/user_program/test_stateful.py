@@ -278,6 +278,58 @@ def test_a_function_of_saved_tensors_and_constants_is_looked_through() -> None:
     assert_exact(model, torch.randn(5, 5, 4).double(), torch.randn(5, 3).double())
 
 
+SETTINGS = {"factor": 3.0}
+
+
+class ByGlobalSettings(torch.autograd.Function):
+    """Reads a mapping that outlives it, and might write to it for all that its name tells."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return SETTINGS["factor"] * x @ weight
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        return SETTINGS["factor"] * grad @ weight.T, SETTINGS["factor"] * x.T @ grad
+
+
+class ByOwnSettings(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.factor = SETTINGS["factor"]
+        return ctx.factor * x @ weight
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        return ctx.factor * grad @ weight.T, ctx.factor * x.T @ grad
+
+
+def test_a_function_that_names_a_mapping_from_outside_is_told_to_keep_its_numbers() -> None:
+    def model(function: Any) -> nn.Module:
+        found = Forward(lambda m, x: m.last(function.apply(x, m.weight).tanh()), last=nn.Linear(4, 3))
+        found.weight = nn.Parameter(torch.randn(4, 4))
+        return found.double()
+
+    x, y = torch.randn(5, 4).double(), torch.randn(5, 3).double()
+    refused = model(ByGlobalSettings)
+    for ask in (
+        lambda: trained(refused, x, y, steps=1),
+        lambda: fisher_report(refused, numbers, (x, y), progress=False),
+        lambda: empirical_fisher_trace(refused, numbers, x, y),
+    ):
+        with pytest.raises(UnsupportedError, match="keep its numbers as attributes of ctx"), FisherMonitor(refused):
+            ask()
+    assert_exact(model(ByOwnSettings), x, y)
+    # What lies on the way only is looked through where that is needed, and no parameter of it is asked for here.
+    last_only = model(ByGlobalSettings)
+    last_only.weight.requires_grad_(False)
+    assert_exact(last_only, x, y)
+
+
 def _scaled_steps_first(function: Any, self: Any, x: Tensor) -> Tensor:
     return self.last(function.apply(self.first(x.transpose(0, 1)), 2.0).tanh().sum(0))
 

@@ -92,16 +92,58 @@ def test_trap_23_a_loss_that_selects_within_samples_is_exact(name: str, n: int) 
     assert_exact(model, x, y, SEPARABLE[name])
 
 
-def test_trap_23_a_threshold_that_leaves_the_graph_is_seen_where_the_loss_is_called() -> None:
-    """A mask of constants shows nothing in a graph; other outputs make another mask."""
+def chosen(of: Callable[[Tensor], Tensor]) -> Loss:
+    """The mean over all samples of the losses, with weights that are computed from all losses and leave the graph."""
 
-    def hard(outputs: Tensor, targets: Tensor) -> Tensor:
+    def loss_fn(outputs: Tensor, targets: Tensor) -> Tensor:
         losses = each(outputs, targets)
-        return (losses * (losses.detach() >= losses.detach().median())).mean()
+        return (losses * of(losses.detach())).mean()
 
+    return loss_fn
+
+
+CONSTANTS: dict[str, Loss] = {
+    "from the median up": chosen(lambda losses: losses >= losses.median()),
+    "above the mean": chosen(lambda losses: losses > losses.mean()),
+    "above the mean, and their number": lambda o, y: each(o, y)[each(o, y) > each(o, y).mean()].mean(),
+    "above a threshold, and their number": lambda o, y: each(o, y)[each(o, y) > 3].mean(),
+    "by rank": chosen(lambda losses: losses.argsort().argsort() / len(losses)),
+    "in proportion to the losses": chosen(lambda losses: losses / losses.mean()),
+    "over the largest": chosen(lambda losses: 1 / losses.max()),
+}
+
+
+@pytest.mark.parametrize("outlier", [0.0, 30.0], ids=["", "an outlier"])
+@pytest.mark.parametrize("name", CONSTANTS)
+def test_trap_23_what_leaves_the_graph_is_seen_where_the_loss_is_called(name: str, outlier: float) -> None:
+    """A mask of constants shows nothing in a graph; other outputs make another mask, unless one sample is far above all."""
     model, x, y = problem(8)
-    with pytest.raises(VerificationError, match="selects among them"):
-        empirical_fisher_trace(model, hard, x, y)
+    y[3] += outlier
+    for ask in (
+        lambda: empirical_fisher_trace(model, CONSTANTS[name], x, y),
+        lambda: fisher_report(model, CONSTANTS[name], (x, y), progress=False),
+    ):
+        by_count = name == "by rank"  # of samples given twice, the ranks are others
+        with pytest.raises(CurvatureError, match="neither averages nor sums" if by_count else "selects among them"):
+            ask()
+
+
+@pytest.mark.parametrize("name", CONSTANTS)
+def test_trap_23_what_leaves_the_graph_is_constant_in_a_monitor(name: str) -> None:
+    """A sample's share of the loss that a monitor sees has constant weights: its gradient is what the sample adds to .grad."""
+    model, x, y = problem(8)
+    monitored = FisherMonitor(model, per_sample=True)
+    with monitored:
+        outputs = model(x)
+        loss = CONSTANTS[name](outputs, y)
+        monitored.verify(loss)
+        loss.backward()
+    outputs = model(x)
+    (seed,) = torch.autograd.grad(CONSTANTS[name](outputs, y), outputs, retain_graph=True)
+    for row, p in model.named_parameters():
+        of_sample = [torch.autograd.grad(outputs[n], p, 8 * seed[n], retain_graph=True)[0] for n in range(8)]
+        expected = torch.stack([g.square().sum() for g in of_sample])
+        torch.testing.assert_close(torch.tensor(monitored.per_sample[row].to_numpy()), expected, rtol=1e-10, atol=1e-20)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -129,17 +129,17 @@ class Layout:
         if isinstance(self.ids, str) and self.ids in inputs:
             inputs = {key: value for key, value in inputs.items() if key != self.ids}
         if unknown := [key for key in inputs if not _takes(self.model, key)]:
+            pair = ", ".join(f"batch[{key!r}]" for key in [*inputs, self.labels or "labels"][:2])
             raise ArgumentError(
                 f"{type(self.model).__name__}.forward takes no {', '.join(map(repr, unknown))}, which the batch has: "
                 "labels= names the entry with the targets, and what else the model doesn't take has to be left out of the "
-                "batches; for a model that takes no keywords make pairs, as in ((batch['inputs'], batch['labels']) for batch in "
-                "data)"
+                f"batches; for a model that takes no keywords make pairs, as in (({pair}) for batch in data)"
             )
         return inputs
 
 
 def _takes(model: nn.Module, key: str) -> bool:
-    """Whether a model's forward takes a keyword argument; it does, for all that is known, if it has no signature."""
+    """Whether a model's forward takes a keyword argument. One that shows no signature may take any."""
     try:
         known = inspect.signature(model.forward).parameters
     except (TypeError, ValueError):

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from torch_secorder.approximations.report_arguments import ReportArguments
 from torch_secorder.approximations.report_loop import accumulated
 from torch_secorder.approximations.report_options import ReportOptions
 from torch_secorder.arguments import (
     By,
+    DiagonalLayout,
+    ErrorOf,
     Fisher,
+    Loss,
     LossType,
     Reduction,
+    called_as,
 )
 from torch_secorder.batch_axis.told import BatchAxis, NSamples, SampleOf
 from torch_secorder.errors import ArgumentError
@@ -24,11 +29,19 @@ from torch_secorder.running.placing import Device
 
 if TYPE_CHECKING:
     import pandas as pd
+    from typing_extensions import Unpack
+
+USAGE = "(model, loss_fn, data), where data is a loader or one pair (inputs, targets), and all other arguments by name"
 
 
+@called_as(
+    f"fisher_report{USAGE}",
+    diagonal="use fisher_results, which keeps more than the table",
+    per_sample="use fisher_results, which keeps more than the table",
+)
 def fisher_report(
     model: nn.Module,
-    loss_fn: Callable[[Any, Any], Tensor] | str | None,
+    loss_fn: Loss | None,
     data: Any,
     *,
     fisher: Fisher = "empirical",
@@ -37,7 +50,7 @@ def fisher_report(
     max_batches: int | None = None,
     max_samples: int | None = None,
     rtol: float | None = None,
-    rtol_of: str = "total",
+    rtol_of: ErrorOf = "total",
     progress: bool = True,
     verify: bool = True,
     by: By = None,
@@ -147,16 +160,21 @@ def fisher_report(
     ).report(by)
 
 
+@called_as(
+    f"fisher_results{USAGE}",
+    ReportArguments.__annotations__,
+    by="group its table, fisher_results(model, loss_fn, data).report(by=...)",
+)
 def fisher_results(
     model: nn.Module,
-    loss_fn: Callable[[Any, Any], Tensor] | str | None,
+    loss_fn: Loss | None,
     data: Any,
     *,
-    diagonal: bool | Mapping[str, str] = False,
+    diagonal: DiagonalLayout = False,
     per_sample: bool = False,
     activations: bool = False,
     ids: str | int | Callable[[Any], Any] | None = None,
-    **options: Any,
+    **options: Unpack[ReportArguments],
 ) -> Results:
     """The results behind the table of :func:`fisher_report`, with the diagonal, per-sample squared norms and activations.
 
@@ -191,12 +209,10 @@ def fisher_results(
         (torch.Size([2, 3]), 'exact')
     """
     keeps = {"diagonal": diagonal, "per_sample": per_sample, "activations": activations}
-    if unknown := options.keys() - ReportOptions.names():
-        raise TypeError(f"fisher_results() got an unexpected keyword argument {min(unknown)!r}")
     if ids is not None and not per_sample:
         raise ArgumentError("ids name the rows of per_sample: pass per_sample=True, too")
     results = None
-    for results in accumulated(model, loss_fn, data, ReportOptions(keeps=keeps, ids=ids, **options)):  # noqa: B007  # the last one
+    for results in accumulated(model, loss_fn, data, ReportOptions(keeps=keeps, ids=ids, **options)):  # noqa: B007  # The last one is returned.
         pass
     if results is None:
         raise ArgumentError("data has no batch")

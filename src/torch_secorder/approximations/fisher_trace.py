@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from torch_secorder.approximations.samples_of_graph import SamplesOfGraph
 from torch_secorder.arguments import (
     Labels,
+    Loss,
     LossType,
     Reduction,
+    called_as,
     fresh_generator,
     require_choice,
     require_model_before_loss,
@@ -29,18 +31,25 @@ from torch_secorder.model.parameters import ParameterTable, unwrapped
 from torch_secorder.model.restore import lock_of
 from torch_secorder.model.selection import Selection
 from torch_secorder.running.analysis import Analysis, Checked
+from torch_secorder.running.by_last_layer import ExactByLastLayer
 from torch_secorder.running.fisher_kind import FisherKind
 from torch_secorder.running.logits import logits
 from torch_secorder.running.loss import require_targets_of_batch
+from torch_secorder.running.misplaced import explaining_misplaced
 from torch_secorder.running.own_loss import loss_function
 from torch_secorder.running.run import require_twice_differentiable
 from torch_secorder.verification.empirical import verify_empirical
 from torch_secorder.verification.schedule import analyze_and_verify
 
 
+@called_as(
+    "empirical_fisher_trace(model, loss_fn, inputs, targets) for one batch, or fisher_report(model, loss_fn, data) for a loader",
+    reduction="leave it out, since whether the loss averages or sums is found out from the loss",
+    diagonal="use fisher_results(model, loss_fn, data, diagonal=True).diagonal",
+)
 def empirical_fisher_trace(
     model: nn.Module,
-    loss_fn: Callable[[Any, Any], Tensor] | str,
+    loss_fn: Loss,
     inputs: Any,
     targets: Any,
     num_samples: int = 1,
@@ -106,11 +115,16 @@ def empirical_fisher_trace(
     checked: Checked = "never" if create_graph else "when due"
     analyze = partial(analysis.empirical, loss_fn, inputs, targets, checked=checked)
     check = partial(verify_empirical, analysis, loss_fn, inputs, targets)
-    with lock_of(analysis.model), eager_code():
+    with lock_of(analysis.model), eager_code(), explaining_misplaced(inputs, targets):
         batch = analyze_and_verify(analysis, analyze, check)
     return _as_result(batch.samples.squared_norms.sum(0), batch.reduction, analysis.table)
 
 
+@called_as(
+    "generalized_fisher_trace(model, model(inputs), targets), where targets may be None",
+    loss_fn="say which likelihood it is, with loss_type=",
+    diagonal='use fisher_results(model, None, data, fisher="exact", diagonal=True).diagonal',
+)
 def generalized_fisher_trace(
     model: nn.Module,
     outputs: Any,
@@ -148,6 +162,9 @@ def generalized_fisher_trace(
     The samples are taken apart in the graph that the outputs carry, from what its nodes have saved; that graph is kept. Where
     it doesn't show every sample's gradient (compiled code, samples that influence each other), each sample takes a backward
     pass of its own, with a :class:`~torch_secorder.errors.SlowFallbackWarning`.
+
+    Where a product with a matrix made outputs ``(N, C)``, as a Linear layer does, the exact passes begin before it, since its own
+    part takes none; and where it has fewer than half as many inputs, there is one for each input.
 
     With ``num_samples=k``, "nll" draws k labels for each position without replacement, each with a probability pi_c in
     proportion to how much it is expected to add, and takes ``sqrt(p_c / pi_c) (e_c - p)`` for its gradient. Whatever the pi_c
@@ -209,6 +226,11 @@ def generalized_fisher_trace(
             f"{listed(frozen, 'parameter')}: frozen, so that the graph of these outputs shows nothing of them: let them require "
             "a gradient and compute the outputs again, or use fisher_report, which runs the model"
         )
+    if isinstance(targets, Tensor) and targets.grad_fn is not None and not outputs.requires_grad:
+        raise ArgumentError(
+            f"targets of shape {tuple(targets.shape)} were computed by a model, and outputs of shape {tuple(outputs.shape)} were "
+            "not: they have changed places, pass (model, model(inputs), targets)"
+        )
     if not outputs.requires_grad:
         raise CoverageError(
             "the outputs carry no autograd graph: compute them outside of torch.no_grad(), outputs = model(inputs), and pass "
@@ -221,19 +243,27 @@ def generalized_fisher_trace(
     _, seeds = kind.output_gradients(
         outputs, targets, fresh_generator(generator), table.ranks, differentiable=create_graph
     )
+    by_last_layer = None if create_graph or table.ranks.distributed else kind.by_last_layer(outputs, targets)
     with lock_of(unwrapped(model)):
-        norms = _squared_norms(outputs, seeds, table, knowledge_of(unwrapped(model)), create_graph)
+        norms = _squared_norms(outputs, seeds, by_last_layer, table, knowledge_of(unwrapped(model)), create_graph)
     return _as_result(norms, reduction, table)
 
 
 def _squared_norms(
-    outputs: Tensor, seeds: Iterable[Tensor], table: ParameterTable, knowledge: ModelKnowledge, create_graph: bool
+    outputs: Tensor,
+    seeds: Iterable[Tensor],
+    by_last_layer: ExactByLastLayer | None,
+    table: ParameterTable,
+    knowledge: ModelKnowledge,
+    create_graph: bool,
 ) -> Tensor:
     """``sum_s ||J_n^T s_n||^2`` of every sample, ``[n]``."""
     if create_graph:
         require_twice_differentiable(outputs, table)
     norms = outputs.new_zeros(len(outputs), dtype=torch.promote_types(outputs.dtype, torch.float32))
     with recomputation(), SamplesOfGraph(outputs, table, knowledge, create_graph) as of_seed:
+        if by_last_layer is not None and (found := of_seed.by_last_layer(by_last_layer)) is not None:
+            return found
         for seed in seeds:
             norms = norms + of_seed(seed.to(outputs.dtype))
     return norms

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from torch_secorder.arguments import (
     By,
+    called_as,
     fresh_generator,
-    require_callable,
+    require_loss,
     require_model_before_loss,
     require_positive_int,
 )
@@ -29,13 +30,15 @@ from torch_secorder.recording.sample_norms import SampleNorms
 from torch_secorder.results.report import Report
 from torch_secorder.results.statistics import Statistics
 from torch_secorder.running.loss import require_scalar_loss
+from torch_secorder.running.misplaced import explaining_misplaced
 
 if TYPE_CHECKING:
     import pandas as pd
 
-MIN_PROBES = 8  # A standard error from fewer of them is no more than a guess.
+MIN_PROBES = 8  # A standard error from fewer probes is no more than a guess.
 
 
+@called_as("hessian_trace(model, loss_fn, inputs, targets) for one batch", k="num_samples= says how many probes")
 def hessian_trace(
     model: nn.Module,
     loss_fn: Callable[[Any, Any], Tensor],
@@ -94,7 +97,7 @@ def hessian_trace(
         Hutchinson (1990), "A stochastic estimator of the trace of the influence matrix for Laplacian smoothing splines".
     """
     require_positive_int("num_samples", num_samples)
-    require_callable("loss_fn", loss_fn)
+    require_loss(loss_fn)
     require_model_before_loss(model, loss_fn)
     if tolerance is not None and not (isinstance(tolerance, (int, float)) and tolerance > 0):
         raise ArgumentError(
@@ -116,7 +119,8 @@ def hessian_trace(
         torch.enable_grad(),
         twice_differentiable(True),
     ):
-        loss = require_scalar_loss(loss_fn(call_model(bare, inputs), targets))
+        with explaining_misplaced(inputs, targets):
+            loss = require_scalar_loss(loss_fn(call_model(bare, inputs), targets))
         gradients = _gradients(loss, table)
         reached = {position for position, g in enumerate(gradients) if g.requires_grad}
         rules = {position: ["hutchinson"] for position in reached}
@@ -147,7 +151,7 @@ def _probe(gradients: tuple[Tensor, ...], table: ParameterTable, generator: torc
     """``z_p^T (H z)_p`` of every parameter for one z."""
     signs = [random_signs(p.shape, p, generator) for p in table.tensors]
     curved = [(g, z) for g, z in zip(gradients, signs, strict=True) if g.requires_grad]
-    if not curved:  # a loss that is linear in the parameters
+    if not curved:  # The loss is linear in the parameters.
         return torch.zeros(len(signs), dtype=torch.float64, device="cpu")
     ends, seeds = zip(*curved, strict=True)
     try:

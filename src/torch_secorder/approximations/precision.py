@@ -1,16 +1,17 @@
-"""When enough samples were seen: a relative standard error to reach, in place of a number of batches."""
+"""The decision whether enough samples were seen, by a relative standard error in place of a number of batches."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import get_args
 
-from torch_secorder.arguments import require_choice
+from torch_secorder.arguments import ErrorOf, require_choice
 from torch_secorder.errors import ArgumentError
 from torch_secorder.results.statistics import Statistics
 
-# A standard error is an estimate itself, off by 1 / sqrt(2 n) of its size for n samples of a normal distribution, and worthless
-# for two or three. No run stops with fewer samples than these, at which it is off by an eighth.
+# A standard error is an estimate itself. From n samples of a normal distribution it is off by 1 / sqrt(2 n) of its size, and from
+# two or three samples it is worthless. No run stops with fewer samples than these, from which it is off by an eighth.
 FEWEST_SAMPLES = 32
 
 # A gradient that vanishes by symmetry has a trace that is rounding, which no number of samples makes precise: a row counts as
@@ -28,12 +29,12 @@ class Precision:
     """
 
     rtol: float
-    of: str = "total"
+    of: ErrorOf = "total"
 
     def __post_init__(self) -> None:
         if isinstance(self.rtol, bool) or not isinstance(self.rtol, (int, float)) or not 0 < self.rtol < math.inf:
             raise ArgumentError(f"rtol must be a positive number, such as 0.05 for five per cent, not {self.rtol!r}")
-        require_choice("rtol_of", self.of, ("total", "rows"))
+        require_choice("rtol_of", self.of, get_args(ErrorOf))
 
     def error(self, statistics: Statistics) -> float:
         """The largest relative standard error of the traces that count; NaN for fewer than two samples."""

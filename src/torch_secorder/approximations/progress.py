@@ -28,10 +28,10 @@ class Progress:
         self._tqdm = _tqdm(anywhere=anywhere) if shown else None
         self._tells_cost = shown and fisher == "exact"
         self._bar: Any = None
-        self._is_counted = False  # the latest batch
+        self._is_counted = False  # whether the bar has counted the latest batch
 
     def over(self, data: Iterable[Any], total: int | None) -> Iterator[Any]:
-        """The batches, counted."""
+        """The batches. The bar counts each of them, once it is done."""
         if self._tqdm is None:
             yield from data
             return
@@ -43,7 +43,7 @@ class Progress:
                     self._bar.update()
 
     def passes(self, count: int, output_gradients: Iterator[Tensor]) -> Iterable[Tensor]:
-        """What the backward passes of a batch start with, counted if they are many."""
+        """The gradients with which a batch's backward passes start. A second bar counts them if they are many."""
         if count > VERY_MANY and self._tells_cost:
             self._tells_cost = False
             self._say(
@@ -55,7 +55,7 @@ class Progress:
         return self._tqdm(output_gradients, total=count, desc="this batch", unit="pass", leave=False)
 
     def show(self, results: Results, precision: str = "") -> None:
-        """The batches that the total is of, the total with its standard error, and how far that is from what is asked for."""
+        """Count a batch, and show the total of all batches so far, its standard error, and the error that is asked for."""
         if self._bar is not None:
             report = Report(results.rows, results.statistics, results.reduction, results.fisher)
             total = f"trace {report.trace:.4g} ± {report.trace_stderr:.2g}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +13,7 @@ from torch import Tensor, nn
 from torch_secorder.approximations.batches import LabeledBatch, Layout, batches, while_any
 from torch_secorder.approximations.progress import Progress
 from torch_secorder.approximations.report_options import ReportOptions
-from torch_secorder.arguments import (
-    fresh_generator,
-    require_model_before_loss,
-)
+from torch_secorder.arguments import Loss, fresh_generator, require_model_before_loss
 from torch_secorder.autograd.compiled import eager_code
 from torch_secorder.autograd.random_state import forked_random
 from torch_secorder.batch_axis.told import told
@@ -29,19 +26,17 @@ from torch_secorder.recording.sample_norms import SampleNorms
 from torch_secorder.results.results import Results
 from torch_secorder.running.analysis import Analysis, Batch, Checked
 from torch_secorder.running.logits import logits
+from torch_secorder.running.misplaced import explaining_misplaced
 from torch_secorder.running.own_loss import loss_function
 from torch_secorder.running.placing import Placing
 from torch_secorder.verification.empirical import verify_empirical
 from torch_secorder.verification.samples_alone import verify_samples
 from torch_secorder.verification.schedule import analyze_and_verify
 
-if TYPE_CHECKING:
-    pass
-
 
 def accumulated(
     model: nn.Module,
-    loss_fn: Callable[[Any, Any], Tensor] | str | None,
+    loss_fn: Loss | None,
     data: Any,
     options: ReportOptions,
     earlier: Results | None = None,
@@ -91,7 +86,7 @@ def accumulated(
         parts = parts if most is None else parts.first(most, words)
         inputs, targets = placed(parts.inputs), placed(parts.targets)
         checked: Checked = "never" if not options.verify else "always" if number == 0 else "when due"
-        with lock_of(analysis.model), eager_code():
+        with lock_of(analysis.model), eager_code(), explaining_misplaced(inputs, targets):
             if options.fisher == "empirical":
                 batch = _empirical(analysis, loss, inputs, targets, checked)
                 samples, reduction = batch.samples, reduction or batch.reduction
@@ -126,7 +121,7 @@ def _require_batch_of(parts: LabeledBatch, n: int, most: int | None) -> None:
 def _empirical(
     analysis: Analysis, loss_fn: Callable[[Any, Any], Tensor], inputs: Any, targets: Any, checked: Checked
 ) -> Batch:
-    """One batch's gradients of the loss, and whether a sample's are as they are alone."""
+    """One batch's gradients of the loss, which are compared with those of single samples if a check is due."""
     analyze = partial(analysis.empirical, loss_fn, inputs, targets, checked=checked)
     return analyze_and_verify(analysis, analyze, partial(verify_empirical, analysis, loss_fn, inputs, targets))
 
@@ -134,7 +129,7 @@ def _empirical(
 def _of_likelihood(
     analysis: Analysis, analyze: Callable[[], SampleNorms], inputs: Any, checked: Checked
 ) -> SampleNorms:
-    """One batch's gradients of a likelihood, and whether those along one direction are as a sample's are alone."""
+    """One batch's gradients of a likelihood. If a check is due, random projections are compared with single samples'."""
     if checked == "always":
         _verify_projection(analysis, inputs)
     samples = analyze()
@@ -145,10 +140,13 @@ def _of_likelihood(
 
 
 def _verify_projection(analysis: Analysis, inputs: Any) -> bool:
-    """Raise unless gradients of the outputs along one direction, which those of every Fisher are like, are right.
+    """Raise unless the gradients of one random projection of the outputs are right.
+
+    Every Fisher differentiates such projections, so that they stand for all of its backward passes.
 
     Returns:
-        Whether they were at once: if not, shapes have misled, and what was found before is to be found again.
+        Whether the gradients were right at once. If they were right only after the samples had been looked for again, the shapes
+        had been misleading, and what was computed from them before has to be computed again.
     """
     trusted = analysis.trusts_shapes
     with forked_random(analysis.table.tensors):  # the check is one more forward
@@ -159,13 +157,13 @@ def _verify_projection(analysis: Analysis, inputs: Any) -> bool:
 
 
 def _projection(outputs: Any) -> Tensor:
-    """The outputs along one fixed random direction, which every Fisher's gradients are like."""
+    """The sum of the outputs with random signs that are the same in each call."""
     f = logits(outputs)
     return (f * random_signs(f.shape, f, torch.Generator().manual_seed(0))).sum()
 
 
 def _in_step(analysis: Analysis, batches: Iterable[Any]) -> Iterable[Any]:
-    """The batches, as many on every rank that holds a part of the model."""
+    """The batches. All ranks that hold parts of the model take one at the same time, and raise if some have no more."""
     ranks, remedy = analysis.table.ranks, "some have more batches than others; give each as many, or pass max_batches="
     for batch in batches:
         ranks.require_same("a batch", remedy)

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import Any, get_args
 
 import torch
 
 from torch_secorder.approximations.precision import Precision
-from torch_secorder.arguments import (
-    require_choice,
-    require_positive_int,
-)
+from torch_secorder.arguments import ErrorOf, Fisher, LossType, Reduction, require_choice, require_positive_int
 from torch_secorder.batch_axis.told import BatchAxis, NSamples, SampleOf
 from torch_secorder.errors import ArgumentError
 from torch_secorder.model.selection import Selection
@@ -20,24 +17,21 @@ from torch_secorder.recording.quantities import Keeps
 from torch_secorder.running.fisher_kind import FisherKind
 from torch_secorder.running.placing import Device
 
-if TYPE_CHECKING:
-    pass
-
 
 @dataclass(frozen=True)
 class ReportOptions:
     """The arguments of :func:`fisher_results`, which has their meaning; ``keeps`` are the quantities that it keeps."""
 
-    fisher: str = "empirical"
+    fisher: Fisher = "empirical"
     num_samples: int | None = None
-    loss_type: str = "nll"
+    loss_type: LossType = "nll"
     max_batches: int | None = None
     max_samples: int | None = None
     rtol: float | None = None
-    rtol_of: str = "total"
+    rtol_of: ErrorOf = "total"
     progress: bool = True
     verify: bool = True
-    reduction: str | None = None
+    reduction: Reduction | None = None
     parameters: Selection = "trainable"
     labels: str | None = None
     batch_axis: BatchAxis = None
@@ -53,11 +47,6 @@ class ReportOptions:
     ids: str | int | Callable[[Any], Any] | None = None
     keeps: Keeps = field(default_factory=dict)
 
-    @classmethod
-    def names(cls) -> set[str]:
-        """Those of the arguments."""
-        return {one.name for one in fields(cls)} - {"keeps", "ids"}
-
     def __post_init__(self) -> None:
         require_choice("fisher", self.fisher, ("empirical", "exact", "sampled", "observed"))
         require_choice("reduction", self.reduction, (None, "mean", "sum"))
@@ -71,7 +60,7 @@ class ReportOptions:
         for name in ("max_batches", "max_samples", "num_samples"):
             if getattr(self, name) is not None:
                 require_positive_int(name, getattr(self, name))
-        require_choice("rtol_of", self.rtol_of, ("total", "rows"))
+        require_choice("rtol_of", self.rtol_of, get_args(ErrorOf))
         _ = self.precision  # checked before anything runs
 
     @property

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from torch_secorder.autograd.graph_pass import GraphPass
 from torch_secorder.autograd.precision import has_half_precision
 from torch_secorder.autograd.sharded import GatheredWeights
 from torch_secorder.batch_axis.knowledge import ModelKnowledge
@@ -22,6 +23,7 @@ from torch_secorder.errors import (
 from torch_secorder.model.parameters import ParameterTable
 from torch_secorder.recording.options import PassOptions
 from torch_secorder.recording.plan import Plan
+from torch_secorder.running.by_last_layer import ExactByLastLayer
 from torch_secorder.running.graph_backward import GraphBackward
 from torch_secorder.verification.comparison import require_equal_norms
 from torch_secorder.verification.plain_autograd import as_row, squared_norms_of_sample
@@ -61,8 +63,44 @@ class SamplesOfGraph:
         found = self._or_one_by_one(partial(self._at_once, seed))
         return self._one_by_one(seed) if found is None else found
 
+    def by_last_layer(self, exact: ExactByLastLayer) -> Tensor | None:
+        """The sum over all seeds, ``[n]``, by backward passes that begin before the last layer.
+
+        It is None where the graph does not show what that takes.
+        """
+        return self._or_one_by_one(partial(self._by_last_layer, exact))
+
+    def _by_last_layer(self, exact: ExactByLastLayer, passes: GraphBackward) -> Tensor | None:
+        if (parts := passes.split_at_last_product(self._outputs)) is None:
+            return None
+        if self._due:
+            # Any seed will do that is different for all outputs.
+            seed = torch.arange(self._outputs.numel(), device=self._outputs.device).cos().view_as(self._outputs)
+            seed = seed.to(self._outputs.dtype)
+            inputs = [] if parts[1] is None else [seed @ exact.matrix.T]
+            self._verify(seed, self._by_parts(passes, parts, seed.square().sum(1), inputs))
+            self._due = False
+        return self._by_parts(passes, parts, exact.traces, exact.input_gradients).sum(0)
+
+    def _by_parts(
+        self,
+        passes: GraphBackward,
+        parts: tuple[GraphPass, GraphPass | None],
+        sizes: Tensor,
+        input_gradients: Iterable[Tensor],
+    ) -> Tensor:
+        """``[parameters, n]``, given the sum of the squared sizes of each sample's seeds, and what they are before the layer."""
+        own, before = parts
+        # One seed of the size of all of them stands for all, since the layer's own norms depend on nothing else.
+        seed = torch.zeros_like(self._outputs)
+        seed[:, 0] = sizes.sqrt()
+        norms = passes.backward(self._outputs, seed, last=False, passes=own).squared_norms
+        for gradient in input_gradients if before is not None else ():
+            norms = norms + passes.backward(self._outputs, gradient, last=False, passes=before).squared_norms
+        return norms
+
     def _or_one_by_one(self, step: Callable[[GraphBackward], Tensor | None]) -> Tensor | None:
-        """What a step finds in the graph; None if samples are taken one by one, because it failed or one before it."""
+        """What a step finds in the graph; None where samples are taken one by one, since this or an earlier step failed."""
         if self._passes is None:
             return None
         try:
@@ -70,7 +108,7 @@ class SamplesOfGraph:
         except NonFiniteError:
             raise
         except CurvatureError as error:
-            if self._table.ranks.distributed:  # The others may not have to take samples one by one.
+            if self._table.ranks.distributed:  # The other ranks may not have to take samples one by one.
                 raise
             self._passes = None
             self._hooked.close()

@@ -26,10 +26,10 @@ class InTheOtherForm:
         self.usual, self._is_library_call = usual, is_library_call
 
     def apply(self, function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
-        """As torch's function is called. Where no gradient goes into it none comes out of it either, which stays so.
+        """Run a checkpoint: in the other form for the library, and by torch's function for everybody else.
 
-        Torch warns of that, as it should if the user's inputs are at fault; in the library's runs it is what is frozen for the
-        time.
+        A checkpoint none of whose inputs needs a gradient has outputs that need none, in either form. Torch's function warns of
+        that. In the library's runs it is no mistake, since parameters that are not analyzed are frozen meanwhile.
         """
         if not self._is_library_call():
             return self.usual.apply(function, preserve, *args)
@@ -43,11 +43,11 @@ def put_in_place(is_library_call: Callable[[], bool]) -> None:
     """Have checkpoints that the library's calls of a model reach take the other form; safe when done twice."""
     usual = torch.utils.checkpoint.CheckpointFunction
     if not isinstance(usual, InTheOtherForm):
-        torch.utils.checkpoint.CheckpointFunction = InTheOtherForm(usual, is_library_call)  # type: ignore[misc, assignment]  # no class
+        torch.utils.checkpoint.CheckpointFunction = InTheOtherForm(usual, is_library_call)  # type: ignore[misc, assignment]  # It is no class.
 
 
 def put_back() -> None:
     """Undo that; safe when done twice."""
     current: Any = torch.utils.checkpoint.CheckpointFunction
     if isinstance(current, InTheOtherForm):
-        torch.utils.checkpoint.CheckpointFunction = current.usual  # type: ignore[misc]  # its own class again
+        torch.utils.checkpoint.CheckpointFunction = current.usual  # type: ignore[misc]  # It is torch's own class again.

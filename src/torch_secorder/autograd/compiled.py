@@ -30,7 +30,7 @@ from torch_secorder.model.hooks import restoring
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 COMPILER = "torch._dynamo.eval_frame"
-_turn = RLock()  # several threads may enter and leave blocks
+_turn = RLock()  # Several threads may enter and leave blocks.
 
 
 class EagerCode:
@@ -92,17 +92,17 @@ class _Stance:
     what the stance before it is.
 
     Attributes:
-        holders: who wants it.
+        holders: those who hold it, by their ids.
     """
 
     def __init__(self) -> None:
         self.holders: dict[int, ref[EagerCode]] = {}
         self._before: Any = None
-        self._taken = False  # whether it took the place of another one for its present holders
+        self._taken = False  # whether this stance took the place of another one for its present holders
 
     @property
     def stance(self) -> str:
-        """What torch does with compiled code; it asks at each call of it, and of functions that it never compiles."""
+        """What torch does with compiled code. It asks at each call of such code, and of functions that it never compiles."""
         if not self.holders:
             before: str = self._before.stance
             return before
@@ -123,7 +123,10 @@ class _Stance:
         return not self.holders and bool(self._before.skip_guard_eval_unsafe)
 
     def update(self) -> None:
-        """Set this stance for its first holder, and the one before when the last is gone; what others set meanwhile stays."""
+        """Set this stance for its first holder, and the earlier one when the last holder is gone.
+
+        A stance that others have set meanwhile stays.
+        """
         compiler: Any = sys.modules.get(COMPILER)
         if not hasattr(compiler, "_set_stance"):
             _IMPORT.watch(bool(self.holders))
@@ -138,17 +141,17 @@ class _Stance:
 
 
 class _CompilersImport:
-    """Sees the compiler come into the process while the stance is held, which then is set before anything can be compiled."""
+    """Notices when the compiler is imported while the stance is held, and sets the stance before anything can be compiled."""
 
     def watch(self, wanted: bool) -> None:
-        """See it, or don't."""
+        """Watch the imports of this process from now on, or watch them no more."""
         if wanted and self not in sys.meta_path:
             sys.meta_path.insert(0, self)
         elif not wanted and self in sys.meta_path:
             sys.meta_path.remove(self)
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
-        """How Python asks where a module is; only the compiler's is answered, with the answer of those who know."""
+        """The answer to Python's question where a module is: for the compiler what other finders say, and nothing for others."""
         if name != COMPILER:
             return None
         self.watch(False)
@@ -161,7 +164,7 @@ class _CompilersImport:
                 with _turn:
                     _STANCE.update()
 
-            spec.loader.exec_module = run_and_set  # type: ignore[method-assign]  # of this one loader
+            spec.loader.exec_module = run_and_set  # type: ignore[method-assign]  # It is replaced on this one loader.
         return spec
 
 
@@ -183,5 +186,5 @@ def never_compiled(function: Function) -> Function:
     This is what ``torch.compiler.disable`` does, without loading the compiler.
     """
     set_code_exec_strategy(function.__code__, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP))
-    function._torchdynamo_disable = True  # type: ignore[attr-defined]  # for a function that is called in a compiled one
+    function._torchdynamo_disable = True  # type: ignore[attr-defined]  # It is read where a compiled function calls this one.
     return function

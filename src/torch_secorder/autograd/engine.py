@@ -46,8 +46,8 @@ LIBRARY_PASSES: dict[int, int] = {}
 # Whether the backward pass under way executes a node. For a leaf whose gradient is a result of the pass it raises instead.
 _will_execute: Callable[[Node], bool] = torch._C._will_engine_execute_node
 
-# Those in which the library looks through the user's graph. Calls of modules inside are a checkpoint's, which has to save as many
-# tensors as it did in the forward, so that a monitor's hooks keep inputs there, too.
+# Backward passes in which the library looks through the user's graph. If modules are called inside, a checkpoint runs its forward
+# again. It has to save as many tensors as in the first run, so that a monitor's hooks keep inputs there, too.
 LOOKS: set[int] = set()
 
 # Threads in which the library is calling a model. User's monitors must not see these calls.
@@ -170,7 +170,7 @@ def is_executed(node: Node) -> bool:
 def any_vmapped(values: Iterable[Tensor | None]) -> bool:
     """Whether one of these tensors stands for several ones, inside of ``torch.func.vmap`` or of ``is_grads_batched=True``."""
     functorch = torch._C._functorch
-    for value in values:  # in every step: no function for each of them
+    for value in values:  # Every step does this, so that no function of Python's is called for each value.
         if value is not None and (functorch.is_batchedtensor(value) or functorch.is_legacy_batchedtensor(value)):
             return True
     return False
@@ -187,7 +187,7 @@ def raise_after_backward(error: Exception) -> None:
 
 @contextmanager
 def refusing_checkpoints() -> Iterator[None]:
-    """Inside, a backward pass to places of our choice is refused in our words where a checkpoint refuses it."""
+    """Inside, a checkpoint's refusal of a backward pass that was asked for some gradients only is told in the library's words."""
     try:
         yield
     except RuntimeError as error:

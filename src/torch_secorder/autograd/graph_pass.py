@@ -71,7 +71,7 @@ class Route:
         for node in reached:
             if node in self.hidden or node in closed:
                 continue
-            # In each look, for each node of the graph: no function of its own.
+            # Each look does this for each node of the graph, so that it is no function of its own.
             leads = False
             if node not in found_opaque:
                 for child, _ in node.next_functions:
@@ -81,22 +81,24 @@ class Route:
                 order.append(node)
         self.order = order[::-1]
         self.ends = wanted.intersection(self._leads)
-        self._outputs: dict[
-            Node, Any
-        ] = {}  # node -> what torch says of its outputs, which is made anew whenever it is read
+        # Node -> what torch says of its outputs. Torch makes that anew whenever it is read.
+        self._outputs: dict[Node, Any] = {}
 
     def _is_opaque(self, node: Any) -> bool:
         if node in self._opaque:
             return True
         if not is_python_function(node):
             return False
-        # Re-entrant checkpointing computes no gradient that it is asked for, but accumulates those of the parameters.
+        # A re-entrant checkpoint doesn't compute the gradients that it is asked for, and accumulates those of the parameters.
         return (
             node.name() == "CheckpointFunctionBackward" or node._forward_cls in _opaque_functions or keeps_state(node)
         )
 
     def _reached(self, starts: Iterable[Node]) -> tuple[list[Node], set[Node]]:
-        """The starts and all that they were computed from, each after its inputs; and those that are opaque, which end it."""
+        """The starts and all that they were computed from, each after its inputs, and which of them are opaque.
+
+        Nothing is looked for behind opaque nodes.
+        """
         done: dict[Node, bool] = {}  # a node that was met -> whether its inputs are in the list
         found: list[Node] = []
         opaque: set[Node] = set()
@@ -197,9 +199,10 @@ def _called_or_opaque(node: Any, grads: Gradients) -> list[Tensor | None]:
 
 
 def runs_others_code(node: Any) -> bool:
-    """Whether a node is of a function that calls modules or starts a backward pass in its backward; tried once for each.
+    """Whether a node is that of a function that calls modules or starts a backward pass in its backward.
 
-    One that keeps a module or something else to call is taken to, since trying it might change what it keeps.
+    Each function is tried once. A function that keeps a module or something else to call is not tried, since that might change
+    what it keeps, but taken for such a function.
     """
     if not is_others_function(node):
         return False
@@ -213,7 +216,7 @@ def runs_others_code(node: Any) -> bool:
                 node_vjp(node, [None] * output_count(node))
         except RunsOthersCodeError:
             _opaque_functions.add(kind)
-        except Exception:  # Whatever it raises, it raises where it is called in earnest, too.
+        except Exception:  # It raises the same when it is called in earnest.
             return False
     return kind in _opaque_functions
 
@@ -226,7 +229,7 @@ def _gives_nothing(node: Node) -> CoverageError:
 
 
 class GraphPass:
-    """Any number of passes from the same tensors to the same nodes.
+    """Passes from the same tensors to the same nodes, as many as are run.
 
     Args:
         roots: where the passes begin.
@@ -250,7 +253,7 @@ class GraphPass:
         self._before = None if weights is None else weights.before
         self._edges = [start] if start is not None else [torch.autograd.graph.get_gradient_edge(x) for x in roots]
         self._opaque: list[Node] = []
-        self._plain: set[Node] = set()  # nodes that are only called: torch's own, with all that they saved beside them
+        self._plain: set[Node] = set()  # torch's own nodes that hold all that they saved, which just have to be called
         self._route = self._found_route()
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from operator import attrgetter
 from typing import Any
 
@@ -16,6 +16,12 @@ Owner = nn.Module | Tensor
 
 # The tables of hooks that every module has.
 _TABLES = [name for name, table in vars(nn.Module()).items() if "hooks" in name and isinstance(table, dict)]
+_tables_of = attrgetter(*_TABLES)
+
+
+def hook_counts(module: nn.Module) -> Iterable[int]:
+    """How many hooks a module has in each of its tables."""
+    return map(len, _tables_of(module))
 
 
 class HookSet:

@@ -22,12 +22,13 @@ HookTable = dict[int, Callable[..., Any]]
 TableReference = Callable[[], HookTable | None]
 Returned = Sequence[Tensor | None]
 
-# When a backward pass frees the graph, these write over what they saved, and can't be called again. Until they run they copy it.
+# When a backward pass frees the graph, these nodes write over what they saved, and can't be called again. A call before that
+# works on a copy.
 OVERWRITING = ("CudnnRnnBackward0", "MiopenRnnBackward0")
 
 
 def no_table() -> None:
-    """The reference of what has no node."""
+    """The reference to a table that is not there, for records without a node."""
 
 
 class NodeHook(partial[None]):
@@ -74,7 +75,7 @@ def call_with_gradients(node: Node, function: Callable[..., None], *args: Any) -
 
 
 def _hold_the_place(returned: Returned, grads: Returned) -> None:
-    """Nothing: the table has the library's hook first, whenever it works."""
+    """Do nothing. The hook takes the place in the table at which the library's hook would stand."""
 
 
 def hooks_before(node: Node) -> HookTable:
@@ -82,7 +83,7 @@ def hooks_before(node: Node) -> HookTable:
     handle: RemovableHandle = node.register_prehook(lambda grads: None)
     table = handle.hooks_dict_ref()
     handle.remove()
-    assert table is not None  # the node has it
+    assert table is not None  # The node keeps the table.
     return table
 
 
@@ -92,7 +93,7 @@ def has_others(table: HookTable) -> bool:
 
 
 class ReturnsWatch:
-    """Two hooks around all others of a node: what the others make of what it returns is compared with that.
+    """Two hooks around all others of a node, which compare what the node returned with what the others have made of it.
 
     Args:
         table: the hooks that run after the node.

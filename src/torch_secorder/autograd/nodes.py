@@ -27,6 +27,12 @@ def value_shape(node: Node, nr: int) -> tuple[int, ...]:
     return tuple(variable.shape if variable is not None else outputs_of(node)[nr].shape)
 
 
+def accumulators(leaves: Sequence[Tensor]) -> list[Node]:
+    """The nodes that accumulate the gradients of these leaves, all of which require one."""
+    with torch.enable_grad():
+        return [p.view_as(p).grad_fn.next_functions[0][0] for p in leaves]  # type: ignore[union-attr, misc]  # it has both
+
+
 def output_shapes(nodes: Iterable[Node]) -> tuple[tuple[int, ...], ...]:
     """The shapes of all outputs of these nodes, in turn."""
     try:

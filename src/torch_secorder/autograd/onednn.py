@@ -78,6 +78,6 @@ def _padded(numbers: int, unit: int) -> int:
 
 
 def _line(width: int) -> int:
-    """How far apart rows are: by a multiple of 16 numbers that is none of 256."""
+    """How many numbers lie between the beginnings of two rows: a multiple of 16 that is no multiple of 256."""
     line = _padded(width, 16)
     return line + 16 if line % 256 == 0 else line

@@ -14,7 +14,7 @@ HALF = (torch.float16, torch.bfloat16)
 # What torch calls the device type that somebody else's package provides.
 _private_backend: Callable[[], str] = torch._C._get_privateuse1_backend_name
 
-# The device types for which some release of torch has had autocast; a private backend has a name of its own.
+# The device types for which some release of torch has had autocast. The name of a private backend is asked for.
 _DEVICE_TYPES = ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "maia", "xla", "ipu")
 
 

@@ -45,6 +45,6 @@ class GradientGraphWatch:
 
 
 def _hook_makers(on_gradient: Callable[..., None], made: Sequence[Tensor | None], _: object) -> None:
-    """After a node of the pass: hook the nodes that made its results."""
+    """Hook the nodes that made the results of a node, which has just run in the pass."""
     for node in {grad.grad_fn for grad in made if grad is not None and grad.grad_fn is not None}:
         node.register_prehook(on_gradient)

@@ -22,7 +22,7 @@ from torch_secorder.autograd.node_examples import EXAMPLES, numbers
 
 def confirmed(kind: str, attributes: Mapping[str, str]) -> frozenset[str]:
     """Those of our names whose attribute of torch's is there, in nodes of this kind, and has the right value."""
-    if kind not in EXAMPLES:  # such nodes are made on other devices only, but their class is there
+    if kind not in EXAMPLES:  # Such nodes are made on other devices only, but their class is there.
         node_class = getattr(torch._C._functions, kind, None)
         return frozenset(name for name, attribute in attributes.items() if hasattr(node_class, attribute))
     try:
@@ -32,7 +32,7 @@ def confirmed(kind: str, attributes: Mapping[str, str]) -> frozenset[str]:
             return frozenset(
                 name for name, attribute in attributes.items() if _is(getattr(node, attribute, None), expected[name])
             )
-    except Exception:  # this build of torch can't make such a node here
+    except Exception:  # This build of torch can't make such a node here.
         return frozenset()
 
 

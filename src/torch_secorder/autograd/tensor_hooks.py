@@ -70,7 +70,7 @@ def silenced_in_library_passes(leaves: Sequence[Tensor]) -> Iterator[None]:
     with restoring(restore):
         for hooks in tables:
             for key, hook in list(hooks.items()):
-                if not isinstance(hook, WeakHook):  # The library's own know which passes are theirs.
+                if not isinstance(hook, WeakHook):  # The library's own hooks know which passes are theirs.
                     hooks[key] = _Silenced(hook)
         yield
 

@@ -53,7 +53,7 @@ class Count:
         why: what says so, in words or as what was seen.
         seen: all that might say it.
         indices: the samples of rows, for tensors that have a row for something else than a sample.
-        is_settled: whether it is no guess of shapes.
+        is_settled: whether the number is certain, and not read off shapes.
         is_of_bags: whether it is the number of bags of an EmbeddingBag.
         is_odd: whether shapes say nothing of the samples, since they are in ``indices`` or on another axis than the first
             argument's, so that what one batch shows is not good for others.
@@ -105,7 +105,7 @@ def counted(words: Told, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Co
     seen = _seen(words, args, kwargs)
     if words is not NOTHING and (words.n_samples is not None or words.sample_of is not None):
         return _by_word(words, seen, args, kwargs)
-    plain = not kwargs and set(map(type, args)) == {Tensor}  # in most steps
+    plain = not kwargs and set(map(type, args)) == {Tensor}  # It is so in most steps, which this makes faster.
     if not plain and (packed := [one for value in (*args, *kwargs.values()) for one in packed_sequences(value)]):
         return _of_packed(packed, seen)
     named = [one for one in seen if words.is_named("inputs", one.key)] if isinstance(words.inputs, Mapping) else []

@@ -63,7 +63,7 @@ def sample_marks(n: int, marks_per_pass: int = MARKS_PER_PASS) -> list[Tensor]:
     return list(_sample_marks(n, marks_per_pass))
 
 
-@lru_cache(16)  # a search asks for them at each place
+@lru_cache(16)  # A search asks for the same marks at each place.
 def _sample_marks(n: int, marks_per_pass: int) -> tuple[Tensor, ...]:
     samples = torch.arange(n, dtype=torch.float64, device="cpu")
     digits = max(1, math.ceil(math.log(max(n, 2), marks_per_pass) - 1e-9))
@@ -71,9 +71,10 @@ def _sample_marks(n: int, marks_per_pass: int) -> tuple[Tensor, ...]:
     return torch.ones(n, dtype=torch.float32, device="cpu"), *(mark.float() for mark in marks)
 
 
-# By how much a row may differ from its sample's mark times the plain one: relative to the row, and to the largest row. Powers of
-# two leave every rounding as it was, so that nothing but the order in which devices add differs; float16 underflows besides. What
-# is forgiven is an error of twice as much in the squared norms, so that it is below the tolerances of these.
+# A marked row should be the plain row times its sample's mark. These are the differences that are forgiven, relative to the row
+# and to the largest row. Powers of two leave every rounding as it was, so that only the order in which a device adds can make a
+# difference, and in float16 numbers that are too small for it. A forgiven difference makes an error of twice its size in the
+# squared norms, which is below their tolerances.
 FORGIVEN = {
     torch.float64: (1e-9, 1e-12),
     torch.float32: (1e-5, 1e-6),
@@ -81,7 +82,7 @@ FORGIVEN = {
     torch.float16: (0.02, 1e-4),
 }
 
-# A row that is smaller than this part of the largest fits any reading, or nearly so.
+# A row that is smaller than this part of the largest row says nothing, since it fits any reading, or nearly so.
 SPEAKS = 1e-3
 
 # Along a single random direction, what samples share may scale as if it were one sample's by accident, in half precision above
@@ -128,7 +129,7 @@ class Sketch:
         if value.is_complex():  # Real marks multiply both parts.
             value = torch.view_as_real(value.resolve_conj())
         shape = tuple(grad.shape)
-        largest = max(-float(value.min()), float(value.max())) if value.numel() else 0.0
+        largest = max(map(abs, torch.stack(torch.aminmax(value)).tolist())) if value.numel() else 0.0
         possible = [axis for axis, size in enumerate(shape) if size % n == 0 or not axis]
         whole = possible
         if in_brief and n > 1 and shape and value.numel():
@@ -164,7 +165,7 @@ def _indices_of_largest(value: Tensor, axis: int, rows: Tensor) -> dict[int, int
 
 def _product(part: Tensor) -> list[float]:
     """The products of a slice with random directions, ``[DIRECTIONS]``."""
-    products: list[float] = _after(part.reshape(1, -1))[0].tolist()
+    products: list[float] = _after(part.reshape(1, -1))[:, 0].tolist()
     return products
 
 
@@ -176,35 +177,39 @@ def _contracted(value: Tensor, axis: int) -> Tensor:
     before, size, after = math.prod(value.shape[:axis]), value.shape[axis], math.prod(value.shape[axis + 1 :])
     # The longer side is contracted first, since little is left after that.
     if before < after:
-        rows = _after(value.reshape(before * size, after)).view(before, size, DIRECTIONS)
-        return torch.einsum("bsd,bd->sd", rows, _directions(before, value))
+        rows = _after(value.reshape(before * size, after)).view(DIRECTIONS, before, size)
+        return torch.einsum("dbs,db->sd", rows, _directions(before, value))
     columns = _before(value.reshape(before, size * after)).view(DIRECTIONS, size, after)
-    return torch.einsum("dsa,ad->sd", columns, _directions(after, value))
+    return torch.einsum("dsa,da->sd", columns, _directions(after, value))
 
 
 def _after(value: Tensor) -> Tensor:
-    """``[rows, columns]`` -> ``[rows, DIRECTIONS]``, by directions for the columns."""
-    if (columns := value.shape[1]) <= LONG:
-        return value @ _directions(columns, value)
+    """``[rows, columns]`` -> ``[DIRECTIONS, rows]``, by directions for the columns.
+
+    With the few directions on the left, the product takes a third of the time that it takes with them on the right.
+    """
+    rows, columns = value.shape
+    if columns <= LONG:
+        return _directions(columns, value) @ value.mT
     whole = columns // LONG
-    parts = value[:, : whole * LONG].unflatten(1, (whole, LONG)) @ _directions(LONG, value)
-    along = torch.einsum("rpd,pd->rd", parts, _directions(whole, value))
+    parts = _directions(LONG, value) @ value[:, : whole * LONG].reshape(rows * whole, LONG).mT
+    along = torch.einsum("drp,dp->dr", parts.view(DIRECTIONS, rows, whole), _directions(whole, value))
     return along + _after(value[:, whole * LONG :]) if columns % LONG else along
 
 
 def _before(value: Tensor) -> Tensor:
     """``[rows, columns]`` -> ``[DIRECTIONS, columns]``, by directions for the rows."""
     if (rows := value.shape[0]) <= LONG:
-        return _directions(rows, value).mT @ value
+        return _directions(rows, value) @ value
     left, outer = _directions(LONG, value), _directions(-(-rows // LONG), value)
-    parts = zip(value.split(LONG), outer, strict=True)
-    return sum(((left[: len(part)] * factor).mT @ part for part, factor in parts), value.new_zeros(()))
+    parts = zip(value.split(LONG), outer.unbind(1), strict=True)
+    return sum(((left[:, : len(part)] * factor[:, None]) @ part for part, factor in parts), value.new_zeros(()))
 
 
 @lru_cache(16)
 def _random(size: int) -> Tensor:
     generator = torch.Generator().manual_seed(size)
-    return torch.randn(size, DIRECTIONS, generator=generator, dtype=torch.float32, device="cpu")
+    return torch.randn(DIRECTIONS, size, generator=generator, dtype=torch.float32, device="cpu")
 
 
 def _directions(size: int, like: Tensor) -> Tensor:
@@ -227,7 +232,7 @@ def evidence(
         return Finding(Unplaced.NO_GRADIENT)
     if not all(math.isfinite(sketch.largest) for sketch in (plain, *found)):
         return Finding(Unplaced.NOT_FINITE)
-    # Numbers below the smallest normal one have few digits, and a mark brings some back: they show nothing.
+    # Numbers below the smallest normal one show nothing: they have few digits, and a mark that lifts them brings some back.
     if plain.largest <= plain.tiny:
         return Finding(Unplaced.NO_GRADIENT)
     if not all(_slice_contradicts(plain, found, n, marks_per_pass, axis) for axis in plain.slices):

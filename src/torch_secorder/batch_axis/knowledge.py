@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 from torch import nn
 from torch.autograd.graph import GradientEdge
 
+from torch_secorder.arguments import Reduction
 from torch_secorder.batch_axis.evidence import Evidence, Finding, Unplaced
 from torch_secorder.batch_axis.placement import FIRST, Placement
 from torch_secorder.batch_axis.told import NOTHING, Told
@@ -98,7 +99,10 @@ class PlacementCache:
         self.evidence.pop(key, None)
 
     def examines_next(self, *, always: bool = False) -> bool:
-        """Count a graph; returns whether what is known is examined again in it: a gate may have opened, an order changed."""
+        """Count a graph; returns whether what is known is examined again in it.
+
+        A gate may have opened since, or an order may have changed.
+        """
         if always:
             return True
         self.graphs_seen += 1
@@ -115,7 +119,7 @@ class PlacementCache:
         the placement that its shape suggests, unless shapes are ambiguous. A use has none to keep, and is searched for anew.
         """
         found: list[Wanted] = []
-        for item in wanted:  # in every step: no function for each place
+        for item in wanted:  # Every step does this, without a function for each place.
             key, _, shape = item
             known = self.evidence.get(key)
             if known is FIRST:
@@ -148,7 +152,14 @@ class ModelKnowledge:
         self.cancelled: set[str] = set()
         self._by_fingerprint: dict[int, PlacementCache] = {}
         self._in_order: dict[int, tuple[Hashable, PlacementCache]] = {}
-        self._reductions: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
+        self._reductions: WeakKeyDictionary[Any, Reduction] = WeakKeyDictionary()
+        self._sum_checks: dict[Hashable, KindSchedule] = {}
+
+    def sum_checks(self, kind: Hashable) -> KindSchedule:
+        """When the sums of backward passes are compared, in all blocks of one kind: where they are and what they watch."""
+        if len(self._sum_checks) > KINDS_OF_GRAPH:
+            self._sum_checks.clear()
+        return self._sum_checks.setdefault(kind, KindSchedule())
 
     def placements(self, fingerprint: int) -> PlacementCache:
         """Those of one kind of graph: another branch of the model may have its samples on another axis."""
@@ -175,7 +186,7 @@ class ModelKnowledge:
         self._in_order.clear()
         self.schedule.restart()
 
-    def reduction(self, function: Callable[..., Any], find: Callable[[str | None], str]) -> str:
+    def reduction(self, function: Callable[..., Any], find: Callable[[Reduction | None], Reduction]) -> Reduction:
         """How a loss combines samples, "mean" or "sum": ``find`` of what it was the last time, or of None."""
         try:
             before = self._reductions.get(function)

@@ -69,7 +69,7 @@ class Placement:
     sample_index: Tensor | None = None
 
     def fits(self, shape: Sequence[int], n: int) -> bool:
-        """Whether a tensor of this shape may have its n samples so."""
+        """Whether a tensor of this shape may have its n samples placed in this way."""
         size = shape[self.axis] if len(shape) > self.axis else 0
         if self.sample_index is not None:
             return size == len(self.sample_index)

@@ -40,7 +40,7 @@ class BatchSamples:
             value: the container.
         """
         found: list[Placement | None] = []
-        axes = self.words.outputs if side == "outputs" else self.words.axes(side)  # in every step, for the outputs
+        axes = self.words.outputs if side == "outputs" else self.words.axes(side)  # Every step asks for the outputs.
         if not isinstance(axes, Mapping):
             self._collect(value, axes, found)
             return found
@@ -82,7 +82,7 @@ class BatchSamples:
         return Placement(axis, Layout.INDEXED, index.to(x.device))
 
     def of(self, x: Tensor, side: str, key: int | str = 0) -> Placement | None:
-        """Where a tensor has its samples: where it is said, else on the first axis, as in labels."""
+        """Where a tensor has its samples: on the axis that the user names, or else on the first one, as labels have them."""
         return self.anywhere(x, self.words.axis(side, key))
 
     def anywhere(self, x: Tensor, axis: Axis) -> Placement | None:
@@ -133,11 +133,7 @@ class BatchSamples:
 
     def subset(self, index: Sequence[int]) -> BatchSamples:
         """The same for :meth:`rows` of these samples."""
-        indices = [
-            torch.cat([torch.full_like(rows[rows == sample], place) for place, sample in enumerate(index)])
-            for rows in self.indices
-        ]
-        return replace(self, n=len(index), indices=tuple(indices))
+        return replace(self, n=len(index), indices=tuple(rows_of_some(rows, index)[1] for rows in self.indices))
 
 
 def some_has_samples(values: Sequence[Tensor], placements: Sequence[Placement | None]) -> bool:
@@ -157,9 +153,31 @@ def picked(x: Tensor, placement: Placement, index: Sequence[int]) -> Tensor:
         items = x.unbind()
         return torch.nested.as_nested_tensor([items[i] for i in index], layout=x.layout)
     if rows is not None:
-        return x.index_select(axis, torch.cat([(rows == sample).nonzero().flatten() for sample in index]))
+        return x.index_select(axis, rows_of_some(rows, index)[0])
     # Copying large rows one by one is several times faster than index_select.
     return torch.cat([x.narrow(axis, sample, 1) for sample in index], axis)
+
+
+def rows_of_some(sample_index: Tensor, samples: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Where some samples have their rows, some of them maybe twice, and the place among the samples of each of these rows.
+
+    The rows of one sample follow those of another. Where the batch has a row of each sample in turn, as the three parts of a
+    batch of triplets have it, they are in turn, too, so that a loss that takes the parts apart finds them.
+    """
+    own = [(sample_index == sample).nonzero().flatten() for sample in samples]
+    places = [torch.full_like(rows, place) for place, rows in enumerate(own)]
+    if _are_in_turn(sample_index):
+        return torch.stack(own, 1).flatten(), torch.stack(places, 1).flatten()
+    return torch.cat(own), torch.cat(places)
+
+
+def _are_in_turn(sample_index: Tensor) -> bool:
+    """Whether the rows are one of each sample, in some order, and then one of each in the same order, and so on."""
+    n = int(sample_index.max()) + 1
+    if n < 2 or len(sample_index) % n or len(sample_index) == n:
+        return False
+    turns = sample_index.view(-1, n)
+    return bool((turns == turns[0]).all()) and len(turns[0].unique()) == n
 
 
 def rows_of(values: Tensor, x: Tensor, placement: Placement) -> Tensor:

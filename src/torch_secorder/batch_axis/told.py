@@ -43,7 +43,7 @@ class Told:
         n_samples: how many samples a call has, or a function of the call's arguments that says it.
         sample_of: the sample of each row of the tensors that count rows, or the argument that is it, or a function of the call's
             arguments that says it.
-        input_names: the names of the model's positional arguments.
+        input_names: the names of the model's positional arguments, where arguments are spoken of one by one.
     """
 
     inputs: Axes = 0
@@ -74,7 +74,7 @@ class Told:
         return isinstance(axes, Mapping) and any(name in axes for name in self._names(side, key))
 
     def _names(self, side: str, key: Key) -> list[Key]:
-        """A key, and for an argument of the model its other one."""
+        """What the user may call something: its key, and for an argument of the model both its position and its name."""
         if side != "inputs":
             return [key]
         if isinstance(key, int):
@@ -131,9 +131,9 @@ def told(
             "sample_of must be the sample of each row as a tensor, the position or name of the argument of the model that has "
             f"them, or a function of the model's arguments that returns them, not {sample_of!r}"
         )
-    names = _input_names(model)
     if batch_axis is None or _is_axis(batch_axis):
         axis: Any = batch_axis or 0
+        names = _input_names(model) if isinstance(sample_of, (str, int)) else ()
         return Told(axis, axis, axis, batch_axis, n_samples, sample_of, names)
     if not isinstance(batch_axis, Mapping) or not batch_axis.keys() <= {*SIDES, "modules"}:
         raise ArgumentError(
@@ -143,6 +143,7 @@ def told(
     for side in SIDES:
         _require_axes(side, batch_axis.get(side, 0))
     _require_modules(model, batch_axis.get("modules"))
+    names = _input_names(model)
     _require_inputs(model, batch_axis.get("inputs"), names)
     return Told(**batch_axis, n_samples=n_samples, sample_of=sample_of, input_names=names)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from torch_secorder.autograd.engine import (
     in_library_call,
     innermost_transform,
 )
-from torch_secorder.batch_axis.count import Count, counted
+from torch_secorder.batch_axis.count import Count, Seen, counted
 from torch_secorder.batch_axis.placement import Placement
 from torch_secorder.batch_axis.samples import BatchSamples, some_has_samples
 from torch_secorder.batch_axis.told import Told
@@ -88,13 +89,14 @@ class ForwardTracker:
     @never_compiled
     def on_model_enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> None:
         """The model is called."""
-        # torch registers a hook before it notes `with_kwargs`; another thread that calls the model in between passes none.
+        # torch registers a hook before it notes that the hook wants keyword arguments. A thread that calls the model in between
+        # passes none.
         if kwargs is None or not self.records_calls():
             return
         task, thread = current_graph_task(), get_ident()
         if task == -1:
             if self.outside_calls is not None and self.outside_calls.recomputed_in is not None:
-                self.outside_calls = None  # of a backward pass that was broken off
+                self.outside_calls = None  # The backward pass that ran these calls again was broken off.
             self.skipped_passes.clear()
         if task in self.skipped_passes if task != -1 else self._passes_over():
             self._skipping.add(thread)
@@ -109,6 +111,10 @@ class ForwardTracker:
         forward = self._running[thread] = Forward(count.n, recomputed_in=recomputed_in, count=count)
         if count.n is not None and recomputed_in is None:
             forward.inputs = count.ambiguous_inputs(args, kwargs)
+            if type(count.why) is Seen and count.why.inside is None and count.why.axis == 0:
+                key = count.why.key
+                value = args[key] if isinstance(key, int) else kwargs[key]
+                forward.counting = weakref.ref(value) if isinstance(value, Tensor) else forward.counting
 
     def _passes_over(self) -> bool:
         """Count a call of the model; returns whether it is one of those between two that are recorded.
@@ -206,7 +212,7 @@ class ForwardTracker:
         if task == -1:
             return None
         if self._on_recomputation is not None and task not in LOOKS:
-            # Until a pass is over, another one that runs something again is a checkpoint's inside of another checkpoint.
+            # A pass that runs something again while an earlier such pass is not over is that of a checkpoint inside of another.
             before = self.outside_calls.recomputed_in if self.outside_calls is not None else None
             self._on_recomputation(task, task if before is None else before)
         return task

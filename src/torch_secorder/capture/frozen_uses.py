@@ -73,14 +73,14 @@ class FrozenParameters:
         thread = get_ident()
         if thread not in self._running and self._forwards.records_calls():
             uses = self._running[thread] = FrozenUses(self.positions)
-            uses.__enter__()  # type: ignore[no-untyped-call]  # torch does not type it
+            uses.__enter__()  # type: ignore[no-untyped-call]  # torch gives it no types.
 
     def on_model_exit(self, module: nn.Module, args: object, output: Any) -> None:
         """The model returns, or raises: have its pass refused if a frozen parameter was used outside of its module's forward."""
         uses = self._running.pop(get_ident(), None)
         if uses is None:
             return
-        uses.__exit__(None, None, None)  # type: ignore[no-untyped-call]  # the same
+        uses.__exit__(None, None, None)  # type: ignore[no-untyped-call]  # torch gives it no types.
         forward = self._forwards.of_call(output, 0)
         if output is None or forward is None:
             return

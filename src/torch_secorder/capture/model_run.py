@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,10 @@ from torch_secorder.batch_axis.placement import FIRST, Placement
 if TYPE_CHECKING:
     from torch_secorder.capture.own_axes import OwnAxis
     from torch_secorder.capture.records import Record
+
+
+def no_argument() -> None:
+    """The reference of what no argument of the model is."""
 
 
 @dataclass(eq=False, slots=True)
@@ -40,6 +44,7 @@ class Forward:
         placements: where each of the model's outputs has its samples; empty once the run is over.
         inputs: the model's arguments of which more than one axis may count the samples, each with the axis that is taken to;
             empty once the run is over.
+        counting: finds the argument whose first axis is taken to count the samples, as long as somebody has it.
         bags: how many bags the EmbeddingBags with offsets made.
     """
 
@@ -56,6 +61,7 @@ class Forward:
     count: Count = field(default_factory=Count)
     placements: Sequence[Placement | None] = ()
     inputs: list[tuple[Seen, Tensor]] = field(default_factory=list)
+    counting: Callable[[], Tensor | None] = no_argument
     bags: set[int] = field(default_factory=set)
     node_hooks: list[TableReference] = field(default_factory=list)
 

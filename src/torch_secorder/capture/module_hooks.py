@@ -112,7 +112,7 @@ class ModuleHooks(HookScope):
         except CurvatureError as error:
             self.forwards.refuse(error)
         if site.keep is None and (hooks := saved_tensors_hooks()) is not None:
-            # Activation checkpointing counts what is packed in each run, so that it is packed here as well.
+            # Activation checkpointing counts the tensors that are packed in each run, so that as many are packed after a refusal.
             Record(site, forward, args, kwargs, torch.Size(), None, True, ()).pack_inputs(*hooks)
         return None
 
@@ -126,9 +126,10 @@ class ModuleHooks(HookScope):
         output: Any,
     ) -> Tensor | None:
         """Keep what a rule needs of a call; returns the new output, if there is one."""
-        # As inside of ``torch.func.functional_call``; in every step, and no function for each parameter.
+        # torch.func.functional_call replaces parameters like that. Every step asks this, so that no function of Python's is
+        # called for each parameter.
         if any(map(is_not, map(module._parameters.get, site.tensors), site.tensors.values())):
-            if self._attach_leaf:  # Of a frozen parameter, the graph shows no other use.
+            if self._attach_leaf:  # The graph shows no other use of a frozen parameter.
                 raise CoverageError(
                     f"{site}: its parameter '{_replaced_parameter(site, module)}' was replaced since the analysis began "
                     "(torch.func.functional_call, a parametrization, an assignment); start a new analysis of the model as it is "
@@ -213,8 +214,8 @@ class ModuleHooks(HookScope):
             raise UnsupportedError(
                 f"{record.site}: its output is a leaf of the autograd graph, not something that it computed"
             )
-        # When the node has run: its gradients are then what the user's own hooks on it have made of them, and a checkpoint whose
-        # tensors the node fetched ran its forward again when it would without us.
+        # The record is handed over after the node has run. The user's own hooks on the node have then made of its gradients what
+        # they make of them, and a checkpoint whose tensors the node needs has run its forward again when it would without us.
         table = call_after(edge.node, self._on_gradient, record, edge.output_nr)
         if record.site.rule is not None:
             record.node_hooks = table
@@ -224,7 +225,7 @@ class ModuleHooks(HookScope):
         else:
             if record.site.rule is not None:  # No output of the model tells when a pass is about to reach it.
                 edge.node.register_prehook(partial(self._before_node, record))
-            record.in_output_graph = True  # there is no graph of the model's outputs to find it in
+            record.in_output_graph = True  # No call of the model is under way, whose outputs' graph could show it.
             record.input_nodes = ()
 
 
@@ -235,7 +236,7 @@ def _record(
     placement = site.placement or FIRST
     if forward.n is None:
         forward.n = size_on(output, placement.axis)
-    # An output without elements, an expert's that no token was sent to, belongs to nobody.
+    # An output without elements belongs to no sample, such as that of an expert that no token was sent to.
     if placement is FIRST:
         odd = forward.recomputed_in is not None and forward.count.is_odd
         fits = not output.numel() or (output.shape[:1] == (forward.n,) and not odd)

@@ -71,11 +71,11 @@ class ModuleNotes:
     def on_own_axis(self, name: str, module: nn.Module, args: object, outputs: Any) -> None:
         """Note the output of a module that says itself which axis counts samples."""
         output = outputs[0] if isinstance(outputs, tuple) else outputs
-        if not isinstance(output, Tensor) or output.dim() != 3 or not output.requires_grad:
+        if not isinstance(output, Tensor) or output.dim() not in (2, 3) or not output.requires_grad:
             return
         forward, edge = self._forwards.of_call(output, 0), gradient_edge_of(output)
         if forward is not None and forward.in_model_call and edge is not None:
-            axis = 0 if module.batch_first else 1
+            axis = None if output.dim() == 2 else 0 if module.batch_first else 1
             forward.own_axes.append(OwnAxis(name, module, axis, output.shape, edge))
 
     @never_compiled

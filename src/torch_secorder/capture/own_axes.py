@@ -21,28 +21,34 @@ class OwnAxis:
     Attributes:
         name: the module's.
         module: the module.
-        axis: its batch axis.
-        shape: the output's, ``[batch, steps, features]`` or ``[steps, batch, features]``.
+        axis: its batch axis; None where it was called on one sample without such an axis.
+        shape: the output's, ``[batch, steps, features]``, ``[steps, batch, features]`` or ``[steps, features]``.
         edge: where the output's gradient arrives.
     """
 
     name: str
     module: nn.Module
-    axis: int
+    axis: int | None
     shape: torch.Size
     edge: GradientEdge
 
     def contradicts_shapes(self, n: int) -> bool:
         """Whether there are n steps, and not a multiple of n samples."""
+        if self.axis is None:
+            return self.shape[0] == n > 1
         return self.shape[1 - self.axis] == n and self.shape[self.axis] % n != 0
 
     def contradicts(self, found: Placement) -> bool:
         """Whether samples that were found there are the module's steps."""
+        if self.axis is None:  # All steps may be one sample's, in a loop over samples.
+            return found.axis == 0 and found.layout is Layout.ONE_EACH
         return found.axis == 1 - self.axis
 
     def refusal(self, n: int) -> ShapeError:
         """The refusal of samples that are on another axis."""
         kind, first = class_as_written(self.module).__name__, bool(getattr(self.module, "batch_first", False))
+        if self.axis is None:
+            return without_batch_axis(f"{kind} '{self.name}'", f"an output of shape {tuple(self.shape)}", n)
         return ShapeError(
             f"{kind} '{self.name}' has its batch on axis {self.axis} (batch_first={first}), its steps on axis {1 - self.axis}, "
             f"where the model's {n} samples would be: if the model's inputs have their samples there, pass "
@@ -51,8 +57,34 @@ class OwnAxis:
         )
 
 
-# Layers whose output has the axes of its input, but for the last.
+# Layers whose output has the same axes as their input, but for the last axis.
 KEEPS_AXES = (nn.Linear, nn.Embedding, nn.LayerNorm, nn.RMSNorm, nn.PReLU)
+
+
+# Layers, with how many axes the input has that is one sample without a batch axis.
+SIDES_OF_ONE: tuple[tuple[tuple[type[nn.Module], ...], int], ...] = (
+    ((nn.Linear,), 1),
+    ((nn.Conv1d, nn.ConvTranspose1d), 2),
+    ((nn.Conv2d, nn.ConvTranspose2d), 3),
+    ((nn.Conv3d, nn.ConvTranspose3d), 4),
+)
+
+
+def takes_for_one_sample(record: Record, argument: Tensor) -> bool:
+    """Whether a layer got an argument of the model, whose first axis is taken to count samples, as one sample."""
+    x = record.inputs[0] if record.inputs else None
+    if type(x) is not Tensor or type(argument) is not Tensor or x.shape != argument.shape:
+        return False
+    sides = next((sides for kinds, sides in SIDES_OF_ONE if isinstance(record.site.module, kinds)), None)
+    return x.dim() == sides and x.untyped_storage().data_ptr() == argument.untyped_storage().data_ptr()
+
+
+def without_batch_axis(what: str, seen: str, n: int) -> ShapeError:
+    """The refusal of a call of the model on one sample, whose first axis counts something else."""
+    return ShapeError(
+        f"{what} was called without a batch axis ({seen}), where axis 0 would count the model's {n} samples: pass the model one "
+        "sample as a batch of one (x[None]), or pass n_samples=1"
+    )
 
 
 def contradicted_axis(record: Record, argument: Tensor, axis: int) -> int | None:

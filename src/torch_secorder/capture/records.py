@@ -226,14 +226,14 @@ class Record:
             raise CoverageError(
                 f"{self.site}: its input was changed in place after the layer saw it; change it out of place"
             )
-        # What ranks compute in parts, and nested tensors, the rules get whole.
+        # Rules get whole tensors, where ranks compute parts of them and where they are nested.
         kwargs = {name: whole(x) for name, x in self.kwargs.items()} if self.kwargs else self.kwargs
         inputs = self.inputs if set(map(type, self.inputs)) == {Tensor} else tuple(map(whole, self.inputs))
         return inputs, kwargs
 
 
 class _Packed:
-    """A tensor that the hooks for saved tensors have, and give back once."""
+    """A tensor that the hooks for saved tensors keep, and give back once."""
 
     def __init__(self, value: Tensor, pack: Callable[[Tensor], Any], unpack: Callable[[Any], Tensor]):
         self._packed, self._unpack = pack(value), unpack

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import click
 import torch
@@ -17,7 +17,7 @@ from torch_secorder.approximations.batches import batches
 from torch_secorder.approximations.progress import Progress
 from torch_secorder.approximations.report_loop import accumulated
 from torch_secorder.approximations.report_options import ReportOptions
-from torch_secorder.arguments import fresh_generator
+from torch_secorder.arguments import ErrorOf, fresh_generator
 from torch_secorder.cli import changes
 from torch_secorder.cli.checking import checked_as_text
 from torch_secorder.cli.failures import DONE, INTERRUPTED, USAGE, CommandError, Interrupted, needed, told
@@ -26,6 +26,7 @@ from torch_secorder.cli.merging import merged
 from torch_secorder.cli.resuming import Journal
 from torch_secorder.cli.setups import Setup
 from torch_secorder.errors import CurvatureError, listed
+from torch_secorder.likelihoods import LOSS_TYPES
 from torch_secorder.results.results import Results
 from torch_secorder.results.text import summary
 
@@ -93,6 +94,15 @@ def _device(_context: click.Context, _option: click.Parameter, value: str | None
         raise click.BadParameter(f"{value!r} is not a device of torch's") from None
 
 
+PARAMETERS = click.option(
+    "--parameters",
+    metavar="[trainable|all|PATTERN]",
+    default="trainable",
+    show_default=True,
+    help="Which ones are analyzed, such as '*.weight'.",
+)
+
+
 def _batches(command: Callable[..., None]) -> Callable[..., None]:
     """The options that say what the entries of batches are."""
     labels = click.option("--labels", metavar="ENTRY", help="The entry of batches that are mappings with the targets.")
@@ -110,8 +120,21 @@ def _batches(command: Callable[..., None]) -> Callable[..., None]:
     help="Whose labels: the data's, by the loss; the model's own, integrated out or sampled; or the data's, by the "
     "likelihood.",
 )
-@click.option("--loss-type", default="nll", show_default=True, help="Likelihood where --fisher is not empirical.")
-@click.option("--class-axis", type=int, metavar="AXIS", default=1, show_default=True, help="Of nll outputs.")
+@click.option(
+    "--loss-type",
+    metavar=f"[{'|'.join(LOSS_TYPES)}]",
+    default="nll",
+    show_default=True,
+    help="The likelihood, where --fisher is not empirical.",
+)
+@click.option(
+    "--class-axis",
+    type=int,
+    metavar="AXIS",
+    default=1,
+    show_default=True,
+    help="The axis on which nll outputs have the classes.",
+)
 @click.option(
     "--ignore-index",
     type=int,
@@ -120,14 +143,25 @@ def _batches(command: Callable[..., None]) -> Callable[..., None]:
     show_default=True,
     help="The nll label that counts for nothing.",
 )
-@click.option("--shift", is_flag=True, help="Of nll outputs: each is about the label at the next position.")
+@click.option("--shift", is_flag=True, help="The nll outputs at one position are about the label at the next.")
 @click.option("--num-samples", type=POSITIVE, metavar="K", help="Backward passes per batch of --fisher sampled.")
 @click.option("--max-batches", type=POSITIVE, metavar="K", help="Use at most this many batches.")
 @click.option("--max-samples", type=POSITIVE, metavar="K", help="Use at most this many samples.")
 @click.option("--rtol", type=float, metavar="R", help="Stop at a relative standard error of R, such as 0.05.")
-@click.option("--rtol-of", type=click.Choice(["total", "rows"]), default="total", show_default=True, help="Of --rtol.")
 @click.option(
-    "--max-passes", type=POSITIVE, metavar="K", default=10_000, show_default=True, help="The most passes per batch."
+    "--rtol-of",
+    type=click.Choice(get_args(ErrorOf)),
+    default="total",
+    show_default=True,
+    help="Whose error --rtol is about: that of the total, or of every row.",
+)
+@click.option(
+    "--max-passes",
+    type=POSITIVE,
+    metavar="K",
+    default=10_000,
+    show_default=True,
+    help="The most passes per batch of exact.",
 )
 @click.option(
     "--max-memory", type=POSITIVE, metavar="BYTES", help="How much one parameter's computation may take at once."
@@ -136,7 +170,7 @@ def _batches(command: Callable[..., None]) -> Callable[..., None]:
 @click.option(
     "--batch-axis", type=FROM_ZERO, metavar="AXIS", help="Where the samples are counted.  [default: 0, or found out]"
 )
-@click.option("--parameters", type=click.Choice(["trainable", "all"]), default="trainable", show_default=True)
+@PARAMETERS
 @click.option(
     "--seed", type=int, metavar="N", help="For torch.manual_seed before SETUP.py is run, and for sampled labels."
 )
@@ -202,7 +236,7 @@ def report(setup: Setup, by: str, max_batches: int | None, progress: bool | None
 
 @main.command(epilog=EXIT_CODES)
 @click.argument("setup", callback=_setup, metavar="SETUP.py:FUNCTION")
-@click.option("--parameters", type=click.Choice(["trainable", "all"]), default="trainable", show_default=True)
+@PARAMETERS
 @click.option(
     "--batch-axis", type=FROM_ZERO, metavar="AXIS", help="Where the samples are counted.  [default: 0, or found out]"
 )
@@ -212,11 +246,11 @@ def report(setup: Setup, by: str, max_batches: int | None, progress: bool | None
 @click.option("--seed", type=int, metavar="N", help="For torch.manual_seed before SETUP.py is run.")
 @click.option("--verify/--no-verify", default=True, help="Let the library check itself too.  [default: verify]")
 @_batches
-def check(setup: Setup, seed: int | None, loss: str | None, **options: Any) -> None:
+def check(setup: Setup, seed: int | None, loss: Literal["model"] | None, **options: Any) -> None:
     """The traces of the first batch beside those of a plain float64 loop over its samples.
 
-    Takes the same function as report. The exit code is 1 if a trace is different, which one is not that differs by the
-    rounding of the model's own precision only.
+    Takes the same function as report. The exit code is 1 if a trace is different. A trace that differs only by the rounding of
+    the model's own precision is not.
     """
     if seed is not None:
         torch.manual_seed(seed)
@@ -233,7 +267,7 @@ def check(setup: Setup, seed: int | None, loss: str | None, **options: Any) -> N
 
 @contextmanager
 def _running(setup: Setup, journal: Journal | None) -> Iterator[None]:
-    """What fails is told as the user's own; what is refused, as it is."""
+    """Inside, an error of the user's code is told with its traceback, and a refusal in one line."""
     try:
         yield
     except (CommandError, CurvatureError):

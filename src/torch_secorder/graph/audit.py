@@ -12,7 +12,7 @@ from typing import NamedTuple
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-from torch_secorder.autograd.nodes import keeps_state, tensors_of_weights
+from torch_secorder.autograd.nodes import accumulators, keeps_state, tensors_of_weights
 from torch_secorder.autograd.sharded import GatheredWeights
 from torch_secorder.batch_axis.evidence import Unplaced
 from torch_secorder.batch_axis.knowledge import ModelKnowledge, PlacementCache, Wanted
@@ -20,7 +20,7 @@ from torch_secorder.batch_axis.placement import Layout, Placement
 from torch_secorder.batch_axis.search import SampleSearch, SearchOnAllRanks
 from torch_secorder.batch_axis.search_pass import SearchPasses
 from torch_secorder.capture.model_run import Forward
-from torch_secorder.capture.own_axes import OwnAxis, contradicted_axis
+from torch_secorder.capture.own_axes import OwnAxis, contradicted_axis, takes_for_one_sample, without_batch_axis
 from torch_secorder.capture.records import Idle, Record
 from torch_secorder.errors import CoverageError, CurvatureError, UnsupportedError
 from torch_secorder.graph.conditions import CarriedAxis
@@ -109,9 +109,10 @@ class Audit:
         rehearsal: bool = False,
     ):
         self._table, self._ranks = table, table.ranks
-        self.leaves = {
-            get_gradient_edge(p).node: position for position, p in enumerate(table.leaves) if p.requires_grad
-        }
+        positions = [position for position, p in enumerate(table.leaves) if p.requires_grad]
+        self.leaves = dict(
+            zip(accumulators([table.leaves[position] for position in positions]), positions, strict=True)
+        )
         self._knowledge, self._trust_shapes = knowledge or ModelKnowledge(), trust_shapes
         self._rehearsal = rehearsal
         self._locate_on_three_samples = locate_on_three_samples
@@ -138,7 +139,7 @@ class Audit:
         self.fingerprint, self.other_leaves = walk.fingerprint, walk.other_leaves
         if n is None:
             return Uses()
-        # In every step: no function for each call.
+        # Every step does this, so that no function of Python's is called for each call.
         nodes, unfolded = walk.children, walk.unfolded
         reached = [
             (record, edge)
@@ -149,9 +150,10 @@ class Audit:
         if self._ranks.distributed:
             asked = asked.on_any(self._ranks)
         search = self._search(walk, placed, forward, reached, asked)
-        own_axes: list[OwnAxis | CarriedAxis] = [*walk.carried_axes]
-        if forward.own_axes:
+        own_axes: list[OwnAxis | CarriedAxis] = []
+        if forward.own_axes:  # first, since they can be named
             own_axes += [one for one in forward.own_axes if one.edge.node in nodes]
+        own_axes += walk.carried_axes
         shared = self._place(forward, reached, own_axes, search, asked)
         if search.placements.comparing:
             self.comparing = [get_gradient_edge(roots[number]) for number in search.placements.comparing]
@@ -160,7 +162,7 @@ class Audit:
             return Uses()
         for record in (*shared, *walk.unfolded):
             record.placement = None
-        # What lies behind the input of a call without a batch axis has a gradient for every sample, too.
+        # Calls without a batch axis may take what other layers computed. Those layers have a gradient for every sample, too.
         inner = [record for record in shared if not record.starts_graph]
         self._require_trainable(forward, (*inner, *walk.unfolded))
         if inner:
@@ -168,7 +170,7 @@ class Audit:
             walk = Walk(roots, forward, self.leaves, (*walk.unfolded, *inner))
         uses, beginning = self._at_frontier(walk, shared, search, forward, asked)
         while self._ranks.max_over_ranks(bool(beginning)) if self._ranks.distributed else beginning:
-            # They are taken for their nodes, since what they take has a gradient that only those show.
+            # These calls count as the nodes that they consist of, since only the nodes show the gradients of what the calls take.
             for record in beginning:
                 record.placement = None
             self._require_trainable(forward, beginning)
@@ -203,8 +205,8 @@ class Audit:
         refusal = partial(not_counted, forward.count, list(map(attrgetter("shape"), map(itemgetter(0), placed))))
         passes = partial(SearchPasses, placed, n, weights=weights, not_counted=refusal)
         if self._ranks.distributed:
-            # No look ahead: with one sample autograd skips nodes that broadcast, so that ranks with batches of different sizes
-            # would look at different nodes.
+            # Nothing is looked at ahead. With one sample autograd skips nodes that broadcast, so that ranks with batches of
+            # different sizes would look at different nodes.
             passes = partial(passes, common_count=self._ranks.max_over_ranks)
             return SearchOnAllRanks(known, n, asked.ambiguous_shapes, passes, self._ranks)
         locate = None if asked.reorders_samples else self._locate_on_three_samples
@@ -235,7 +237,7 @@ class Audit:
         by_shape = self._trust_shapes and not (asked.ambiguous_shapes or contradicted)
         if by_shape or not asked.several_samples:
             for record, _ in reached:
-                if record.placement is None:  # then there is one sample, and all of the output belongs to it
+                if record.placement is None:  # There is one sample then, and all of the output belongs to it.
                     record.placement = Placement(0, Layout.BLOCKS)
             return []
         wanted, beside = _wanted(reached), _wanted_of_own_axes(own_axes) if own_axes else []
@@ -257,7 +259,12 @@ class Audit:
                 self._refuse(forward, hidden(str(record.site), n))
             elif asked.ambiguous_shapes or record.placement is None:
                 record.placement, record.idle = None, Idle(found, partial(search.placements.forget, key))
-        if forward.inputs and forward.refusal is None:  # What is hidden contradicts nothing.
+        if shared and (argument := forward.counting()) is not None:
+            for record in shared:
+                if takes_for_one_sample(record, argument):
+                    raise without_batch_axis(str(record.site), f"an input of shape {tuple(argument.shape)}", n)
+        # Where a forward is refused, some samples may be hidden, and those contradict nothing.
+        if forward.inputs and forward.refusal is None:
             self._require_axes_of_inputs(forward, reached)
         return shared
 
@@ -304,9 +311,10 @@ class Audit:
                     "torch_secorder.register_rule"
                 )
             raise UnsupportedError(
-                f"{', '.join(self._names(use))}: used by {node.name()}, a function that keeps more than saved tensors for its "
-                "backward, which may change if it is called for single samples: save its tensors by ctx.save_for_backward, or "
-                "teach the library the layer with torch_secorder.register_rule"
+                f"{', '.join(self._names(use))}: used by {node.name()}, a function that keeps more than saved tensors and "
+                "constants on ctx for its backward, or names a list, a mapping or a tensor from outside in it, which may change "
+                "if it is called for single samples: save its tensors by ctx.save_for_backward, keep its numbers as attributes "
+                "of ctx, or teach the library the layer with torch_secorder.register_rule"
             )
         if why := use.unreadable_because(node):
             raise UnsupportedError(

@@ -13,6 +13,7 @@ from torch_secorder.autograd.graph_pass import Gradients, Route
 from torch_secorder.autograd.nodes import Edge, output_dtype
 from torch_secorder.autograd.saved import settings
 from torch_secorder.errors import UnsupportedError
+from torch_secorder.graph.refusals import OPAQUE_FUNCTION
 from torch_secorder.per_sample import Outer, PerSampleGradient, PulledBack
 
 # Nodes that only move entries, or leave some out, so that the gradient of what they take has the norm of what arrives.
@@ -92,7 +93,7 @@ def _vjp(chain: BatchFreeVjp, grads: Tensor) -> Tensor:
     if chain.start not in route.ends:
         raise UnsupportedError(
             "what was computed from a parameter alone went through something that can't be looked through: re-entrant activation "
-            "checkpointing, or a function that calls modules in its backward; compute it outside of that"
+            f"checkpointing, or {OPAQUE_FUNCTION}; compute it outside of that"
         )
     # A node that computes has saved tensors of the model's dtype, which may be narrower than that of our gradients.
     dtype = grads.dtype if permutes else output_dtype(*chain.value)
@@ -105,7 +106,7 @@ def _vjp(chain: BatchFreeVjp, grads: Tensor) -> Tensor:
 
 
 def _no_narrower(grad: Tensor, dtype: torch.dtype) -> Tensor:
-    """A gradient in this dtype, or in the complex one that it has."""
+    """A gradient in this dtype, or in the complex dtype of as many digits if it is complex."""
     return grad.to(torch.promote_types(grad.dtype, dtype) if grad.is_complex() else dtype)
 
 

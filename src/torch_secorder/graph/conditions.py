@@ -23,20 +23,32 @@ _NAMES = (
 )
 REORDERS = {f"{name}Backward{version}" for name in _NAMES.split() for version in (0, 1)}
 
-# Nodes that take some entries along an axis. Which ones tells two graphs apart that put them together in another order.
+# Nodes that take some entries along an axis. Two graphs that put entries together in another order differ in what they take.
 PICKS = {"SelectBackward0", "SliceBackward0"}
 
-# Those, and nodes that take an axis apart: what is put together again of their outputs may have another order.
+# These nodes, and those that take an axis apart. Their outputs may be put together again in another order.
 PARTS = PICKS | {f"{name}Backward0" for name in ("Unbind", "Split", "SplitWithSizes", "UnsafeSplit")}
 
 
 # Nodes that carry something from each index along an axis to all later ones, as a cumulative sum does.
 CARRIES = {f"{name}Backward0" for name in ("Cumsum", "Cumprod", "Cummax", "Cummin", "Logcumsumexp")}
 
+# Fused attention, whose output has its positions on the last axis but one. Each of them takes something of others.
+_KINDS = (
+    "FlashAttentionForCpu",
+    "FlashAttention",
+    "EfficientAttention",
+    "CudnnAttention",
+    "FusedAttentionOverrideable",
+)
+ATTENDS = {f"ScaledDotProduct{kind}Backward0" for kind in _KINDS}
+
 
 @dataclass(frozen=True)
 class CarriedAxis:
     """The output of a node that carries something along an axis, on which no samples can be.
+
+    Attention among the tokens of several samples, which a mask keeps apart, has more tokens than samples there.
 
     Attributes:
         name: the node's.
@@ -51,9 +63,11 @@ class CarriedAxis:
     edge: GradientEdge
 
     @classmethod
-    def of(cls, node: Node) -> CarriedAxis | None:
+    def of(cls, node: Node, n: int | None) -> CarriedAxis | None:
         """That of a node which is known to carry; None for one without axes, and where this torch doesn't show its axis."""
         name, shape = node.name(), value_shape(node, 0)
+        if name in ATTENDS:
+            return cls(name, len(shape) - 2, shape, GradientEdge(node, 0)) if shape[-2] == n else None
         if not shape or not knows(name, "axis"):
             return None
         return cls(name, saved(node, "axis") % len(shape), shape, GradientEdge(node, 0))
@@ -69,9 +83,9 @@ class CarriedAxis:
     def refusal(self, n: int) -> ShapeError:
         """The refusal of samples that are on the axis."""
         return ShapeError(
-            f"{self.name} carries something along axis {self.axis} of a tensor of shape {self.shape} from one index to the next, "
+            f"{self.name} carries something along axis {self.axis} of a tensor of shape {self.shape} from one index to others, "
             f"where the model's {n} samples would be: pass batch_axis= if the model's inputs and outputs have their samples on "
-            "another axis than the first; a cumulative sum over samples leaves none a gradient of its own"
+            "another axis than the first; a cumulative sum or attention over samples leaves none a gradient of its own"
         )
 
 
@@ -90,9 +104,10 @@ def has_ambiguous_axis(n: int, shapes: tuple[tuple[int, ...], ...]) -> bool:
 
 
 def may_reorder(node: Any, n: int) -> bool:
-    """Whether one of these nodes works along an axis of n samples, or of a multiple, and not in the order that is there already.
+    """Whether one of the nodes in ``REORDERS`` may put n samples into another order.
 
-    Where that can't be told, it may.
+    It may if it works along an axis of n indices or a multiple of n, unless it is seen to keep the order that is there.
+    A node that doesn't show its axis may.
     """
     name = node.name()
     if name in ("MmBackward0", "AddmmBackward0", "BmmBackward0"):
@@ -101,7 +116,7 @@ def may_reorder(node: Any, n: int) -> bool:
         return not _is_weight(node.next_functions[0][0]) and _may_count(_input_shape(node, 0)[0], n)
     shape = _input_shape(node, 0)
     if name in ("FlipBackward0", "RollBackward0") and knows(name, "axes"):
-        axes = saved(node, "axes")  # a roll without axes goes through all entries
+        axes = saved(node, "axes")  # A roll without axes moves all entries.
         return not axes or any(_may_count(shape[axis % len(shape)], n) for axis in axes)
     if name == "IndexBackward0" and knows(name, "indices"):
         pairs = zip(saved(node, "indices"), shape, strict=False)
@@ -114,15 +129,16 @@ def may_reorder(node: Any, n: int) -> bool:
     return True
 
 
-# How many entries an index may have that is compared with that of the graph before.
+# How many entries an index may have to be compared with that of the graph before.
 LARGEST_INDEX = 2**20
 
 
 def order_given_by(node: Any) -> Hashable | None:
-    """What decides where a node puts entries, the same for two that put them alike; None for one that doesn't show it.
+    """What decides where a node puts entries; None for a node that doesn't show it.
 
-    An index is known by its numbers, so that it doesn't matter whether data had a part in them. On other devices than the host
-    these are not looked at, since the host would have to wait for them in every step.
+    It is equal for two nodes that put their entries alike. Of an index it has the numbers themselves, so that it doesn't matter
+    whether they come from the data. An index on another device than the host is not read, since the host would have to wait for
+    it in every step.
     """
     name = node.name()
     if name in ("FlipBackward0", "RollBackward0") and knows(name, "axes"):

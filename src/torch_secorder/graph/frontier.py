@@ -156,13 +156,12 @@ class Frontier:
         self._targets: dict[Node, Target] = {**self._shared, **walk.leaves}
         self.batch_free = set(self._shared)
         self._parents = walk.parents
-        # Consumer -> the nodes of the parameters and calls from which it was reached, and the consumers for which it was left.
+        # Consumer -> the nodes of the parameters and calls from which it was reached.
         self._origins: dict[Edge, set[Node]] = defaultdict(set)
+        # Consumer -> the consumers of its output, to which the climb went on.
         self._climbs: dict[Edge, list[Edge]] = {}
-        self._frontier, self._ends = (
-            set[Node](),
-            set[Node](),
-        )  # nodes at the frontier; these and what the climbs began from
+        # The nodes at the frontier, and with them those from which the climbs began.
+        self._frontier, self._ends = set[Node](), set[Node]()
 
     def uses(self, forward: Forward) -> tuple[list[tuple[ParameterUse, Node]], list[tuple[IdleUse, Node]]]:
         """Every use at the frontier, and those where no gradient is expected, each with its node."""
@@ -176,7 +175,7 @@ class Frontier:
             else:
                 idle.append((consumer, found))
         self._frontier = set(met)
-        # What goes through these is accounted for there.
+        # Gradients that go through these nodes are accounted for at these nodes.
         self._closed = self._frontier.union(
             node for node, records in self._walk.records.items() if any(r.placement is not None for r in records)
         )
@@ -190,15 +189,16 @@ class Frontier:
     def _placed(self) -> Iterator[tuple[Consumer, Placement | Idle, int]]:
         """The consumers whose output has samples, level by level, and which of their outputs that is.
 
-        With them come those of which nothing shows that: where no gradient arrives, and where all that a value goes into belongs
-        to several samples.
+        With them come the consumers of which nothing shows whether they have samples, since no gradient arrives there, and those
+        all of whose own consumers belong to several samples at once.
         """
         level, done = self._starts(), set[Edge]()
         ranks = self._table.ranks
         while ranks.max_over_ranks(bool(level)) if ranks.distributed else level:
             level = list({item.edge: item for item in level if item.edge not in done}.values())
             done.update(item.edge for item in level)
-            # The passes that such a function starts bring the gradients that it returns to hooks of the modules that it calls.
+            # A function that calls modules in its backward is left out. The backward passes that it starts bring its gradients to
+            # the hooks of those modules.
             level = [item for item in level if not runs_others_code(item.node)]
             moving = [item for item in level if self._is_batch_free(item)]
             others = [item for item in level if not self._is_batch_free(item)]
@@ -223,9 +223,9 @@ class Frontier:
     def _is_batch_free(self, item: Consumer) -> bool:
         """Whether a consumer gives another batch-free value, for which no evidence is needed.
 
-        A node that only moves the entries of such a value does. Where there is one sample, all of each tensor is that sample's;
-        but a value that a hooked call uses too (a weight that autocast has cast once) gets that call's gradient as well, which
-        its rule counts, so that the sample's part of it is what the other consumers give.
+        A node that only moves the entries of such a value does. Where there is one sample, all of each tensor belongs to it, and
+        nothing has to be climbed. The exception is a value that a hooked call uses too, such as a weight that autocast has cast
+        once: its gradient has a part from that call, which the call's rule counts, so that its other consumers are taken.
         """
         if self._one_sample:
             return item.node in self._walk.inside_calls and bool(self._parents[item.node])
@@ -312,7 +312,8 @@ class Frontier:
         use = ParameterUse(forward, values, placement, output, is_first)
         ways = [(target, vjp.permutation) for value in values for target, vjp in value.targets]
         use.permutes_entries = any(permutation != () for _, permutation in ways)
-        # Norms need no way to a parameter whose entries are only moved. A call's rule needs the gradient as the call gave it.
+        # The norms of a parameter whose entries are only moved need no way back to it. The rule of a call does: it takes the
+        # gradient of the call's own output.
         direct = all(p == () or (p is not None and isinstance(target, int)) for target, p in ways)
         use.needs_node_calls = not direct or any(needs_node_call(use.node_use(node, value, {})) for value in values)
         return use
@@ -329,9 +330,9 @@ class Frontier:
     def _value(self, index: int, made_by: Node | None, nr: int, origins: set[Node]) -> UsedValue:
         """A value, and all that it was computed from and that meets no sample by itself on the way to it.
 
-        A value that belongs to several samples, such as a sum of what each has and of what all share, was computed from more.
-        What goes through another node of the frontier, or through a call, is that node's or call's affair: a layer that is called
-        again counts in its first call what a way through that call would bring to its weight once more.
+        A value that belongs to several samples, such as a sum of something that each sample has and something that all share, was
+        computed from more. A way through another node of the frontier, or through a call, is left to that node or call: if a
+        layer is called twice, its first call counts the gradient that comes to its weight through that call.
         """
         assert made_by is not None
         reached = list(_reached(made_by, self._ends))

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node
 
 from torch_secorder.autograd.nodes import has_packed_tensors
 from torch_secorder.autograd.saved import knows, saved
+from torch_secorder.graph.frontier import ParameterUse
 
-PRODUCTS = ("AddmmBackward0", "MmBackward0")
+# Node of a product -> which of its inputs is the left factor; the right one comes next.
+PRODUCTS = {"AddmmBackward0": 1, "MmBackward0": 0}
 
 
 def last_linear_factors(outputs: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -23,6 +26,31 @@ def last_linear_factors(outputs: Tensor) -> tuple[Tensor, Tensor] | None:
         return None
     try:
         h, matrix = saved(node, "left"), saved(node, "right")
-    except RuntimeError:  # so torch says that a saved tensor was changed in place
+    except RuntimeError:  # torch raises it for a saved tensor that was changed in place.
         return None
     return None if h is None or matrix is None else (h.detach(), matrix.detach())
+
+
+def inputs_of_last_product(node: Node, use: ParameterUse) -> GradientEdge | None:
+    """Where the gradient of the left factor of a product arrives whose right one and whose bias are parameters.
+
+    It is None where the squared norms of these parameters' gradients are not ``||s_n||^2`` times something that all output
+    gradients s_n of a sample have in common: where a parameter is used elsewhere too, the product or its bias are scaled, or a
+    parameter's entries are more than moved on the way.
+    """
+    left = PRODUCTS.get(node.name())
+    if left is None or not knows(node.name(), "left", "right"):
+        return None
+    if left == 1 and not (knows(node.name(), "alpha", "beta") and saved(node, "alpha") == saved(node, "beta") == 1):
+        return None
+    edges = {index: edge for index, edge in enumerate(node.next_functions) if edge[0] is not None}
+    made_by, nr = edges.pop(left, (None, 0))
+    if made_by is None or use.placement.axis != 0 or edges.keys() != {value.index for value in use.values}:
+        return None
+    features = [value.shape[-1:] for value in use.values]
+    whole = all(len(value.shape) == (2 if value.index > left else 1) for value in use.values)
+    ways = [(target, vjp) for value in use.values for target, vjp in value.targets]
+    # A part of a parameter has gradients of the part's norm, too.
+    moved = all(isinstance(target, int) and vjp.permutation is not None for target, vjp in ways)
+    alone = all(use.forward.calls[target] == 1 for target, _ in ways if isinstance(target, int))
+    return GradientEdge(made_by, nr) if len(set(features)) == 1 and whole and moved and alone else None

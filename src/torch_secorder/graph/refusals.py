@@ -9,13 +9,19 @@ from torch_secorder.batch_axis.evidence import Unplaced
 from torch_secorder.capture.records import Record
 from torch_secorder.errors import CoupledSamplesError, CurvatureError, NonFiniteError, ShapeError, UnsupportedError
 
+# What of a function of the user's can't be called for single samples.
+OPAQUE_FUNCTION = (
+    "a function whose backward calls modules, starts a backward pass, keeps more than saved tensors and constants on ctx, or "
+    "names a list, a mapping or a tensor from outside"
+)
+
 
 def hidden(what: str, n: int | None) -> UnsupportedError:
     """The refusal of something whose samples an opaque node hides."""
     return UnsupportedError(
         f"{what}: the shapes leave open where its {n} samples are, and what shows it is hidden, by re-entrant activation "
         "checkpointing (use torch.utils.checkpoint with use_reentrant=False, or another batch size), by hooks on saved tensors, "
-        "or by a function whose backward calls modules, starts a backward pass or keeps more than saved tensors"
+        f"or by {OPAQUE_FUNCTION}"
     )
 
 
@@ -28,6 +34,12 @@ def not_counted(count: Count, shapes: Sequence[Sequence[int]]) -> ShapeError:
     """
     seen = f"the differentiable tensors that it returns, of shape {listed_shapes(shapes)}, have"
     what = f"{seen} another number on the axis that counts them" if shapes else "it returns no differentiable tensor"
+    rows = count.indices[0] if count.why == "sample_of=" else None
+    if rows is not None and shapes and not any(len(rows) in shape for shape in shapes):
+        return ShapeError(
+            f"sample_of says of {len(rows)} rows which sample they are of, and {seen} another number of rows: let it have a "
+            "number for each row of what the loss is computed from"
+        )
     return ShapeError(f"where this model has its {count} can't be found out: {what}; {_remedy(count, shapes)}")
 
 

@@ -16,6 +16,7 @@ from torch_secorder.autograd.saved import axes
 from torch_secorder.capture.model_run import Forward
 from torch_secorder.capture.records import Record
 from torch_secorder.graph.conditions import (
+    ATTENDS,
     CARRIES,
     PARTS,
     PICKS,
@@ -66,7 +67,7 @@ class Walk:
         self.leaves, self.n = leaves, forward.n
         self.unfolded = set(unfolded)
         self.other_leaves: list[Node] = []
-        self._names: list[str] = []  # of the nodes in children
+        self._names: list[str] = []  # the names of the nodes in children
         self._suspects: list[Node] = []  # nodes outside of hooked calls that may put the samples into another order
         self._takers: list[Node] = []  # nodes outside of hooked calls that may take samples apart
         self._parts: list[int] = []  # which outputs of nodes with several are taken, in turn
@@ -79,8 +80,8 @@ class Walk:
         self._describe(forward.n)
 
     def _traverse(self, roots: Sequence[Tensor], calls: dict[Node, list[Record]]) -> None:
-        # In every step: one loop, and no function for each node.
-        # One node may have made several of the roots.
+        # Every step walks its graph, which is why this is one loop without a function for each node. One node may have made
+        # several of the roots.
         stack: list[Any] = list(dict.fromkeys(filter(None, map(attrgetter("grad_fn"), roots))))
         seen = set(stack)
         while stack:
@@ -95,7 +96,7 @@ class Walk:
                     self.other_leaves.append(node)
             self.children[node] = inputs
             self._names.append(name := node.name())
-            if ending is None and name in REORDERS:  # most products are in hooked calls, which keep the order
+            if ending is None and name in REORDERS:  # Hooked calls, in which most products are, keep the order.
                 self._suspects.append(node)
             elif ending is None and name in PARTS:
                 self._takers.append(node)
@@ -111,10 +112,10 @@ class Walk:
                     stack.append(child)
 
     def _inputs_of_call(self, node: Node, records: list[Record]) -> list[Edge] | None:
-        """What a hooked call took from outside; uses inside of it of parameters that its module doesn't own are noted.
+        """What a hooked call took from outside. Uses of parameters inside of it that its module doesn't own are noted.
 
-        It is None for modules that return their input as it is, since then the node is none of theirs, and for those that take
-        a parameter for their input, which has a gradient of its own for every sample.
+        It is None for a module that returns its input as it is, since the node is not the module's then, and for one whose input
+        is a parameter, since that parameter has a gradient of its own for every sample.
         """
         owned: set[int] = set()
         boundary: set[Node] = set()
@@ -157,26 +158,35 @@ class Walk:
             self.order = self._order(names, shapes) if self.reorders_samples else None
         if self._takers and n is not None and n > 1:
             self.takes_samples_apart = any(map(partial(takes_samples_apart, n=n), self._takers))
-        self.carried_axes = [] if CARRIES.isdisjoint(names) else self._carried_axes(names)
+        # Only a size that is met twice lets positions pass for samples.
+        kinds = CARRIES | ATTENDS if self.has_ambiguous_axis else CARRIES
+        self.carried_axes = [] if kinds.isdisjoint(names) else self._carried_axes(names, kinds)
         along = tuple([axes(node) for node in self.children]) if self.has_ambiguous_axis else None
         order = None if n is None or PICKS.isdisjoint(names) else self._order_of_picks(names, n)
+        # Where single samples are taken, nodes of the same names may put them together in another order.
+        wiring = self._wiring() if order or self.takes_samples_apart else None
         self.fingerprint = hash(
-            (names, None if n is None else size_pattern(n, shapes), along, order, tuple(self._parts))
+            (names, None if n is None else size_pattern(n, shapes), along, order, tuple(self._parts), wiring)
         )
+
+    def _wiring(self) -> Hashable:
+        """For each node in turn, which outputs of which others it takes."""
+        numbers = {node: number for number, node in enumerate(self.children)}
+        return tuple([tuple([(numbers.get(node), nr) for node, nr in inputs]) for inputs in self.children.values()])
 
     def _order(self, names: Sequence[str], shapes: Hashable) -> Hashable | None:
         given: list[Hashable] = []
         for node in self._suspects:
-            # Where only a list tells the samples, an axis of any size may have them.
+            # Samples may be listed along an axis of any size.
             if may_reorder(node, n=1):
                 if (order := order_given_by(node)) is None:
                     return None
                 given.append(order)
         return self.n, shapes, tuple(map(axes, self.children)), self._order_of_picks(names, 1), tuple(given)
 
-    def _carried_axes(self, names: Sequence[str]) -> list[CarriedAxis]:
+    def _carried_axes(self, names: Sequence[str], kinds: set[str]) -> list[CarriedAxis]:
         pairs = zip(self.children, names, strict=True)
-        found = [CarriedAxis.of(node) for node, name in pairs if name in CARRIES and node not in self.records]
+        found = [CarriedAxis.of(node, self.n) for node, name in pairs if name in kinds and node not in self.records]
         return [one for one in found if one is not None]
 
     def _order_of_picks(self, names: Sequence[str], n: int) -> tuple[object, ...]:
@@ -196,7 +206,7 @@ class Walk:
 
     @cached_property
     def inside_calls(self) -> set[Node]:
-        """The nodes that hooked calls consist of, some of which others may use too: autocast casts a weight once for all."""
+        """The nodes that hooked calls consist of. Others may use some of them too, since autocast casts a weight once for all."""
         return set().union(*self._inside)
 
     def above(self, nodes: Iterable[Node], levels: int) -> list[Node]:

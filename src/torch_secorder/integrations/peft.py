@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
-from torch_secorder.arguments import require_choice, require_positive_int
+from torch_secorder.arguments import RankUnit, require_choice, require_positive_int
 from torch_secorder.errors import ArgumentError
 from torch_secorder.tables import shape_of
 
@@ -18,7 +18,7 @@ def rank_pattern(
     report: pd.DataFrame,
     budget: int,
     *,
-    unit: str = "rank",
+    unit: RankUnit = "rank",
     modules: Callable[[str], bool] | None = None,
 ) -> dict[str, int]:
     r"""A rank for each linear layer's low-rank adapter, as PEFT's ``LoraConfig(rank_pattern=...)`` takes it.
@@ -56,7 +56,7 @@ def rank_pattern(
         True
     """
     require_positive_int("budget", budget)
-    require_choice("unit", unit, ("rank", "parameters"))
+    require_choice("unit", unit, get_args(RankUnit))
     layers = _layers(report, modules)
     sizes = {name: sum(shape) for name, (shape, _) in layers.items()}
     left = budget * sum(sizes.values()) if unit == "rank" else budget

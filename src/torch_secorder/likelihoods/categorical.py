@@ -35,16 +35,46 @@ class Categorical(Likelihood):
         what remains, not ``1 - cumsum``, which has no digits left when one class is nearly certain.
         """
         p = self._probabilities(outputs)
-        tails = p.flip(-1).cumsum(-1).flip(-1)
+        weights, tails = self._cholesky(p)
         for position in range(p.shape[1]):
             for j in range(p.shape[2] - 1):
-                p_j, here, after = p[:, position, j], tails[:, position, j], tails[:, position, j + 1]
-                weight = torch.where(here > 0, p_j * (after / here.clamp(min=torch.finfo(p.dtype).tiny)), 0).sqrt()
-                share = p[:, position, j + 1 :] / after.clamp(min=torch.finfo(p.dtype).tiny)[:, None]
+                weight, after = weights[:, position, j], tails[:, position, j + 1]
+                share = p[:, position, j + 1 :] / after[:, None]
                 gradient = torch.zeros_like(p)
                 gradient[:, position, j] = weight
                 gradient[:, position, j + 1 :] = -weight[:, None] * share
                 yield self._shaped(gradient, outputs)
+
+    @staticmethod
+    def _cholesky(p: Tensor) -> tuple[Tensor, Tensor]:
+        """The diagonal of the factor, ``[n, positions, classes - 1]``, and the tails of all classes, none of them zero."""
+        tails = p.flip(-1).cumsum(-1).flip(-1)
+        known, here = tails.clamp(min=torch.finfo(p.dtype).tiny), tails[..., :-1]
+        return torch.where(here > 0, p[..., :-1] * (tails[..., 1:] / known[..., :-1]), 0).sqrt(), known
+
+    def exact_input_gradients(self, outputs: Tensor, last_layer: LastLayer) -> Iterator[Tensor]:
+        """``sqrt(p_j q_{j+1} / q_j) (M_j - sum_{i > j} p_i M_i / q_{j+1})``, from the last class to the first."""
+        p = self._probabilities(outputs)
+        weights, tails = (x[:, 0] for x in self._cholesky(p))
+        if self._counted is not None:
+            weights = weights * self._counted.reshape(-1, 1)
+        rows = last_layer.matrix.T.to(p.dtype)
+        after = rows.new_zeros(len(p), rows.shape[1])  # the sum over classes that come later
+        for j in reversed(range(p.shape[2] - 1)):
+            after.addcmul_(p[:, 0, j + 1, None], rows[j + 1])
+            weight = weights[:, j, None]
+            yield (after * (-weight / tails[:, j + 1, None])).addcmul_(weight, rows[j])
+
+    def of_samples(self, rows: slice) -> Categorical:
+        return Categorical(self._axis, None if self._counted is None else self._counted[rows])
+
+    def curvature_traces(self, outputs: Tensor) -> Tensor:
+        p = self._probabilities(outputs)
+        most = p.argmax(-1, keepdim=True)
+        # Of a class that is nearly certain, 1 - p has no digits left; the sum of the others has.
+        rest = (1 - p).scatter(-1, most, p.scatter(-1, most, 0.0).sum(-1, keepdim=True))
+        traces = (p * rest).sum(-1)
+        return (traces if self._counted is None else traces * self._counted.reshape(traces.shape)).sum(1)
 
     def _sampled_output_gradients(
         self, outputs: Tensor, k: int, generator: torch.Generator, last_layer: LastLayer | None

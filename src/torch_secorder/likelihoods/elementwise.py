@@ -38,6 +38,12 @@ class Elementwise(Likelihood):
             gradient[:, element] = root[:, element]
             yield gradient.view(outputs.shape)
 
+    def exact_input_gradients(self, outputs: Tensor, last_layer: LastLayer) -> Iterator[Tensor]:
+        return map(torch.outer, self.root(outputs).unbind(1), last_layer.matrix.unbind(1))
+
+    def curvature_traces(self, outputs: Tensor) -> Tensor:
+        return self.root(outputs).square().flatten(1).sum(1)
+
     def _sampled_output_gradients(
         self, outputs: Tensor, k: int, generator: torch.Generator, last_layer: LastLayer | None
     ) -> Iterator[Tensor]:

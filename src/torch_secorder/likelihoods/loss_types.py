@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Hashable
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torch_secorder.errors import ArgumentError, ShapeError, UnsupportedError
+from torch_secorder.errors import ArgumentError, ShapeError, UnsupportedError, warn_at_users_line
 from torch_secorder.likelihoods.categorical import Categorical
 from torch_secorder.likelihoods.elementwise import ELEMENTWISE
 from torch_secorder.likelihoods.output_gradients import Likelihood
@@ -50,10 +49,10 @@ def warn_of_probabilities(outputs: Tensor) -> None:
     """Warn of a model that ends in a softmax, whose outputs are no logits."""
     node = outputs.grad_fn
     if node is not None and node.name().startswith("SoftmaxBackward"):
-        warnings.warn(
+        warn_at_users_line(
             'the model ends in a softmax, and loss_type="nll" takes its outputs for logits, so that a softmax of a softmax is '
             "analyzed: return the logits, or their logarithm (log_softmax)",
-            stacklevel=2,
+            UserWarning,
         )
 
 

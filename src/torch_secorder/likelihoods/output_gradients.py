@@ -48,6 +48,21 @@ class Likelihood(ABC):
     def exact_output_gradients(self, outputs: Tensor) -> Iterator[Tensor]:
         """Gradients s, shaped like the outputs, with ``sum_s s s^T = A_n`` for every sample."""
 
+    @abstractmethod
+    def exact_input_gradients(self, outputs: Tensor, last_layer: LastLayer) -> Iterator[Tensor]:
+        """``s M^T`` for all exact gradients s of outputs ``[n, c]``: those of the last layer's inputs, ``[n, i]``, in any order.
+
+        None of them takes a product with M, which would cost as much as the layer itself for each class.
+        """
+
+    def of_samples(self, rows: slice) -> Likelihood:
+        """The same for a part of the batch."""
+        return self
+
+    @abstractmethod
+    def curvature_traces(self, outputs: Tensor) -> Tensor:
+        """``tr A_n = sum_s ||s_n||^2`` of every sample, ``[n]``."""
+
     def sampled_output_gradients(
         self, outputs: Tensor, k: int, generator: torch.Generator, last_layer: LastLayer | None = None
     ) -> Iterator[Tensor]:

@@ -41,6 +41,13 @@ class ChannelSums:
             value = value.unflatten(0, (self.groups, value.shape[0] // self.groups)).transpose(1, 2).flatten(0, 1)
         return value.flatten(1).sum(1) if value.dim() > 1 else value
 
+    def of_samples(self, squares: Tensor) -> Tensor:
+        """The sums ``[n, channels]`` of n tensors of the parameter's shape, ``[n, *shape]``."""
+        if not self.axis:
+            return squares.flatten(2).sum(2) if squares.dim() > 2 else squares
+        inside = squares.unflatten(1, (self.groups, squares.shape[1] // self.groups))
+        return inside.sum([2, *range(4, inside.dim())]).flatten(1)
+
     def spread(self, sums: Tensor, shape: Sequence[int]) -> Tensor:
         """A tensor of the parameter's shape in which every entry has the mean of its channel."""
         return self.broadcast(sums * (self.length(shape) / max(1, math.prod(shape))), shape)

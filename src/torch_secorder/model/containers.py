@@ -98,5 +98,14 @@ def shrunk(x: Tensor) -> Tensor:
         return x
     if x.is_nested:
         return with_values(x, shrunk(x.values()))
-    factors = torch.linspace(0.5, 1.0, max(x.numel(), 1), device=x.device, dtype=x.dtype.to_real())
-    return x * factors[: x.numel()].view(x.shape)
+    return x * evenly_spaced(x, 0.5, 1.0)
+
+
+def evenly_spaced(x: Tensor, low: float, high: float) -> Tensor:
+    """Real numbers from low to high in the shape of a tensor, which is returned as it is if it has no such numbers."""
+    if not is_continuous(x):
+        return x
+    if x.is_nested:
+        return with_values(x, evenly_spaced(x.values(), low, high))
+    steps = torch.linspace(low, high, max(x.numel(), 1), device=x.device, dtype=x.dtype.to_real())
+    return steps[: x.numel()].view(x.shape).to(x.dtype)

@@ -68,7 +68,7 @@ def remove_from_tables(tables: list[dict[int, Any]], hook: Callable[..., Any]) -
         for table in tables:
             if table is not where:
                 table.pop(key, None)
-        where.pop(key)  # last, since this is how it's found
+        where.pop(key)  # It goes last, since this is how it is found.
 
 
 def nothing() -> Callable[..., None]:

@@ -32,8 +32,9 @@ def weight_shape(module: nn.Module, local: str, p: Tensor) -> tuple[int, ...]:
     """
     kind = class_as_written(module)
     shapes = next((_shapes[layer] for layer in kind.__mro__ if layer in _shapes), None)
-    declared = {} if shapes is None else shapes(module)
-    found = tuple(int(side) for side in declared.get(local, p.shape))
+    if shapes is None:
+        return tuple(p.shape)
+    found = tuple(int(side) for side in shapes(module).get(local, p.shape))
     if found != tuple(p.shape) and is_continuous(p):
         raise ArgumentError(
             f"the rule for {kind.__name__} declares that '{local}' of shape {tuple(p.shape)} stands for a weight of shape "

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from torch_secorder.arguments import require_model
 from torch_secorder.errors import ArgumentError, UnsupportedError
 from torch_secorder.model.containers import is_continuous
 from torch_secorder.model.names import plain_name
@@ -157,8 +158,7 @@ def refuse_complex(model: nn.Module, what: str) -> None:
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The user's own model inside DistributedDataParallel and torch.compile."""
-    if not isinstance(model, nn.Module):
-        raise ArgumentError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+    require_model(model)
     if isinstance(model, DataParallel):
         raise UnsupportedError(
             "DataParallel runs copies of the model, whose parameters are not the model's own: "

@@ -29,6 +29,13 @@ Index = slice | Tensor
 Unguarded = tuple[Tensor, Tensor | None]
 
 
+def _channel_squares(value: Tensor, channels: ChannelSums) -> Tensor:
+    """The sums of squares over each channel, ``[n, channels]``, of real gradients ``[n, *shape]``."""
+    if channels.axis or value.dim() < 3:
+        return channels.of_samples(value.square())
+    return squared_norm_of_rows(value.flatten(2))
+
+
 class PerSampleGradient(ABC):
     """The gradients of one parameter for each of N samples.
 
@@ -112,6 +119,18 @@ class PerSampleGradient(ABC):
     def channel_squares(self, channels: ChannelSums) -> Tensor:
         """The sums of :meth:`sum_of_squares` over each channel, ``[channels]``."""
         return channels.of(self.sum_of_squares())
+
+    def sample_channel_squares(self, channels: ChannelSums) -> Tensor:
+        """The sums of ``|G_n| ** 2`` over each channel, ``[n, channels]``, here from the gradients themselves.
+
+        Their sums over the channels are the squared norms, and their sums over the samples are :meth:`channel_squares`. Both
+        have all their digits; a single number of them may have cancelled.
+        """
+        return joined(_channel_squares(part.dense(), channels) for part in self.parts())
+
+    def shares_norms_with(self, channels: ChannelSums) -> bool:
+        """Whether :meth:`sample_channel_squares` costs about what the squared norms cost, of which it then takes the place."""
+        return False
 
     def total(self) -> Tensor:
         """``sum_n G_n``, ``[*shape]``: the gradient that autograd computes for the batch."""

@@ -91,6 +91,13 @@ def squared_norm_of_rows(value: Tensor) -> Tensor:
     return squares + torch.linalg.vector_norm(value[..., even:], dim=-1).square()
 
 
+def squared_norms_along(value: Tensor, axis: int) -> Tensor:
+    """``sum of x ** 2`` over one axis of real numbers, which may lie in memory in any order."""
+    if torch.is_grad_enabled() or value.shape[axis] > LONG:
+        return value.square().sum(axis)
+    return torch.linalg.vector_norm(value, dim=axis).square()
+
+
 def zero_squared_norms(n: int, gradient: Tensor) -> Tensor:
     """The squared norms of n samples whose gradients are zero, ``[n]``: real numbers, also where the gradients are complex."""
     return at_least_float32(gradient.new_zeros(n, dtype=gradient.dtype.to_real()))

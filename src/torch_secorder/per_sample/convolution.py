@@ -11,7 +11,13 @@ from torch import Tensor
 from torch_secorder.batch_axis.placement import Grouping
 from torch_secorder.model.channels import ChannelSums
 from torch_secorder.per_sample._base import Cancelling, Index, PerSampleGradient, Unguarded, _total, recompute_cancelled
-from torch_secorder.per_sample.arithmetic import at_least_float32, cancellation_floor, joined, squared_norm_of_rows
+from torch_secorder.per_sample.arithmetic import (
+    at_least_float32,
+    cancellation_floor,
+    joined,
+    squared_norm_of_rows,
+    squared_norms_along,
+)
 from torch_secorder.per_sample.budget import chunk_bytes
 from torch_secorder.per_sample.convolution_gram import gram_channels, gram_norms
 from torch_secorder.per_sample.costs import Sizes, predicted
@@ -62,7 +68,7 @@ class Convolution(Cancelling):
         self.n, self.shape = x.shape[0], tuple(shape)
         self.stride, self.padding, self.dilation, self.groups = list(stride), list(padding), list(dilation), groups
         for axis, (kernel, step, sides) in enumerate(zip(self.shape[2:], stride, padding, strict=True), 3):
-            if kernel == 1 and step > 1 and not sides:  # most of the map is never read, and is left out here
+            if kernel == 1 and step > 1 and not sides:  # Most of the map is never read, and left out here.
                 self.x = self.x.unfold(axis, 1, step).squeeze(-1).narrow(axis, 0, g.shape[axis])
                 self.stride[axis - 3] = 1
 
@@ -180,15 +186,46 @@ class Convolution(Cancelling):
         return value.permute(1, 4, 2, 0, 3).reshape(self.shape)
 
     def channel_squares(self, channels: ChannelSums) -> Tensor:
-        algorithm = "patches" if self.sizes.positions == 1 else self.algorithm
-        if algorithm == "patches":
+        if self.sizes.positions == 1 or self.algorithm == "patches":
             return _total(part.patches().channel_squares(channels) for part in self._parts("patches"))
-        if algorithm != "gram" or channels.axis:
-            return super().channel_squares(channels)
-        sums, magnitudes = _total(gram_channels(part) for part in self._parts("gram"))
-        if bool((sums < cancellation_floor(self.dtype) * magnitudes).any()):
-            return super().channel_squares(channels)
-        return sums
+        return self.sample_channel_squares(channels).sum(0)
+
+    def shares_norms_with(self, channels: ChannelSums) -> bool:
+        if self.algorithm == "gram":
+            return channels.axis == 0 or self._has_few_positions()
+        return self.sizes.positions > 1 and self.algorithm in ("direct", "shifted")
+
+    def _has_few_positions(self) -> bool:
+        """Whether sums over input channels are cheaper from the Gram matrix of the output gradients than from the gradients.
+
+        For each of the patches' features, T^2 multiplications take the place of T O. Unfolding the patches costs time as well:
+        measured on one core, it pays from about a quarter of the multiplications on.
+        """
+        return 4 * self.sizes.positions <= self.shape[0] // self.groups
+
+    def sample_channel_squares(self, channels: ChannelSums) -> Tensor:
+        if self.algorithm != "gram" or self.g.is_complex():
+            return self._formed_channel_squares(channels)
+        if channels.axis and not self._has_few_positions():
+            return self._formed_channel_squares(channels)
+        if channels.axis:
+            return joined(part.patches().sample_channel_squares(channels) for part in self._parts("patches"))
+        found = [gram_channels(part) for part in self._parts("gram")]
+        sums, magnitudes = (joined(parts) for parts in zip(*found, strict=True))
+        lost = [sums.sum(axis) < cancellation_floor(self.dtype) * magnitudes.sum(axis) for axis in (0, 1)]
+        return self._formed_channel_squares(channels) if bool(torch.cat(lost).any()) else sums
+
+    def _formed_channel_squares(self, channels: ChannelSums) -> Tensor:
+        """The sums of squares from the gradients themselves."""
+        costs = predicted(self.sizes)
+        if self.g.is_complex() or costs["direct"] <= costs.get("shifted", math.inf):
+            return super().sample_channel_squares(channels)
+        return joined(part._shifted_channel_squares(channels) for part in self._parts("shifted"))
+
+    def _shifted_channel_squares(self, channels: ChannelSums) -> Tensor:
+        """The same from products ``[n k, i * other taps, o]``."""
+        sums = _total(squared_norms_along(value, 2 if channels.axis else 1) for value in self.shifted())
+        return (sums.unflatten(1, (self.shape[1], -1)).sum(2) if channels.axis else sums).view(self.n, -1)
 
     def _parts(self, form: str) -> Iterator[Convolution]:
         step = self.sizes.step(form)
@@ -241,7 +278,8 @@ class Convolution(Cancelling):
         return (_product(x[rest, :, :, skip * row : skip * row + g.shape[2]], g) for skip, rest in starts)
 
     def _shifted_squared_norms(self) -> Tensor:
-        products = (value if value.is_contiguous() else value.mT for value in self.shifted())  # as they lie in memory
+        # They are read as they lie in memory.
+        products = (value if value.is_contiguous() else value.mT for value in self.shifted())
         squares = [squared_norm_of_rows(value.reshape(self.n, -1)) for value in products]
         return torch.stack(squares).sum(0) if len(squares) > 1 else squares[0]
 

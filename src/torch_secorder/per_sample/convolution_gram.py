@@ -21,13 +21,13 @@ def gram_norms(form: Convolution) -> tuple[Tensor, Tensor]:
     return terms.sum((1, 2, 3)), terms.diagonal(dim1=2, dim2=3).sum((1, 2))
 
 
-def gram_channels(form: Convolution) -> Tensor:
-    """The sums of squares for each output channel, and their parts from a position with itself, ``[2, channels]``."""
+def gram_channels(form: Convolution) -> tuple[Tensor, Tensor]:
+    """The sums of squares for each output channel, and their parts from a position with itself, each ``[n, channels]``."""
     seen, positions = _gram_matrices(form)
     pixels = seen.reshape(positions.shape)
     g = form.tall().g[:, 0].reshape(form.n * form.groups, -1, pixels.shape[1])
     sums, squares = ((g @ pixels) * g).sum(2), (g.square() * pixels.diagonal(dim1=1, dim2=2)[:, None]).sum(2)
-    return torch.stack([value.view(form.n, -1).sum(0) for value in (sums, squares)])
+    return sums.view(form.n, -1), squares.view(form.n, -1)
 
 
 def _gram_matrices(form: Convolution) -> tuple[Tensor, Tensor]:
@@ -58,7 +58,7 @@ def _gram_matrices(form: Convolution) -> tuple[Tensor, Tensor]:
 def _sum_along_diagonal(matrices: Tensor, taps: int, step: int) -> Tensor:
     """The sum of as many copies, each shifted further along the diagonal."""
     length = matrices.shape[1] - (taps - 1) * step
-    if not profile_of(matrices.device).has_caches:  # then in one call
+    if not profile_of(matrices.device).has_caches:  # One call does it there.
         (outer, row, column), size = matrices.stride(), (len(matrices), length, length, taps)
         return matrices.as_strided(size, (outer, row, column, step * (row + column))).sum(3)
     shifts = (slice(tap * step, tap * step + length) for tap in range(taps))

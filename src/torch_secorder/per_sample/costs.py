@@ -172,7 +172,7 @@ def counts(form: str, at: Sizes) -> Counts:
             copied = pairs * positions * at.i * taps if taps > 1 else 0
             work = {"blocks": blocks, "calls": 4 * blocks, "copied": copied, "runs": copied / at.kernel[-1]}
             work["packed"] = pairs * positions * (at.i * taps + at.o + positions)
-            if positions == 1:  # then a norm is a product of norms
+            if positions == 1:  # A norm is a product of norms then.
                 return work
             return {**work, "products": 2 * pairs, "multiply": pairs * positions**2 * (at.i * taps + at.o)}
 
@@ -182,7 +182,7 @@ def predicted(at: Sizes) -> dict[str, float]:
     """Milliseconds of each form that fits into memory."""
     forms = [form for form in FORMS if form == "direct" or at.floats(form) * at.itemsize <= at.limit]
     overlapping = any(size > step for size, step in zip(at.kernel, at.stride, strict=True))
-    if at.positions > 1 and (overlapping or max(at.kernel) == 1):  # then the pixels' Gram matrix does no worse
+    if at.positions > 1 and (overlapping or max(at.kernel) == 1):  # The pixels' Gram matrix does no worse.
         forms = [form for form in forms if form != "patches"]
     prices = NANOSECONDS if at.profile.has_caches else OF_ACCELERATORS
     return {

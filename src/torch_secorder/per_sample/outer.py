@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -204,42 +205,76 @@ class Outer(Cancelling):
         return torch.einsum("nki,nko->koi", a, g).reshape(self.shape)
 
     def channel_squares(self, channels: ChannelSums) -> Tensor:
-        r"""The sums of squares without the product of both factors, where that is cheaper.
+        if self.shares_norms_with(channels):
+            return self.sample_channel_squares(channels).sum(0)
+        if self.algorithm != "product" or not self._has(channels):
+            return super().channel_squares(channels)
+        f, h = self._by_channel(channels)
+        return self._channels((f.square() * squared_norm_of_rows(h)[..., None]).sum((0, 2))[None], channels)[0]
+
+    def shares_norms_with(self, channels: ChannelSums) -> bool:
+        return self.algorithm != "product" and self._has(channels)
+
+    def sample_channel_squares(self, channels: ChannelSums) -> Tensor:
+        r"""The sums of squares, without the product of both factors where that is cheaper.
 
         With ``f`` the factor whose features are the channels and ``h`` the other one, a channel's sum is
-        ``sum_n sum_{t,s} f_t f_s (h_t . h_s)``: for one position ``f^2 ||h||^2``, and for more a product with h's Gram matrix,
-        recomputed where it cancels.
+        ``sum_{t,s} f_t f_s (h_t . h_s)``, a product with h's Gram matrix, recomputed where it cancels.
         """
-        k, t, i = self.a.shape[1:]
-        o = self.g.shape[3]
-        of_outputs = channels.axis == 0
-        fits = self.shape[0] == k * o and (of_outputs or (channels.groups == k and i == math.prod(self.shape[1:])))
-        if self.g.is_complex() or not fits or (t > 1 and self.algorithm != "gram"):
-            return super().channel_squares(channels)
-        f, h = (self.g, self.a) if of_outputs else (self.a, self.g)
-        sums = self._by_feature(f, h, of_outputs)
-        return sums.flatten() if of_outputs else sums.view(k, self.shape[1], -1).sum(2).flatten()
+        if self.algorithm != "gram" or not self._has(channels):
+            return self._formed_channel_squares(channels)
+        sums, magnitudes = self._gram_by_feature(*self._by_channel(channels))
+        floor = cancellation_floor(self.dtype)
+        features = (sums.sum(0) < floor * magnitudes.sum(0)).any(0)
+        samples = sums.sum((1, 2)) < floor * magnitudes.sum((1, 2))
+        if bool(features.any()):
+            sums = sums.index_copy(2, some := features.nonzero().squeeze(1), self._formed_by_feature(some, channels))
+        found = self._channels(sums, channels)
+        if bool(samples.any()):
+            some = samples.nonzero().squeeze(1)
+            found = found.index_copy(0, some, self.select(some)._formed_channel_squares(channels))
+        return found
 
-    def _by_feature(self, f: Tensor, h: Tensor, of_outputs: bool) -> Tensor:
-        """``sum_n sum_{t,s} f_t f_s (h_t . h_s)`` for each feature of f, ``[k, features]``."""
-        if f.shape[2] == 1:
-            return (f.square() * squared_norm_of_rows(h)[..., None]).sum((0, 2))
-        k, t, features = f.shape[1:]
-        found = []
-        size = k * t * (t + 2 * features) * self.dtype.itemsize
-        for rows in chunks(self.n, size, profile_of(f.device).chunk_bytes):
-            part, gram = f[rows], h[rows] @ h[rows].mT
-            squares = part.square() * gram.diagonal(dim1=2, dim2=3)[..., None]
-            found.append(torch.stack([((gram @ part) * part).sum((0, 2)), squares.sum((0, 2))]))
-        sums, magnitudes = _total(iter(found))
-        lost = (sums < cancellation_floor(self.dtype) * magnitudes).any(0)
-        if not bool(lost.any()):
-            return sums
-        some = lost.nonzero().squeeze(1)
+    def _formed_channel_squares(self, channels: ChannelSums) -> Tensor:
+        """The sums of squares from the gradients themselves."""
+        if not self._has(channels):
+            return super().sample_channel_squares(channels)
+        strips = [Outer(strip.a, strip.g, (strip.shape[0], *self.shape[1:])) for strip in self._by_features()]
+        found = [PerSampleGradient.sample_channel_squares(strip, channels) for strip in strips]
+        if channels.axis:
+            return _total(iter(found))
+        return torch.cat([x.view(self.n, self.a.shape[1], -1) for x in found], 2).flatten(1)
+
+    def _formed_by_feature(self, some: Tensor, channels: ChannelSums) -> Tensor:
+        """The sums of squares for some features of the factor with the channels, ``[n, k, features]``."""
+        of_outputs = channels.axis == 0
         a, g = (self.a, self.g[..., some]) if of_outputs else (self.a[..., some], self.g)
-        few = Outer(a, g, (k * g.shape[3], a.shape[3]))
-        direct = PerSampleGradient.sum_of_squares(few).view(k, -1, few.a.shape[3]).sum(2 if of_outputs else 1)
-        return sums.index_copy(1, some, direct)
+        few = Outer(a, g, (a.shape[1] * g.shape[3], a.shape[3]))
+        return few._formed_channel_squares(replace(channels, groups=a.shape[1])).view(self.n, a.shape[1], -1)
+
+    def _gram_by_feature(self, f: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        """``sum_{t,s} f_t f_s (h_t . h_s)`` for each feature of f, ``[n, k, features]``, and its part with t = s."""
+        k, t, features = f.shape[1:]
+        sums, magnitudes = [], []
+        for rows in chunks(self.n, k * t * (t + 2 * features) * self.dtype.itemsize, profile_of(f.device).chunk_bytes):
+            part, gram = f[rows], h[rows] @ h[rows].mT
+            sums.append(((gram @ part) * part).sum(2))
+            magnitudes.append((part.square() * gram.diagonal(dim1=2, dim2=3)[..., None]).sum(2))
+        return joined(sums), joined(magnitudes)
+
+    def _has(self, channels: ChannelSums) -> bool:
+        """Whether the channels are features of one of the factors, which are real."""
+        k, i, o = self.a.shape[1], self.a.shape[3], self.g.shape[3]
+        inside = channels.axis == 0 or (channels.groups == k and i == math.prod(self.shape[1:]))
+        return self.shape[0] == k * o and inside and not self.g.is_complex()
+
+    def _by_channel(self, channels: ChannelSums) -> tuple[Tensor, Tensor]:
+        """The factor whose features are the channels, and the other one."""
+        return (self.a, self.g) if channels.axis else (self.g, self.a)
+
+    def _channels(self, by_feature: Tensor, channels: ChannelSums) -> Tensor:
+        """``[n, k, features]`` added up to ``[n, channels]``."""
+        return (by_feature.unflatten(2, (self.shape[1], -1)).sum(3) if channels.axis else by_feature).flatten(1)
 
     def total(self) -> Tensor:
         a, g = (x.movedim(1, 0).flatten(1, 2) for x in (self.a, self.g))

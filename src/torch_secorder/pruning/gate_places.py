@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, TypedDict, get_args
 
 from torch import Tensor, nn
 
-from torch_secorder.arguments import require_choice, require_positive_int
+from torch_secorder.arguments import Side, require_choice, require_positive_int
 from torch_secorder.errors import ArgumentError, ShapeError, UnsupportedError
 from torch_secorder.model.channels import channel_axis
 from torch_secorder.model.parameters import named_modules
@@ -26,7 +26,16 @@ CHANNELS_SECOND = (ANY_CONVOLUTION, nn.PReLU, *_NORMS)
 # The rules of the layers whose input's gradient is known from the output's.
 WITH_INPUT_GRADIENT = ("linear", "conv1d", "convolution", "transposed_convolution")
 
-Watched = Mapping[str, Mapping[str, Any]] | tuple[type[nn.Module], ...] | Callable[[str], bool] | None
+
+class GateOptions(TypedDict, total=False):
+    """The options of one module's gates."""
+
+    side: Side
+    groups: int | None
+    axis: int
+
+
+Watched = Mapping[str, GateOptions] | tuple[type[nn.Module], ...] | Callable[[str], bool] | None
 
 
 @dataclass(frozen=True)
@@ -40,7 +49,7 @@ class GatePlace:
         of_weights: whether the axis counts channels of the module's weight, so that a gate can be closed by masking them.
     """
 
-    side: str
+    side: Side
     axis: int
     groups: int | None
     of_weights: bool
@@ -119,6 +128,11 @@ def _check_modules(modules: Any) -> None:
             f"modules must be a mapping from patterns of names to options, not {modules!r}: pass {{{meant}}} for gates on their "
             'outputs, with {"side": "input", "groups": heads} in the place of {} for gates on heads'
         )
+    if isinstance(modules, nn.Module):
+        raise ArgumentError(
+            f"modules says which modules of the model have gates, and can't be a {type(modules).__name__}: gates take no loss, "
+            "but watch the backward passes of your own loop in their block"
+        )
     types = isinstance(modules, tuple) and all(isinstance(one, type) for one in modules)
     if not (modules is None or types or isinstance(modules, Mapping) or callable(modules)):
         raise ArgumentError(
@@ -132,7 +146,7 @@ def _check_options(pattern: str, options: Any) -> None:
         raise ArgumentError(
             f"modules[{pattern!r}] must be a mapping with some of the keys 'side', 'groups' and 'axis', not {options!r:.80}"
         )
-    require_choice(f"modules[{pattern!r}]['side']", options.get("side", "output"), ("output", "input"))
+    require_choice(f"modules[{pattern!r}]['side']", options.get("side", "output"), get_args(Side))
     if options.get("groups") is not None:
         require_positive_int(f"modules[{pattern!r}]['groups']", options["groups"])
     if not isinstance(axis := options.get("axis", 0), int) or isinstance(axis, bool):

@@ -6,7 +6,14 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from torch_secorder.arguments import MonitorFisher, Reduction, RepeatedCalls, loss_scale_value, require_choice
+from torch_secorder.arguments import (
+    MonitorFisher,
+    Reduction,
+    RepeatedCalls,
+    called_as,
+    loss_scale_value,
+    require_choice,
+)
 from torch_secorder.batch_axis.knowledge import knowledge_of
 from torch_secorder.batch_axis.told import BatchAxis, NSamples, SampleOf, told
 from torch_secorder.capture.records import HookedModule
@@ -105,6 +112,7 @@ class Gates(HookScope):
         pruning framework for transformers".
     """
 
+    @called_as("Gates(model), and in its block your own loop, or Gates(model, modules) for some modules only")
     def __init__(
         self,
         model: nn.Module,

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from torch_secorder.arguments import Fisher, require_choice, require_share
+from torch_secorder.arguments import Fisher, WeightSelection, require_choice, require_share
 from torch_secorder.autograd.double_precision import in_double_precision, on_host
 from torch_secorder.curvature import curvature, warn_if_no_prediction
-from torch_secorder.errors import ArgumentError
+from torch_secorder.errors import ArgumentError, warn_at_users_line
 from torch_secorder.results.results import Results, results_of
 from torch_secorder.tables import table
 
@@ -24,7 +23,7 @@ def weight_saliency(
     model: nn.Module,
     source: Results | pd.DataFrame,
     *,
-    parameters: str | Callable[[str], bool] = "weights",
+    parameters: WeightSelection = "weights",
     shrinkage: float = 0.0,
     diagonal: Mapping[str, Tensor] | None = None,
     fisher: Fisher | None = None,
@@ -79,11 +78,10 @@ def weight_saliency(
     known = curvature(model, source, fisher=fisher, diagonal=diagonal)
     warn_if_no_prediction(known.fisher)
     if known.basis == "trace" and share < 1 and isinstance(results_of(source), Results):
-        warnings.warn(
+        warn_at_users_line(
             "the source keeps no diagonal, so that the mean of each parameter stands for all of its entries and weights within a "
             "parameter go by their size: pass diagonal=True to the monitor or to fisher_results, or shrinkage=1 if that is meant",
             UserWarning,
-            stacklevel=2,
         )
     if not callable(parameters):
         require_choice("parameters", parameters, ("weights", "all"))

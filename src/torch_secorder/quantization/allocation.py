@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
-from torch_secorder.arguments import require_choice
+from torch_secorder.arguments import BudgetUnit, require_choice
 from torch_secorder.errors import ArgumentError
 from torch_secorder.quantization.rounding import checked_bits
 from torch_secorder.tables import table
@@ -23,7 +23,7 @@ def allocate_bits(
     sensitivity: pd.DataFrame,
     budget: float,
     *,
-    unit: str = "bits per weight",
+    unit: BudgetUnit = "bits per weight",
     groups: Callable[[str], object] | Iterable[Iterable[str]] = (),
     fixed: Mapping[str, int] | None = None,
 ) -> pd.DataFrame:
@@ -70,7 +70,7 @@ def allocate_bits(
         >>> best.attrs["predicted"] <= uniform_bits(sensitivity, 4).attrs["predicted"]
         True
     """
-    require_choice("unit", unit, ("bits per weight", "bytes", "bits"))
+    require_choice("unit", unit, get_args(BudgetUnit))
     costs, numel, widths = _choices(sensitivity)
     if isinstance(budget, bool) or not isinstance(budget, (int, float)) or not budget > 0:
         raise ArgumentError(f"budget must be a positive number of {unit}, not {budget!r}")

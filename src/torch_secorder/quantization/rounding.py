@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Integral
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import Tensor, nn
 
-from torch_secorder.arguments import require_choice, require_positive_int
+from torch_secorder.arguments import Grain, Scheme, require_choice, require_positive_int
 from torch_secorder.errors import ArgumentError
 from torch_secorder.model.channels import channel_axis
 from torch_secorder.model.names import plain_name
@@ -20,16 +20,14 @@ from torch_secorder.model.parameters import named_modules, unwrapped
 if TYPE_CHECKING:
     import pandas as pd
 
-SCHEMES, GRAINS = ("symmetric", "affine"), ("tensor", "channel", "group")
-
 RoundingFunction = Callable[[Tensor, int], Tensor]  # from a weight and a number of bits to the weight as it will be
 
 
 def rounded(
     weight: Tensor,
     bits: int,
-    scheme: str = "symmetric",
-    per: str = "tensor",
+    scheme: Scheme = "symmetric",
+    per: Grain = "tensor",
     axis: int = 0,
     group_size: int | None = None,
 ) -> Tensor:
@@ -72,7 +70,7 @@ def rounded(
         one bit: Rastegari et al. (2016), "XNOR-Net".
     """
     bits = checked_bits(bits)
-    require_choice("scheme", scheme, SCHEMES)
+    require_choice("scheme", scheme, get_args(Scheme))
     _check_grain(per, group_size)
     if not weight.numel():
         return weight.clone()
@@ -98,15 +96,15 @@ def rounded(
     return torch.where(step > 0, levels * step, w).to(weight.dtype)
 
 
-def _check_grain(per: str, group_size: int | None) -> None:
-    require_choice("per", per, GRAINS)
+def _check_grain(per: Grain, group_size: int | None) -> None:
+    require_choice("per", per, get_args(Grain))
     if (per == "group") != (group_size is not None):
         raise ArgumentError(f'per="group" and group_size= belong together; there are per={per!r} and {group_size=}')
     if group_size is not None:
         require_positive_int("group_size", group_size)
 
 
-def _rounded_in_groups(weight: Tensor, bits: int, scheme: str, axis: int, size: int) -> Tensor:
+def _rounded_in_groups(weight: Tensor, bits: int, scheme: Scheme, axis: int, size: int) -> Tensor:
     """The weight with a step for each group of so many entries of a channel."""
     moved = weight.movedim(axis, 0)
     channels = moved.flatten(1)
@@ -128,13 +126,13 @@ class Rounding:
         function: the user's, which takes the place of all that.
     """
 
-    scheme: str = "symmetric"
-    per: str = "channel"
+    scheme: Scheme = "symmetric"
+    per: Grain = "channel"
     group_size: int | None = None
     function: RoundingFunction | None = None
 
     def __post_init__(self) -> None:
-        require_choice("scheme", self.scheme, SCHEMES)
+        require_choice("scheme", self.scheme, get_args(Scheme))
         _check_grain(self.per, self.group_size)
         if self.function is None:
             return
@@ -172,8 +170,8 @@ class Rounding:
 def quantized(
     model: nn.Module,
     bits: int | Mapping[str, int] | pd.DataFrame,
-    scheme: str = "symmetric",
-    per: str = "channel",
+    scheme: Scheme = "symmetric",
+    per: Grain = "channel",
     *,
     group_size: int | None = None,
     rounding: RoundingFunction | None = None,

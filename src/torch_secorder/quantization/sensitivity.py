@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from torch_secorder.arguments import Fisher, Grain, Scheme, require_choice
+from torch_secorder.arguments import Fisher, Grain, Scheme, WeightSelection, require_choice
 from torch_secorder.autograd.double_precision import in_double_precision
 from torch_secorder.curvature import Curvature, curvature, warn_if_no_prediction
 from torch_secorder.errors import ArgumentError
@@ -29,7 +29,7 @@ def quantization_sensitivity(
     per: Grain = "channel",
     group_size: int | None = None,
     rounding: RoundingFunction | None = None,
-    parameters: str | Callable[[str], bool] = "weights",
+    parameters: WeightSelection = "weights",
     activations: bool | pd.DataFrame = False,
     diagonal: Mapping[str, Tensor] | None = None,
     fisher: Fisher | None = None,
@@ -113,7 +113,7 @@ def quantization_sensitivity(
     return table(rows, "parameter", ("kind", "numel", *widths), **way.facts, **facts)
 
 
-def _chosen(known: Curvature, parameters: str | Callable[[str], bool]) -> list[str]:
+def _chosen(known: Curvature, parameters: WeightSelection) -> list[str]:
     if callable(parameters):
         return [name for name in known.parameters if parameters(name)]
     require_choice("parameters", parameters, ("weights", "all"))

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from threading import get_ident
 
 from torch import Tensor
+from torch.autograd.graph import Node
 
 from torch_secorder.capture.model_run import Forward
 from torch_secorder.capture.records import Record
@@ -31,7 +32,8 @@ class BackwardPass:
             every operation.
         thread: where it began.
         error: the first that went wrong, which waits for the end of the pass.
-        column: the model's output and its gradient, where a loss that broadcasts it is looked for.
+        roots: the nodes of the model's outputs that it has come through.
+        broadcast: where the loss makes ``[n, n]`` of the model's output ``[n, 1]``: n, and the name of the node that does it.
     """
 
     task: int
@@ -41,7 +43,8 @@ class BackwardPass:
     projections: dict[int, Tensor] = field(default_factory=dict)
     thread: int = field(default_factory=get_ident)
     error: Exception | None = None
-    column: tuple[Tensor, Tensor] | None = None
+    roots: list[Node] = field(default_factory=list)
+    broadcast: tuple[int, str] | None = None
 
     def project(self, position: int, grad: Tensor) -> None:
         """Note a parameter's own gradient along one direction."""

@@ -77,7 +77,7 @@ class Doubts:
             positions: of the parameters; the form has the samples of the first one, then of the second, and so on.
             form: the gradients.
         """
-        if form.like.device.type == "cpu":  # of a model on several devices
+        if form.like.device.type == "cpu":  # The model may be on several devices.
             return squared_norms_of(form)
         if not form.may_cancel:
             if (roots := norms_of(form)) is None:

@@ -60,7 +60,7 @@ class GradientNorms:
             or grad.numel() > SMALL
             or grad.dtype not in FULL
             or grad.is_sparse
-            or grad.device.type != "cpu"  # where the copy that autograd then makes takes as long as the norm
+            or grad.device.type != "cpu"  # There, the copy that autograd makes takes as long as the norm.
         ):
             return False
         if len(self._waiting) == MOST_CALLS:
@@ -90,10 +90,10 @@ class GradientNorms:
             grads.append(grad)
         norms: list[Tensor] = []
         for _, grads in alike.values():
-            rows = torch.stack(grads)[:, None].flatten(1)  # also where a gradient is one number, or none
+            rows = torch.stack(grads)[:, None].flatten(1)  # A gradient may have one number, or none.
             norms.append(torch.linalg.vector_norm(rows, dim=1))
         positions = [position for several, _ in alike.values() for position in several]
-        self._batched.append((positions, torch.cat(norms)))  # all are on the host, and the widest dtype counts
+        self._batched.append((positions, torch.cat(norms)))  # All are on the host, and the widest dtype counts.
         self._waiting.clear()
 
     def all(self) -> tuple[list[int], Tensor]:

@@ -64,7 +64,7 @@ class PassLifecycle:
             half=in_autocast,
         )
         special = in_autocast or self._options.max_memory is not None or sees_all
-        special = special or (self._of_user and torch.is_grad_enabled())  # then autograd would follow our sums
+        special = special or (self._of_user and torch.is_grad_enabled())  # Autograd would follow our sums.
         return BackwardPass(task, accumulator, gradients, special)
 
     def settings(self) -> ExitStack:

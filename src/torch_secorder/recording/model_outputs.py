@@ -7,44 +7,50 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from torch_secorder.autograd.engine import current_node
 from torch_secorder.batch_axis.placement import Placement
 from torch_secorder.batch_axis.samples import of_one
 from torch_secorder.capture.model_run import Forward
 from torch_secorder.errors import LifecycleError
+from torch_secorder.graph.broadcast import broadcasting_node
 
 
 class ModelOutputs:
     """The outputs of the latest call that have samples; they are kept no longer than the user keeps them.
 
     Attributes:
-        column: the run of the model and its output, if that is its only one and has the shape ``[n, 1]``; None after the first
-            backward pass that has gone through such an output.
+        column: the run of the model, if its only output has the shape ``[n, 1]``; None after the first backward pass that has
+            gone through such an output.
     """
 
     def __init__(self) -> None:
         self._outputs: list[tuple[weakref.ref[Tensor], Placement]] = []
         self._looks_at_column = True  # until one pass has gone through an output [n, 1]
-        self.column: tuple[Forward, Tensor] | None = None
+        self.column: Forward | None = None
 
     def keep(self, forward: Forward, outputs: Sequence[Tensor]) -> None:
         """The model returns these tensors."""
         self._outputs = []
         for x, placement in zip(outputs, forward.placements, strict=True):
-            where = placement or (of_one(x, 0) if forward.n == 1 else None)  # an output may have no axis left
+            # The output of one sample may have no axis left.
+            where = placement or (of_one(x, 0) if forward.n == 1 else None)
             if where is not None:
                 self._outputs.append((weakref.ref(x), where))
         if self._looks_at_column:
-            alone = outputs[0] if len(outputs) == 1 and outputs[0].shape == (forward.n, 1) else None
-            self.column = None if alone is None else (forward, alone.detach())
+            self.column = forward if len(outputs) == 1 and outputs[0].shape == (forward.n, 1) else None
 
-    def column_and_gradient(self, forward: Forward, grads: Sequence[Tensor | None]) -> tuple[Tensor, Tensor] | None:
-        """The column and its gradient, which show a loss that broadcasts it, when a pass reaches that run of the model."""
-        if self.column is None or self.column[0] is not forward:
-            return None
-        arrived = [grad for grad in grads if grad is not None]
-        found = (self.column[1], arrived[0].detach()) if arrived else None
+    def broadcast(self, forward: Forward) -> tuple[int, str] | None:
+        """Whether the loss compares each of the outputs ``[n, 1]`` with all targets, asked when a pass reaches the outputs.
+
+        Returns:
+            n, and the name of the node that does it; None if none does.
+        """
+        outputs, n = current_node(), forward.n
+        assert outputs is not None
+        assert n is not None
+        found = broadcasting_node(outputs, n)
         self._looks_at_column, self.column = False, None
-        return found
+        return None if found is None else (n, found.name())
 
     def to_verify(self, *, is_over: bool) -> list[tuple[Tensor, Placement]]:
         """The outputs that are still there and can be differentiated, for a pass that is still to come.

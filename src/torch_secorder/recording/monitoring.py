@@ -8,6 +8,10 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from torch_secorder.arguments import (
+    MonitorFisher,
+    OnError,
+    Reduction,
+    RepeatedCalls,
     loss_scale_value,
     require_choice,
     require_max_memory,
@@ -27,17 +31,17 @@ from torch_secorder.recording.quantities import Keeps, wanted
 class MonitorOptions:
     """The arguments of a :class:`FisherMonitor`, which has their meaning."""
 
-    reduction: str = "mean"
+    reduction: Reduction = "mean"
     loss_scale: float | Tensor | Callable[[], float | Tensor] = 1.0
     parameters: Selection = "trainable"
     batch_axis: BatchAxis = None
     n_samples: NSamples = None
     sample_of: SampleOf = None
-    nonfinite: str = "raise"
-    on_refusal: str = "raise"
-    repeated_calls: str | None = None
+    nonfinite: OnError = "raise"
+    on_refusal: OnError = "raise"
+    repeated_calls: RepeatedCalls | None = None
     every: int = 1
-    fisher: str = "empirical"
+    fisher: MonitorFisher = "empirical"
     max_memory: int | None = None
     keeps: Keeps = field(default_factory=dict)
 
@@ -74,5 +78,6 @@ class WatchedModel:
         with lock_of(bare):
             table = ParameterTable(bare, options.parameters)
         words = told(bare, options.batch_axis, options.n_samples, options.sample_of)
-        planned(bare, table, words)
+        if table.frozen:
+            planned(bare, table, words)  # It refuses frozen layers without a rule.
         return cls(bare, table, words, knowledge_of(bare, words, checks=False))

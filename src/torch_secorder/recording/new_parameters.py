@@ -24,7 +24,7 @@ class NewParameters:
 
     def __init__(self, model: nn.Module | None, modules: Sequence[tuple[str, nn.Module]]):
         self._model, self._on_entry = model, parameters_by_name(modules)
-        self._known: set[Node] = set()  # of tensors that are not analyzed, and are none of the model's new parameters
+        self._known: set[Node] = set()  # the leaves of tensors that are not analyzed, and not new
 
     def refuse_in(self, forward: Forward, leaves: Iterable[Node]) -> None:
         """Look at the leaves in a forward's graph that are not analyzed."""

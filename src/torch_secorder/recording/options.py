@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,3 +20,8 @@ class PassOptions:
     quantities: Mapping[str, Any] = field(default_factory=dict)
     repeated_calls: str | None = None
     max_memory: int | None = None
+
+    @property
+    def kind(self) -> Hashable:
+        """The same for options with which passes are taken apart in the same way."""
+        return *self.quantities, self.repeated_calls, self.max_memory

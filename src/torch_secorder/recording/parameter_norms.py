@@ -85,7 +85,7 @@ class ParameterNorms:
         norms = self._project(batch, position, form) if self.checks else None
         if self.options.repeated_calls == "same" or forward.calls[position] > 1:
             if isinstance(form, PulledBack) and form.permutation is None:
-                form = Dense(form.dense())  # now, while the graph that it is pulled back through has its tensors
+                form = Dense(form.dense())  # The graph that it is pulled back through has its tensors now.
             held = batch.held.get(position)
             batch.held[position] = form if held is None else held + form
         elif position in batch.settled:
@@ -113,6 +113,9 @@ class ParameterNorms:
 
     def _settle(self, batch: SampleBatch, position: int, form: PerSampleGradient, norms: Tensor | None = None) -> None:
         batch.settled.add(position)
+        if norms is None and self.of_forms:
+            shown = (part.squared_norms(position, form) for part in self.of_forms)
+            norms = next((squares for squares in shown if squares is not None), None)
         if norms is None:
             doubts = self.doubts
             norms = squared_norms_of(form) if doubts is None else doubts.squared_norms([batch], [position], form)
@@ -121,7 +124,7 @@ class ParameterNorms:
             part.on_form(position, form, norms)
 
     def settle_waiting(self, batch: SampleBatch) -> None:
-        """The pass is over: settle whatever waited for that."""
+        """Take the norms of the gradients that waited for the end of the pass."""
         for record, grads in batch.shared.items():
             if record.site.rule is None:
                 for part in self.parts.values():

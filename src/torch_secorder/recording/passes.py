@@ -138,7 +138,7 @@ class UserPasses:
         """
         if self.is_of_samples():
             if not any_vmapped(grads):
-                # In every step: nothing is under way that this pass may be inside of.
+                # In most steps nothing is under way that this pass may be inside of.
                 alone = not self.under_way and recomputed_in is None
                 return task if alone else self.nest(task, recomputed_in)
             self._on_refusal(vmapped_pass())

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
 from torch import nn
 
+from torch_secorder.autograd.hooks import hook_counts
 from torch_secorder.batch_axis.placement import Placement
 from torch_secorder.batch_axis.told import NOTHING, Told
 from torch_secorder.capture.records import HookedModule
@@ -38,6 +39,16 @@ class Plan:
     sites: Sequence[HookedModule] = ()
     guards: Mapping[nn.Module, Callable[[], None]] = field(default_factory=dict)
     words: Told = NOTHING
+
+    def state(self) -> Hashable:
+        """What the numbers could depend on besides the graph: the same for two plans of a model that did not change between them.
+
+        These are the rules and the parameters that they are for, every module's mode, and how many hooks it has.
+        """
+        sites = [(site.name, *site.positions, getattr(site.rule, "function", None)) for site in self.sites]
+        tensors = [(id(p), p.dtype, p.device) for site in self.sites for p in site.tensors.values()]
+        modules = [(id(module), module.training, *hook_counts(module)) for _, module in self.modules]
+        return tuple(sites), tuple(tensors), tuple(modules)
 
 
 def planned(model: nn.Module, table: ParameterTable, words: Told = NOTHING, quantities: Iterable[str] = ()) -> Plan:
@@ -88,9 +99,12 @@ def _watched(
 def guards(modules: Iterable[NamedModule]) -> dict[nn.Module, Callable[[], None]]:
     """For each module that may be in a state in which no rule is right, what raises if it is."""
     found: dict[nn.Module, Callable[[], None]] = {}
+    of_classes: dict[type, Callable[[nn.Module], CurvatureError | None] | None] = {}
     for name, module in modules:
-        refusal = refusal_for(module)
-        if refusal is not None:
+        kind = type(module)
+        if kind not in of_classes:
+            of_classes[kind] = refusal_for(kind)
+        if (refusal := of_classes[kind]) is not None:
             found[module] = partial(_refuse, name, module, refusal)
     return found
 

@@ -181,7 +181,7 @@ class Recorder(HookScope):
             if record.idle is not None:
                 self._on_idle_gradients(record, (grad,))
             return
-        # In every step: most gradients that arrive are of the pass of the one before.
+        # Every step asks this for each gradient. Most gradients belong to the pass of the one before.
         current = self._known_passes.get(current_graph_task())
         current = current or self._pass_under_way(grads, record.forward.recomputed_in)
         if current is not None:
@@ -226,7 +226,7 @@ class Recorder(HookScope):
             except LifecycleError as error:
                 current.error = error
         for reference in forward.node_hooks:
-            # In every step, for every call: no function of Python's.
+            # Every step does this for every call, so that no function of Python's is called.
             if (table := reference()) is not None and len(table) > 1:
                 self._watch_others(current, table)
 
@@ -244,7 +244,7 @@ class Recorder(HookScope):
         if current.error is not None:
             return
         try:
-            # In every step: a run of the model that this pass has reached is of this pass, with all of its calls.
+            # Every step asks this. A run of the model that this pass has reached belongs to it with all of its calls.
             if seen is not None and seen.forward.last_pass != current.task:
                 self._require_first_pass(current, seen)
             if current.special:

@@ -16,7 +16,7 @@ from torch_secorder.per_sample import squared_norms_of_each
 from torch_secorder.recording.batch import SampleBatch
 from torch_secorder.recording.doubts import Doubts
 
-MOST_CALLS = 64  # that wait for each other
+MOST_CALLS = 64  # How many wait for each other at most.
 
 
 @dataclass(eq=False)

@@ -35,7 +35,7 @@ def gradient_with_samples(use: ParameterUse, grads: Sequence[Tensor | None], n: 
     """
     found = grads[use.output]
     if found is None and n == 1:
-        found = next(grad for grad in grads if grad is not None)  # all of it is that sample's
+        found = next(grad for grad in grads if grad is not None)  # All of it belongs to the one sample.
     elif found is None or not (n == 1 or use.placement.fits(found.shape, n)):
         shape = None if found is None else tuple(found.shape)
         raise ShapeError(f"{_names(use, table)}: the {n} samples are not in a gradient of shape {shape}")

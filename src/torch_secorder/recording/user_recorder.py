@@ -18,6 +18,7 @@ from torch_secorder.autograd.engine import (
     accumulates_gradient_of,
     after_backward,
     current_graph_task,
+    current_node,
     is_library_pass,
     keeps_graph,
     raise_after_backward,
@@ -41,6 +42,7 @@ from torch_secorder.recording.passes import UserPasses
 from torch_secorder.recording.quantities import QUANTITIES
 from torch_secorder.recording.recorder import Recorder, counted_as
 from torch_secorder.recording.watched_passes import WatchedPasses
+from torch_secorder.recording.whole_passes import WholePasses
 
 
 class UserRecorder(Recorder):
@@ -54,6 +56,7 @@ class UserRecorder(Recorder):
         options: as for :class:`Recorder`.
 
     Attributes:
+        with_gradient: how many of the analyzed parameters require a gradient.
         waiting: refusals of passes at whose end nothing could be raised, for the end of the block.
     """
 
@@ -78,9 +81,11 @@ class UserRecorder(Recorder):
         self.counts_again = self.options.repeated_calls == "new"
         watches = any(QUANTITIES[name].watches_outputs for name in self.options.quantities)
         leaves = list(self._audit.leaves)
+        self.with_gradient = len(leaves)
         every_one = len(leaves) == len(self.table) > 0
         self._passes = UserPasses(leaves, every_one, self.plan.model, self._let_wait, watches_outputs=watches)
         self._known_passes = self._passes.known
+        self._whole = WholePasses(self.table.names, self._audit.leaves)
         # Position -> the hooks on the node that accumulates the parameter's gradient.
         self._before_accumulation = {position: hooks_before(node) for node, position in self._audit.leaves.items()}
         self._gradient_graphs = GradientGraphs(self._on_gradient_graph)
@@ -134,7 +139,7 @@ class UserRecorder(Recorder):
         if self._passes.of(task) is not None:
             return
         if task not in self._passes.ignored and not self._passes.is_of_samples():
-            self._passes.ignore(task)  # but what begins inside of it may be of the samples
+            self._passes.ignore(task)  # A pass that begins inside of it may be of the samples.
         number = self._passes.nest(task, outer)
         if self._passes.of(number) is None:
             self._open(number)
@@ -153,8 +158,10 @@ class UserRecorder(Recorder):
         current = self._pass_under_way(grads)
         if current is not None:
             self._reach(current, forward)
-            if self._outputs.column is not None:
-                current.column = current.column or self._outputs.column_and_gradient(forward, grads)
+            if (node := current_node()) is not None:
+                current.roots.append(node)
+            if self._outputs.column is forward:
+                current.broadcast = self._outputs.broadcast(forward)
         elif (reached := self._passes.ignored.get(current_graph_task())) is not None:
             reached.append(forward)
         elif not self.forwards.active:
@@ -176,7 +183,7 @@ class UserRecorder(Recorder):
     @never_compiled
     def on_parameter_gradient(self, position: int, grad: Tensor) -> None:
         """The gradient of a parameter, as this backward pass adds it to ``.grad``."""
-        # Re-entrant checkpointing has backward passes inside of one that is skipped; those open none of ours.
+        # Re-entrant checkpointing has backward passes inside of a pass that is skipped, which open none of ours.
         if self.forwards.skipped_passes and not self._passes.under_way:
             return
         current = self._known_passes.get(current_graph_task()) or self._pass_under_way((grad,))
@@ -186,12 +193,12 @@ class UserRecorder(Recorder):
             return
         leaf = self.table.leaves[position]
         if current.task != current_graph_task() and not accumulates_gradient_of(get_gradient_edge(leaf).node):
-            return  # A function's backward asked for it, and returns it to this pass, or doesn't.
+            return  # A function's backward asked for it, and may return it to this pass.
         alone = len(gradient_hooks(leaf) or ()) <= 1
         # A hook that was put on in this very pass comes after ours, and so does one on the node that accumulates the gradient.
         as_added = (alone or are_last(leaf)) and not self._before_accumulation.get(position)
         if type(grad) is Tensor and not current.accumulator.checks:
-            # In every step, and most parameters are small.
+            # Every step does this for every parameter, most of which are small.
             if not (as_added and current.error is None and current.gradients.keep(position, grad)):
                 self._within(current, None, current.gradients.add, position, grad, as_added)
         else:
@@ -219,6 +226,11 @@ class UserRecorder(Recorder):
         current = self._pass_under_way(grads)
         if current is not None and current.error is None:
             current.error = through_gradient_graph()
+
+    def require_whole(self, current: BackwardPass, positions: Sequence[int]) -> None:
+        """Have a pass refused, at its end, that left some parameters without a gradient since it was asked for others only."""
+        if current.error is None and current_graph_task() == current.task:
+            current.error = self._whole.refusal(self._audit.fingerprint, current.roots, positions)
 
     # ------------------------------------------------------------------------------------------------ which pass it is
 

@@ -65,7 +65,7 @@ class Report:
         return frame
 
     def _facts(self) -> dict[str, str | int]:
-        """Without which nobody knows what the numbers are."""
+        """What has to be known of the numbers."""
         n, passes, skipped = self._statistics.n, self._statistics.passes, self._statistics.skipped_passes
         counts = {"n_samples": n, "n_passes": passes, "skipped_passes": skipped}
         return {"reduction": self._reduction, "fisher": self._fisher, **counts}

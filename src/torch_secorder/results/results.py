@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from torch_secorder.arguments import By
+from torch_secorder.arguments import By, Fisher, Reduction
 from torch_secorder.errors import ArgumentError, LifecycleError
 from torch_secorder.model.parameters import Parameter
 from torch_secorder.recording.quantities import Diagonal
@@ -44,7 +44,7 @@ class Results:
         why_empty: says why there is no sample, if somebody knows.
     """
 
-    def __init__(self, rows: Iterable[Parameter], reduction: str, fisher: str = "empirical", **keeps: Any):
+    def __init__(self, rows: Iterable[Parameter], reduction: Reduction, fisher: Fisher = "empirical", **keeps: Any):
         self.rows, self.reduction, self.fisher = list(rows), reduction, fisher
         self.statistics = Statistics([row.name for row in self.rows], [row.shape for row in self.rows], **keeps)
         self._all_ranks = sum_of(self.statistics)  # what all ranks were given by all_reduce

@@ -220,4 +220,4 @@ def in_rows(*indices: int) -> Callable[[NodeUse], bool]:
 
 def times(factor: float, g: Tensor) -> Tensor:
     """A product with a number of the node's."""
-    return g if factor == 1 else g * factor  # a copy for nothing is a tenth of a plain step in ten passes
+    return g if factor == 1 else g * factor  # In ten passes, needless copies cost a tenth of a plain step.

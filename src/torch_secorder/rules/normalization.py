@@ -21,9 +21,9 @@ from torch_secorder.rules.registry import Gradients, register_refusal, register_
 
 BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
 InstanceNorm = nn.InstanceNorm1d | nn.InstanceNorm2d | nn.InstanceNorm3d
-ANY_BATCH_NORM: Any = nn.BatchNorm1d.__base__  # of which other libraries derive theirs, too
+ANY_BATCH_NORM: Any = nn.BatchNorm1d.__base__  # Other libraries derive theirs from it, too.
 _SINGLE_OR_DOUBLE = (torch.float32, torch.float64)
-MODERATE = 16  # times the deviation
+MODERATE = 16  # A mean of up to so many deviations costs few digits.
 LARGE, MANY = 2**14, 512  # numbers of a sample, rows of it
 ROWS = range(16, 2**17)  # elements of a channel: fewer fill no vector register, more lose digits in float32
 
@@ -155,7 +155,7 @@ def _of_each_sample(
 
 
 def _running(module: BatchNorm | InstanceNorm, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-    assert module.running_mean is not None  # else it was refused
+    assert module.running_mean is not None  # The module is refused otherwise.
     assert module.running_var is not None
     return with_running(x, g, module.running_mean, module.running_var, module.eps)
 

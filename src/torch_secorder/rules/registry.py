@@ -161,9 +161,9 @@ def register_refusal(*layers: type[nn.Module]) -> Callable[[Refusal], Refusal]:
     return register
 
 
-def refusal_for(module: nn.Module) -> Callable[[Any], CurvatureError | None] | None:
-    """What has to be asked before each call of this module."""
-    return next((_refusals[layer] for layer in type(module).__mro__ if layer in _refusals), None)
+def refusal_for(kind: type) -> Callable[[Any], CurvatureError | None] | None:
+    """What has to be asked before each call of a module of this class."""
+    return next((_refusals[layer] for layer in kind.__mro__ if layer in _refusals), None)
 
 
 def rule_for(module: nn.Module) -> Rule | str:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from torch_secorder.arguments import require_max_memory
+from torch_secorder.arguments import Reduction, require_max_memory
 from torch_secorder.autograd.engine import call_model
 from torch_secorder.autograd.precision import has_half_precision
 from torch_secorder.autograd.random_state import forked_random
@@ -59,7 +59,7 @@ class Batch:
     random: bool
     where: BatchSamples
     fingerprint: int
-    reduction: str = "sum"
+    reduction: Reduction = "sum"
     loss_inside: bool = False
 
 
@@ -208,7 +208,7 @@ class Analysis:
     ) -> SampleNorms:
         with self._prepared() as run:
             if targets is None and has_mask(inputs) and kind.labels == "model":
-                targets = inputs  # whose mask says what is padding
+                targets = inputs  # Their mask says what is padding.
             outputs, targets = with_samples_first(logits(run(inputs)), targets, run.samples)
             count, seeds = kind.output_gradients(outputs, targets, generator, self.table.ranks)
             passes = (

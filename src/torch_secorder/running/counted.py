@@ -29,7 +29,7 @@ def counted_labels(targets: Any, outputs: Tensor, class_axis: int, ignore_index:
     if not isinstance(targets, Mapping):
         return targets
     if not 1 <= class_axis % max(outputs.dim(), 1) < outputs.dim():
-        return None  # which the likelihood refuses
+        return None  # The likelihood refuses it.
     positions = tuple(size for axis, size in enumerate(outputs.shape) if axis != class_axis % outputs.dim())
     labels = targets.get("labels")
     if isinstance(labels, Tensor) and not labels.is_floating_point() and tuple(labels.shape) == positions:

@@ -14,6 +14,7 @@ from torch_secorder.errors import ArgumentError
 from torch_secorder.graph.last_layer import last_linear_factors
 from torch_secorder.likelihoods import LastLayer, Likelihood, likelihood, warn_of_probabilities
 from torch_secorder.model.ranks import Ranks
+from torch_secorder.running.by_last_layer import ExactByLastLayer
 from torch_secorder.running.causal import causal_labels, shifted, unshifted
 from torch_secorder.running.counted import counted_labels, has_mask
 
@@ -78,6 +79,22 @@ class FisherKind:
         ranks.require_same(count, "their outputs take different numbers of backward passes; pad them to one shape")
         return count, gradients
 
+    def by_last_layer(self, outputs: Tensor, targets: Any) -> ExactByLastLayer | None:
+        """The exact expectation for outputs that a product with a matrix made, ``[n, c]``; None for all others."""
+        exact = self.labels == "model" and self.num_samples is None and not self.shift
+        if not exact or outputs.dim() != 2 or (product := last_linear_factors(outputs)) is None:
+            return None
+        if {outputs.dtype, *(factor.dtype for factor in product)} not in ({torch.float32}, {torch.float64}):
+            return None
+        if self.loss_type == "nll":
+            targets = counted_labels(targets, outputs, self.class_axis, self.ignore_index)
+        outputs = outputs.detach()
+        model = self._likelihood(outputs, targets)
+        return ExactByLastLayer.of(model, outputs, LastLayer(*product))
+
+    def _likelihood(self, outputs: Tensor, targets: Any) -> Likelihood:
+        return likelihood(self.loss_type, outputs, targets, ignore_index=self.ignore_index, class_axis=self.class_axis)
+
     def _require_axis_told(self, outputs: Tensor, targets: Any) -> None:
         """Raise where nothing shows that three axes are not (samples, positions, classes), as language models have them."""
         told = isinstance(targets, Tensor) and outputs.shape[1] != outputs.shape[-1]
@@ -91,9 +108,7 @@ class FisherKind:
     def _output_gradients(
         self, outputs: Tensor, targets: Any, generator: torch.Generator, last_layer: LastLayer | None
     ) -> tuple[int, Iterator[Tensor]]:
-        model: Likelihood = likelihood(
-            self.loss_type, outputs, targets, ignore_index=self.ignore_index, class_axis=self.class_axis
-        )
+        model = self._likelihood(outputs, targets)
         if self.labels == "observed":
             if not isinstance(targets, Tensor):
                 raise ArgumentError(

@@ -50,7 +50,7 @@ class FrozenOthers:
             before, graph = reached(found), kind()
             if len(before) == len(self._table) or graph in self._whole:
                 return found
-        except CoverageError:  # Maybe none is reached.
+        except CoverageError:  # Perhaps no analyzed parameter is reached.
             self._allowed = False
             with forked_random(self._table.tensors):
                 return analyze()

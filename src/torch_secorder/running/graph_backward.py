@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -28,6 +28,7 @@ from torch_secorder.capture.records import Record
 from torch_secorder.errors import CoverageError
 from torch_secorder.graph.audit import Uses
 from torch_secorder.graph.frontier import IdleUse, ParameterUse
+from torch_secorder.graph.last_layer import inputs_of_last_product
 from torch_secorder.graph.refusals import hidden, not_finite
 from torch_secorder.recording.backward_pass import BackwardPass
 from torch_secorder.recording.quantities import QUANTITIES
@@ -60,11 +61,11 @@ class GraphBackward(Recorder):
         self._inputs: Sequence[Tensor] = []  # the model's inputs that require a gradient
         self._leaves: list[GradientEdge] = []  # what the model made inside of it that requires a gradient
         self._uses_of_node: dict[Node, ParameterUse | IdleUse] = {}
-        self._others_graph = False
+        self._passes: GraphPass | None = None  # through the graph of somebody else
         self._defers = False
         # Uses whose gradients take calls of nodes have to wait for the end of the backward pass.
         self._deferred: list[tuple[ParameterUse, Node | None, tuple[Tensor | None, ...]]] = []
-        self._shapes: list[tuple[int, ...]] = []  # those of the outputs that have a gradient
+        self._shapes: list[tuple[int, ...]] = []  # the shapes of the outputs that have a gradient
         self.n = self.fingerprint = 0
         self.samples = BatchSamples(0)
 
@@ -75,10 +76,27 @@ class GraphBackward(Recorder):
             uses = self._found_uses(Forward(len(outputs), placements=[FIRST]), [outputs])
             self._uses_of_node = {node: use for use, node in uses.placed}
             self._uses_of_node |= {node: idle for idle, node in uses.idle}
-            self._others_graph = True
+            self._passes = self._passes_to(outputs, self._uses_of_node)
             yield
         finally:
-            self._starts, self._uses_of_node, self._others_graph = [], {}, False
+            self._starts, self._uses_of_node, self._passes = [], {}, None
+
+    def _passes_to(self, outputs: Tensor, wanted: Iterable[Node], start: GradientEdge | None = None) -> GraphPass:
+        weights = GatheredWeights(throughout=self.table.sharded)
+        return GraphPass([outputs], wanted, create_graph=self._create_graph, weights=weights, start=start)
+
+    def split_at_last_product(self, outputs: Tensor) -> tuple[GraphPass, GraphPass | None] | None:
+        """Passes that end at the product which made the outputs, and passes that begin where it got what came before.
+
+        The second are None where no analyzed parameter comes before. All is None where the graph has no such product, or where
+        its parameters' shares depend on more than the size of each sample's output gradient.
+        """
+        node = outputs.grad_fn
+        use = None if node is None else self._uses_of_node.get(node)
+        if node is None or not isinstance(use, ParameterUse) or (start := inputs_of_last_product(node, use)) is None:
+            return None
+        before = [other for other in self._uses_of_node if other is not node]
+        return self._passes_to(outputs, [node]), self._passes_to(outputs, before, start) if before else None
 
     def _on_model_exit(self, forward: Forward, outputs: list[Tensor]) -> None:
         """Prepare for backward passes from these outputs."""
@@ -92,7 +110,7 @@ class GraphBackward(Recorder):
         idle = uses.idle or any(record.idle for record, _ in forward.records)
         self._defers = bool(idle) or any(self._needs_node_calls(use) for use, _ in uses.placed)
         for use, node in uses.placed:
-            if not use.is_first:  # the gradients of those that are are results of the pass
+            if not use.is_first:  # The gradients of first uses are results of the pass.
                 self._hook(use, node)
 
     def _leaves_of_the_model(self) -> list[GradientEdge]:
@@ -116,7 +134,9 @@ class GraphBackward(Recorder):
         self.samples = BatchSamples(self.n, self.plan.words, forward.count.indices, forward.count.is_of_bags)
         return uses
 
-    def backward(self, root: Tensor, seed: Tensor | None = None, *, last: bool = True) -> SampleNorms:
+    def backward(
+        self, root: Tensor, seed: Tensor | None = None, *, last: bool = True, passes: GraphPass | None = None
+    ) -> SampleNorms:
         """Squared norms of the per-sample gradients of ``root`` (with ``seed`` for its gradient).
 
         Only what lies between the root and the first analyzed layers' outputs is differentiated, so no parameter gradient
@@ -126,12 +146,13 @@ class GraphBackward(Recorder):
             root: what is differentiated.
             seed: its gradient, for a root that is not a scalar.
             last: whether the graph may be freed.
+            passes: those of a part of somebody else's graph, which begin with ``seed``; by default those of all of it.
         """
         self._count += 1
         current = self._current = self.lifecycle.begin(self._count, keep_inputs=not last or self._create_graph)
         try:
-            if self._others_graph:
-                return self._finished(current, root, self._looked_through(current, root, seed))
+            if (through := passes or self._passes) is not None:
+                return self._finished(current, root, self._looked_through(current, through, seed))
             ends = [*(edge for _, several in self._starts for edge in several), *self._inputs, *self._leaves]
             if root.requires_grad and ends:
                 retain = not last or self._create_graph or self._defers
@@ -140,14 +161,12 @@ class GraphBackward(Recorder):
                     return self._finished(current, root, found)
             raise self._nothing_found(root)
         finally:
-            self._current, self._deferred = None, []  # what holds nodes must not outlive the pass
+            self._current, self._deferred = None, []  # What holds nodes must not outlive the pass.
 
-    def _looked_through(self, current: BackwardPass, root: Tensor, seed: Tensor | None) -> tuple[()]:
+    def _looked_through(self, current: BackwardPass, passes: GraphPass, seed: Tensor | None) -> tuple[()]:
         """A pass through somebody else's graph, in which nobody's hooks run; nothing is left for its end."""
         assert seed is not None
         gradient = seed
-        weights = GatheredWeights(throughout=self.table.sharded)
-        passes = GraphPass([root], self._uses_of_node, create_graph=self._create_graph, weights=weights)
         passes.run(lambda: [gradient.clone()], partial(self._arrived_at_node, current))
         if not passes.hidden.isdisjoint(self._uses_of_node):
             raise hidden("a parameter's use", self.n)

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from torch_secorder.arguments import Reduction
 from torch_secorder.autograd.precision import has_half_precision, is_half
 from torch_secorder.autograd.random_state import forked_random
 from torch_secorder.batch_axis.samples import BatchSamples
 from torch_secorder.errors import ArgumentError, ShapeError
-from torch_secorder.model.containers import is_continuous, mapped, shrunk, tensors
+from torch_secorder.model.containers import evenly_spaced, is_continuous, mapped, shrunk, tensors
 
 LossFunction = Callable[[Any, Any], Tensor]
 
 # What the loss of every sample given twice is, as a multiple of the loss.
-MULTIPLES = {"mean": 1.0, "sum": 2.0}
+MULTIPLES: dict[Reduction, float] = {"mean": 1.0, "sum": 2.0}
 
 # How near the multiple has to be: a sum over twice as many terms is rounded differently, in half precision by up to a per cent.
 NEAR, NEAR_IN_HALF_PRECISION = 1e-4, 2e-2
@@ -33,16 +36,17 @@ def reduction_of(
     targets: Any,
     loss: Tensor,
     where: BatchSamples,
-    expected: str | None = None,
-) -> str:
+    expected: Reduction | None = None,
+) -> Reduction:
     """Whether a loss averages or sums over the batch, found out by giving it samples twice.
 
     The first sample is given twice, and the whole batch. They must not contradict each other, as they do where a loss goes by the
-    places of samples; either may say nothing (zero, or NaN because its target is ignored). What was found out for this loss
-    before, and is ``expected``, only has to hold for the loss of one sample.
+    places of samples; either may say nothing (zero, or NaN because its target is ignored). Where both say nothing, as in a batch
+    whose hinges are all satisfied, the loss is given other outputs, too. What was found out for this loss before, and is
+    ``expected``, only has to hold for the loss of one sample, and does where nothing is said.
 
     Raises:
-        ArgumentError: if twice the samples give neither the loss nor twice the loss.
+        ArgumentError: if twice the samples give neither the loss nor twice the loss, or nothing says anything.
     """
     near = NEAR_IN_HALF_PRECISION if is_half(loss) else NEAR
     with torch.no_grad(), forked_random([loss]):
@@ -55,17 +59,44 @@ def reduction_of(
             near = NEAR_IN_HALF_PRECISION
         indices = ([0], list(range(where.n)))
         found = [_multiples(loss_fn, outputs, targets, where, index) for index in indices]
-    answers = [(multiple, reduction_of_multiples(multiple, change, near)) for multiple, change in found]
-    reductions = {answer for multiple, answer in answers if answer is not None or not math.isnan(multiple)}
+        reductions = _reductions(found, near)
+        if not reductions and expected is not None:
+            return expected
+        if not reductions and bool(loss.isfinite()):
+            reductions = _reductions_of_own_numbers(loss_fn, outputs, targets, where, near)
     if len(reductions) == 1 and (reduction := reductions.pop()) is not None:
         return reduction
     if not bool(loss.isfinite()) and not _has_finite_gradient(loss_fn, outputs, targets):
         return "mean"  # The batch is going to be refused with the names of the parameters that are hit.
+    if not reductions and bool(loss == 0):
+        raise ArgumentError(
+            "the loss is 0 for this batch, also with other outputs (is everything masked?), so that it doesn't show whether it "
+            "averages or sums: let another batch come first, or leave this one out"
+        )
     raise ArgumentError(
-        f"the loss neither averages nor sums over the batch: with the first sample given twice it is {found[0][0]:.6g} times as "
-        f"large as with that sample once, with all samples given twice {found[1][0]:.6g} times as large as with the batch, where "
-        "an average gives 1 and a sum 2 (a loss that compares samples with each other has no per-sample gradients)"
+        f"the loss neither averages nor sums over the batch: {_in_words(found[0][0])} as that of the first sample if that is "
+        f"given twice, and {_in_words(found[1][0])} as that of the batch if all samples are given twice, where an average gives "
+        "1 and a sum 2 (a loss that compares samples with each other has no per-sample gradients)"
     )
+
+
+def _reductions(found: Sequence[tuple[float, float]], near: float) -> set[Reduction | None]:
+    """What the multiples say that say anything, None for one that fits no reduction."""
+    answers = [(multiple, reduction_of_multiples(multiple, change, near)) for multiple, change in found]
+    return {answer for multiple, answer in answers if answer is not None or not math.isnan(multiple)}
+
+
+def _reductions_of_own_numbers(
+    loss_fn: LossFunction, outputs: Any, targets: Any, where: BatchSamples, near: float
+) -> set[Reduction | None]:
+    """The same for outputs that have nothing to do with the model's: probabilities, and numbers of both signs."""
+    for low, high in ((0.25, 0.75), (-3.0, 3.0)):
+        with suppress(ArgumentError):  # The loss takes no such numbers.
+            own = mapped(partial(evenly_spaced, low=low, high=high), outputs)
+            found = [_multiples(loss_fn, own, targets, where, list(range(where.n)))]
+            if reductions := _reductions(found, near):
+                return reductions
+    return set()
 
 
 def _require_a_target_for_each_output(loss_fn: LossFunction, outputs: Any, targets: Any) -> None:
@@ -92,7 +123,13 @@ def _require_a_target_for_each_output(loss_fn: LossFunction, outputs: Any, targe
         )
 
 
-def reduction_of_multiples(multiple: float, of_difference: float, near: float) -> str | None:
+def _in_words(multiple: float) -> str:
+    return (
+        "it can't be said how many times as large" if math.isnan(multiple) else f"it is {multiple:.6g} times as large"
+    )
+
+
+def reduction_of_multiples(multiple: float, of_difference: float, near: float) -> Reduction | None:
     """The reduction that both multiples agree with, as far as they are numbers; None without one."""
     for name, value in MULTIPLES.items():
         if not math.isnan(of_difference) and not abs(of_difference - value) < NEAR_FOR_DIFFERENCES:
@@ -123,10 +160,12 @@ def _losses(
     change: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[float, float]:
     """The loss of some samples given twice, and their loss; with other outputs, if a change of those is given."""
-    some, own = where.rows("outputs", outputs, index), where.rows("targets", targets, index)
-    some, few, twice = some if change is None else mapped(change, some), where.subset(index), [*range(len(index))] * 2
-    once = _number(loss_fn, some, own)
-    return _number(loss_fn, few.rows("outputs", some, twice), few.rows("targets", own, twice)), once
+    outputs = outputs if change is None else mapped(change, outputs)
+    twice, once = (
+        _number(loss_fn, where.rows("outputs", outputs, samples), where.rows("targets", targets, samples))
+        for samples in (index * 2, index)
+    )
+    return twice, once
 
 
 def _has_finite_gradient(loss_fn: LossFunction, outputs: Any, targets: Any) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_secorder.arguments import require_callable
+from torch_secorder.arguments import Reduction, require_loss
 from torch_secorder.batch_axis.placement import Placement
 from torch_secorder.batch_axis.samples import BatchSamples
 from torch_secorder.errors import ArgumentError
@@ -49,11 +49,7 @@ def loss_function(loss_fn: Any) -> LossFunction:
     """
     if isinstance(loss_fn, str) and loss_fn == "model":
         return own_loss
-    if isinstance(loss_fn, str):
-        raise ArgumentError(
-            f'loss_fn must be a module or a function of (outputs, targets), or "model" for its own loss, not {loss_fn!r:.60}'
-        )
-    require_callable("loss_fn", loss_fn)
+    require_loss(loss_fn, ', or "model" for the loss that the model computes itself')
     return loss_fn
 
 
@@ -81,7 +77,9 @@ def is_computed_inside(loss_fn: LossFunction, outputs: Any, targets: Any, where:
     return any(gradient is not None for gradient in found)
 
 
-def own_reduction(of_samples: Callable[[list[int]], Tensor], n: int, ranks: Ranks, *, half: bool, finite: bool) -> str:
+def own_reduction(
+    of_samples: Callable[[list[int]], Tensor], n: int, ranks: Ranks, *, half: bool, finite: bool
+) -> Reduction:
     """Whether the loss averages or sums over the batch, found out by running the model on rows [0] and [0, 0].
 
     Where the loss of the first sample says nothing (zero, or NaN because its labels are ignored), all samples are taken.

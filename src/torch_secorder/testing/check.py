@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from torch_secorder.approximations.batches import LabeledBatch, Layout
 from torch_secorder.approximations.fisher_report import fisher_results
+from torch_secorder.approximations.report_arguments import ReportArguments
+from torch_secorder.arguments import Loss, called_as
 from torch_secorder.autograd.random_state import forked_random, random_state
 from torch_secorder.errors import ArgumentError, VerificationError
 from torch_secorder.model.names import plain_name
@@ -19,10 +21,11 @@ from torch_secorder.model.parameters import unwrapped
 from torch_secorder.model.restore import eval_mode, restoring_buffers
 from torch_secorder.running.own_loss import loss_function
 from torch_secorder.tables import table
-from torch_secorder.testing.sample_loop import Loss, float64_copy, in_float64, loss_dtype, run, sample_gradients
+from torch_secorder.testing.sample_loop import float64_copy, in_float64, loss_dtype, run, sample_gradients
 
 if TYPE_CHECKING:
     import pandas as pd
+    from typing_extensions import Unpack
 
 # What "equal" means: |library - loop| <= relative * loop + of_total * (the sum over all parameters). The second term is for
 # gradients that are zero by symmetry, of which only rounding is left. Single precision has 24 bits and double precision 53; both
@@ -43,9 +46,11 @@ class _Numbers:
         return (self.traces - loop).abs() <= relative * loop.abs() + of_total * loop.sum()
 
 
-def check(
-    model: nn.Module, loss_fn: Loss | str, batch: Any, *, labels: str | None = None, **options: Any
-) -> pd.DataFrame:
+@called_as(
+    "check(model, loss_fn, batch), where batch is one pair (inputs, targets) or a mapping, and all other arguments by name",
+    ReportArguments.__annotations__,
+)
+def check(model: nn.Module, loss_fn: Loss, batch: Any, **options: Unpack[ReportArguments]) -> pd.DataFrame:
     """The Fisher traces of one batch by this library and by a plain float64 loop over its samples, side by side.
 
     The loop takes a forward and a backward pass for each sample, so a batch of eight or so is enough. Where the model draws
@@ -56,9 +61,8 @@ def check(
         loss_fn: from ``(outputs, targets)`` to a scalar that averages or sums over the batch; "model" for the loss that the model
             computes itself.
         batch: one batch as for :func:`~torch_secorder.fisher_report`: ``(inputs, targets)`` and what may follow, or a mapping.
-        labels: the entry of a mapping that has the targets, as there.
-        options: those of :func:`~torch_secorder.fisher_results`, such as ``parameters`` and ``batch_axis``. The loop needs
-            samples that an axis counts: not ``n_samples`` and ``sample_of``.
+        options: those of :func:`~torch_secorder.fisher_report`, such as ``labels``, ``parameters`` and ``batch_axis``. The loop
+            needs samples that an axis counts: not ``n_samples`` and ``sample_of``.
 
     Returns:
         A row for each parameter: ``library``, the trace that the library finds in the model's own precision; ``loop``, that
@@ -88,7 +92,7 @@ def check(
     if given := [name for name in ("n_samples", "sample_of") if options.get(name) is not None]:
         raise ArgumentError(f"the loop over samples takes samples that an axis counts, and no {given[0]}=")
     bare = unwrapped(model)
-    parts = Layout(bare, labels, labels_go_in=loss_fn == "model", ids=options.get("ids")).parts(batch)
+    parts = Layout(bare, options.get("labels"), labels_go_in=loss_fn == "model").parts(batch)
     random = _draws(bare, parts.inputs)
     with eval_mode(bare) if random else nullcontext():
         if random and _draws(bare, parts.inputs):
@@ -96,16 +100,16 @@ def check(
                 f"{type(bare).__name__} draws random numbers in eval mode too, which a loop over samples can't repeat: switch "
                 "them off for the check"
             )
-        rows, facts = _compared(bare, loss_fn, batch, parts, options | {"labels": labels})
+        rows, facts = _compared(bare, loss_fn, batch, parts, options | {"progress": False})
     facts |= {"mode": "eval" if random else "as it is", "equal": all(row["verdict"] != "different" for row in rows)}
     return table(rows, "parameter", **facts)
 
 
 def _compared(
-    model: nn.Module, loss_fn: Loss | str, batch: Any, parts: LabeledBatch, options: dict[str, Any]
+    model: nn.Module, loss_fn: Loss, batch: Any, parts: LabeledBatch, options: ReportArguments
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """The table's rows, and what holds for all of them."""
-    report = fisher_results(model, loss_fn, [batch], progress=False, **options).report()
+    report = fisher_results(model, loss_fn, [batch], **options).report()
     library = _Numbers(
         [str(name) for name in report.index],
         torch.tensor(list(report["fisher_trace"]), dtype=torch.float64, device="cpu"),
@@ -141,9 +145,9 @@ def _compared(
     ], {"reduction": reduction, "n_samples": n}
 
 
-def _in_float64_too(model: nn.Module, loss_fn: Loss | str, batch: Any, options: dict[str, Any]) -> _Numbers:
+def _in_float64_too(model: nn.Module, loss_fn: Loss, batch: Any, options: ReportArguments) -> _Numbers:
     """The library's traces of the float64 model."""
-    results = fisher_results(float64_copy(model), in_float64(loss_fn), [in_float64(batch)], progress=False, **options)
+    results = fisher_results(float64_copy(model), in_float64(loss_fn), [in_float64(batch)], **options)
     report = results.report()
     return _Numbers(
         [str(name) for name in report.index],

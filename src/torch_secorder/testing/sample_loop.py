@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
+from torch_secorder.arguments import Loss, Reduction, require_choice
 from torch_secorder.errors import ArgumentError
 from torch_secorder.model.containers import mapped, tensors
 from torch_secorder.model.names import plain_name
 from torch_secorder.model.parameters import unwrapped
+from torch_secorder.running.loss import LossFunction
 from torch_secorder.running.own_loss import loss_function
 from torch_secorder.testing.own_loss_loop import gradients_of_own_loss
-
-Loss = Callable[[Any, Any], Tensor]
 
 # How near the loss of every sample given twice has to be to once or twice the loss. In float64 only rounding is left.
 NEAR = 1e-6
@@ -25,12 +25,12 @@ NEAR = 1e-6
 
 def sample_gradients(
     model: nn.Module,
-    loss_fn: Loss | str,
+    loss_fn: Loss,
     inputs: Any,
     targets: Any,
     *,
     names: Sequence[str] | None = None,
-    reduction: str | None = None,
+    reduction: Reduction | None = None,
     batch_axis: int | Mapping[str, Any] = 0,
 ) -> dict[str, Tensor]:
     """The gradient of every sample's loss by a plain loop in float64: parameter name -> ``[n, *shape]``.
@@ -67,6 +67,7 @@ def sample_gradients(
         >>> found["weight"].shape
         torch.Size([8, 2, 3])
     """
+    require_choice("reduction", reduction, (None, *get_args(Reduction)))
     loop = _loop(model, loss_fn, inputs, targets, batch_axis)
     named = {plain_name(name): p for name, p in loop.model.named_parameters()}
     wanted = [name for name, p in named.items() if p.requires_grad] if names is None else list(names)
@@ -78,7 +79,7 @@ def sample_gradients(
 
 
 def loss_dtype(
-    model: nn.Module, loss_fn: Loss | str, inputs: Any, targets: Any, *, batch_axis: int | Mapping[str, Any] = 0
+    model: nn.Module, loss_fn: Loss, inputs: Any, targets: Any, *, batch_axis: int | Mapping[str, Any] = 0
 ) -> torch.dtype:
     """What the loop's loss is in: float64, but for models that compute their loss in float32 whatever they are in."""
     loop = _loop(model, loss_fn, inputs, targets, batch_axis)
@@ -113,7 +114,7 @@ def run(model: nn.Module, inputs: Any) -> Any:
 class _Loop:
     """A float64 model and its batch."""
 
-    def __init__(self, model: nn.Module, loss_fn: Loss, inputs: Any, targets: Any, axes: Mapping[str, int]):
+    def __init__(self, model: nn.Module, loss_fn: LossFunction, inputs: Any, targets: Any, axes: Mapping[str, int]):
         self.model, self.loss_fn, self.inputs, self.targets, self.axes = model, loss_fn, inputs, targets, axes
         axis = axes["inputs"]
         counted = [x.shape[axis] for x in tensors(inputs) if x.dim() > axis]
@@ -126,7 +127,7 @@ class _Loop:
             self.outputs = self._run(inputs)
 
     def loss_dtype(self) -> torch.dtype:
-        """That of the whole batch's loss."""
+        """The dtype of the whole batch's loss."""
         with torch.no_grad():
             return self._loss(self.outputs, self.targets).dtype
 
@@ -233,9 +234,7 @@ class _Loop:
             ) from error
 
 
-def _loop(
-    model: nn.Module, loss_fn: Loss | str, inputs: Any, targets: Any, batch_axis: int | Mapping[str, Any]
-) -> _Loop:
+def _loop(model: nn.Module, loss_fn: Loss, inputs: Any, targets: Any, batch_axis: int | Mapping[str, Any]) -> _Loop:
     """Model, loss and batch in float64."""
     loss = in_float64(loss_function(loss_fn))
     return _Loop(float64_copy(model), loss, in_float64(inputs), in_float64(targets), _axes(batch_axis))

@@ -59,7 +59,9 @@ class ExpectedNorms:
 def expected_norms(
     loss: Tensor, outputs: Sequence[tuple[Tensor, Placement]], n: int, table: Table
 ) -> list[ExpectedNorms]:
-    """Those of the first, the last and one sample of a loss, through the user's graph of the model's outputs, which is kept.
+    """What to expect of the first, the last and one more sample of a loss.
+
+    Their gradients are taken through the user's graph of the model's outputs, which is kept.
 
     Args:
         loss: the loss.

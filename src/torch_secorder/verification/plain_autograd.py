@@ -22,6 +22,7 @@ from torch_secorder.autograd.tensor_hooks import untouched
 from torch_secorder.batch_axis.placement import FIRST, Placement
 from torch_secorder.batch_axis.samples import rows_of
 from torch_secorder.errors import UnsupportedError
+from torch_secorder.graph.refusals import OPAQUE_FUNCTION
 from torch_secorder.model.ranks import full_tensor, is_dtensor
 from torch_secorder.per_sample import at_least_float32, squared_norm_of_rows
 
@@ -85,10 +86,9 @@ def squared_norms_of_sample(
     passes.run(lambda: [of_one_sample(gradient, sample, where) for gradient, where in located], arrive)
     if not passes.hidden.isdisjoint(positions):
         raise UnsupportedError(
-            "re-entrant or selective activation checkpointing (context_fn=), or a function whose backward calls modules, starts "
-            "a backward pass or keeps more than saved tensors, hides a part of the graph of these outputs from a look at one "
-            "sample: use torch.utils.checkpoint with use_reentrant=False and without context_fn, or a FisherMonitor around your "
-            "own backward"
+            f"re-entrant or selective activation checkpointing (context_fn=), or {OPAQUE_FUNCTION}, hides a part of the graph of "
+            "these outputs from a look at one sample: use torch.utils.checkpoint with use_reentrant=False and without "
+            "context_fn, or a FisherMonitor around your own backward"
         )
     return norms
 

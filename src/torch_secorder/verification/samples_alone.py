@@ -189,7 +189,7 @@ class SampleAlone:
         own = mapped(Tensor.detach, self._model(self._inputs))
         change = self._change_of_gradients(own)
         squared, _ = self.squared_norms_of(partial(_inner, change))
-        return 4 * (squared + 2 * (squared * alone).sqrt())  # d is itself an estimate
+        return 4 * (squared + 2 * (squared * alone).sqrt())  # Four times, since d is itself an estimate.
 
     def _rounding_of_gradients(self, alone: Tensor, half: bool) -> Tensor:
         """By how much the norms may differ because gradients are sums that cancel but for rounding.
@@ -201,7 +201,9 @@ class SampleAlone:
         tries = (
             self.squared_norms_of(partial(_times, factor, self._loss_in_batch))[0] / factor**2 for factor in (3, 5, 7)
         )
-        found = 4 * torch.stack([(squared - alone).abs() for squared in tries]).amax(0)  # three may miss the largest
+        found = 4 * torch.stack([(squared - alone).abs() for squared in tries]).amax(
+            0
+        )  # Three tries may miss the largest.
         return found.clamp(max=sample_alone(self.norms_in_batch.dtype, half).of_total * alone[alone.isfinite()].sum())
 
     def _change_of_gradients(self, own: Any) -> list[Tensor | None]:

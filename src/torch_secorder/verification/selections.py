@@ -60,7 +60,8 @@ def coupling_loss() -> VerificationError:
     return VerificationError(
         "the loss's gradient in one sample's outputs changes with the other samples' outputs: a loss that compares samples with "
         "each other (contrastive, load balancing, batch statistics) or selects among them (hard examples, trimmed means, "
-        "pairwise hinges) has no per-sample gradients"
+        "pairwise hinges) has no per-sample gradients; to hold a choice or weights of samples fixed, compute them before and "
+        "pass them with the targets (in a monitor's block, compute them from detached outputs)"
     )
 
 

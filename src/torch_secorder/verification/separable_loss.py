@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -12,12 +14,16 @@ from torch.nn.utils.rnn import pad_sequence
 from torch_secorder.batch_axis.placement import Placement
 from torch_secorder.batch_axis.samples import BatchSamples, rows_of
 from torch_secorder.errors import VerificationError
-from torch_secorder.model.containers import is_continuous, shrunk, tensors
+from torch_secorder.model.containers import evenly_spaced, is_continuous, shrunk, tensors
 from torch_secorder.verification.selections import coupling_loss, selects_among_samples
 from torch_secorder.verification.tolerances import ROUNDED_GRADIENT, SEPARABLE_LOSS
 
 # Of losses of more outputs than this a few samples are tried; of others as many ways to change the others as this allows.
 CHEAP = 2**22
+FAR = (
+    30.0,
+    -1e3,
+)  # how much larger the outputs of some samples are made: exponentials take the one, outliers need the other
 FEW = 3  # as many as it takes for a loss that compares each sample with two others
 
 
@@ -25,7 +31,8 @@ def require_separable(loss_fn: Callable[[Any, Any], Tensor], outputs: Any, targe
     """Raise if the loss's gradient in some samples' outputs depends on other samples' outputs.
 
     The outputs of half of the samples are changed, and the gradients in those of the other half have to stay. By the digits of
-    the samples' numbers each two samples are in different halves at least once, where that is cheap.
+    the samples' numbers each two samples are in different halves at least once, where that is cheap. In two of the halves they
+    are changed by much, too: a mask of the losses above the mean stays the same while only small ones change.
 
     Raises:
         VerificationError: if it does.
@@ -39,13 +46,40 @@ def require_separable(loss_fn: Callable[[Any, Any], Tensor], outputs: Any, targe
         where, n = where.subset(few), FEW
         size = sum(x.numel() for x in tensors(outputs))
     before = _gradients(loss_fn, outputs, targets, where, look_for_selections=True)
-    for changed in _halves(n)[: max(2, CHEAP // max(size, 1))]:
-        after = _gradients(loss_fn, _changed(outputs, changed, where), targets, where)
-        for here, there in zip(before, after, strict=True):
-            off, own = ((of_samples[~changed]).norm(dim=1) for of_samples in (here - there, here))
-            # What isn't finite agrees with nothing.
-            if not bool((own.isfinite() & (off <= SEPARABLE_LOSS * (own + ROUNDED_GRADIENT * own.max()))).all()):
-                raise coupling_loss()
+    halves = _halves(n)[: max(2, CHEAP // max(size, 1))]
+    for changed in halves:
+        _require_same(before, _gradients(loss_fn, _changed(outputs, changed, where), targets, where), ~changed)
+    for factor, changed in product(FAR, halves[:2]):
+        after = _far_gradients(loss_fn, outputs, targets, where, changed, factor)
+        if after is not None and len(after) == len(before):
+            _require_same(before, after, ~changed)
+
+
+def _far_gradients(
+    loss_fn: Callable[[Any, Any], Tensor],
+    outputs: Any,
+    targets: Any,
+    where: BatchSamples,
+    changed: Tensor,
+    factor: float,
+) -> list[Tensor] | None:
+    """The gradients with some samples' outputs far from all others, so that a choice by means or ranks becomes another one.
+
+    It is None if the loss takes no such outputs.
+    """
+    try:
+        found = _gradients(loss_fn, _changed(outputs, changed, where, partial(_far, factor=factor)), targets, where)
+    except Exception:
+        return None
+    return found if all(bool(g.isfinite().all()) for g in found) else None
+
+
+def _require_same(before: Sequence[Tensor], after: Sequence[Tensor], samples: Tensor) -> None:
+    """Raise unless these samples' gradients are the same; what isn't finite agrees with nothing."""
+    for here, there in zip(before, after, strict=True):
+        off, own = ((of_samples[samples]).norm(dim=1) for of_samples in (here - there, here))
+        if not bool((own.isfinite() & (off <= SEPARABLE_LOSS * (own + ROUNDED_GRADIENT * own.max()))).all()):
+            raise coupling_loss()
 
 
 def _halves(n: int) -> list[Tensor]:
@@ -57,19 +91,24 @@ def _halves(n: int) -> list[Tensor]:
     return [half for digit in digits for half in (digit, ~digit)]
 
 
-def _changed(outputs: Any, which: Tensor, where: BatchSamples) -> Any:
+def _far(x: Tensor, factor: float) -> Tensor:
+    """Numbers of another size, also where all are zero."""
+    return factor * (x + evenly_spaced(x, -1.0, 1.0))
+
+
+def _changed(outputs: Any, which: Tensor, where: BatchSamples, other: Callable[[Tensor], Tensor] = shrunk) -> Any:
     """The outputs with other values for some samples."""
 
     def change(x: Tensor, placement: Placement | None) -> Tensor:
         if placement is None or not is_continuous(x):
             return x
         if x.is_nested:
-            parts = zip(x.unbind(), shrunk(x).unbind(), which.tolist(), strict=True)
+            parts = zip(x.unbind(), other(x).unbind(), which.tolist(), strict=True)
             return torch.nested.as_nested_tensor(
-                [other if change else own for own, other, change in parts], layout=x.layout
+                [theirs if change else own for own, theirs, change in parts], layout=x.layout
             )
         # Rows of other samples are values of the same kind, too, and rank otherwise.
-        return torch.where(rows_of(which, x, placement), shrunk(x.roll(1, placement.axis) if x.dim() else x), x)
+        return torch.where(rows_of(which, x, placement), other(x.roll(1, placement.axis) if x.dim() else x), x)
 
     return where.mapped(change, "outputs", outputs)
 

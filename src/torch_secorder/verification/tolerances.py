@@ -86,9 +86,3 @@ def gradient_sum(dtype: torch.dtype, device_type: str, half: bool) -> float:
     if half:
         return _GRADIENT_SUMS_IN_HALF_PRECISION
     return _GRADIENT_SUMS.get((dtype, device_type), _GRADIENT_SUMS_ELSEWHERE)
-
-
-# Gradients of a squared error with one target for all samples are on a line but for the rounding of sums by halves, in units of
-# the largest gradient. A logistic loss of outputs near zero is nearly on a line, too: below this slope they can't be told apart.
-ROUNDING_OF_A_LINE = 16
-SMALLEST_SLOPE = 0.02

@@ -19,7 +19,7 @@ from torch_secorder.recording.quantities.quantity import Part, Quantity
 
 
 class DiagonalPart(Part):
-    """Of one backward pass, for each position in the parameter table, ``sum_n G_n ** 2``; factored where that is possible.
+    """``sum_n G_n ** 2`` of one backward pass for each position in the parameter table, factored where that is possible.
 
     Args:
         sums: position -> the sum, in several parts.
@@ -34,13 +34,25 @@ class DiagonalPart(Part):
     ):
         self.sums = {} if sums is None else sums
         self._channels = channels
+        self._by_sample: dict[int, Tensor] = {}
+
+    def squared_norms(self, position: int, form: PerSampleGradient) -> Tensor | None:
+        channels = None if self._channels is None else self._channels.get(position)
+        if channels is None or not form.shares_norms_with(channels):
+            return None
+        both = halving_on_oom(form, lambda part: part.sample_channel_squares(channels), lambda a, b: torch.cat([a, b]))
+        self._by_sample[position] = both.detach()
+        return both.sum(1)
 
     def on_form(self, position: int, form: PerSampleGradient, squared_norms: Tensor) -> None:
         if self._channels is not None and position not in self._channels:
             return
         channels = None if self._channels is None else self._channels[position]
         finite = squared_norms.isfinite()
-        if bool(finite.any()):
+        if (by_sample := self._by_sample.pop(position, None)) is not None:
+            sums = by_sample.where(finite[:, None], 0).sum(0)
+            self.sums.setdefault(position, []).append(SquareSum(sums, tuple(sums.shape)))
+        elif bool(finite.any()):
             form = form if bool(finite.all()) else form.select(finite.nonzero().squeeze(1))
             square_sum = partial(SquareSum.of, channels=channels)
             new = halving_on_oom(form, square_sum, lambda a, b: SquareSum.summed([a, b]))
@@ -162,11 +174,15 @@ class Diagonal(Quantity):
             self._sums = [mine.plus(theirs) for mine, theirs in pairs]
 
     def scaled(self, factor: float) -> dict[str, Tensor]:
-        """Parameter name -> the sum times a factor, in the parameter's shape or by channels."""
-        found = zip(self.names, self.totals, self.shapes, strict=True)
+        """Parameter name -> the sum times a factor, in the parameter's shape or by channels.
+
+        Zeros for what no pass has reached are of the dtype and on the device of the first parameter that one has.
+        """
+        totals = self.totals
+        like = next((total for total in totals if total.dim()), None)
         return {
-            name: (factor * total).expand(self._shape(name, shape)).contiguous()
-            for name, total, shape in found
+            name: _like(factor * total, like).expand(self._shape(name, shape)).contiguous()
+            for name, total, shape in zip(self.names, totals, self.shapes, strict=True)
             if is_kept(self._layout, name)
         }
 
@@ -185,6 +201,12 @@ class Diagonal(Quantity):
         before = [None if settled is None else value.clone() for value in settled or recent]
         # Nobody has counted the passes, which are as many as there may be.
         self._sums = [_Sum(r.clone(), PASSES_IN_SINGLE, s) for r, s in zip(recent, before, strict=True)]
+
+
+def _like(total: Tensor, other: Tensor | None) -> Tensor:
+    """A total, which takes another's dtype and device if it is a single zero."""
+    is_nothing = other is not None and not total.dim() and not bool(total)
+    return total.to(other) if is_nothing and other is not None else total
 
 
 def _zero() -> Tensor:

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
+from typing import get_args
 
 from torch import nn
 
-from torch_secorder.arguments import require_choice
+from torch_secorder.arguments import DiagonalLayout, DiagonalSums, require_choice
 from torch_secorder.errors import ArgumentError
 from torch_secorder.model.channels import ChannelSums, channel_sums
 from torch_secorder.model.parameters import Table, named_modules
-
-KINDS = ("full", "rows", "columns")
 
 # True for every entry of all parameters. Else parameter name -> nothing, for every entry, or the axis and the groups of its
 # :class:`~torch_secorder.model.channels.ChannelSums`, in whole numbers that a file can hold; others are left out.
 Layout = bool | Mapping[str, Sequence[int]]
 
 
-def layout_of(diagonal: bool | Mapping[str, str], model: nn.Module, table: Table) -> bool | dict[str, list[int]]:
+def layout_of(diagonal: DiagonalLayout, model: nn.Module, table: Table) -> bool | dict[str, list[int]]:
     """What an argument ``diagonal=`` asks for, from patterns of names to "full", "rows" or "columns".
 
     Of several patterns that a name matches the last one counts.
@@ -36,7 +35,7 @@ def layout_of(diagonal: bool | Mapping[str, str], model: nn.Module, table: Table
         )
     chosen: dict[str, str] = {}
     for pattern, kind in diagonal.items():
-        require_choice(f"diagonal[{pattern!r}]", kind, KINDS)
+        require_choice(f"diagonal[{pattern!r}]", kind, get_args(DiagonalSums))
         found = [name for name in table.names if fnmatchcase(name, str(pattern))]
         if not found:
             raise ArgumentError(

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from torch_secorder.capture.records import Record
 from torch_secorder.errors import CurvatureError, ShapeError
 from torch_secorder.recording.quantities.quantity import Part, Quantity
 
-OnOutput = Callable[[str, Tensor, Tensor], None]
+OnOutput = Callable[[nn.Module, Tensor, Tensor], None]
 
 
 class OutputCallsPart(Part):
-    """Of one backward pass, the calls."""
+    """The calls of the user's function in one backward pass."""
 
     def __init__(self, function: OnOutput):
         self._function = function
@@ -32,7 +32,7 @@ class OutputCallsPart(Part):
             output = record.kept.output
         except CurvatureError as error:
             raise type(error)(f"{record.site}: {error}") from error
-        self._function(record.site.name, output.movedim(axis, 0) if axis else output, grad)
+        self._function(record.site.module, output.movedim(axis, 0) if axis else output, grad)
 
 
 def _require_one_axis(record: Record, n: int) -> None:
@@ -46,7 +46,7 @@ def _require_one_axis(record: Record, n: int) -> None:
 
 
 class OutputCalls(Quantity):
-    """Has nothing to add, merge or save."""
+    """The quantity of a function of the user's, which has nothing to add, merge or save."""
 
     name: ClassVar[str] = "on_output"
     watches_outputs: ClassVar[bool] = True

@@ -35,7 +35,7 @@ Calls = dict[HookedModule, list[OutputNorms]]
 
 
 class OutputTracesPart(Part):
-    """Of one backward pass, every call of each watched module."""
+    """Every call of each watched module in one backward pass."""
 
     def __init__(self, calls: Calls | None = None):
         self.calls: Calls = {} if calls is None else calls

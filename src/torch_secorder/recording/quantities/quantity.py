@@ -18,6 +18,13 @@ if TYPE_CHECKING:
 class Part:
     """What one backward pass adds to a quantity, in the units of that pass. This one takes nothing."""
 
+    def squared_norms(self, position: int, form: PerSampleGradient) -> Tensor | None:
+        """The squared norms of a parameter's gradients, ``[n]``, if this part computes something that gives them anyway.
+
+        :meth:`on_form` is called next, with these norms. None leaves them to the gradients' own way.
+        """
+        return None
+
     def on_form(self, position: int, form: PerSampleGradient, squared_norms: Tensor) -> None:
         """A parameter's gradients for all samples of a batch, and their squared norms, ``[n]``."""
 

@@ -1,0 +1,57 @@
+"""Whether a backward pass computes the gradients of all analyzed parameters that its loss depends on.
+
+One that is asked for some of them only (``backward(inputs=...)``, ``torch.autograd.grad``) stops where nothing leads to these. It
+reaches other parameters in a part of their uses, or not at all, so that their numbers would be too small.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from torch.autograd.graph import Node
+
+from torch_secorder.autograd.engine import computes_gradient_of
+from torch_secorder.batch_axis.knowledge import KindSchedule
+from torch_secorder.errors import CoverageError
+from torch_secorder.recording.passes import below
+
+SHOWN = 8  # parameters in an error's text
+
+
+class WholePasses:
+    """Looks at the passes that left some parameters without a gradient.
+
+    Args:
+        names: of all parameters.
+        leaves: the nodes that accumulate the gradients of those analyzed parameters that have one -> their positions.
+    """
+
+    def __init__(self, names: Sequence[str], leaves: Mapping[Node, int]):
+        self._names, self._leaves = names, leaves
+        self._schedule = KindSchedule()  # of graphs in which the same parameters got a gradient
+
+    def refusal(self, fingerprint: int, roots: Sequence[Node], positions: Sequence[int]) -> CoverageError | None:
+        """Why a pass that left some parameters without a gradient can't be counted, asked at its end; None if it can.
+
+        Args:
+            fingerprint: of its graph.
+            roots: the nodes of the model's outputs that it came through.
+            positions: the parameters that got a gradient.
+        """
+        if not self._schedule.due(hash((fingerprint, tuple(sorted(positions))))):
+            return None
+        missed = sorted(set(self._missed(roots)))
+        if not missed:
+            return None
+        names = ", ".join([*(self._names[position] for position in missed[:SHOWN]), *["..."][: len(missed) > SHOWN]])
+        return CoverageError(
+            f"the backward pass computes no gradient of {names}, on which the loss depends (it was asked for those of some "
+            "parameters, by backward(inputs=...) or torch.autograd.grad): make a monitor with parameters= the names of those "
+            "that it computes, or differentiate the loss for all of them; the batch is left out"
+        )
+
+    def _missed(self, roots: Sequence[Node]) -> Iterator[int]:
+        for root in roots:
+            for node in below(root):
+                if node in self._leaves and not computes_gradient_of(node):
+                    yield self._leaves[node]
