@@ -200,7 +200,7 @@ def test_samples_that_are_not_finite_are_in_no_sum(case: str, kind: str) -> None
 
 def test_they_take_the_place_of_the_norms_where_both_need_the_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     """One product for both: that of the norms is not made at all."""
-    monkeypatch.setattr("torch_secorder.recording.accumulator.squared_norms_of", None)
+    monkeypatch.setattr("torch_secorder.recording.parameter_norms.squared_norms_of", None)
     for case in ("many positions", "large maps"):
         make, data = CASES[case]
         model, x = make().double(), data().double()
