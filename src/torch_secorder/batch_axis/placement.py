@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -38,14 +39,27 @@ class Grouping:
         if self.sample_index is None:
             blocks = self.layout is Layout.BLOCKS
             return value.unflatten(0, (self.n, -1)) if blocks else value.unflatten(0, (-1, self.n)).transpose(0, 1)
+        order, most, places = self._listed
+        if places is None:
+            return value[order].unflatten(0, (self.n, most))
+        return value.new_zeros(self.n, most, *value.shape[1:]).index_put(places, value[order])
+
+    @cached_property
+    def _listed(self) -> tuple[Tensor, int, tuple[Tensor, Tensor] | None]:
+        """The rows sample by sample, and how many the largest sample has.
+
+        Where samples have different numbers of rows, each row's sample and its place among that sample's rows come with them.
+        Another device than the host makes it wait for this, so that it is kept with a list that is remembered.
+        """
+        assert self.sample_index is not None
         counts = torch.bincount(self.sample_index, minlength=self.n)
         order = self.sample_index.argsort(stable=True)
-        most = int(counts.max())
-        if bool((counts == most).all()):
-            return value[order].unflatten(0, (self.n, most))
+        fewest, most = torch.stack(counts.aminmax()).tolist()
+        if fewest == most:
+            return order, most, None
         sample = self.sample_index[order]
         place = torch.arange(len(sample), device=sample.device) - (counts.cumsum(0) - counts)[sample]
-        return value.new_zeros(self.n, most, *value.shape[1:]).index_put((sample, place), value[order])
+        return order, most, (sample, place)
 
     def sums(self, value: Tensor) -> Tensor:
         """``[rows, ...]`` -> ``[n, ...]``, the sums over each sample's rows."""
@@ -67,6 +81,9 @@ class Placement:
     axis: int = 0
     layout: Layout = Layout.ONE_EACH
     sample_index: Tensor | None = None
+    _groupings: dict[tuple[int, torch.device], Grouping] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def fits(self, shape: Sequence[int], n: int) -> bool:
         """Whether a tensor of this shape may have its n samples placed in this way."""
@@ -84,7 +101,10 @@ class Placement:
         """Which indices belong to each of n samples; None if index n is sample n."""
         if self.layout is Layout.ONE_EACH:
             return None
-        return Grouping(n, self.layout, None if self.sample_index is None else self.sample_index.to(device))
+        if (known := self._groupings.get((n, device))) is None:
+            index = None if self.sample_index is None else self.sample_index.to(device)
+            known = self._groupings[n, device] = Grouping(n, self.layout, index)
+        return known
 
     def sample_of_index(self, size: int, n: int, device: torch.device) -> Tensor | None:
         """The sample of each index, ``[size]``; None if index n is sample n."""
