@@ -238,7 +238,7 @@ def evidence(
     if not all(_slice_contradicts(plain, found, n, marks_per_pass, axis) for axis in plain.slices):
         return None
     explain = partial(_explains, plain, found, n, marks_per_pass)
-    possible = (placement for placement in _candidates(plain.shape, n) if placement.axis in plain.axes)
+    possible = (placement for placement in candidates(plain.shape, n) if placement.axis in plain.axes)
     if fitting := [placement for placement in possible if explain(placement)]:
         proven = len(fitting) == 1 and _shows_every_sample(plain, fitting[0], n)
         return Finding(fitting[0], proven, tuple(fitting[1:]))
@@ -255,7 +255,7 @@ def evidence(
     return Finding(listed, proven=bool((size > SPEAKS * size.max()).all()))
 
 
-def _candidates(shape: Sequence[int], n: int) -> Iterator[Placement]:
+def candidates(shape: Sequence[int], n: int) -> Iterator[Placement]:
     """The placements that a shape allows, but for lists: first the axes with an index for each sample, from the first one on."""
     yield from (Placement(axis) if axis else FIRST for axis, size in enumerate(shape) if size == n)
     for axis, size in enumerate(shape):

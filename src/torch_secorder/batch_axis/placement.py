@@ -92,6 +92,15 @@ class Placement:
             return size == len(self.sample_index)
         return size == n if self.layout is Layout.ONE_EACH else size > 0 and size % n == 0
 
+    def agrees(self, other: Placement, shape: Sequence[int], n: int) -> bool:
+        """Whether both say the same of a tensor of this shape."""
+        if self.axis != other.axis:
+            return False
+        host = torch.device("cpu")
+        lists = [one.sample_of_index(shape[one.axis], n, host) for one in (self, other)]
+        own, others = (torch.arange(n, device=host) if found is None else found for found in lists)
+        return torch.equal(own, others)
+
     @property
     def is_one_sample(self) -> bool:
         """Whether all of the tensor belongs to one sample, as where a module is called for each sample in turn."""

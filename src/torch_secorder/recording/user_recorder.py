@@ -407,7 +407,7 @@ class UserRecorder(Recorder):
 
     def _open(self, task: int) -> BackwardPass:
         # Beside the watched calls, a pass may reach calls of compiled code, which no hook has seen; the sums show it.
-        checks = self._checks_next(self._audit.fingerprint) or self._watched.are_counted
+        checks = self._checks_next(self._audit.kind) or self._watched.are_counted
         # Through a graph that is kept, the pass may be made again, should an exception break it off.
         current = self._begin(task, keep_inputs=self.counts_again or keeps_graph(), checks=checks)
         current.special = current.special or torch.is_grad_enabled()  # Autograd would follow our sums.
