@@ -12,7 +12,9 @@ The files, one verb each:
 * ``samples`` takes arguments, outputs and targets apart by samples;
 * ``placement`` says where a tensor has its samples: on which axis, and how they lie along it;
 * ``evidence`` reads the placement from gradients that came back plain and marked;
+* ``labels`` says of each entry of a gradient whose outputs it is computed from, and ``label_rules`` what nodes do with labels;
+* ``derivation`` follows them through a graph whose order is new, and reads the placement from them;
 * ``search_pass`` lets such gradients flow through the user's graph, in which no hook runs;
 * ``knowledge`` remembers, for each model and each kind of graph, what was found, and when to look again;
-* ``search`` decides what to ask: what is known, a batch of three samples, or else a pass through the whole graph.
+* ``search`` decides what to ask: what is known, what nodes saved, a batch of three samples, or a pass through the whole graph.
 """
