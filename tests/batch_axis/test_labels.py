@@ -109,6 +109,7 @@ FUNCTIONS: dict[str, Function] = {
     "max over samples": lambda x: x.max(0)[0],
     "kthvalue": lambda x: x.kthvalue(2, 1)[0].median(1)[0],
     "softmax": lambda x: x.softmax(-1).log_softmax(1),
+    "safe softmax": lambda x: aten._safe_softmax(x, -1),
     "softmax over samples": lambda x: x.softmax(0),
     "cumulative": lambda x: x.cumsum(1).cumprod(2).cummax(1)[0].cummin(1)[0].logcumsumexp(2),
     "cumulative over samples": lambda x: x.cumsum(0),
@@ -291,7 +292,9 @@ def _exact(x: Tensor, y: Tensor) -> bool:
 
 def test_every_rule_is_met() -> None:
     met = {node.name() for name in FUNCTIONS for node in reached_nodes(drawn(FUNCTIONS[name])[1])}
-    there = {kind for kind in label_rules._RULES if hasattr(torch._C._functions, kind)}
+    there = {kind for kind in label_rules._RULES if hasattr(torch._C._functions, kind)} - {
+        "FusedRmsNormBackward0"
+    }  # on GPUs
     assert not there - met, sorted(there - met)
 
 

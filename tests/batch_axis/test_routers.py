@@ -99,7 +99,7 @@ def with_capacity(self: Any, tokens: Tensor) -> Tensor:
     place = ((taken.cumsum(0) - 1) * taken).sum(1)
     kept = place < CAPACITY
     slot = (chosen * CAPACITY + place)[kept]
-    places = torch.zeros(EXPERTS * CAPACITY, WIDTH, dtype=tokens.dtype).index_copy(0, slot, tokens[kept])
+    places = tokens.new_zeros(EXPERTS * CAPACITY, WIDTH).index_copy(0, slot, tokens[kept])
     made = places.view(EXPERTS, CAPACITY, WIDTH).bmm(self.up).tanh().flatten(0, 1)
     out = torch.zeros_like(tokens)
     out[kept] = made[slot] * weights[kept, None]

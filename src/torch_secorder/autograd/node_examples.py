@@ -364,3 +364,8 @@ def _vector_norm() -> Example:
 @_example("LogsumexpBackward0")
 def _logsumexp() -> Example:
     return numbers(3, 4).logsumexp(1), {"axes": (1,)}
+
+
+@_example("SafeSoftmaxBackward0")
+def _safe_softmax() -> Example:
+    return torch.ops.aten._safe_softmax(numbers(3, 4), 1), {"axis": 1}

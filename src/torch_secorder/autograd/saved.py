@@ -46,6 +46,7 @@ ATTRIBUTES: dict[str, dict[str, str]] = {
         "mean": "_saved_result1",
         "scale": "_saved_result2",
     },
+    "FusedRmsNormBackward0": {"shape": "_saved_normalized_shape"},
     "NativeGroupNormBackward0": {
         "input": "_saved_input",
         "groups": "_saved_group",
@@ -120,6 +121,7 @@ ATTRIBUTES: dict[str, dict[str, str]] = {
     "LogsumexpBackward0": _AXES,
     "SoftmaxBackward0": _AXIS,
     "LogSoftmaxBackward0": _AXIS,
+    "SafeSoftmaxBackward0": _AXIS,
     "CatBackward0": _AXIS,
     "StackBackward0": _AXIS,
     "CumsumBackward0": _AXIS,

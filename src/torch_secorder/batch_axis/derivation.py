@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
+from torch_secorder.autograd.double_precision import together_on_host
 from torch_secorder.autograd.graph_pass import Route
 from torch_secorder.autograd.nodes import Edge, has_packed_tensors, is_python_function, output_shapes
 from torch_secorder.batch_axis.evidence import Finding, Unplaced, candidates
-from torch_secorder.batch_axis.label_rules import At, labels_of_inputs, reads_tensors
+from torch_secorder.batch_axis.label_rules import At, indices_of, labels_of_inputs, reads_tensors
 from torch_secorder.batch_axis.labels import NOBODY, SEVERAL, Labels, joined, joined_along, reshaped
 from torch_secorder.batch_axis.placement import Layout, Placement
 from torch_secorder.batch_axis.search_pass import Viewed
@@ -61,12 +62,13 @@ class Derivation:
         if route.hidden or any(map(_hides, route.order)):
             return None
         shapes = dict(zip(route.order, map(_shapes, route.order), strict=True))
+        indices = _indices_on_host(route.order)
         for node in route.order:
             labels = [found.get((node, nr)) for nr in range(len(shapes[node]))]
             if not node.next_functions or all(one is None for one in labels):
                 continue
             inputs = [shapes[child][nr] if child in shapes else None for child, nr in node.next_functions]
-            at = At(node, labels, shapes[node], inputs)
+            at = At(node, labels, shapes[node], inputs, indices.get(node, ()))
             for (child, nr), own in zip(node.next_functions, labels_of_inputs(at), strict=True):
                 if child is not None and own is not None:
                     found[child, nr] = joined(found.get((child, nr)), own)
@@ -118,6 +120,29 @@ def _of_output(x: Tensor, where: Placement, n: int) -> Labels:
 def _shapes(node: Node) -> tuple[tuple[int, ...], ...]:
     variable = getattr(node, "variable", None)
     return output_shapes([node]) if variable is None else (tuple(variable.shape),)
+
+
+def _indices_on_host(nodes: Iterable[Node]) -> dict[Node, list[Tensor | None]]:
+    """The indices that nodes saved; those on a device go to the host in one copy, so that it waits once."""
+    found = {node: list(own) for node in nodes if (own := indices_of(node)) is not None}
+    away = [
+        (several, place, x)
+        for several in found.values()
+        for place, x in enumerate(several)
+        if x is not None and x.device.type != "cpu"
+    ]
+    # Indices are exact in float64, and an index that is the same for all features is copied once.
+    copies = together_on_host([_without_repetitions(x) for *_, x in away])
+    for (several, place, x), copy in zip(away, copies, strict=True):
+        several[place] = copy.to(x.dtype).expand(x.shape)
+    return found
+
+
+def _without_repetitions(x: Tensor) -> Tensor:
+    for axis, (size, stride) in enumerate(zip(x.shape, x.stride(), strict=True)):
+        if size and not stride:
+            x = x.narrow(axis, 0, 1)
+    return x
 
 
 def _hides(node: Node) -> bool:

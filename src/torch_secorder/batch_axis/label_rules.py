@@ -43,12 +43,14 @@ class At:
         labels: of its outputs' gradients; None for those that nothing arrives at.
         shapes: of its outputs.
         inputs: the shapes of its inputs; None for those that need no gradient.
+        indices: on the host, what :func:`indices_of` has of it; None for an axis that it takes whole.
     """
 
     node: Any
     labels: Sequence[Labels | None]
     shapes: Sequence[Shape]
     inputs: Sequence[Shape | None]
+    indices: Sequence[Tensor | None] = ()
 
     @property
     def first(self) -> Labels:
@@ -82,10 +84,22 @@ def _backward(names: str, versions: Sequence[int] = (0, 1, 2)) -> list[str]:
     return [f"{name}Backward{version}" for name in names.split() for version in versions]
 
 
+def indices_of(node: Node) -> Sequence[Tensor | None] | None:
+    """The tensors that a node saved and that its rule reads: indices; None if it reads none."""
+    kind = node.name()
+    _, reads = _RULES.get(kind, (None, ()))
+    if "indices" in reads and knows(kind, "indices"):
+        return tuple(saved(node, "indices"))
+    if "index" in reads and knows(kind, "index"):
+        found = saved(node, "index")
+        return (found,) if isinstance(found, Tensor) else None
+    return None
+
+
 def reads_tensors(node: Node) -> bool:
-    """Whether the rule of a node reads tensors that it saved."""
+    """Whether a node's rule may read tensors that it saved."""
     _, reads = _RULES.get(node.name(), (None, ()))
-    return "index" in reads or "indices" in reads
+    return not {"index", "indices"}.isdisjoint(reads)
 
 
 def labels_of_inputs(at: At) -> list[Labels | None]:
@@ -188,7 +202,8 @@ def _chosen(at: At) -> Answer | None:
 
 
 @_rule(
-    *_backward("Softmax LogSoftmax Cumsum Cumprod Cummax Cummin Logcumsumexp Sort Topk Gather", [0]), reads=("axis",)
+    *_backward("Softmax LogSoftmax SafeSoftmax Cumsum Cumprod Cummax Cummin Logcumsumexp Sort Topk Gather", [0]),
+    reads=("axis",),
 )
 def _along_axis(at: At) -> Answer | None:
     return [joined_along(at.first, [at.axis(at.shapes[0])])] if at.shapes[0] else None
@@ -198,12 +213,13 @@ def _along_axis(at: At) -> Answer | None:
 def _picked_along_axis(at: At) -> Answer | None:
     if not (shape := at.inputs[0]):
         return None
-    axis, index = at.axis(shape), saved(at.node, "index").detach()
+    (index,), axis = at.indices, at.axis(shape)
+    assert index is not None
     if at.first.shape[axis] == 1 and differ(at.first):
         return [at.first]  # of fewer indices along other axes it fits no input
     if any(index.shape[other] != size for other, size in enumerate(shape) if other != axis):
         return None
-    return [scattered_along(at.first, axis, _narrowed(index, at.first, axis).cpu().numpy(), shape[axis])]
+    return [scattered_along(at.first, axis, _narrowed(index, at.first, axis).numpy(), shape[axis])]
 
 
 def _narrowed(index: Tensor, labels: Labels, axis: int) -> Tensor:
@@ -309,7 +325,7 @@ def _entry_numbers(indices: Sequence[Tensor | None], shape: Shape) -> tuple[int,
         if index is None:
             place += 1
             continue
-        found = index.detach().cpu().numpy()
+        found = index.numpy()
         several = found.nonzero() if found.dtype in (np.bool_, np.uint8) else [found]
         arrays += several
         axes += range(place, place + len(several))
@@ -323,14 +339,16 @@ def _entry_numbers(indices: Sequence[Tensor | None], shape: Shape) -> tuple[int,
 
 @_rule("IndexBackward0", reads=("indices",))
 def _index(at: At) -> Answer | None:
-    return _taken(at, saved(at.node, "indices"))
+    return _taken(at, at.indices)
 
 
 @_rule("IndexSelectBackward0", reads=("axis", "index"))
 def _index_select(at: At) -> Answer | None:
     if not (shape := at.inputs[0]):
         return None
-    return _taken(at, [*[None] * at.axis(shape), saved(at.node, "index").reshape(-1)])
+    (index,) = at.indices
+    assert index is not None
+    return _taken(at, [*[None] * at.axis(shape), index.reshape(-1)])
 
 
 def _taken(at: At, indices: Sequence[Tensor | None]) -> Answer | None:
@@ -345,8 +363,8 @@ def _taken(at: At, indices: Sequence[Tensor | None]) -> Answer | None:
 
 @_rule("IndexPutBackward0", reads=("indices",))
 def _index_put(at: At) -> Answer | None:
-    indices, shape = saved(at.node, "indices"), at.shapes[0]
-    if 0 in shape or (entries := _entry_numbers(indices, shape)) is None:
+    shape = at.shapes[0]
+    if 0 in shape or (entries := _entry_numbers(at.indices, shape)) is None:
         return None
     axis, numbers, sizes = entries
     own = at.first.shape[axis : axis + len(sizes)]
@@ -364,14 +382,17 @@ def _added_rows(at: At) -> Answer | None:
     axis = at.axis(at.shapes[0])
     if at.first.shape[axis] == 1:
         return [at.first, at.first]
-    return [at.first, at.first.take(saved(at.node, "index").detach().cpu().numpy().reshape(-1), axis)]
+    (index,) = at.indices
+    assert index is not None
+    return [at.first, at.first.take(index.numpy().reshape(-1), axis)]
 
 
 @_rule(*_backward("Scatter ScatterAdd", [0]), reads=("axis", "index"))
 def _scatter(at: At) -> Answer | None:
     if not at.shapes[0]:
         return None
-    axis, index = at.axis(at.shapes[0]), saved(at.node, "index").detach()
+    (index,), axis = at.indices, at.axis(at.shapes[0])
+    assert index is not None
     others = [other for other in range(index.dim()) if other != axis]
     if at.first.shape[axis] == 1:
         alike = all(index.shape[other] == at.shapes[0][other] for other in others)
@@ -379,7 +400,7 @@ def _scatter(at: At) -> Answer | None:
     if any(at.first.shape[other] != 1 for other in others):
         return [at.first, None]
     row = at.first.reshape(-1)
-    return [at.first, row[_narrowed(index, at.first, axis).cpu().numpy()]]
+    return [at.first, row[_narrowed(index, at.first, axis).numpy()]]
 
 
 # ------------------------------------------------------------------------------------------------ products and layers
@@ -418,7 +439,7 @@ def _first_axis(at: At, count: int) -> Answer:
     return [found if index < count and keep[index] else None for index in range(len(at.inputs))]
 
 
-@_rule("NativeLayerNormBackward0", reads=("shape",))
+@_rule("NativeLayerNormBackward0", "FusedRmsNormBackward0", reads=("shape",))
 def _layer_norm(at: At) -> Answer:
     own = len(saved(at.node, "shape"))
     return [joined_along(at.first, range(at.first.ndim - own, at.first.ndim)), *[None] * len(at.inputs[1:])]
