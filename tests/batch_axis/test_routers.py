@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import pretend
 from torch_secorder import FisherMonitor
 from torch_secorder.batch_axis.derivation import Derivation
 from torch_secorder.batch_axis.evidence import Finding
@@ -172,6 +173,29 @@ def require_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         torch.testing.assert_close(
             found[name], values, rtol=1e-10, atol=1e-20, msg=lambda text, name=name: f"{name}: {text}"
         )
+
+
+# What the routers themselves wait for, on a device.
+OWN_WAITS = {eager: 6, in_order_of_experts: 4, back_by_an_index: 4, with_capacity: 14, by_scatter: 0}
+
+
+@pytest.mark.parametrize("route", OWN_WAITS, ids=lambda route: route.__name__)
+def test_on_a_device_the_host_waits_for_the_indices_and_for_the_end(route: Callable[..., Tensor]) -> None:
+    pretend.register()
+    model = made(route)
+    expected = by_a_loop(model)
+    pretend.moved(model)
+    waits = []
+    with FisherMonitor(model, per_sample=True) as monitor:
+        for step in range(1, STEPS + 1):
+            x = pretend.moved(batch(step))
+            with pretend.counting() as counts:
+                losses_of(model, x).mean().backward()
+            waits.append(counts.waits.total())
+    table = monitor.per_sample
+    require_same({name: torch.from_numpy(table[name].to_numpy(copy=True)) for name in table}, expected)
+    steady = [count for step, count in enumerate(waits, start=1) if step not in LOOKED_AT]
+    assert steady == [OWN_WAITS[route] + 2] * len(steady)
 
 
 @pytest.mark.parametrize("route", ROUTES, ids=lambda route: route.__name__)

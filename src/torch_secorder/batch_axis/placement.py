@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -28,11 +28,13 @@ class Grouping:
         n: how many samples.
         layout: how the rows of the samples lie: in blocks, interleaved or by a list.
         sample_index: for the list, the sample of each row.
+        on_host: the same list on the host, if it was made there, so that nobody waits to read it.
     """
 
     n: int
     layout: Layout
     sample_index: Tensor | None = None
+    on_host: Tensor | None = None
 
     def rows(self, value: Tensor) -> Tensor:
         """``[rows, ...]`` -> ``[n, most rows of one sample, ...]``, padded with zeros."""
@@ -49,17 +51,19 @@ class Grouping:
         """The rows sample by sample, and how many the largest sample has.
 
         Where samples have different numbers of rows, each row's sample and its place among that sample's rows come with them.
-        Another device than the host makes it wait for this, so that it is kept with a list that is remembered.
+        A list on another device than the host makes it wait for this, which is kept with a list that is remembered.
         """
         assert self.sample_index is not None
-        counts = torch.bincount(self.sample_index, minlength=self.n)
-        order = self.sample_index.argsort(stable=True)
+        index = self.sample_index if self.on_host is None else self.on_host
+        counts = torch.bincount(index, minlength=self.n)
+        order = index.argsort(stable=True)
         fewest, most = torch.stack(counts.aminmax()).tolist()
+        moved = partial(torch.Tensor.to, device=self.sample_index.device, non_blocking=True)
         if fewest == most:
-            return order, most, None
-        sample = self.sample_index[order]
+            return moved(order), most, None
+        sample = index[order]
         place = torch.arange(len(sample), device=sample.device) - (counts.cumsum(0) - counts)[sample]
-        return order, most, (sample, place)
+        return moved(order), most, (moved(sample), moved(place))
 
     def sums(self, value: Tensor) -> Tensor:
         """``[rows, ...]`` -> ``[n, ...]``, the sums over each sample's rows."""
@@ -111,14 +115,16 @@ class Placement:
         if self.layout is Layout.ONE_EACH:
             return None
         if (known := self._groupings.get((n, device))) is None:
-            index = None if self.sample_index is None else self.sample_index.to(device)
-            known = self._groupings[n, device] = Grouping(n, self.layout, index)
+            own = self.sample_index
+            on_host = own if own is not None and own.device.type == "cpu" else None
+            index = None if own is None else own.to(device, non_blocking=device.type != "cpu")
+            known = self._groupings[n, device] = Grouping(n, self.layout, index, on_host)
         return known
 
     def sample_of_index(self, size: int, n: int, device: torch.device) -> Tensor | None:
         """The sample of each index, ``[size]``; None if index n is sample n."""
         if self.sample_index is not None:
-            return self.sample_index.to(device)
+            return self.sample_index.to(device, non_blocking=device.type != "cpu")
         if self.layout is Layout.ONE_EACH:
             return None
         samples = torch.arange(n, device=device)

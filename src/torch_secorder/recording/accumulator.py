@@ -197,7 +197,7 @@ class PassAccumulator:
                 raise
             # All of it belongs to one sample: the module was called for one at a time, without a batch axis.
             if groups is not None and groups.sample_index is not None:
-                groups = replace(groups, sample_index=groups.sample_index[:1])
+                groups = replace(groups, sample_index=groups.sample_index[:1], on_host=None)
             forms = site.forms(record.expanded_to_samples(grad.reshape(1, *record.shape)))
         self._apply(batch, record, forms, groups)
         if not self._keep_inputs:
