@@ -84,6 +84,8 @@ FUNCTIONS: dict[str, Function] = {
     "dropout": lambda x: F.dropout(x, 0.5),
     "clone": lambda x: x.clone().to(torch.float32).to(torch.float64),
     "alias": lambda x: torch.ops.aten.alias(x),
+    "complex": lambda x: torch.view_as_real(torch.view_as_complex(x.view(N, 2, 2, 2)).conj().resolve_conj().roll(1, 1)),
+    "complex from parts": lambda x: torch.view_as_real(torch.complex(x, x.sin()) * torch.polar(x.exp(), x)),
     "views": lambda x: x.view(N, 2, 2, 2).view(N * 2, 4).unsqueeze(1).squeeze(1).reshape(N, 8),
     "views that mix samples": lambda x: x.flatten(0, 1).view(2, N, 4),
     "a reshape with a copy": lambda x: x.transpose(0, 1).reshape(2, N * 4).view(2, N, 4),

@@ -18,6 +18,8 @@ from torch_secorder.batch_axis.evidence import Finding
 from torch_secorder.batch_axis.placement import Layout, Placement
 from torch_secorder.batch_axis.search_pass import SearchPasses, Viewed
 
+pretend.register()  # before the first backward pass
+
 N, T, WIDTH, EXPERTS = 4, 6, 5, 3
 CAPACITY = 7
 STEPS = 8  # of which passes look at the 1st, 2nd, 3rd and 5th
@@ -181,7 +183,6 @@ OWN_WAITS = {eager: 6, in_order_of_experts: 4, back_by_an_index: 4, with_capacit
 
 @pytest.mark.parametrize("route", OWN_WAITS, ids=lambda route: route.__name__)
 def test_on_a_device_the_host_waits_for_the_indices_and_for_the_end(route: Callable[..., Tensor]) -> None:
-    pretend.register()
     model = made(route)
     expected = by_a_loop(model)
     pretend.moved(model)

@@ -132,7 +132,7 @@ _BY_ENTRIES = (
     "Add Sub Rsub Mul Div Neg Abs Exp Expm1 Exp2 Log Log1P Log2 Log10 Sqrt Rsqrt Reciprocal Pow Sin Cos Tan Tanh Sigmoid "
     "Silu Gelu Relu Relu6 Elu Celu Selu LeakyRelu Hardtanh Hardswish Hardsigmoid Mish Softplus LogSigmoid Threshold Erf Erfc "
     "Clamp ClampMin ClampMax Where MaskedFill Maximum Minimum Lerp Addcmul Addcdiv NativeDropout Clone ToCopy Alias Expand Sign "
-    "Logaddexp Atan Atan2 Sinh Cosh"
+    "Logaddexp Atan Atan2 Sinh Cosh Complex Polar Conj"
 )
 
 
@@ -152,6 +152,16 @@ def _views(at: At) -> Answer | None:
     if shape is None or np.prod(shape) != np.prod(at.shapes[0]):
         return None
     return [reshaped(at.first, at.shapes[0], shape)]
+
+
+@_rule("ViewAsComplexBackward0")
+def _view_as_complex(at: At) -> Answer:
+    return [np.expand_dims(at.first, -1)]
+
+
+@_rule("ViewAsRealBackward0")
+def _view_as_real(at: At) -> Answer:
+    return [joined_along(at.first, [at.first.ndim - 1]).squeeze(-1)]
 
 
 @_rule("TBackward0")
