@@ -166,6 +166,17 @@ FUNCTIONS: dict[str, Function] = {
     "index_add columns": lambda x: x.index_add(2, rows(1, 0), x[..., :2].sin()),
     "index_copy": lambda x: x.index_copy(0, rows(2, 0), x[:2].sin()),
     "scatter": lambda x: torch.zeros_like(x).scatter(0, ORDER[:, None, None].expand(N, 2, 4), x.sin()),
+    "scatter of rows": lambda x: (
+        torch.zeros(6, 5, dtype=x.dtype).scatter(1, rows(3, 0, 1, 4).expand(6, 4), x.view(6, 4)).T.contiguous().T
+    ),
+    "scatter one of each row": lambda x: (
+        torch.zeros(6, 3, dtype=x.dtype)
+        .scatter(1, rows(2, 0, 1, 1, 2, 0)[:, None], x.view(6, 4)[:, 1:2])
+        .view(N, 2, 3)[:, :, rows(1, 0, 2)]
+    ),
+    "scatter_add each": lambda x: torch.zeros(6, 4, dtype=x.dtype).scatter_add(
+        0, torch.stack([ROUTED, ROUTED.flip(0)], 1).repeat(1, 2), x.flatten(0, 1)[:5]
+    ),
     "scatter samples over": lambda x: x.scatter(0, ORDER[:, None, None].expand(N, 2, 4), x.sin()),
     "scatter_add": lambda x: torch.zeros(6, 4, dtype=x.dtype).scatter_add(
         0, ROUTED[:, None].expand(5, 4), x.flatten(0, 1)[:5]

@@ -403,14 +403,21 @@ def _scatter(at: At) -> Answer | None:
         return None
     (index,), axis = at.indices, at.axis(at.shapes[0])
     assert index is not None
-    others = [other for other in range(index.dim()) if other != axis]
-    if at.first.shape[axis] == 1:
-        alike = all(index.shape[other] == at.shapes[0][other] for other in others)
-        return [at.first, at.first if alike else None]
-    if any(at.first.shape[other] != 1 for other in others):
+    own = at.first.shape
+    if any(size not in (1, index.shape[other]) for other, size in enumerate(own) if other != axis):
         return [at.first, None]
-    row = at.first.reshape(-1)
-    return [at.first, row[_narrowed(index, at.first, axis).numpy()]]
+    if own[axis] == 1:
+        alike = all(
+            size == whole
+            for other, (size, whole) in enumerate(zip(index.shape, at.shapes[0], strict=True))
+            if other != axis
+        )
+        return [at.first, at.first if alike else None]
+    narrowed = _narrowed(index, at.first, axis).numpy()
+    places: list[Any] = list(np.ogrid[tuple([slice(size) for size in narrowed.shape])])
+    places = [np.zeros_like(place) if size == 1 else place for place, size in zip(places, own, strict=True)]
+    places[axis] = narrowed
+    return [at.first, at.first[tuple(places)]]
 
 
 # ------------------------------------------------------------------------------------------------ products and layers
