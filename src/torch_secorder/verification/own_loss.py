@@ -104,7 +104,8 @@ class _OwnLoss:
         placed = zip(tensors(outputs), where.placements("outputs", outputs), strict=True)
         rows = [(x, placement) for x, placement in placed if placement is not None and x.requires_grad]
         with table.ranks.fail_together():
-            require_separable_graph(loss, [x for x, _ in rows], [placement for _, placement in rows], where.n)
+            if rows and loss.requires_grad:
+                require_separable_graph(loss, [x for x, _ in rows], [placement for _, placement in rows], where.n)
 
 
 class _LossAlone(SampleAlone):
@@ -157,11 +158,7 @@ def _require_explained(
     ):
         return
     divisor = sum(weights.values()) if mean else 1.0
+    shares = {sample: weight / divisor for sample, weight in weights.items()}
     elsewhere = [] if together else [partial(model.elsewhere, step, seed) for seed, step in enumerate(STEPS)]
     with table.ranks.fail_together():
-        require_explained(
-            [*elsewhere, lambda: model],
-            loss,
-            {sample: weight / divisor for sample, weight in weights.items()},
-            alone[0].half,
-        )
+        require_explained([*elsewhere, lambda: model], loss, shares, alone[0].half)
