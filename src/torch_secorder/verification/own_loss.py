@@ -27,9 +27,12 @@ from torch_secorder.verification.differentiable_model import DifferentiableModel
 from torch_secorder.verification.losses_together import STEPS, require_explained
 from torch_secorder.verification.samples_alone import SampleAlone, comparable, samples_to_check
 from torch_secorder.verification.separable_graph import require_separable_graph
-from torch_secorder.verification.separable_loss import CHEAP
 
 LossFunction = Callable[[Any, Any], Tensor]
+
+# Where a batch's outputs have no more numbers than this, all of its samples are looked at for second derivatives, which take some
+# thirty times as much memory as the outputs; else those that run alone.
+CHEAP = 2**20
 
 
 def verify_own_loss(
