@@ -55,6 +55,14 @@ WITH_DETACHED_FACTORS: dict[str, Combined] = {
     "times the others' mean": lambda x: (x * others_mean(x).detach()).mean(),
     "weights made of losses": lambda x: (x * x.detach().softmax(0)).sum(),
 }
+# The gradient of these is that of an average, or of a sum, until two samples change their order.
+RANKING: dict[str, Combined] = {
+    "distance of two": lambda x: x.mean() + 0.1 * (x[:1] - x[-1:]).norm(),
+    "distances": lambda x: x.mean() + 0.1 * torch.cdist(x[:, None], x[:, None]).mean(),
+    "larger of two": lambda x: x.mean() + 0.1 * torch.where(x[0] > x[-1], x[0] - x[-1], x[-1] - x[0]),
+    "detached ranks": lambda x: (x * (1 + 0.1 * (x.detach().argsort().argsort() - (len(x) - 1) / 2))).mean(),
+    "detached threshold": lambda x: weighted(x, x.detach() >= x.detach().mean()),
+}
 # These are refused before a sample runs alone: two equal samples have neither the loss of one nor twice that.
 NO_REDUCTION: dict[str, Combined] = {
     "logarithm of a sum": lambda x: x.logsumexp(0),
@@ -120,6 +128,25 @@ def test_trap_07_the_same_loss_as_a_function_is_refused(name: str) -> None:
             empirical_fisher_trace(model.net, loss_fn, batch["x"], batch["labels"])
         else:
             fisher_report(model.net, loss_fn, (batch["x"], batch["labels"]), progress=False)
+
+    assert passing(run, SEEDS[:12]) == []
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["the model's", "the user's"])
+@pytest.mark.parametrize("name", RANKING)
+@pytest.mark.parametrize("n", [2, 6])
+def test_trap_23_samples_that_only_rank_each_other_are_seen(n: int, name: str, own: bool) -> None:
+    combined = RANKING[name]
+
+    def loss_fn(outputs: Tensor, targets: Tensor) -> Tensor:
+        return combined(cross_entropy(outputs, targets, reduction="none"))
+
+    def run(seed: int) -> None:
+        model, batch = problem(seed, combined, torch.float64, n)
+        if own:
+            empirical_fisher_trace(model, "model", batch, None)
+        else:
+            empirical_fisher_trace(model.net, loss_fn, batch["x"], batch["labels"])
 
     assert passing(run, SEEDS[:12]) == []
 

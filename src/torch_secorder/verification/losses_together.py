@@ -4,15 +4,18 @@ With weights w_n, an average is ``sum_n w_n l_n / sum_n w_n``, and its gradient 
 compares samples may have such weights, too: the gradient of a root of a mean is an average of the gradients of the roots, and the
 root itself nearly is one where the samples' losses are nearly equal. But these weights are made of the samples' losses, which are
 others for other parameters. Weights that belong to samples, such as numbers of tokens, stay what they are. So the loss is looked
-at where the parameters are others, until the samples have losses there that differ.
+at where the parameters are others: until the samples have losses there that differ, and each two have changed their order, since
+a loss in which samples rank each other is an average until they do.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
+import torch
 from torch import Tensor
 
 from torch_secorder.errors import VerificationError
@@ -22,9 +25,12 @@ from torch_secorder.verification.tolerances import own_gradient_of_several, own_
 
 LossOfSamples = Callable[[DifferentiableModel, Sequence[int]], Tensor]
 
-# How far from the model's own parameters a loss is looked at, in units of their size: far enough for losses that differ, and
-# nearer where numbers get too large.
-STEPS = (3.0, 3.0, 0.5)
+# How far from the model's own parameters a loss is looked at, in units of their size, and with which seed for the direction: far
+# enough for losses that differ, back and forth to change their order, and nearer where numbers get too large.
+STEPS = (*((step, seed) for seed in range(5) for step in (3.0, -3.0)), (0.5, 5))
+
+# The loss is looked at so many times whatever the samples' losses are, since a loss may have the same value for each of them.
+FEWEST = 2
 
 # The losses of samples differ if the largest and the smallest are farther apart than this, as a fraction of their size.
 DIFFERENT = 0.2
@@ -36,8 +42,8 @@ def require_explained(
     """Raise unless the loss of some samples together, and its gradient, are the sum of their shares of their losses alone.
 
     Args:
-        models: make the model with other parameters, and at last with its own. The next one is looked at where one has no
-            numbers, or losses that are too much alike.
+        models: make the model with other parameters, and at last with its own. The own ones are looked at where no others have
+            numbers, or losses that differ.
         loss: from a model and the numbers of samples to the loss of these samples.
         shares: for each sample, by its number, the factor of its loss in the loss of all of them.
         half: whether half precision takes part.
@@ -46,16 +52,25 @@ def require_explained(
         VerificationError: if not.
     """
     *others, own = models
-    for model in others:
+    here = _losses_alone(own(), loss, shares)
+    unturned, count, differ = set(combinations(range(len(here)), 2)), 0, False
+    for elsewhere in others:
         try:
-            look = _look(model(), loss, shares)
+            model = elsewhere()
+            there = _losses_alone(model, loss, shares)
+            turned = {(i, j) for i, j in unturned if (here[i] - here[j]) * (there[i] - there[j]) < 0}
+            if count >= FEWEST and not turned:
+                continue
+            look = _look(model, loss, shares)
         except Exception:  # A model may check its parameters.
             continue
         if look.is_finite:
             look.require(half)
-            if look.differ:
+            unturned, count, differ = unturned - turned, count + 1, differ or look.differ
+            if differ and not unturned:
                 return
-    _look(own(), loss, shares).require(half)
+    if not differ:
+        _look(own(), loss, shares).require(half)
 
 
 @dataclass(frozen=True)
@@ -100,6 +115,11 @@ class _Look:
                 f"the gradient of the loss that the model computes for {len(parts)} samples together is not what the gradients "
                 f"of their losses alone make: of {math.sqrt(self.gradients):.6g} it is off by {math.sqrt(self.unexplained):.6g}"
             )
+
+
+def _losses_alone(model: DifferentiableModel, loss: LossOfSamples, samples: Iterable[int]) -> list[float]:
+    with torch.no_grad():
+        return [float(loss(model, [sample])) for sample in samples]
 
 
 def _look(model: DifferentiableModel, loss: LossOfSamples, shares: Mapping[int, float]) -> _Look:

@@ -162,6 +162,6 @@ def _require_explained(
         return
     divisor = sum(weights.values()) if mean else 1.0
     shares = {sample: weight / divisor for sample, weight in weights.items()}
-    elsewhere = [] if together else [partial(model.elsewhere, step, seed) for seed, step in enumerate(STEPS)]
+    elsewhere = [] if together else [partial(model.elsewhere, step, seed) for step, seed in STEPS]
     with table.ranks.fail_together():
         require_explained([*elsewhere, lambda: model], loss, shares, alone[0].half)
