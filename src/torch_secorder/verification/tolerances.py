@@ -69,6 +69,15 @@ def own_loss_of_several(half: bool) -> float:
     return _OWN_LOSS_IN_HALF_PRECISION if half else _OWN_LOSS
 
 
+# The same for the gradient of that loss, as a fraction of the root of the sum of its parts' squared norms.
+_OWN_GRADIENT, _OWN_GRADIENT_IN_HALF_PRECISION = 1e-2, 2e-1
+
+
+def own_gradient_of_several(half: bool) -> float:
+    """For the gradient of the loss of several samples, as a fraction of its parts' sizes."""
+    return _OWN_GRADIENT_IN_HALF_PRECISION if half else _OWN_GRADIENT
+
+
 # Captured gradients, summed over samples, against autograd's own, along one direction, as a fraction of what was added up. Both
 # are the same products in another order. A GPU may multiply float32 numbers with 11 bits (TF32), and autograd's gradient in
 # half precision is rounded to 8.
