@@ -112,7 +112,7 @@ class _Sum:
         room = self.with_room(1)
         # A 0-dim sum stands for a parameter that no pass has reached, or is that of a single number.
         if room.recent.dim():
-            return replace(room, recent=one.added(room.recent))
+            return replace(room, recent=one.added(room.recent.to(one.device)))  # a loaded sum is on the host
         value = one.added(None)
         return replace(room, recent=value if value.dim() else value + room.recent.to(value.device))
 
