@@ -134,6 +134,23 @@ def test_selected_samples(name: str, samples: Any) -> None:
 
 
 @pytest.mark.parametrize("name", FORMS)
+def test_samples_that_are_lost_are_zeros(name: str) -> None:
+    form, lost = FORMS[name](), torch.tensor([False, True, False, True])
+    expected = form.dense()
+    expected[lost] = 0
+    left = form.without(lost)
+    torch.testing.assert_close(left.dense(), expected, rtol=1e-12, atol=1e-12)
+    assert_like_dense(left)
+
+
+@pytest.mark.parametrize("nonsense", [float("nan"), float("inf")])
+def test_of_samples_that_are_lost_nothing_is_left(nonsense: float) -> None:
+    form = outer()
+    form.a[1], form.g[1] = nonsense, nonsense
+    assert form.without(torch.tensor([False, True, False, False])).sum_of_squares().isfinite().all()
+
+
+@pytest.mark.parametrize("name", FORMS)
 @pytest.mark.parametrize(
     ("owner", "n", "layout"),
     [

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
 import pretend
 from torch_secorder.autograd.double_precision import (
-    has_double_precision,
     in_double_precision,
     on_host,
     sum_in_double_precision,
@@ -17,14 +14,6 @@ from torch_secorder.autograd.double_precision import (
 )
 
 HERE = torch.device("pretend:0")
-
-
-@pytest.fixture
-def _without_float64() -> Iterator[None]:
-    has_double_precision.cache_clear()
-    with pretend.without_float64():
-        yield
-    has_double_precision.cache_clear()
 
 
 @pytest.mark.parametrize("device", [torch.device("cpu"), HERE], ids=str)

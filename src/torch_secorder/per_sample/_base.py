@@ -75,6 +75,11 @@ def in_rows(value: Tensor) -> Tensor:
     return value[:, None].flatten(1)
 
 
+def zeroed(value: Tensor, lost: Tensor) -> Tensor:
+    """``[n, ...]`` with zeros for the samples that are lost, whatever was there: a product with zero would keep NaN."""
+    return value.masked_fill(lost.view(-1, *[1] * (value.dim() - 1)), 0)
+
+
 def sign_vectors(shape: Sequence[int], like: Tensor) -> tuple[Tensor, Tensor]:
     """Random signs ``left`` and ``right``, real numbers, for :meth:`PerSampleGradient.along`, always the same for one shape.
 
@@ -166,6 +171,14 @@ class PerSampleGradient(ABC):
     @abstractmethod
     def select(self, samples: Index) -> PerSampleGradient:
         """The gradients of some of the samples, given by a slice or an index tensor."""
+
+    def without(self, lost: Tensor) -> PerSampleGradient:
+        """The same gradients, with zeros for some samples, which the device knows and the host need not.
+
+        Args:
+            lost: ``[n]``, true for these samples.
+        """
+        return Dense(zeroed(self.dense(), lost))
 
     @abstractmethod
     def grouped_by_sample(self, groups: Grouping) -> PerSampleGradient:
@@ -343,6 +356,9 @@ class Sum(Cancelling):
 
     def select(self, samples: Index) -> Sum:
         return Sum([term.select(samples) for term in self.terms])
+
+    def without(self, lost: Tensor) -> Sum:
+        return Sum([term.without(lost) for term in self.terms])
 
     def grouped_by_sample(self, groups: Grouping) -> Sum:
         return Sum([term.grouped_by_sample(groups) for term in self.terms])

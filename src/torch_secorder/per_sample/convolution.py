@@ -22,6 +22,7 @@ from torch_secorder.per_sample._base import (
     recompute_cancelled,
     squared_norm_of_rows,
     squared_norms_along,
+    zeroed,
 )
 from torch_secorder.per_sample.budget import chunk_bytes
 from torch_secorder.per_sample.costs import Sizes, predicted
@@ -130,6 +131,9 @@ class Convolution(Cancelling):
     def select(self, samples: Index) -> Convolution:
         return self._like(self.x[samples], self.g[samples])
 
+    def without(self, lost: Tensor) -> Convolution:
+        return self._like(zeroed(self.x, lost), zeroed(self.g, lost))
+
     def grouped_by_sample(self, groups: Grouping) -> Convolution:
         return self._like(*(groups.rows(value).flatten(1, 2) for value in (self.x, self.g)))
 
@@ -208,7 +212,8 @@ class Convolution(Cancelling):
         return 4 * self.sizes.positions <= self.shape[0] // self.groups
 
     def sample_channel_squares(self, channels: ChannelSums) -> Tensor:
-        if self.algorithm != "gram" or self.g.is_complex():
+        # On an accelerator the host would have to wait to be told what cancels.
+        if self.algorithm != "gram" or self.g.is_complex() or not profile_of(self.g.device).has_caches:
             return self._formed_channel_squares(channels)
         if channels.axis and not self._has_few_positions():
             return self._formed_channel_squares(channels)
