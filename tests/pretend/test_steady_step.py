@@ -72,6 +72,17 @@ def test_a_steady_step_waits_once_on_a_device_without_float64(options: dict[str,
     assert counted(MODELS["mlp"][1], steps=4, **options).row()["waits"] == 1
 
 
+def test_samples_alone_are_compared_as_those_of_single_precision_although_norms_go_to_the_host_in_double() -> None:
+    setting = MODELS["bert"][1]()
+    model, x, y = (pretend.moved(value) for value in (setting.model, setting.inputs, setting.targets))
+    with FisherMonitor(model) as monitor:
+        outputs = model(x)
+        loss = setting.loss_fn(outputs, y)
+        monitor.verify(loss)
+        loss.backward()
+    assert monitor.n_samples == len(x)
+
+
 @pytest.fixture
 def kept(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """The sizes of what is kept until a pass is over."""

@@ -21,7 +21,7 @@ from torch_secorder.errors import VerificationError
 from torch_secorder.running.analysis import Analysis, Batch
 from torch_secorder.verification.differentiable_model import DifferentiableModel
 from torch_secorder.verification.samples_alone import SampleAlone, comparable, samples_to_check
-from torch_secorder.verification.tolerances import own_loss_of_several
+from torch_secorder.verification.tolerances import OWN_LOSS_OF_SEVERAL
 
 LossFunction = Callable[[Any, Any], Tensor]
 
@@ -89,14 +89,14 @@ class _LossAlone(SampleAlone):
 
     def verify(self) -> None:
         """Raise unless the sample has the same squared norms alone as in its batch, up to one factor under "mean"."""
-        alone, half = self.squared_norms_of(self.loss_of_outputs)
-        self.tolerance = own_loss_of_several(half)
+        alone, bits = self.squared_norms_of(self.loss_of_outputs)
+        self.tolerance = OWN_LOSS_OF_SEVERAL[bits]
         in_batch = self.norms_in_batch.cpu().double()
         if not math.isfinite(self.loss) and not bool(in_batch.any()):
             self.weight, alone = 0.0, torch.zeros_like(alone)  # It has no label: an average over none is not a number.
         elif self._mean and float(alone.sum()) > 0:
             self.weight = math.sqrt(float(in_batch.sum() / alone.sum()))
-        self.require_equal(alone * self.weight**2, half)
+        self.require_equal(alone * self.weight**2, bits)
 
 
 def _noted(sample: _LossAlone, loss_fn: LossFunction, targets: Any, outputs: Any) -> Tensor:
