@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from torch_secorder.autograd import product_bits as module
-from torch_secorder.autograd.product_bits import DOUBLE, HALF, SINGLE, TF32, bits_of, product_bits
+from torch_secorder.autograd.product_bits import BF16, DOUBLE, SINGLE, TF32, bits_of, product_bits
 from torch_secorder.verification.tolerances import gradient_sum
 
 
@@ -57,11 +57,11 @@ def test_the_settings_of_cuda(settings: Any, products: int, everything: int, mon
     ("settings", "asked", "bits"),
     [
         (backends(), "highest", SINGLE),
-        (backends(onednn=("bf16", "none")), "medium", HALF),
-        (backends(onednn=("none", "bf16")), "highest", HALF),
+        (backends(onednn=("bf16", "none")), "medium", BF16),
+        (backends(onednn=("none", "bf16")), "highest", BF16),
         (backends(onednn=("tf32", "none")), "high", TF32),
         (old_backends(False, False), "high", SINGLE),
-        (old_backends(False, False), "medium", HALF),
+        (old_backends(False, False), "medium", BF16),
     ],
 )
 def test_the_settings_of_onednn(settings: Any, asked: str, bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,7 +76,7 @@ def test_what_torch_itself_says() -> None:
         for asked, on_cuda in (("highest", SINGLE), ("high", TF32), ("medium", TF32)):
             torch.set_float32_matmul_precision(asked)
             assert product_bits("cuda", convolves=False) == on_cuda
-        assert product_bits("cpu") == HALF
+        assert product_bits("cpu") == BF16
         assert gradient_sum(torch.float32, "cpu", False) == gradient_sum(torch.float32, "cpu", True)
         assert gradient_sum(torch.float64, "cpu", False) < 1e-6
     finally:
@@ -110,7 +110,7 @@ def test_a_graph_tells_whether_something_convolves(way: str, monkeypatch: pytest
         ([torch.float32, torch.float64], DOUBLE),
         ([torch.complex64], SINGLE),
         ([torch.complex128], DOUBLE),
-        ([torch.bfloat16, torch.float64], HALF),
+        ([torch.bfloat16, torch.float64], BF16),
         ([], SINGLE),
     ],
     ids=str,

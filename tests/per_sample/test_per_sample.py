@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from oracles import assert_equal, call, mapped, per_sample_gradients
 from problems import Problem, every_problem
+from torch_secorder.autograd.product_bits import TF32
 from torch_secorder.batch_axis.placement import Grouping, Layout
 from torch_secorder.capture.records import Call
 from torch_secorder.model.channels import ChannelSums
@@ -423,3 +424,14 @@ def test_a_common_gram_matrix_is_not_kept_beyond_the_budget() -> None:
         found = Outer(a, common, (70, 60)).squared_norm()
     torch.testing.assert_close(found, Outer(a, common.value, (70, 60)).squared_norm())
     assert not common._kept
+
+
+def test_of_products_of_few_bits_less_may_cancel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What float32 bears, TF32 does not."""
+    single, double = torch.zeros(1, dtype=torch.float32), torch.zeros(1, dtype=torch.float64)
+    assert _base.cancellation_floor(double) == pytest.approx(8.9e-7, rel=0.01)
+    assert _base.cancellation_floor(single) == pytest.approx(0.0477, rel=0.01)
+    monkeypatch.setattr(_base, "product_bits", lambda device, convolves: TF32)
+    assert _base.cancellation_floor(double) == pytest.approx(8.9e-7, rel=0.01)
+    assert _base.cancellation_floor(single) == pytest.approx(0.39, rel=0.01)
+    assert _base.has_cancelled(torch.tensor([0.3, 0.5]), torch.ones(2)).tolist() == [True, False]

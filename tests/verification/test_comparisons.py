@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from torch_secorder.autograd.product_bits import DOUBLE, HALF, SINGLE, TF32
+from torch_secorder.autograd.product_bits import BF16, DOUBLE, SINGLE, TF32
 from torch_secorder.batch_axis.evidence import Sketch, Unplaced, evidence, sample_marks
 from torch_secorder.batch_axis.placement import Placement
 from torch_secorder.batch_axis.samples import BatchSamples
@@ -31,7 +31,7 @@ def row(*values: float, dtype: torch.dtype = torch.float64) -> Tensor:
 # One sample in its batch and alone
 
 
-@pytest.mark.parametrize("bits", [DOUBLE, SINGLE, TF32, HALF])
+@pytest.mark.parametrize("bits", [DOUBLE, SINGLE, TF32, BF16])
 @pytest.mark.parametrize("value", NOT_NUMBERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_no_norm_that_is_no_number_passes(bits: int, value: float, dtype: torch.dtype) -> None:
@@ -43,7 +43,7 @@ def test_no_norm_that_is_no_number_passes(bits: int, value: float, dtype: torch.
     assert unequal_norms(right, right, bits=bits, rounding=torch.full((3,), math.nan)) == [0, 1, 2]
 
 
-@pytest.mark.parametrize(("bits", "relative"), [(DOUBLE, 1e-6), (SINGLE, 1e-3), (TF32, 1.25e-2), (HALF, 5e-2)])
+@pytest.mark.parametrize(("bits", "relative"), [(DOUBLE, 1e-6), (SINGLE, 1e-3), (TF32, 1.25e-2), (BF16, 5e-2)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_norms_may_differ_by_rounding_and_no_more(dtype: torch.dtype, bits: int, relative: float) -> None:
     """Whatever dtype they are kept in: those of an accelerator go to the host in float64."""

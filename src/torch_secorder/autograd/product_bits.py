@@ -14,10 +14,10 @@ from torch import Tensor
 
 from torch_secorder.autograd.precision import has_half_precision, nodes_of
 
-DOUBLE, SINGLE, TF32, HALF = 53, 24, 11, 8
+DOUBLE, SINGLE, TF32, BF16 = 53, 24, 11, 8
 
 # What the newer settings call the numbers that are multiplied.
-_BITS = {"tf32": TF32, "bf16": HALF, "fp16": TF32}
+_BITS = {"tf32": TF32, "bf16": BF16, "fp16": TF32}
 # In the names of nodes that multiply by cuDNN, or hide whether something does.
 _CONVOLVES = ("Convolution", "Rnn", "Checkpoint")
 
@@ -30,7 +30,7 @@ def bits_of(values: Sequence[Tensor], parameters: Sequence[Tensor]) -> int:
         parameters: what is differentiated by; a model in float64 may have parts in float32, too.
     """
     if has_half_precision(*values, *parameters):
-        return HALF
+        return BF16
     widest = reduce(torch.promote_types, [p.dtype for p in parameters], torch.float32)
     if widest in (torch.float64, torch.complex128):
         return DOUBLE
@@ -46,7 +46,7 @@ def product_bits(device_type: str, convolves: bool = True) -> int:
         return min([*found, *(kind or (TF32 if torch.backends.cudnn.allow_tf32 else SINGLE) for kind in kinds)])
     if device_type in ("cpu", "xpu"):  # both by oneDNN
         matmul = _set_to(torch.backends.mkldnn, "matmul")
-        found = [matmul or (HALF if torch.get_float32_matmul_precision() == "medium" else SINGLE)]
+        found = [matmul or (BF16 if torch.get_float32_matmul_precision() == "medium" else SINGLE)]
         return min([*found, (convolves and _set_to(torch.backends.mkldnn, "conv")) or SINGLE])
     return SINGLE
 

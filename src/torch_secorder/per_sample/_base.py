@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from torch_secorder.autograd.precision import HALF
+from torch_secorder.autograd.product_bits import BF16, DOUBLE, SINGLE, TF32, product_bits
 from torch_secorder.batch_axis.placement import Grouping
 from torch_secorder.model.channels import ChannelSums
 from torch_secorder.per_sample.budget import chunk_bytes
@@ -54,14 +55,22 @@ def chunks(n: int, bytes_per_sample: float, usual: int | None) -> Iterator[slice
     return (slice(start, min(start + step, n)) for start in range(0, n, step))
 
 
-def cancellation_floor(dtype: torch.dtype) -> float:
+# How far off a Gram sum may be: a tenth of what the library promises in float32 and float64, and the rounding of one product
+# where products are taken of fewer bits.
+_OFF = {DOUBLE: 1e-9, SINGLE: 1e-5, TF32: 1e-2, BF16: 5e-2}
+
+
+def cancellation_floor(like: Tensor) -> float:
     """The fraction of its terms' summed magnitudes below which a sum with signs has lost too many digits.
 
-    A Gram sum is off by about ``4 eps`` of the sum of its diagonal. Demanding 1e-5 (float32) or 1e-9 (float64), a
-    tenth of what the library promises, gives the fractions 0.05 and 1e-6.
+    A Gram sum is off by about ``4 eps`` of the sum of its diagonal. Demanding 1e-5 (float32) or 1e-9 (float64) gives the
+    fractions 0.05 and 1e-6.
+
+    Args:
+        like: a tensor of the dtype and on the device of the sum.
     """
-    wanted = 1e-5 if dtype == torch.float32 else 1e-9
-    return 4 * torch.finfo(dtype).eps / wanted
+    bits = DOUBLE if like.dtype == torch.float64 else product_bits(like.device.type, convolves=False)
+    return 4 * 2.0 ** (1 - bits) / _OFF[bits]
 
 
 def joined(parts: Iterable[Tensor]) -> Tensor:
@@ -386,7 +395,7 @@ class Sum(Cancelling):
 
 def has_cancelled(squared_norms: Tensor, sizes: Tensor) -> Tensor:
     """Which squared norms have cancelled below :func:`cancellation_floor` of the sizes of what was added up."""
-    return squared_norms.detach() < cancellation_floor(squared_norms.dtype) * sizes.detach()
+    return squared_norms.detach() < cancellation_floor(squared_norms) * sizes.detach()
 
 
 def recompute_cancelled(squared_norms: Tensor, sizes: Tensor, form: PerSampleGradient) -> Tensor:

@@ -221,7 +221,7 @@ class Convolution(Cancelling):
             return joined(part.patches().sample_channel_squares(channels) for part in self._parts("patches"))
         found = [part._gram_channels() for part in self._parts("gram")]
         sums, magnitudes = (joined(parts) for parts in zip(*found, strict=True))
-        lost = [sums.sum(axis) < cancellation_floor(self.dtype) * magnitudes.sum(axis) for axis in (0, 1)]
+        lost = [sums.sum(axis) < cancellation_floor(self.g) * magnitudes.sum(axis) for axis in (0, 1)]
         return self._formed_channel_squares(channels) if bool(torch.cat(lost).any()) else sums
 
     def _formed_channel_squares(self, channels: ChannelSums) -> Tensor:

@@ -233,7 +233,7 @@ class Outer(Cancelling):
         if self.algorithm != "gram" or not self._has(channels) or not profile_of(self.g.device).has_caches:
             return self._formed_channel_squares(channels)
         sums, magnitudes = self._gram_by_feature(*self._by_channel(channels))
-        floor = cancellation_floor(self.dtype)
+        floor = cancellation_floor(self.g)
         features = (sums.sum(0) < floor * magnitudes.sum(0)).any(0)
         samples = sums.sum((1, 2)) < floor * magnitudes.sum((1, 2))
         if bool(features.any()):
@@ -304,7 +304,7 @@ class Outer(Cancelling):
         a, g = self.a.view(n, i), self.g.view(n, o)
         products = (a @ a.mT).mul_(g @ g.mT).double()
         total, magnitude = products.sum(), products.abs().sum()
-        return total.sqrt().to(self.dtype) if total > cancellation_floor(self.dtype) * magnitude else None
+        return total.sqrt().to(self.dtype) if total > cancellation_floor(self.g) * magnitude else None
 
     def along(self, left: Tensor, right: Tensor) -> Tensor:
         k, i, o = self.a.shape[1], self.a.shape[3], self.g.shape[3]

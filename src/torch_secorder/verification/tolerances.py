@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from torch_secorder.autograd.product_bits import DOUBLE, HALF, SINGLE, TF32, product_bits
+from torch_secorder.autograd.product_bits import BF16, DOUBLE, SINGLE, TF32, product_bits
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ _SAMPLE_ALONE = {
     DOUBLE: Tolerance(1e-6, 1e-12, 1e-20),
     SINGLE: Tolerance(1e-3, 1e-7, 1e-12),
     TF32: Tolerance(1.25e-2, 1e-4, 1e-4),
-    HALF: Tolerance(5e-2, 1e-3, 1e-3),
+    BF16: Tolerance(5e-2, 1e-3, 1e-3),
 }
 
 
@@ -58,14 +58,14 @@ DEQUANTIZED_OUTPUTS = 1e-4
 SEPARABLE_LOSS = 1e-3
 
 # An entry of one sample keeps its derivative, or its negative, when other samples' directions change; relative to the largest.
-MIXED_ENTRIES = {DOUBLE: 1e-4, SINGLE: 1e-4, TF32: 1.25e-2, HALF: 5e-2}
+MIXED_ENTRIES = {DOUBLE: 1e-4, SINGLE: 1e-4, TF32: 1.25e-2, BF16: 5e-2}
 
 # A sample whose gradient is nearly zero beside the largest has little but rounding, as a part of that.
 ROUNDED_GRADIENT = 1e-3
 
 # The loss of some samples together against what their losses alone and their weights say. The weights are roots of ratios of sums
 # of squared norms, which agree to 1e-3 in float32 and to 5e-2 in half precision, as a fraction of the sum of the parts' sizes.
-OWN_LOSS_OF_SEVERAL = {DOUBLE: 1e-3, SINGLE: 1e-3, TF32: 1.25e-2, HALF: 5e-2}
+OWN_LOSS_OF_SEVERAL = {DOUBLE: 1e-3, SINGLE: 1e-3, TF32: 1.25e-2, BF16: 5e-2}
 
 
 # Captured gradients, summed over samples, against autograd's own, along one direction, as a fraction of what was added up. Both
@@ -83,6 +83,6 @@ GRADIENT_SUMS_FLOOR = 1e-2
 def gradient_sum(dtype: torch.dtype, device_type: str, half: bool) -> float:
     """For sums in ``dtype`` on a device, of gradients in half precision or not."""
     single = dtype not in (torch.float64, torch.complex128)
-    if half or (single and product_bits(device_type) == HALF):
+    if half or (single and product_bits(device_type) == BF16):
         return _GRADIENT_SUMS_IN_HALF_PRECISION
     return _GRADIENT_SUMS.get((dtype, device_type), _GRADIENT_SUMS_ELSEWHERE)
