@@ -118,8 +118,9 @@ class Convolution(Cancelling):
         return (seen * summed).sum()
 
     def _weight_gradient(self, x: Tensor, g: Tensor, copies: int) -> Tensor:
-        # Only the weight's shape matters here. As an expanded scalar it would be copied.
-        weight = x.new_empty(copies * self.shape[0], *self.shape[1:])
+        # Only the weight's shape matters here. A CPU would copy an expanded scalar; elsewhere it saves as much as the result takes.
+        shape = (copies * self.shape[0], *self.shape[1:])
+        weight = x.new_empty(shape) if x.device.type == "cpu" else x.new_empty(()).expand(shape)
         dims = len(self.stride)
         # A map of one pixel may have strides of any order, which torch takes for those of channels-last maps, and then refuses.
         x = x.view(-1).view(x.shape) if x.is_contiguous() else x
