@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from torch_secorder.autograd.double_precision import widest_dtype
+from torch_secorder.autograd.double_precision import in_parts, widest_dtype
 from torch_secorder.autograd.versions import version
 from torch_secorder.errors import CoverageError
 from torch_secorder.per_sample import at_least_float32, real_entries
@@ -20,7 +20,7 @@ class Moments:
 
     Attributes:
         count: how many there are.
-        values: their sum, norm, minimum and maximum, ``[4]``, on the output's device in the widest dtype that it has.
+        values: minimum and maximum, then sums and then norms of parts, on the output's device in the widest dtype that it has.
     """
 
     count: int
@@ -31,10 +31,17 @@ class Moments:
         """Those of an output."""
         x = real_entries((output.values() if output.is_nested else output).detach())
         if not x.numel():
-            return cls(0, torch.tensor([0.0, 0.0, math.inf, -math.inf], dtype=torch.float64, device="cpu"))
+            return cls(0, torch.tensor([math.inf, -math.inf], dtype=torch.float64, device="cpu"))
         x, wide = at_least_float32(x), widest_dtype(x.device)
-        sums = [x.sum(dtype=wide), torch.linalg.vector_norm(x, dtype=wide)]
-        return cls(x.numel(), torch.stack([*sums, *(end.to(wide) for end in x.aminmax())]))
+        parts = in_parts(x)
+        sums = [part.sum(1, dtype=wide) for part in parts]
+        norms = [torch.linalg.vector_norm(part, dim=1, dtype=wide) for part in parts]
+        return cls(x.numel(), torch.cat([torch.stack(x.aminmax()).to(wide), *sums, *norms]))
+
+    def pooled(self) -> list[float]:
+        """Number of elements, sum, sum of squares, minimum and maximum."""
+        ends, (sums, norms) = self.values[:2].tolist(), self.values[2:].unflatten(0, (2, -1)).double()
+        return [float(self.count), float(sums.sum()), float(norms.square().sum()), *ends]
 
 
 @dataclass(frozen=True, eq=False)

@@ -118,7 +118,7 @@ class Convolution(Cancelling):
         return (seen * summed).sum()
 
     def _weight_gradient(self, x: Tensor, g: Tensor, copies: int) -> Tensor:
-        # Only the weight's shape matters here. A CPU would copy an expanded scalar; elsewhere it saves as much as the result takes.
+        # Only the weight's shape matters here. A CPU would copy an expanded scalar; elsewhere that saves as much as the result.
         shape = (copies * self.shape[0], *self.shape[1:])
         weight = x.new_empty(shape) if x.device.type == "cpu" else x.new_empty(()).expand(shape)
         dims = len(self.stride)

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from torch_secorder.autograd.double_precision import sum_in_double_precision
@@ -115,8 +114,9 @@ class OutputTraces(Quantity):
         sums = dict(self.sums)
         for site in sorted(part.calls, key=lambda site: site.number):
             calls = part.calls[site]
-            squares = sum(float(sum_in_double_precision(call.squared_norms)) for call in calls) * scale
-            _add(sums, site.name, site.kind, squares, _pooled([call.moments for call in calls]))
+            for call in calls:
+                squares = float(sum_in_double_precision(call.squared_norms)) * scale
+                _add(sums, site.name, site.kind, squares, call.moments.pooled())
         self.sums = sums
 
     def merge(self, other: OutputTraces) -> None:
@@ -147,13 +147,6 @@ class OutputTraces(Quantity):
         self.sums = {
             name: (kind, squares, list(moments)) for name, (kind, squares, moments) in state["outputs"].items()
         }
-
-
-def _pooled(moments: Sequence[Moments]) -> list[float]:
-    """Number of elements, sum, sum of squares, minimum and maximum of several outputs together."""
-    total, norms, minimum, maximum = torch.stack([one.values for one in moments]).unbind(1)
-    ends = [float(minimum.min()), float(maximum.max())]
-    return [float(sum(one.count for one in moments)), float(total.sum()), float(norms.square().sum()), *ends]
 
 
 def _add(
