@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from torch_secorder.autograd.double_precision import in_parts, widest_dtype
+from torch_secorder.autograd.double_precision import in_parts, on_host, widest_dtype
 from torch_secorder.autograd.versions import version
 from torch_secorder.errors import CoverageError
 from torch_secorder.per_sample import at_least_float32, real_entries
@@ -40,7 +40,8 @@ class Moments:
 
     def pooled(self) -> list[float]:
         """Number of elements, sum, sum of squares, minimum and maximum."""
-        ends, (sums, norms) = self.values[:2].tolist(), self.values[2:].unflatten(0, (2, -1)).double()
+        values = on_host(self.values)
+        ends, (sums, norms) = values[:2].tolist(), values[2:].unflatten(0, (2, -1))
         return [float(self.count), float(sums.sum()), float(norms.square().sum()), *ends]
 
 
