@@ -8,7 +8,6 @@ every handle.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from operator import is_not
@@ -19,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from torch_secorder.autograd.compiled import never_compiled
-from torch_secorder.autograd.double_precision import in_double_precision, sum_in_double_precision
 from torch_secorder.autograd.engine import saved_tensors_hooks, without_modes
 from torch_secorder.autograd.hooks import HookSet
 from torch_secorder.autograd.node_hooks import call_after
@@ -35,7 +33,6 @@ from torch_secorder.model.containers import tensors
 from torch_secorder.model.hooks import HookScope, WeakHook
 from torch_secorder.model.nested import shows_sizes, whole_shape
 from torch_secorder.model.ranks import fsdp_modules, is_dtensor
-from torch_secorder.per_sample import at_least_float32, real_entries
 
 # torch registers a hook before it notes `with_kwargs`. Another thread that calls the module in between passes the output in the
 # place of the keyword arguments; this default recognizes such a call, which is not recorded.
@@ -373,17 +370,3 @@ def _nodes_and_versions(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tup
             if not x.is_inference():
                 versions.append(version(x))
     return tuple(nodes), tuple(versions)
-
-
-def moments(module: nn.Module, args: object, kwargs: object, output: Tensor) -> Tensor:
-    """Number of elements, sum, sum of squares, minimum and maximum of a module's output, in float64.
-
-    The elements of a complex output are its real and its imaginary parts.
-    """
-    x = real_entries((output.values() if output.is_nested else output).detach())
-    if not x.numel():
-        return in_double_precision(x.float()).new_tensor([0.0, 0.0, 0.0, math.inf, -math.inf])
-    x = at_least_float32(x)
-    ends = in_double_precision(torch.stack([x.min(), x.max()]))
-    sums = torch.stack([sum_in_double_precision(x), sum_in_double_precision(x, x)])
-    return torch.cat([ends.new_full((1,), x.numel()), sums, ends])

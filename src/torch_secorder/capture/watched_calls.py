@@ -2,13 +2,47 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
+from torch_secorder.autograd.double_precision import in_parts, on_host, widest_dtype
 from torch_secorder.autograd.versions import version
-from torch_secorder.capture.module_hooks import moments
 from torch_secorder.errors import CoverageError
+from torch_secorder.per_sample import at_least_float32, real_entries
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """Of the elements of one output; those of a complex one are its real and its imaginary parts.
+
+    Attributes:
+        count: how many there are.
+        values: minimum and maximum, then sums and then norms of parts, on the output's device in the widest dtype that it has.
+    """
+
+    count: int
+    values: Tensor
+
+    @classmethod
+    def of(cls, output: Tensor) -> Moments:
+        """Those of an output."""
+        x = real_entries((output.values() if output.is_nested else output).detach())
+        if not x.numel():
+            return cls(0, torch.tensor([math.inf, -math.inf], dtype=torch.float64, device="cpu"))
+        x, wide = at_least_float32(x), widest_dtype(x.device)
+        parts = in_parts(x)
+        sums = [part.sum(1, dtype=wide) for part in parts]
+        norms = [torch.linalg.vector_norm(part, dim=1, dtype=wide) for part in parts]
+        return cls(x.numel(), torch.cat([torch.stack(x.aminmax()).to(wide), *sums, *norms]))
+
+    def pooled(self) -> list[float]:
+        """Number of elements, sum, sum of squares, minimum and maximum."""
+        values = on_host(self.values)
+        ends, (sums, norms) = values[:2].tolist(), values[2:].unflatten(0, (2, -1))
+        return [float(self.count), float(sums.sum()), float(norms.square().sum()), *ends]
 
 
 @dataclass(frozen=True, eq=False)
@@ -16,10 +50,10 @@ class WatchedCall:
     """A module's output as it was in forward.
 
     Attributes:
-        moments: its number of elements, sum, sum of squares, minimum and maximum; None if nobody asked for them.
+        moments: of its elements; None if nobody asked for them.
     """
 
-    moments: Tensor | None
+    moments: Moments | None
     _output: Tensor | None
     _version: int
 
@@ -40,5 +74,5 @@ def watched_call(
     module: nn.Module, args: object, kwargs: object, output: Tensor, *, with_moments: bool, with_output: bool
 ) -> WatchedCall:
     """What is kept of a call under way."""
-    found = moments(module, args, kwargs, output) if with_moments else None
+    found = Moments.of(output) if with_moments else None
     return WatchedCall(found, output.detach() if with_output else None, version(output))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from torch_secorder.autograd.precision import HALF
+from torch_secorder.autograd.product_bits import BF16, DOUBLE, SINGLE, TF32, product_bits
 from torch_secorder.batch_axis.placement import Grouping
 from torch_secorder.model.channels import ChannelSums
 from torch_secorder.per_sample.budget import chunk_bytes
@@ -54,14 +55,22 @@ def chunks(n: int, bytes_per_sample: float, usual: int | None) -> Iterator[slice
     return (slice(start, min(start + step, n)) for start in range(0, n, step))
 
 
-def cancellation_floor(dtype: torch.dtype) -> float:
+# How far off a Gram sum may be: a tenth of what the library promises in float32 and float64, and the rounding of one product
+# where products are taken of fewer bits.
+_OFF = {DOUBLE: 1e-9, SINGLE: 1e-5, TF32: 1e-2, BF16: 5e-2}
+
+
+def cancellation_floor(like: Tensor) -> float:
     """The fraction of its terms' summed magnitudes below which a sum with signs has lost too many digits.
 
-    A Gram sum is off by about ``4 eps`` of the sum of its diagonal. Demanding 1e-5 (float32) or 1e-9 (float64), a
-    tenth of what the library promises, gives the fractions 0.05 and 1e-6.
+    A Gram sum is off by about ``4 eps`` of the sum of its diagonal. Demanding 1e-5 (float32) or 1e-9 (float64) gives the
+    fractions 0.05 and 1e-6.
+
+    Args:
+        like: a tensor of the dtype and on the device of the sum.
     """
-    wanted = 1e-5 if dtype == torch.float32 else 1e-9
-    return 4 * torch.finfo(dtype).eps / wanted
+    bits = DOUBLE if like.dtype == torch.float64 else product_bits(like.device.type, convolves=False)
+    return 4 * 2.0 ** (1 - bits) / _OFF[bits]
 
 
 def joined(parts: Iterable[Tensor]) -> Tensor:
@@ -73,6 +82,11 @@ def joined(parts: Iterable[Tensor]) -> Tensor:
 def in_rows(value: Tensor) -> Tensor:
     """``[n, *shape]`` as ``[n, elements]``, also where a sample has one number, or none."""
     return value[:, None].flatten(1)
+
+
+def zeroed(value: Tensor, lost: Tensor) -> Tensor:
+    """``[n, ...]`` with zeros for the samples that are lost, whatever was there: a product with zero would keep NaN."""
+    return value.masked_fill(lost.view(-1, *[1] * (value.dim() - 1)), 0)
 
 
 def sign_vectors(shape: Sequence[int], like: Tensor) -> tuple[Tensor, Tensor]:
@@ -166,6 +180,14 @@ class PerSampleGradient(ABC):
     @abstractmethod
     def select(self, samples: Index) -> PerSampleGradient:
         """The gradients of some of the samples, given by a slice or an index tensor."""
+
+    def without(self, lost: Tensor) -> PerSampleGradient:
+        """The same gradients, with zeros for some samples, which the device knows and the host need not.
+
+        Args:
+            lost: ``[n]``, true for these samples.
+        """
+        return Dense(zeroed(self.dense(), lost))
 
     @abstractmethod
     def grouped_by_sample(self, groups: Grouping) -> PerSampleGradient:
@@ -344,6 +366,9 @@ class Sum(Cancelling):
     def select(self, samples: Index) -> Sum:
         return Sum([term.select(samples) for term in self.terms])
 
+    def without(self, lost: Tensor) -> Sum:
+        return Sum([term.without(lost) for term in self.terms])
+
     def grouped_by_sample(self, groups: Grouping) -> Sum:
         return Sum([term.grouped_by_sample(groups) for term in self.terms])
 
@@ -370,7 +395,7 @@ class Sum(Cancelling):
 
 def has_cancelled(squared_norms: Tensor, sizes: Tensor) -> Tensor:
     """Which squared norms have cancelled below :func:`cancellation_floor` of the sizes of what was added up."""
-    return squared_norms.detach() < cancellation_floor(squared_norms.dtype) * sizes.detach()
+    return squared_norms.detach() < cancellation_floor(squared_norms) * sizes.detach()
 
 
 def recompute_cancelled(squared_norms: Tensor, sizes: Tensor, form: PerSampleGradient) -> Tensor:

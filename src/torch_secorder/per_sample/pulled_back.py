@@ -54,6 +54,9 @@ class PulledBack(Cancelling):
     def select(self, samples: Index) -> PulledBack:
         return PulledBack(self.value.select(samples), self.vjp, self.shape, self.permutation)
 
+    def without(self, lost: Tensor) -> PulledBack:
+        return PulledBack(self.value.without(lost), self.vjp, self.shape, self.permutation)
+
     def grouped_by_sample(self, groups: Grouping) -> PulledBack:
         return PulledBack(self.value.grouped_by_sample(groups), self.vjp, self.shape, self.permutation)
 

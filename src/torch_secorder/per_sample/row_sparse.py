@@ -16,6 +16,7 @@ from torch_secorder.per_sample._base import (
     chunks,
     joined,
     squared_norm_of_rows,
+    zeroed,
 )
 from torch_secorder.per_sample.outer import Outer
 
@@ -62,6 +63,9 @@ class RowSparse(PerSampleGradient):
 
     def select(self, samples: Index) -> RowSparse:
         return RowSparse(self.ids[samples], self.g[samples], self.shape)
+
+    def without(self, lost: Tensor) -> RowSparse:
+        return RowSparse(self.ids, zeroed(self.g, lost), self.shape)
 
     def grouped_by_sample(self, groups: Grouping) -> RowSparse:
         # A padded position has a zero gradient, so that it may have any id.

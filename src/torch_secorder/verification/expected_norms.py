@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from torch_secorder.autograd.precision import has_half_precision
+from torch_secorder.autograd.product_bits import bits_of
 from torch_secorder.autograd.sharded import GatheredWeights
 from torch_secorder.batch_axis.placement import Placement
 from torch_secorder.errors import LifecycleError
@@ -26,13 +26,13 @@ class ExpectedNorms:
         sample: the sample's number in its batch.
         positions: the parameters that have a gradient.
         alone: ``[these parameters]``.
-        half: whether half precision takes part.
+        bits: of the numbers that the gradients are sums of.
     """
 
     sample: int
     positions: list[int]
     alone: Tensor
-    half: bool
+    bits: int
 
     def require(self, names: Sequence[str], norms: Tensor) -> None:
         """Raise unless the pass found the same.
@@ -46,7 +46,7 @@ class ExpectedNorms:
         """
         found = norms[self.positions, self.sample]
         own = [names[position] for position in self.positions]
-        require_equal_norms(own, found, self.alone, half=self.half, sample=self.sample)
+        require_equal_norms(own, found, self.alone, bits=self.bits, sample=self.sample)
 
 
 def expected_norms(
@@ -74,9 +74,9 @@ def expected_norms(
     reached, placements, seeds = zip(*triples, strict=True)
     require_separable_graph(loss, reached, placements, n)
     trained = [table.leaves[position] for position in positions]
-    weights, half = GatheredWeights(throughout=table.sharded), has_half_precision(loss)
+    weights, bits = GatheredWeights(throughout=table.sharded), bits_of([loss], table.leaves)
     found = []
     for sample in samples_to_check(n, table.ranks):
         norms = squared_norms_of_sample(reached, seeds, trained, sample, placements=placements, weights=weights)
-        found.append(ExpectedNorms(sample, positions, as_row(norms), half))
+        found.append(ExpectedNorms(sample, positions, as_row(norms), bits))
     return found

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch_secorder.errors import VerificationError
 from torch_secorder.verification.differentiable_model import DifferentiableModel
 from torch_secorder.verification.plain_autograd import as_row, squared_norms_of_loss
-from torch_secorder.verification.tolerances import own_gradient_of_several, own_loss_of_several
+from torch_secorder.verification.tolerances import OWN_GRADIENT_OF_SEVERAL, OWN_LOSS_OF_SEVERAL
 
 LossOfSamples = Callable[[DifferentiableModel, Sequence[int]], Tensor]
 
@@ -37,7 +37,7 @@ DIFFERENT = 0.2
 
 
 def require_explained(
-    models: Sequence[Callable[[], DifferentiableModel]], loss: LossOfSamples, shares: Mapping[int, float], half: bool
+    models: Sequence[Callable[[], DifferentiableModel]], loss: LossOfSamples, shares: Mapping[int, float], bits: int
 ) -> None:
     """Raise unless the loss of some samples together, and its gradient, are the sum of their shares of their losses alone.
 
@@ -46,7 +46,7 @@ def require_explained(
             numbers, or losses that differ.
         loss: from a model and the numbers of samples to the loss of these samples.
         shares: for each sample, by its number, the factor of its loss in the loss of all of them.
-        half: whether half precision takes part.
+        bits: how many bits the products have that gradients are sums of.
 
     Raises:
         VerificationError: if not.
@@ -65,12 +65,12 @@ def require_explained(
         except Exception:  # A model may check its parameters.
             continue
         if look.is_finite:
-            look.require(half)
+            look.require(bits)
             unturned, count, differ = unturned - turned, count + 1, differ or look.differ
             if differ and not unturned:
                 return
     if not differ:
-        _look(own(), loss, shares).require(half)
+        _look(own(), loss, shares).require(bits)
 
 
 @dataclass(frozen=True)
@@ -101,16 +101,16 @@ class _Look:
         """Whether the samples have losses that differ, so that weights made of them do, too."""
         return max(self.alone) - min(self.alone) > DIFFERENT * max(map(abs, self.alone))
 
-    def require(self, half: bool) -> None:
+    def require(self, bits: int) -> None:
         """Raise unless the shares explain the loss and its gradient."""
         parts = [share * loss for share, loss in zip(self.shares, self.alone, strict=True)]
         expected, size = sum(parts), sum(map(abs, parts))
-        if not abs(self.together - expected) <= own_loss_of_several(half) * size:
+        if not abs(self.together - expected) <= OWN_LOSS_OF_SEVERAL[bits] * size:
             raise _unexplained(
                 f"the loss that the model computes is {self.together:.6g} for {len(parts)} samples together, and their losses "
                 f"alone make {expected:.6g}"
             )
-        if not self.unexplained <= own_gradient_of_several(half) ** 2 * self.gradients:
+        if not self.unexplained <= OWN_GRADIENT_OF_SEVERAL[bits] ** 2 * self.gradients:
             raise _unexplained(
                 f"the gradient of the loss that the model computes for {len(parts)} samples together is not what the gradients "
                 f"of their losses alone make: of {math.sqrt(self.gradients):.6g} it is off by {math.sqrt(self.unexplained):.6g}"

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_secorder.autograd.product_bits import DOUBLE
 from torch_secorder.batch_axis.samples import BatchSamples
 from torch_secorder.model.containers import tensors
 from torch_secorder.model.parameters import ParameterTable
@@ -118,26 +119,26 @@ class _LossAlone(SampleAlone):
         sample: the sample's number.
         weight: how much the batch counts the sample beside others, in units of its mean count; 1 under "sum". It is None for a
             sample without a gradient, which doesn't show it.
-        half: whether half precision takes part.
+        bits: how many bits the products have that its gradients are sums of.
     """
 
     def __init__(
         self, analysis: Analysis, model: DifferentiableModel, loss: _OwnLoss, batch: Batch, sample: int, mean: bool
     ):
         super().__init__(analysis, model, partial(_noted, self, loss), loss.inputs, batch, sample)
-        self.sample, self.weight, self.half = sample, None if mean else 1.0, False
+        self.sample, self.weight, self.bits = sample, None if mean else 1.0, DOUBLE
         self._mean, self.loss = mean, math.nan
 
     def verify(self) -> None:
         """Raise unless the sample has the same squared norms alone as in its batch, up to one factor under "mean"."""
-        alone, self.half = self.squared_norms_of(self.loss_of_outputs)
+        alone, self.bits = self.squared_norms_of(self.loss_of_outputs)
         in_batch = self.norms_in_batch.cpu().double()
         counts = bool(in_batch.any())
         if not counts and not math.isfinite(self.loss):
             self.weight, alone = None, in_batch  # It has no label: an average over none is not a number.
         elif self._mean and counts and float(alone.sum()) > 0:
             self.weight = math.sqrt(float(in_batch.sum() / alone.sum()))
-        self.require_equal(alone if self.weight is None else alone * self.weight**2, self.half)
+        self.require_equal(alone if self.weight is None else alone * self.weight**2, self.bits)
 
 
 def _noted(sample: _LossAlone, loss: _OwnLoss, outputs: Any) -> Tensor:
@@ -164,4 +165,4 @@ def _require_explained(
     shares = {sample: weight / divisor for sample, weight in weights.items()}
     elsewhere = [] if together else [partial(model.elsewhere, step, seed) for step, seed in STEPS]
     with table.ranks.fail_together():
-        require_explained([*elsewhere, lambda: model], loss, shares, alone[0].half)
+        require_explained([*elsewhere, lambda: model], loss, shares, min(one.bits for one in alone))
