@@ -170,7 +170,7 @@ def test_the_batch_norm_of_gpus(training: bool) -> None:
 
 @pytest.fixture
 def fused_rms_norm() -> Iterator[None]:
-    """torch's fused norm on the CPU, which lacks a kernel of its own, so that ``F.rms_norm`` makes the node that it makes on GPUs."""
+    """torch's fused norm on the CPU, which lacks a kernel of its own: ``F.rms_norm`` makes the node that it makes on GPUs."""
 
     def forward(x: Tensor, shape: list[int], weight: Tensor | None, eps: float | None) -> tuple[Tensor, Tensor]:
         wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
