@@ -243,3 +243,17 @@ def test_a_look_at_one_slice_leaves_open_what_lies_on_another_axis() -> None:
     _, found = in_brief(along(torch.arange(4).repeat_interleave(3), 1, 4, 12), 4)
     assert found is Open.AXES
     assert looked_at(along(torch.arange(4).repeat_interleave(3), 1, 4, 12), 4).evidence == Placement(1, Layout.BLOCKS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(4, 12, 16), (4, 60, 400), (4, 24, 1000)], ids=str)
+def test_the_slices_that_are_looked_at_go_through_the_largest_entry(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    value = torch.randn(shape).to(dtype)
+    place = value.numel() * 5 // 7
+    value.view(-1)[place] = -99
+    sketch = Sketch.of(value, 4, in_brief=True)
+    assert float(sketch.largest) == 99
+    assert {axis: int(index) for axis, (index, _) in sketch.slices.items()} == {
+        1: place // shape[2] % shape[1],
+        2: place % shape[2],
+    }

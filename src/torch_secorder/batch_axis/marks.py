@@ -79,6 +79,7 @@ class MarkedReading:
         self._marks = sample_marks(n, marks_per_pass)[1:]
         usual, self._floor = FORGIVEN[torch.float16 if marks_per_pass == MARKS_PER_PASS_OF_HALF else self.first.dtype]
         self._forgiven = usual if forgiven is None else forgiven
+        self._sizes: dict[int, Tensor] = {}
 
     def forgiving(self) -> MarkedReading:
         """The same, which takes for rounding whatever may be."""
@@ -91,7 +92,9 @@ class MarkedReading:
 
     def sizes(self, axis: int) -> Tensor:
         """How large each slice along an axis is, ``[size]``."""
-        return self.first.axes[axis].norm(dim=1)
+        if axis not in self._sizes:
+            self._sizes[axis] = self.first.axes[axis].norm(dim=1)
+        return self._sizes[axis]
 
     def fits(self, placement: Placement) -> bool:
         """Whether every row came back times the mark of its sample."""
@@ -145,7 +148,7 @@ class MarkedReading:
         rows = self.first.axes[0]
         sample = torch.zeros(len(rows), dtype=torch.long, device=rows.device)
         for place, sketch in enumerate(self._marked):
-            ratio = sketch.axes[0].norm(dim=1) / rows.norm(dim=1)
+            ratio = sketch.axes[0].norm(dim=1) / self.sizes(0)
             digit = ratio.log2().round().nan_to_num(0, 0, 0).clamp(0, self._marks_per_pass - 1)
             sample += digit.long() * self._marks_per_pass**place
         return Placement(0, Layout.INDEXED, sample)

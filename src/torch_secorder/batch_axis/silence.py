@@ -58,6 +58,7 @@ class SilentReading:
         is_double = self.first.dtype is torch.float64
         self._forgiven, self._floor = FORGIVEN_IN_SILENCE_OF_DOUBLES if is_double else FORGIVEN_IN_SILENCE
         self._loud = torch.stack(loud_samples(n))
+        self._known_sizes: dict[int, Tensor] = {}
 
     @property
     def largest(self) -> float:
@@ -66,7 +67,9 @@ class SilentReading:
 
     def _sizes(self, axis: int) -> Tensor:
         """How large each slice along an axis is in each pass, ``[passes, size]``."""
-        return torch.stack([sketch.axes[axis].norm(dim=1) for sketch in self._sketches])
+        if axis not in self._known_sizes:
+            self._known_sizes[axis] = torch.stack([sketch.axes[axis].norm(dim=1) for sketch in self._sketches])
+        return self._known_sizes[axis]
 
     def sizes(self, axis: int) -> Tensor:
         """How large each slice along an axis is when it is loud."""

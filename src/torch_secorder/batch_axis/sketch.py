@@ -27,8 +27,9 @@ LONG = 2**12
 # As many numbers of half precision are widened at once. Widened in full, logits would take more memory than a step does.
 WIDENED = 2**24
 
-# The largest entry is looked for in rows of at least this length: first the row, then the entry.
-ROW = 512
+# In tensors of more than so many entries, the largest one is looked for in rows of at least this length: first the row, then the
+# entry. In small ones that would be more calls.
+SMALL, ROW = 2**16, 512
 
 # Whole numbers up to this one are exact in single precision, in which indices travel to the host.
 EXACT = 2**24
@@ -129,6 +130,9 @@ def _largest(value: Tensor) -> Tensor:
 
 def _peak(value: Tensor) -> tuple[Tensor, Tensor]:
     """The largest magnitude of a tensor, and the place of such an entry in the flattened tensor, ``[1]``."""
+    if value.numel() <= SMALL:
+        largest, place = value.reshape(-1).abs().max(0, keepdim=True)
+        return largest[0], place
     width = 1
     for size in reversed(value.shape):
         if width >= ROW:
