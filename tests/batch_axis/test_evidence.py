@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -257,3 +258,17 @@ def test_the_slices_that_are_looked_at_go_through_the_largest_entry(shape: tuple
         1: place // shape[2] % shape[1],
         2: place % shape[2],
     }
+
+
+def test_a_slice_that_may_have_been_rounded_another_way_leaves_whole_axes_open_on_accelerators() -> None:
+    """There the whole axis shows that it may be rounding, and silence that it is."""
+    exact = along(torch.arange(4).repeat_interleave(3), 1, 5, 12)
+    gradients = [exact(mark.double()) * (1 + 0.02 * torch.randn(5, 12)) for mark in sample_marks(4)]
+    brief, whole = (
+        [replace(x, device=torch.device("meta")) for x in sketched(gradients, 4, in_brief=b)] for b in (True, False)
+    )
+    assert evidence(brief, 4) is Open.AXES
+    assert evidence(whole, 4) is Open.ROUNDING
+    assert look(exact, 4, torch.float64, silent=True, brief=False) == Finding(Placement(1, Layout.BLOCKS))
+    on_cpu = [replace(x, device=torch.device("cpu")) for x in brief]
+    assert evidence(on_cpu, 4) == Finding(Unplaced.SHARED_BY_SAMPLES)
