@@ -90,7 +90,7 @@ def evidence(
 def _placed(reading: Reading, n: int) -> Finding | None:
     """The placement that explains what came back; None if none does."""
     first = reading.first
-    possible = (placement for placement in _candidates(first.shape, n) if placement.axis in first.axes)
+    possible = (placement for placement in candidates(first.shape, n) if placement.axis in first.axes)
     if fitting := [placement for placement in possible if reading.fits(placement)]:
         proven = len(fitting) == 1 and _shows_every_sample(reading.sizes(fitting[0].axis), fitting[0], n)
         return Finding(fitting[0], proven, tuple(fitting[1:]))
@@ -118,7 +118,7 @@ def _left_open_by_rounding(reading: MarkedReading, n: int) -> Open | None:
     return Open.AXES if any(_slice_fits(reading, axis, n) for axis in slices) else None
 
 
-def _candidates(shape: Sequence[int], n: int) -> Iterator[Placement]:
+def candidates(shape: Sequence[int], n: int) -> Iterator[Placement]:
     """The placements that a shape allows, but for lists: first the axes with an index for each sample, from the first one on."""
     yield from (Placement(axis) if axis else FIRST for axis, size in enumerate(shape) if size == n)
     for axis, size in enumerate(shape):

@@ -87,7 +87,7 @@ class Sketch:
                 largest, place = _peak(value)
                 indices = {axis: _index_along(value, axis, place) for axis in others}
             slices = {
-                axis: (at, _after(value.index_select(axis, at).reshape(1, -1))[0]) for axis, at in indices.items()
+                axis: (at, _after(value.index_select(axis, at).reshape(1, -1))[:, 0]) for axis, at in indices.items()
             }
         return cls(axes, slices, shape, largest, grad.dtype.to_real(), grad.device)
 
@@ -159,40 +159,44 @@ def _contracted(value: Tensor, axis: int) -> Tensor:
     before, size, after = math.prod(value.shape[:axis]), value.shape[axis], math.prod(value.shape[axis + 1 :])
     # The longer side is contracted first, since little is left after that.
     if before < after:
-        rows = _after(value.reshape(before * size, after)).view(before, size, DIRECTIONS)
-        return rows[0] if before == 1 else torch.einsum("bsd,bd->sd", rows, _directions(before, rows))
+        rows = _after(value.reshape(before * size, after)).view(DIRECTIONS, before, size)
+        return rows[:, 0].mT if before == 1 else torch.einsum("dbs,db->sd", rows, _directions(before, rows))
     columns = _before(value.reshape(before, size * after)).view(DIRECTIONS, size, after)
-    return columns[..., 0].mT if after == 1 else torch.einsum("dsa,ad->sd", columns, _directions(after, columns))
+    return columns[..., 0].mT if after == 1 else torch.einsum("dsa,da->sd", columns, _directions(after, columns))
 
 
 def _after(value: Tensor) -> Tensor:
-    """``[rows, columns]`` -> ``[rows, DIRECTIONS]``, by directions for the columns."""
-    if (columns := value.shape[1]) <= LONG:
-        return _times(value, _directions(columns, value))
+    """``[rows, columns]`` -> ``[DIRECTIONS, rows]``, by directions for the columns.
+
+    With the few directions on the left, the product takes a third of the time that it takes with them on the right.
+    """
+    rows, columns = value.shape
+    if columns <= LONG:
+        return _times(_directions(columns, value), value)
     whole = columns // LONG
-    parts = value[:, : whole * LONG].reshape(-1, LONG)
-    found = _times(parts, _directions(LONG, value)).view(-1, whole, DIRECTIONS)
-    along = torch.einsum("rpd,pd->rd", found, _directions(whole, found))
+    parts = _times(_directions(LONG, value), value[:, : whole * LONG].reshape(rows * whole, LONG))
+    along = torch.einsum("drp,dp->dr", parts.view(DIRECTIONS, rows, whole), _directions(whole, parts))
     return along + _after(value[:, whole * LONG :]) if columns % LONG else along
 
 
-def _times(value: Tensor, directions: Tensor) -> Tensor:
-    """A product, for which half precision is widened bit by bit."""
+def _times(directions: Tensor, value: Tensor) -> Tensor:
+    """A product with each row, for which half precision is widened bit by bit."""
     if not is_half(value):
-        return value @ directions
+        return directions @ value.mT
     rows = max(1, WIDENED // value.shape[1]) if value.shape[1] else 1
-    found = [part.float() @ directions for part in value.split(rows)]
-    return found[0] if len(found) == 1 else torch.cat(found)
+    found = [directions @ part.float().mT for part in value.split(rows)]
+    return found[0] if len(found) == 1 else torch.cat(found, 1)
 
 
 def _before(value: Tensor) -> Tensor:
     """``[rows, columns]`` -> ``[DIRECTIONS, columns]``, by directions for the rows."""
     long = max(1, min(LONG, WIDENED // value.shape[1])) if is_half(value) and value.shape[1] else LONG
     if (rows := value.shape[0]) <= long:
-        return _directions(rows, value).mT @ _widened(value)
+        return _directions(rows, value) @ _widened(value)
     left, outer = _directions(long, value), _directions(-(-rows // long), value)
-    parts = zip(value.split(long), outer, strict=True)
-    return sum(((left[: len(part)] * factor).mT @ _widened(part) for part, factor in parts), outer.new_zeros(()))
+    parts = zip(value.split(long), outer.unbind(1), strict=True)
+    products = ((left[:, : len(part)] * factor[:, None]) @ _widened(part) for part, factor in parts)
+    return sum(products, outer.new_zeros(()))
 
 
 def _widened(value: Tensor) -> Tensor:
@@ -200,11 +204,11 @@ def _widened(value: Tensor) -> Tensor:
 
 
 def _directions(size: int, like: Tensor) -> Tensor:
-    """Random directions, ``[size, DIRECTIONS]``, in the dtype in which a tensor is summed."""
+    """Random directions, ``[DIRECTIONS, size]``, in the dtype in which a tensor is summed."""
     return _directions_on(size, torch.float32 if is_half(like) else like.dtype, like.device)
 
 
 @lru_cache(64)  # on an accelerator, each copy there makes the host wait
 def _directions_on(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     generator = torch.Generator().manual_seed(size)
-    return torch.randn(size, DIRECTIONS, generator=generator, dtype=torch.float32, device="cpu").to(device, dtype)
+    return torch.randn(DIRECTIONS, size, generator=generator, dtype=torch.float32, device="cpu").to(device, dtype)
