@@ -107,7 +107,9 @@ def test_trap_04_what_samples_share_does_not_look_like_one_samples_by_chance() -
         assert found[True] == Finding(Unplaced.SHARED_BY_SAMPLES)
         open_to_doubt += found[False] is Open.ROUNDING
         assert found[False] in (found[True], Open.ROUNDING)
-    assert open_to_doubt < 60  # A sum in one row is near the power of one of its terms now and then, which costs another look.
+    assert (
+        open_to_doubt < 60
+    )  # A sum in one row is near the power of one of its terms now and then, which costs another look.
 
 
 # Shapes that show no doubt, or that lie
