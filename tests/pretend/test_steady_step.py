@@ -22,6 +22,8 @@ EXACT = 1e-8
 MOST = 5.0
 # The pretend device has no kernel of its own for F.rms_norm, of which it makes five.
 UNFUSED = {"llama": 5.1}
+# Waits of a search: one for the random numbers of each length that it meets first, and five more.
+MOST_OF_A_SEARCH = 24
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -79,6 +81,16 @@ def test_samples_alone_are_compared_as_those_of_single_precision_although_norms_
         monitor.verify(loss)
         loss.backward()
     assert monitor.n_samples == len(x)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "resnet"])
+def test_the_search_of_a_first_step_waits_as_often_for_few_layers_as_for_many(name: str) -> None:
+    """For the random numbers that go to the device, and for what came back, all of it together."""
+    counts = counted(MODELS[name][1], steps=1).monitored
+    searching = (" batch_axis/", "double_precision.py")  # the second of which takes to the host what came back
+    waits = {place: count for place, count in counts.places.items() if any(file in place for file in searching)}
+    assert sum(waits.values()) <= MOST_OF_A_SEARCH, waits
+    assert counts.launches["aminmax"] > 20  # there was a search, through as many places at least
 
 
 @pytest.fixture

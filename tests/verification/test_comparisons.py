@@ -12,9 +12,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from torch_secorder.autograd.product_bits import BF16, DOUBLE, SINGLE, TF32
-from torch_secorder.batch_axis.evidence import Sketch, Unplaced, evidence, sample_marks
+from torch_secorder.batch_axis.evidence import Finding, Unplaced, evidence
+from torch_secorder.batch_axis.marks import sample_marks
 from torch_secorder.batch_axis.placement import Placement
 from torch_secorder.batch_axis.samples import BatchSamples
+from torch_secorder.batch_axis.silence import loud_samples
+from torch_secorder.batch_axis.sketch import Sketch
 from torch_secorder.errors import CoverageError, VerificationError
 from torch_secorder.model.ranks import Ranks
 from torch_secorder.verification.comparison import require_equal_norms, unequal_norms
@@ -143,12 +146,12 @@ def test_trap_28_a_gradient_that_is_no_number_is_not_separable(value: float, spo
 def test_trap_28_a_gradient_with_nan_is_no_evidence() -> None:
     """What overflows on its way, and is multiplied by zero, says nothing of whose it is."""
     grad = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    marked = [grad * factor[:, None].double() for factor in sample_marks(4)]
-    plain, *scaled = [Sketch.of(one, 4) for one in marked]
-    assert evidence(plain, scaled, 4).evidence == Placement(0)
-    for value in NOT_NUMBERS:
-        spoilt = [Sketch.of(torch.full_like(grad, value), 4) for _ in scaled]
-        assert evidence(plain, spoilt, 4).evidence is Unplaced.NOT_FINITE
+    for silent, factors in ((False, sample_marks(4)), (True, loud_samples(4))):
+        first, *others = [Sketch.of(grad * factor[:, None].double(), 4) for factor in factors]
+        assert evidence([first, *others], 4, by_silence=silent) == Finding(Placement(0))
+        for value in NOT_NUMBERS:
+            spoilt = [Sketch.of(torch.full_like(grad, value), 4) for _ in others]
+            assert evidence([first, *spoilt], 4, by_silence=silent) == Finding(Unplaced.NOT_FINITE)
 
 
 # Ranks that hold a model together

@@ -46,7 +46,11 @@ ATTRIBUTES: dict[str, dict[str, str]] = {
         "mean": "_saved_result1",
         "scale": "_saved_result2",
     },
-    "FusedRmsNormBackward0": {"shape": "_saved_normalized_shape"},
+    "FusedRmsNormBackward0": {
+        "input": "_saved_input",
+        "shape": "_saved_normalized_shape",
+        "scale": "_saved_result1",
+    },
     "NativeGroupNormBackward0": {
         "input": "_saved_input",
         "groups": "_saved_group",
