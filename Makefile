@@ -29,6 +29,7 @@ demo: $(READY)  ## train on real digits, and see which layers carry the curvatur
 test: $(READY)  ## run the tests, on all cores; what a file's tests share is made once
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 	$(BIN)/python -m pytest -n auto tests/pretend
+	$(BIN)/python -m pytest -n auto --dist loadfile tests/traps --device pretend
 
 test-gpu: $(READY)  ## run the tests that need a GPU, with a torch that was built for it: make test-gpu TORCH=torch
 	$(BIN)/python -m pytest -n auto tests/on_gpu

@@ -1,10 +1,37 @@
-"""Every test starts from the same random state and leaves torch's defaults as they were."""
+"""Every test starts from the same random state and leaves torch's defaults as they were.
 
+``SEED=3 pytest`` starts from another one: a test that passes for one seed only has found what it looks for by luck.
+"""
+
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", help="the default device of every test, for tests/traps")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The pretend device has to be there before the first backward pass; old versions of torch can't make one."""
+    if config.getoption("--device") == "pretend":
+        import pretend
+
+        pretend.register()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests of what the pretend device lacks do not run on it."""
+    if config.getoption("--device") != "pretend":
+        return
+    from pretend.lacking import TRAPS
+
+    for item in items:
+        if reason := TRAPS.get(getattr(item, "originalname", "")):
+            item.add_marker(pytest.mark.skip(f"the pretend device lacks {reason}"))
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
@@ -14,9 +41,11 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 @pytest.fixture(autouse=True)
-def _seeded() -> Iterator[None]:
-    torch.manual_seed(0)
+def _seeded(request: pytest.FixtureRequest) -> Iterator[None]:
+    torch.manual_seed(int(os.environ.get("SEED", "0")))
     default_dtype = torch.get_default_dtype()
+    torch.set_default_device(request.config.getoption("--device"))
     yield
+    torch.set_default_device(None)
     assert torch.get_default_dtype() == default_dtype
     assert torch.is_grad_enabled()

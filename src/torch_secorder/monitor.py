@@ -259,7 +259,7 @@ class FisherMonitor(WithResults, HookScope):
 
         Their gradients are taken by plain autograd, through the outputs of the model's latest call inside the block, which must
         still be there; at the end of the backward pass the hooks must have found the same. It costs three more backward passes,
-        and finds rules that are wrong, samples that were looked for in the wrong place, and smooth losses that compare samples
+        and finds rules that are wrong, samples that were looked for in the wrong place, and losses whose graph compares samples
         with each other. It takes ``reduction=`` and ``loss_scale=`` at their word: which of both fit a loss, the loss function
         would show, not the loss. :func:`fisher_report`, which has that function and runs each sample alone, finds more.
 

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from torch_secorder.batch_axis.evidence import (
-    MARKS_PER_PASS,
-    MARKS_PER_PASS_OF_HALF,
-    Evidence,
-    Finding,
-    Sketch,
-    Unplaced,
-    evidence,
-    sample_marks,
-)
+from torch_secorder.batch_axis.evidence import Evidence, Finding, Open, Unplaced, evidence
+from torch_secorder.batch_axis.marks import MARKS_PER_PASS, MARKS_PER_PASS_OF_HALF, sample_marks
 from torch_secorder.batch_axis.placement import Layout, Placement
+from torch_secorder.batch_axis.silence import loud_samples
+from torch_secorder.batch_axis.sketch import Sketch, read_together
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 HALF = (torch.bfloat16, torch.float16)
@@ -29,17 +24,29 @@ def marks_of(dtype: torch.dtype) -> int:
     return MARKS_PER_PASS_OF_HALF if dtype in HALF else MARKS_PER_PASS
 
 
+def sketched(gradients: Sequence[Tensor], n: int, *, in_brief: bool = False) -> list[Sketch]:
+    """The sketches of the gradients of one place in each pass of a look."""
+    first = Sketch.of(gradients[0], n, in_brief=in_brief)
+    others = [Sketch.of(grad, n, in_brief=in_brief, first=first) for grad in gradients[1:]]
+    (read,) = read_together([[first, *others]])
+    return [sketch for sketch in read if sketch is not None]
+
+
+def look(make: Callable[[Tensor], Tensor], n: int, dtype: torch.dtype, *, silent: bool, brief: bool) -> Finding | Open:
+    """What one look shows of the gradient that a seed gives in which sample n has the factor of index n."""
+    factors = loud_samples(n) if silent else sample_marks(n, marks_of(dtype))
+    gradients = [make(factor.double()).to(dtype) for factor in factors]
+    return evidence(sketched(gradients, n, in_brief=brief), n, marks_of(dtype), by_silence=silent)
+
+
 def looked_at(make: Callable[[Tensor], Tensor], n: int, dtype: torch.dtype = torch.float64) -> Finding:
-    """What the gradient shows that a seed gives in which sample n has the factor of index n."""
-    marks = sample_marks(n, marks_of(dtype))
-    gradients = [make(mark.double()).to(dtype) for mark in marks]
-    plain, *marked = [Sketch.of(grad, n) for grad in gradients]
-    found = evidence(plain, marked, n, marks_of(dtype))
-    assert found is not None
-    first = Sketch.of(gradients[0], n, in_brief=True)
-    marked = [Sketch.of(grad, n, in_brief=True, plain=first) for grad in gradients[1:]]
-    in_brief = evidence(first, marked, n, marks_of(dtype))
-    assert in_brief is None or str(in_brief) == str(found)  # as text, since lists of samples are tensors
+    """What the gradient shows, whichever way it is looked at."""
+    found = look(make, n, dtype, silent=True, brief=False)
+    assert isinstance(found, Finding)
+    for silent, brief in ((True, True), (False, True), (False, False)):
+        other = look(make, n, dtype, silent=silent, brief=brief)
+        assert isinstance(other, Open) or str(other) == str(found)  # as text, since lists of samples are tensors
+        assert brief or other is not Open.AXES
     return found
 
 
@@ -165,10 +172,10 @@ def test_rows_without_a_gradient_prove_nothing(shape: tuple[int, int], rows: lis
 
 @every_dtype
 def test_gradients_that_say_nothing(dtype: torch.dtype) -> None:
-    n, count = 5, len(sample_marks(5, marks_of(dtype)))
+    n = 5
     some = Sketch.of(torch.randn(n, 3).to(dtype), n)
-    assert evidence(None, [some] * (count - 1), n, marks_of(dtype)).evidence is Unplaced.NO_GRADIENT
-    assert evidence(some, [None] * (count - 1), n, marks_of(dtype)).evidence is Unplaced.NO_GRADIENT
+    assert evidence([None, some], n, marks_of(dtype)) == Finding(Unplaced.NO_GRADIENT)
+    assert evidence([some, None], n, marks_of(dtype)) == Finding(Unplaced.NO_GRADIENT)
     assert seen(lambda mark: torch.zeros(n, 3), n, dtype) is Unplaced.NO_GRADIENT
     tiny = torch.finfo(dtype).tiny
     assert seen(lambda mark: mark[:, None] * torch.full((n, 3), tiny / 8), n, dtype) is Unplaced.NO_GRADIENT
@@ -197,10 +204,10 @@ def test_long_gradients(shape: tuple[int, ...]) -> None:
 
 def test_sums_of_half_precision_are_taken_in_more() -> None:
     """4,000 ones add up to 4,000: in bfloat16 they would stop at 256."""
-    plain, doubled = (Sketch.of(torch.full((2, 4000), value, dtype=torch.bfloat16), 2) for value in (1.0, 2.0))
+    plain, doubled = sketched([torch.full((2, 4000), value, dtype=torch.bfloat16) for value in (1.0, 2.0)], 2)
     for one, two in zip(plain.axes.values(), doubled.axes.values(), strict=True):
         assert torch.equal(2 * one, two)
-    exact = Sketch.of(torch.ones(2, 4000, dtype=torch.float64), 2)
+    (exact,) = sketched([torch.ones(2, 4000, dtype=torch.float64)], 2)
     torch.testing.assert_close(plain.axes[0], exact.axes[0], rtol=1e-4, atol=1e-4)
 
 
@@ -209,11 +216,10 @@ def test_only_axes_that_may_count_samples_are_looked_at() -> None:
     assert Sketch.of(torch.randn(7, 5, 3, 10), 5).axes.keys() == {0, 1, 3}
 
 
-def in_brief(make: Callable[[Tensor], Tensor], n: int) -> tuple[Sketch, Finding | None]:
+def in_brief(make: Callable[[Tensor], Tensor], n: int) -> tuple[Sketch, Finding | Open]:
     """The sketch in the plain pass of the likeliest axes, and what such sketches show."""
-    plain, *marked = [make(mark.double()) for mark in sample_marks(n)]
-    first = Sketch.of(plain, n, in_brief=True)
-    return first, evidence(first, [Sketch.of(grad, n, in_brief=True, plain=first) for grad in marked], n)
+    sketches = sketched([make(mark.double()) for mark in sample_marks(n)], n, in_brief=True)
+    return sketches[0], evidence(sketches, n)
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
@@ -230,11 +236,39 @@ def test_a_look_at_one_slice_of_an_axis_leaves_open_what_whole_axes_show() -> No
     owners = torch.eye(4, dtype=torch.float64).repeat_interleave(3, 1)  # [4, 12], of which sample n has a block
     sketch, found = in_brief(lambda mark: mark[:, None] * owners, 4)
     assert list(sketch.slices) == [1]
-    assert found is None
+    assert found is Open.AXES
     assert looked_at(lambda mark: mark[:, None] * owners, 4).others == (Placement(1, Layout.BLOCKS),)
 
 
 def test_a_look_at_one_slice_leaves_open_what_lies_on_another_axis() -> None:
     _, found = in_brief(along(torch.arange(4).repeat_interleave(3), 1, 4, 12), 4)
-    assert found is None
+    assert found is Open.AXES
     assert looked_at(along(torch.arange(4).repeat_interleave(3), 1, 4, 12), 4).evidence == Placement(1, Layout.BLOCKS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(4, 12, 16), (4, 60, 400), (4, 24, 1000)], ids=str)
+def test_the_slices_that_are_looked_at_go_through_the_largest_entry(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    value = torch.randn(shape).to(dtype)
+    place = value.numel() * 5 // 7
+    value.view(-1)[place] = -99
+    sketch = Sketch.of(value, 4, in_brief=True)
+    assert float(sketch.largest) == 99
+    assert {axis: int(index) for axis, (index, _) in sketch.slices.items()} == {
+        1: place // shape[2] % shape[1],
+        2: place % shape[2],
+    }
+
+
+def test_a_slice_that_may_have_been_rounded_another_way_leaves_whole_axes_open_on_accelerators() -> None:
+    """There the whole axis shows that it may be rounding, and silence that it is."""
+    exact = along(torch.arange(4).repeat_interleave(3), 1, 5, 12)
+    gradients = [exact(mark.double()) * (1 + 0.02 * torch.randn(5, 12)) for mark in sample_marks(4)]
+    brief, whole = (
+        [replace(x, device=torch.device("meta")) for x in sketched(gradients, 4, in_brief=b)] for b in (True, False)
+    )
+    assert evidence(brief, 4) is Open.AXES
+    assert evidence(whole, 4) is Open.ROUNDING
+    assert look(exact, 4, torch.float64, silent=True, brief=False) == Finding(Placement(1, Layout.BLOCKS))
+    on_cpu = [replace(x, device=torch.device("cpu")) for x in brief]
+    assert evidence(on_cpu, 4) == Finding(Unplaced.SHARED_BY_SAMPLES)

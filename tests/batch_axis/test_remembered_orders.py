@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from oracles import assert_equal, per_sample_squared_norms, total, trace
 from torch_secorder import FisherMonitor
+from torch_secorder.batch_axis.derivation import Derivation
 from torch_secorder.batch_axis.knowledge import ModelKnowledge
 from torch_secorder.batch_axis.search_pass import SearchPasses, Viewed
 from torch_secorder.graph import conditions
@@ -109,17 +110,40 @@ def test_the_same_order_is_remembered(
     assert [step for step, count in enumerate(made, start=1) if count] == [1, 2, 3, 5]
 
 
-def test_an_order_that_data_decides_is_never_remembered(searches: list[int]) -> None:
+@pytest.fixture
+def nothing_is_derived(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a function of the user's hides what it does."""
+    monkeypatch.setattr(Derivation, "findings", lambda self, wanted: None)
+
+
+def test_an_order_that_data_decides_is_never_remembered(searches: list[int], nothing_is_derived: None) -> None:
     assert all(numbers_of(Ordered(by_data).double(), searches, batches()))
 
 
-def test_each_roll_is_an_order_of_its_own(searches: list[int]) -> None:
+def test_an_order_that_data_decides_is_derived(searches: list[int]) -> None:
+    """Passes show whether that is right in the 1st, 2nd, 3rd and 5th graph."""
+    made = numbers_of(Ordered(by_data).double(), searches, batches())
+    assert [step for step, count in enumerate(made, start=1) if count] == [1, 2, 3, 5]
+
+
+def counts_of_rolls(searches: list[int]) -> tuple[list[int], list[bool]]:
+    """How often each of 12 steps was searched, and whether it had another order than the one before."""
     model = Ordered(rolled_by_data).double()
     shifts = [int(model.first(x)[:, 0, 0].argmax()) for x in batches(12)]
     assert len(set(shifts)) > 2
-    counts = numbers_of(model, searches, batches(12))
     changed = [now != before for before, now in zip([-1, *shifts], shifts, strict=False)]
+    return numbers_of(model, searches, batches(12)), changed
+
+
+def test_each_roll_is_an_order_of_its_own(searches: list[int], nothing_is_derived: None) -> None:
+    counts, changed = counts_of_rolls(searches)
     assert all(count for count, other in zip(counts, changed, strict=True) if other)
+
+
+def test_another_roll_is_derived(searches: list[int]) -> None:
+    counts, changed = counts_of_rolls(searches)
+    assert sum(changed) > 6
+    assert any(not count for count, other in zip(counts, changed, strict=True) if other)
 
 
 def test_another_constant_is_another_order(searches: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,7 +170,9 @@ def test_a_row_that_has_shown_nothing_is_looked_for(searches: list[int]) -> None
 
 
 @pytest.mark.parametrize("limit", [0, 2**20])
-def test_large_indices_are_not_compared(limit: int, searches: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_indices_are_not_compared(
+    limit: int, searches: list[int], nothing_is_derived: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(conditions, "LARGEST_INDEX", limit)
     made = numbers_of(Ordered(by_constant).double(), searches, batches(4))
     assert (made[3] == 0) == (limit > 0)

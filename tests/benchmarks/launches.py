@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -129,8 +129,8 @@ class Added:
         }
 
 
-def counted(build: Callable[[], Setting], steps: int = STEPS) -> Added:
-    """The last of so many steps, plain and in a monitor's block."""
+def counted(build: Callable[[], Setting], steps: int = STEPS, **options: Any) -> Added:
+    """The last of so many steps, plain and in the block of a monitor with these options."""
     pretend.register()
     with torch.random.fork_rng(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -138,14 +138,15 @@ def counted(build: Callable[[], Setting], steps: int = STEPS) -> Added:
         setting = build()
         model = pretend.moved(setting.model)
         batch = pretend.moved((setting.inputs, setting.targets))
-        plain, monitored = (_last_step(setting, model, *batch, steps, watched) for watched in (False, True))
+        plain = _last_step(setting, model, *batch, steps, nullcontext())
+        monitored = _last_step(setting, model, *batch, steps, FisherMonitor(model, **options))
     return Added(plain, monitored, sum(p.requires_grad for p in model.parameters()))
 
 
 def _last_step(
-    setting: Setting, model: nn.Module, inputs: Tensor, targets: Tensor, steps: int, watched: bool
+    setting: Setting, model: nn.Module, inputs: Tensor, targets: Tensor, steps: int, block: AbstractContextManager[Any]
 ) -> pretend.Counts:
-    with FisherMonitor(model) if watched else nullcontext():
+    with block:
         for _ in range(steps):
             model.zero_grad()
             with pretend.counting() as counts:

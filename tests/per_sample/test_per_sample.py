@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from oracles import assert_equal, call, mapped, per_sample_gradients
 from problems import Problem, every_problem
+from torch_secorder.autograd.product_bits import TF32
 from torch_secorder.batch_axis.placement import Grouping, Layout
 from torch_secorder.capture.records import Call
 from torch_secorder.model.channels import ChannelSums
@@ -24,6 +25,7 @@ from torch_secorder.per_sample import (
     RowSparse,
     SharedFactor,
     _base,
+    arithmetic,
     memory_limit,
 )
 from torch_secorder.per_sample import outer as outer_module
@@ -131,6 +133,23 @@ def test_selected_samples(name: str, samples: Any) -> None:
     selected = form.select(samples)
     assert torch.allclose(selected.dense(), form.dense()[samples], rtol=1e-12)
     assert_like_dense(selected)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_samples_that_are_lost_are_zeros(name: str) -> None:
+    form, lost = FORMS[name](), torch.tensor([False, True, False, True])
+    expected = form.dense()
+    expected[lost] = 0
+    left = form.without(lost)
+    torch.testing.assert_close(left.dense(), expected, rtol=1e-12, atol=1e-12)
+    assert_like_dense(left)
+
+
+@pytest.mark.parametrize("nonsense", [float("nan"), float("inf")])
+def test_of_samples_that_are_lost_nothing_is_left(nonsense: float) -> None:
+    form = outer()
+    form.a[1], form.g[1] = nonsense, nonsense
+    assert form.without(torch.tensor([False, True, False, False])).sum_of_squares().isfinite().all()
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -406,3 +425,14 @@ def test_a_common_gram_matrix_is_not_kept_beyond_the_budget() -> None:
         found = Outer(a, common, (70, 60)).squared_norm()
     torch.testing.assert_close(found, Outer(a, common.value, (70, 60)).squared_norm())
     assert not common._kept
+
+
+def test_of_products_of_few_bits_less_may_cancel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What float32 bears, TF32 does not."""
+    single, double = torch.zeros(1, dtype=torch.float32), torch.zeros(1, dtype=torch.float64)
+    assert arithmetic.cancellation_floor(double) == pytest.approx(8.9e-7, rel=0.01)
+    assert arithmetic.cancellation_floor(single) == pytest.approx(0.0477, rel=0.01)
+    monkeypatch.setattr(arithmetic, "product_bits", lambda device, convolves: TF32)
+    assert arithmetic.cancellation_floor(double) == pytest.approx(8.9e-7, rel=0.01)
+    assert arithmetic.cancellation_floor(single) == pytest.approx(0.39, rel=0.01)
+    assert _base.has_cancelled(torch.tensor([0.3, 0.5]), torch.ones(2)).tolist() == [True, False]

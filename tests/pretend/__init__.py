@@ -6,10 +6,10 @@ caused them, and bytes. Backward passes run in a thread of the device.
 
 It can't show everything. There are no streams and no events; all devices share one thread for backward passes, and no
 generator lives on one. Nodes that only a real GPU has (fused attention, cuDNN's normalization and recurrence) are the CPU's
-here; LSTM, GRU and sparse tensors do not run. To torch's C++ code all devices are the first one, so that an index may come from
-any of them. An operation counts as one launch, whatever kernels a GPU makes of it, but for foreach calls and concatenations;
-what an operation takes for itself is in no count of bytes. A copy to the device is taken at once, so that it forgives if its
-source is written to.
+here; sparse and nested tensors do not run, and what asks for the exact type of a tensor does not find torch's own. To torch's
+C++ code all devices are the first one, so that an index may come from any of them. An operation counts as one launch, whatever
+kernels a GPU makes of it, but for foreach calls and concatenations; what an operation takes for itself is in no count of bytes.
+A copy to the device is taken at once, so that it forgives if its source is written to.
 """
 
 from pretend.counting import Counts, counting

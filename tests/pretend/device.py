@@ -17,6 +17,7 @@ from torch.utils.backend_registration import _DummyPrivateUse1Hook, _setup_priva
 
 from pretend.autocast import register_autocast
 from pretend.counting import waited
+from pretend.recurrence import register_cells
 from pretend.tensor import NAME, factory, run
 
 # Errors that a hook raised in the device thread while torch's C++ code asked our guard for the device.
@@ -114,7 +115,7 @@ def register() -> None:
         library.impl(name, factory(operation), "PrivateUse1")
     copy = torch.ops.aten._copy_from.default
     library.impl("_copy_from", lambda *args, **kwargs: run(copy, args, kwargs), "PrivateUse1")
-    _libraries.extend(register_autocast(NAME))
+    _libraries.extend([*register_autocast(NAME), register_cells()])
     # The device thread may still have tensors to let go of, for which it needs the interpreter; later it would abort.
     atexit.register(time.sleep, 0.05)
 

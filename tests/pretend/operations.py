@@ -49,6 +49,8 @@ WAITS = {  # whose answer, or its size, goes to the host
 }  # fmt: skip
 # Which take a 0-dim tensor of the host beside tensors of a device, although they are not pointwise.
 TAKE_NUMBERS = {"index_put", "index_put_", "_index_put_impl_", "masked_fill", "masked_fill_", "fill", "fill_", "where"}
+# Whose lengths, or rows of each step, are on the host.
+LENGTHS_ON_THE_HOST = {"_pack_padded_sequence", "_pack_padded_sequence_backward"}
 INDEXED = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put"}
 # As many tensors and blocks as one kernel of a foreach call takes, by how many lists it goes through, and a block's size.
 TENSORS_OF_A_KERNEL, BLOCKS_OF_A_KERNEL, BLOCK = (110, 64, 48, 36, 30), 320, 65536

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from pretend import copies, memory
 from pretend.counting import launched, waited
-from pretend.operations import INDEXED, TAKE_NUMBERS, Operation, asks_the_device, kernels, names
+from pretend.operations import INDEXED, LENGTHS_ON_THE_HOST, TAKE_NUMBERS, Operation, asks_the_device, kernels, names
 
 NAME = "pretend"
 CPU = torch.device("cpu")
@@ -28,6 +28,7 @@ class Pretend(Tensor):
     To torch's C++ code all devices are the first one, since its engine has a thread for only one; ``device`` tells the truth.
     """
 
+    __slots__ = ("index", "numbers")  # apart from the attributes that a program may put on a tensor
     numbers: Tensor
     index: int
 
@@ -81,12 +82,14 @@ class Pretend(Tensor):
         return self.index
 
     def to(self, *args: Any, **kwargs: Any) -> Tensor:
-        device, dtype, non_blocking, _ = torch._C._nn._parse_to(*_parsable(args), **kwargs)
+        apart = kwargs.get("copy", False)
+        asked = {name: value for name, value in kwargs.items() if name != "copy"}
+        device, dtype, non_blocking, _ = torch._C._nn._parse_to(*_parsable(args), **asked)
         if device is None or (self.index == 0 and device.type != NAME):
             return super().to(*args, **kwargs)
         converted = self if dtype is None else super().to(dtype)
         if (device.type, device.index or 0) == (NAME, self.index):
-            return converted.clone() if kwargs.get("copy") else converted
+            return converted.clone() if apart else converted
         return BetweenDevices.apply(converted, device, non_blocking)
 
     def cpu(self, **kwargs: Any) -> Tensor:
@@ -98,6 +101,9 @@ class Pretend(Tensor):
     def __repr__(self, **_: Any) -> str:
         waited("repr")
         return f"{self.numbers!r} on {self.device}"
+
+    def __format__(self, specification: str) -> str:
+        return format(self.item() if not self.dim() else repr(self), specification)
 
     def tolist(self) -> Any:
         waited("tolist")
@@ -116,7 +122,8 @@ class Pretend(Tensor):
                 )
             new = Pretend(self.numbers.clone(), self.index)
             memo[id(self)] = _of_kind(self, new)
-            memo[id(self)].grad = copy.deepcopy(self.grad, memo)
+            if not isinstance(self, nn.Parameter):  # of which torch copies no gradient
+                memo[id(self)].grad = copy.deepcopy(self.grad, memo)
         return memo[id(self)]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -178,6 +185,11 @@ def run(operation: Operation, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
     if inner_kwargs.get("pin_memory"):
         inner_kwargs["pin_memory"] = False
     out = operation(*inner_args, **inner_kwargs)
+    if name == "_pack_padded_sequence":
+        return Pretend(out[0], index), out[1]
+    if operation is torch.ops.aten.set_.source_Tensor:
+        args[0].data = args[1]
+        return args[0]
     if torch.Tag.inplace_view in operation.tags and tensors:
         with no_dispatch():
             operation(*args, **kwargs)
@@ -208,6 +220,7 @@ def _one_device(operation: Operation, name: str, flat: Sequence[Any], kwargs: Ma
     """
     target = kwargs.get("device")
     found = [x for x in flat if isinstance(x, Tensor)]
+    found = found[:1] if name in LENGTHS_ON_THE_HOST else found
     devices = dict.fromkeys(x.device for x in found if not _is_a_number(x, operation, name))
     # Whatever was a list of numbers, C++ code has brought to the first device by now.
     if len(devices) > 1 and not (name in INDEXED and isinstance(found[0], Pretend)):

@@ -77,6 +77,21 @@ def test_numbers_are_those_of_the_cpu() -> None:
         torch.testing.assert_close(p.grad.cpu(), grad)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_recurrent_layers_are_those_of_the_cpu(kind: type[nn.RNNBase], bias: bool) -> None:
+    layer, rows = kind(3, 4, num_layers=2, bias=bias), [torch.randn(n, 3) for n in (4, 2, 1)]
+    packed = nn.utils.rnn.pack_sequence(rows)
+    layer(packed)[0].data.square().sum().backward()
+    expected = [p.grad for p in layer.parameters()]
+    other = pretend.moved(copy.deepcopy(layer))
+    packed = nn.utils.rnn.pack_sequence(pretend.moved(rows))
+    assert (packed.data.device.type, packed.batch_sizes.device.type) == ("pretend", "cpu")
+    other(packed)[0].data.square().sum().backward()
+    for p, grad in zip(other.parameters(), expected, strict=True):
+        torch.testing.assert_close(p.grad.cpu(), grad)
+
+
 def test_backward_passes_run_in_a_thread_of_the_device() -> None:
     seen = []
     x = torch.ones(3, requires_grad=True, **HERE)
@@ -161,6 +176,21 @@ def test_data_may_be_exchanged() -> None:
     assert weight.sum().item() == 0
     weight.data.fill_(1)
     assert weight.sum().item() == 4
+    with torch.no_grad():
+        weight.set_(torch.full((2, 2), 3.0, **HERE))
+    assert weight.sum().item() == 12
+
+
+def test_a_tensor_is_copied_as_torchs_own_are() -> None:
+    x = torch.ones(2, requires_grad=True, **HERE)
+    (x * 2).sum().backward()
+    assert copy.deepcopy(x).grad.tolist() == [2, 2]
+    parameter = nn.Parameter(x.detach())
+    (parameter * 2).sum().backward()
+    assert copy.deepcopy(parameter).grad is None
+    assert x.to("pretend", copy=True).data_ptr() != x.to("pretend").data_ptr() == x.data_ptr()
+    assert not vars(x)  # a program's own attributes are all that is there
+    assert f"{x.sum():.1f}" == "2.0"
 
 
 def test_the_host_cannot_read_what_is_on_the_device() -> None:

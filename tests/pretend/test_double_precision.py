@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
 import pretend
 from torch_secorder.autograd.double_precision import (
-    has_double_precision,
     in_double_precision,
     on_host,
     sum_in_double_precision,
     widest_dtype,
 )
+from torch_secorder.capture.watched_calls import Moments
 
 HERE = torch.device("pretend:0")
-
-
-@pytest.fixture
-def _without_float64() -> Iterator[None]:
-    has_double_precision.cache_clear()
-    with pretend.without_float64():
-        yield
-    has_double_precision.cache_clear()
 
 
 @pytest.mark.parametrize("device", [torch.device("cpu"), HERE], ids=str)
@@ -57,3 +47,15 @@ def test_sums_without_float64_are_as_exact_as_single_precision_can_be(length: in
         (sum_in_double_precision(pretend.moved(x), pretend.moved(x)), x.double().square().sum()),
     ):
         assert abs(found - right) <= 4 * torch.finfo(torch.float32).eps * right
+
+
+@pytest.mark.usefixtures("_without_float64")
+@pytest.mark.parametrize("length", [1, 4096, 300_003])
+def test_moments_of_outputs_keep_their_digits_without_float64(length: int) -> None:
+    """But for the rounding of a row, as long as it may be."""
+    near = 4 * torch.finfo(torch.float32).eps
+    x = 10 + torch.randn(length)
+    count, total, squares, *ends = Moments.of(pretend.moved(x)).pooled()
+    assert (count, ends) == (length, [float(x.min()), float(x.max())])
+    assert total == pytest.approx(float(x.double().sum()), rel=near)
+    assert squares == pytest.approx(float(x.double().square().sum()), rel=near)

@@ -37,7 +37,6 @@ pytestmark = [
 LACKING = {
     "embedding-sparse": "sparse tensors",
     "embedding-sparse_padding_idx": "sparse tensors",
-    "awkward-lstm": "the fused cells of an LSTM",
 }
 ON_THE_DEVICE = of_names(*(name for name in OTHERS if name not in LACKING))
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from torch import Tensor, nn
@@ -20,15 +22,75 @@ EXACT = 1e-8
 MOST = 5.0
 # The pretend device has no kernel of its own for F.rms_norm, of which it makes five.
 UNFUSED = {"llama": 5.1}
-# The listed placements of Swin are looked for in every step.
-SEARCHED_IN_EVERY_STEP = {"swin"}
+# Waits of a search: one for the random numbers of each length that it meets first, and five more.
+MOST_OF_A_SEARCH = 24
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if name not in SEARCHED_IN_EVERY_STEP])
+@pytest.mark.parametrize("name", MODELS)
 def test_a_steady_step_waits_once_and_adds_few_launches(name: str) -> None:
     added = counted(MODELS[name][1], steps=4)  # the first that is not checked
     assert added.row()["waits"] == 1, added.monitored.places
     assert added.row()["per_tensor"] <= UNFUSED.get(name, MOST)
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "diagonal": {"diagonal": True},
+    "diagonal by rows": {"diagonal": {"*": "rows"}},
+    "per_sample": {"per_sample": True},
+    "activations": {"activations": True},
+    "all parameters": {"parameters": "all"},
+    "skip": {"nonfinite": "skip", "on_refusal": "skip"},
+    "repeated_calls": {"repeated_calls": "new"},
+    "max_memory": {"max_memory": 2**22},
+    "loss_scale": {"loss_scale": 0.5},
+    "everything": {"diagonal": True, "per_sample": True, "activations": True, "nonfinite": "skip"},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("name", ["resnet", "gpt2"])
+def test_a_steady_step_waits_once_whatever_is_kept(name: str, options: dict[str, Any]) -> None:
+    added = counted(MODELS[name][1], steps=4, **options)
+    assert added.row()["waits"] == 1, added.monitored.places
+
+
+MORE_OPTIONS: dict[str, dict[str, Any]] = {
+    "diagonal by columns": {"diagonal": {"*": "rows", "*c_*.weight": "columns"}},
+    "on_output": {"on_output": lambda name, output, grad: None},
+}
+
+
+@pytest.mark.parametrize("options", MORE_OPTIONS.values(), ids=MORE_OPTIONS)
+def test_a_steady_step_waits_once_for_options_that_not_every_model_takes(options: dict[str, Any]) -> None:
+    added = counted(MODELS["gpt2"][1], steps=4, **options)
+    assert added.row()["waits"] == 1, added.monitored.places
+
+
+@pytest.mark.usefixtures("_without_float64")
+@pytest.mark.parametrize("options", [{}, OPTIONS["everything"]], ids=["traces", "everything"])
+def test_a_steady_step_waits_once_on_a_device_without_float64(options: dict[str, Any]) -> None:
+    assert counted(MODELS["mlp"][1], steps=4, **options).row()["waits"] == 1
+
+
+def test_samples_alone_are_compared_as_those_of_single_precision_although_norms_go_to_the_host_in_double() -> None:
+    setting = MODELS["bert"][1]()
+    model, x, y = (pretend.moved(value) for value in (setting.model, setting.inputs, setting.targets))
+    with FisherMonitor(model) as monitor:
+        outputs = model(x)
+        loss = setting.loss_fn(outputs, y)
+        monitor.verify(loss)
+        loss.backward()
+    assert monitor.n_samples == len(x)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "resnet"])
+def test_the_search_of_a_first_step_waits_as_often_for_few_layers_as_for_many(name: str) -> None:
+    """For the random numbers that go to the device, and for what came back, all of it together."""
+    counts = counted(MODELS[name][1], steps=1).monitored
+    searching = (" batch_axis/", "double_precision.py")  # the second of which takes to the host what came back
+    waits = {place: count for place, count in counts.places.items() if any(file in place for file in searching)}
+    assert sum(waits.values()) <= MOST_OF_A_SEARCH, waits
+    assert counts.launches["aminmax"] > 20  # there was a search, through as many places at least
 
 
 @pytest.fixture
@@ -141,11 +203,27 @@ def test_factors_that_were_changed_in_place_are_not_believed() -> None:
 def test_samples_that_are_not_finite_cost_no_further_wait() -> None:
     model, batches = Halves(1.0).double(), [data() for _ in range(6)]
     batches[-1][0][2, 0, 0] = float("nan")
-    right, _ = trained(model, batches, nonfinite="skip")
-    found, steps = trained(pretend.moved(model), pretend.moved(batches), nonfinite="skip")
+    options = {"nonfinite": "skip", "diagonal": True, "activations": True}
+    right, _ = trained(model, batches, **options)
+    found, steps = trained(pretend.moved(model), pretend.moved(batches), **options)
     require_same(found, right)
     assert found.n_samples == right.n_samples == 29
+    for name, squares in right.diagonal.items():
+        torch.testing.assert_close(found.diagonal[name].cpu(), squares, rtol=EXACT, atol=0)
+    pd.testing.assert_frame_equal(found.activations, right.activations, rtol=EXACT)
     assert steps[-1].waits.total() == 1
+
+
+def test_a_diagonal_that_was_loaded_goes_on_where_the_model_is(tmp_path: Path) -> None:
+    model, (x, y) = Halves(1.0).double(), data()
+    right, _ = trained(model, [(x, y)] * 2, diagonal=True)
+    found, _ = trained(pretend.moved(model), [pretend.moved((x, y))], diagonal=True)
+    found.save(tmp_path / "monitor")
+    with FisherMonitor.load(tmp_path / "monitor", model) as monitor:
+        (model(pretend.moved(x)) - pretend.moved(y)).square().sum(1).mean().backward()
+    for name, squares in right.diagonal.items():
+        assert monitor.diagonal[name].device.type == "pretend"
+        torch.testing.assert_close(monitor.diagonal[name].cpu(), squares, rtol=EXACT, atol=0)
 
 
 def test_rows_of_an_embedding_are_added_up_without_asking_how_many_there_are() -> None:

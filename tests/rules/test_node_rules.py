@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -166,6 +166,93 @@ def test_the_batch_norm_of_gpus(training: bool) -> None:
         normalized = (x - mean[:, None]) / (variance[:, None] + 1e-3).sqrt()
         assert rule == "cudnnbatchnorm"
         torch.testing.assert_close(form.dense(), (g * normalized).sum(2))
+
+
+@pytest.fixture
+def fused_rms_norm() -> Iterator[None]:
+    """torch's fused norm on the CPU, which lacks a kernel of its own: ``F.rms_norm`` makes the node that it makes on GPUs."""
+
+    def forward(x: Tensor, shape: list[int], weight: Tensor | None, eps: float | None) -> tuple[Tensor, Tensor]:
+        wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+        axes = tuple(range(-len(shape), 0))
+        scale = (wide.square().mean(axes, keepdim=True) + (torch.finfo(wide.dtype).eps if eps is None else eps)).rsqrt()
+        return (wide * scale * (1 if weight is None else weight)).to(x.dtype), scale
+
+    def backward(
+        g: Tensor, x: Tensor, shape: list[int], scale: Tensor, weight: Tensor | None, mask: list[bool]
+    ) -> tuple[Tensor, Tensor]:
+        axes, wide = tuple(range(-len(shape), 0)), x.to(scale.dtype)
+        along = g * (1 if weight is None else weight)
+        found = scale * (along - wide * scale.square() * (along * wide).mean(axes, keepdim=True))
+        return found.to(x.dtype), (g * wide * scale).sum_to_size(shape).to(x.dtype)
+
+    with torch.library._scoped_library("aten", "IMPL") as kernels:
+        kernels.impl("_fused_rms_norm", forward, "CPU")
+        kernels.impl("_fused_rms_norm_backward", backward, "CPU")
+        yield
+
+
+needs_fused_rms_norm = pytest.mark.skipif(
+    not hasattr(torch.ops.aten, "_fused_rms_norm_backward"), reason="this torch has no fused root mean square norm"
+)
+FUSED = {
+    "of the last axis": (lambda x, w: F.rms_norm(x, (6,), w), (6,)),
+    "of the last axes": (lambda x, w: F.rms_norm(x, (4, 6), w, 0.1), (4, 6)),
+    "in windows": (windows(lambda x, w: F.rms_norm(x, (3,), w, 1e-3)), (3,)),
+}
+
+
+@needs_fused_rms_norm
+@pytest.mark.usefixtures("fused_rms_norm")
+@pytest.mark.parametrize("name", FUSED)
+def test_the_fused_rms_norm_of_gpus(name: str) -> None:
+    function, shape = FUSED[name]
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(6, 6), Functional(function, shape)).double(), torch.randn(5, 4, 6).double()
+    y, loss_fn = torch.randn_like(model(x)), nn.MSELoss(reduction="sum")
+    expected = trace(per_sample_squared_norms(model, loss_fn, x, y), "sum")
+    with FisherMonitor(model, reduction="sum", diagonal=True) as monitor:
+        loss_fn(model(x), y).backward()
+    report = monitor.report()
+    assert report.loc["1.values.0", "rule"] == "fusedrmsnorm (dense)"
+    for parameter, value in expected.items():
+        assert_equal(torch.tensor(report.loc[parameter, "fisher_trace"]), value, total(expected))
+    fisher = total(trace(exact_fisher(model, x, loss_type="mse")))
+    assert_equal(generalized_fisher_trace(model, model(x), None, "mse"), fisher, fisher)
+
+
+def fused_node(x: Tensor, eps: float) -> SimpleNamespace:
+    """What the node of such a norm over the last axis shows; it keeps its scale in float32 at least."""
+    wide = x.detach().to(torch.promote_types(x.dtype, torch.float32))
+    return SimpleNamespace(
+        name=lambda: "FusedRmsNormBackward0",
+        _input_metadata=[SimpleNamespace(dtype=x.dtype, is_nested_tensor=False)],
+        _saved_input=x,
+        _saved_normalized_shape=(x.shape[-1],),
+        _saved_result1=(wide.square().mean(-1, keepdim=True) + eps).rsqrt(),
+    )
+
+
+@needs_fused_rms_norm
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_fused_rms_norm_of_half_precision_is_summed_in_more(dtype: torch.dtype) -> None:
+    """1,000 positions, whose sum in the layer's own dtype would have two digits."""
+    torch.manual_seed(0)
+    x, g = (torch.randn(3, 1000, 6).to(dtype) for _ in range(2))
+    form, _ = gradient_at(NodeUse(fused_node(x, 1e-3), 1, (6,), (3, 1000, 6), Placement(), 3), (g, None), 0)
+    expected = (g.double() * F.rms_norm(x.double(), (6,), None, 1e-3)).sum(1)
+    torch.testing.assert_close(form.dense().double(), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+
+
+@needs_fused_rms_norm
+def test_the_rule_of_the_fused_rms_norm_can_be_differentiated() -> None:
+    """Its scale is a constant in the graph, and is not one of the input."""
+    g = torch.randn(3, 5, 4, dtype=torch.float64)
+
+    def gradient(x: Tensor) -> Tensor:
+        return gradient_at(NodeUse(fused_node(x, 1e-2), 1, (4,), (3, 5, 4), Placement(), 3), (g, None), 0)[0].dense()
+
+    assert torch.autograd.gradcheck(gradient, (torch.randn(3, 5, 4, dtype=torch.float64, requires_grad=True),))
 
 
 def experts(x: Tensor, w: Tensor) -> Tensor:

@@ -12,7 +12,10 @@ from torch import Tensor, nn
 
 from problems._base import Forward, randomized
 from torch_secorder import FisherMonitor, empirical_fisher_trace, fisher_report
-from torch_secorder.batch_axis.evidence import Sketch, Unplaced, evidence, sample_marks
+from torch_secorder.batch_axis.evidence import Finding, Open, Unplaced, evidence
+from torch_secorder.batch_axis.marks import sample_marks
+from torch_secorder.batch_axis.silence import loud_samples
+from torch_secorder.batch_axis.sketch import Sketch
 from torch_secorder.errors import CurvatureError, ShapeError
 from traps.exactness import Square, assert_exact, drawn, numbers
 
@@ -94,11 +97,19 @@ def test_trap_04_ids_that_are_shared_in_some_batches(order: str, n: int) -> None
 
 def test_trap_04_what_samples_share_does_not_look_like_one_samples_by_chance() -> None:
     generator = torch.Generator().manual_seed(0)
-    (weights,) = sample_marks(5)[1:]
+    open_to_doubt = 0
     for _ in range(300):
         parts = torch.randn(5, 1, 4, 6, generator=generator)
-        scaled = Sketch.of((weights.to(parts).view(5, 1, 1, 1) * parts).sum(0), 5)
-        assert evidence(Sketch.of(parts.sum(0), 5), [scaled], 5).evidence is Unplaced.SHARED_BY_SAMPLES
+        found = {}
+        for silent, factors in ((False, sample_marks(5)), (True, loud_samples(5))):
+            sums = [(factor.view(5, 1, 1, 1) * parts).sum(0) for factor in factors]
+            found[silent] = evidence([Sketch.of(x, 5) for x in sums], 5, by_silence=silent)
+        assert found[True] == Finding(Unplaced.SHARED_BY_SAMPLES)
+        open_to_doubt += found[False] is Open.ROUNDING
+        assert found[False] in (found[True], Open.ROUNDING)
+    assert (
+        open_to_doubt < 60
+    )  # A sum in one row is near the power of one of its terms now and then, which costs another look.
 
 
 # Shapes that show no doubt, or that lie

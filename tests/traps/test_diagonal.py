@@ -61,7 +61,7 @@ def test_trap_31_a_monitor_over_many_passes(tmp_path: Path) -> None:
         before, at = copy.deepcopy(monitor.diagonal), tmp_path / "monitor"
         monitor.save(at)
         monitor = FisherMonitor.load(at, model)
-        assert all(torch.equal(before[name], value) for name, value in monitor.diagonal.items())
+        assert all(torch.equal(before[name].cpu(), value) for name, value in monitor.diagonal.items())
     for name, value in monitor.diagonal.items():
         assert float(value.double().sum()) == pytest.approx(monitor.report().fisher_trace[name], rel=1e-5)
 

@@ -42,7 +42,8 @@ def dispatched() -> nn.Module:
     accelerate = pytest.importorskip("accelerate")
     model = nn.Sequential(nn.Flatten(), nn.Linear(24, 6), nn.LayerNorm(6), nn.Tanh(), nn.Linear(6, 3))
     for module in model:  # what a device map does: each forward is replaced by one that moves its inputs
-        accelerate.hooks.add_hook_to_module(module, accelerate.hooks.AlignDevicesHook(execution_device="cpu"))
+        hook = accelerate.hooks.AlignDevicesHook(execution_device=torch.get_default_device())
+        accelerate.hooks.add_hook_to_module(module, hook)
     return model
 
 

@@ -217,7 +217,7 @@ def test_trap_10_settings_that_formulas_forget() -> None:
 def test_trap_10_normalizers_that_are_not_the_number_of_samples(options: dict[str, Any]) -> None:
     model, x, _ = drawn(nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3)), 7, 4)
     y = torch.tensor([0, 1, 2, 1, 0, 2, 2])
-    loss_fn = nn.CrossEntropyLoss(**options).double()
+    loss_fn = nn.CrossEntropyLoss(**options).double().to(x.device)
     expected = per_sample_squared_norms(model, loss_fn, x, y, shares_of="mean")
     with FisherMonitor(model) as monitor:
         loss_fn(model(x), y).backward()

@@ -11,9 +11,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from torch_secorder.batch_axis.evidence import Sketch, Unplaced, evidence, sample_marks
+from torch_secorder.autograd.product_bits import BF16, DOUBLE, SINGLE, TF32
+from torch_secorder.batch_axis.evidence import Finding, Unplaced, evidence
+from torch_secorder.batch_axis.marks import sample_marks
 from torch_secorder.batch_axis.placement import Placement
 from torch_secorder.batch_axis.samples import BatchSamples
+from torch_secorder.batch_axis.silence import loud_samples
+from torch_secorder.batch_axis.sketch import Sketch
 from torch_secorder.errors import CoverageError, VerificationError
 from torch_secorder.model.ranks import Ranks
 from torch_secorder.verification.comparison import require_equal_norms, unequal_norms
@@ -21,7 +25,6 @@ from torch_secorder.verification.gradient_sums import unexplained_gradients
 from torch_secorder.verification.separable_loss import require_separable
 
 NOT_NUMBERS = [math.nan, math.inf, -math.inf]
-HALF = [False, True]
 
 
 def row(*values: float, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -31,48 +34,46 @@ def row(*values: float, dtype: torch.dtype = torch.float64) -> Tensor:
 # One sample in its batch and alone
 
 
-@pytest.mark.parametrize("half", HALF)
+@pytest.mark.parametrize("bits", [DOUBLE, SINGLE, TF32, BF16])
 @pytest.mark.parametrize("value", NOT_NUMBERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_no_norm_that_is_no_number_passes(half: bool, value: float, dtype: torch.dtype) -> None:
+def test_no_norm_that_is_no_number_passes(bits: int, value: float, dtype: torch.dtype) -> None:
     """Not even beside another one, and it hides no other parameter's mistake."""
     right, spoilt = row(1.0, 2.0, 3.0, dtype=dtype), row(1.0, value, 3.0, dtype=dtype)
     for in_batch, alone in ((right, spoilt), (spoilt, right), (spoilt, spoilt)):
-        assert unequal_norms(in_batch, alone, half=half) == [1]
-    assert unequal_norms(row(5.0, 2.0, 3.0, dtype=dtype), spoilt, half=half) == [0, 1]
-    assert unequal_norms(right, right, half=half, rounding=torch.full((3,), math.nan)) == [0, 1, 2]
+        assert unequal_norms(in_batch, alone, bits=bits) == [1]
+    assert unequal_norms(row(5.0, 2.0, 3.0, dtype=dtype), spoilt, bits=bits) == [0, 1]
+    assert unequal_norms(right, right, bits=bits, rounding=torch.full((3,), math.nan)) == [0, 1, 2]
 
 
-@pytest.mark.parametrize(
-    ("dtype", "half", "relative"),
-    [(torch.float64, False, 1e-6), (torch.float32, False, 1e-3), (torch.float32, True, 5e-2)],
-)
-def test_norms_may_differ_by_rounding_and_no_more(dtype: torch.dtype, half: bool, relative: float) -> None:
+@pytest.mark.parametrize(("bits", "relative"), [(DOUBLE, 1e-6), (SINGLE, 1e-3), (TF32, 1.25e-2), (BF16, 5e-2)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_norms_may_differ_by_rounding_and_no_more(dtype: torch.dtype, bits: int, relative: float) -> None:
+    """Whatever dtype they are kept in: those of an accelerator go to the host in float64."""
     alone = row(30.0, 100.0)
     for sign in (-1, 1):
-        assert unequal_norms((alone * (1 + 0.8 * sign * relative)).to(dtype), alone, half=half) == []
-        assert unequal_norms((alone * (1 + 3 * sign * relative)).to(dtype), alone, half=half) == [0, 1]
+        assert unequal_norms((alone * (1 + 0.8 * sign * relative)).to(dtype), alone, bits=bits) == []
+        assert unequal_norms((alone * (1 + 3 * sign * relative)).to(dtype), alone, bits=bits) == [0, 1]
 
 
 def test_rounding_that_is_known_is_allowed_for() -> None:
-    assert unequal_norms(row(1.0, 2.0), row(1.1, 2.0), half=False) == [0]
-    assert unequal_norms(row(1.0, 2.0), row(1.1, 2.0), half=False, rounding=row(0.2, 0.0)) == []
+    assert unequal_norms(row(1.0, 2.0), row(1.1, 2.0), bits=DOUBLE) == [0]
+    assert unequal_norms(row(1.0, 2.0), row(1.1, 2.0), bits=DOUBLE, rounding=row(0.2, 0.0)) == []
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_nothing_at_all_is_no_small_number(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("bits", "small"), [(DOUBLE, 1e-14), (SINGLE, 1e-9)])
+def test_nothing_at_all_is_no_small_number(bits: int, small: float) -> None:
     """A norm that is exactly zero in the batch was left out, unless autograd finds no more than rounding."""
-    small = {torch.float32: 1e-9, torch.float64: 1e-14}[dtype]
-    assert unequal_norms(row(2 * small, 1.0, dtype=dtype), row(small, 1.0), half=False) == []
-    assert unequal_norms(row(0.0, 1.0, dtype=dtype), row(small, 1.0), half=False) == [0]
-    assert unequal_norms(row(0.0, 1.0, dtype=dtype), row(small**2, 1.0), half=False) == []
+    assert unequal_norms(row(2 * small, 1.0), row(small, 1.0), bits=bits) == []
+    assert unequal_norms(row(0.0, 1.0), row(small, 1.0), bits=bits) == [0]
+    assert unequal_norms(row(0.0, 1.0), row(small**2, 1.0), bits=bits) == []
 
 
 def test_the_error_names_parameters_numbers_and_the_sample() -> None:
     names = [f"layer.{i}" for i in range(12)]
-    require_equal_norms(names, torch.ones(12), torch.ones(12), half=False)
+    require_equal_norms(names, torch.ones(12), torch.ones(12), bits=SINGLE)
     with pytest.raises(VerificationError) as raised:
-        require_equal_norms(names, torch.ones(12), 2 * torch.ones(12), half=False, sample=7)
+        require_equal_norms(names, torch.ones(12), 2 * torch.ones(12), bits=SINGLE, sample=7)
     text = str(raised.value)
     assert "sample 7" in text
     assert "layer.7: 1 in its batch, 2 alone" in text
@@ -91,7 +92,7 @@ def explained(along: float, actual: float, *, size: float = 1.0, half: bool = Fa
     return not found
 
 
-@pytest.mark.parametrize("half", HALF)
+@pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("value", NOT_NUMBERS)
 def test_no_sum_that_is_no_number_passes(half: bool, value: float) -> None:
     assert explained(1.0, 1.0, half=half)
@@ -145,12 +146,12 @@ def test_trap_28_a_gradient_that_is_no_number_is_not_separable(value: float, spo
 def test_trap_28_a_gradient_with_nan_is_no_evidence() -> None:
     """What overflows on its way, and is multiplied by zero, says nothing of whose it is."""
     grad = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    marked = [grad * factor[:, None].double() for factor in sample_marks(4)]
-    plain, *scaled = [Sketch.of(one, 4) for one in marked]
-    assert evidence(plain, scaled, 4).evidence == Placement(0)
-    for value in NOT_NUMBERS:
-        spoilt = [Sketch.of(torch.full_like(grad, value), 4) for _ in scaled]
-        assert evidence(plain, spoilt, 4).evidence is Unplaced.NOT_FINITE
+    for silent, factors in ((False, sample_marks(4)), (True, loud_samples(4))):
+        first, *others = [Sketch.of(grad * factor[:, None].double(), 4) for factor in factors]
+        assert evidence([first, *others], 4, by_silence=silent) == Finding(Placement(0))
+        for value in NOT_NUMBERS:
+            spoilt = [Sketch.of(torch.full_like(grad, value), 4) for _ in others]
+            assert evidence([first, *spoilt], 4, by_silence=silent) == Finding(Unplaced.NOT_FINITE)
 
 
 # Ranks that hold a model together

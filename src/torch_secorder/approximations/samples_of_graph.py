@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from torch_secorder.autograd.graph_pass import GraphPass
-from torch_secorder.autograd.precision import has_half_precision
+from torch_secorder.autograd.product_bits import bits_of
 from torch_secorder.autograd.sharded import GatheredWeights
 from torch_secorder.batch_axis.knowledge import ModelKnowledge
 from torch_secorder.errors import (
@@ -130,10 +130,10 @@ class SamplesOfGraph:
 
     def _verify(self, seed: Tensor, norms: Tensor) -> None:
         """Raise unless plain autograd finds the same squared norms, ``[parameters, n]``, for the samples that are checked."""
-        half = has_half_precision(self._outputs)
+        bits = bits_of([self._outputs], self._table.leaves)
         for sample in samples_to_check(len(self._outputs), self._table.ranks):
             alone = as_row(self._of_sample(seed, sample, create_graph=False))
-            require_equal_norms(self._table.names, norms[:, sample], alone, half=half, sample=sample)
+            require_equal_norms(self._table.names, norms[:, sample], alone, bits=bits, sample=sample)
 
     def _of_sample(self, seed: Tensor, sample: int, *, create_graph: bool) -> list[Tensor | None]:
         """``||J_n^T s_n||^2`` of every parameter for one sample, by plain autograd; None for those not reached."""

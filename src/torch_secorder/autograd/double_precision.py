@@ -59,11 +59,18 @@ def together_on_host(values: Sequence[Tensor]) -> list[Tensor]:
     return found
 
 
+def in_parts(value: Tensor) -> list[Tensor]:
+    """All numbers of a tensor, in rows whose sums keep their digits: a single one on a device that has float64."""
+    flat = value.flatten()
+    if has_double_precision(value.device):
+        return [flat[None]]
+    whole = len(flat) // ROW * ROW
+    return [flat[:whole].unflatten(0, (-1, ROW)), flat[None, whole:]]
+
+
 def sum_in_double_precision(value: Tensor, factor: Tensor | None = None) -> Tensor:
     """The sum of a tensor, or of its product with another of its shape, in float64: on its device or else on the host."""
     if has_double_precision(value.device):
         return value.double().sum() if factor is None else (value.double() * factor.double()).sum()
-    terms = (value if factor is None else value.float() * factor.float()).float().flatten()
-    whole = len(terms) // ROW * ROW
-    rows = torch.cat([terms[:whole].unflatten(0, (-1, ROW)).sum(1), terms[whole:].sum(0, keepdim=True)])
-    return rows.cpu().double().sum()
+    terms = (value if factor is None else value.float() * factor.float()).float()
+    return torch.cat([part.sum(1) for part in in_parts(terms)]).cpu().double().sum()

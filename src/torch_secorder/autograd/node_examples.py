@@ -172,17 +172,18 @@ def _roll() -> Example:
 
 @_example("GatherBackward0")
 def _gather() -> Example:
-    return numbers(3, 4).gather(1, _indices(1, 0)[None].expand(3, 2)), {"axis": 1}
+    columns = _indices(1, 0)[None].expand(3, 2)
+    return numbers(3, 4).gather(1, columns), {"axis": 1, "index": columns}
 
 
 @_example("SortBackward0")
 def _sort() -> Example:
-    return numbers(3, 4).sort(1)[0], {"axis": 1}
+    return numbers(1, 3).sort(1, descending=True)[0], {"axis": 1, "index": _indices(2, 1, 0)}
 
 
 @_example("TopkBackward0")
 def _topk() -> Example:
-    return numbers(3, 4).topk(2, 1)[0], {"axis": 1}
+    return numbers(1, 3).topk(2, 1)[0], {"axis": 1, "index": _indices(2, 1)}
 
 
 @_example("KthvalueBackward0")
@@ -283,3 +284,88 @@ def _split_with_sizes() -> Example:
 @_example("UnsafeSplitBackward0")
 def _unsafe_split() -> Example:
     return torch.unsafe_split(numbers(3, 4), 2, 1)[0], {"axis": 1, "size": 2}
+
+
+@_example("IndexAddBackward0")
+def _index_add() -> Example:
+    rows = _indices(1, 0)
+    return numbers(3, 4).index_add(0, rows, numbers(2, 4)), {"axis": 0, "index": rows}
+
+
+@_example("IndexCopyBackward0")
+def _index_copy() -> Example:
+    rows = _indices(1, 0)
+    return numbers(3, 4).index_copy(0, rows, numbers(2, 4)), {"axis": 0, "index": rows}
+
+
+@_example("IndexPutBackward0")
+def _index_put() -> Example:
+    rows = _indices(1, 0)
+    return numbers(3, 4).index_put((rows,), numbers(2, 4)), {"indices": (rows,)}
+
+
+@_example("ScatterBackward0")
+def _scatter() -> Example:
+    columns = _indices(1, 0)[None].expand(3, 2)
+    return numbers(3, 4).scatter(1, columns, numbers(3, 2)), {"axis": 1, "index": columns}
+
+
+@_example("ScatterAddBackward0")
+def _scatter_add() -> Example:
+    columns = _indices(1, 0)[None].expand(3, 2)
+    return numbers(3, 4).scatter_add(1, columns, numbers(3, 2)), {"axis": 1, "index": columns}
+
+
+@_example("CatBackward0")
+def _cat() -> Example:
+    return torch.cat([numbers(3, 4), numbers(3, 2)], 1), {"axis": 1}
+
+
+@_example("StackBackward0")
+def _stack() -> Example:
+    return torch.stack([numbers(3, 4), numbers(3, 4)], 1), {"axis": 1}
+
+
+@_example("SoftmaxBackward0")
+def _softmax() -> Example:
+    return numbers(3, 4).softmax(1), {"axis": 1}
+
+
+@_example("LogSoftmaxBackward0")
+def _log_softmax() -> Example:
+    return numbers(3, 4).log_softmax(1), {"axis": 1}
+
+
+@_example("SumBackward1")
+def _sum() -> Example:
+    return numbers(3, 4).sum(1), {"axes": (1,)}
+
+
+@_example("MeanBackward1")
+def _mean() -> Example:
+    return numbers(3, 4).mean(1), {"axes": (1,)}
+
+
+@_example("VarBackward0")
+def _var() -> Example:
+    return numbers(3, 4).var(1), {"axes": (1,)}
+
+
+@_example("StdBackward0")
+def _std() -> Example:
+    return numbers(3, 4).std(1), {"axes": (1,)}
+
+
+@_example("LinalgVectorNormBackward0")
+def _vector_norm() -> Example:
+    return torch.linalg.vector_norm(numbers(3, 4), dim=1), {"axes": (1,)}
+
+
+@_example("LogsumexpBackward0")
+def _logsumexp() -> Example:
+    return numbers(3, 4).logsumexp(1), {"axes": (1,)}
+
+
+@_example("SafeSoftmaxBackward0")
+def _safe_softmax() -> Example:
+    return torch.ops.aten._safe_softmax(numbers(3, 4), 1), {"axis": 1}

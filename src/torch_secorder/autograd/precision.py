@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cache
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -61,18 +62,19 @@ def has_half_precision(*values: Tensor) -> bool:
 
 def _graph_dtypes(roots: tuple[Tensor, ...]) -> set[torch.dtype]:
     """The dtypes of all gradients that a backward pass from these tensors would bring to some node."""
-    dtypes: set[torch.dtype] = set()
+    return {output.dtype for node in nodes_of(roots) for output in node._input_metadata}
+
+
+def nodes_of(roots: Sequence[Tensor]) -> set[Node]:
+    """All nodes of the graph behind some tensors."""
     stack = [x.grad_fn for x in roots if x.grad_fn is not None]
     seen = set(stack)
     while stack:
-        node = stack.pop()
-        for output in node._input_metadata:
-            dtypes.add(output.dtype)
-        for child, _ in node.next_functions:
+        for child, _ in stack.pop().next_functions:
             if child is not None and child not in seen:
                 seen.add(child)
                 stack.append(child)
-    return dtypes
+    return seen
 
 
 @cache

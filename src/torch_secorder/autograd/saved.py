@@ -17,6 +17,7 @@ from torch_secorder.autograd.self_test import attribute_names, confirmed
 
 _COUNTER = itertools.count()
 _AXIS = {"axis": "_saved_dim"}
+_AXES = {"axes": "_saved_dim"}
 
 # Kind of node -> our name -> torch's.
 ATTRIBUTES: dict[str, dict[str, str]] = {
@@ -44,6 +45,11 @@ ATTRIBUTES: dict[str, dict[str, str]] = {
         "shape": "_saved_normalized_shape",
         "mean": "_saved_result1",
         "scale": "_saved_result2",
+    },
+    "FusedRmsNormBackward0": {
+        "input": "_saved_input",
+        "shape": "_saved_normalized_shape",
+        "scale": "_saved_result1",
     },
     "NativeGroupNormBackward0": {
         "input": "_saved_input",
@@ -95,17 +101,33 @@ ATTRIBUTES: dict[str, dict[str, str]] = {
     },
     "IndexBackward0": {"indices": "_saved_indices"},
     "IndexSelectBackward0": _AXIS | {"index": "_saved_index"},
+    "IndexAddBackward0": _AXIS | {"index": "_saved_index"},
+    "IndexCopyBackward0": _AXIS | {"index": "_saved_index"},
+    "IndexPutBackward0": {"indices": "_saved_indices"},
+    "ScatterBackward0": _AXIS | {"index": "_saved_index"},
+    "ScatterAddBackward0": _AXIS | {"index": "_saved_index"},
     "FlipBackward0": {"axes": "_saved_dims"},
     "RollBackward0": {"axes": "_saved_dims", "shifts": "_saved_shifts"},
-    "GatherBackward0": _AXIS,
-    "SortBackward0": _AXIS,
-    "TopkBackward0": _AXIS,
+    "GatherBackward0": _AXIS | {"index": "_saved_index"},
+    "SortBackward0": _AXIS | {"index": "_saved_indices"},
+    "TopkBackward0": _AXIS | {"index": "_saved_indices"},
     "KthvalueBackward0": _AXIS,
     "MedianBackward1": _AXIS,
     "MaxBackward0": _AXIS,
     "MinBackward0": _AXIS,
-    "AmaxBackward0": {"axes": "_saved_dim"},
-    "AminBackward0": {"axes": "_saved_dim"},
+    "AmaxBackward0": _AXES,
+    "AminBackward0": _AXES,
+    "SumBackward1": _AXES,
+    "MeanBackward1": _AXES,
+    "VarBackward0": _AXES,
+    "StdBackward0": _AXES,
+    "LinalgVectorNormBackward0": _AXES,
+    "LogsumexpBackward0": _AXES,
+    "SoftmaxBackward0": _AXIS,
+    "LogSoftmaxBackward0": _AXIS,
+    "SafeSoftmaxBackward0": _AXIS,
+    "CatBackward0": _AXIS,
+    "StackBackward0": _AXIS,
     "CumsumBackward0": _AXIS,
     "CumprodBackward0": _AXIS,
     "CummaxBackward0": _AXIS,

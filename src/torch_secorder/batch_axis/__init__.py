@@ -4,6 +4,8 @@ Shapes can lie: a batch may be as large as a sequence is long, windows or heads 
 no batch axis at all. The evidence that can't lie is the gradient itself. Send random numbers r back from the model's outputs,
 and then the same numbers with sample n's part multiplied by a mark w_n, a power of two of its own. What belongs to sample n
 comes back multiplied by w_n, exactly, since powers of two multiply without rounding. What several samples share does not.
+Where a device adds in another order each time, so that digits differ all the same, some samples are silent instead: r is zero
+for them, and what belongs to them comes back as zero.
 
 The files, one verb each:
 
@@ -11,8 +13,12 @@ The files, one verb each:
 * ``count`` says how many samples a call of the model has, by that word or by the shapes of its arguments;
 * ``samples`` takes arguments, outputs and targets apart by samples;
 * ``placement`` says where a tensor has its samples: on which axis, and how they lie along it;
-* ``evidence`` reads the placement from gradients that came back plain and marked;
+* ``sketch`` keeps of a gradient what shows its samples, on its device until a look is over;
+* ``marks`` and ``silence`` say what came back as it does for a placement, each for one kind of look;
+* ``evidence`` finds the placement that fits, or what a look leaves open;
+* ``labels`` says of each entry of a gradient whose outputs it is computed from, and ``label_rules`` what nodes do with labels;
+* ``derivation`` follows them through a graph whose order is new, and reads the placement from them;
 * ``search_pass`` lets such gradients flow through the user's graph, in which no hook runs;
 * ``knowledge`` remembers, for each model and each kind of graph, what was found, and when to look again;
-* ``search`` decides what to ask: what is known, a batch of three samples, or else a pass through the whole graph.
+* ``search`` decides what to ask: what is known, what nodes saved, a batch of three samples, or a pass through the whole graph.
 """

@@ -98,6 +98,13 @@ class PlacementCache:
         """Have the next graph looked through for this place."""
         self.evidence.pop(key, None)
 
+    def contradicts(self, key: Key, derived: Finding, shape: Sequence[int], n: int) -> bool:
+        """Whether a look has shown that a place is not where it was derived to be."""
+        shown = self.evidence[key]
+        if not isinstance(derived.evidence, Placement) or not isinstance(shown, Placement):
+            return isinstance(derived.evidence, Placement) and shown is Unplaced.SHARED_BY_SAMPLES
+        return key not in self._unproven and not derived.evidence.agrees(shown, shape, n)
+
     def examines_next(self, *, always: bool = False) -> bool:
         """Count a graph; returns whether what is known is examined again in it.
 
@@ -143,6 +150,8 @@ class ModelKnowledge:
         schedule: when the analyses of a function are checked again.
         warned_of_slow_rules: whether the user was told that most of the work is done by slow rules.
         cancelled: the names of parameters whose squared norms have lost digits as sums with signs.
+        derives: whether what nodes saved is believed where samples are in another order each time; false once it was wrong.
+        derivations: when passes are to show whether it is right.
     """
 
     def __init__(self) -> None:
@@ -150,6 +159,8 @@ class ModelKnowledge:
         self.schedule = Schedule()
         self.warned_of_slow_rules = False
         self.cancelled: set[str] = set()
+        self.derives = True
+        self.derivations = KindSchedule()
         self._by_fingerprint: dict[int, PlacementCache] = {}
         self._in_order: dict[int, tuple[Hashable, PlacementCache]] = {}
         self._reductions: WeakKeyDictionary[Any, Reduction] = WeakKeyDictionary()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -27,25 +28,42 @@ class Grouping:
         n: how many samples.
         layout: how the rows of the samples lie: in blocks, interleaved or by a list.
         sample_index: for the list, the sample of each row.
+        on_host: the same list on the host, if it was made there, so that nobody waits to read it.
     """
 
     n: int
     layout: Layout
     sample_index: Tensor | None = None
+    on_host: Tensor | None = None
 
     def rows(self, value: Tensor) -> Tensor:
         """``[rows, ...]`` -> ``[n, most rows of one sample, ...]``, padded with zeros."""
         if self.sample_index is None:
             blocks = self.layout is Layout.BLOCKS
             return value.unflatten(0, (self.n, -1)) if blocks else value.unflatten(0, (-1, self.n)).transpose(0, 1)
-        counts = torch.bincount(self.sample_index, minlength=self.n)
-        order = self.sample_index.argsort(stable=True)
-        most = int(counts.max())
-        if bool((counts == most).all()):
+        order, most, places = self._listed
+        if places is None:
             return value[order].unflatten(0, (self.n, most))
-        sample = self.sample_index[order]
+        return value.new_zeros(self.n, most, *value.shape[1:]).index_put(places, value[order])
+
+    @cached_property
+    def _listed(self) -> tuple[Tensor, int, tuple[Tensor, Tensor] | None]:
+        """The rows sample by sample, and how many the largest sample has.
+
+        Where samples have different numbers of rows, each row's sample and its place among that sample's rows come with them.
+        A list on another device than the host makes it wait for this, which is kept with a list that is remembered.
+        """
+        assert self.sample_index is not None
+        index = self.sample_index if self.on_host is None else self.on_host
+        counts = torch.bincount(index, minlength=self.n)
+        order = index.argsort(stable=True)
+        fewest, most = torch.stack(counts.aminmax()).tolist()
+        moved = partial(torch.Tensor.to, device=self.sample_index.device, non_blocking=True)
+        if fewest == most:
+            return moved(order), most, None
+        sample = index[order]
         place = torch.arange(len(sample), device=sample.device) - (counts.cumsum(0) - counts)[sample]
-        return value.new_zeros(self.n, most, *value.shape[1:]).index_put((sample, place), value[order])
+        return moved(order), most, (moved(sample), moved(place))
 
     def sums(self, value: Tensor) -> Tensor:
         """``[rows, ...]`` -> ``[n, ...]``, the sums over each sample's rows."""
@@ -67,6 +85,9 @@ class Placement:
     axis: int = 0
     layout: Layout = Layout.ONE_EACH
     sample_index: Tensor | None = None
+    _groupings: dict[tuple[int, torch.device], Grouping] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def fits(self, shape: Sequence[int], n: int) -> bool:
         """Whether a tensor of this shape may have its n samples placed in this way."""
@@ -74,6 +95,15 @@ class Placement:
         if self.sample_index is not None:
             return size == len(self.sample_index)
         return size == n if self.layout is Layout.ONE_EACH else size > 0 and size % n == 0
+
+    def agrees(self, other: Placement, shape: Sequence[int], n: int) -> bool:
+        """Whether both say the same of a tensor of this shape."""
+        if self.axis != other.axis:
+            return False
+        host = torch.device("cpu")
+        lists = [one.sample_of_index(shape[one.axis], n, host) for one in (self, other)]
+        own, others = (torch.arange(n, device=host) if found is None else found for found in lists)
+        return torch.equal(own, others)
 
     @property
     def is_one_sample(self) -> bool:
@@ -84,12 +114,17 @@ class Placement:
         """Which indices belong to each of n samples; None if index n is sample n."""
         if self.layout is Layout.ONE_EACH:
             return None
-        return Grouping(n, self.layout, None if self.sample_index is None else self.sample_index.to(device))
+        if (known := self._groupings.get((n, device))) is None:
+            own = self.sample_index
+            on_host = own if own is not None and own.device.type == "cpu" else None
+            index = None if own is None else own.to(device, non_blocking=device.type != "cpu")
+            known = self._groupings[n, device] = Grouping(n, self.layout, index, on_host)
+        return known
 
     def sample_of_index(self, size: int, n: int, device: torch.device) -> Tensor | None:
         """The sample of each index, ``[size]``; None if index n is sample n."""
         if self.sample_index is not None:
-            return self.sample_index.to(device)
+            return self.sample_index.to(device, non_blocking=device.type != "cpu")
         if self.layout is Layout.ONE_EACH:
             return None
         samples = torch.arange(n, device=device)

@@ -1,4 +1,4 @@
-"""The search for samples: what is known of a graph, what a small batch shows, and what only passes through the graph show."""
+"""The search for samples: what is known of a graph, what its nodes saved, what a small batch shows, and what only passes show."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterable, Sequence
 from torch.autograd.graph import GradientEdge, Node
 
 from torch_secorder.autograd.nodes import output_shapes
+from torch_secorder.batch_axis.derivation import Derivation
 from torch_secorder.batch_axis.evidence import Finding, Unplaced
-from torch_secorder.batch_axis.knowledge import PlacementCache, Wanted
+from torch_secorder.batch_axis.knowledge import Key, PlacementCache, Wanted
 from torch_secorder.batch_axis.search_pass import SearchPasses, Viewed
 from torch_secorder.model.ranks import Ranks
 
@@ -24,6 +25,8 @@ class SampleSearch:
         locate_on_three_samples: adds to what is known from a smaller batch of the same model, if there is a way.
         look_ahead: the nodes that may be asked for later. If a pass is made, it looks at them too.
         rehearsal: whether this is the graph of a smaller batch, for which everything is looked at.
+        derivation: tells from what the graph's nodes saved; None where that is not asked.
+        on_contradiction: where passes are to show whether that is right, what is called if it is not.
     """
 
     _together = False  # whether several ranks search, which all have to make the same passes
@@ -38,7 +41,10 @@ class SampleSearch:
         look_ahead: Callable[[], Iterable[Node]] = list,
         *,
         rehearsal: bool = False,
+        derivation: Derivation | None = None,
+        on_contradiction: Callable[[], None] | None = None,
     ):
+        self._derivation, self._on_contradiction = derivation, on_contradiction
         self.placements, self._n, self._passes = placements, n, passes
         self._locate_on_three_samples, self._look_ahead = locate_on_three_samples, look_ahead
         self._ambiguous_shapes = ambiguous_shapes
@@ -49,6 +55,8 @@ class SampleSearch:
     def __call__(self, wanted: Sequence[Wanted]) -> None:
         """Search where it is needed. Afterwards, ``placements.evidence`` has an entry for each of these places."""
         missing = self._missing(wanted)
+        if missing and self._derivation is not None:
+            missing = self._underived(missing, self._derivation)
         if missing and self._locate_on_three_samples is not None:
             self._locate_on_three_samples()
             missing = self.placements.missing(missing, self._n, self._ambiguous_shapes)
@@ -60,6 +68,27 @@ class SampleSearch:
         if self._examines is None:
             self._examines = self.placements.examines_next(always=self._rehearsal)
         return wanted if self._examines else self.placements.missing(wanted, self._n, self._ambiguous_shapes)
+
+    def _underived(self, wanted: Sequence[Wanted], derivation: Derivation) -> Sequence[Wanted]:
+        """The places for which passes are needed: none where the graph's nodes tell of all, and are believed."""
+        found = derivation.findings([(edge, shape) for _, edge, shape in wanted])
+        if found is None or not all(
+            _tells(key, shape, finding, self._n, derivation.has_several_outputs)
+            for (key, _, shape), finding in zip(wanted, found, strict=True)
+        ):
+            self._derivation = None
+            return wanted
+        if self._on_contradiction is None:
+            for (key, _, _), finding in zip(wanted, found, strict=True):
+                self.placements.keep(key, finding)
+            return []
+        self._find(wanted)
+        for (key, _, shape), finding in zip(wanted, found, strict=True):
+            if self.placements.contradicts(key, finding, shape, self._n):
+                self._on_contradiction()
+                self._derivation = None
+                break
+        return []
 
     def _find(self, wanted: Sequence[Wanted]) -> None:
         """Take the evidence from what an earlier pass saw ahead, and from new passes."""
@@ -86,6 +115,17 @@ class SampleSearch:
         for key, finding in zip(keys, found[: len(keys)], strict=True):
             self.placements.keep(key, finding)
         self._ahead.update(zip(places, found[len(keys) :], strict=True))
+
+
+def _tells(key: Key, shape: Sequence[int], found: Finding, n: int, has_several_outputs: bool) -> bool:
+    """Whether what was derived of a place is all that there is to know.
+
+    More may be taken for shared by samples than is. What is asked about besides parameters' uses hardly ever is, and where
+    there are several outputs one may compare what another has of each sample.
+    """
+    if found.evidence is not Unplaced.SHARED_BY_SAMPLES:
+        return True
+    return key[0] == "use" and not (has_several_outputs and shape and shape[0] % n == 0)
 
 
 class SearchOnAllRanks(SampleSearch):

@@ -14,24 +14,18 @@ from torch_secorder.autograd.engine import without_modes
 from torch_secorder.autograd.graph_pass import Gradients, GraphPass
 from torch_secorder.autograd.precision import has_half_precision
 from torch_secorder.autograd.sharded import GatheredWeights
-from torch_secorder.batch_axis.evidence import (
-    MARKS_PER_PASS,
-    MARKS_PER_PASS_OF_HALF,
-    Finding,
-    Sketch,
-    Unplaced,
-    evidence,
-    sample_marks,
-)
+from torch_secorder.batch_axis.evidence import Finding, Open, Unplaced, evidence
+from torch_secorder.batch_axis.marks import MARKS_PER_PASS, MARKS_PER_PASS_OF_HALF, sample_marks
 from torch_secorder.batch_axis.placement import Placement
 from torch_secorder.batch_axis.samples import rows_of
+from torch_secorder.batch_axis.silence import loud_samples
+from torch_secorder.batch_axis.sketch import Sketch, Sketches, read_together
 from torch_secorder.errors import ShapeError
 from torch_secorder.model.nested import sample_rows, whole, with_values
 
 # Length of the repeated block of random numbers. It is prime, so that it can't line up with the period of an output's own layout.
 SEED_PERIOD = 262_139
 Viewed = tuple[GradientEdge, Sequence[int]]  # a place in the graph, and the shape in which its gradient is looked at
-Sketches = list[Sketch | None]
 
 
 class SearchPasses:
@@ -78,23 +72,38 @@ class SearchPasses:
             return self._findings(wanted)
 
     def _findings(self, wanted: Sequence[Viewed]) -> list[Finding]:
-        found = self._looked_at(wanted, in_brief=not self._together)
-        if left := [place for place, finding in enumerate(found) if finding is None]:
-            again = self._looked_at([wanted[place] for place in left], in_brief=False)
-            for place, finding in zip(left, again, strict=True):
-                found[place] = finding
-        return [finding for finding in found if finding is not None]
+        # Silence shows more than marks do; with two samples it takes no more passes.
+        by_silence = len(loud_samples(self._n)) <= len(sample_marks(self._n, self._marks_per_pass))
+        found = self._looked_at(wanted, by_silence=by_silence, in_brief=not self._together)
+        for left_open, silently in ((Open.AXES, by_silence), (Open.ROUNDING, True)):
+            left = [place for place, finding in enumerate(found) if finding is left_open]
+            if not self._common_count(len(left)):
+                continue
+            places = range(len(wanted)) if self._together else left
+            again = self._looked_at([wanted[place] for place in places], by_silence=silently, in_brief=False)
+            for place, finding in zip(places, again, strict=True):
+                if found[place] is left_open:
+                    found[place] = finding
+        return [finding for finding in found if isinstance(finding, Finding)]
 
-    def _looked_at(self, wanted: Sequence[Viewed], *, in_brief: bool) -> list[Finding | None]:
-        """What the gradients show; None where a look in brief leaves it open."""
-        marks = sample_marks(self._n, self._marks_per_pass)
+    def _looked_at(self, wanted: Sequence[Viewed], *, by_silence: bool, in_brief: bool) -> list[Finding | Open]:
+        """What the gradients show, and what a look leaves open.
+
+        Args:
+            wanted: where it is looked.
+            by_silence: let some samples be silent in each pass, instead of marking all of them.
+            in_brief: as for :meth:`Sketch.of`.
+        """
+        marks = loud_samples(self._n) if by_silence else sample_marks(self._n, self._marks_per_pass)
         own = len(marks)
         more = marks[:1] * (self._common_count(own) - own)
         sketches, hidden = self._sketches(wanted, marks + more, in_brief)
         columns = enumerate(zip(*sketches[:own], strict=True))
         return [
-            Finding(Unplaced.HIDDEN) if place in hidden else evidence(plain, marked, self._n, self._marks_per_pass)
-            for place, (plain, *marked) in columns
+            Finding(Unplaced.HIDDEN)
+            if place in hidden
+            else evidence(column, self._n, self._marks_per_pass, by_silence=by_silence)
+            for place, column in columns
         ]
 
     def comparing(self, wanted: Sequence[Viewed], found: Sequence[Finding]) -> set[int]:
@@ -142,14 +151,14 @@ class SearchPasses:
         def arrive(node: Node, grads: Gradients) -> None:
             for place in places[node]:
                 edge, shape = wanted[place]
-                grad, plain = grads[edge.output_nr], found[0][place] if len(found) > 1 else None
+                grad, first = grads[edge.output_nr], found[0][place] if len(found) > 1 else None
                 if grad is not None:
-                    found[-1][place] = Sketch.of(_seen(grad, shape), self._n, in_brief=in_brief, plain=plain)
+                    found[-1][place] = Sketch.of(_seen(grad, shape), self._n, in_brief=in_brief, first=first)
 
         for mark in marks:
             found.append([None] * len(wanted))
             passes.run(partial(self._marked_roots, blocks, mark), arrive)
-        return found, {place for node in passes.hidden & places.keys() for place in places[node]}
+        return read_together(found), {place for node in passes.hidden & places.keys() for place in places[node]}
 
     def _marked_roots(self, blocks: list[Tensor], mark: Tensor) -> list[Tensor]:
         return [self._marked(*one, block, mark) for one, block in zip(self._placed, blocks, strict=True)]

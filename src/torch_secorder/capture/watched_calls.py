@@ -8,10 +8,41 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from torch_secorder.autograd.double_precision import in_double_precision, sum_in_double_precision
+from torch_secorder.autograd.double_precision import in_parts, on_host, widest_dtype
 from torch_secorder.autograd.versions import version
 from torch_secorder.errors import CoverageError
 from torch_secorder.per_sample import at_least_float32, real_entries
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """Of the elements of one output; those of a complex one are its real and its imaginary parts.
+
+    Attributes:
+        count: how many there are.
+        values: minimum and maximum, then sums and then norms of parts, on the output's device in the widest dtype that it has.
+    """
+
+    count: int
+    values: Tensor
+
+    @classmethod
+    def of(cls, output: Tensor) -> Moments:
+        """Those of an output."""
+        x = real_entries((output.values() if output.is_nested else output).detach())
+        if not x.numel():
+            return cls(0, torch.tensor([math.inf, -math.inf], dtype=torch.float64, device="cpu"))
+        x, wide = at_least_float32(x), widest_dtype(x.device)
+        parts = in_parts(x)
+        sums = [part.sum(1, dtype=wide) for part in parts]
+        norms = [torch.linalg.vector_norm(part, dim=1, dtype=wide) for part in parts]
+        return cls(x.numel(), torch.cat([torch.stack(x.aminmax()).to(wide), *sums, *norms]))
+
+    def pooled(self) -> list[float]:
+        """Number of elements, sum, sum of squares, minimum and maximum."""
+        values = on_host(self.values)
+        ends, (sums, norms) = values[:2].tolist(), values[2:].unflatten(0, (2, -1))
+        return [float(self.count), float(sums.sum()), float(norms.square().sum()), *ends]
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,10 +50,10 @@ class WatchedCall:
     """A module's output as it was in forward.
 
     Attributes:
-        moments: its number of elements, sum, sum of squares, minimum and maximum; None if nobody asked for them.
+        moments: of its elements; None if nobody asked for them.
     """
 
-    moments: Tensor | None
+    moments: Moments | None
     _output: Tensor | None
     _version: int
 
@@ -43,19 +74,5 @@ def watched_call(
     module: nn.Module, args: object, kwargs: object, output: Tensor, *, with_moments: bool, with_output: bool
 ) -> WatchedCall:
     """What is kept of a call under way."""
-    found = _moments(output) if with_moments else None
+    found = Moments.of(output) if with_moments else None
     return WatchedCall(found, output.detach() if with_output else None, version(output))
-
-
-def _moments(output: Tensor) -> Tensor:
-    """Number of elements, sum, sum of squares, minimum and maximum of a module's output, in float64.
-
-    The elements of a complex output are its real and its imaginary parts.
-    """
-    x = real_entries((output.values() if output.is_nested else output).detach())
-    if not x.numel():
-        return in_double_precision(x.float()).new_tensor([0.0, 0.0, 0.0, math.inf, -math.inf])
-    x = at_least_float32(x)
-    ends = in_double_precision(torch.stack([x.min(), x.max()]))
-    sums = torch.stack([sum_in_double_precision(x), sum_in_double_precision(x, x)])
-    return torch.cat([ends.new_full((1,), x.numel()), sums, ends])

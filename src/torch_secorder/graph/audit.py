@@ -14,6 +14,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from torch_secorder.autograd.nodes import accumulators, keeps_state, tensors_of_weights
 from torch_secorder.autograd.sharded import GatheredWeights
+from torch_secorder.batch_axis.derivation import Derivation
 from torch_secorder.batch_axis.evidence import Unplaced
 from torch_secorder.batch_axis.knowledge import ModelKnowledge, PlacementCache, Wanted
 from torch_secorder.batch_axis.placement import Layout, Placement
@@ -94,6 +95,8 @@ class Audit:
 
     Attributes:
         fingerprint: that of the latest graph.
+        kind: what tells which graphs are alike where some are checked: where samples are in another order each time, a router
+            also sends other numbers of rows each time, and fingerprints never come again.
         leaves: node that accumulates an analyzed parameter's gradient -> the parameter's position.
         comparing: the outputs of the latest run that compare samples.
         other_leaves: the nodes of that graph that accumulate gradients of other tensors than the analyzed parameters.
@@ -116,7 +119,7 @@ class Audit:
         self._knowledge, self._trust_shapes = knowledge or ModelKnowledge(), trust_shapes
         self._rehearsal = rehearsal
         self._locate_on_three_samples = locate_on_three_samples
-        self.fingerprint = 0
+        self.fingerprint = self.kind = 0
         self.other_leaves: list[Node] = []
         self.comparing: list[GradientEdge] = []
 
@@ -137,6 +140,7 @@ class Audit:
         roots, self.comparing = list(map(itemgetter(0), placed)), []
         walk, n = Walk(roots, forward, self.leaves), forward.n
         self.fingerprint, self.other_leaves = walk.fingerprint, walk.other_leaves
+        self.kind = walk.kind if walk.reorders_samples else walk.fingerprint
         if n is None:
             return Uses()
         # Every step does this, so that no function of Python's is called for each call.
@@ -209,9 +213,19 @@ class Audit:
             # different sizes would look at different nodes.
             passes = partial(passes, common_count=self._ranks.max_over_ranks)
             return SearchOnAllRanks(known, n, asked.ambiguous_shapes, passes, self._ranks)
-        locate = None if asked.reorders_samples else self._locate_on_three_samples
         ahead = partial(_ahead, walk, reached)
-        return SampleSearch(known, n, asked.ambiguous_shapes, passes, locate, ahead, rehearsal=self._rehearsal)
+        search = partial(SampleSearch, known, n, asked.ambiguous_shapes, passes, rehearsal=self._rehearsal)
+        if not asked.reorders_samples:
+            return search(self._locate_on_three_samples, ahead)
+        if not self._knowledge.derives or known.graphs_seen or n == 1:
+            return search(None, ahead)
+        derivation = Derivation(placed, n, (*walk.leaves, *walk.other_leaves))
+        contradicted = self._derivation_was_wrong if self._knowledge.derivations.due(walk.ingredients) else None
+        return search(None, ahead, derivation=derivation, on_contradiction=contradicted)
+
+    def _derivation_was_wrong(self) -> None:
+        """Passes have shown another order than what nodes saved, which is believed no more."""
+        self._knowledge.derives = False
 
     def _known(self, walk: Walk, forward: Forward, asked: Questions) -> PlacementCache:
         """What graphs of the same kind have shown: where samples may be in another order, those with that very order."""

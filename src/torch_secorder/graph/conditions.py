@@ -13,6 +13,7 @@ from torch.autograd.graph import GradientEdge, Node
 
 from torch_secorder.autograd.nodes import value_shape
 from torch_secorder.autograd.saved import knows, saved
+from torch_secorder.autograd.versions import SameTensor
 from torch_secorder.batch_axis.placement import Placement
 from torch_secorder.errors import ShapeError
 
@@ -22,6 +23,9 @@ _NAMES = (
     "MaskedScatter Flip Roll Sort Topk Embedding Mm Bmm Addmm"
 )
 REORDERS = {f"{name}Backward{version}" for name in _NAMES.split() for version in (0, 1)}
+
+# Those of them that take rows of their first input. From a weight they take what no sample is in.
+TAKES_ROWS = {f"{name}Backward0" for name in ("Embedding", "Index", "IndexSelect", "Gather")}
 
 # Nodes that take some entries along an axis. Two graphs that put entries together in another order differ in what they take.
 PICKS = {"SelectBackward0", "SliceBackward0"}
@@ -112,12 +116,14 @@ def may_reorder(node: Any, n: int) -> bool:
     name = node.name()
     if name in ("MmBackward0", "AddmmBackward0", "BmmBackward0"):
         return _mixes_rows(node, n)
-    if name == "EmbeddingBackward0":
-        return not _is_weight(node.next_functions[0][0]) and _may_count(_input_shape(node, 0)[0], n)
+    if name in TAKES_ROWS and _is_weight(node.next_functions[0][0]):
+        return False  # nothing lies behind the weight, and what is taken of it is wherever it is used
     shape = _input_shape(node, 0)
     if name in ("FlipBackward0", "RollBackward0") and knows(name, "axes"):
         axes = saved(node, "axes")  # A roll without axes moves all entries.
         return not axes or any(_may_count(shape[axis % len(shape)], n) for axis in axes)
+    if name == "EmbeddingBackward0":
+        return _may_count(shape[0], n)
     if name == "IndexBackward0" and knows(name, "indices"):
         pairs = zip(saved(node, "indices"), shape, strict=False)
         return any(index is not None and _may_count(size, n) and not _in_order(index, size) for index, size in pairs)
@@ -136,9 +142,9 @@ LARGEST_INDEX = 2**20
 def order_given_by(node: Any) -> Hashable | None:
     """What decides where a node puts entries; None for a node that doesn't show it.
 
-    It is equal for two nodes that put their entries alike. Of an index it has the numbers themselves, so that it doesn't matter
-    whether they come from the data. An index on another device than the host is not read, since the host would have to wait for
-    it in every step.
+    It is equal for two nodes that put their entries alike. Of an index on the host it has the numbers themselves, so that it
+    doesn't matter whether they come from the data. The host would have to wait in every step for those of another device, so that
+    such an index is known by being the same tensor, which nobody has changed.
     """
     name = node.name()
     if name in ("FlipBackward0", "RollBackward0") and knows(name, "axes"):
@@ -151,12 +157,19 @@ def order_given_by(node: Any) -> Hashable | None:
 
 
 def _numbers(name: str, indices: Sequence[Tensor | None], axis: int = 0) -> Hashable | None:
-    """The numbers in some indices, byte by byte; None if they are too many, or not on the host."""
+    """What some indices are; None if they are too many, or don't count their changes."""
     found: list[Hashable] = [name, axis]
     for index in indices:
-        if index is not None and (index.device.type != "cpu" or index.numel() > LARGEST_INDEX):
+        if index is None:
+            found.append(None)
+        elif index.numel() > LARGEST_INDEX:
             return None
-        found.append(None if index is None else (tuple(index.shape), index.dtype, index.numpy().tobytes()))
+        elif index.device.type == "cpu":
+            found.append((tuple(index.shape), index.dtype, index.numpy().tobytes()))
+        elif index.is_inference():
+            return None
+        else:
+            found.append(SameTensor.of(index))
     return tuple(found)
 
 
@@ -205,4 +218,9 @@ def _may_count(size: int, n: int) -> bool:
 
 
 def _in_order(index: Tensor, size: int) -> bool:
-    return index.shape == (size,) and bool((index == torch.arange(size, device=index.device)).all())
+    """Whether an index takes all entries in turn; on other devices than the host nobody waits to know."""
+    return (
+        index.device.type == "cpu"
+        and index.shape == (size,)
+        and bool((index == torch.arange(size, device="cpu")).all())
+    )

@@ -48,6 +48,8 @@ class Walk:
         fingerprint: a hash of the graph, equal for graphs with the same nodes in the same order and the same pattern of
             sizes, that take parts and pick samples in the same order. Where sizes prove nothing, the axes that the nodes work
             along are hashed as well.
+        kind: a hash of the nodes' names alone, equal for graphs of which a router sends other numbers of rows elsewhere.
+        ingredients: a hash of what kinds of nodes there are; equal also where an expert that got no row has fewer of them.
         has_ambiguous_axis: whether some tensor has n indices on another axis than the first, so that sizes prove nothing.
         takes_samples_apart: whether some node takes single samples, which may be put together in another order. Nor do sizes
             prove anything then; but graphs that take them in another order have other fingerprints.
@@ -165,6 +167,7 @@ class Walk:
         order = None if n is None or PICKS.isdisjoint(names) else self._order_of_picks(names, n)
         # Where single samples are taken, nodes of the same names may put them together in another order.
         wiring = self._wiring() if order or self.takes_samples_apart else None
+        self.kind, self.ingredients = hash(names), hash(frozenset(names))
         self.fingerprint = hash(
             (names, None if n is None else size_pattern(n, shapes), along, order, tuple(self._parts), wiring)
         )

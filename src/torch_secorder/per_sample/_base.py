@@ -20,6 +20,7 @@ from torch_secorder.per_sample.arithmetic import (
     one_direction,
     real_entries,
     squared_norm_of_rows,
+    zeroed,
 )
 from torch_secorder.per_sample.budget import chunks
 from torch_secorder.per_sample.profiles import profile_of
@@ -75,6 +76,14 @@ class PerSampleGradient(ABC):
     @abstractmethod
     def select(self, samples: Index) -> PerSampleGradient:
         """The gradients of some of the samples, given by a slice or an index tensor."""
+
+    def without(self, lost: Tensor) -> PerSampleGradient:
+        """The same gradients, with zeros for some samples, which the device knows and the host need not.
+
+        Args:
+            lost: ``[n]``, true for these samples.
+        """
+        return Dense(zeroed(self.dense(), lost))
 
     @abstractmethod
     def grouped_by_sample(self, groups: Grouping) -> PerSampleGradient:
@@ -253,6 +262,9 @@ class Sum(Cancelling):
     def select(self, samples: Index) -> Sum:
         return Sum([term.select(samples) for term in self.terms])
 
+    def without(self, lost: Tensor) -> Sum:
+        return Sum([term.without(lost) for term in self.terms])
+
     def grouped_by_sample(self, groups: Grouping) -> Sum:
         return Sum([term.grouped_by_sample(groups) for term in self.terms])
 
@@ -279,7 +291,7 @@ class Sum(Cancelling):
 
 def has_cancelled(squared_norms: Tensor, sizes: Tensor) -> Tensor:
     """Which squared norms have cancelled below :func:`cancellation_floor` of the sizes of what was added up."""
-    return squared_norms.detach() < cancellation_floor(squared_norms.dtype) * sizes.detach()
+    return squared_norms.detach() < cancellation_floor(squared_norms) * sizes.detach()
 
 
 def recompute_cancelled(squared_norms: Tensor, sizes: Tensor, form: PerSampleGradient) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from torch_secorder.autograd.precision import HALF
+from torch_secorder.autograd.product_bits import BF16, DOUBLE, SINGLE, TF32, product_bits
 
 # What stays as it is, in most layers of most models.
 FULL = (torch.float32, torch.float64)
@@ -37,14 +38,22 @@ def sum_over(value: Tensor, axes: Sequence[int], *, keepdim: bool = False) -> Te
     return value.sum(list(axes), keepdim=keepdim, dtype=torch.float32 if value.dtype in HALF else None)
 
 
-def cancellation_floor(dtype: torch.dtype) -> float:
+# How far off a Gram sum may be: a tenth of what the library promises in float32 and float64, and the rounding of one product
+# where products are taken of fewer bits.
+_OFF = {DOUBLE: 1e-9, SINGLE: 1e-5, TF32: 1e-2, BF16: 5e-2}
+
+
+def cancellation_floor(like: Tensor) -> float:
     """The fraction of its terms' summed magnitudes below which a sum with signs has lost too many digits.
 
-    A Gram sum is off by about ``4 eps`` of the sum of its diagonal. Demanding 1e-5 (float32) or 1e-9 (float64), a
-    tenth of what the library promises, gives the fractions 0.05 and 1e-6.
+    A Gram sum is off by about ``4 eps`` of the sum of its diagonal. Demanding 1e-5 (float32) or 1e-9 (float64) gives the
+    fractions 0.05 and 1e-6.
+
+    Args:
+        like: a tensor of the dtype and on the device of the sum.
     """
-    wanted = 1e-5 if dtype == torch.float32 else 1e-9
-    return 4 * torch.finfo(dtype).eps / wanted
+    bits = DOUBLE if like.dtype == torch.float64 else product_bits(like.device.type, convolves=False)
+    return 4 * 2.0 ** (1 - bits) / _OFF[bits]
 
 
 def joined(parts: Iterable[Tensor]) -> Tensor:
@@ -56,6 +65,11 @@ def joined(parts: Iterable[Tensor]) -> Tensor:
 def in_rows(value: Tensor) -> Tensor:
     """``[n, *shape]`` as ``[n, elements]``, also where a sample has one number, or none."""
     return value[:, None].flatten(1)
+
+
+def zeroed(value: Tensor, lost: Tensor) -> Tensor:
+    """``[n, ...]`` with zeros for the samples that are lost, whatever was there: a product with zero would keep NaN."""
+    return value.masked_fill(lost.view(-1, *[1] * (value.dim() - 1)), 0)
 
 
 def sign_vectors(shape: Sequence[int], like: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,7 @@ from torch_secorder.per_sample.arithmetic import (
     joined,
     squared_norm_of_rows,
     squared_norms_along,
+    zeroed,
 )
 from torch_secorder.per_sample.budget import chunk_bytes
 from torch_secorder.per_sample.convolution_gram import gram_channels, gram_norms
@@ -113,8 +114,9 @@ class Convolution(Cancelling):
         return (seen * summed).sum()
 
     def _weight_gradient(self, x: Tensor, g: Tensor, copies: int) -> Tensor:
-        # Only the weight's shape matters here. As an expanded scalar it would be copied.
-        weight = x.new_empty(copies * self.shape[0], *self.shape[1:])
+        # Only the weight's shape matters here. A CPU would copy an expanded scalar; elsewhere that saves as much as the result.
+        shape = (copies * self.shape[0], *self.shape[1:])
+        weight = x.new_empty(shape) if x.device.type == "cpu" else x.new_empty(()).expand(shape)
         dims = len(self.stride)
         # A map of one pixel may have strides of any order, which torch takes for those of channels-last maps, and then refuses.
         x = x.view(-1).view(x.shape) if x.is_contiguous() else x
@@ -125,6 +127,9 @@ class Convolution(Cancelling):
 
     def select(self, samples: Index) -> Convolution:
         return self._like(self.x[samples], self.g[samples])
+
+    def without(self, lost: Tensor) -> Convolution:
+        return self._like(zeroed(self.x, lost), zeroed(self.g, lost))
 
     def grouped_by_sample(self, groups: Grouping) -> Convolution:
         return self._like(*(groups.rows(value).flatten(1, 2) for value in (self.x, self.g)))
@@ -204,7 +209,8 @@ class Convolution(Cancelling):
         return 4 * self.sizes.positions <= self.shape[0] // self.groups
 
     def sample_channel_squares(self, channels: ChannelSums) -> Tensor:
-        if self.algorithm != "gram" or self.g.is_complex():
+        # On an accelerator the host would have to wait to be told what cancels.
+        if self.algorithm != "gram" or self.g.is_complex() or not profile_of(self.g.device).has_caches:
             return self._formed_channel_squares(channels)
         if channels.axis and not self._has_few_positions():
             return self._formed_channel_squares(channels)
@@ -212,7 +218,7 @@ class Convolution(Cancelling):
             return joined(part.patches().sample_channel_squares(channels) for part in self._parts("patches"))
         found = [gram_channels(part) for part in self._parts("gram")]
         sums, magnitudes = (joined(parts) for parts in zip(*found, strict=True))
-        lost = [sums.sum(axis) < cancellation_floor(self.dtype) * magnitudes.sum(axis) for axis in (0, 1)]
+        lost = [sums.sum(axis) < cancellation_floor(self.g) * magnitudes.sum(axis) for axis in (0, 1)]
         return self._formed_channel_squares(channels) if bool(torch.cat(lost).any()) else sums
 
     def _formed_channel_squares(self, channels: ChannelSums) -> Tensor:

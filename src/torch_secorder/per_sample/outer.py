@@ -14,7 +14,13 @@ from torch_secorder.autograd.precision import HALF
 from torch_secorder.batch_axis.placement import Grouping
 from torch_secorder.model.channels import ChannelSums
 from torch_secorder.per_sample._base import Cancelling, Index, PerSampleGradient, Unguarded, _total
-from torch_secorder.per_sample.arithmetic import at_least_float32, cancellation_floor, joined, squared_norm_of_rows
+from torch_secorder.per_sample.arithmetic import (
+    at_least_float32,
+    cancellation_floor,
+    joined,
+    squared_norm_of_rows,
+    zeroed,
+)
 from torch_secorder.per_sample.budget import chunk_bytes, chunks
 from torch_secorder.per_sample.profiles import DeviceProfile, profile_of
 
@@ -104,6 +110,9 @@ class Outer(Cancelling):
 
     def select(self, samples: Index) -> Outer:
         return Outer(self.a[samples], self.g[samples], self.shape)
+
+    def without(self, lost: Tensor) -> Outer:
+        return Outer(zeroed(self.a, lost), zeroed(self.g, lost), self.shape)
 
     def grouped_by_sample(self, groups: Grouping) -> Outer:
         a, g = (groups.rows(x).transpose(1, 2).flatten(2, 3) for x in (self.a, self.g))
@@ -221,10 +230,11 @@ class Outer(Cancelling):
         With ``f`` the factor whose features are the channels and ``h`` the other one, a channel's sum is
         ``sum_{t,s} f_t f_s (h_t . h_s)``, a product with h's Gram matrix, recomputed where it cancels.
         """
-        if self.algorithm != "gram" or not self._has(channels):
+        # On an accelerator the host would have to wait to be told what cancels.
+        if self.algorithm != "gram" or not self._has(channels) or not profile_of(self.g.device).has_caches:
             return self._formed_channel_squares(channels)
         sums, magnitudes = self._gram_by_feature(*self._by_channel(channels))
-        floor = cancellation_floor(self.dtype)
+        floor = cancellation_floor(self.g)
         features = (sums.sum(0) < floor * magnitudes.sum(0)).any(0)
         samples = sums.sum((1, 2)) < floor * magnitudes.sum((1, 2))
         if bool(features.any()):
@@ -295,7 +305,7 @@ class Outer(Cancelling):
         a, g = self.a.view(n, i), self.g.view(n, o)
         products = (a @ a.mT).mul_(g @ g.mT).double()
         total, magnitude = products.sum(), products.abs().sum()
-        return total.sqrt().to(self.dtype) if total > cancellation_floor(self.dtype) * magnitude else None
+        return total.sqrt().to(self.dtype) if total > cancellation_floor(self.g) * magnitude else None
 
     def along(self, left: Tensor, right: Tensor) -> Tensor:
         k, i, o = self.a.shape[1], self.a.shape[3], self.g.shape[3]

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
 from torch import Tensor
 
 from torch_secorder.batch_axis.placement import Grouping
 from torch_secorder.per_sample._base import Cancelling, Index, PerSampleGradient, Unguarded
+from torch_secorder.per_sample.arithmetic import zero_squared_norms
+
+# Whether two ways into a parameter of some shape have no entry of it in common. A stack of experts has many pairs of them, and
+# steps have the same ones again.
+_APART: dict[Hashable, bool] = {}
+REMEMBERED = 2**12
 
 
 class PulledBack(Cancelling):
@@ -30,7 +36,7 @@ class PulledBack(Cancelling):
         value: PerSampleGradient,
         vjp: Callable[[Tensor], Tensor],
         shape: Sequence[int],
-        permutation: object | None = None,
+        permutation: Hashable | None = None,
     ):
         self.value, self.vjp, self.shape, self.permutation = value, vjp, tuple(shape), permutation
         self.n, self.sparse = value.n, value.sparse or permutation is not None
@@ -48,6 +54,9 @@ class PulledBack(Cancelling):
 
     def select(self, samples: Index) -> PulledBack:
         return PulledBack(self.value.select(samples), self.vjp, self.shape, self.permutation)
+
+    def without(self, lost: Tensor) -> PulledBack:
+        return PulledBack(self.value.without(lost), self.vjp, self.shape, self.permutation)
 
     def grouped_by_sample(self, groups: Grouping) -> PulledBack:
         return PulledBack(self.value.grouped_by_sample(groups), self.vjp, self.shape, self.permutation)
@@ -76,7 +85,12 @@ class PulledBack(Cancelling):
         """Zero for two parts that have no entry in common; None for others."""
         if not isinstance(other, PulledBack) or self.permutation is None or other.permutation is None:
             return None
-        return None if bool((self._touched() & other._touched()).any()) else self.value.squared_norm().new_zeros(self.n)
+        pair = (self.shape, self.permutation, self.value.shape, other.permutation, other.value.shape)
+        if (apart := _APART.get(pair)) is None:
+            if len(_APART) > REMEMBERED:
+                _APART.clear()
+            apart = _APART[pair] = not bool((self._touched() & other._touched()).any())
+        return zero_squared_norms(self.n, self.like) if apart else None
 
     def _touched(self) -> Tensor:
         return self.vjp(torch.ones_like(self.value.select(slice(0, 1)).dense()))[0] != 0

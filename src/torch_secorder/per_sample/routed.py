@@ -9,6 +9,7 @@ from torch import Tensor
 
 from torch_secorder.batch_axis.placement import Grouping, Layout, Placement
 from torch_secorder.per_sample._base import Index, PerSampleGradient
+from torch_secorder.per_sample.arithmetic import zeroed
 from torch_secorder.per_sample.budget import chunks
 from torch_secorder.per_sample.outer import Outer
 from torch_secorder.per_sample.profiles import profile_of
@@ -71,6 +72,10 @@ class Routed(PerSampleGradient):
         sample = place[self.sample]
         kept = sample >= 0
         return Routed(self.a[kept], self.g[kept], self.matrix[kept], sample[kept], len(chosen), self.shape)
+
+    def without(self, lost: Tensor) -> Routed:
+        rows = lost[self.sample]
+        return Routed(zeroed(self.a, rows), zeroed(self.g, rows), self.matrix, self.sample, self.n, self.shape)
 
     def grouped_by_sample(self, groups: Grouping) -> Routed:
         placement = Placement(0, groups.layout, groups.sample_index)

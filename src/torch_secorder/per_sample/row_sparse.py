@@ -10,7 +10,7 @@ from torch import Tensor
 from torch_secorder.batch_axis.placement import Grouping
 from torch_secorder.model.channels import ChannelSums
 from torch_secorder.per_sample._base import Index, PerSampleGradient
-from torch_secorder.per_sample.arithmetic import at_least_float32, joined, squared_norm_of_rows
+from torch_secorder.per_sample.arithmetic import at_least_float32, joined, squared_norm_of_rows, zeroed
 from torch_secorder.per_sample.budget import chunks
 from torch_secorder.per_sample.outer import Outer
 
@@ -57,6 +57,9 @@ class RowSparse(PerSampleGradient):
 
     def select(self, samples: Index) -> RowSparse:
         return RowSparse(self.ids[samples], self.g[samples], self.shape)
+
+    def without(self, lost: Tensor) -> RowSparse:
+        return RowSparse(self.ids, zeroed(self.g, lost), self.shape)
 
     def grouped_by_sample(self, groups: Grouping) -> RowSparse:
         # A padded position has a zero gradient, so that it may have any id.

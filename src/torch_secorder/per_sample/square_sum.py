@@ -30,6 +30,11 @@ class SquareSum:
     shape: tuple[int, ...]
     factor: float = 1.0
 
+    @property
+    def device(self) -> torch.device:
+        """Where the sum is."""
+        return (self.values if isinstance(self.values, Tensor) else self.values[0]).device
+
     @classmethod
     def of(cls, form: PerSampleGradient, channels: ChannelSums | None = None) -> SquareSum:
         """The sum over the samples of a form, entry by entry unless there are ``channels`` to add up over."""

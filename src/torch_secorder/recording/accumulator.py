@@ -179,7 +179,7 @@ class PassAccumulator:
                 raise
             # All of it belongs to one sample: the module was called for one at a time, without a batch axis.
             if groups is not None and groups.sample_index is not None:
-                groups = replace(groups, sample_index=groups.sample_index[:1])
+                groups = replace(groups, sample_index=groups.sample_index[:1], on_host=None)
             forms = site.forms(record.expanded_to_samples(grad.reshape(1, *record.shape)))
         self._norms.add(batch, record, forms, groups)
         if not self._keep_inputs:
@@ -288,8 +288,12 @@ class PassAccumulator:
     def _on_host(
         self, doubts: Doubts, stacked: list[tuple[list[int], Tensor]], gradient_norms: Tensor | None
     ) -> tuple[list[tuple[list[int], Tensor]], Tensor | None]:
-        """Squared norms and the norms of gradients in float64 on the host, where everything else happens."""
+        """Squared norms and the norms of gradients in float64 on the host, where everything else happens; and what parts need."""
         norms = [] if gradient_norms is None else [gradient_norms]
-        found = doubts.answered([*(values for _, values in stacked), *norms])
-        positions = [several for several, _ in stacked]
-        return list(zip(positions, found[: len(stacked)], strict=True)), found[-1] if norms else None
+        read = {name: part.tensors() for name, part in self.parts.items()}
+        found = iter(doubts.answered([*(values for _, values in stacked), *norms, *itertools.chain(*read.values())]))
+        stacked = [(positions, next(found)) for positions, _ in stacked]
+        gradient_norms = next(found) if norms else None
+        for name, tensors in read.items():
+            self.parts[name] = self.parts[name].with_tensors(itertools.islice(found, len(tensors)))
+        return stacked, gradient_norms

@@ -117,7 +117,7 @@ class Doubts:
         lost: list[tuple[Doubt, list[int], Tensor]] = []
         for doubt, sizes in zip(self._doubts, self._sizes, strict=True):
             own = torch.cat([norms[p, columns[b]] for p, b in zip(doubt.positions, doubt.batches, strict=True)])
-            rows = (own < cancellation_floor(doubt.sizes.dtype) * sizes).nonzero().flatten().tolist()
+            rows = (own < cancellation_floor(doubt.sizes) * sizes).nonzero().flatten().tolist()
             if rows:
                 lost.append((doubt, rows, self._direct(doubt, rows)))
         self._doubts = []

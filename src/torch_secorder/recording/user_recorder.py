@@ -276,7 +276,7 @@ class UserRecorder(Recorder):
 
     def _open(self, task: int) -> BackwardPass:
         # Beside the watched calls, a pass may reach calls of compiled code, which no hook has seen; the sums show it.
-        checks = self._checks_next(self._audit.fingerprint) or self._watched.are_counted
+        checks = self._checks_next(self._audit.kind) or self._watched.are_counted
         # Through a graph that is kept, the pass may be made again, should an exception break it off.
         current = self.lifecycle.begin(task, keep_inputs=self.counts_again or keeps_graph(), checks=checks)
         self._passes.under_way[current.task] = current

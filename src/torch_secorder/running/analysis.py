@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from torch_secorder.arguments import Reduction, require_max_memory
 from torch_secorder.autograd.engine import call_model
-from torch_secorder.autograd.precision import has_half_precision
+from torch_secorder.autograd.product_bits import TF32, bits_of
 from torch_secorder.autograd.random_state import forked_random
 from torch_secorder.batch_axis.knowledge import knowledge_of
 from torch_secorder.batch_axis.samples import BatchSamples
@@ -150,7 +150,8 @@ class Analysis:
                     "belongs to no sample: leave it out of the loss, or move the computation into the model's forward"
                 )
             inside = is_computed_inside(loss_fn, outputs, targets, run.samples)
-            half, finite = inside and has_half_precision(loss, *tensors(outputs)), not inside or bool(loss.isfinite())
+            rounded = inside and bits_of([loss, *tensors(outputs)], self.table.tensors) <= TF32
+            finite = not inside or bool(loss.isfinite())
             if not inside:
                 find = partial(reduction_of, loss_fn, outputs, targets, loss, run.samples)
                 reduction = self.knowledge.reduction(loss_fn, find)
@@ -159,7 +160,7 @@ class Analysis:
             samples = run.backward(loss)
         if inside:
             of_samples = partial(self._loss_of_samples, loss_fn, inputs, targets, run.samples, run.random)
-            reduction = own_reduction(of_samples, run.n, self.table.ranks, half=half, finite=finite)
+            reduction = own_reduction(of_samples, run.n, self.table.ranks, rounded=rounded, finite=finite)
         samples = samples.scaled(run.n**2 if reduction == "mean" else 1)
         return Batch(samples, kept, run.random, run.samples, run.fingerprint, reduction, inside)
 

@@ -78,7 +78,7 @@ def is_computed_inside(loss_fn: LossFunction, outputs: Any, targets: Any, where:
 
 
 def own_reduction(
-    of_samples: Callable[[list[int]], Tensor], n: int, ranks: Ranks, *, half: bool, finite: bool
+    of_samples: Callable[[list[int]], Tensor], n: int, ranks: Ranks, *, rounded: bool, finite: bool
 ) -> Reduction:
     """Whether the loss averages or sums over the batch, found out by running the model on rows [0] and [0, 0].
 
@@ -88,13 +88,13 @@ def own_reduction(
         of_samples: from the numbers of some samples, of which some may be there twice, to their loss.
         n: how many samples the batch has.
         ranks: those that hold the model together, and run it together.
-        half: whether half precision takes part.
+        rounded: whether products are taken of few bits: in half precision, or of TF32.
         finite: whether the loss of the whole batch is finite.
 
     Raises:
         ArgumentError: if twice the samples give neither the loss nor twice the loss.
     """
-    near = NEAR_IN_HALF_PRECISION if half else NEAR
+    near = NEAR_IN_HALF_PRECISION if rounded else NEAR
     multiples = []
     for index in ([0], list(range(n))):
         once, twice = (_number(of_samples, samples) for samples in (index, index * 2))

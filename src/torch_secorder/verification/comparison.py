@@ -18,7 +18,7 @@ def require_equal_norms(
     in_batch: Tensor,
     alone: Tensor,
     *,
-    half: bool,
+    bits: int,
     rounding: Tensor | float = 0.0,
     sample: int = 0,
 ) -> None:
@@ -28,14 +28,14 @@ def require_equal_norms(
         names: the parameters' names.
         in_batch: ``[parameters]``, what the analysis of the batch says of the sample.
         alone: ``[parameters]``, what plain autograd says of the sample alone.
-        half: whether half precision takes part.
+        bits: of the numbers that the gradients are sums of.
         rounding: ``[parameters]``, by how much more the two may differ.
         sample: the sample's number in its batch.
 
     Raises:
         VerificationError: naming the parameters that differ, with both numbers.
     """
-    if wrong := unequal_norms(in_batch, alone, half=half, rounding=rounding):
+    if wrong := unequal_norms(in_batch, alone, bits=bits, rounding=rounding):
         lines = [f"{names[i]}: {in_batch[i]:.10g} in its batch, {alone[i]:.10g} alone" for i in wrong[:SHOWN]]
         lines += [f"and {len(wrong) - SHOWN} more"] if len(wrong) > SHOWN else []
         raise VerificationError(
@@ -47,9 +47,9 @@ def require_equal_norms(
         )
 
 
-def unequal_norms(in_batch: Tensor, alone: Tensor, *, half: bool, rounding: Tensor | float = 0.0) -> list[int]:
+def unequal_norms(in_batch: Tensor, alone: Tensor, *, bits: int, rounding: Tensor | float = 0.0) -> list[int]:
     """The positions at which two rows of squared norms differ by more than rounding. What isn't finite equals nothing."""
-    tolerance = sample_alone(in_batch.dtype, half)
+    tolerance = sample_alone(bits)
     in_batch, alone = in_batch.cpu().double(), alone.cpu().double()
     total = alone[alone.isfinite()].sum()
     of_total = torch.full_like(alone, tolerance.of_total)

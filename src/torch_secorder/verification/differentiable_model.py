@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
 from functools import partial
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from torch_secorder.autograd.engine import call_model
 from torch_secorder.model.containers import tensors
+from torch_secorder.model.hooks import restoring
 from torch_secorder.model.parameters import ParameterTable, numpy_of_frozen
+from torch_secorder.per_sample import at_least_float32
 from torch_secorder.verification.tolerances import DEQUANTIZED_OUTPUTS
+
+# No more numbers than these are changed for a look at the model elsewhere, which takes little memory beside a step's.
+FEW_NUMBERS = 2**20
+# How large a parameter is taken for that is all zero, as biases and last layers are at the start.
+SIZE_OF_ZERO = 0.1
 
 
 class DifferentiableModel:
@@ -32,7 +41,7 @@ class DifferentiableModel:
 
     def __init__(self, model: nn.Module, table: ParameterTable, inputs: Any):
         leaves = {position: leaf for position, leaf in enumerate(table.leaves) if position not in table.quantized}
-        self._call, self._table = cast("Callable[..., Any]", model), table
+        self._model, self._table, self._call = model, table, cast("Callable[..., Any]", model)
         if table.quantized:
             weights = _dequantized(table)
             call = partial(_called_with, model, _by_name(model, table, weights))
@@ -43,10 +52,66 @@ class DifferentiableModel:
         self.positions = sorted(leaves)
         self.leaves = [leaves[position] for position in self.positions]
 
+    def elsewhere(self, step: float, seed: int) -> DifferentiableModel:
+        """The same model with other numbers in its small parameters. The leaves are the same.
+
+        Args:
+            step: how far each parameter is moved in a random direction, in units of its own size.
+            seed: for the direction.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        moved = {position: _moved(leaf, step, generator) for position, leaf in _smallest(self.positions, self.leaves)}
+        other = copy(self)
+        other._call = partial(_called_elsewhere, self._model, self._call, self._table, moved)
+        return other
+
     def __call__(self, inputs: Any) -> Any:
         """The model's outputs; a tuple is spread over positions and a mapping over keywords."""
         with numpy_of_frozen(self._table):
             return call_model(self._call, inputs)
+
+
+def _smallest(positions: Sequence[int], leaves: Sequence[Tensor]) -> Iterator[tuple[int, Tensor]]:
+    """The smallest parameters, as many as have few numbers together, and at least one."""
+    count = 0
+    for position, leaf in sorted(zip(positions, leaves, strict=True), key=lambda pair: pair[1].numel()):
+        if count and count + leaf.numel() > FEW_NUMBERS:
+            return
+        count += leaf.numel()
+        yield position, leaf
+
+
+def _moved(leaf: Tensor, step: float, generator: torch.Generator) -> Tensor:
+    """A parameter plus random numbers, through which its gradient passes as it is."""
+    direction = torch.randn(leaf.shape, generator=generator, dtype=torch.float32, device="cpu").to(leaf)
+    size = at_least_float32(leaf.detach()).norm() / leaf.numel() ** 0.5
+    return leaf + step * torch.where(size > 0, size, SIZE_OF_ZERO).to(direction) * direction
+
+
+def _called_elsewhere(
+    model: nn.Module,
+    call: Callable[..., Any],
+    table: ParameterTable,
+    moved: Mapping[int, Tensor],
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """What the model returns while other tensors are in the places of some parameters."""
+    places: list[tuple[dict[str, Any], str, Tensor, Tensor]] = [
+        (module._parameters, local, cast("Tensor", module._parameters[local]), moved[position])
+        for module in model.modules()
+        for local, position in table.owned(module).items()
+        if position in moved
+    ]
+
+    def put_back() -> None:
+        for parameters, local, own, _ in places:
+            parameters[local] = own
+
+    with restoring(put_back):
+        for parameters, local, _, other in places:
+            parameters[local] = other
+        return call(*args, **kwargs)
 
 
 def _dequantized(table: ParameterTable) -> dict[int, Tensor]:

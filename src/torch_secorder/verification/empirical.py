@@ -9,7 +9,7 @@ from torch import Tensor
 
 from torch_secorder.running.analysis import Analysis, Batch
 from torch_secorder.running.loss import LossFunction
-from torch_secorder.verification.own_loss import LossAlone, require_explained
+from torch_secorder.verification.own_loss import OwnLoss, verify_own_loss
 from torch_secorder.verification.samples_alone import comparable, on_samples_alone, samples_to_check, verify_samples
 from torch_secorder.verification.separable_loss import require_separable
 
@@ -33,7 +33,7 @@ def verify_empirical(
         samples: the numbers of the samples to look at; by default the first, the last and one at random.
 
     Raises:
-        VerificationError: if not, naming the parameters that differ, with both numbers.
+        VerificationError: if not, naming the parameters that differ, with both numbers; or if the loss compares samples.
     """
     mean = batch.reduction == "mean"
     scale = batch.where.n if mean else 1
@@ -52,8 +52,4 @@ def verify_empirical(
     with comparable(analysis, loss, inputs, batch, chosen[0]) as found:
         if found is not None:
             plain, model = found
-            alone = [LossAlone(analysis, model, loss_fn, targets, inputs, plain, sample, mean) for sample in chosen]
-            for one in alone:
-                one.verify()
-            parts = where.rows("inputs", inputs, chosen), where.rows("targets", targets, chosen)
-            require_explained(alone, model, *parts)
+            verify_own_loss(analysis, model, OwnLoss(loss_fn, inputs, targets, where), plain, chosen, mean=mean)

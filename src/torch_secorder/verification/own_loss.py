@@ -4,98 +4,151 @@ No output has a row for each sample that this loss depends on, so that a sample'
 differentiated is the loss of the sample alone. It is the sample's share in the batch's loss, but for a factor where the loss is
 an average over something that samples have different numbers of, such as tokens: with w_n of them in sample n, the batch's
 loss is ``sum_n w_n l_n / sum_n w_n``. The factor is one for all parameters, and the factors of some samples have to say what the
-loss of these samples together is, which they don't if the loss compares samples.
+loss of these samples together is, whatever the parameters are. Nor may that loss have second derivatives between samples, which
+the graph between the model's other outputs and the loss shows.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from torch_secorder.errors import VerificationError
+from torch_secorder.autograd.product_bits import DOUBLE
+from torch_secorder.batch_axis.samples import BatchSamples
+from torch_secorder.model.containers import tensors
+from torch_secorder.model.parameters import ParameterTable
 from torch_secorder.running.analysis import Analysis, Batch
 from torch_secorder.running.loss import LossFunction
 from torch_secorder.verification.differentiable_model import DifferentiableModel
+from torch_secorder.verification.losses_together import STEPS, require_explained
 from torch_secorder.verification.samples_alone import SampleAlone
-from torch_secorder.verification.tolerances import own_loss_of_several
+from torch_secorder.verification.separable_graph import require_separable_graph
+
+# Where a batch's outputs have no more numbers than this, all of its samples are looked at for second derivatives, which take some
+# thirty times as much memory as the outputs; else those that run alone.
+CHEAP = 2**20
 
 
-class LossAlone(SampleAlone):
+def verify_own_loss(
+    analysis: Analysis, model: DifferentiableModel, loss: OwnLoss, batch: Batch, samples: Sequence[int], *, mean: bool
+) -> None:
+    """Raise unless these samples have the squared norms that the batch's analysis says, up to a factor that explains itself.
+
+    Args:
+        analysis: what is verified.
+        model: the model.
+        loss: the loss that it computes.
+        batch: what the analysis says of the batch.
+        samples: the numbers of the samples to look at.
+        mean: whether the batch's loss is the mean over its samples, or the sum.
+
+    Raises:
+        VerificationError: if not, naming the parameters that differ, with both numbers; or if the loss compares samples.
+    """
+    alone = [_LossAlone(analysis, model, loss, batch, sample, mean) for sample in samples]
+    for one in alone:
+        one.verify()
+    with torch.enable_grad(), analysis.differentiable():
+        is_cheap = sum(x.numel() for x in tensors(batch.outputs)) <= CHEAP
+        loss.require_separable(model, range(loss.where.n) if is_cheap else samples, analysis.table)
+        _require_explained(model, loss, alone, mean, analysis.table)
+
+
+@dataclass(frozen=True)
+class OwnLoss:
+    """The loss that a model computes for some samples of a batch.
+
+    Attributes:
+        loss_fn: from ``(outputs, targets)`` to the loss.
+        inputs: the batch.
+        targets: the batch's.
+        where: where these have their samples.
+    """
+
+    loss_fn: LossFunction
+    inputs: Any
+    targets: Any
+    where: BatchSamples
+
+    def __call__(self, model: DifferentiableModel, samples: Sequence[int]) -> Tensor:
+        """The loss of these samples."""
+        return self.of_outputs(samples, model(self.where.rows("inputs", self.inputs, samples)))
+
+    def of_outputs(self, samples: Sequence[int], outputs: Any) -> Tensor:
+        """The loss that is in these samples' outputs."""
+        return self.loss_fn(outputs, self.where.rows("targets", self.targets, samples))
+
+    def require_separable(self, model: DifferentiableModel, samples: Sequence[int], table: ParameterTable) -> None:
+        """Raise if the graph between the outputs that have rows and the loss of these samples compares them."""
+        if len(samples) < 2:
+            return
+        where = self.where.subset(samples)
+        outputs = model(self.where.rows("inputs", self.inputs, samples))
+        loss = self.of_outputs(samples, outputs)
+        placed = zip(tensors(outputs), where.placements("outputs", outputs), strict=True)
+        rows = [(x, placement) for x, placement in placed if placement is not None and x.requires_grad]
+        with table.ranks.fail_together():
+            if rows and loss.requires_grad:
+                require_separable_graph(loss, [x for x, _ in rows], [placement for _, placement in rows], where.n)
+
+
+class _LossAlone(SampleAlone):
     """One sample of a batch, and the loss that the model computes for it alone.
 
     Attributes:
-        loss_fn: from ``(outputs, targets)`` to the loss, which the model has computed.
-        is_mean: whether the batch's loss is the mean over its samples, or the sum.
-        weight: how much the batch counts the sample beside others, in units of its mean count; 1 under "sum".
-        loss: the sample's loss alone.
-        tolerance: how far the loss of several samples may be from what the weights say.
+        sample: the sample's number.
+        weight: how much the batch counts the sample beside others, in units of its mean count; 1 under "sum". It is None for a
+            sample without a gradient, which doesn't show it.
+        bits: how many bits the products have that its gradients are sums of.
     """
 
     def __init__(
-        self,
-        analysis: Analysis,
-        model: DifferentiableModel,
-        loss_fn: LossFunction,
-        targets: Any,
-        inputs: Any,
-        batch: Batch,
-        sample: int,
-        mean: bool,
+        self, analysis: Analysis, model: DifferentiableModel, loss: OwnLoss, batch: Batch, sample: int, mean: bool
     ):
-        own = batch.where.rows("targets", targets, [sample])
-        super().__init__(analysis, model, partial(_noted, self, loss_fn, own), inputs, batch, sample)
-        self.loss_fn, self.is_mean = loss_fn, mean
-        self.weight, self.loss, self.tolerance = 1.0, math.nan, 0.0
+        super().__init__(analysis, model, partial(_noted, self, loss), loss.inputs, batch, sample)
+        self.sample, self.weight, self.bits = sample, None if mean else 1.0, DOUBLE
+        self._mean, self.loss = mean, math.nan
 
     def verify(self) -> None:
         """Raise unless the sample has the same squared norms alone as in its batch, up to one factor under "mean"."""
-        alone, half = self.squared_norms_of(self.loss_of_outputs)
-        self.tolerance = own_loss_of_several(half)
+        alone, self.bits = self.squared_norms_of(self.loss_of_outputs)
         in_batch = self.norms_in_batch.cpu().double()
-        if not math.isfinite(self.loss) and not bool(in_batch.any()):
-            self.weight, alone = 0.0, torch.zeros_like(alone)  # It has no label: an average over none is not a number.
-        elif self.is_mean and float(alone.sum()) > 0:
+        counts = bool(in_batch.any())
+        if not counts and not math.isfinite(self.loss):
+            self.weight, alone = None, in_batch  # It has no label: an average over none is not a number.
+        elif self._mean and counts and float(alone.sum()) > 0:
             self.weight = math.sqrt(float(in_batch.sum() / alone.sum()))
-        self.require_equal(alone * self.weight**2, half)
+        self.require_equal(alone if self.weight is None else alone * self.weight**2, self.bits)
 
 
-def _noted(sample: LossAlone, loss_fn: LossFunction, targets: Any, outputs: Any) -> Tensor:
+def _noted(sample: _LossAlone, loss: OwnLoss, outputs: Any) -> Tensor:
     """The loss of a sample's own outputs, of which a note is kept."""
-    loss = loss_fn(outputs, targets)
-    sample.loss = float(loss.detach())
-    return loss
+    found = loss.of_outputs([sample.sample], outputs)
+    sample.loss = float(found.detach())
+    return found
 
 
-def require_explained(alone: Sequence[LossAlone], model: DifferentiableModel, inputs: Any, targets: Any) -> None:
-    """Raise unless the loss of these samples together is made of their losses alone, by their weights.
+def _require_explained(
+    model: DifferentiableModel, loss: OwnLoss, alone: Sequence[_LossAlone], mean: bool, table: ParameterTable
+) -> None:
+    """Raise unless the loss of the samples whose weights are known is made of their losses alone.
 
-    Args:
-        alone: the samples, each of which was verified alone.
-        model: the model.
-        inputs: those of these samples, together.
-        targets: the same.
-
-    Raises:
-        VerificationError: if not, with both numbers.
+    Ranks that hold the model together look at it where it is, and all of them or none.
     """
-    first = alone[0]
-    with torch.enable_grad():
-        together = float(first.loss_fn(model(inputs), targets).detach())
-    mean, tolerance = first.is_mean, first.tolerance
-    counted = [one for one in alone if one.weight]
-    if not counted:
+    weights = {one.sample: one.weight for one in alone if one.weight is not None}
+    together = bool(table.sharded) or table.ranks.distributed
+    if table.ranks.max_over_ranks(len(weights) < 2) or (
+        together and table.ranks.max_over_ranks(len(weights) < len(alone))
+    ):
         return
-    divisor = sum(one.weight for one in counted) if mean else 1.0
-    expected = sum(one.weight * one.loss for one in counted) / divisor
-    size = sum(abs(one.weight * one.loss) for one in counted) / divisor
-    if not abs(together - expected) <= tolerance * size:
-        raise VerificationError(
-            f"the loss that the model computes is {together:.6g} for {len(alone)} samples together, and their losses alone make "
-            f"{expected:.6g}: a loss that compares samples with each other (contrastive, load balancing, a root or a "
-            "logarithm of a mean) has no per-sample gradients"
-        )
+    divisor = sum(weights.values()) if mean else 1.0
+    shares = {sample: weight / divisor for sample, weight in weights.items()}
+    elsewhere = [] if together else [partial(model.elsewhere, step, seed) for step, seed in STEPS]
+    with table.ranks.fail_together():
+        require_explained([*elsewhere, lambda: model], loss, shares, min(one.bits for one in alone))

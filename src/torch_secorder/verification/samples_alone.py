@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_secorder.autograd.precision import has_half_precision
+from torch_secorder.autograd.product_bits import bits_of
 from torch_secorder.autograd.random_state import forked_random
 from torch_secorder.errors import CurvatureError, VerificationError, warn_at_users_line
 from torch_secorder.model.containers import is_continuous, mapped, tensors
@@ -123,7 +123,9 @@ def samples_to_check(n: int, ranks: Ranks) -> list[int]:
     Where a layer that sees the past only, such as an LSTM, has its steps taken for samples, the first of them is right. Ranks
     that hold a model together check as many samples each, and none at random.
     """
-    return [0, n // 2, n - 1] if ranks.distributed else sorted({0, n - 1, _ANY.randrange(n)})
+    if ranks.distributed:
+        return [0, n // 2, n - 1]
+    return [0, 1 + _ANY.randrange(n - 2), n - 1] if n > 2 else [*range(n)]
 
 
 class SampleAlone:
@@ -147,29 +149,29 @@ class SampleAlone:
     def verify(self) -> None:
         """Raise unless the sample has the same squared norms alone as in its batch."""
         ranks = self._analysis.table.ranks
-        alone, half = self.squared_norms_of(self._loss_in_batch)
+        alone, bits = self.squared_norms_of(self._loss_in_batch)
         rounding = torch.zeros_like(alone)
         # Ranks that hold the model together differentiate it together.
-        if ranks.max_over_ranks(bool(unequal_norms(self.norms_in_batch, alone, half=half))):
-            rounding = self._effect_of_rounding(alone) + self._rounding_of_gradients(alone, half)
-        self.require_equal(alone, half, rounding)
+        if ranks.max_over_ranks(bool(unequal_norms(self.norms_in_batch, alone, bits=bits))):
+            rounding = self._effect_of_rounding(alone) + self._rounding_of_gradients(alone, bits)
+        self.require_equal(alone, bits, rounding)
 
-    def require_equal(self, alone: Tensor, half: bool, rounding: Tensor | float = 0.0) -> None:
+    def require_equal(self, alone: Tensor, bits: int, rounding: Tensor | float = 0.0) -> None:
         """Raise, on all ranks if on one, unless the sample has these squared norms, ``[parameters]``, in its batch."""
         names = [self._analysis.table.names[position] for position in self._model.positions]
         with self._analysis.table.ranks.fail_together():
-            require_equal_norms(names, self.norms_in_batch, alone, half=half, rounding=rounding, sample=self._sample)
+            require_equal_norms(names, self.norms_in_batch, alone, bits=bits, rounding=rounding, sample=self._sample)
 
     def _own_inputs(self, inputs: Any) -> Any:
         return self._where.rows("inputs", inputs, [self._sample])
 
-    def squared_norms_of(self, loss: Loss) -> tuple[Tensor, bool]:
-        """``||g||^2`` of each parameter for a loss of the sample's own outputs, and whether half precision takes part."""
+    def squared_norms_of(self, loss: Loss) -> tuple[Tensor, int]:
+        """``||g||^2`` of each parameter for a loss of the sample's own outputs, and the bits of what they are sums of."""
         with torch.enable_grad(), self._analysis.differentiable():
             outputs = self._model(self._inputs)
             root = self._root(loss, outputs)
-            half = has_half_precision(root, *tensors(outputs), *self._analysis.table.tensors)
-            return as_row(squared_norms_of_loss(root, self._model.leaves)), half
+            bits = bits_of([root, *tensors(outputs)], self._analysis.table.tensors)
+            return as_row(squared_norms_of_loss(root, self._model.leaves)), bits
 
     def _root(self, loss: Loss, outputs: Any) -> Tensor:
         """What is differentiated for a loss."""
@@ -191,7 +193,7 @@ class SampleAlone:
         squared, _ = self.squared_norms_of(partial(_inner, change))
         return 4 * (squared + 2 * (squared * alone).sqrt())  # Four times, since d is itself an estimate.
 
-    def _rounding_of_gradients(self, alone: Tensor, half: bool) -> Tensor:
+    def _rounding_of_gradients(self, alone: Tensor, bits: int) -> Tensor:
         """By how much the norms may differ because gradients are sums that cancel but for rounding.
 
         A backward pass is linear: c times the loss has c times the gradient, and ``c ** 2`` times its squared norm. Whatever
@@ -201,10 +203,9 @@ class SampleAlone:
         tries = (
             self.squared_norms_of(partial(_times, factor, self._loss_in_batch))[0] / factor**2 for factor in (3, 5, 7)
         )
-        found = 4 * torch.stack([(squared - alone).abs() for squared in tries]).amax(
-            0
-        )  # Three tries may miss the largest.
-        return found.clamp(max=sample_alone(self.norms_in_batch.dtype, half).of_total * alone[alone.isfinite()].sum())
+        # Three tries may miss the largest.
+        found = 4 * torch.stack([(squared - alone).abs() for squared in tries]).amax(0)
+        return found.clamp(max=sample_alone(bits).of_total * alone[alone.isfinite()].sum())
 
     def _change_of_gradients(self, own: Any) -> list[Tensor | None]:
         """How the loss's gradient in the outputs changes by rounding: by nothing, if the outputs differ by more than that."""

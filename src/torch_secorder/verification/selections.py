@@ -15,11 +15,11 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from torch_secorder.autograd.graph_pass import Gradients, GraphPass
 from torch_secorder.autograd.nodes import Edge, output_dtype, value_shape
-from torch_secorder.autograd.precision import has_half_precision
+from torch_secorder.autograd.product_bits import bits_of
 from torch_secorder.autograd.saved import knows, saved
 from torch_secorder.batch_axis.placement import Placement
 from torch_secorder.errors import CurvatureError, VerificationError
-from torch_secorder.verification.tolerances import MIXED_ENTRIES, MIXED_ENTRIES_IN_HALF_PRECISION
+from torch_secorder.verification.tolerances import MIXED_ENTRIES
 
 # Nodes that select among all entries of their input, and those that do along some axes, with our name for these.
 AMONG_ALL = {"MaxBackward1", "MinBackward1", "MedianBackward0"}
@@ -87,7 +87,7 @@ def _selects(loss: Tensor, outputs: Sequence[Tensor], n: int, placements: Sequen
         return False
     entries = torch.stack(torch.broadcast_tensors(*[found for found in tangents if found is not None]), -1)
     plain, signed = entries[0], entries[1:]
-    tolerance = MIXED_ENTRIES_IN_HALF_PRECISION if has_half_precision(loss, *outputs) else MIXED_ENTRIES
+    tolerance = MIXED_ENTRIES[bits_of([loss, *outputs], outputs)]
     floor = tolerance * entries.abs().amax()
     if bool(((signed.abs() - plain.abs()).abs() > floor).any()):
         return True

@@ -31,8 +31,8 @@ def require_separable(loss_fn: Callable[[Any, Any], Tensor], outputs: Any, targe
     """Raise if the loss's gradient in some samples' outputs depends on other samples' outputs.
 
     The outputs of half of the samples are changed, and the gradients in those of the other half have to stay. By the digits of
-    the samples' numbers each two samples are in different halves at least once, where that is cheap. In two of the halves they
-    are changed by much, too: a mask of the losses above the mean stays the same while only small ones change.
+    the samples' numbers each two samples are in different halves at least once, where that is cheap. They are changed by much,
+    too: a mask of the losses above the mean, or which of two losses is larger, stays the same while only small ones change.
 
     Raises:
         VerificationError: if it does.
@@ -49,7 +49,7 @@ def require_separable(loss_fn: Callable[[Any, Any], Tensor], outputs: Any, targe
     halves = _halves(n)[: max(2, CHEAP // max(size, 1))]
     for changed in halves:
         _require_same(before, _gradients(loss_fn, _changed(outputs, changed, where), targets, where), ~changed)
-    for factor, changed in product(FAR, halves[:2]):
+    for factor, changed in product(FAR, halves):
         after = _far_gradients(loss_fn, outputs, targets, where, changed, factor)
         if after is not None and len(after) == len(before):
             _require_same(before, after, ~changed)

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from torch_secorder.autograd.product_bits import BF16, DOUBLE, SINGLE, TF32, product_bits
+
 
 @dataclass(frozen=True)
 class Tolerance:
@@ -29,17 +31,19 @@ class Tolerance:
 # float32 (the norms of language models), which is why float64 has no smaller bound. A rounding error of eps in a
 # gradient that should be zero is eps^2 of the total here: 1e-14 in float32, 1e-32 in float64, with room for sums of many. Where
 # a layer amplifies it (the norm of nearly equal numbers, by 1 / sqrt(eps)), how large it is there is tried before a refusal.
+# bfloat16 has 8 bits: each number is off by up to 2^-9, a norm by a per cent or two, a small gradient by all that it is. TF32 has
+# 11 bits, and rounds what is multiplied only: a quarter of that, and a tenth for what is eps^2, of which there are sums, too.
 _SAMPLE_ALONE = {
-    torch.float64: Tolerance(1e-6, 1e-12, 1e-20),
-    torch.float32: Tolerance(1e-3, 1e-7, 1e-12),
+    DOUBLE: Tolerance(1e-6, 1e-12, 1e-20),
+    SINGLE: Tolerance(1e-3, 1e-7, 1e-12),
+    TF32: Tolerance(1.25e-2, 1e-4, 1e-4),
+    BF16: Tolerance(5e-2, 1e-3, 1e-3),
 }
-# bfloat16 has 8 bits: each number is off by up to 2^-9, a norm by a per cent or two, a small gradient by all that it is.
-_SAMPLE_ALONE_IN_HALF_PRECISION = Tolerance(5e-2, 1e-3, 1e-3)
 
 
-def sample_alone(dtype: torch.dtype, half: bool) -> Tolerance:
-    """For a sample's squared norms in ``dtype``, from gradients in half precision or not."""
-    return _SAMPLE_ALONE_IN_HALF_PRECISION if half else _SAMPLE_ALONE[dtype]
+def sample_alone(bits: int) -> Tolerance:
+    """For a sample's squared norms, by the bits of the numbers that its gradients are sums of."""
+    return _SAMPLE_ALONE[bits]
 
 
 # Outputs that differ by rounding alone: a hundred times the distance of two neighboring numbers, in units of the largest.
@@ -54,24 +58,21 @@ DEQUANTIZED_OUTPUTS = 1e-4
 SEPARABLE_LOSS = 1e-3
 
 # An entry of one sample keeps its derivative, or its negative, when other samples' directions change; relative to the largest.
-MIXED_ENTRIES, MIXED_ENTRIES_IN_HALF_PRECISION = 1e-4, 5e-2
+MIXED_ENTRIES = {DOUBLE: 1e-4, SINGLE: 1e-4, TF32: 1.25e-2, BF16: 5e-2}
 
 # A sample whose gradient is nearly zero beside the largest has little but rounding, as a part of that.
 ROUNDED_GRADIENT = 1e-3
 
 # The loss of some samples together against what their losses alone and their weights say. The weights are roots of ratios of sums
-# of squared norms, which agree to 1e-3 in float32 and to 5e-2 in half precision.
-_OWN_LOSS, _OWN_LOSS_IN_HALF_PRECISION = 1e-3, 5e-2
+# of squared norms, which agree to 1e-3 in float32 and to 5e-2 in half precision, as a fraction of the sum of the parts' sizes.
+OWN_LOSS_OF_SEVERAL = {DOUBLE: 1e-3, SINGLE: 1e-3, TF32: 1.25e-2, BF16: 5e-2}
 
-
-def own_loss_of_several(half: bool) -> float:
-    """For the loss of several samples, as a fraction of the sum of its parts' sizes."""
-    return _OWN_LOSS_IN_HALF_PRECISION if half else _OWN_LOSS
-
+# The same for the gradient of that loss, as a fraction of the root of the sum of its parts' squared norms.
+OWN_GRADIENT_OF_SEVERAL = {DOUBLE: 1e-2, SINGLE: 1e-2, TF32: 5e-2, BF16: 2e-1}
 
 # Captured gradients, summed over samples, against autograd's own, along one direction, as a fraction of what was added up. Both
-# are the same products in another order. A GPU may multiply float32 numbers with 11 bits (TF32), and autograd's gradient in
-# half precision is rounded to 8.
+# are the same products in another order. A GPU may multiply float32 numbers with 11 bits (TF32), and add up in another order each
+# time; autograd's gradient in half precision is rounded to 8 bits, and some CPUs multiply with as many.
 _GRADIENT_SUMS = {(torch.float64, "cpu"): 1e-8, (torch.float32, "cpu"): 1e-4, (torch.float64, "cuda"): 1e-6}
 _GRADIENT_SUMS_ELSEWHERE = 1e-2
 _GRADIENT_SUMS_IN_HALF_PRECISION = 5e-2
@@ -83,6 +84,7 @@ GRADIENT_SUMS_FLOOR = 1e-2
 
 def gradient_sum(dtype: torch.dtype, device_type: str, half: bool) -> float:
     """For sums in ``dtype`` on a device, of gradients in half precision or not."""
-    if half:
+    single = dtype not in (torch.float64, torch.complex128)
+    if half or (single and product_bits(device_type) == BF16):
         return _GRADIENT_SUMS_IN_HALF_PRECISION
     return _GRADIENT_SUMS.get((dtype, device_type), _GRADIENT_SUMS_ELSEWHERE)

@@ -48,14 +48,12 @@ class DiagonalPart(Part):
         if self._channels is not None and position not in self._channels:
             return
         channels = None if self._channels is None else self._channels[position]
-        finite = squared_norms.isfinite()
         if (by_sample := self._by_sample.pop(position, None)) is not None:
-            sums = by_sample.where(finite[:, None], 0).sum(0)
+            sums = by_sample.masked_fill(~squared_norms.isfinite()[:, None], 0).sum(0)
             self.sums.setdefault(position, []).append(SquareSum(sums, tuple(sums.shape)))
-        elif bool(finite.any()):
-            form = form if bool(finite.all()) else form.select(finite.nonzero().squeeze(1))
+        elif (finite := finite_samples(form, squared_norms)) is not None:
             square_sum = partial(SquareSum.of, channels=channels)
-            new = halving_on_oom(form, square_sum, lambda a, b: SquareSum.summed([a, b]))
+            new = halving_on_oom(finite, square_sum, lambda a, b: SquareSum.summed([a, b]))
             self.sums.setdefault(position, []).append(new)
 
     def scaled(self, factor: float) -> DiagonalPart:
@@ -75,6 +73,16 @@ class DiagonalPart(Part):
                 f"backward pass, after {names[late]} had been added to the diagonal; the batch is left out"
             )
         return self
+
+
+def finite_samples(form: PerSampleGradient, norms: Tensor) -> PerSampleGradient | None:
+    """The gradients of the samples whose norms are finite, None if there are none; an accelerator isn't asked which these are."""
+    if norms.device.type != "cpu":
+        return form.without((norms * 0).ne(0))
+    finite = norms.isfinite()
+    if bool(finite.all()):
+        return form
+    return form.select(finite.nonzero().squeeze(1)) if bool(finite.any()) else None
 
 
 # How many passes are added up in single precision before their sum is put aside. Each addition is off by 2^-24 of the sum at
@@ -112,7 +120,7 @@ class _Sum:
         room = self.with_room(1)
         # A 0-dim sum stands for a parameter that no pass has reached, or is that of a single number.
         if room.recent.dim():
-            return replace(room, recent=one.added(room.recent))
+            return replace(room, recent=one.added(room.recent.to(one.device)))  # a loaded sum is on the host
         value = one.added(None)
         return replace(room, recent=value if value.dim() else value + room.recent.to(value.device))
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from torch_secorder.autograd.double_precision import sum_in_double_precision
 from torch_secorder.capture.records import HookedModule, Record
+from torch_secorder.capture.watched_calls import Moments
 from torch_secorder.per_sample import Dense
 from torch_secorder.recording.quantities.quantity import Part, Quantity
 
@@ -23,12 +23,12 @@ class OutputNorms:
     Attributes:
         squared_norms: ``[n]``, of the gradients in its output; ``[1]``, their sum, where nothing says which sample is where.
         by_sample: whether there is one for each sample.
-        moments: of the output; see :class:`torch_secorder.capture.watched_calls.WatchedCall`.
+        moments: of the output.
     """
 
     squared_norms: Tensor
     by_sample: bool
-    moments: Tensor
+    moments: Moments
 
 
 Calls = dict[HookedModule, list[OutputNorms]]
@@ -43,6 +43,18 @@ class OutputTracesPart(Part):
     def on_output(self, record: Record, grad: Tensor, by_sample: bool) -> None:
         norms = Dense(grad if by_sample else grad[None]).squared_norm()
         self.calls.setdefault(record.site, []).append(OutputNorms(norms, by_sample, record.kept.moments))
+
+    def tensors(self) -> list[Tensor]:
+        return [value for calls in self.calls.values() for call in calls for value in _values(call)]
+
+    def with_tensors(self, tensors: Iterable[Tensor]) -> OutputTracesPart:
+        found = iter(tensors)
+
+        def replaced(call: OutputNorms) -> OutputNorms:
+            norms, values = next(found), next(found)
+            return replace(call, squared_norms=norms, moments=replace(call.moments, values=values))
+
+        return OutputTracesPart({site: list(map(replaced, calls)) for site, calls in self.calls.items()})
 
     def scaled(self, factor: float) -> OutputTracesPart:
         return OutputTracesPart(
@@ -76,6 +88,10 @@ class OutputTracesPart(Part):
         return OutputTracesPart({site: list(map(without_bad, calls)) for site, calls in self.calls.items()})
 
 
+def _values(call: OutputNorms) -> tuple[Tensor, Tensor]:
+    return call.squared_norms, call.moments.values
+
+
 class OutputTraces(Quantity):
     """For each module whose output was seen: its class, ``sum_n ||gradient in its output||^2``, and the output's moments.
 
@@ -98,8 +114,9 @@ class OutputTraces(Quantity):
         sums = dict(self.sums)
         for site in sorted(part.calls, key=lambda site: site.number):
             calls = part.calls[site]
-            squares = sum(float(sum_in_double_precision(call.squared_norms)) for call in calls) * scale
-            _add(sums, site.name, site.kind, squares, _pooled(torch.stack([call.moments for call in calls])))
+            for call in calls:
+                squares = float(sum_in_double_precision(call.squared_norms)) * scale
+                _add(sums, site.name, site.kind, squares, call.moments.pooled())
         self.sums = sums
 
     def merge(self, other: OutputTraces) -> None:
@@ -130,14 +147,6 @@ class OutputTraces(Quantity):
         self.sums = {
             name: (kind, squares, list(moments)) for name, (kind, squares, moments) in state["outputs"].items()
         }
-
-
-def _pooled(moments: Tensor) -> list[float]:
-    """The moments of several outputs, ``[calls, 5]``, as those of one."""
-    count, total, total_squares, minimum, maximum = moments.unbind(1)
-    pooled = torch.stack([count.sum(), total.sum(), total_squares.sum(), minimum.min(), maximum.max()])
-    found: list[float] = pooled.tolist()
-    return found
 
 
 def _add(

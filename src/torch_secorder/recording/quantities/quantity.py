@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
@@ -34,6 +34,14 @@ class Part:
         ``by_sample`` says that the gradient has an index for each sample first. If not, each of its numbers belongs to one
         sample, and nothing says to which.
         """
+
+    def tensors(self) -> list[Tensor]:
+        """What is read on the host, to which it goes together with the squared norms when the pass is over."""
+        return []
+
+    def with_tensors(self, tensors: Iterable[Tensor]) -> Self:
+        """The same with others in their place, which are in the same order."""
+        return self
 
     def scaled(self, factor: float) -> Self:
         """The same with all squares multiplied."""

@@ -24,6 +24,17 @@ def layer_norm(at: NodeUse, g: Tensor) -> Tensor:
     return at.summed(g * _normalized(saved(at.node, "input"), saved(at.node, "mean"), saved(at.node, "scale"), axes))
 
 
+@node_rule("FusedRmsNormBackward0", lambda at: at.index == 1 and at.is_broadcast, reads=("input", "shape", "scale"))
+def rms_norm(at: NodeUse, g: Tensor) -> Tensor:
+    """The weight of a root mean square norm, for which GPUs have one kernel; elsewhere it consists of other nodes."""
+    x, size = at_least_float32(saved(at.node, "input")), len(saved(at.node, "shape"))
+    scale = saved(at.node, "scale").reshape(*x.shape[:-size], *[1] * size)
+    if torch.is_grad_enabled():  # To autograd the saved scale is a constant, as in ``_normalized``.
+        square = x.square().mean(tuple(range(-size, 0)), keepdim=True)
+        scale = (square + (scale.reciprocal().square() - square).detach()).rsqrt()
+    return at.summed(g * (x * scale))
+
+
 @node_rule("NativeGroupNormBackward0", in_rows(1, 2), reads=("input", "groups", "mean", "scale"))
 def group_norm(at: NodeUse, g: Tensor) -> Tensor:
     """Weight and bias of a group norm."""

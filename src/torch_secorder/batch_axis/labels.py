@@ -1,0 +1,149 @@
+"""Labels: the sample that each entry of a gradient comes from, as the nodes of a graph tell it without any numbers.
+
+An entry is labeled with sample n if it is computed from gradients of sample n's outputs only. Labels are arrays with the axes
+of the tensor that they are about, of size 1 along the axes that make no difference. Where it is not known what an entry is
+computed from, more is assumed than may be true, never less: it may be labeled with several samples by mistake, but what is
+labeled with one sample is that sample's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Labels = npt.NDArray[np.int64]
+Shape = Sequence[int]
+
+NOBODY = -1  # the entry is zero, whatever the outputs' gradients are
+SEVERAL = -2  # the entry may be computed from several samples
+_LARGE = np.iinfo(np.int64).max
+
+
+def joined(one: Labels | None, other: Labels | None) -> Labels | None:
+    """The labels of a sum of two gradients; None is one that nothing arrives at."""
+    if one is None or other is None or one is other:
+        return other if one is None else one
+    if one.shape == other.shape and np.array_equal(one, other):
+        return one
+    return np.where(one == other, one, np.where(one == NOBODY, other, np.where(other == NOBODY, one, SEVERAL)))
+
+
+def joined_along(labels: Labels, axes: Sequence[int]) -> Labels:
+    """The labels of what is computed from all entries along some axes, which get the size 1."""
+    axes = tuple([axis for axis in axes if labels.shape[axis] != 1])
+    if not axes:
+        return labels
+    lowest = np.where(labels == NOBODY, _LARGE, labels).min(axes, keepdims=True, initial=_LARGE)
+    highest = labels.max(axes, keepdims=True, initial=NOBODY)
+    return _combined(lowest, highest)
+
+
+def _combined(lowest: Labels, highest: Labels) -> Labels:
+    """What entries with these extremes have in common, where nobody's do not count for the lowest."""
+    return np.where(lowest == highest, highest, np.where(lowest == _LARGE, NOBODY, SEVERAL))
+
+
+def of_all(labels: Sequence[Labels | None], dims: int) -> Labels | None:
+    """The label of what is computed from all of several gradients, for a tensor with so many axes."""
+    found = None
+    for one in labels:
+        if one is not None:
+            whole = joined_along(one, range(one.ndim)).reshape((1,) * dims)
+            found = whole if found is None else joined(found, whole)
+    return found
+
+
+def summed_to(labels: Labels, shape: Shape) -> Labels:
+    """The labels of a gradient that is summed to the shape of what had been broadcast."""
+    if more := labels.ndim - len(shape):
+        labels = joined_along(labels, range(more)).reshape(labels.shape[more:])
+    return joined_along(labels, [axis for axis, size in enumerate(shape) if size == 1])
+
+
+def fits(labels: Labels, shape: Shape) -> bool:
+    """Whether labels may be those of a tensor of this shape."""
+    return labels.ndim == len(shape) and all(a in (1, b) for a, b in zip(labels.shape, shape, strict=True))
+
+
+def reshaped(labels: Labels, old: Shape, new: Shape) -> Labels:
+    """The labels of a tensor of one shape that is given another, with its entries in the same order."""
+    if 0 in old:
+        return np.full((1,) * len(new), NOBODY)
+    whole, shape = _reshaping(labels.shape, tuple(old), tuple(new))
+    return np.broadcast_to(labels, whole).reshape(shape)
+
+
+@lru_cache(1024)
+def _reshaping(labels: tuple[int, ...], old: tuple[int, ...], new: tuple[int, ...]) -> tuple[Any, Any]:
+    """The shape to broadcast labels to, and that in which they are then taken; axes that make no difference keep the size 1."""
+    whole, shape, i, j = list(labels), [1] * len(new), 0, 0
+    while i < len(old) or j < len(new):
+        # The next axes that have as many entries before as after.
+        start, begin = i, j
+        i, j = min(i + 1, len(old)), min(j + 1, len(new))
+        while (before := math.prod(old[start:i])) != (after := math.prod(new[begin:j])):
+            i, j = (i + 1, j) if before < after else (i, j + 1)
+        if any(size != 1 for size in labels[start:i]):
+            whole[start:i] = old[start:i]
+            shape[begin:j] = new[begin:j]
+    return tuple(whole), tuple(shape)
+
+
+def differ(labels: Labels) -> bool:
+    """Whether there are several labels."""
+    return labels.size > 1 and bool((labels != labels.flat[0]).any())
+
+
+def put(labels: Labels, axis: int, index: Any, size: int) -> Labels:
+    """The labels of a tensor with ``size`` indices along an axis, of which some went on; nothing comes back to the others.
+
+    Args:
+        labels: of what went on, with an axis for the indices that did.
+        axis: which one that is.
+        index: a slice, or an array of different indices.
+        size: how many indices there are.
+    """
+    if labels.shape[axis] == 1 and differ(labels):
+        return labels  # The samples are along another axis. What nothing comes back to may have any label.
+    found = np.full((*labels.shape[:axis], size, *labels.shape[axis + 1 :]), NOBODY)
+    found[(slice(None),) * axis + (index,)] = labels
+    return found
+
+
+def scattered(labels: Labels, axis: int, index: npt.NDArray[np.int64], sizes: Shape) -> Labels:
+    """The labels of a tensor whose entries went to several places, or to none, as an index says.
+
+    Args:
+        labels: of what the index took, with the axes of the index in the place of those that it goes along.
+        axis: the first of these axes.
+        index: for each place the number of the entry that is there, counted along all of the axes that it goes along.
+        sizes: of these axes.
+    """
+    before, own, after = labels.shape[:axis], labels.shape[axis : axis + index.ndim], labels.shape[axis + index.ndim :]
+    if set(own) <= {1} and differ(labels):
+        return labels.reshape((*before, *[1] * len(sizes), *after))
+    places = np.broadcast_to(labels, (*before, *index.shape, *after))
+    places = np.moveaxis(places.reshape((*before, index.size, *after)), len(before), 0)
+    shape = (math.prod(sizes), *places.shape[1:])
+    lowest, highest = np.full(shape, _LARGE), np.full(shape, NOBODY)
+    np.minimum.at(lowest, index.ravel(), np.where(places == NOBODY, _LARGE, places))
+    np.maximum.at(highest, index.ravel(), places)
+    found = np.moveaxis(_combined(lowest, highest), 0, len(before))
+    return found.reshape((*before, *sizes, *after))
+
+
+def scattered_along(labels: Labels, axis: int, index: npt.NDArray[np.int64], size: int) -> Labels:
+    """The same for an index that says for each entry separately where along an axis it was, of so many indices."""
+    shape = np.broadcast_shapes(labels.shape, index.shape)
+    whole = (*shape[:axis], size, *shape[axis + 1 :])
+    lowest, highest = np.full(whole, _LARGE), np.full(whole, NOBODY)
+    places: list[Any] = list(np.ogrid[tuple([slice(other) for other in shape])])
+    places[axis] = np.broadcast_to(index, shape)
+    np.minimum.at(lowest, tuple(places), np.broadcast_to(np.where(labels == NOBODY, _LARGE, labels), shape))
+    np.maximum.at(highest, tuple(places), np.broadcast_to(labels, shape))
+    return _combined(lowest, highest)

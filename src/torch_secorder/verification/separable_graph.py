@@ -1,0 +1,83 @@
+"""Whether a loss takes samples apart, as far as the graph of a loss that was computed already shows it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node, get_gradient_edge
+
+from torch_secorder.autograd.graph_pass import Gradients, GraphPass
+from torch_secorder.autograd.nodes import Edge
+from torch_secorder.batch_axis.placement import Placement
+from torch_secorder.batch_axis.samples import rows_of
+from torch_secorder.errors import CurvatureError
+from torch_secorder.likelihoods import random_signs
+from torch_secorder.verification.selections import coupling_loss, selects_among_samples
+from torch_secorder.verification.tolerances import SEPARABLE_LOSS
+
+
+def require_separable_graph(loss: Tensor, outputs: Sequence[Tensor], placements: Sequence[Placement], n: int) -> None:
+    """Raise if the loss selects among samples, or has second derivatives between the outputs of different ones.
+
+    An operation that has none shows nothing, and neither does a factor that was detached. Any two samples are in different
+    halves for some digit of their numbers.
+
+    Args:
+        loss: the loss.
+        outputs: what it is computed from, and maybe other outputs of the model.
+        placements: for each output where it has its samples.
+        n: how many samples.
+
+    Raises:
+        VerificationError: if it does.
+    """
+    if selects_among_samples(loss, outputs, n, placements):
+        raise coupling_loss()
+    numbers = torch.arange(n, device="cpu")
+    for digit in range((n - 1).bit_length()):
+        _require_separable_halves(loss, outputs, placements, (numbers >> digit) % 2 == 1)
+
+
+def output_gradients(loss: Tensor, outputs: Sequence[Tensor], *, create_graph: bool = False) -> list[Tensor | None]:
+    """The gradient of the loss with respect to each output, None for those that it doesn't depend on.
+
+    An output may have been computed from another one. What the loss gets through it is none of the other's own.
+    """
+    edges = [get_gradient_edge(x) for x in outputs]
+    own = {(edge.node, edge.output_nr) for edge in edges}
+    arrived: dict[Edge, Tensor | None] = {}
+
+    def arrive(node: Node, grads: Gradients) -> None:
+        arrived.update({(node, nr): grad for nr, grad in enumerate(grads)})
+        assert isinstance(grads, list)
+        grads[:] = [None if (node, nr) in own else grad for nr, grad in enumerate(grads)]
+
+    GraphPass([loss], {edge.node for edge in edges}, create_graph=create_graph).run(
+        lambda: [torch.ones_like(loss)], arrive
+    )
+    return [arrived.get((edge.node, edge.output_nr)) for edge in edges]
+
+
+def _require_separable_halves(
+    loss: Tensor, outputs: Sequence[Tensor], placements: Sequence[Placement], half: Tensor
+) -> None:
+    """Raise if the loss has second derivatives between the outputs of two halves of the samples."""
+    masks = [rows_of(half, x, where) for x, where in zip(outputs, placements, strict=True)]
+    try:
+        with torch.enable_grad():
+            slopes = output_gradients(loss, outputs, create_graph=True)
+            pairs = [(g, m) for g, m in zip(slopes, masks, strict=True) if g is not None]
+            signs = torch.Generator().manual_seed(0)
+            products = ((g * m * random_signs(g.shape, g, signs)).sum().to(loss.device) for g, m in pairs)
+            total = sum(products, loss.new_zeros(()))
+        if not total.requires_grad:
+            return
+        curved = output_gradients(total, outputs)
+    except (RuntimeError, CurvatureError):
+        return
+    own = max((float((c * m).norm()) for c, m in zip(curved, masks, strict=True) if c is not None), default=0.0)
+    across = max((float((c * ~m).norm()) for c, m in zip(curved, masks, strict=True) if c is not None), default=0.0)
+    if across > SEPARABLE_LOSS * own:
+        raise coupling_loss()

@@ -1,0 +1,360 @@
+"""Labels against what autograd does: an entry that is labeled with one sample gets nothing from the outputs of others."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from torch_secorder.autograd.nodes import value_shape
+from torch_secorder.batch_axis import label_rules
+from torch_secorder.batch_axis.derivation import Derivation
+from torch_secorder.batch_axis.evidence import Unplaced
+from torch_secorder.batch_axis.labels import NOBODY, SEVERAL, reshaped
+from torch_secorder.batch_axis.placement import Layout, Placement
+
+N = 3
+aten = torch.ops.aten
+Function = Callable[[Tensor], Tensor]
+
+
+def rows(*values: int) -> Tensor:
+    return torch.tensor(values)
+
+
+ORDER = rows(2, 0, 1)
+ROUTED = rows(0, 5, 2, 2, 4)  # of six rows; one is taken twice, and two are not taken
+
+
+def gated(x: Tensor) -> Tensor:
+    """Samples in rows, of which a router takes some in another order, and puts what it makes of them back."""
+    h = x.flatten(0, 1)
+    return torch.zeros_like(h).index_add(0, ROUTED, h[ROUTED].tanh() * 2).view(x.shape)
+
+
+def columns_put(x: Tensor) -> Tensor:
+    made = torch.zeros_like(x)
+    made[:, :, rows(0, 2)] = x[:, :, :2].sin()
+    return made
+
+
+def by_entries() -> Iterator[tuple[str, Function]]:
+    names = "exp expm1 exp2 log log1p log2 log10 sqrt rsqrt reciprocal sin cos tan tanh sigmoid sinh cosh erf erfc abs neg sign"
+    for name in [*names.split(), "atan"]:
+        yield name, lambda x, name=name: getattr(x.abs() + 0.1, name)()
+    names = "silu gelu relu relu6 elu celu selu leaky_relu hardtanh hardswish hardsigmoid mish softplus logsigmoid"
+    for name in names.split():
+        yield name, lambda x, name=name: getattr(F, name)(x)
+
+
+FUNCTIONS: dict[str, Function] = {
+    **dict(by_entries()),
+    "add": lambda x: x + x[:, :1],
+    "sub": lambda x: x - x.sum(),
+    "rsub": lambda x: torch.rsub(x, 1.0),
+    "mul": lambda x: x * x.mean(0),
+    "div": lambda x: x / (x.abs().sum(2, keepdim=True) + 1),
+    "pow": lambda x: x.pow(3),
+    "pow of tensors": lambda x: x.abs().pow(x.cos()) + 2**x,
+    "div with rounding": lambda x: torch.div(x, x.cos(), rounding_mode="trunc") + x,
+    "lerp by a tensor": lambda x: x.lerp(x.cos(), x.sin()),
+    "masked_fill with a tensor": lambda x: x.masked_fill(x > 0, x.new_tensor(2.0)),
+    "clamp by tensors": lambda x: x.clamp(x.sin() - 1, x.sin() + 1).clamp_min(x.cos()).clamp_max(x.cos() + 1),
+    "in place": lambda x: F.elu_(x * 1) + F.leaky_relu_(x * 1) + F.threshold_(x * 1, 0.1, 0.0) + F.celu_(x * 1),
+    "unsqueeze in place": lambda x: (x * 1).unsqueeze_(1),
+    "numbers": lambda x: aten.div.Scalar(aten.mul.Scalar(aten.sub.Scalar(aten.rsub.Tensor(x, x.cos()), 1.0), 2.0), 3.0),
+    "reshaped without a copy": lambda x: aten._reshape_alias(x, (N, 4, 2), (8, 1, 4)),
+    "native dropout": lambda x: torch.native_dropout(x, 0.5, True)[0],
+    "where": lambda x: torch.where(x > 0, x, x[:1]),
+    "masked_fill": lambda x: x.masked_fill(x > 0, 2.0),
+    "maximum": lambda x: torch.maximum(x, x[:, 1:]),
+    "minimum": lambda x: torch.minimum(x, x.roll(1, 0)),
+    "lerp": lambda x: x.lerp(x.cos(), 0.3),
+    "addcmul": lambda x: torch.addcmul(x, x.sin(), x.cos()),
+    "addcdiv": lambda x: torch.addcdiv(x, x.sin(), x.cos()),
+    "logaddexp": lambda x: torch.logaddexp(x, x.sin()),
+    "atan2": lambda x: torch.atan2(x, x.cos()),
+    "clamp": lambda x: x.clamp(-1, 1).clamp_min(-0.5).clamp_max(0.5),
+    "threshold": lambda x: F.threshold(x, 0.1, 0.0),
+    "dropout": lambda x: F.dropout(x, 0.5),
+    "clone": lambda x: x.clone().to(torch.float32).to(torch.float64),
+    "alias": lambda x: torch.ops.aten.alias(x),
+    "complex": lambda x: torch.view_as_real(torch.view_as_complex(x.view(N, 2, 2, 2)).conj().resolve_conj().roll(1, 1)),
+    "complex from parts": lambda x: torch.view_as_real(torch.complex(x, x.sin()) * torch.polar(x.exp(), x)),
+    "views": lambda x: x.view(N, 2, 2, 2).view(N * 2, 4).unsqueeze(1).squeeze(1).reshape(N, 8),
+    "views that mix samples": lambda x: x.flatten(0, 1).view(2, N, 4),
+    "a reshape with a copy": lambda x: x.transpose(0, 1).reshape(2, N * 4).view(2, N, 4),
+    "squeeze": lambda x: x[:, :1].squeeze(),
+    "squeeze two": lambda x: x[:, :1, :1].squeeze((1, 2)),
+    "t": lambda x: x[:, 0].t(),
+    "transpose": lambda x: x.transpose(0, 2).transpose(-1, -2),
+    "permute": lambda x: x.permute(2, -3, 1),
+    "expand": lambda x: x.unsqueeze(1).expand(N, 5, 2, 4),
+    "expand what samples share": lambda x: x.mean(0).expand(N, 2, 4),
+    "repeat": lambda x: x.repeat(2, 1, 3, 1),
+    "repeat samples": lambda x: x.repeat(2, 1, 1)[N:],
+    "repeat each": lambda x: x.repeat_interleave(2, 0),
+    "sums": lambda x: x.sum(-1).sum(1, keepdim=True),
+    "sum over samples": lambda x: x + x.sum(0),
+    "sum over all": lambda x: x.sum((0, 2)),
+    "means": lambda x: x.mean((1, 2)),
+    "var": lambda x: x.var(1) + x.std(1),
+    "norm": lambda x: torch.linalg.vector_norm(x, dim=(1, 2)),
+    "logsumexp": lambda x: x.logsumexp(2).logsumexp(1, keepdim=True),
+    "amax": lambda x: x.amax(1).amin(1),
+    "max": lambda x: x.max(1)[0].min(1)[0],
+    "max over samples": lambda x: x.max(0)[0],
+    "kthvalue": lambda x: x.kthvalue(2, 1)[0].median(1)[0],
+    "softmax": lambda x: x.softmax(-1).log_softmax(1),
+    "safe softmax": lambda x: aten._safe_softmax(x, -1),
+    "softmax over samples": lambda x: x.softmax(0),
+    "cumulative": lambda x: x.cumsum(1).cumprod(2).cummax(1)[0].cummin(1)[0].logcumsumexp(2),
+    "cumulative over samples": lambda x: x.cumsum(0),
+    "sort": lambda x: x.sort(-1)[0].topk(2, 1)[0],
+    "sort samples": lambda x: x.sort(0)[0],
+    "gather": lambda x: x.gather(2, torch.tensor([[[0, 0, 3]]]).expand(N, 2, 3)),
+    "topk of the rows of samples": lambda x: x.flatten(0, 1).topk(5, 0)[0],
+    "topk of rows": lambda x: x.flatten(0, 1).topk(6, 0)[0].cumsum(1),
+    "sort rows": lambda x: x.view(6, 4).sort(0)[0],
+    "gather rows": lambda x: x.flatten(0, 1).gather(0, ROUTED[:, None].expand(5, 4)),
+    "gather each": lambda x: x.flatten(0, 1).gather(0, torch.stack([ROUTED, ROUTED.flip(0)], 1).repeat(1, 2)),
+    "gather samples": lambda x: x.gather(0, ORDER[:, None, None].expand(N, 2, 4)),
+    "gather from fewer samples": lambda x: x.gather(2, torch.tensor([[[0, 3]]]).expand(2, 1, 2)),
+    "roll": lambda x: x.roll((1, 2), (0, 2)),
+    "roll all": lambda x: x.roll(3),
+    "flip": lambda x: x.flip(0).flip(-1),
+    "select": lambda x: x[:, 1] + x.select(-1, -2)[:, :1],
+    "select samples": lambda x: torch.stack([x[2], x[0], x[-2]]),
+    "slice": lambda x: torch.cat([x[..., 2:], -x[..., :2]], -1),
+    "slice samples": lambda x: torch.cat([x[1:], x[:1]]),
+    "slice with steps": lambda x: torch.cat([x[::2], x[1::2]]),
+    "narrow": lambda x: x.narrow(0, 1, 2),
+    "split": lambda x: x.split([1, 3], 2)[1] * x.chunk(4, 2)[0],
+    "split samples": lambda x: torch.cat(x.split([2, 1])[::-1]),
+    "a part of a split": lambda x: x.split([2, 1])[1],
+    "split features": lambda x: x.chunk(2, -1)[0] * x.chunk(2, -1)[1].tanh(),
+    "unsafe split": lambda x: torch.unsafe_split(x, 2)[0],
+    "unbind": lambda x: torch.stack(x.unbind(1), 2) + x.unbind(1)[1][:, :, None],
+    "unbind samples": lambda x: torch.stack([x.unbind()[2], x.unbind()[0].sin()]),
+    "cat": lambda x: torch.cat([x, torch.zeros(2, 2, 4), x.cos()]),
+    "cat with several others": lambda x: torch.cat([torch.zeros(2, 2, 4), x, torch.zeros(1, 2, 4)]),
+    "stack": lambda x: torch.stack([x, x.cos()], 1).sum(1),
+    "stack of samples": lambda x: torch.stack([x[1], x[2], x[0]], 0) * torch.stack([x[0], x[0]]).sum(0),
+    "index": lambda x: x[ORDER],
+    "index rows": lambda x: x.flatten(0, 1)[ROUTED],
+    "index features": lambda x: x[:, :, rows(3, 0)],
+    "index pairs": lambda x: x[ORDER, rows(1, 0, 0)],
+    "index pairs apart": lambda x: x[ORDER, :, rows(1, 0, 0)],
+    "index with an axis in front": lambda x: x[None, ORDER][0],
+    "index with negative numbers": lambda x: x[rows(-1, 0)],
+    "index in two axes": lambda x: x[torch.stack([ORDER, ORDER.flip(0)])],
+    "index with a number": lambda x: x[torch.tensor(1)],
+    "a mask": lambda x: x[torch.tensor([True, False, True])],
+    "a mask of rows": lambda x: x[torch.tensor([[True, False], [False, True], [True, True]])],
+    "index of what samples share": lambda x: x.mean(0)[rows(0, 1, 1)],
+    "index_select": lambda x: x.index_select(0, ORDER).index_select(-1, rows(0, 2)),
+    "index_put": lambda x: torch.zeros(5, 2, 4, dtype=x.dtype).index_put((rows(4, 0, 2),), x),
+    "index_put over": lambda x: x.index_put((rows(0, 2),), x[:2].sin()),
+    "index_put of one": lambda x: x.index_put((rows(0, 2),), x[1].sin()),
+    "index_put columns": columns_put,
+    "index_add": lambda x: x.index_add(0, rows(1, 1, 0), x.sin(), alpha=2),
+    "index_add columns": lambda x: x.index_add(2, rows(1, 0), x[..., :2].sin()),
+    "index_copy": lambda x: x.index_copy(0, rows(2, 0), x[:2].sin()),
+    "scatter": lambda x: torch.zeros_like(x).scatter(0, ORDER[:, None, None].expand(N, 2, 4), x.sin()),
+    "scatter of rows": lambda x: (
+        torch.zeros(6, 5, dtype=x.dtype).scatter(1, rows(3, 0, 1, 4).expand(6, 4), x.view(6, 4)).T.contiguous().T
+    ),
+    "scatter one of each row": lambda x: (
+        torch.zeros(6, 3, dtype=x.dtype)
+        .scatter(1, rows(2, 0, 1, 1, 2, 0)[:, None], x.view(6, 4)[:, 1:2])
+        .view(N, 2, 3)[:, :, rows(1, 0, 2)]
+    ),
+    "scatter_add each": lambda x: torch.zeros(6, 4, dtype=x.dtype).scatter_add(
+        0, torch.stack([ROUTED, ROUTED.flip(0)], 1).repeat(1, 2), x.flatten(0, 1)[:5]
+    ),
+    "scatter samples over": lambda x: x.scatter(0, ORDER[:, None, None].expand(N, 2, 4), x.sin()),
+    "scatter_add": lambda x: torch.zeros(6, 4, dtype=x.dtype).scatter_add(
+        0, ROUTED[:, None].expand(5, 4), x.flatten(0, 1)[:5]
+    ),
+    "scatter_add with other columns": lambda x: x.scatter_add(0, torch.randint(N, (N, 2, 4)), x.sin()),
+    "scatter_add along features": lambda x: x.scatter_add(2, torch.zeros(N, 2, 4).long(), x.sin()),
+    "scatter_add to fewer": lambda x: x.scatter_add(2, torch.zeros(2, 1, 4).long(), x[:2, :1].sin()),
+    "mm": lambda x: x.flatten(1).mm(torch.ones(8, 2, dtype=x.dtype)),
+    "mm of samples": lambda x: x.flatten(1).mm(x.flatten(1).t()),
+    "mm from the left, over samples": lambda x: torch.eye(N, dtype=x.dtype)[ORDER].mm(x.flatten(1)),
+    "addmm": lambda x: torch.addmm(x[:, 0, :2], x.flatten(1), torch.ones(8, 2, dtype=x.dtype)),
+    "bmm": lambda x: x.bmm(x.mT),
+    "baddbmm": lambda x: torch.baddbmm(x[:, :, :2], x, x.mT),
+    "attention": lambda x: F.scaled_dot_product_attention(*[x.view(N, 1, 2, 4)] * 3),
+    "attention over samples": lambda x: F.scaled_dot_product_attention(*[x.transpose(0, 1).unsqueeze(0)] * 3),
+    "convolution": lambda x: F.conv1d(x, torch.ones(3, 2, 2, dtype=x.dtype)),
+    "layer norm": lambda x: F.layer_norm(x, (4,)),
+    "layer norm over samples": lambda x: F.layer_norm(x, (N, 2, 4)),
+    "group norm": lambda x: F.group_norm(x, 2),
+    "rms norm": lambda x: F.rms_norm(x, (4,)),
+    "no rule": lambda x: torch.cdist(x, x),
+    "no rule over samples": lambda x: torch.kron(x[:, 0], x[:, 0]),
+    "router": gated,
+    "router of parts": lambda x: torch.cat([part * 2 for part in x.flatten(0, 1)[ROUTED].split([3, 0, 2])])[
+        rows(4, 1, 0)
+    ],
+}
+
+
+def grouped(x: Tensor) -> Tensor:
+    """Rows of experts, of which one has none."""
+    ends = torch.tensor([2, 2, 5], dtype=torch.int32)
+    return F.grouped_mm(x.float().flatten(0, 1)[ROUTED], torch.ones(3, 4, 8), offs=ends)
+
+
+if hasattr(F, "grouped_mm"):
+    FUNCTIONS["grouped mm"] = grouped
+
+
+def placement_for(shape: tuple[int, ...]) -> Placement:
+    """Some placement on the first axis."""
+    if shape[:1] == (N,):
+        return Placement()
+    return Placement(0, Layout.INDEXED, torch.arange(shape[0]) % N)
+
+
+def reached_nodes(y: Tensor) -> list[object]:
+    seen, stack = [], [y.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is not None and node not in seen:
+            seen.append(node)
+            stack += [child for child, _ in node.next_functions]
+    return seen
+
+
+def drawn(function: Function) -> tuple[Tensor, Tensor]:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        x = torch.randn(N, 2, 4, dtype=torch.float64, requires_grad=True)
+        y = function(x * 1)
+        return x, y if y.dim() else y[None]
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_what_is_labeled_with_one_sample_is_that_samples(name: str) -> None:
+    x, y = drawn(FUNCTIONS[name])
+    where = placement_for(tuple(y.shape))
+    derivation = Derivation([(y, where)], N, reached_nodes(y))
+    assert derivation.findings([]) == []
+    edge = torch.autograd.graph.get_gradient_edge(x)
+    found = derivation._labels.get((edge.node, 0))
+    assert found is not None
+    labels = torch.from_numpy(np.broadcast_to(found, x.shape).copy())
+    index = torch.arange(N) if where.sample_index is None else where.sample_index
+    got = []
+    for sample in range(N):
+        part = torch.zeros_like(y)
+        own = index == sample
+        part[own] = torch.rand_like(part[own]) + 0.5
+        got.append(torch.autograd.grad(y, x, part, retain_graph=True)[0] != 0)
+    for sample, reached in enumerate(got):
+        assert not (reached & ((labels == NOBODY) | ((labels >= 0) & (labels != sample)))).any()
+
+
+# What the labels of these must be, for all that does not mix samples: nothing is gained by labeling everything with several.
+MIX = {
+    "views that mix samples",
+    "sum over samples",
+    "sum over all",
+    "mul",
+    "sub",
+    "where",
+    "minimum",
+    "expand what samples share",
+    "repeat each",
+    "index of what samples share",
+}
+
+
+@pytest.mark.parametrize("name", [name for name in FUNCTIONS if "samples" not in name and name not in MIX])
+def test_what_is_one_samples_is_labeled_so(name: str) -> None:
+    """But for what only a search shows: kinds without a rule, and what goes in and out along several axes at once."""
+    unknown = {"no rule", "roll all", "index pairs apart", "cat with several others", "gather from fewer samples"}
+    unknown |= {"scatter_add with other columns", "scatter_add to fewer"}
+    x, y = drawn(FUNCTIONS[name])
+    derivation = Derivation([(y, placement_for(tuple(y.shape)))], N, reached_nodes(y))
+    derivation.findings([])
+    labels = derivation._labels[torch.autograd.graph.get_gradient_edge(x).node, 0]
+    one_each = bool(((labels >= 0) | (labels == NOBODY)).all())
+    expected = _exact(x, y)
+    assert one_each == (expected and name not in unknown)
+
+
+def _exact(x: Tensor, y: Tensor) -> bool:
+    """Whether each entry gets something from one sample at most."""
+    where = placement_for(tuple(y.shape))
+    index = torch.arange(N) if where.sample_index is None else where.sample_index
+    count = torch.zeros_like(x)
+    for sample in range(N):
+        part = torch.zeros_like(y)
+        part[index == sample] = torch.rand_like(part[index == sample]) + 0.5
+        count += torch.autograd.grad(y, x, part, retain_graph=True)[0] != 0
+    return bool((count <= 1).all())
+
+
+def test_every_rule_is_met() -> None:
+    met = {node.name() for name in FUNCTIONS for node in reached_nodes(drawn(FUNCTIONS[name])[1])}
+    there = {kind for kind in label_rules._RULES if hasattr(torch._C._functions, kind)} - {
+        "FusedRmsNormBackward0"
+    }  # on GPUs
+    assert not there - met, sorted(there - met)
+
+
+SHAPES = [(6, 4), (2, 3, 4), (2, 12), (24,), (2, 3, 2, 2), (1, 6, 4), (6, 1, 4), (3, 2, 4), (4, 6), (2, 3, 1, 4)]
+
+
+@pytest.mark.parametrize(("old", "new"), list(itertools.product(SHAPES, SHAPES)))
+def test_reshaped_labels_are_those_of_the_entries(old: tuple[int, ...], new: tuple[int, ...]) -> None:
+    for axes in itertools.product([False, True], repeat=len(old)):
+        sizes = [size if own else 1 for size, own in zip(old, axes, strict=True)]
+        labels = np.arange(np.prod(sizes)).reshape(sizes)
+        expected = np.broadcast_to(labels, old).reshape(new)
+        assert np.array_equal(np.broadcast_to(reshaped(labels, old, new), new), expected)
+
+
+def test_nothing_is_said_behind_a_function_of_the_users() -> None:
+    class Plain(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: object, x: Tensor) -> Tensor:
+            return x * 1
+
+        @staticmethod
+        def backward(ctx: object, grad: Tensor) -> Tensor:
+            return grad
+
+    y = Plain.apply(torch.randn(N, 2, requires_grad=True))
+    assert Derivation([(y, Placement())], N, reached_nodes(y)).findings([]) is None
+
+
+def test_findings() -> None:
+    """A place where rows of samples have no order, one that samples share, one that nothing arrives at, and regular ones."""
+    x, w = torch.randn(N, 2, 4, requires_grad=True), nn.Parameter(torch.randn(4, 4))
+    h = x * 1
+    taken = h.flatten(0, 1)[ROUTED]
+    product = taken.mm(w * 1)
+    y = torch.zeros(6, 4).index_add(0, ROUTED, product).view(N, 2, 4)
+    unused = (x * 2).sum()
+    derivation = Derivation([(y, Placement()), (unused, None)], N, reached_nodes(y) + reached_nodes(unused))
+    edges = [torch.autograd.graph.get_gradient_edge(one) for one in (product, h, unused)]
+    weight = torch.autograd.graph.GradientEdge(product.grad_fn.next_functions[1][0], 0)
+    views = [(edges[0], (5, 4)), (edges[1], (N, 2, 4)), (edges[1], (N * 2, 4)), (weight, (4, 4)), (edges[2], ())]
+    listed, each, blocks, shared, nothing = derivation.findings(views)
+    assert listed.evidence.layout is Layout.INDEXED
+    assert listed.evidence.sample_index.tolist() == [0, 2, 1, 1, 2]
+    assert each.evidence == Placement()
+    assert blocks.evidence == Placement(0, Layout.BLOCKS)
+    assert shared.evidence is Unplaced.SHARED_BY_SAMPLES
+    assert nothing.evidence is Unplaced.NO_GRADIENT
+    assert value_shape(weight.node, 0) == (4, 4)
+    assert SEVERAL != NOBODY

@@ -1,0 +1,21 @@
+"""What the pretend device lacks, and not the library: the traps' tests that can't run on it."""
+
+from __future__ import annotations
+
+GENERATOR = "a random generator of its own"
+NESTED = "tensors of a kind of their own inside of nested ones"
+PLAIN = "parameters and inputs whose type is torch's own"
+SPARSE = "sparse tensors"
+
+# Tests of tests/traps -> what they need.
+TRAPS = {
+    "test_trap_04_what_samples_share_does_not_look_like_one_samples_by_chance": GENERATOR,
+    "test_trap_08_a_frozen_parameter_used_as_a_function_is_refused": PLAIN,
+    "test_trap_19_as_many_samples_as_steps_on_the_second_axis_of_the_input": PLAIN,
+    "test_trap_19_outputs_with_the_steps_in_front": PLAIN,
+    "test_trap_19_the_input_is_seen_through_a_transpose": PLAIN,
+    "test_trap_29_a_kind_of_tensor_that_is_not_known_is_refused_in_words": NESTED,
+    "test_trap_29_nested_outputs": NESTED,
+    "test_trap_29_nested_tensors": NESTED,
+    "test_trap_29_sparse_bags": SPARSE,
+}
