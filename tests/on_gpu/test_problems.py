@@ -37,6 +37,8 @@ def on_gpu(step: Step) -> Step:
     return replace(step, model=step.model.to("cuda"), batches=batches)
 
 
+# torch's kernel of a weight norm keeps seven digits there, in the user's own gradients too.
+SEVEN_DIGITS = {"awkward-weight_normed"}
 # cuDNN's recurrence has no backward in eval mode, with a monitor or without.
 TRAINED = {"awkward-lstm"}
 # Parameters are drawn in the first forward, other ones in each dtype.
@@ -55,4 +57,17 @@ def test_problem(name: str, driver: str, dtype: torch.dtype) -> None:
     step = on_gpu(replace(step, model=model.train() if name in TRAINED else model))
     torch.set_default_device("cuda")
     with expectation(refusals_of(name).get(driver, "")):
-        assert_close(DRIVERS[driver](step), right, TOLERANCES[dtype], driver)
+        tolerance = max(TOLERANCES[dtype], 1e-6 if name in SEVEN_DIGITS else 0.0)
+        assert_close(DRIVERS[driver](step), right, tolerance, driver)
+
+
+def test_weight_norms_have_seven_digits_without_a_monitor() -> None:
+    """Were it otherwise, the numbers above would have to be better, too."""
+    torch.set_default_device(None)
+    name = next(iter(SEVEN_DIGITS))
+    found = []
+    for step in (plain(name), on_gpu(replace(plain(name), model=EVERY[name].setting().model))):
+        ((x, y),) = step.batches
+        step.loss(step.model(x), y).backward()
+        found.append([p.grad.cpu() for p in step.model.parameters()])
+    assert max(float((a - b).abs().max() / a.abs().max()) for a, b in zip(*found, strict=True)) > 1e-10

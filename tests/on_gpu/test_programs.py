@@ -20,6 +20,7 @@ from torch_secorder.testing import sample_gradients
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream does not match"),
     pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype"),
+    pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores"),
     pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated"),  # torch's own compiler does it
 ]
 Program = Callable[[nn.Module, list[tuple[Tensor, Tensor]]], None]

@@ -46,7 +46,7 @@ def test_no_norm_that_is_no_number_passes(bits: int, value: float, dtype: torch.
     assert unequal_norms(right, right, bits=bits, rounding=torch.full((3,), math.nan)) == [0, 1, 2]
 
 
-@pytest.mark.parametrize(("bits", "relative"), [(DOUBLE, 1e-6), (SINGLE, 1e-3), (TF32, 1.25e-2), (BF16, 5e-2)])
+@pytest.mark.parametrize(("bits", "relative"), [(DOUBLE, 1e-6), (SINGLE, 1e-3), (TF32, 5e-2), (BF16, 5e-2)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_norms_may_differ_by_rounding_and_no_more(dtype: torch.dtype, bits: int, relative: float) -> None:
     """Whatever dtype they are kept in: those of an accelerator go to the host in float64."""

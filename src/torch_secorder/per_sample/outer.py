@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -62,7 +62,17 @@ class SharedFactor:
 def _strip(x: Tensor, rows: slice, start: int, stop: int) -> Tensor:
     """Columns of the lower half of the Gram matrices of some samples, ``[n k, t - start, columns]``."""
     x = x[rows].flatten(0, 1)
-    return torch.bmm(x[:, start:], x[:, start:stop].mT)
+    return _product(x[:, start:], x[:, start:stop].mT)
+
+
+def _product(x: Tensor, y: Tensor) -> Tensor:
+    """Products of matrices, ``[n, ...]``; those of factors in half precision are exact, and are added up in float32."""
+    return torch.bmm(x, y, out_dtype=torch.float32) if x.dtype in HALF else torch.bmm(x, y)
+
+
+def _adds_up_wider(x: Tensor) -> bool:
+    """Whether the device has products of factors in half precision whose sums are in float32."""
+    return x.dtype in HALF and x.device.type == "cuda" and not torch.is_grad_enabled()
 
 
 class Outer(Cancelling):
@@ -90,9 +100,10 @@ class Outer(Cancelling):
         grads = g.value if isinstance(g, SharedFactor) else g
         # Under autocast the layer cast its input to the dtype of its output, and its gradient is that for the cast one.
         self._common = [] if a is inputs and g is grads else [x for x in (a, g) if isinstance(x, SharedFactor)]
-        if inputs.dtype != grads.dtype or grads.dtype in HALF:
-            inputs, grads = at_least_float32(inputs.to(grads.dtype)), at_least_float32(grads)
-        self.a, self.g = inputs, grads
+        inputs = inputs.to(grads.dtype)
+        if grads.dtype in HALF and not _adds_up_wider(grads):
+            inputs, grads = at_least_float32(inputs), at_least_float32(grads)
+        self._factor_a, self._factor_g = inputs, grads
         self.n, self.shape = inputs.shape[0], tuple(shape)
         positions = inputs.shape[2]
         self.algorithm = (
@@ -102,20 +113,42 @@ class Outer(Cancelling):
         )
 
     @property
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        """Both factors as they were given, in half precision where the device adds up wider."""
+        return self._factor_a, self._factor_g
+
+    @cached_property
+    def a(self) -> Tensor:
+        """The layer's inputs, in at least float32."""
+        return at_least_float32(self._factor_a)
+
+    @cached_property
+    def g(self) -> Tensor:
+        """The output gradients, in at least float32."""
+        return at_least_float32(self._factor_g)
+
+    @property
     def like(self) -> Tensor:
-        return self.g
+        return self._sum_like if self._factor_g.dtype in HALF else self._factor_g
+
+    @cached_property
+    def _sum_like(self) -> Tensor:
+        return self._factor_g.new_empty((), dtype=torch.float32)
 
     def dense(self) -> Tensor:
-        return (self.g.mT @ self.a).reshape(self.n, *self.shape)
+        a, g = (x.flatten(0, 1) for x in self._factors)
+        return _product(g.mT, a).reshape(self.n, *self.shape)
 
     def select(self, samples: Index) -> Outer:
-        return Outer(self.a[samples], self.g[samples], self.shape)
+        a, g = self._factors
+        return Outer(a[samples], g[samples], self.shape)
 
     def without(self, lost: Tensor) -> Outer:
-        return Outer(zeroed(self.a, lost), zeroed(self.g, lost), self.shape)
+        a, g = (zeroed(x, lost) for x in self._factors)
+        return Outer(a, g, self.shape)
 
     def grouped_by_sample(self, groups: Grouping) -> Outer:
-        a, g = (groups.rows(x).transpose(1, 2).flatten(2, 3) for x in (self.a, self.g))
+        a, g = (groups.rows(x).transpose(1, 2).flatten(2, 3) for x in self._factors)
         return Outer(a, g, self.shape)
 
     @property
@@ -147,8 +180,8 @@ class Outer(Cancelling):
                 return self.dense_squared_norm(), None
 
     def _gram(self) -> tuple[Tensor, Tensor]:
-        k, t = self.a.shape[1:3]
-        line, profile = 2 * k * t * self.dtype.itemsize, profile_of(self.g.device)
+        k, t = self._factor_a.shape[1:3]
+        line, profile = 2 * k * t * self.dtype.itemsize, profile_of(self._factor_g.device)
         size = max(1, min(_width(t, profile), (chunk_bytes(profile.chunk_bytes) or 0) // line))
         sums = self._whole_gram_sums if size == t and not profile.has_caches else partial(self._gram_sums, size)
         norms, diagonals = (
@@ -160,7 +193,7 @@ class Outer(Cancelling):
 
     def _whole_gram_sums(self, rows: slice) -> tuple[Tensor, Tensor]:
         """What :meth:`_gram_sums` says, in as few calls as there can be."""
-        a, g = (gram for gram, _ in self._factors(rows, 0, self.a.shape[2]))
+        a, g = (gram for gram, _ in self._grams(rows, 0, self._factor_a.shape[2]))
         norms = torch.bmm(a.flatten(1)[:, None], g.flatten(1)[:, :, None]).flatten()
         return norms, torch.linalg.vecdot(a.diagonal(dim1=1, dim2=2), g.diagonal(dim1=1, dim2=2))
 
@@ -170,7 +203,7 @@ class Outer(Cancelling):
         ``size`` columns are computed at a time.
         """
         norms, diagonals = [], []
-        for start in range(0, self.a.shape[2], size):
+        for start in range(0, self._factor_a.shape[2], size):
             gram = self._strip(rows, start, start + size)
             norms.append(gram.sum((1, 2)))
             if gram.shape[1] > size:
@@ -181,15 +214,15 @@ class Outer(Cancelling):
 
     def _strip(self, rows: slice, start: int, stop: int) -> Tensor:
         """Columns of the lower half of the product of both Gram matrices for some samples, ``[n k, t - start, columns]``."""
-        (a, a_is_kept), (g, g_is_kept) = self._factors(rows, start, stop)
+        (a, a_is_kept), (g, g_is_kept) = self._grams(rows, start, stop)
         if torch.is_grad_enabled() or (a_is_kept and g_is_kept):
             return a * g
         return g.mul_(a) if a_is_kept else a.mul_(g)
 
-    def _factors(self, rows: slice, start: int, stop: int) -> list[tuple[Tensor, bool]]:
+    def _grams(self, rows: slice, start: int, stop: int) -> list[tuple[Tensor, bool]]:
         """Columns of both Gram matrices, and whether they are kept for other forms, so that nobody may change them."""
         found = []
-        for x in (self.a, self.g):
+        for x in self._factors:
             common = next((factor for factor in self._common if factor.value is x), None)
             found.append((_strip(x, rows, start, stop), False) if common is None else common.gram(rows, start, stop))
         return found
@@ -199,15 +232,16 @@ class Outer(Cancelling):
 
     def _by_features(self) -> Iterator[Outer]:
         """The gradients of as many output features at a time as fit into the memory limit for one sample."""
-        k, i, o = self.a.shape[1], self.a.shape[3], self.g.shape[3]
+        a, every = self._factors
+        k, i, o = a.shape[1], a.shape[3], every.shape[3]
         if (budget := chunk_bytes(None)) is None or k * i * o * self.dtype.itemsize <= budget:
             return iter([self])
         strips = chunks(o, k * i * self.dtype.itemsize, budget)
-        return (Outer(self.a, g, (k * g.shape[3], i)) for g in (self.g[..., rows] for rows in strips))
+        return (Outer(a, g, (k * g.shape[3], i)) for g in (every[..., rows] for rows in strips))
 
     def sum_of_squares(self) -> Tensor:
-        if self.a.shape[2] > 1:
-            k, i = self.a.shape[1::2]
+        if self._factor_a.shape[2] > 1:
+            k, i = self._factor_a.shape[1::2]
             found = [PerSampleGradient.sum_of_squares(strip) for strip in self._by_features()]
             return torch.cat([x.view(k, len(x) // k, i) for x in found], 1).reshape(self.shape)
         a, g = self.a.square().squeeze(2), self.g.square().squeeze(2)
@@ -231,7 +265,7 @@ class Outer(Cancelling):
         ``sum_{t,s} f_t f_s (h_t . h_s)``, a product with h's Gram matrix, recomputed where it cancels.
         """
         # On an accelerator the host would have to wait to be told what cancels.
-        if self.algorithm != "gram" or not self._has(channels) or not profile_of(self.g.device).has_caches:
+        if self.algorithm != "gram" or not self._has(channels) or not profile_of(self._factor_g.device).has_caches:
             return self._formed_channel_squares(channels)
         sums, magnitudes = self._gram_by_feature(*self._by_channel(channels))
         floor = cancellation_floor(self.g)
@@ -316,8 +350,9 @@ class Outer(Cancelling):
         return ((self.a @ right) * g).sum()
 
     def concatenated(self, other: PerSampleGradient) -> PerSampleGradient | None:
-        if not isinstance(other, Outer) or self.a.shape[1::2] != other.a.shape[1::2]:
+        if not isinstance(other, Outer) or self._factor_a.shape[1::2] != other._factor_a.shape[1::2]:
             return None
-        dtype = torch.promote_types(self.dtype, other.dtype)
-        a, g = (torch.cat([x.to(dtype), y.to(dtype)], 2) for x, y in ((self.a, other.a), (self.g, other.g)))
+        dtype = torch.promote_types(self._factor_g.dtype, other._factor_g.dtype)
+        pairs = zip(self._factors, other._factors, strict=True)
+        a, g = (torch.cat([x.to(dtype), y.to(dtype)], 2) for x, y in pairs)
         return Outer(a, g, self.shape)

@@ -32,11 +32,12 @@ class Tolerance:
 # gradient that should be zero is eps^2 of the total here: 1e-14 in float32, 1e-32 in float64, with room for sums of many. Where
 # a layer amplifies it (the norm of nearly equal numbers, by 1 / sqrt(eps)), how large it is there is tried before a refusal.
 # bfloat16 has 8 bits: each number is off by up to 2^-9, a norm by a per cent or two, a small gradient by all that it is. TF32 has
-# 11 bits, and rounds what is multiplied only: a quarter of that, and a tenth for what is eps^2, of which there are sums, too.
+# 11 bits, and rounds what is multiplied only; but for one sample cuDNN takes other algorithms than for many, some of which round
+# in between: the sixteen convolutions of a ResNet were off by 3 per cent on an H100. It is a tenth for what is eps^2.
 _SAMPLE_ALONE = {
     DOUBLE: Tolerance(1e-6, 1e-12, 1e-20),
     SINGLE: Tolerance(1e-3, 1e-7, 1e-12),
-    TF32: Tolerance(1.25e-2, 1e-4, 1e-4),
+    TF32: Tolerance(5e-2, 1e-4, 1e-4),
     BF16: Tolerance(5e-2, 1e-3, 1e-3),
 }
 
