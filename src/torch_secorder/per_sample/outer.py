@@ -104,6 +104,8 @@ class Outer(Cancelling):
         if grads.dtype in HALF and not _adds_up_wider(grads):
             inputs, grads = at_least_float32(inputs), at_least_float32(grads)
         self._factor_a, self._factor_g = inputs, grads
+        if grads.dtype not in HALF:  # In most steps none of them has to be converted.
+            self.a, self.g = inputs, grads
         self.n, self.shape = inputs.shape[0], tuple(shape)
         positions = inputs.shape[2]
         self.algorithm = (
