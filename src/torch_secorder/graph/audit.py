@@ -219,7 +219,13 @@ class Audit:
             return search(self._locate_on_three_samples, ahead)
         if not self._knowledge.derives or known.graphs_seen or n == 1:
             return search(None, ahead)
-        derivation = Derivation(placed, n, (*walk.leaves, *walk.other_leaves))
+        # What is taken apart may lead to none of the leaves: the gates on a layer's output are in no graph.
+        edges = (
+            *map(itemgetter(1), reached),
+            *map(attrgetter("edge"), forward.own_axes),
+            *map(attrgetter("edge"), walk.carried_axes),
+        )
+        derivation = Derivation(placed, n, (*walk.leaves, *walk.other_leaves, *map(attrgetter("node"), edges)))
         contradicted = self._derivation_was_wrong if self._knowledge.derivations.due(walk.ingredients) else None
         return search(None, ahead, derivation=derivation, on_contradiction=contradicted)
 
