@@ -27,9 +27,9 @@ if ! test -e "$environment/.ready"; then
         rm -rf "$environment"
         not_run "$1" "$2" "no wheel of it for Python $1 is to be had here"
     fi
-    "$environment/bin/python" -m pip install --quiet --no-cache-dir numpy pandas pytest hypothesis safetensors jinja2 scipy
     touch "$environment/.ready"
 fi
+"$environment/bin/python" -m pip install --quiet --no-cache-dir numpy pandas pytest hypothesis safetensors jinja2 scipy tqdm
 echo "Python $1, torch $2"
 known=""
 case $2 in
