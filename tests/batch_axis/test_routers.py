@@ -17,6 +17,7 @@ from torch_secorder.batch_axis.derivation import Derivation
 from torch_secorder.batch_axis.evidence import Finding
 from torch_secorder.batch_axis.placement import Layout, Placement
 from torch_secorder.batch_axis.search_pass import SearchPasses, Viewed
+from torch_secorder.testing import sample_gradients
 
 pretend.register()  # before the first backward pass
 
@@ -281,3 +282,33 @@ def test_a_router_of_samples_by_what_no_rule_tells(searches: list[int]) -> None:
     found, looked = monitored(model, searches)
     require_same(found, expected)
     assert looked == list(range(1, STEPS + 1))
+
+
+class AddedConstants(nn.Module):
+    """Rows that need no gradient are added where an order of each batch's own says, so that autograd keeps no index of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(3, WIDTH), nn.Linear(WIDTH, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        order = x[..., 0].flatten().argsort()
+        h = self.first(x).flatten(0, 1)
+        h = h.index_add(0, order, torch.ones_like(h).detach()).index_select(0, order)
+        back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
+        return self.last(h.tanh().index_select(0, back)).view(*x.shape[:2], 2).mean(1)
+
+
+def test_an_index_that_no_gradient_needs_is_not_kept() -> None:
+    model, x, y = AddedConstants().double(), torch.randn(STEPS, N, T, 3).double(), torch.randn(STEPS, N, 2).double()
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        return (outputs - targets).square().sum(1).mean()
+
+    right = [sample_gradients(model, loss, *batch) for batch in zip(x, y, strict=True)]
+    with FisherMonitor(model, per_sample=True) as monitor:
+        for inputs, targets in zip(x, y, strict=True):
+            loss(model(inputs), targets).backward()
+    for name in right[0]:
+        expected = torch.cat([gradients[name].flatten(1).square().sum(1) for gradients in right])
+        assert list(monitor.per_sample[name]) == pytest.approx(expected.tolist(), rel=1e-8)

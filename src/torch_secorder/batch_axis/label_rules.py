@@ -123,6 +123,8 @@ def _answer(at: At) -> Answer | None:
         rule = _attention
     if rule is None or not knows(name, *reads):
         return None
+    if not (at.indices or {"index", "indices"}.isdisjoint(reads)):  # A node keeps none that no gradient needs.
+        return None
     only_first = at.labels[0] is not None and all(one is None for one in at.labels[1:])
     return rule(at) if only_first or rule is _parts else None
 
