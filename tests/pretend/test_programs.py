@@ -55,6 +55,7 @@ def test_the_benchmark_for_accelerators_runs(
 ) -> None:
     monkeypatch.setattr(results, "FOLDER", tmp_path)
     monkeypatch.setattr(accelerator, "STEPS", 4)
+    monkeypatch.setattr(accelerator, "PAGE", tmp_path / "page.rst")
     accelerator.main(["mlp", "--device", "pretend", "--ways", "plain", "monitor_loop", "--save"])
     card, _, *rows = capsys.readouterr().out.splitlines()
     assert (card, len(rows)) == ("pretend", 2)
