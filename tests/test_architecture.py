@@ -14,7 +14,7 @@ from benchmarks import calls
 
 ROOT = Path(torch_secorder.__file__).parent
 FLOORS = [  # from the ground up; rooms on one floor don't know each other
-    ["errors"],
+    ["errors", "version"],
     ["arguments", "likelihoods", "tables", "plotting"],
     ["model"],
     ["autograd"],

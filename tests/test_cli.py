@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import math
 import os
@@ -14,6 +15,7 @@ import pandas as pd
 import pytest
 import torch
 
+import torch_secorder
 from torch_secorder import FisherMonitor, fisher_report
 from torch_secorder.cli import main
 from torch_secorder.cli.files import _png, _umask
@@ -831,3 +833,7 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
         printed = capsys.readouterr().out
         assert words in printed
         assert "130 interrupted" in " ".join(printed.split())
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    assert torch_secorder.__version__ == importlib.metadata.version("torch-secorder")

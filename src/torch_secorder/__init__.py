@@ -5,6 +5,7 @@ from torch_secorder.approximations.fisher_trace import empirical_fisher_trace, g
 from torch_secorder.approximations.hessian_trace import hessian_trace
 from torch_secorder.monitor import FisherMonitor
 from torch_secorder.rules import register_rule
+from torch_secorder.version import VERSION
 
 __all__ = [
     "FisherMonitor",
@@ -15,4 +16,4 @@ __all__ = [
     "hessian_trace",
     "register_rule",
 ]
-__version__ = "0.1.0"
+__version__ = VERSION

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -29,6 +28,7 @@ from torch_secorder.errors import CurvatureError, listed
 from torch_secorder.likelihoods import LOSS_TYPES
 from torch_secorder.results.results import Results
 from torch_secorder.results.text import summary
+from torch_secorder.version import VERSION
 
 EXIT_CODES = (
     "Exit codes: 0 done; 1 refused or failed, with the reason on stderr and no table written; 2 a wrong command line; "
@@ -71,7 +71,7 @@ def run(arguments: Sequence[str] | None) -> int:
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     no_args_is_help=False,
 )
-@click.version_option(version("torch-secorder"), message="torch-secorder %(version)s")
+@click.version_option(VERSION, message="torch-secorder %(version)s")
 def main() -> None:
     """The commands below."""
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import html
 import json
 from collections.abc import Callable, Iterable, Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +21,7 @@ from torch_secorder.results.saved_parameters import require_parameters_of, saved
 from torch_secorder.results.saving import load, save, save_tensors
 from torch_secorder.results.statistics import Statistics
 from torch_secorder.results.text import as_html, summary
+from torch_secorder.version import VERSION
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -282,7 +282,7 @@ class Results:
         facts = {"reduction": self.reduction, "fisher": self.fisher, "n_samples": str(self.n_samples)}
         if not isinstance(layout := self.statistics.keeps["diagonal"], bool):
             facts["channels"] = json.dumps({name: numbers for name, numbers in layout.items() if numbers})
-        save_tensors(held, facts | {"version": version("torch-secorder")}, Path(path))
+        save_tensors(held, facts | {"version": VERSION}, Path(path))
 
     @classmethod
     def load(cls, path: str | Path, model: nn.Module | None = None) -> Results:
