@@ -123,8 +123,6 @@ def _answer(at: At) -> Answer | None:
         rule = _attention
     if rule is None or not knows(name, *reads):
         return None
-    if not (at.indices or {"index", "indices"}.isdisjoint(reads)):  # A node keeps none that no gradient needs.
-        return None
     only_first = at.labels[0] is not None and all(one is None for one in at.labels[1:])
     return rule(at) if only_first or rule is _parts else None
 
@@ -391,6 +389,8 @@ def _index_put(at: At) -> Answer | None:
 def _added_rows(at: At) -> Answer | None:
     if not at.shapes[0]:
         return None
+    if not at.indices:  # It keeps none for rows that need no gradient.
+        return [at.first, None]
     axis = at.axis(at.shapes[0])
     if at.first.shape[axis] == 1:
         return [at.first, at.first]
@@ -403,6 +403,8 @@ def _added_rows(at: At) -> Answer | None:
 def _scatter(at: At) -> Answer | None:
     if not at.shapes[0]:
         return None
+    if not at.indices:  # It keeps none for rows that need no gradient.
+        return [at.first, None]
     (index,), axis = at.indices, at.axis(at.shapes[0])
     assert index is not None
     own = at.first.shape
