@@ -24,7 +24,7 @@ from torch_secorder.capture.model_run import Forward
 from torch_secorder.capture.own_axes import OwnAxis, contradicted_axis, takes_for_one_sample, without_batch_axis
 from torch_secorder.capture.records import Idle, Record
 from torch_secorder.errors import CoverageError, CurvatureError, UnsupportedError
-from torch_secorder.graph.conditions import CarriedAxis
+from torch_secorder.graph.conditions import ATTENDS, CarriedAxis
 from torch_secorder.graph.frontier import Frontier, IdleUse, ParameterUse
 from torch_secorder.graph.refusals import hidden, not_counted, not_finite, on_another_axis
 from torch_secorder.graph.walk import Walk
@@ -157,7 +157,8 @@ class Audit:
         own_axes: list[OwnAxis | CarriedAxis] = []
         if forward.own_axes:  # first, since they can be named
             own_axes += [one for one in forward.own_axes if one.edge.node in nodes]
-        own_axes += walk.carried_axes
+        # Whether a rank has as many samples as positions is its own affair, and all ranks look at the same places.
+        own_axes += [one for one in walk.carried_axes if not (self._ranks.distributed and one.name in ATTENDS)]
         shared = self._place(forward, reached, own_axes, search, asked)
         if search.placements.comparing:
             self.comparing = [get_gradient_edge(roots[number]) for number in search.placements.comparing]
