@@ -98,10 +98,18 @@ def warn_at_users_line(message: str, category: type[Warning]) -> None:
     warnings.warn(message, category, stacklevel=level - 1)
 
 
-def users_place() -> tuple[CodeType, int]:
-    """The place in the user's program that led here: a function's code, and the instruction in it."""
-    _, frame = _users_frame()
-    return frame.f_code, frame.f_lasti
+def users_place() -> tuple[tuple[CodeType, int], ...]:
+    """The place in the user's program that led here: the code of each function of theirs, and the instruction in it.
+
+    A function that is called from several places, each with a loss of its own, is as many places.
+    """
+    place: list[tuple[CodeType, int]] = []
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if not _is_ours_or_torchs(str(frame.f_globals.get("__name__", ""))):
+            place.append((frame.f_code, frame.f_lasti))
+        frame = frame.f_back
+    return tuple(place)
 
 
 def _users_frame() -> tuple[int, FrameType]:

@@ -13,11 +13,13 @@ from torch import Tensor, nn
 
 from monitor.classifier import backward, batch, classifier
 from torch_secorder import FisherMonitor, register_rule
+from torch_secorder import monitor as monitor_module
 from torch_secorder.batch_axis.knowledge import is_due
 from torch_secorder.errors import CoverageError
 from torch_secorder.recording.backward_pass import BackwardPass
 from torch_secorder.rules import registry
 
+pytestmark = pytest.mark.usefixtures("_innermost")
 Step = Callable[[nn.Module], object]
 
 
@@ -33,6 +35,13 @@ def checked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(FisherMonitor, "_count", note)
     return found
+
+
+@pytest.fixture
+def _innermost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the callers of `one_block` be no part of a block's place, so that only what a test changes is another."""
+    place = monitor_module.users_place
+    monkeypatch.setattr(monitor_module, "users_place", lambda: place()[1:2])  # The first one is this function.
 
 
 def one_block(model: nn.Module, **options: Any) -> None:

@@ -43,6 +43,7 @@ class WholePasses:
         missed = sorted(set(self._missed(roots)))
         if not missed:
             return None
+        self._schedule.restart()  # The next such pass is looked at, too.
         names = ", ".join([*(self._names[position] for position in missed[:SHOWN]), *["..."][: len(missed) > SHOWN]])
         return CoverageError(
             f"the backward pass computes no gradient of {names}, on which the loss depends (it was asked for those of some "
