@@ -52,11 +52,11 @@ class PassAccumulator:
     Args:
         table: the analyzed parameters.
         options: what is collected.
-        keep_inputs: leave the records' inputs alone, for another backward pass through the same forward.
-        checks: also project the captured gradients on one direction each, to compare them with autograd's.
-        doubts: takes what may have cancelled, so that the pass's answers go to the host in one copy; None to ask at once, and
-            to leave the answers where they are.
-        gradients: takes the norms of whole gradients that factors tell for less than reading the gradient costs.
+        keep_inputs: whether the records keep their inputs, for another backward pass through the same forward.
+        checks: whether captured gradients are also projected on one direction each, to be compared with autograd's.
+        doubts: keeps what may have cancelled, so that the pass's results go to the host in one copy. With None, cancellation
+            is looked for at once, and the results stay on their device.
+        gradients: takes the norms of whole gradients where the factors give them for less than reading the gradient costs.
         half: whether autograd rounds its own gradients, as in autocast, also those that it returns in float32.
 
     Attributes:
@@ -139,7 +139,7 @@ class PassAccumulator:
             self._add(record, grad)
 
     def _batch_of(self, record: Record) -> SampleBatch:
-        """The batch of a call; its output's axis tells the number of samples where nothing else does."""
+        """The batch of a call. Where nothing else tells the number of samples, the length of its output's batch axis does."""
         n = record.forward.n
         if n is None:
             assert record.placement is not None
@@ -147,14 +147,14 @@ class PassAccumulator:
         return self._batch(record.forward, n)
 
     def _add_empty(self, record: Record, grad: Tensor) -> None:
-        """A call without any position, an expert's that no token was sent to, say."""
+        """Add a call without any position, such as that of an expert that no token was sent to."""
         batch = self._batch_of(record)
         for position in record.site.positions:
             batch.squared_norms.setdefault(position, zero_squared_norms(batch.n, grad))
             self._rules[position][f"{record.site.rule.name} (empty)"] = None
 
     def _add_output(self, record: Record, grad: Tensor) -> None:
-        """A call of a module that is watched for its output only."""
+        """Add a call of a module that is watched for its output only."""
         assert record.placement is not None
         by_sample = record.placement.fits(record.shape, self._batch_of(record).n)
         grad = record.call(grad).grad_output if by_sample else grad
@@ -177,7 +177,7 @@ class PassAccumulator:
         except ShapeError:
             if not (record.placement.is_one_sample or batch.n == 1):
                 raise
-            # All of it belongs to one sample: the module was called for one at a time, without a batch axis.
+            # The whole call belongs to one sample: the module was called for one sample at a time, without a batch axis.
             if groups is not None and groups.sample_index is not None:
                 groups = replace(groups, sample_index=groups.sample_index[:1], on_host=None)
             forms = site.forms(record.expanded_to_samples(grad.reshape(1, *record.shape)))
@@ -207,7 +207,7 @@ class PassAccumulator:
     def _add_to_target(
         self, batch: SampleBatch, forward: Forward, target: int | Record, form: PerSampleGradient, rule: str
     ) -> None:
-        """The gradient of what a batch-free value was computed from: a parameter, or a call without a batch axis."""
+        """Add the gradient of what a batch-free value was computed from: a parameter, or a call without a batch axis."""
         if isinstance(target, int):
             self._norms.collect(batch, forward, target, form, rule)
         else:
@@ -247,7 +247,7 @@ class PassAccumulator:
     def _new_batch(self, n: int) -> SampleBatch:
         first = next(iter(self._batches), None)
         if isinstance(first, Forward) and first.recomputed_in is not None:
-            # Parts of this forward that a checkpoint ran again came before what it ran once.
+            # The parts of this forward that a checkpoint ran again came before the parts that ran once.
             return self._batches.pop(first)
         if first is not None and self._options.repeated_calls != "new":
             raise LifecycleError(
@@ -261,7 +261,7 @@ class PassAccumulator:
 
         Args:
             nonfinite: "skip" or "raise".
-            gradient_norms: of the parameters' gradients, which are brought to the host together with the answers.
+            gradient_norms: the norms of the parameters' gradients, which go to the host together with the results.
 
         Raises:
             NonFiniteError: if a gradient is not finite and ``nonfinite`` is "raise".
@@ -288,7 +288,7 @@ class PassAccumulator:
     def _on_host(
         self, doubts: Doubts, stacked: list[tuple[list[int], Tensor]], gradient_norms: Tensor | None
     ) -> tuple[list[tuple[list[int], Tensor]], Tensor | None]:
-        """Squared norms and the norms of gradients in float64 on the host, where everything else happens; and what parts need."""
+        """Squared norms and norms of gradients in float64 on the host, where the parts' tensors go in the same copy."""
         norms = [] if gradient_norms is None else [gradient_norms]
         read = {name: part.tensors() for name, part in self.parts.items()}
         found = iter(doubts.answered([*(values for _, values in stacked), *norms, *itertools.chain(*read.values())]))

@@ -1,4 +1,4 @@
-"""One backward pass that is under way, and what can be wrong with it."""
+"""One backward pass while it runs, and the refusals of passes that cannot be counted."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from torch_secorder.recording.sample_norms import SampleNorms
 
 @dataclass(eq=False)
 class BackwardPass:
-    """A backward pass that is under way.
+    """A backward pass while it runs.
 
     Attributes:
         task: its number.
-        accumulator: what it adds up to.
+        accumulator: collects its squared norms.
         gradients: the norms of the parameters' own gradients.
         projections: position -> the parameter's own gradient along one direction, in a pass that is checked.
-        special: whether our sums take a setting of their own: autocast is on, memory is limited, or a mode of the user's sees
-            every operation.
-        thread: where it began.
-        error: the first that went wrong, which waits for the end of the pass.
-        roots: the nodes of the model's outputs that it has come through.
+        special: whether the library's sums need settings of their own, since autocast is on, memory is limited, or a mode of the
+            user's sees every operation.
+        thread: the thread that it began in.
+        error: the first error, which is raised at the end of the pass.
+        roots: the nodes of the model's outputs that it has passed through.
         broadcast: where the loss makes ``[n, n]`` of the model's output ``[n, 1]``: n, and the name of the node that does it.
     """
 
@@ -58,7 +58,7 @@ Check = Callable[[BackwardPass, SampleNorms], None]
 
 
 def counted_again(seen: Record | ParameterUse | IdleUse | Forward) -> LifecycleError:
-    """The refusal of a backward pass that reaches samples which another has counted."""
+    """The refusal of a backward pass that reaches samples which another pass has counted."""
     if isinstance(seen, Forward):
         what = "the model"
     else:
@@ -71,7 +71,7 @@ def counted_again(seen: Record | ParameterUse | IdleUse | Forward) -> LifecycleE
 
 
 def changed_by_hook(what: str) -> UnsupportedError:
-    """The refusal of a pass in which a hook changes a gradient behind the node where it is taken apart by samples."""
+    """The refusal of a pass in which a hook changes a gradient after the node where it is taken apart by samples."""
     return UnsupportedError(
         f"{what}: a hook on the node that computes its gradients (grad_fn.register_hook) changes them, or was put on in the "
         "backward pass itself, so that no sample's share in them is known; the batch is left out: change the gradient of the "
@@ -81,7 +81,7 @@ def changed_by_hook(what: str) -> UnsupportedError:
 
 
 def partly_passed_over(every: int) -> LifecycleError:
-    """The refusal of a pass through a call of the model that is recorded, and through one that is not."""
+    """The refusal of a pass that goes through a recorded call of the model and through one that is not recorded."""
     return LifecycleError(
         f"one backward pass reached a call of the model that every={every} passed over, and one that it did not: enter and leave "
         "the monitor's block for the steps to watch instead"
@@ -98,7 +98,7 @@ def vmapped_pass() -> UnsupportedError:
 
 
 def replaced(names: Sequence[str]) -> CoverageError:
-    """The refusal of a pass through a model in which these parameters are others than on entry."""
+    """The refusal of a pass through a model whose parameters of these names are not the same as on entry."""
     return CoverageError(
         f"{', '.join(names)}: replaced, removed or added inside of the block (by an assignment to a module or a parameter); the "
         "batch is left out: leave the block, and make a new monitor for the model as it is now"

@@ -19,13 +19,13 @@ class SampleBatch:
 
     Attributes:
         squared_norms: position of a parameter -> ``[n]``, in the units of the backward pass.
-        roots: positions of which the norms are there, whose squares are still to be taken, for all at once.
-        batched: the same for parameters that were taken together: their positions, ``[positions, n]``.
+        roots: positions for which ``squared_norms`` holds norms so far; they are squared together later.
+        batched: for parameters that were computed together, their positions and their squared norms, ``[positions, n]``.
         settled: positions that have their squared norms, or will have.
         held: position -> the sum so far, for parameters that are used more than once.
         shared: call without a batch axis -> ``[n, *shape of its output]``, the gradient of its output for every sample.
         projections: position -> its gradient along one direction, where that is compared with autograd's, and a bound on
-            the sizes of what was added up.
+            the size of the summands.
     """
 
     n: int
@@ -38,7 +38,7 @@ class SampleBatch:
     projections: dict[int, tuple[Tensor, float]] = field(default_factory=dict)
 
     def stacked(self) -> tuple[list[int], Tensor]:
-        """All squared norms, ``[positions, n]`` on one device and in at least float32, and whose they are."""
+        """The positions that have squared norms, and these norms, ``[positions, n]`` on one device and in at least float32."""
         positions = list(self.squared_norms)
         parts = [torch.stack(alike(list(self.squared_norms.values())))] if positions else []
         for several, norms in self.batched:
@@ -52,7 +52,7 @@ class SampleBatch:
 
 
 def alike(values: list[Tensor]) -> list[Tensor]:
-    """The same numbers on the first one's device and in the widest dtype, so that they can be put together."""
+    """The same numbers on the first tensor's device and in the widest dtype, so that they can be concatenated."""
     first, same = values[0], True
     for value in values:
         same = same and value.dtype == first.dtype and value.device == first.device

@@ -1,4 +1,4 @@
-"""Hooks of the user's on nodes: whether what they change is the gradient of a parameter, or that of a layer's input."""
+"""Whether the user's hooks on nodes change the gradient of a parameter, or only that of a layer's input."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from torch_secorder.recording.backward_pass import BackwardPass, changed_by_hook
 
 
 class ChangedGradients:
-    """Has passes refused in which hooks of the user's change a parameter's gradient behind the node that computes it.
+    """Refuses passes in which the user's hooks change a parameter's gradient after the node that computes it.
 
     Args:
         leaves: the analyzed parameters, as the graph has them.
-        owner: whose hooks on nodes take gradients apart by samples.
-        described: says in words what has a gradient.
+        owner: the object whose hooks on nodes take gradients apart by samples.
+        described: names what has a gradient, for messages.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class ChangedGradients:
         self._leaves, self._owner, self._described = leaves, owner, described
 
     def watch(self, current: BackwardPass, table: HookTable) -> None:
-        """Notice what the user's hooks in this table change of what their node is about to return."""
+        """Watch whether the user's hooks in this table change what their node is about to return."""
         if has_others(table):
             ReturnsWatch(table, partial(self._on_change, current, self._seen_at(table)))
 
@@ -48,13 +48,13 @@ class ChangedGradients:
                 current.error = changed_by_hook(self._described(one))
 
     def require_watched(self, current: BackwardPass, seen: Record | ParameterUse, table: HookTable) -> None:
-        """Have a pass refused if hooks of the user's at a node that has run were put there too late to be watched."""
+        """Refuse a pass if the user put hooks on a node too late for them to be watched."""
         if current.error is None and has_others(table) and not ReturnsWatch.encloses(table):
             current.error = changed_by_hook(self._described(seen))
 
 
 def _changes_parameters(node: Any, seen: Record | ParameterUse, changed: list[int], leaves: Sequence[Tensor]) -> bool:
-    """Whether the gradients of a layer's or a use's parameters come out of changed ones.
+    """Whether the parameters of a layer or of a use get their gradients from changed ones.
 
     Args:
         node: the node whose hooks have changed what it returns.
@@ -67,12 +67,12 @@ def _changes_parameters(node: Any, seen: Record | ParameterUse, changed: list[in
     trained = [leaves[position] for position in seen.site.positions if leaves[position].requires_grad]
     ends = {get_gradient_edge(leaf).node for leaf in trained}
     ways = [_near(child) & ends for child, _ in node.next_functions]
-    # Where some parameter is behind more nodes than that, any input may lead to it.
+    # A parameter that is further away than this may be reached from any input.
     return set().union(*ways) != ends or any(ways[nr] for nr in changed)
 
 
 def _near(start: Node | None) -> set[Node]:
-    """A node and those that it leads to within the operation of one layer."""
+    """A node and the nodes that it leads to within the operation of one layer."""
     queue, near = [start], set[Node]()
     while queue and len(near) < NODES_OF_A_LAYER:
         if (node := queue.pop(0)) is not None and node not in near:

@@ -1,8 +1,8 @@
-"""Squared norms in which digits may have cancelled: on an accelerator they are asked about together when the pass is over.
+"""Squared norms in which digits may have cancelled. On an accelerator they are checked together when the pass is over.
 
-To ask at once, the host would have to wait for the device in the middle of the pass, for each layer again. So the factors of
-what may have to be recomputed are kept until then, within a budget. A layer beyond it takes the direct form, in which nothing
-cancels, and so does one that has cancelled, from then on. On a CPU nobody waits, and every layer is asked about at once.
+Checking each layer at once would make the host wait for the device in the middle of the pass, once per layer. So the factors
+of whatever may have to be recomputed are kept until the end, within a budget. A layer beyond the budget takes the direct form,
+in which nothing cancels; so does, from then on, a layer that has cancelled once. On a CPU every layer is checked at once.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch_secorder.per_sample import (
 )
 from torch_secorder.recording.batch import SampleBatch
 
-# What may be kept where the user sets no limit.
+# How many bytes may be kept where the user sets no limit.
 KEPT_BYTES = 2**28
 
 
@@ -40,11 +40,11 @@ class Doubt:
     """Squared norms that may have cancelled.
 
     Attributes:
-        batches: whose samples they are, for each position.
-        positions: of k parameters.
-        sizes: of what was added up, ``[k n]``.
+        batches: for each position, the batch that the samples belong to.
+        positions: the positions of k parameters.
+        sizes: the size of the summands, ``[k n]``.
         form: the gradients, of ``k n`` samples.
-        versions: how often its factors were changed in place before.
+        versions: the version counters of its factors, to notice later changes in place.
     """
 
     batches: Sequence[SampleBatch]
@@ -55,11 +55,11 @@ class Doubt:
 
 
 class Doubts:
-    """Those of one backward pass.
+    """The doubtful squared norms of one backward pass.
 
     Args:
-        names: of the parameters.
-        cancelled: the names of those that have cancelled before; more are added.
+        names: the parameters' names.
+        cancelled: the names of parameters that have cancelled before; more are added.
         budget: how many bytes may be kept.
     """
 
@@ -70,11 +70,11 @@ class Doubts:
     def squared_norms(
         self, batches: Sequence[SampleBatch], positions: Sequence[int], form: PerSampleGradient
     ) -> Tensor:
-        """A form's squared norms, which are good as they are or are to be asked about; or its norms, as the batches are told.
+        """A form's squared norms, final or noted for a later check; or its norms, whose positions the batches note as roots.
 
         Args:
-            batches: whose samples they are, for each position.
-            positions: of the parameters; the form has the samples of the first one, then of the second, and so on.
+            batches: for each position, the batch that the samples belong to.
+            positions: the parameters' positions; the form has the samples of the first, then of the second, and so on.
             form: the gradients.
         """
         if form.like.device.type == "cpu":  # The model may be on several devices.
@@ -96,20 +96,20 @@ class Doubts:
         return norms
 
     def answered(self, values: Sequence[Tensor]) -> list[Tensor]:
-        """These tensors on the host, to which the sizes travel in the same copy."""
+        """These tensors on the host; the doubts' sizes travel there in the same copy."""
         found = together_on_host([*values, *(doubt.sizes for doubt in self._doubts)])
         self._sizes = found[len(values) :]
         return found[: len(values)]
 
     def recompute(self, norms: Tensor, columns: Mapping[SampleBatch, slice]) -> None:
-        """Take the squares that were left to do, and put what has cancelled in order, in place.
+        """Square the norms that are still roots, and recompute what has cancelled, in place.
 
         Args:
             norms: ``[parameters, samples]``, on the host.
             columns: where the samples of each batch are.
 
         Raises:
-            CoverageError: if factors are not any more what they were.
+            CoverageError: if factors were changed in place since.
         """
         for batch, samples in columns.items():
             roots = list(batch.roots)

@@ -1,4 +1,4 @@
-"""What the library's own work on a user's batch raises is told in its own words."""
+"""Errors from the library's own work on a user's batch, turned into refusals that say what to do."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from torch_secorder.autograd.engine import (
 from torch_secorder.errors import CurvatureError, UnsupportedError
 from torch_secorder.per_sample import as_refusal
 
-# The top-level names of all code that is not the user's, nor of a package that the user's model calls.
+# The top-level packages whose code is neither the user's nor that of a package which the user's model calls.
 _NOT_THEIRS = {"torch_secorder", "torch", *sys.stdlib_module_names}
 
 
 def refusal_of(error: Exception, what: str) -> Exception:
-    """A refusal, and what code of the user's raised, as they are; anything else as a refusal whose cause it is.
+    """The error itself if it is a refusal or comes from the user's code; otherwise a refusal whose cause it is.
 
     Args:
-        error: what was raised.
+        error: the error that was raised.
         what: what the library was about to do, in words.
     """
     refusal = as_refusal(error)
@@ -44,6 +44,6 @@ def refusal_of(error: Exception, what: str) -> Exception:
 
 
 def _is_theirs(error: Exception) -> bool:
-    """Whether an error comes out of code of the user's, as out of a rule, or the backward of a function."""
+    """Whether an error comes from the user's code, such as a rule or the backward of a function."""
     frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
     return any(frame.f_globals.get("__name__", "").partition(".")[0] not in _NOT_THEIRS for frame in frames)

@@ -1,4 +1,4 @@
-"""The graphs of gradients that the user's ignored passes with ``create_graph=True`` make, which no later pass may go through."""
+"""Graphs of gradients that the user's ignored passes with ``create_graph=True`` make; no later pass may go through them."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class GradientGraphs:
 
     def __init__(self, on_gradient: Callable[[tuple[Tensor | None, ...]], None]):
         self._on_gradient = on_gradient
-        self._watches: dict[int, GradientGraphWatch] = {}  # ignored pass under way -> what watches its results
+        self._watches: dict[int, GradientGraphWatch] = {}  # number of a running ignored pass -> what watches its results
 
     def watch(self, task: int) -> None:
-        """The ignored pass under way has reached a node: watch what it makes from there on, if that has a graph."""
+        """Watch what the running, ignored pass makes from the current node on, if that gets a graph."""
         if not torch.is_grad_enabled():
             return
         watch = self._watches.get(task)
@@ -39,7 +39,7 @@ class GradientGraphs:
             watch.close()
 
     def close(self) -> None:
-        """Leave all of them alone."""
+        """Stop watching all of them."""
         for watch in self._watches.values():
             watch.close()
         self._watches.clear()

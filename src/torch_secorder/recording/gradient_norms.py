@@ -25,23 +25,23 @@ class GradientNorms:
     """``||grad_p L_b||`` of every parameter p that one backward pass reaches.
 
     Args:
-        waits: whether small gradients may be kept, so that their norms are taken together. Of a gradient that is kept autograd
-            makes a copy, which a mode of the user's that sees every operation would see.
+        waits: whether small gradients may be kept, so that their norms are taken together. Autograd copies a gradient that is
+            kept, and a mode of the user's that sees every operation would see that copy.
     """
 
     waits: bool = True
-    _from_factors: dict[int, Tensor] = field(default_factory=dict)  # norms that layers' factors told
+    _from_factors: dict[int, Tensor] = field(default_factory=dict)  # norms that layers' factors gave
     _contributions: dict[int, Identity] = field(default_factory=dict)  # what these layers contribute to the gradients
     _norms: dict[int, Tensor] = field(default_factory=dict)
     _batched: list[tuple[list[int], Tensor]] = field(default_factory=list)  # positions, and a norm for each
     _waiting: dict[int, Tensor] = field(default_factory=dict)  # small gradients whose norms are still to be taken
 
     def expect(self, position: int, norm: Tensor, node: Node | None, leaf: Tensor) -> None:
-        """A layer's factors tell the norm of what it contributes to a parameter's gradient, which holds if nothing else does.
+        """Note the norm of a layer's contribution to a parameter's gradient, which is all of it if nothing else contributes.
 
         Args:
             position: the parameter.
-            norm: that norm.
+            norm: the norm of the contribution.
             node: the node of the layer's output, whose hook is running.
             leaf: the parameter as the graph has it.
         """
@@ -49,7 +49,7 @@ class GradientNorms:
             self._from_factors[position] = norm
 
     def keep(self, position: int, grad: Tensor) -> bool:
-        """Wait with the norm of a small gradient; says whether it can. Nothing is computed here, so that nothing can go wrong.
+        """Keep a small gradient, to take its norm later; returns whether it was kept. This computes nothing, so it cannot fail.
 
         The reference that is kept makes autograd accumulate into a copy, so that later changes of .grad in place, or of a
         communication buffer, do not reach this tensor.
@@ -69,7 +69,7 @@ class GradientNorms:
         return True
 
     def add(self, position: int, grad: Tensor, as_added: bool = True) -> None:
-        """A parameter's gradient; ``as_added`` unless a hook of the user's may still change it."""
+        """Add a parameter's gradient; ``as_added`` is False if a hook of the user's may still change it."""
         known = self._from_factors.pop(position, None)
         if not as_added:
             self._norms[position] = norm(grad) * math.nan
@@ -93,7 +93,7 @@ class GradientNorms:
             rows = torch.stack(grads)[:, None].flatten(1)  # A gradient may have one number, or none.
             norms.append(torch.linalg.vector_norm(rows, dim=1))
         positions = [position for several, _ in alike.values() for position in several]
-        self._batched.append((positions, torch.cat(norms)))  # All are on the host, and the widest dtype counts.
+        self._batched.append((positions, torch.cat(norms)))  # All are on the host; the widest dtype wins.
         self._waiting.clear()
 
     def all(self) -> tuple[list[int], Tensor]:
@@ -111,7 +111,7 @@ class GradientNorms:
         return list(itertools.chain.from_iterable(positions)), torch.cat(alike(list(norms)))
 
 
-# A gradient of half precision is widened in parts of so many entries, which stay in the caches of a CPU.
+# A gradient in half precision is widened in parts of this many entries, which stay in the caches of a CPU.
 WIDENED_AT_ONCE = 2**20
 
 

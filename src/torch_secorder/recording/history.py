@@ -16,10 +16,10 @@ class History:
         forwards: how many recorded calls of the model returned an output that can be differentiated.
         without_gradient: how many returned none.
         other_passes: how many backward passes computed no gradient of an analyzed parameter.
-        late_passes: how many backward passes reached the model's outputs when the block had ended.
+        late_passes: how many backward passes reached the model's outputs after the block had ended.
         refused: how many backward passes were refused.
         refusal: the latest refusal's text.
-        since: since when it counts, if not from the beginning.
+        since: words that say from when on things are counted; empty for "from the beginning".
     """
 
     model: str
@@ -38,7 +38,7 @@ class History:
         self.refused, self.refusal = self.refused + 1, str(error).split("\n")[0][:300]
 
     def forget_passes(self) -> None:
-        """Forget everything but the blocks, of which one may be active."""
+        """Forget everything but the number of blocks, since one may be active."""
         for name in ("forwards", "without_gradient", "other_passes", "late_passes", "refused"):
             setattr(self, name, 0)
         self.since = " since reset()"
@@ -60,7 +60,7 @@ class History:
         return self._why_no_pass()
 
     def _why_no_pass(self) -> str:
-        """The reason where the model was called."""
+        """The reason why no sample was seen although the model was called."""
         calls = _times(self.forwards + self.without_gradient, "time", "times")
         ran = f"the forward of {self.model} ran {calls}{self.since}"
         if self.every > 1:

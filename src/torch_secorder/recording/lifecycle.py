@@ -1,4 +1,4 @@
-"""How a backward pass begins and ends, and the settings in which the library takes its sums meanwhile."""
+"""How a backward pass begins and ends, and the settings under which the library computes during it."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class PassLifecycle:
         table: what is analyzed.
         knowledge: what is known about the model already.
         options: what each pass collects.
-        of_user: whether the passes are the user's. What such a pass on an accelerator says goes to the host in one copy when it
-            is over, and doubts with it; and autograd never follows our sums.
+        of_user: whether the passes are the user's. On an accelerator, the results of such a pass and its doubts go to the host in
+            one copy when it is over. Autograd never records the library's sums in such a pass.
     """
 
     def __init__(self, table: Table, knowledge: ModelKnowledge, options: PassOptions, *, of_user: bool):
@@ -38,7 +38,7 @@ class PassLifecycle:
         self._on_accelerator = False  # whether doubts are collected, since the host would have to wait for each answer
 
     def note_devices(self) -> None:
-        """Note where the parameters are, which stay there as long as passes are recorded."""
+        """Note where the parameters are; they stay there as long as passes are recorded."""
         self._on_accelerator = self._of_user and any(leaf.device.type != "cpu" for leaf in self._table.leaves)
 
     def begin(self, task: int, *, keep_inputs: bool = False, checks: bool = False) -> BackwardPass:
@@ -46,8 +46,8 @@ class PassLifecycle:
 
         Args:
             task: its number.
-            keep_inputs: leave the records' inputs alone, for another backward pass through the same forward.
-            checks: also project the captured gradients on one direction each, to compare them with autograd's.
+            keep_inputs: whether the records keep their inputs, for another backward pass through the same forward.
+            checks: whether captured gradients are also projected on one direction each, to be compared with autograd's.
         """
         sees_all = active_modes() > 0
         gradients = GradientNorms(waits=not sees_all)
@@ -64,11 +64,11 @@ class PassLifecycle:
             half=in_autocast,
         )
         special = in_autocast or self._options.max_memory is not None or sees_all
-        special = special or (self._of_user and torch.is_grad_enabled())  # Autograd would follow our sums.
+        special = special or (self._of_user and torch.is_grad_enabled())  # Autograd would record the library's sums.
         return BackwardPass(task, accumulator, gradients, special)
 
     def settings(self) -> ExitStack:
-        """Inside, our sums are in full precision, also in an autocast block, within the memory that they may take, and unseen."""
+        """A block with sums in full precision, even under autocast, within the memory limit and hidden from the user's modes."""
         stack = full_precision()
         stack.enter_context(without_modes())
         limit = self._options.max_memory
@@ -86,16 +86,16 @@ class PassLifecycle:
         checks: Sequence[Check] = (),
         gradient_norms: Tensor | None = None,
     ) -> SampleNorms:
-        """What a backward pass says of its samples, if nothing went wrong and it passes the checks.
+        """The squared norms that a backward pass found, if nothing went wrong and they pass the checks.
 
         Args:
             current: the pass.
             nonfinite: "skip" or "raise", for samples that are not finite.
-            checks: what it has to pass.
-            gradient_norms: of the parameters' gradients, which are brought to the host together with the answers.
+            checks: the checks to pass.
+            gradient_norms: the norms of the parameters' gradients, which go to the host together with the results.
 
         Raises:
-            CurvatureError: what went wrong, or what a check finds.
+            CurvatureError: the first error of the pass, or the finding of a check.
         """
         if current.error is not None:
             raise current.error

@@ -16,7 +16,7 @@ from torch_secorder.graph.broadcast import broadcasting_node
 
 
 class ModelOutputs:
-    """The outputs of the latest call that have samples; they are kept no longer than the user keeps them.
+    """The outputs of the latest call that have samples, by weak references: they live no longer than the user keeps them.
 
     Attributes:
         column: the run of the model, if its only output has the shape ``[n, 1]``; None after the first backward pass that has
@@ -29,10 +29,10 @@ class ModelOutputs:
         self.column: Forward | None = None
 
     def keep(self, forward: Forward, outputs: Sequence[Tensor]) -> None:
-        """The model returns these tensors."""
+        """Note the tensors that the model returns."""
         self._outputs = []
         for x, placement in zip(outputs, forward.placements, strict=True):
-            # The output of one sample may have no axis left.
+            # The output of a single sample may have no axis left.
             where = placement or (of_one(x, 0) if forward.n == 1 else None)
             if where is not None:
                 self._outputs.append((weakref.ref(x), where))
@@ -40,7 +40,7 @@ class ModelOutputs:
             self.column = forward if len(outputs) == 1 and outputs[0].shape == (forward.n, 1) else None
 
     def broadcast(self, forward: Forward) -> tuple[int, str] | None:
-        """Whether the loss compares each of the outputs ``[n, 1]`` with all targets, asked when a pass reaches the outputs.
+        """Whether the loss compares each output of ``[n, 1]`` with every target. It is called when a pass reaches the outputs.
 
         Returns:
             n, and the name of the node that does it; None if none does.
@@ -53,7 +53,7 @@ class ModelOutputs:
         return None if found is None else (n, found.name())
 
     def to_verify(self, *, is_over: bool) -> list[tuple[Tensor, Placement]]:
-        """The outputs that are still there and can be differentiated, for a pass that is still to come.
+        """The outputs that are still alive and can be differentiated, for a pass that is still to come.
 
         Args:
             is_over: whether the backward pass through them is over, and another would count nothing.

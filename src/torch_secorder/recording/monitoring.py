@@ -1,4 +1,4 @@
-"""What a monitor watches, and how: its arguments, checked, and what is known of the model from one block to the next."""
+"""What a monitor watches and how: its checked arguments, and what is known about the model from one block to the next."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from torch_secorder.recording.quantities import Keeps, wanted
 
 @dataclass(frozen=True)
 class MonitorOptions:
-    """The arguments of a :class:`FisherMonitor`, which has their meaning."""
+    """The arguments of a :class:`FisherMonitor`, whose docstring explains them."""
 
     reduction: Reduction = "mean"
     loss_scale: float | Tensor | Callable[[], float | Tensor] = 1.0
@@ -64,7 +64,7 @@ class MonitorOptions:
 
 @dataclass(frozen=True)
 class WatchedModel:
-    """A model to watch, and what is known of it from one block to the next."""
+    """A model to watch, and what is known about it from one block to the next."""
 
     model: nn.Module
     table: ParameterTable
@@ -73,7 +73,7 @@ class WatchedModel:
 
     @classmethod
     def of(cls, model: nn.Module, options: MonitorOptions) -> WatchedModel:
-        """The model inside of its wrappers; what can't be right later is refused now."""
+        """The model inside of its wrappers. What could not be right later is refused now."""
         bare = unwrapped(model)
         with lock_of(bare):
             table = ParameterTable(bare, options.parameters)

@@ -1,4 +1,4 @@
-"""Parameters that were put into a model while it is watched."""
+"""Parameters that are put into a model while it is watched."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch_secorder.recording.backward_pass import replaced
 
 
 class NewParameters:
-    """Has passes through a forward refused if it used a parameter that was put into the model inside of the block.
+    """Refuses passes through a forward that used a parameter which was put into the model inside of the block.
 
     Args:
         model: the model; None for a recorder without one, which sees no forward.
@@ -27,7 +27,7 @@ class NewParameters:
         self._known: set[Node] = set()  # the leaves of tensors that are not analyzed, and not new
 
     def refuse_in(self, forward: Forward, leaves: Iterable[Node]) -> None:
-        """Look at the leaves in a forward's graph that are not analyzed."""
+        """Refuse the forward if one of its graph's leaves that are not analyzed is a new parameter of the model."""
         for node in leaves:
             if node not in self._known and isinstance(variable := leaf_of(node), nn.Parameter):
                 self._require_known(forward, node, variable)

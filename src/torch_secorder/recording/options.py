@@ -12,9 +12,10 @@ class PassOptions:
     """What the backward passes of a recorder collect, decided once for all of them.
 
     Attributes:
-        quantities: what is taken besides squared norms: the name of a quantity -> what of it is kept, True for all.
-        repeated_calls: what two calls of the model that one backward pass reaches are: "same" or "new" samples; None refuses.
-        max_memory: how many bytes the algebra may take for its temporaries at once.
+        quantities: what is kept besides squared norms: the name of a quantity -> which part of it is kept, True for all of it.
+        repeated_calls: whether two calls of the model that one backward pass reaches are of the "same" samples or of "new" ones;
+            None refuses them.
+        max_memory: how many bytes the algebra's temporaries may take at once.
     """
 
     quantities: Mapping[str, Any] = field(default_factory=dict)
@@ -23,5 +24,5 @@ class PassOptions:
 
     @property
     def kind(self) -> Hashable:
-        """The same for options with which passes are taken apart in the same way."""
+        """A key that is equal for options under which passes are taken apart in the same way."""
         return *self.quantities, self.repeated_calls, self.max_memory

@@ -38,12 +38,12 @@ class ParameterNorms:
     Attributes:
         table: the analyzed parameters.
         options: what is collected.
-        rules: position -> how its numbers were computed, to add to.
+        rules: position -> how its numbers were computed; this adds to it.
         parts: what the pass adds to other quantities, by their names.
-        of_forms: those of them that take per-sample gradients.
-        checks: also project the captured gradients on one direction each, to compare them with autograd's.
-        gradients: takes the norms of whole gradients that factors tell for less than reading the gradient costs.
-        doubts: takes what may have cancelled; None to ask at once.
+        of_forms: the parts that take per-sample gradients.
+        checks: whether captured gradients are also projected on one direction each, to be compared with autograd's.
+        gradients: takes the norms of whole gradients where the factors give them for less than reading the gradient costs.
+        doubts: keeps what may have cancelled; with None, cancellation is looked for at once.
         half: whether half precision takes part: a gradient has it, or autocast is on in the backward pass.
     """
 
@@ -60,10 +60,10 @@ class ParameterNorms:
     def add(
         self, batch: SampleBatch, record: Record, forms: Mapping[str, PerSampleGradient], groups: Grouping | None
     ) -> None:
-        """The rule's answer for one call.
+        """Add the rule's answer for one call.
 
         Raises:
-            LifecycleError: if the call may be of the same samples as another one, or of others.
+            LifecycleError: if nothing shows whether the call has the same samples as another one.
         """
         site, forward = record.site, record.forward
         for local, form in forms.items():
@@ -71,7 +71,7 @@ class ParameterNorms:
             position = site.parameters[local]
             twice = position in batch.settled or position in batch.held
             if twice and not forward.in_model_call and self.options.repeated_calls != "same":
-                # Nothing shows which calls of parts belong together, so that other samples can't be told from the same.
+                # Nothing shows which calls of submodules belong together: their samples may be the same or others.
                 raise LifecycleError(
                     f"{site} was called more than once outside of a call of the monitored model, which can mean one sample "
                     'seen twice or two batches: pass repeated_calls="same" if row n of both calls belongs to one sample; if they '
@@ -85,7 +85,7 @@ class ParameterNorms:
         norms = self._project(batch, position, form) if self.checks else None
         if self.options.repeated_calls == "same" or forward.calls[position] > 1:
             if isinstance(form, PulledBack) and form.permutation is None:
-                form = Dense(form.dense())  # The graph that it is pulled back through has its tensors now.
+                form = Dense(form.dense())  # The graph that it is pulled back through may be freed later.
             held = batch.held.get(position)
             batch.held[position] = form if held is None else held + form
         elif position in batch.settled:
@@ -106,7 +106,7 @@ class ParameterNorms:
         along = halving_on_oom(form, lambda part: part.along(left, right), torch.add)
         before, size = batch.projections.get(position, (torch.zeros_like(along), 0.0))
         norms = squared_norms_of(form)
-        # Uses of one parameter may cancel; rounding goes by the size of each.
+        # Uses of one parameter may cancel; the rounding error goes by the size of each use.
         own = math.sqrt(float(sum_in_double_precision(norms)) * batch.n)
         batch.projections[position] = before + along, size + own
         return norms

@@ -1,4 +1,4 @@
-"""Which backward pass is which: those that compute gradients of what is analyzed, those inside of them, and all others."""
+"""Which backward passes compute gradients of what is analyzed, which run inside of those, and which are ignored."""
 
 from __future__ import annotations
 
@@ -25,25 +25,26 @@ from torch_secorder.recording.backward_pass import BackwardPass, vmapped_pass
 
 
 class UserPasses:
-    """The user's backward passes that are under way, by their numbers.
+    """The user's running backward passes, by their numbers.
 
-    A pass is of the samples if it computes a gradient of an analyzed parameter. Of what is analyzed but has no gradient, frozen
-    parameters and gates, it is if it accumulates the gradient of some leaf (``.backward()``), or returns that of a parameter of
-    the model. A pass of the samples inside of another pass belongs to the one around it; any other pass is ignored.
+    A pass is "of the samples" if it computes a gradient of an analyzed parameter. Frozen parameters and gates are analyzed but
+    have no gradient; for their sake, a pass also is of the samples if it accumulates the gradient of some leaf (``.backward()``)
+    or returns the gradient of a parameter of the model. A pass of the samples that runs inside of another pass belongs to the
+    one around it. Any other pass is ignored.
 
     Args:
-        leaves: the nodes that accumulate the gradients of those analyzed parameters that have one.
-        all_have_gradients: whether these are all of what is analyzed.
+        leaves: the nodes that accumulate the gradients of the analyzed parameters that have one.
+        all_have_gradients: whether every analyzed parameter has such a node.
         model: the model whose parameters' gradients may be asked for instead.
-        on_refusal: called with what is refused of a pass whose samples are not counted, and at whose end nothing is raised.
+        on_refusal: called with the refusal of a pass whose samples are not counted, and at whose end nothing is raised.
         watches_outputs: whether the outputs of modules without an analyzed parameter are of interest.
 
     Attributes:
-        under_way: the number of each outermost pass of the samples -> what is collected of it.
-        known: the number of a pass under way -> the outermost one that it belongs to, once a gradient of it has arrived; gone
-            as soon as that is over.
-        unfinished: the numbers of passes that began and whose end was not reached yet, or never will be.
-        ignored: the passes under way that are none of the samples, with the calls of the model that they have reached; passes
+        under_way: the number of each running, outermost pass of the samples -> what it has collected.
+        known: the number of a running pass -> the outermost pass that it belongs to, from its first gradient until that pass
+            is over.
+        unfinished: the numbers of passes that began and have not ended yet, or never will.
+        ignored: the running passes that are not of the samples, with the calls of the model that they have reached. Passes
             inside of them may be of the samples nevertheless.
     """
 
@@ -58,7 +59,7 @@ class UserPasses:
     ):
         self._leaves, self._all_have_gradients = leaves, all_have_gradients
         self._model, self._on_refusal, self._watches_outputs = model, on_refusal, watches_outputs
-        # Only autograd keeps a pass alive: one that an exception breaks off is gone.
+        # Only autograd keeps a pass alive: a pass that an exception breaks off is gone.
         self.under_way: WeakValueDictionary[int, BackwardPass] = WeakValueDictionary()
         self.known: WeakValueDictionary[int, BackwardPass] = WeakValueDictionary()
         self._outer_of: dict[int, int] = {}  # a pass of the samples inside of another pass -> the outermost one
@@ -74,16 +75,16 @@ class UserPasses:
         self.ignored.clear()
 
     def forget_broken_off(self) -> None:
-        """No pass is under way in this thread: one that still seems to be is kept by the traceback that broke it off."""
+        """Close what is left of this thread's passes, where none can be running; the traceback of an error keeps it alive."""
         while (current := self._of_this_thread()) is not None:
             self.close(current)
 
     def of(self, task: int) -> BackwardPass | None:
-        """What is collected of a pass, if that has begun."""
+        """What a pass has collected, if it has begun."""
         return self.under_way.get(self._outer_of.get(task, task))
 
     def close(self, current: BackwardPass) -> bool:
-        """A pass is over; says whether it was open."""
+        """Forget a pass that is over; returns whether it was open."""
         self.known.pop(current.task, None)
         if self._outer_of:
             self.known.clear()
@@ -92,11 +93,11 @@ class UserPasses:
         return self.under_way.pop(current.task, None) is not None
 
     def is_broken_off(self, task: int) -> bool:
-        """Whether a pass began and its end will never be reached, since an exception ended it."""
+        """Whether a pass began and an exception ended it, so that it will never reach its end."""
         return task in self.unfinished and task not in self.under_way
 
     def ignore(self, task: int) -> None:
-        """The pass under way is none of the samples."""
+        """Note that the running pass is not of the samples."""
         self.ignored[task] = []
         after_backward(partial(self._forget, task))
 
@@ -104,10 +105,10 @@ class UserPasses:
         self.ignored.pop(task, None)
 
     def nest(self, task: int, recomputed_in: int | None) -> int:
-        """Let the pass under way belong to the one around it; returns the number of the outermost.
+        """Let the running pass belong to the one around it; returns the number of the outermost.
 
         Args:
-            task: the pass under way.
+            task: the running pass.
             recomputed_in: the pass that ran the forward which this one goes through, if one did.
         """
         outer = self._outer_of.get(task, task)
@@ -121,24 +122,24 @@ class UserPasses:
         return outer
 
     def _of_this_thread(self) -> BackwardPass | None:
-        """One that began in this thread; another thread may begin one meanwhile."""
+        """A pass that began in this thread; other threads may begin passes meanwhile."""
         open_ones = (reference() for reference in self.under_way.valuerefs())
         return next((one for one in open_ones if one is not None and one.thread == get_ident()), None)
 
     def outermost(self, task: int, grads: Sequence[Tensor | None], recomputed_in: int | None) -> int | None:
-        """The number of the pass that the one under way belongs to, in which something arrives for the first time.
+        """The number of the outermost pass that the running one belongs to, asked when its first gradient arrives.
 
         Args:
-            task: the pass under way.
+            task: the running pass.
             grads: the gradients of a node's outputs that arrive in it.
             recomputed_in: the pass that ran the forward which this one goes through, if one did.
 
         Returns:
-            None if it is none of the samples; it is ignored from now on.
+            The number, or None if the pass is not of the samples; it is ignored from now on.
         """
         if self.is_of_samples():
             if not any_vmapped(grads):
-                # In most steps nothing is under way that this pass may be inside of.
+                # In most steps no other pass is running that this one may be inside of.
                 alone = not self.under_way and recomputed_in is None
                 return task if alone else self.nest(task, recomputed_in)
             self._on_refusal(vmapped_pass())
@@ -146,7 +147,7 @@ class UserPasses:
         return None
 
     def is_of_samples(self) -> bool:
-        """Whether the pass under way computes gradients of what is analyzed; if nothing tells, that is refused."""
+        """Whether the running pass computes gradients of what is analyzed; if nothing shows that, a refusal is noted."""
         try:
             return self._computes_analyzed_gradients()
         except UnsupportedError as error:

@@ -27,11 +27,11 @@ class Plan:
     """How a model will be captured.
 
     Attributes:
-        model: the model to hook; None where its graph is there already.
+        model: the model to hook; None if its graph exists already.
         modules: all of its modules, under their plain names.
         sites: the modules to hook.
-        guards: modules that may be in a state in which no rule is right, with a check for each call.
-        words: what the user says of where the samples are.
+        guards: modules that may be in a state in which no rule is right, with a check that runs before each call.
+        words: what the user says about where the samples are.
     """
 
     model: nn.Module | None = None
@@ -41,9 +41,9 @@ class Plan:
     words: Told = NOTHING
 
     def state(self) -> Hashable:
-        """What the numbers could depend on besides the graph: the same for two plans of a model that did not change between them.
+        """What the numbers could depend on besides the graph; two plans of an unchanged model have equal states.
 
-        These are the rules and the parameters that they are for, every module's mode, and how many hooks it has.
+        The state has the rules with their parameters, every module's mode, and its number of hooks.
         """
         sites = [(site.name, *site.positions, getattr(site.rule, "function", None)) for site in self.sites]
         tensors = [(id(p), p.dtype, p.device) for site in self.sites for p in site.tensors.values()]
@@ -54,7 +54,7 @@ class Plan:
 def planned(model: nn.Module, table: ParameterTable, words: Told = NOTHING, quantities: Iterable[str] = ()) -> Plan:
     """The plan for a model.
 
-    Modules without a rule are left to the autograd graph, where every use of a parameter can be found, unless it is frozen.
+    Modules without a rule are left to the autograd graph, which shows every use of a parameter unless the parameter is frozen.
 
     Raises:
         UnsupportedError: naming every module without a rule that owns an analyzed but frozen parameter.
@@ -88,7 +88,7 @@ def planned(model: nn.Module, table: ParameterTable, words: Told = NOTHING, quan
 def _watched(
     modules: Sequence[NamedModule], placement: Callable[[str], Placement | None], quantities: Collection[str]
 ) -> list[HookedModule]:
-    """One hooked module for each module, that only looks at its output."""
+    """One hooked module for each module, which only looks at its output."""
     keep = partial(watched_call, with_moments="activations" in quantities, with_output="on_output" in quantities)
     return [
         HookedModule(name, module, {}, {}, {}, None, placement(name), keep, number)
@@ -97,7 +97,7 @@ def _watched(
 
 
 def guards(modules: Iterable[NamedModule]) -> dict[nn.Module, Callable[[], None]]:
-    """For each module that may be in a state in which no rule is right, what raises if it is."""
+    """For each module that may be in a state in which no rule is right, a function that raises if it is in that state."""
     found: dict[nn.Module, Callable[[], None]] = {}
     of_classes: dict[type, Callable[[nn.Module], CurvatureError | None] | None] = {}
     for name, module in modules:

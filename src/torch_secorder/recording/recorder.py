@@ -1,8 +1,8 @@
 """The recorder: hands every gradient that arrives in a hooked model or its graph to the backward pass that it belongs to.
 
-Whatever holds for one driver holds for all and stands here once: no autocast in our own sums, errors that wait until the pass is
-over, and a call seen twice. Who starts a pass, when it ends and what is done then differs between the two kinds of
-recorders: ``UserRecorder`` for the user's own passes, ``GraphBackward`` for those that the library makes.
+This file has what all recorders do: they take their sums without autocast, keep errors until the pass is over, and refuse a call
+that is counted twice. The two kinds of recorders differ in who starts a pass, when it ends and what is done then:
+``UserRecorder`` is for the user's own passes, ``GraphBackward`` for passes that the library makes.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ class Recorder(HookScope):
 
     Args:
         table: what is analyzed.
-        plan: the modules to hook, the states to refuse and the batch axis; the modules of a model that ran before aren't hooked.
+        plan: the modules to hook, the states to refuse and the batch axis; a model that ran before is not hooked.
         knowledge: what is known about the model already.
         options: what each pass collects.
-        locate_on_three_samples: adds to the knowledge from a smaller batch, if there is a way.
-        rehearsal: whether the batch is a smaller one, in which everything is looked at.
-        trust_shapes: believe shapes that allow one reading only, for callers that check a sample afterwards.
-        attach_leaf: give outputs that need no gradient one, so that frozen layers are seen too.
+        locate_on_three_samples: adds to the knowledge from a smaller batch, if that is possible.
+        rehearsal: whether the batch is such a smaller one, in which every place is searched.
+        trust_shapes: whether shapes that allow only one reading are trusted, for callers that verify a sample afterwards.
+        attach_leaf: whether outputs that need no gradient get one, so that frozen layers are seen too.
         every: record every k-th call of the model, beginning with the first.
         only_library_calls: record calls that this library makes in this thread, instead of the user's.
 
@@ -94,7 +94,7 @@ class Recorder(HookScope):
             on_refusal=self._on_refusal_in_forward,
             on_exit=self._on_model_exit,
         )
-        # Number of a pass under way -> the pass that it belongs to, where that was found out.
+        # Number of a running pass -> the pass that it belongs to, where that is known.
         self._known_passes: WeakValueDictionary[int, BackwardPass] = WeakValueDictionary()
         self._module_hooks: ModuleHooks | None = None
         if plan.model is not None:
@@ -125,14 +125,14 @@ class Recorder(HookScope):
         """
 
     def _on_recomputation(self, task: int, outer: int) -> None:
-        """A forward runs again inside of a backward pass, which is nested in another one unless that is itself."""
+        """Called when a forward runs again inside of backward pass ``task``, which is ``outer`` itself or nested in it."""
 
     def _on_refusal_in_forward(self, error: Exception) -> None:
-        """A forward that runs again inside of a backward pass can't be recorded."""
+        """Called when a forward that runs again inside of a backward pass cannot be recorded."""
         raise error
 
     def _on_model_exit(self, forward: Forward, outputs: list[Tensor]) -> None:
-        """The model returns these tensors, in whatever containers."""
+        """Hook the uses of parameters in the graph of the tensors that the model returns."""
         uses = self._found_uses(forward, outputs)
         for use, node in uses.placed:
             self._hook(use, node)
@@ -153,7 +153,7 @@ class Recorder(HookScope):
         return found
 
     def _on_comparing_output(self, output_nr: int, grads: tuple[Tensor | None, ...]) -> None:
-        """A gradient has arrived at an output that compares samples."""
+        """Called when a gradient arrives at an output that compares samples."""
         grad = grads[output_nr]
         if grad is None or (current := self._pass_under_way(grads)) is None:
             return
@@ -163,7 +163,7 @@ class Recorder(HookScope):
 
     def _hook(self, use: ParameterUse, node: Node) -> None:
         """Have the node of a use call back with its gradients."""
-        # When the node has run, as for calls of modules; some rules also read what that leaves behind.
+        # The hook runs after the node, as for calls of modules; some rules read what the node leaves behind.
         use.node_hooks = call_with_gradients(node, self._on_use_gradients, use)
         use.forward.node_hooks.append(use.node_hooks)
 
@@ -173,7 +173,7 @@ class Recorder(HookScope):
     def _on_output_gradient(
         self, record: Record, output_nr: int, returned: object, grads: tuple[Tensor | None, ...]
     ) -> None:
-        """The gradients of the node that made a module's output have arrived, inside a backward pass."""
+        """Called in a backward pass with the gradients of the node that made a module's output."""
         grad = grads[output_nr]
         if grad is None:
             return
@@ -181,7 +181,7 @@ class Recorder(HookScope):
             if record.idle is not None:
                 self._on_idle_gradients(record, (grad,))
             return
-        # Every step asks this for each gradient. Most gradients belong to the pass of the one before.
+        # Every step does this for each gradient. Most gradients belong to the same pass as the one before.
         current = self._known_passes.get(current_graph_task())
         current = current or self._pass_under_way(grads, record.forward.recomputed_in)
         if current is not None:
@@ -193,7 +193,7 @@ class Recorder(HookScope):
 
     @never_compiled
     def _on_use_gradients(self, use: ParameterUse, returned: object, grads: tuple[Tensor | None, ...]) -> None:
-        """The gradients at a use of a parameter outside of any hooked module's call."""
+        """Called with the gradients at a use of a parameter outside of any hooked module's call."""
         current = self._pass_under_way(grads, use.forward.recomputed_in)
         if current is not None:
             if (table := use.node_hooks()) is not None and len(table) > 1:
@@ -203,22 +203,22 @@ class Recorder(HookScope):
             self._on_unrecorded_gradient(use)
 
     def _on_idle_gradients(self, seen: Record | IdleUse, grads: tuple[Tensor | None, ...]) -> None:
-        """Gradients have arrived where none are expected."""
+        """Called when gradients arrive where none are expected."""
         current = self._pass_under_way(grads, seen.forward.recomputed_in)
         if current is not None:
             self._within(current, seen, current.accumulator.add_idle, seen, grads)
 
     def _before_node(self, record: Record, grads: tuple[Tensor | None, ...]) -> None:
-        """The node of a call that is part of no call of the model, or is run again, is about to run."""
+        """Called before the node of a module's call runs, if the call is part of no call of the model or is run again."""
 
     def _on_node_with_hooks(self, current: BackwardPass, seen: Record | ParameterUse, table: HookTable) -> None:
-        """A node that makes gradients of parameters has run, and several hooks run after it."""
+        """Called after a node that makes gradients of parameters has run, if several hooks run after it."""
 
     def _on_unrecorded_gradient(self, seen: Record | ParameterUse) -> None:
-        """A gradient has arrived in a pass that is not recorded."""
+        """Called when a gradient arrives in a pass that is not recorded."""
 
     def _reach(self, current: BackwardPass, forward: Forward) -> None:
-        """The samples of a call of the model are those of this pass."""
+        """Note that this pass has reached a call of the model, whose samples are its own."""
         if current.error is None:
             try:
                 self._require_first_pass(current, forward)
@@ -226,12 +226,12 @@ class Recorder(HookScope):
             except LifecycleError as error:
                 current.error = error
         for reference in forward.node_hooks:
-            # Every step does this for every call, so that no function of Python's is called.
+            # Every step does this for every call, so no Python function is called here.
             if (table := reference()) is not None and len(table) > 1:
                 self._watch_others(current, table)
 
     def _watch_others(self, current: BackwardPass, table: HookTable) -> None:
-        """Several hooks will run after a node that a pass is about to reach."""
+        """Called if several hooks will run after a node that a pass is about to reach."""
 
     def _within(
         self,
@@ -240,11 +240,11 @@ class Recorder(HookScope):
         add: Callable[..., None],
         *args: Any,
     ) -> None:
-        """Add something to a backward pass; what goes wrong must wait for its end, so that the user's gradients are complete."""
+        """Add something to a backward pass; an error waits for the end of the pass, so that the user's gradients are complete."""
         if current.error is not None:
             return
         try:
-            # Every step asks this. A run of the model that this pass has reached belongs to it with all of its calls.
+            # Every step does this. A call of the model that this pass has reached belongs to it with all of its layers' calls.
             if seen is not None and seen.forward.last_pass != current.task:
                 self._require_first_pass(current, seen)
             if current.special:
@@ -259,7 +259,7 @@ class Recorder(HookScope):
             raise
 
     def _described(self, seen: Record | ParameterUse | IdleUse | None) -> str:
-        """What has a gradient, in words."""
+        """The names of what has a gradient, for messages."""
         if isinstance(seen, Record):
             return str(seen.site)
         targets = seen.targets if isinstance(seen, ParameterUse) else []
@@ -267,10 +267,10 @@ class Recorder(HookScope):
         return ", ".join(names) or "this batch"
 
     def _abandon(self, current: BackwardPass) -> None:
-        """A pass is broken off: nothing that comes belongs to it."""
+        """Called when a pass is broken off: no later gradient belongs to it."""
 
     def _require_first_pass(self, current: BackwardPass, seen: Record | ParameterUse | IdleUse | Forward) -> None:
-        """Raise if another backward pass has counted the samples already that this one reaches."""
+        """Raise if another backward pass has already counted the samples that this one reaches."""
         counted = counted_as(seen)
         if counted.last_pass == current.task:
             return
@@ -284,10 +284,10 @@ class Recorder(HookScope):
 
 
 def counted_as(seen: Record | ParameterUse | IdleUse | Forward) -> Record | ParameterUse | IdleUse | Forward:
-    """What has its samples counted once.
+    """The call whose samples must be counted only once.
 
-    A call of the model is one forward, whichever of its layers a pass reaches. Calls of submodules alone may be of different
-    losses, as a generator's and a discriminator's are, and each stands for itself.
+    A call of the model is one forward, whichever of its layers a pass reaches. Calls of submodules alone may belong to different
+    losses, such as a generator's and a discriminator's, so each of them counts on its own.
     """
     if isinstance(seen, Forward) or not seen.forward.in_model_call or seen.forward.recomputed_in is not None:
         return seen

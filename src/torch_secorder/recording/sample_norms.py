@@ -1,4 +1,4 @@
-"""What a backward pass says of its samples."""
+"""The squared norms that one backward pass finds for its samples."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from torch_secorder.recording.quantities import Part
 
 @dataclass(frozen=True)
 class SampleNorms:
-    """What a backward pass says of its samples, in the user's units still.
+    """The squared norms that one backward pass finds for its samples, before any scaling.
 
     Attributes:
         batch: how many samples the loss was over, N_b.
-        squared_norms: ``[parameters, n]``, of the gradients of each sample's share of the loss.
-        reached: positions that the pass reached.
+        squared_norms: ``[parameters, n]``, the squared gradient norms of each sample's share of the loss.
+        reached: the positions of the parameters that the pass reached.
         rules: position -> the rules and algorithms that gave its numbers.
         parts: what the pass adds to the other quantities that are kept, by their names.
         skipped: how many samples were left out because their gradients are not finite.
-        gradient_norms: those of the parameters' gradients that came to the host together with the samples.
+        gradient_norms: the norms of the parameters' gradients, if they came to the host together with the samples.
     """
 
     batch: int
@@ -48,10 +48,10 @@ class SampleNorms:
         return replace(other, squared_norms=self.squared_norms + other.squared_norms, parts=parts)
 
     def finite(self, names: Sequence[str], nonfinite: str) -> SampleNorms:
-        """Those whose gradients are finite, given the parameters' names.
+        """The samples whose gradients are finite; ``names`` are the parameters', for errors.
 
         Raises:
-            NonFiniteError: if some are not and ``nonfinite`` is "raise", or if one can't be taken out of a quantity any more.
+            NonFiniteError: if some are not and ``nonfinite`` is "raise", or if one cannot be taken out of a quantity any more.
         """
         bad = ~self.squared_norms.isfinite()
         if not bool(bad.any()):

@@ -1,4 +1,4 @@
-"""Outputs of watched modules that all samples share, as those of a position embedding are."""
+"""Outputs of watched modules that all samples share, such as those of a position embedding."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from torch_secorder.graph.frontier import ParameterUse
 
 
 def find_shared_outputs(uses: Iterable[tuple[ParameterUse, Node]], forward: Forward) -> None:
-    """Have the frontier tell the gradients of the watched outputs that lie behind it, for each sample.
+    """Add the watched outputs behind the frontier to its targets, so that it gives their gradients for each sample.
 
-    The gradient that arrives at such an output itself is summed over the samples already. Every other output has each of its
-    numbers from one sample.
+    The gradient that arrives at such an output itself is already summed over the samples. In every other output, each number
+    belongs to one sample.
 
     Raises:
-        UnsupportedError: if the way back to such an output can't be gone.
+        UnsupportedError: if the gradient cannot be pulled back to such an output.
     """
     watched: dict[Node, list[tuple[Record, int]]] = defaultdict(list)
     for record, edge in forward.records:
@@ -40,7 +40,7 @@ def find_shared_outputs(uses: Iterable[tuple[ParameterUse, Node]], forward: Forw
                 value.targets.append((record, vjp))
                 record.placement = None
                 use.needs_node_calls = use.needs_node_calls or vjp.permutation != ()
-                # A node is looked through by the gradient of its first output.
+                # The gradient is pulled back through the first output of a node only.
                 if nr or use.unreadable_because(consumer):
                     raise UnsupportedError(
                         f"{record.site}: all samples share its output, and what each of them makes of it can't be read in the "
@@ -67,7 +67,7 @@ def _is_free(output: Node, starts: set[Node]) -> bool:
 def _behind(
     start: Node, watched: dict[Node, list[tuple[Record, int]]], closed: Container[Node]
 ) -> Iterator[tuple[Record, int, Node]]:
-    """The watched outputs among a value and all that it was computed from by ways that are not closed."""
+    """The watched outputs among a value and all nodes that it was computed from, without passing through closed ones."""
     stack, seen = [start], {start}
     while stack:
         node = stack.pop()

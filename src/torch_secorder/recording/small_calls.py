@@ -1,4 +1,4 @@
-"""Small calls of one kind are computed as one: starting an operation costs as much as reading what they have."""
+"""Small calls of one kind are computed together, since starting an operation costs as much as reading their tensors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch_secorder.per_sample import squared_norms_of_each
 from torch_secorder.recording.batch import SampleBatch
 from torch_secorder.recording.doubts import Doubts
 
-MOST_CALLS = 64  # How many wait for each other at most.
+MOST_CALLS = 64  # At most this many calls wait for each other.
 
 
 @dataclass(eq=False)
@@ -24,9 +24,9 @@ class SmallCallBatch:
     """Calls that wait for others of their kind.
 
     Attributes:
-        rules: position -> how its numbers were computed, to add to.
-        keep_inputs: leave the records' inputs alone.
-        doubts: takes what may have cancelled; None to ask at once.
+        rules: position -> how its numbers were computed; this adds to it.
+        keep_inputs: whether the records keep their inputs.
+        doubts: keeps what may have cancelled; with None, cancellation is looked for at once.
     """
 
     rules: dict[int, dict[str, None]]
@@ -35,10 +35,10 @@ class SmallCallBatch:
     _waiting: dict[Hashable, list[tuple[SampleBatch, Record, Tensor, int]]] = field(default_factory=dict)
 
     def add(self, batch: SampleBatch, record: Record, grad: Tensor) -> bool:
-        """Let a small call, of parameters that have no other, wait for others of its kind; says whether it can.
+        """Keep a small call until there are others of its kind; returns whether it was kept. Its parameters have no other call.
 
         Args:
-            batch: whose samples they are.
+            batch: the batch that the samples belong to.
             record: the call.
             grad: the gradient of its output.
         """
@@ -56,7 +56,7 @@ class SmallCallBatch:
         return True
 
     def finish(self) -> None:
-        """Take the norms of all that still wait."""
+        """Take the norms of all calls that still wait."""
         for key in list(self._waiting):
             self._compute(self._waiting.pop(key))
 
@@ -88,7 +88,7 @@ class SmallCallBatch:
 
 
 def _kind(record: Record, grad: Tensor) -> Hashable | None:
-    """The same for small calls that can be computed as one: of one rule, settings and shapes; None for others."""
+    """A key that is equal for small calls that can be computed together: one rule, settings and shapes; None for other calls."""
     site, inputs, rule = record.site, record.inputs, record.site.rule
     if grad.numel() > SMALL or grad.shape != record.shape or record.kwargs or not record.in_output_graph:
         return None

@@ -1,4 +1,4 @@
-"""What arrives at a use of a parameter outside of its module's call, and whether it has the samples."""
+"""Checks of the gradients that arrive at a use of a parameter outside of its module's call."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch_secorder.model.ranks import is_dtensor
 
 
 def require_whole(use: ParameterUse, grads: Sequence[Tensor | None], table: Table) -> None:
-    """Raise if ranks compute parts of a use.
+    """Raise if several ranks compute parts of a use.
 
     Raises:
         UnsupportedError: naming the parameters.
@@ -28,14 +28,14 @@ def require_whole(use: ParameterUse, grads: Sequence[Tensor | None], table: Tabl
 
 
 def gradient_with_samples(use: ParameterUse, grads: Sequence[Tensor | None], n: int, table: Table) -> Tensor:
-    """The gradient of that output of a use's node which has the n samples, of which some gradient has arrived.
+    """The gradient of the output that has the n samples, among those that arrived at a use's node.
 
     Raises:
-        ShapeError: if the samples are not in it.
+        ShapeError: if the samples are not on the expected axis.
     """
     found = grads[use.output]
     if found is None and n == 1:
-        found = next(grad for grad in grads if grad is not None)  # All of it belongs to the one sample.
+        found = next(grad for grad in grads if grad is not None)  # The whole gradient belongs to the one sample.
     elif found is None or not (n == 1 or use.placement.fits(found.shape, n)):
         shape = None if found is None else tuple(found.shape)
         raise ShapeError(f"{_names(use, table)}: the {n} samples are not in a gradient of shape {shape}")

@@ -1,4 +1,4 @@
-"""The user's own backward passes: which are of the samples, when they begin and end, and what waits for their end."""
+"""The user's own backward passes: which of them are recorded, when they begin and end, and what waits for their end."""
 
 from __future__ import annotations
 
@@ -46,18 +46,18 @@ from torch_secorder.recording.whole_passes import WholePasses
 
 
 class UserRecorder(Recorder):
-    """Records the user's backward passes, each from its first gradient to the engine's word that it is over.
+    """Records the user's backward passes, each from its first gradient until the engine reports its end.
 
     Args:
         history: counts what happens, for messages.
-        on_pass: called with each pass that is over; what it raises is raised at the end of that backward pass.
-        checks_next: says of the kind of the latest graph whether the next pass also notes its gradients along one direction, to
-            compare sums.
+        on_pass: called with each pass that is over; an error from it is raised at the end of that backward pass.
+        checks_next: tells from the kind of the latest graph whether the next pass also projects its gradients on one direction,
+            to compare sums.
         options: as for :class:`Recorder`.
 
     Attributes:
         with_gradient: how many of the analyzed parameters require a gradient.
-        waiting: refusals of passes at whose end nothing could be raised, for the end of the block.
+        waiting: refusals of passes that could not raise at their own end; they are raised at the end of the block.
     """
 
     of_user = True
@@ -77,7 +77,7 @@ class UserRecorder(Recorder):
         history.blocks += 1
         can_count = any(leaf.requires_grad for leaf in self.table.leaves) if every > 1 else False
         self._watched = WatchedPasses(every if can_count else 1, self._count_passes, super()._attach, super()._detach)
-        self._refused = -1  # the latest pass that is not watched and reached samples which were counted
+        self._refused = -1  # the latest unwatched pass that reached samples which were counted already
         self.counts_again = self.options.repeated_calls == "new"
         watches = any(QUANTITIES[name].watches_outputs for name in self.options.quantities)
         leaves = list(self._audit.leaves)
@@ -115,7 +115,7 @@ class UserRecorder(Recorder):
         super()._detach()
 
     def _count_passes(self) -> None:
-        """Compiled code is called inside the block: from now on backward passes are counted, and not calls of the model."""
+        """Count backward passes instead of calls of the model from now on, since compiled code was called inside the block."""
         self.forwards.every = 1
 
     # ------------------------------------------------------------------------------------------------ what happens in forward
@@ -154,7 +154,7 @@ class UserRecorder(Recorder):
     # ------------------------------------------------------------------------------------------------ what arrives
 
     def _on_outputs_gradient(self, forward: Forward, grads: tuple[Tensor | None, ...]) -> None:
-        """A backward pass reaches what the model returned."""
+        """Called when a backward pass reaches an output of the model."""
         current = self._pass_under_way(grads)
         if current is not None:
             self._reach(current, forward)
@@ -182,8 +182,8 @@ class UserRecorder(Recorder):
 
     @never_compiled
     def on_parameter_gradient(self, position: int, grad: Tensor) -> None:
-        """The gradient of a parameter, as this backward pass adds it to ``.grad``."""
-        # Re-entrant checkpointing has backward passes inside of a pass that is skipped, which open none of ours.
+        """Called with the gradient of a parameter, as this backward pass adds it to ``.grad``."""
+        # Re-entrant checkpointing runs backward passes inside of a pass that is skipped; nothing is recorded for them.
         if self.forwards.skipped_passes and not self._passes.under_way:
             return
         current = self._known_passes.get(current_graph_task()) or self._pass_under_way((grad,))
@@ -193,9 +193,9 @@ class UserRecorder(Recorder):
             return
         leaf = self.table.leaves[position]
         if current.task != current_graph_task() and not accumulates_gradient_of(get_gradient_edge(leaf).node):
-            return  # A function's backward asked for it, and may return it to this pass.
+            return  # A function's backward asked for this gradient, and may return it to this pass.
         alone = len(gradient_hooks(leaf) or ()) <= 1
-        # A hook that was put on in this very pass comes after ours, and so does one on the node that accumulates the gradient.
+        # A hook that was added in this very pass runs after ours, and so does a hook on the node that accumulates the gradient.
         as_added = (alone or are_last(leaf)) and not self._before_accumulation.get(position)
         if type(grad) is Tensor and not current.accumulator.checks:
             # Every step does this for every parameter, most of which are small.
@@ -209,7 +209,7 @@ class UserRecorder(Recorder):
     ) -> None:
         grad = full_tensor(grad)
         current.gradients.add(position, grad, as_added)
-        # What a hook of the user's makes of a gradient is not in its factors, and not ours to check.
+        # A change that a hook of the user's makes to a gradient is not in its factors, so it cannot be checked.
         if current.accumulator.checks and alone and not grad.is_sparse:
             current.project(position, grad)
 
@@ -222,13 +222,13 @@ class UserRecorder(Recorder):
             raise_after_backward(counted_again(seen))
 
     def _on_gradient_graph(self, grads: tuple[Tensor | None, ...]) -> None:
-        """A backward pass goes through the graph of gradients that another one made."""
+        """Called when a backward pass goes through the graph of gradients that another pass made."""
         current = self._pass_under_way(grads)
         if current is not None and current.error is None:
             current.error = through_gradient_graph()
 
     def require_whole(self, current: BackwardPass, positions: Sequence[int]) -> None:
-        """Have a pass refused, at its end, that left some parameters without a gradient since it was asked for others only."""
+        """Refuse a pass, at its end, that left some parameters without a gradient since only others were asked for."""
         if current.error is None and current_graph_task() == current.task:
             current.error = self._whole.refusal(self._audit.fingerprint, current.roots, positions)
 
@@ -251,14 +251,14 @@ class UserRecorder(Recorder):
         current = current or self._begun(task, grads, recomputed_in)
         if current is None:
             return None
-        if self._every == 1:  # else the pass may yet reach a call that was passed over
+        if self._every == 1:  # with every > 1 the pass may still reach a call that was passed over
             self._known_passes[task] = current
         elif task in self.forwards.skipped_passes and current.error is None:
             current.error = partly_passed_over(self._every)
         return current
 
     def _begun(self, task: int, grads: Sequence[Tensor | None], recomputed_in: int | None) -> BackwardPass | None:
-        """A pass that something arrives in for the first time, or the one around it; None if it is none of the samples."""
+        """The pass in which a first gradient arrives, or the pass around it; None if it is not of the samples."""
         number = self._passes.outermost(task, grads, recomputed_in)
         if number is None:
             self._history.other_passes += 1
@@ -275,22 +275,22 @@ class UserRecorder(Recorder):
         self._history.refuse(error)
 
     def _open(self, task: int) -> BackwardPass:
-        # Beside the watched calls, a pass may reach calls of compiled code, which no hook has seen; the sums show it.
+        # Besides watched calls, a pass may reach calls of compiled code that no hook has seen; the sums show that.
         checks = self._checks_next(self._audit.kind) or self._watched.are_counted
-        # Through a graph that is kept, the pass may be made again, should an exception break it off.
+        # If the graph is kept, the pass may be made again after an exception has broken it off.
         current = self.lifecycle.begin(task, keep_inputs=self.counts_again or keeps_graph(), checks=checks)
         self._passes.under_way[current.task] = current
         self._passes.unfinished.add(current.task)
         for leaf in self.table.leaves:
             if len(gradient_hooks(leaf) or ()) > 1:
                 put_last(leaf)
-        # Only autograd keeps the pass alive: one that an exception breaks off is gone with its traceback.
+        # Only autograd keeps the pass alive: a pass that an exception breaks off is gone with its traceback.
         after_backward(partial(self._close, current))
         return current
 
     @never_compiled
     def _close(self, current: BackwardPass) -> None:
-        """A backward pass is over: hand it on, or raise why not. The user's gradients are complete by now."""
+        """Called at the end of a backward pass, when the user's gradients are complete: hand the pass on, or raise why not."""
         self._passes.unfinished.discard(current.task)
         if not self._passes.close(current) or not self.forwards.active:
             return

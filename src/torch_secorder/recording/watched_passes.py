@@ -1,9 +1,9 @@
-"""Which backward passes are watched of a model whose code is compiled, and that the watched ones run as it was written.
+"""Which backward passes of a compiled model are watched; the watched ones run the code uncompiled.
 
-Code calls no hook that it was compiled without, and would be compiled anew with hooks. Therefore it runs as it was written
-until a watched backward pass is over. Of ``every`` backward passes one is watched; before the others the hooks leave the
-modules and the compiled code comes back, so that nothing is seen of their forwards. They are counted where parameters get
-gradients.
+Compiled code does not call hooks that were added later, and with hooks it would be compiled anew. Therefore the model runs
+uncompiled until a watched backward pass is over. One in ``every`` backward passes is watched. Before the others, the hooks are
+taken off the modules and the compiled code comes back, so that nothing is seen of their forwards; these passes are counted when
+parameters get gradients.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from torch_secorder.model.hooks import WeakHook
 
 
 class WatchedPasses:
-    """From the moment when compiled code is called inside the block, decides after each backward pass about the next.
+    """Decides after each backward pass whether the next is watched, once compiled code was called inside the block.
 
     Args:
-        every: watch one of so many backward passes.
-        on_compiled_call: called when compiled code is called inside the block, of which one in ``every`` passes is to be watched.
+        every: one in this many backward passes is watched.
+        on_compiled_call: called when compiled code is first called inside the block, if ``every`` is more than one.
         attach: puts the hooks on the modules.
-        detach: takes them off.
+        detach: takes the hooks off.
 
     Attributes:
-        resting: whether the next pass is not watched.
-        are_counted: whether passes are counted, and not calls of the model, since code is compiled.
+        resting: whether the next pass is left out.
+        are_counted: whether passes are counted instead of calls of the model, since code is compiled.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class WatchedPasses:
     ):
         self._every, self._on_compiled_call, self._attach, self._detach = every, on_compiled_call, attach, detach
         self._code = EagerCode(WeakHook(self, "_begin_to_count"))
-        self._noted: set[int] = set()  # passes under way that are not watched
+        self._noted: set[int] = set()  # running passes that are not watched
         self._count, self._turn = 0, RLock()  # several threads may train the model
         self.resting = self.are_counted = False
 
@@ -63,7 +63,7 @@ class WatchedPasses:
             self._on_compiled_call()
 
     def note_gradient(self) -> None:
-        """A parameter gets a gradient in a pass that is not watched."""
+        """Called when a parameter gets a gradient in a pass that is not watched."""
         task = current_graph_task()
         if task not in self._noted and not is_library_pass(task):
             self._noted.add(task)
@@ -71,7 +71,7 @@ class WatchedPasses:
 
     @never_compiled
     def pass_over(self) -> None:
-        """A backward pass is over, or one inside of another, which is no pass of its own."""
+        """Called when a backward pass is over. A pass inside of another one does not count on its own."""
         if not self.are_counted or current_node() is not None:
             return
         self._noted.clear()

@@ -1,7 +1,7 @@
 """Whether a backward pass computes the gradients of all analyzed parameters that its loss depends on.
 
-One that is asked for some of them only (``backward(inputs=...)``, ``torch.autograd.grad``) stops where nothing leads to these. It
-reaches other parameters in a part of their uses, or not at all, so that their numbers would be too small.
+A pass that is asked for only some gradients (``backward(inputs=...)``, ``torch.autograd.grad``) skips whatever these do not need.
+It reaches other parameters in only a part of their uses, or not at all, so their numbers would be too small.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ SHOWN = 8  # parameters in an error's text
 
 
 class WholePasses:
-    """Looks at the passes that left some parameters without a gradient.
+    """Checks the passes that left some parameters without a gradient.
 
     Args:
-        names: of all parameters.
-        leaves: the nodes that accumulate the gradients of those analyzed parameters that have one -> their positions.
+        names: the names of all parameters.
+        leaves: the nodes that accumulate gradients of analyzed parameters -> the parameters' positions.
     """
 
     def __init__(self, names: Sequence[str], leaves: Mapping[Node, int]):
@@ -31,11 +31,11 @@ class WholePasses:
         self._schedule = KindSchedule()  # of graphs in which the same parameters got a gradient
 
     def refusal(self, fingerprint: int, roots: Sequence[Node], positions: Sequence[int]) -> CoverageError | None:
-        """Why a pass that left some parameters without a gradient can't be counted, asked at its end; None if it can.
+        """The reason why a pass that left some parameters without a gradient cannot be counted; None if it can.
 
         Args:
-            fingerprint: of its graph.
-            roots: the nodes of the model's outputs that it came through.
+            fingerprint: the fingerprint of its graph.
+            roots: the nodes of the model's outputs that it passed through.
             positions: the parameters that got a gradient.
         """
         if not self._schedule.due(hash((fingerprint, tuple(sorted(positions))))):

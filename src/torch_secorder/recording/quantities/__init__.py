@@ -1,6 +1,6 @@
-"""What is kept of per-sample gradients besides their squared norms: a file for each quantity.
+"""What is kept about per-sample gradients besides their squared norms: one file for each quantity.
 
-A quantity says what it takes of a parameter's gradients or of a module's output in one backward pass (its ``Part``), how parts
+A quantity says what it takes from a parameter's gradients or a module's output in one backward pass (its ``Part``), how parts
 add up over passes, how two quantities merge, and how they are saved. :class:`~torch_secorder.results.Results` has a property for
 each of them, named like the quantity, which is also the argument that asks for it.
 """
@@ -21,7 +21,7 @@ from torch_secorder.recording.quantities.sample_rows import SampleIds, SampleRow
 
 QUANTITIES: dict[str, type[Quantity]] = {kind.name: kind for kind in (Diagonal, SampleRows, OutputTraces, OutputCalls)}
 
-# Name of a quantity -> whether it is kept, or what of it is.
+# Name of a quantity -> whether it is kept, or which part of it is kept.
 Keeps = Mapping[str, Any]
 
 
@@ -38,7 +38,7 @@ def kept(keeps: Keeps, model: nn.Module, table: Table) -> dict[str, Any]:
 
 
 def wanted(keeps: Keeps) -> dict[str, Any]:
-    """Those quantities that are kept."""
+    """The quantities that are kept."""
     return {name: how for name, how in keeps.items() if how}
 
 

@@ -23,8 +23,8 @@ class DiagonalPart(Part):
 
     Args:
         sums: position -> the sum, in several parts.
-        channels: position -> the channels that the sum is added up over, None for all entries, for the parameters that are
-            kept; None if all of them are, entry by entry.
+        channels: for each parameter that is kept, its position -> the channels to add up over, or None for all entries. None
+            in place of the mapping keeps every entry of all parameters.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class DiagonalPart(Part):
 
 
 def finite_samples(form: PerSampleGradient, norms: Tensor) -> PerSampleGradient | None:
-    """The gradients of the samples whose norms are finite, None if there are none; an accelerator isn't asked which these are."""
+    """The gradients of the samples with finite norms, None if there are none; on an accelerator the others become zeros."""
     if norms.device.type != "cpu":
         return form.without((norms * 0).ne(0))
     finite = norms.isfinite()
@@ -85,8 +85,8 @@ def finite_samples(form: PerSampleGradient, norms: Tensor) -> PerSampleGradient 
     return form.select(finite.nonzero().squeeze(1)) if bool(finite.any()) else None
 
 
-# How many passes are added up in single precision before their sum is put aside. Each addition is off by 2^-24 of the sum at
-# most, so that so many are off by 1e-5 of it, a tenth of what the library promises.
+# How many passes are added up in single precision before their sum moves to the host. Each addition is off by at most 2^-24 of
+# the sum, so this many are off by 1e-5 of it at most, a tenth of what the library promises.
 PASSES_IN_SINGLE = 128
 
 
@@ -95,9 +95,9 @@ class _Sum:
     """The sum of one parameter's squares over passes.
 
     Attributes:
-        recent: that of the latest passes; a single zero if none of them has reached the parameter.
-        passes: how many these are.
-        settled: that of all passes before them, in float64 on the host; None if there are none.
+        recent: the sum of the latest passes; a single zero if none of them has reached the parameter.
+        passes: how many passes ``recent`` has.
+        settled: the sum of all passes before them, in float64 on the host; None if there are none.
     """
 
     recent: Tensor
@@ -110,13 +110,13 @@ class _Sum:
         return self.recent if self.settled is None else (self.settled + on_host(self.recent)).to(self.recent)
 
     def with_room(self, passes: int) -> _Sum:
-        """The same sum, whose recent one can take so many more passes."""
+        """The same sum, settled first if its recent part has no room for so many more passes."""
         if self.passes + passes <= PASSES_IN_SINGLE or self.recent.dtype == torch.float64:
             return replace(self, passes=self.passes + passes)
         return _Sum(self.recent.new_zeros(()), passes, _both(self.settled, on_host(self.recent)))
 
     def plus_pass(self, one: SquareSum) -> _Sum:
-        """With what one pass adds, which is added in place where there is a tensor of the parameter's shape."""
+        """The sum with one more pass, added in place where there is a tensor of the parameter's shape."""
         room = self.with_room(1)
         # A 0-dim sum stands for a parameter that no pass has reached, or is that of a single number.
         if room.recent.dim():
@@ -125,7 +125,7 @@ class _Sum:
         return replace(room, recent=value if value.dim() else value + room.recent.to(value.device))
 
     def plus(self, other: _Sum) -> _Sum:
-        """With the passes of another sum."""
+        """The sum with the passes of another one."""
         room = self.with_room(other.passes)
         theirs = other.recent.to(room.recent.device) if room.recent.dim() else other.recent
         settled = room.settled if other.settled is None else _both(room.settled, other.settled)
@@ -136,13 +136,13 @@ class Diagonal(Quantity):
     """``sum_n g_n ** 2``, a tensor for each parameter, or the sums of its entries over each channel.
 
     A sum in single precision stops growing once a pass adds less than its last digit. The sums of 128 passes are therefore
-    added up in float64, on the host. A short run takes no memory but that of one number for each entry, and a long one twice
-    that on the host besides. Sums that are in float64 anyway stay where they are.
+    added up in float64, on the host. A short run takes the memory of one number for each entry; a long one also takes twice
+    that on the host. Sums that are in float64 anyway stay where they are.
 
     Args:
         names: the parameters.
         shapes: their shapes.
-        how: what is kept of which parameter.
+        how: what is kept for which parameter.
     """
 
     name: ClassVar[str] = "diagonal"
@@ -162,7 +162,7 @@ class Diagonal(Quantity):
 
     @property
     def totals(self) -> list[Tensor]:
-        """The sums, in at least float32; empty before the first pass, and a single zero for what no pass has reached."""
+        """The sums, in at least float32; a single zero for a parameter that was never reached; empty before the first pass."""
         return [one.total for one in self._sums]
 
     def add(self, part: DiagonalPart, t: Tensor, scale: float) -> None:
@@ -184,7 +184,7 @@ class Diagonal(Quantity):
     def scaled(self, factor: float) -> dict[str, Tensor]:
         """Parameter name -> the sum times a factor, in the parameter's shape or by channels.
 
-        Zeros for what no pass has reached are of the dtype and on the device of the first parameter that one has.
+        Zeros for parameters that no pass has reached have the dtype and the device of the first parameter that was reached.
         """
         totals = self.totals
         like = next((total for total in totals if total.dim()), None)
@@ -205,14 +205,14 @@ class Diagonal(Quantity):
         return state
 
     def load(self, state: Mapping[str, Any]) -> None:
-        recent, settled = state["squares"], state.get("settled")  # sums of few passes only are not settled
+        recent, settled = state["squares"], state.get("settled")  # a state of few passes has nothing settled
         before = [None if settled is None else value.clone() for value in settled or recent]
-        # Nobody has counted the passes, which are as many as there may be.
+        # A state does not tell how many passes are recent, so that they count as the most that there may be.
         self._sums = [_Sum(r.clone(), PASSES_IN_SINGLE, s) for r, s in zip(recent, before, strict=True)]
 
 
 def _like(total: Tensor, other: Tensor | None) -> Tensor:
-    """A total, which takes another's dtype and device if it is a single zero."""
+    """A total; if it is a single zero, it takes the other's dtype and device."""
     is_nothing = other is not None and not total.dim() and not bool(total)
     return total.to(other) if is_nothing and other is not None else total
 

@@ -13,18 +13,18 @@ from torch_secorder.errors import ArgumentError
 from torch_secorder.model.channels import ChannelSums, channel_sums
 from torch_secorder.model.parameters import Table, named_modules
 
-# True for every entry of all parameters. Else parameter name -> nothing, for every entry, or the axis and the groups of its
-# :class:`~torch_secorder.model.channels.ChannelSums`, in whole numbers that a file can hold; others are left out.
+# True keeps every entry of all parameters. A mapping has the parameters that are kept: name -> an empty sequence for every entry,
+# or the axis and the groups of its :class:`~torch_secorder.model.channels.ChannelSums`, as integers that a file can hold.
 Layout = bool | Mapping[str, Sequence[int]]
 
 
 def layout_of(diagonal: DiagonalLayout, model: nn.Module, table: Table) -> bool | dict[str, list[int]]:
-    """What an argument ``diagonal=`` asks for, from patterns of names to "full", "rows" or "columns".
+    """What an argument ``diagonal=`` asks for, such as a mapping from patterns of names to "full", "rows" or "columns".
 
-    Of several patterns that a name matches the last one counts.
+    If a name matches several patterns, the last one counts.
 
     Raises:
-        ArgumentError: for anything else, a pattern that no parameter matches, or columns of what has none.
+        ArgumentError: for anything else, a pattern that no parameter matches, or columns of a parameter that has none.
     """
     if isinstance(diagonal, bool):
         return diagonal
@@ -58,11 +58,11 @@ def _sums(name: str, kind: str, module: nn.Module, shape: tuple[int, ...]) -> li
 
 
 def sums_in(layout: Layout, name: str) -> ChannelSums | None:
-    """The sums that are kept of a parameter; None if all of its entries are."""
+    """The sums that are kept for a parameter; None if all of its entries are kept."""
     numbers = () if isinstance(layout, bool) else layout[name]
     return ChannelSums(*numbers) if numbers else None
 
 
 def is_kept(layout: Layout, name: str) -> bool:
-    """Whether anything is kept of a parameter."""
+    """Whether anything is kept for a parameter."""
     return isinstance(layout, bool) or name in layout

@@ -1,4 +1,4 @@
-"""A function of the user's, called with every module's output and the gradient in it. Nothing is accumulated."""
+"""A user's function, called with every module's output and its gradient. Nothing is accumulated."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class OutputCallsPart(Part):
             return
         if (
             record.site.placement is None and record.site.name
-        ):  # The model's own output is where all samples are counted.
+        ):  # The model's own output is where the samples are counted.
             _require_one_axis(record, len(grad))
         axis = 0 if record.placement is None else record.placement.axis
         try:
@@ -36,7 +36,7 @@ class OutputCallsPart(Part):
 
 
 def _require_one_axis(record: Record, n: int) -> None:
-    """Raise if several axes of an output have as many entries as there are samples, since nothing else tells them apart."""
+    """Raise if several axes of an output are as long as there are samples, since nothing else tells them apart."""
     axes = [str(axis) for axis, size in enumerate(record.shape) if size == n]
     if n > 1 and len(axes) > 1:
         raise ShapeError(
@@ -46,7 +46,7 @@ def _require_one_axis(record: Record, n: int) -> None:
 
 
 class OutputCalls(Quantity):
-    """The quantity of a function of the user's, which has nothing to add, merge or save."""
+    """The quantity of a user's function, which has nothing to add, merge or save."""
 
     name: ClassVar[str] = "on_output"
     watches_outputs: ClassVar[bool] = True

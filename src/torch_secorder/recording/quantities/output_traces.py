@@ -21,9 +21,10 @@ class OutputNorms:
     """One call of a watched module.
 
     Attributes:
-        squared_norms: ``[n]``, of the gradients in its output; ``[1]``, their sum, where nothing says which sample is where.
-        by_sample: whether there is one for each sample.
-        moments: of the output.
+        squared_norms: the squared norms of the gradients in its output, ``[n]``; or only their sum, ``[1]``, where nothing says
+            which sample is where.
+        by_sample: whether there is one squared norm for each sample.
+        moments: the output's moments.
     """
 
     squared_norms: Tensor
@@ -80,7 +81,7 @@ class OutputTracesPart(Part):
         kept = ~bad.any(0)
 
         def without_bad(call: OutputNorms) -> OutputNorms:
-            # Of several batches in one pass, or where samples are not told apart, nobody knows which numbers to leave out.
+            # With several batches in one pass, or samples that are not told apart, nothing shows which numbers to leave out.
             known = call.by_sample and len(call.squared_norms) == len(kept)
             norms = call.squared_norms
             return replace(call, squared_norms=norms[kept.to(norms.device)] if known else norms[:1] * math.nan)

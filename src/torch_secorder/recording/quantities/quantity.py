@@ -1,4 +1,4 @@
-"""What a quantity has to say of itself."""
+"""The interface of a quantity and of its parts."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ class Part:
     def on_output(self, record: Record, grad: Tensor, by_sample: bool) -> None:
         """A watched module's output: its call, and the gradient in the output.
 
-        ``by_sample`` says that the gradient has an index for each sample first. If not, each of its numbers belongs to one
-        sample, and nothing says to which.
+        With ``by_sample``, the first axis of the gradient counts the samples. Without, each of its numbers belongs to one
+        sample, but nothing says to which.
         """
 
     def tensors(self) -> list[Tensor]:
-        """What is read on the host, to which it goes together with the squared norms when the pass is over."""
+        """The tensors that are read on the host; they go there together with the squared norms when the pass is over."""
         return []
 
     def with_tensors(self, tensors: Iterable[Tensor]) -> Self:
-        """The same with others in their place, which are in the same order."""
+        """The same part with other tensors in place of these, in the same order."""
         return self
 
     def scaled(self, factor: float) -> Self:
@@ -59,7 +59,7 @@ class Part:
             names: the parameters' names, for errors.
 
         Raises:
-            NonFiniteError: if such a sample can't be taken out any more.
+            NonFiniteError: if such a sample cannot be taken out any more.
         """
         return self
 
@@ -71,8 +71,8 @@ class Quantity(ABC):
         name: the argument that asks for it, and the property of the results that shows it.
         takes_forms: whether its parts are made of the parameters' gradients.
         watches_outputs: whether the outputs of all modules are hooked for it.
-        accumulates: whether results hold something of it.
-        torn: whether an addition in place was begun and not finished, so that nothing of it can be believed.
+        accumulates: whether results keep anything for it.
+        torn: whether an addition in place was begun and not finished, so that its numbers cannot be used.
     """
 
     name: ClassVar[str]
@@ -90,7 +90,7 @@ class Quantity(ABC):
 
         Args:
             names: the parameters, as in the quantity.
-            how: what the argument that asks for the quantity has become: True, or what of it is kept.
+            how: what the argument that asks for the quantity means: True, or which part of it is kept.
         """
         return Part()
 
@@ -101,12 +101,12 @@ class Quantity(ABC):
         Args:
             part: what :meth:`part` has collected.
             t: the squared norms of the gradients of l_n, ``[p, n]`` in float64.
-            scale: what the part's squares are multiplied by.
+            scale: the factor for the part's squares.
         """
 
     @abstractmethod
     def merge(self, other: Any) -> None:
-        """Add what another of this kind has accumulated, which stays as it is."""
+        """Add what another quantity of this kind has accumulated; the other one stays as it is."""
 
     @abstractmethod
     def state(self) -> dict[str, Any]:

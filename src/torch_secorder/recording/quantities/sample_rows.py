@@ -13,7 +13,7 @@ Id = str | int | None
 
 
 class SampleIds(Part):
-    """What the samples of one pass are called.
+    """The names of the samples of one pass.
 
     Attributes:
         ids: a name or a number for each.
@@ -30,8 +30,8 @@ class SampleRows(Quantity):
     """The squared norms of every sample, in the order of the backward passes.
 
     Attributes:
-        blocks: those of each pass, ``[n, p]``.
-        ids: what the samples of each pass are called, None for one without a name.
+        blocks: the squared norms of each pass, ``[n, p]``.
+        ids: the names of each pass's samples, None for a sample without a name.
     """
 
     name: ClassVar[str] = "per_sample"
