@@ -46,7 +46,7 @@ def transposed_convolution(module: Transposed, call: Call) -> Gradients:
 
 
 def _both_sides(module: Convolved) -> list[int]:
-    """How much is padded at both ends of each axis, the last axis first; of an odd number the larger part at the end."""
+    """How much is padded at both ends of each axis, the last axis first; the larger part of an odd number is at the end."""
     sides: list[int] = []
     for axis in reversed(range(len(module.kernel_size))):
         if isinstance(module.padding, str):
@@ -58,14 +58,14 @@ def _both_sides(module: Convolved) -> list[int]:
 
 
 def _with_bias(module: Convolved | Transposed, weight: Convolution, g: Tensor) -> Gradients:
-    # A sum that nobody wants would cost one more pass over the map; before a batch norm there is no bias.
+    # A convolution before a batch norm has no bias, whose sum would cost one more pass over the map.
     return {"weight": weight} if module.bias is None else {"weight": weight, "bias": sum_over(g.flatten(3), (1, 3))}
 
 
 def _of_each_sample(module: Convolved | Transposed, call: Call) -> tuple[Tensor, Tensor]:
-    """The input ``[n, r, channels, *map]`` and the output's gradient: one map for each sample, or all that it shares with others.
+    """The input ``[n, r, channels, *map]`` and the output's gradient, with r = 1 map for each sample.
 
-    A layer that was called without the samples, on a parameter for one, has a batch axis of its own.
+    A layer that was called without the samples, for instance on a parameter, has a batch axis of its own: r is its length.
     """
     x, g = call.argument(0, "input"), call.grad_output
     batched = len(module.kernel_size) + 2

@@ -19,5 +19,5 @@ def prelu(module: nn.PReLU, call: Call) -> Gradients:
 
 
 def along_slope(x: Tensor, g: Tensor) -> Tensor:
-    """What each element adds to the gradient of the slope that it is multiplied by below zero."""
+    """Each element's contribution to the gradient of the slope, which multiplies it if it is below zero."""
     return x.clamp(max=0) * g

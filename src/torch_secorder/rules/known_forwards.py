@@ -1,8 +1,8 @@
-"""Layers of other libraries that are known by their code, under whatever class name.
+"""Layers of other libraries that are recognized by their code, whatever their class is called.
 
 Model libraries write the same few layers again and again: transformers has more than a hundred copies of Llama's RMSNorm.
-Each function below named ``_code_of_...`` is such a layer's forward, statement by statement, and is only compared, never
-called. A module whose class has a forward of exactly that code gets the rule beneath it; any other goes through the
+Each function below named ``_code_of_...`` is such a layer's forward, statement by statement. It is only compared, never
+called. A module whose class has a forward of exactly that code gets the rule below it; any other module goes through the
 autograd graph.
 """
 

@@ -1,8 +1,8 @@
 """Rules for uses of a tensor that no module's forward explains: from a node of the autograd graph to per-sample gradients.
 
-A node rule is told the place, a node whose output has samples and the input of it that has none (a weight in F.linear, a
-position embedding where it is added to the tokens), and gives that input's gradient for every sample. A node without a rule
-is called with the gradient of each sample in turn.
+A node rule gets a place: a node whose output has samples, and one of its inputs that has none (a weight in F.linear, a
+position embedding where it is added to the tokens). It gives that input's gradient for every sample. A node without a rule is
+called with the gradient of each sample in turn.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ class NodeUse:
         node: the autograd node.
         index: which of its inputs the value is.
         shape: the value's shape.
-        output_shape: the node's output's.
+        output_shape: the shape of the node's output.
         placement: where the output has its samples.
-        n: how many samples.
-        memo: what the rules for several inputs of one node share.
+        n: the number of samples.
+        memo: intermediate results that the rules for several inputs of one node share.
     """
 
     node: Any
@@ -59,16 +59,16 @@ class NodeUse:
         return axis < lead or self.shape[axis - lead] == 1
 
     def vjp(self, g: Tensor) -> Tensor:
-        """The gradient of the value, as the node alone gives it: in the shape of what the value was broadcast to."""
+        """The gradient of the value as the node itself returns it, in the shape that the value was broadcast to."""
         if "at once" not in self.memo:
             self.memo["at once"] = node_vjp(self.node, [g])
         return self.found(self.memo["at once"])
 
     def found(self, results: Sequence[Tensor | None]) -> Tensor:
-        """The gradient of the value among those of all inputs.
+        """The gradient of the value, taken from the gradients of all inputs.
 
         Raises:
-            CoverageError: if the node doesn't compute it.
+            CoverageError: if the node does not compute it.
         """
         result = results[self.index]
         if result is None:
@@ -79,7 +79,7 @@ class NodeUse:
         return result.to_dense() if result.is_sparse else result
 
     def summed(self, product: Tensor) -> Tensor:
-        """``product``, shaped like the output, summed to ``[axis of samples, *shape]``: undoing the broadcast."""
+        """``product``, shaped like the output, summed to ``[axis of samples, *shape]``, which undoes the broadcast."""
         axis, lead = self.placement.axis, product.dim() - len(self.shape)
         sizes = [1] * lead + list(self.shape)
         axes = [d for d in range(product.dim()) if d != axis and sizes[d] == 1 != product.shape[d]]
@@ -97,11 +97,11 @@ class NodeRule:
 
     Attributes:
         kind: the name of such nodes.
-        function: from the place and the gradient of the node's output to that of the value.
-        when: the places where it holds.
-        reads: what it and ``when`` read of what the node saved.
-        many: whether it takes the gradients of all of the node's outputs.
-        calls: whether it calls the node.
+        function: from the place and the gradient of the node's output to the gradient of the value.
+        when: tells whether the rule holds at a place.
+        reads: the names of the saved values that ``function`` and ``when`` read.
+        many: whether the rule takes the gradients of all of the node's outputs.
+        calls: whether the rule calls the node.
     """
 
     kind: str
@@ -112,7 +112,7 @@ class NodeRule:
     calls: bool
 
     def holds(self, place: NodeUse) -> bool:
-        """Whether the rule is exact here, and this torch shows what it reads."""
+        """Whether the rule is exact here and this version of torch shows what it reads."""
         return knows(self.kind, *self.reads) and self.when(place)
 
 
@@ -137,7 +137,7 @@ def node_rule(
 
 
 def has_rule(place: NodeUse) -> bool:
-    """Whether a rule knows the gradients of all samples here at once."""
+    """Whether a rule gives the gradients of all samples here at once."""
     return _rule_at(place) is not None
 
 
@@ -162,7 +162,7 @@ def gradient_at(place: NodeUse, grads: Gradients, output: int) -> tuple[PerSampl
     Args:
         place: which value.
         grads: one for each output of the node.
-        output: the one that the place's placement is of.
+        output: the number of the output that ``place.placement`` describes.
     """
     name = place.node.name().removesuffix("Backward0").removesuffix("Backward").lower()
     rule = _rule_at(place)
@@ -214,10 +214,10 @@ def _alone(place: NodeUse, grads: Gradients, sample: int) -> list[Tensor | None]
 
 
 def in_rows(*indices: int) -> Callable[[NodeUse], bool]:
-    """For these inputs of nodes that have samples on the first axis of their output."""
+    """A condition for rules: these inputs, of nodes whose output has the samples on its first axis."""
     return lambda at: at.index in indices and at.placement.axis == 0
 
 
 def times(factor: float, g: Tensor) -> Tensor:
-    """A product with a number of the node's."""
-    return g if factor == 1 else g * factor  # In ten passes, needless copies cost a tenth of a plain step.
+    """The gradient times a factor."""
+    return g if factor == 1 else g * factor  # Over ten passes, needless copies cost a tenth of a plain step.

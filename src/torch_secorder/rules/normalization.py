@@ -21,16 +21,16 @@ from torch_secorder.rules.registry import Gradients, register_refusal, register_
 
 BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
 InstanceNorm = nn.InstanceNorm1d | nn.InstanceNorm2d | nn.InstanceNorm3d
-ANY_BATCH_NORM: Any = nn.BatchNorm1d.__base__  # Other libraries derive theirs from it, too.
+ANY_BATCH_NORM: Any = nn.BatchNorm1d.__base__  # Other libraries derive their batch norms from it, too.
 _SINGLE_OR_DOUBLE = (torch.float32, torch.float64)
-MODERATE = 16  # A mean of up to so many deviations costs few digits.
-LARGE, MANY = 2**14, 512  # numbers of a sample, rows of it
-ROWS = range(16, 2**17)  # elements of a channel: fewer fill no vector register, more lose digits in float32
+MODERATE = 16  # A mean of up to this many deviations costs few digits.
+LARGE, MANY = 2**14, 512  # how many numbers make a sample large, and how many of its rows are added up at once
+ROWS = range(16, 2**17)  # elements per channel: fewer fill no vector register, more lose digits in float32
 
 
 @register_rule(nn.LayerNorm, depends_on=("normalized_shape", "eps"))
 def layer_norm(module: nn.LayerNorm, call: Call) -> Gradients:
-    """Statistics of the last axes."""
+    """A norm by the statistics of the last axes."""
     x = _input(module, call, len(module.normalized_shape))
     if (statistics := _kept(call, x)) is not None:
         return _named(*_with_statistics(module.normalized_shape, x, call.grad_output, *statistics))
@@ -41,7 +41,7 @@ def layer_norm(module: nn.LayerNorm, call: Call) -> Gradients:
 
 @register_rule(nn.RMSNorm, depends_on=("normalized_shape", "eps"))
 def rms_norm(module: nn.RMSNorm, call: Call) -> Gradients:
-    """The root mean square of the last axes."""
+    """A norm by the root mean square of the last axes."""
     x = _input(module, call, len(module.normalized_shape))
     normalized = F.rms_norm(x, module.normalized_shape, None, module.eps)
     return {"weight": _over_positions(module, call.grad_output * normalized)}
@@ -49,7 +49,7 @@ def rms_norm(module: nn.RMSNorm, call: Call) -> Gradients:
 
 @register_rule(nn.GroupNorm, depends_on=("num_groups", "eps"))
 def group_norm(module: nn.GroupNorm, call: Call) -> Gradients:
-    """Statistics of each sample's groups of channels."""
+    """A norm by the statistics of each sample's groups of channels."""
 
     def gradients(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
         return over_channels(F.group_norm(x, module.num_groups, None, None, module.eps), g)
@@ -59,7 +59,7 @@ def group_norm(module: nn.GroupNorm, call: Call) -> Gradients:
 
 @register_rule(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 def instance_norm(module: InstanceNorm, call: Call) -> Gradients:
-    """Statistics of each sample's channels, or running ones in eval mode with ``track_running_stats``."""
+    """A norm by the statistics of each sample's channels, or by running ones in eval mode with ``track_running_stats``."""
     x = _input(module, call, 1)
     expected = {nn.InstanceNorm1d: 3, nn.InstanceNorm2d: 4, nn.InstanceNorm3d: 5}
     dims = next(dims for kind, dims in expected.items() if isinstance(module, kind))
@@ -77,13 +77,13 @@ def instance_norm(module: InstanceNorm, call: Call) -> Gradients:
 
 @register_rule(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 def batch_norm(module: BatchNorm, call: Call) -> Gradients:
-    """With running statistics it is an affine map; without, the module is refused in forward."""
+    """With running statistics a batch norm is an affine map; without them, the module is refused in forward."""
     return _of_each_sample(partial(_running, module), call, _input(module, call, 1), own_batch=call.batch_axis is None)
 
 
 @register_refusal(ANY_BATCH_NORM)
 def batch_statistics(module: BatchNorm) -> CurvatureError | None:
-    """Whether a BatchNorm normalizes with the whole batch, frozen or not, with parameters or without."""
+    """The refusal of a BatchNorm that normalizes with the whole batch, frozen or not, with parameters or without; else None."""
     if not module.training and module.running_mean is not None:
         return None
     state = "in training mode" if module.training else "without running statistics"
@@ -97,18 +97,18 @@ def _input(module: nn.Module, call: Call, trailing: int) -> Tensor:
     x: Tensor = call.argument(0, "x" if isinstance(module, nn.RMSNorm) else "input")
     if x.dim() <= trailing:
         raise ShapeError(f"a {type(module).__name__} got an input of shape {tuple(x.shape)}, without a batch axis")
-    # Autocast widens the inputs of most norms on accelerators, so that what comes out is wider than what was passed.
+    # Autocast widens the inputs of most norms on accelerators, so the output has a wider dtype than the input.
     return x.to(torch.promote_types(x.dtype, call.grad_output.dtype))
 
 
 def _kept(call: Call, x: Tensor) -> tuple[Tensor, Tensor] | None:
-    """The statistics that the layer norm under way kept of its input, if that is ``x``: to autograd they are constants."""
+    """The statistics that the running layer norm's node saved, if its input is ``x``; autograd takes them for constants."""
     node, g = call.node, call.grad_output
     if torch.is_grad_enabled() or node is None or node.name() != "NativeLayerNormBackward0":
         return None
     if g.dtype != x.dtype or g.dtype not in _SINGLE_OR_DOUBLE:
         return None
-    # What hooks keep may be fetched once only.
+    # Tensors that saved-tensor hooks keep may be fetched only once.
     if not knows(node.name(), "input", "mean", "scale") or has_packed_tensors(node) is not False:
         return None
     same = saved(node, "input")
@@ -123,8 +123,8 @@ def _with_statistics(shape: Sequence[int], x: Tensor, g: Tensor, mean: Tensor, s
     x, g, mean, scale = (value.reshape(n, -1, last) for value, last in ((x, size), (g, size), (mean, 1), (scale, 1)))
     if x[0].numel() < LARGE or not profile_of(x.device).has_caches:
         return ((x - mean).mul_(scale).mul_(g)).sum(1).view(n, *shape), g.sum(1).view(n, *shape)
-    # torch's own gradient reads x and g once and writes nothing else; it adds up in the order of the rows, too many of
-    # which would cost digits.
+    # torch's own gradient reads x and g once and writes only the sums. It adds up row after row, so that too many rows would
+    # cost digits.
     own, like = torch.ops.aten.native_layer_norm_backward, x.new_empty(size)
     weight, bias = x.new_zeros(2, n, size)
     for start in range(0, x.shape[1], MANY):
@@ -137,7 +137,7 @@ def _with_statistics(shape: Sequence[int], x: Tensor, g: Tensor, mean: Tensor, s
 
 
 def _over_positions(module: Any, value: Tensor) -> Tensor:
-    """The sum over the axes between the batch and those that a parameter is for."""
+    """The sum over the axes between the batch axis and the normalized axes."""
     return value.reshape(value.shape[0], -1, *module.normalized_shape).sum(1)
 
 
@@ -146,7 +146,7 @@ def _of_each_sample(
 ) -> dict[str, Tensor]:
     """Gradients from inputs ``[n, channels, ...]``, or ``[n, b, channels, ...]`` of a layer with a batch axis of its own.
 
-    A layer has one if it was called without the samples, on a parameter for one.
+    A layer has its own batch axis if it was called without the samples, for instance on a parameter.
     """
     if not own_batch:
         return _named(*gradients(x, call.grad_output))
@@ -174,11 +174,12 @@ def over_channels(normalized: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def with_running(x: Tensor, g: Tensor, mean: Tensor, variance: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The same for an input that is normalized by statistics which are none of its own."""
+    """The same gradients for an input that is normalized by other statistics than its own."""
     if _in_one_pass(x, g):
         return _as_torch_does(x, g, mean, variance, eps)
     deviation = (variance + eps).sqrt() if g.device.type == "cpu" else None
-    # An accelerator would have to be asked which way is better. There, the first one takes fewer calls, and is always right.
+    # On an accelerator the host would have to wait to learn which way is better. The first way takes fewer calls there, and is
+    # always right.
     if deviation is None or torch.is_grad_enabled() or bool((mean.abs() > MODERATE * deviation).any()):
         x, g = at_least_float32(x), at_least_float32(g)
         return over_channels(F.batch_norm(x, mean, variance, None, None, False, 0.0, eps), g)
@@ -188,16 +189,16 @@ def with_running(x: Tensor, g: Tensor, mean: Tensor, variance: Tensor, eps: floa
 
 
 def _in_one_pass(x: Tensor, g: Tensor) -> bool:
-    """Whether :func:`_as_torch_does` may be asked, and is fast."""
+    """Whether :func:`_as_torch_does` applies and is fast."""
     if torch.is_grad_enabled() or g.device.type != "cpu" or x.dtype != g.dtype or g.dtype not in _SINGLE_OR_DOUBLE:
         return False
     return math.prod(g.shape[2:]) in ROWS and x.is_contiguous() and g.is_contiguous()
 
 
 def _as_torch_does(x: Tensor, g: Tensor, mean: Tensor, variance: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The gradient that torch has for a batch norm, with every sample's channels as channels of one sample.
+    """torch's own gradient of a batch norm, called with every sample's channels as channels of one sample.
 
-    It reads x and g once and writes nothing, where a product and two sums go through main memory four times.
+    It reads x and g once and writes only the sums; a product and two sums would go through main memory four times.
     """
     n, channels = g.shape[:2]
     mean, variance = (value.to(g.dtype).expand(n, -1).flatten() for value in (mean, variance))

@@ -13,8 +13,8 @@ from torch_secorder.batch_axis.placement import Layout
 from torch_secorder.per_sample import Outer, PerSampleGradient, SharedFactor, sign_vectors, sum_over
 from torch_secorder.rules.node_rules import Gradients, NodeUse, node_rule
 
-# By how much gates that oneDNN kept may differ from ours. They are exact to a few 1e-7, and numbers that are not the gate
-# that is expected are off by far more, most of them.
+# How much gates that oneDNN kept may differ from computed ones. They are exact to a few 1e-7; numbers that are not the expected
+# gate are nearly all off by far more.
 TOLERANCE = 1e-5
 SIGMOID, TANH = torch.ops.aten.sigmoid_backward, torch.ops.aten.tanh_backward
 
@@ -39,7 +39,7 @@ SIGMOID, TANH = torch.ops.aten.sigmoid_backward, torch.ops.aten.tanh_backward
     many=True,
 )
 def lstm_layer(at: NodeUse, grads: Gradients) -> PerSampleGradient | Tensor:
-    """One direction of one layer of an LSTM: weights and biases are shared by the steps."""
+    """One direction of one layer of an LSTM, whose weights and biases are shared by the steps."""
     if "layer" not in at.memo:
         layer = _Layer(at.node)
         at.memo["layer"] = layer, SharedFactor(layer.gate_gradients(grads).transpose(0, 1)[:, None])
@@ -59,12 +59,12 @@ def _is_plain_lstm(at: NodeUse) -> bool:
 
 
 def _over(value: Tensor) -> Tensor | None:
-    """Where a result goes: over a value that is needed no more, or to a new place if a graph needs all values."""
+    """Where a result is written: over a value that is no longer needed, or to a new tensor if a graph needs all values."""
     return None if torch.is_grad_enabled() else value
 
 
 def _through(derivative: Any, g: Tensor, y: Tensor, out: Tensor | None) -> Tensor:
-    """``g`` times the derivative of a nonlinearity with value ``y``, in one go: ``y (1 - y)``, ``1 - y ** 2``."""
+    """``g`` times the derivative of a nonlinearity with value ``y``, ``y (1 - y)`` or ``1 - y ** 2``, in one operation."""
     found: Tensor = derivative(g, y) if out is None else derivative.grad_input(g, y, grad_input=out)
     return found
 
@@ -74,7 +74,7 @@ def _vanishes(difference: Tensor, size: Tensor | float = 1.0) -> bool:
 
 
 class _Layer:
-    """What the forward of a layer left behind, its steps in the order in which they were taken.
+    """What the forward of a layer left behind, with the steps in the order in which they were taken.
 
     Attributes:
         x: inputs, ``[t, n, i]``.
@@ -86,7 +86,7 @@ class _Layer:
         self._node = node
         self.x, self.out = self._in_order(saved(node, "input")), self._in_order(saved(node, "output"))
         h0 = saved(node, "h0").view_as(self.out[0])
-        # (Samples come first in memory: products over one sample's steps are faster then.)
+        # Samples come first in memory, which makes products over one sample's steps faster.
         self.h = torch.cat([h0[:, None], self.out[:-1].transpose(0, 1)], 1).transpose(0, 1)
 
     def _in_order(self, value: Tensor) -> Tensor:
@@ -96,7 +96,7 @@ class _Layer:
         """Gradients of the gates before their nonlinearities, ``[t, n, 4 h]``.
 
         A loop over the steps gives the cells and another one the gradients, as in Hochreiter and Schmidhuber (1997), "Long
-        short-term memory"; neither is needed where oneDNN's own forward and backward left what the loops find.
+        short-term memory". Neither is needed if oneDNN's own forward and backward left behind what the loops would find.
         """
         kept = gates_in_workspace(self._node)
         if kept is not None and (left := left_by_backward(self._node)) is not None:
@@ -110,7 +110,7 @@ class _Layer:
         return self._backwards(factors, to_cell, grads)
 
     def _gates(self, steps: slice = slice(None), samples: slice = slice(None)) -> Tensor:
-        """Input, forget, cell and output gates, ``[t, n, 4, h]``, of all steps at once, whose hidden states are known."""
+        """Input, forget, cell and output gates, ``[t, n, 4, h]``, computed for all steps at once from the known hidden states."""
         node, x, h = self._node, self.x[steps, samples], self.h[steps, samples]
         w_ih, w_hh = saved(node, "w_ih"), saved(node, "w_hh")
         with_bias = saved(node, "has_biases")
@@ -122,16 +122,16 @@ class _Layer:
         return torch.stack(gates, 2) if torch.is_grad_enabled() else z
 
     def _ends_with_ours(self, gates: Tensor) -> bool:
-        """Whether the last sample's gates of the last step are those that are computed, which hidden states can't tell.
+        """Whether the last sample's gates at the last step equal computed ones.
 
-        Input and cell gates might have changed places.
+        The hidden states cannot show that, since input and cell gates might have changed places.
         """
         return _vanishes(self._gates(slice(-1, None), slice(-1, None)) - gates[-1:, -1:])
 
     def _at_once(self, gates: Tensor, left: AfterBackward, grads: Gradients) -> Tensor | None:
-        """All steps' gradients from what was left behind, or None if that doesn't follow from them.
+        """All steps' gradients from what oneDNN left behind, or None if the two do not fit together.
 
-        What a step sends back is a product with its gates' gradients: of all of them, along one direction, it has to be right.
+        Each step sends back a product with its gates' gradients, which is checked along one direction for all of them.
         """
         dh_sent, dc_sent = left.to_hidden, left.to_cell
         factors, to_cell, agree = self._factors(gates, left.cells)
@@ -158,10 +158,11 @@ class _Layer:
         return g_out, g_h, g_c
 
     def _factors(self, gates: Tensor, known: Tensor | None = None) -> tuple[Tensor, Tensor, bool]:
-        """What gradients are multiplied by on their way back through a step, and whether gates agree with hidden states.
+        """The factors of gradients on their way back through a step, and whether gates agree with hidden states.
 
-        That of ``c_t`` on its way to ``c_{t-1}`` and the gates i, f and u, and that of ``h_t`` to the gate o, ``[t, n, 5, h]``;
-        that of ``h_t`` to ``c_t``, ``[t, n, h]``. Where cells are known there is no way step by step, nor the first factor.
+        The first tensor, ``[t, n, 5, h]``, has the factors from ``c_t`` to ``c_{t-1}`` and to the gates i, f and u, and from
+        ``h_t`` to the gate o. The second, ``[t, n, h]``, has those from ``h_t`` to ``c_t``. If the cells are known, no loop over
+        the steps follows, and the factor to ``c_{t-1}`` is not filled in.
         """
         (i, f, u, o), out = gates.unbind(2), self.out
         t, n, width = out.shape
@@ -185,7 +186,7 @@ class _Layer:
         return factors, to_cell, agree
 
     def _cells(self, cells: Tensor, entering: Tensor, f: Tensor) -> tuple[Tensor, Tensor]:
-        """The cells before and after each step, ``[t, n, h]``, in a place for ``[t + 1, n, h]`` of them."""
+        """The cells before and after each step, ``[t, n, h]`` each, computed in the memory of ``cells``, ``[t + 1, n, h]``."""
         found = [saved(self._node, "c0").view_as(cells[0])]
         for new, kept in zip(entering.unbind(), f.unbind(), strict=True):
             found.append(torch.addcmul(new, kept, found[-1], out=_over(new)))
@@ -195,7 +196,7 @@ class _Layer:
         return cells[:-1], cells[1:]
 
     def _backwards(self, factors: Tensor, to_cell: Tensor, grads: Gradients) -> Tensor:
-        """The way back through the steps; factors become gradients."""
+        """The gate gradients, by a loop back through the steps that turns the factors into gradients."""
         g_out, g_h, g_c = self._arriving(grads)
         dh, dc = g_out[-1] + g_h, torch.zeros_like(g_out[-1]) + g_c
         w_hh, arriving, to_cells = saved(self._node, "w_hh"), g_out.unbind(), to_cell.unbind()

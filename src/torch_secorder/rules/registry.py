@@ -40,8 +40,8 @@ class Rule:
         name: what the report's ``rule`` column says.
         function: the rule itself.
         layer: the class that it was written for.
-        depends_on: the attributes that it reads of a module; None if that is not known. Calls of modules that agree in them, in
-            their shapes and in their parameters' shapes can be put together into one.
+        depends_on: the attributes that the rule reads from a module; None if that is not known. Calls of modules that agree in
+            these attributes, in their shapes and in their parameters' shapes can be computed together.
     """
 
     name: str
@@ -94,9 +94,10 @@ def register_rule(
 
     Args:
         layers: module classes.
-        name: what the report calls it; the function's name by default.
-        depends_on: the attributes of the module that the rule reads, its parameters' shapes aside, if it reads those only and
-            one tensor: then small calls of several modules are put together, which saves time. By default none are.
+        name: the rule's name in the report; the function's name by default.
+        depends_on: the attributes of the module that the rule reads, besides its parameters' shapes, if it reads nothing else
+            and one input tensor. Small calls of several modules are then computed together, which saves time. By default they
+            are not.
         shapes: for parameters that hold packed codes of a weight, a function from the module to the weights' shapes by the
             parameters' names. Gradients, the report and the diagonal have these shapes then.
 
@@ -162,7 +163,7 @@ def register_refusal(*layers: type[nn.Module]) -> Callable[[Refusal], Refusal]:
 
 
 def refusal_for(kind: type) -> Callable[[Any], CurvatureError | None] | None:
-    """What has to be asked before each call of a module of this class."""
+    """The function that must run before each call of a module of this class, if there is one."""
     return next((_refusals[layer] for layer in kind.__mro__ if layer in _refusals), None)
 
 
@@ -188,7 +189,7 @@ def rule_for(module: nn.Module) -> Rule | str:
 
 
 def _code(function: Any) -> Hashable:
-    """What is the same for two functions that were written the same; None for what is not a plain function."""
+    """A key that is equal for two functions with the same code; None if it is not a plain function."""
     code = getattr(function, "__code__", None)
     if code is None or function.__defaults__ or function.__kwdefaults__ or function.__closure__:
         return None
@@ -205,13 +206,13 @@ def _rule_by_code(kind: type[nn.Module], module: nn.Module) -> Rule | None:
     names = written.__code__.co_names  # global names, and those of attributes
     same_globals = all(forward.__globals__.get(name) is written.__globals__.get(name) for name in names)
     above = kind.__mro__[: kind.__mro__.index(nn.Module)]
-    special = {"__call__", "__getattr__", "__getattribute__", *names}  # as properties they would be somebody's own
+    special = {"__call__", "__getattr__", "__getattribute__", *names}  # as properties these would compute something else
     plain = special.isdisjoint(name for cls in above for name in vars(cls))
     return Rule(function.__name__, function, kind) if same_globals and plain and _owns(module, parameters) else None
 
 
 def _owns(module: nn.Module, parameters: Sequence[str]) -> bool:
-    """Whether these are all the parameters that a module has, or computes from others."""
+    """Whether these are all the parameters that a module owns."""
     return {name for name, p in module._parameters.items() if p is not None} == set(parameters)
 
 

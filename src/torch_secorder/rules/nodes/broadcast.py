@@ -20,7 +20,7 @@ def prelu(at: NodeUse, g: Tensor) -> Tensor:
 
 
 def _repeats_samples(at: NodeUse) -> bool:
-    """Whether no sample has a part of a repetition only."""
+    """Whether every sample has whole repetitions."""
     whole = at.placement.layout is Layout.BLOCKS and saved(at.node, "times")[at.placement.axis] % at.n == 0
     return at.is_broadcast or whole
 
@@ -59,8 +59,8 @@ def expand(at: NodeUse, g: Tensor) -> Tensor:
     return at.summed(g)
 
 
-# Nodes that compute entry by entry, and the inputs whose gradients they leave in the output's shape: what was broadcast is
-# summed by autograd afterwards.
+# Nodes that compute entry by entry, and the inputs whose gradients they return in the output's shape; autograd sums over what
+# was broadcast afterwards.
 BY_ENTRIES: dict[str, tuple[int, ...]] = {
     "DivBackward0": (0, 1),
     "DivBackward2": (0, 1),
@@ -89,7 +89,7 @@ def _broadcasts(inputs: tuple[int, ...], at: NodeUse) -> bool:
 def by_entries(at: NodeUse, g: Tensor) -> Tensor | None:
     """A value that is broadcast along the batch, from one call of the node with the gradients of all samples.
 
-    It is None if a version of torch sums this gradient in the node itself, over the samples too.
+    The result is None if the node itself sums this gradient over the samples, as in some versions of torch.
     """
     found = at.vjp(g)
     return at.summed(found) if found.shape == at.output_shape else None

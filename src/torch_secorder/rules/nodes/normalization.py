@@ -26,10 +26,10 @@ def layer_norm(at: NodeUse, g: Tensor) -> Tensor:
 
 @node_rule("FusedRmsNormBackward0", lambda at: at.index == 1 and at.is_broadcast, reads=("input", "shape", "scale"))
 def rms_norm(at: NodeUse, g: Tensor) -> Tensor:
-    """The weight of a root mean square norm, for which GPUs have one kernel; elsewhere it consists of other nodes."""
+    """The weight of a root mean square norm, which is one node on GPUs; elsewhere the norm consists of other nodes."""
     x, size = at_least_float32(saved(at.node, "input")), len(saved(at.node, "shape"))
     scale = saved(at.node, "scale").reshape(*x.shape[:-size], *[1] * size)
-    if torch.is_grad_enabled():  # To autograd the saved scale is a constant, as in ``_normalized``.
+    if torch.is_grad_enabled():  # Autograd takes the saved scale for a constant, as in ``_normalized``.
         square = x.square().mean(tuple(range(-size, 0)), keepdim=True)
         scale = (square + (scale.reciprocal().square() - square).detach()).rsqrt()
     return at.summed(g * (x * scale))
@@ -47,9 +47,10 @@ def group_norm(at: NodeUse, g: Tensor) -> Tensor:
 
 
 def _normalized(x: Tensor, mean: Tensor, scale: Tensor, axes: tuple[int, ...]) -> Tensor:
-    """``x`` less its mean over these axes, and times its scale, which are the statistics that a node saved of it.
+    """``x`` minus its mean over these axes, times its scale, with the statistics that a node saved.
 
-    To autograd they are constants, so that a graph needs the input's own. What those differ by is the norm's eps.
+    Autograd takes saved statistics for constants. If a graph is needed, the input's own ones replace them; the two scales
+    differ by the norm's eps.
     """
     if torch.is_grad_enabled():
         mean, variance = x.mean(axes, keepdim=True), x.var(axes, unbiased=False, keepdim=True)

@@ -24,7 +24,7 @@ def _times_columns(g: Tensor, x: Tensor, shape: tuple[int, ...]) -> Outer:
 
 
 def _is_factor(at: NodeUse, left: int) -> bool:
-    """Whether a value is the left factor, which is that input, of samples in columns, or the right one of samples in rows."""
+    """Whether a value is the left factor (input ``left``) with samples in columns, or the right one with samples in rows."""
     axis = at.placement.axis - (len(at.output_shape) - 2)
     return (at.index, axis) in ((left, 1), (left + 1, 0))
 
@@ -69,16 +69,16 @@ def mv(at: NodeUse, g: Tensor) -> Tensor:
 
 
 def _is_stack(at: NodeUse) -> bool:
-    """Whether a value is a stack of matrices of which each row of the other factor multiplies one."""
+    """Whether a value is a stack of matrices, one of which multiplies each row of the other factor."""
     return in_rows(1)(at) and len(at.shape) == 3 and len(at.output_shape) == 2
 
 
 @node_rule("GroupedMmBackward0", _is_stack, reads=("left", "ends"))
 def grouped_mm(at: NodeUse, g: Tensor) -> PerSampleGradient:
-    """The rows of a matrix times a stack of matrices, each of which gets a run of them, as experts do."""
+    """The rows of a matrix times a stack of matrices, each of which multiplies a run of rows, as experts do."""
     ends, rows = saved(at.node, "ends").long(), torch.arange(len(g), device=g.device)
     matrix = torch.searchsorted(ends, rows, right=True)
-    used = (matrix < len(ends)).nonzero().squeeze(1)  # What lies behind the last end is multiplied by nothing.
+    used = (matrix < len(ends)).nonzero().squeeze(1)  # Rows behind the last end are multiplied by nothing.
     x = saved(at.node, "left").to(g.dtype)
     return Routed(g[used], x[used], matrix[used], used, len(g), at.shape)
 

@@ -40,8 +40,8 @@ class _Lookup:
 
     Attributes:
         first: the first of these axes.
-        axes: how many they are.
-        ids: of each entry that is read, its number along these axes taken together.
+        axes: the number of these axes.
+        ids: for each entry that is read, its number along these axes taken together.
     """
 
     first: int
@@ -50,7 +50,7 @@ class _Lookup:
 
 
 def _lookup(at: NodeUse) -> _Lookup | None:
-    """What an indexing by whole numbers along neighboring axes reads; None for any other."""
+    """What an indexing by integers along neighboring axes reads; None for any other indexing."""
     if at.node.name() == "IndexSelectBackward0":
         ids: Tensor = saved(at.node, "index")
         return _Lookup(saved(at.node, "axis") % len(at.shape), 1, ids) if ids.dim() == 1 else None
