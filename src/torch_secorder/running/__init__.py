@@ -1,1 +1,1 @@
-"""A model that the library runs itself: batches in, squared norms of per-sample gradients out, nothing of the user's changed."""
+"""The library runs a model itself: batches go in, per-sample squared norms come out, and the model stays as it was."""

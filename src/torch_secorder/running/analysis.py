@@ -1,4 +1,4 @@
-"""What the one-call functions share: batches in, per-sample squared norms out, with nothing of the user's changed."""
+"""What the one-call functions share: batches go in, per-sample squared norms come out, and the user's model stays as it was."""
 
 from __future__ import annotations
 
@@ -50,8 +50,9 @@ class Batch:
         random: whether the forward drew random numbers.
         where: where its samples are in the inputs, outputs and targets.
         fingerprint: a hash of the graph, equal for graphs of the same kind.
-        reduction: how the loss combines samples, where that was found out.
-        loss_inside: whether the model computes the loss, so that no output has a row for each sample that it depends on.
+        reduction: how the loss combines samples, if that was determined.
+        loss_inside: whether the model computes the loss itself, so that the outputs which the loss depends on have no row for
+            each sample.
     """
 
     samples: SampleNorms
@@ -69,16 +70,16 @@ class Analysis:
     Args:
         model: the user's model.
         parameters: as in FisherMonitor.
-        words: what the user says of where the samples are.
-        create_graph: make the norms differentiable.
-        keeps: what is taken besides squared norms, as the arguments ``diagonal=`` and so on ask for it.
+        words: what the user says about where the samples are.
+        create_graph: whether the norms are differentiable.
+        keeps: what is kept besides squared norms, as the arguments ``diagonal=`` and so on ask for it.
         max_memory: as in FisherMonitor.
         checks: whether samples are checked after the batch.
 
     Attributes:
         knowledge: what is known about where the model's samples are.
-        keeps: the same for the parameters that this model has.
-        trusts_shapes: whether shapes that allow one reading only are believed.
+        keeps: the argument ``keeps``, resolved for this model's parameters.
+        trusts_shapes: whether shapes that allow only one reading are trusted.
     """
 
     def __init__(
@@ -100,18 +101,18 @@ class Analysis:
         with lock_of(self.model):
             self.table = ParameterTable(self.model, parameters)
             self.table.gather(self.model)
-        # Others are left alone where ranks gather them anew for each call, and where the result is differentiated, maybe in them.
+        # The other parameters are not frozen if ranks gather them for each call, or if the result may be differentiated in them.
         self._others = FrozenOthers(self.model, self.table, allowed=not (self.table.sharded or create_graph))
         self.keeps = kept(keeps or {}, self.model, self.table)
         self._passes = PassOptions(wanted(self.keeps), max_memory=max_memory)
         checks = checks and not create_graph
         self.knowledge = knowledge_of(self.model, words, checks=checks)
         # Nothing is verified with create_graph, whose result would keep the check's graph alive, nor on several ranks, where one
-        # rank's failure can't make the others repeat the batch; so shapes are not believed there.
+        # rank's failure cannot make the others repeat the batch; so shapes are not trusted there.
         self.trusts_shapes = self.knowledge.trusts_shapes and checks and not self.table.ranks.distributed
         with lock_of(self.model), self.differentiable():
             self._plan = planned(self.model, self.table, words, self._passes.quantities)
-        self._fingerprint = 0  # that of the latest batch's graph
+        self._fingerprint = 0  # of the latest batch's graph
 
     def empirical(
         self,
@@ -121,15 +122,15 @@ class Analysis:
         *,
         checked: Checked = "always",
     ) -> Batch:
-        """Squared norms of g_n.
+        """The squared norms of the samples' gradients g_n.
 
         Args:
             loss_fn: from ``(outputs, targets)`` to a scalar.
             inputs: a batch.
             targets: whatever the loss takes.
-            checked: whether the caller is going to check the batch. "when due" asks the schedule, as soon as the forward has
-                shown what kind of graph this is. The outputs of a batch that isn't checked are gone before the backward pass,
-                which is when memory is scarcest.
+            checked: whether the caller is going to check the batch. "when due" leaves that to the schedule, once the forward has
+                shown what kind of graph this is. The outputs of a batch that is not checked are freed before the backward
+                pass, when memory is scarcest.
         """
         analyze = partial(self._empirical, loss_fn, inputs, targets, checked)
         return self._others.without_cuts(analyze, lambda batch: batch.samples.reached, lambda: self._fingerprint)
@@ -167,7 +168,7 @@ class Analysis:
     def _loss_of_samples(
         self, loss_fn: LossFunction, inputs: Any, targets: Any, where: BatchSamples, random: bool, samples: list[int]
     ) -> Tensor:
-        """The loss that the model computes for some samples of a batch, without what it draws at random in training."""
+        """The loss that the model computes for some samples of a batch; in eval mode if it draws random numbers in training."""
         if where.takes_no_rows:
             raise ArgumentError("rows of its inputs are not samples, so that it can't be given some of them")
         with ExitStack() as stack:
@@ -192,9 +193,9 @@ class Analysis:
         Args:
             kind: which Fisher.
             inputs: a batch.
-            targets: its targets, for labels that are observed or ignored.
-            generator: for labels that are drawn.
-            counted: given how many backward passes there are and what they start with; returns the latter.
+            targets: its targets, for observed labels and for positions to ignore.
+            generator: draws the labels of the sampled Fisher.
+            counted: gets the number of backward passes and the gradients that they start with, and returns the gradients.
         """
         analyze = partial(self._fisher, kind, inputs, targets, generator, counted)
         return self._others.without_cuts(analyze, lambda samples: samples.reached, lambda: self._fingerprint)
@@ -231,23 +232,23 @@ class Analysis:
             return Batch(samples, mapped(Tensor.detach, outputs), run.random, run.samples, run.fingerprint)
 
     def _is_checked(self, checked: Checked, loss_fn: Callable[..., Any], fingerprint: int) -> bool:
-        """Whether a batch is checked, on all ranks that hold the model together if on one."""
+        """Whether a batch is checked; ranks that hold the model together check it if one of them does."""
         if checked == "never":
             return False
         due = bool(self.table.ranks.max_over_ranks(self.knowledge.schedule.due(loss_fn, fingerprint)))
         return due or checked == "always"
 
     def is_due(self, function: Callable[..., Any]) -> bool:
-        """Whether what is found of a function of the latest batch's outputs is to be checked, on any rank."""
+        """Whether the result for a function of the latest batch's outputs is due for a check, on any rank."""
         return self._is_checked("when due", function, self._fingerprint)
 
     def forget_shapes(self) -> None:
-        """Believe no shapes from now on."""
+        """Trust no shapes from now on."""
         self.knowledge.forget_shapes()
         self.trusts_shapes = False
 
     def differentiable(self) -> AbstractContextManager[None]:
-        """All analyzed parameters require a gradient inside, but those that hold codes and can't; no others do, if possible."""
+        """A block in which the analyzed parameters require a gradient, except quantized ones, and if possible no others do."""
         quantized = {id(self.table.tensors[position]) for position in self.table.quantized}
         analyzed = {id(p): p for p in (*self.table.tensors, *self.table.leaves) if id(p) not in quantized}
         return requiring_grad(analyzed.values(), self._others.parameters())
@@ -255,13 +256,13 @@ class Analysis:
     @contextmanager
     def _prepared(self) -> Iterator[HookedForward]:
         with restoring_buffers(self.model), torch.enable_grad(), self.differentiable():
-            # Made here, where frozen parameters have leaves in the graph, too.
+            # The run is made here, where frozen parameters have leaves in the graph, too.
             run = HookedForward(
                 *(self.table, self._plan, self.knowledge, self._passes),
                 create_graph=self._create_graph,
                 trust_shapes=self.trusts_shapes,
             )
-            # The run is left twice: an interrupt at the first instruction of its __exit__ is one that __exit__ itself can't help.
+            # The run is exited twice, since its __exit__ cannot handle an interrupt at its own first instruction.
             with restoring(run.__exit__), run:
                 yield run
         self._fingerprint = run.fingerprint

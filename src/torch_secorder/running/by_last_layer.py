@@ -1,9 +1,9 @@
-"""The exact Fisher in two parts: that of a model's last layer, which is cheap, and that of what comes before it.
+"""The exact Fisher in two parts: that of a model's last layer, which is cheap, and that of the layers before it.
 
-For outputs ``f_n = M^T h_n + b``, the seeds s of a sample, with ``sum_s s s^T = A_n``, have gradients ``h_n s^T`` in the last
-layer's matrix and s in its bias. The sum of their squared norms is ``tr A_n (||h_n||^2 + 1)``, which takes no seed by itself.
-What comes before depends on ``B_n = M A_n M^T`` alone, so that any roots of it will do, and as many as the layer has inputs
-suffice.
+For outputs ``f_n = M^T h_n + b``, the output gradients s of a sample, with ``sum_s s s^T = A_n``, give the gradients ``h_n s^T``
+of the last layer's matrix and s of its bias. The sum of their squared norms is ``tr A_n (||h_n||^2 + 1)``, for which no s has to
+be computed. The layers before depend only on ``B_n = M A_n M^T``, so any square roots of it will do, and as many as the layer
+has inputs suffice.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from torch import Tensor
 
 from torch_secorder.likelihoods import LastLayer, Likelihood
 
-# How many bytes the roots of all samples may take, and those of the seeds that they are computed from at once.
+# How many bytes the roots of all samples may take, and how many the output gradients that they are computed from at once.
 MOST_OF_ROOTS, MOST_AT_ONCE = 2**28, 2**26
 
-# Up to so many seeds a product of each with the matrix costs less than reading and writing what takes its place.
+# Up to this many output gradients, a product of each with the matrix costs less than the memory traffic of the alternative.
 FEW_CLASSES = 128
 
 
 @dataclass(frozen=True)
 class ExactByLastLayer:
-    """What the two parts depend on.
+    """The quantities that the two parts depend on.
 
     Attributes:
         traces: ``tr A_n``, ``[n]``.
@@ -39,9 +39,9 @@ class ExactByLastLayer:
 
     @classmethod
     def of(cls, likelihood: Likelihood, outputs: Tensor, last_layer: LastLayer) -> ExactByLastLayer:
-        """For outputs ``[n, c]`` of a last layer."""
+        """The quantities for outputs ``[n, c]`` of a last layer."""
         seeds, (n, features) = likelihood.exact_passes(outputs), last_layer.inputs.shape
-        # Few roots take a decomposition, which costs about what a few passes cost.
+        # Fewer roots take a decomposition, which costs about as much as a few passes.
         pays = 2 * features <= seeds and n * features**2 * outputs.dtype.itemsize <= MOST_OF_ROOTS
         if pays:
             gradients = _fewest(likelihood, outputs, last_layer)
@@ -55,7 +55,7 @@ class ExactByLastLayer:
 def _fewest(likelihood: Likelihood, outputs: Tensor, last_layer: LastLayer) -> Iterator[Tensor]:
     """As many roots of each ``B_n`` as the last layer has inputs.
 
-    With all roots for the rows of K, ``K^T K = B_n``; K = Q R gives ``R^T R = B_n``, whose roots are the rows of R.
+    With all roots as the rows of K, ``K^T K = B_n``. From K = Q R follows ``R^T R = B_n``, so the rows of R are roots, too.
     """
     seeds, features = likelihood.exact_passes(outputs), len(last_layer.matrix)
     step = max(1, MOST_AT_ONCE // (seeds * features * outputs.dtype.itemsize))

@@ -1,4 +1,4 @@
-"""Causal language models: what they return at one position is about the label at the next."""
+"""Causal language models, whose output at one position predicts the label at the next."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ IGNORED = -100  # the label of a position that has none, as torch's cross-entrop
 
 
 def causal_labels(targets: Any, ignore_index: int = IGNORED) -> Any:
-    """The labels of a batch, not shifted: its ``labels``, or else its ``input_ids`` where ``attention_mask`` lets them through.
+    """The labels of a batch, not shifted: its ``labels``, or else its ``input_ids`` where ``attention_mask`` does not hide them.
 
     Args:
-        targets: a batch that is a mapping; anything else is returned as it is.
+        targets: a batch as a mapping; anything else is returned as it is.
         ignore_index: the label of positions that the mask hides.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Which positions of the outputs have a label, where a batch is a mapping and nobody says which of its entries are targets."""
+"""Which positions of the outputs have a label, if a batch is a mapping and the user names none of its entries as targets."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from torch_secorder.errors import ShapeError
 
 
 def counted_labels(targets: Any, outputs: Tensor, class_axis: int, ignore_index: int) -> Any:
-    """Targets that are ``ignore_index`` at positions that don't count, for labels that are the model's own.
+    """Targets that are ``ignore_index`` at positions that do not count, for a Fisher of the model's own labels.
 
-    The ``labels`` of a mapping say it where they have a label for each position, or else its ``attention_mask``, for a decoder
-    with inputs of its own the ``decoder_attention_mask``.
+    The ``labels`` of a mapping show these positions if they have a label for each position. Otherwise its ``attention_mask``
+    does, or the ``decoder_attention_mask`` for a decoder with inputs of its own.
 
     Args:
-        targets: of a batch. What is no mapping is returned as it is, and a mapping is None where all positions count.
+        targets: the batch's targets. Anything but a mapping is returned as it is; a mapping gives None if all positions count.
         outputs: logits with the samples on axis 0.
         class_axis: the axis of the classes.
         ignore_index: the label of positions that have none.
 
     Raises:
-        ShapeError: if the mask hides positions, and the outputs' positions are others.
+        ShapeError: if the mask hides positions but has another shape than the outputs' positions.
     """
     if not isinstance(targets, Mapping):
         return targets
@@ -52,5 +52,5 @@ def has_mask(batch: Any) -> bool:
 
 
 def _mask_of(batch: Mapping[str, Any]) -> str:
-    """The name of the mask that is about the outputs' positions."""
+    """The name of the mask that describes the outputs' positions."""
     return "decoder_attention_mask" if batch.get("decoder_input_ids") is not None else "attention_mask"

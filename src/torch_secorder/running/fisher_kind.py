@@ -1,4 +1,4 @@
-"""Which Fisher an analysis is of."""
+"""Which Fisher an analysis computes."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from torch_secorder.running.counted import counted_labels, has_mask
 
 @dataclass(frozen=True)
 class FisherKind:
-    """Which Fisher, for everything but the empirical one.
+    """Which Fisher an analysis computes, if it is not the empirical one.
 
     Attributes:
         labels: "model" for labels of the model's own prediction, "observed" for the given targets.
         num_samples: None for the exact expectation over the model's labels, k for an estimate from k backward passes.
-        shift: whether outputs at one position are about the label at the next.
+        shift: whether the outputs at one position predict the label at the next.
     """
 
     loss_type: str = "nll"
@@ -80,7 +80,7 @@ class FisherKind:
         return count, gradients
 
     def by_last_layer(self, outputs: Tensor, targets: Any) -> ExactByLastLayer | None:
-        """The exact expectation for outputs that a product with a matrix made, ``[n, c]``; None for all others."""
+        """The exact expectation in two parts, for outputs ``[n, c]`` that a product with a matrix made; None for all others."""
         exact = self.labels == "model" and self.num_samples is None and not self.shift
         if not exact or outputs.dim() != 2 or (product := last_linear_factors(outputs)) is None:
             return None
@@ -96,7 +96,7 @@ class FisherKind:
         return likelihood(self.loss_type, outputs, targets, ignore_index=self.ignore_index, class_axis=self.class_axis)
 
     def _require_axis_told(self, outputs: Tensor, targets: Any) -> None:
-        """Raise where nothing shows that three axes are not (samples, positions, classes), as language models have them."""
+        """Raise if nothing shows whether three axes are (samples, positions, classes), as language models have them, or not."""
         told = isinstance(targets, Tensor) and outputs.shape[1] != outputs.shape[-1]
         if outputs.dim() == 3 and self.class_axis == 1 and not told:
             raise ArgumentError(

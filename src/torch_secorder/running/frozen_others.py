@@ -1,4 +1,4 @@
-"""Parameters that are not analyzed: they need no gradient meanwhile, unless those that are analyzed depend on it."""
+"""Parameters that are not analyzed: they are frozen during an analysis, unless the graph of the analyzed ones needs them."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ T = TypeVar("T")
 
 
 class FrozenOthers:
-    """Which parameters are frozen for the time of an analysis, to compute less.
+    """Which parameters are frozen during an analysis, to compute less.
 
-    That can cut off the graph of analyzed ones: re-entrant checkpointing gives parameters a gradient only if one of its inputs
-    has one, and models may ask for ``requires_grad`` themselves. So where some analyzed parameter is not reached, the batch is
-    run again with nothing frozen, once for each kind of graph.
+    Freezing can cut analyzed parameters off the graph: re-entrant checkpointing gives parameters a gradient only if one of its
+    inputs has one, and models may look at ``requires_grad`` themselves. So if some analyzed parameter is not reached, the batch
+    runs again with nothing frozen, once for each kind of graph.
 
     Args:
         model: the model.
@@ -32,11 +32,11 @@ class FrozenOthers:
         self._whole: set[int] = set()  # Fingerprints of graphs that freezing does not cut.
 
     def parameters(self) -> list[Tensor]:
-        """Those that are frozen."""
+        """The parameters that are frozen."""
         return [p for p in self._model.parameters() if self._table.position(p) is None] if self._allowed else []
 
     def without_cuts(self, analyze: Callable[[], T], reached: Callable[[T], set[int]], kind: Callable[[], int]) -> T:
-        """What ``analyze`` finds of a batch, with nothing frozen if freezing takes gradients from analyzed parameters.
+        """The result of ``analyze``, with nothing frozen if freezing takes gradients from analyzed parameters.
 
         Args:
             analyze: runs the batch.

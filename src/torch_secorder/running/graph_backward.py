@@ -1,4 +1,4 @@
-"""Backward passes that the library makes through a graph that is there, its parameters' uses found in it."""
+"""Backward passes that the library makes through an existing graph, in which it has found the parameters' uses."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ from torch_secorder.recording.sample_norms import SampleNorms
 
 
 class GraphBackward(Recorder):
-    """Any number of backward passes through one graph, that write no ``.grad``.
+    """Any number of backward passes through one graph, which write no ``.grad``.
 
     Args:
-        create_graph: make the squared norms differentiable.
+        create_graph: whether the squared norms are differentiable.
         options: as for :class:`Recorder`.
 
     Attributes:
-        n: how many samples the latest graph has.
-        samples: where those are in the model's arguments and outputs.
+        n: the number of samples in the latest graph.
+        samples: where the samples are in the model's arguments and outputs.
         fingerprint: a hash of the graph: equal for graphs with the same nodes in the same order and the same pattern of sizes.
     """
 
@@ -56,14 +56,14 @@ class GraphBackward(Recorder):
         self._create_graph = create_graph
         self._takes_forms = any(QUANTITIES[name].takes_forms for name in self.options.quantities)
         self._current: BackwardPass | None = None
-        self._count = 0  # of the passes so far
+        self._count = 0  # how many passes there were so far
         self._starts: list[tuple[Record | ParameterUse | IdleUse, list[GradientEdge]]] = []
         self._inputs: Sequence[Tensor] = []  # the model's inputs that require a gradient
-        self._leaves: list[GradientEdge] = []  # what the model made inside of it that requires a gradient
+        self._leaves: list[GradientEdge] = []  # leaves that the model made in its forward
         self._uses_of_node: dict[Node, ParameterUse | IdleUse] = {}
-        self._passes: GraphPass | None = None  # through the graph of somebody else
+        self._passes: GraphPass | None = None  # through a graph that the user made
         self._defers = False
-        # Uses whose gradients take calls of nodes have to wait for the end of the backward pass.
+        # Uses whose rules call nodes have to wait for the end of the backward pass.
         self._deferred: list[tuple[ParameterUse, Node | None, tuple[Tensor | None, ...]]] = []
         self._shapes: list[tuple[int, ...]] = []  # the shapes of the outputs that have a gradient
         self.n = self.fingerprint = 0
@@ -71,7 +71,7 @@ class GraphBackward(Recorder):
 
     @contextmanager
     def through(self, outputs: Tensor) -> Iterator[None]:
-        """Inside, passes go through outputs that were computed before, whose graph is somebody else's, maybe with hooks on it."""
+        """A block in which passes go through outputs that the user computed before, whose graph may have the user's hooks."""
         try:
             uses = self._found_uses(Forward(len(outputs), placements=[FIRST]), [outputs])
             self._uses_of_node = {node: use for use, node in uses.placed}
@@ -86,10 +86,10 @@ class GraphBackward(Recorder):
         return GraphPass([outputs], wanted, create_graph=self._create_graph, weights=weights, start=start)
 
     def split_at_last_product(self, outputs: Tensor) -> tuple[GraphPass, GraphPass | None] | None:
-        """Passes that end at the product which made the outputs, and passes that begin where it got what came before.
+        """Passes that end at the product which made the outputs, and passes that begin at the product's inputs.
 
-        The second are None where no analyzed parameter comes before. All is None where the graph has no such product, or where
-        its parameters' shares depend on more than the size of each sample's output gradient.
+        The second are None if no analyzed parameter comes before the product. The result is None if the graph has no such
+        product, or if its parameters' shares depend on more than the size of each sample's output gradient.
         """
         node = outputs.grad_fn
         use = None if node is None else self._uses_of_node.get(node)
@@ -106,7 +106,7 @@ class GraphBackward(Recorder):
         self._starts += [(use, edges_of(node)) for use, node in uses.placed if use.is_first]
         self._starts += [(idle, edges_of(node)) for idle, node in uses.idle]
         self._leaves = self._leaves_of_the_model()
-        # Where no gradient is expected behind a use, the use's own node runs in the pass, too, and is asked later.
+        # If no gradient is expected behind a use, the use's own node runs in the pass, too, and is called again later.
         idle = uses.idle or any(record.idle for record, _ in forward.records)
         self._defers = bool(idle) or any(self._needs_node_calls(use) for use, _ in uses.placed)
         for use, node in uses.placed:
@@ -114,7 +114,7 @@ class GraphBackward(Recorder):
                 self._hook(use, node)
 
     def _leaves_of_the_model(self) -> list[GradientEdge]:
-        """Where leaves that the model made itself, so that calls behind them don't start the graph, get their gradients."""
+        """Where leaves that the model made itself get their gradients; calls behind such leaves do not start the graph."""
         if not (leaves := self._audit.other_leaves):
             return []
         nodes = list(map(made_by, self._inputs))
@@ -123,7 +123,7 @@ class GraphBackward(Recorder):
 
     @staticmethod
     def _is_start(record: Record) -> bool:
-        """Whether the gradient of a call is a result of the pass: nothing analyzed lies before it, or none is expected."""
+        """Whether a call's gradient is a result of the pass, since nothing analyzed comes before it or no gradient is expected."""
         return record.idle is not None if record.placement is None else record.starts_graph
 
     def _found_uses(self, forward: Forward, outputs: list[Tensor]) -> Uses:
@@ -137,7 +137,7 @@ class GraphBackward(Recorder):
     def backward(
         self, root: Tensor, seed: Tensor | None = None, *, last: bool = True, passes: GraphPass | None = None
     ) -> SampleNorms:
-        """Squared norms of the per-sample gradients of ``root`` (with ``seed`` for its gradient).
+        """Squared norms of the per-sample gradients of ``root``, with ``seed`` as the gradient that the pass starts with.
 
         Only what lies between the root and the first analyzed layers' outputs is differentiated, so no parameter gradient
         is computed.
@@ -146,7 +146,7 @@ class GraphBackward(Recorder):
             root: what is differentiated.
             seed: its gradient, for a root that is not a scalar.
             last: whether the graph may be freed.
-            passes: those of a part of somebody else's graph, which begin with ``seed``; by default those of all of it.
+            passes: passes through a part of a graph that the user made, which begin with ``seed``; by default through all of it.
         """
         self._count += 1
         current = self._current = self.lifecycle.begin(self._count, keep_inputs=not last or self._create_graph)
@@ -164,7 +164,7 @@ class GraphBackward(Recorder):
             self._current, self._deferred = None, []  # What holds nodes must not outlive the pass.
 
     def _looked_through(self, current: BackwardPass, passes: GraphPass, seed: Tensor | None) -> tuple[()]:
-        """A pass through somebody else's graph, in which nobody's hooks run; nothing is left for its end."""
+        """Run a pass through a graph that the user made, in which no hooks run; no gradients are left for its end."""
         assert seed is not None
         gradient = seed
         passes.run(lambda: [gradient.clone()], partial(self._arrived_at_node, current))
@@ -184,7 +184,7 @@ class GraphBackward(Recorder):
     def _differentiated(
         self, root: Tensor, inputs: list[Any], seed: Tensor | None, retain: bool
     ) -> Sequence[Tensor | None]:
-        """The gradients where nothing analyzed comes before; those at all other places arrive at hooks meanwhile."""
+        """The gradients at places before which nothing is analyzed; all other gradients arrive at hooks during the pass."""
         options = {"retain_graph": retain, "create_graph": self._create_graph, "allow_unused": True}
         packed = [item for item, _ in self._starts if isinstance(item, Record) and item.inputs_packed]
         if packed:
@@ -212,7 +212,7 @@ class GraphBackward(Recorder):
             return self.lifecycle.finish(current)
 
     def _add_start(self, current: BackwardPass, record: Record, grad: Tensor) -> None:
-        """The gradient of a layer before which nothing is differentiated."""
+        """Add the gradient of a layer before which nothing is differentiated."""
         with self.forwards.recomputing():
             current.accumulator.add(record, grad)
 
@@ -252,9 +252,9 @@ class GraphBackward(Recorder):
 
 
 def _fetch_inputs(records: list[Record], _: object) -> None:
-    """Fetch the inputs of calls inside of the pass, in which each checkpoint runs its forward again once for all that ask.
+    """Fetch the inputs of calls inside of the pass, where each checkpoint runs its forward again once for all requests.
 
-    Selective ones do so only once, whatever for.
+    Selective checkpoints allow only one such run.
     """
     for record in records:
         record.fetch_inputs()

@@ -1,4 +1,4 @@
-"""The outputs and targets that a likelihood is about, with the samples first."""
+"""The outputs and targets that a likelihood takes, with the samples first."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def with_samples_first(outputs: Tensor, targets: Any, samples: BatchSamples) -> 
     """Outputs and targets as a likelihood takes them.
 
     Raises:
-        UnsupportedError: if the outputs have rows for something else than samples, whose labels belong to no single row.
+        UnsupportedError: if the rows of the outputs are something else than samples.
     """
     require_targets_of_batch(targets, samples)
     placement = samples.of(outputs, "outputs")
@@ -31,7 +31,7 @@ def with_samples_first(outputs: Tensor, targets: Any, samples: BatchSamples) -> 
 
 
 def logits(outputs: Any) -> Tensor:
-    """The tensor that the likelihood is about: the outputs, or their ``logits``."""
+    """The tensor that the likelihood takes: the outputs, or their ``logits``."""
     found = _logits(outputs)
     if found.is_complex():
         raise UnsupportedError("a likelihood takes real outputs, not complex ones: return torch.view_as_real(outputs)")

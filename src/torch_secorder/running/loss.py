@@ -1,4 +1,4 @@
-"""The user's loss: that it is a scalar, and how it combines samples."""
+"""The user's loss: whether it is a scalar, and how it combines samples."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from torch_secorder.model.containers import evenly_spaced, is_continuous, mapped
 
 LossFunction = Callable[[Any, Any], Tensor]
 
-# What the loss of every sample given twice is, as a multiple of the loss.
+# The loss with every sample given twice, as a multiple of the loss.
 MULTIPLES: dict[Reduction, float] = {"mean": 1.0, "sum": 2.0}
 
-# How near the multiple has to be: a sum over twice as many terms is rounded differently, in half precision by up to a per cent.
+# How near the multiple must be: a sum over twice as many terms is rounded differently, by up to a percent in half precision.
 NEAR, NEAR_IN_HALF_PRECISION = 1e-4, 2e-2
 
-# The same for the multiple of a difference of two losses, which has lost digits: 1 and 2 are to be told apart.
+# The same for the multiple of a difference of two losses, which has lost digits; it only has to tell 1 from 2.
 NEAR_FOR_DIFFERENCES = 0.1
 
 
@@ -38,15 +38,15 @@ def reduction_of(
     where: BatchSamples,
     expected: Reduction | None = None,
 ) -> Reduction:
-    """Whether a loss averages or sums over the batch, found out by giving it samples twice.
+    """Whether a loss averages or sums over the batch, determined by giving it samples twice.
 
-    The first sample is given twice, and the whole batch. They must not contradict each other, as they do where a loss goes by the
-    places of samples; either may say nothing (zero, or NaN because its target is ignored). Where both say nothing, as in a batch
-    whose hinges are all satisfied, the loss is given other outputs, too. What was found out for this loss before, and is
-    ``expected``, only has to hold for the loss of one sample, and does where nothing is said.
+    There are two trials: the first sample twice, and the whole batch twice. They must not contradict each other, as they do if a
+    loss depends on the samples' places. Either may show nothing (zero, or NaN because its target is ignored). If both show
+    nothing, as in a batch whose hinges are all satisfied, the loss is tried with other outputs, too. An answer that was found for
+    this loss before, ``expected``, only has to hold for one sample, and also holds if nothing contradicts it.
 
     Raises:
-        ArgumentError: if twice the samples give neither the loss nor twice the loss, or nothing says anything.
+        ArgumentError: if twice the samples give neither the loss nor twice the loss, or if no trial shows anything.
     """
     near = NEAR_IN_HALF_PRECISION if is_half(loss) else NEAR
     with torch.no_grad(), forked_random([loss]):
@@ -81,7 +81,7 @@ def reduction_of(
 
 
 def _reductions(found: Sequence[tuple[float, float]], near: float) -> set[Reduction | None]:
-    """What the multiples say that say anything, None for one that fits no reduction."""
+    """The reductions that the multiples show, None for a multiple that fits neither; multiples that show nothing are left out."""
     answers = [(multiple, reduction_of_multiples(multiple, change, near)) for multiple, change in found]
     return {answer for multiple, answer in answers if answer is not None or not math.isnan(multiple)}
 
@@ -89,7 +89,7 @@ def _reductions(found: Sequence[tuple[float, float]], near: float) -> set[Reduct
 def _reductions_of_own_numbers(
     loss_fn: LossFunction, outputs: Any, targets: Any, where: BatchSamples, near: float
 ) -> set[Reduction | None]:
-    """The same for outputs that have nothing to do with the model's: probabilities, and numbers of both signs."""
+    """The same for made-up outputs: probabilities, and numbers of both signs."""
     for low, high in ((0.25, 0.75), (-3.0, 3.0)):
         with suppress(ArgumentError):  # The loss takes no such numbers.
             own = mapped(partial(evenly_spaced, low=low, high=high), outputs)
@@ -102,8 +102,8 @@ def _reductions_of_own_numbers(
 def _require_a_target_for_each_output(loss_fn: LossFunction, outputs: Any, targets: Any) -> None:
     """Raise if outputs ``[n, 1]`` and targets ``[n]`` are broadcast to ``[n, n]``, so that each output meets every target.
 
-    Such a loss is the same when its targets change places, and another one when they change. Both are tried on numbers of
-    their own, so that it doesn't matter what the model returned.
+    Such a loss stays the same when its targets change places, but not when their values change. Both are tried on made-up
+    numbers, so that it does not matter what the model returned.
     """
     if not (isinstance(outputs, Tensor) and isinstance(targets, Tensor)) or targets.numel() < 2:
         return
@@ -114,7 +114,7 @@ def _require_a_target_for_each_output(loss_fn: LossFunction, outputs: Any, targe
     try:
         once, turned, moved = (float(loss_fn(given, t)) for t in (steps, steps.roll(1, 0), steps + 0.125))
     except Exception:
-        return  # It takes no such numbers.
+        return  # The loss takes no such numbers.
     if abs(turned - once) <= NEAR * abs(once) and abs(moved - once) > NEAR * abs(once):
         shapes = f"outputs of shape {tuple(outputs.shape)} and targets of shape {tuple(targets.shape)}"
         raise ShapeError(
@@ -130,7 +130,7 @@ def _in_words(multiple: float) -> str:
 
 
 def reduction_of_multiples(multiple: float, of_difference: float, near: float) -> Reduction | None:
-    """The reduction that both multiples agree with, as far as they are numbers; None without one."""
+    """The reduction that fits both multiples, as far as they are numbers; None if none fits."""
     for name, value in MULTIPLES.items():
         if not math.isnan(of_difference) and not abs(of_difference - value) < NEAR_FOR_DIFFERENCES:
             continue
@@ -142,9 +142,9 @@ def reduction_of_multiples(multiple: float, of_difference: float, near: float) -
 def _multiples(
     loss_fn: LossFunction, outputs: Any, targets: Any, where: BatchSamples, index: list[int]
 ) -> tuple[float, float]:
-    """The loss of samples given twice as a multiple of their loss; and the same for its change with other outputs.
+    """The loss of samples given twice as a multiple of their loss, and the same multiple for its change with other outputs.
 
-    The change shows a constant that the loss itself may hide.
+    The second multiple is not affected by a constant in the loss.
     """
     twice, once = _losses(loss_fn, outputs, targets, where, index)
     twice_other, once_other = _losses(loss_fn, outputs, targets, where, index, shrunk)
@@ -159,7 +159,7 @@ def _losses(
     index: list[int],
     change: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[float, float]:
-    """The loss of some samples given twice, and their loss; with other outputs, if a change of those is given."""
+    """The loss of some samples given twice, and their loss; with changed outputs, if a ``change`` is given."""
     outputs = outputs if change is None else mapped(change, outputs)
     twice, once = (
         _number(loss_fn, where.rows("outputs", outputs, samples), where.rows("targets", targets, samples))
@@ -169,7 +169,7 @@ def _losses(
 
 
 def _has_finite_gradient(loss_fn: LossFunction, outputs: Any, targets: Any) -> bool:
-    """Whether the loss's gradient in the outputs is finite, which it may be for a loss that overflows."""
+    """Whether the loss's gradient in the outputs is finite, as it may be even if the loss overflows."""
     with torch.enable_grad():
         leaves = mapped(lambda x: x.detach().clone().requires_grad_(is_continuous(x)), outputs)
         wanted = [x for x in tensors(leaves) if x.requires_grad]
@@ -190,7 +190,7 @@ def _number(loss_fn: LossFunction, outputs: Any, targets: Any) -> float:
 
 
 def multiple_of(a: float, b: float) -> float:
-    """How many times b goes into a; NaN where that says nothing."""
+    """How many times b goes into a; NaN if b is zero or not finite."""
     return a / b if b and math.isfinite(b) else math.nan
 
 
@@ -198,7 +198,7 @@ def loss_of(loss_fn: LossFunction, outputs: Any, targets: Any) -> Tensor:
     """The batch's loss, if it is a scalar tensor.
 
     Raises:
-        ArgumentError: if it is not, or if the loss can't take apart what it is given.
+        ArgumentError: if it is not, or if the loss cannot handle the outputs or targets that it gets.
     """
     try:
         loss = loss_fn(outputs, targets)
@@ -239,7 +239,7 @@ def require_scalar_loss(loss: Any) -> Tensor:
 
 
 def require_targets_of_batch(targets: Any, where: BatchSamples) -> None:
-    """Raise if there is another number of targets than of samples."""
+    """Raise if the number of targets differs from the number of samples."""
     counts = isinstance(targets, Tensor) and targets.dim() and where.words.axis("targets", 0) is not None
     if counts and where.of(targets, "targets") is None:
         raise ShapeError(f"{where.n} samples in the inputs and {targets.shape[0]} in the targets")

@@ -1,4 +1,4 @@
-"""What is said of arguments in each other's place, once the model has failed on them."""
+"""Errors for arguments that seem to be in each other's place, raised once the model has failed on them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch_secorder.errors import ArgumentError, CurvatureError
 
 @contextmanager
 def explaining_misplaced(inputs: Any, targets: Any) -> Iterator[None]:
-    """Inside, an error of the model's or the loss's own is told as that of the arguments, where they look misplaced.
+    """A block in which an error of the model or the loss is blamed on the arguments if they look misplaced.
 
     Raises:
         ArgumentError: naming what was probably meant, with the error as its cause.

@@ -1,4 +1,4 @@
-"""Losses that a model computes itself: which samples they average or sum over shows when the model runs on some rows again."""
+"""Losses that a model computes itself: whether they average or sum shows when the model runs on some rows again."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from torch_secorder.running.loss import (
 
 
 def own_loss(outputs: Any, targets: Any) -> Tensor:
-    """The loss that is among a model's outputs; targets play no part, since the model had them.
+    """The loss that is among a model's outputs; targets are not used, since the model had them.
 
     Raises:
         ArgumentError: if there is none.
@@ -54,9 +54,9 @@ def loss_function(loss_fn: Any) -> LossFunction:
 
 
 def is_computed_inside(loss_fn: LossFunction, outputs: Any, targets: Any, where: BatchSamples) -> bool:
-    """Whether a loss depends on numbers that the model made of several samples, so that no output has a row for each.
+    """Whether a loss depends on single numbers that the model computed from several samples.
 
-    Giving such a loss its outputs twice says nothing about how it combines samples.
+    Such outputs have no row for each sample, so giving them to the loss twice shows nothing about how it combines samples.
     """
     if loss_fn is own_loss:
         return True
@@ -80,15 +80,15 @@ def is_computed_inside(loss_fn: LossFunction, outputs: Any, targets: Any, where:
 def own_reduction(
     of_samples: Callable[[list[int]], Tensor], n: int, ranks: Ranks, *, rounded: bool, finite: bool
 ) -> Reduction:
-    """Whether the loss averages or sums over the batch, found out by running the model on rows [0] and [0, 0].
+    """Whether the loss averages or sums over the batch, determined by running the model on rows [0] and [0, 0].
 
-    Where the loss of the first sample says nothing (zero, or NaN because its labels are ignored), all samples are taken.
+    If the loss of the first sample shows nothing (zero, or NaN because its labels are ignored), all samples are taken.
 
     Args:
-        of_samples: from the numbers of some samples, of which some may be there twice, to their loss.
-        n: how many samples the batch has.
-        ranks: those that hold the model together, and run it together.
-        rounded: whether products are taken of few bits: in half precision, or of TF32.
+        of_samples: from the numbers of some samples, possibly repeated, to their loss.
+        n: the number of samples in the batch.
+        ranks: the ranks that hold the model together, and run it together.
+        rounded: whether products have few bits: in half precision, or with TF32.
         finite: whether the loss of the whole batch is finite.
 
     Raises:

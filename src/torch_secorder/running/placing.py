@@ -1,4 +1,4 @@
-"""Batches come to where the model is."""
+"""Batches are brought to the device that the model is on."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ Device = torch.device | str | int | None
 class Placing:
     """Brings the inputs and the targets of a batch to a device, without waiting for the copies.
 
-    Where nobody said which device, it is that of all parameters. Only what lies on the host is brought to an accelerator
-    then, and only if nothing beside it is there: a user who moves inputs has reasons to leave lengths on the host.
+    By default the device is that of all parameters. Then values are moved only from the host to an accelerator, and only if all
+    of their tensors are on the host: a user who moves inputs has reasons to leave lengths there.
 
     Args:
         parameters: the model's.
-        device: where to; None for where the parameters are.
+        device: the device to bring them to; None for the parameters' device.
 
     Raises:
-        ArgumentError: for a device that is none.
+        ArgumentError: for an invalid device.
     """
 
     def __init__(self, parameters: Sequence[Tensor], device: Device = None):
@@ -53,7 +53,7 @@ def _device(device: torch.device | str | int) -> torch.device:
 
 
 def _moved(values: Any, device: torch.device) -> Any:
-    if isinstance(values, Tensor):  # What comes from a device to the host is read at once.
+    if isinstance(values, Tensor):  # A copy from a device to the host is read at once.
         return values.to(device, non_blocking=values.device.type == "cpu")
     if is_packed(values):  # its lengths stay on the host
         return values.to(device, non_blocking=True)

@@ -62,11 +62,11 @@ class HookedForward(GraphBackward):
     def _detach(self) -> None:
         super()._detach()
         for record in self._records:
-            record.inputs, record.kwargs = None, {}  # the graph, which may outlive this, has the records in its hooks
+            record.inputs, record.kwargs = None, {}  # the hooks of the graph, which may outlive this object, hold the records
         self._starts, self._leaves, self._arguments, self._records = [], [], None, []
 
     def __call__(self, inputs: Any) -> Any:
-        """The model's outputs: a tensor is the argument, a tuple all positional and a mapping all keyword arguments."""
+        """The model's outputs. ``inputs`` is one argument if a tensor, positional ones if a tuple, keyword ones if a mapping."""
         assert self.plan.model is not None
         self._arguments = inputs
         self._inputs = [x for x in tensors(inputs) if x.requires_grad]
@@ -83,7 +83,7 @@ class HookedForward(GraphBackward):
         super()._on_model_exit(forward, outputs)
 
     def _locate_on_three_samples(self) -> None:
-        """See where samples are in a batch of three of them, which costs far less than in the whole batch."""
+        """Find where the samples are in a batch of only three of them, which costs far less than in the whole batch."""
         plan, n = self.plan, self.forwards.latest.n
         if n is None or n < 8:
             return
@@ -93,7 +93,7 @@ class HookedForward(GraphBackward):
         self.forwards.active = False
         try:
             with (
-                suppress(Exception),  # what three samples can't show, the whole batch has to, or is refused for
+                suppress(Exception),  # what three samples cannot show, the whole batch shows, or it is refused
                 forked_random(self._parameters.tensors),
                 hiding_changes(plan.model),
                 restoring_buffers(plan.model),
@@ -111,7 +111,7 @@ class HookedForward(GraphBackward):
 
 
 class _Rehearsal(Recorder):
-    """Records a forward for where its samples are only; no backward pass of it counts."""
+    """Records a forward only to find where its samples are; no backward pass through it counts."""
 
     def _pass_under_way(
         self, grads: Sequence[Tensor | None] = (), recomputed_in: int | None = None
