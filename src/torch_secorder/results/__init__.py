@@ -1,4 +1,4 @@
-"""What was accumulated over samples: sums that merge, tables of them, and files."""
+"""What was accumulated over samples: sums that merge, tables of these sums, and files."""
 
 from torch_secorder.results.results import Results
 

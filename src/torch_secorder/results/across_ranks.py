@@ -1,4 +1,4 @@
-"""Statistics of several ranks: what each of them has accumulated, and sums of them."""
+"""Statistics of several ranks: what each rank has accumulated, and the sums of several statistics."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch_secorder.results.statistics import Statistics
 
 
 def sum_of(like: Statistics, *parts: Statistics) -> Statistics:
-    """The samples of all parts, none of which changes, in statistics of the same kind."""
+    """New statistics of the same kind as ``like``, with the samples of all parts; no part changes."""
     whole = Statistics(like.names, like.shapes, **like.keeps)
     for part in parts:
         whole.merge(part)
@@ -19,7 +19,7 @@ def sum_of(like: Statistics, *parts: Statistics) -> Statistics:
 
 
 def of_all_ranks(own: Statistics, group: Any) -> list[Statistics]:
-    """What each rank of a process group has, in the order of the ranks; all of them have to ask.
+    """The statistics of each rank of a process group, in the order of the ranks; all ranks have to call this.
 
     Raises:
         LifecycleError: if no process group was initialized.

@@ -1,4 +1,4 @@
-"""What an object has that holds results: their tables, files and sums as its own."""
+"""The methods of an object that holds results: it offers their tables, files and sums as its own."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class WithResults:
-    """Answers with what its results answer.
+    """Passes every call on to its results.
 
     Attributes:
         results: what was accumulated.
@@ -55,8 +55,8 @@ class WithResults:
 
         Args:
             by: None, "module", "type", or a function from a parameter's name to a group.
-            sync: of the samples of all ranks of the default process group, which all have to ask; what this rank has
-                accumulated stays its own.
+            sync: whether the table is of the samples of all ranks of the default process group, which then all have to call this;
+                what this rank has accumulated stays its own.
 
         Raises:
             LifecycleError: if no sample was seen.
@@ -68,8 +68,8 @@ class WithResults:
 
         Args:
             by: None, "module", "type", or a function from a parameter's name to a group.
-            width: of the text in characters; by default that of the terminal.
-            sync: of the samples of all ranks, as in :meth:`report`.
+            width: the width of the text in characters; by default that of the terminal.
+            sync: whether the text is of the samples of all ranks, as in :meth:`report`.
 
         Raises:
             LifecycleError: if no sample was seen.
@@ -83,7 +83,7 @@ class WithResults:
         """Add the samples of another monitor or of results, of a model with the same parameters; returns self.
 
         Raises:
-            ArgumentError: if names, shapes, reduction, which Fisher it is or what is kept differ.
+            ArgumentError: if names, shapes, the reduction, the Fisher or what is kept differ.
         """
         self.results.merge(other)
         return self
@@ -91,7 +91,7 @@ class WithResults:
     def all_reduce(self, group: Any = None) -> Self:
         """Add the samples of all ranks of a process group, each once however often this is called; returns self.
 
-        All ranks have to call it, also those that saw no sample; see :meth:`Results.all_reduce`.
+        All ranks have to call it, even those that saw no sample; see :meth:`Results.all_reduce`.
 
         Raises:
             LifecycleError: if no process group was initialized.

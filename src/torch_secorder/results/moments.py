@@ -1,4 +1,4 @@
-"""Mean and second moments of per-sample squared norms, and sums of the batch gradients' squared norms."""
+"""The mean and second moments of per-sample squared norms, and sums of the batch gradients' squared norms."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ class SampleMoments:
     """Mean and centered second moments of the per-sample squared norms t_{n,p}.
 
     They are updated and merged by the pairwise formulas of Chan, Golub and LeVeque (1979), "Updating formulae and a
-    pairwise algorithm for computing sample variances", which don't lose digits.
+    pairwise algorithm for computing sample variances", which lose no digits.
 
     Attributes:
-        n: how many samples.
+        n: the number of samples.
         mean: ``[p]``.
         moments: ``sum_n (t_n - mean)(t_n - mean)^T``, ``[p, p]``.
     """
@@ -39,7 +39,7 @@ class SampleMoments:
         self.mean, self.n = self.mean + shift * (t.shape[1] / n), n
 
     def merge(self, other: SampleMoments) -> None:
-        """Add the samples of another, which stays as it is."""
+        """Add the samples of another object, which stays as it is."""
         if not other.n:
             return
         n, shift = self.n + other.n, other.mean - self.mean
@@ -66,10 +66,10 @@ class BatchGradients:
     """Sums over backward passes of ``||grad_p L_b||^2``.
 
     Attributes:
-        passes: those whose parameter gradients were computed, and are finite.
+        passes: how many passes computed parameter gradients that are finite.
         inverse_batch_sizes: the sum over those passes of 1 / N_b.
-        sums: ``[p]``, of the squared norms.
-        counts: ``[p]``, in how many passes the parameter had a gradient.
+        sums: ``[p]``, the sums of the squared norms.
+        counts: ``[p]``, in how many passes each parameter had a gradient.
     """
 
     def __init__(self, p: int):
@@ -90,13 +90,13 @@ class BatchGradients:
         self.inverse_batch_sizes += 1 / n
 
     def merge(self, other: BatchGradients) -> None:
-        """Add the passes of another, which stays as it is."""
+        """Add the passes of another object, which stays as it is."""
         self.passes += other.passes
         self.inverse_batch_sizes += other.inverse_batch_sizes
         self.sums, self.counts = self.sums + other.sums, self.counts + other.counts
 
     def mean_of(self, positions: Sequence[int]) -> float:
-        """Mean over passes of the squared gradient of some parameters; NaN where none was computed."""
+        """Mean over passes of some parameters' squared gradient norm; NaN if no gradient of them was computed."""
         index = list(positions)
         if not bool((self.counts[index] > 0).any()):
             return math.nan

@@ -1,4 +1,4 @@
-"""Statistics in, DataFrame out."""
+"""Turns statistics into DataFrames."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Report:
         return frame
 
     def _facts(self) -> dict[str, str | int]:
-        """What has to be known of the numbers."""
+        """The facts that a reader of the numbers must know."""
         n, passes, skipped = self._statistics.n, self._statistics.passes, self._statistics.skipped_passes
         counts = {"n_samples": n, "n_passes": passes, "skipped_passes": skipped}
         return {"reduction": self._reduction, "fisher": self._fisher, **counts}

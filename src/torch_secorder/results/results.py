@@ -1,4 +1,4 @@
-"""What was accumulated over samples: how it is shown, merged, shared between ranks and saved."""
+"""What was accumulated over samples, and how it is shown, merged, shared between ranks and saved."""
 
 from __future__ import annotations
 
@@ -29,25 +29,25 @@ if TYPE_CHECKING:
 
 
 class Results:
-    """What was found of the samples that a monitor or :func:`~torch_secorder.fisher_results` saw.
+    """What was measured on the samples that a monitor or :func:`~torch_secorder.fisher_results` saw.
 
     Args:
         rows: the analyzed parameters.
         reduction: "mean" or "sum".
-        fisher: which Fisher the samples are of.
-        keeps: name of a quantity -> whether it is kept, or what of it is: "diagonal", "per_sample", "activations".
+        fisher: which Fisher was measured.
+        keeps: name of a quantity ("diagonal", "per_sample", "activations") -> whether it is kept, or which part of it is kept.
 
     Attributes:
         statistics: what was accumulated.
-        precision: what is to be said of a standard error that was to be reached, for ``attrs``; empty if none was.
-        counts_samples: whether this rank's samples count when ranks are added up; not if another rank computed the same ones.
-        why_empty: says why there is no sample, if somebody knows.
+        precision: for ``attrs``, which standard error was asked for and reached; empty if none was asked for.
+        counts_samples: whether this rank's samples count when ranks are added up; False if another rank computed the same ones.
+        why_empty: a function that says why there is no sample; None if that is not known.
     """
 
     def __init__(self, rows: Iterable[Parameter], reduction: Reduction, fisher: Fisher = "empirical", **keeps: Any):
         self.rows, self.reduction, self.fisher = list(rows), reduction, fisher
         self.statistics = Statistics([row.name for row in self.rows], [row.shape for row in self.rows], **keeps)
-        self._all_ranks = sum_of(self.statistics)  # what all ranks were given by all_reduce
+        self._all_ranks = sum_of(self.statistics)  # the samples of all ranks, after all_reduce
         self.counts_samples = True
         self.precision: dict[str, Any] = {}
         self.why_empty: Callable[[], str] | None = None
@@ -75,8 +75,8 @@ class Results:
 
         Args:
             by: None, "module", "type", or a function from a parameter's name to a group.
-            sync: of the samples of all ranks of the default process group, which all have to ask; what this rank has
-                accumulated stays its own.
+            sync: whether the table is of the samples of all ranks of the default process group, which then all have to call this;
+                what this rank has accumulated stays its own.
 
         Returns:
             A DataFrame with the columns ``module``, ``module_type``, ``shape``, ``numel`` (by group: ``n_parameters``,
@@ -97,8 +97,9 @@ class Results:
 
         Args:
             by: None, "module", "type", or a function from a parameter's name to a group.
-            width: of the text in characters; by default that of the terminal. See :func:`torch_secorder.results.text.summary`.
-            sync: of the samples of all ranks, as in :meth:`report`.
+            width: the width of the text in characters; by default that of the terminal. See
+                :func:`torch_secorder.results.text.summary`.
+            sync: whether the text is of the samples of all ranks, as in :meth:`report`.
 
         Raises:
             LifecycleError: if no sample was seen.
@@ -173,7 +174,7 @@ class Results:
         """Add the samples of other results, or of another monitor, of a model with the same parameters; returns self.
 
         Raises:
-            ArgumentError: if names, shapes, reduction, which Fisher it is or what is kept differ, or if both have samples in
+            ArgumentError: if names, shapes, the reduction, the Fisher or what is kept differ, or if both have samples in
                 common: a monitor and itself, or two states of one run.
         """
         other = results_of(other)
@@ -194,7 +195,7 @@ class Results:
     def all_reduce(self, group: Any = None) -> Self:
         """Add the samples of all ranks of a process group, each once however often this is called; returns self.
 
-        All ranks have to call it, also those that saw no sample. Afterwards every rank has the same table, as if one
+        All ranks have to call it, even those that saw no sample. Afterwards every rank has the same table, as if one
         process had run all ranks' passes in the order of the ranks.
 
         Args:
@@ -210,12 +211,12 @@ class Results:
         return self
 
     def _whole(self) -> Statistics:
-        """What all ranks have in common, and what this one saw since."""
+        """The samples that all ranks have in common, and those that this rank saw since."""
         of_all = self._all_ranks.n or self._all_ranks.skipped_passes
         return sum_of(self.statistics, self._all_ranks, self.statistics) if of_all else self.statistics
 
     def _reduced(self, group: Any) -> Statistics:
-        """What all ranks have in common, and what any of them saw since."""
+        """The samples that all ranks have in common, and those that any rank saw since."""
         own = self.statistics if self.counts_samples else sum_of(self.statistics)
         return sum_of(self.statistics, self._all_ranks, *of_all_ranks(own, group))
 
@@ -286,7 +287,7 @@ class Results:
 
     @classmethod
     def load(cls, path: str | Path, model: nn.Module | None = None) -> Results:
-        """What :meth:`save` wrote. Nothing in the file is executed.
+        """The results that :meth:`save` wrote. Nothing in the file is executed.
 
         Args:
             path: the file.
@@ -305,5 +306,5 @@ class Results:
 
 
 def results_of(source: Any) -> Any:
-    """The results of a monitor; anything else as it is."""
+    """The results of a monitor; anything else is returned as it is."""
     return getattr(source, "results", source)

@@ -1,4 +1,4 @@
-"""The parameters that a saved state is of, and whether a model has them."""
+"""The parameters of a saved state, and whether a model has them."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from torch_secorder.model.parameters import Parameter, unwrapped
 
 
 def saved_parameters(state: Mapping[str, Any], path: str | Path) -> list[Parameter]:
-    """The parameters that a state from a file is of.
+    """The parameters of a state from a file.
 
     Raises:
-        ArgumentError: if it is no state of results.
+        ArgumentError: if it is not a state of results.
     """
     if any(key not in state for key in ("names", "shapes", "keeps", "reduction", "module_types")):
         raise ArgumentError(f"{path} was not written by FisherMonitor.save")

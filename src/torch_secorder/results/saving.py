@@ -17,7 +17,7 @@ KEY = "torch_secorder"
 
 
 def save(state: Mapping[str, Any], path: Path) -> None:
-    """Write tensors, lists of tensors, and what JSON can hold; the file appears complete or not at all."""
+    """Write tensors, lists of tensors and JSON values; the file appears complete or not at all."""
     held: dict[str, Tensor] = {}
     plain: dict[str, Any] = {}
     for name, value in state.items():
@@ -32,7 +32,7 @@ def save(state: Mapping[str, Any], path: Path) -> None:
 
 
 def save_tensors(held: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path) -> None:
-    """Write named tensors and what is to be known of them; the file appears complete or not at all.
+    """Write named tensors and metadata; the file appears complete or not at all.
 
     Raises:
         ArgumentError: if there is no such folder.
@@ -52,10 +52,10 @@ def save_tensors(held: Mapping[str, Tensor], metadata: Mapping[str, str], path: 
 
 
 def load(path: Path) -> dict[str, Any]:
-    """What :func:`save` wrote.
+    """The state that :func:`save` wrote.
 
     Raises:
-        ArgumentError: naming the file, if it is none of ours, or not whole.
+        ArgumentError: naming the file, if this library did not write it, or if it is not whole.
         ImportError: without safetensors.
     """
     files = _safetensors()

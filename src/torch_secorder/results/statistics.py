@@ -15,31 +15,31 @@ from torch_secorder.recording.quantities import QUANTITIES, Quantity, wanted
 from torch_secorder.recording.sample_norms import SampleNorms
 from torch_secorder.results.moments import BatchGradients, SampleMoments
 
-# Of what a state holds; a state of another version is refused. Version 1 is that of torch-secorder 0.1.
+# The version of the layout of states; a state of another version is refused. torch-secorder 0.1 writes version 1.
 VERSION = 1
 
-# What states of this version that were written before don't have, and what stands for it.
+# Entries that early states of this version lack, and the values that stand in for them.
 ADDED_LATER: dict[str, Any] = {"skipped_passes": 0, "origins": [], "ids": []}
 
 
 class Statistics:
-    """What is accumulated of per-sample gradients: the moments of their squared norms, and whatever quantities are asked for.
+    """What is accumulated over samples: the moments of the squared gradient norms, and the quantities that are asked for.
 
     Args:
-        names: of the parameters.
-        shapes: of the parameters.
-        keeps: name of a quantity -> whether it is kept, or what of it is.
+        names: the parameters' names.
+        shapes: the parameters' shapes.
+        keeps: name of a quantity -> whether it is kept, or which part of it is kept.
 
     Attributes:
         squared_norms: mean and second moments of t_{n,p}.
         gradients: the squared norms of the batch gradients.
         quantities: name -> quantity.
-        passes: how many backward passes.
+        passes: the number of backward passes.
         n_skipped: how many samples were left out because they were not finite.
         skipped_passes: how many backward passes were left out because they were refused.
-        origins: a name, drawn at random, for each accumulation whose samples are in here.
+        origins: for each accumulation whose samples are in here, a name that was drawn at random.
         reached: ``[p]``, which parameters a pass has reached.
-        rules: for each parameter how its numbers were computed.
+        rules: for each parameter, how its numbers were computed.
     """
 
     def __init__(self, names: Sequence[str], shapes: Sequence[tuple[int, ...]], **keeps: Any):
@@ -58,14 +58,14 @@ class Statistics:
         self.passes = self.n_skipped = self.skipped_passes = 0
         self.origins: frozenset[str] = frozenset()
         self._origin: str | None = (
-            None  # drawn with the first samples: processes that fork before them see different ones
+            None  # drawn with the first samples, so that processes which fork before them draw different names
         )
         self.reached = torch.zeros(p, dtype=torch.bool, device="cpu")
         self.rules: list[list[str]] = [[] for _ in range(p)]
 
     @property
     def n(self) -> int:
-        """How many samples."""
+        """The number of samples."""
         return self.squared_norms.n
 
     @property
@@ -80,13 +80,13 @@ class Statistics:
         scale: float = 1.0,
         loss_scale: float = 1.0,
     ) -> None:
-        """Add one backward pass, all of it or, if that is interrupted, nothing.
+        """Add one backward pass: all of it, or nothing if that is interrupted.
 
         Args:
             samples: the pass.
             gradients: the positions of the parameters whose gradient was computed, and the gradient's norm for each.
-            scale: from the pass's squares to those of gradients of l_n.
-            loss_scale: from the gradients of L_b to those whose norms are given.
+            scale: the factor from the pass's squares to those of gradients of l_n.
+            loss_scale: the factor from the gradients of L_b to those whose norms are given.
         """
         t = on_host(samples.squared_norms) * scale
         positions, norms = ([], t.new_zeros(0)) if gradients is None else gradients
@@ -107,7 +107,7 @@ class Statistics:
             for part, attributes in before:
                 vars(part).update(attributes)
             if torn:
-                self.clear()  # what was added in place can't be taken back
+                self.clear()  # what was added in place cannot be taken back
             raise
 
     def _parts(self) -> list[Any]:
@@ -128,7 +128,7 @@ class Statistics:
         """Add the samples of ``other``, which stays as it is.
 
         Raises:
-            ArgumentError: if it is of other parameters, or of another kind, or if some of its samples are counted here already.
+            ArgumentError: if it has other parameters or is of another kind, or if some of its samples are counted here already.
         """
         self.check_same_kind(other)
         self.require_none_of(other)

@@ -17,7 +17,7 @@ SHORTEST_NAME = 12  # names are never cut below this
 
 @dataclass
 class _Column:
-    """A column of text; of two that don't both fit, the one with the lower ``rank`` is left out."""
+    """A column of text. If two columns do not both fit, the one with the lower ``rank`` is left out."""
 
     header: str
     cells: list[str]
@@ -34,14 +34,14 @@ class _Column:
 
 
 def summary(report: pd.DataFrame, width: int | None = None) -> str:
-    """A report as text: what each row carries, its standard error, its share as a bar, and the total below.
+    """A report as text: each row's trace, its standard error, its share as a bar, and the total below.
 
     Args:
-        report: of :func:`~torch_secorder.fisher_report` or ``monitor.report``, by parameter or grouped.
-        width: of the text in characters; by default that of the terminal, or 100 where there is none. Where the table is
+        report: a table from :func:`~torch_secorder.fisher_report` or ``monitor.report``, by parameter or grouped.
+        width: the width of the text in characters; by default that of the terminal, or 100 if there is none. If the table is
             wider, columns are left out: first the layers' types, then the shapes, the bars, the traces per weight and
-            the numbers of weights; then names lose what they begin and end with alike, and after that their middles, as far as
-            they stay different.
+            the numbers of weights. After that, names lose the beginning and the end that they share, and then their middles, as
+            long as they stay different.
 
     Example:
         >>> import torch
@@ -83,7 +83,7 @@ def number(value: float) -> str:
 
 
 def aligned(rows: list[list[str]]) -> str:
-    """Columns, the first and the last of them flush left."""
+    """Rows as aligned columns, the first and the last of them flush left."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:
@@ -94,7 +94,7 @@ def aligned(rows: list[list[str]]) -> str:
 
 
 def _columns(report: pd.DataFrame) -> list[_Column]:
-    """The columns that decide."""
+    """All columns of the table, before any is left out."""
     share = [0.0 if math.isnan(value) else float(value) for value in report["fisher_trace_share"]]
     largest = max(share, default=0.0)
     bars = ["█" * round(BAR * max(value, 0.0) / largest) if largest > 0 else "" for value in share]
@@ -116,7 +116,7 @@ def _columns(report: pd.DataFrame) -> list[_Column]:
 
 
 def _fitting(columns: list[_Column], width: int) -> list[_Column]:
-    """Those columns that fit, with shorter names where nothing else can go."""
+    """The columns that fit, with shorter names if no other column can be left out."""
     while _width(columns) > width and len(columns) > 4:
         columns = [column for column in columns if column.rank != min(other.rank for other in columns)]
     names = columns[0]
@@ -130,7 +130,7 @@ def _width(columns: list[_Column]) -> int:
 
 
 def _shortened(names: list[str], width: int) -> list[str]:
-    """Names of at most ``width`` characters as far as they stay different: what all share goes first, then the middles."""
+    """Names of at most ``width`` characters if they stay different: what all share is cut first, then the middles."""
     for shorter in (names, _without_common_start(names), _without_common_end(_without_common_start(names))):
         if max(map(len, shorter), default=0) <= width:
             return shorter
@@ -161,7 +161,7 @@ def _without_common_end(names: list[str]) -> list[str]:
 
 
 def _cut(name: str, width: int, tail: int) -> str:
-    """A name with its middle left out, if it is longer than ``width``, and ``tail`` characters after that."""
+    """A name; if it is longer than ``width``, its middle is left out, with ``tail`` characters after the gap."""
     return name if len(name) <= width else f"{name[: width - 1 - tail]}…{name[-tail:]}"
 
 
@@ -174,7 +174,7 @@ def _errors(errors: Any, traces: Any) -> list[str]:
 
 
 def _of_one_precision(values: Any, scale: Any = None) -> list[str]:
-    """Numbers under each other, with as many decimals as give the largest of ``scale`` four digits."""
+    """Numbers with the same number of decimals, so many that the largest of ``scale`` has four digits."""
     known = [abs(value) for value in (values if scale is None else scale) if math.isfinite(value)]
     largest = max(known, default=0.0)
     decimals = 4 if largest == 0 else 3 - math.floor(math.log10(largest))
@@ -191,7 +191,7 @@ def _decimal(value: float, decimals: int) -> str:
 
 
 def _facts(report: pd.DataFrame) -> list[str]:
-    """The total with its standard error, and what it is the total of."""
+    """The total with its standard error, and a line that says what it is the total of."""
     facts = report.attrs
     total = f"Fisher trace of the model: {number(float(report['fisher_trace'].sum()))}"
     error = facts.get("total_stderr", math.nan)
