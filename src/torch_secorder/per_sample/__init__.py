@@ -10,11 +10,12 @@ Every form answers the same questions: squared norm per sample, sum of squares o
 another form, total over samples, dense. :class:`PerSampleGradient` answers them all from the dense tensor of a few
 samples at a time, and says which four members a new form must define. A form overrides what its factors give more cheaply.
 
-The forms, each in a file: ``outer`` (what a matrix that multiplies data gets), ``convolution`` (with ``convolution_gram``),
-``row_sparse`` (embeddings), ``routed`` (experts), ``pulled_back`` (a parameter that reaches the data through other tensors), and
-in ``_base`` a dense tensor and a sum of unlike terms. ``arithmetic`` is what they compute of tensors. ``square_sum`` keeps a
-diagonal factored until it counts. ``costs`` predicts which way to a convolution's norms is the fastest; ``profiles`` says what is
-cheap on a device, ``budget`` bounds the memory of all of them, and ``out_of_memory`` says what happens where it does not suffice.
+Each form has a file: ``outer`` (the gradient of a matrix that multiplies data), ``convolution`` (with ``convolution_gram``),
+``row_sparse`` (embeddings), ``routed`` (experts) and ``pulled_back`` (a parameter that reaches the data through other tensors);
+``_base`` has a dense tensor and a sum of unlike terms. ``arithmetic`` has the operations on plain tensors that they share.
+``square_sum`` keeps a diagonal factored until its pass is accepted. ``costs`` predicts which way to a convolution's norms is the
+fastest, ``profiles`` says what is cheap on a device, ``budget`` bounds the memory of all forms, and ``out_of_memory`` handles
+allocations that fail.
 """
 
 from torch_secorder.per_sample._base import Dense, PerSampleGradient, Sum

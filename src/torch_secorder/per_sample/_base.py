@@ -26,7 +26,7 @@ from torch_secorder.per_sample.budget import chunks
 from torch_secorder.per_sample.profiles import profile_of
 
 Index = slice | Tensor
-# Squared norms in which digits may have cancelled, and the sizes of what was added up; None where nothing can cancel.
+# Squared norms in which digits may have cancelled, and the sizes of the summands; the sizes are None if nothing can cancel.
 Unguarded = tuple[Tensor, Tensor | None]
 
 
@@ -40,17 +40,17 @@ def _channel_squares(value: Tensor, channels: ChannelSums) -> Tensor:
 class PerSampleGradient(ABC):
     """The gradients of one parameter for each of N samples.
 
-    Those of a complex parameter are complex, as autograd has them: what is squared is their absolute value, so that norms are
-    those of the real and the imaginary parts.
+    The gradients of a complex parameter are complex, as autograd returns them. Their absolute values are squared, so that a norm
+    counts the real and the imaginary parts.
 
     A new form defines ``n`` and ``shape``, and at least :attr:`like`, :meth:`dense`, :meth:`select` and
-    :meth:`grouped_by_sample`. All other answers follow from these, for a few samples at a time. Overriding one changes its
+    :meth:`grouped_by_sample`. All other methods follow from these, for a few samples at a time. Overriding one changes its
     cost, never its value.
 
     Attributes:
         n: the number of samples N.
         shape: the parameter's shape.
-        algorithm: the way in which :meth:`squared_norm` is computed, for the report.
+        algorithm: how :meth:`squared_norm` is computed, for the report.
         sparse: whether even one sample's dense gradient is far larger than its factors.
     """
 
@@ -62,11 +62,11 @@ class PerSampleGradient(ABC):
     @property
     @abstractmethod
     def like(self) -> Tensor:
-        """A tensor with the dtype and on the device of every answer."""
+        """A tensor with the dtype and the device of every result."""
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of every answer."""
+        """The dtype of every result."""
         return self.like.dtype
 
     @abstractmethod
@@ -78,18 +78,18 @@ class PerSampleGradient(ABC):
         """The gradients of some of the samples, given by a slice or an index tensor."""
 
     def without(self, lost: Tensor) -> PerSampleGradient:
-        """The same gradients, with zeros for some samples, which the device knows and the host need not.
+        """The same gradients with zeros for some samples; the host does not have to know which.
 
         Args:
-            lost: ``[n]``, true for these samples.
+            lost: ``[n]`` on the device, True for these samples.
         """
         return Dense(zeroed(self.dense(), lost))
 
     @abstractmethod
     def grouped_by_sample(self, groups: Grouping) -> PerSampleGradient:
-        """The gradients of fewer samples, each the sum over its group, where a sample of this form is only a part of one.
+        """The gradients of fewer samples, each the sum over a group of this form's samples, which are only parts of samples then.
 
-        That is so where windows, heads or tokens are folded into the batch axis.
+        Such parts are windows, heads or tokens that were folded into the batch axis.
         """
 
     def squared_norm(self) -> Tensor:
@@ -102,7 +102,7 @@ class PerSampleGradient(ABC):
         return False
 
     def unguarded_squared_norm(self) -> Unguarded:
-        """The squared norms before anybody asked whether digits have cancelled, and the sizes of what was added up."""
+        """The squared norms before any check for cancelled digits, and the sizes of the summands."""
         return self.squared_norm(), None
 
     def dense_squared_norm(self) -> Tensor:
@@ -110,7 +110,7 @@ class PerSampleGradient(ABC):
         return joined(squared_norm_of_rows(in_rows(part.dense())) for part in self.parts())
 
     def norms(self) -> Tensor | None:
-        """``|G_n|``, ``[n]``, whose squares may be taken later, for all parameters at once; None where squares come first."""
+        """``|G_n|``, ``[n]``, to be squared later for all parameters at once; None if this form computes the squares directly."""
         return None
 
     def dense_norms(self) -> Tensor:
@@ -120,7 +120,7 @@ class PerSampleGradient(ABC):
     def sum_of_squares(self) -> Tensor:
         """``sum_n |G_n| ** 2`` entry by entry, ``[*shape]``: the diagonal of ``sum_n vec(G_n) vec(G_n)^T``.
 
-        For complex entries it is the sum of those of the real and of the imaginary parts.
+        For complex entries it is the sum for the real and for the imaginary parts.
         """
         squares = (real_entries(part.dense()).square().sum(0) for part in self.parts())
         return _total(value.sum(-1) if value.dim() > len(self.shape) else value for value in squares)
@@ -133,12 +133,12 @@ class PerSampleGradient(ABC):
         """The sums of ``|G_n| ** 2`` over each channel, ``[n, channels]``, here from the gradients themselves.
 
         Their sums over the channels are the squared norms, and their sums over the samples are :meth:`channel_squares`. Both
-        have all their digits; a single number of them may have cancelled.
+        sums have all their digits; in a single entry digits may have cancelled.
         """
         return joined(_channel_squares(part.dense(), channels) for part in self.parts())
 
     def shares_norms_with(self, channels: ChannelSums) -> bool:
-        """Whether :meth:`sample_channel_squares` costs about what the squared norms cost, of which it then takes the place."""
+        """Whether :meth:`sample_channel_squares` costs about as much as the squared norms and can replace them."""
         return False
 
     def total(self) -> Tensor:
@@ -152,7 +152,7 @@ class PerSampleGradient(ABC):
     def along(self, left: Tensor, right: Tensor) -> Tensor:
         """``<left right^T, sum_n G_n>``, the total along one direction: a single number to compare with autograd's gradient.
 
-        The shape is read as ``(left, right)``. Of complex gradients it is the sum for the real and for the imaginary parts.
+        The shape is read as ``(left, right)``. For complex gradients it is the sum for the real and for the imaginary parts.
         """
         return left @ one_direction(self.total()).reshape(len(left), len(right)) @ right
 
@@ -180,9 +180,9 @@ class PerSampleGradient(ABC):
         return terms[0] if len(terms) == 1 else Sum(terms)
 
     def concatenated(self, other: PerSampleGradient) -> PerSampleGradient | None:
-        """The gradients of two uses, added, as one form of this kind; None if the kinds don't allow it.
+        """The sum of the gradients of two uses as one form of this kind; None if the kinds do not allow that.
 
-        Forms that are sums over positions put the positions of both uses behind one another.
+        Forms that are sums over positions concatenate the positions of both uses.
         """
         return None
 
@@ -191,7 +191,7 @@ class PerSampleGradient(ABC):
         return None
 
     def parts(self) -> Iterator[PerSampleGradient]:
-        """The samples in groups whose dense gradients fit into what temporaries may take at once."""
+        """The samples in groups whose dense gradients fit into the memory budget of temporaries."""
         return (self.select(rows) for rows in self._chunks())
 
     def _chunks(self) -> Iterator[slice]:
@@ -199,11 +199,11 @@ class PerSampleGradient(ABC):
 
 
 class Cancelling(PerSampleGradient):
-    """A form whose squared norms may be sums with signs: whoever asks for them alone gets those that cancelled recomputed."""
+    """A form whose squared norms may be sums with signs; :meth:`squared_norm` recomputes those that cancelled."""
 
     @abstractmethod
     def unguarded_squared_norm(self) -> Unguarded:
-        """See the base class; here everything else follows from it."""
+        """See the base class. Here the other norms follow from this method."""
 
     def squared_norm(self) -> Tensor:
         norms, sizes = self.unguarded_squared_norm()
@@ -278,7 +278,7 @@ class Sum(Cancelling):
         found = [term.unguarded_squared_norm() for term in self.terms]
         squares = _total(norms for norms, _ in found)
         cross = _total(a.inner(b) for i, a in enumerate(self.terms) for b in self.terms[:i])
-        # What may have cancelled in a term is off by its own sizes.
+        # If digits may have cancelled in a term, its error goes by its own sizes.
         sizes = _total(norms if size is None else size.maximum(norms) for norms, size in found)
         return squares + 2 * cross, sizes
 
@@ -290,12 +290,12 @@ class Sum(Cancelling):
 
 
 def has_cancelled(squared_norms: Tensor, sizes: Tensor) -> Tensor:
-    """Which squared norms have cancelled below :func:`cancellation_floor` of the sizes of what was added up."""
+    """Which squared norms have cancelled below :func:`cancellation_floor` times the sizes of the summands."""
     return squared_norms.detach() < cancellation_floor(squared_norms) * sizes.detach()
 
 
 def recompute_cancelled(squared_norms: Tensor, sizes: Tensor, form: PerSampleGradient) -> Tensor:
-    """The squared norms, with those recomputed densely that have cancelled."""
+    """The squared norms; those that have cancelled are recomputed densely."""
     lost = has_cancelled(squared_norms, sizes)
     if not bool(lost.any()):
         return squared_norms

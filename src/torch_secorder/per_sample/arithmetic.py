@@ -1,4 +1,4 @@
-"""What is computed of plain tensors: in which precision, row by row, and along one direction."""
+"""Operations on plain tensors: their precision, sums over rows, and products with one direction."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch_secorder.autograd.precision import HALF
 from torch_secorder.autograd.product_bits import BF16, DOUBLE, SINGLE, TF32, product_bits
 
-# What stays as it is, in most layers of most models.
+# Dtypes that need no widening, as in most layers of most models.
 FULL = (torch.float32, torch.float64)
 
 
@@ -38,8 +38,8 @@ def sum_over(value: Tensor, axes: Sequence[int], *, keepdim: bool = False) -> Te
     return value.sum(list(axes), keepdim=keepdim, dtype=torch.float32 if value.dtype in HALF else None)
 
 
-# How far off a Gram sum may be: a tenth of what the library promises in float32 and float64, and the rounding of one product
-# where products are taken of fewer bits.
+# How far off a Gram sum may be: a tenth of what the library promises in float32 and float64, and the rounding error of one
+# product if products have fewer bits.
 _OFF = {DOUBLE: 1e-9, SINGLE: 1e-5, TF32: 1e-2, BF16: 5e-2}
 
 
@@ -57,13 +57,13 @@ def cancellation_floor(like: Tensor) -> float:
 
 
 def joined(parts: Iterable[Tensor]) -> Tensor:
-    """The numbers of all parts behind one another; a single part as it is, since a copy takes time."""
+    """All parts concatenated; a single part is returned as it is, since a copy takes time."""
     first, *others = parts
     return torch.cat([first, *others]) if others else first
 
 
 def in_rows(value: Tensor) -> Tensor:
-    """``[n, *shape]`` as ``[n, elements]``, also where a sample has one number, or none."""
+    """``[n, *shape]`` as ``[n, elements]``, even if a sample has one number, or none."""
     return value[:, None].flatten(1)
 
 
@@ -73,7 +73,7 @@ def zeroed(value: Tensor, lost: Tensor) -> Tensor:
 
 
 def sign_vectors(shape: Sequence[int], like: Tensor) -> tuple[Tensor, Tensor]:
-    """Random signs ``left`` and ``right``, real numbers, for :meth:`PerSampleGradient.along`, always the same for one shape.
+    """Random signs ``left`` and ``right``, as real numbers, for :meth:`PerSampleGradient.along`; one shape always gets the same.
 
     ``left right^T`` is a direction in the space of a parameter whose shape is read as ``(left, right)``.
     """
@@ -95,7 +95,7 @@ def squared_norm_of_rows(value: Tensor) -> Tensor:
     """``sum of |x| ** 2`` over the last axis."""
     if value.is_complex():
         return squared_norm_of_rows(real_entries(value).flatten(-2))
-    # For large rows a norm is faster, since it writes nothing; but its second derivative does not exist at zero.
+    # For large rows a norm is faster, since it writes nothing; but it has no second derivative at zero.
     if value.numel() <= 2**16 or torch.is_grad_enabled():
         return torch.linalg.vecdot(value, value)
     if value.shape[-1] <= LONG:

@@ -13,7 +13,7 @@ _limit: ContextVar[int | None] = ContextVar("limit", default=None)
 def memory_limit(max_memory: int | None) -> Iterator[None]:
     """A block in which the temporaries of one operation take at most ``max_memory`` bytes together.
 
-    What can't be cut that small takes more: one sample at least.
+    An operation takes at least one sample at a time, even if that takes more.
     """
     token = _limit.set(max_memory)
     try:
@@ -28,7 +28,7 @@ def chunk_bytes(usual: int | None) -> int | None:
     None stands for any number, in the argument and in the answer.
     """
     limit = _limit.get()
-    # Two chunks may be there at once: what is computed from a temporary can be as large as the temporary itself.
+    # Two chunks may exist at once, since the result of an operation on a temporary can be as large as the temporary itself.
     limit = None if limit is None else limit // 2
     return limit if usual is None else usual if limit is None else min(usual, limit)
 

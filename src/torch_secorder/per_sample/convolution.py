@@ -1,4 +1,4 @@
-"""The weight gradient of a convolution, one for each sample."""
+"""The weight gradients of a convolution, one for each sample."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from torch_secorder.per_sample.costs import Sizes, predicted
 from torch_secorder.per_sample.outer import Outer
 from torch_secorder.per_sample.profiles import profile_of
 
-# How many rows fill a vector register, in single precision and with AVX-512.
+# How many rows fill a vector register in single precision with AVX-512.
 FILLED = 16
 
 
@@ -69,7 +69,7 @@ class Convolution(Cancelling):
         self.n, self.shape = x.shape[0], tuple(shape)
         self.stride, self.padding, self.dilation, self.groups = list(stride), list(padding), list(dilation), groups
         for axis, (kernel, step, sides) in enumerate(zip(self.shape[2:], stride, padding, strict=True), 3):
-            if kernel == 1 and step > 1 and not sides:  # Most of the map is never read, and left out here.
+            if kernel == 1 and step > 1 and not sides:  # Most of the map is never read; it is left out here.
                 self.x = self.x.unfold(axis, 1, step).squeeze(-1).narrow(axis, 0, g.shape[axis])
                 self.stride[axis - 3] = 1
 
@@ -84,7 +84,7 @@ class Convolution(Cancelling):
 
     @property
     def sizes(self) -> Sizes:
-        """All that the costs depend on."""
+        """The sizes that the costs depend on."""
         channels, features = self.shape[0] // self.groups, self.shape[1]
         maps = (tuple(self.x.shape[3:]), tuple(self.g.shape[3:]), self.shape[2:])
         rest = (tuple(self.stride), tuple(self.padding), self.dtype.itemsize)
@@ -118,7 +118,7 @@ class Convolution(Cancelling):
         shape = (copies * self.shape[0], *self.shape[1:])
         weight = x.new_empty(shape) if x.device.type == "cpu" else x.new_empty(()).expand(shape)
         dims = len(self.stride)
-        # A map of one pixel may have strides of any order, which torch takes for those of channels-last maps, and then refuses.
+        # A map of one pixel may have strides in any order, which torch takes for those of channels-last maps, and then refuses.
         x = x.view(-1).view(x.shape) if x.is_contiguous() else x
         return torch.ops.aten.convolution_backward(
             *(g, x, weight, None, self.stride, self.padding, self.dilation),
@@ -209,7 +209,7 @@ class Convolution(Cancelling):
         return 4 * self.sizes.positions <= self.shape[0] // self.groups
 
     def sample_channel_squares(self, channels: ChannelSums) -> Tensor:
-        # On an accelerator the host would have to wait to be told what cancels.
+        # On an accelerator the host would have to wait to learn what cancels.
         if self.algorithm != "gram" or self.g.is_complex() or not profile_of(self.g.device).has_caches:
             return self._formed_channel_squares(channels)
         if channels.axis and not self._has_few_positions():
@@ -229,7 +229,7 @@ class Convolution(Cancelling):
         return joined(part._shifted_channel_squares(channels) for part in self._parts("shifted"))
 
     def _shifted_channel_squares(self, channels: ChannelSums) -> Tensor:
-        """The same from products ``[n k, i * other taps, o]``."""
+        """The sums of squares from products ``[n k, i * other taps, o]``."""
         sums = _total(squared_norms_along(value, 2 if channels.axis else 1) for value in self.shifted())
         return (sums.unflatten(1, (self.shape[1], -1)).sum(2) if channels.axis else sums).view(self.n, -1)
 
@@ -284,7 +284,7 @@ class Convolution(Cancelling):
         return (_product(x[rest, :, :, skip * row : skip * row + g.shape[2]], g) for skip, rest in starts)
 
     def _shifted_squared_norms(self) -> Tensor:
-        # They are read as they lie in memory.
+        # The products are read in the order in which they lie in memory.
         products = (value if value.is_contiguous() else value.mT for value in self.shifted())
         squares = [squared_norm_of_rows(value.reshape(self.n, -1)) for value in products]
         return torch.stack(squares).sum(0) if len(squares) > 1 else squares[0]
@@ -307,8 +307,8 @@ class Convolution(Cancelling):
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b.mT``, with the factors exchanged and the result transposed where that is faster.
 
-    The factor with more rows should be the first one (up to three times faster), but a factor that fills no vector register
-    should not be the second one (up to four times). So measured with AVX-512; with AVX2 it matters less.
+    The factor with more rows should come first (up to three times faster), but a factor that fills no vector register should not
+    come second (up to four times faster). This was measured with AVX-512; with AVX2 it matters less.
     """
     fewer, more = sorted((a.shape[-2], b.shape[-2]))
     first = fewer if fewer < FILLED else more

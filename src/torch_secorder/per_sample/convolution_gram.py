@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
 
 def gram_norms(form: Convolution) -> tuple[Tensor, Tensor]:
-    """The squared norms as sums over pairs of positions, and their parts from a position with itself, each ``[n]``."""
+    """The squared norms as sums over pairs of positions, and their parts from equal positions, each ``[n]``."""
     seen, positions = _gram_matrices(form)
     terms = (seen * positions.view(seen.shape)).view(form.n, form.groups, *positions.shape[1:])
     return terms.sum((1, 2, 3)), terms.diagonal(dim1=2, dim2=3).sum((1, 2))
 
 
 def gram_channels(form: Convolution) -> tuple[Tensor, Tensor]:
-    """The sums of squares for each output channel, and their parts from a position with itself, each ``[n, channels]``."""
+    """The sums of squares for each output channel, and their parts from equal positions, each ``[n, channels]``."""
     seen, positions = _gram_matrices(form)
     pixels = seen.reshape(positions.shape)
     g = form.tall().g[:, 0].reshape(form.n * form.groups, -1, pixels.shape[1])
@@ -56,7 +56,7 @@ def _gram_matrices(form: Convolution) -> tuple[Tensor, Tensor]:
 
 
 def _sum_along_diagonal(matrices: Tensor, taps: int, step: int) -> Tensor:
-    """The sum of as many copies, each shifted further along the diagonal."""
+    """The sum of ``taps`` copies, each shifted ``step`` further along the diagonal."""
     length = matrices.shape[1] - (taps - 1) * step
     if not profile_of(matrices.device).has_caches:  # One call does it there.
         (outer, row, column), size = matrices.stride(), (len(matrices), length, length, taps)

@@ -1,4 +1,4 @@
-"""The cost of each way to a convolution's squared norms: counts of work times a few measured constants.
+"""The cost of each way to a convolution's squared norms: amounts of work times a few measured constants.
 
 With these constants, ``shifted`` wins for kernels of one and for large depthwise ones, ``gram`` for small maps (up to about
 16 x 16) with 64 channels or more, ``patches`` for a single position, and ``direct`` for most others.
@@ -20,8 +20,8 @@ Counts = dict[str, float]
 FORMS = ("direct", "shifted", "gram", "patches")
 
 # Nanoseconds for each piece of work in float32 on one thread, fitted by tests/benchmarks/convolution_cost.py to times with
-# AVX-512 and with AVX2 together: with either, the form that they pick takes 1.01 times as long as the best one, on
-# average. Only their ratios matter.
+# AVX-512 and with AVX2 together. With either, the form that they pick takes 1.01 times as long as the best one on average.
+# Only the ratios of these numbers matter.
 NANOSECONDS: dict[str, Counts] = {
     "direct": {
         "calls": 1.4e5,
@@ -47,8 +47,8 @@ NANOSECONDS: dict[str, Counts] = {
     "patches": {"calls": 2.5e4, "products": 81, "multiply": 0.013, "copied": 1.0, "runs": 9.0, "packed": 0.03},
 }
 
-# The same for accelerators, from times on one NVIDIA H100 with torch 2.11, of which most are those of starting a call: the
-# form that they pick takes 1.07 times as long as the best one, on average, and 3 times at most.
+# The same for accelerators, fitted to times on one NVIDIA H100 with torch 2.11, most of which are the cost of starting a call.
+# The form that they pick takes 1.07 times as long as the best one on average, and 3 times at most.
 OF_ACCELERATORS: dict[str, Counts] = {
     "direct": {
         "blocks": 1e5,
@@ -118,18 +118,18 @@ class Sizes(NamedTuple):
 
     def step(self, form: str) -> int:
         """How many samples ``form`` takes at a time."""
-        # A call for depthwise gradients does much that doesn't depend on the samples, so that fewer calls are better.
+        # A call for depthwise gradients does much work that does not depend on the samples, so fewer calls are better.
         budget = self.limit if form == "direct" and self.depthwise else self.budget
         most = max(1, min(self.n, int(budget // (self.floats(form) * self.itemsize))))
-        # All parts have about the same size, since a call for the last few samples would cost nearly as much as another.
+        # All parts have about the same size, since a call for a few remaining samples would cost nearly as much as a full one.
         return -(-self.n // -(-self.n // most))
 
 
 def counts(form: str, at: Sizes) -> Counts:
     """How much of each kind of work ``form`` does.
 
-    Counted are blocks of samples, calls of torch, matrix products and their multiplications (in units of what vector
-    registers hold), elements that are read, written or copied, and the runs of adjacent elements in which these lie.
+    The kinds are blocks of samples, calls of torch, matrix products and their multiplications (rounded up to vector registers),
+    elements that are read, written or copied, and the runs of adjacent elements in which these lie.
     """
     blocks, taps, steps = -(-at.n // at.step(form)), math.prod(at.kernel), sum(size - 1 for size in at.kernel)
     pixels, positions, pairs = at.r * math.prod(at.map), at.positions, at.n * at.k
@@ -140,7 +140,7 @@ def counts(form: str, at: Sizes) -> Counts:
             work["factors"] = pairs * (at.i * pixels + at.o * positions)
             if at.depthwise:
                 return {**work, "depthwise": pairs * taps * positions}
-            if at.o < 8:  # there is no code for so few channels: patches are unfolded, group by group
+            if at.o < 8:  # torch has no code for so few channels, and unfolds patches group by group
                 unfolded = pairs * taps * positions * at.i
                 return {**work, "unfolded": unfolded, "runs": unfolded / at.out[-1], "loops": pairs}
             return {**work, "multiply": pairs * taps * positions * _up(at.i, 8) * _up(at.o, 8)}
@@ -182,7 +182,7 @@ def predicted(at: Sizes) -> dict[str, float]:
     """Milliseconds of each form that fits into memory."""
     forms = [form for form in FORMS if form == "direct" or at.floats(form) * at.itemsize <= at.limit]
     overlapping = any(size > step for size, step in zip(at.kernel, at.stride, strict=True))
-    if at.positions > 1 and (overlapping or max(at.kernel) == 1):  # The pixels' Gram matrix does no worse.
+    if at.positions > 1 and (overlapping or max(at.kernel) == 1):  # The pixels' Gram matrix is no slower.
         forms = [form for form in forms if form != "patches"]
     prices = NANOSECONDS if at.profile.has_caches else OF_ACCELERATORS
     return {

@@ -15,7 +15,7 @@ Answer = TypeVar("Answer")
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that an allocation failed. On a CPU, torch has only a text for that."""
+    """Whether an error says that an allocation failed; for a CPU, torch has only the error's text for that."""
     if isinstance(error, CurvatureError):
         return False
     return isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or "can't allocate memory" in str(error)
@@ -39,7 +39,7 @@ def halving_on_oom(
     question: Callable[[PerSampleGradient], Answer],
     together: Callable[[Answer, Answer], Answer],
 ) -> Answer:
-    """``question(form)``; where memory doesn't suffice, the answers for halves of the samples, put ``together``."""
+    """``question(form)``; if memory runs out, ``together`` of the answers for both halves of the samples."""
     try:
         return question(form)
     except Exception as error:
@@ -54,7 +54,7 @@ def halving_on_oom(
 
 
 def squared_norms_of(form: PerSampleGradient) -> Tensor:
-    """A form's squared norms; where memory doesn't suffice, of halves of the samples at a time."""
+    """A form's squared norms; if memory runs out, for halves of the samples at a time."""
     try:
         return form.squared_norm()
     except Exception as error:
@@ -78,17 +78,17 @@ def squared_norms_of_each(forms: Mapping[str, PerSampleGradient]) -> dict[str, T
 
 
 def direct_squared_norms_of(form: PerSampleGradient) -> Tensor:
-    """The same from the gradients themselves, in which no digits cancel."""
+    """A form's squared norms from the gradients themselves, in which no digits cancel."""
     return halving_on_oom(form, lambda part: part.dense_squared_norm(), _both)
 
 
 def norms_of(form: PerSampleGradient) -> Tensor | None:
-    """A form's norms, whose squares may be taken later, for all parameters at once; None where squares come first."""
+    """A form's norms, to be squared later for all parameters at once; None if the form computes the squares directly."""
     return halving_on_oom(form, lambda part: part.norms(), _both_norms)
 
 
 def unguarded_squared_norms_of(form: PerSampleGradient) -> Unguarded:
-    """The same before anybody asked whether digits have cancelled, and the sizes of what was added up."""
+    """A form's squared norms before any check for cancelled digits, and the sizes of the summands."""
     return halving_on_oom(form, lambda part: part.unguarded_squared_norm(), _both_unguarded)
 
 
@@ -104,6 +104,6 @@ def _both_unguarded(first: Unguarded, second: Unguarded) -> Unguarded:
     (norms, sizes), (more_norms, more_sizes) = first, second
     if sizes is None and more_sizes is None:
         return torch.cat([norms, more_norms]), None
-    # Of a half in which nothing can cancel, the sizes are the norms.
+    # If nothing can cancel in a half, its sizes are its norms.
     sizes, more_sizes = norms if sizes is None else sizes, more_norms if more_sizes is None else more_sizes
     return torch.cat([norms, more_norms]), torch.cat([sizes, more_sizes])

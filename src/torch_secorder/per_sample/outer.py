@@ -26,12 +26,12 @@ from torch_secorder.per_sample.profiles import DeviceProfile, profile_of
 
 
 def _width(positions: int, profile: DeviceProfile) -> int:
-    """How many columns of a Gram matrix are computed at once: with caches a small multiple of 16, which is fastest, else all."""
+    """How many columns of a Gram matrix are computed at once: a small multiple of 16 is fastest with caches, else all."""
     return min(positions, 32 if positions < 512 else 64) if profile.has_caches else positions
 
 
 def _cheaper(positions: int, i: int, o: int, profile: DeviceProfile) -> str:
-    """The cheaper algorithm, "gram" or "direct", for so many positions and features."""
+    """The cheaper algorithm, "gram" or "direct", for these numbers of positions and features."""
     saved, price = 1.0 if _width(positions, profile) == positions else 0.7, profile.price_of_a_write
     gram, direct = saved * positions**2 * (i + o + price), (positions + price) * i * o
     return "gram" if gram < direct else "direct"
@@ -48,7 +48,7 @@ class SharedFactor:
         self._kept: dict[tuple[int, int, int], Tensor] = {}
 
     def gram(self, rows: slice, start: int, stop: int) -> tuple[Tensor, bool]:
-        """Columns of the matrix's lower half for some samples, and whether they are kept, so that nobody may change them."""
+        """Columns of the matrix's lower half for some samples, and whether they are kept, so that they must not be changed."""
         n, k, t, _ = self.value.shape
         most = chunk_bytes(profile_of(self.value.device).chunk_bytes) or 0
         if n * k * t * t * self.value.dtype.itemsize > most:
@@ -66,12 +66,12 @@ def _strip(x: Tensor, rows: slice, start: int, stop: int) -> Tensor:
 
 
 def _product(x: Tensor, y: Tensor) -> Tensor:
-    """Products of matrices, ``[n, ...]``; those of factors in half precision are exact, and are added up in float32."""
+    """Products of matrices, ``[n, ...]``; products of numbers in half precision are exact, and are added up in float32."""
     return torch.bmm(x, y, out_dtype=torch.float32) if x.dtype in HALF else torch.bmm(x, y)
 
 
 def _adds_up_wider(x: Tensor) -> bool:
-    """Whether the device has products of factors in half precision whose sums are in float32."""
+    """Whether the device multiplies factors in half precision and adds up in float32."""
     return x.dtype in HALF and x.device.type == "cuda" and not torch.is_grad_enabled()
 
 
@@ -98,13 +98,13 @@ class Outer(Cancelling):
     def __init__(self, a: Tensor | SharedFactor, g: Tensor | SharedFactor, shape: Sequence[int]):
         inputs = a.value if isinstance(a, SharedFactor) else a
         grads = g.value if isinstance(g, SharedFactor) else g
-        # Under autocast the layer cast its input to the dtype of its output, and its gradient is that for the cast one.
+        # Under autocast the layer casts its input to the dtype of its output, and the weight's gradient is for the cast input.
         self._common = [] if a is inputs and g is grads else [x for x in (a, g) if isinstance(x, SharedFactor)]
         inputs = inputs.to(grads.dtype)
         if grads.dtype in HALF and not _adds_up_wider(grads):
             inputs, grads = at_least_float32(inputs), at_least_float32(grads)
         self._factor_a, self._factor_g = inputs, grads
-        if grads.dtype not in HALF:  # In most steps none of them has to be converted.
+        if grads.dtype not in HALF:  # In most steps neither factor has to be converted.
             self.a, self.g = inputs, grads
         self.n, self.shape = inputs.shape[0], tuple(shape)
         positions = inputs.shape[2]
@@ -194,7 +194,7 @@ class Outer(Cancelling):
         return norms, diagonals
 
     def _whole_gram_sums(self, rows: slice) -> tuple[Tensor, Tensor]:
-        """What :meth:`_gram_sums` says, in as few calls as there can be."""
+        """The same as :meth:`_gram_sums`, in as few calls as possible."""
         a, g = (gram for gram, _ in self._grams(rows, 0, self._factor_a.shape[2]))
         norms = torch.bmm(a.flatten(1)[:, None], g.flatten(1)[:, :, None]).flatten()
         return norms, torch.linalg.vecdot(a.diagonal(dim1=1, dim2=2), g.diagonal(dim1=1, dim2=2))
@@ -222,7 +222,7 @@ class Outer(Cancelling):
         return g.mul_(a) if a_is_kept else a.mul_(g)
 
     def _grams(self, rows: slice, start: int, stop: int) -> list[tuple[Tensor, bool]]:
-        """Columns of both Gram matrices, and whether they are kept for other forms, so that nobody may change them."""
+        """Columns of both Gram matrices, and whether they are kept for other forms, so that they must not be changed."""
         found = []
         for x in self._factors:
             common = next((factor for factor in self._common if factor.value is x), None)
@@ -233,7 +233,7 @@ class Outer(Cancelling):
         return _total(PerSampleGradient.dense_squared_norm(strip) for strip in self._by_features())
 
     def _by_features(self) -> Iterator[Outer]:
-        """The gradients of as many output features at a time as fit into the memory limit for one sample."""
+        """The gradients in strips of output features, as many at a time as fit into the memory limit for one sample."""
         a, every = self._factors
         k, i, o = a.shape[1], a.shape[3], every.shape[3]
         if (budget := chunk_bytes(None)) is None or k * i * o * self.dtype.itemsize <= budget:
@@ -266,7 +266,7 @@ class Outer(Cancelling):
         With ``f`` the factor whose features are the channels and ``h`` the other one, a channel's sum is
         ``sum_{t,s} f_t f_s (h_t . h_s)``, a product with h's Gram matrix, recomputed where it cancels.
         """
-        # On an accelerator the host would have to wait to be told what cancels.
+        # On an accelerator the host would have to wait to learn what cancels.
         if self.algorithm != "gram" or not self._has(channels) or not profile_of(self._factor_g.device).has_caches:
             return self._formed_channel_squares(channels)
         sums, magnitudes = self._gram_by_feature(*self._by_channel(channels))
@@ -309,7 +309,7 @@ class Outer(Cancelling):
         return joined(sums), joined(magnitudes)
 
     def _has(self, channels: ChannelSums) -> bool:
-        """Whether the channels are features of one of the factors, which are real."""
+        """Whether the channels are features of one of the factors, and the factors are real."""
         k, i, o = self.a.shape[1], self.a.shape[3], self.g.shape[3]
         inside = channels.axis == 0 or (channels.groups == k and i == math.prod(self.shape[1:]))
         return self.shape[0] == k * o and inside and not self.g.is_complex()
@@ -329,7 +329,7 @@ class Outer(Cancelling):
     def batch_gradient_norm(self) -> Tensor | None:
         n, k, t, i = self.a.shape
         o = self.g.shape[3]
-        # Reading a number costs as much as some thirty multiplications of a matrix product. Small gradients are soon read.
+        # Reading a number costs as much as some thirty multiplications of a matrix product. Small gradients are read fast.
         if (
             k * t > 1
             or i * o < 2**16
@@ -347,7 +347,7 @@ class Outer(Cancelling):
         k, i, o = self.a.shape[1], self.a.shape[3], self.g.shape[3]
         if len(left) != k * o or len(right) != i:
             return super().along(left, right)
-        # Without groups it is one product with a vector, and not one for each sample.
+        # Without groups this is one product with a vector, instead of one for each sample.
         g = self.g @ left if k == 1 else (self.g @ left.view(k, o, 1)).squeeze(3)
         return ((self.a @ right) * g).sum()
 

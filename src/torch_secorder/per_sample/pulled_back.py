@@ -11,8 +11,8 @@ from torch_secorder.batch_axis.placement import Grouping
 from torch_secorder.per_sample._base import Cancelling, Index, PerSampleGradient, Unguarded
 from torch_secorder.per_sample.arithmetic import zero_squared_norms
 
-# Whether two ways into a parameter of some shape have no entry of it in common. A stack of experts has many pairs of them, and
-# steps have the same ones again.
+# Whether two parts of a parameter have no entry in common. A stack of experts has many pairs of parts, which are the same in
+# every step.
 _APART: dict[Hashable, bool] = {}
 REMEMBERED = 2**12
 
@@ -28,7 +28,7 @@ class PulledBack(Cancelling):
         value: gradients of the value.
         vjp: from ``[n, *value shape]`` to ``[n, *shape]``.
         shape: the parameter's shape.
-        permutation: if the vjp only moves entries, something that is equal for those that move them alike; None for any other.
+        permutation: if the vjp only moves entries, a key that is equal for vjps that move them alike; None for any other vjp.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class PulledBack(Cancelling):
         return PulledBack(self.value + other.value, self.vjp, self.shape, self.permutation)
 
     def factored_inner(self, other: PerSampleGradient) -> Tensor | None:
-        """Zero for two parts that have no entry in common; None for others."""
+        """Zero for two parts that have no entry in common; None for any other pair."""
         if not isinstance(other, PulledBack) or self.permutation is None or other.permutation is None:
             return None
         pair = (self.shape, self.permutation, self.value.shape, other.permutation, other.value.shape)

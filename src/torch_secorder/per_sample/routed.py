@@ -1,4 +1,4 @@
-"""Stacks of matrices of which each position multiplies one, as those of experts behind a router."""
+"""Stacks of matrices, one of which multiplies each position, such as experts behind a router."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from torch_secorder.per_sample.profiles import profile_of
 class Routed(PerSampleGradient):
     r"""``G[n, e, o, i] = sum_t g[t, o] a[t, i]`` over the positions t of sample n that matrix e got.
 
-    The positions of each pair of sample and matrix are put together, so that all pairs are one :class:`Outer`, in which each
-    has as many positions as the largest of them; those that are missing are zeros. Pairs without a position take no room.
+    The positions of each pair of sample and matrix are put together, so that all pairs are one :class:`Outer`. In it, each pair
+    has as many positions as the largest pair; missing positions are zeros. Pairs without a position take no memory.
 
     Args:
         a: the inputs of all positions, ``[t, i]``.
         g: the gradients of their outputs, ``[t, o]``.
-        matrix: which matrix each position multiplies, ``[t]``.
-        sample: whose position it is, ``[t]``.
+        matrix: the matrix that each position is multiplied by, ``[t]``.
+        sample: the sample that each position belongs to, ``[t]``.
         n: the number of samples.
         shape: ``(matrices, o, i)``.
     """
@@ -55,7 +55,7 @@ class Routed(PerSampleGradient):
         return pairs, each.grouped_by_sample(groups) if len(pairs) else each
 
     def _chunks_of_pairs(self) -> Iterator[tuple[Tensor, Outer]]:
-        """The pairs, as many at a time as have gradients that fit into the memory limit."""
+        """The pairs, as many at a time as the memory limit allows for their gradients."""
         pairs, each = self._pairs()
         size, usual = self.shape[1] * self.shape[2] * self.dtype.itemsize, profile_of(self.g.device).chunk_bytes
         return ((pairs[rows], each.select(rows)) for rows in chunks(len(pairs), size, usual))
@@ -90,7 +90,7 @@ class Routed(PerSampleGradient):
         return self._added(lambda each: each.dense_squared_norm())
 
     def _added(self, norms: Callable[[Outer], Tensor]) -> Tensor:
-        """The sums over each sample's pairs of what each pair has."""
+        """The sums of the pairs' norms over each sample's pairs."""
         pairs, each = self._pairs()
         return self.g.new_zeros(self.n).index_add(0, pairs // self.shape[0], norms(each))
 

@@ -1,4 +1,4 @@
-"""Gradients that touch a few rows of a table, as those of embeddings do."""
+"""Gradients that touch only a few rows of a table, such as those of embeddings."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ class RowSparse(PerSampleGradient):
         return self.g
 
     def summed(self) -> tuple[Tensor, Tensor]:
-        """Ids ``[n, t]``, sorted for each sample, and beside the first of equal ones their summed gradient ``[n, t, d]``.
+        """Ids ``[n, t]``, sorted for each sample, and for the first of equal ids their summed gradient ``[n, t, d]``.
 
-        Beside the others are zeros: how many ids differ, which nobody has to know here, only the device could say.
+        The entries for the others are zero. So the host need not know how many ids differ, for which it would have to wait.
         """
         n, t = self.ids.shape
         own = self.ids.contiguous()

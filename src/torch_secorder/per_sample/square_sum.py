@@ -17,13 +17,13 @@ from torch_secorder.per_sample.outer import Outer
 class SquareSum:
     """``factor * sum_n G_n ** 2`` entry by entry, or added up over each channel.
 
-    For one position it is the product of the squared factors. That product is added straight to the total, since both are
-    as large as the parameter, and each further way through memory would cost as much again.
+    For one position it is the product of the squared factors. That product is added directly to the total: both are as large as
+    the parameter, and each further pass through memory would cost as much again.
 
     Attributes:
         values: the sum without the factor, ``[*shape]``, or the two matrices ``(g^T ** 2, a ** 2)`` whose product it is.
         shape: the parameter's shape, or ``(channels,)``.
-        factor: what the sum is multiplied by.
+        factor: the factor of the sum.
     """
 
     values: Tensor | tuple[Tensor, Tensor]
@@ -59,7 +59,7 @@ class SquareSum:
         return replace(self, factor=factor * self.factor)
 
     def added(self, total: Tensor | None) -> Tensor:
-        """The total, to which the sum was added in place; a new one if there is none yet."""
+        """The total after adding the sum to it in place; a new tensor if there is no total yet."""
         if isinstance(self.values, Tensor):
             return self.values * self.factor if total is None else total.add_(self.values.to(total), alpha=self.factor)
         left, right = self.values
