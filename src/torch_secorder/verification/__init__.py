@@ -1,1 +1,1 @@
-"""Whether the numbers are right: samples alone, sums of gradients, and when to look."""
+"""Checks that the numbers are right: samples alone, sums of gradients, and the schedule of the checks."""

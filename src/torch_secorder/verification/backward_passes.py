@@ -1,4 +1,4 @@
-"""What a backward pass of the user's has to satisfy before its samples count."""
+"""The conditions that a user's backward pass must meet before its samples count."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ def require_sound_pass(
     current: BackwardPass,
     samples: SampleNorms,
 ) -> None:
-    """Raise unless everything that a pass did to the model's parameters is accounted for. In a steady step all is well.
+    """Raise unless the captured gradients account for every parameter gradient of a pass.
 
     Args:
         model: the model.
         table: its analyzed parameters.
-        positions: those that got a gradient.
+        positions: the positions of the parameters that got a gradient.
         norms: the norms of these gradients.
         current: the pass.
-        samples: what it found.
+        samples: the squared norms that it found.
 
     Raises:
         CoverageError: naming the parameters that are not accounted for.
-        NonFiniteError: if that is because their gradients are not finite.
+        NonFiniteError: if the reason is that their gradients are not finite.
     """
     if len(samples.reached) < len(table.rows):
         _require_present(model, table, samples)
@@ -47,17 +47,17 @@ def require_sound_pass(
 
 
 def _require_present(model: nn.Module, table: ParameterTable, samples: SampleNorms) -> None:
-    """Raise unless every parameter that the pass did not reach is still the model's own."""
+    """Raise unless every parameter that the pass did not reach still belongs to the model."""
     missed = [position for position in range(len(table)) if position not in samples.reached]
     if gone := [table.names[position] for position in missed if not table.is_present(position, model)]:
         raise replaced(gone)
 
 
 def require_trainable(table: ParameterTable, current: BackwardPass, samples: SampleNorms) -> None:
-    """Raise unless every parameter still requires a gradient, without which its uses are in no graph.
+    """Raise unless every parameter still requires a gradient; otherwise its uses are in no graph.
 
     Raises:
-        CoverageError: naming those that do not.
+        CoverageError: naming the parameters that require none.
     """
     if not all(map(attrgetter("requires_grad"), table.leaves)):
         frozen = [name for name, leaf in zip(table.names, table.leaves, strict=True) if not leaf.requires_grad]
@@ -80,7 +80,7 @@ def unaccounted(names: Sequence[str], norms: Tensor) -> CurvatureError:
 
 
 def _require_explained_sums(names: Sequence[str], current: BackwardPass, samples: SampleNorms) -> None:
-    """Raise unless what was captured adds up to autograd's own gradients, in a pass whose gradients were noted."""
+    """Raise unless the captured gradients add up to autograd's own, in a pass that noted these along one direction."""
     found = current.accumulator
     if wrong := unexplained_gradients(found.projections, current.projections, samples.squared_norms, found.half):
         raise CoverageError(

@@ -1,7 +1,7 @@
-"""The warning of a loss that a monitor has seen to compare every output with every target.
+"""The warning that a loss in a monitor's block compares every output with every target.
 
-A few losses are meant to do so, such as one of as many quantiles as there are samples. That is why a monitor, which doesn't know
-the targets, warns and doesn't refuse.
+A few losses are meant to do so, such as one with as many quantiles as there are samples. A monitor does not know the targets, so
+it warns instead of refusing.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from torch_secorder.errors import BroadcastLossWarning, warn_at_users_line
 
 
 def warn_of_broadcast(n: int, name: str) -> None:
-    """Warn of a node of this name, which makes ``[n, n]`` of outputs ``[n, 1]``."""
+    """Warn that a node of this name makes ``[n, n]`` of outputs ``[n, 1]``."""
     warn_at_users_line(
         f"the loss makes a tensor of shape {(n, n)} of the outputs of shape {(n, 1)} ({name}), so that every output is compared "
         f"with every target. Targets or weights of shape {(n,)} broadcast so: pass targets.unsqueeze(-1), or "

@@ -1,4 +1,4 @@
-"""The one comparison: squared norms of a sample in its batch against those of the sample alone."""
+"""The comparison that all checks use: a sample's squared norms in its batch against those of the sample alone."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def require_equal_norms(
 
     Args:
         names: the parameters' names.
-        in_batch: ``[parameters]``, what the analysis of the batch says of the sample.
-        alone: ``[parameters]``, what plain autograd says of the sample alone.
-        bits: of the numbers that the gradients are sums of.
+        in_batch: ``[parameters]``, the sample's squared norms from the analysis of the batch.
+        alone: ``[parameters]``, the sample's squared norms by plain autograd for the sample alone.
+        bits: the precision of the products that the gradients are sums of.
         rounding: ``[parameters]``, by how much more the two may differ.
         sample: the sample's number in its batch.
 
@@ -48,7 +48,7 @@ def require_equal_norms(
 
 
 def unequal_norms(in_batch: Tensor, alone: Tensor, *, bits: int, rounding: Tensor | float = 0.0) -> list[int]:
-    """The positions at which two rows of squared norms differ by more than rounding. What isn't finite equals nothing."""
+    """The positions at which two rows of squared norms differ by more than rounding. Numbers that are not finite differ."""
     tolerance = sample_alone(bits)
     in_batch, alone = in_batch.cpu().double(), alone.cpu().double()
     total = alone[alone.isfinite()].sum()

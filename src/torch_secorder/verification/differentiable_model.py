@@ -19,20 +19,20 @@ from torch_secorder.model.parameters import ParameterTable, numpy_of_frozen
 from torch_secorder.per_sample import at_least_float32
 from torch_secorder.verification.tolerances import DEQUANTIZED_OUTPUTS
 
-# No more numbers than these are changed for a look at the model elsewhere, which takes little memory beside a step's.
+# At most this many numbers are changed to evaluate the model at other parameters, which takes little memory beside a step.
 FEW_NUMBERS = 2**20
-# How large a parameter is taken for that is all zero, as biases and last layers are at the start.
+# The size that stands in for a parameter of zeros only, such as biases and last layers at the start.
 SIZE_OF_ZERO = 0.1
 
 
 class DifferentiableModel:
-    """The model, and a leaf for every parameter in which it has a gradient.
+    """The model, with a leaf for every parameter that can get a gradient.
 
     Args:
         model: the model.
         table: its analyzed parameters.
-        inputs: a batch on which quantized weights are replaced for a trial. Where that changes the outputs by more than rounding,
-            such weights have no leaf, and a warning says so.
+        inputs: a batch on which quantized weights are replaced for a trial. If that changes the outputs by more than rounding,
+            such weights get no leaf, and a warning says so.
 
     Attributes:
         positions: the parameters that have a leaf, by their position in the table.
@@ -53,11 +53,11 @@ class DifferentiableModel:
         self.leaves = [leaves[position] for position in self.positions]
 
     def elsewhere(self, step: float, seed: int) -> DifferentiableModel:
-        """The same model with other numbers in its small parameters. The leaves are the same.
+        """The same model, with the same leaves, at other values of its small parameters.
 
         Args:
             step: how far each parameter is moved in a random direction, in units of its own size.
-            seed: for the direction.
+            seed: the seed of the direction.
         """
         generator = torch.Generator().manual_seed(seed)
         moved = {position: _moved(leaf, step, generator) for position, leaf in _smallest(self.positions, self.leaves)}
@@ -72,7 +72,7 @@ class DifferentiableModel:
 
 
 def _smallest(positions: Sequence[int], leaves: Sequence[Tensor]) -> Iterator[tuple[int, Tensor]]:
-    """The smallest parameters, as many as have few numbers together, and at least one."""
+    """The smallest parameters, at least one, and more as long as they have few numbers together."""
     count = 0
     for position, leaf in sorted(zip(positions, leaves, strict=True), key=lambda pair: pair[1].numel()):
         if count and count + leaf.numel() > FEW_NUMBERS:
@@ -82,7 +82,7 @@ def _smallest(positions: Sequence[int], leaves: Sequence[Tensor]) -> Iterator[tu
 
 
 def _moved(leaf: Tensor, step: float, generator: torch.Generator) -> Tensor:
-    """A parameter plus random numbers, through which its gradient passes as it is."""
+    """A parameter plus random numbers; the gradient passes through to the parameter unchanged."""
     direction = torch.randn(leaf.shape, generator=generator, dtype=torch.float32, device="cpu").to(leaf)
     size = at_least_float32(leaf.detach()).norm() / leaf.numel() ** 0.5
     return leaf + step * torch.where(size > 0, size, SIZE_OF_ZERO).to(direction) * direction
@@ -115,11 +115,11 @@ def _called_elsewhere(
 
 
 def _dequantized(table: ParameterTable) -> dict[int, Tensor]:
-    """Position -> what the codes of a quantized weight stand for, as a leaf; empty if some weight doesn't tell."""
+    """Position -> a leaf with the numbers that a quantized weight's codes stand for; empty if some weight does not tell them."""
     try:
         plain = {position: table.tensors[position].detach().dequantize() for position in table.quantized}
         return {position: value.detach().requires_grad_() for position, value in plain.items()}
-    except Exception:  # Whatever a package for quantized tensors raises; and there may be no memory for them.
+    except Exception:  # A package for quantized tensors may raise anything, and memory may run out.
         return {}
 
 
@@ -138,7 +138,7 @@ def _agree(model: Callable[..., Any], other: Callable[..., Any], inputs: Any) ->
     ours = list(tensors(call_model(model, inputs)))
     try:
         theirs = list(tensors(call_model(other, inputs)))
-    except Exception:  # A layer that takes nothing but its own kind of weight.
+    except Exception:  # The layer takes only its own kind of weight.
         return False
     return len(ours) == len(theirs) and all(map(_is_near, ours, theirs))
 

@@ -1,4 +1,4 @@
-"""Whether the gradients of the user's loss were taken apart as they are: samples alone, and a loss that doesn't compare them."""
+"""Checks of an analysis of the user's loss: samples alone, and whether the loss compares samples."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ def verify_empirical(
     batch: Batch,
     samples: Sequence[int] | None = None,
 ) -> None:
-    """Raise unless the loss takes samples apart, and these samples have the squared norms that the batch's analysis says.
+    """Raise unless the loss is separable by samples and these samples have the squared norms of the batch's analysis.
 
     Args:
-        analysis: what is verified.
+        analysis: the analysis to verify.
         loss_fn: from ``(outputs, targets)`` to the batch's loss.
         inputs: the batch.
-        targets: the batch's.
-        batch: what the analysis says of it.
-        samples: the numbers of the samples to look at; by default the first, the last and one at random.
+        targets: the batch's targets.
+        batch: the result of the analysis.
+        samples: the numbers of the samples to check; by default the first, the last and one at random.
 
     Raises:
         VerificationError: if not, naming the parameters that differ, with both numbers; or if the loss compares samples.

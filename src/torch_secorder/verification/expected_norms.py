@@ -1,4 +1,4 @@
-"""What a backward pass of the user's that is still to come has to find for some samples."""
+"""The squared norms that the user's next backward pass has to find for some samples."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class ExpectedNorms:
     Attributes:
         sample: the sample's number in its batch.
         positions: the parameters that have a gradient.
-        alone: ``[these parameters]``.
-        bits: of the numbers that the gradients are sums of.
+        alone: the squared norms, ``[these parameters]``.
+        bits: the precision of the products that the gradients are sums of.
     """
 
     sample: int
@@ -39,7 +39,7 @@ class ExpectedNorms:
 
         Args:
             names: all parameters' names.
-            norms: ``[all parameters, samples]``, what the pass found.
+            norms: ``[all parameters, samples]``, the squared norms that the pass found.
 
         Raises:
             VerificationError: naming the parameters that differ, with both numbers.
@@ -52,14 +52,14 @@ class ExpectedNorms:
 def expected_norms(
     loss: Tensor, outputs: Sequence[tuple[Tensor, Placement]], n: int, table: Table
 ) -> list[ExpectedNorms]:
-    """What to expect of the first, the last and one more sample of a loss.
+    """The expected squared norms of the first, the last and one more sample of a loss.
 
-    Their gradients are taken through the user's graph of the model's outputs, which is kept.
+    Their gradients are taken through the user's graph of the model's outputs, which is not freed.
 
     Args:
         loss: the loss.
         outputs: what the model returned, and where each has its samples.
-        n: how many samples.
+        n: the number of samples.
         table: the analyzed parameters; frozen ones have no gradient in the user's graph.
 
     Raises:

@@ -16,16 +16,16 @@ def unexplained_gradients(
 ) -> list[int]:
     """The parameters whose gradient, along a direction, is not the sum of what was captured of it.
 
-    A gradient that autograd has and the captured calls have not comes from outside of the model's forward: a weight
-    penalty in the loss, a use in compiled code. The tolerance is relative to ``sqrt(N sum_n ||g_n||^2)``, which bounds
-    the sum of the gradients' norms, for each use of the parameter, with a part of that of all parameters for a gradient that is
-    zero but for rounding.
+    If autograd has a gradient that the captured calls lack, it comes from outside of the model's forward, such as a weight
+    penalty in the loss or a use in compiled code. The tolerance is relative to ``sqrt(N sum_n ||g_n||^2)`` for each use of the
+    parameter, which bounds the sum of the gradients' norms. A small part of the same bound for all parameters is added, for a
+    gradient that is zero up to rounding.
 
     Args:
-        captured: position -> for each batch of samples, the captured gradients along the direction, and that bound of theirs.
+        captured: position -> for each batch of samples, the captured gradients along the direction, and their bound.
         actual: position -> autograd's gradient along the same direction.
         norms: ``[parameters, N]``, the squared norms of the captured gradients.
-        half: whether some gradient has half precision.
+        half: whether some gradient is in half precision.
     """
     floor = GRADIENT_SUMS_FLOOR * math.sqrt(float(sum_in_double_precision(norms)) * norms.shape[1])
     wrong = []
@@ -34,6 +34,6 @@ def unexplained_gradients(
         off = abs(sum(float(along) for along, _ in found) - float(gradient))
         bound = sum(size for _, size in found) + floor
         near = off <= gradient_sum(gradient.dtype, gradient.device.type, half) * bound
-        if not (near and math.isfinite(bound)):  # What isn't finite explains nothing.
+        if not (near and math.isfinite(bound)):  # A bound that is not finite explains nothing.
             wrong.append(position)
     return wrong

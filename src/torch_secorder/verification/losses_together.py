@@ -1,11 +1,11 @@
-"""Whether the loss of several samples is made of their losses alone, by weights that belong to the samples.
+"""Whether the loss of several samples is a weighted average of their losses alone, with weights that belong to the samples.
 
 With weights w_n, an average is ``sum_n w_n l_n / sum_n w_n``, and its gradient is the same average of gradients. A loss that
-compares samples may have such weights, too: the gradient of a root of a mean is an average of the gradients of the roots, and the
-root itself nearly is one where the samples' losses are nearly equal. But these weights are made of the samples' losses, which are
-others for other parameters. Weights that belong to samples, such as numbers of tokens, stay what they are. So the loss is looked
-at where the parameters are others: until the samples have losses there that differ, and each two have changed their order, since
-a loss in which samples rank each other is an average until they do.
+compares samples may look like such an average, too: the gradient of a root of a mean is an average of the gradients of the roots,
+and the root itself nearly is one if the samples' losses are nearly equal. But those weights depend on the samples' losses, which
+change with the parameters, while weights that belong to samples, such as numbers of tokens, do not change. So the loss is
+evaluated at other parameters, until the samples' losses differ there and every two of them have changed their order. The order
+matters, since a loss in which samples rank each other is an average until the order changes.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from torch_secorder.verification.tolerances import OWN_GRADIENT_OF_SEVERAL, OWN_
 
 LossOfSamples = Callable[[DifferentiableModel, Sequence[int]], Tensor]
 
-# How far from the model's own parameters a loss is looked at, in units of their size, and with which seed for the direction: far
-# enough for losses that differ, back and forth to change their order, and nearer where numbers get too large.
+# How far from the model's own parameters a loss is evaluated, in units of their size, and the seed of the direction. The steps
+# are far enough for losses to differ, and go back and forth to change their order. The last is short, in case numbers overflow.
 STEPS = (*((step, seed) for seed in range(5) for step in (3.0, -3.0)), (0.5, 5))
 
-# The loss is looked at so many times whatever the samples' losses are, since a loss may have the same value for each of them.
+# The loss is evaluated at least this many times, since a loss may have the same value for every sample.
 FEWEST = 2
 
 # The losses of samples differ if the largest and the smallest are farther apart than this, as a fraction of their size.
@@ -39,14 +39,14 @@ DIFFERENT = 0.2
 def require_explained(
     models: Sequence[Callable[[], DifferentiableModel]], loss: LossOfSamples, shares: Mapping[int, float], bits: int
 ) -> None:
-    """Raise unless the loss of some samples together, and its gradient, are the sum of their shares of their losses alone.
+    """Raise unless the loss of some samples together, and its gradient, are the sums of their shares, taken alone.
 
     Args:
-        models: make the model with other parameters, and at last with its own. The own ones are looked at where no others have
-            numbers, or losses that differ.
+        models: functions that return the model at other parameters; the last one returns it at its own, which are used if no
+            others give finite numbers and losses that differ.
         loss: from a model and the numbers of samples to the loss of these samples.
         shares: for each sample, by its number, the factor of its loss in the loss of all of them.
-        bits: how many bits the products have that gradients are sums of.
+        bits: the precision of the products that gradients are sums of.
 
     Raises:
         VerificationError: if not.
@@ -81,8 +81,8 @@ class _Look:
         alone: the loss of each sample alone.
         shares: the factor of each.
         together: the loss of all of them.
-        gradients: the sum of ``||gradient of a share||^2``.
-        unexplained: ``||gradient of what the loss of all is more than the sum of the shares||^2``.
+        gradients: the sum of ``||gradient of a share||^2`` over the samples.
+        unexplained: ``||gradient of (the loss of all minus the sum of the shares)||^2``.
     """
 
     alone: list[float]
@@ -93,12 +93,12 @@ class _Look:
 
     @property
     def is_finite(self) -> bool:
-        """Whether all of it are numbers."""
+        """Whether all of these numbers are finite."""
         return all(map(math.isfinite, (*self.alone, self.together, self.gradients, self.unexplained)))
 
     @property
     def differ(self) -> bool:
-        """Whether the samples have losses that differ, so that weights made of them do, too."""
+        """Whether the samples' losses differ, so that weights made of them would differ, too."""
         return max(self.alone) - min(self.alone) > DIFFERENT * max(map(abs, self.alone))
 
     def require(self, bits: int) -> None:

@@ -1,11 +1,11 @@
-"""A loss that the model computes itself, for one sample alone, against what the analysis of its batch says of the sample.
+"""A loss that the model computes itself: one sample alone is compared with the analysis of its batch.
 
-No output has a row for each sample that this loss depends on, so that a sample's outputs can't be put among the batch's. What is
-differentiated is the loss of the sample alone. It is the sample's share in the batch's loss, but for a factor where the loss is
-an average over something that samples have different numbers of, such as tokens: with w_n of them in sample n, the batch's
-loss is ``sum_n w_n l_n / sum_n w_n``. The factor is one for all parameters, and the factors of some samples have to say what the
-loss of these samples together is, whatever the parameters are. Nor may that loss have second derivatives between samples, which
-the graph between the model's other outputs and the loss shows.
+The outputs that this loss depends on have no row for each sample, so a sample's outputs cannot be put among the batch's. Instead,
+the loss of the sample alone is differentiated. It is the sample's share of the batch's loss, up to a factor if the loss averages
+over something that samples have different numbers of, such as tokens: with w_n of them in sample n, the batch's loss is
+``sum_n w_n l_n / sum_n w_n``. The factor is the same for all parameters, and the factors of some samples must explain the loss of
+these samples together, whatever the parameters are. In addition, that loss must have no second derivatives between samples; the
+graph between the model's other outputs and the loss shows them.
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ from torch_secorder.verification.losses_together import STEPS, require_explained
 from torch_secorder.verification.samples_alone import SampleAlone
 from torch_secorder.verification.separable_graph import require_separable_graph
 
-# Where a batch's outputs have no more numbers than this, all of its samples are looked at for second derivatives, which take some
-# thirty times as much memory as the outputs; else those that run alone.
+# If a batch's outputs have at most this many numbers, all samples are checked for second derivatives, which takes about thirty
+# times the memory of the outputs; otherwise only the samples that run alone are.
 CHEAP = 2**20
 
 
 def verify_own_loss(
     analysis: Analysis, model: DifferentiableModel, loss: OwnLoss, batch: Batch, samples: Sequence[int], *, mean: bool
 ) -> None:
-    """Raise unless these samples have the squared norms that the batch's analysis says, up to a factor that explains itself.
+    """Raise unless these samples have the squared norms of the batch's analysis, up to factors that explain their loss together.
 
     Args:
-        analysis: what is verified.
+        analysis: the analysis to verify.
         model: the model.
         loss: the loss that it computes.
-        batch: what the analysis says of the batch.
-        samples: the numbers of the samples to look at.
-        mean: whether the batch's loss is the mean over its samples, or the sum.
+        batch: the result of the analysis.
+        samples: the numbers of the samples to check.
+        mean: whether the batch's loss is the mean over its samples; otherwise it is the sum.
 
     Raises:
         VerificationError: if not, naming the parameters that differ, with both numbers; or if the loss compares samples.
@@ -67,8 +67,8 @@ class OwnLoss:
     Attributes:
         loss_fn: from ``(outputs, targets)`` to the loss.
         inputs: the batch.
-        targets: the batch's.
-        where: where these have their samples.
+        targets: the batch's targets.
+        where: where inputs and targets have their samples.
     """
 
     loss_fn: LossFunction
@@ -103,9 +103,9 @@ class _LossAlone(SampleAlone):
 
     Attributes:
         sample: the sample's number.
-        weight: how much the batch counts the sample beside others, in units of its mean count; 1 under "sum". It is None for a
-            sample without a gradient, which doesn't show it.
-        bits: how many bits the products have that its gradients are sums of.
+        weight: how much the sample counts in its batch, relative to the mean of all samples; 1 under "sum". It is None for a
+            sample without a gradient, which does not show it.
+        bits: the precision of the products that its gradients are sums of.
     """
 
     def __init__(
@@ -121,14 +121,14 @@ class _LossAlone(SampleAlone):
         in_batch = self.norms_in_batch.cpu().double()
         counts = bool(in_batch.any())
         if not counts and not math.isfinite(self.loss):
-            self.weight, alone = None, in_batch  # It has no label: an average over none is not a number.
+            self.weight, alone = None, in_batch  # The sample has no label, and an average over no labels is not a number.
         elif self._mean and counts and float(alone.sum()) > 0:
             self.weight = math.sqrt(float(in_batch.sum() / alone.sum()))
         self.require_equal(alone if self.weight is None else alone * self.weight**2, self.bits)
 
 
 def _noted(sample: _LossAlone, loss: OwnLoss, outputs: Any) -> Tensor:
-    """The loss of a sample's own outputs, of which a note is kept."""
+    """The loss of a sample's own outputs; its value is noted in ``sample``."""
     found = loss.of_outputs([sample.sample], outputs)
     sample.loss = float(found.detach())
     return found
@@ -137,9 +137,9 @@ def _noted(sample: _LossAlone, loss: OwnLoss, outputs: Any) -> Tensor:
 def _require_explained(
     model: DifferentiableModel, loss: OwnLoss, alone: Sequence[_LossAlone], mean: bool, table: ParameterTable
 ) -> None:
-    """Raise unless the loss of the samples whose weights are known is made of their losses alone.
+    """Raise unless the loss of the samples whose weights are known is the weighted sum of their losses alone.
 
-    Ranks that hold the model together look at it where it is, and all of them or none.
+    Ranks that hold the model together check this only at the model's own parameters, and either all of them do or none.
     """
     weights = {one.sample: one.weight for one in alone if one.weight is not None}
     together = bool(table.sharded) or table.ranks.distributed

@@ -1,4 +1,4 @@
-"""A sample's own outputs in the place of its rows in a batch's."""
+"""A sample's own outputs, put in the place of its rows in the batch's outputs."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from torch_secorder.model.nested import with_rows
 
 
 def with_own_rows(where: BatchSamples, sample: int, own: Any, batch: Any) -> Any:
-    """A batch's outputs with one sample's own in its rows; outputs that have no rows are the sample's, or else the batch's.
+    """A batch's outputs with one sample's own outputs in its rows. An output without rows is the sample's if the shapes agree.
 
-    Parts go by their names: a field may have been set in another order.
+    Parts are matched by their names, since fields may have been set in another order.
 
     Args:
         where: where the batch's outputs have their samples.
         sample: the sample's number in the batch.
         own: the outputs for the sample alone.
-        batch: the outputs for the batch, of the same structure, but for lists with an item for each sample.
+        batch: the outputs for the batch, of the same structure except for lists with an item for each sample.
 
     Raises:
         VerificationError: if the two have different parts.
@@ -62,7 +62,7 @@ def _differ(own: Any, batch: Any) -> VerificationError:
 
 
 def _with_own_row(placement: Placement | None, sample: int, own: Tensor, batch: Tensor) -> Tensor:
-    """One of the batch's outputs with the sample's own in its rows; the sample's, or the batch's, if there are no rows."""
+    """One of the batch's outputs with the sample's own in its rows; without rows, the sample's if the shapes agree."""
     if placement is None:
         return own if own.shape == batch.shape else batch
     if batch.is_nested:

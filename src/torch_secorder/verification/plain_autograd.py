@@ -1,6 +1,6 @@
-"""Squared norms of one sample's gradient by plain autograd: what every check compares with.
+"""Squared norms of one sample's gradient by plain autograd, with which every check compares.
 
-No rule takes part, and no hook of the library's but those that read a parameter's whole gradient.
+No rule takes part, and the only hooks are those that read a parameter's whole gradient.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch_secorder.graph.refusals import OPAQUE_FUNCTION
 from torch_secorder.model.ranks import full_tensor, is_dtensor
 from torch_secorder.per_sample import at_least_float32, squared_norm_of_rows
 
-SquaredNorm = Tensor | None  # 0-dim; None for a parameter that the backward pass does not reach
+SquaredNorm = Tensor | None  # 0-dim; None for a parameter that the backward pass did not reach
 
 
 def squared_norms_of_loss(loss: Tensor, leaves: Sequence[Tensor]) -> list[SquaredNorm]:
@@ -42,7 +42,7 @@ def squared_norms_of_loss(loss: Tensor, leaves: Sequence[Tensor]) -> list[Square
 
 
 def _accumulated_norms(starts: Sequence[Tensor], leaves: Sequence[Tensor]) -> list[SquaredNorm]:
-    """The same where a function may start a pass of its own, whose gradients have to be added before they are squared."""
+    """The same for a graph in which a function may start its own pass, so that gradients are added before they are squared."""
     torch.autograd.backward(starts, inputs=[leaf for leaf in leaves if leaf.requires_grad])
     return [None if leaf.grad is None else _squared_norm(leaf.grad) for leaf in leaves]
 
@@ -63,16 +63,16 @@ def squared_norms_of_sample(
     create_graph: bool = False,
     weights: GatheredWeights | None = None,
 ) -> list[SquaredNorm]:
-    """``||J_n^T s_n||^2`` of each parameter, through the user's own graph, which is kept.
+    """``||J_n^T s_n||^2`` of each parameter, through the user's own graph, which is not freed.
 
     Args:
         outputs: what the model returned.
-        output_gradients: the gradients s of all samples, of the outputs' shapes.
+        output_gradients: the gradients s of all samples, in the outputs' shapes.
         leaves: the parameters.
-        sample: n, the one whose gradient is taken.
+        sample: n, the sample whose gradient is taken.
         placements: where the outputs have their samples, if not all on the first axis.
-        create_graph: make the norms differentiable.
-        weights: gathers the weights that are in parts on several ranks.
+        create_graph: whether the norms are differentiable.
+        weights: gathers weights of which each rank holds a part.
     """
     norms: list[SquaredNorm] = [None] * len(leaves)
     positions = {get_gradient_edge(leaf).node: place for place, leaf in enumerate(leaves) if leaf.requires_grad}
@@ -112,8 +112,8 @@ def of_one_sample(gradient: Tensor, sample: int, placement: Placement = FIRST) -
 def _squared_norms_of_pass(starts: Sequence[Tensor], leaves: Sequence[Tensor]) -> Iterator[list[SquaredNorm]]:
     """The squared norm of each parameter's gradient, taken when it arrives in the backward pass from these tensors.
 
-    There is never more than one parameter's gradient at once. Other passes that go through the parameters meanwhile, in other
-    threads, see none of it.
+    There is never more than one parameter's gradient in memory. Passes of other threads through the same parameters are not
+    affected.
     """
     norms: list[SquaredNorm] = [None] * len(leaves)
     tasks: set[int] = set()
@@ -145,7 +145,7 @@ def _squared_norm(grad: Tensor) -> Tensor:
 
 
 def _without_memory(grad: Tensor) -> Tensor | None:
-    """What autograd may keep in place of a gradient that was read; None where that has to be the gradient itself."""
+    """A tensor that autograd may keep instead of a gradient that was read; None if it has to keep the gradient itself."""
     if grad.is_sparse or is_dtensor(grad) or torch.is_grad_enabled():
         return None
     return grad.new_zeros(()).expand_as(grad)

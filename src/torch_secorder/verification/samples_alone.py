@@ -1,4 +1,4 @@
-"""One sample alone, through plain autograd, against what the analysis of its batch says of it."""
+"""One sample alone, differentiated by plain autograd, is compared with the analysis of its batch."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ Loss = Callable[[Any], Tensor]  # from the model's outputs to a sum over samples
 def verify_samples(
     analysis: Analysis, loss: Loss, inputs: Any, batch: Batch, samples: Sequence[int] | None = None
 ) -> None:
-    """Raise unless these samples of a batch have the squared norms that the batch's analysis says.
+    """Raise unless these samples of a batch have the squared norms of the batch's analysis.
 
-    Each sample runs through the model alone. Its output takes its row in the batch's outputs, which are constants, and the loss
-    of that is differentiated by plain autograd: a step of one sample, in which no rule takes part. Where the model draws random
-    numbers, the batch is analyzed once more in eval mode, which stops dropout, for the comparison. Samples that have several rows
-    by the user's word stay in their batch, since nothing takes such arguments apart (the edges of graphs, offsets of bags), and
-    the loss's gradient in a sample's own rows of the outputs is sent back.
+    Each sample runs through the model alone. Its output replaces its row in the batch's outputs, which are constants, and the
+    loss of these outputs is differentiated by plain autograd: a step of one sample, in which no rule takes part. If the model draws
+    random numbers, the batch is analyzed once more in eval mode, which stops dropout, for the comparison. Samples for which the
+    user declared several rows stay in their batch, since such arguments cannot be taken apart (edges of graphs, offsets of bags);
+    then the loss's gradient in a sample's own rows of the outputs is sent back.
 
     Args:
-        analysis: what is verified.
+        analysis: the analysis to verify.
         loss: from the model's outputs to a sum over samples.
         inputs: the batch.
-        batch: what the analysis says of it.
-        samples: the numbers of the samples to look at; by default the first, the last and one at random.
+        batch: the result of the analysis.
+        samples: the numbers of the samples to check; by default the first, the last and one at random.
 
     Raises:
         VerificationError: naming the parameters that differ, with both numbers.
@@ -65,13 +65,13 @@ def comparable(
 ) -> Iterator[tuple[Batch, DifferentiableModel] | None]:
     """A block in which samples can be run alone: a batch without random draws to compare with, and the model for autograd.
 
-    It is None, after a warning, where the model draws random numbers in eval mode too.
+    The block gets None, after a warning, if the model draws random numbers in eval mode too.
 
     Args:
-        analysis: what is verified.
+        analysis: the analysis to verify.
         loss: from the model's outputs to a sum over samples.
         inputs: the batch.
-        batch: what the analysis says of it.
+        batch: the result of the analysis.
         sample: the number of the sample on which quantized weights are tried.
     """
     with ExitStack() as stack:
@@ -92,7 +92,7 @@ def comparable(
 
 @contextmanager
 def on_samples_alone() -> Iterator[None]:
-    """Inside, the user's model and loss are called with some samples of a batch. What they raise is not about the batch.
+    """A block in which the user's model and loss are called with some samples of a batch; their errors are not about the batch.
 
     Raises:
         VerificationError: in place of whatever is raised inside, unless that is an error of this library's.
@@ -113,15 +113,15 @@ def on_samples_alone() -> Iterator[None]:
         ) from error
 
 
-# Which sample between the first and the last is looked at has nothing to do with the user's random numbers.
+# Draws the sample between the first and the last, independently of the user's random numbers.
 _ANY = Random(0)
 
 
 def samples_to_check(n: int, ranks: Ranks) -> list[int]:
-    """The numbers of those of n samples that are checked: the first, the last and one at random.
+    """The numbers of the samples to check among n: the first, the last and one at random.
 
-    Where a layer that sees the past only, such as an LSTM, has its steps taken for samples, the first of them is right. Ranks
-    that hold a model together check as many samples each, and none at random.
+    The first alone is not enough: if the steps of a layer that only sees the past, such as an LSTM, are mistaken for samples, the
+    first one is right. Ranks that hold a model together all check the same number of samples, and none at random.
     """
     if ranks.distributed:
         return [0, n // 2, n - 1]
@@ -133,7 +133,7 @@ class SampleAlone:
 
     Attributes:
         loss_of_outputs: from the model's outputs to the loss.
-        norms_in_batch: what the analysis of the batch says of the sample, ``[parameters]``.
+        norms_in_batch: the sample's squared norms from the analysis of the batch, ``[parameters]``.
     """
 
     def __init__(
@@ -157,7 +157,7 @@ class SampleAlone:
         self.require_equal(alone, bits, rounding)
 
     def require_equal(self, alone: Tensor, bits: int, rounding: Tensor | float = 0.0) -> None:
-        """Raise, on all ranks if on one, unless the sample has these squared norms, ``[parameters]``, in its batch."""
+        """Raise unless the sample has these squared norms, ``[parameters]``, in its batch; if one rank raises, all do."""
         names = [self._analysis.table.names[position] for position in self._model.positions]
         with self._analysis.table.ranks.fail_together():
             require_equal_norms(names, self.norms_in_batch, alone, bits=bits, rounding=rounding, sample=self._sample)
@@ -166,7 +166,7 @@ class SampleAlone:
         return self._where.rows("inputs", inputs, [self._sample])
 
     def squared_norms_of(self, loss: Loss) -> tuple[Tensor, int]:
-        """``||g||^2`` of each parameter for a loss of the sample's own outputs, and the bits of what they are sums of."""
+        """``||g||^2`` of each parameter for a loss of the sample's own outputs, and the precision of the products in it."""
         with torch.enable_grad(), self._analysis.differentiable():
             outputs = self._model(self._inputs)
             root = self._root(loss, outputs)
@@ -174,18 +174,18 @@ class SampleAlone:
             return as_row(squared_norms_of_loss(root, self._model.leaves)), bits
 
     def _root(self, loss: Loss, outputs: Any) -> Tensor:
-        """What is differentiated for a loss."""
+        """The scalar that is differentiated for a loss."""
         return loss(outputs)
 
     def _loss_in_batch(self, own: Any) -> Tensor:
-        """The batch's loss with the sample's own outputs in their place, and all others constant."""
+        """The batch's loss with the sample's own outputs in its rows, and all other outputs constant."""
         return self.loss_of_outputs(with_own_rows(self._where, self._sample, own, self._outputs))
 
     def _effect_of_rounding(self, alone: Tensor) -> Tensor:
         """By how much the norms may differ because the sample's outputs are rounded differently alone and in its batch.
 
-        A loss near its minimum is a small difference of outputs and targets, of which rounding may be a large part. With g a
-        gradient and d the gradient of what rounding does to the loss, ``||g + d||^2`` differs from ``||g||^2`` by at most
+        Near its minimum, a loss goes by small differences of outputs and targets, of which rounding may be a large part. With g a
+        gradient and d its change by rounding, ``||g + d||^2`` differs from ``||g||^2`` by at most
         ``||d||^2 + 2 ||d|| ||g||``.
         """
         own = mapped(Tensor.detach, self._model(self._inputs))
@@ -194,21 +194,21 @@ class SampleAlone:
         return 4 * (squared + 2 * (squared * alone).sqrt())  # Four times, since d is itself an estimate.
 
     def _rounding_of_gradients(self, alone: Tensor, bits: int) -> Tensor:
-        """By how much the norms may differ because gradients are sums that cancel but for rounding.
+        """By how much the norms may differ because gradients are sums that cancel up to rounding.
 
-        A backward pass is linear: c times the loss has c times the gradient, and ``c ** 2`` times its squared norm. Whatever
-        differs from that is rounding, which is another one for each c that is no power of two. It is never more than what is
-        forgiven of a norm that is small beside others, so that a model which changes from call to call explains nothing.
+        A backward pass is linear: c times the loss has c times the gradient, and ``c ** 2`` times its squared norm. Any
+        difference from that is rounding, which differs for each c that is not a power of two. The result is limited to the
+        tolerance for a norm that is small beside others, so that a model which changes from call to call is not excused.
         """
         tries = (
             self.squared_norms_of(partial(_times, factor, self._loss_in_batch))[0] / factor**2 for factor in (3, 5, 7)
         )
-        # Three tries may miss the largest.
+        # Three tries may miss the largest difference, hence the factor.
         found = 4 * torch.stack([(squared - alone).abs() for squared in tries]).amax(0)
         return found.clamp(max=sample_alone(bits).of_total * alone[alone.isfinite()].sum())
 
     def _change_of_gradients(self, own: Any) -> list[Tensor | None]:
-        """How the loss's gradient in the outputs changes by rounding: by nothing, if the outputs differ by more than that."""
+        """The change of the loss's gradient in the outputs by rounding; zero if the outputs differ by more than rounding."""
         pairs = list(zip(tensors(own), tensors(self._in_batch), strict=True))
         if not all(_differs_by_rounding(x, y) for x, y in pairs):
             return [torch.zeros_like(x) for x, _ in pairs]
@@ -217,7 +217,7 @@ class SampleAlone:
 
 
 class _SampleInBatch(SampleAlone):
-    """One sample of a batch that can't be taken apart: its own rows of the outputs, of the whole batch's run."""
+    """One sample of a batch that cannot be taken apart: its own rows of the outputs when the whole batch runs."""
 
     def verify(self) -> None:
         self.require_equal(*self.squared_norms_of(self.loss_of_outputs))
@@ -238,7 +238,7 @@ class _SampleInBatch(SampleAlone):
 
 
 def _differs_by_rounding(x: Tensor, y: Tensor) -> bool:
-    """Whether two outputs are the same but for rounding."""
+    """Whether two outputs are the same up to rounding."""
     if x.shape != y.shape or x.dtype != y.dtype:
         return False
     if not is_continuous(x) or not x.numel():
@@ -262,7 +262,7 @@ def _times(factor: float, loss: Loss, outputs: Any) -> Tensor:
 
 
 def _inner(gradients: Sequence[Tensor | None], outputs: Any) -> Tensor:
-    """``sum of outputs times gradients``, whose gradients in the outputs these are."""
+    """``sum of outputs times gradients``; its gradients in the outputs are the given ones."""
     pairs = zip(tensors(outputs), gradients, strict=True)
     found = [(x * g.conj()).real.sum() for x, g in pairs if g is not None and x.requires_grad]
     return sum((value.to(found[0].device) for value in found[1:]), found[0]) if found else torch.zeros((), device="cpu")

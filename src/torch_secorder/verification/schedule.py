@@ -1,4 +1,4 @@
-"""What is verified when: an analysis of a batch, and what is done if it doesn't pass."""
+"""An analysis of a batch with its check, and what happens if it does not pass."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from torch_secorder.running.analysis import Analysis, Batch
 
 
 def analyze_and_verify(analysis: Analysis, analyze: Callable[[], Batch], check: Callable[[Batch], None]) -> Batch:
-    """The analysis of a batch, which passes the check if it is one to be checked.
+    """The analysis of a batch, checked if it is due for a check.
 
-    If it doesn't pass, it is made once more from evidence for all that was read from shapes.
+    If it does not pass, the batch is analyzed once more, with evidence for everything that was read from shapes.
 
     Args:
-        analysis: what the batch is analyzed with.
+        analysis: the analysis of the model.
         analyze: gives the batch, with its outputs if it is to be checked.
         check: raises a VerificationError if the batch is wrong.
 
     Raises:
-        VerificationError: if the batch doesn't pass either time.
+        VerificationError: if the batch does not pass either time.
     """
     batch = analyze()
     if batch.outputs is None:

@@ -1,7 +1,7 @@
 """Whether a loss selects among samples: its derivatives are constant until the order of the samples changes.
 
-Hard examples (the largest losses of a batch), trimmed means and pairwise hinges have no second derivative between samples. The
-graph of the loss shows them: a node that selects takes entries of several samples.
+Hard examples (the largest losses of a batch), trimmed means and pairwise hinges have no second derivative between samples. But
+the graph of the loss shows them: it has a node that selects among entries of several samples.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from torch_secorder.batch_axis.placement import Placement
 from torch_secorder.errors import CurvatureError, VerificationError
 from torch_secorder.verification.tolerances import MIXED_ENTRIES
 
-# Nodes that select among all entries of their input, and those that do along some axes, with our name for these.
+# Nodes that select among all entries of their input, and nodes that select along some axes, with this library's name for those.
 AMONG_ALL = {"MaxBackward1", "MinBackward1", "MedianBackward0"}
 ALONG = dict.fromkeys(("Topk", "Sort", "Kthvalue", "Max", "Min"), "axis") | {"Amax": "axes", "Amin": "axes"}
 ALONG_AXES = {f"{name}Backward0": axes for name, axes in ALONG.items()} | {"MedianBackward1": "axis"}
-# Nodes whose derivative jumps by the value of an entry, or by which of two is larger.
+# Nodes whose derivative jumps with the value of an entry, and nodes where it depends on which of two entries is larger.
 _JUMPS = "Relu LeakyRelu Threshold Clamp ClampMin ClampMax Hardtanh Abs SmoothL1Loss HuberLoss"
 JUMPS = {f"{name}Backward{version}" for name in _JUMPS.split() for version in (0, 1)}
 COMPARES = {"MaximumBackward0", "MinimumBackward0"}
@@ -37,13 +37,13 @@ Axes = tuple[int, ...]
 def selects_among_samples(loss: Tensor, outputs: Sequence[Tensor], n: int, placements: Sequence[Placement]) -> bool:
     """Whether some node between outputs and their loss selects among entries that belong to different samples.
 
-    If an entry belongs to one sample, its derivative in the direction of all outputs stays as it was, or changes its sign, when
-    the directions of some samples change theirs. The signs tell which sample it is.
+    If an entry belongs to one sample, its derivative in the direction of all outputs keeps its size when some samples' directions
+    change their sign. Its own signs tell which sample it belongs to.
 
     Args:
         loss: the loss.
-        outputs: what it is computed from.
-        n: how many samples.
+        outputs: the tensors that it is computed from.
+        n: the number of samples.
         placements: for each output where it has its samples.
     """
     if any(x.is_nested or x.is_complex() for x in outputs):
@@ -51,7 +51,7 @@ def selects_among_samples(loss: Tensor, outputs: Sequence[Tensor], n: int, place
     ends = {get_gradient_edge(x).node for x in outputs}
     try:
         return any(_selects(loss, outputs, n, placements, node) for node in _selecting(loss.grad_fn, ends))
-    except (RuntimeError, CurvatureError):  # some operation has no second derivative, or is not looked through
+    except (RuntimeError, CurvatureError):  # some operation has no second derivative, or cannot be differentiated by a graph pass
         return False
 
 
@@ -111,9 +111,9 @@ def _selected_axes(node: Any, edge: Edge) -> Axes:
 def _tangents(
     loss: Tensor, outputs: Sequence[Tensor], n: int, placements: Sequence[Placement], edge: GradientEdge
 ) -> Tensor | None:
-    """Derivatives of a value in the direction of random outputs, ``[1 + sets of signs, *shape]``; None where there are none.
+    """Derivatives of a value in the direction of random outputs, ``[1 + sets of signs, *shape]``; None if it has none.
 
-    In each set some samples' directions have the other sign, by a digit of the samples' numbers.
+    In each set, a binary digit of the samples' numbers says which samples' directions have the opposite sign.
     """
     shape, dtype = value_shape(edge.node, edge.output_nr), output_dtype(edge.node, edge.output_nr)
     cotangent = torch.zeros(shape, device=loss.device, dtype=dtype, requires_grad=True)
@@ -145,7 +145,7 @@ def _tangents(
 
 
 def _sums(product: Tensor, placement: Placement, n: int) -> Tensor:
-    """The sum over what belongs to each sample, ``[n]``."""
+    """The sums over each sample's entries, ``[n]``."""
     rows = product.movedim(placement.axis, 0).flatten(1).sum(1) if product.dim() > 1 else product.reshape(-1)
     groups = placement.grouping(n, rows.device)
     return rows if groups is None else groups.sums(rows)

@@ -1,4 +1,4 @@
-"""Whether a loss takes samples apart, as far as the graph of a loss that was computed already shows it."""
+"""Whether a loss is separable by samples, as far as the existing graph of the loss shows it."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from torch_secorder.verification.tolerances import SEPARABLE_LOSS
 
 
 def require_separable_graph(loss: Tensor, outputs: Sequence[Tensor], placements: Sequence[Placement], n: int) -> None:
-    """Raise if the loss selects among samples, or has second derivatives between the outputs of different ones.
+    """Raise if the loss selects among samples, or has second derivatives between the outputs of different samples.
 
-    An operation that has none shows nothing, and neither does a factor that was detached. Any two samples are in different
-    halves for some digit of their numbers.
+    An operation without second derivatives shows nothing, and neither does a factor that was detached. The samples are split into
+    halves by each binary digit of their numbers, so that any two samples are in different halves at least once.
 
     Args:
         loss: the loss.
-        outputs: what it is computed from, and maybe other outputs of the model.
-        placements: for each output where it has its samples.
-        n: how many samples.
+        outputs: the tensors that it is computed from, and maybe other outputs of the model.
+        placements: for each output, where it has its samples.
+        n: the number of samples.
 
     Raises:
         VerificationError: if it does.
@@ -41,9 +41,9 @@ def require_separable_graph(loss: Tensor, outputs: Sequence[Tensor], placements:
 
 
 def output_gradients(loss: Tensor, outputs: Sequence[Tensor], *, create_graph: bool = False) -> list[Tensor | None]:
-    """The gradient of the loss with respect to each output, None for those that it doesn't depend on.
+    """The gradient of the loss with respect to each output; None for outputs that it does not depend on.
 
-    An output may have been computed from another one. What the loss gets through it is none of the other's own.
+    If an output was computed from another one, its gradient does not flow on into the other one's.
     """
     edges = [get_gradient_edge(x) for x in outputs]
     own = {(edge.node, edge.output_nr) for edge in edges}

@@ -1,4 +1,4 @@
-"""Whether a loss takes samples apart: otherwise there are no per-sample gradients to speak of."""
+"""Whether a loss is separable by samples; otherwise there are no per-sample gradients."""
 
 from __future__ import annotations
 
@@ -18,21 +18,22 @@ from torch_secorder.model.containers import evenly_spaced, is_continuous, shrunk
 from torch_secorder.verification.selections import coupling_loss, selects_among_samples
 from torch_secorder.verification.tolerances import ROUNDED_GRADIENT, SEPARABLE_LOSS
 
-# Of losses of more outputs than this a few samples are tried; of others as many ways to change the others as this allows.
+# A loss of more outputs than this is tried on a few samples only. For a smaller one, this bounds the number of trials.
 CHEAP = 2**22
 FAR = (
     30.0,
     -1e3,
-)  # how much larger the outputs of some samples are made: exponentials take the one, outliers need the other
-FEW = 3  # as many as it takes for a loss that compares each sample with two others
+)  # factors for the outputs of some samples: the first does not overflow in exponentials, the second makes outliers
+FEW = 3  # enough for a loss that compares each sample with two others
 
 
 def require_separable(loss_fn: Callable[[Any, Any], Tensor], outputs: Any, targets: Any, where: BatchSamples) -> None:
     """Raise if the loss's gradient in some samples' outputs depends on other samples' outputs.
 
-    The outputs of half of the samples are changed, and the gradients in those of the other half have to stay. By the digits of
-    the samples' numbers each two samples are in different halves at least once, where that is cheap. They are changed by much,
-    too: a mask of the losses above the mean, or which of two losses is larger, stays the same while only small ones change.
+    The outputs of half of the samples are changed, and the gradients in the outputs of the other half must stay the same. If that
+    is cheap, the halves follow the digits of the samples' numbers, so that any two samples are in different halves at least once.
+    The outputs are also changed by large factors: a mask of the losses above the mean, or which of two losses is larger, may not
+    change with small ones.
 
     Raises:
         VerificationError: if it does.
@@ -63,9 +64,9 @@ def _far_gradients(
     changed: Tensor,
     factor: float,
 ) -> list[Tensor] | None:
-    """The gradients with some samples' outputs far from all others, so that a choice by means or ranks becomes another one.
+    """The gradients with some samples' outputs far from all others, so that a choice by means or ranks changes.
 
-    It is None if the loss takes no such outputs.
+    The result is None if the loss does not take such outputs.
     """
     try:
         found = _gradients(loss_fn, _changed(outputs, changed, where, partial(_far, factor=factor)), targets, where)
@@ -75,7 +76,7 @@ def _far_gradients(
 
 
 def _require_same(before: Sequence[Tensor], after: Sequence[Tensor], samples: Tensor) -> None:
-    """Raise unless these samples' gradients are the same; what isn't finite agrees with nothing."""
+    """Raise unless these samples' gradients are the same; gradients that are not finite count as different."""
     for here, there in zip(before, after, strict=True):
         off, own = ((of_samples[samples]).norm(dim=1) for of_samples in (here - there, here))
         if not bool((own.isfinite() & (off <= SEPARABLE_LOSS * (own + ROUNDED_GRADIENT * own.max()))).all()):
@@ -83,7 +84,7 @@ def _require_same(before: Sequence[Tensor], after: Sequence[Tensor], samples: Te
 
 
 def _halves(n: int) -> list[Tensor]:
-    """Which samples are changed, ``[n]`` each: half of them, by the digits of numbers that are dealt out at random."""
+    """Masks ``[n]`` of the samples to change, half of them each, by the binary digits of numbers assigned at random."""
     if n < 2:
         return []
     number = torch.randperm(n, generator=torch.Generator().manual_seed(n), device="cpu")
@@ -92,7 +93,7 @@ def _halves(n: int) -> list[Tensor]:
 
 
 def _far(x: Tensor, factor: float) -> Tensor:
-    """Numbers of another size, also where all are zero."""
+    """Numbers of another size, even if all given ones are zero."""
     return factor * (x + evenly_spaced(x, -1.0, 1.0))
 
 
@@ -107,7 +108,7 @@ def _changed(outputs: Any, which: Tensor, where: BatchSamples, other: Callable[[
             return torch.nested.as_nested_tensor(
                 [theirs if change else own for own, theirs, change in parts], layout=x.layout
             )
-        # Rows of other samples are values of the same kind, too, and rank otherwise.
+        # Rows of other samples are values of the same kind, but rank differently.
         return torch.where(rows_of(which, x, placement), other(x.roll(1, placement.axis) if x.dim() else x), x)
 
     return where.mapped(change, "outputs", outputs)
@@ -149,7 +150,7 @@ def _gradients(
 
 
 def _rows(grad: Tensor, placement: Placement, n: int) -> Tensor:
-    """A row for each sample; those of a nested gradient are padded with zeros."""
+    """A row for each sample; the rows of a nested gradient are padded with zeros."""
     if grad.is_nested:
         return pad_sequence([_in_float64(part).flatten() for part in grad.unbind()], batch_first=True)
     moved = _in_float64(grad.movedim(placement.axis, 0) if grad.dim() else grad[None])
@@ -158,5 +159,5 @@ def _rows(grad: Tensor, placement: Placement, n: int) -> Tensor:
 
 
 def _in_float64(grad: Tensor) -> Tensor:
-    """A gradient as real numbers of double precision."""
+    """A gradient as real numbers in double precision, on the host."""
     return (torch.view_as_real(grad.resolve_conj()) if grad.is_complex() else grad).cpu().double()
