@@ -1,4 +1,4 @@
-"""The matrix product that ends a model, where the graph shows one."""
+"""The matrix product that ends a model, if the graph shows one."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ PRODUCTS = {"AddmmBackward0": 1, "MmBackward0": 0}
 def last_linear_factors(outputs: Tensor) -> tuple[Tensor, Tensor] | None:
     """The factors h, ``[n, i]``, and M, ``[i, c]``, of outputs ``h M`` with or without a bias.
 
-    They are None if the outputs are nothing of the kind, if no gradient goes through the product to what made h, or if one
-    of the factors was changed in place since.
+    The result is None if the outputs were made in another way, if no gradient goes through the product to the layers before, or
+    if one of the factors was changed in place since.
     """
     node = outputs.grad_fn
     if node is None or node.name() not in PRODUCTS or not knows(node.name(), "left", "right"):
@@ -32,11 +32,11 @@ def last_linear_factors(outputs: Tensor) -> tuple[Tensor, Tensor] | None:
 
 
 def inputs_of_last_product(node: Node, use: ParameterUse) -> GradientEdge | None:
-    """Where the gradient of the left factor of a product arrives whose right one and whose bias are parameters.
+    """Where the gradient of a product's left factor arrives, if the right factor and the bias are parameters.
 
-    It is None where the squared norms of these parameters' gradients are not ``||s_n||^2`` times something that all output
-    gradients s_n of a sample have in common: where a parameter is used elsewhere too, the product or its bias are scaled, or a
-    parameter's entries are more than moved on the way.
+    The result is None unless the squared norms of these parameters' gradients are ``||s_n||^2`` times a factor that is the same
+    for all output gradients s_n of a sample. So it is None if a parameter is used elsewhere, too, if the product or its bias is
+    scaled, or if a parameter's entries are changed, and not only moved, before they enter the product.
     """
     left = PRODUCTS.get(node.name())
     if left is None or not knows(node.name(), "left", "right"):

@@ -22,7 +22,7 @@ class GradientGraphs:
 
     def __init__(self, on_gradient: Callable[[tuple[Tensor | None, ...]], None]):
         self._on_gradient = on_gradient
-        self._watches: dict[int, GradientGraphWatch] = {}  # number of a running ignored pass -> what watches its results
+        self._watches: dict[int, GradientGraphWatch] = {}  # running ignored pass -> what watches its results
 
     def watch(self, task: int) -> None:
         """Watch what the running, ignored pass makes from the current node on, if that gets a graph."""

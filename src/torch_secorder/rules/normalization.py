@@ -196,7 +196,7 @@ def _in_one_pass(x: Tensor, g: Tensor) -> bool:
 
 
 def _as_torch_does(x: Tensor, g: Tensor, mean: Tensor, variance: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """torch's own gradient of a batch norm, called with every sample's channels as channels of one sample.
+    """The gradient of a batch norm by torch itself, called with every sample's channels as channels of one sample.
 
     It reads x and g once and writes only the sums; a product and two sums would go through main memory four times.
     """

@@ -206,7 +206,7 @@ def _rule_by_code(kind: type[nn.Module], module: nn.Module) -> Rule | None:
     names = written.__code__.co_names  # global names, and those of attributes
     same_globals = all(forward.__globals__.get(name) is written.__globals__.get(name) for name in names)
     above = kind.__mro__[: kind.__mro__.index(nn.Module)]
-    special = {"__call__", "__getattr__", "__getattribute__", *names}  # as properties these would compute something else
+    special = {"__call__", "__getattr__", "__getattribute__", *names}  # as properties they would be the class's own
     plain = special.isdisjoint(name for cls in above for name in vars(cls))
     return Rule(function.__name__, function, kind) if same_globals and plain and _owns(module, parameters) else None
 

@@ -123,7 +123,7 @@ class GraphBackward(Recorder):
 
     @staticmethod
     def _is_start(record: Record) -> bool:
-        """Whether a call's gradient is a result of the pass, since nothing analyzed comes before it or no gradient is expected."""
+        """Whether a call's gradient is a result of the pass: nothing analyzed comes before it, or no gradient is expected."""
         return record.idle is not None if record.placement is None else record.starts_graph
 
     def _found_uses(self, forward: Forward, outputs: list[Tensor]) -> Uses:

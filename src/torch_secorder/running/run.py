@@ -62,7 +62,10 @@ class HookedForward(GraphBackward):
     def _detach(self) -> None:
         super()._detach()
         for record in self._records:
-            record.inputs, record.kwargs = None, {}  # the hooks of the graph, which may outlive this object, hold the records
+            record.inputs, record.kwargs = (
+                None,
+                {},
+            )  # the hooks of the graph, which may outlive this object, hold the records
         self._starts, self._leaves, self._arguments, self._records = [], [], None, []
 
     def __call__(self, inputs: Any) -> Any:

@@ -51,7 +51,10 @@ def selects_among_samples(loss: Tensor, outputs: Sequence[Tensor], n: int, place
     ends = {get_gradient_edge(x).node for x in outputs}
     try:
         return any(_selects(loss, outputs, n, placements, node) for node in _selecting(loss.grad_fn, ends))
-    except (RuntimeError, CurvatureError):  # some operation has no second derivative, or cannot be differentiated by a graph pass
+    except (
+        RuntimeError,
+        CurvatureError,
+    ):  # some operation has no second derivative, or cannot be differentiated by a graph pass
         return False
 
 
