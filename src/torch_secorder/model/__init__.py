@@ -1,8 +1,8 @@
-"""The user's model: what it is made of, who holds it, and leaving it as it was.
+"""The user's model: what it is made of, which ranks hold it, and how it is left as it was.
 
-An analysis looks at a model that belongs to somebody else, who goes on using it. So it first finds out what there is: the
-parameters under the names that their owner gave them, and whether several ranks hold a part each. Then it attaches hooks and
-changes flags for a while, and puts everything back, whatever happens in between.
+An analysis works on a model that belongs to the user, who goes on using it. So it first lists the parameters, under the names
+that the user gave them, and finds out whether several ranks hold a part each. Then it attaches hooks and changes flags for a
+while, and puts everything back, whatever happens in between.
 
 The files, one verb each:
 

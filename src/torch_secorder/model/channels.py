@@ -1,4 +1,4 @@
-"""Where a parameter counts its channels, and sums over everything else."""
+"""The axis on which a parameter counts its channels, and sums over all other axes."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class ChannelSums:
 
     Attributes:
         axis: the axis of the parameter that counts the channels.
-        groups: of a convolution. Its axis 0 counts the channels of all groups, and its axis 1 those of one group: on axis 1, a
-            channel is a group and a place in it.
+        groups: the groups of a convolution. Axis 0 of its weight counts the channels of all groups, axis 1 those of one group, so
+            that a channel on axis 1 is a group and a place in it.
     """
 
     axis: int
@@ -63,7 +63,8 @@ class ChannelSums:
 def channel_sums(kind: str, module: nn.Module, shape: Sequence[int]) -> ChannelSums | None:
     """The sums that "rows" (a number for each output channel) or "columns" (for each input channel) stands for.
 
-    A parameter with fewer than two axes has one number for each output channel already; None if it has no other.
+    A parameter with fewer than two axes has one number for each output channel already; it has no columns, for which the result
+    is None.
     """
     if len(shape) < 2:
         return ChannelSums(0) if kind == "rows" and shape else None

@@ -1,4 +1,4 @@
-"""Tensors in nested containers, as models take and return them."""
+"""The tensors in nested containers, as models take and return them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def tensors(value: Any) -> list[Tensor]:
 
 
 def _collect(value: Any, found: list[Tensor]) -> None:
-    """Append every tensor in a container to ``found``. A generator would take a Python call for each tensor and each level."""
+    """Append every tensor in a container to ``found``; a generator would cost a Python call for each tensor and level."""
     items: Iterable[Any] = ()
     if isinstance(value, Mapping):
         items = value.values()
@@ -48,7 +48,7 @@ def mapped(function: Callable[[Tensor], Tensor], value: Any) -> Any:
 
 
 def parts(value: Any) -> list[tuple[Key, Any]]:
-    """What a container consists of, each part with its key, field or position; a tensor is the only part of itself."""
+    """The parts of a container, each with its key, field or position; a tensor is the only part of itself."""
     if isinstance(value, Mapping):
         return list(value.items())
     if is_dataclass(value) and not isinstance(value, type):
@@ -59,7 +59,7 @@ def parts(value: Any) -> list[tuple[Key, Any]]:
 
 
 def with_parts(function: Callable[[Key, Any], Any], value: Any) -> Any:
-    """The same container with ``function(key, part)`` in the place of each of its parts; anything else as it is."""
+    """The same container with ``function(key, part)`` in place of each part; anything else is returned as it is."""
     if isinstance(value, Mapping):
         items = {key: function(key, item) for key, item in value.items()}
         kind: Any = type(value)
@@ -88,12 +88,12 @@ def packed_sequences(value: Any) -> list[PackedSequence]:
 
 
 def is_continuous(x: Tensor) -> bool:
-    """Whether a tensor has real or complex numbers, in which something may have a gradient."""
+    """Whether a tensor has real or complex numbers, so that it may have a gradient."""
     return x.is_floating_point() or x.is_complex()
 
 
 def shrunk(x: Tensor) -> Tensor:
-    """Other values of the same kind, for comparison: entries become smaller, so that probabilities stay probabilities."""
+    """Other values of the same kind, for comparison; they are smaller, so that probabilities stay probabilities."""
     if not is_continuous(x):
         return x
     if x.is_nested:
@@ -102,7 +102,7 @@ def shrunk(x: Tensor) -> Tensor:
 
 
 def evenly_spaced(x: Tensor, low: float, high: float) -> Tensor:
-    """Real numbers from low to high in the shape of a tensor, which is returned as it is if it has no such numbers."""
+    """Evenly spaced numbers from low to high in the shape of a tensor; a tensor of integers is returned as it is."""
     if not is_continuous(x):
         return x
     if x.is_nested:

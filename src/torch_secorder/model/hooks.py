@@ -62,25 +62,25 @@ def remove_from_module(module: Any, hook: Callable[..., Any]) -> None:
 
 def remove_from_tables(tables: list[dict[int, Any]], hook: Callable[..., Any]) -> None:
     """Remove a hook from tables that are keyed by the same number."""
-    # Another thread may hook the same module meanwhile, so that copies of the tables are looked through.
+    # Another thread may hook the same module meanwhile, so copies of the tables are searched.
     found = [(table, key) for table in tables for key, mine in list(table.items()) if mine is hook]
     for where, key in found:
         for table in tables:
             if table is not where:
                 table.pop(key, None)
-        where.pop(key)  # It goes last, since this is how it is found.
+        where.pop(key)  # This entry goes last, since the hook is found by it.
 
 
 def nothing() -> Callable[..., None]:
-    """A new function that takes anything and does nothing, which a process without this package can load, too."""
+    """A new function that takes anything and does nothing, and that a process without this package can unpickle."""
     return nullcontext().__exit__
 
 
 class WeakHook(partial[Any]):
     """A method of an object as a hook that does not keep the object alive.
 
-    The object removes its hooks when it goes, so that the method is never called without it. A deep copy of the model has no
-    such hook. What pickle makes of the model has a hook that does nothing in its place, and no word of this package.
+    The object removes its hooks when it is deleted, so that the method is never called without it. A deep copy of the model has
+    no such hook. A pickled model has a hook that does nothing in its place, and does not mention this package.
 
     Attributes:
         module: the module that has the hook, if one has it.
@@ -93,17 +93,17 @@ class WeakHook(partial[Any]):
         return super().__new__(cls, getattr(type(owner), method), weakref.proxy(owner), *first)
 
     def disarm(self) -> None:
-        """Do nothing from now on: another thread may be about to call the hook, though it was removed meanwhile."""
+        """Do nothing from now on: another thread may be about to call the hook although it was removed."""
         self.__setstate__((nothing(), (), {}, None))  # type: ignore[attr-defined]  # of partial objects
 
     def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
         return getattr, (nullcontext(), "__exit__")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
-        """A function that does nothing, which leaves the copy of the module when all is copied.
+        """A function that does nothing, and that is removed from the copied module at the end of copying.
 
-        An entry of a table can't be left out while the table is being copied. What is copied last is the list of what has to
-        live until then, which the module ``copy`` keeps in its memo.
+        An entry of a table cannot be left out while the table is being copied. The module ``copy`` keeps a list in its memo of
+        objects that must live until the end; what is put there is deleted last.
         """
         copied = nothing()
         module = None if self.module is None else memo.get(id(self.module()))
@@ -113,7 +113,7 @@ class WeakHook(partial[Any]):
 
 
 class _RemovedAtTheEnd:
-    """Removes a hook from a module when it goes."""
+    """Removes a hook from a module when this object is deleted."""
 
     def __init__(self, module: object, hook: Callable[..., None]):
         self._module, self._hook = module, hook

@@ -1,6 +1,7 @@
 """Nested tensors of the jagged layout, ``[n, own length, ...]``: samples of different lengths in one tensor.
 
-Rules see them padded with zeros, which is exact where the gradient is padded too: a position without a gradient adds nothing.
+Rules get them padded with zeros. That is exact, since the gradient is padded, too, and a position without a gradient adds
+nothing.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch_secorder.model.ranks import full_tensor
 
 
 def whole(x: Any) -> Any:
-    """A tensor that is in parts on several ranks, or nested, as one plain tensor; anything else as it is."""
+    """A sharded or nested tensor as one plain tensor; anything else is returned as it is."""
     x = full_tensor(x)
     return torch.nested.to_padded_tensor(x, 0.0) if isinstance(x, Tensor) and x.is_nested else x
 
@@ -28,7 +29,7 @@ def whole_shape(x: Tensor) -> torch.Size:
 
 
 def shows_sizes(x: Tensor) -> bool:
-    """Whether a tensor has a shape, as all have but nested ones of torch's first layout."""
+    """Whether a tensor has a shape; only nested ones of torch's strided layout have none."""
     return not x.is_nested or x.layout == torch.jagged
 
 
@@ -49,7 +50,7 @@ def with_rows(x: Tensor, rows: dict[int, Tensor]) -> Tensor:
 
 
 def select(x: Tensor, axis: int, n: int) -> Tensor:
-    """``x.select(axis, n)``, also of a nested tensor, whose samples are on the first axis."""
+    """``x.select(axis, n)``, also for a nested tensor, whose samples are on the first axis."""
     return x.unbind()[n] if x.is_nested else x.select(axis, n)
 
 

@@ -1,4 +1,4 @@
-"""What goes to numpy while the library has frozen parameters differentiated, of which the user's program knows nothing."""
+"""Conversions to numpy while the library differentiates frozen parameters, which the user's program does not expect."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ TO_NUMPY: set[Callable[..., Any]] = {Tensor.numpy, Tensor.__array__}
 
 
 class NumpyOfFrozen(TorchFunctionMode):
-    """Inside, a tensor whose gradient only frozen parameters ask for goes to numpy as it does while they have none.
+    """A mode in which a tensor that requires a gradient only because of frozen parameters converts to numpy as usual.
 
-    Autograd ends there in any case: what numpy computes is a constant.
+    Autograd ends there in any case, since the results of numpy are constants.
 
     Args:
-        leaves: the frozen parameters, or what stands for them in the graph.
+        leaves: the frozen parameters, or the tensors that stand for them in the graph.
     """
 
     def __init__(self, leaves: Iterable[Tensor] = ()):
@@ -41,10 +41,10 @@ class NumpyOfFrozen(TorchFunctionMode):
         return result
 
     def _ran(self, func: Callable[..., Any], arguments: Sequence[Any], result: Any) -> None:
-        """An operation has taken these arguments and given a result."""
+        """Called after an operation, with its arguments and its result."""
 
     def _is_constant(self, x: Tensor) -> bool:
-        """Whether all that a tensor's graph ends in are these leaves."""
+        """Whether a tensor's graph ends only in these leaves."""
         known = set(map(id, self.leaves))
         stack: list[Node | None] = [x.grad_fn]
         seen = set(stack)

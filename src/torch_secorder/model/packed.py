@@ -1,4 +1,4 @@
-"""Packed weights: parameters that hold codes, several to a number maybe, for a weight that has another shape."""
+"""Packed weights: parameters that hold codes, possibly several per number, for a weight of another shape."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _shapes: dict[type[nn.Module], Shapes] = {}
 
 
 def declare_shapes(layer: type[nn.Module], shapes: Shapes | None) -> None:
-    """Have a layer's parameters, and those of its subclasses, stand for weights of these shapes; None for their own."""
+    """Declare that a layer's parameters, also in subclasses, stand for weights of these shapes; None for their own shapes."""
     _shapes.pop(layer, None)
     if shapes is not None:
         _shapes[layer] = shapes
@@ -28,7 +28,7 @@ def weight_shape(module: nn.Module, local: str, p: Tensor) -> tuple[int, ...]:
     """The shape of the weight that a parameter is, or that its codes stand for.
 
     Raises:
-        ArgumentError: if one is declared for a parameter that holds numbers.
+        ArgumentError: if another shape is declared for a parameter that holds numbers instead of codes.
     """
     kind = class_as_written(module)
     shapes = next((_shapes[layer] for layer in kind.__mro__ if layer in _shapes), None)

@@ -29,7 +29,7 @@ from torch_secorder.model.selection import Selection, selected
 
 @dataclass(frozen=True)
 class Parameter:
-    """One analyzed parameter. A tied one has the first of its names."""
+    """One analyzed parameter. A tied parameter has the first of its names."""
 
     name: str
     module: str
@@ -41,12 +41,12 @@ class Parameter:
 class Table:
     """What is analyzed, in a fixed order: parameters, or something else that has per-sample gradients.
 
-    Elsewhere a position in this table stands for each of them.
+    Other code refers to each of them by its position in this table.
 
     Attributes:
-        rows: the description of each for the report.
-        names: the name of each.
-        leaves: the tensors that the autograd graph has for them; empty for a table of something that is no leaf.
+        rows: the description of each one for the report.
+        names: the name of each one.
+        leaves: the tensors that stand for them in the autograd graph; empty for a table of things that are not leaves.
         sharded: the model's modules that FSDP2 shards.
         ranks: the ranks that hold the model together with this one.
     """
@@ -69,8 +69,8 @@ class ParameterTable(Table):
 
     Attributes:
         tensors: the parameters themselves.
-        paths: the name of each in the model as it is wrapped.
-        frozen: those of them that require no gradient, as it was when the table was made.
+        paths: the name of each parameter in the model with its wrappers.
+        frozen: the parameters that required no gradient when the table was made.
         quantized: the positions of quantized weights. They hold codes, for which autograd gives no gradient.
 
     Args:
@@ -134,17 +134,17 @@ class ParameterTable(Table):
 
 
 def numpy_of_frozen(table: ParameterTable) -> AbstractContextManager[object]:
-    """The mode for calls of a model whose frozen parameters have a gradient for the time; nothing if there are none."""
+    """The mode for calls of a model whose frozen parameters temporarily require a gradient; no mode if there are none."""
     return NumpyOfFrozen(table.frozen) if table.frozen else nullcontext()
 
 
 def _is_quantized(p: Tensor) -> bool:
-    # By this method a tensor that wraps others tells torch which they are.
+    # Tensors that wrap other tensors have this method.
     return not is_dtensor(p) and (not is_continuous(p) or hasattr(p, "__tensor_flatten__"))
 
 
 def refuse_complex(model: nn.Module, what: str) -> None:
-    """Refuse a model with complex parameters for something that is said of real ones only.
+    """Refuse a model with complex parameters for something that is defined only for real ones.
 
     Raises:
         UnsupportedError: if a parameter is complex, naming it.
@@ -176,7 +176,7 @@ def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def parameters_by_name(modules: Iterable[tuple[str, nn.Module]]) -> dict[str, nn.Parameter]:
-    """The parameters that these modules own, of whatever they share under each of its names."""
+    """The parameters that these modules own, by name; a shared one appears under each of its names."""
     found: dict[str, nn.Parameter] = {}
     for name, module in modules:
         for local, p in module._parameters.items():

@@ -1,8 +1,8 @@
 """Models that several ranks hold together: with FSDP2, which gathers parameters for each call, or as DTensors, which stay apart.
 
-Ranks that hold a model together go through its graph together, since each forward and each backward pass has collective
-operations in it that wait for the other ranks. The passes that the library adds have them too. So whether to make one is
-decided by all ranks in common, through :class:`Ranks`.
+Ranks that hold a model together must run each forward and backward pass together, since these contain collective operations that
+wait for the other ranks. The passes that the library adds contain them, too. So all ranks decide in common whether to make such a
+pass, through :class:`Ranks`.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from torch_secorder.errors import CoverageError, UnsupportedError
 
-# What a rank that has refused its batch sends in place of its answers.
+# The number that a rank which has refused its batch sends instead of its values.
 REFUSED = 2**48
 
-# How many numbers each exchange has. It is the same for all of them, since a refusal may meet any.
+# How many numbers each exchange has: always the same, since a refusal may coincide with any exchange.
 WIDTH = 8
 
 
@@ -32,12 +32,12 @@ def is_dtensor(x: Any) -> bool:
 
 
 def full_tensor(x: Any) -> Any:
-    """The whole value of a DTensor, for which all ranks have to call this together; anything else as it is."""
+    """The whole value of a DTensor, for which all ranks must call this together; anything else is returned as it is."""
     return x.full_tensor() if is_dtensor(x) else x
 
 
 def is_fsdp(module: nn.Module) -> bool:
-    """Whether ``fully_shard`` was applied to this very module."""
+    """Whether ``fully_shard`` was applied to this module itself."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     return fsdp is not None and isinstance(module, fsdp.FSDPModule)
 
@@ -54,9 +54,9 @@ def class_as_written(module: nn.Module) -> type[nn.Module]:
 
 
 def unsharded_leaves(model: nn.Module, parameters: Iterable[Tensor]) -> list[Tensor]:
-    """The tensor that the autograd graph has for each parameter: where FSDP2 shards it, the one that it gathers it into.
+    """The tensor that stands for each parameter in the autograd graph; for a sharded one, the tensor that FSDP2 gathers it into.
 
-    All ranks gather the modules one after the other. FSDP2 keeps these tensors for good, and frees their memory.
+    All ranks gather the modules one after the other. FSDP2 keeps these tensors and only frees their memory.
     """
     wanted = {id(p): p for p in parameters}
     found = dict(wanted)
@@ -98,7 +98,7 @@ def refuse_fully_sharded(model: nn.Module) -> None:
 
 
 class Ranks:
-    """The ranks that hold a model together, and what they decide in common. A rank that holds all of it is alone.
+    """The ranks that hold a model together, and what they decide in common. A rank that holds the whole model is on its own.
 
     Args:
         parameters: the model's parameters.
@@ -106,7 +106,7 @@ class Ranks:
 
     Attributes:
         distributed: whether there are other ranks.
-        counts_samples: whether this rank counts its samples. Of ranks that compute the same samples together, one does.
+        counts_samples: whether this rank counts its samples; among ranks that compute the same samples together, only one does.
     """
 
     def __init__(self, parameters: Iterable[Tensor] = (), leaves: Iterable[Tensor] = ()):
@@ -127,7 +127,7 @@ class Ranks:
         return self.max_each_over_ranks([value])[0]
 
     def max_each_over_ranks(self, values: Sequence[int]) -> list[int]:
-        """The largest of each of several values. All ranks have to give equally many."""
+        """The maximum over all ranks of each of several values; all ranks have to give the same number of values."""
         if not self.distributed:
             return list(values)
         found: list[int] = []
@@ -149,8 +149,8 @@ class Ranks:
         """Raise on all ranks unless all of them are about to do the same.
 
         Args:
-            what: something whose ``repr`` says what this rank is about to do.
-            remedy: what the user can do if that differs.
+            what: an object whose ``repr`` says what this rank is about to do.
+            remedy: what the user can do if the ranks differ.
 
         Raises:
             CoverageError: if it differs.
@@ -169,20 +169,20 @@ class Ranks:
         return torch.Generator(generator.device).manual_seed(int(seed))
 
     def require_same_norms(self, squared_norms: Tensor, names: Sequence[str]) -> None:
-        """Raise unless all ranks that compute the same samples together found the same, ``[parameters, n]``.
+        """Raise unless all ranks that compute the same samples together found the same squared norms, ``[parameters, n]``.
 
         Raises:
             CoverageError: naming the parameters that differ.
         """
         if not self._replicas:
             return
-        # NaN has no place in a maximum. Ranks that all find something infinite agree, and refuse the batch for that.
+        # NaN would spoil a maximum. Ranks that all find something infinite agree, and refuse the batch for that.
         values = squared_norms.sum(1).detach().nan_to_num(nan=torch.inf, posinf=torch.inf)
         bounds = torch.stack([values, -values])
         for group in self._replicas:
             dist.all_reduce(bounds, dist.ReduceOp.MAX, group)
         most, least = bounds[0], -bounds[1]
-        # They add up the same products in another order.
+        # The ranks add up the same products in another order.
         near = most - least <= 1e-3 * least + 1e-6 * least[least.isfinite()].sum()
         if different := (~(near | (most == least))).nonzero().flatten().tolist():
             raise CoverageError(
@@ -193,7 +193,7 @@ class Ranks:
 
     @contextmanager
     def fail_together(self) -> Iterator[None]:
-        """A block that all ranks run at once, and that fails on all of them if it fails on one."""
+        """A block that all ranks run at the same time, and that fails on all of them if it fails on one."""
         try:
             yield
         except Exception as error:
@@ -206,4 +206,4 @@ class Ranks:
 
 
 class _Elsewhere(CoverageError):
-    """A refusal that all ranks raise at once, so that none has to tell the others."""
+    """A refusal that all ranks raise at the same time, so that none has to tell the others."""

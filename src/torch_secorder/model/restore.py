@@ -19,7 +19,7 @@ _turns: WeakKeyDictionary[nn.Module, RLock] = WeakKeyDictionary()
 
 
 def lock_of(model: nn.Module) -> RLock:
-    """The lock that serializes temporary changes to a model, such as ``requires_grad`` flags, with all that reads them."""
+    """The lock that serializes temporary changes to a model, such as ``requires_grad`` flags, with the code that reads them."""
     return _turns.setdefault(model, RLock())
 
 
@@ -30,7 +30,7 @@ def twice_differentiable(wanted: bool) -> AbstractContextManager[object]:
 
 @contextmanager
 def restoring_buffers(model: nn.Module) -> Iterator[None]:
-    """A block after which all that a forward changes has its values back: buffers, and tables that ``max_norm`` rewrites."""
+    """A block after which buffers, and tables that ``max_norm`` rewrites, have the values again that a forward changed."""
     modules = list(model.modules())
     kept: list[tuple[Any, str, Tensor]] = [
         (m._buffers, name, b) for m in modules for name, b in m._buffers.items() if b is not None
@@ -68,7 +68,7 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def requiring_grad(parameters: Iterable[Tensor], others: Iterable[Tensor] = ()) -> Iterator[None]:
-    """A block in which all of these parameters require a gradient and the others don't; afterwards only those that did before."""
+    """A block in which these parameters require a gradient and the others do not; afterwards the flags are as before."""
     frozen = [p for p in parameters if not p.requires_grad]
     trained = [p for p in others if p.requires_grad]
 

@@ -1,4 +1,4 @@
-"""Which of a model's parameters are meant: by a word, by names and patterns, or by a function."""
+"""Which of a model's parameters a selection means: a word, names and patterns, or a function."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def selected(model: nn.Module, selection: Selection) -> list[tuple[str, Tensor]]
 
     Args:
         model: the model.
-        selection: "trainable" for those that require a gradient, "all", a name or a pattern as of :mod:`fnmatch`, several of
-            them, or a function from a name and a parameter to whether it is meant. Names are those without wrappers; of a tied
-            parameter each is one. What is not "trainable" may be frozen.
+        selection: "trainable" for parameters that require a gradient; "all"; a name, a pattern as of :mod:`fnmatch`, or several
+            of them; or a function from a name and a parameter to whether it is meant. Names are without wrappers, and each name
+            of a tied parameter counts. Any selection but "trainable" may include frozen parameters.
 
     Raises:
         ArgumentError: for anything else, a pattern that no parameter has, and a selection of none.
@@ -61,7 +61,7 @@ def _patterns(selection: object) -> list[str]:
 
 
 def _matching(model: nn.Module, patterns: list[str]) -> set[int]:
-    """The identities of the parameters of which some name matches some pattern."""
+    """The ids of the parameters with a name that matches one of the patterns."""
     names = [(plain_name(name), id(p)) for name, p in model.named_parameters(remove_duplicate=False)]
     wanted: set[int] = set()
     for pattern in patterns:
