@@ -59,7 +59,7 @@ class Categorical(Likelihood):
         if self._counted is not None:
             weights = weights * self._counted.reshape(-1, 1)
         rows = last_layer.matrix.T.to(p.dtype)
-        after = rows.new_zeros(len(p), rows.shape[1])  # the sum over classes that come later
+        after = rows.new_zeros(len(p), rows.shape[1])  # the sum over later classes
         for j in reversed(range(p.shape[2] - 1)):
             after.addcmul_(p[:, 0, j + 1, None], rows[j + 1])
             weight = weights[:, j, None]
@@ -71,7 +71,7 @@ class Categorical(Likelihood):
     def curvature_traces(self, outputs: Tensor) -> Tensor:
         p = self._probabilities(outputs)
         most = p.argmax(-1, keepdim=True)
-        # Of a class that is nearly certain, 1 - p has no digits left; the sum of the others has.
+        # For a class that is nearly certain, 1 - p has no digits left, but the sum of the other probabilities has.
         rest = (1 - p).scatter(-1, most, p.scatter(-1, most, 0.0).sum(-1, keepdim=True))
         traces = (p * rest).sum(-1)
         return (traces if self._counted is None else traces * self._counted.reshape(traces.shape)).sum(1)
@@ -97,7 +97,7 @@ class Categorical(Likelihood):
         start = torch.rand((*p.shape[:2], 1), generator=generator, device=generator.device, dtype=p.dtype).to(p.device)
         for turn in range(k):
             label = torch.searchsorted(ends, start + turn, right=True)
-            # A start behind the last end draws nothing: fewer than k labels are possible, or rounding has shortened the sum.
+            # A start behind the last end draws no label: fewer than k labels are possible, or rounding has shortened the sum.
             drawn = label < p.shape[-1]
             label = label.clamp(max=p.shape[-1] - 1)
             share = p.gather(-1, label) / pi.gather(-1, label).clamp(min=torch.finfo(p.dtype).tiny)
@@ -105,15 +105,15 @@ class Categorical(Likelihood):
             yield self._shaped(size * (torch.zeros_like(p).scatter(-1, label, 1.0) - p), outputs)
 
     def _weights(self, p: Tensor, last_layer: LastLayer | None) -> Tensor:
-        """Guesses of how the labels' parts ``p_c q_c`` of a trace relate, ``[n, positions, classes]``, none below zero.
+        """Estimates of the labels' parts ``p_c q_c`` of a trace, up to a factor, ``[n, positions, classes]``, none below zero.
 
         There are two proxies for q_c. The last layer's own part is proportional to ``||e_c - p||^2``; the part of the layers
-        before it is roughly proportional to :meth:`LastLayer.influence`. How large the two are beside each other is unknown,
-        so each is normalized and they are added. An estimate's second moment is at most twice that with the better one alone.
+        before it is roughly proportional to :meth:`LastLayer.influence`. The ratio of the two parts is unknown, so each is
+        normalized and they are added. An estimate's second moment is at most twice that with the better one alone.
         """
         eps = torch.finfo(p.dtype).eps
         rest = (1 - p).clamp(min=eps).square()
-        # ||e_c - p||^2 lies between this and twice this, also where 1 - p has no digits left.
+        # ||e_c - p||^2 lies between this and twice this, even if 1 - p has no digits left.
         parts = [rest + (p.square().sum(-1, keepdim=True) - p.square()).clamp(min=0).minimum(rest)]
         if last_layer is not None and p.shape == (len(last_layer.inputs), 1, last_layer.matrix.shape[1]):
             parts.append(last_layer.influence(p[:, 0])[:, None])
@@ -157,9 +157,7 @@ class Categorical(Likelihood):
 def _inclusion(weights: Tensor, k: int) -> Tensor:
     """Each label's probability of being among k drawn ones: proportional to its weight, but at most one."""
     pi = k * weights / weights.sum(-1, keepdim=True)
-    for _ in range(
-        k
-    ):  # each round makes at least one more label certain, or else no probability exceeds one and it returns
+    for _ in range(k):  # each round makes at least one more label certain, or returns since no probability exceeds one
         certain = pi >= 1
         left = k - certain.sum(-1, keepdim=True)
         rest = torch.where(certain, 0, weights)

@@ -1,4 +1,4 @@
-"""Loss types: which likelihood each of them stands for, and which losses of torch are its."""
+"""Loss types: the likelihood that each of them stands for, and the losses of torch that belong to it."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from torch_secorder.likelihoods.output_gradients import Likelihood
 
 LOSS_TYPES = ("nll", *ELEMENTWISE)
 
-# What else they are called.
+# Other names that users give to the loss types.
 SYNONYMS = {
     **dict.fromkeys(("ce", "cross_entropy", "crossentropy", "categorical", "softmax", "classification"), "nll"),
     **dict.fromkeys(("binary", "bernoulli", "sigmoid", "binary_cross_entropy"), "bce"),
     **dict.fromkeys(("l2", "gaussian", "regression", "squared"), "mse"),
 }
 
-# The losses of torch that are the negative logarithm of a likelihood, but for a constant or a factor.
+# The losses of torch that are the negative logarithm of a likelihood, up to a constant and a factor.
 LOSSES_OF = {
     **dict.fromkeys((nn.CrossEntropyLoss, nn.NLLLoss, F.cross_entropy, F.nll_loss), "nll"),
     **dict.fromkeys((nn.BCEWithLogitsLoss, F.binary_cross_entropy_with_logits), "bce"),
@@ -31,10 +31,10 @@ LOSSES_OF = {
 
 
 def require_loss_of(loss_type: str, loss_fn: object) -> None:
-    """Raise if a loss of torch is that of another likelihood.
+    """Raise if a loss of torch belongs to another loss type.
 
     Raises:
-        ArgumentError: naming both.
+        ArgumentError: naming both loss types.
     """
     own = LOSSES_OF.get(type(loss_fn)) or (LOSSES_OF.get(loss_fn) if isinstance(loss_fn, Hashable) else None)
     if own is not None and own != loss_type:
@@ -46,7 +46,7 @@ def require_loss_of(loss_type: str, loss_fn: object) -> None:
 
 
 def warn_of_probabilities(outputs: Tensor) -> None:
-    """Warn of a model that ends in a softmax, whose outputs are no logits."""
+    """Warn if a model ends in a softmax, so that its outputs are not logits."""
     node = outputs.grad_fn
     if node is not None and node.name().startswith("SoftmaxBackward"):
         warn_at_users_line(
@@ -63,8 +63,8 @@ def likelihood(
 
     Raises:
         UnsupportedError: for an unknown ``loss_type``.
-        ArgumentError: if ``class_axis`` is the batch axis or none of the outputs'.
-        ShapeError: if targets don't have the outputs' shape without the class axis.
+        ArgumentError: if ``class_axis`` is the batch axis or not an axis of the outputs.
+        ShapeError: if targets do not have the outputs' shape without the class axis, or there are fewer than two classes.
     """
     if isinstance(loss_type, str) and loss_type in ELEMENTWISE:
         return ELEMENTWISE[loss_type]

@@ -1,4 +1,4 @@
-"""What every likelihood gives: output gradients whose squares add up to the curvature, exactly or in expectation."""
+"""The interface of likelihoods: output gradients whose squares add up to the curvature, exactly or in expectation."""
 
 from __future__ import annotations
 
@@ -25,15 +25,14 @@ class LastLayer:
     def influence(self, p: Tensor) -> Tensor:
         """How strongly each label of each sample acts on the layers before: ``||D_n M (e_c - p_n)||^2``, ``[n, c]``.
 
-        D_n is one for the layer's inputs that are not zero: a ReLU lets no gradient through to the others, and neither
-        does dropout.
+        D_n selects the layer's inputs that are not zero, since a ReLU or dropout lets no gradient through to the others.
         """
         weight, active = self.matrix.T.to(p.dtype), self.inputs.to(p.dtype).sign().abs()
         sizes = (weight.square() @ active.T).T  # ||D M_c||^2
         mixed = (weight @ (active * (p @ weight)).T).T  # M_c . D m, with m = sum_c p_c M_c
         found = sizes - 2 * mixed + (p * mixed).sum(1, keepdim=True)
         # The difference has no digits left for a class that is nearly certain. Written as sum_j p_j D (M_c - M_j), its norm
-        # can't exceed 2 (1 - p_c) max_j ||D M_j||.
+        # cannot exceed 2 (1 - p_c) max_j ||D M_j||.
         return found.clamp(min=0).minimum(4 * (1 - p).square() * sizes.amax(1, keepdim=True))
 
 
@@ -50,13 +49,13 @@ class Likelihood(ABC):
 
     @abstractmethod
     def exact_input_gradients(self, outputs: Tensor, last_layer: LastLayer) -> Iterator[Tensor]:
-        """``s M^T`` for all exact gradients s of outputs ``[n, c]``: those of the last layer's inputs, ``[n, i]``, in any order.
+        """``s M^T`` for all exact gradients s of outputs ``[n, c]``: gradients of the last layer's inputs ``[n, i]``, in any order.
 
-        None of them takes a product with M, which would cost as much as the layer itself for each class.
+        They are computed without a product with M, which would cost as much as the layer itself for each class.
         """
 
     def of_samples(self, rows: slice) -> Likelihood:
-        """The same for a part of the batch."""
+        """The same likelihood for a part of the batch."""
         return self
 
     @abstractmethod
@@ -69,9 +68,9 @@ class Likelihood(ABC):
         """At most k random gradients with ``E[sum_s s s^T] = A_n``; the exact ones where k of them suffice.
 
         Args:
-            outputs: those of the model.
-            k: how many.
-            generator: where the randomness comes from.
+            outputs: the model's outputs.
+            k: the number of gradients.
+            generator: the source of randomness.
             last_layer: the product that made the outputs; knowing it may lower the variance.
         """
         if k >= self.exact_passes(outputs):
@@ -82,7 +81,7 @@ class Likelihood(ABC):
     def _sampled_output_gradients(
         self, outputs: Tensor, k: int, generator: torch.Generator, last_layer: LastLayer | None
     ) -> Iterator[Tensor]:
-        """K random gradients, for fewer than the exact ones."""
+        """K random gradients, for a k below the number of exact ones."""
 
     @abstractmethod
     def observed_output_gradient(self, outputs: Tensor, targets: Tensor) -> Tensor:
