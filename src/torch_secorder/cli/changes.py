@@ -1,4 +1,4 @@
-"""What changed from one report to another."""
+"""The changes from one report to another."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ COLUMNS = ("before", "after", "ratio", "z", "note")
 
 
 def changes(before: Path, after: Path) -> tuple[str, list[Row], list[float]]:
-    """What the rows are, a row for each name in either of two CSV files, and both totals.
+    """The rows' kind, a row for each name in either of two CSV files, and both totals.
 
     Raises:
         CommandError: if a file is no report, or the two can't be compared.
@@ -49,7 +49,7 @@ def as_csv(index: str, rows: list[Row]) -> bytes:
 
 
 def _read(path: Path) -> tuple[str, dict[str, Row]]:
-    """What the rows are, and each of them by name."""
+    """The rows' kind, and the rows by name."""
     if path.suffix == ".safetensors":
         raise CommandError(
             f"{path}: compare reads what --csv wrote; statistics that --save wrote go to torch-secorder merge"

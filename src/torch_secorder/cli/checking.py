@@ -1,4 +1,4 @@
-"""What a check of the library's numbers found, for a terminal."""
+"""The result of a check of the library's numbers, as text for a terminal."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def checked_as_text(checked: pd.DataFrame) -> str:
-    """What :func:`torch_secorder.testing.check` found, for a terminal."""
+    """The result of :func:`torch_secorder.testing.check`, as text for a terminal."""
     header = ["parameter", "library", "loop", "relative error", "verdict"]
     rows = [
         [str(name), number(row["library"]), number(row["loop"]), f"{row['relative_error']:.1e}", row["verdict"]]

@@ -1,4 +1,4 @@
-"""What the command line understands."""
+"""The commands of the command line, and their options."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ EXIT_CODES = (
     "Exit codes: 0 done; 1 refused or failed, with the reason on stderr and no table written; 2 a wrong command line; "
     "130 interrupted."
 )
-SAME = (  # in a run that goes on
+SAME = (  # options that must stay the same in a run that is resumed
     *("fisher", "num_samples", "loss_type", "reduction", "parameters", "seed", "diagonal"),
     *("class_axis", "ignore_index", "batch_axis", "loss", "labels", "shift", "max_samples"),
 )
@@ -267,7 +267,7 @@ def check(setup: Setup, seed: int | None, loss: Literal["model"] | None, **optio
 
 @contextmanager
 def _running(setup: Setup, journal: Journal | None) -> Iterator[None]:
-    """Inside, an error of the user's code is told with its traceback, and a refusal in one line."""
+    """A block in which an error of the user's code is reported with its traceback, and a refusal in one line."""
     try:
         yield
     except (CommandError, CurvatureError):
@@ -315,7 +315,7 @@ def compare(before: Path, after: Path, csv: Path | None) -> None:
 
 
 def _checked(tables: dict[str, Path | None], **tensors: Path | None) -> dict[str, Path]:
-    """The tables to write. They and the files of tensors are known to be writable as far as can be told before."""
+    """The tables to write, after checking that they and the files of tensors can be written, as far as that is known."""
     wanted = {form: path for form, path in tables.items() if path is not None}
     others = {option: path for option, path in tensors.items() if path is not None}
     check_targets([*wanted.values(), *others.values()])

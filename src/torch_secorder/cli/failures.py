@@ -1,4 +1,4 @@
-"""How a command ends, and what it says when it fails."""
+"""How a command ends, and the message when it fails."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
 
 class CommandError(Exception):
-    """What goes to stderr in place of a traceback."""
+    """An error whose text goes to stderr in place of a traceback."""
 
     code = FAILED
 
 
 class Interrupted(CommandError):
-    """Somebody stopped the command, and this is what remains."""
+    """The command was interrupted; the text says what was saved."""
 
     code = INTERRUPTED
 
 
 def needed(option: str, package: str, extra: str) -> None:
-    """Say before the work what an option lacks.
+    """Refuse an option before the work if the package that it needs is missing.
 
     Raises:
         CommandError: if the package is not installed.

@@ -1,4 +1,4 @@
-"""Tables in files, each of which is whole or not there."""
+"""Tables in files, each written as a whole or not at all."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MOST_BARS = 100
 
 
 def check_targets(paths: Iterable[Path]) -> None:
-    """Refuse before the work what can't be written after it.
+    """Refuse, before the work, files that could not be written after it.
 
     Raises:
         CommandError: naming a path that is a folder, is in none, or is given twice.

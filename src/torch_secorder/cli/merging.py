@@ -1,4 +1,4 @@
-"""Statistics of several runs, made those of one."""
+"""The statistics of several runs, merged into one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def merged(paths: Sequence[Path]) -> Results:
     """The results in several files together.
 
     Raises:
-        CommandError: naming the file that is not there, is given twice, or does not belong to those before it.
+        CommandError: naming a file that does not exist, is given twice, or does not fit the files before it.
         ArgumentError: if a file is torn or foreign.
     """
     contents: dict[str, Path] = {}

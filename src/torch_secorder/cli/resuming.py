@@ -1,4 +1,4 @@
-"""A run whose statistics are in a file after every few batches, and that goes on from there."""
+"""A run that saves its statistics to a file after every few batches and can be resumed from there."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from torch_secorder.results.saving import load, save
 
 
 class Journal:
-    """Where a run is: how many batches of which data are counted, under which options, and what was drawn so far.
+    """The state of a run: how many batches of which data were counted, under which options, and the random states.
 
-    The file is one of :meth:`FisherMonitor.save`, with what a later run needs to be sure that it goes on with the same
-    thing: digests of the model and of the batches that are counted, and the states of the random generators.
+    The file is like one of :meth:`FisherMonitor.save`, with additions by which a later run makes sure that it continues the same
+    run: digests of the model and of the counted batches, and the states of the random generators.
 
     Args:
         path: the file.
-        every: how many batches to count before it is written again; None for the end only.
-        model: what is analyzed.
-        options: what must be the same in a later run.
-        generator: that labels are drawn with.
+        every: the file is written after this many batches each; None to write it only at the end.
+        model: the analyzed model.
+        options: the options that must be the same in a later run.
+        generator: the generator that draws labels.
 
     Attributes:
-        batches: how many of the data's batches have come.
-        saved: how many are in the file.
+        batches: how many batches the data has given so far.
+        saved: how many batches are in the file.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Journal:
         self.saved = 0
 
     def resumed(self) -> Results:
-        """What the file's run had counted.
+        """The results that the file's run had counted.
 
         Raises:
             CommandError: if the file is not of a run like this one.
@@ -80,7 +80,7 @@ class Journal:
         """The batches that are not counted yet.
 
         Raises:
-            CommandError: if those that are skipped are not those that were counted.
+            CommandError: if the skipped batches are not those that were counted.
         """
         for batch in batches:
             self.batches += 1
@@ -93,12 +93,12 @@ class Journal:
             raise CommandError(f"{self.path} has counted {self._skip} batches, but the data end after {self.batches}")
 
     def count(self, results: Results) -> None:
-        """A batch was counted."""
+        """Note that a batch was counted, and write the file if it is due."""
         if self._every is not None and self.batches % self._every == 0:
             self.save(results)
 
     def save(self, results: Results) -> None:
-        """Write the file anew, whole or not at all."""
+        """Write the file again, as a whole or not at all."""
         if self.saved == self.batches:
             return
         counted = {"batches": self.batches, "data": self._data.hexdigest()}

@@ -1,4 +1,4 @@
-"""The user's file, whose function says what is analyzed."""
+"""The user's file, whose function returns what is analyzed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch_secorder.cli.failures import CommandError, told
 
 @dataclass(frozen=True)
 class Setup:
-    """``SETUP.py:FUNCTION``."""
+    """The command's argument ``SETUP.py:FUNCTION``."""
 
     path: Path
     function: str
@@ -39,7 +39,7 @@ class Setup:
 
     @contextmanager
     def built(self) -> Iterator[tuple[torch.nn.Module, Any, Any]]:
-        """What the function returns, while its file is imported.
+        """A block with the function's model, loss and data, in which its file is imported.
 
         Raises:
             CommandError: if the file does not import, or the function does not return a model, a loss and data.
@@ -58,7 +58,7 @@ class Setup:
 
     @contextmanager
     def _imported(self) -> Iterator[Callable[[], Any]]:
-        """The function, whose file may import its neighbors."""
+        """A block with the function, whose file may import its neighbors."""
         if not self.path.is_file():
             raise CommandError(f"there is no file {self.path}")
         spec = importlib.util.spec_from_file_location(f"_setup_{self.path.stem}", self.path)
