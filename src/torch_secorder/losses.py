@@ -1,4 +1,4 @@
-"""Losses that scripts tend to write themselves, with the pitfalls inside."""
+"""Losses that scripts tend to write themselves and that are easy to get wrong."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["causal_lm"]
 
 
 def causal_lm(per: LossMean = "batch", *, ignore_index: int = IGNORED) -> Callable[[Any, Any], Tensor]:
-    r"""The loss of a causal language model, whose logits at one position are about the token at the next.
+    r"""The loss of a causal language model, whose logits at one position predict the token at the next.
 
     With the cross-entropies :math:`e_{n,t}` of sequence n's :math:`T_n` labels, N sequences in the batch:
 
@@ -31,7 +31,7 @@ def causal_lm(per: LossMean = "batch", *, ignore_index: int = IGNORED) -> Callab
     "sum"         :math:`\sum_{n,t} e_{n,t}`                                  :math:`\sum_t e_{n,t}`, minus its log-likelihood
     ============  ==========================================================  ==============================================
 
-    Under "batch" a sample's share depends on which sequences it is batched with, under the others it does not.
+    Under "batch", a sample's share depends on the other sequences of its batch; under "sequence" and "sum" it does not.
 
     Args:
         per: what is averaged over: "batch" for all labels of the batch, "sequence" for the labels of each sequence and then the

@@ -76,26 +76,25 @@ class FisherMonitor(WithResults, HookScope):
     without the monitor.
 
     Args:
-        model: any module; DistributedDataParallel and torch.compile wrappers are looked through. What is watched runs as it was
-            written, not compiled.
+        model: any module; DistributedDataParallel and torch.compile wrappers are unwrapped. Watched calls run uncompiled.
         reduction: how the loss that is differentiated combines its samples, "mean" or "sum".
         loss_scale: the factor that the loss was multiplied by: 1/k for ``loss / k`` over k accumulation steps, or a
             GradScaler's scale. A number, or a function that is called at each backward pass.
         parameters: "trainable", or "all" for frozen ones too; names or patterns of names, such as ``["*.weight"]``, or a function
-            from a name and a parameter to whether it is analyzed, which may choose frozen ones as well. What is not analyzed
-            has no row and is not in the total.
+            from a name and a parameter to whether it is analyzed, which may choose frozen ones as well. Other parameters have no
+            row and are not in the total.
         diagonal: also keep the Fisher diagonal, a tensor of each parameter's size; or, for less memory and time, a mapping from
             patterns of names to "full", "rows" (the sum for each output channel) or "columns" (for each input channel), as in
             ``{"*.weight": "rows", "lm_head.weight": "columns"}``. Of several patterns that match, the last counts; parameters
             that none matches are left out.
-        per_sample: also keep every t_{n,p}. Rows are in the order in which samples came; a monitor sees no batches, so that names
-            for them are for the loop to collect: ``monitor.per_sample.set_axis(ids)``.
+        per_sample: also keep every t_{n,p}. Rows are in the order in which samples came. A monitor sees no batches, so the loop
+            has to collect names for the rows: ``monitor.per_sample.set_axis(ids)``.
         activations: also keep the Fisher trace and the moments of every module's output.
         on_output: a function that is called in the backward pass with each module, its output without a graph, and the gradient
             of the loss in it, both with the samples first: for sums over channels, samples or positions of one's own.
             The gradient is that of the loss which is differentiated; a sample's own is N times that if the loss averages.
-            Outputs without a batch axis are left out, and outputs that are changed in place are refused. It has seen a part of a
-            pass that turns out to be refused.
+            Outputs without a batch axis are left out, and outputs that are changed in place are refused. If a pass is refused,
+            the function may have been called for a part of it.
         batch_axis: where the samples are counted, if not on axis 0: an int for the model's inputs, its outputs and all of its
             layers, or a mapping with some of the keys "inputs", "outputs" and "modules", as in ``{"inputs": 1, "outputs": 0}``.
             Inputs may differ by position or name, ``{"inputs": {0: 1, "mask": None}}``, and outputs by position or key: None
@@ -103,23 +102,23 @@ class FisherMonitor(WithResults, HookScope):
             patterns, ``{"modules": {"encoder.*": 1}}``; of several patterns that match, the last counts.
         n_samples: how many samples a call of the model has, where no axis of its inputs counts them: a number, or a function of
             the model's arguments.
-        sample_of: the sample of each row, where rows are nodes of graphs or tokens: the position or name of the argument of the
-            model that says it, or a function of the model's arguments. Of inputs and outputs that have as many rows, the rows
-            with one number are one sample.
+        sample_of: the sample of each row, if rows are nodes of graphs or tokens: the position or name of the model's argument
+            that has these numbers, or a function of the model's arguments. In inputs and outputs with as many rows, the rows with the
+            same number form one sample.
         nonfinite: "raise" when a gradient is infinite or NaN, or "skip" those samples.
         on_refusal: what happens at the end of a backward pass that can't be counted exactly, whose samples are left out in
             either case: "raise" the error, or "skip" the pass, so that ``report().attrs["skipped_passes"]`` says how many there
-            were, and a :class:`~torch_secorder.errors.SkippedPassWarning` tells the first of each kind of error. What is found
-            on entry or in forward, and an invalid argument, is raised all the same.
-            A weight penalty in the loss is refused in passes whose sums are checked, and from the first such pass on in all that
-            have it. Passes that were counted before have the right trace, since a penalty belongs to no sample; it is in
-            their ``grad_sq_norm``.
+            were, and a :class:`~torch_secorder.errors.SkippedPassWarning` reports the first of each kind of error. Errors on
+            entry or in forward, and invalid arguments, are raised in either case.
+            A weight penalty in the loss is refused in passes whose sums are checked, and from the first such pass on in every
+            pass that has it. Passes that were counted before have the right trace, since a penalty belongs to no sample; it only
+            enters their ``grad_sq_norm``.
         repeated_calls: what it means that one backward pass reaches two calls of the model: "same" if row n of both is
             one sample (siamese networks), "new" if they are different samples. By default that is an error.
         every: with ``every=k``, only the first of each k calls of the model is watched, and the other steps cost about what plain
             steps cost. If code that torch.compile compiled is called inside the block, the first of each k backward passes is
             watched instead, with all calls of the model since the pass before it, and the other steps run compiled.
-        fisher: whose labels your losses use; this is recorded in ``report().attrs`` for whatever reads them, and changes no
+        fisher: whose labels your losses use. This is recorded in ``report().attrs`` for functions that read it, and changes no
             number. "empirical" is for the data's labels, "sampled" for labels that were drawn from the model's own prediction,
             "observed" for log-likelihoods of the data's labels.
         max_memory: the most bytes that the computation for one parameter may take at once, above the layer's own input and output
@@ -193,9 +192,9 @@ class FisherMonitor(WithResults, HookScope):
         results.why_empty = self._history.why_empty
         self._recorder: UserRecorder | None = None
         self._hooks = HookSet()
-        self._checks = KindSchedule()  # of sums; that of the present block's kind
+        self._checks = KindSchedule()  # the schedule of the sum checks, for this kind of block
         self._place: Hashable = None  # where in the user's program the block begins
-        self._expected: list[ExpectedNorms] = []  # of some samples, where the next pass is to be verified
+        self._expected: list[ExpectedNorms] = []  # for some samples, if the next pass is to be verified
         self._warned_of: set[type[Exception]] = set()
 
     # ------------------------------------------------------------------------------------------------ the block
@@ -210,7 +209,7 @@ class FisherMonitor(WithResults, HookScope):
                 "this monitor was loaded from results of the exact Fisher, to which backward passes of a training loop can't be "
                 "added; report it, or merge it with other exact results"
             )
-        # A monitor doesn't see the loss. Blocks that begin at one place of the program are taken for those of one loss.
+        # A monitor does not see the loss. Blocks that begin at the same place of the program are assumed to have the same loss.
         self._place = users_place()
         return super().__enter__()
 
@@ -236,7 +235,7 @@ class FisherMonitor(WithResults, HookScope):
         )
         self._recorder.__enter__()
         for position, (tensor, leaf) in enumerate(zip(table.tensors, table.leaves, strict=True)):
-            for watched in (leaf,) if leaf is tensor else (leaf, tensor):  # a shard is in the graph of a penalty only
+            for watched in (leaf,) if leaf is tensor else (leaf, tensor):  # a shard is only in the graph of a penalty
                 if watched.requires_grad:
                     hook = WeakHook(self._recorder, "on_parameter_gradient", position)
                     self._hooks.add(watched, watched.register_hook, hook)
@@ -255,13 +254,13 @@ class FisherMonitor(WithResults, HookScope):
                 self._refuse(error)
 
     def verify(self, loss: Tensor) -> None:
-        """Have the next backward pass, which must be that of ``loss``, checked for the first, the last and one sample.
+        """Check the next backward pass, which must be that of ``loss``, for the first, the last and one random sample.
 
         Their gradients are taken by plain autograd, through the outputs of the model's latest call inside the block, which must
-        still be there; at the end of the backward pass the hooks must have found the same. It costs three more backward passes,
-        and finds rules that are wrong, samples that were looked for in the wrong place, and losses whose graph compares samples
-        with each other. It takes ``reduction=`` and ``loss_scale=`` at their word: which of both fit a loss, the loss function
-        would show, not the loss. :func:`fisher_report`, which has that function and runs each sample alone, finds more.
+        still be there; at the end of the backward pass the hooks must have found the same. This costs three more backward passes.
+        It finds wrong rules, samples that were looked for in the wrong place, and losses whose graph compares samples with each
+        other. It cannot check ``reduction=`` and ``loss_scale=``, for which it would need the loss function.
+        :func:`fisher_report`, which has that function and runs each sample alone, finds more.
 
         Args:
             loss: computed from the model's latest outputs inside this monitor's block, not yet differentiated.
@@ -290,14 +289,14 @@ class FisherMonitor(WithResults, HookScope):
             self._expected = expected_norms(loss, outputs, self._recorder.forwards.latest.n or 0, self._recorder.table)
 
     def _on_pass(self, current: BackwardPass) -> None:
-        """A backward pass is over: count it, or say why not."""
+        """Called at the end of a backward pass: count it, or refuse it."""
         try:
             self._count(current)
         except Exception as error:
             self._refuse(as_refusal(error))
 
     def _refuse(self, error: Exception) -> None:
-        """Raise why a pass is left out, or note that it was."""
+        """Raise the error for which a pass is left out, or note that it was left out."""
         ours = isinstance(error, CurvatureError) and not isinstance(error, ArgumentError)
         self._checks.restart()
         if self._options.on_refusal == "raise" or not ours:
@@ -309,7 +308,7 @@ class FisherMonitor(WithResults, HookScope):
             warn_at_users_line(f"a backward pass was left out ({type(error).__name__}): {error}", SkippedPassWarning)
 
     def _count(self, current: BackwardPass) -> None:
-        """Count a backward pass, or raise why not."""
+        """Count a backward pass, or raise the reason why not."""
         recorder, watched = self._recorder, self._watched
         if recorder is None or watched is None:
             return
@@ -321,7 +320,7 @@ class FisherMonitor(WithResults, HookScope):
             recorder.require_whole(current, positions)
         current.roots.clear()
         loss_scale = self._options.loss_scale
-        if not isinstance(loss_scale, float):  # A function may count how often it is called: once for each pass.
+        if not isinstance(loss_scale, float):  # A function may count its calls, so it is called once for each pass.
             loss_scale = loss_scale_value(loss_scale)
         if current.error is None and current.accumulator.is_empty:
             raise unaccounted([names[position] for position in positions], norms)
@@ -349,7 +348,7 @@ class FisherMonitor(WithResults, HookScope):
 
     @classmethod
     def load(cls, path: str | Path, model: nn.Module | None = None) -> Self:
-        """A monitor with what :meth:`save` wrote. Nothing in the file is executed.
+        """A monitor with the statistics that :meth:`save` wrote. Nothing in the file is executed.
 
         Args:
             path: the file.
@@ -384,6 +383,6 @@ class FisherMonitor(WithResults, HookScope):
 
 
 def _require_expected(names: list[str], expected: ExpectedNorms, current: BackwardPass, samples: SampleNorms) -> None:
-    """Where :meth:`FisherMonitor.verify` was asked for, a sample has to be as by plain autograd."""
+    """Raise unless a sample has the norms of plain autograd, if :meth:`FisherMonitor.verify` was called."""
     if not samples.skipped:
         expected.require(names, samples.squared_norms)

@@ -35,11 +35,11 @@ def gradient_noise_scale(report: pd.DataFrame, by: By | Literal["model"] = "modu
        \lVert G \rVert^2 \approx \frac{Q - i S}{1 - i}, \qquad \operatorname{tr} \Sigma \approx \frac{S - Q}{1 - i} .
 
     For one batch these are the mean of :math:`g_n \cdot g_m` over the pairs of different samples, and the sum of the
-    entries' sample variances (ddof = 1). Their quotient is biased, as every quotient of estimates is; it settles with
-    the number of samples. Parts add up over parameters, scales don't.
+    entries' sample variances (ddof = 1). Their quotient is biased, as every quotient of estimates is, but the
+    bias vanishes with more samples. The two parts add up over parameters; noise scales do not.
 
     Args:
-        report: of :meth:`FisherMonitor.report() <torch_secorder.FisherMonitor.report>`, by parameter.
+        report: a table from :meth:`FisherMonitor.report() <torch_secorder.FisherMonitor.report>`, by parameter.
         by: "module", "type", "model" for one row in total, a function from a parameter's name to a group, or None for
             a row per parameter.
 
@@ -51,9 +51,9 @@ def gradient_noise_scale(report: pd.DataFrame, by: By | Literal["model"] = "modu
         parameters without a gradient, such as frozen ones, are NaN.
 
     Raises:
-        ArgumentError: if the report is grouped, lacks a column or what it was made from, holds no gradient of a batch
+        ArgumentError: if the report is grouped, lacks a column or its ``attrs``, holds no gradient of a batch
             (:func:`~torch_secorder.fisher_report` computes none), or only batches of one sample; or if its losses
-            are sums over batches of different sizes, from which no scale can be told.
+            are sums over batches of different sizes, from which no scale can be computed.
 
     Example:
         >>> import torch
