@@ -1,4 +1,4 @@
-"""What all pictures share: Axes, names and labels."""
+"""The parts that all pictures share: Axes, names and labels."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 BLUE, GREY = "#4c78a8", "#888888"
 COLORS = ("#4c78a8", "#e1812c", "#3a923a", "#c03d3e", "#9372b2", "#845b53")
 MARKERS = "os^Dvp"
-MOST_NAMES, LONGEST = 60, 40  # on an axis; characters of a name
+MOST_NAMES, LONGEST = 60, 40  # names on an axis; characters of a name
 
 
 def axes_of(ax: Axes | None, *, height: float, width: float = 7.5) -> Axes:
@@ -40,7 +40,7 @@ def matplotlib(module: str) -> Any:
 
 
 def check_numbers(report: Any, column: str) -> None:
-    """Raise unless there is a column of numbers, with a row at least.
+    """Raise unless the report has this column, with numbers and at least one row.
 
     Raises:
         ArgumentError: saying what is missing.
@@ -60,7 +60,7 @@ def name_rows(ax: Axes, frame: Any) -> None:
 
 
 def short_names(index: Iterable[Any]) -> list[str]:
-    """Names that leave room for the picture, without what all of them begin with if they are long."""
+    """Names short enough to leave room for the picture; long ones lose the beginning that all share."""
     names = [str(name) for name in index]
     if len(names) > 1 and max(map(len, names)) > LONGEST:
         first, last = min(names), max(names)
@@ -71,7 +71,7 @@ def short_names(index: Iterable[Any]) -> list[str]:
 
 
 def label_of(column: str, report: Any, errors: bool = False) -> str:
-    """What an axis says of a column."""
+    """The label of an axis that shows a column."""
     names = {
         "fisher_trace": "Fisher trace",
         "fisher_mean": "Fisher information per weight",
@@ -86,7 +86,7 @@ def label_of(column: str, report: Any, errors: bool = False) -> str:
 
 
 def settings(table: Any) -> list[Any]:
-    """The columns of a sensitivity that are a number of bits or a share; in a file, names."""
+    """The columns of a sensitivity that are a number of bits or a share; as text if the table was read from a file."""
     return [c for c in getattr(table, "columns", ()) if isinstance(c, (int, float)) or str(c).isdigit()]
 
 
@@ -96,5 +96,5 @@ def setting(column: Any) -> str:
 
 
 def percent(share: float) -> str:
-    """A share, where it can be told from nothing."""
+    """A share in percent; "< 0.1%" if it is tiny, and nothing for NaN."""
     return "" if math.isnan(share) else "< 0.1%" if 0 < share < 0.0005 else f"{share:.1%}"

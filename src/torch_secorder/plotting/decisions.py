@@ -1,4 +1,4 @@
-"""Pictures of what is decided with a report."""
+"""Pictures of the decisions that are made with a report."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def sensitivity_by_bits(
     """The predicted KL divergence of each layer and number of bits (or sparsity), as a table of colors.
 
     Args:
-        sensitivity: what ``quantization_sensitivity`` or ``pruning_sensitivity`` returned.
-        allocation: what ``allocate_bits`` returned: a dot marks each layer's choice.
-        ax: where to draw.
+        sensitivity: a table from ``quantization_sensitivity`` or ``pruning_sensitivity``.
+        allocation: a table from ``allocate_bits``; a dot marks each layer's choice.
+        ax: the Axes to draw into; by default those of a new figure.
 
     Raises:
-        ArgumentError: if the table is no sensitivity, or the allocation has other rows.
+        ArgumentError: if the table is not a sensitivity, or the allocation has other rows.
 
     Example:
         >>> import pandas as pd
@@ -73,9 +73,9 @@ def predicted_against_measured(pairs: Mapping[str, tuple[Any, Any]], *, ax: Axes
     """Points on logarithmic axes, a color for each setting, with the diagonal where both agree.
 
     Args:
-        pairs: label -> (predicted, measured), two sequences of equal length. Points that are not positive are left out, and
-            their number is said.
-        ax: where to draw.
+        pairs: label -> (predicted, measured), two sequences of equal length. Points that are not positive are left out; the
+            legend gives their number.
+        ax: the Axes to draw into; by default those of a new figure.
 
     Raises:
         ArgumentError: for sequences of different lengths, or no positive point.

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def styled(report: pd.DataFrame) -> Styler:
     """The report for notebooks and web pages: numbers with few digits, shares as bars. ``styled(report).to_html()``.
 
-    Needs jinja2, as pandas' Styler does. Columns without a number are left out.
+    This needs jinja2, as pandas' Styler does. Columns in which every entry is missing are left out.
 
     Args:
         report: a report by parameter or by group, or a sensitivity.

@@ -80,8 +80,8 @@ def heat_strip(report: pd.DataFrame, column: str = "fisher_mean", *, log: bool =
 
     Args:
         report: a report.
-        column: what the color stands for; by default the curvature per weight.
-        log: whether the colors are logarithmic. Zeros are left gray then.
+        column: the column that the colors show; by default the Fisher trace per weight.
+        log: whether the colors are logarithmic; if so, zeros are gray.
         ax: where to draw.
 
     Raises:
@@ -132,8 +132,8 @@ def time_series(
 
     Args:
         reports: step -> the report of that step, by parameter or by group.
-        column: what is drawn, with a band of one standard error where it is ``fisher_trace``.
-        rows: which rows, or how many of those that are largest in the last report.
+        column: the column to draw; ``fisher_trace`` gets a band of one standard error.
+        rows: the names of the rows to draw, or how many, beginning with the largest in the last report.
         log: whether the axis is logarithmic.
         ax: where to draw.
 
@@ -179,7 +179,7 @@ def time_series(
         ax.set_yscale("log")
     ax.set_xlabel("step")
     ax.set_ylabel(label_of(column, last))
-    # Named here, since matplotlib leaves out labels that begin with an underscore, as many modules' names do.
+    # The names are given here, since matplotlib leaves out labels that begin with an underscore, as many modules' names do.
     ax.legend(lines, list(map(str, names)), frameon=False, loc="upper left", bbox_to_anchor=(1, 1), fontsize="small")
     ax.spines[["top", "right"]].set_visible(False)
     return ax
