@@ -1,8 +1,8 @@
-r"""What a weight or a channel is worth, and taking the cheapest away.
+r"""The saliency of weights and channels, and pruning those with the least.
 
 Setting weight i to zero is the error ``delta_i = -w_i``, whose predicted Kullback-Leibler divergence per sample, to second
-order and without cross terms, is the saliency :math:`\tfrac12 F_{ii} w_i^2` of optimal brain damage. For a channel it is
-half the Fisher information of a gate that multiplies the channel, and for a head of a transformer that of a gate on its channels.
+order and without cross terms, is the saliency :math:`\tfrac12 F_{ii} w_i^2` of optimal brain damage. For a channel, it is
+half the Fisher information of a gate that multiplies the channel; for a head of a transformer, that of a gate on its channels.
 """
 
 from torch_secorder.pruning.gates import Gates, GateSaliency

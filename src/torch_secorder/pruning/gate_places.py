@@ -1,4 +1,4 @@
-"""Which gates there are: on a module's output or input, on which axis, one for each channel or for each block of them."""
+"""Where gates are: on a module's output or input, on which axis, and one for each channel or for each block of channels."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _NORMS: Any = (nn.BatchNorm1d.__base__, nn.InstanceNorm1d.__base__, nn.GroupNorm
 FEATURES_LAST = (nn.Linear, nn.Embedding, nn.LayerNorm, nn.RMSNorm)
 CHANNELS_SECOND = (ANY_CONVOLUTION, nn.PReLU, *_NORMS)
 
-# The rules of the layers whose input's gradient is known from the output's.
+# The rules of the layers whose input gradient can be computed from the output's.
 WITH_INPUT_GRADIENT = ("linear", "conv1d", "convolution", "transposed_convolution")
 
 
@@ -44,8 +44,8 @@ class GatePlace:
 
     Attributes:
         side: "output" or "input".
-        axis: of the output or the input, the one that counts channels; it may count from the end.
-        groups: how many gates there are, each for an equal block of channels; None for one for each channel.
+        axis: the axis of the output or the input that counts channels; it may be negative.
+        groups: the number of gates, each for an equal block of channels; None for one gate per channel.
         of_weights: whether the axis counts channels of the module's weight, so that a gate can be closed by masking them.
     """
 
@@ -58,11 +58,11 @@ class GatePlace:
         """The gradients of the gates, ``[n, gates]``, from values times gradients, which have the samples first.
 
         Args:
-            product: output or input times its gradient.
-            batch_axis: where the samples were before they came first; None if there were none.
+            product: the output or input times its gradient.
+            batch_axis: the axis of the samples before they were moved to the first; None if the call had no batch axis.
 
         Raises:
-            ShapeError: if the axis counts the samples, or doesn't have as many channels as the gates need.
+            ShapeError: if the axis counts the samples, or its channels cannot be split into equal groups.
         """
         product = product.movedim(self._axis_behind(product.dim(), batch_axis), 1)
         sums = product.flatten(2).sum(2) if product.dim() > 2 else product
@@ -73,8 +73,8 @@ class GatePlace:
         return sums.unflatten(1, (self.groups, -1)).sum(2)
 
     def _axis_behind(self, dims: int, batch_axis: int | None) -> int:
-        """The axis of the channels once the samples come first, of so many axes."""
-        own = dims - (batch_axis is None)  # a call without a batch axis has got one in front
+        """The axis of the channels once the samples come first, in a product with ``dims`` axes."""
+        own = dims - (batch_axis is None)  # a call without a batch axis was given one in front
         if not -own <= self.axis < own:
             raise ShapeError(f"its {self.side} has no axis {self.axis} that counts channels, but {own} axes: say axis=")
         axis = self.axis % own
@@ -86,7 +86,7 @@ class GatePlace:
 
 
 def gate_places(model: nn.Module, modules: Watched) -> dict[str, GatePlace]:
-    """Module name -> where it has its gates, as the argument ``modules`` of :class:`~torch_secorder.pruning.Gates` says.
+    """Module name -> where it has its gates, from the argument ``modules`` of :class:`~torch_secorder.pruning.Gates`.
 
     Raises:
         ArgumentError: for invalid options, patterns that no module matches, or a module whose channel axis is unknown.
@@ -183,7 +183,7 @@ def _place(name: str, module: nn.Module, options: Mapping[str, Any]) -> GatePlac
 
 
 def _require_equal_groups(site: str, module: nn.Module, side: str, groups: int) -> None:
-    """Raise where a module's weight shows that its channels are no equal groups."""
+    """Raise if a module's sizes show that its channels cannot be split into equal groups."""
     channels = _channels(module, side)
     if channels is not None and channels % groups:
         raise ArgumentError(
@@ -208,7 +208,7 @@ def _natural_axis(module: nn.Module, rule: Rule | str) -> int | None:
 
 
 def _pads_otherwise(module: nn.Module) -> bool:
-    """Whether a module is a convolution whose padding is not a number of zeros."""
+    """Whether a module is a convolution with another padding than a number of zeros."""
     if not isinstance(module, ANY_CONVOLUTION):
         return False
     return isinstance(module.padding, str) or getattr(module, "padding_mode", "zeros") != "zeros"

@@ -52,7 +52,7 @@ def _refuse_unbatched(module: nn.Module, x: Tensor, what: str) -> None:
 
 @dataclass(frozen=True, eq=False)
 class KeptOutput:
-    """A module's output as it was in forward, and how to get it again."""
+    """A module's output as it was in forward, and what is needed to compute it again."""
 
     module: nn.Module
     output: Tensor
@@ -63,18 +63,18 @@ class KeptOutput:
 
     @classmethod
     def of(cls, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> KeptOutput:
-        """That of a call under way."""
+        """The output of a running call."""
         _refuse_unbatched(module, output, "gave an output")
         before = versions((*args, *kwargs.values()))
         return cls(module, output.detach(), version(output), args, kwargs, before)
 
     @torch.no_grad()
     def value(self) -> Tensor:
-        """The output; computed again if an activation in place came after it.
+        """The output; it is computed again if it was changed in place since, as by an activation.
 
         Raises:
             CoverageError: if the input was changed as well.
-            UnsupportedError: if the module draws random numbers, which can't be drawn again.
+            UnsupportedError: if the module draws random numbers, which cannot be drawn again.
         """
         if version(self.output) == self.output_version:
             return self.output
@@ -92,7 +92,7 @@ class KeptOutput:
 
     @staticmethod
     def gradient(value: Tensor, call: Call) -> Tensor:
-        """That of the loss in the output, with the samples first."""
+        """The gradient of the loss in the output, with the samples first."""
         return call.grad_output
 
 
@@ -107,7 +107,7 @@ class KeptInput:
 
     @classmethod
     def of(cls, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> KeptInput:
-        """That of a call under way."""
+        """The input of a running call."""
         x = args[0] if args else next(iter(kwargs.values()))
         _refuse_unbatched(module, x, "got an input")
         weight: Any = module.weight
@@ -119,7 +119,7 @@ class KeptInput:
         """The input.
 
         Raises:
-            CoverageError: if it or the weight was changed in place since.
+            CoverageError: if the input or the weight was changed in place since.
         """
         if versions((self.x, self.weight)) != self.versions:
             raise CoverageError("its input or its weight was changed in place after the call; change it out of place")
@@ -127,13 +127,13 @@ class KeptInput:
 
     @torch.no_grad()
     def gradient(self, value: Tensor, call: Call) -> Tensor:
-        """That of the loss in the input, with the samples first, by what this module makes of the output's gradient.
+        """The gradient of the loss in the input, with the samples first, computed from the output's gradient.
 
         Raises:
             ShapeError: for a convolution that was called without a batch axis.
         """
         g = at_least_float32(call.grad_output)
-        # Under autocast the layer multiplied by its weight as it was cast.
+        # Under autocast the layer multiplied by a cast copy of its weight.
         weight = at_least_float32(self.weight.to(call.grad_output.dtype))
         if not isinstance(self.module, ANY_CONVOLUTION):
             return g @ (weight.mT if channel_axis(self.module) else weight)

@@ -1,4 +1,4 @@
-"""What a channel or a head is worth: the Fisher information of a gate on it."""
+"""The saliency of a channel or a head: the Fisher information of a gate on it."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ _KEPT = {"output": KeptOutput.of, "input": KeptInput.of}
 
 
 class GateSaliency(dict[str, Tensor]):
-    """Module name -> a number for each of its gates, with what :func:`prune` needs to know: where the gates are.
+    """Module name -> a number for each of its gates, and the places of the gates, which :func:`prune` needs.
 
-    Leave out modules with ``del``. An ordinary dict of these tensors has no ``places``, and is taken for gates on outputs.
+    Leave out modules with ``del``. An ordinary dict of these tensors has no ``places``; it is read as gates on outputs.
 
     Attributes:
         places: module name -> where it has its gates.
@@ -53,7 +53,7 @@ class GateSaliency(dict[str, Tensor]):
 
 
 class Gates(HookScope):
-    r"""Watches the Fisher information of gates on channels and heads, in the passes that run inside.
+    r"""Measures the Fisher information of gates on channels and heads, in the backward passes that run inside the block.
 
     A gate :math:`m_k = 1` multiplies channel k, or block k of channels, of a module's output or input :math:`a`. With the entries
     i of all of its channels and positions,
@@ -63,8 +63,8 @@ class Gates(HookScope):
        g_{nk} = \frac{\partial \ell_n}{\partial m_k} = \sum_i a_{nki} \frac{\partial \ell_n}{\partial a_{nki}}, \qquad
        F_{kk} = \frac1N \sum_n g_{nk}^2, \qquad \text{saliency}_k = \tfrac12 F_{kk},
 
-    the predicted rise, in nats per sample, when the gate closes. No pass is added: outputs and their gradients are there anyway,
-    and an input's gradient is one product with the layer's weight. All calls of a module share its gates. A gate on a
+    the predicted KL divergence, in nats per sample, of closing the gate. No pass is added: outputs and their gradients exist
+    anyway, and an input's gradient is one product with the layer's weight. All calls of a module share its gates. A gate on a
     transformer's head is one on a block of the channels that its output projection reads:
     ``Gates(model, {"*.o_proj": {"side": "input", "groups": heads}, "*.down_proj": {"side": "input"}})``.
 
@@ -74,27 +74,27 @@ class Gates(HookScope):
             are ``side``, "output" or, for linear layers and convolutions, "input"; ``groups``, how many equal blocks of
             channels have a gate each, by default one for each channel; and ``axis``, where the output or the input counts
             channels: by default the last for layers that end in features (linear layers, GPT-2's Conv1D, embeddings,
-            LayerNorm, RMSNorm) and 1 for convolutions, PReLU and norms of channels; others have to say it. Or types of modules,
-            or a function from a module's name to whether it is watched, for gates on the outputs of all of these; by default
-            convolutions and linear layers. For structured pruning of networks with BatchNorm, watch ``(nn.BatchNorm2d,)``.
+            LayerNorm, RMSNorm) and 1 for convolutions, PReLU and norms of channels; other modules need it. Instead of a mapping,
+            a tuple of types of modules, or a function from a module's name to whether it is watched, puts gates on the outputs
+            of these modules; by default they are convolutions and linear layers. For structured pruning of networks with
+            BatchNorm, watch ``(nn.BatchNorm2d,)``.
         reduction: how the loss that is differentiated combines its samples, "mean" or "sum".
         loss_scale: the factor that the loss was multiplied by.
-        batch_axis: where the samples are counted, if not on axis 0; as in :class:`~torch_secorder.FisherMonitor`, like the next
-            two.
-        n_samples: see there.
-        sample_of: see there.
-        repeated_calls: what two calls of the model in one backward pass mean, as there.
-        fisher: whose labels the losses use, as there: "sampled" for labels that were drawn from the prediction, and nothing else
-            makes :attr:`saliency` a prediction.
+        batch_axis: where the samples are counted, if not on axis 0; as in :class:`~torch_secorder.FisherMonitor`.
+        n_samples: as in :class:`~torch_secorder.FisherMonitor`.
+        sample_of: as in :class:`~torch_secorder.FisherMonitor`.
+        repeated_calls: what two calls of the model in one backward pass mean, as in :class:`~torch_secorder.FisherMonitor`.
+        fisher: whose labels the losses use, as in :class:`~torch_secorder.FisherMonitor`. Only with "sampled", for labels that
+            were drawn from the model's prediction, does :attr:`saliency` predict a KL divergence.
 
     Attributes:
         places: module name -> where it has its gates.
 
     Raises:
-        ArgumentError: for an invalid argument, if no module is watched, or if nothing shows where one has its channels.
+        ArgumentError: for an invalid argument, if no module is watched, or if a module's channel axis is not known.
         UnsupportedError: for gates on the input of a module that is neither a linear layer nor a convolution.
         CoupledSamplesError: on entry, for layers that mix samples.
-        CurvatureError: as a :class:`~torch_secorder.FisherMonitor`, which finds samples and counts calls in the same way.
+        CurvatureError: in the same cases as a :class:`~torch_secorder.FisherMonitor`.
 
     Example:
         >>> import torch
@@ -178,7 +178,7 @@ class Gates(HookScope):
             raise waiting[0]
 
     def _count(self, current: BackwardPass) -> None:
-        """A backward pass is over: add up the squares of its gates' gradients."""
+        """Called at the end of a backward pass: add up the squares of its gates' gradients."""
         if self._recorder is None or (current.accumulator.is_empty and current.error is None):
             return
         samples = self._recorder.lifecycle.finish(current)
@@ -204,7 +204,7 @@ class Gates(HookScope):
         """Half of :attr:`fisher`: the predicted KL divergence, in nats per sample, of removing a channel or a head.
 
         Warns:
-            UserWarning: if the labels are those of the data. The order of gates may still be of use.
+            UserWarning: if the labels are those of the data. The order of gates may still be useful.
         """
         warn_if_no_prediction(self._fisher)
         return GateSaliency({name: 0.5 * values for name, values in self.fisher.items()}, dict(self.places))

@@ -1,4 +1,4 @@
-"""Which coupled channels go together is Torch-Pruning's task; what they are worth is told here."""
+"""The importance of groups of coupled channels; finding the groups is Torch-Pruning's task."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class GroupImportance:
 
     Args:
         model: the model that the pruner changes. Names are looked up once, so make this before pruning.
-        saliency: :attr:`Gates.saliency`, or by parameter (:func:`weight_saliency`): then a channel's importance is the
-            sum over all weights that go with it, those that read the channel too.
+        saliency: :attr:`Gates.saliency`, or a saliency by parameter (:func:`weight_saliency`). With the latter, a channel's
+            importance is the sum over all weights that are pruned with it, including those that read the channel.
 
     Raises:
         ArgumentError: if names or shapes are not the model's; when called, if a group has no member with a saliency.
@@ -96,7 +96,7 @@ class GroupImportance:
         return total
 
     def _scores(self, module: nn.Module, way: str, idxs: list[int]) -> Tensor | None:
-        """What the member's channels ``idxs`` are worth, or None if nothing is known of it."""
+        """The importance of the member's channels ``idxs``, or None if the member has no saliency."""
         if way == "out" and module in self._channels:
             return self._channels[module][idxs]
         parts = []

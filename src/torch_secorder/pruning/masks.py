@@ -1,4 +1,4 @@
-"""Taking the cheapest away, through PyTorch's own masks."""
+"""Pruning the weights or channels of least saliency, through PyTorch's own masks."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ def prune(
     """Mask the weights or channels of least saliency, through :mod:`torch.nn.utils.prune`.
 
     The masks are PyTorch's own: ``weight_orig`` and ``weight_mask`` appear, :func:`torch.nn.utils.prune.is_pruned` says so, and
-    :func:`torch.nn.utils.prune.remove` makes it permanent. Pruning again adds to the masks that are there, and what is
-    pruned already counts among ``amount``.
+    :func:`torch.nn.utils.prune.remove` makes the pruning permanent. Pruning again adds to existing masks, and entries that are
+    already pruned count as part of ``amount``.
 
     Args:
         model: the model, whose modules get masks.
-        saliency: by parameter, in its shape (:func:`weight_saliency`), or by module, one number for each of its gates
-            (:attr:`Gates.saliency`): then all weights of an output channel and its bias go together, and the module puts out
-            zeros there; of gates on an input, the weights that read the channel. A gate on a block takes all of its channels.
-            A dict that isn't :attr:`Gates.saliency` itself has one number for each output channel. Leave out the names that are
-            not to be pruned, such as the last layer's.
-        amount: the share to be pruned, from 0 to 1: of all entries, or of each.
-        scope: "global" for the least of all, or "layer" for the same share of each parameter or module.
-        minimum: of channels or heads, how many a module keeps at least. Weights may go entirely.
+        saliency: by parameter, in its shape (:func:`weight_saliency`), or by module, with one number for each of its gates
+            (:attr:`Gates.saliency`). With gates on outputs, all weights of an output channel and its bias are pruned together,
+            so that the module outputs zeros there; with gates on inputs, the weights that read the channel are. A gate on a
+            block prunes all of its channels. A dict that is not :attr:`Gates.saliency` has one number for each output channel.
+            Leave out the names that are not to be pruned, such as the last layer's.
+        amount: the share to prune, from 0 to 1, of all entries together or of each parameter or module.
+        scope: "global" to prune the least salient of all entries, or "layer" for the same share of each parameter or module.
+        minimum: how many channels or heads a module keeps at least. A parameter may lose all of its weights.
 
     Raises:
-        ArgumentError: for an amount outside [0, 1], or a saliency that doesn't fit the model: names, shapes, numbers that
-            are NaN. Then nothing was pruned.
+        ArgumentError: for an amount outside [0, 1], or a saliency that does not fit the model: unknown names, other shapes, NaN.
+            Nothing is pruned then.
 
     Example:
         >>> import torch
@@ -71,14 +71,14 @@ def prune(
 
 @dataclass(frozen=True)
 class _Target:
-    """What the scores of one name are of.
+    """What the scores of one name belong to.
 
     Attributes:
         module: the module that gets the masks.
         local: its parameter's name without pruning's suffix.
-        channels: where the parameter counts the channels that the scores are of; None if they are of single entries.
-        block: how many channels each score is of.
-        with_bias: whether the bias goes with the channels.
+        channels: where the parameter counts the channels that have the scores; None if single entries have them.
+        block: the number of channels that share a score.
+        with_bias: whether the bias is pruned with the channels.
     """
 
     module: nn.Module
@@ -88,7 +88,7 @@ class _Target:
     with_bias: bool = False
 
     def unpruned(self, scores: Tensor) -> Tensor:
-        """The scores, with minus infinity where a mask that is there has pruned already."""
+        """The scores, with minus infinity for what an existing mask has pruned."""
         mask = getattr(self.module, f"{self.local}_mask", None)
         if mask is None:
             return scores
@@ -97,7 +97,7 @@ class _Target:
         return scores.masked_fill(mask.to(scores.device) == 0, -torch.inf)
 
     def mask(self, keep: Tensor) -> None:
-        """Add masks with 1 for what stays."""
+        """Add masks with 1 for the entries that stay."""
         if self.channels is None:
             torch_prune.custom_from_mask(self.module, self.local, keep)
             return
@@ -109,7 +109,7 @@ class _Target:
 
 
 def _target(model: nn.Module, name: str, scores: Tensor, place: GatePlace | None) -> _Target:
-    """What is masked by these scores."""
+    """The parameter that these scores prune."""
     if bool(torch.isnan(scores).any()):
         raise ArgumentError(f"the saliency of {name} has NaN")
     modules = {plain_name(key): module for key, module in model.named_modules(remove_duplicate=False)}
@@ -130,7 +130,7 @@ def _target(model: nn.Module, name: str, scores: Tensor, place: GatePlace | None
 
 
 def _target_of_gates(module: nn.Module, name: str, place: GatePlace | None) -> tuple[tuple[int, ...], _Target]:
-    """How many gates a module has, and what they close; without a place they are those of its output channels."""
+    """The shape of a module's scores and what they prune; without a place, the scores are of its output channels."""
     if place is not None and not place.of_weights:
         raise ArgumentError(
             f"the gates of {name} are on axis {place.axis} of its {place.side}, where its weight has no channels to mask"
@@ -148,7 +148,7 @@ def _target_of_gates(module: nn.Module, name: str, place: GatePlace | None) -> t
 
 
 def _kept(saliency: Mapping[str, Tensor], share: float, scope: str, minimum: int) -> dict[str, Tensor]:
-    """Masks with 1 for what stays."""
+    """Masks with 1 for the entries that stay."""
     if scope == "layer":
         counts = {name: min(round(share * s.numel()), max(0, s.numel() - minimum)) for name, s in saliency.items()}
         return {name: _without_least(scores, counts[name]) for name, scores in saliency.items()}

@@ -1,4 +1,4 @@
-"""What a weight is worth, and what pruning a layer costs."""
+"""The saliency of each weight, and the predicted cost of pruning a layer."""
 
 from __future__ import annotations
 
@@ -32,23 +32,24 @@ def weight_saliency(
 
     .. math:: s_i = \tfrac12 F_{ii} w_i^2
 
-    with F averaged over samples whatever the report's reduction. Where only the trace of a parameter is known, its mean
-    :math:`\operatorname{tr} F_p / d_p` stands for every :math:`F_{ii}`: magnitudes within a layer, curvature between layers.
+    with F averaged over samples whatever the report's reduction. If only the trace of a parameter is known, its mean
+    :math:`\operatorname{tr} F_p / d_p` replaces every :math:`F_{ii}`: then magnitudes decide within a layer, and curvature
+    decides between layers.
 
-    Whoever prunes by an estimated diagonal picks the entries that happen to be underestimated, above all those of channels
-    that no sample woke up. ``shrinkage`` :math:`\lambda` guards against that: it puts
-    :math:`(1 - \lambda) F_{ii} + \lambda \operatorname{tr} F_p / d_p` in the place of :math:`F_{ii}`. From few samples
-    anything but 0 is far better than 0; 0.5 is a safe middle, less is better on data like those of the Fisher, and more
-    on others.
+    Pruning by an estimated diagonal picks the entries that happen to be underestimated, above all those of channels that no
+    sample activated. ``shrinkage`` :math:`\lambda` guards against that: it puts
+    :math:`(1 - \lambda) F_{ii} + \lambda \operatorname{tr} F_p / d_p` in place of :math:`F_{ii}`. With few samples, any
+    value above 0 is far better than 0. A safe middle value is 0.5, which is rarely the best: smaller ones are better on data like
+    those of the Fisher, and larger ones on other data.
 
     Args:
         model: the model that was analyzed.
         source: a monitor or :func:`~torch_secorder.fisher_results` with ``diagonal=True``, or, for the second form, a
             report by parameter.
-        parameters: "weights" for those with two or more axes, "all", or a function from a name to whether it counts.
+        parameters: "weights" for parameters with two or more axes, "all", or a function from a name to whether it counts.
         shrinkage: from 0, for the diagonal as it is, to 1, for its mean over each parameter.
         diagonal: the Fisher diagonal that belongs to a report, in the report's scaling.
-        fisher: which Fisher the source is of, if it doesn't say so; see
+        fisher: which Fisher the source is of, if it does not say so; see
             :func:`torch_secorder.quantization.quantization_sensitivity`.
 
     Returns:
@@ -58,8 +59,8 @@ def weight_saliency(
         ArgumentError: if the report is of another model or lacks columns, or for a shrinkage outside [0, 1].
 
     Warns:
-        UserWarning: if the source is of the empirical or the observed Fisher, where the order of weights may still be of use; or
-            if it is a monitor or results without a diagonal.
+        UserWarning: if the source is of the empirical or the observed Fisher (the order of weights may still be useful), or if it
+            is a monitor or results without a diagonal.
 
     Example:
         >>> import torch
@@ -102,12 +103,12 @@ def pruning_sensitivity(
 ) -> pd.DataFrame:
     r"""The predicted KL divergence, in nats per sample, of pruning each parameter alone to each sparsity.
 
-    It is the sum of the saliencies of the :math:`\operatorname{round}(a\, d_p)` entries that go, of :math:`d_p` in all.
+    It is the sum of the saliencies of the :math:`\operatorname{round}(a\, d_p)` pruned entries, of :math:`d_p` in all.
 
     Args:
-        saliency: what :func:`weight_saliency` or :attr:`Gates.saliency` gave.
-        amounts: shares that are pruned, each from 0 to 1.
-        order: what to prune by, smallest first, if not by the saliency: the weights' absolute values, say.
+        saliency: the result of :func:`weight_saliency` or :attr:`Gates.saliency`.
+        amounts: the shares to prune, each from 0 to 1.
+        order: other numbers to prune by, smallest first, such as the weights' absolute values; by default the saliency.
 
     Returns:
         A DataFrame with index ``parameter`` and columns ``numel`` and one for each amount.

@@ -14,13 +14,13 @@ from torch_secorder.errors import ArgumentError
 
 
 def top_k_mask(diagonal: Mapping[str, Tensor], share: float, *, always: str | Iterable[str] = ()) -> dict[str, Tensor]:
-    """The entries with the largest values of all, as boolean masks: what sparse fine-tuning trains, or what must not change.
+    """Boolean masks of the entries with the largest values of all, for sparse fine-tuning or to protect these entries.
 
     Args:
-        diagonal: name -> values, such as ``results.diagonal`` or what :func:`weight_saliency` returned.
-        share: of all entries that are not there always, how many are taken; ``round(share * number)`` of them. Of equal values at
-            the boundary as many are taken as are still needed.
-        always: patterns of names that are taken whole, such as ``"classifier.*"`` or ``"*.bias"``.
+        diagonal: name -> values, such as ``results.diagonal`` or the result of :func:`weight_saliency`.
+        share: the share to take of all entries that ``always`` does not name, ``round(share * number)`` of them. Among equal
+            values at the boundary, as many are taken as are still needed.
+        always: patterns of names whose entries are all taken, such as ``"classifier.*"`` or ``"*.bias"``.
 
     Returns:
         Name -> a mask of the values' shape, on their device.
