@@ -1,4 +1,4 @@
-"""Who should get the bits."""
+"""The allocation of bits to parameters."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-# Widths at which a weight is a floating-point number, and stays what it is.
+# Widths at which a weight is a floating-point number and is not rounded.
 NOT_ROUNDED = (16, 32, 64)
 
 
@@ -27,34 +27,34 @@ def allocate_bits(
     groups: Callable[[str], object] | Iterable[Iterable[str]] = (),
     fixed: Mapping[str, int] | None = None,
 ) -> pd.DataFrame:
-    r"""The assignment of bits with the least predicted KL divergence of all that fit into a size.
+    r"""The assignment of bits with the least predicted KL divergence among all that fit into a budget.
 
     With :math:`k_{p,b}` the sensitivity and :math:`d_p` the number of entries,
 
     .. math:: \min_{b_1 \ldots b_P} \sum_p k_{p, b_p} \quad\text{with}\quad \sum_p d_p\, b_p \le \text{budget}.
 
     This multiple-choice knapsack is solved exactly, by branch and bound: scipy's :func:`scipy.optimize.milp`, which is HiGHS,
-    with no gap between what it found and its bound. Steps and zero points are not in the size.
+    with no gap between its solution and its bound. The size does not include steps and zero points.
 
     Args:
-        sensitivity: what :func:`quantization_sensitivity` returned; weights or activations, not both.
+        sensitivity: the result of :func:`quantization_sensitivity`, for weights or for activations, not both.
         budget: the size that must not be exceeded.
-        unit: of the budget: "bits per weight" on average, so that 4 compares with 4 bits everywhere, or "bytes" or "bits"
-            in all.
+        unit: the unit of the budget: "bits per weight" on average, so that 4 compares with 4 bits everywhere, or "bytes" or
+            "bits" in total.
         groups: parameters that get the same number of bits, such as the q, k and v of a layer: tuples of names, or a function
             from a name to its group, None for a parameter of its own.
-        fixed: patterns of names -> bits, for parameters that stay: one of the table's columns, or 16, 32 or 64 for
-            floating-point numbers that are not rounded and cost nothing but their size, where that is no column. Of several
+        fixed: patterns of names -> bits, for parameters whose bits are given: one of the table's columns, or 16, 32 or 64 for
+            floating-point numbers that are not rounded and cost only their size, if that is not a column. Of several
             patterns that match, the last counts.
 
     Returns:
         A DataFrame with index ``parameter`` and columns ``numel``, ``bits`` and ``predicted``; ``attrs`` hold ``size`` in bits,
-        ``bits_per_weight`` and ``predicted`` in total, the scheme of the sensitivity, and ``not_rounded``, the names of what
-        ``fixed`` leaves as it is, if anything.
+        ``bits_per_weight`` and ``predicted`` in total, the scheme of the sensitivity, and ``not_rounded``, the names of the
+        parameters that ``fixed`` leaves unrounded, if there are any.
 
     Raises:
-        ArgumentError: if not even the fewest bits fit, naming the smallest budget, if the table is not a sensitivity, or for
-            groups and patterns of parameters that it has not.
+        ArgumentError: if not even the fewest bits fit, naming the smallest budget; if the table is not a sensitivity; or for
+            groups and patterns of parameters that it does not have.
         ImportError: without scipy: ``pip install 'torch-secorder[decide]'``.
 
     Example:
@@ -97,7 +97,7 @@ def allocate_bits(
 
 
 def _fixed(names: Sequence[str], fixed: Mapping[str, int], widths: Sequence[int]) -> dict[int, int]:
-    """Row -> its bits, for those that stay."""
+    """Row -> its bits, for rows whose bits are given."""
     stays: dict[int, int] = {}
     for pattern, bits in fixed.items():
         if isinstance(bits, bool) or bits not in (*widths, *NOT_ROUNDED):
@@ -115,7 +115,7 @@ def _fixed(names: Sequence[str], fixed: Mapping[str, int], widths: Sequence[int]
 def _members(
     names: Sequence[str], groups: Callable[[str], object] | Iterable[Iterable[str]], stays: Mapping[int, int]
 ) -> list[list[int]]:
-    """The rows that are not fixed, together with those that get as many bits."""
+    """The rows that are not fixed, in groups that get the same number of bits."""
     labels: dict[int, object] = {}
     if callable(groups):
         labels = {p: label for p, name in enumerate(names) if (label := groups(name)) is not None}
@@ -178,7 +178,7 @@ def _cheapest(costs: list[list[float]], numel: list[int], widths: list[int], siz
     everyone = max(b for b in widths if b * sum(numel) <= size)
     enough = sum(
         row[widths.index(everyone)] for row in costs
-    )  # a solution; nothing dearer than all of it is worth a look
+    )  # the cost of a solution; no choice that costs more can be part of the best one
     if enough == 0:
         return [widths.index(everyone)] * len(costs)
     pairs = [(p, c) for p, row in enumerate(costs) for c in range(len(widths)) if row[c] <= enough * (1 + 1e-9)]
@@ -201,7 +201,7 @@ def _cheapest(costs: list[list[float]], numel: list[int], widths: list[int], siz
         raise ArgumentError(f"the solver found no assignment: {answer.message}")
     chosen = {p: c for (p, c), x in zip(pairs, answer.x, strict=True) if x > 0.5}
     choice = [chosen[p] for p in range(len(costs))]
-    # Tolerances of floating point must not spend a bit that isn't there.
+    # The solver's tolerances must not exceed the budget, even by a bit.
     if sum(n * widths[c] for n, c in zip(numel, choice, strict=True)) > size:
         return _cheapest(costs, numel, widths, size - 1)
     return choice

@@ -20,7 +20,7 @@ from torch_secorder.model.parameters import named_modules, unwrapped
 if TYPE_CHECKING:
     import pandas as pd
 
-RoundingFunction = Callable[[Tensor, int], Tensor]  # from a weight and a number of bits to the weight as it will be
+RoundingFunction = Callable[[Tensor, int], Tensor]  # from a weight and a number of bits to the rounded weight
 
 
 def rounded(
@@ -47,13 +47,12 @@ def rounded(
 
     Args:
         weight: the tensor to round; it stays as it is.
-        bits: 1 to 16.
+        bits: the number of bits, 1 to 16.
         scheme: "symmetric" or "affine".
-        per: one step for the "tensor", one for each "channel", or one for each "group" of ``group_size`` entries that follow one
-            another in a channel, of which the last group may have fewer. Tensors with fewer than two axes have one step
-            anyway.
+        per: one step for the "tensor", one for each "channel", or one for each "group" of ``group_size`` consecutive entries of a
+            channel; the last group may have fewer. Tensors with fewer than two axes always have one step.
         axis: the axis of the channels.
-        group_size: of ``per="group"``, such as 128.
+        group_size: the size of groups for ``per="group"``, such as 128.
 
     Raises:
         ArgumentError: for bits outside 1..16, an unknown scheme, a group size without groups or groups without one, or weights
@@ -105,7 +104,7 @@ def _check_grain(per: Grain, group_size: int | None) -> None:
 
 
 def _rounded_in_groups(weight: Tensor, bits: int, scheme: Scheme, axis: int, size: int) -> Tensor:
-    """The weight with a step for each group of so many entries of a channel."""
+    """The weight after rounding with one step for each group of ``size`` entries of a channel."""
     moved = weight.movedim(axis, 0)
     channels = moved.flatten(1)
     whole = channels.shape[1] // size * size
@@ -117,13 +116,13 @@ def _rounded_in_groups(weight: Tensor, bits: int, scheme: Scheme, axis: int, siz
 
 @dataclass(frozen=True)
 class Rounding:
-    """How weights are rounded, by :func:`rounded` or by a function of the user's.
+    """How weights are rounded: by :func:`rounded`, or by a function of the user.
 
     Attributes:
-        scheme: as for :func:`rounded`, like ``per`` and ``group_size``.
-        per: see there.
-        group_size: see there.
-        function: the user's, which takes the place of all that.
+        scheme: as for :func:`rounded`.
+        per: as for :func:`rounded`.
+        group_size: as for :func:`rounded`.
+        function: the user's function, which replaces :func:`rounded`.
     """
 
     scheme: Scheme = "symmetric"
@@ -142,7 +141,7 @@ class Rounding:
             raise ArgumentError("rounding= is a function that makes its own groups: leave out per= and group_size=")
 
     def of(self, name: str, weight: Tensor, bits: int, axis: int) -> Tensor:
-        """A weight as it will be.
+        """A weight after rounding.
 
         Raises:
             ArgumentError: if the user's function returns no finite tensor of the weight's shape.
@@ -159,7 +158,7 @@ class Rounding:
 
     @property
     def facts(self) -> dict[str, str | int]:
-        """What a table says of it."""
+        """The facts that a table's ``attrs`` hold about the rounding."""
         if self.function is not None:
             return {"scheme": getattr(self.function, "__name__", type(self.function).__name__), "per": "rounding"}
         size = {} if self.group_size is None else {"group_size": self.group_size}
@@ -180,11 +179,11 @@ def quantized(
 
     Args:
         model: the model.
-        bits: for all parameters with two or more axes, for those that a mapping names, or as :func:`allocate_bits` says.
+        bits: a number for all parameters with two or more axes, a mapping by names, or a table from :func:`allocate_bits`.
         scheme: "symmetric" or "affine".
         per: "tensor", "channel", or "group" with a ``group_size``, as for :func:`rounded`.
-        group_size: see there.
-        rounding: a function from a weight and its bits to the weight as it will be, in place of all that.
+        group_size: the size of groups, as for :func:`rounded`.
+        rounding: a function from a weight and its bits to the rounded weight, which replaces :func:`rounded`.
 
     Raises:
         ArgumentError: for bits outside 1..16, or names that the model lacks.

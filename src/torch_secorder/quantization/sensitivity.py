@@ -1,4 +1,4 @@
-"""What rounding each parameter and each output costs."""
+"""The predicted cost of rounding each parameter and each output."""
 
 from __future__ import annotations
 
@@ -56,15 +56,15 @@ def quantization_sensitivity(
         scheme: "symmetric" or "affine".
         per: one step per "tensor", per output "channel" of a weight, or per "group" of ``group_size`` entries of a channel, as in
             :func:`rounded`. Outputs of modules have one step.
-        group_size: of ``per="group"``.
-        rounding: a function from a weight and a number of bits to the weight as it will be, such as that of another package, in
-            place of :func:`rounded`. Outputs of modules are rounded by ``scheme``.
-        parameters: "weights" for those with two or more axes, "all", or a function from a name to whether it counts.
+        group_size: the size of groups for ``per="group"``.
+        rounding: a function from a weight and a number of bits to the rounded weight, such as that of another package, in place
+            of :func:`rounded`. Outputs of modules are rounded by ``scheme``.
+        parameters: "weights" for parameters with two or more axes, "all", or a function from a name to whether it counts.
         activations: also give the outputs of modules a row: True for all modules without children, from a monitor or
             results with ``activations=True``, or the rows of ``monitor.activations`` to take.
         diagonal: the Fisher diagonal that belongs to a report, in the report's scaling.
-        fisher: which Fisher the source is of, if it doesn't say so itself. A monitor around backward passes of labels that
-            were drawn from the model's prediction is best told at the start: ``FisherMonitor(..., fisher="sampled")``.
+        fisher: which Fisher the source is of, if it does not say so itself. A monitor around backward passes for labels that
+            were drawn from the model's prediction is best told so at the start: ``FisherMonitor(..., fisher="sampled")``.
 
     Returns:
         A DataFrame with index ``parameter`` (for outputs: the module), columns ``kind`` ("weight" or "activation"), ``numel``
@@ -73,7 +73,7 @@ def quantization_sensitivity(
 
     Raises:
         ArgumentError: for bits outside 1..16, a report of another model or without the columns that it needs, activations
-            that were not watched, or one symmetric bit for activations, whose error is no uniform noise.
+            that were not watched, or one symmetric bit for activations, whose error is not uniform noise.
 
     Warns:
         UserWarning: if the source is of the empirical or the observed Fisher, which predicts no KL divergence.
