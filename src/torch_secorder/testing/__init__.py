@@ -1,7 +1,7 @@
-"""Whether the numbers are right on a model of one's own: a plain loop over samples in float64, beside the library's answer.
+"""A check of the numbers on the user's own model: the library's result beside that of a plain float64 loop over samples.
 
-The loop is what everybody would write who had the time: each sample alone through the model, ``backward``, the square of the
-gradient. No hook, rule or formula of the library takes part in it. The library's own tests compare with it too.
+The loop is the straightforward one: each sample runs alone through the model, then ``backward``, then the square of the gradient.
+No hook, rule or formula of the library takes part in it. The library's own tests compare with it, too.
 """
 
 from torch_secorder.testing.check import check

@@ -74,9 +74,9 @@ def check(model: nn.Module, loss_fn: Loss, batch: Any, **options: Unpack[ReportA
         and in ``equal`` whether no row is different.
 
     Raises:
-        ArgumentError: if there is no loop to compare with: model or loss don't run in float64, or on one sample alone.
-        VerificationError: if both count different numbers of samples.
-        CurvatureError: whatever the library refuses.
+        ArgumentError: if there is no loop to compare with, since the model or the loss does not run in float64 or on one sample.
+        VerificationError: if the library and the loop count different numbers of samples.
+        CurvatureError: if the library refuses the model, the loss or the batch.
 
     Example:
         >>> import torch
@@ -86,7 +86,7 @@ def check(model: nn.Module, loss_fn: Loss, batch: Any, **options: Unpack[ReportA
         >>> list(checked["verdict"]), checked.attrs["equal"]
         (['equal', 'equal', 'equal', 'equal'], True)
     """
-    loss_function(loss_fn)  # Nonsense is refused before anything runs.
+    loss_function(loss_fn)  # An invalid loss is refused before anything runs.
     if not isinstance(batch, Mapping) and not (isinstance(batch, (tuple, list)) and len(batch) >= 2):
         raise ArgumentError(f"batch must be (inputs, targets) or a mapping, not a {type(batch).__name__}")
     if given := [name for name in ("n_samples", "sample_of") if options.get(name) is not None]:
@@ -108,7 +108,7 @@ def check(model: nn.Module, loss_fn: Loss, batch: Any, **options: Unpack[ReportA
 def _compared(
     model: nn.Module, loss_fn: Loss, batch: Any, parts: LabeledBatch, options: ReportArguments
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """The table's rows, and what holds for all of them."""
+    """The table's rows, and the facts that hold for all of them."""
     report = fisher_results(model, loss_fn, [batch], **options).report()
     library = _Numbers(
         [str(name) for name in report.index],
@@ -174,6 +174,6 @@ def _is_single(dtype: torch.dtype) -> bool:
 
 
 def _relative_error(ours: float, theirs: float) -> float:
-    """``|ours - theirs| / theirs``; 0 where both are the same."""
+    """``|ours - theirs| / theirs``; 0 if both are the same."""
     difference = abs(ours - theirs)
     return difference / theirs if theirs else (0.0 if difference == 0 else float("inf"))

@@ -1,4 +1,4 @@
-"""The loop for losses that a model computes itself, of which no output has a row for each sample."""
+"""The loop for losses that a model computes itself, for which no output has a row for each sample."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from torch import Tensor
 
 from torch_secorder.errors import ArgumentError
 
-# Models compute their loss in float32 also where everything else is in float64 (transformers does), so that its last bits are
-# lost. The gradients of two samples may be alike, but not so much that those bits decide what each counts for.
+# Some models compute their loss in float32 even if everything else is in float64 (transformers does), which loses its last bits.
+# The gradients of two samples may be alike, but not so much that those bits decide how much each of them counts.
 NEAR, ALIKE = 1e-5, 1e-2
 
 
@@ -19,14 +19,14 @@ def gradients_of_own_loss(
 ) -> dict[str, Tensor]:
     """Every sample's gradient: parameter name -> ``[n, *shape]``.
 
-    Each sample runs alone. An average over tokens counts a sample in its batch by its length, so what a sample counts for
-    comes from the gradient of the batch's loss, which is a weighted sum of the gradients alone.
+    Each sample runs alone. An average over tokens weights a sample in its batch by its length. So the samples' weights are taken
+    from the gradient of the batch's loss, which is a weighted sum of the single samples' gradients.
 
     Args:
-        loss_of: the loss of some samples of the batch, run together.
-        n: how many samples there are.
+        loss_of: from the numbers of some samples to their loss when they run together.
+        n: the number of samples.
         named: the parameters.
-        reduction: whether the loss averages or sums; found out if it isn't said.
+        reduction: whether the loss averages or sums; by default this is determined.
 
     Raises:
         ArgumentError: if the loss neither averages nor sums, compares samples, or has no value for a sample alone.
@@ -52,7 +52,7 @@ def _gradients_alone(loss_of: Callable[[list[int]], Tensor], sample: int, parame
 
 
 def _gradients(loss: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
-    """The gradient of a loss in each parameter, zero where the loss doesn't reach it."""
+    """The gradient of a loss in each parameter; zero for a parameter that the loss does not depend on."""
     if not loss.requires_grad:
         return [torch.zeros_like(p) for p in parameters]
     found = torch.autograd.grad(loss, list(parameters), allow_unused=True)
@@ -73,7 +73,7 @@ def _reduction(loss_of: Callable[[list[int]], Tensor], n: int) -> str:
 
 
 def _weights(alone: Sequence[Sequence[Tensor]], batch: Sequence[Tensor]) -> Tensor:
-    """What each sample's gradient counts for in that of the batch, by least squares; 0 where a sample has none."""
+    """The weight of each sample's gradient in that of the batch, by least squares; 0 for a sample without a gradient."""
     sizes = torch.tensor([float(_product(g, g)) ** 0.5 for g in alone], dtype=torch.float64)
     used = [sample for sample, size in enumerate(sizes.tolist()) if size]
     weights = torch.zeros(len(alone), dtype=torch.float64, device=batch[0].device)

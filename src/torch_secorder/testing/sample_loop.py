@@ -1,4 +1,4 @@
-"""The loop over single samples in float64, by nothing but torch's own autograd."""
+"""The loop over single samples in float64, by torch's own autograd only."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from torch_secorder.running.loss import LossFunction
 from torch_secorder.running.own_loss import loss_function
 from torch_secorder.testing.own_loss_loop import gradients_of_own_loss
 
-# How near the loss of every sample given twice has to be to once or twice the loss. In float64 only rounding is left.
+# How near the loss with every sample given twice must be to once or twice the loss. In float64 only rounding is left.
 NEAR = 1e-6
 
 
@@ -35,29 +35,29 @@ def sample_gradients(
 ) -> dict[str, Tensor]:
     """The gradient of every sample's loss by a plain loop in float64: parameter name -> ``[n, *shape]``.
 
-    Each sample runs alone through a float64 copy of the model. Its output takes its row among the batch's outputs, which are
-    constants, and the loss of that batch is differentiated, times the number of samples if the loss averages. That is the
-    definition of a sample's loss also where the loss's normalizer is not the number of samples (class weights, ``ignore_index``).
-    A loss that the model computes itself has no such row. Each sample's loss alone is differentiated then, and counts for what it
-    does in the batch: least squares say it, by which the gradient of the batch's loss is a weighted sum of those alone.
+    Each sample runs alone through a float64 copy of the model. Its output replaces its row in the batch's outputs, which are
+    constants, and the loss of these outputs is differentiated, times the number of samples if the loss averages. That is the
+    definition of a sample's loss even if the loss is not divided by the number of samples (class weights, ``ignore_index``).
+    For a loss that the model computes itself there is no such row. Then each sample's loss alone is differentiated, and weighted
+    as in the batch: least squares give the weights with which these gradients sum to that of the batch's loss.
 
     Args:
         model: the model, which stays as it is; it runs in its current mode.
         loss_fn: from ``(outputs, targets)`` to a scalar; "model" for the loss that the model computes itself.
         inputs: a batch: a tensor, a tuple of positional arguments, or a mapping of keyword arguments.
         targets: whatever the loss takes.
-        names: of the parameters; by default of all that require a gradient.
-        reduction: whether the loss averages ("mean") or sums ("sum"); by default the loss is asked, by giving it every sample
+        names: the names of the parameters; by default of all that require a gradient.
+        reduction: whether the loss averages ("mean") or sums ("sum"); by default this is determined by giving it every sample
             twice.
-        batch_axis: which axis counts the samples, of all tensors, or of "inputs", "outputs" and "targets" apart, which are as the
-            outputs if nothing is said. Tensors without such an axis belong to all samples.
+        batch_axis: the axis that counts the samples, for all tensors, or a mapping with the keys "inputs", "outputs" and
+            "targets", the last of which defaults to that of the outputs. Tensors without such an axis belong to all samples.
 
     Returns:
-        A float64 tensor for each parameter, zero where a sample's loss doesn't reach it.
+        A float64 tensor for each parameter, zero for samples whose loss does not depend on it.
 
     Raises:
-        ArgumentError: if the inputs count no samples, if model or loss don't run in float64, or if the loss neither averages nor
-            sums.
+        ArgumentError: if no axis of the inputs counts samples, if the model or the loss does not run in float64, or if the loss
+            neither averages nor sums.
 
     Example:
         >>> import torch
@@ -81,7 +81,7 @@ def sample_gradients(
 def loss_dtype(
     model: nn.Module, loss_fn: Loss, inputs: Any, targets: Any, *, batch_axis: int | Mapping[str, Any] = 0
 ) -> torch.dtype:
-    """What the loop's loss is in: float64, but for models that compute their loss in float32 whatever they are in."""
+    """The dtype of the loop's loss: float64, except for models that always compute their loss in float32."""
     loop = _loop(model, loss_fn, inputs, targets, batch_axis)
     return loop.loss_dtype()
 
@@ -132,7 +132,7 @@ class _Loop:
             return self._loss(self.outputs, self.targets).dtype
 
     def gradients(self, named: Mapping[str, Tensor], reduction: str | None) -> dict[str, Tensor]:
-        """A row for each sample, and a table for each parameter."""
+        """Parameter name -> every sample's gradient, ``[n, *shape]``."""
         if self._loss_is_inside():
             return gradients_of_own_loss(self._loss_of_samples, self.n, named, reduction)
         factor = self.n if (reduction or self._reduction()) == "mean" else 1
@@ -167,7 +167,7 @@ class _Loop:
         return mapped(replaced, self.outputs)
 
     def _loss_is_inside(self) -> bool:
-        """Whether the loss depends on a number that the model returns, which would be NaN if that number were."""
+        """Whether the loss depends on a number that the model returns: then it is NaN if that number is."""
 
         def without(x: Tensor) -> Tensor:
             return torch.full_like(x, torch.nan) if x.dim() == 0 and x.is_floating_point() else x
@@ -179,7 +179,7 @@ class _Loop:
             return bool(whole & self._loss(mapped(without, self.outputs), self.targets).isnan())
 
     def _loss_of_samples(self, samples: list[int]) -> Tensor:
-        """The loss of some samples that run together, and apart from the others."""
+        """The loss of some samples that run together, without the others."""
         with torch.enable_grad():
             outputs = self._run(self._rows("inputs", self.inputs, samples))
             return self._loss(outputs, self._rows("targets", self.targets, samples))
@@ -241,7 +241,7 @@ def _loop(model: nn.Module, loss_fn: Loss, inputs: Any, targets: Any, batch_axis
 
 
 def _axes(batch_axis: int | Mapping[str, Any]) -> dict[str, int]:
-    """The axes that count samples, apart."""
+    """The axis that counts samples, for inputs, outputs and targets."""
     given = (
         batch_axis if isinstance(batch_axis, Mapping) else dict.fromkeys(("inputs", "outputs", "targets"), batch_axis)
     )
@@ -255,7 +255,7 @@ def _axes(batch_axis: int | Mapping[str, Any]) -> dict[str, int]:
 
 
 def _wide(x: Tensor) -> Tensor:
-    """A tensor in float64 or complex128; one that has neither real nor complex numbers as it is."""
+    """A tensor in float64 or complex128; a tensor of integers is returned as it is."""
     if x.is_complex():
         return x.to(torch.complex128)
     return x.double() if x.is_floating_point() else x
