@@ -1,1 +1,1 @@
-"""What other packages take: callbacks for the places where people train, and ranks for adapters. Nothing else imports these."""
+"""Extensions for other packages: callbacks for trainers, and ranks for adapters. No other part imports these files."""

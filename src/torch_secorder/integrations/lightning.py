@@ -35,12 +35,12 @@ class FisherCallback(WatchingCallback, Callback):  # type: ignore[misc] # Lightn
     .. math:: \mathrm{fisher\_trace}[p] = \frac1N \sum_n \lVert \nabla_p\, l_n \rVert^2
 
     under ``reduction="mean"``, and the sum under "sum". Lightning divides each batch's loss by
-    ``accumulate_grad_batches``, and half precision multiplies it by a scale; both are undone. Gradients and training are
-    as without the callback, and steps that are not watched cost nothing more.
+    ``accumulate_grad_batches``, and half precision multiplies it by a scale; both are undone. The callback does not change
+    gradients or training, and steps that are not watched cost nothing extra.
 
     Logged, to all of the trainer's loggers at ``trainer.global_step`` and into ``trainer.callback_metrics``:
     ``fisher_trace`` and ``fisher_trace_stderr`` (of the model), ``fisher_trace/LAYER``, in squared units of the loss per
-    unit of the parameter; ``noise_scale`` and ``noise_scale/LAYER``, in samples, where the batches can tell
+    unit of the parameter; ``noise_scale`` and ``noise_scale/LAYER``, in samples, if the batches allow to estimate them
     (:func:`~torch_secorder.noise_scale.gradient_noise_scale`).
 
     Args:
@@ -92,7 +92,7 @@ class FisherCallback(WatchingCallback, Callback):  # type: ignore[misc] # Lightn
         self._module, self._reduction = module, reduction
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Refuse what can't be right, before the first step."""
+        """Refuse settings that cannot give right numbers, before the first step."""
         if not pl_module.automatic_optimization:
             raise LifecycleError(
                 "FisherCallback watches automatic optimization: under manual optimization one batch may be differentiated "
@@ -110,11 +110,11 @@ class FisherCallback(WatchingCallback, Callback):  # type: ignore[misc] # Lightn
         self._watch.begin(model, self._reduction, loss_scale, scaler is not None)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """A step may begin."""
+        """Watch the step that begins with this batch, if it is due."""
         self._watch.start(trainer.global_step)
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-        """All of a step's batches are differentiated."""
+        """Log the watched step, whose batches have all been differentiated."""
         numbers = self._watch.stop(trainer.global_step)
         if numbers is not None:
             trainer.callback_metrics.update(
@@ -124,9 +124,9 @@ class FisherCallback(WatchingCallback, Callback):  # type: ignore[misc] # Lightn
                 logger.log_metrics(numbers, step=trainer.global_step)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Nothing stays on the model."""
+        """Take the hooks off the model."""
         self._watch.close()
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Nothing stays on the model."""
+        """Take the hooks off the model."""
         self._watch.close()

@@ -23,20 +23,21 @@ def rank_pattern(
 ) -> dict[str, int]:
     r"""A rank for each linear layer's low-rank adapter, as PEFT's ``LoraConfig(rank_pattern=...)`` takes it.
 
-    An adapter of rank r has :math:`r (o + i)` parameters for a weight of shape (o, i). What it can't reach is taken to carry
-    :math:`F_m / r_m` of the layer's Fisher trace :math:`F_m`; the ranks minimize the sum of that over the layers within the
-    budget,
+    An adapter of rank r has :math:`r (o + i)` parameters for a weight of shape (o, i). The part of the layer's Fisher trace
+    :math:`F_m` that it cannot reach is assumed to be :math:`F_m / r_m`; the ranks minimize the sum of these parts over the
+    layers within the budget,
 
     .. math:: \min_{r_m \ge 1} \sum_m \frac{F_m}{r_m} \quad\text{with}\quad \sum_m r_m\, (o_m + i_m) \le \text{budget},
 
-    by giving one more rank, as long as one fits, to the layer that gains the most for each parameter; without rounding they are
-    proportional to :math:`\sqrt{F_m / (o_m + i_m)}`. How fast a layer's gain really falls, a trace doesn't say.
+    by giving one more rank, as long as one fits, to the layer that gains the most per parameter. Without rounding the ranks are
+    proportional to :math:`\sqrt{F_m / (o_m + i_m)}`. A trace does not tell how fast a layer's gain really falls.
 
     Args:
-        report: by parameter, of the model before it has adapters; ``parameters="all"`` if its weights are frozen.
-        budget: see unit.
-        unit: "rank" for as many parameters as this rank everywhere takes, or "parameters" for a number of them.
-        modules: from a module's name to whether it gets an adapter; by default all with a weight of two axes but embeddings.
+        report: a report by parameter, of the model without adapters; with ``parameters="all"`` if its weights are frozen.
+        budget: the size of all adapters, in ``unit``.
+        unit: "rank" for the number of parameters that this rank takes in every layer, or "parameters".
+        modules: from a module's name to whether it gets an adapter; by default all modules with a weight of two axes get one,
+            except embeddings.
 
     Returns:
         Module name -> rank, 1 at least. Pass its names as ``target_modules`` too, for adapters in these layers only.
@@ -66,7 +67,7 @@ def rank_pattern(
             f"not even rank 1 everywhere fits: the budget must be at least {sum(sizes.values())} parameters"
         )
     ranks = dict.fromkeys(layers, 1)
-    # A rank more takes F / (r (r + 1)) off a layer's term; the largest gain for each parameter comes first.
+    # One more rank takes F / (r (r + 1)) off a layer's term; the largest gain per parameter comes first.
     queue = [(-trace / 2 / sizes[name], name) for name, (_, trace) in layers.items()]
     heapq.heapify(queue)
     while queue:

@@ -41,8 +41,8 @@ class FisherCallback(WatchingCallback, TrainerCallback):  # type: ignore[misc] #
     sample's labels of their cross-entropies, divided by the mean number of labels per sample of the step. Where the Trainer
     averages means over micro-batches of different sizes, as in an epoch's last step with a model that takes no
     ``num_items_in_batch``, it weighs samples of small micro-batches more, and :math:`l_n` carries that weight. A scale for
-    half precision is undone. Gradients and training are as without the callback, and steps that are not watched cost
-    nothing more.
+    half precision is undone. The callback does not change gradients or training, and steps that are not watched cost
+    nothing extra.
 
     Logged: ``fisher_trace`` and ``fisher_trace_stderr`` (of the model), ``fisher_trace/LAYER``, in squared units of the
     loss per unit of the parameter; ``noise_scale`` and ``noise_scale/LAYER``, in samples, where the micro-batches have
@@ -51,8 +51,8 @@ class FisherCallback(WatchingCallback, TrainerCallback):  # type: ignore[misc] #
     Args:
         every: watch the first optimizer step and every ``every``-th after it.
         by: what a LAYER is: "module", "type", None for parameters, or a function from a parameter's name to a group.
-        log: where the numbers go, a function of a dict: ``trainer.log`` for TensorBoard and whatever else the Trainer reports
-            to. It can be set later, ``callback.log = trainer.log``. By default they go into ``state.log_history``.
+        log: a function that gets a dict of the numbers: ``trainer.log`` for TensorBoard and every other place that the Trainer
+            reports to. It can be set later, ``callback.log = trainer.log``. By default they go into ``state.log_history``.
         noise_decay: the gradient noise scale's two parts are averaged over the watched steps with weights
             ``noise_decay ** age`` before they are divided, since those of a single step scatter widely. 0 takes each step
             by itself; None logs no noise scale.
@@ -99,7 +99,7 @@ class FisherCallback(WatchingCallback, TrainerCallback):  # type: ignore[misc] #
         self.log = log
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Refuse what can't be right, before the first step."""
+        """Refuse settings that cannot give right numbers, before the first step."""
         if args.n_gpu > 1:
             raise LifecycleError(
                 f"the Trainer spreads a batch over {args.n_gpu} GPUs with DataParallel, which runs copies of the model: "
@@ -108,20 +108,20 @@ class FisherCallback(WatchingCallback, TrainerCallback):  # type: ignore[misc] #
         if getattr(args, "deepspeed", None):
             raise LifecycleError("FisherCallback does not see DeepSpeed's backward passes: train without it")
         single_process(args.world_size, "this Trainer")
-        # "sum": what is differentiated is a part of a sum, and what divides it is known when the step is over.
+        # "sum": each loss is a part of a sum, whose divisor is known only when the step is over.
         self._watch.begin(model, "sum", self._loss_scale, bool(args.fp16))
 
     def on_step_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
-        """A step begins, with its first micro-batch."""
+        """Watch the step that begins with this micro-batch, if it is due."""
         self._optimizer, self._numbers = optimizer, None
         self._watch.start(state.global_step)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """All of a step's micro-batches are differentiated."""
+        """Keep the numbers of the watched step, whose micro-batches have all been differentiated."""
         self._numbers = self._watch.stop(state.global_step + 1, _of_means)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The Trainer counts the step."""
+        """Log the watched step, which the Trainer has counted by now."""
         numbers, self._numbers = self._numbers, None
         if numbers is None:
             return
@@ -131,7 +131,7 @@ class FisherCallback(WatchingCallback, TrainerCallback):  # type: ignore[misc] #
             state.log_history.append(numbers | {"epoch": state.epoch, "step": state.global_step})
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Nothing stays on the model."""
+        """Take the hooks off the model."""
         self._watch.close()
 
     def _loss_scale(self) -> float | Tensor:

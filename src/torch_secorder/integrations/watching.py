@@ -1,4 +1,4 @@
-"""What the callbacks share: every k-th optimizer step under a monitor, as a dict of numbers to log."""
+"""The common part of the callbacks: every k-th optimizer step runs under a monitor and gives a dict of numbers to log."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
 
 
 class Watch:
-    """Has a monitor around every k-th optimizer step, with all of the step's backward passes, and around no other.
+    """Puts a monitor around every k-th optimizer step, with all of its backward passes, and around no other step.
 
-    Outside of the watched steps nothing is hooked, so that they cost what they cost without it.
+    Outside of the watched steps nothing is hooked, so other steps cost nothing extra.
 
     Args:
         every: watch the first optimizer step and every ``every``-th after it.
         by: the rows that are logged: None, "module", "type" or a function from a parameter's name to a group.
-        noise_decay: of the weights of earlier watched steps in the gradient noise scale, in [0, 1); None logs none.
-        options: for :class:`FisherMonitor`.
+        noise_decay: the decay of earlier watched steps' weights in the gradient noise scale, in [0, 1); None logs no noise scale.
+        options: options of :class:`FisherMonitor`.
 
     Attributes:
         history: a dict for each watched step: ``step``, and what was logged.
@@ -56,12 +56,12 @@ class Watch:
     def begin(
         self, model: nn.Module, reduction: Reduction, loss_scale: Callable[[], float | Tensor], scaled: bool
     ) -> None:
-        """Training starts: refuse now what can't be right later.
+        """Prepare for training, and refuse at once what could not be right later.
 
         Args:
-            model: what is watched.
-            reduction: of the losses that are differentiated.
-            loss_scale: what they are multiplied by.
+            model: the model to watch.
+            reduction: how the losses that are differentiated combine samples.
+            loss_scale: the factor that these losses were multiplied by.
             scaled: whether that includes a GradScaler's scale, at which gradients may overflow in a step that is then
                 skipped. Such a step is not reported.
         """
@@ -71,22 +71,22 @@ class Watch:
         self._monitor = FisherMonitor(model, reduction, loss_scale=loss_scale, **options)
 
     def start(self, step: int) -> None:
-        """An optimizer step, counted from 0, begins."""
+        """Enter the monitor if the optimizer step that begins, counted from 0, is to be watched."""
         if self._monitor is not None and not self._active and step % self._every == 0:
             self._monitor.reset()
             self._monitor.__enter__()
             self._active = True
 
     def stop(self, step: int, convert: Callable[[pd.DataFrame], pd.DataFrame] | None = None) -> dict[str, float] | None:
-        """The watched step's backward passes are over.
+        """Leave the monitor after the watched step's backward passes.
 
         Args:
-            step: what the host calls it.
-            convert: from a report of what was differentiated to the report that is meant.
+            step: the step's number for the trainer.
+            convert: from a report of the losses that were differentiated to a report of the losses that are meant.
 
         Returns:
             The numbers to log, without those that are NaN (the standard error of one sample). None if no step was
-            watched, or nothing can be told of it (no backward pass, or an overflow of scaled gradients).
+            watched, or if it has no result (no backward pass, or an overflow of scaled gradients).
         """
         monitor, active = self._monitor, self._active
         self.close()
@@ -106,7 +106,7 @@ class Watch:
         return numbers
 
     def _noise_scales(self, table: pd.DataFrame, decay: float) -> dict[str, float]:
-        """By group and in total, where they can be told.
+        """The noise scales by group and in total, where they can be estimated.
 
         The parts are averaged over the watched steps before they are divided, as in McCandlish et al. (2018), appendix
         A.1: those of one step are unbiased but scatter widely.
@@ -134,7 +134,7 @@ class Watch:
 
 
 class WatchingCallback:
-    """What a callback is beside its host's own base: a watch, and the ways to look at what it saw.
+    """The library's half of a callback, beside the trainer's own base class: a watch, and access to its results.
 
     Args:
         every: watch the first optimizer step and every ``every``-th after it.
@@ -164,12 +164,12 @@ class WatchingCallback:
 
 
 def missing(package: str, extra: str) -> ImportError:
-    """What to say where a host is not installed."""
+    """The error for a trainer that is not installed."""
     return ImportError(f"this callback is for {package}, which is not installed: pip install 'torch-secorder[{extra}]'")
 
 
 def single_process(processes: int, where: str) -> None:
-    """Raise unless there is one process.
+    """Raise if there are several processes.
 
     Raises:
         LifecycleError: with the number of processes.
