@@ -1,7 +1,7 @@
-"""The derivation: where tensors in one graph have their samples, from what its nodes saved and without any pass of numbers.
+"""The derivation: where tensors in one graph have their samples, from what its nodes saved, without a backward pass.
 
-A router orders anew in each step, so that nothing is remembered of what lies behind it. But its nodes have saved which row came
-from where, and labels follow them from the outputs down.
+A router reorders rows in each step, so that placements behind it cannot be remembered. But its nodes have saved where each row
+came from, and labels follow these indices from the outputs back to the inputs.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class Derivation:
     """The labels of all gradients in one graph.
 
     Args:
-        placed: the model's outputs, and where each has its samples; nothing comes from one that has none.
-        n: how many samples.
+        placed: the model's outputs, and where each has its samples; an output without samples is left out.
+        n: the number of samples.
         ends: the nodes where the graph ends.
     """
 
@@ -39,11 +39,11 @@ class Derivation:
 
     @property
     def has_several_outputs(self) -> bool:
-        """Whether samples are marked on several outputs, of which one may compare what another has of each."""
+        """Whether several outputs have samples, so that one of them may compare the samples of another."""
         return len(self._placed) > 1
 
     def findings(self, wanted: Sequence[Viewed]) -> list[Finding] | None:
-        """What the labels at these edges, each seen in its shape, say; None if the graph has nodes that hide what they do."""
+        """The findings from the labels at these edges, each viewed in its shape; None if nodes of the graph hide what they do."""
         if self._labels is None:
             self._labels = self._followed()
         if self._labels is None:
@@ -94,13 +94,13 @@ class Derivation:
         rows = joined_along(labels, range(1, len(shape))).reshape(-1)
         if (rows == SEVERAL).any():
             return Finding(Unplaced.SHARED_BY_SAMPLES)
-        # A row that nothing comes back to may be any sample's.
+        # A row without a gradient may belong to any sample.
         rows = np.broadcast_to(np.where(rows == NOBODY, 0, rows), shape[:1])
         return Finding(Placement(0, Layout.INDEXED, torch.from_numpy(rows.copy())))
 
 
 def _explains(labels: Labels, placement: Placement, size: int, n: int) -> bool:
-    """Whether all that comes back to each index along a placement's axis is that sample's."""
+    """Whether the labels at each index along a placement's axis are those of the index's sample, or NOBODY."""
     axis = placement.axis
     own = placement.sample_of_index(size, n, torch.device("cpu"))
     samples = np.arange(n) if own is None else own.numpy()
@@ -123,7 +123,7 @@ def _shapes(node: Node) -> tuple[tuple[int, ...], ...]:
 
 
 def _indices_on_host(nodes: Iterable[Node]) -> dict[Node, list[Tensor | None]]:
-    """The indices that nodes saved; those on a device go to the host in one copy, so that it waits once."""
+    """The indices that nodes saved; those on a device go to the host in one copy, so that the host waits only once."""
     found = {node: list(own) for node in nodes if (own := indices_of(node)) is not None}
     away = [
         (several, place, x)
@@ -131,7 +131,7 @@ def _indices_on_host(nodes: Iterable[Node]) -> dict[Node, list[Tensor | None]]:
         for place, x in enumerate(several)
         if x is not None and x.device.type != "cpu"
     ]
-    # Indices are exact in float64, and an index that is the same for all features is copied once.
+    # Indices are exact in float64. An index that is the same for all features is copied only once.
     copies = together_on_host([_without_repetitions(x) for *_, x in away])
     for (several, place, x), copy in zip(away, copies, strict=True):
         several[place] = copy.to(x.dtype).expand(x.shape)
@@ -146,5 +146,5 @@ def _without_repetitions(x: Tensor) -> Tensor:
 
 
 def _hides(node: Node) -> bool:
-    """Whether a node may use more than the gradients that it is given, or has saved what can't be looked at for nothing."""
+    """Whether a node may use more than the gradients that it gets, or has saved tensors that are costly to read."""
     return is_python_function(node) or (reads_tensors(node) and has_packed_tensors(node) is True)

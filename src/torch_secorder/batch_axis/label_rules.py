@@ -1,7 +1,7 @@
-"""What nodes do with labels: for each kind of node the labels of its inputs' gradients, from those of its outputs'.
+"""What nodes do with labels: for each kind of node, the labels of its inputs' gradients from those of its outputs' gradients.
 
-A rule says which entries of its outputs' gradients an entry of an input's gradient is computed from. It may name more than
-there are. A kind without a rule is taken to compute every entry from all of them.
+A rule says from which entries of its outputs' gradients an entry of an input's gradient is computed. It may name too many
+entries, but never too few. A kind without a rule is assumed to compute every entry from all entries.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ class At:
 
     Attributes:
         node: the node.
-        labels: of its outputs' gradients; None for those that nothing arrives at.
-        shapes: of its outputs.
-        inputs: the shapes of its inputs; None for those that need no gradient.
-        indices: on the host, what :func:`indices_of` has of it; None for an axis that it takes whole.
+        labels: the labels of its outputs' gradients; None for a gradient that does not arrive.
+        shapes: the shapes of its outputs.
+        inputs: the shapes of its inputs; None for an input that needs no gradient.
+        indices: the indices of :func:`indices_of`, on the host; None for an axis that is taken whole.
     """
 
     node: Any
@@ -54,7 +54,7 @@ class At:
 
     @property
     def first(self) -> Labels:
-        """The labels of the first output, which something arrives at."""
+        """The labels of the first output's gradient, which has arrived."""
         assert self.labels[0] is not None
         return self.labels[0]
 
@@ -64,7 +64,7 @@ class At:
         return axis % len(shape)
 
     def axes(self, shape: Sequence[int]) -> list[int]:
-        """The axes that it works along; all of them where it names none."""
+        """The axes that the node works along; all axes if it names none."""
         return sorted({axis % len(shape) for axis in saved(self.node, "axes") or range(len(shape))})
 
 
@@ -85,7 +85,7 @@ def _backward(names: str, versions: Sequence[int] = (0, 1, 2)) -> list[str]:
 
 
 def indices_of(node: Node) -> Sequence[Tensor | None] | None:
-    """The tensors that a node saved and that its rule reads: indices; None if it reads none."""
+    """The indices that a node saved and that its rule reads; None if the rule reads none."""
     kind = node.name()
     _, reads = _RULES.get(kind, (None, ()))
     if "indices" in reads and knows(kind, "indices"):
@@ -127,7 +127,7 @@ def _answer(at: At) -> Answer | None:
     return rule(at) if only_first or rule is _parts else None
 
 
-# Every entry of a gradient from the same entry, before what was broadcast is summed.
+# Each entry of an input's gradient comes from the same entry of the output's, before the sum over what was broadcast.
 _BY_ENTRIES = (
     "Add Sub Rsub Mul Div Neg Abs Exp Expm1 Exp2 Log Log1P Log2 Log10 Sqrt Rsqrt Reciprocal Pow Sin Cos Tan Tanh Sigmoid "
     "Silu Gelu Relu Relu6 Elu Celu Selu LeakyRelu Hardtanh Hardswish Hardsigmoid Mish Softplus LogSigmoid Threshold Erf Erfc "
@@ -226,7 +226,7 @@ def _picked_along_axis(at: At) -> Answer | None:
     (index,), axis = at.indices, at.axis(shape)
     assert index is not None
     if at.first.shape[axis] == 1 and differ(at.first):
-        return [at.first]  # of fewer indices along other axes it fits no input
+        return [at.first]  # with fewer indices along other axes it fits no input
     if any(index.shape[other] != size for other, size in enumerate(shape) if other != axis):
         return None
     return [scattered_along(at.first, axis, _narrowed(index, at.first, axis).numpy(), shape[axis])]
@@ -278,7 +278,7 @@ def _slice(at: At) -> Answer | None:
 
 @_rule(*_backward("Split SplitWithSizes UnsafeSplit Unbind", [0]), reads=("axis",))
 def _parts(at: At) -> Answer | None:
-    """An axis that was taken apart: the parts side by side, and nothing from those that nothing arrives at."""
+    """A tensor that was split along an axis: the labels of its parts side by side, NOBODY for parts without a gradient."""
     if not (shape := at.inputs[0]):
         return None
     axis, unbound = at.axis(shape), at.node.name() == "UnbindBackward0"
@@ -324,9 +324,9 @@ def _stack(at: At) -> Answer:
 
 
 def _entry_numbers(indices: Sequence[Tensor | None], shape: Shape) -> tuple[int, npt.NDArray[np.int64], Shape] | None:
-    """The first axis that some indices go along, the numbers of the entries that they take, and the sizes of those axes.
+    """The first axis that some indices go along, the numbers of the entries that they take, and the sizes of the indexed axes.
 
-    It is None unless these axes are neighbors. A mask goes along as many axes as it has.
+    The result is None unless these axes are neighbors. A mask goes along as many axes as it has.
     """
     arrays: list[Any] = []
     axes: list[int] = []
@@ -429,14 +429,14 @@ def _scatter(at: At) -> Answer | None:
 
 @_rule("MmBackward0", "BmmBackward0", "AddmmBackward0", "BaddbmmBackward0")
 def _product(at: At) -> Answer:
-    """Products of matrices, or of stacks of them, and perhaps something that they are added to."""
+    """Products of matrices or of stacks of matrices, possibly added to another tensor."""
     rows = at.first.ndim - 2
     return [*[at.first] * (len(at.inputs) - 2), joined_along(at.first, [rows + 1]), joined_along(at.first, [rows])]
 
 
 @_rule("GroupedMmBackward0")
 def _grouped_mm(at: At) -> Answer | None:
-    """Rows in groups, each of which has a matrix of its own."""
+    """Groups of rows, each of which is multiplied by its own matrix."""
     left, right = at.inputs[:2]
     if len(at.shapes[0]) != 2 or (left is not None and len(left) != 2) or (right is not None and len(right) != 3):
         return None
@@ -444,7 +444,7 @@ def _grouped_mm(at: At) -> Answer | None:
 
 
 def _attention(at: At) -> Answer:
-    """Attention and its like, where the first axis of the output and that of each input go together."""
+    """Attention, where the first axis of the output and that of query, key and value count the same things."""
     return _first_axis(at, 3)
 
 
@@ -454,7 +454,7 @@ def _of_first_input(at: At) -> Answer:
 
 
 def _first_axis(at: At, count: int) -> Answer:
-    """For so many inputs, every index along the first axis from the same index."""
+    """For the first ``count`` inputs, each index along the first axis comes from the same index of the output."""
     found = joined_along(at.first, range(1, at.first.ndim))
     keep = [shape is not None and shape[:1] == at.shapes[0][:1] and len(shape) == found.ndim for shape in at.inputs]
     return [found if index < count and keep[index] else None for index in range(len(at.inputs))]

@@ -1,9 +1,8 @@
-"""Labels: the sample that each entry of a gradient comes from, as the nodes of a graph tell it without any numbers.
+"""Labels: the sample that each entry of a gradient comes from, derived from the nodes of a graph without computing gradients.
 
-An entry is labeled with sample n if it is computed from gradients of sample n's outputs only. Labels are arrays with the axes
-of the tensor that they are about, of size 1 along the axes that make no difference. Where it is not known what an entry is
-computed from, more is assumed than may be true, never less: it may be labeled with several samples by mistake, but what is
-labeled with one sample is that sample's.
+An entry is labeled with sample n if it is computed only from gradients of sample n's outputs. Labels are arrays with the axes of
+the tensor that they describe, of size 1 along axes that make no difference. Labels are conservative: an entry may be labeled with
+several samples by mistake, but an entry that is labeled with one sample always belongs to that sample.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ _LARGE = np.iinfo(np.int64).max
 
 
 def joined(one: Labels | None, other: Labels | None) -> Labels | None:
-    """The labels of a sum of two gradients; None is one that nothing arrives at."""
+    """The labels of a sum of two gradients; None stands for a gradient that does not arrive."""
     if one is None or other is None or one is other:
         return other if one is None else one
     if one.shape == other.shape and np.array_equal(one, other):
@@ -34,7 +33,7 @@ def joined(one: Labels | None, other: Labels | None) -> Labels | None:
 
 
 def joined_along(labels: Labels, axes: Sequence[int]) -> Labels:
-    """The labels of what is computed from all entries along some axes, which get the size 1."""
+    """The labels of entries that are computed from all entries along some axes; these axes get the size 1."""
     axes = tuple([axis for axis in axes if labels.shape[axis] != 1])
     if not axes:
         return labels
@@ -44,12 +43,12 @@ def joined_along(labels: Labels, axes: Sequence[int]) -> Labels:
 
 
 def _combined(lowest: Labels, highest: Labels) -> Labels:
-    """What entries with these extremes have in common, where nobody's do not count for the lowest."""
+    """The label of entries with these lowest and highest labels; NOBODY does not count for the lowest."""
     return np.where(lowest == highest, highest, np.where(lowest == _LARGE, NOBODY, SEVERAL))
 
 
 def of_all(labels: Sequence[Labels | None], dims: int) -> Labels | None:
-    """The label of what is computed from all of several gradients, for a tensor with so many axes."""
+    """The label of entries that are computed from all of several gradients, for a tensor with ``dims`` axes."""
     found = None
     for one in labels:
         if one is not None:
@@ -59,7 +58,7 @@ def of_all(labels: Sequence[Labels | None], dims: int) -> Labels | None:
 
 
 def summed_to(labels: Labels, shape: Shape) -> Labels:
-    """The labels of a gradient that is summed to the shape of what had been broadcast."""
+    """The labels of a gradient after it is summed to the shape that had been broadcast."""
     if more := labels.ndim - len(shape):
         labels = joined_along(labels, range(more)).reshape(labels.shape[more:])
     return joined_along(labels, [axis for axis, size in enumerate(shape) if size == 1])
@@ -71,7 +70,7 @@ def fits(labels: Labels, shape: Shape) -> bool:
 
 
 def reshaped(labels: Labels, old: Shape, new: Shape) -> Labels:
-    """The labels of a tensor of one shape that is given another, with its entries in the same order."""
+    """The labels of a tensor after it is reshaped, with its entries in the same order."""
     if 0 in old:
         return np.full((1,) * len(new), NOBODY)
     whole, shape = _reshaping(labels.shape, tuple(old), tuple(new))
@@ -80,10 +79,10 @@ def reshaped(labels: Labels, old: Shape, new: Shape) -> Labels:
 
 @lru_cache(1024)
 def _reshaping(labels: tuple[int, ...], old: tuple[int, ...], new: tuple[int, ...]) -> tuple[Any, Any]:
-    """The shape to broadcast labels to, and that in which they are then taken; axes that make no difference keep the size 1."""
+    """The shape to broadcast labels to, and the shape to give them then; axes that make no difference keep the size 1."""
     whole, shape, i, j = list(labels), [1] * len(new), 0, 0
     while i < len(old) or j < len(new):
-        # The next axes that have as many entries before as after.
+        # The next axes with the same number of entries before and after.
         start, begin = i, j
         i, j = min(i + 1, len(old)), min(j + 1, len(new))
         while (before := math.prod(old[start:i])) != (after := math.prod(new[begin:j])):
@@ -95,34 +94,34 @@ def _reshaping(labels: tuple[int, ...], old: tuple[int, ...], new: tuple[int, ..
 
 
 def differ(labels: Labels) -> bool:
-    """Whether there are several labels."""
+    """Whether the labels differ from each other."""
     return labels.size > 1 and bool((labels != labels.flat[0]).any())
 
 
 def put(labels: Labels, axis: int, index: Any, size: int) -> Labels:
-    """The labels of a tensor with ``size`` indices along an axis, of which some went on; nothing comes back to the others.
+    """The labels of a tensor of which only some indices along an axis were used; the others get no gradient.
 
     Args:
-        labels: of what went on, with an axis for the indices that did.
-        axis: which one that is.
-        index: a slice, or an array of different indices.
-        size: how many indices there are.
+        labels: the labels of the used part, with its indices along ``axis``.
+        axis: the axis.
+        index: the used indices: a slice, or an array of different indices.
+        size: the number of indices along the axis.
     """
     if labels.shape[axis] == 1 and differ(labels):
-        return labels  # The samples are along another axis. What nothing comes back to may have any label.
+        return labels  # The samples are along another axis. Entries without a gradient may have any label.
     found = np.full((*labels.shape[:axis], size, *labels.shape[axis + 1 :]), NOBODY)
     found[(slice(None),) * axis + (index,)] = labels
     return found
 
 
 def scattered(labels: Labels, axis: int, index: npt.NDArray[np.int64], sizes: Shape) -> Labels:
-    """The labels of a tensor whose entries went to several places, or to none, as an index says.
+    """The labels of a tensor that was indexed, so that each entry went to several places, to one, or to none.
 
     Args:
-        labels: of what the index took, with the axes of the index in the place of those that it goes along.
+        labels: the labels of the indexing's result, with the axes of the index in place of the indexed axes.
         axis: the first of these axes.
-        index: for each place the number of the entry that is there, counted along all of the axes that it goes along.
-        sizes: of these axes.
+        index: for each place in the result, the number of the entry that is there, counted along all indexed axes together.
+        sizes: the sizes of the indexed axes.
     """
     before, own, after = labels.shape[:axis], labels.shape[axis : axis + index.ndim], labels.shape[axis + index.ndim :]
     if set(own) <= {1} and differ(labels):
@@ -138,7 +137,7 @@ def scattered(labels: Labels, axis: int, index: npt.NDArray[np.int64], sizes: Sh
 
 
 def scattered_along(labels: Labels, axis: int, index: npt.NDArray[np.int64], size: int) -> Labels:
-    """The same for an index that says for each entry separately where along an axis it was, of so many indices."""
+    """The same for an index that gives each entry's own place along one axis of ``size`` indices, as in ``gather``."""
     shape = np.broadcast_shapes(labels.shape, index.shape)
     whole = (*shape[:axis], size, *shape[axis + 1 :])
     lowest, highest = np.full(whole, _LARGE), np.full(whole, NOBODY)

@@ -1,7 +1,7 @@
-"""The evidence of marks: what belongs to a sample comes back multiplied by the sample's mark.
+"""The evidence of marks: entries that belong to a sample come back multiplied by the sample's mark.
 
 A backward pass starts with random numbers at the model's outputs, another one with the same numbers times a mark for each
-sample. Where the gradient of the second is that of the first times sample n's mark, it belongs to sample n. Marks are powers
+sample. If an entry of the second gradient is that of the first times sample n's mark, it belongs to sample n. Marks are powers
 of two, which multiply without rounding, so that the two agree to the last digit, unless the device adds in another order.
 """
 
@@ -39,9 +39,9 @@ def _sample_marks(n: int, marks_per_pass: int) -> tuple[Tensor, ...]:
     return torch.ones(n, dtype=torch.float32, device="cpu"), *(mark.float() for mark in marks)
 
 
-# By how much a row may differ from its sample's mark times the plain one: relative to the row, and to the largest row. Powers of
-# two leave every rounding as it was, so that nothing but the order in which devices add differs; float16 underflows besides. What
-# is forgiven is an error of twice as much in the squared norms, so that it is below the tolerances of these.
+# By how much a row may differ from its sample's mark times the plain row: relative to the row, and to the largest row. Powers of
+# two do not change any rounding, so that only the order in which devices add may differ; float16 may underflow, too. A difference
+# that is tolerated here is an error of twice as much in the squared norms, which stays below the tolerances of those.
 FORGIVEN = {
     torch.float64: (1e-9, 1e-12),
     torch.float32: (1e-5, 1e-6),
@@ -49,19 +49,19 @@ FORGIVEN = {
     torch.float16: (0.02, 1e-4),
 }
 
-# A row that differs by no more than this part of itself may do so since the device adds in another order, in pass after layer
-# after layer. For a wrong sample, the difference is at least half as large as the row.
+# A row that differs by at most this part of itself may do so because the device adds in another order, layer after layer. For a
+# wrong sample, the difference is at least half as large as the row.
 NEARLY = 0.4
 
 
 class MarkedReading:
-    """What marks show of one tensor.
+    """The evidence that marks give about one tensor.
 
     Args:
-        sketches: of its gradient in each pass, with the marks of :func:`sample_marks`.
-        n: how many samples.
+        sketches: the sketches of its gradient in each pass, with the marks of :func:`sample_marks`.
+        n: the number of samples.
         marks_per_pass: as for :func:`sample_marks`.
-        forgiven: the part of a row by which it may differ; by default what the dtype's rounding explains.
+        forgiven: by which part of itself a row may differ; by default as much as the dtype's rounding explains.
 
     Attributes:
         first: the sketch of the plain pass, in which every sample's mark is one.
@@ -82,7 +82,7 @@ class MarkedReading:
         self._sizes: dict[int, Tensor] = {}
 
     def forgiving(self) -> MarkedReading:
-        """The same, which takes for rounding whatever may be."""
+        """The same reading with the largest tolerance that still rules out wrong samples."""
         return MarkedReading(self._sketches, self._n, self._marks_per_pass, NEARLY)
 
     @property
@@ -113,14 +113,14 @@ class MarkedReading:
         return True
 
     def _largest_row_contradicts(self, placement: Placement) -> bool:
-        """Whether the largest row alone came back by another factor than the mark that a placement in groups gives to it.
+        """Whether the largest row came back with another factor than the mark that a grouped placement expects.
 
-        Most shapes allow several such placements, of which one is right at most. A few numbers rule out the others.
+        Most shapes allow several such placements, at most one of which is right. A few numbers rule out the others.
         """
         rows, size = self.first.axes[placement.axis], self.sizes(placement.axis)
         row = int(size.argmax())
         sample = row // (len(rows) // self._n) if placement.layout is Layout.BLOCKS else row % self._n
-        # A little more is forgiven here than for all rows together, which have the last word.
+        # The tolerance is a little larger here than for all rows together, which decide in the end.
         own, bound = rows[row].tolist(), 1.01 * (self._forgiven + self._floor) * float(size[row])
         for mark, sketch in zip(self._marks, self._marked, strict=True):
             factor = float(mark[sample])
@@ -129,10 +129,10 @@ class MarkedReading:
         return False
 
     def slice_fits(self, axis: int, sample: int) -> bool:
-        """Whether the slice that is known of an axis came back times the mark of a sample.
+        """Whether the one slice that was sketched along an axis came back times the mark of a sample.
 
-        What is forgiven besides a part of the slice is a part of the largest one, which is taken to be as large as all of them
-        are together, and four times that, since both are known by their products with random directions.
+        The tolerance is a part of the slice plus a part of the largest slice. The size of the latter is bounded by that of all
+        slices together, times four, since all are known only by their products with random directions.
         """
         own = self.first.slices[axis][1].tolist()
         norm = math.hypot(*[float(rows.norm()) for rows in self.first.axes.values()])
@@ -144,7 +144,7 @@ class MarkedReading:
         return True
 
     def listed(self) -> Placement:
-        """The samples of the rows as their marks tell them, if each has one; rows without a gradient may have any."""
+        """The placement of rows by their marks, assuming that each belongs to one sample; rows without a gradient get any."""
         rows = self.first.axes[0]
         sample = torch.zeros(len(rows), dtype=torch.long, device=rows.device)
         for place, sketch in enumerate(self._marked):

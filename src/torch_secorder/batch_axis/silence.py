@@ -1,9 +1,8 @@
-"""The evidence of silence: samples of which nothing is sent leave no trace in what belongs to others.
+"""The evidence of silence: entries that belong to a sample are zero in passes that send no gradient for it.
 
-A power of two multiplies without rounding, but some devices add in another order each time, and what follows in half precision
-rounds otherwise then: behind sixteen layers, marked gradients of a language model differ by a tenth from what they should be.
-Zero is zero in any order. Here every pass sends the random numbers of some samples only, and what belongs to the silent ones
-comes back as zero.
+A power of two multiplies without rounding, but some devices add in another order each time, after which half precision rounds
+differently: behind sixteen layers, marked gradients of a language model are off by a tenth. Zero is zero in any order. Here,
+every pass sends random numbers for some samples only, the loud ones, and entries of the silent samples come back as zero.
 """
 
 from __future__ import annotations
@@ -25,10 +24,10 @@ FORGIVEN_IN_SILENCE_OF_DOUBLES = (1e-9, 1e-12)
 
 
 def loud_samples(n: int) -> list[Tensor]:
-    """For each pass which samples are loud, ``[n]``: ones for these and zeros for the silent ones.
+    """For each pass, ``[n]`` with ones for the loud samples and zeros for the silent ones.
 
-    All samples are loud in equally many passes, each in others, so that for any two there is a pass in which the one is loud and
-    the other silent.
+    Every sample is loud in the same number of passes, but no two samples in the same set of passes. So for any two samples there
+    is a pass in which the first is loud and the second silent.
     """
     return list(_loud_samples(n))
 
@@ -43,11 +42,11 @@ def _loud_samples(n: int) -> tuple[Tensor, ...]:
 
 
 class SilentReading:
-    """What silences show of one tensor.
+    """The evidence that silences give about one tensor.
 
     Args:
-        sketches: of its gradient in each pass, with the samples of :func:`loud_samples`.
-        n: how many samples.
+        sketches: the sketches of its gradient in each pass, with the samples of :func:`loud_samples`.
+        n: the number of samples.
 
     Attributes:
         first: the first of the sketches.
@@ -84,7 +83,7 @@ class SilentReading:
         return bool(((sizes <= self._forgiven * size + self._floor * size.max()) | loud.bool()).all())
 
     def slice_fits(self, axis: int, sample: int) -> bool:
-        """Whether the slice that is known of an axis is silent whenever a sample is."""
+        """Whether the one slice that was sketched along an axis is silent whenever a sample is."""
         sizes = [float(sketch.slices[axis][1].norm()) for sketch in self._sketches]
         allowed = 1.01 * (self._forgiven * max(sizes) + 4 * self._floor * self._norm)
         return all(
@@ -96,7 +95,7 @@ class SilentReading:
         return max(math.hypot(*[float(rows.norm()) for rows in sketch.axes.values()]) for sketch in self._sketches)
 
     def listed(self) -> Placement:
-        """The samples of the rows as the passes tell them in which they are loud, if each has one."""
+        """The placement of rows by the passes in which each row is loud, assuming that each row belongs to one sample."""
         sizes = self._sizes(0)
         size = sizes.amax(0)
         heard = (sizes > self._forgiven * size + self._floor * size.max()).long()

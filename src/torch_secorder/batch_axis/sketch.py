@@ -1,7 +1,7 @@
-"""What is kept of a gradient while a look is under way: its products with a few random directions.
+"""Sketches of gradients that are kept during a search for samples: their products with a few random directions.
 
-The gradients of a whole model would not fit into memory. What is kept stays on the device until the look is over, and all of it
-goes to the host in one copy: on the way nothing waits for the device.
+The gradients of a whole model would not fit into memory. Sketches stay on the device until the search is over, and then go to the
+host in one copy, so that the host does not wait for the device in between.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from torch import Tensor
 from torch_secorder.autograd.double_precision import together_on_host
 from torch_secorder.autograd.precision import full_precision, is_half
 
-# Along a single random direction, what samples share may scale as if it were one sample's by accident, in half precision above
-# all; along several it does not.
+# Along a single random direction, entries that samples share may scale by accident as if they were one sample's, above all in
+# half precision. Along several directions they do not.
 DIRECTIONS = 8
 
 # Directions for a longer side are products of shorter ones. Made in full, they would take as much memory as a gradient.
 LONG = 2**12
 
-# As many numbers of half precision are widened at once. Widened in full, logits would take more memory than a step does.
+# This many numbers in half precision are widened at once. Widened in full, logits would take more memory than a step does.
 WIDENED = 2**24
 
-# In tensors of more than so many entries, the largest one is looked for in rows of at least this length: first the row, then the
-# entry. In small ones that would be more calls.
+# In tensors of more than SMALL entries, the largest entry is searched in rows of at least ROW entries: first the row, then the
+# entry. For small tensors that would take more calls.
 SMALL, ROW = 2**16, 512
 
 # Whole numbers up to this one are exact in single precision, in which indices travel to the host.
@@ -37,18 +37,18 @@ EXACT = 2**24
 
 @dataclass(frozen=True)
 class Sketch:
-    """What is kept of a gradient: for every slice along every axis, its products with a few random directions.
+    """A sketch of a gradient: for the slices along every axis, their products with a few random directions.
 
-    A power of two that multiplies a slice multiplies its products too, without rounding, and a slice of zeros has products of
-    zero, so that they show the same.
+    A power of two that multiplies a slice multiplies its products without rounding, too, and a slice of zeros has products of
+    zero. So the products show the same as the slices.
 
     Attributes:
-        axes: for each axis that may count samples the products of its slices, ``[size, DIRECTIONS]``.
-        slices: for each axis of which one slice is looked at only, the slice's index, ``[1]``, and its products.
+        axes: for each axis that may count samples, the products of its slices, ``[size, DIRECTIONS]``.
+        slices: for each axis with only one sketched slice, the slice's index, ``[1]``, and its products.
         shape: the gradient's shape.
         largest: the largest magnitude in the gradient, one number.
-        dtype: the gradient's, or that of its real and imaginary parts.
-        device: the gradient's.
+        dtype: the gradient's dtype, or that of its real and imaginary parts.
+        device: the gradient's device.
     """
 
     axes: dict[int, Tensor]
@@ -64,10 +64,10 @@ class Sketch:
 
         Args:
             grad: the gradient.
-            n: the number of samples, which decides what axes may count them; the first may always, by a list.
-            in_brief: look at the whole of the likeliest axes only, which are those with n indices, and at one slice along each
-                other one, which nearly always shows that it belongs to no single sample.
-            first: the sketch of the gradient in the first pass, if this is another one; the same slices are looked at.
+            n: the number of samples, which decides which axes may count them; the first axis always may, by a list of samples.
+            in_brief: whether only the likeliest axes, those with n indices, are sketched whole. Along each other axis, one slice
+                is sketched, which nearly always shows that the axis counts no samples.
+            first: the sketch of the gradient in the first pass, if this is a later pass; the same slices are sketched.
         """
         value, shape = grad, tuple(grad.shape)
         if value.is_complex():  # Real marks multiply both parts.
@@ -103,7 +103,7 @@ class Sketch:
             yield from pair
 
     def _with(self, tensors: Iterator[Tensor]) -> Sketch:
-        """The same with other tensors, in the order of :meth:`_tensors`."""
+        """The same sketch with other tensors, in the order of :meth:`_tensors`."""
         largest = next(tensors)
         axes = {axis: next(tensors) for axis in self.axes}
         slices = {axis: (next(tensors), next(tensors)) for axis in self.slices}
@@ -114,7 +114,7 @@ Sketches = list[Sketch | None]
 
 
 def read_together(passes: Sequence[Sketches]) -> list[Sketches]:
-    """The sketches of all passes of a look in float64 on the host, which waits for each device once."""
+    """The sketches of all passes of a search in float64 on the host, which waits for each device once."""
     there = [sketch for sketches in passes for sketch in sketches if sketch is not None]
     values = iter(together_on_host([x for sketch in there for x in sketch._tensors()]))
     return [[None if sketch is None else sketch._with(values) for sketch in sketches] for sketches in passes]
@@ -146,7 +146,7 @@ def _peak(value: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _index_along(value: Tensor, axis: int, place: Tensor) -> Tensor:
-    """The index along an axis of the entry at a place of the flattened tensor. Slices through the largest are not zero."""
+    """The index along an axis of the entry at a place in the flattened tensor."""
     after = math.prod(value.shape[axis + 1 :])
     return place.div(after, rounding_mode="floor") % value.shape[axis]
 
@@ -180,7 +180,7 @@ def _after(value: Tensor) -> Tensor:
 
 
 def _times(directions: Tensor, value: Tensor) -> Tensor:
-    """A product with each row, for which half precision is widened bit by bit."""
+    """The products with each row; half precision is widened part by part."""
     if not is_half(value):
         return directions @ value.mT
     rows = max(1, WIDENED // value.shape[1]) if value.shape[1] else 1
@@ -208,7 +208,7 @@ def _directions(size: int, like: Tensor) -> Tensor:
     return _directions_on(size, torch.float32 if is_half(like) else like.dtype, like.device)
 
 
-@lru_cache(64)  # on an accelerator, each copy there makes the host wait
+@lru_cache(64)  # each copy to an accelerator makes the host wait
 def _directions_on(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     generator = torch.Generator().manual_seed(size)
     return torch.randn(DIRECTIONS, size, generator=generator, dtype=torch.float32, device="cpu").to(device, dtype)
