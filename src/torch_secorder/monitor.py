@@ -103,8 +103,8 @@ class FisherMonitor(WithResults, HookScope):
         n_samples: how many samples a call of the model has, where no axis of its inputs counts them: a number, or a function of
             the model's arguments.
         sample_of: the sample of each row, if rows are nodes of graphs or tokens: the position or name of the model's argument
-            that has these numbers, or a function of the model's arguments. In inputs and outputs with as many rows, the rows with the
-            same number form one sample.
+            that has these numbers, or a function of the model's arguments. In inputs and outputs with as many rows, the rows with
+            the same number form one sample.
         nonfinite: "raise" when a gradient is infinite or NaN, or "skip" those samples.
         on_refusal: what happens at the end of a backward pass that can't be counted exactly, whose samples are left out in
             either case: "raise" the error, or "skip" the pass, so that ``report().attrs["skipped_passes"]`` says how many there

@@ -49,7 +49,7 @@ class Likelihood(ABC):
 
     @abstractmethod
     def exact_input_gradients(self, outputs: Tensor, last_layer: LastLayer) -> Iterator[Tensor]:
-        """``s M^T`` for all exact gradients s of outputs ``[n, c]``: gradients of the last layer's inputs ``[n, i]``, in any order.
+        """``s M^T`` for all exact gradients s of outputs ``[n, c]``: gradients of the last layer's inputs ``[n, i]``, unordered.
 
         They are computed without a product with M, which would cost as much as the layer itself for each class.
         """

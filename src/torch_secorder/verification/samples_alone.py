@@ -37,8 +37,8 @@ def verify_samples(
     Each sample runs through the model alone. Its output replaces its row in the batch's outputs, which are constants, and the
     loss of these outputs is differentiated by plain autograd: a step of one sample, in which no rule takes part. If the model
     draws random numbers, the batch is analyzed once more in eval mode, which stops dropout, for the comparison. Samples for which
-    the user declared several rows stay in their batch, since such arguments cannot be taken apart (edges of graphs, offsets of bags);
-    then the loss's gradient in a sample's own rows of the outputs is sent back.
+    the user declared several rows stay in their batch, since such arguments cannot be taken apart (edges of graphs, offsets of
+    bags); then the loss's gradient in a sample's own rows of the outputs is sent back.
 
     Args:
         analysis: the analysis to verify.
