@@ -28,20 +28,20 @@ READING = """\
 How to read it
 --------------
 
-* **FisherMonitor** is a block around one step: hooks on, the step, hooks off, and the trace read. (What monitors find out about
-  a model outlives them; the very first block also looks for the samples.) **In a loop** is one step of many inside of one
-  block. **Diagonal** is a block around one step that keeps the Fisher diagonal too.
-* **After nine steps.** The first ones look for the samples and check more: the 1st, 2nd, 3rd, 5th, 9th, 17th and so on. A block
-  around a single step checks in each.
-* **The floor** is what forward and input gradients take of the operations (those of matrix products and convolutions) and
-  of the bytes (all that operations read and write, as if nothing stayed in a cache) of a plain step, and of its time, measured
-  with all parameters frozen and gradients up to the first layers' outputs. A function whose norms cost nothing has about that
-  ratio; a monitor has 1. Small layers are bound by their bytes; a plain step pays for fresh pages to put large gradients in,
-  which neither count knows; and a fused LSTM computes its weights' gradients whether asked for or not.
+* **FisherMonitor** is a block around one step: hooks on, the step, hooks off, and the trace read. (What a monitor learns about
+  a model is kept for later monitors; only the very first block also searches the samples.) **In a loop** is one step of many
+  inside of one block. **Diagonal** is a block around one step that keeps the Fisher diagonal too.
+* **Every measurement comes after nine steps**, since the first ones search the samples and check more: the 1st, 2nd, 3rd, 5th,
+  9th, 17th and so on. A block around a single step checks in each.
+* **The floor** is the share of a plain step that forward and input gradients take: of its operations (those of matrix products
+  and convolutions), of its bytes (all that operations read and write, as if nothing stayed in a cache), and of its time, measured
+  with all parameters frozen and gradients up to the first layers' outputs. A function whose norms cost nothing has about this
+  ratio; a monitor has 1. Small layers are bound by their bytes. A plain step also pays for fresh memory pages for large
+  gradients, which neither count includes, and a fused LSTM computes its weights' gradients even if they are not needed.
 * **Time** is the processor's, of one process with one thread, with glibc's default allocator. Every run stands between two
-  plain steps, and is divided by their mean; variants take turns, and the median over the rounds is told.
-* **Memory**: the most that a process holds during its first three steps above what it holds with model and batch loaded, each
-  variant in fresh processes, over that of a plain step.
+  plain steps, and is divided by their mean; variants take turns, and the page shows the median over the rounds.
+* **Memory** is the peak of a process during its first three steps, above what it holds with model and batch loaded, relative to
+  that of a plain step. Each variant runs in fresh processes.
 * **Numbers are checked first** against a loop over single samples in float64. A ratio with a mark is the price of
   another number, or of a part of it; the notes say which. A dash is a variant that refuses
   or was not run.
