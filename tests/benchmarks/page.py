@@ -29,10 +29,10 @@ How to read it
 --------------
 
 * **FisherMonitor** is a block around one step: hooks on, the step, hooks off, and the trace read. (What a monitor learns about
-  a model is kept for later monitors; only the very first block also searches the samples.) **In a loop** is one step of many
+  a model is kept for later monitors; only the very first block also searches for the samples.) **In a loop** is one step of many
   inside of one block. **Diagonal** is a block around one step that keeps the Fisher diagonal too.
-* **Every measurement comes after nine steps**, since the first ones search the samples and check more: the 1st, 2nd, 3rd, 5th,
-  9th, 17th and so on. A block around a single step checks in each.
+* **Every measurement comes after nine steps**, since the first ones search for the samples and check more: the 1st, 2nd, 3rd,
+  5th, 9th, 17th and so on. A block around a single step checks in each.
 * **The floor** is the share of a plain step that forward and input gradients take: of its operations (those of matrix products
   and convolutions), of its bytes (all that operations read and write, as if nothing stayed in a cache), and of its time, measured
   with all parameters frozen and gradients up to the first layers' outputs. A function whose norms cost nothing has about this
