@@ -1,4 +1,4 @@
-"""Uses of frozen parameters, which leave nothing in the autograd graph, so that they are watched while the model runs."""
+"""Uses of frozen parameters, which leave no trace in the autograd graph and are therefore watched while the model runs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from torch_secorder.model.numpy_of_frozen import NumpyOfFrozen
 
 
 class FrozenUses(NumpyOfFrozen):
-    """Counts, inside, the operations that take one of these parameters and give a tensor.
+    """A mode that counts the operations which take one of these parameters and return a tensor.
 
     Args:
         positions: the id of each frozen parameter -> its position in the parameter table.
@@ -34,7 +34,7 @@ class FrozenUses(NumpyOfFrozen):
         self.counts: Counter[int] = Counter()
 
     def _ran(self, func: Callable[..., Any], arguments: Sequence[Any], result: Any) -> None:
-        # Attributes of a tensor are read by such functions, too.
+        # Attributes of a tensor are read through ``__get__``, which does not count.
         if getattr(func, "__name__", "") != "__get__" and isinstance(result, (Tensor, tuple, list)):
             for x in tensors(arguments):
                 if (position := self._positions.get(id(x))) is not None:
@@ -42,11 +42,11 @@ class FrozenUses(NumpyOfFrozen):
 
 
 class FrozenParameters:
-    """Watches what takes the frozen parameters of hooked modules, from each call of the model until it returns.
+    """Watches which operations take the frozen parameters of hooked modules, from each call of the model until it returns.
 
     Args:
         sites: the hooked modules whose frozen parameters are analyzed.
-        forwards: knows which run of the model a call belongs to.
+        forwards: knows which call of the model a module's call belongs to.
 
     Attributes:
         positions: the id of each frozen parameter -> its position in the parameter table.
@@ -63,20 +63,20 @@ class FrozenParameters:
         self._running: dict[int, FrozenUses] = {}  # thread -> the uses of frozen parameters in its run of the model
 
     def keep_leaf(self, leaf: Tensor) -> None:
-        """Take a leaf that the library put into the graph for one of the frozen parameters."""
+        """Note a leaf that the library put into the graph for one of the frozen parameters."""
         if (uses := self._running.get(get_ident())) is not None:
             uses.leaves.append(leaf)
 
     @never_compiled
     def on_model_enter(self, *_: Any) -> None:
-        """The model is called: watch what takes its frozen parameters."""
+        """Called when the model is called: watch which operations take its frozen parameters."""
         thread = get_ident()
         if thread not in self._running and self._forwards.records_calls():
             uses = self._running[thread] = FrozenUses(self.positions)
             uses.__enter__()  # type: ignore[no-untyped-call]  # torch gives it no types.
 
     def on_model_exit(self, module: nn.Module, args: object, output: Any) -> None:
-        """The model returns, or raises: have its pass refused if a frozen parameter was used outside of its module's forward."""
+        """Called when the model returns or raises: refuse its pass if a module's frozen parameter was used outside of its forward."""
         uses = self._running.pop(get_ident(), None)
         if uses is None:
             return
@@ -93,7 +93,7 @@ class FrozenParameters:
 
     @staticmethod
     def _is_used_elsewhere(site: HookedModule, counts: Mapping[int, int], forward: Forward) -> bool:
-        """Whether some operation took a parameter of a module of torch's besides those of its own calls, one for each."""
+        """Whether operations besides a module's own calls took a parameter of it, at one operation for each call."""
         standard = type(site.module).__module__.startswith("torch.nn.")
         return any(
             counts.get(position, 0) > forward.calls[position]

@@ -1,4 +1,4 @@
-"""What single modules say of the samples, whether or not they have a parameter that is analyzed."""
+"""What single modules show about the samples, whether or not they have an analyzed parameter."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ NO_OUTPUT = object()
 
 
 class ModuleNotes:
-    """Hooks that note, in the run of the model under way, what there is to know of it beside the calls that are recorded.
+    """Hooks that note facts about the running call of the model, beside the recorded calls of its modules.
 
     Args:
-        forwards: knows which run of the model a call belongs to.
+        forwards: knows which call of the model a module's call belongs to.
     """
 
     def __init__(self, forwards: ForwardTracker):
@@ -42,11 +42,11 @@ class ModuleNotes:
         """Put the hooks on a model's modules.
 
         Args:
-            hooks: the set that they are added to, which removes them.
+            hooks: the set that the hooks are added to, which also removes them.
             model: the model, unwrapped.
             modules: all of its modules, under their plain names.
-            guards: for some modules, what is called before each of their calls, to raise for a state that no rule can be right
-                in.
+            guards: for some modules, a function that is called before each of their calls and raises for a state in which no rule
+                is right.
         """
         for module in fsdp_modules(model):
             hooks.add(module, module.register_forward_hook, WeakHook(self, "on_sharded_output"), prepend=True)
@@ -60,7 +60,7 @@ class ModuleNotes:
             hooks.add(module, module.register_forward_pre_hook, WeakHook(self, "check_state", guard))
 
     def check_state(self, guard: Callable[[], None], *_: Any) -> None:
-        """A module is called that may be in a state in which no rule is right."""
+        """Called before a call of a module that may be in a state in which no rule is right."""
         if self._forwards.records_calls():
             try:
                 guard()
@@ -69,7 +69,7 @@ class ModuleNotes:
 
     @never_compiled
     def on_own_axis(self, name: str, module: nn.Module, args: object, outputs: Any) -> None:
-        """Note the output of a module that says itself which axis counts samples."""
+        """Note the output of a module whose own settings tell which axis counts samples."""
         output = outputs[0] if isinstance(outputs, tuple) else outputs
         if not isinstance(output, Tensor) or output.dim() not in (2, 3) or not output.requires_grad:
             return
@@ -82,7 +82,7 @@ class ModuleNotes:
     def on_bags(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any = NO_OUTPUT
     ) -> None:
-        """Note how many bags an EmbeddingBag made of ids without a batch axis."""
+        """Note how many bags an EmbeddingBag made from ids without a batch axis."""
         ids = args[0] if args else kwargs.get("input")
         forward = self._forwards.of_call(output, 0)
         if forward is not None and isinstance(ids, Tensor) and isinstance(output, Tensor) and ids.dim() == 1:
@@ -90,7 +90,7 @@ class ModuleNotes:
 
     @never_compiled
     def on_sharded_output(self, module: nn.Module, args: object, output: Any) -> None:
-        """Note where in the graph a module begins whose weights have to be gathered for a look through it."""
+        """Note where in the graph a module begins whose weights have to be gathered for a pass through it."""
         forward = self._forwards.of_call(output, 0)
         if forward is not None:
             forward.sharded += [(module, x.grad_fn) for x in tensors(output) if x.grad_fn is not None]

@@ -1,4 +1,4 @@
-"""Modules that say themselves which axis counts samples, and layers that keep the axes of their input."""
+"""Modules whose own settings tell which axis counts samples, and layers that keep the axes of their input."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from torch_secorder.model.ranks import class_as_written
 
 @dataclass(frozen=True)
 class OwnAxis:
-    """The output of a module that has a batch axis of its own: what goes along the other axis belongs together.
+    """The output of a module with its own batch axis; the steps along the other axis belong to one sample.
 
     Attributes:
-        name: the module's.
+        name: the module's name.
         module: the module.
-        axis: its batch axis; None where it was called on one sample without such an axis.
-        shape: the output's, ``[batch, steps, features]``, ``[steps, batch, features]`` or ``[steps, features]``.
+        axis: its batch axis; None if it was called on one sample without such an axis.
+        shape: the output's shape, ``[batch, steps, features]``, ``[steps, batch, features]`` or ``[steps, features]``.
         edge: where the output's gradient arrives.
     """
 
@@ -33,14 +33,14 @@ class OwnAxis:
     edge: GradientEdge
 
     def contradicts_shapes(self, n: int) -> bool:
-        """Whether there are n steps, and not a multiple of n samples."""
+        """Whether there are n steps, and the batch is not a multiple of n."""
         if self.axis is None:
             return self.shape[0] == n > 1
         return self.shape[1 - self.axis] == n and self.shape[self.axis] % n != 0
 
     def contradicts(self, found: Placement) -> bool:
-        """Whether samples that were found there are the module's steps."""
-        if self.axis is None:  # All steps may be one sample's, in a loop over samples.
+        """Whether the samples were found on the axis of the module's steps."""
+        if self.axis is None:  # In a loop over samples, all steps may belong to one sample.
             return found.axis == 0 and found.layout is Layout.ONE_EACH
         return found.axis == 1 - self.axis
 
@@ -57,11 +57,11 @@ class OwnAxis:
         )
 
 
-# Layers whose output has the same axes as their input, but for the last axis.
+# Layers whose output has the same axes as their input, except for the last axis.
 KEEPS_AXES = (nn.Linear, nn.Embedding, nn.LayerNorm, nn.RMSNorm, nn.PReLU)
 
 
-# Layers, with how many axes the input has that is one sample without a batch axis.
+# Layers, with the number of axes of an input that is one sample without a batch axis.
 SIDES_OF_ONE: tuple[tuple[tuple[type[nn.Module], ...], int], ...] = (
     ((nn.Linear,), 1),
     ((nn.Conv1d, nn.ConvTranspose1d), 2),
@@ -71,7 +71,7 @@ SIDES_OF_ONE: tuple[tuple[tuple[type[nn.Module], ...], int], ...] = (
 
 
 def takes_for_one_sample(record: Record, argument: Tensor) -> bool:
-    """Whether a layer got an argument of the model, whose first axis is taken to count samples, as one sample."""
+    """Whether a layer took as a single sample an argument of the model whose first axis is assumed to count samples."""
     x = record.inputs[0] if record.inputs else None
     if type(x) is not Tensor or type(argument) is not Tensor or x.shape != argument.shape:
         return False
@@ -88,14 +88,14 @@ def without_batch_axis(what: str, seen: str, n: int) -> ShapeError:
 
 
 def contradicted_axis(record: Record, argument: Tensor, axis: int) -> int | None:
-    """The axis of an argument of the model along which a layer that got it has the samples, if not the given one.
+    """The axis on which a layer that got an argument of the model shows the samples, if it is not the given one.
 
-    Layers of torch's that keep the axes of their input have the samples where their input has them.
+    Layers of torch that keep the axes of their input have the samples on the same axis as their input.
 
     Args:
         record: the layer's call, with its placement.
-        argument: the model's, with as many indices on several axes as there are samples.
-        axis: where it is taken to have the samples.
+        argument: the model's argument, several of whose axes are as long as there are samples.
+        axis: the axis on which it is assumed to have the samples.
     """
     x, placement, n = record.inputs[0] if record.inputs else None, record.placement, argument.shape[axis]
     if type(x) is not Tensor or type(argument) is not Tensor or not isinstance(record.site.module, KEEPS_AXES):

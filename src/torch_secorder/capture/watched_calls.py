@@ -1,4 +1,4 @@
-"""What is kept of a call of which only the output is of interest."""
+"""What is kept of a module's call if only its output is of interest."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from torch_secorder.per_sample import at_least_float32, real_entries
 
 @dataclass(frozen=True, eq=False)
 class Moments:
-    """Of the elements of one output; those of a complex one are its real and its imaginary parts.
+    """The moments of one output's elements; a complex output counts with its real and imaginary parts.
 
     Attributes:
-        count: how many there are.
+        count: the number of elements.
         values: minimum and maximum, then sums and then norms of parts, on the output's device in the widest dtype that it has.
     """
 
@@ -28,7 +28,7 @@ class Moments:
 
     @classmethod
     def of(cls, output: Tensor) -> Moments:
-        """Those of an output."""
+        """The moments of an output."""
         x = real_entries((output.values() if output.is_nested else output).detach())
         if not x.numel():
             return cls(0, torch.tensor([math.inf, -math.inf], dtype=torch.float64, device="cpu"))
@@ -50,7 +50,7 @@ class WatchedCall:
     """A module's output as it was in forward.
 
     Attributes:
-        moments: of its elements; None if nobody asked for them.
+        moments: the moments of its elements; None if they were not asked for.
     """
 
     moments: Moments | None
@@ -62,7 +62,7 @@ class WatchedCall:
         """The output.
 
         Raises:
-            CoverageError: if it was changed in place since.
+            CoverageError: if the output was changed in place since.
         """
         assert self._output is not None
         if version(self._output) != self._version:
@@ -73,6 +73,6 @@ class WatchedCall:
 def watched_call(
     module: nn.Module, args: object, kwargs: object, output: Tensor, *, with_moments: bool, with_output: bool
 ) -> WatchedCall:
-    """What is kept of a call under way."""
+    """What is kept of a running call."""
     found = Moments.of(output) if with_moments else None
     return WatchedCall(found, output.detach() if with_output else None, version(output))
