@@ -76,7 +76,7 @@ class FrozenParameters:
             uses.__enter__()  # type: ignore[no-untyped-call]  # torch gives it no types.
 
     def on_model_exit(self, module: nn.Module, args: object, output: Any) -> None:
-        """Called when the model returns or raises: refuse its pass if a module's frozen parameter was used outside of its forward."""
+        """Called when the model returns or raises: refuse its pass if a frozen parameter was used outside of its module."""
         uses = self._running.pop(get_ident(), None)
         if uses is None:
             return
