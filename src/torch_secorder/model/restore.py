@@ -1,4 +1,4 @@
-"""Leaving the user's model as it was: buffers, modes, flags and random state are put back, whatever happens inside."""
+"""Leaving the user's model as it was: buffers, modes and flags are put back, whatever happens inside."""
 
 from __future__ import annotations
 

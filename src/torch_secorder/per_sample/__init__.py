@@ -8,7 +8,7 @@ of the factors, used in this whole package::
 
 Every form answers the same questions: squared norm per sample, sum of squares over samples, inner product, sum with
 another form, total over samples, dense. :class:`PerSampleGradient` answers them all from the dense tensor of a few
-samples at a time, and says which four members a new form must define. A form overrides what its factors give more cheaply.
+samples at a time, and says which members a new form must define. A form overrides what its factors give more cheaply.
 
 Each form has a file: ``outer`` (the gradient of a matrix that multiplies data), ``convolution`` (with ``convolution_gram``),
 ``row_sparse`` (embeddings), ``routed`` (experts) and ``pulled_back`` (a parameter that reaches the data through other tensors);

@@ -116,7 +116,8 @@ class WithResults:
         """Write what was accumulated to a file, whole or not at all (safetensors; ``pip install 'torch-secorder[save]'``).
 
         Raises:
-            ArgumentError: if safetensors is not installed, or there is no such folder.
+            ImportError: without safetensors.
+            ArgumentError: if there is no such folder.
         """
         self.results.save(path)
 
@@ -124,7 +125,8 @@ class WithResults:
         """Write the diagonal to a safetensors file that other programs read; see :meth:`Results.save_diagonal`.
 
         Raises:
-            ArgumentError: if safetensors is not installed, or there is no such folder.
+            ImportError: without safetensors.
+            ArgumentError: if there is no such folder.
             LifecycleError: if no diagonal was asked for, or no sample was seen.
         """
         self.results.save_diagonal(path)

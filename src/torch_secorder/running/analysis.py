@@ -46,7 +46,7 @@ class Batch:
 
     Attributes:
         samples: squared norms of its per-sample gradients.
-        outputs: what the model returned, without its graph; None unless the batch is to be checked.
+        outputs: what the model returned, without its graph.
         random: whether the forward drew random numbers.
         where: where its samples are in the inputs, outputs and targets.
         fingerprint: a hash of the graph, equal for graphs of the same kind.
