@@ -33,6 +33,12 @@ GRAPHS: dict[str, tuple[Callable[[Tensor], Tensor], set[str]]] = {
     "features flipped": (lambda x: (x * 2).flip(1), set()),
     "picked in order": (lambda x: (x * 2)[torch.arange(N)], set()),
     "picked": (lambda x: (x * 2)[torch.arange(N).flip(0)], {"reorders_samples", "ambiguous_shapes"}),
+    "picked of more": (
+        lambda x: torch.cat([x, x[:2]])[torch.arange(N).flip(0)],
+        {"reorders_samples", "ambiguous_shapes"},
+    ),
+    "one position picked of each": (lambda x: x[:, None].expand(N, 7, 4)[torch.arange(N), torch.arange(N)], set()),
+    "features picked": (lambda x: (x * 2)[:, torch.arange(3).flip(0)], set()),
     "as many positions as samples": (lambda x: x[:, None].expand(N, N, 4) * 2, {"ambiguous_shapes"}),
 }
 

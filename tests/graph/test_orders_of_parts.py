@@ -47,8 +47,28 @@ def of_each_twice(h: Tensor, order: Order) -> Tensor:
     return torch.cat([pieces[n] for n in order]) + 0 * torch.cat(pieces).sum(0)
 
 
+def with_a_spare_row(h: Tensor, order: Order) -> Tensor:
+    """The rows are taken of a buffer that has one more, which is no multiple of n."""
+    return torch.cat([h, h.new_zeros(1, h.shape[1])])[torch.tensor(order)]
+
+
+def by_selecting_of_more(h: Tensor, order: Order) -> Tensor:
+    return torch.cat([h, h.new_zeros(1, h.shape[1])]).index_select(0, torch.tensor(order))
+
+
+def by_embedding_of_more(h: Tensor, order: Order) -> Tensor:
+    return torch.embedding(torch.cat([h, h.new_zeros(1, h.shape[1])]), torch.tensor(order))
+
+
+def by_gathering_of_more(h: Tensor, order: Order) -> Tensor:
+    return torch.cat([h, h.new_zeros(1, h.shape[1])]).gather(0, torch.tensor(order)[:, None].expand_as(h))
+
+
+INDEXED = [with_a_spare_row, by_selecting_of_more, by_embedding_of_more, by_gathering_of_more]
+
+
 @pytest.mark.parametrize("n", [2, 3, 4])
-@pytest.mark.parametrize("ordered", [parts, rows, of_each, of_each_twice])
+@pytest.mark.parametrize("ordered", [*INDEXED, parts, rows, of_each, of_each_twice])
 @pytest.mark.parametrize("way", ["monitor", "report"])
 def test_each_sample_has_its_own_number(ordered: Callable[[Tensor, Order], Tensor], n: int, way: str) -> None:
     """The sums over a batch would not show that two samples were exchanged."""

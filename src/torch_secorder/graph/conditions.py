@@ -27,6 +27,10 @@ REORDERS = {f"{name}Backward{version}" for name in _NAMES.split() for version in
 # Those of them that take rows of their first input. From a weight they take what no sample is in.
 TAKES_ROWS = {f"{name}Backward0" for name in ("Embedding", "Index", "IndexSelect", "Gather")}
 
+# Those that one index along one axis tells everything of.
+_WITH_INDEX = "IndexSelect IndexAdd IndexCopy Gather Scatter ScatterAdd Sort Topk"
+PLACED_BY_INDEX = {f"{name}Backward0" for name in _WITH_INDEX.split()}
+
 # Nodes that take some entries along an axis. Two graphs that put entries together in another order differ in what they take.
 PICKS = {"SelectBackward0", "SliceBackward0"}
 
@@ -110,7 +114,7 @@ def has_ambiguous_axis(n: int, shapes: tuple[tuple[int, ...], ...]) -> bool:
 def may_reorder(node: Any, n: int) -> bool:
     """Whether one of the nodes in ``REORDERS`` may put n samples into another order.
 
-    It may if it works along an axis of n indices or a multiple of n, unless it is seen to keep the order that is there.
+    It may unless it is seen to keep the order that is there, or leaves an axis alone on which the samples are likely to be.
     A node that doesn't show its axis may.
     """
     name = node.name()
@@ -122,17 +126,46 @@ def may_reorder(node: Any, n: int) -> bool:
     if name in ("FlipBackward0", "RollBackward0") and knows(name, "axes"):
         axes = saved(node, "axes")  # A roll without axes moves all entries.
         return not axes or any(_may_count(shape[axis % len(shape)], n) for axis in axes)
+    if not shape or name not in TAKES_ROWS | {"SortBackward0", "TopkBackward0"}:
+        return True
     if name == "EmbeddingBackward0":
-        return _may_count(shape[0], n)
-    if name == "IndexBackward0" and knows(name, "indices"):
-        pairs = zip(saved(node, "indices"), shape, strict=False)
-        return any(index is not None and _may_count(size, n) and not _in_order(index, size) for index, size in pairs)
-    if name == "IndexSelectBackward0" and knows(name, "axis", "index"):
-        size = shape[saved(node, "axis") % len(shape)]
-        return _may_count(size, n) and not _in_order(saved(node, "index"), size)
-    if name in ("GatherBackward0", "SortBackward0", "TopkBackward0") and shape and knows(name, "axis"):
-        return _may_count(shape[saved(node, "axis") % len(shape)], n)
-    return True
+        return _moves(shape, {0}, n)
+    if name == "IndexBackward0":
+        return not knows(name, "indices") or _moves(shape, _indexed(saved(node, "indices"), shape), n)
+    if not knows(name, "axis", "index"):
+        return True
+    axis = saved(node, "axis") % len(shape)
+    if name == "IndexSelectBackward0" and _in_order(saved(node, "index"), shape[axis]):
+        return False
+    return _moves(shape, {axis}, n)
+
+
+def _indexed(indices: Sequence[Tensor | None], shape: Sequence[int]) -> set[int]:
+    """The axes along which indices take something else than all entries in turn. A mask has as many axes as it has itself."""
+    found: set[int] = set()
+    axis = 0
+    for index in indices:
+        count = 1 if index is None or index.dtype not in (torch.bool, torch.uint8) else index.dim()
+        if index is not None and not (count == 1 and _in_order(index, shape[axis])):
+            found.update(range(axis, axis + count))
+        axis += count
+    return found
+
+
+def _moves(shape: Sequence[int], moved: set[int], n: int) -> bool:
+    """Whether samples may be moved along these axes of a value.
+
+    A buffer with one row more than there is room for tokens has samples on an axis that is no multiple of n. They stay where
+    they are only if they are on an axis that is not moved along.
+    """
+    if not moved or any(_may_count(shape[axis], n) for axis in moved):
+        return bool(moved)
+    return not any(_has_samples(shape, axis, n) for axis in range(len(shape)) if axis not in moved)
+
+
+def _has_samples(shape: Sequence[int], axis: int, n: int) -> bool:
+    """Whether an axis is likely to be that of the samples: the first, or one of n indices that is not the features'."""
+    return _may_count(shape[0], n) if axis == 0 else axis < len(shape) - 1 and shape[axis] == n
 
 
 # How many entries an index may have to be compared with that of the graph before.
@@ -149,9 +182,9 @@ def order_given_by(node: Any) -> Hashable | None:
     name = node.name()
     if name in ("FlipBackward0", "RollBackward0") and knows(name, "axes"):
         return name, saved(node, "axes"), saved(node, "shifts") if knows(name, "shifts") else ()
-    if name == "IndexBackward0" and knows(name, "indices"):
+    if name in ("IndexBackward0", "IndexPutBackward0") and knows(name, "indices"):
         return _numbers(name, saved(node, "indices"))
-    if name == "IndexSelectBackward0" and knows(name, "axis", "index"):
+    if name in PLACED_BY_INDEX and knows(name, "axis", "index"):
         return _numbers(name, (saved(node, "index"),), saved(node, "axis"))
     return None
 
