@@ -64,11 +64,29 @@ def by_gathering_of_more(h: Tensor, order: Order) -> Tensor:
     return torch.cat([h, h.new_zeros(1, h.shape[1])]).gather(0, torch.tensor(order)[:, None].expand_as(h))
 
 
+def matrix(h: Tensor, order: Order) -> Tensor:
+    return torch.eye(len(order), dtype=h.dtype)[torch.tensor(order)]
+
+
+def by_a_product_on_the_right(h: Tensor, order: Order) -> Tensor:
+    return (h.T @ matrix(h, order).T).T
+
+
+def by_a_product_that_has_a_gradient(h: Tensor, order: Order) -> Tensor:
+    return (matrix(h, order) * h.mean(1).sigmoid()) @ h
+
+
+def by_a_product_with_more_rows(h: Tensor, order: Order) -> Tensor:
+    rows = torch.cat([h, h.new_zeros(1, h.shape[1])])
+    return torch.cat([matrix(h, order), h.new_zeros(len(h), 1)], 1) @ rows
+
+
+PRODUCTS = [by_a_product_on_the_right, by_a_product_that_has_a_gradient, by_a_product_with_more_rows]
 INDEXED = [with_a_spare_row, by_selecting_of_more, by_embedding_of_more, by_gathering_of_more]
 
 
 @pytest.mark.parametrize("n", [2, 3, 4])
-@pytest.mark.parametrize("ordered", [*INDEXED, parts, rows, of_each, of_each_twice])
+@pytest.mark.parametrize("ordered", [*INDEXED, *PRODUCTS, parts, rows, of_each, of_each_twice])
 @pytest.mark.parametrize("way", ["monitor", "report"])
 def test_each_sample_has_its_own_number(ordered: Callable[[Tensor, Order], Tensor], n: int, way: str) -> None:
     """The sums over a batch would not show that two samples were exchanged."""

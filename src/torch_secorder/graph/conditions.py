@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
 from torch_secorder.autograd.nodes import value_shape
@@ -20,9 +20,11 @@ from torch_secorder.errors import ShapeError
 # Nodes that may put samples into another order, if they work along an axis of samples.
 _NAMES = (
     "Index IndexSelect IndexPut IndexAdd IndexCopy IndexReduce Gather Scatter ScatterAdd ScatterReduce Take Put MaskedSelect "
-    "MaskedScatter Flip Roll Sort Topk Embedding Mm Bmm Addmm"
+    "MaskedScatter Flip Roll Sort Topk Embedding Mm Bmm Addmm Baddbmm Mv"
 )
 REORDERS = {f"{name}Backward{version}" for name in _NAMES.split() for version in (0, 1)}
+
+_PRODUCTS = {f"{name}Backward0" for name in ("Mm", "Addmm", "Bmm", "Baddbmm", "Mv")}
 
 # Those of them that take rows of their first input. From a weight they take what no sample is in.
 TAKES_ROWS = {f"{name}Backward0" for name in ("Embedding", "Index", "IndexSelect", "Gather")}
@@ -118,7 +120,7 @@ def may_reorder(node: Any, n: int) -> bool:
     A node that doesn't show its axis may.
     """
     name = node.name()
-    if name in ("MmBackward0", "AddmmBackward0", "BmmBackward0"):
+    if name in _PRODUCTS:
         return _mixes_rows(node, n)
     if name in TAKES_ROWS and _is_weight(node.next_functions[0][0]):
         return False  # nothing lies behind the weight, and what is taken of it is wherever it is used
@@ -226,12 +228,38 @@ def takes_samples_apart(node: Any, n: int) -> bool:
 
 
 def _mixes_rows(node: Any, n: int) -> bool:
-    """Whether a matrix without a gradient is multiplied with rows that samples may count, as a permutation matrix is."""
-    inputs = node.next_functions[-2:]
-    (left, _), (right, nr) = inputs
-    if left is not None or right is None or _is_weight(right):
+    """Whether a product may put samples into another order, as that with a permutation matrix does.
+
+    It may if samples are on the axis that is summed over. In a product with a weight they are not, nor in one of a batch of
+    matrices with one or several for each sample, as attention is.
+    """
+    (left, left_nr), (right, right_nr) = node.next_functions[-2:]
+    output = value_shape(node, 0)
+    if len(output) == 3 and _may_count(output[0], n):
         return False
-    return _may_count(value_shape(right, nr)[-2], n)
+    if right is not None:
+        if _is_weight(right) or _is_made_of_weights(right):
+            return False
+        shape = value_shape(right, right_nr)
+        summed, rows = shape[-2 if len(shape) > 1 else 0], output[-2 if len(shape) > 1 else 0]
+        if left is not None and summed != n and right.name() in _TRANSPOSES and output[-1] == n:
+            return False  # the scores of all pairs of samples, which are where they were
+        # Where there are as many rows as samples, they may come from a buffer of any size.
+        return _may_count(summed, n) or _may_count(rows, n)
+    if left is None or _is_weight(left) or _is_made_of_weights(left):
+        return False
+    # A matrix without a gradient is on the right: a frozen weight, unless samples are on the columns that it takes.
+    shape = value_shape(left, left_nr)
+    return _may_count(shape[-1], n) and (shape[-1] == n or len(shape) < 2 or not _may_count(shape[-2], n))
+
+
+_TRANSPOSES = ("TBackward0", "TransposeBackward0", "PermuteBackward0")
+
+# Nodes whose output may have the shape of a weight because it is one, changed by a mask or scaled by a number.
+_SCALES = ("MulBackward0", "DivBackward0", "AddBackward0", "SubBackward0")
+
+# How many nodes lead from a computed weight to the leaves that it is computed from.
+_NODES_OF_A_WEIGHT = 16
 
 
 def _is_weight(node: Any) -> bool:
@@ -239,6 +267,23 @@ def _is_weight(node: Any) -> bool:
     while node is not None and node.name() in ("TBackward0", "TransposeBackward0"):
         node = node.next_functions[0][0]
     return node is None or hasattr(node, "variable")
+
+
+def _is_made_of_weights(node: Any) -> bool:
+    """Whether a few nodes compute a value from parameters alone, as that of a merged or scaled weight."""
+    stack, met = [node], 0
+    while stack:
+        current, met = stack.pop(), met + 1
+        if isinstance(getattr(current, "variable", None), nn.Parameter):
+            continue
+        inputs = [edge for edge in current.next_functions if edge[0] is not None]
+        # What has no gradient may be the data. It has not gone into what still has the shape of a weight.
+        whole = len(inputs) == len(current.next_functions)
+        scaled = current.name() in _SCALES and any(value_shape(*edge) == value_shape(current, 0) for edge in inputs)
+        if not inputs or met > _NODES_OF_A_WEIGHT or not (whole or scaled):
+            return False
+        stack.extend(child for child, _ in inputs)
+    return True
 
 
 def _input_shape(node: Any, index: int) -> tuple[int, ...]:

@@ -180,8 +180,8 @@ class Walk:
     def _order(self, names: Sequence[str], shapes: Hashable) -> Hashable | None:
         given: list[Hashable] = []
         for node in self._suspects:
-            # Samples may be listed along an axis of any size.
-            if may_reorder(node, n=1):
+            # Samples may be listed along an axis of any size, as if there were one.
+            if any(may_reorder(node, n) for n in (1, self.n or 1)):
                 if (order := order_given_by(node)) is None:
                     return None
                 given.append(order)
