@@ -81,6 +81,88 @@ def by_a_product_with_more_rows(h: Tensor, order: Order) -> Tensor:
     return torch.cat([matrix(h, order), h.new_zeros(len(h), 1)], 1) @ rows
 
 
+def by_a_sum(h: Tensor, order: Order) -> Tensor:
+    return (matrix(h, order).T[:, :, None] * h[:, None]).sum(0)
+
+
+def places(order: Order) -> Order:
+    """Where each sample goes. They are taken in turn, so that what is taken shows nothing of the order."""
+    return [order.index(n) for n in range(len(order))]
+
+
+def by_assignment(h: Tensor, order: Order) -> Tensor:
+    out = torch.zeros_like(h)
+    for n, to in enumerate(places(order)):
+        out[to] = h[n]
+    return out
+
+
+def by_adding_in_place(h: Tensor, order: Order) -> Tensor:
+    out = torch.zeros_like(h)
+    for n, to in enumerate(places(order)):
+        out[to : to + 1] += h[n : n + 1]
+    return out
+
+
+def by_padding(h: Tensor, order: Order) -> Tensor:
+    padded = [nn.functional.pad(h[n : n + 1], (0, 0, to, len(h) - 1 - to)) for n, to in enumerate(places(order))]
+    return torch.stack(padded).sum(0)
+
+
+def by_slice_scatter(h: Tensor, order: Order) -> Tensor:
+    out = torch.zeros_like(h)
+    for n, to in enumerate(places(order)):
+        out = out.slice_scatter(h[n : n + 1], 0, to, to + 1)
+    return out
+
+
+def by_select_scatter(h: Tensor, order: Order) -> Tensor:
+    out = torch.zeros_like(h)
+    for n, to in enumerate(places(order)):
+        out = out.select_scatter(h[n], 0, to)
+    return out
+
+
+def by_where(h: Tensor, order: Order) -> Tensor:
+    out = torch.zeros_like(h)
+    for n, to in enumerate(places(order)):
+        out = torch.where((torch.arange(len(h)) == to)[:, None], h[n], out)
+    return out
+
+
+PLACED = [by_a_sum, by_assignment, by_adding_in_place, by_padding, by_slice_scatter, by_select_scatter, by_where]
+
+
+class PutBack(nn.Module):
+    """A layer whose inputs, which need no gradient, are sorted in some batches, and whose outputs are put back."""
+
+    def __init__(self, ordered: Callable[[Tensor, Order], Tensor]) -> None:
+        super().__init__()
+        self.layer, self.last, self.ordered = nn.Linear(4, 5), nn.Linear(5, 3), ordered
+
+    def forward(self, x: Tensor) -> Tensor:
+        order = x[:, 0].argsort().tolist()
+        z = self.layer(x[order]).tanh()
+        return self.last(self.ordered(z, [order.index(n) for n in range(len(order))]))
+
+
+@pytest.mark.parametrize("ordered", PLACED)
+def test_samples_that_are_put_back_one_by_one(ordered: Callable[[Tensor, Order], Tensor]) -> None:
+    """The first batches are sorted already, so that nothing shows in them how others are put back."""
+    torch.manual_seed(0)
+    model, loss_fn = PutBack(ordered).double(), nn.CrossEntropyLoss()
+    x, y = torch.randn(9, 5, 4, dtype=torch.float64), torch.randint(3, (9, 5))
+    for early in x[:5]:
+        early.copy_(early[early[:, 0].argsort()])
+    right = [sample_gradients(model, loss_fn, *batch) for batch in zip(x, y, strict=True)]
+    with FisherMonitor(model, per_sample=True) as found:
+        for inputs, targets in zip(x, y, strict=True):
+            loss_fn(model(inputs), targets).backward()
+    for name in right[0]:
+        expected = torch.cat([gradients[name].flatten(1).square().sum(1) for gradients in right])
+        assert list(found.per_sample[name]) == pytest.approx(expected.tolist(), rel=1e-8), name
+
+
 PRODUCTS = [by_a_product_on_the_right, by_a_product_that_has_a_gradient, by_a_product_with_more_rows]
 INDEXED = [with_a_spare_row, by_selecting_of_more, by_embedding_of_more, by_gathering_of_more]
 

@@ -22,7 +22,12 @@ _NAMES = (
     "Index IndexSelect IndexPut IndexAdd IndexCopy IndexReduce Gather Scatter ScatterAdd ScatterReduce Take Put MaskedSelect "
     "MaskedScatter Flip Roll Sort Topk Embedding Mm Bmm Addmm Baddbmm Mv"
 )
-REORDERS = {f"{name}Backward{version}" for name in _NAMES.split() for version in (0, 1)}
+
+# Nodes that put a part among others. Where it goes is seen to be of no importance, or nothing is remembered.
+_NESTS = {f"{name}Backward0" for name in ("ConstantPadNd", "SliceScatter", "SelectScatter", "Where")} | {
+    "torch::autograd::CopySlices"
+}
+REORDERS = {f"{name}Backward{version}" for name in _NAMES.split() for version in (0, 1)} | _NESTS | {"SumBackward1"}
 
 _PRODUCTS = {f"{name}Backward0" for name in ("Mm", "Addmm", "Bmm", "Baddbmm", "Mv")}
 
@@ -122,6 +127,10 @@ def may_reorder(node: Any, n: int) -> bool:
     name = node.name()
     if name in _PRODUCTS:
         return _mixes_rows(node, n)
+    if name in _NESTS:
+        return any(_puts_samples(node, child, nr, n) for child, nr in node.next_functions if child is not None)
+    if name == "SumBackward1":
+        return _sums_what_is_spread(node, n)
     if name in TAKES_ROWS and _is_weight(node.next_functions[0][0]):
         return False  # nothing lies behind the weight, and what is taken of it is wherever it is used
     shape = _input_shape(node, 0)
@@ -251,6 +260,40 @@ def _mixes_rows(node: Any, n: int) -> bool:
     # A matrix without a gradient is on the right: a frozen weight, unless samples are on the columns that it takes.
     shape = value_shape(left, left_nr)
     return _may_count(shape[-1], n) and (shape[-1] == n or len(shape) < 2 or not _may_count(shape[-2], n))
+
+
+def _puts_samples(node: Any, child: Any, nr: int, n: int) -> bool:
+    """Whether one input of a node may be some sample's, that goes where the node says."""
+    while child.name() == "ExpandBackward0" and child.next_functions[0][0] is not None:
+        child, nr = child.next_functions[0]
+    whole, part = value_shape(node, 0), value_shape(child, nr)
+    if not whole or _is_weight(child) or _is_made_of_weights(child):
+        return False
+    if not _may_count(whole[0], n):
+        return False
+    if part[:1] == whole[:1] and (len(part) == len(whole) or part[0] != whole[-1]):
+        return False  # each sample has a part of its own
+    return whole[0] == n or not (len(whole) > 2 and whole[1] == n and n in part[:2])
+
+
+def _sums_what_is_spread(node: Any, n: int) -> bool:
+    """Whether a sum over samples takes a product in which each has been spread along another axis that may count samples."""
+    product = node.next_functions[0][0]
+    if product is None or product.name() != "MulBackward0" or not knows(node.name(), "axes"):
+        return False
+    shape = value_shape(product, 0)
+    summed = {axis % len(shape) for axis in saved(node, "axes")} if shape else set()
+    if not any(_may_count(shape[axis], n) for axis in summed):
+        return False
+    for child, nr in product.next_functions:
+        if child is None or _is_weight(child) or _is_made_of_weights(child):
+            continue
+        own = value_shape(child, nr)
+        own = (1,) * (len(shape) - len(own)) + own
+        axes = [axis for axis in range(len(shape)) if axis not in summed and own[axis] == 1 != shape[axis]]
+        if any(_has_samples(shape, axis, n) for axis in axes):
+            return True
+    return False
 
 
 _TRANSPOSES = ("TBackward0", "TransposeBackward0", "PermuteBackward0")
