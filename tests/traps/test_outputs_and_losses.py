@@ -110,7 +110,9 @@ def test_trap_07_a_loss_that_compares_samples_is_refused() -> None:
 
 
 MIXTURES: dict[str, Callable[[Tensor], Tensor]] = {
-    "the nodes of a graph": lambda h: torch.rand(len(h), len(h), generator=torch.Generator().manual_seed(0)).to(h) @ h,
+    "the nodes of a graph": lambda h: (
+        torch.rand(len(h), len(h), generator=torch.Generator().manual_seed(0), device="cpu").to(h) @ h
+    ),
     "a convolution along the batch": lambda h: (
         F.conv1d(h.T[:, None], h.new_tensor([[[0.2, 0.5, 0.3]]]), padding=1)[:, 0].T
     ),
