@@ -5,12 +5,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-if not torch.cuda.is_available():
-    pytest.skip("there is no GPU, or torch was built without one", allow_module_level=True)
-
 
 @pytest.fixture(autouse=True)
 def _by_default() -> Iterator[None]:
+    if not torch.cuda.is_available():
+        pytest.skip("there is no GPU, or torch was built without one")
     torch.set_default_device("cuda")
     convolutions = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False

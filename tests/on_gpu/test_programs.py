@@ -178,7 +178,8 @@ def test_compiled() -> None:
     assert list(monitor.report()["fisher_trace"]) == pytest.approx(list(plain.report()["fisher_trace"]), rel=1e-4)
 
 
-def test_a_step_that_is_captured_in_a_graph_is_refused() -> None:
+def ready_for_a_capture() -> tuple[nn.Module, Tensor, Tensor]:
+    """A model with a batch, after the few steps in another stream that torch wants before a capture."""
     watched, (x, y) = model(), batches(1)[0]
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -188,21 +189,18 @@ def test_a_step_that_is_captured_in_a_graph_is_refused() -> None:
             F.cross_entropy(watched(x), y).backward()
     torch.cuda.current_stream().wait_stream(stream)
     watched.zero_grad()
+    return watched, x, y
+
+
+def test_a_step_that_is_captured_in_a_graph_is_refused() -> None:
+    watched, x, y = ready_for_a_capture()
     refused = pytest.raises(UnsupportedError, match="CUDA graph")
     with refused, FisherMonitor(watched), torch.cuda.graph(torch.cuda.CUDAGraph()):
         F.cross_entropy(watched(x), y).backward()
 
 
 def test_a_graph_that_was_captured_before_is_replayed_in_the_block() -> None:
-    watched, (x, y) = model(), batches(1)[0]
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            watched.zero_grad()
-            F.cross_entropy(watched(x), y).backward()
-    torch.cuda.current_stream().wait_stream(stream)
-    watched.zero_grad()
+    watched, x, y = ready_for_a_capture()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         F.cross_entropy(watched(x), y).backward()

@@ -300,7 +300,7 @@ class GraphPass:
                 self._route.flow(pending, arrive, before=self._before, call=self._called)
 
         with torch.enable_grad():
-            start = _Start.apply(flow, *self._roots)  # type: ignore[no-untyped-call]  # torch does not type it
+            start = _Start.apply(flow, *self._roots)  # type: ignore[no-untyped-call]  # torch does not type it.
         ends = [GradientEdge(node, 0) for node in self._route.ends]
         try:
             with torch.autograd.set_detect_anomaly(False):

@@ -30,7 +30,7 @@ def value_shape(node: Node, nr: int) -> tuple[int, ...]:
 def accumulators(leaves: Sequence[Tensor]) -> list[Node]:
     """The nodes that accumulate the gradients of these leaves, all of which require one."""
     with torch.enable_grad():
-        return [p.view_as(p).grad_fn.next_functions[0][0] for p in leaves]  # type: ignore[union-attr, misc]  # it has both
+        return [p.view_as(p).grad_fn.next_functions[0][0] for p in leaves]  # type: ignore[union-attr, misc]  # A view of a leaf has both.
 
 
 def output_shapes(nodes: Iterable[Node]) -> tuple[tuple[int, ...], ...]:

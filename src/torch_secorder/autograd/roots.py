@@ -34,7 +34,7 @@ def _begun_in(frame: FrameType | None) -> Iterator[Node]:
 def _nodes(roots: object) -> Iterator[Node]:
     # Both are tuples, but an edge is one root.
     several = not isinstance(roots, (Tensor, GradientEdge)) and isinstance(roots, Iterable)
-    for root in roots if several else (roots,):  # type: ignore[attr-defined]  # "several" says so
+    for root in roots if several else (roots,):  # type: ignore[attr-defined]  # "several" says that it is iterable.
         if isinstance(root, GradientEdge):
             yield root.node
         elif isinstance(root, Tensor) and root.requires_grad:
