@@ -1,0 +1,53 @@
+"""Labels through products of matrices, attention and whole layers."""
+
+from __future__ import annotations
+
+from torch_secorder.autograd.saved import saved
+from torch_secorder.batch_axis.label_rules.registry import Answer, At, rule
+from torch_secorder.batch_axis.labels import joined_along
+
+
+@rule("MmBackward0", "BmmBackward0", "AddmmBackward0", "BaddbmmBackward0")
+def _product(at: At) -> Answer:
+    """Products of matrices or of stacks of matrices, possibly added to another tensor."""
+    rows = at.first.ndim - 2
+    return [*[at.first] * (len(at.inputs) - 2), joined_along(at.first, [rows + 1]), joined_along(at.first, [rows])]
+
+
+@rule("GroupedMmBackward0")
+def _grouped_mm(at: At) -> Answer | None:
+    """Groups of rows, each of which is multiplied by its own matrix."""
+    left, right = at.inputs[:2]
+    if len(at.shapes[0]) != 2 or (left is not None and len(left) != 2) or (right is not None and len(right) != 3):
+        return None
+    return [joined_along(at.first, [1]), None, *[None] * len(at.inputs[2:])]
+
+
+@rule(
+    "ScaledDotProductCudnnAttentionBackward0",
+    "ScaledDotProductEfficientAttentionBackward0",
+    "ScaledDotProductFlashAttentionBackward0",
+    "ScaledDotProductFlashAttentionForCpuBackward0",
+    "ScaledDotProductFusedAttentionOverrideableBackward0",
+)
+def _attention(at: At) -> Answer:
+    """Attention, where the first axis of the output and that of query, key and value count the same things."""
+    return _first_axis(at, 3)
+
+
+@rule("ConvolutionBackward0", "NativeGroupNormBackward0")
+def _of_first_input(at: At) -> Answer:
+    return _first_axis(at, 1)
+
+
+def _first_axis(at: At, count: int) -> Answer:
+    """For the first ``count`` inputs, each index along the first axis comes from the same index of the output."""
+    found = joined_along(at.first, range(1, at.first.ndim))
+    keep = [shape is not None and shape[:1] == at.shapes[0][:1] and len(shape) == found.ndim for shape in at.inputs]
+    return [found if index < count and keep[index] else None for index in range(len(at.inputs))]
+
+
+@rule("NativeLayerNormBackward0", "FusedRmsNormBackward0", reads=("shape",))
+def _layer_norm(at: At) -> Answer:
+    own = len(saved(at.node, "shape"))
+    return [joined_along(at.first, range(at.first.ndim - own, at.first.ndim)), *[None] * len(at.inputs[1:])]
