@@ -25,8 +25,9 @@ from torch_secorder.capture.own_axes import OwnAxis, contradicted_axis, takes_fo
 from torch_secorder.capture.records import Idle, Record
 from torch_secorder.errors import CoverageError, CurvatureError, UnsupportedError
 from torch_secorder.graph.conditions import ATTENDS, CarriedAxis
-from torch_secorder.graph.frontier import Frontier, IdleUse, ParameterUse
+from torch_secorder.graph.frontier import Frontier
 from torch_secorder.graph.refusals import hidden, not_counted, not_finite, on_another_axis
+from torch_secorder.graph.uses import ParameterUse, Uses
 from torch_secorder.graph.walk import Walk
 from torch_secorder.model.parameters import Table
 from torch_secorder.model.ranks import Ranks
@@ -68,18 +69,6 @@ class Questions(NamedTuple):
     def on_any(self, ranks: Ranks) -> Questions:
         """For each question whether any rank says yes."""
         return Questions(*map(bool, ranks.max_each_over_ranks(self)))
-
-
-class Uses(NamedTuple):
-    """The uses of parameters that no record accounts for, each with its node.
-
-    Attributes:
-        placed: those whose samples are known.
-        idle: those where no gradient is expected.
-    """
-
-    placed: Sequence[tuple[ParameterUse, Node]] = ()
-    idle: Sequence[tuple[IdleUse, Node]] = ()
 
 
 class Audit:

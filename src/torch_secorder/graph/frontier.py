@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter, defaultdict
 from collections.abc import Container, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch.autograd.graph import GradientEdge, Node
 
 from torch_secorder.autograd.graph_pass import runs_others_code
-from torch_secorder.autograd.node_hooks import TableReference, no_table
-from torch_secorder.autograd.nodes import Edge, has_packed_tensors, output_shapes, value_shape
+from torch_secorder.autograd.nodes import Edge, output_shapes, value_shape
 from torch_secorder.batch_axis.evidence import Evidence, Unplaced
 from torch_secorder.batch_axis.knowledge import Key, Wanted
 from torch_secorder.batch_axis.placement import Layout, Placement
@@ -22,99 +19,10 @@ from torch_secorder.capture.model_run import Forward
 from torch_secorder.capture.records import Idle, Record
 from torch_secorder.graph.chain import PERMUTES_ENTRIES, BatchFreeVjp, batch_free_vjp
 from torch_secorder.graph.refusals import hidden
+from torch_secorder.graph.uses import IdleUse, ParameterUse, Target, UsedValue
 from torch_secorder.graph.walk import Walk
 from torch_secorder.model.parameters import Table
-from torch_secorder.rules.node_rules import NodeUse, needs_node_call
-
-Target = int | Record  # the position of a parameter, or a module's call without a batch axis
-
-
-@dataclass(frozen=True)
-class UsedValue:
-    """A batch-free value that a frontier node takes.
-
-    Attributes:
-        index: which input of the node it is.
-        shape: the value's shape.
-        targets: everything that the value was computed from, each with the way there.
-    """
-
-    index: int
-    shape: tuple[int, ...]
-    targets: list[tuple[Target, BatchFreeVjp]]
-
-
-@dataclass(eq=False)
-class ParameterUse:
-    """A use of parameters outside of any hooked module's call: a frontier node, where batch-free values meet the data.
-
-    It does not hold its node: the node's hook holds the use, and the two would be a cycle that outlives the graph.
-
-    Attributes:
-        forward: the run of the model that the node is of.
-        values: the batch-free values that the node takes.
-        placement: where the node's output has its samples.
-        output: which of its outputs that is.
-        is_first: whether everything else that the node takes is batch-free or needs no gradient, so that no
-            differentiated node lies before it.
-        needs_node_calls: whether its gradients take calls of nodes. Inside of a backward pass that was asked for other
-            gradients only, those give no answer.
-        permutes_entries: whether putting its gradients' entries in order takes such calls; their norms take none.
-        last_pass: the last backward pass that reached it.
-        node_hooks: finds the hooks that run after its node.
-    """
-
-    forward: Forward
-    values: list[UsedValue]
-    placement: Placement
-    output: int
-    is_first: bool
-    needs_node_calls: bool = False
-    permutes_entries: bool = False
-    last_pass: int | None = None
-    node_hooks: TableReference = no_table
-
-    @property
-    def targets(self) -> list[Target]:
-        """Everything that the values were computed from."""
-        return [target for value in self.values for target, _ in value.targets]
-
-    def node_use(self, node: Node | None, value: UsedValue, memo: dict[str, Any]) -> NodeUse:
-        """One of the values, as its rule sees it."""
-        assert node is not None  # a hook of this node runs
-        assert self.forward.n is not None
-        shape = value_shape(node, self.output)
-        return NodeUse(node, value.index, value.shape, shape, self.placement, self.forward.n, memo)
-
-    def unreadable_because(self, node: Node) -> str | None:
-        """The name of a node whose saved tensors only autograd can fetch, and only once, since hooks keep them elsewhere."""
-        computed = (vjp for value in self.values for _, vjp in value.targets if vjp.permutation is None)
-        chains = (vjp.route().order[:-1] for vjp in computed)
-        for one in (node, *itertools.chain(*chains)):
-            packed = has_packed_tensors(one)
-            if packed is None:
-                # This torch does not show it. A call whose inputs are with such hooks is a sign that they are in use.
-                packed = any(record.inputs_packed for record, _ in self.forward.records)
-            if packed:
-                return one.name()
-        return None
-
-
-@dataclass(eq=False)
-class IdleUse:
-    """A use where no gradient is expected.
-
-    Attributes:
-        forward: the run of the model.
-        targets: the parameters and calls whose use it is.
-        idle: why nothing is expected.
-        last_pass: the last backward pass that reached it.
-    """
-
-    forward: Forward
-    targets: list[Target]
-    idle: Idle
-    last_pass: int | None = None
+from torch_secorder.rules.node_rules import needs_node_call
 
 
 class Consumer(NamedTuple):

@@ -7,7 +7,7 @@ from torch.autograd.graph import GradientEdge, Node
 
 from torch_secorder.autograd.nodes import has_packed_tensors
 from torch_secorder.autograd.saved import knows, saved
-from torch_secorder.graph.frontier import ParameterUse
+from torch_secorder.graph.uses import ParameterUse
 
 # Node of a product -> which of its inputs is the left factor; the right one comes next.
 PRODUCTS = {"AddmmBackward0": 1, "MmBackward0": 0}

@@ -22,8 +22,8 @@ from torch_secorder.errors import (
     SlowFallbackWarning,
     warn_at_users_line,
 )
-from torch_secorder.graph.frontier import IdleUse, ParameterUse
 from torch_secorder.graph.refusals import unexpected
+from torch_secorder.graph.uses import IdleUse, ParameterUse
 from torch_secorder.model.nested import whole
 from torch_secorder.model.parameters import Table
 from torch_secorder.per_sample import (

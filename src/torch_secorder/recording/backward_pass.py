@@ -12,7 +12,7 @@ from torch.autograd.graph import Node
 from torch_secorder.capture.model_run import Forward
 from torch_secorder.capture.records import Record
 from torch_secorder.errors import CoverageError, LifecycleError, UnsupportedError
-from torch_secorder.graph.frontier import IdleUse, ParameterUse
+from torch_secorder.graph.uses import IdleUse, ParameterUse
 from torch_secorder.per_sample import one_direction, sign_vectors
 from torch_secorder.recording.accumulator import PassAccumulator
 from torch_secorder.recording.gradient_norms import GradientNorms

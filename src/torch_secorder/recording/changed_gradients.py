@@ -13,7 +13,7 @@ from torch_secorder.autograd.contributions import NODES_OF_A_LAYER
 from torch_secorder.autograd.engine import current_node
 from torch_secorder.autograd.node_hooks import HookTable, NodeHook, ReturnsWatch, has_others
 from torch_secorder.capture.records import Record
-from torch_secorder.graph.frontier import ParameterUse
+from torch_secorder.graph.uses import ParameterUse
 from torch_secorder.recording.backward_pass import BackwardPass, changed_by_hook
 
 

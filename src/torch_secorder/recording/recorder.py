@@ -26,9 +26,9 @@ from torch_secorder.capture.model_run import Forward
 from torch_secorder.capture.module_hooks import ModuleHooks
 from torch_secorder.capture.records import Record
 from torch_secorder.errors import LifecycleError
-from torch_secorder.graph.audit import Audit, Uses
-from torch_secorder.graph.frontier import IdleUse, ParameterUse
+from torch_secorder.graph.audit import Audit
 from torch_secorder.graph.refusals import compares_samples
+from torch_secorder.graph.uses import IdleUse, ParameterUse, Uses
 from torch_secorder.model.hooks import HookScope
 from torch_secorder.model.parameters import Table
 from torch_secorder.recording.backward_pass import BackwardPass, counted_again

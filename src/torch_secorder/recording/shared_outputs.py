@@ -11,7 +11,7 @@ from torch_secorder.capture.model_run import Forward
 from torch_secorder.capture.records import Record
 from torch_secorder.errors import UnsupportedError
 from torch_secorder.graph.chain import batch_free_vjp
-from torch_secorder.graph.frontier import ParameterUse
+from torch_secorder.graph.uses import ParameterUse
 
 
 def find_shared_outputs(uses: Iterable[tuple[ParameterUse, Node]], forward: Forward) -> None:

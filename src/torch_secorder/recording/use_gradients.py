@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from torch_secorder.errors import ShapeError, UnsupportedError
-from torch_secorder.graph.frontier import ParameterUse
+from torch_secorder.graph.uses import ParameterUse
 from torch_secorder.model.parameters import Table
 from torch_secorder.model.ranks import is_dtensor
 

@@ -29,7 +29,7 @@ from torch_secorder.autograd.tensor_hooks import are_last, put_last
 from torch_secorder.batch_axis.placement import Placement
 from torch_secorder.capture.model_run import Forward
 from torch_secorder.capture.records import Record
-from torch_secorder.graph.frontier import ParameterUse
+from torch_secorder.graph.uses import ParameterUse
 from torch_secorder.model.ranks import full_tensor
 from torch_secorder.per_sample import as_refusal
 from torch_secorder.recording.backward_pass import BackwardPass, counted_again, partly_passed_over

@@ -26,10 +26,9 @@ from torch_secorder.batch_axis.samples import BatchSamples
 from torch_secorder.capture.model_run import Forward
 from torch_secorder.capture.records import Record
 from torch_secorder.errors import CoverageError
-from torch_secorder.graph.audit import Uses
-from torch_secorder.graph.frontier import IdleUse, ParameterUse
 from torch_secorder.graph.last_layer import inputs_of_last_product
 from torch_secorder.graph.refusals import hidden, not_finite
+from torch_secorder.graph.uses import IdleUse, ParameterUse, Uses
 from torch_secorder.recording.backward_pass import BackwardPass
 from torch_secorder.recording.quantities import QUANTITIES
 from torch_secorder.recording.recorder import Recorder
