@@ -10,8 +10,9 @@ The files, one verb each:
 
 * ``walk`` goes through the graph once and notes calls, uses and what distinguishes the graph from others;
 * ``conditions`` tells what a graph leaves open: whether shapes are ambiguous, and whether samples change their order;
-* ``audit`` accounts for every use: it places the calls, has the frontier found for the rest, and hooks it, or refuses;
-* ``frontier`` climbs from parameters to the nodes where they meet the data;
+* ``audit`` accounts for every use: it has the calls placed and the frontier found for the rest, or refuses;
+* ``call_places`` finds where the output of each call has its samples;
+* ``frontier`` climbs from parameters to the nodes where they meet the data, and ``uses`` says what it finds there;
 * ``chain`` carries a gradient from the frontier back to the parameter;
 * ``queries`` answers questions that need no walk: second derivatives, parameters that the loss uses directly;
 * ``last_layer`` reads the matrix product that ends a model.

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 
 from torch_secorder.batch_axis.count import Count, Seen
 from torch_secorder.batch_axis.evidence import Unplaced
+from torch_secorder.capture.model_run import Forward
 from torch_secorder.capture.records import Record
 from torch_secorder.errors import CoupledSamplesError, CurvatureError, NonFiniteError, ShapeError, UnsupportedError
+from torch_secorder.model.ranks import Ranks
 
 # What of a function of the user's can't be called for single samples.
 OPAQUE_FUNCTION = (
@@ -118,3 +120,10 @@ def not_finite(what: str) -> NonFiniteError:
         f"{what} are not finite, in the first batch in which it was looked for where the model has its samples, which such a "
         "batch can't show; it is left out as a whole"
     )
+
+
+def refuse(forward: Forward, error: CurvatureError, ranks: Ranks) -> None:
+    """Have passes through a forward refused when they are over; ranks that hold the model together refuse it at once."""
+    if ranks.distributed:
+        raise error
+    forward.refusal = forward.refusal or error

@@ -1,0 +1,238 @@
+"""The places of calls: where the output of each layer's call in a graph has its samples."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import partial
+from operator import attrgetter, itemgetter
+from typing import NamedTuple
+
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node
+
+from torch_secorder.autograd.sharded import GatheredWeights
+from torch_secorder.batch_axis.derivation import Derivation
+from torch_secorder.batch_axis.evidence import Unplaced
+from torch_secorder.batch_axis.knowledge import ModelKnowledge, PlacementCache, Wanted
+from torch_secorder.batch_axis.placement import Layout, Placement
+from torch_secorder.batch_axis.search import SampleSearch, SearchOnAllRanks
+from torch_secorder.batch_axis.search_pass import SearchPasses
+from torch_secorder.capture.model_run import Forward
+from torch_secorder.capture.own_axes import OwnAxis, contradicted_axis, takes_for_one_sample, without_batch_axis
+from torch_secorder.capture.records import Idle, Record
+from torch_secorder.graph.conditions import CarriedAxis
+from torch_secorder.graph.refusals import hidden, not_counted, not_finite, on_another_axis, refuse
+from torch_secorder.graph.walk import Walk
+from torch_secorder.model.parameters import Table
+from torch_secorder.model.ranks import Ranks
+
+# How many nodes a chain from a parameter to the data is expected to have at most, so that one search pass sees all of it.
+LOOK_AHEAD = 3
+
+Reached = list[tuple[Record, GradientEdge]]
+
+
+class Questions(NamedTuple):
+    """What decides how a graph is searched. Ranks that hold the model together decide in common.
+
+    Attributes:
+        several_samples: whether there is more than one sample.
+        reorders_samples: whether some node may put the samples into another order, so that nothing that was found in
+            other batches holds for this one, nor the other way round.
+        ambiguous_shapes: whether shapes leave open where the samples are.
+        uses_outside_calls: whether some parameter is used outside of its module's call.
+    """
+
+    several_samples: bool
+    reorders_samples: bool
+    ambiguous_shapes: bool
+    uses_outside_calls: bool
+
+    @classmethod
+    def of(cls, walk: Walk, reached: Reached, n: int, *, is_odd: bool = False) -> Questions:
+        """The answers for one graph of n samples, whose outputs lead to the calls in ``reached``.
+
+        Where rows are something else than samples, no shape shows anything, and no batch shows it for others.
+        """
+        reorders = walk.reorders_samples or is_odd
+        ambiguous = reorders or walk.takes_samples_apart or walk.has_ambiguous_axis
+        for record, _ in reached:
+            ambiguous = ambiguous or record.placement is None
+        return cls(n > 1, reorders, ambiguous, bool(walk.uses))
+
+    def on_any(self, ranks: Ranks) -> Questions:
+        """For each question whether any rank says yes."""
+        return Questions(*map(bool, ranks.max_each_over_ranks(self)))
+
+
+class CallPlaces:
+    """Finds where the calls in one model's graphs have their samples.
+
+    Args:
+        table: the analyzed parameters.
+        knowledge: what is known about the model already.
+        locate_on_three_samples: adds to the knowledge from a batch of three samples; called when a search is needed.
+        trust_shapes: whether shapes that allow only one reading are trusted.
+        rehearsal: whether this is for a smaller batch, in which everything is looked at.
+    """
+
+    def __init__(
+        self,
+        table: Table,
+        knowledge: ModelKnowledge,
+        locate_on_three_samples: Callable[[], None] | None,
+        *,
+        trust_shapes: bool,
+        rehearsal: bool,
+    ):
+        self._table, self._ranks, self._knowledge = table, table.ranks, knowledge
+        self._locate_on_three_samples = locate_on_three_samples
+        self._trust_shapes, self._rehearsal = trust_shapes, rehearsal
+
+    def search(
+        self,
+        walk: Walk,
+        placed: list[tuple[Tensor, Placement | None]],
+        forward: Forward,
+        reached: Reached,
+        asked: Questions,
+    ) -> SampleSearch:
+        """A search in this graph, which begins with what graphs of the same kind have shown."""
+        n = forward.n or 0
+        known = self._known(walk, forward, asked)
+        weights = None
+        if forward.sharded or self._table.sharded:
+            weights = GatheredWeights(forward.sharded, () if forward.sharded else self._table.sharded)
+        refusal = partial(not_counted, forward.count, list(map(attrgetter("shape"), map(itemgetter(0), placed))))
+        passes = partial(SearchPasses, placed, n, weights=weights, not_counted=refusal)
+        if self._ranks.distributed:
+            # Nothing is looked at ahead. With one sample autograd skips nodes that broadcast, so that ranks with batches of
+            # different sizes would look at different nodes.
+            passes = partial(passes, common_count=self._ranks.max_over_ranks)
+            return SearchOnAllRanks(known, n, asked.ambiguous_shapes, passes, self._ranks)
+        ahead = partial(_ahead, walk, reached)
+        search = partial(SampleSearch, known, n, asked.ambiguous_shapes, passes, rehearsal=self._rehearsal)
+        if not asked.reorders_samples:
+            return search(self._locate_on_three_samples, ahead)
+        if not self._knowledge.derives or known.graphs_seen or n == 1:
+            return search(None, ahead)
+        # What is taken apart may lead to none of the leaves: the gates on a layer's output are in no graph.
+        edges = (
+            *map(itemgetter(1), reached),
+            *map(attrgetter("edge"), forward.own_axes),
+            *map(attrgetter("edge"), walk.carried_axes),
+        )
+        derivation = Derivation(placed, n, (*walk.leaves, *walk.other_leaves, *map(attrgetter("node"), edges)))
+        contradicted = self._derivation_was_wrong if self._knowledge.derivations.due(walk.ingredients) else None
+        return search(None, ahead, derivation=derivation, on_contradiction=contradicted)
+
+    def _derivation_was_wrong(self) -> None:
+        """Passes have shown another order than what nodes saved, which is believed no more."""
+        self._knowledge.derives = False
+
+    def _known(self, walk: Walk, forward: Forward, asked: Questions) -> PlacementCache:
+        """What graphs of the same kind have shown: where samples may be in another order, those with that very order."""
+        if not asked.reorders_samples:
+            return self._knowledge.placements(walk.fingerprint)
+        if walk.order is None or forward.count.is_odd or self._ranks.distributed:
+            return PlacementCache()
+        return self._knowledge.placements_in_order(walk.fingerprint, walk.order)
+
+    def place(
+        self,
+        forward: Forward,
+        reached: Reached,
+        own_axes: Sequence[OwnAxis | CarriedAxis],
+        search: SampleSearch,
+        asked: Questions,
+    ) -> list[Record]:
+        """Give each record its placement; returns those of calls that all samples share, which have none."""
+        n = forward.n or 0
+        for record, _ in reached:
+            record.in_output_graph = True
+        contradicted = bool(own_axes) and any(one.contradicts_shapes(n) for one in own_axes)
+        by_shape = self._trust_shapes and not (asked.ambiguous_shapes or contradicted)
+        if by_shape or not asked.several_samples:
+            for record, _ in reached:
+                if record.placement is None:  # There is one sample then, and all of the output belongs to it.
+                    record.placement = Placement(0, Layout.BLOCKS)
+            return []
+        wanted, beside = _wanted(reached), _wanted_of_own_axes(own_axes) if own_axes else []
+        search([*wanted, *beside])
+        for one, (key, _, _) in zip(own_axes, beside, strict=True):
+            found = search.placements.evidence[key]
+            if isinstance(found, Placement) and one.contradicts(found):
+                raise one.refusal(n)
+        shared: list[Record] = []
+        for (record, _), (key, _, _) in zip(reached, wanted, strict=True):
+            found = search.placements.evidence[key]
+            if found is Unplaced.SHARED_BY_SAMPLES:
+                shared.append(record)
+            elif isinstance(found, Placement):
+                record.placement = found
+            elif found is Unplaced.NOT_FINITE and (asked.ambiguous_shapes or record.placement is None):
+                record.forward.refusal = not_finite(f"the gradients of {self._names_of(record)}")
+            elif found is Unplaced.HIDDEN and (asked.ambiguous_shapes or record.placement is None):
+                refuse(forward, hidden(str(record.site), n), self._ranks)
+            elif asked.ambiguous_shapes or record.placement is None:
+                record.placement, record.idle = None, Idle(found, partial(search.placements.forget, key))
+        if shared and (argument := forward.counting()) is not None:
+            for record in shared:
+                if takes_for_one_sample(record, argument):
+                    raise without_batch_axis(str(record.site), f"an input of shape {tuple(argument.shape)}", n)
+        # Where a forward is refused, some samples may be hidden, and those contradict nothing.
+        if forward.inputs and forward.refusal is None:
+            self._require_axes_of_inputs(forward, reached)
+        return shared
+
+    def _require_axes_of_inputs(self, forward: Forward, reached: Reached) -> None:
+        """Raise if a layer that got an argument of the model has its samples along another axis of that than is assumed."""
+        for record, _ in reached:
+            for seen, tensor in forward.inputs:
+                assert isinstance(seen.axis, int)
+                if (axis := contradicted_axis(record, tensor, seen.axis)) is not None:
+                    raise on_another_axis(record, forward.count, seen, axis)
+
+    def _names_of(self, record: Record) -> str:
+        return ", ".join(self._table.names[position] for position in record.site.positions)
+
+
+def calls_in(walk: Walk, forward: Forward) -> Reached:
+    """The calls with a rule that a graph leads to, each with the place of its output."""
+    # Every step does this, so that no function of Python's is called for each call.
+    nodes, unfolded = walk.children, walk.unfolded
+    return [
+        (record, edge)
+        for record, edge in forward.records
+        if record.site.rule is not None and edge.node in nodes and record not in unfolded
+    ]
+
+
+def _ahead(walk: Walk, reached: Reached) -> list[Node]:
+    """The nodes that a search may be asked for after the calls: a few steps above each parameter, and each unplaced call."""
+    consumers = (node for edges in walk.uses.values() for node, _ in edges)
+    unplaced = (edge.node for record, edge in reached if record.placement is None)
+    return walk.above(itertools.chain(consumers, unplaced), LOOK_AHEAD)
+
+
+def _wanted_of_own_axes(own_axes: Sequence[OwnAxis | CarriedAxis]) -> list[Wanted]:
+    """The places of outputs that have a batch axis of their own, or an axis that is none."""
+    counts: Counter[str] = Counter()
+    wanted: list[Wanted] = []
+    for one in own_axes:
+        wanted.append((("own axis", one.name, counts[one.name]), one.edge, one.shape))
+        counts[one.name] += 1
+    return wanted
+
+
+def _wanted(reached: Reached) -> list[Wanted]:
+    """The places of the calls' outputs, each known by its module, its dimensions and how often the module was called before."""
+    counts: Counter[str] = Counter()
+    wanted: list[Wanted] = []
+    for record, edge in reached:
+        name = record.site.name
+        wanted.append((("call", name, len(record.shape), counts[name]), edge, record.shape))
+        counts[name] += 1
+    return wanted
