@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node, get_gradient_edge
 from torch.utils.checkpoint import checkpoint
 
-from torch_secorder.autograd.graph_pass import Gradients, GraphPass, runs_others_code
+from torch_secorder.autograd.graph_pass import GraphPass
+from torch_secorder.autograd.opaque import Gradients, runs_others_code
 
 Graph = tuple[list[Tensor], list[Tensor]]  # where a pass begins, and where gradients are wanted
 GRAPHS: dict[str, Callable[[], Graph]] = {}

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from torch_secorder import FisherMonitor
-from torch_secorder.autograd.graph_pass import Gradients, GraphPass
+from torch_secorder.autograd.graph_pass import GraphPass
+from torch_secorder.autograd.opaque import Gradients
 from torch_secorder.batch_axis.search_pass import SearchPasses
 from torch_secorder.batch_axis.silence import loud_samples
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from torch_secorder.autograd.double_precision import together_on_host
-from torch_secorder.autograd.graph_pass import Route
 from torch_secorder.autograd.nodes import Edge, has_packed_tensors, is_python_function, output_shapes
+from torch_secorder.autograd.route import Route
 from torch_secorder.batch_axis.evidence import Finding, Unplaced, candidates
 from torch_secorder.batch_axis.label_rules import At, indices_of, labels_of_inputs, reads_tensors
 from torch_secorder.batch_axis.labels import NOBODY, SEVERAL, Labels, joined, joined_along, reshaped

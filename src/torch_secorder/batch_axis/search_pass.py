@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from torch_secorder.autograd.engine import without_modes
-from torch_secorder.autograd.graph_pass import Gradients, GraphPass
+from torch_secorder.autograd.graph_pass import GraphPass
+from torch_secorder.autograd.opaque import Gradients
 from torch_secorder.autograd.precision import has_half_precision
 from torch_secorder.autograd.sharded import GatheredWeights
 from torch_secorder.batch_axis.evidence import Finding, Open, Unplaced, evidence

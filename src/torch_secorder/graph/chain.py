@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from torch_secorder.autograd.graph_pass import Gradients, Route
 from torch_secorder.autograd.nodes import Edge, output_dtype
+from torch_secorder.autograd.opaque import Gradients
+from torch_secorder.autograd.route import Route
 from torch_secorder.autograd.saved import settings
 from torch_secorder.errors import UnsupportedError
 from torch_secorder.graph.refusals import OPAQUE_FUNCTION

@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 from torch.autograd.graph import GradientEdge, Node
 
-from torch_secorder.autograd.graph_pass import runs_others_code
 from torch_secorder.autograd.nodes import Edge, output_shapes, value_shape
+from torch_secorder.autograd.opaque import runs_others_code
 from torch_secorder.batch_axis.evidence import Evidence, Unplaced
 from torch_secorder.batch_axis.knowledge import Key, Wanted
 from torch_secorder.batch_axis.placement import Layout, Placement

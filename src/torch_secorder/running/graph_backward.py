@@ -17,8 +17,10 @@ from torch_secorder.autograd.engine import (
     library_pass,
     refusing_checkpoints,
 )
-from torch_secorder.autograd.graph_pass import Gradients, GraphPass, behind
+from torch_secorder.autograd.graph_pass import GraphPass
 from torch_secorder.autograd.nodes import edges_of, made_by
+from torch_secorder.autograd.opaque import Gradients
+from torch_secorder.autograd.route import behind
 from torch_secorder.autograd.sharded import GatheredWeights
 from torch_secorder.autograd.tensor_hooks import untouched
 from torch_secorder.batch_axis.placement import FIRST

@@ -14,9 +14,11 @@ from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
 
 from torch_secorder.autograd.engine import current_graph_task, library_pass
-from torch_secorder.autograd.graph_pass import Gradients, GraphPass, behind
+from torch_secorder.autograd.graph_pass import GraphPass
 from torch_secorder.autograd.nodes import is_others_function
+from torch_secorder.autograd.opaque import Gradients
 from torch_secorder.autograd.precision import full_precision
+from torch_secorder.autograd.route import behind
 from torch_secorder.autograd.sharded import GatheredWeights
 from torch_secorder.autograd.tensor_hooks import untouched
 from torch_secorder.batch_axis.placement import FIRST, Placement

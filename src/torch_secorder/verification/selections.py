@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-from torch_secorder.autograd.graph_pass import Gradients, GraphPass
+from torch_secorder.autograd.graph_pass import GraphPass
 from torch_secorder.autograd.nodes import Edge, output_dtype, value_shape
+from torch_secorder.autograd.opaque import Gradients
 from torch_secorder.autograd.product_bits import bits_of
 from torch_secorder.autograd.saved import knows, saved
 from torch_secorder.batch_axis.placement import Placement

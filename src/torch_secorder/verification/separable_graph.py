@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
 
-from torch_secorder.autograd.graph_pass import Gradients, GraphPass
+from torch_secorder.autograd.graph_pass import GraphPass
 from torch_secorder.autograd.nodes import Edge
+from torch_secorder.autograd.opaque import Gradients
 from torch_secorder.batch_axis.placement import Placement
 from torch_secorder.batch_axis.samples import rows_of
 from torch_secorder.errors import CurvatureError
