@@ -1,12 +1,12 @@
-"""The commands of the command line, and their options."""
+"""The commands of the command line."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import click
 import torch
@@ -16,16 +16,16 @@ from torch_secorder.approximations.batches import batches
 from torch_secorder.approximations.progress import Progress
 from torch_secorder.approximations.report_loop import accumulated
 from torch_secorder.approximations.report_options import ReportOptions
-from torch_secorder.arguments import ErrorOf, fresh_generator
+from torch_secorder.arguments import fresh_generator
 from torch_secorder.cli import changes
 from torch_secorder.cli.checking import checked_as_text
 from torch_secorder.cli.failures import DONE, INTERRUPTED, USAGE, CommandError, Interrupted, needed, told
 from torch_secorder.cli.files import FORMATS, check_targets, write
 from torch_secorder.cli.merging import merged
+from torch_secorder.cli.options import FILE, check_options, report_options, table_options
 from torch_secorder.cli.resuming import Journal
 from torch_secorder.cli.setups import Setup
 from torch_secorder.errors import CurvatureError, listed
-from torch_secorder.likelihoods import LOSS_TYPES
 from torch_secorder.results.results import Results
 from torch_secorder.results.text import summary
 from torch_secorder.version import VERSION
@@ -38,15 +38,6 @@ SAME = (  # options that must stay the same in a run that is resumed
     *("fisher", "num_samples", "loss_type", "reduction", "parameters", "seed", "diagonal"),
     *("class_axis", "ignore_index", "batch_axis", "loss", "labels", "shift", "max_samples"),
 )
-POSITIVE, FROM_ZERO = click.IntRange(min=1), click.IntRange(min=0)
-FILE = click.Path(path_type=Path)
-
-
-def _setup(context: click.Context, parameter: click.Parameter, value: str) -> Setup:
-    try:
-        return Setup.parsed(value)
-    except ValueError as error:
-        raise click.BadParameter(str(error)) from error
 
 
 def run(arguments: Sequence[str] | None) -> int:
@@ -76,119 +67,8 @@ def main() -> None:
     """The commands below."""
 
 
-def _tables(command: Callable[..., None]) -> Callable[..., None]:
-    """The options of commands that make a report."""
-    for form in reversed(FORMATS):
-        command = click.option(f"--{form}", type=FILE, metavar="FILE", help=f"Also write the table as {form.upper()}.")(
-            command
-        )
-    rows = click.Choice(["parameter", "module", "type", "model"])
-    return click.option("--by", type=rows, default="parameter", show_default=True, help="What a row is.")(command)
-
-
-def _device(_context: click.Context, _option: click.Parameter, value: str | None) -> torch.device | None:
-    """The device of that name."""
-    try:
-        return None if value is None else torch.device(value)
-    except RuntimeError:
-        raise click.BadParameter(f"{value!r} is not a device of torch's") from None
-
-
-PARAMETERS = click.option(
-    "--parameters",
-    metavar="[trainable|all|PATTERN]",
-    default="trainable",
-    show_default=True,
-    help="Which ones are analyzed, such as '*.weight'.",
-)
-
-
-def _batches(command: Callable[..., None]) -> Callable[..., None]:
-    """The options that say what the entries of batches are."""
-    labels = click.option("--labels", metavar="ENTRY", help="The entry of batches that are mappings with the targets.")
-    whose = "The loss that the model computes itself, in place of the one that the function returns."
-    return click.option("--loss", type=click.Choice(["model"]), help=whose)(labels(command))
-
-
 @main.command(epilog=EXIT_CODES)
-@click.argument("setup", callback=_setup, metavar="SETUP.py:FUNCTION")
-@click.option(
-    "--fisher",
-    type=click.Choice(["empirical", "exact", "sampled", "observed"]),
-    default="empirical",
-    show_default=True,
-    help="Whose labels: the data's, by the loss; the model's own, integrated out or sampled; or the data's, by the "
-    "likelihood.",
-)
-@click.option(
-    "--loss-type",
-    metavar=f"[{'|'.join(LOSS_TYPES)}]",
-    default="nll",
-    show_default=True,
-    help="The likelihood, where --fisher is not empirical.",
-)
-@click.option(
-    "--class-axis",
-    type=int,
-    metavar="AXIS",
-    default=1,
-    show_default=True,
-    help="The axis on which nll outputs have the classes.",
-)
-@click.option(
-    "--ignore-index",
-    type=int,
-    metavar="LABEL",
-    default=-100,
-    show_default=True,
-    help="The nll label that counts for nothing.",
-)
-@click.option("--shift", is_flag=True, help="The nll outputs at one position are about the label at the next.")
-@click.option("--num-samples", type=POSITIVE, metavar="K", help="Backward passes per batch of --fisher sampled.")
-@click.option("--max-batches", type=POSITIVE, metavar="K", help="Use at most this many batches.")
-@click.option("--max-samples", type=POSITIVE, metavar="K", help="Use at most this many samples.")
-@click.option("--rtol", type=float, metavar="R", help="Stop at a relative standard error of R, such as 0.05.")
-@click.option(
-    "--rtol-of",
-    type=click.Choice(get_args(ErrorOf)),
-    default="total",
-    show_default=True,
-    help="Whose error --rtol is about: that of the total, or of every row.",
-)
-@click.option(
-    "--max-passes",
-    type=POSITIVE,
-    metavar="K",
-    default=10_000,
-    show_default=True,
-    help="The most passes per batch of exact.",
-)
-@click.option(
-    "--max-memory", type=POSITIVE, metavar="BYTES", help="How much one parameter's computation may take at once."
-)
-@click.option("--reduction", type=click.Choice(["mean", "sum"]), help="By default as the loss does.")
-@click.option(
-    "--batch-axis", type=FROM_ZERO, metavar="AXIS", help="Where the samples are counted.  [default: 0, or found out]"
-)
-@PARAMETERS
-@click.option(
-    "--seed", type=int, metavar="N", help="For torch.manual_seed before SETUP.py is run, and for sampled labels."
-)
-@click.option("--device", callback=_device, metavar="D", help="Bring the model and the data there, to cuda or mps say.")
-@click.option("--verify/--no-verify", default=True, help="Check three samples by plain autograd.  [default: verify]")
-@click.option(
-    "--progress/--no-progress",
-    default=None,
-    help="A progress bar on stderr, with tqdm.  [default: on a terminal]",
-)
-@click.option(
-    "--diagonal", type=FILE, metavar="FILE", help="Also write the Fisher diagonal of every parameter (safetensors)."
-)
-@click.option("--save", type=FILE, metavar="STATE", help="Write the statistics to a file, to merge or to go on from.")
-@click.option("--every", type=POSITIVE, metavar="M", help="Write STATE after every M batches too.")
-@click.option("--resume", is_flag=True, help="Go on from STATE, if it is there.")
-@_batches
-@_tables
+@report_options
 def report(setup: Setup, by: str, max_batches: int | None, progress: bool | None, **options: Any) -> None:
     """The Fisher trace of every parameter of a model.
 
@@ -235,17 +115,7 @@ def report(setup: Setup, by: str, max_batches: int | None, progress: bool | None
 
 
 @main.command(epilog=EXIT_CODES)
-@click.argument("setup", callback=_setup, metavar="SETUP.py:FUNCTION")
-@PARAMETERS
-@click.option(
-    "--batch-axis", type=FROM_ZERO, metavar="AXIS", help="Where the samples are counted.  [default: 0, or found out]"
-)
-@click.option(
-    "--max-memory", type=POSITIVE, metavar="BYTES", help="How much one parameter's computation may take at once."
-)
-@click.option("--seed", type=int, metavar="N", help="For torch.manual_seed before SETUP.py is run.")
-@click.option("--verify/--no-verify", default=True, help="Let the library check itself too.  [default: verify]")
-@_batches
+@check_options
 def check(setup: Setup, seed: int | None, loss: Literal["model"] | None, **options: Any) -> None:
     """The traces of the first batch beside those of a plain float64 loop over its samples.
 
@@ -283,7 +153,7 @@ def _running(setup: Setup, journal: Journal | None) -> Iterator[None]:
 @main.command(epilog=EXIT_CODES)
 @click.argument("states", type=FILE, nargs=-1, required=True, metavar="STATE...")
 @click.option("--save", type=FILE, metavar="STATE", help="Also write the statistics of all.")
-@_tables
+@table_options
 def merge(states: tuple[Path, ...], by: str, save: Path | None, **options: Any) -> None:
     """One report of statistics that several runs saved.
 
