@@ -128,7 +128,7 @@ def library_pass(roots: Sequence[Tensor]) -> Iterator[list[Tensor]]:
             yield copies
     finally:
         for task in begun:
-            del LIBRARY_PASSES[task]
+            LIBRARY_PASSES.pop(task, None)  # An interrupt may have come before it was there.
 
 
 def is_library_pass(task: int) -> bool:
