@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,41 +17,27 @@ from torch_secorder.arguments import (
     RepeatedCalls,
     called_as,
     described,
-    loss_scale_value,
 )
 from torch_secorder.autograd.engine import without_modes
-from torch_secorder.autograd.hooks import HookSet
-from torch_secorder.batch_axis.knowledge import KindSchedule
 from torch_secorder.batch_axis.told import BatchAxis, NSamples, SampleOf
 from torch_secorder.errors import (
     ArgumentError,
-    CurvatureError,
     LifecycleError,
-    SkippedPassWarning,
     users_place,
-    warn_at_users_line,
 )
-from torch_secorder.model.hooks import HookScope, WeakHook
+from torch_secorder.model.hooks import HookScope
 from torch_secorder.model.names import plain_name
 from torch_secorder.model.parameters import unwrapped
 from torch_secorder.model.selection import Selection
-from torch_secorder.per_sample import as_refusal
-from torch_secorder.recording.backward_pass import BackwardPass, Check
 from torch_secorder.recording.history import History
 from torch_secorder.recording.monitoring import MonitorOptions, WatchedModel
 from torch_secorder.recording.plan import planned
 from torch_secorder.recording.quantities import OnOutput, kept
-from torch_secorder.recording.sample_norms import SampleNorms
 from torch_secorder.recording.user_recorder import UserRecorder
 from torch_secorder.results.delegation import WithResults
 from torch_secorder.results.results import Results
-from torch_secorder.verification.backward_passes import (
-    require_sound_pass,
-    require_trainable,
-    unaccounted,
-)
-from torch_secorder.verification.broadcast_loss import warn_of_broadcast
-from torch_secorder.verification.expected_norms import ExpectedNorms, expected_norms
+from torch_secorder.verification.expected_norms import expected_norms
+from torch_secorder.verification.pass_counter import PassCounter
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -191,11 +175,8 @@ class FisherMonitor(WithResults, HookScope):
         self._history = History("model" if watched is None else type(watched.model).__name__)
         results.why_empty = self._history.why_empty
         self._recorder: UserRecorder | None = None
-        self._hooks = HookSet()
-        self._checks = KindSchedule()  # the schedule of the sum checks, for this kind of block
+        self._counter = PassCounter(options, watched, results.statistics, self._history)
         self._place: Hashable = None  # where in the user's program the block begins
-        self._expected: list[ExpectedNorms] = []  # for some samples, if the next pass is to be verified
-        self._warned_of: set[type[Exception]] = set()
 
     # ------------------------------------------------------------------------------------------------ the block
 
@@ -224,24 +205,18 @@ class FisherMonitor(WithResults, HookScope):
         self.results.counts_samples = table.ranks.counts_samples
         passes = options.of_passes
         plan = planned(model, table, self._watched.words, passes.quantities)
-        self._checks = self._watched.knowledge.sum_checks((self._place, passes.kind, plan.state()))
+        self._counter.checks = self._watched.knowledge.sum_checks((self._place, passes.kind, plan.state()))
         self._recorder = UserRecorder(
             *(table, plan, self._watched.knowledge, passes),
             history=self._history,
-            on_pass=self._on_pass,
-            checks_next=self._checks.due,
+            on_pass=self._counter.on_pass,
+            checks_next=self._counter.checks.due,
             every=options.every,
             attach_leaf=options.parameters != "trainable",
         )
         self._recorder.__enter__()
-        for position, (tensor, leaf) in enumerate(zip(table.tensors, table.leaves, strict=True)):
-            for watched in (leaf,) if leaf is tensor else (leaf, tensor):  # a shard is only in the graph of a penalty
-                if watched.requires_grad:
-                    hook = WeakHook(self._recorder, "on_parameter_gradient", position)
-                    self._hooks.add(watched, watched.register_hook, hook)
 
     def _detach(self) -> None:
-        self._hooks.remove()
         if self._recorder is not None:
             self._recorder.__exit__()
             self._recorder = None
@@ -251,7 +226,7 @@ class FisherMonitor(WithResults, HookScope):
         super().__exit__(*exc_info)
         if not any(exc_info):  # the user's own exception comes first
             for error in waiting:
-                self._refuse(error)
+                self._counter.refuse(error)
 
     def verify(self, loss: Tensor) -> None:
         """Check the next backward pass, which must be that of ``loss``, for the first, the last and one random sample.
@@ -286,58 +261,8 @@ class FisherMonitor(WithResults, HookScope):
             )
         outputs = self._recorder.outputs_to_verify()
         with without_modes():
-            self._expected = expected_norms(loss, outputs, self._recorder.forwards.latest.n or 0, self._recorder.table)
-
-    def _on_pass(self, current: BackwardPass) -> None:
-        """Called at the end of a backward pass: count it, or refuse it."""
-        try:
-            self._count(current)
-        except Exception as error:
-            self._refuse(as_refusal(error))
-
-    def _refuse(self, error: Exception) -> None:
-        """Raise the error for which a pass is left out, or note that it was left out."""
-        ours = isinstance(error, CurvatureError) and not isinstance(error, ArgumentError)
-        self._checks.restart()
-        if self._options.on_refusal == "raise" or not ours:
-            raise error
-        self._history.refuse(error)
-        self.results.statistics.skipped_passes += 1
-        if type(error) not in self._warned_of:
-            self._warned_of.add(type(error))
-            warn_at_users_line(f"a backward pass was left out ({type(error).__name__}): {error}", SkippedPassWarning)
-
-    def _count(self, current: BackwardPass) -> None:
-        """Count a backward pass, or raise the reason why not."""
-        recorder, watched = self._recorder, self._watched
-        if recorder is None or watched is None:
-            return
-        with without_modes() if current.special else nullcontext():
-            names, (positions, norms) = self.results.statistics.names, current.gradients.all()
-        if current.error is None and current.accumulator.is_empty and not positions:
-            return
-        if len(positions) < recorder.with_gradient:
-            recorder.require_whole(current, positions)
-        current.roots.clear()
-        loss_scale = self._options.loss_scale
-        if not isinstance(loss_scale, float):  # A function may count its calls, so it is called once for each pass.
-            loss_scale = loss_scale_value(loss_scale)
-        if current.error is None and current.accumulator.is_empty:
-            raise unaccounted([names[position] for position in positions], norms)
-        checks: list[Check] = [
-            partial(require_sound_pass, watched.model, watched.table, positions, norms),
-        ]
-        if self._options.parameters == "trainable":
-            checks.append(partial(require_trainable, watched.table))
-        expected, self._expected = self._expected, []
-        checks += map(partial(partial, _require_expected, names), expected)
-        samples = recorder.lifecycle.finish(current, self._options.nonfinite, checks, norms)
-        if current.broadcast is not None:
-            warn_of_broadcast(*current.broadcast)
-        scale = (samples.batch / loss_scale if self._options.reduction == "mean" else 1 / loss_scale) ** 2
-        with without_modes() if current.special else nullcontext():
-            assert samples.gradient_norms is not None
-            self.results.statistics.update(samples, (positions, samples.gradient_norms), scale, loss_scale)
+            n = self._recorder.forwards.latest.n or 0
+            self._counter.expected = expected_norms(loss, outputs, n, self._recorder.table)
 
     # ------------------------------------------------------------------------------------------------ its results
 
@@ -380,9 +305,3 @@ class FisherMonitor(WithResults, HookScope):
             f"FisherMonitor({'no model' if self._watched is None else type(self._watched.model).__name__}, "
             f"{len(self.results.rows)} parameters, reduction={self.results.reduction!r}, {self.n_samples} samples, {state})"
         )
-
-
-def _require_expected(names: list[str], expected: ExpectedNorms, current: BackwardPass, samples: SampleNorms) -> None:
-    """Raise unless a sample has the norms of plain autograd, if :meth:`FisherMonitor.verify` was called."""
-    if not samples.skipped:
-        expected.require(names, samples.squared_norms)

@@ -17,7 +17,9 @@ from torch_secorder import monitor as monitor_module
 from torch_secorder.batch_axis.knowledge import is_due
 from torch_secorder.errors import CoverageError
 from torch_secorder.recording.backward_pass import BackwardPass
+from torch_secorder.recording.user_recorder import UserRecorder
 from torch_secorder.rules import registry
+from torch_secorder.verification.pass_counter import PassCounter
 
 pytestmark = pytest.mark.usefixtures("_innermost")
 Step = Callable[[nn.Module], object]
@@ -27,13 +29,13 @@ Step = Callable[[nn.Module], object]
 def checked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """For each pass how many gradients it noted along a direction, which it does where sums are checked."""
     found: list[int] = []
-    count = FisherMonitor._count
+    count = PassCounter.on_pass
 
-    def note(monitor: FisherMonitor, current: BackwardPass) -> None:
+    def note(counter: PassCounter, recorder: UserRecorder, current: BackwardPass) -> None:
         found.append(len(current.projections))
-        count(monitor, current)
+        count(counter, recorder, current)
 
-    monkeypatch.setattr(FisherMonitor, "_count", note)
+    monkeypatch.setattr(PassCounter, "on_pass", note)
     return found
 
 

@@ -46,7 +46,8 @@ class Table:
     Attributes:
         rows: the description of each one for the report.
         names: the name of each one.
-        leaves: the tensors that stand for them in the autograd graph; empty for a table of things that are not leaves.
+        tensors: the parameters themselves; empty for a table of other things.
+        leaves: the tensors that stand for them in the autograd graph; empty for a table of other things.
         sharded: the model's modules that FSDP2 shards.
         ranks: the ranks that hold the model together with this one.
     """
@@ -54,6 +55,7 @@ class Table:
     def __init__(self, rows: Iterable[Parameter]):
         self.rows = list(rows)
         self.names = [row.name for row in self.rows]
+        self.tensors: list[Tensor] = []
         self.leaves: list[Tensor] = []
         self.sharded: list[nn.Module] = []
         self.ranks = Ranks()
@@ -68,7 +70,6 @@ class ParameterTable(Table):
     The leaves are the parameters themselves, or the tensors into which FSDP2 gathers them.
 
     Attributes:
-        tensors: the parameters themselves.
         paths: the name of each parameter in the model with its wrappers.
         frozen: the parameters that required no gradient when the table was made.
         quantized: the positions of quantized weights. They hold codes, for which autograd gives no gradient.
@@ -91,10 +92,10 @@ class ParameterTable(Table):
             raise UnsupportedError(
                 f"{', '.join(bare[:3])}: on the meta device, without numbers; load the weights first"
             )
-        self.tensors: list[Tensor] = [p for _, p in named]
         self.frozen = [p for _, p in named if not p.requires_grad]
         self.paths = [name for name, _ in named]
         super().__init__(_row(name, p, owners) for name, p in named)
+        self.tensors = [p for _, p in named]
         self.quantized = {position for position, p in enumerate(self.tensors) if _is_quantized(p)}
         if trained := [self.names[position] for position in self.quantized if self.tensors[position].requires_grad]:
             raise UnsupportedError(

@@ -177,11 +177,11 @@ class Gates(HookScope):
         if waiting and not any(exc_info):  # the user's own exception comes first
             raise waiting[0]
 
-    def _count(self, current: BackwardPass) -> None:
+    def _count(self, recorder: UserRecorder, current: BackwardPass) -> None:
         """Called at the end of a backward pass: add up the squares of its gates' gradients."""
-        if self._recorder is None or (current.accumulator.is_empty and current.error is None):
+        if current.accumulator.is_empty and current.error is None:
             return
-        samples = self._recorder.lifecycle.finish(current)
+        samples = recorder.lifecycle.finish(current)
         scale = ((samples.batch if self._reduction == "mean" else 1) / self._loss_scale) ** 2
         self._sums.add(samples.parts["diagonal"], samples.squared_norms, scale)  # type: ignore[arg-type]  # its own part
         self._n += samples.batch

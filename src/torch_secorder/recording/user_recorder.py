@@ -9,13 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import get_gradient_edge
 
 from torch_secorder.autograd.compiled import never_compiled
 from torch_secorder.autograd.engine import (
     LIBRARY_PASSES,
     LIBRARY_THREADS,
-    accumulates_gradient_of,
     after_backward,
     current_graph_task,
     current_node,
@@ -24,13 +22,12 @@ from torch_secorder.autograd.engine import (
     raise_after_backward,
 )
 from torch_secorder.autograd.hooks import gradient_hooks
-from torch_secorder.autograd.node_hooks import HookTable, hooks_before
-from torch_secorder.autograd.tensor_hooks import are_last, put_last
+from torch_secorder.autograd.node_hooks import HookTable
+from torch_secorder.autograd.tensor_hooks import put_last
 from torch_secorder.batch_axis.placement import Placement
 from torch_secorder.capture.model_run import Forward
 from torch_secorder.capture.records import Record
 from torch_secorder.graph.uses import ParameterUse
-from torch_secorder.model.ranks import full_tensor
 from torch_secorder.per_sample import as_refusal
 from torch_secorder.recording.backward_pass import BackwardPass, counted_again, partly_passed_over
 from torch_secorder.recording.changed_gradients import ChangedGradients
@@ -38,6 +35,7 @@ from torch_secorder.recording.gradient_graphs import GradientGraphs, through_gra
 from torch_secorder.recording.history import History
 from torch_secorder.recording.model_outputs import ModelOutputs
 from torch_secorder.recording.new_parameters import NewParameters
+from torch_secorder.recording.parameter_gradients import ParameterGradients
 from torch_secorder.recording.passes import UserPasses
 from torch_secorder.recording.quantities import QUANTITIES
 from torch_secorder.recording.recorder import Recorder, counted_as
@@ -50,7 +48,8 @@ class UserRecorder(Recorder):
 
     Args:
         history: counts what happens, for messages.
-        on_pass: called with each pass that is over; an error from it is raised at the end of that backward pass.
+        on_pass: called with this recorder and each pass that is over; an error from it is raised at the end of that backward
+            pass.
         checks_next: tells from the kind of the latest graph whether the next pass also projects its gradients on one direction,
             to compare sums.
         options: as for :class:`Recorder`.
@@ -66,7 +65,7 @@ class UserRecorder(Recorder):
         self,
         *args: Any,
         history: History,
-        on_pass: Callable[[BackwardPass], None],
+        on_pass: Callable[[UserRecorder, BackwardPass], None],
         checks_next: Callable[[int], bool] = lambda fingerprint: False,
         every: int = 1,
         **options: Any,
@@ -86,8 +85,11 @@ class UserRecorder(Recorder):
         self._passes = UserPasses(leaves, every_one, self.plan.model, self._let_wait, watches_outputs=watches)
         self._known_passes = self._passes.known
         self._whole = WholePasses(self.table.names, self._audit.leaves)
-        # Position -> the hooks on the node that accumulates the parameter's gradient.
-        self._before_accumulation = {position: hooks_before(node) for node, position in self._audit.leaves.items()}
+        self._gradients = ParameterGradients(
+            *(self.table, self._audit.leaves, self.forwards, self._passes, self._watched),
+            pass_under_way=self._pass_under_way,
+            within=self._within,
+        )
         self._gradient_graphs = GradientGraphs(self._on_gradient_graph)
         self._changed = ChangedGradients(self.table.leaves, self, self._described)
         self._counting = RLock()  # several threads may train the model
@@ -106,8 +108,10 @@ class UserRecorder(Recorder):
     def _attach(self) -> None:
         self._watched.enter()
         super()._attach()
+        self._gradients.attach()
 
     def _detach(self) -> None:
+        self._gradients.detach()
         self._watched.leave()
         self._passes.clear()
         self._gradient_graphs.close()
@@ -180,39 +184,6 @@ class UserRecorder(Recorder):
         if current is not None:
             self._watch_others(current, table)
 
-    @never_compiled
-    def on_parameter_gradient(self, position: int, grad: Tensor) -> None:
-        """Called with the gradient of a parameter, as this backward pass adds it to ``.grad``."""
-        # Re-entrant checkpointing runs backward passes inside of a pass that is skipped; nothing is recorded for them.
-        if self.forwards.skipped_passes and not self._passes.under_way:
-            return
-        current = self._known_passes.get(current_graph_task()) or self._pass_under_way((grad,))
-        if current is None:
-            if self._watched.resting:
-                self._watched.note_gradient()
-            return
-        leaf = self.table.leaves[position]
-        if current.task != current_graph_task() and not accumulates_gradient_of(get_gradient_edge(leaf).node):
-            return  # A function's backward asked for this gradient, and may return it to this pass.
-        alone = len(gradient_hooks(leaf) or ()) <= 1
-        # A hook that was added in this very pass runs after ours, and so does a hook on the node that accumulates the gradient.
-        as_added = (alone or are_last(leaf)) and not self._before_accumulation.get(position)
-        if type(grad) is Tensor and not current.accumulator.checks:
-            # Every step does this for every parameter, most of which are small.
-            if not (as_added and current.error is None and current.gradients.keep(position, grad)):
-                self._within(current, None, current.gradients.add, position, grad, as_added)
-        else:
-            self._within(current, None, self._add_checked_gradient, current, position, grad, as_added, alone)
-
-    def _add_checked_gradient(
-        self, current: BackwardPass, position: int, grad: Tensor, as_added: bool, alone: bool
-    ) -> None:
-        grad = full_tensor(grad)
-        current.gradients.add(position, grad, as_added)
-        # A change that a hook of the user's makes to a gradient is not in its factors, so it cannot be checked.
-        if current.accumulator.checks and alone and not grad.is_sparse:
-            current.project(position, grad)
-
     def _on_unrecorded_gradient(self, seen: Record | ParameterUse) -> None:
         task, counted = current_graph_task(), counted_as(seen)
         if not self._watched.resting or self.counts_again or counted.last_pass in (None, task) or is_library_pass(task):
@@ -281,6 +252,7 @@ class UserRecorder(Recorder):
         current = self.lifecycle.begin(task, keep_inputs=self.counts_again or keeps_graph(), checks=checks)
         self._passes.under_way[current.task] = current
         self._passes.unfinished.add(current.task)
+        # Hooks of the user's that are there when a pass begins may change a gradient, so that ours run after them.
         for leaf in self.table.leaves:
             if len(gradient_hooks(leaf) or ()) > 1:
                 put_last(leaf)
@@ -300,7 +272,7 @@ class UserRecorder(Recorder):
         self.forwards.outside_calls = None
         try:
             with torch.no_grad(), self._counting:
-                self._on_pass(current)
+                self._on_pass(self, current)
         except Exception as error:
             self._history.refuse(error)
             raise_after_backward(as_refusal(error))
