@@ -26,7 +26,7 @@ from oracles import (
 )
 from torch_secorder import FisherMonitor
 from torch_secorder.errors import CurvatureError, NonFiniteError
-from torch_secorder.per_sample import Outer, outer
+from torch_secorder.per_sample import Outer, gram, outer
 
 
 def test_squared_norms_of_half_precision_models_do_not_overflow() -> None:
@@ -204,13 +204,14 @@ def test_layers_with_the_same_input_share_its_gram_matrix(
 ) -> None:
     model = Projections().to(dtype)
     x, y = torch.randn(6, positions, 6, dtype=dtype), torch.randint(3, (6,))
-    products, strip = [], outer._strip
+    products, columns = [], gram.gram_columns
 
     def counted(value: Tensor, *where: Any) -> Tensor:
         products.append(value.shape[-1])
-        return strip(value, *where)
+        return columns(value, *where)
 
-    monkeypatch.setattr(outer, "_strip", counted)
+    monkeypatch.setattr(gram, "gram_columns", counted)
+    monkeypatch.setattr(outer, "gram_columns", counted)
     with FisherMonitor(model) as monitor:
         for _ in range(4):  # of which the last is not checked
             products.clear()

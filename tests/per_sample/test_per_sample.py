@@ -26,6 +26,8 @@ from torch_secorder.per_sample import (
     SharedFactor,
     _base,
     arithmetic,
+    dense_answers,
+    gram,
     memory_limit,
 )
 from torch_secorder.per_sample import outer as outer_module
@@ -99,10 +101,11 @@ def assert_like_dense(form: PerSampleGradient) -> None:
 @pytest.fixture(params=[None, 1], ids=["large chunks", "chunks of one sample"])
 def chunk_bytes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param is not None:
-        whole = _base.chunks
+        whole = dense_answers.chunks
         one = lambda n, size, usual: whole(n, size, request.param)  # noqa: E731
-        monkeypatch.setattr(_base, "chunks", one)
+        monkeypatch.setattr(dense_answers, "chunks", one)
         monkeypatch.setattr("torch_secorder.per_sample.outer.chunks", one)
+        monkeypatch.setattr("torch_secorder.per_sample.outer_channels.chunks", one)
         monkeypatch.setattr("torch_secorder.per_sample.routed.chunks", one)
 
 
@@ -397,13 +400,14 @@ def test_the_norm_of_a_sum_is_not_taken_from_factors_where_that_is_dear() -> Non
 def test_forms_with_a_common_factor_compute_its_gram_matrix_once(
     t: int, gradient: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    strips, made = outer_module._strip, []
+    columns, made = gram.gram_columns, []
 
     def counted(x: Tensor, *part: Any) -> Tensor:
         made.append(x)
-        return strips(x, *part)
+        return columns(x, *part)
 
-    monkeypatch.setattr(outer_module, "_strip", counted)
+    monkeypatch.setattr(gram, "gram_columns", counted)
+    monkeypatch.setattr(outer_module, "gram_columns", counted)
     g, (a, b) = normal(N, 1, t, 70).requires_grad_(gradient), (normal(N, 1, t, 60) for _ in range(2))
     common = SharedFactor(g)
     for left, right, shape in (

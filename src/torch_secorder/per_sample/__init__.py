@@ -10,12 +10,13 @@ Every form answers the same questions: squared norm per sample, sum of squares o
 another form, total over samples, dense. :class:`PerSampleGradient` answers them all from the dense tensor of a few
 samples at a time, and says which members a new form must define. A form overrides what its factors give more cheaply.
 
-Each form has a file: ``outer`` (the gradient of a matrix that multiplies data), ``convolution`` (with ``convolution_gram``),
-``row_sparse`` (embeddings), ``routed`` (experts) and ``pulled_back`` (a parameter that reaches the data through other tensors);
-``_base`` has a dense tensor and a sum of unlike terms. ``arithmetic`` has the operations on plain tensors that they share.
-``square_sum`` keeps a diagonal factored until its pass is accepted. ``costs`` predicts which way to a convolution's norms is the
-fastest, ``profiles`` says what is cheap on a device, ``budget`` bounds the memory of all forms, and ``out_of_memory`` handles
-allocations that fail.
+Each form has a file: ``outer`` (the gradient of a matrix that multiplies data; with ``gram`` and ``outer_channels``),
+``convolution`` (with ``convolution_gram`` and ``convolution_products``), ``row_sparse`` (embeddings), ``routed`` (experts) and
+``pulled_back`` (a parameter that reaches the data through other tensors); ``_base`` has what forms do with each other, a dense
+tensor and a sum of unlike terms. ``dense_answers`` answers every question from the dense tensor, and ``arithmetic`` has the
+operations on plain tensors that the forms share. ``square_sum`` keeps a diagonal factored until its pass is accepted. ``costs``
+predicts which way to a convolution's norms is the fastest, ``profiles`` says what is cheap on a device, ``budget`` bounds the
+memory of all forms, and ``out_of_memory`` handles allocations that fail.
 """
 
 from torch_secorder.per_sample._base import Dense, PerSampleGradient, Sum
@@ -33,6 +34,7 @@ from torch_secorder.per_sample.arithmetic import (
 )
 from torch_secorder.per_sample.budget import memory_limit
 from torch_secorder.per_sample.convolution import Convolution
+from torch_secorder.per_sample.gram import SharedFactor
 from torch_secorder.per_sample.out_of_memory import (
     as_refusal,
     direct_squared_norms_of,
@@ -42,7 +44,7 @@ from torch_secorder.per_sample.out_of_memory import (
     squared_norms_of_each,
     unguarded_squared_norms_of,
 )
-from torch_secorder.per_sample.outer import Outer, SharedFactor
+from torch_secorder.per_sample.outer import Outer
 from torch_secorder.per_sample.pulled_back import PulledBack
 from torch_secorder.per_sample.routed import Routed
 from torch_secorder.per_sample.row_sparse import RowSparse

@@ -62,6 +62,15 @@ def joined(parts: Iterable[Tensor]) -> Tensor:
     return torch.cat([first, *others]) if others else first
 
 
+def total_of(values: Iterable[Tensor]) -> Tensor:
+    """The sum of some tensors, at least one, each of which is made when the one before is added, so that few take memory."""
+    rest = iter(values)
+    total = next(rest)
+    for value in rest:
+        total = total + value
+    return total
+
+
 def in_rows(value: Tensor) -> Tensor:
     """``[n, *shape]`` as ``[n, elements]``, even if a sample has one number, or none."""
     return value[:, None].flatten(1)

@@ -10,23 +10,22 @@ from torch import Tensor
 
 from torch_secorder.batch_axis.placement import Grouping
 from torch_secorder.model.channels import ChannelSums
-from torch_secorder.per_sample._base import Cancelling, Index, PerSampleGradient, Unguarded, _total, recompute_cancelled
+from torch_secorder.per_sample._base import Cancelling, PerSampleGradient, recompute_cancelled
 from torch_secorder.per_sample.arithmetic import (
     at_least_float32,
     cancellation_floor,
     joined,
     squared_norm_of_rows,
     squared_norms_along,
+    total_of,
     zeroed,
 )
 from torch_secorder.per_sample.budget import chunk_bytes
 from torch_secorder.per_sample.convolution_gram import gram_channels, gram_norms
+from torch_secorder.per_sample.convolution_products import patches, shifted_products
 from torch_secorder.per_sample.costs import Sizes, predicted
-from torch_secorder.per_sample.outer import Outer
+from torch_secorder.per_sample.dense_answers import Index, Unguarded
 from torch_secorder.per_sample.profiles import profile_of
-
-# How many rows fill a vector register in single precision with AVX-512.
-FILLED = 16
 
 
 class Convolution(Cancelling):
@@ -39,7 +38,7 @@ class Convolution(Cancelling):
     squared norms are taken in one of four ways, whichever :mod:`~torch_secorder.per_sample.costs` predicts to be the fastest:
 
     * ``direct``: torch's own weight gradient, samples as groups; ``T K I O`` multiplications, fast for depthwise kernels of 3;
-    * ``shifted``: as many, in K_0 matrix products of views (:meth:`shifted`); no copies at all for a kernel of one;
+    * ``shifted``: as many, in K_0 matrix products of views (:func:`shifted_products`); no copies at all for a kernel of one;
     * ``gram``: ``sum_{t,s} (sum_taps x_{t+tap} . x_{s+tap}) (g_t . g_s)`` from the pixels' Gram matrix, ``P^2 I + T^2 O``
       multiplications, recomputed where it cancels: for small maps with many channels;
     * ``patches``: products of unfolded patches and g (:class:`Outer`), for patches that don't overlap or a single one.
@@ -173,26 +172,26 @@ class Convolution(Cancelling):
             case "gram":
                 found: list[Unguarded] = [gram_norms(part) for part in self._parts("gram")]
             case _:
-                found = [part.patches().unguarded_squared_norm() for part in self._parts("patches")]
+                found = [patches(part).unguarded_squared_norm() for part in self._parts("patches")]
         sizes = [size for _, size in found if size is not None]
         return joined(norms for norms, _ in found), joined(sizes) if sizes else None
 
     def sum_of_squares(self) -> Tensor:
         if self.sizes.positions == 1:
-            return self.patches().sum_of_squares()
+            return patches(self).sum_of_squares()
         costs = predicted(self.sizes)
         if costs["direct"] <= costs.get("shifted", math.inf):
             return super().sum_of_squares()
         sums: list[Tensor] = []
         for part in self._parts("shifted"):
-            new = [value.square().unflatten(0, (part.n, -1)).sum(0) for value in part.shifted()]
+            new = [value.square().unflatten(0, (part.n, -1)).sum(0) for value in shifted_products(part)]
             sums = [old + value for old, value in zip(sums, new, strict=True)] if sums else new
         value = torch.stack(sums).unflatten(2, (self.shape[1], -1))  # [first axis's taps, k, i, other taps, o]
         return value.permute(1, 4, 2, 0, 3).reshape(self.shape)
 
     def channel_squares(self, channels: ChannelSums) -> Tensor:
         if self.sizes.positions == 1 or self.algorithm == "patches":
-            return _total(part.patches().channel_squares(channels) for part in self._parts("patches"))
+            return total_of(patches(part).channel_squares(channels) for part in self._parts("patches"))
         return self.sample_channel_squares(channels).sum(0)
 
     def shares_norms_with(self, channels: ChannelSums) -> bool:
@@ -215,7 +214,7 @@ class Convolution(Cancelling):
         if channels.axis and not self._has_few_positions():
             return self._formed_channel_squares(channels)
         if channels.axis:
-            return joined(part.patches().sample_channel_squares(channels) for part in self._parts("patches"))
+            return joined(patches(part).sample_channel_squares(channels) for part in self._parts("patches"))
         found = [gram_channels(part) for part in self._parts("gram")]
         sums, magnitudes = (joined(parts) for parts in zip(*found, strict=True))
         lost = [sums.sum(axis) < cancellation_floor(self.g) * magnitudes.sum(axis) for axis in (0, 1)]
@@ -230,7 +229,7 @@ class Convolution(Cancelling):
 
     def _shifted_channel_squares(self, channels: ChannelSums) -> Tensor:
         """The sums of squares from products ``[n k, i * other taps, o]``."""
-        sums = _total(squared_norms_along(value, 2 if channels.axis else 1) for value in self.shifted())
+        sums = total_of(squared_norms_along(value, 2 if channels.axis else 1) for value in shifted_products(self))
         return (sums.unflatten(1, (self.shape[1], -1)).sum(2) if channels.axis else sums).view(self.n, -1)
 
     def _parts(self, form: str) -> Iterator[Convolution]:
@@ -257,59 +256,8 @@ class Convolution(Cancelling):
         g = g.narrow(3, 0, g.shape[3] - gap)
         return Convolution(x, g, shape, stride, [0, *padding_[1:]], dilation, groups)
 
-    def shifted(self) -> Iterator[Tensor]:
-        """The gradients for the kernel's slices along its first axis, in turn, each ``[n k, i * other taps, o]``.
-
-        Patches are unfolded along all axes but the first. Along the first axis, the positions that a tap meets lie next to
-        each other in memory, so that each slice is a matrix product of a view and no row is copied once for each tap. With a
-        stride, the rows are sorted by their remainder first.
-        """
-        tall = self.tall()
-        x, g, step = tall.x[:, 0], tall.g[:, 0], tall.stride[0]
-        dims = len(tall.stride)
-        sides = [side for p in reversed(tall.padding) for side in (p, p)]
-        sides[-1] += -(x.shape[2] + 2 * tall.padding[0]) % step
-        x = torch.nn.functional.pad(x, sides) if any(sides) else x
-        for axis in range(1, dims):
-            gap = tall.dilation[axis]
-            x = x.unfold(axis + 2, gap * (self.shape[axis + 2] - 1) + 1, tall.stride[axis])[..., ::gap]
-            x = x.narrow(axis + 2, 0, g.shape[axis + 2])
-        # [n, channels, rows, *other axes, *other taps] -> [remainder, n k, i other taps, rows and other axes]
-        x = x.unflatten(2, (-1, step)).movedim(3, 0)
-        axes, taps = range(3, dims + 3), range(dims + 3, 2 * dims + 2)
-        x = x.permute(0, 1, 2, *taps, *axes).reshape(step, self.n * self.groups, -1, math.prod(x.shape[3 : dims + 3]))
-        g = g.reshape(self.n * self.groups, -1, math.prod(g.shape[2:]))
-        row = g.shape[2] // tall.g.shape[3]
-        starts = [divmod(tap * tall.dilation[0], step) for tap in range(self.shape[2])]
-        return (_product(x[rest, :, :, skip * row : skip * row + g.shape[2]], g) for skip, rest in starts)
-
     def _shifted_squared_norms(self) -> Tensor:
         # The products are read in the order in which they lie in memory.
-        products = (value if value.is_contiguous() else value.mT for value in self.shifted())
+        products = (value if value.is_contiguous() else value.mT for value in shifted_products(self))
         squares = [squared_norm_of_rows(value.reshape(self.n, -1)) for value in products]
         return torch.stack(squares).sum(0) if len(squares) > 1 else squares[0]
-
-    def patches(self) -> Outer:
-        """The same gradients as products over positions, whose inputs are the patches that the kernel saw."""
-        dims = len(self.stride)
-        x, g = self.x.flatten(0, 1), self.g.flatten(0, 1)
-        windows = torch.nn.functional.pad(x, [side for p in reversed(self.padding) for side in (p, p)])
-        for axis, (kernel, step, gap) in enumerate(zip(self.shape[2:], self.stride, self.dilation, strict=True)):
-            windows = windows.unfold(axis + 2, gap * (kernel - 1) + 1, step)[..., ::gap]
-            windows = windows.narrow(axis + 2, 0, g.shape[axis + 2])
-        # [n r, channels, *map, *kernel] -> [n, k, r t, i]
-        windows = windows.unflatten(1, (self.groups, -1)).movedim(2, dims + 2)
-        a = windows.reshape(self.n, -1, self.groups, math.prod(g.shape[2:]), math.prod(self.shape[1:]))
-        g = g.reshape(self.n, -1, self.groups, self.shape[0] // self.groups, a.shape[3]).mT
-        return Outer(a.transpose(1, 2).flatten(2, 3), g.transpose(1, 2).flatten(2, 3), self.shape)
-
-
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b.mT``, with the factors exchanged and the result transposed where that is faster.
-
-    The factor with more rows should come first (up to three times faster), but a factor that fills no vector register should not
-    come second (up to four times faster). This was measured with AVX-512; with AVX2 it matters less.
-    """
-    fewer, more = sorted((a.shape[-2], b.shape[-2]))
-    first = fewer if fewer < FILLED else more
-    return a @ b.mT if a.shape[-2] == first else (b @ a.mT).mT

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from torch_secorder.errors import CurvatureError, OutOfMemoryError
-from torch_secorder.per_sample._base import PerSampleGradient, Unguarded
+from torch_secorder.per_sample._base import PerSampleGradient
+from torch_secorder.per_sample.dense_answers import Unguarded
 
 Answer = TypeVar("Answer")
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from functools import cached_property, partial
 
 import torch
@@ -13,61 +11,20 @@ from torch import Tensor
 from torch_secorder.autograd.precision import HALF
 from torch_secorder.batch_axis.placement import Grouping
 from torch_secorder.model.channels import ChannelSums
-from torch_secorder.per_sample._base import Cancelling, Index, PerSampleGradient, Unguarded, _total
+from torch_secorder.per_sample._base import Cancelling, PerSampleGradient
 from torch_secorder.per_sample.arithmetic import (
     at_least_float32,
     cancellation_floor,
     joined,
     squared_norm_of_rows,
+    total_of,
     zeroed,
 )
 from torch_secorder.per_sample.budget import chunk_bytes, chunks
-from torch_secorder.per_sample.profiles import DeviceProfile, profile_of
-
-
-def _width(positions: int, profile: DeviceProfile) -> int:
-    """How many columns of a Gram matrix are computed at once: a small multiple of 16 is fastest with caches, else all."""
-    return min(positions, 32 if positions < 512 else 64) if profile.has_caches else positions
-
-
-def _cheaper(positions: int, i: int, o: int, profile: DeviceProfile) -> str:
-    """The cheaper algorithm, "gram" or "direct", for these numbers of positions and features."""
-    saved, price = 1.0 if _width(positions, profile) == positions else 0.7, profile.price_of_a_write
-    gram, direct = saved * positions**2 * (i + o + price), (positions + price) * i * o
-    return "gram" if gram < direct else "direct"
-
-
-class SharedFactor:
-    """A factor ``[n, k, t, f]`` that several forms share, so that its Gram matrix is computed once for all of them.
-
-    The matrix is kept as long as this object, provided that it takes no more memory than a chunk of temporaries may.
-    """
-
-    def __init__(self, value: Tensor):
-        self.value = value
-        self._kept: dict[tuple[int, int, int], Tensor] = {}
-
-    def gram(self, rows: slice, start: int, stop: int) -> tuple[Tensor, bool]:
-        """Columns of the matrix's lower half for some samples, and whether they are kept, so that they must not be changed."""
-        n, k, t, _ = self.value.shape
-        most = chunk_bytes(profile_of(self.value.device).chunk_bytes) or 0
-        if n * k * t * t * self.value.dtype.itemsize > most:
-            return _strip(self.value, rows, start, stop), False
-        key = rows.start, start, stop
-        if key not in self._kept:
-            self._kept[key] = _strip(self.value, rows, start, stop)
-        return self._kept[key], True
-
-
-def _strip(x: Tensor, rows: slice, start: int, stop: int) -> Tensor:
-    """Columns of the lower half of the Gram matrices of some samples, ``[n k, t - start, columns]``."""
-    x = x[rows].flatten(0, 1)
-    return _product(x[:, start:], x[:, start:stop].mT)
-
-
-def _product(x: Tensor, y: Tensor) -> Tensor:
-    """Products of matrices, ``[n, ...]``; products of numbers in half precision are exact, and are added up in float32."""
-    return torch.bmm(x, y, out_dtype=torch.float32) if x.dtype in HALF else torch.bmm(x, y)
+from torch_secorder.per_sample.dense_answers import Index, Unguarded
+from torch_secorder.per_sample.gram import SharedFactor, cheaper_algorithm, gram_columns, matrix_products, strip_width
+from torch_secorder.per_sample.outer_channels import are_features, channels_at_one_position, sample_channels
+from torch_secorder.per_sample.profiles import profile_of
 
 
 def _adds_up_wider(x: Tensor) -> bool:
@@ -111,7 +68,7 @@ class Outer(Cancelling):
         self.algorithm = (
             "product"
             if positions == 1
-            else _cheaper(positions, inputs.shape[3], grads.shape[3], profile_of(grads.device))
+            else cheaper_algorithm(positions, inputs.shape[3], grads.shape[3], profile_of(grads.device))
         )
 
     @property
@@ -139,7 +96,7 @@ class Outer(Cancelling):
 
     def dense(self) -> Tensor:
         a, g = (x.flatten(0, 1) for x in self._factors)
-        return _product(g.mT, a).reshape(self.n, *self.shape)
+        return matrix_products(g.mT, a).reshape(self.n, *self.shape)
 
     def select(self, samples: Index) -> Outer:
         a, g = self._factors
@@ -184,7 +141,7 @@ class Outer(Cancelling):
     def _gram(self) -> tuple[Tensor, Tensor]:
         k, t = self._factor_a.shape[1:3]
         line, profile = 2 * k * t * self.dtype.itemsize, profile_of(self._factor_g.device)
-        size = max(1, min(_width(t, profile), (chunk_bytes(profile.chunk_bytes) or 0) // line))
+        size = max(1, min(strip_width(t, profile), (chunk_bytes(profile.chunk_bytes) or 0) // line))
         sums = self._whole_gram_sums if size == t and not profile.has_caches else partial(self._gram_sums, size)
         norms, diagonals = (
             joined(parts) for parts in zip(*map(sums, chunks(self.n, line * size, profile.chunk_bytes)), strict=True)
@@ -226,13 +183,15 @@ class Outer(Cancelling):
         found = []
         for x in self._factors:
             common = next((factor for factor in self._common if factor.value is x), None)
-            found.append((_strip(x, rows, start, stop), False) if common is None else common.gram(rows, start, stop))
+            found.append(
+                (gram_columns(x, rows, start, stop), False) if common is None else common.gram(rows, start, stop)
+            )
         return found
 
     def dense_squared_norm(self) -> Tensor:
-        return _total(PerSampleGradient.dense_squared_norm(strip) for strip in self._by_features())
+        return total_of(PerSampleGradient.dense_squared_norm(strip) for strip in self.by_features())
 
-    def _by_features(self) -> Iterator[Outer]:
+    def by_features(self) -> Iterator[Outer]:
         """The gradients in strips of output features, as many at a time as fit into the memory limit for one sample."""
         a, every = self._factors
         k, i, o = a.shape[1], a.shape[3], every.shape[3]
@@ -244,7 +203,7 @@ class Outer(Cancelling):
     def sum_of_squares(self) -> Tensor:
         if self._factor_a.shape[2] > 1:
             k, i = self._factor_a.shape[1::2]
-            found = [PerSampleGradient.sum_of_squares(strip) for strip in self._by_features()]
+            found = [PerSampleGradient.sum_of_squares(strip) for strip in self.by_features()]
             return torch.cat([x.view(k, len(x) // k, i) for x in found], 1).reshape(self.shape)
         a, g = self.a.square().squeeze(2), self.g.square().squeeze(2)
         return torch.einsum("nki,nko->koi", a, g).reshape(self.shape)
@@ -252,75 +211,15 @@ class Outer(Cancelling):
     def channel_squares(self, channels: ChannelSums) -> Tensor:
         if self.shares_norms_with(channels):
             return self.sample_channel_squares(channels).sum(0)
-        if self.algorithm != "product" or not self._has(channels):
+        if self.algorithm != "product" or not are_features(self, channels):
             return super().channel_squares(channels)
-        f, h = self._by_channel(channels)
-        return self._channels((f.square() * squared_norm_of_rows(h)[..., None]).sum((0, 2))[None], channels)[0]
+        return channels_at_one_position(self, channels)
 
     def shares_norms_with(self, channels: ChannelSums) -> bool:
-        return self.algorithm != "product" and self._has(channels)
+        return self.algorithm != "product" and are_features(self, channels)
 
     def sample_channel_squares(self, channels: ChannelSums) -> Tensor:
-        r"""The sums of squares, without the product of both factors where that is cheaper.
-
-        With ``f`` the factor whose features are the channels and ``h`` the other one, a channel's sum is
-        ``sum_{t,s} f_t f_s (h_t . h_s)``, a product with h's Gram matrix, recomputed where it cancels.
-        """
-        # On an accelerator the host would have to wait to learn what cancels.
-        if self.algorithm != "gram" or not self._has(channels) or not profile_of(self._factor_g.device).has_caches:
-            return self._formed_channel_squares(channels)
-        sums, magnitudes = self._gram_by_feature(*self._by_channel(channels))
-        floor = cancellation_floor(self.g)
-        features = (sums.sum(0) < floor * magnitudes.sum(0)).any(0)
-        samples = sums.sum((1, 2)) < floor * magnitudes.sum((1, 2))
-        if bool(features.any()):
-            sums = sums.index_copy(2, some := features.nonzero().squeeze(1), self._formed_by_feature(some, channels))
-        found = self._channels(sums, channels)
-        if bool(samples.any()):
-            some = samples.nonzero().squeeze(1)
-            found = found.index_copy(0, some, self.select(some)._formed_channel_squares(channels))
-        return found
-
-    def _formed_channel_squares(self, channels: ChannelSums) -> Tensor:
-        """The sums of squares from the gradients themselves."""
-        if not self._has(channels):
-            return super().sample_channel_squares(channels)
-        strips = [Outer(strip.a, strip.g, (strip.shape[0], *self.shape[1:])) for strip in self._by_features()]
-        found = [PerSampleGradient.sample_channel_squares(strip, channels) for strip in strips]
-        if channels.axis:
-            return _total(iter(found))
-        return torch.cat([x.view(self.n, self.a.shape[1], -1) for x in found], 2).flatten(1)
-
-    def _formed_by_feature(self, some: Tensor, channels: ChannelSums) -> Tensor:
-        """The sums of squares for some features of the factor with the channels, ``[n, k, features]``."""
-        of_outputs = channels.axis == 0
-        a, g = (self.a, self.g[..., some]) if of_outputs else (self.a[..., some], self.g)
-        few = Outer(a, g, (a.shape[1] * g.shape[3], a.shape[3]))
-        return few._formed_channel_squares(replace(channels, groups=a.shape[1])).view(self.n, a.shape[1], -1)
-
-    def _gram_by_feature(self, f: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-        """``sum_{t,s} f_t f_s (h_t . h_s)`` for each feature of f, ``[n, k, features]``, and its part with t = s."""
-        k, t, features = f.shape[1:]
-        sums, magnitudes = [], []
-        for rows in chunks(self.n, k * t * (t + 2 * features) * self.dtype.itemsize, profile_of(f.device).chunk_bytes):
-            part, gram = f[rows], h[rows] @ h[rows].mT
-            sums.append(((gram @ part) * part).sum(2))
-            magnitudes.append((part.square() * gram.diagonal(dim1=2, dim2=3)[..., None]).sum(2))
-        return joined(sums), joined(magnitudes)
-
-    def _has(self, channels: ChannelSums) -> bool:
-        """Whether the channels are features of one of the factors, and the factors are real."""
-        k, i, o = self.a.shape[1], self.a.shape[3], self.g.shape[3]
-        inside = channels.axis == 0 or (channels.groups == k and i == math.prod(self.shape[1:]))
-        return self.shape[0] == k * o and inside and not self.g.is_complex()
-
-    def _by_channel(self, channels: ChannelSums) -> tuple[Tensor, Tensor]:
-        """The factor whose features are the channels, and the other one."""
-        return (self.a, self.g) if channels.axis else (self.g, self.a)
-
-    def _channels(self, by_feature: Tensor, channels: ChannelSums) -> Tensor:
-        """``[n, k, features]`` added up to ``[n, channels]``."""
-        return (by_feature.unflatten(2, (self.shape[1], -1)).sum(3) if channels.axis else by_feature).flatten(1)
+        return sample_channels(self, channels)
 
     def total(self) -> Tensor:
         a, g = (x.movedim(1, 0).flatten(1, 2) for x in (self.a, self.g))

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from torch_secorder.batch_axis.placement import Grouping
-from torch_secorder.per_sample._base import Cancelling, Index, PerSampleGradient, Unguarded
+from torch_secorder.per_sample._base import Cancelling, PerSampleGradient
 from torch_secorder.per_sample.arithmetic import zero_squared_norms
+from torch_secorder.per_sample.dense_answers import Index, Unguarded
 
 # Whether two parts of a parameter have no entry in common. A stack of experts has many pairs of parts, which are the same in
 # every step.

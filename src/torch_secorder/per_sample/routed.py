@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from torch_secorder.batch_axis.placement import Grouping, Layout, Placement
-from torch_secorder.per_sample._base import Index, PerSampleGradient
+from torch_secorder.per_sample._base import PerSampleGradient
 from torch_secorder.per_sample.arithmetic import zeroed
 from torch_secorder.per_sample.budget import chunks
+from torch_secorder.per_sample.dense_answers import Index
 from torch_secorder.per_sample.outer import Outer
 from torch_secorder.per_sample.profiles import profile_of
 

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from torch_secorder.batch_axis.placement import Grouping
 from torch_secorder.model.channels import ChannelSums
-from torch_secorder.per_sample._base import Index, PerSampleGradient
+from torch_secorder.per_sample._base import PerSampleGradient
 from torch_secorder.per_sample.arithmetic import at_least_float32, joined, squared_norm_of_rows, zeroed
 from torch_secorder.per_sample.budget import chunks
+from torch_secorder.per_sample.dense_answers import Index
 from torch_secorder.per_sample.outer import Outer
 
 
