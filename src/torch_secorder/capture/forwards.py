@@ -1,4 +1,8 @@
-"""Which run of the model a call of a module belongs to: in this thread, recomputed by a checkpoint, or outside of any."""
+"""The runs of the model, and which of them each call of a module belongs to.
+
+A module is called in a run of the model in the same thread, or in a backward pass, where a checkpoint runs a part of the model
+again, or by the user on its own.
+"""
 
 from __future__ import annotations
 
@@ -36,23 +40,22 @@ class ForwardTracker:
     """Follows the runs of one model through the hooks before and after its call.
 
     Args:
-        words: what the user says of where the samples are.
+        words: where the user says that the samples are.
         every: record every k-th call of the model, beginning with the first; calls without gradients don't count.
         only_library_calls: record calls that this library makes in this thread, instead of the user's.
-        on_recomputation: called with the backward pass that runs a forward again (activation checkpointing), and with the one
-            that it is nested in, or itself.
-        on_refusal: called with what can't be recorded of a forward that runs inside of a backward pass, which must not be
-            broken off.
-        on_exit: called with each recorded run of the model and the tensors among its outputs, when the gradient's way through
-            it is known.
+        on_recomputation: called when a backward pass runs a forward again (activation checkpointing), with the number of that
+            pass and the number of the pass that it is nested in, which is its own if there is none.
+        on_refusal: called with the error if a forward in a backward pass can't be recorded, since that pass must not be broken
+            off. Without it the error is raised.
+        on_exit: called at the end of each recorded run with the run and the tensors among the model's outputs.
 
     Attributes:
         active: whether calls are recorded at all.
-        every: one of so many calls of the model is recorded.
+        every: every k-th call of the model is recorded.
         latest: the latest complete run of the model.
-        outside_calls: calls of modules with no call of the model around them that may be of the same samples as the next; None
-            once a backward pass has counted them.
-        skipped_passes: backward passes that reached a run that was not recorded.
+        outside_calls: the calls of modules outside of any run of the model that may be of the same samples as the next such
+            call; None once a backward pass has counted them.
+        skipped_passes: the backward passes that reached a run which was not recorded.
     """
 
     def __init__(
@@ -81,14 +84,14 @@ class ForwardTracker:
             return False
         if self._thread is not None:  # A loss may call the model, too.
             return self._thread == calling_thread() and self._thread in LIBRARY_THREADS
-        # What torch.func transforms has gradients of its own. Where parameters take part in it, the graph shows them.
+        # A call under a transform of torch.func has gradients of its own. If parameters take part in it, the graph shows them.
         if innermost_transform() is not None or forward_mode_level() >= 0:
             return False
         return not (LIBRARY_THREADS or LIBRARY_PASSES) or not in_library_call()
 
     @never_compiled
     def on_model_enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> None:
-        """The model is called."""
+        """Called before the model runs: a run begins, or the call is passed over."""
         # torch registers a hook before it notes that the hook wants keyword arguments. A thread that calls the model in between
         # passes none.
         if kwargs is None or not self.records_calls():
@@ -117,9 +120,9 @@ class ForwardTracker:
                 forward.counting = weakref.ref(value) if isinstance(value, Tensor) else forward.counting
 
     def _passes_over(self) -> bool:
-        """Count a call of the model; returns whether it is one of those between two that are recorded.
+        """Count a call of the model; returns whether it is passed over, since only every k-th call is recorded.
 
-        A call without gradients, an evaluation between two steps, leads to no backward pass and doesn't count.
+        A call without gradients, such as an evaluation between two steps, leads to no backward pass and doesn't count.
         """
         if not torch.is_grad_enabled():
             return False
@@ -128,7 +131,7 @@ class ForwardTracker:
 
     @never_compiled
     def on_model_exit(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """The model returns, or raises: then the output is None."""
+        """Called after the model has returned, or raised an error; the output is None then."""
         if not self.records_calls():
             return
         thread = get_ident()
@@ -152,7 +155,7 @@ class ForwardTracker:
             forward.placements, forward.inputs = (), []
 
     def _place_outputs(self, forward: Forward, output: Any, outputs: list[Tensor]) -> None:
-        """Note where the outputs have their samples; where they have none, another reading of the arguments may fit them."""
+        """Note where the outputs have their samples. If they seem to have none, try other readings of the arguments."""
         forward.placements = self._placements(forward.count, output)
         if forward.n is None or some_has_samples(outputs, forward.placements):
             return
@@ -167,7 +170,7 @@ class ForwardTracker:
         return BatchSamples(count.n or -1, self.words, count.indices).placements("outputs", output)
 
     def refuse(self, error: Exception) -> None:
-        """Raise what can't be recorded, or leave that to the end of the backward pass in which the forward runs."""
+        """Raise an error; in a backward pass, hand it over, so that it is raised when that pass is over."""
         if current_graph_task() == -1 or self._on_refusal is None:
             raise error
         self._on_refusal(error)
@@ -176,11 +179,11 @@ class ForwardTracker:
         self.skipped_passes.add(current_graph_task())
 
     def of_call(self, output: Any, axis: int) -> Forward | None:
-        """The run that a module's call belongs to; None if it is not to be recorded.
+        """The run that a module's call belongs to; None if the call is not recorded.
 
         Args:
             output: what the module returned.
-            axis: where its samples would be, if it was called outside of the model.
+            axis: the axis that counts its samples if the module was called outside of any run of the model.
         """
         thread = get_ident()
         if thread in self._skipping or not self.records_calls():
@@ -190,7 +193,7 @@ class ForwardTracker:
         return self._running.get(thread) or self._outside(output, axis)
 
     def _outside(self, output: Any, axis: int) -> Forward:
-        """The run of a call with no call of the model around it: a checkpoint's, or the user's call of a submodule."""
+        """The run of a call that a checkpoint makes again, or that the user makes outside of any run of the model."""
         if LOOKS and (look := current_graph_task()) in LOOKS:
             return self._again(look)
         task, found = self._recomputation(current_graph_task()), self.outside_calls
@@ -203,23 +206,23 @@ class ForwardTracker:
         return found
 
     def _again(self, task: int) -> Forward:
-        """The latest run of the model, parts of which a backward pass runs again."""
+        """A run for the parts of the latest run of the model that a backward pass runs again."""
         latest = self.latest
         return Forward(latest.n, Counter(latest.calls), recomputed_in=task, count=latest.count)
 
     def _recomputation(self, task: int) -> int | None:
-        """The backward pass in which a forward runs again, for a task that is one."""
+        """Report that a backward pass runs a forward again, and return its number; None for a task that is no such pass."""
         if task == -1:
             return None
         if self._on_recomputation is not None and task not in LOOKS:
-            # A pass that runs something again while an earlier such pass is not over is that of a checkpoint inside of another.
+            # If an earlier pass that runs something again is not over, this one belongs to a checkpoint inside of a checkpoint.
             before = self.outside_calls.recomputed_in if self.outside_calls is not None else None
             self._on_recomputation(task, task if before is None else before)
         return task
 
     @contextmanager
     def recomputing(self) -> Iterator[None]:
-        """Layers run again inside, after the backward pass, for what a checkpoint threw away."""
+        """A block in which layers run again after the backward pass, for tensors that a checkpoint did not keep."""
         self._running[get_ident()] = self._again(-1)
         try:
             yield

@@ -1,4 +1,4 @@
-"""One run of the model: what makes the calls of its modules belong to the same samples."""
+"""One run of the model, in which all calls of its modules are of the same samples."""
 
 from __future__ import annotations
 
@@ -20,32 +20,34 @@ if TYPE_CHECKING:
 
 
 def no_argument() -> None:
-    """The reference of what no argument of the model is."""
+    """A reference to no argument of the model."""
 
 
 @dataclass(eq=False, slots=True)
 class Forward:
-    """One run of the model: what makes the calls of its modules belong to the same samples.
+    """One run of the model, in which all calls of its modules are of the same samples.
 
     Attributes:
-        n: its batch size, None as long as nobody knows.
-        calls: how often each parameter's module was called, by position in the parameter table.
-        input_uses: how often each tensor was a call's first input, by its id while such a call has it.
-        in_model_call: False for calls of submodules with no call of the model around them.
-        recomputed_in: the backward pass that runs this forward again (activation checkpointing), or None.
-        last_pass: the last backward pass that reached it, if the model's call shows which passes do.
-        refusal: what can't be right about it, for the end of the pass.
-        records: its calls so far, each with the place in the graph where its gradient arrives; empty once it is over, since a
-            record that holds its own node is a cycle that outlives the graph.
+        n: how many samples it has; None as long as that is not known.
+        calls: how often each parameter's module was called, by the parameter's position in the table.
+        input_uses: id of a tensor -> how many calls had it as their first input; it holds as long as such a call has the tensor.
+        in_model_call: False for calls of submodules that the user makes outside of any run of the model.
+        recomputed_in: the number of the backward pass that runs this forward again (activation checkpointing), or None.
+        last_pass: the number of the last backward pass that reached it. It is not noted for submodules that the user calls, and
+            for what is run again, where each call notes its own.
+        refusal: why its samples can't be counted, to be raised when a backward pass that reaches it is over; None if they can.
+        records: its recorded calls so far, each with the place in the graph where its gradient arrives. It is empty once the run
+            is over, since a record that holds its own node is a cycle that outlives the graph.
         own_axes: the outputs of modules that have a batch axis of their own; empty once the run is over.
-        node_hooks: each finds the hooks that run after a node at which gradients are taken apart by samples.
         sharded: the modules that FSDP2 shards, each with a node that made one of its outputs; empty once the run is over.
-        count: what says how many samples it has.
+        count: how many samples it has, and what says so.
         placements: where each of the model's outputs has its samples; empty once the run is over.
-        inputs: the model's arguments of which more than one axis may count the samples, each with the axis that is taken to;
-            empty once the run is over.
-        counting: finds the argument whose first axis is taken to count the samples, as long as somebody has it.
-        bags: how many bags the EmbeddingBags with offsets made.
+        inputs: the model's arguments of which several axes may count the samples, each with the axis that was chosen; empty once
+            the run is over.
+        counting: finds the argument whose first axis is taken to count the samples; it finds None once nobody has the argument.
+        bags: the numbers of bags that EmbeddingBags with offsets made.
+        node_hooks: a function for each node at which gradients are taken apart by samples, which finds the hooks that run after
+            the node.
     """
 
     n: int | None = None
@@ -66,7 +68,7 @@ class Forward:
     node_hooks: list[TableReference] = field(default_factory=list)
 
     def settle(self, count: Count) -> None:
-        """The outputs show that this is how many samples there are."""
+        """Take over another count of the samples, which the outputs have shown to be the right one."""
         self.count, self.n = count, count.n
         for record, _ in self.records:
             if record.site.placement is None:

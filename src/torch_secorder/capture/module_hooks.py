@@ -1,9 +1,8 @@
-"""The hooks on modules: from the user's own forward and backward to one record per call.
+"""The hooks on modules, which make a record of each call in the user's own forward and hand it over in the backward pass.
 
-A forward hook on each module that owns an analyzed parameter keeps the module's inputs; a prehook on the autograd node
-of its output receives the output's gradient. A node's prehook, unlike a tensor hook, also survives an in-place operation
-on the output. Nothing is written on the user's modules or parameters, and leaving the ``with`` block removes
-every handle.
+A forward hook on each module that owns an analyzed parameter keeps the module's inputs. A hook on the autograd node of its output
+gets the output's gradient when the node has run; unlike a hook on the tensor, it stays when the output is changed in place.
+Nothing is written on the user's modules or parameters, and leaving the ``with`` block removes every hook.
 """
 
 from __future__ import annotations
@@ -42,14 +41,13 @@ class ModuleHooks(HookScope):
         model: the model, unwrapped.
         modules: all of its modules, under their plain names.
         sites: its modules to hook.
-        on_gradient: called inside each backward pass with a record, which output of its node is its own, what the node returned,
-            and the gradients of the node's outputs.
+        on_gradient: called in each backward pass that reaches a recorded call, when the node that made its output has run, with
+            the record, which of the node's outputs is the call's, what the node returned, and the gradients of its outputs.
         forwards: knows which run of the model a call belongs to.
-        guards: for some modules, what is called before each of their calls, to raise for a state that no rule
-            can be right in.
-        before_node: called with a record of a call that is part of no call of the model, or is run again, and the gradients of
-            its node's outputs, before that node runs.
-        attach_leaf: give outputs that need no gradient one, so that frozen layers are seen too.
+        guards: module -> a function that is called before each of its calls, and raises in a state for which no rule is right.
+        before_node: called before the node of a call runs, with the record and the gradients of the node's outputs, if the call
+            is outside of any run of the model or is run again.
+        attach_leaf: whether outputs that require no gradient are made to require one, so that frozen layers are seen too.
     """
 
     def __init__(
@@ -99,7 +97,7 @@ class ModuleHooks(HookScope):
         kwargs: Mapping[str, Any],
         output: Any = NO_OUTPUT,
     ) -> Tensor | None:
-        """Record one call; returns a new output only where a frozen layer's output needs a leaf to be seen."""
+        """Record one call; returns a new output for a frozen layer alone, whose own output would be in no graph."""
         forward = self.forwards.of_call(output, site.placement.axis if site.placement else 0)
         if forward is None or output is NO_OUTPUT:
             return None
@@ -112,7 +110,7 @@ class ModuleHooks(HookScope):
         except CurvatureError as error:
             self.forwards.refuse(error)
         if site.keep is None and (hooks := saved_tensors_hooks()) is not None:
-            # Activation checkpointing counts the tensors that are packed in each run, so that as many are packed after a refusal.
+            # Activation checkpointing counts the tensors that are packed in each run, so that a refused call packs its own, too.
             Record(site, forward, args, kwargs, torch.Size(), None, True, ()).pack_inputs(*hooks)
         return None
 
@@ -126,8 +124,8 @@ class ModuleHooks(HookScope):
         output: Any,
     ) -> Tensor | None:
         """Keep what a rule needs of a call; returns the new output, if there is one."""
-        # torch.func.functional_call replaces parameters like that. Every step asks this, so that no function of Python's is
-        # called for each parameter.
+        # torch.func.functional_call replaces parameters like that. Every step makes this comparison, so that it calls no function
+        # of Python's for each parameter.
         if any(map(is_not, map(module._parameters.get, site.tensors), site.tensors.values())):
             if self._attach_leaf:  # The graph shows no other use of a frozen parameter.
                 raise CoverageError(
@@ -184,7 +182,7 @@ class ModuleHooks(HookScope):
     ) -> None:
         """Record a call of which only the output is of interest.
 
-        In a call of the model, what its samples share is found out by the graph. Elsewhere an output has to have the samples.
+        In a run of the model, the graph shows whether the samples share the output. Elsewhere the output needs a batch axis.
         """
         placement = site.placement or FIRST
         forward = self.forwards.of_call(output, placement.axis)
@@ -214,8 +212,8 @@ class ModuleHooks(HookScope):
             raise UnsupportedError(
                 f"{record.site}: its output is a leaf of the autograd graph, not something that it computed"
             )
-        # The record is handed over after the node has run. The user's own hooks on the node have then made of its gradients what
-        # they make of them, and a checkpoint whose tensors the node needs has run its forward again when it would without us.
+        # The record is handed over after the node has run. By then the user's own hooks have changed the node's gradients, if they
+        # do, and a checkpoint has run its forward again for tensors that the node needs, as early as it would without us.
         table = call_after(edge.node, self._on_gradient, record, edge.output_nr)
         if record.site.rule is not None:
             record.node_hooks = table
@@ -232,7 +230,7 @@ class ModuleHooks(HookScope):
 def _record(
     site: HookedModule, forward: Forward, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor, words: Told
 ) -> Record:
-    """A call as it is seen in forward, with its samples where the shape of its output allows them to be."""
+    """The record of a call, with its samples on the batch axis if the shape of the output allows that."""
     placement = site.placement or FIRST
     if forward.n is None:
         forward.n = size_on(output, placement.axis)
@@ -255,7 +253,7 @@ def _record(
 
 
 def _axis_of_everything(site: HookedModule, axis: int, output: Tensor) -> ShapeError:
-    """The refusal of a word about all tensors that does not fit one."""
+    """The refusal of an axis that the user gave for all tensors, and that does not count the samples in this one."""
     return ShapeError(
         f"{site}: its output has shape {tuple(output.shape)}, and batch_axis={axis} says that every tensor, this one too, has "
         f"its samples on axis {axis}: leave batch_axis out if samples come first in what the model takes, or pass "

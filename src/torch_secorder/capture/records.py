@@ -1,4 +1,4 @@
-"""What is kept of one call of a module between its forward and its backward."""
+"""What is kept of a module's call from its forward to its backward pass."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from torch_secorder.per_sample import PerSampleGradient, SharedFactor
 
 @dataclass(frozen=True)
 class Idle:
-    """Something for which no gradient is expected: a look found none, or only such as belongs to several samples at once.
+    """The reason why no gradient is expected: a search found none, or only one that belongs to several samples at once.
 
     Attributes:
-        why: what the look found.
-        forget: forgets that, so that the next graph of its kind is looked through.
+        why: what the search found.
+        forget: forgets that, so that the next graph of this kind is searched again.
     """
 
     why: Unplaced
@@ -41,15 +41,16 @@ class HookedModule:
     """A hooked module, with what is decided once for all of its calls.
 
     Attributes:
-        parameters: local name -> position in the parameter table.
-        tensors: local name -> the parameter, to notice when somebody replaced it.
+        name: its name in the model.
+        module: the module.
+        parameters: local name -> the parameter's position in the table.
+        tensors: local name -> the parameter, to notice when somebody has replaced it.
         shapes: local name -> the parameter's shape.
-        rule: from a :class:`Call` to per-sample gradients; this floor only carries it. None where only the output
-            itself is of interest.
-        placement: where its outputs have their samples; None to find out.
-        keep: for a module whose rule needs something else than its inputs, what to keep of a call, from ``(module, args, kwargs,
-            output)``; None for one whose rule needs the inputs.
-        number: its place among the model's modules, for tables in their order.
+        rule: a function from a :class:`Call` to per-sample gradients; None where only the output itself is of interest.
+        placement: where its outputs have their samples; None if that is to be found out.
+        keep: a function of ``(module, args, kwargs, output)`` that returns what to keep of a call, for a rule that needs
+            something else than the inputs; None for a rule that needs the inputs.
+        number: its place among the model's modules, which tables follow.
     """
 
     name: str
@@ -72,14 +73,14 @@ class HookedModule:
 
     @cached_property
     def positions(self) -> tuple[int, ...]:
-        """Those of its parameters."""
+        """The positions of its parameters in the table."""
         return tuple(self.parameters.values())
 
     def forms(self, call: Call) -> dict[str, PerSampleGradient]:
-        """What the rule says of a call: local name -> per-sample gradient.
+        """The per-sample gradients that the rule finds for a call, by local name.
 
         Raises:
-            CurvatureError: as the rule, naming the module.
+            CurvatureError: if the rule does; the module's name is added.
         """
         try:
             found: dict[str, PerSampleGradient] = self.rule(self.module, call, self.shapes)
@@ -88,7 +89,7 @@ class HookedModule:
         return found
 
 
-# Calls with fewer elements are batched before anything is computed: starting an operation costs as much as reading these.
+# Calls with fewer elements are computed together, since starting an operation takes as long as reading so few.
 SMALL = 2**15
 
 
@@ -118,12 +119,12 @@ class Call:
     training: bool = False
 
     def shared(self, value: Tensor) -> Tensor | SharedFactor:
-        """``value``, a view of the input, as something whose Gram matrix is computed once for all calls with this input."""
+        """A view of the input as a factor whose Gram matrix is computed once for all calls with this input."""
         if self.shared_factors is None:
             return value
         found = self.shared_factors.get(value.shape)
-        # Tensors are compared by address and stride, not by id: the one that is there keeps its memory in use, so that equal
-        # addresses mean the same data.
+        # Tensors are compared by address and stride, not by id. The factor that is there keeps its tensor alive, so that a tensor
+        # at the same address has the same data.
         if found is None or (found.value.data_ptr(), found.value.stride()) != (value.data_ptr(), value.stride()):
             found = self.shared_factors[value.shape] = SharedFactor(value)
         return found
@@ -135,21 +136,25 @@ class Call:
 
 @dataclass(eq=False, slots=True)
 class Record:
-    """A call between its forward and its backward.
+    """A recorded call of a module, from its forward to its backward pass.
 
     Attributes:
-        shape: the output's; a nested one's as it is padded.
+        site: the hooked module.
+        forward: the run of the model that the call belongs to.
+        inputs: the positional arguments; None once they were used and dropped.
+        kwargs: the keyword arguments.
+        shape: the shape of the output; for a nested output, that of the padded tensor.
         placement: where the output has its samples; None while that is not known, and for a call without a batch axis.
-        idle: why there is no placement, where no gradient is expected.
-        in_output_graph: whether the graph of the model's outputs was seen to contain it.
         starts_graph: whether no input requires a gradient, so that nothing before this call is differentiated.
-        input_nodes: the nodes that made the inputs, as long as the run of the model lasts: a module that returns its input would
-            make a cycle of them and of its node, which holds the record, that no collector sees.
-        versions: how often each input had been changed in place when the module saw it.
+        input_nodes: the nodes that made the inputs. They are dropped when the run of the model is over: if a module returns its
+            input, one of them is the node that holds the record, and no collector sees that cycle.
+        versions: how often each input had been changed in place when the module was called.
         inputs_packed: True while the inputs are held by hooks for saved tensors (activation checkpointing) and must be unpacked
             before they are used.
-        last_pass: the last backward pass that reached it.
-        kept: what the hooked module's ``keep`` took of the call.
+        in_output_graph: whether the call was found in the graph of the model's outputs.
+        idle: why no gradient is expected, if none is; there is no placement then.
+        last_pass: the number of the last backward pass that reached it.
+        kept: what the hooked module's ``keep`` returned for the call.
         training: whether the module was in training mode.
         node_hooks: finds the hooks that run after the node of its output.
     """
@@ -172,9 +177,9 @@ class Record:
     node_hooks: TableReference = no_table
 
     def pack_inputs(self, pack: Callable[[Tensor], Any], unpack: Callable[[Any], Tensor]) -> None:
-        """Leave the inputs to hooks for saved tensors.
+        """Give the inputs to hooks for saved tensors.
 
-        Tensors that we kept ourselves would stay in memory, which is what checkpointing is there to avoid.
+        If the record itself held the tensors, they would stay in memory, which checkpointing is there to avoid.
         """
         assert self.inputs is not None
         self.inputs = tuple(_Packed(x, pack, unpack) if isinstance(x, Tensor) else x for x in self.inputs)
@@ -182,7 +187,7 @@ class Record:
         self.inputs_packed, self.versions = True, ()
 
     def call(self, grad: Tensor, shared_factors: dict[torch.Size, SharedFactor] | None = None) -> Call:
-        """What the rule needs, with the axis that counts samples first."""
+        """The call as a rule sees it, given the gradient of its output."""
         assert self.placement is not None
         inputs, kwargs = self._arguments()
         grad = grad if grad.shape == self.shape else grad.reshape(self.shape)
@@ -196,14 +201,14 @@ class Record:
 
     @staticmethod
     def concatenated(records: Sequence[Record], grads: Sequence[Tensor]) -> Call:
-        """Calls with the same inputs' and parameters' shapes as one call of all of their samples in turn."""
+        """Several calls as one, which has their samples in turn. Inputs and parameters have the same shapes in all of them."""
         if len(records) == 1:
             return records[0].call(grads[0])
         inputs = (torch.cat([record._arguments()[0][0] for record in records]),)
         return Call(inputs, {}, torch.cat(list(grads)), training=records[0].training)
 
     def expanded_to_samples(self, grads: Tensor) -> Call:
-        """A call without a batch axis as one for every sample, given the gradient of its output for each, ``[n, ...]``."""
+        """A call that all samples share, as if each had made it, given the gradients of its output for each, ``[n, ...]``."""
         inputs, kwargs = self._arguments()
         each = partial(_for_each, n=len(grads))
         expanded = {k: each(x) for k, x in kwargs.items()}
@@ -239,7 +244,7 @@ class _Packed:
         self._packed, self._unpack = pack(value), unpack
 
     def value(self) -> Tensor:
-        """The tensor."""
+        """The tensor, which the hooks give back."""
         return self._unpack(self._packed)
 
 
