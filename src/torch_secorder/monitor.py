@@ -282,6 +282,7 @@ class FisherMonitor(WithResults, HookScope):
 
         Raises:
             ArgumentError: if the file is torn, foreign, of another version, or of other parameters than the model's.
+            ImportError: without safetensors (``pip install 'torch-secorder[save]'``).
         """
         results = Results.load(path, model)
         which: Selection = "trainable"

@@ -52,8 +52,10 @@ class FisherCallback(WatchingCallback, Callback):  # type: ignore[misc] # Lightn
         noise_decay: the gradient noise scale's two parts are averaged over the watched steps with weights
             ``noise_decay ** age`` before they are divided, since those of a single step scatter widely. 0 takes each step
             by itself; None logs no noise scale.
-        **options: ``parameters``, ``batch_axis``, ``n_samples``, ``sample_of`` and ``nonfinite`` of
-            :class:`~torch_secorder.FisherMonitor`.
+        nonfinite: what happens to samples whose gradients are infinite or NaN, as in
+            :class:`~torch_secorder.FisherMonitor`. By default that is an error; in float16, whose scaled gradients overflow
+            now and then, such a step is left out.
+        **options: ``parameters``, ``batch_axis``, ``n_samples`` and ``sample_of`` of :class:`~torch_secorder.FisherMonitor`.
 
     Attributes:
         history: a dict for each watched step: ``step``, and what was logged.

@@ -140,7 +140,8 @@ class WatchingCallback:
         every: watch the first optimizer step and every ``every``-th after it.
         by: the rows that are logged.
         noise_decay: see :class:`Watch`.
-        options: of :class:`FisherMonitor`; a ``nonfinite`` of None leaves it to the watch.
+        options: options of :class:`FisherMonitor`. With ``nonfinite=None`` gradients that are not finite are an error; where a
+            GradScaler scales the losses, the watched step is left out instead.
     """
 
     def __init__(self, every: int, by: By, noise_decay: float | None, **options: Any):

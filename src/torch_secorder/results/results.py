@@ -295,6 +295,7 @@ class Results:
 
         Raises:
             ArgumentError: if the file is torn, foreign, of another version, or of other parameters than the model's.
+            ImportError: without safetensors (``pip install 'torch-secorder[save]'``).
         """
         state = load(Path(path))
         rows = saved_parameters(state, path)
