@@ -202,7 +202,7 @@ class FisherMonitor(WithResults, HookScope):
         assert self._watched is not None
         options, model, table = self._options, self._watched.model, self._watched.table
         table.gather(model)
-        self.results.counts_samples = table.ranks.counts_samples
+        self.results.ranks.counts_samples = table.ranks.counts_samples
         passes = options.of_passes
         plan = planned(model, table, self._watched.words, passes.quantities)
         self._counter.checks = self._watched.knowledge.sum_checks((self._place, passes.kind, plan.state()))

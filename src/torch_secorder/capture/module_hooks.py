@@ -212,8 +212,8 @@ class ModuleHooks(HookScope):
             raise UnsupportedError(
                 f"{record.site}: its output is a leaf of the autograd graph, not something that it computed"
             )
-        # The record is handed over after the node has run. By then the user's hooks have changed the node's gradients, if they do,
-        # and a checkpoint has run its forward again for tensors that the node needs, as early as it would without us.
+        # The record is handed over after the node has run. By then the user's hooks may have changed the node's gradients, and a
+        # checkpoint has run its forward again for tensors that the node needs, as early as it would without us.
         table = call_after(edge.node, self._on_gradient, record, edge.output_nr)
         if record.site.rule is not None:
             record.node_hooks = table

@@ -15,7 +15,7 @@ from torch_secorder.arguments import By, Fisher, Reduction
 from torch_secorder.errors import ArgumentError, LifecycleError
 from torch_secorder.model.parameters import Parameter
 from torch_secorder.recording.quantities import Diagonal
-from torch_secorder.results.across_ranks import of_all_ranks, sum_of
+from torch_secorder.results.across_ranks import RankedStatistics
 from torch_secorder.results.report import Report
 from torch_secorder.results.saved_parameters import require_parameters_of, saved_parameters
 from torch_secorder.results.saving import load, save, save_tensors
@@ -38,17 +38,16 @@ class Results:
         keeps: name of a quantity ("diagonal", "per_sample", "activations") -> whether it is kept, or which part of it is kept.
 
     Attributes:
-        statistics: what was accumulated.
+        statistics: what this rank has accumulated since an all_reduce.
         precision: for ``attrs``, which standard error was asked for and reached; empty if none was asked for.
-        counts_samples: whether this rank's samples count when ranks are added up; False if another rank computed the same ones.
+        ranks: these statistics, beside those that all ranks have in common.
         why_empty: a function that says why there is no sample; None if that is not known.
     """
 
     def __init__(self, rows: Iterable[Parameter], reduction: Reduction, fisher: Fisher = "empirical", **keeps: Any):
         self.rows, self.reduction, self.fisher = list(rows), reduction, fisher
         self.statistics = Statistics([row.name for row in self.rows], [row.shape for row in self.rows], **keeps)
-        self._all_ranks = sum_of(self.statistics)  # the samples of all ranks, after all_reduce
-        self.counts_samples = True
+        self.ranks = RankedStatistics(self.statistics)
         self.precision: dict[str, Any] = {}
         self.why_empty: Callable[[], str] | None = None
 
@@ -63,7 +62,7 @@ class Results:
     @property
     def n_samples(self) -> int:
         """How many samples were seen."""
-        return self._whole().n
+        return self.ranks.whole().n
 
     @property
     def trace(self) -> Tensor:
@@ -147,7 +146,7 @@ class Results:
             raise LifecycleError(
                 f"{quantity} was not asked for: pass {quantity}=True to FisherMonitor or fisher_results"
             )
-        statistics = self._reduced(None) if sync else self._whole()
+        statistics = self.ranks.reduced() if sync else self.ranks.whole()
         if not statistics.n:
             raise LifecycleError(f"no sample was seen yet: {self._why_empty(statistics)}")
         return statistics
@@ -166,8 +165,7 @@ class Results:
 
     def reset(self) -> None:
         """Forget every sample."""
-        self.statistics.clear()
-        self._all_ranks.clear()
+        self.ranks.clear()
         self.precision = {}
 
     def merge(self, other: Any) -> Self:
@@ -184,9 +182,7 @@ class Results:
             raise ArgumentError(f"cannot merge reduction={other.reduction!r} into reduction={self.reduction!r}")
         if self.fisher != other.fisher:
             raise ArgumentError(f"cannot merge fisher={other.fisher!r} into fisher={self.fisher!r}")
-        samples = other._whole()
-        self._all_ranks.require_none_of(samples)
-        self.statistics.merge(samples)
+        self.ranks.merge(other.ranks.whole())
         self.precision = {}
         return self
 
@@ -205,27 +201,16 @@ class Results:
             LifecycleError: if no process group was initialized.
             ArgumentError: if the ranks analyze different parameters, or keep different things.
         """
-        self._all_ranks = self._reduced(group)
-        self.statistics.clear()
+        self.ranks.all_reduce(group)
         self.precision = {}
         return self
-
-    def _whole(self) -> Statistics:
-        """The samples that all ranks have in common, and those that this rank saw since."""
-        of_all = self._all_ranks.n or self._all_ranks.skipped_passes
-        return sum_of(self.statistics, self._all_ranks, self.statistics) if of_all else self.statistics
-
-    def _reduced(self, group: Any) -> Statistics:
-        """The samples that all ranks have in common, and those that any rank saw since."""
-        own = self.statistics if self.counts_samples else sum_of(self.statistics)
-        return sum_of(self.statistics, self._all_ranks, *of_all_ranks(own, group))
 
     # ------------------------------------------------------------------------------------------------ saved
 
     def state_dict(self) -> dict[str, Any]:
         """What was accumulated, as tensors, numbers and strings."""
         about = {"reduction": self.reduction, "fisher": self.fisher}
-        return about | {"module_types": [row.module_type for row in self.rows]} | self._whole().state_dict()
+        return about | {"module_types": [row.module_type for row in self.rows]} | self.ranks.whole().state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Replace what was accumulated by what another :meth:`state_dict` holds.
@@ -241,8 +226,7 @@ class Results:
             raise ArgumentError(f"the state has reduction={state['reduction']!r}, this monitor {self.reduction!r}")
         if state.get("fisher", self.fisher) != self.fisher:
             raise ArgumentError(f"the state has fisher={state['fisher']!r}, this monitor {self.fisher!r}")
-        self.statistics.load_state_dict(state)
-        self._all_ranks.clear()
+        self.ranks.load_state_dict(state)
         self.precision = {}
 
     def save(self, path: str | Path) -> None:
