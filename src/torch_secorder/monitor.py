@@ -20,12 +20,7 @@ from torch_secorder.arguments import (
 )
 from torch_secorder.autograd.engine import without_modes
 from torch_secorder.batch_axis.told import BatchAxis, NSamples, SampleOf
-from torch_secorder.errors import (
-    ArgumentError,
-    LifecycleError,
-    users_place,
-)
-from torch_secorder.model.hooks import HookScope
+from torch_secorder.errors import ArgumentError, LifecycleError, users_place
 from torch_secorder.model.names import plain_name
 from torch_secorder.model.parameters import unwrapped
 from torch_secorder.model.selection import Selection
@@ -33,6 +28,7 @@ from torch_secorder.recording.history import History
 from torch_secorder.recording.monitoring import MonitorOptions, WatchedModel
 from torch_secorder.recording.plan import planned
 from torch_secorder.recording.quantities import OnOutput, kept
+from torch_secorder.recording.recorded_block import RecordedBlock
 from torch_secorder.recording.user_recorder import UserRecorder
 from torch_secorder.results.delegation import WithResults
 from torch_secorder.results.results import Results
@@ -48,7 +44,7 @@ TAKES_NO_LOSS = (
 )
 
 
-class FisherMonitor(WithResults, HookScope):
+class FisherMonitor(WithResults, RecordedBlock):
     r"""Exact empirical-Fisher traces of every parameter, from the forward and backward passes that run inside.
 
     With samples n = 1..N, l_n a sample's loss and g_n its gradient, the contribution of parameter p is
@@ -174,7 +170,6 @@ class FisherMonitor(WithResults, HookScope):
         self._options, self._watched, self.results = options, watched, results
         self._history = History("model" if watched is None else type(watched.model).__name__)
         results.why_empty = self._history.why_empty
-        self._recorder: UserRecorder | None = None
         self._counter = PassCounter(options, watched, results.statistics, self._history)
         self._place: Hashable = None  # where in the user's program the block begins
 
@@ -216,17 +211,8 @@ class FisherMonitor(WithResults, HookScope):
         )
         self._recorder.__enter__()
 
-    def _detach(self) -> None:
-        if self._recorder is not None:
-            self._recorder.__exit__()
-            self._recorder = None
-
-    def __exit__(self, *exc_info: object) -> None:
-        waiting = [] if self._recorder is None else self._recorder.waiting
-        super().__exit__(*exc_info)
-        if not any(exc_info):  # the user's own exception comes first
-            for error in waiting:
-                self._counter.refuse(error)
+    def _refuse(self, error: Exception) -> None:
+        self._counter.refuse(error)
 
     def verify(self, loss: Tensor) -> None:
         """Check the next backward pass, which must be that of ``loss``, for the first, the last and one random sample.

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import copy
-import gc
 import math
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from garbage import uncollected
 from oracles import assert_equal, double, exact_fisher, per_sample_squared_norms, total, trace
 from problems._base import Forward, randomized
 from problems.sharing import TiedHead
@@ -271,17 +270,6 @@ class Watch:
         return sum(reference() is not None for reference in self._seen)
 
 
-@contextmanager
-def no_collector() -> Iterator[None]:
-    """What is freed inside is freed by reference counts alone, at once."""
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
-
-
 def empirical(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return empirical_fisher_trace(model, nn.CrossEntropyLoss(), x, y, create_graph=True)
 
@@ -301,7 +289,7 @@ both = pytest.mark.parametrize("function", [empirical, generalized], ids=["empir
 def test_memory_goes_with_the_value(name: str, function: Callable[..., Tensor]) -> None:
     model, x, y = setting(name)
     watch = Watch(model)
-    with no_collector():
+    with uncollected():
         value = function(model, x, y)
         assert watch.alive() > 0
         del value
@@ -314,7 +302,7 @@ def test_memory_goes_with_the_value(name: str, function: Callable[..., Tensor]) 
 def test_memory_goes_with_a_backward_pass(name: str, function: Callable[..., Tensor]) -> None:
     model, x, y = setting(name)
     watch = Watch(model)
-    with no_collector():
+    with uncollected():
         value = function(model, x, y)
         value.backward()
         assert watch.alive() == 0
@@ -327,7 +315,7 @@ def test_nothing_is_left_behind_by_many_steps(function: Callable[..., Tensor]) -
     model, x, y = setting("convolution")
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     watch, left = Watch(model), []
-    with no_collector():
+    with uncollected():
         for _ in range(4):
             optimizer.zero_grad()
             (F.cross_entropy(model(x), y) + 0.1 * function(model, x, y)).backward()

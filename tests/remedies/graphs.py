@@ -103,16 +103,17 @@ def _part_twice() -> None:
     right(monitored(model, both, repeated_calls="new"), truth)
 
 
+class Scale(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gain
+
+
 @remedy("inside of activation checkpointing (or other hooks on saved tensors)")
 def _function_in_a_checkpoint() -> None:
-    class Scale(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.gain = nn.Parameter(torch.ones(4))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return x * self.gain
-
     def forward(m: Any, x: Tensor) -> Tensor:
         h = m.first(x)
         return m.last(checkpoint(m.scale, h, use_reentrant=False) if m.checkpoints else m.scale(h))
@@ -136,14 +137,6 @@ def _function_in_a_checkpoint() -> None:
 
 @remedy("no exact rule for the frozen parameters of")
 def _frozen_without_a_rule() -> None:
-    class Scale(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.gain = nn.Parameter(torch.ones(4))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return x * self.gain
-
     model, x, y = drawn(nn.Sequential(nn.Linear(4, 4), Scale(), nn.Linear(4, 3)), 5, 4)
     truth = expected(model, x, y)
     model[1].requires_grad_(False)

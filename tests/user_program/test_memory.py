@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -16,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
+from garbage import uncollected
 from problems._base import Forward
 from torch_secorder import FisherMonitor, empirical_fisher_trace, fisher_report, generalized_fisher_trace
 from traps.exactness import numbers
@@ -98,17 +97,6 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], Batch], L
     "tied language model": (language_model, of_words, classes),
     "checkpoints": (partial(Blocks, 2, False), of_numbers(5, 4), numbers),
 }
-
-
-@contextmanager
-def uncollected() -> Iterator[None]:
-    """Without the collector, what is left of cycles stays."""
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
 
 
 def trained(model: nn.Module, batch: Batch, loss_fn: Loss, alive: Alive, steps: int) -> None:

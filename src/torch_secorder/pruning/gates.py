@@ -19,7 +19,6 @@ from torch_secorder.batch_axis.told import BatchAxis, NSamples, SampleOf, told
 from torch_secorder.capture.records import HookedModule
 from torch_secorder.curvature import warn_if_no_prediction
 from torch_secorder.errors import LifecycleError
-from torch_secorder.model.hooks import HookScope
 from torch_secorder.model.parameters import Parameter, Table, named_modules, unwrapped
 from torch_secorder.model.ranks import class_as_written
 from torch_secorder.pruning.gate_places import GatePlace, Watched, gate_places
@@ -29,6 +28,7 @@ from torch_secorder.recording.history import History
 from torch_secorder.recording.options import PassOptions
 from torch_secorder.recording.plan import Plan, guards
 from torch_secorder.recording.quantities import Diagonal
+from torch_secorder.recording.recorded_block import RecordedBlock
 from torch_secorder.recording.user_recorder import UserRecorder
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class GateSaliency(dict[str, Tensor]):
         self.places = places
 
 
-class Gates(HookScope):
+class Gates(RecordedBlock):
     r"""Measures the Fisher information of gates on channels and heads, in the backward passes that run inside the block.
 
     A gate :math:`m_k = 1` multiplies channel k, or block k of channels, of a module's output or input :math:`a`. With the entries
@@ -144,7 +144,6 @@ class Gates(HookScope):
         kinds = {name: class_as_written(named[name]).__name__ for name in self.places}
         self._table = Table(Parameter(name, name, kind, (), 0) for name, kind in kinds.items())
         self._history = History(type(self._model).__name__)
-        self._recorder: UserRecorder | None = None
         self._sums, self._n = self._nothing(), 0
 
     def _nothing(self) -> Diagonal:
@@ -166,16 +165,8 @@ class Gates(HookScope):
         )
         self._recorder.__enter__()
 
-    def _detach(self) -> None:
-        if self._recorder is not None:
-            self._recorder.__exit__()
-            self._recorder = None
-
-    def __exit__(self, *exc_info: object) -> None:
-        waiting = [] if self._recorder is None else self._recorder.waiting
-        super().__exit__(*exc_info)
-        if waiting and not any(exc_info):  # the user's own exception comes first
-            raise waiting[0]
+    def _refuse(self, error: Exception) -> None:
+        raise error
 
     def _count(self, recorder: UserRecorder, current: BackwardPass) -> None:
         """Called at the end of a backward pass: add up the squares of its gates' gradients."""
