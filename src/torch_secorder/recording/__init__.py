@@ -4,8 +4,9 @@
 to the ``backward_pass`` that it belongs to; ``lifecycle`` begins and finishes these passes. ``user_recorder`` does so for the
 user's own passes: ``passes`` knows which of them compute gradients of samples, and ``watched_passes`` which passes of a compiled
 model are watched. The recorder's other parts are ``parameter_gradients``, ``model_outputs``, ``changed_gradients``,
-``gradient_graphs`` and ``new_parameters``. A ``recorded_block`` has a recorder. ``foreign_errors`` turns errors from other code into refusals, ``history`` explains
-why a monitor saw no sample, and ``monitoring`` has the arguments of a monitor.
+``gradient_graphs`` and ``new_parameters``. A ``recorded_block`` has a recorder while it is entered. ``foreign_errors`` turns
+errors from other code into refusals, ``history`` explains why a monitor saw no sample, and ``monitoring`` has the arguments of a
+monitor.
 
 The ``accumulator`` of a pass has a ``batch`` for each forward that the pass reaches. ``small_calls`` are computed together.
 ``parameter_norms`` settles all other parameters: from calls, which may share work (``shared_inputs``), and from uses outside of
