@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
+from torch_secorder.autograd import engine
 from torch_secorder.autograd.engine import (
     accumulates_gradient_of,
     any_vmapped,
@@ -66,3 +67,16 @@ def test_a_leaf_is_known_by_its_node() -> None:
     scene = Scene()
     assert leaf_of(scene.leaves[0]) is scene.w
     assert leaf_of(scene.hidden.grad_fn) is None
+
+
+class _Interrupted(dict[int, int]):
+    """Library passes of which none can be noted, as where Ctrl-C comes just before."""
+
+    def __setitem__(self, task: int, thread: int) -> None:
+        raise KeyboardInterrupt
+
+
+def test_an_interrupt_before_a_library_pass_is_noted_comes_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "LIBRARY_PASSES", _Interrupted())
+    with pytest.raises(KeyboardInterrupt), engine.library_pass([Scene().out.sum()]) as (root,):
+        root.backward()
