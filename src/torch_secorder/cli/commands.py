@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import click
 import torch
+from torch import nn
 
 from torch_secorder import testing
 from torch_secorder.approximations.batches import batches
@@ -85,33 +86,44 @@ def report(setup: Setup, by: str, max_batches: int | None, progress: bool | None
     if seed is not None:
         torch.manual_seed(seed)
     generator = fresh_generator(None if seed is None else torch.Generator().manual_seed(seed))
+    shown = sys.stderr.isatty() if progress is None else progress
+    bar = Progress(shown, options["fisher"], anywhere=progress is True)
     with setup.built() as (model, built_loss, data):
         journal = None
         if path is not None:
             given = options | {"seed": seed, "diagonal": diagonal is not None}
-            same = {name: given[name] for name in SAME}
-            journal = Journal(path, every, model, same, generator)
+            journal = Journal(path, every, model, {name: given[name] for name in SAME}, generator)
         loss = options.pop("loss") or built_loss
-        earlier = journal.resumed() if journal and resume and path.exists() else None
+        keeps = {"diagonal": diagonal is not None}
+        asked = ReportOptions(progress=False, generator=generator, keeps=keeps, **options)
+        earlier = journal.resumed() if journal and journal.path.exists() else None
         with _running(setup, journal):
-            shown = sys.stderr.isatty() if progress is None else progress
-            bar = Progress(shown, options["fisher"], anywhere=progress is True)
-            whole = batches(data, max_batches, bar)
-            rest = journal.rest(whole) if journal else whole
-            results, device = earlier, options["device"]
-            model = model if device is None else model.to(device)
-            keeps = {"diagonal": diagonal is not None}
-            asked = ReportOptions(progress=False, generator=generator, keeps=keeps, **options)
-            for results in accumulated(model, loss, rest, asked, earlier, bar):
-                if journal:
-                    journal.count(results)
-            if results is None:
-                raise CommandError(f"the data of {setup} has no batch")
-            if journal:
-                journal.save(results)
+            results = _counted(model, loss, batches(data, max_batches, bar), asked, earlier, bar, journal)
+        if results is None:
+            raise CommandError(f"the data of {setup} has no batch")
     if diagonal is not None:
         results.save_diagonal(diagonal)
     _finish(results, by, files)
+
+
+def _counted(
+    model: nn.Module,
+    loss: Any,
+    whole: Iterable[Any],
+    options: ReportOptions,
+    earlier: Results | None,
+    bar: Progress,
+    journal: Journal | None,
+) -> Results | None:
+    """The results of all batches, with those that an earlier run counted and saved; None without any batch."""
+    results = earlier
+    model = model if options.device is None else model.to(options.device)
+    for results in accumulated(model, loss, journal.rest(whole) if journal else whole, options, earlier, bar):
+        if journal:
+            journal.count(results)
+    if journal and results is not None:
+        journal.save(results)
+    return results
 
 
 @main.command(epilog=EXIT_CODES)

@@ -178,10 +178,8 @@ class CallPlaces:
                 refuse(forward, hidden(str(record.site), n), self._ranks)
             elif asked.ambiguous_shapes or record.placement is None:
                 record.placement, record.idle = None, Idle(found, partial(search.placements.forget, key))
-        if shared and (argument := forward.counting()) is not None:
-            for record in shared:
-                if takes_for_one_sample(record, argument):
-                    raise without_batch_axis(str(record.site), f"an input of shape {tuple(argument.shape)}", n)
+        if shared:
+            _require_no_batch_axis(forward, shared)
         # Where a forward is refused, some samples may be hidden, and those contradict nothing.
         if forward.inputs and forward.refusal is None:
             self._require_axes_of_inputs(forward, reached)
@@ -208,6 +206,14 @@ def calls_in(walk: Walk, forward: Forward) -> Reached:
         for record, edge in forward.records
         if record.site.rule is not None and edge.node in nodes and record not in unfolded
     ]
+
+
+def _require_no_batch_axis(forward: Forward, shared: Sequence[Record]) -> None:
+    """Raise if a call that all samples share got the argument that counts them, whose samples it took for a single one."""
+    argument = forward.counting()
+    for record in shared:
+        if argument is not None and takes_for_one_sample(record, argument):
+            raise without_batch_axis(str(record.site), f"an input of shape {tuple(argument.shape)}", forward.n or 0)
 
 
 def _ahead(walk: Walk, reached: Reached) -> list[Node]:
