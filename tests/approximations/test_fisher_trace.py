@@ -29,6 +29,7 @@ from oracles import (
 from problems import AWKWARD, BY_NAME, Problem, every_problem
 from torch_secorder import fisher_report
 from torch_secorder.approximations.fisher_trace import empirical_fisher_trace, generalized_fisher_trace
+from torch_secorder.autograd.self_test import hooks_are_seen
 from torch_secorder.errors import CurvatureError
 
 pytestmark = [
@@ -593,6 +594,7 @@ def spread(model: nn.Module, x: Tensor, k: int, draws: int = 150) -> float:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not hooks_are_seen(), reason="this torch does not show whether the factors may be read")
 @pytest.mark.parametrize("k", [1, 3])
 @pytest.mark.parametrize("bias", [True, False])
 def test_the_last_layer_is_looked_through(k: int, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,7 +63,7 @@ class UserPasses:
         self.under_way: WeakValueDictionary[int, BackwardPass] = WeakValueDictionary()
         self.known: WeakValueDictionary[int, BackwardPass] = WeakValueDictionary()
         self._outer_of: dict[int, int] = {}  # a pass of the samples inside of another pass -> the outermost one
-        self.unfinished = set[int]()
+        self.unfinished: set[int] = set()
         self.ignored: dict[int, list[Forward]] = {}
 
     def clear(self) -> None:
