@@ -29,6 +29,7 @@ from torch_secorder.per_sample import (
     dense_answers,
     gram,
     memory_limit,
+    sign_vectors,
 )
 from torch_secorder.per_sample import outer as outer_module
 from torch_secorder.rules import rule_for
@@ -75,6 +76,9 @@ FORMS: dict[str, Callable[[], PerSampleGradient]] = {
     "convolution groups": lambda: convolution(groups=2, stride=2),
     "convolution of several maps": lambda: convolution(maps=3, groups=2),
     "convolution gram of several maps": lambda: convolution(size=1, channels=24, maps=3),
+    "convolution depthwise": lambda: Convolution(
+        normal(N, 1, 6, 6, 6), normal(N, 1, 6, 3, 3), (6, 1, 3, 3), (2, 2), (1, 1), (1, 1), 6
+    ),
     "convolution twice": lambda: convolution() + convolution(maps=2),
     "convolution of two sizes": lambda: convolution() + convolution(size=4),
     "carried by a transpose": lambda: PulledBack(outer(o=4, i=6), lambda value: value.mT, (6, 4), "transpose"),
@@ -113,6 +117,28 @@ def chunk_bytes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("name", FORMS)
 def test_every_answer_is_that_of_the_dense_form(name: str) -> None:
     assert_like_dense(FORMS[name]())
+
+
+POINTWISE: dict[str, Callable[[], PerSampleGradient]] = {
+    "convolution pointwise": lambda: Convolution(
+        normal(N, 2, 4, 5, 5), normal(N, 2, 6, 5, 5), (6, 4, 1, 1), (1, 1), (0, 0), (1, 1), 1
+    ),
+    "convolution pointwise with a stride": lambda: Convolution(
+        normal(N, 1, 4, 5, 5), normal(N, 1, 6, 3, 3), (6, 4, 1, 1), (2, 2), (0, 0), (1, 1), 1
+    ),
+    "convolution pointwise with padding": lambda: Convolution(
+        normal(N, 1, 4, 5, 5), normal(N, 1, 6, 7, 7), (6, 4, 1, 1), (1, 1), (1, 1), (1, 1), 1
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FORMS | POINTWISE)
+def test_the_total_along_a_direction_is_that_of_the_dense_form(name: str) -> None:
+    form = (FORMS | POINTWISE)[name]()
+    left, right = sign_vectors(form.shape, form.like)
+    total = form.dense().sum(0)
+    total = total.reshape(len(left), len(right))
+    torch.testing.assert_close(form.along(left, right), left @ total @ right, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.usefixtures("chunk_bytes")
