@@ -12,6 +12,7 @@ from torch_secorder import FisherMonitor
 from torch_secorder.batch_axis.derivation import Derivation
 from torch_secorder.batch_axis.evidence import Finding, Unplaced
 from torch_secorder.batch_axis.placement import Placement
+from torch_secorder.batch_axis.search import SampleSearch
 from torch_secorder.batch_axis.search_pass import SearchPasses, Viewed
 from torch_secorder.errors import CurvatureError
 
@@ -45,6 +46,7 @@ def compared(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Finding, Finding, Vi
         return shown
 
     monkeypatch.setattr(SearchPasses, "findings", both)
+    monkeypatch.setattr(SampleSearch, "_agreed", lambda self, *places: None)  # that passes are made to find them
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch_secorder.autograd.nodes import value_shape
 from torch_secorder.batch_axis.derivation import Derivation
 from torch_secorder.batch_axis.evidence import Unplaced
+from torch_secorder.batch_axis.label_rules import asked
 from torch_secorder.batch_axis.label_rules.registry import RULES
 from torch_secorder.batch_axis.labels import NOBODY, SEVERAL, reshaped
 from torch_secorder.batch_axis.placement import Layout, Placement
@@ -41,6 +43,59 @@ def columns_put(x: Tensor) -> Tensor:
     made = torch.zeros_like(x)
     made[:, :, rows(0, 2)] = x[:, :, :2].sin()
     return made
+
+
+def written(x: Tensor, *parts: tuple[object, object], made: Tensor | None = None) -> Tensor:
+    """Parts of a tensor, written into parts of another one; each of them through a view, as an assignment does."""
+    made = torch.zeros_like(x) if made is None else made
+    for there, here in parts:
+        made[there] = x[here].sin()
+    return made
+
+
+def changed(x: Tensor, change: Callable[[Tensor], object]) -> Tensor:
+    """A copy that is changed in place by something."""
+    y = x * 1
+    change(y)
+    return y
+
+
+class Reweighted(torch.autograd.Function):
+    """Rows times numbers of their own, whose gradient is some other function of the same rows."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
+        ctx.save_for_backward(x, w)
+        return x * w
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, w = ctx.saved_tensors
+        return grad.cumsum(-1) * w, (grad * x).sum(-1, keepdim=True)
+
+
+class InTwo(torch.autograd.Function):
+    """Two halves, of which the second is turned around."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x[..., :2] * 1, x[..., 2:].flip(-1)
+
+    @staticmethod
+    def backward(ctx: Any, one: Tensor, other: Tensor) -> Tensor:
+        return torch.cat([one, other.flip(-1)], -1)
+
+
+class Clipped(torch.autograd.Function):
+    """Its gradient has a length that all rows decide together."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 1
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad / grad.norm()
 
 
 def by_entries() -> Iterator[tuple[str, Function]]:
@@ -193,10 +248,76 @@ FUNCTIONS: dict[str, Function] = {
     "attention": lambda x: F.scaled_dot_product_attention(*[x.view(N, 1, 2, 4)] * 3),
     "attention over samples": lambda x: F.scaled_dot_product_attention(*[x.transpose(0, 1).unsqueeze(0)] * 3),
     "convolution": lambda x: F.conv1d(x, torch.ones(3, 2, 2, dtype=x.dtype)),
+    "max pool": lambda x: F.max_pool2d(x[:, None], 2, 1) + F.max_pool3d(x[:, None, None], (1, 2, 2), 1)[:, 0],
+    "average pool": lambda x: F.avg_pool2d(x[:, None], 2, 1) + F.avg_pool3d(x[:, None, None], (1, 2, 2), 1)[:, 0],
+    "adaptive pools": lambda x: F.adaptive_avg_pool2d(x[:, None], (1, 2)) + F.adaptive_max_pool2d(x[:, None], (1, 2)),
+    "adaptive pools of volumes": lambda x: (
+        F.adaptive_avg_pool3d(x[:, None, None], (1, 1, 2)) + F.adaptive_max_pool3d(x[:, None, None], (1, 1, 2))
+    ),
+    "resized rows": lambda x: F.interpolate(x, 6) + F.interpolate(x, 6, mode="linear"),
+    "resized maps": lambda x: sum(
+        F.interpolate(x[:, None], (3, 5), mode=mode) for mode in ("nearest", "bilinear", "bicubic")
+    ),
+    "resized volumes": lambda x: sum(
+        F.interpolate(x[:, None, None], (1, 3, 5), mode=mode) for mode in ("nearest", "trilinear")
+    ),
+    "pads by what is there": lambda x: sum(
+        F.pad(x, (1, 1), mode=mode) + F.pad(x[:, None], (1, 1, 1, 1), mode=mode)[:, 0, 1:-1]
+        for mode in ("reflect", "replicate")
+    ),
+    "batch norm": lambda x: F.batch_norm(x, torch.zeros(2).double(), torch.ones(2).double()),
+    "batch norm by samples' own statistics": lambda x: F.batch_norm(x, None, None, training=True),
     "layer norm": lambda x: F.layer_norm(x, (4,)),
     "layer norm over samples": lambda x: F.layer_norm(x, (N, 2, 4)),
     "group norm": lambda x: F.group_norm(x, 2),
     "rms norm": lambda x: F.rms_norm(x, (4,)),
+    "tril": lambda x: x.tril() + x.triu(1),
+    "index_fill": lambda x: x.index_fill(0, rows(1), 2.0).index_fill(2, rows(0, 3), x.new_tensor(1.0)),
+    "index_fill with samples' sum": lambda x: x.index_fill(2, rows(0, 3), x[:, 0].sum()),
+    "scatter of a number": lambda x: x.scatter(2, rows(0, 3).expand(N, 2, 2), -1.0),
+    "solve": lambda x: torch.linalg.solve_triangular(x[:, :, :2].tril() + torch.eye(2).double() * 3, x, upper=False),
+    "solve from the right": lambda x: torch.linalg.solve_triangular(
+        x[:, :, :2] + torch.eye(2).double() * 3, x.mT, upper=True, left=False
+    ),
+    "solve for what samples share": lambda x: torch.linalg.solve_triangular(
+        x[:1, :, :2] + torch.eye(2).double() * 3, x, upper=True
+    ),
+    "pad": lambda x: F.pad(x, (1, 2, 0, 1)),
+    "pad and cut": lambda x: F.pad(x, (-1, 2, 1, -1)),
+    "pad samples": lambda x: F.pad(x, (0, 0, 0, 0, 1, 2)),
+    "pad and cut samples": lambda x: F.pad(x, (0, 0, 0, 0, 1, -1)),
+    "a part written": lambda x: written(x, (np.s_[..., 1:3], np.s_[..., 2:])),
+    "parts written": lambda x: written(x, (np.s_[..., :2], np.s_[..., 2:]), (np.s_[..., 2:], np.s_[..., :2])),
+    "a part written over": lambda x: written(x, (np.s_[:, 0], np.s_[:, 1]), made=x * 1),
+    "a part written, repeated": lambda x: written(x, (np.s_[:, :, ::2], np.s_[:, :, :1])),
+    "a part written in half precision": lambda x: written(x.bfloat16(), (np.s_[..., 1:3], np.s_[..., 2:])).double(),
+    "a part of samples written": lambda x: written(x, (np.s_[::2], np.s_[:2])),
+    "samples written one by one": lambda x: written(x, (2, 0), (0, 1), (1, 2)),
+    "samples written one by one over others": lambda x: written(x, (2, 0), (0, 1), made=x * 1),
+    "one row of many written": lambda x: written(
+        x, *[(place, (place % N, place % 2)) for place in (7, 300, 0)], made=torch.zeros(301, 4).bfloat16()
+    ).double(),
+    "all of a view written": lambda x: written(x.flatten(), (0, slice(None)), made=torch.zeros(1, 24).double())[0].view(
+        N, 2, 4
+    ),
+    "a part added in place": lambda x: changed(x, lambda y: y[..., :2].add_(x[..., 2:])),
+    "a part multiplied in place": lambda x: changed(x, lambda y: y[..., :2].mul_(x[..., 2:])),
+    "a part scaled in place": lambda x: changed(x, lambda y: y[..., :2].mul_(3.0)),
+    "a part turned around": lambda x: changed(x, lambda y: y.permute(2, 1, 0)[:2].copy_(x.permute(2, 1, 0)[1:3])),
+    "a diagonal written": lambda x: changed(x, lambda y: y.diagonal(0, 1, 2).copy_(x[:, 0, 2:])),
+    "a view changed in place": lambda x: changed(x, lambda y: y.view(6, 4).relu_()),
+    "a view filled with a sum of samples": lambda x: changed(x, lambda y: y[:, 0].fill_(x.sum())),
+    "cumulated in place over samples": lambda x: changed(x, lambda y: y[..., :2].cumsum_(0)),
+    "strides": lambda x: (x * 1).as_strided((N, 3, 2), (8, 1, 2)),
+    "strides across samples": lambda x: (x * 1).as_strided((N, 6), (6, 1)),
+    "a function": lambda x: Reweighted.apply(x, x[..., :1].cos()),
+    "a function of rows": lambda x: Reweighted.apply(x.flatten(0, 1)[ROUTED], x.flatten(0, 1)[ROUTED, :1].cos()),
+    "a function that cumulates samples": lambda x: Reweighted.apply(
+        x.permute(2, 1, 0), x.permute(2, 1, 0)[..., :1].cos()
+    ),
+    "a function with two outputs": lambda x: torch.cat([part * 2 for part in InTwo.apply(x)], -1),
+    "a function with one output that is used": lambda x: InTwo.apply(x)[0],
+    "a function that couples samples by a norm": lambda x: Clipped.apply(x),
     "no rule": lambda x: torch.cdist(x, x),
     "no rule over samples": lambda x: torch.kron(x[:, 0], x[:, 0]),
     "router": gated,
@@ -246,9 +367,7 @@ def test_what_is_labeled_with_one_sample_is_that_samples(name: str) -> None:
     x, y = drawn(FUNCTIONS[name])
     where = placement_for(tuple(y.shape))
     derivation = Derivation([(y, where)], N, reached_nodes(y))
-    assert derivation.findings([]) == []
-    edge = torch.autograd.graph.get_gradient_edge(x)
-    found = derivation._labels.get((edge.node, 0))
+    (found,) = derivation.labels([torch.autograd.graph.get_gradient_edge(x)])
     assert found is not None
     labels = torch.from_numpy(np.broadcast_to(found, x.shape).copy())
     index = torch.arange(N) if where.sample_index is None else where.sample_index
@@ -281,11 +400,11 @@ MIX = {
 def test_what_is_one_samples_is_labeled_so(name: str) -> None:
     """But for what only a search shows: kinds without a rule, and what goes in and out along several axes at once."""
     unknown = {"no rule", "roll all", "index pairs apart", "cat with several others", "gather from fewer samples"}
-    unknown |= {"scatter_add with other columns", "scatter_add to fewer"}
+    unknown |= {"scatter_add with other columns", "scatter_add to fewer", "a part multiplied in place"}
+    unknown |= {"a part scaled in place", "a part turned around", "a diagonal written"}
     x, y = drawn(FUNCTIONS[name])
     derivation = Derivation([(y, placement_for(tuple(y.shape)))], N, reached_nodes(y))
-    derivation.findings([])
-    labels = derivation._labels[torch.autograd.graph.get_gradient_edge(x).node, 0]
+    (labels,) = derivation.labels([torch.autograd.graph.get_gradient_edge(x)])
     one_each = bool(((labels >= 0) | (labels == NOBODY)).all())
     expected = _exact(x, y)
     assert one_each == (expected and name not in unknown)
@@ -306,6 +425,7 @@ def _exact(x: Tensor, y: Tensor) -> bool:
 def test_every_rule_is_met() -> None:
     met = {node.name() for name in FUNCTIONS for node in reached_nodes(drawn(FUNCTIONS[name])[1])}
     elsewhere = {  # on GPUs and other devices
+        "CudnnBatchNormBackward0",
         "FusedRmsNormBackward0",
         "ScaledDotProductCudnnAttentionBackward0",
         "ScaledDotProductEfficientAttentionBackward0",
@@ -328,18 +448,68 @@ def test_reshaped_labels_are_those_of_the_entries(old: tuple[int, ...], new: tup
         assert np.array_equal(np.broadcast_to(reshaped(labels, old, new), new), expected)
 
 
-def test_nothing_is_said_behind_a_function_of_the_users() -> None:
+def keeping(ctx: Any, x: Tensor) -> None:
+    ctx.kept = [x]
+
+
+def calling(ctx: Any, x: Tensor) -> None:
+    ctx.layer = nn.Identity()
+
+
+@pytest.mark.parametrize("note", [keeping, calling], ids=lambda note: note.__name__)
+def test_nothing_is_said_behind_a_function_that_is_not_called(note: Callable[[Any, Tensor], None]) -> None:
+    called = []
+
     class Plain(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: object, x: Tensor) -> Tensor:
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            note(ctx, x)
             return x * 1
 
         @staticmethod
         def backward(ctx: object, grad: Tensor) -> Tensor:
+            called.append(grad)
             return grad
 
     y = Plain.apply(torch.randn(N, 2, requires_grad=True))
     assert Derivation([(y, Placement())], N, reached_nodes(y)).findings([]) is None
+    assert not called
+
+
+def test_hooks_on_saved_tensors_do_not_run_to_know_what_a_node_does() -> None:
+    """A part is multiplied by a tensor that hooks keep, as nodes around it show, and is not called then."""
+    unpacked = []
+
+    def unpack(x: Tensor) -> Tensor:
+        unpacked.append(x)
+        return x
+
+    x = torch.randn(N, 2, 4, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, unpack):
+        y = changed(x, lambda y: y[..., :2].mul_(x[..., 2:])).sin()
+    derivation = Derivation([(y, Placement())], N, reached_nodes(y))
+    (found,) = derivation.findings([(torch.autograd.graph.get_gradient_edge(x), (N, 2, 4))])
+    assert found.evidence is Unplaced.SHARED_BY_SAMPLES
+    assert not unpacked
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(2, 3, 4), (300, 2), (7, 70_001)], ids=str)
+def test_where_a_part_was_written(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """The indices along each axis, also of tensors with more entries than the dtype can count."""
+    made = torch.zeros(shape, dtype=dtype)
+    part = (-1, *[slice(1, None, 3)] * (len(shape) - 1))
+    made[part] = torch.ones(made[part].shape, dtype=dtype, requires_grad=True) * 1
+    flags, size, *taken = asked._of_slices(made.grad_fn)
+    assert flags.tolist() == [True, True]
+    assert size.tolist() == [1, *made[part].shape] or size.tolist() == [*made[part].shape]
+    expected = torch.zeros(shape, dtype=torch.int64)
+    expected[part] = 1
+    found = torch.ones((), dtype=torch.int64)
+    for axis in taken:
+        found = found[..., None] * axis
+    assert found.sum() == size.prod()
+    assert torch.equal(found, expected)
 
 
 def test_findings() -> None:

@@ -13,6 +13,7 @@ from torch.autograd.graph import Node
 from torch_secorder import FisherMonitor
 from torch_secorder.autograd.graph_pass import GraphPass
 from torch_secorder.autograd.opaque import Gradients
+from torch_secorder.batch_axis.derivation import Derivation
 from torch_secorder.batch_axis.search_pass import SearchPasses
 from torch_secorder.batch_axis.silence import loud_samples
 
@@ -47,6 +48,7 @@ def looks(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
         return look(self, wanted, by_silence=by_silence, in_brief=in_brief)
 
     monkeypatch.setattr(SearchPasses, "_looked_at", noted)
+    monkeypatch.setattr(Derivation, "findings", lambda self, wanted: None)  # as in a graph whose nodes tell nothing
     return found
 
 

@@ -15,6 +15,7 @@ from routers import (
     back_by_an_index,
     batch,
     by_a_loop,
+    by_parts,
     by_scatter,
     eager,
     in_order_of_experts,
@@ -26,7 +27,7 @@ from routers import (
 from torch_secorder import FisherMonitor
 
 # What the routers themselves wait for, on a device.
-OWN_WAITS = {eager: 6, in_order_of_experts: 4, back_by_an_index: 4, with_capacity: 14, by_scatter: 0}
+OWN_WAITS = {eager: 6, in_order_of_experts: 4, back_by_an_index: 4, with_capacity: 14, by_scatter: 0, by_parts: 4}
 
 
 @pytest.mark.parametrize("route", OWN_WAITS, ids=lambda route: route.__name__)

@@ -7,7 +7,8 @@ seen.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -85,11 +86,7 @@ class GraphPass:
         def flow() -> None:
             with (
                 looking(),
-                without_modes(),
-                guarded(),
-                forked_random(self._roots),
-                full_precision(),
-                deterministic_convolutions(),
+                calling_nodes(self._roots),
                 self._weights.during_pass(),
                 torch.set_grad_enabled(self._create_graph),
             ):
@@ -113,6 +110,13 @@ class GraphPass:
             self._plain.add(node)
         results = node(*grads)
         return list(results) if isinstance(results, tuple) else [results]
+
+
+@contextmanager
+def calling_nodes(near: Iterable[Tensor]) -> Iterator[None]:
+    """A block that calls nodes of the user's graph by itself, on the devices of these tensors, and that nobody's code notices."""
+    with without_modes(), guarded(), forked_random(near), full_precision(), deterministic_convolutions():
+        yield
 
 
 class _Start(torch.autograd.Function):

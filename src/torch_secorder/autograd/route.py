@@ -26,6 +26,7 @@ class Route:
 
     Attributes:
         order: the nodes, each after all of its consumers.
+        inputs: for each node that was met, where the gradients of its inputs go. Torch makes that anew whenever it is read.
         ends: those of the ends that are on the route.
         hidden: the nodes behind opaque ones. None of them is on the route, since only a part of its gradient would arrive.
     """
@@ -38,6 +39,7 @@ class Route:
         closed: Container[Node] = (),
     ):
         wanted, self._opaque, self._closed = set(ends), set(opaque), closed
+        self.inputs: dict[Node, tuple[tuple[Node | None, int], ...]] = {}
         reached, found_opaque = self._reached(starts)
         self.hidden = behind(found_opaque) if found_opaque else set()
         self._leads: dict[Node, bool] = {}  # node on the route -> whether it leads on to an end
@@ -48,14 +50,14 @@ class Route:
             # Each look does this for each node of the graph, so that it is no function of its own.
             leads = False
             if node not in found_opaque:
-                for child, _ in node.next_functions:
+                for child, _ in self.inputs[node]:
                     leads = leads or child in self._leads
             if leads or node in wanted:
                 self._leads[node] = leads
                 order.append(node)
         self.order = order[::-1]
         self.ends = wanted.intersection(self._leads)
-        # Node -> what torch says of its outputs. Torch makes that anew whenever it is read.
+        # Node -> what torch says of its outputs, which it makes anew whenever it is read, too.
         self._outputs: dict[Node, Any] = {}
 
     def _reached(self, starts: Iterable[Node]) -> tuple[list[Node], set[Node]]:
@@ -75,13 +77,13 @@ class Route:
                     done[node] = True
                     found.append(node)
                 continue
-            done[node] = False
+            done[node], self.inputs[node] = False, node.next_functions
             if node in self._opaque or (is_python_function(node) and is_opaque(node)):
                 opaque.add(node)
                 continue
             if node in self._closed:
                 continue
-            for child, _ in node.next_functions:
+            for child, _ in self.inputs[node]:
                 if child is not None and child not in done:
                     stack.append(child)
         return found, opaque
@@ -125,7 +127,7 @@ class Route:
                 continue
             if before is not None:
                 before(node)
-            for (child, nr), result in zip(node.next_functions, call(node, grads), strict=True):
+            for (child, nr), result in zip(self.inputs[node], call(node, grads), strict=True):
                 if child is None or child not in self._leads:
                     continue
                 if result is None:

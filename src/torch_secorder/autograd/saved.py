@@ -80,6 +80,7 @@ ATTRIBUTES: dict[str, dict[str, str]] = {
         "expand3": "_saved_expand3",
         "summed": "_saved_sumdim",
     },
+    "ConstantPadNdBackward0": {"widths": "_saved_pad"},
     "RepeatBackward0": {"times": "_saved_repeats"},
     "MulBackward0": {"left": "_saved_self", "right": "_saved_other"},
     "AddBackward0": {"alpha": "_saved_alpha"},

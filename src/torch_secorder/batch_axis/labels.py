@@ -34,7 +34,8 @@ def joined(one: Labels | None, other: Labels | None) -> Labels | None:
 
 def joined_along(labels: Labels, axes: Sequence[int]) -> Labels:
     """The labels of entries that are computed from all entries along some axes; these axes get the size 1."""
-    axes = tuple([axis for axis in axes if labels.shape[axis] != 1])
+    own = labels.shape
+    axes = tuple([axis for axis in axes if own[axis] != 1])
     if not axes:
         return labels
     lowest = np.where(labels == NOBODY, _LARGE, labels).min(axes, keepdims=True, initial=_LARGE)
@@ -66,7 +67,12 @@ def summed_to(labels: Labels, shape: Shape) -> Labels:
 
 def fits(labels: Labels, shape: Shape) -> bool:
     """Whether labels may be those of a tensor of this shape."""
-    return labels.ndim == len(shape) and all(a in (1, b) for a, b in zip(labels.shape, shape, strict=True))
+    return _may_be(labels.shape, tuple(shape))
+
+
+@lru_cache(4096)  # A steady step behind a router asks for each node.
+def _may_be(labels: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+    return len(labels) == len(shape) and all(a in (1, b) for a, b in zip(labels, shape, strict=True))
 
 
 def reshaped(labels: Labels, old: Shape, new: Shape) -> Labels:
@@ -74,7 +80,7 @@ def reshaped(labels: Labels, old: Shape, new: Shape) -> Labels:
     if 0 in old:
         return np.full((1,) * len(new), NOBODY)
     whole, shape = _reshaping(labels.shape, tuple(old), tuple(new))
-    return np.broadcast_to(labels, whole).reshape(shape)
+    return (labels if whole == labels.shape else np.broadcast_to(labels, whole)).reshape(shape)
 
 
 @lru_cache(1024)

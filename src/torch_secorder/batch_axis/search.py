@@ -11,6 +11,7 @@ from torch_secorder.batch_axis.derivation import Derivation
 from torch_secorder.batch_axis.evidence import Finding, Unplaced
 from torch_secorder.batch_axis.knowledge import Key, PlacementCache, Wanted
 from torch_secorder.batch_axis.search_pass import SearchPasses, Viewed
+from torch_secorder.batch_axis.silence import loud_samples
 from torch_secorder.model.ranks import Ranks
 
 
@@ -27,6 +28,7 @@ class SampleSearch:
         rehearsal: whether this is the graph of a smaller batch, for which everything is looked at.
         derivation: tells from what the graph's nodes saved; None where that is not asked.
         on_contradiction: where passes are to show whether that is right, what is called if it is not.
+        expected: makes one that tells the same of a graph which keeps its samples in order, for a pass to agree with.
     """
 
     _together = False  # whether several ranks search, which all have to make the same passes
@@ -43,8 +45,9 @@ class SampleSearch:
         rehearsal: bool = False,
         derivation: Derivation | None = None,
         on_contradiction: Callable[[], None] | None = None,
+        expected: Callable[[], Derivation] | None = None,
     ):
-        self._derivation, self._on_contradiction = derivation, on_contradiction
+        self._derivation, self._on_contradiction, self._expected = derivation, on_contradiction, expected
         self.placements, self._n, self._passes = placements, n, passes
         self._locate_on_three_samples, self._look_ahead = locate_on_three_samples, look_ahead
         self._ambiguous_shapes = ambiguous_shapes
@@ -57,6 +60,8 @@ class SampleSearch:
         missing = self._missing(wanted)
         if missing and self._derivation is not None:
             missing = self._underived(missing, self._derivation)
+        elif missing and not self._examines:
+            missing = self._without_silent(missing)
         if missing and self._locate_on_three_samples is not None:
             self._locate_on_three_samples()
             missing = self.placements.missing(missing, self._n, self._ambiguous_shapes)
@@ -68,6 +73,24 @@ class SampleSearch:
         if self._examines is None:
             self._examines = self.placements.examines_next(always=self._rehearsal)
         return wanted if self._examines else self.placements.missing(wanted, self._n, self._ambiguous_shapes)
+
+    def _without_silent(self, wanted: Sequence[Wanted]) -> Sequence[Wanted]:
+        """These places without the uses that no gradient has reached so far, if the graph's nodes tell where their samples are.
+
+        A gate that is closed may open in any step, and one that stays closed would be searched behind in each.
+        """
+        evidence = self.placements.evidence
+        silent = [one for one in wanted if one[0][0] == "use" and evidence.get(one[0]) is Unplaced.NO_GRADIENT]
+        if not silent or self._expected is None:
+            return wanted
+        derivation = self._expected()
+        derived = derivation.findings([(edge, shape) for _, edge, shape in silent])
+        told: set[Key] = set()
+        for (key, _, shape), finding in zip(silent, derived or [], strict=derived is not None):
+            if _tells(key, shape, finding, self._n, derivation.has_several_outputs):
+                self.placements.keep(key, finding)
+                told.add(key)
+        return [one for one in wanted if one[0] not in told]
 
     def _underived(self, wanted: Sequence[Wanted], derivation: Derivation) -> Sequence[Wanted]:
         """The places for which passes are needed: none where the graph's nodes tell of all, and are believed."""
@@ -107,14 +130,40 @@ class SampleSearch:
         viewed: list[Viewed] = [(edge, shape) for _, edge, shape in wanted]
         viewed += [(GradientEdge(node, nr), shape) for node, nr, shape in ahead]
         passes = self._passes(comparing=self.placements.comparing)
+        keys, places = [key for key, _, _ in wanted], [(node, nr) for node, nr, _ in ahead]
+        if (agreed := self._agreed(passes, viewed, len(wanted))) is not None:
+            self._note(keys, places, agreed)
+            return
         found = passes.findings(viewed)
         if not self._together and (comparing := passes.comparing(viewed, found)):
             self.placements.comparing |= comparing
             found = self._passes(comparing=self.placements.comparing).findings(viewed)
-        keys, places = [key for key, _, _ in wanted], [(node, nr) for node, nr, _ in ahead]
+        self._note(keys, places, found)
+
+    def _agreed(self, passes: SearchPasses, viewed: Sequence[Viewed], count: int) -> list[Finding | None] | None:
+        """What was derived of these places, None for those ahead of which a pass shows something else.
+
+        The result is None if it does so of one of the first ``count`` places, which are those that are asked about.
+        """
+        expected, self._expected = self._expected, None
+        derivation = None if expected is None or self._n < 2 else expected()
+        if derivation is None or derivation.has_several_outputs or (derived := derivation.findings(viewed)) is None:
+            return None
+        sets = loud_samples(self._n)
+        agreeing = passes.agreeing(viewed, derived, sets[self.placements.graphs_seen % len(sets)])
+        if not all(agreeing[:count]):
+            return None
+        self._expected = expected
+        return [one if agrees else None for one, agrees in zip(derived, agreeing, strict=True)]
+
+    def _note(self, keys: Sequence[Key], ahead: Sequence[tuple[Node, int]], found: Sequence[Finding | None]) -> None:
+        """Keep what was found of the places that are asked about, and of those that may be asked about later."""
         for key, finding in zip(keys, found[: len(keys)], strict=True):
+            assert finding is not None
             self.placements.keep(key, finding)
-        self._ahead.update(zip(places, found[len(keys) :], strict=True))
+        self._ahead.update(
+            (place, one) for place, one in zip(ahead, found[len(keys) :], strict=True) if one is not None
+        )
 
 
 def _tells(key: Key, shape: Sequence[int], found: Finding, n: int, has_several_outputs: bool) -> bool:

@@ -15,7 +15,8 @@ from torch_secorder.autograd.graph_pass import GraphPass
 from torch_secorder.autograd.opaque import Gradients
 from torch_secorder.autograd.precision import has_half_precision
 from torch_secorder.autograd.sharded import GatheredWeights
-from torch_secorder.batch_axis.evidence import Finding, Open, Unplaced, evidence
+from torch_secorder.batch_axis.confirmation import RowPeaks, on_the_host
+from torch_secorder.batch_axis.evidence import Evidence, Finding, Open, Unplaced, evidence
 from torch_secorder.batch_axis.marks import MARKS_PER_PASS, MARKS_PER_PASS_OF_HALF, sample_marks
 from torch_secorder.batch_axis.placement import Placement
 from torch_secorder.batch_axis.samples import rows_of
@@ -71,6 +72,34 @@ class SearchPasses:
             raise self._not_counted()
         with without_modes():
             return self._findings(wanted)
+
+    def agreeing(self, wanted: Sequence[Viewed], derived: Sequence[Finding], loud: Tensor) -> list[bool]:
+        """For each edge whether one pass from the outputs of some samples agrees with where samples were derived to be.
+
+        Raises:
+            ShapeError: if no output has the samples.
+        """
+        if not self._roots:
+            raise self._not_counted()
+        places: dict[Node, list[int]] = defaultdict(list)
+        for place, (edge, _) in enumerate(wanted):
+            places[edge.node].append(place)
+        passes = GraphPass(self._roots, places, weights=self._weights)
+        found: list[RowPeaks | None] = [None] * len(wanted)
+
+        def arrive(node: Node, grads: Gradients) -> None:
+            for place in places[node]:
+                edge, shape = wanted[place]
+                if (grad := grads[edge.output_nr]) is not None:
+                    found[place] = RowPeaks.of(_seen(grad, shape), derived[place].evidence, self._n)
+
+        with without_modes():
+            passes.run(partial(self._marked_roots, self._random_blocks(), loud), arrive)
+            peaks = on_the_host(found)
+        return [
+            edge.node not in passes.hidden and _agree(rows, one.evidence, shape, self._n, loud)
+            for (edge, shape), one, rows in zip(wanted, derived, peaks, strict=True)
+        ]
 
     def _findings(self, wanted: Sequence[Viewed]) -> list[Finding]:
         # Silence shows more than marks do; with two samples it takes no more passes.
@@ -185,6 +214,10 @@ class SearchPasses:
             values, of_rows = root.values(), mark.to(gradient)[sample_rows(root)]
             return with_values(root, gradient.view(values.shape) * of_rows.view(-1, *[1] * (values.dim() - 1)))
         return gradient.view(root.shape).mul_(rows_of(mark.to(gradient), root, placement))
+
+
+def _agree(peaks: RowPeaks | None, derived: Evidence, shape: Sequence[int], n: int, loud: Tensor) -> bool:
+    return derived is Unplaced.NO_GRADIENT if peaks is None else peaks.agree(derived, shape, n, loud)
 
 
 def _seen(grad: Tensor, shape: Sequence[int]) -> Tensor:

@@ -114,19 +114,14 @@ class CallPlaces:
             return SearchOnAllRanks(known, n, asked.ambiguous_shapes, passes, self._ranks)
         ahead = partial(_ahead, walk, reached)
         search = partial(SampleSearch, known, n, asked.ambiguous_shapes, passes, rehearsal=self._rehearsal)
+        derivation = partial(_derivation, walk, placed, forward, reached)
         if not asked.reorders_samples:
-            return search(self._locate_on_three_samples, ahead)
+            expected = partial(derivation, calls_functions=False)
+            return search(self._locate_on_three_samples, ahead, expected=expected)
         if not self._knowledge.derives or known.graphs_seen or n == 1:
             return search(None, ahead)
-        # What is taken apart may lead to none of the leaves: the gates on a layer's output are in no graph.
-        edges = (
-            *map(itemgetter(1), reached),
-            *map(attrgetter("edge"), forward.own_axes),
-            *map(attrgetter("edge"), walk.carried_axes),
-        )
-        derivation = Derivation(placed, n, (*walk.leaves, *walk.other_leaves, *map(attrgetter("node"), edges)))
         contradicted = self._derivation_was_wrong if self._knowledge.derivations.due(walk.ingredients) else None
-        return search(None, ahead, derivation=derivation, on_contradiction=contradicted)
+        return search(None, ahead, derivation=derivation(), on_contradiction=contradicted)
 
     def _derivation_was_wrong(self) -> None:
         """Passes have shown another order than what nodes saved, which is believed no more."""
@@ -214,6 +209,25 @@ def _require_no_batch_axis(forward: Forward, shared: Sequence[Record]) -> None:
     for record in shared:
         if argument is not None and takes_for_one_sample(record, argument):
             raise without_batch_axis(str(record.site), f"an input of shape {tuple(argument.shape)}", forward.n or 0)
+
+
+def _derivation(
+    walk: Walk,
+    placed: list[tuple[Tensor, Placement | None]],
+    forward: Forward,
+    reached: Reached,
+    *,
+    calls_functions: bool = True,
+) -> Derivation:
+    """What the nodes of a graph tell."""
+    # What is taken apart may lead to none of the leaves: the gates on a layer's output are in no graph.
+    edges = (
+        *map(itemgetter(1), reached),
+        *map(attrgetter("edge"), forward.own_axes),
+        *map(attrgetter("edge"), walk.carried_axes),
+    )
+    ends = (*walk.leaves, *walk.other_leaves, *map(attrgetter("node"), edges))
+    return Derivation(placed, forward.n or 0, ends, calls_functions=calls_functions)
 
 
 def _ahead(walk: Walk, reached: Reached) -> list[Node]:

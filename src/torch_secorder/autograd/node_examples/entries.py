@@ -7,9 +7,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from torch_secorder.autograd.node_examples.registry import EXAMPLES, Example, example, indices, numbers
+
+
+@example("ConstantPadNdBackward0")
+def _pad() -> Example:
+    return nn.functional.pad(numbers(3, 4), (1, 0, 2, 3)), {"widths": (1, 0, 2, 3)}
 
 
 @example("RepeatBackward0")

@@ -4,21 +4,33 @@ A rule says from which entries of its outputs' gradients an entry of an input's 
 entries, but never too few. A kind without a rule is assumed to compute every entry from all entries.
 
 Rules stand by subject: functions of single entries and along axes in ``entries``, what only moves entries in ``views``, parts and
-wholes in ``parts``, rows taken or put by an index in ``indices``, matrix products, attention and layers in ``products``.
-Importing this package registers them all.
+wholes in ``parts``, rows taken or put by an index in ``indices``, matrix products, attention and layers in ``products``; those of
+nodes that have to be called before it is known what they do in ``asked``. Importing this package registers them all.
 """
 
-from torch_secorder.batch_axis.label_rules import entries, indices, parts, products, views
-from torch_secorder.batch_axis.label_rules.registry import At, indices_of, labels_of_inputs, reads_tensors
+from torch_secorder.batch_axis.label_rules import asked, entries, indices, parts, products, views
+from torch_secorder.batch_axis.label_rules.asked import may_be_called
+from torch_secorder.batch_axis.label_rules.registry import (
+    At,
+    indices_of,
+    kind_of,
+    labels_of_inputs,
+    question_of,
+    reads_tensors,
+)
 
 __all__ = [
     "At",
+    "asked",
     "entries",
     "indices",
     "indices_of",
+    "kind_of",
     "labels_of_inputs",
+    "may_be_called",
     "parts",
     "products",
+    "question_of",
     "reads_tensors",
     "views",
 ]

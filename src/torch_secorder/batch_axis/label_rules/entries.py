@@ -12,13 +12,14 @@ _BY_ENTRIES = (
     "Add Sub Rsub Mul Div Neg Abs Exp Expm1 Exp2 Log Log1P Log2 Log10 Sqrt Rsqrt Reciprocal Pow Sin Cos Tan Tanh Sigmoid "
     "Silu Gelu Relu Relu6 Elu Celu Selu LeakyRelu Hardtanh Hardswish Hardsigmoid Mish Softplus LogSigmoid Threshold Erf Erfc "
     "Clamp ClampMin ClampMax Where MaskedFill Maximum Minimum Lerp Addcmul Addcdiv NativeDropout Clone ToCopy Alias Expand Sign "
-    "Logaddexp Atan Atan2 Sinh Cosh Complex Polar Conj"
+    "Logaddexp Atan Atan2 Sinh Cosh Complex Polar Conj Tril Triu IndexFill"
 )
 
 
-@rule(*backward(_BY_ENTRIES))
+@rule(*backward(_BY_ENTRIES), "ScatterBackward1")
 def _entries(at: At) -> Answer:
-    return [at.first if shape is None or _broadcasts(shape, at.shapes[0]) else None for shape in at.inputs]
+    whole = at.shapes[0]
+    return [at.first if shape is None or shape == whole or _broadcasts(shape, whole) else None for shape in at.inputs]
 
 
 def _broadcasts(shape: Shape, to: Shape) -> bool:

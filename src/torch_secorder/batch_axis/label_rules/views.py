@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from torch_secorder.autograd.saved import saved
@@ -12,7 +14,7 @@ from torch_secorder.batch_axis.labels import joined_along, reshaped
 @rule(*backward("View UnsafeView ReshapeAlias Squeeze Unsqueeze"))
 def _views(at: At) -> Answer | None:
     shape = at.inputs[0]
-    if shape is None or np.prod(shape) != np.prod(at.shapes[0]):
+    if shape is None or math.prod(shape) != math.prod(at.shapes[0]):
         return None
     return [reshaped(at.first, at.shapes[0], shape)]
 

@@ -1,0 +1,185 @@
+"""Labels through nodes that show nothing of what they do: they are called by themselves, with numbers that tell.
+
+Torch's node of a write into a part of a tensor shows neither the part nor what was written, that of a view of memory not what it
+is a view of, and a Python function's backward may be anything. Each is called alone with numbers of ours, and what it does with
+these is compared, on its device, with what it has to do for a rule to apply. If it does anything else, the rule does not apply.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node
+
+from torch_secorder.autograd.guard import RunsOthersCodeError
+from torch_secorder.autograd.nodes import is_others_function, keeps_state, node_vjp, outputs_of
+from torch_secorder.autograd.opaque import runs_others_code
+from torch_secorder.batch_axis.label_rules.registry import PYTHON_FUNCTION, Answer, At, rule
+from torch_secorder.batch_axis.labels import Labels, joined, joined_along, reshaped
+
+# The length of the block of random numbers that gradients repeat. It is prime, so that no axis lines up with it.
+BLOCK = 65_521
+# How many numbers a function is given in all its calls, at most.
+LARGEST_QUESTION = 2**24
+# By how much a row may change with what the other rows are, relative to the largest number: rounding at most.
+FORGIVEN = 1e-2
+
+
+def _of_slices(node: Any) -> Sequence[Tensor] | None:
+    """What a write into a part does: two flags, the part's shape, and for each axis which of its indices the part has.
+
+    The first flag says that what was there before gets its own gradient or none. The second says that what was written gets
+    the gradient of the entries with these indices as it is, in order, if they are as many. Without a second input there is the
+    first flag only.
+    """
+    whole = outputs_of(node)[0]
+    shape = tuple(whole.shape)
+    if not whole.dtype.is_floating_point or whole.is_nested_tensor or not math.prod(shape):
+        return None
+    given = _numbers(whole)
+    before, *written = node_vjp(node, [given])
+    keeps = given.new_ones((), dtype=torch.bool) if before is None else ((before == given) | (before == 0)).all()
+    if not written or written[0] is None:
+        return [keeps[None]]
+    part = written[0].flatten()
+    places, are_places = _places(node, whole, len(part))
+    are_places &= (given.flatten()[places] == part).all() & (places.diff() > 0).all()
+    taken = places.new_zeros(sum(shape))
+    for axis, size in enumerate(shape):
+        taken.index_fill_(0, places // math.prod(shape[axis + 1 :]) % size + sum(shape[:axis]), 1)
+    sizes = torch.tensor(written[0].shape, dtype=torch.int64, device="cpu")
+    return [torch.stack([keeps, are_places]), sizes, *taken.split(shape)]
+
+
+def _places(node: Node, whole: Any, count: int) -> tuple[Tensor, Tensor]:
+    """Where the entries of a part come from, if they were taken as they are: the numbers of entries of the whole.
+
+    They come in digits that the dtype holds, one call for each.
+
+    Returns:
+        the numbers, and whether they are some.
+    """
+    numel, base, unit = math.prod(whole.shape), round(2 / torch.finfo(whole.dtype).eps), 1
+    number = torch.arange(numel, device=whole.device)
+    found, are_digits = number.new_zeros(count), number.new_ones((), dtype=torch.bool)
+    while unit < numel:
+        digits = number if numel <= base else number // unit % base
+        digit = node_vjp(node, [digits.to(whole.dtype).view(tuple(whole.shape))])[1]
+        assert digit is not None
+        own = digit.flatten().long()
+        found, unit, are_digits = found + own * unit, unit * base, are_digits & (own == digit.flatten()).all()
+    places = found.clamp(0, numel - 1)
+    return places, are_digits & (places == found).all()
+
+
+def _numbers(output: Any) -> Tensor:
+    """A gradient for an output: random numbers from 1 to 2."""
+    numel = math.prod(output.shape)
+    block = _block(min(numel, BLOCK), output.device, output.dtype)
+    return block.repeat(-(-numel // len(block)))[:numel].view(tuple(output.shape))
+
+
+@lru_cache(32)  # The host would wait for a copy to a device in each step.
+def _block(size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    block = torch.rand(size, generator=generator, dtype=torch.float32, device="cpu") + 1
+    return block.to(device, dtype)
+
+
+@rule("torch::autograd::CopySlices", asks=_of_slices)
+def _copy_slices(at: At) -> Answer | None:
+    """A write into a part of a tensor: what was there before and what was written, maybe by an operation with both."""
+    if not at.indices:
+        return None
+    flags, *more = at.indices
+    assert flags is not None
+    answer: list[Labels | None] = [None] * len(at.inputs)
+    answer[0] = at.first if flags[0] else None
+    if len(flags) > 1 and flags[1]:
+        sizes, *taken = [one.numpy() for one in more if one is not None]
+        counts = [int(one.sum()) for one in taken]
+        if math.prod(counts) == sizes.prod():
+            found = at.first
+            for axis, one in enumerate(taken):
+                found = found.compress(one, axis) if found.shape[axis] != 1 else found
+            answer[1] = reshaped(found, counts, sizes.tolist())
+    return answer
+
+
+def may_be_called(node: Node) -> bool:
+    """Whether a Python function may be called to know what it does: one that keeps nothing but tensors, and calls no modules."""
+    return is_others_function(node) and not keeps_state(node) and not runs_others_code(node)
+
+
+def _of_rows(node: Any) -> Sequence[Tensor] | None:
+    """For each input of a node a flag: whether each row of its gradient comes from the same row of the outputs'.
+
+    It is called with some rows loud and the others silent, as often as it takes to tell any row from any other.
+    """
+    outputs = outputs_of(node)
+    counts = {tuple(output.shape)[:1] for output in outputs}
+    plain = all(output.dtype.is_floating_point and not output.is_nested_tensor for output in outputs)
+    count = sum(counts.pop(), start=0)
+    if not plain or counts or count < 2:
+        return None
+    sets = _sets(count, outputs[0].device)
+    if len(sets) * sum(math.prod(output.shape) for output in outputs) > LARGEST_QUESTION:
+        return None
+    given = [_numbers(output) for output in outputs]
+    try:
+        together = node_vjp(node, given)
+        answers = [node_vjp(node, [x * _along(loud, x) for x in given]) for loud in sets]
+    except RunsOthersCodeError:
+        return None
+    flags = [_are_own_rows(one, list(several), sets) for one, *several in zip(together, *answers, strict=True)]
+    return [torch.stack(flags)]
+
+
+def _sets(count: int, device: torch.device) -> list[Tensor]:
+    """Sets of rows, as masks: for any two rows there is one that has the first and not the second."""
+    number = torch.arange(count, device=device)
+    bits = [number // 2**digit % 2 for digit in range((count - 1).bit_length())]
+    return [bit == side for bit in bits for side in (0, 1)]
+
+
+def _are_own_rows(together: Tensor | None, answers: list[Tensor | None], sets: Sequence[Tensor]) -> Tensor:
+    """Whether each row is zero where it is silent, and is what it is in any case where it is loud."""
+    fine = sets[0].new_ones(())
+    if together is None:
+        return fine & all(one is None for one in answers)
+    if together.shape[:1] != sets[0].shape:
+        return fine.logical_not()
+    for one, loud in zip(answers, sets, strict=True):
+        if one is None or one.shape != together.shape:
+            return fine.logical_not()
+        heard = _along(loud, one)
+        fine = fine & ((heard != 0) | (one == 0)).all()
+        fine = fine & ((one - together * heard).abs().max() <= FORGIVEN * together.abs().max())
+    return fine
+
+
+def _along(loud: Tensor, x: Tensor) -> Tensor:
+    """A number for each row as a tensor that broadcasts along another one's rows."""
+    return loud.to(x.device, x.dtype).view(-1, *[1] * (x.dim() - 1))
+
+
+@rule(PYTHON_FUNCTION, "AsStridedBackward0", asks=_of_rows, needs_first=False)
+def _row_by_row(at: At) -> Answer | None:
+    """A node that was seen to take its rows one by one: a Python function, or a view of memory whose strides nothing shows."""
+    if not at.indices or at.indices[0] is None:
+        return None
+    found: Labels | None = None
+    for one in at.labels:
+        found = found if one is None else joined(found, joined_along(one, range(1, one.ndim)).reshape(-1))
+    assert found is not None
+    flags = at.indices[0].tolist()
+    return [
+        np.reshape(found, (-1, *[1] * (len(shape) - 1))) if shape and flag else None
+        for shape, flag in zip(at.inputs, flags, strict=True)
+    ]
