@@ -86,6 +86,18 @@ class InTwo(torch.autograd.Function):
         return torch.cat([one, other.flip(-1)], -1)
 
 
+class InTurn(torch.autograd.Function):
+    """Pairs of rows, each in the opposite order."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+
+
 class Clipped(torch.autograd.Function):
     """Its gradient has a length that all rows decide together."""
 
@@ -310,6 +322,8 @@ FUNCTIONS: dict[str, Function] = {
     "cumulated in place over samples": lambda x: changed(x, lambda y: y[..., :2].cumsum_(0)),
     "strides": lambda x: (x * 1).as_strided((N, 3, 2), (8, 1, 2)),
     "strides across samples": lambda x: (x * 1).as_strided((N, 6), (6, 1)),
+    "strides that part rows": lambda x: (x * 1).view(6, 4).as_strided((N, 3, 2, 2), (8, 2, 2, 1)),
+    "a function that turns rows": lambda x: InTurn.apply(x.flatten(0, 1)).view(x.shape),
     "a function": lambda x: Reweighted.apply(x, x[..., :1].cos()),
     "a function of rows": lambda x: Reweighted.apply(x.flatten(0, 1)[ROUTED], x.flatten(0, 1)[ROUTED, :1].cos()),
     "a function that cumulates samples": lambda x: Reweighted.apply(

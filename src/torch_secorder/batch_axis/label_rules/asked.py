@@ -21,7 +21,7 @@ from torch_secorder.autograd.guard import RunsOthersCodeError
 from torch_secorder.autograd.nodes import is_others_function, keeps_state, node_vjp, outputs_of
 from torch_secorder.autograd.opaque import runs_others_code
 from torch_secorder.batch_axis.label_rules.registry import PYTHON_FUNCTION, Answer, At, rule
-from torch_secorder.batch_axis.labels import Labels, joined, joined_along, reshaped
+from torch_secorder.batch_axis.labels import NOBODY, SEVERAL, Labels, joined, joined_along, reshaped
 
 # The length of the block of random numbers that gradients repeat. It is prime, so that no axis lines up with it.
 BLOCK = 65_521
@@ -118,9 +118,10 @@ def may_be_called(node: Node) -> bool:
 
 
 def _of_rows(node: Any) -> Sequence[Tensor] | None:
-    """For each input of a node a flag: whether each row of its gradient comes from the same row of the outputs'.
+    """For each input of a node from which row of the outputs' gradients each row of the input's gradient comes.
 
-    It is called with some rows loud and the others silent, as often as it takes to tell any row from any other.
+    The node is called with some rows loud and the others silent, as often as it takes to tell any row from any other. Rows are
+    NOBODY's where nothing arrives, and SEVERAL's where more than one row has a part in them.
     """
     outputs = outputs_of(node)
     counts = {tuple(output.shape)[:1] for output in outputs}
@@ -128,40 +129,52 @@ def _of_rows(node: Any) -> Sequence[Tensor] | None:
     count = sum(counts.pop(), start=0)
     if not plain or counts or count < 2:
         return None
-    sets = _sets(count, outputs[0].device)
-    if len(sets) * sum(math.prod(output.shape) for output in outputs) > LARGEST_QUESTION:
+    number = torch.arange(count, device=outputs[0].device)
+    digits = [number // 2**place % 2 for place in range((count - 1).bit_length())]
+    if 2 * len(digits) * sum(math.prod(output.shape) for output in outputs) > LARGEST_QUESTION:
         return None
     given = [_numbers(output) for output in outputs]
     try:
         together = node_vjp(node, given)
-        answers = [node_vjp(node, [x * _along(loud, x) for x in given]) for loud in sets]
+        answers = [
+            [node_vjp(node, [x * _along(digit == side, x) for x in given]) for side in (0, 1)] for digit in digits
+        ]
     except RunsOthersCodeError:
         return None
-    flags = [_are_own_rows(one, list(several), sets) for one, *several in zip(together, *answers, strict=True)]
-    return [torch.stack(flags)]
+    return [
+        _origins(whole, [(zero[index], one[index]) for zero, one in answers], digits)
+        for index, whole in enumerate(together)
+    ]
 
 
-def _sets(count: int, device: torch.device) -> list[Tensor]:
-    """Sets of rows, as masks: for any two rows there is one that has the first and not the second."""
-    number = torch.arange(count, device=device)
-    bits = [number // 2**digit % 2 for digit in range((count - 1).bit_length())]
-    return [bit == side for bit in bits for side in (0, 1)]
+def _origins(
+    whole: Tensor | None, answers: Sequence[tuple[Tensor | None, Tensor | None]], digits: Sequence[Tensor]
+) -> Tensor:
+    """From which row each row of one input's gradient comes.
 
-
-def _are_own_rows(together: Tensor | None, answers: list[Tensor | None], sets: Sequence[Tensor]) -> Tensor:
-    """Whether each row is zero where it is silent, and is what it is in any case where it is loud."""
-    fine = sets[0].new_ones(())
-    if together is None:
-        return fine & all(one is None for one in answers)
-    if together.shape[:1] != sets[0].shape:
-        return fine.logical_not()
-    for one, loud in zip(answers, sets, strict=True):
-        if one is None or one.shape != together.shape:
-            return fine.logical_not()
-        heard = _along(loud, one)
-        fine = fine & ((heard != 0) | (one == 0)).all()
-        fine = fine & ((one - together * heard).abs().max() <= FORGIVEN * together.abs().max())
-    return fine
+    Args:
+        whole: the gradient if all rows are loud.
+        answers: for each digit of a row's number the gradients if only rows are loud in which it is 0, or 1.
+        digits: the digits.
+    """
+    if (
+        whole is None
+        or not whole.dim()
+        or any(one is None or one.shape != whole.shape for pair in answers for one in pair)
+    ):
+        return digits[0].new_full((1,), SEVERAL)
+    origin = silent = digits[0].new_zeros(len(whole))
+    clear = origin == 0
+    for place, pair in enumerate(answers):
+        zero, one = [x.reshape(len(whole), -1).ne(0).any(1) for x in pair if x is not None]
+        origin, silent, clear = origin + one.long() * 2**place, silent + (zero | one), clear & ~(zero & one)
+    clear = clear & ((silent == 0) | (silent == len(answers)))
+    for digit, pair in zip(digits, answers, strict=True):
+        for side, answer in enumerate(pair):
+            assert answer is not None
+            heard = _along(digit[origin.clamp(max=len(digit) - 1)] == side, whole)
+            clear = clear & ((answer - whole * heard).abs().max() <= FORGIVEN * whole.abs().max())
+    return torch.where(clear & (origin < len(digits[0])), torch.where(silent == 0, NOBODY, origin), SEVERAL)
 
 
 def _along(loud: Tensor, x: Tensor) -> Tensor:
@@ -172,14 +185,16 @@ def _along(loud: Tensor, x: Tensor) -> Tensor:
 @rule(PYTHON_FUNCTION, "AsStridedBackward0", asks=_of_rows, needs_first=False)
 def _row_by_row(at: At) -> Answer | None:
     """A node that was seen to take its rows one by one: a Python function, or a view of memory whose strides nothing shows."""
-    if not at.indices or at.indices[0] is None:
+    if not at.indices:
         return None
     found: Labels | None = None
     for one in at.labels:
         found = found if one is None else joined(found, joined_along(one, range(1, one.ndim)).reshape(-1))
     assert found is not None
-    flags = at.indices[0].tolist()
-    return [
-        np.reshape(found, (-1, *[1] * (len(shape) - 1))) if shape and flag else None
-        for shape, flag in zip(at.inputs, flags, strict=True)
-    ]
+    found = np.broadcast_to(found, at.shapes[0][:1])
+    answer: list[Labels | None] = []
+    for shape, origins in zip(at.inputs, at.indices, strict=True):
+        rows = np.full(1, SEVERAL) if origins is None else origins.numpy()
+        own = np.where(rows < 0, rows, found[rows.clip(0)])
+        answer.append(own.reshape(-1, *[1] * (len(shape) - 1)) if shape and len(rows) == shape[0] else None)
+    return answer
