@@ -171,12 +171,24 @@ def test_every_way_to_begin_a_backward_pass_shows_the_loss(begin) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Using a target size")
-def test_only_the_first_loss_of_a_block_is_looked_at() -> None:
+def test_a_block_warns_once() -> None:
     model, x, y = regression()
     with FisherMonitor(model), warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         for _ in range(3):
             F.l1_loss(model(x), y).backward()
+    assert [one.category for one in told].count(BroadcastLossWarning) == 1
+
+
+@pytest.mark.filterwarnings("ignore:Using a target size")
+def test_each_loss_at_one_line_is_looked_at() -> None:
+    model, x, y = regression()
+    with FisherMonitor(model), warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            F.l1_loss(model(x), y.unsqueeze(-1)).backward()
+        assert not told
+        F.l1_loss(model(x), y).backward()
     assert [one.category for one in told].count(BroadcastLossWarning) == 1
 
 

@@ -229,6 +229,23 @@ def test_the_functions_check_the_1st_2nd_3rd_5th_and_9th_call(monkeypatch: pytes
     assert checked == [1, 2, 3, 5, 9]
 
 
+def test_a_function_that_computes_another_loss_is_checked_again() -> None:
+    """As one does that reads a setting from outside: here, whether outputs are centered over the batch."""
+    model, (x, y) = classifier(), batch()
+    centers = False
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(outputs - outputs.mean(0) if centers else outputs, targets)
+
+    expected = total(trace(per_sample_squared_norms(model, F.cross_entropy, x, y)))
+    for _ in range(3):
+        assert_equal(empirical_fisher_trace(model, loss, x, y), expected, expected, torch.float64)
+    centers = True
+    for _ in range(3):
+        with pytest.raises(VerificationError, match="other samples' outputs"):
+            empirical_fisher_trace(model, loss, x, y)
+
+
 @pytest.mark.parametrize("checked", ["always", "never", "when due"])
 def test_outputs_are_kept_for_a_check_only(checked: Any) -> None:
     """They are as large as all else in a language model."""

@@ -90,9 +90,9 @@ class FisherMonitor(WithResults, RecordedBlock):
             either case: "raise" the error, or "skip" the pass, so that ``report().attrs["skipped_passes"]`` says how many there
             were, and a :class:`~torch_secorder.errors.SkippedPassWarning` reports the first of each kind of error. Errors on
             entry or in forward, and invalid arguments, are raised in either case.
-            A weight penalty in the loss is refused in passes whose sums are checked, and from the first such pass on in every
-            pass that has it. Passes that were counted before have the right trace, since a penalty belongs to no sample; it only
-            enters their ``grad_sq_norm``.
+            A weight penalty in the loss is refused in every pass that has it. Where its factor is 0 in the first passes, they
+            are counted, and so are further ones until a pass whose sums are checked. Their trace is right, since a penalty
+            belongs to no sample; it only enters their ``grad_sq_norm``.
         repeated_calls: what it means that one backward pass reaches two calls of the model: "same" if row n of both is
             one sample (siamese networks), "new" if they are different samples. By default that is an error.
         every: with ``every=k``, only the first of each k calls of the model is watched, and the other steps cost about what plain

@@ -68,7 +68,6 @@ class PassCounter:
             return
         if len(positions) < recorder.with_gradient:
             recorder.require_whole(current, positions)
-        current.roots.clear()
         loss_scale = self._options.loss_scale
         if not isinstance(loss_scale, float):  # A function may count its calls, so it is called once for each pass.
             loss_scale = loss_scale_value(loss_scale)
