@@ -33,9 +33,10 @@ from torch_secorder.running.counted import has_mask
 from torch_secorder.running.fisher_kind import FisherKind
 from torch_secorder.running.frozen_others import FrozenOthers
 from torch_secorder.running.logits import logits, with_samples_first
-from torch_secorder.running.loss import LossFunction, loss_of, reduction_of, require_targets_of_batch
+from torch_secorder.running.loss import loss_of, reduction_of, require_targets_of_batch
 from torch_secorder.running.own_loss import is_computed_inside, own_reduction
 from torch_secorder.running.run import HookedForward
+from torch_secorder.running.trials import LossFunction
 
 Checked = Literal["always", "when due", "never"]
 
