@@ -52,8 +52,8 @@ class FisherMonitor(WithResults, RecordedBlock):
     .. math:: \mathrm{fisher\_trace}[p] = c \sum_n \lVert g_{n,p} \rVert^2,
 
     c = 1/N for ``reduction="mean"``, c = 1 for ``"sum"``. This is never the squared gradient of the batch. The
-    samples of all backward passes are pooled. The gradients that the user gets in ``.grad`` are bit-identical to those
-    without the monitor.
+    samples of all backward passes are pooled, and a pass of an empty batch adds nothing. The gradients that
+    the user gets in ``.grad`` are bit-identical to those without the monitor.
 
     Args:
         model: any module; DistributedDataParallel and torch.compile wrappers are unwrapped. Watched calls run uncompiled.
@@ -245,6 +245,8 @@ class FisherMonitor(WithResults, RecordedBlock):
             raise LifecycleError(
                 "verify: outside of the monitor's block nothing is watched: write it inside, between the loss and its backward()"
             )
+        if self._recorder.forwards.latest.n == 0:
+            return  # An empty batch has no sample to look at.
         outputs = self._recorder.outputs_to_verify()
         with without_modes():
             n = self._recorder.forwards.latest.n or 0

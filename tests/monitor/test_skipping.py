@@ -148,11 +148,11 @@ def test_without_refusals_nothing_is_skipped() -> None:
 
 def test_what_is_wrong_on_entry_in_forward_or_with_an_argument_is_raised_nevertheless() -> None:
     model, (x, y) = classifier(), batch()
-    with FisherMonitor(model, on_refusal="skip") as monitor:
-        with pytest.raises(LifecycleError, match="active already"):
-            monitor.__enter__()
-        with pytest.raises(ShapeError, match="empty"):
-            model(x[:0])
+    with FisherMonitor(model, on_refusal="skip") as monitor, pytest.raises(LifecycleError, match="active already"):
+        monitor.__enter__()
+    with FisherMonitor(model, on_refusal="skip", batch_axis=1) as other, pytest.raises(ShapeError, match="axis 1"):
+        model(x)
+    assert other.results.statistics.skipped_passes == 0
     scaled = FisherMonitor(model, on_refusal="skip", loss_scale=lambda: -1.0)
     with scaled, pytest.raises(ArgumentError, match="loss_scale"):
         backward(model, x, y)

@@ -77,7 +77,7 @@ def fisher_report(
         data: an iterable of batches, a DataLoader say, or one batch. A batch is ``(inputs, targets)``, and what follows these
             two is not used; inputs may be a tensor, a tuple of positional arguments or a mapping of keyword arguments. Or it is
             a mapping, which goes into the model by keywords and to the loss as it is, ``loss_fn(outputs, batch)``. A tuple of
-            two mappings is ``(inputs, targets)``, a list of mappings is several batches.
+            two mappings is ``(inputs, targets)``, a list of mappings is several batches. Batches without samples are passed over.
         fisher: "empirical" for gradients of the loss; "exact" for the Fisher with the model's own labels integrated out;
             "sampled" for an unbiased estimate of it; "observed" for gradients of log p(target).
         num_samples: how many backward passes per batch "sampled" takes, 1 by default.
@@ -215,5 +215,5 @@ def fisher_results(
     for results in accumulated(model, loss_fn, data, ReportOptions(keeps=keeps, ids=ids, **options)):  # noqa: B007  # The last one is returned.
         pass
     if results is None:
-        raise ArgumentError("data has no batch")
+        raise ArgumentError("data has no batch with samples")
     return results

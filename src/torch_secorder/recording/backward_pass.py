@@ -31,6 +31,7 @@ class BackwardPass:
             user's sees every operation.
         thread: the thread that it began in.
         error: the first error, which is raised at the end of the pass.
+        is_of_empty_batch: whether it went through a call of the model without samples.
         kind: a hash of the model's graph and of the loss's, equal for passes that are checked as often as if they were one.
         broadcast: where the loss makes ``[n, n]`` of the model's output ``[n, 1]``: n, and the name of the node that does it.
     """
@@ -43,6 +44,7 @@ class BackwardPass:
     thread: int = field(default_factory=get_ident)
     error: Exception | None = None
     kind: int = 0
+    is_of_empty_batch: bool = False
     broadcast: tuple[int, str] | None = None
 
     def project(self, position: int, grad: Tensor) -> None:

@@ -138,6 +138,12 @@ class UserRecorder(Recorder):
         for node in nodes:
             node.register_prehook(partial(self._on_outputs_gradient, forward))
 
+    def _on_empty_batch(self, outputs: list[Tensor]) -> None:
+        self._history.without_samples += 1
+        self._outputs.keep(self.forwards.latest, [])
+        for node in {x.grad_fn for x in outputs if x.grad_fn is not None}:
+            node.register_prehook(self._on_gradient_of_empty_batch)
+
     def _on_recomputation(self, task: int, outer: int) -> None:
         if self._passes.of(task) is not None:
             return
@@ -167,6 +173,10 @@ class UserRecorder(Recorder):
             reached.append(forward)
         elif not self.forwards.active:
             self._history.late_passes += 1
+
+    def _on_gradient_of_empty_batch(self, grads: tuple[Tensor | None, ...]) -> None:
+        if (current := self._pass_under_way(grads)) is not None:
+            current.is_of_empty_batch = True
 
     def _watch_others(self, current: BackwardPass, table: HookTable) -> None:
         self._changed.watch(current, table)
