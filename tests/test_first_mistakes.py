@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import torch_secorder
 from torch_secorder import (
     FisherMonitor,
     empirical_fisher_trace,
@@ -19,6 +20,10 @@ from torch_secorder import (
     fisher_results,
     generalized_fisher_trace,
     hessian_trace,
+    losses,
+    pruning,
+    quantization,
+    testing,
 )
 from torch_secorder.errors import (
     ArgumentError,
@@ -29,6 +34,7 @@ from torch_secorder.errors import (
     ShapeError,
     UnsupportedError,
 )
+from torch_secorder.integrations.peft import rank_pattern
 from torch_secorder.noise_scale import gradient_noise_scale
 from torch_secorder.pruning import Gates, weight_saliency
 from torch_secorder.testing import check
@@ -463,6 +469,30 @@ def test_a_call_that_does_not_fit_is_told_how_to_write_it(call: Callable[..., ob
         call(*classification())
     assert isinstance(told.value, TypeError) == isinstance(told.value, CallError)
     assert len(str(told.value)) < 400
+
+
+def public_functions() -> dict[str, Callable[..., object]]:
+    """Those that take something, by name; what users get and do not make is none of them."""
+    homes = (torch_secorder, quantization, pruning, testing, losses)
+    found = {name: getattr(home, name) for home in homes for name in home.__all__}
+    found |= {"rank_pattern": rank_pattern, "gradient_noise_scale": gradient_noise_scale}
+    del found["GateSaliency"]
+    return {name: one for name, one in found.items() if callable(one) and takes_something(one)}
+
+
+def takes_something(function: Callable[..., object]) -> bool:
+    taken = inspect.signature(function).parameters.values()
+    return any(p.default is p.empty and p.kind is not p.VAR_POSITIONAL for p in taken)
+
+
+PUBLIC = public_functions()
+
+
+@pytest.mark.parametrize("name", sorted(PUBLIC))
+def test_a_public_function_that_is_called_without_anything_says_how_to_call_it(name: str) -> None:
+    assert len(PUBLIC) > 15
+    with pytest.raises(CallError, match=rf"^{name}: missing a required argument: '\w+': write .*{name}\("):
+        PUBLIC[name]()
 
 
 def test_functions_that_explain_their_calls_look_like_themselves() -> None:

@@ -87,7 +87,8 @@ def fisher_report(
         max_samples: use at most this many samples; of the last batch only the first ones are taken.
         rtol: stop as soon as the standard error is no more than this fraction of the trace, such as 0.05, and at least 32
             samples were seen. The data have to come in a random order. ``attrs`` then say ``rtol``, ``rtol_of``, the
-            ``relative_stderr`` that there is, and whether it ``reached_rtol`` or the data ended before.
+            ``relative_stderr`` that there is, and whether it ``reached_rtol`` or the data ended before. With fewer than 32
+            samples it is not reached, however small the error, since a standard error of so few is a guess itself.
         rtol_of: whose standard error: that of the "total", or of all "rows", each of its own trace.
         progress: show on a terminal, or in a notebook, how far the loop is and the total so far, with tqdm if it is installed.
         verify: check the first, the last and a random sample of the first batch against plain autograd, and of later ones that

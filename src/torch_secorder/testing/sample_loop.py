@@ -10,7 +10,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from torch_secorder.arguments import Loss, Reduction, require_choice
+from torch_secorder.arguments import Loss, Reduction, called_as, require_choice
 from torch_secorder.errors import ArgumentError
 from torch_secorder.model.containers import mapped, tensors
 from torch_secorder.model.names import plain_name
@@ -23,6 +23,7 @@ from torch_secorder.testing.own_loss_loop import gradients_of_own_loss
 NEAR = 1e-6
 
 
+@called_as("sample_gradients(model, loss_fn, inputs, targets)")
 def sample_gradients(
     model: nn.Module,
     loss_fn: Loss,
