@@ -31,7 +31,9 @@ from problems import AWKWARD, BY_NAME, Problem, every_problem
 from torch_secorder import fisher_report
 from torch_secorder.approximations.fisher_trace import empirical_fisher_trace, generalized_fisher_trace
 from torch_secorder.autograd.self_test import hooks_are_seen
+from torch_secorder.batch_axis.samples import BatchSamples
 from torch_secorder.errors import CurvatureError
+from torch_secorder.running import trials
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths"),
@@ -363,6 +365,27 @@ def test_a_loss_that_takes_half_precision_only_is_told_where_its_changes_are_lar
         expected = empirical_fisher_trace(copy.deepcopy(model).double(), full, x.double(), y)
         half = partial(F.cross_entropy, weight=weight.bfloat16(), reduction=reduction)
         assert float(empirical_fisher_trace(model, half, x, y)) == pytest.approx(float(expected), rel=0.05)
+
+
+def test_of_large_outputs_some_samples_are_given_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are copied several times for that. The first and the last are among them."""
+    sizes: list[int] = []
+
+    def loss_fn(outputs: Tensor, targets: Tensor) -> Tensor:
+        sizes.append(len(outputs))
+        return F.cross_entropy(outputs, targets)
+
+    model, (x, y) = classifier(), batch(50)
+    expected = total(trace(per_sample_squared_norms(model, F.cross_entropy, x, y)))
+    for most, largest in ((150, 100), (30, 50), (1, 50)):
+        monkeypatch.setattr(trials, "MOST_NUMBERS", most)
+        sizes.clear()
+        assert_equal(empirical_fisher_trace(copy.deepcopy(model), loss_fn, x, y), expected, expected)
+        assert max(sizes) == largest
+    monkeypatch.setattr(trials, "MOST_NUMBERS", 100)
+    seen = [trials.Trials(loss_fn, y, BatchSamples(50), 0.1).samples(torch.zeros(50, size)) for size in (1, 2, 20, 999)]
+    assert [len(index) for index in seen] == [50, 50, 5, 2]
+    assert seen[2:] == [[0, 12, 24, 37, 49], [0, 49]]
 
 
 @both_dtypes

@@ -37,10 +37,11 @@ def reduction_of(
 ) -> Reduction:
     """Whether a loss averages or sums over the batch, determined by giving it samples twice.
 
-    There are two trials: the first sample twice, and the whole batch twice. They must not contradict each other, as they do if a
-    loss depends on the samples' places. Either may show nothing (zero, or NaN because its target is ignored). If both show
-    nothing, as in a batch whose hinges are all satisfied, the loss is tried with other outputs, too. An answer that was found for
-    this loss before, ``expected``, only has to hold for one sample, and also holds if nothing contradicts it.
+    There are two trials: the first sample twice, and the whole batch twice, or some samples of it where outputs are large. They
+    must not contradict each other, as they do if a loss depends on the samples' places. Either may show nothing (zero, or NaN
+    because its target is ignored). If both show nothing, as in a batch whose hinges are all satisfied, the loss is tried with
+    other outputs, too. An answer that was found for this loss before, ``expected``, only has to hold for one sample, and also
+    holds if nothing contradicts it.
 
     Raises:
         ArgumentError: if twice the samples give neither the loss nor twice the loss, or if no trial shows anything.
@@ -55,7 +56,7 @@ def reduction_of(
         if has_half_precision(loss, *tensors(outputs)):
             near = NEAR_IN_HALF_PRECISION
         trials = Trials.of(loss_fn, outputs, targets, loss, where, near)
-        found = [trials.multiples(outputs, index) for index in ([0], list(range(where.n)))]
+        found = [trials.multiples(outputs, index) for index in ([0], trials.samples(outputs))]
         reductions = trials.reductions(found)
         if not reductions and expected is not None:
             return expected

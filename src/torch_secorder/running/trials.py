@@ -38,6 +38,9 @@ NEAR_FOR_DIFFERENCES = 0.1
 # 1 or 2, up to 2 (eps L / D + eps L / D). If D is at least RESOLVED times eps L, the nearer one of 1 and 2 is right.
 NEAR_FOR_ROUNDED_DIFFERENCES, RESOLVED = 0.5, 8
 
+# How many numbers of outputs are given twice: a trial in float32 takes some thirty bytes for each of them.
+MOST_NUMBERS = 2**26
+
 
 @dataclass(frozen=True)
 class Trials:
@@ -79,6 +82,12 @@ class Trials:
         except Exception:  # The loss has tensors of its own in half precision.
             return cls(loss_fn, targets, where, near, torch.finfo(loss.dtype).eps)
         return cls(full, targets, where, near)
+
+    def samples(self, outputs: Any) -> list[int]:
+        """All samples, or some from the first to the last if the outputs have too many numbers to be copied several times."""
+        n, numbers = self.where.n, sum(x.numel() for x in tensors(outputs))
+        count = min(n, max(2, n * MOST_NUMBERS // max(numbers, 1)))
+        return sorted({round(index * (n - 1) / max(count - 1, 1)) for index in range(count)})
 
     def multiples(self, outputs: Any, index: list[int]) -> tuple[float, float]:
         """The loss of samples given twice as a multiple of their loss, and the same multiple for its change with other outputs.
