@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -345,10 +346,18 @@ def test_a_loss_that_averages_in_half_precision() -> None:
 
 
 def test_a_loss_that_overflows_is_not_taken_for_an_average() -> None:
-    """Its gradient is finite, and a sum's would count N times as much as that of a mean."""
-    model, x = nn.Linear(4, 3).half(), torch.ones(5, 4).half()
+    """Its gradient is finite, and a sum's counts N times as much as that of a mean; in float32 the loss shows which it is."""
+    model, x, y = nn.Linear(4, 3).half(), torch.ones(5, 4).half(), torch.full((5, 3), 300.0).half()
+
+    def loss_fn(outputs: Tensor, targets: Tensor) -> Tensor:
+        return (outputs - targets).square().sum()
+
+    assert not loss_fn(model(x), y).isfinite()
+    found = empirical_fisher_trace(model, loss_fn, x, y)
+    squared = per_sample_squared_norms(copy.deepcopy(model).double(), loss_fn, x.double(), y.double(), shares_of="sum")
+    assert float(found) == pytest.approx(float(total(trace(squared, "sum"))), rel=1e-2)
     with pytest.raises(ArgumentError, match="neither averages nor sums"):
-        empirical_fisher_trace(model, lambda o, t: (o - t).square().sum(), x, torch.full((5, 3), 300.0).half())
+        empirical_fisher_trace(model, lambda o, t: loss_fn(o.half(), t.half()), x, y)
 
 
 # What is no number
