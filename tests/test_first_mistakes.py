@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import torch_secorder
 from torch_secorder import (
     FisherMonitor,
     empirical_fisher_trace,
@@ -19,6 +20,10 @@ from torch_secorder import (
     fisher_results,
     generalized_fisher_trace,
     hessian_trace,
+    losses,
+    pruning,
+    quantization,
+    testing,
 )
 from torch_secorder.errors import (
     ArgumentError,
@@ -29,6 +34,7 @@ from torch_secorder.errors import (
     ShapeError,
     UnsupportedError,
 )
+from torch_secorder.integrations.peft import rank_pattern
 from torch_secorder.noise_scale import gradient_noise_scale
 from torch_secorder.pruning import Gates, weight_saliency
 from torch_secorder.testing import check
@@ -171,12 +177,24 @@ def test_every_way_to_begin_a_backward_pass_shows_the_loss(begin) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Using a target size")
-def test_only_the_first_loss_of_a_block_is_looked_at() -> None:
+def test_a_block_warns_once() -> None:
     model, x, y = regression()
     with FisherMonitor(model), warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         for _ in range(3):
             F.l1_loss(model(x), y).backward()
+    assert [one.category for one in told].count(BroadcastLossWarning) == 1
+
+
+@pytest.mark.filterwarnings("ignore:Using a target size")
+def test_each_loss_at_one_line_is_looked_at() -> None:
+    model, x, y = regression()
+    with FisherMonitor(model), warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            F.l1_loss(model(x), y.unsqueeze(-1)).backward()
+        assert not told
+        F.l1_loss(model(x), y).backward()
     assert [one.category for one in told].count(BroadcastLossWarning) == 1
 
 
@@ -451,6 +469,30 @@ def test_a_call_that_does_not_fit_is_told_how_to_write_it(call: Callable[..., ob
         call(*classification())
     assert isinstance(told.value, TypeError) == isinstance(told.value, CallError)
     assert len(str(told.value)) < 400
+
+
+def public_functions() -> dict[str, Callable[..., object]]:
+    """Those that take something, by name; what users get and do not make is none of them."""
+    homes = (torch_secorder, quantization, pruning, testing, losses)
+    found = {name: getattr(home, name) for home in homes for name in home.__all__}
+    found |= {"rank_pattern": rank_pattern, "gradient_noise_scale": gradient_noise_scale}
+    del found["GateSaliency"]
+    return {name: one for name, one in found.items() if callable(one) and takes_something(one)}
+
+
+def takes_something(function: Callable[..., object]) -> bool:
+    taken = inspect.signature(function).parameters.values()
+    return any(p.default is p.empty and p.kind is not p.VAR_POSITIONAL for p in taken)
+
+
+PUBLIC = public_functions()
+
+
+@pytest.mark.parametrize("name", sorted(PUBLIC))
+def test_a_public_function_that_is_called_without_anything_says_how_to_call_it(name: str) -> None:
+    assert len(PUBLIC) > 15
+    with pytest.raises(CallError, match=rf"^{name}: missing a required argument: '\w+': write .*{name}\("):
+        PUBLIC[name]()
 
 
 def test_functions_that_explain_their_calls_look_like_themselves() -> None:

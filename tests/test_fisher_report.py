@@ -105,6 +105,14 @@ def test_it_says_that_the_data_ended_before() -> None:
     # Thirty-two samples are the least, however equal they are.
     same = [(data[0][0][:1].expand(8, -1), torch.zeros(8, dtype=torch.long))] * 10
     assert fisher_report(model, cross_entropy, same, rtol=0.5, progress=False).attrs["n_samples"] == 32
+    few = fisher_results(model, cross_entropy, same[:3], rtol=0.5, progress=False)
+    facts = few.report().attrs
+    assert facts["relative_stderr"] < 1e-6
+    assert (facts["n_samples"], facts["reached_rtol"]) == (24, False)
+    assert (
+        "the data ended at a standard error of 0.0% of the total, 50.0% asked for (which so few samples do not tell)"
+        in (few.summary())
+    )
 
 
 def test_rows_that_are_zero_but_for_rounding_do_not_keep_it_running() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -229,6 +230,23 @@ def test_the_functions_check_the_1st_2nd_3rd_5th_and_9th_call(monkeypatch: pytes
     assert checked == [1, 2, 3, 5, 9]
 
 
+def test_a_function_that_computes_another_loss_is_checked_again() -> None:
+    """As one does that reads a setting from outside: here, whether outputs are centered over the batch."""
+    model, (x, y) = classifier(), batch()
+    centers = False
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(outputs - outputs.mean(0) if centers else outputs, targets)
+
+    expected = total(trace(per_sample_squared_norms(model, F.cross_entropy, x, y)))
+    for _ in range(3):
+        assert_equal(empirical_fisher_trace(model, loss, x, y), expected, expected, torch.float64)
+    centers = True
+    for _ in range(3):
+        with pytest.raises(VerificationError, match="other samples' outputs"):
+            empirical_fisher_trace(model, loss, x, y)
+
+
 @pytest.mark.parametrize("checked", ["always", "never", "when due"])
 def test_outputs_are_kept_for_a_check_only(checked: Any) -> None:
     """They are as large as all else in a language model."""
@@ -328,10 +346,18 @@ def test_a_loss_that_averages_in_half_precision() -> None:
 
 
 def test_a_loss_that_overflows_is_not_taken_for_an_average() -> None:
-    """Its gradient is finite, and a sum's would count N times as much as that of a mean."""
-    model, x = nn.Linear(4, 3).half(), torch.ones(5, 4).half()
+    """Its gradient is finite, and a sum's counts N times as much as that of a mean; in float32 the loss shows which it is."""
+    model, x, y = nn.Linear(4, 3).half(), torch.ones(5, 4).half(), torch.full((5, 3), 300.0).half()
+
+    def loss_fn(outputs: Tensor, targets: Tensor) -> Tensor:
+        return (outputs - targets).square().sum()
+
+    assert not loss_fn(model(x), y).isfinite()
+    found = empirical_fisher_trace(model, loss_fn, x, y)
+    squared = per_sample_squared_norms(copy.deepcopy(model).double(), loss_fn, x.double(), y.double(), shares_of="sum")
+    assert float(found) == pytest.approx(float(total(trace(squared, "sum"))), rel=1e-2)
     with pytest.raises(ArgumentError, match="neither averages nor sums"):
-        empirical_fisher_trace(model, lambda o, t: (o - t).square().sum(), x, torch.full((5, 3), 300.0).half())
+        empirical_fisher_trace(model, lambda o, t: loss_fn(o.half(), t.half()), x, y)
 
 
 # What is no number

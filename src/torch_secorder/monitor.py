@@ -52,8 +52,8 @@ class FisherMonitor(WithResults, RecordedBlock):
     .. math:: \mathrm{fisher\_trace}[p] = c \sum_n \lVert g_{n,p} \rVert^2,
 
     c = 1/N for ``reduction="mean"``, c = 1 for ``"sum"``. This is never the squared gradient of the batch. The
-    samples of all backward passes are pooled. The gradients that the user gets in ``.grad`` are bit-identical to those
-    without the monitor.
+    samples of all backward passes are pooled, and a pass of an empty batch adds nothing. The gradients that
+    the user gets in ``.grad`` are bit-identical to those without the monitor.
 
     Args:
         model: any module; DistributedDataParallel and torch.compile wrappers are unwrapped. Watched calls run uncompiled.
@@ -90,9 +90,9 @@ class FisherMonitor(WithResults, RecordedBlock):
             either case: "raise" the error, or "skip" the pass, so that ``report().attrs["skipped_passes"]`` says how many there
             were, and a :class:`~torch_secorder.errors.SkippedPassWarning` reports the first of each kind of error. Errors on
             entry or in forward, and invalid arguments, are raised in either case.
-            A weight penalty in the loss is refused in passes whose sums are checked, and from the first such pass on in every
-            pass that has it. Passes that were counted before have the right trace, since a penalty belongs to no sample; it only
-            enters their ``grad_sq_norm``.
+            A weight penalty in the loss is refused in every pass that has it. Where its factor is 0 in the first passes, they
+            are counted, and so are further ones until a pass whose sums are checked. Their trace is right, since a penalty
+            belongs to no sample; it only enters their ``grad_sq_norm``.
         repeated_calls: what it means that one backward pass reaches two calls of the model: "same" if row n of both is
             one sample (siamese networks), "new" if they are different samples. By default that is an error.
         every: with ``every=k``, only the first of each k calls of the model is watched, and the other steps cost about what plain
@@ -245,6 +245,8 @@ class FisherMonitor(WithResults, RecordedBlock):
             raise LifecycleError(
                 "verify: outside of the monitor's block nothing is watched: write it inside, between the loss and its backward()"
             )
+        if self._recorder.forwards.latest.n == 0:
+            return  # An empty batch has no sample to look at.
         outputs = self._recorder.outputs_to_verify()
         with without_modes():
             n = self._recorder.forwards.latest.n or 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import re
 from collections.abc import Callable
@@ -30,7 +31,9 @@ from problems import AWKWARD, BY_NAME, Problem, every_problem
 from torch_secorder import fisher_report
 from torch_secorder.approximations.fisher_trace import empirical_fisher_trace, generalized_fisher_trace
 from torch_secorder.autograd.self_test import hooks_are_seen
+from torch_secorder.batch_axis.samples import BatchSamples
 from torch_secorder.errors import CurvatureError
+from torch_secorder.running import trials
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths"),
@@ -276,6 +279,113 @@ def test_a_loss_that_neither_averages_nor_sums(loss_fn: Callable[..., Tensor]) -
     with pytest.raises(CurvatureError, match=r"(?i)neither|average.*sum|mean.*sum") as raised:
         empirical_fisher_trace(classifier(), loss_fn, batch()[0], torch.randn(5, 3, dtype=torch.float64))
     assert isinstance(raised.value, ValueError)
+
+
+def clamped(outputs: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(outputs, targets, reduction="none").clamp(max=1.5)
+
+
+def one_by_one(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Adds up in the precision of the outputs; in bfloat16 terms of 1 are lost from 256 on."""
+    return sum((F.cross_entropy(outputs[n : n + 1], targets[n : n + 1]) for n in range(len(outputs))), torch.zeros(()))
+
+
+IN_HALF_PRECISION: dict[str, tuple[Callable[..., Tensor], str]] = {
+    "cross entropy": (F.cross_entropy, "mean"),
+    "cross entropy, sum": (nn.CrossEntropyLoss(reduction="sum"), "sum"),
+    "NLL": (lambda outputs, targets: F.nll_loss(F.log_softmax(outputs, -1), targets), "mean"),
+    "NLL, sum": (lambda outputs, targets: F.nll_loss(F.log_softmax(outputs, -1), targets, reduction="sum"), "sum"),
+    "smoothed": (nn.CrossEntropyLoss(label_smoothing=0.1), "mean"),
+    "smoothed, sum": (nn.CrossEntropyLoss(label_smoothing=0.1, reduction="sum"), "sum"),
+    "clamped": (lambda outputs, targets: clamped(outputs, targets).mean(), "mean"),
+    "clamped, sum": (lambda outputs, targets: clamped(outputs, targets).sum(), "sum"),
+    "one by one": (one_by_one, "sum"),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("name", IN_HALF_PRECISION)
+def test_the_reduction_is_found_out_in_half_precision(name: str, dtype: torch.dtype) -> None:
+    """Rounding changes the losses by up to 0.4 per cent. The weights and inputs are the same in float64."""
+    loss_fn, reduction = IN_HALF_PRECISION[name]
+    for n in (5, 33, 64, 257):
+        model, x, y = classifier().to(dtype), torch.randn(n, 4).to(dtype), torch.randint(3, (n,))
+        squared = per_sample_squared_norms(copy.deepcopy(model).double(), loss_fn, x.double(), y, shares_of=reduction)
+        expected = total(trace(squared, reduction))
+        assert float(empirical_fisher_trace(model, loss_fn, x, y)) == pytest.approx(float(expected), rel=0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "loss_fn",
+    [
+        lambda outputs, targets: F.cross_entropy(outputs, targets, reduction="sum") ** 2,
+        lambda outputs, targets: F.cross_entropy(outputs, targets, reduction="sum") * len(outputs),
+        lambda outputs, targets: F.cross_entropy(outputs, targets, reduction="sum") ** 0.5,
+        lambda outputs, targets: F.cross_entropy(outputs, targets, reduction="sum") / len(outputs) ** 0.5,
+        lambda outputs, targets: F.cross_entropy(outputs, targets, reduction="sum") / (len(outputs) + 1),
+        lambda outputs, targets: F.cross_entropy(outputs, targets, reduction="sum") + 1e3,
+    ],
+    ids=["square", "times N", "root", "over the root of N", "over N + 1", "plus a constant"],
+)
+def test_a_loss_that_neither_averages_nor_sums_in_half_precision(
+    loss_fn: Callable[..., Tensor], dtype: torch.dtype
+) -> None:
+    for n in (2, 8, 64):
+        model, x, y = classifier().to(dtype), torch.randn(n, 4).to(dtype), torch.randint(3, (n,))
+        with pytest.raises(CurvatureError, match="neither averages nor sums"):
+            empirical_fisher_trace(model, loss_fn, x, y)
+
+
+def test_a_loss_with_weights_in_half_precision_is_tried_in_float32_if_it_is_a_module() -> None:
+    """Cross entropy takes weights of the outputs' dtype only. A module can be converted, and a function can't."""
+    model, x, y = classifier().bfloat16(), torch.randn(64, 4).bfloat16(), torch.randint(3, (64,))
+    weight = torch.tensor([0.25, 1.0, 4.0])
+    expected = empirical_fisher_trace(model.double(), nn.CrossEntropyLoss(weight.double()), x.double(), y)
+    module = nn.CrossEntropyLoss(weight).bfloat16()
+    found = empirical_fisher_trace(model.bfloat16(), module, x, y)
+    assert float(found) == pytest.approx(float(expected), rel=0.05)
+    assert module.weight is not None
+    assert module.weight.dtype == torch.bfloat16
+    for constant in (0.0, 1e3):
+        rounded = lambda o, t, c=constant: F.cross_entropy(o, t, weight=weight.bfloat16(), reduction="sum") + c  # noqa: E731
+        with pytest.raises(CurvatureError, match=r"rounding hides .* let it convert the outputs"):
+            empirical_fisher_trace(model, rounded, x, y)
+    remedied = empirical_fisher_trace(model, lambda o, t: F.cross_entropy(o.float(), t, weight=weight), x, y)
+    assert float(remedied) == pytest.approx(float(expected), rel=0.05)
+
+
+def test_a_loss_that_takes_half_precision_only_is_told_where_its_changes_are_larger_than_rounding() -> None:
+    model, x, y = classifier().bfloat16(), 8 * torch.randn(16, 4).bfloat16(), torch.randint(3, (16,))
+    weight = torch.tensor([0.25, 1.0, 4.0])
+    with torch.no_grad():
+        model[2].weight.mul_(64)
+    for reduction in ("mean", "sum"):
+        full = nn.CrossEntropyLoss(weight.double(), reduction=reduction)
+        expected = empirical_fisher_trace(copy.deepcopy(model).double(), full, x.double(), y)
+        half = partial(F.cross_entropy, weight=weight.bfloat16(), reduction=reduction)
+        assert float(empirical_fisher_trace(model, half, x, y)) == pytest.approx(float(expected), rel=0.05)
+
+
+def test_of_large_outputs_some_samples_are_given_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are copied several times for that. The first and the last are among them."""
+    sizes: list[int] = []
+
+    def loss_fn(outputs: Tensor, targets: Tensor) -> Tensor:
+        sizes.append(len(outputs))
+        return F.cross_entropy(outputs, targets)
+
+    model, (x, y) = classifier(), batch(50)
+    expected = total(trace(per_sample_squared_norms(model, F.cross_entropy, x, y)))
+    for most, largest in ((150, 100), (30, 50), (1, 50)):
+        monkeypatch.setattr(trials, "MOST_NUMBERS", most)
+        sizes.clear()
+        assert_equal(empirical_fisher_trace(copy.deepcopy(model), loss_fn, x, y), expected, expected)
+        assert max(sizes) == largest
+    monkeypatch.setattr(trials, "MOST_NUMBERS", 100)
+    seen = [trials.Trials(loss_fn, y, BatchSamples(50), 0.1).samples(torch.zeros(50, size)) for size in (1, 2, 20, 999)]
+    assert [len(index) for index in seen] == [50, 50, 5, 2]
+    assert seen[2:] == [[0, 12, 24, 37, 49], [0, 49]]
 
 
 @both_dtypes

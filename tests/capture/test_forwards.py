@@ -14,7 +14,7 @@ from problems._base import Forward
 from torch_secorder import FisherMonitor
 from torch_secorder.batch_axis.count import counted
 from torch_secorder.batch_axis.told import NOTHING, Told
-from torch_secorder.errors import CurvatureError, ShapeError
+from torch_secorder.errors import CurvatureError
 
 
 def numbers(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -52,9 +52,10 @@ def test_the_batch_size_of_nested_inputs() -> None:
     assert counted(NOTHING, ("text", None), {"more": {"ids": [torch.zeros(1, 2), (torch.zeros(6, 2),)]}}).n == 6
 
 
-def test_an_empty_batch_is_refused() -> None:
-    with pytest.raises(ShapeError, match=r"batch is empty"):
-        counted(NOTHING, (torch.zeros(5, 3), {"more": torch.zeros(0, 3)}), {})
+def test_the_batch_size_beside_a_tensor_without_elements() -> None:
+    assert counted(NOTHING, (torch.zeros(5, 3), {"more": torch.zeros(0, 3)}), {}).n == 5
+    assert counted(NOTHING, (torch.zeros(0, 3), {"more": torch.zeros(5, 3)}), {}).n == 0
+    assert counted(NOTHING, (torch.zeros(1, 3), torch.zeros(0, 3)), {}).n == 0
 
 
 # Which run

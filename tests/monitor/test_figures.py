@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from monitor.classifier import (
     REDUCTIONS,
@@ -204,6 +205,28 @@ def test_activations_have_a_row_per_module_and_pooled_moments() -> None:
     assert (row["min"], row["max"]) == (float(outputs.min()), float(outputs.max()))
     squared = [len(x) * activation_squared_norms(model, "1", cross_entropy(), x, y).mean() for x, y in batches]
     assert table.loc["1", "activation_trace"] == pytest.approx(float(sum(squared)) / 8, rel=1e-9)
+
+
+class Hiding(nn.Module):
+    """A module whose output is that of a re-entrant checkpoint, which a Linear layer makes as a view of a 2-D product."""
+
+    def __init__(self, hides: bool) -> None:
+        super().__init__()
+        self.body, self.hides = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 4)), hides
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.body, x, use_reentrant=True) if self.hides else self.body(x)
+
+
+def test_activation_traces_of_a_re_entrant_checkpoint() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), Hiding(True), nn.Flatten(1), nn.Linear(12, 3)).double()
+    x, y = torch.randn(5, 3, 4).double(), torch.randint(3, (5,))
+    with FisherMonitor(model, activations=True) as monitor:
+        backward(model, x, y)
+    model[1].hides = False  # The loop differentiates for the outputs only, which such a checkpoint can't.
+    for name in ("0", "1", "3"):
+        expected = activation_squared_norms(model, name, cross_entropy(), x, y).mean()
+        assert monitor.activations.loc[name, "activation_trace"] == pytest.approx(float(expected), rel=1e-8)
 
 
 def test_activations_merge_and_reset() -> None:

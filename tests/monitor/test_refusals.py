@@ -41,8 +41,6 @@ def test_two_backwards_through_one_forward_raise() -> None:
             loss.backward()
         mine = gradients(model)
         model.zero_grad()
-        with pytest.raises(CurvatureError, match=r"(?i)empty|sample"):
-            model(x[:0])
     backward(model, x, y)
     assert_same_gradients(mine, gradients(model))
     assert monitor.n_samples in (3, 8)

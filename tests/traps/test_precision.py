@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from oracles import assert_equal, per_sample_squared_norms, total, trace
 from problems._base import Forward
-from torch_secorder import FisherMonitor, fisher_report
+from torch_secorder import FisherMonitor, fisher_report, fisher_results
 from traps.exactness import numbers
 
 # 12. Half precision
@@ -150,6 +150,22 @@ def test_trap_13_gradients_that_nearly_cancel() -> None:
     assert_equal(
         torch.tensor(monitor.report().loc["layer.weight", "fisher_trace"]), expected["layer.weight"], 0, torch.float32
     )
+
+
+def test_trap_13_gradients_that_cancel_in_a_weight_that_is_transposed_first() -> None:
+    """A report differentiates for the layers' outputs only, so that the transpose gives nothing while its pass is under way."""
+    model = Forward(
+        lambda m, x: (m.first(x).tanh() @ m.second.weight.t().contiguous()).diff(dim=1).squeeze(1),
+        first=nn.Linear(6, 24),
+        second=nn.Linear(24, 20, bias=False),
+    ).double()
+    x, y = torch.randn(4, 1, 6).double().repeat(1, 2, 1), torch.randint(20, (4,))
+    x[:, 1] += 1e-5 * torch.randn(4, 6).double()
+    expected = per_sample_squared_norms(model, F.cross_entropy, x, y)
+    everything = total(trace(expected))
+    found = fisher_results(model, F.cross_entropy, (x, y), progress=False, per_sample=True).per_sample
+    for name, t in expected.items():
+        assert_equal(torch.tensor(found[name].to_numpy()), t, everything, torch.float64)
 
 
 @pytest.mark.parametrize("seed", [10, 15, 26])  # of numbers whose rounding is above the usual bound

@@ -137,6 +137,31 @@ def test_trap_19_as_many_samples_as_steps_on_the_second_axis_of_the_input() -> N
     assert_exact(model, x, y, alone, **remedy(refusal(model, x, y)))
 
 
+def chunks(module: nn.Module, x: Tensor) -> Tensor:
+    return torch.cat([module(part) for part in x.chunk(2)])
+
+
+def one_by_one(module: nn.Module, x: Tensor) -> Tensor:
+    return torch.cat([module(row[None]) for row in x])
+
+
+@pytest.mark.parametrize("way", [chunks, one_by_one])
+@pytest.mark.parametrize("n", [3, 5])
+def test_trap_19_a_layer_that_gets_few_samples_of_as_many_as_there_are_steps(way: Any, n: int) -> None:
+    """Where the loss reads one step, the last sample alone has its gradient at the index that its number is."""
+    model = made(lambda m, x: m.last(way(m.layer, x).tanh()[:, -1]), layer=nn.Linear(4, 4), last=nn.Linear(4, 3))
+    x, y = drawn(n, n, 4), drawn(n, 3)
+    assert_exact(model, x, y, [squares(model(x[i : i + 1]), y[i : i + 1]) for i in range(n)])
+
+
+def test_trap_19_a_layer_that_gets_single_steps_of_as_many_as_there_are_samples() -> None:
+    """It shows every sample on the second axis, which the first one of the input is not."""
+    model = made(lambda m, x: m.last(one_by_one(m.layer, x).tanh().sum(0)), layer=nn.Linear(4, 4), last=nn.Linear(4, 3))
+    x, y = drawn(T, T, 4), drawn(T, 3)
+    alone = [squares(model(x[:, i : i + 1]), y[i : i + 1]) for i in range(T)]
+    assert_exact(model, x, y, alone, **remedy(refusal(model, x, y)))
+
+
 def test_trap_19_the_input_is_seen_through_a_transpose() -> None:
     model = made(lambda m, x: m.layer(x.transpose(0, 1)).tanh(), layer=nn.Linear(4, 3))
     x, y = drawn(T, T, 4), drawn(T, T, 3)

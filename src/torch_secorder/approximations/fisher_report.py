@@ -77,7 +77,7 @@ def fisher_report(
         data: an iterable of batches, a DataLoader say, or one batch. A batch is ``(inputs, targets)``, and what follows these
             two is not used; inputs may be a tensor, a tuple of positional arguments or a mapping of keyword arguments. Or it is
             a mapping, which goes into the model by keywords and to the loss as it is, ``loss_fn(outputs, batch)``. A tuple of
-            two mappings is ``(inputs, targets)``, a list of mappings is several batches.
+            two mappings is ``(inputs, targets)``, a list of mappings is several batches. Batches without samples are passed over.
         fisher: "empirical" for gradients of the loss; "exact" for the Fisher with the model's own labels integrated out;
             "sampled" for an unbiased estimate of it; "observed" for gradients of log p(target).
         num_samples: how many backward passes per batch "sampled" takes, 1 by default.
@@ -87,7 +87,8 @@ def fisher_report(
         max_samples: use at most this many samples; of the last batch only the first ones are taken.
         rtol: stop as soon as the standard error is no more than this fraction of the trace, such as 0.05, and at least 32
             samples were seen. The data have to come in a random order. ``attrs`` then say ``rtol``, ``rtol_of``, the
-            ``relative_stderr`` that there is, and whether it ``reached_rtol`` or the data ended before.
+            ``relative_stderr`` that there is, and whether it ``reached_rtol`` or the data ended before. With fewer than 32
+            samples it is not reached, however small the error, since a standard error of so few is a guess itself.
         rtol_of: whose standard error: that of the "total", or of all "rows", each of its own trace.
         progress: show on a terminal, or in a notebook, how far the loop is and the total so far, with tqdm if it is installed.
         verify: check the first, the last and a random sample of the first batch against plain autograd, and of later ones that
@@ -215,5 +216,5 @@ def fisher_results(
     for results in accumulated(model, loss_fn, data, ReportOptions(keeps=keeps, ids=ids, **options)):  # noqa: B007  # The last one is returned.
         pass
     if results is None:
-        raise ArgumentError("data has no batch")
+        raise ArgumentError("data has no batch with samples")
     return results

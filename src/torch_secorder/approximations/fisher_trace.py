@@ -89,8 +89,8 @@ def empirical_fisher_trace(
     Raises:
         ArgumentError: for a ``num_samples`` that is no int >= 1, or a loss that is no scalar or neither averages nor sums.
         VerificationError: if the first, the last or a random sample alone has other gradients than in its batch, or the loss
-            compares samples; that is looked at in the first three calls for a model and a loss function, and then in the 5th,
-            9th, 17th, ...
+            compares samples; that is looked at in the first three calls for a model, a loss function and a kind of graph,
+            and then in the 5th, 9th, 17th, ...
         NonFiniteError: naming the parameters whose gradient is not finite.
         CurvatureError: in one of its kinds, for whatever else can't be exact; it says what to do.
 

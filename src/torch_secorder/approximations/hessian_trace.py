@@ -20,6 +20,8 @@ from torch_secorder.autograd.compiled import eager_code
 from torch_secorder.autograd.double_precision import sum_in_double_precision
 from torch_secorder.autograd.engine import call_model, is_selective_checkpoints, library_pass, selective_checkpoint
 from torch_secorder.autograd.tensor_hooks import silenced_in_library_passes
+from torch_secorder.batch_axis.count import count_of, empty_batch
+from torch_secorder.batch_axis.told import NOTHING
 from torch_secorder.errors import ArgumentError, CoverageError, NonFiniteError, UnsupportedError
 from torch_secorder.likelihoods import random_signs
 from torch_secorder.model.parameters import ParameterTable, refuse_complex, unwrapped
@@ -81,6 +83,7 @@ def hessian_trace(
 
     Raises:
         ArgumentError: for an invalid argument, or a loss that is no scalar.
+        ShapeError: if the batch is empty.
         UnsupportedError: if something in the model or the loss has no second derivative.
         CoverageError: if the loss depends on no trainable parameter.
         NonFiniteError: naming the parameters whose Hessian is not finite.
@@ -103,6 +106,8 @@ def hessian_trace(
         raise ArgumentError(
             f"tolerance must be a positive number, or None for all num_samples probes, not {tolerance!r}"
         )
+    if (count := count_of(NOTHING, inputs)).n == 0:
+        raise empty_batch(count)
     generator = fresh_generator(generator)
     bare = unwrapped(model)
     refuse_dtensors(bare, "the Hessian")

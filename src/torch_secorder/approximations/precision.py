@@ -50,7 +50,7 @@ class Precision:
         return float((errors[counted] / moments.mean[counted]).max()) if bool(counted.any()) else 0.0
 
     def is_reached(self, statistics: Statistics) -> bool:
-        """Whether enough samples were seen."""
+        """Whether enough samples were seen: too few do not reach any error, which they can't tell."""
         return statistics.n >= FEWEST_SAMPLES and self.error(statistics) <= self.rtol
 
     def facts(self, statistics: Statistics) -> dict[str, float | str | bool]:

@@ -16,6 +16,7 @@ from torch_secorder.approximations.report_options import ReportOptions
 from torch_secorder.arguments import Loss, fresh_generator, require_model_before_loss
 from torch_secorder.autograd.compiled import eager_code
 from torch_secorder.autograd.random_state import forked_random
+from torch_secorder.batch_axis.count import count_of
 from torch_secorder.batch_axis.told import told
 from torch_secorder.errors import ArgumentError
 from torch_secorder.likelihoods import random_signs, require_loss_of
@@ -80,12 +81,15 @@ def accumulated(
     own = Progress(options.progress, options.fisher)
     progress = progress or own
     wanted = while_any(left, batches(data, options.max_batches, own))
-    for number, loaded in enumerate(_in_step(analysis, wanted)):
+    checked: Checked = "always" if options.verify else "never"
+    for loaded in _in_step(analysis, wanted):
         parts = layout.parts(loaded)
         most = left()
         parts = parts if most is None else parts.first(most, words)
         inputs, targets = placed(parts.inputs), placed(parts.targets)
-        checked: Checked = "never" if not options.verify else "always" if number == 0 else "when due"
+        # Ranks that hold the model together have to run it together, and refuse an empty batch.
+        if not analysis.table.ranks.distributed and count_of(words, inputs).n == 0:
+            continue
         with lock_of(analysis.model), eager_code(), explaining_misplaced(inputs, targets):
             if options.fisher == "empirical":
                 batch = _empirical(analysis, loss, inputs, targets, checked)
@@ -93,6 +97,7 @@ def accumulated(
             else:
                 analyze = partial(analysis.fisher, kind, inputs, targets, generator, progress.passes)
                 samples = _of_likelihood(analysis, analyze, inputs, checked)
+        checked = "when due" if options.verify else "never"
         _require_batch_of(parts, samples.batch, most)
         if parts.ids is not None:
             samples = replace(samples, parts=samples.parts | {SampleRows.name: SampleIds(parts.ids)})

@@ -39,10 +39,11 @@ def gradient_edge_of(output: Tensor) -> GradientEdge | None:
     """Where in the graph the gradient of ``output`` arrives, whatever is done to ``output`` later; None for a leaf.
 
     An in-place operation on a view replaces the view's node, so the node of its base is taken, which sees the same
-    numbers in the base's shape.
+    numbers in the base's shape. What a function returns, a re-entrant checkpoint for one, may be a view of something that was
+    computed without a graph; torch allows no in-place operation on such a view.
     """
     whole = output
-    if output._is_view() and output._base is not None:
+    if output._is_view() and output._base is not None and output._base.requires_grad:
         base = output._base
         whole = base if base.numel() == output.numel() and base.is_contiguous() and output.is_contiguous() else output
     return None if whole.grad_fn is None else GradientEdge(whole.grad_fn, whole.output_nr)

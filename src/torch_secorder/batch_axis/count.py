@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch_secorder.arguments import require_positive_int
 from torch_secorder.batch_axis.told import LIST, NOTHING, Axis, Told
 from torch_secorder.errors import ArgumentError, ShapeError
-from torch_secorder.model.containers import Key, packed_sequences, tensors
+from torch_secorder.model.containers import Key, is_packed, packed_sequences, tensors
 
 
 class Seen(NamedTuple):
@@ -49,7 +49,7 @@ class Count:
     """How many samples a call of the model has.
 
     Attributes:
-        n: how many; None if nothing says it.
+        n: how many, 0 for an empty batch; None if nothing says it.
         why: what says so, in words or as what was seen.
         seen: all that might say it.
         indices: the samples of rows, for tensors that have a row for something else than a sample.
@@ -99,7 +99,7 @@ def counted(words: Told, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Co
     other sizes the first tensor's counts: masks come after what they mask. Of arguments that the user names, no others count.
 
     Raises:
-        ShapeError: if the batch is empty, or named arguments count different numbers.
+        ShapeError: if named arguments count different numbers.
         ArgumentError: if what the user said does not fit this call.
     """
     seen = _seen(words, args, kwargs)
@@ -135,8 +135,6 @@ def _seen(words: Told, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list
         for x in [value] if isinstance(value, Tensor) else tensors(value):
             # A nested tensor of torch's first layout shows no shape.
             shape = x.shape if not x.is_nested or x.layout == torch.jagged else (x.size(0),)
-            if len(shape) > axis and shape[axis] == 0:
-                raise ShapeError("the batch is empty: a tensor among the model's inputs has 0 samples")
             found.append(Seen(key, axis, shape, len(value) if isinstance(value, list) else None))
     return found
 
@@ -148,13 +146,14 @@ def _by_word(words: Told, seen: list[Seen], args: tuple[Any, ...], kwargs: Mappi
     indices: tuple[Tensor, ...] = ()
     if words.sample_of is not None:
         index = _sample_of(words, args, kwargs)
-        least = int(index.max()) + 1
+        least = int(index.max()) + 1 if len(index) else 0
         if n is not None and n < least:
             raise ArgumentError(f"sample_of has rows of {least} samples, and n_samples is {n}")
         if n is None:
             _require_no_gaps(index, least)
         n, why, indices = n or least, "n_samples=" if n else "sample_of=", (index,)
-    require_positive_int("n_samples", n)
+    if n != 0 or words.n_samples == 0:  # A function may find that a batch is empty.
+        require_positive_int("n_samples", n)
     return Count(n, why, tuple(seen), indices, is_settled=True, is_odd=True)
 
 
@@ -164,8 +163,8 @@ def _sample_of(words: Told, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
         index = words.argument(index, args, kwargs)
     elif not isinstance(index, Tensor):
         index = index(*args, **kwargs)
-    whole = isinstance(index, Tensor) and not index.is_floating_point() and index.dim() == 1 and index.numel()
-    if not whole or int(index.min()) < 0:
+    whole = isinstance(index, Tensor) and not index.is_floating_point() and index.dim() == 1
+    if not whole or bool((index < 0).any()):
         raise ArgumentError(
             f"sample_of must give the number of a sample, 0 or more, for each row, in a tensor of one axis, not {index!r}"
         )
@@ -194,6 +193,21 @@ def _of_packed(packed: Sequence[PackedSequence], seen: list[Seen]) -> Count:
         )
     (n,) = numbers
     return Count(n, "batch_sizes[0] of a packed sequence", tuple(seen), tuple(map(rows_of_packed, packed)), True, True)
+
+
+def count_of(words: Told, inputs: Any) -> Count:
+    """How many samples a call of a model has that gets these inputs: a tuple by position, a mapping by keyword."""
+    if isinstance(inputs, Mapping):
+        return counted(words, (), inputs)
+    return counted(words, inputs if isinstance(inputs, tuple) and not is_packed(inputs) else (inputs,), {})
+
+
+def empty_batch(count: Count) -> ShapeError:
+    """The refusal of a batch without samples, by what says that it has none."""
+    why = count.why
+    other = f"batch_axis={{'inputs': {{{why.key!r}: None}}}}" if isinstance(why, Seen) else ""
+    remedy = f", or if another input counts the samples, say that this one has none, {other}" if other else ""
+    return ShapeError(f"the batch is empty: it has {count}; leave it out{remedy}")
 
 
 def rows_of_packed(packed: PackedSequence) -> Tensor:

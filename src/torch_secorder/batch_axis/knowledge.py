@@ -94,6 +94,10 @@ class PlacementCache:
         self.evidence[key] = found.evidence
         (self._unproven.discard if found.proven else self._unproven.add)(key)
 
+    def is_proven(self, key: Key) -> bool:
+        """Whether no other placement explains what was seen at a place."""
+        return key not in self._unproven
+
     def forget(self, key: Key) -> None:
         """Have the next graph looked through for this place."""
         self.evidence.pop(key, None)
@@ -103,7 +107,7 @@ class PlacementCache:
         shown = self.evidence[key]
         if not isinstance(derived.evidence, Placement) or not isinstance(shown, Placement):
             return isinstance(derived.evidence, Placement) and shown is Unplaced.SHARED_BY_SAMPLES
-        return key not in self._unproven and not derived.evidence.agrees(shown, shape, n)
+        return self.is_proven(key) and not derived.evidence.agrees(shown, shape, n)
 
     def examines_next(self, *, always: bool = False) -> bool:
         """Count a graph; returns whether what is known is examined again in it.

@@ -27,7 +27,7 @@ from torch_secorder.autograd.engine import (
     in_library_call,
     innermost_transform,
 )
-from torch_secorder.batch_axis.count import Count, Seen, counted
+from torch_secorder.batch_axis.count import Count, Seen, counted, empty_batch
 from torch_secorder.batch_axis.placement import Placement
 from torch_secorder.batch_axis.samples import BatchSamples, some_has_samples
 from torch_secorder.batch_axis.told import Told
@@ -48,6 +48,8 @@ class ForwardTracker:
         on_refusal: called with the error if a forward in a backward pass can't be recorded, since that pass must not be broken
             off. Without it the error is raised.
         on_exit: called at the end of each recorded run with the run and the tensors among the model's outputs.
+        on_empty: called at the end of a run without samples, which is not recorded, with the tensors among its outputs; without
+            it such a run is refused.
 
     Attributes:
         active: whether calls are recorded at all.
@@ -67,10 +69,12 @@ class ForwardTracker:
         on_recomputation: Callable[[int, int], object] | None = None,
         on_refusal: Callable[[Exception], object] | None = None,
         on_exit: Callable[[Forward, list[Tensor]], object],
+        on_empty: Callable[[list[Tensor]], object] | None = None,
     ):
         self.words, self.every, self._calls = words, every, 0
         self._thread = get_ident() if only_library_calls else None
         self._on_recomputation, self._on_refusal, self._on_exit = on_recomputation, on_refusal, on_exit
+        self._on_empty = on_empty
         self._running: dict[int, Forward] = {}  # thread -> its run of the model; several threads may train one model
         self._skipping: set[int] = set()  # threads whose run of the model is not recorded
         self.outside_calls: Forward | None = None
@@ -107,6 +111,8 @@ class ForwardTracker:
         self._skipping.discard(thread)
         try:
             count = counted(self.words, args, kwargs)
+            if count.n == 0 and self._on_empty is None:
+                raise empty_batch(count)
         except CurvatureError as error:
             self.refuse(error)
             return
@@ -146,13 +152,23 @@ class ForwardTracker:
         self.latest = forward
         try:
             if output is not None and forward.recomputed_in is None:
-                self._place_outputs(forward, output, outputs)
-                self._on_exit(forward, outputs)
+                if forward.n == 0:
+                    self._leave_empty(forward.count, outputs)
+                else:
+                    self._place_outputs(forward, output, outputs)
+                    self._on_exit(forward, outputs)
         finally:
             for record, _ in forward.records:
                 record.input_nodes = ()
             forward.records, forward.sharded, forward.own_axes = [], [], []
             forward.placements, forward.inputs = (), []
+
+    def _leave_empty(self, count: Count, outputs: list[Tensor]) -> None:
+        """A run without samples is over, and none of its calls was recorded, unless an output has samples after all."""
+        if any(x.requires_grad and x.numel() for x in outputs):
+            self.refuse(empty_batch(count))
+        elif self._on_empty is not None:
+            self._on_empty(outputs)
 
     def _place_outputs(self, forward: Forward, output: Any, outputs: list[Tensor]) -> None:
         """Note where the outputs have their samples. If they seem to have none, try other readings of the arguments."""
@@ -190,7 +206,8 @@ class ForwardTracker:
             return None
         if self.skipped_passes and current_graph_task() in self.skipped_passes:
             return None
-        return self._running.get(thread) or self._outside(output, axis)
+        found = self._running.get(thread) or self._outside(output, axis)
+        return None if found.n == 0 and found.count.n == 0 else found
 
     def _outside(self, output: Any, axis: int) -> Forward:
         """The run of a call that a checkpoint makes again, or that the user makes outside of any run of the model."""

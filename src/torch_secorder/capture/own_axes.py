@@ -87,15 +87,18 @@ def without_batch_axis(what: str, seen: str, n: int) -> ShapeError:
     )
 
 
-def contradicted_axis(record: Record, argument: Tensor, axis: int) -> int | None:
+def contradicted_axis(record: Record, argument: Tensor, axis: int, *, proven: bool) -> int | None:
     """The axis on which a layer that got an argument of the model shows the samples, if it is not the given one.
 
-    Layers of torch that keep the axes of their input have the samples on the same axis as their input.
+    Layers of torch that keep the axes of their input have the samples on the same axis as their input. Where a layer got all of
+    the given axis, its gradients were compared with that axis. Where it got a part, as one that is called for single samples
+    does, they were not, and gradients that only one row has fit any other axis.
 
     Args:
         record: the layer's call, with its placement.
         argument: the model's argument, several of whose axes are as long as there are samples.
         axis: the axis on which it is assumed to have the samples.
+        proven: whether each sample has a gradient, and the placement is the only one that explains them.
     """
     x, placement, n = record.inputs[0] if record.inputs else None, record.placement, argument.shape[axis]
     if type(x) is not Tensor or type(argument) is not Tensor or not isinstance(record.site.module, KEEPS_AXES):
@@ -111,5 +114,7 @@ def contradicted_axis(record: Record, argument: Tensor, axis: int) -> int | None
     ways = [(size, stride) for size, stride in zip(argument.shape, argument.stride(), strict=True)]
     own = (x.shape[placement.axis], x.stride(placement.axis))
     if own not in ways or ways.count(own) > 1 or ways[axis] == own:
+        return None
+    if not proven and ways[axis] not in zip(x.shape, x.stride(), strict=True):
         return None
     return ways.index(own)

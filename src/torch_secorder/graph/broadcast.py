@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from torch.autograd.graph import Node
 
 from torch_secorder.autograd.nodes import output_shapes
-from torch_secorder.autograd.roots import roots_under_way
+from torch_secorder.autograd.roots import roots_of_pass
 
 
 def broadcasting_node(outputs: Node, n: int) -> Node | None:
@@ -30,8 +30,8 @@ def broadcasting_node(outputs: Node, n: int) -> Node | None:
 
 
 def _above(outputs: Node) -> Iterator[Node]:
-    """The nodes of the passes under way, without what is below the outputs."""
-    seen, waiting = {outputs}, roots_under_way()
+    """The nodes of the pass under way, without what is below the outputs."""
+    seen, waiting = {outputs}, roots_of_pass()
     while waiting:
         node = waiting.pop()
         if node not in seen:

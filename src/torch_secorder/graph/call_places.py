@@ -177,15 +177,15 @@ class CallPlaces:
             _require_no_batch_axis(forward, shared)
         # Where a forward is refused, some samples may be hidden, and those contradict nothing.
         if forward.inputs and forward.refusal is None:
-            self._require_axes_of_inputs(forward, reached)
+            self._require_axes_of_inputs(forward, reached, [search.placements.is_proven(key) for key, _, _ in wanted])
         return shared
 
-    def _require_axes_of_inputs(self, forward: Forward, reached: Reached) -> None:
+    def _require_axes_of_inputs(self, forward: Forward, reached: Reached, proven: Sequence[bool]) -> None:
         """Raise if a layer that got an argument of the model has its samples along another axis of that than is assumed."""
-        for record, _ in reached:
+        for (record, _), is_proven in zip(reached, proven, strict=True):
             for seen, tensor in forward.inputs:
                 assert isinstance(seen.axis, int)
-                if (axis := contradicted_axis(record, tensor, seen.axis)) is not None:
+                if (axis := contradicted_axis(record, tensor, seen.axis, proven=is_proven)) is not None:
                     raise on_another_axis(record, forward.count, seen, axis)
 
     def _names_of(self, record: Record) -> str:

@@ -46,20 +46,35 @@ def _before(nodes: Sequence[Node | None]) -> Iterator[Node]:
         seen.update(level)
 
 
-def used_by_loss(loss: Tensor, outputs: Any, table: ParameterTable) -> list[str]:
-    """The names of the parameters that a loss uses by another way than through the model's outputs, as a weight penalty does."""
-    stop = {x.grad_fn for x in tensors(outputs) if x.grad_fn is not None}
-    found: dict[str, None] = {}
-    stack: list[Node | None] = [loss.grad_fn]
-    seen = set(stack)
-    while stack:
-        node = stack.pop()
-        if node is None or node in stop:
-            continue
-        if (position := table.position(getattr(node, "variable", None))) is not None:
-            found[table.names[position]] = None
-        for child, _ in node.next_functions:
-            if child not in seen:
-                seen.add(child)
-                stack.append(child)
-    return list(found)
+class LossGraph:
+    """The graph between a loss and the model's outputs, and whatever the loss uses beside them.
+
+    Attributes:
+        kind: a hash of the nodes' names in order, and of which outputs they lead to. A function may compute one loss today and
+            another one tomorrow.
+    """
+
+    def __init__(self, loss: Tensor, outputs: Any):
+        stop = {x.grad_fn: index for index, x in enumerate(tensors(outputs)) if x.grad_fn is not None}
+        self._nodes: list[Node] = []
+        met: list[object] = []
+        stack: list[Node | None] = [loss.grad_fn]
+        seen = set(stack)
+        while stack:
+            if (node := stack.pop()) is None:
+                continue
+            if node in stop:
+                met.append(stop[node])
+                continue
+            met.append(node.name())
+            self._nodes.append(node)
+            for child, _ in node.next_functions:
+                if child not in seen:
+                    seen.add(child)
+                    stack.append(child)
+        self.kind = hash(tuple(met))
+
+    def parameters(self, table: ParameterTable) -> list[str]:
+        """The names of the parameters that it leads to by another way than through the outputs, as a weight penalty does."""
+        positions = (table.position(getattr(node, "variable", None)) for node in self._nodes)
+        return list(dict.fromkeys(table.names[position] for position in positions if position is not None))

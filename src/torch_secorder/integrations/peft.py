@@ -6,7 +6,7 @@ import heapq
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, get_args
 
-from torch_secorder.arguments import RankUnit, require_choice, require_positive_int
+from torch_secorder.arguments import RankUnit, called_as, require_choice, require_positive_int
 from torch_secorder.errors import ArgumentError
 from torch_secorder.tables import shape_of
 
@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+@called_as(
+    "rank_pattern(report, budget), where report is a report by parameter and budget the rank that all layers would have"
+)
 def rank_pattern(
     report: pd.DataFrame,
     budget: int,

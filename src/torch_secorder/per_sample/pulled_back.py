@@ -69,6 +69,10 @@ class PulledBack(Cancelling):
     def norms(self) -> Tensor | None:
         return self.dense_norms() if self.permutation is None else self.value.norms()
 
+    def dense_squared_norm(self) -> Tensor:
+        # Where entries only move, the nodes that move them are not called, which a pass for other gradients may leave nothing of.
+        return super().dense_squared_norm() if self.permutation is None else self.value.dense_squared_norm()
+
     def unguarded_squared_norm(self) -> Unguarded:
         return (self.dense_squared_norm(), None) if self.permutation is None else self.value.unguarded_squared_norm()
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torch_secorder.arguments import called_as
 from torch_secorder.autograd.double_precision import on_host
 from torch_secorder.errors import ArgumentError
 from torch_secorder.model.channels import channel_axis
@@ -45,6 +46,7 @@ class GroupImportance:
         Fang et al. (2023), "DepGraph: towards any structural pruning".
     """
 
+    @called_as("GroupImportance(model, gates.saliency), or with weight_saliency(model, monitor)")
     def __init__(self, model: nn.Module, saliency: Mapping[str, Tensor]):
         model = unwrapped(model)
         self._channels: dict[nn.Module, Tensor] = {}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
 
-from torch_secorder.arguments import Scope, require_choice, require_share
+from torch_secorder.arguments import Scope, called_as, require_choice, require_share
 from torch_secorder.autograd.double_precision import on_host
 from torch_secorder.errors import ArgumentError
 from torch_secorder.model.channels import ChannelSums
@@ -19,6 +19,10 @@ from torch_secorder.model.parameters import unwrapped
 from torch_secorder.pruning.gate_places import ANY_CONVOLUTION, GatePlace, weight_axis
 
 
+@called_as(
+    "prune(model, saliency, amount), where saliency is weight_saliency(model, monitor) or gates.saliency, and amount the share "
+    "that is to go, such as 0.3"
+)
 def prune(
     model: nn.Module, saliency: Mapping[str, Tensor], amount: float, *, scope: Scope = "global", minimum: int = 1
 ) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from torch_secorder.arguments import Fisher, WeightSelection, require_choice, require_share
+from torch_secorder.arguments import Fisher, WeightSelection, called_as, require_choice, require_share
 from torch_secorder.autograd.double_precision import in_double_precision, on_host
 from torch_secorder.curvature import curvature, warn_if_no_prediction
 from torch_secorder.errors import ArgumentError, warn_at_users_line
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+@called_as(
+    "weight_saliency(model, monitor), of a monitor with diagonal=True, or with its results or a report in the monitor's place"
+)
 def weight_saliency(
     model: nn.Module,
     source: Results | pd.DataFrame,
@@ -95,6 +98,7 @@ def weight_saliency(
     }
 
 
+@called_as("pruning_sensitivity(weight_saliency(model, monitor)), or of gates.saliency")
 def pruning_sensitivity(
     saliency: Mapping[str, Tensor],
     amounts: float | Sequence[float] = (0.1, 0.3, 0.5),

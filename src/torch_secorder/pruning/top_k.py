@@ -8,11 +8,12 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor
 
-from torch_secorder.arguments import require_share
+from torch_secorder.arguments import called_as, require_share
 from torch_secorder.autograd.double_precision import on_host
 from torch_secorder.errors import ArgumentError
 
 
+@called_as("top_k_mask(diagonal, share), where diagonal is results.diagonal or weight_saliency(model, results)")
 def top_k_mask(diagonal: Mapping[str, Tensor], share: float, *, always: str | Iterable[str] = ()) -> dict[str, Tensor]:
     """Boolean masks of the entries with the largest values of all, for sparse fine-tuning or to protect these entries.
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, get_args
 
-from torch_secorder.arguments import BudgetUnit, require_choice
+from torch_secorder.arguments import BudgetUnit, called_as, require_choice
 from torch_secorder.errors import ArgumentError
 from torch_secorder.quantization.rounding import checked_bits
 from torch_secorder.tables import table
@@ -19,6 +19,11 @@ if TYPE_CHECKING:
 NOT_ROUNDED = (16, 32, 64)
 
 
+@called_as(
+    "allocate_bits(sensitivity, budget), where sensitivity is what quantization_sensitivity(model, report) returned, and budget "
+    "the mean of the bits per weight",
+    bits="budget= says how many bits there are per weight, and quantization_sensitivity(bits=) which numbers there may be",
+)
 def allocate_bits(
     sensitivity: pd.DataFrame,
     budget: float,
@@ -139,6 +144,9 @@ def _members(
     return [members for members in found.values() if members[0] not in stays]
 
 
+@called_as(
+    "uniform_bits(sensitivity, bits), where sensitivity is what quantization_sensitivity(model, report) returned"
+)
 def uniform_bits(sensitivity: pd.DataFrame, bits: int) -> pd.DataFrame:
     """The same number of bits everywhere, as a table like that of :func:`allocate_bits`, to compare with.
 

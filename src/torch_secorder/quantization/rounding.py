@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import torch
 from torch import Tensor, nn
 
-from torch_secorder.arguments import Grain, Scheme, require_choice, require_positive_int
+from torch_secorder.arguments import Grain, Scheme, called_as, require_choice, require_positive_int
 from torch_secorder.errors import ArgumentError
 from torch_secorder.model.channels import channel_axis
 from torch_secorder.model.names import plain_name
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 RoundingFunction = Callable[[Tensor, int], Tensor]  # from a weight and a number of bits to the rounded weight
 
 
+@called_as("rounded(weight, bits)")
 def rounded(
     weight: Tensor,
     bits: int,
@@ -165,6 +166,10 @@ class Rounding:
         return {"scheme": self.scheme, "per": self.per, **size}
 
 
+@called_as(
+    "with quantized(model, bits): where bits is a number, name -> number, or what allocate_bits returned",
+    report="pass bits=allocate_bits(quantization_sensitivity(model, report), budget)",
+)
 @contextmanager
 def quantized(
     model: nn.Module,

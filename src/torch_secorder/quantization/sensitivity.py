@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from torch_secorder.arguments import Fisher, Grain, Scheme, WeightSelection, require_choice
+from torch_secorder.arguments import Fisher, Grain, Scheme, WeightSelection, called_as, require_choice
 from torch_secorder.autograd.double_precision import in_double_precision
 from torch_secorder.curvature import Curvature, curvature, warn_if_no_prediction
 from torch_secorder.errors import ArgumentError
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+@called_as(
+    "quantization_sensitivity(model, monitor), where in place of the monitor there may be its results or a report of the model"
+)
 def quantization_sensitivity(
     model: nn.Module,
     source: Results | pd.DataFrame,

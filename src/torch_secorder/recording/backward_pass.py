@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from threading import get_ident
 
 from torch import Tensor
-from torch.autograd.graph import Node
 
 from torch_secorder.capture.model_run import Forward
 from torch_secorder.capture.records import Record
@@ -32,7 +31,8 @@ class BackwardPass:
             user's sees every operation.
         thread: the thread that it began in.
         error: the first error, which is raised at the end of the pass.
-        roots: the nodes of the model's outputs that it has passed through.
+        is_of_empty_batch: whether it went through a call of the model without samples.
+        kind: a hash of the model's graph and of the loss's, equal for passes that are checked as often as if they were one.
         broadcast: where the loss makes ``[n, n]`` of the model's output ``[n, 1]``: n, and the name of the node that does it.
     """
 
@@ -43,7 +43,8 @@ class BackwardPass:
     projections: dict[int, Tensor] = field(default_factory=dict)
     thread: int = field(default_factory=get_ident)
     error: Exception | None = None
-    roots: list[Node] = field(default_factory=list)
+    kind: int = 0
+    is_of_empty_batch: bool = False
     broadcast: tuple[int, str] | None = None
 
     def project(self, position: int, grad: Tensor) -> None:

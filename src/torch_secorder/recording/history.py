@@ -15,6 +15,7 @@ class History:
         blocks: how many blocks were entered.
         forwards: how many recorded calls of the model returned an output that can be differentiated.
         without_gradient: how many returned none.
+        without_samples: how many calls of the model had an empty batch.
         other_passes: how many backward passes computed no gradient of an analyzed parameter.
         late_passes: how many backward passes reached the model's outputs after the block had ended.
         refused: how many backward passes were refused.
@@ -27,6 +28,7 @@ class History:
     blocks: int = 0
     forwards: int = 0
     without_gradient: int = 0
+    without_samples: int = 0
     other_passes: int = 0
     late_passes: int = 0
     refused: int = 0
@@ -39,7 +41,7 @@ class History:
 
     def forget_passes(self) -> None:
         """Forget everything but the number of blocks, since one may be active."""
-        for name in ("forwards", "without_gradient", "other_passes", "late_passes", "refused"):
+        for name in ("forwards", "without_gradient", "without_samples", "other_passes", "late_passes", "refused"):
             setattr(self, name, 0)
         self.since = " since reset()"
 
@@ -53,6 +55,9 @@ class History:
                 "the block was never entered: call the model, and backward() on its loss, inside of the with statement"
             )
         if not self.forwards + self.without_gradient:
+            if self.without_samples:
+                calls = _times(self.without_samples, "call", "calls")
+                return f"all {calls} of {self.model} had an empty batch{self.since}"
             return (
                 f"the block was entered, but no call of this {self.model} was completed inside it{self.since}; if a copy of the "
                 "model is trained, or only a part of it is called, watch the module that is called"

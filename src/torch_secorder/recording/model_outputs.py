@@ -8,30 +8,40 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from torch_secorder.autograd.engine import current_node
+from torch_secorder.autograd.roots import sequence_number
 from torch_secorder.batch_axis.placement import Placement
 from torch_secorder.batch_axis.samples import of_one
 from torch_secorder.capture.model_run import Forward
 from torch_secorder.errors import LifecycleError
 from torch_secorder.graph.broadcast import broadcasting_node
 
+# How many numbers are remembered; one backward pass may go through the outputs of several calls.
+MOST_NUMBERS = 1024
+
 
 class ModelOutputs:
     """The outputs of the latest call that have samples, by weak references: they live no longer than the user keeps them.
 
     Attributes:
-        column: the run of the model, if its only output has the shape ``[n, 1]``; None after the first backward pass that has
-            gone through such an output.
+        numbers: the numbers of the nodes that made the outputs of this and earlier calls -> which output it is.
+        column: the run of the model, if its only output has the shape ``[n, 1]``; None once a loss was seen to compare such an
+            output with every target.
     """
 
     def __init__(self) -> None:
         self._outputs: list[tuple[weakref.ref[Tensor], Placement]] = []
-        self._looks_at_column = True  # until one pass has gone through an output [n, 1]
+        self._looks_at_column = True  # until it has been found once
+        self.numbers: dict[int, int] = {}
         self.column: Forward | None = None
 
     def keep(self, forward: Forward, outputs: Sequence[Tensor]) -> None:
         """Note the tensors that the model returns."""
         self._outputs = []
-        for x, placement in zip(outputs, forward.placements, strict=True):
+        if len(self.numbers) > MOST_NUMBERS:
+            self.numbers.clear()
+        for index, (x, placement) in enumerate(zip(outputs, forward.placements, strict=True)):
+            if x.grad_fn is not None:
+                self.numbers[sequence_number(x.grad_fn)] = index
             # The output of a single sample may have no axis left.
             where = placement or (of_one(x, 0) if forward.n == 1 else None)
             if where is not None:
@@ -48,8 +58,8 @@ class ModelOutputs:
         outputs, n = current_node(), forward.n
         assert outputs is not None
         assert n is not None
-        found = broadcasting_node(outputs, n)
-        self._looks_at_column, self.column = False, None
+        found, self.column = broadcasting_node(outputs, n), None
+        self._looks_at_column = found is None
         return None if found is None else (n, found.name())
 
     def to_verify(self, *, is_over: bool) -> list[tuple[Tensor, Placement]]:

@@ -93,6 +93,7 @@ class Recorder(HookScope):
             on_recomputation=self._on_recomputation,
             on_refusal=self._on_refusal_in_forward,
             on_exit=self._on_model_exit,
+            on_empty=self._on_empty_batch if self.of_user else None,
         )
         # Number of a running pass -> the pass that it belongs to, where that is known.
         self._known_passes: WeakValueDictionary[int, BackwardPass] = WeakValueDictionary()
@@ -138,6 +139,9 @@ class Recorder(HookScope):
             self._hook(use, node)
         for idle, node in uses.idle:
             node.register_prehook(partial(self._on_idle_gradients, idle))
+
+    def _on_empty_batch(self, outputs: list[Tensor]) -> None:
+        """The model returned for a batch without samples, of which nothing is recorded."""
 
     def _found_uses(self, forward: Forward, outputs: list[Tensor]) -> Uses:
         """The uses of parameters that no hooked call accounts for, in the graph of a forward's outputs."""

@@ -16,13 +16,13 @@ from torch_secorder.autograd.engine import (
     LIBRARY_THREADS,
     after_backward,
     current_graph_task,
-    current_node,
     is_library_pass,
     keeps_graph,
     raise_after_backward,
 )
 from torch_secorder.autograd.hooks import gradient_hooks
 from torch_secorder.autograd.node_hooks import HookTable
+from torch_secorder.autograd.roots import kind_of_loss
 from torch_secorder.autograd.tensor_hooks import put_last
 from torch_secorder.batch_axis.placement import Placement
 from torch_secorder.capture.model_run import Forward
@@ -50,8 +50,7 @@ class UserRecorder(Recorder):
         history: counts what happens, for messages.
         on_pass: called with this recorder and each pass that is over; an error from it is raised at the end of that backward
             pass.
-        checks_next: tells from the kind of the latest graph whether the next pass also projects its gradients on one direction,
-            to compare sums.
+        checks_next: tells from the kind of a pass whether it also projects its gradients on one direction, to compare sums.
         options: as for :class:`Recorder`.
 
     Attributes:
@@ -66,7 +65,7 @@ class UserRecorder(Recorder):
         *args: Any,
         history: History,
         on_pass: Callable[[UserRecorder, BackwardPass], None],
-        checks_next: Callable[[int], bool] = lambda fingerprint: False,
+        checks_next: Callable[[int], bool] = lambda kind: False,
         every: int = 1,
         **options: Any,
     ):
@@ -139,6 +138,12 @@ class UserRecorder(Recorder):
         for node in nodes:
             node.register_prehook(partial(self._on_outputs_gradient, forward))
 
+    def _on_empty_batch(self, outputs: list[Tensor]) -> None:
+        self._history.without_samples += 1
+        self._outputs.keep(self.forwards.latest, [])
+        for node in {x.grad_fn for x in outputs if x.grad_fn is not None}:
+            node.register_prehook(self._on_gradient_of_empty_batch)
+
     def _on_recomputation(self, task: int, outer: int) -> None:
         if self._passes.of(task) is not None:
             return
@@ -162,14 +167,16 @@ class UserRecorder(Recorder):
         current = self._pass_under_way(grads)
         if current is not None:
             self._reach(current, forward)
-            if (node := current_node()) is not None:
-                current.roots.append(node)
-            if self._outputs.column is forward:
+            if current.accumulator.checks and self._outputs.column is forward:
                 current.broadcast = self._outputs.broadcast(forward)
         elif (reached := self._passes.ignored.get(current_graph_task())) is not None:
             reached.append(forward)
         elif not self.forwards.active:
             self._history.late_passes += 1
+
+    def _on_gradient_of_empty_batch(self, grads: tuple[Tensor | None, ...]) -> None:
+        if (current := self._pass_under_way(grads)) is not None:
+            current.is_of_empty_batch = True
 
     def _watch_others(self, current: BackwardPass, table: HookTable) -> None:
         self._changed.watch(current, table)
@@ -201,7 +208,7 @@ class UserRecorder(Recorder):
     def require_whole(self, current: BackwardPass, positions: Sequence[int]) -> None:
         """Refuse a pass, at its end, that left some parameters without a gradient since only others were asked for."""
         if current.error is None and current_graph_task() == current.task:
-            current.error = self._whole.refusal(self._audit.fingerprint, current.roots, positions)
+            current.error = self._whole.refusal(current.kind, positions)
 
     # ------------------------------------------------------------------------------------------------ which pass it is
 
@@ -246,10 +253,13 @@ class UserRecorder(Recorder):
         self._history.refuse(error)
 
     def _open(self, task: int) -> BackwardPass:
+        # One place of a program may differentiate several losses, and each of them is checked.
+        kind = hash((self._audit.kind, kind_of_loss(self._outputs.numbers, self._audit.leaves)))
         # Besides watched calls, a pass may reach calls of compiled code that no hook has seen; the sums show that.
-        checks = self._checks_next(self._audit.kind) or self._watched.are_counted
+        checks = self._checks_next(kind) or self._watched.are_counted
         # If the graph is kept, the pass may be made again after an exception has broken it off.
         current = self.lifecycle.begin(task, keep_inputs=self.counts_again or keeps_graph(), checks=checks)
+        current.kind = kind
         self._passes.under_way[current.task] = current
         self._passes.unfinished.add(current.task)
         # Hooks of the user's that are there when a pass begins may change a gradient, so that ours run after them.

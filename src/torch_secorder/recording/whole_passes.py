@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from torch.autograd.graph import Node
 
 from torch_secorder.autograd.engine import computes_gradient_of
+from torch_secorder.autograd.roots import roots_of_pass
 from torch_secorder.batch_axis.knowledge import KindSchedule
 from torch_secorder.errors import CoverageError
 from torch_secorder.recording.passes import below
@@ -30,17 +31,16 @@ class WholePasses:
         self._names, self._leaves = names, leaves
         self._schedule = KindSchedule()  # of graphs in which the same parameters got a gradient
 
-    def refusal(self, fingerprint: int, roots: Sequence[Node], positions: Sequence[int]) -> CoverageError | None:
-        """The reason why a pass that left some parameters without a gradient cannot be counted; None if it can.
+    def refusal(self, kind: int, positions: Sequence[int]) -> CoverageError | None:
+        """The reason why the pass under way, which left some parameters without a gradient, cannot be counted; None if it can.
 
         Args:
-            fingerprint: the fingerprint of its graph.
-            roots: the nodes of the model's outputs that it passed through.
+            kind: a hash of its graph, that of the loss included.
             positions: the parameters that got a gradient.
         """
-        if not self._schedule.due(hash((fingerprint, tuple(sorted(positions))))):
+        if not self._schedule.due(hash((kind, tuple(sorted(positions))))):
             return None
-        missed = sorted(set(self._missed(roots)))
+        missed = sorted(set(self._missed()))
         if not missed:
             return None
         self._schedule.restart()  # The next such pass is looked at, too.
@@ -51,8 +51,9 @@ class WholePasses:
             "that it computes, or differentiate the loss for all of them; the batch is left out"
         )
 
-    def _missed(self, roots: Sequence[Node]) -> Iterator[int]:
-        for root in roots:
+    def _missed(self) -> Iterator[int]:
+        """The positions of the parameters on which the losses depend, and whose gradients the pass does not compute."""
+        for root in roots_of_pass():
             for node in below(root):
                 if node in self._leaves and not computes_gradient_of(node):
                     yield self._leaves[node]

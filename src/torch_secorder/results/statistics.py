@@ -88,9 +88,6 @@ class Statistics:
             scale: the factor from the pass's squares to those of gradients of l_n.
             loss_scale: the factor from the gradients of L_b to those whose norms are given.
         """
-        t = on_host(samples.squared_norms) * scale
-        positions, norms = ([], t.new_zeros(0)) if gradients is None else gradients
-        squares = (on_host(norms) / loss_scale).square()
         parts = [self, *self._parts()]
         before = list(zip(parts, map(dict, map(vars, parts)), strict=True))
         try:
@@ -98,6 +95,9 @@ class Statistics:
             self._origin = self._origin or uuid4().hex
             self.origins |= {self._origin}
             self._note_rules(samples)
+            t = on_host(samples.squared_norms) * scale
+            positions, norms = ([], t.new_zeros(0)) if gradients is None else gradients
+            squares = (on_host(norms) / loss_scale).square()
             self.squared_norms.add(t)
             self.gradients.add(positions, squares, samples.batch)
             for name, quantity in self.quantities.items():

@@ -206,8 +206,10 @@ def _facts(report: pd.DataFrame) -> list[str]:
     if "rtol" in facts:
         what = "the total" if facts["rtol_of"] == "total" else "every row"
         end = "stopped" if facts["reached_rtol"] else "the data ended"
+        few = not facts["reached_rtol"] and facts["relative_stderr"] <= facts["rtol"]
         told += [
             f"{end} at a standard error of {facts['relative_stderr']:.1%} of {what}, {facts['rtol']:.1%} asked for"
+            + (" (which so few samples do not tell)" if few else "")
         ]
     return [total, ", ".join(told)]
 

@@ -19,7 +19,7 @@ from torch_secorder.batch_axis.knowledge import knowledge_of
 from torch_secorder.batch_axis.samples import BatchSamples
 from torch_secorder.batch_axis.told import NOTHING, Told
 from torch_secorder.errors import ArgumentError, CoverageError
-from torch_secorder.graph.queries import used_by_loss
+from torch_secorder.graph.queries import LossGraph
 from torch_secorder.model.containers import mapped, tensors
 from torch_secorder.model.hooks import restoring
 from torch_secorder.model.parameters import ParameterTable, unwrapped
@@ -33,9 +33,10 @@ from torch_secorder.running.counted import has_mask
 from torch_secorder.running.fisher_kind import FisherKind
 from torch_secorder.running.frozen_others import FrozenOthers
 from torch_secorder.running.logits import logits, with_samples_first
-from torch_secorder.running.loss import LossFunction, loss_of, reduction_of, require_targets_of_batch
+from torch_secorder.running.loss import loss_of, reduction_of, require_targets_of_batch
 from torch_secorder.running.own_loss import is_computed_inside, own_reduction
 from torch_secorder.running.run import HookedForward
+from torch_secorder.running.trials import LossFunction
 
 Checked = Literal["always", "when due", "never"]
 
@@ -145,7 +146,8 @@ class Analysis:
                     f"the model returned a {type(outputs).__name__}, in which no tensor with a gradient is seen: return what the "
                     "loss is computed from (the logits of a distribution), in tensors, mappings, sequences or dataclasses"
                 )
-            if direct := used_by_loss(loss, outputs, self.table):
+            graph = LossGraph(loss, outputs)
+            if direct := graph.parameters(self.table):
                 raise CoverageError(
                     f"the loss uses {', '.join(direct)} by another way than through the model's outputs; a penalty on weights "
                     "belongs to no sample: leave it out of the loss, or move the computation into the model's forward"
@@ -156,8 +158,9 @@ class Analysis:
             if not inside:
                 find = partial(reduction_of, loss_fn, outputs, targets, loss, run.samples)
                 reduction = self.knowledge.reduction(loss_fn, find)
-            kept = mapped(Tensor.detach, outputs) if self._is_checked(checked, loss_fn, run.fingerprint) else None
-            del outputs
+            is_checked = self._is_checked(checked, loss_fn, hash((run.fingerprint, graph.kind)))
+            kept = mapped(Tensor.detach, outputs) if is_checked else None
+            del outputs, graph
             samples = run.backward(loss)
         if inside:
             of_samples = partial(self._loss_of_samples, loss_fn, inputs, targets, run.samples, run.random)
@@ -231,11 +234,11 @@ class Analysis:
             samples = run.backward(root(outputs))
             return Batch(samples, mapped(Tensor.detach, outputs), run.random, run.samples, run.fingerprint)
 
-    def _is_checked(self, checked: Checked, loss_fn: Callable[..., Any], fingerprint: int) -> bool:
-        """Whether a batch is checked; ranks that hold the model together check it if one of them does."""
+    def _is_checked(self, checked: Checked, loss_fn: Callable[..., Any], kind: int) -> bool:
+        """Whether a batch is checked whose graph is of this kind; ranks that hold the model together check it if one does."""
         if checked == "never":
             return False
-        due = bool(self.table.ranks.max_over_ranks(self.knowledge.schedule.due(loss_fn, fingerprint)))
+        due = bool(self.table.ranks.max_over_ranks(self.knowledge.schedule.due(loss_fn, kind)))
         return due or checked == "always"
 
     def is_due(self, function: Callable[..., Any]) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -16,18 +16,15 @@ from torch_secorder.autograd.precision import has_half_precision, is_half
 from torch_secorder.autograd.random_state import forked_random
 from torch_secorder.batch_axis.samples import BatchSamples
 from torch_secorder.errors import ArgumentError, ShapeError
-from torch_secorder.model.containers import evenly_spaced, is_continuous, mapped, shrunk, tensors
-
-LossFunction = Callable[[Any, Any], Tensor]
-
-# The loss with every sample given twice, as a multiple of the loss.
-MULTIPLES: dict[Reduction, float] = {"mean": 1.0, "sum": 2.0}
-
-# How near the multiple must be: a sum over twice as many terms is rounded differently, by up to a percent in half precision.
-NEAR, NEAR_IN_HALF_PRECISION = 1e-4, 2e-2
-
-# The same for the multiple of a difference of two losses, which has lost digits; it only has to tell 1 from 2.
-NEAR_FOR_DIFFERENCES = 0.1
+from torch_secorder.model.containers import evenly_spaced, is_continuous, mapped, tensors
+from torch_secorder.running.trials import (
+    MULTIPLES,
+    NEAR,
+    NEAR_IN_HALF_PRECISION,
+    LossFunction,
+    Trials,
+    multiple_of,
+)
 
 
 def reduction_of(
@@ -40,10 +37,11 @@ def reduction_of(
 ) -> Reduction:
     """Whether a loss averages or sums over the batch, determined by giving it samples twice.
 
-    There are two trials: the first sample twice, and the whole batch twice. They must not contradict each other, as they do if a
-    loss depends on the samples' places. Either may show nothing (zero, or NaN because its target is ignored). If both show
-    nothing, as in a batch whose hinges are all satisfied, the loss is tried with other outputs, too. An answer that was found for
-    this loss before, ``expected``, only has to hold for one sample, and also holds if nothing contradicts it.
+    There are two trials: the first sample twice, and the whole batch twice, or some samples of it where outputs are large. They
+    must not contradict each other, as they do if a loss depends on the samples' places. Either may show nothing (zero, or NaN
+    because its target is ignored). If both show nothing, as in a batch whose hinges are all satisfied, the loss is tried with
+    other outputs, too. An answer that was found for this loss before, ``expected``, only has to hold for one sample, and also
+    holds if nothing contradicts it.
 
     Raises:
         ArgumentError: if twice the samples give neither the loss nor twice the loss, or if no trial shows anything.
@@ -51,19 +49,19 @@ def reduction_of(
     near = NEAR_IN_HALF_PRECISION if is_half(loss) else NEAR
     with torch.no_grad(), forked_random([loss]):
         if expected is not None:
-            multiple = multiple_of(*_losses(loss_fn, outputs, targets, where, [0]))
+            multiple = multiple_of(*Trials(loss_fn, targets, where, near).losses(outputs, [0]))
             if abs(multiple - MULTIPLES[expected]) < near:
                 return expected
         _require_a_target_for_each_output(loss_fn, outputs, targets)
         if has_half_precision(loss, *tensors(outputs)):
             near = NEAR_IN_HALF_PRECISION
-        indices = ([0], list(range(where.n)))
-        found = [_multiples(loss_fn, outputs, targets, where, index) for index in indices]
-        reductions = _reductions(found, near)
+        trials = Trials.of(loss_fn, outputs, targets, loss, where, near)
+        found = [trials.multiples(outputs, index) for index in ([0], trials.samples(outputs))]
+        reductions = trials.reductions(found)
         if not reductions and expected is not None:
             return expected
         if not reductions and bool(loss.isfinite()):
-            reductions = _reductions_of_own_numbers(loss_fn, outputs, targets, where, near)
+            reductions = _reductions_of_own_numbers(trials, outputs)
     if len(reductions) == 1 and (reduction := reductions.pop()) is not None:
         return reduction
     if not bool(loss.isfinite()) and not _has_finite_gradient(loss_fn, outputs, targets):
@@ -80,21 +78,12 @@ def reduction_of(
     )
 
 
-def _reductions(found: Sequence[tuple[float, float]], near: float) -> set[Reduction | None]:
-    """The reductions that the multiples show, None for a multiple that fits neither; multiples that show nothing are left out."""
-    answers = [(multiple, reduction_of_multiples(multiple, change, near)) for multiple, change in found]
-    return {answer for multiple, answer in answers if answer is not None or not math.isnan(multiple)}
-
-
-def _reductions_of_own_numbers(
-    loss_fn: LossFunction, outputs: Any, targets: Any, where: BatchSamples, near: float
-) -> set[Reduction | None]:
+def _reductions_of_own_numbers(trials: Trials, outputs: Any) -> set[Reduction | None]:
     """The same for made-up outputs: probabilities, and numbers of both signs."""
     for low, high in ((0.25, 0.75), (-3.0, 3.0)):
         with suppress(ArgumentError):  # The loss takes no such numbers.
             own = mapped(partial(evenly_spaced, low=low, high=high), outputs)
-            found = [_multiples(loss_fn, own, targets, where, list(range(where.n)))]
-            if reductions := _reductions(found, near):
+            if reductions := trials.reductions([trials.multiples(own, list(range(trials.where.n)))]):
                 return reductions
     return set()
 
@@ -129,45 +118,6 @@ def _in_words(multiple: float) -> str:
     )
 
 
-def reduction_of_multiples(multiple: float, of_difference: float, near: float) -> Reduction | None:
-    """The reduction that fits both multiples, as far as they are numbers; None if none fits."""
-    for name, value in MULTIPLES.items():
-        if not math.isnan(of_difference) and not abs(of_difference - value) < NEAR_FOR_DIFFERENCES:
-            continue
-        if abs(multiple - value) < near or (math.isnan(multiple) and not math.isnan(of_difference)):
-            return name
-    return None
-
-
-def _multiples(
-    loss_fn: LossFunction, outputs: Any, targets: Any, where: BatchSamples, index: list[int]
-) -> tuple[float, float]:
-    """The loss of samples given twice as a multiple of their loss, and the same multiple for its change with other outputs.
-
-    The second multiple is not affected by a constant in the loss.
-    """
-    twice, once = _losses(loss_fn, outputs, targets, where, index)
-    twice_other, once_other = _losses(loss_fn, outputs, targets, where, index, shrunk)
-    return multiple_of(twice, once), multiple_of(twice - twice_other, once - once_other)
-
-
-def _losses(
-    loss_fn: LossFunction,
-    outputs: Any,
-    targets: Any,
-    where: BatchSamples,
-    index: list[int],
-    change: Callable[[Tensor], Tensor] | None = None,
-) -> tuple[float, float]:
-    """The loss of some samples given twice, and their loss; with changed outputs, if a ``change`` is given."""
-    outputs = outputs if change is None else mapped(change, outputs)
-    twice, once = (
-        _number(loss_fn, where.rows("outputs", outputs, samples), where.rows("targets", targets, samples))
-        for samples in (index * 2, index)
-    )
-    return twice, once
-
-
 def _has_finite_gradient(loss_fn: LossFunction, outputs: Any, targets: Any) -> bool:
     """Whether the loss's gradient in the outputs is finite, as it may be even if the loss overflows."""
     with torch.enable_grad():
@@ -178,20 +128,6 @@ def _has_finite_gradient(loss_fn: LossFunction, outputs: Any, targets: Any) -> b
             return False
         gradients = torch.autograd.grad(loss, wanted, allow_unused=True)
     return all(bool(g.isfinite().all()) for g in gradients if g is not None)
-
-
-def _number(loss_fn: LossFunction, outputs: Any, targets: Any) -> float:
-    try:
-        return float(loss_fn(outputs, targets))
-    except Exception as error:
-        raise ArgumentError(
-            f"the loss can't be told to average or to sum, since it takes no other number of samples ({str(error)[:200]})"
-        ) from error
-
-
-def multiple_of(a: float, b: float) -> float:
-    """How many times b goes into a; NaN if b is zero or not finite."""
-    return a / b if b and math.isfinite(b) else math.nan
 
 
 def loss_of(loss_fn: LossFunction, outputs: Any, targets: Any) -> Tensor:

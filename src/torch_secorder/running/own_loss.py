@@ -15,7 +15,7 @@ from torch_secorder.batch_axis.samples import BatchSamples
 from torch_secorder.errors import ArgumentError
 from torch_secorder.model.containers import tensors
 from torch_secorder.model.ranks import Ranks
-from torch_secorder.running.loss import (
+from torch_secorder.running.trials import (
     NEAR,
     NEAR_IN_HALF_PRECISION,
     LossFunction,

@@ -10,19 +10,20 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from torch_secorder.arguments import Loss, Reduction, require_choice
+from torch_secorder.arguments import Loss, Reduction, called_as, require_choice
 from torch_secorder.errors import ArgumentError
 from torch_secorder.model.containers import mapped, tensors
 from torch_secorder.model.names import plain_name
 from torch_secorder.model.parameters import unwrapped
-from torch_secorder.running.loss import LossFunction
 from torch_secorder.running.own_loss import loss_function
+from torch_secorder.running.trials import LossFunction
 from torch_secorder.testing.own_loss_loop import gradients_of_own_loss
 
 # How near the loss with every sample given twice must be to once or twice the loss. In float64 only rounding is left.
 NEAR = 1e-6
 
 
+@called_as("sample_gradients(model, loss_fn, inputs, targets)")
 def sample_gradients(
     model: nn.Module,
     loss_fn: Loss,

@@ -67,6 +67,11 @@ def require_trainable(table: ParameterTable, current: BackwardPass, samples: Sam
         )
 
 
+def is_of_nothing(norms: Tensor) -> bool:
+    """Whether gradients of these norms may be those of an empty batch: zero, or not known since a hook may change them."""
+    return bool(((norms == 0) | norms.isnan()).all())
+
+
 def unaccounted(names: Sequence[str], norms: Tensor) -> CurvatureError:
     """The refusal of a pass in which these parameters got gradients that nothing accounts for."""
     if not bool(norms.isfinite().all()):

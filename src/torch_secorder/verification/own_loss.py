@@ -24,7 +24,7 @@ from torch_secorder.batch_axis.samples import BatchSamples
 from torch_secorder.model.containers import tensors
 from torch_secorder.model.parameters import ParameterTable
 from torch_secorder.running.analysis import Analysis, Batch
-from torch_secorder.running.loss import LossFunction
+from torch_secorder.running.trials import LossFunction
 from torch_secorder.verification.differentiable_model import DifferentiableModel
 from torch_secorder.verification.losses_together import STEPS, require_explained
 from torch_secorder.verification.samples_alone import SampleAlone

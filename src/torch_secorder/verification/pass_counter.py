@@ -16,7 +16,12 @@ from torch_secorder.recording.monitoring import MonitorOptions, WatchedModel
 from torch_secorder.recording.sample_norms import SampleNorms
 from torch_secorder.recording.user_recorder import UserRecorder
 from torch_secorder.results.statistics import Statistics
-from torch_secorder.verification.backward_passes import require_sound_pass, require_trainable, unaccounted
+from torch_secorder.verification.backward_passes import (
+    is_of_nothing,
+    require_sound_pass,
+    require_trainable,
+    unaccounted,
+)
 from torch_secorder.verification.broadcast_loss import warn_of_broadcast
 from torch_secorder.verification.expected_norms import ExpectedNorms
 
@@ -68,11 +73,12 @@ class PassCounter:
             return
         if len(positions) < recorder.with_gradient:
             recorder.require_whole(current, positions)
-        current.roots.clear()
         loss_scale = self._options.loss_scale
         if not isinstance(loss_scale, float):  # A function may count its calls, so it is called once for each pass.
             loss_scale = loss_scale_value(loss_scale)
         if current.error is None and current.accumulator.is_empty:
+            if current.is_of_empty_batch and is_of_nothing(norms):
+                return
             raise unaccounted([names[position] for position in positions], norms)
         assert self._watched is not None  # A block has a model.
         checks: list[Check] = [partial(require_sound_pass, self._watched.model, self._watched.table, positions, norms)]
