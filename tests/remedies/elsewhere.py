@@ -76,7 +76,6 @@ NOT_TRIED = {
     "use one of the versions of torch that this library was": "there is one version at a time; `make versions` has the others",
     "a compiled function can't be asked for single samples": "every other test of a compiled model has its outputs in the block",
     "what was computed from a parameter alone went through something": "the remedy is to write another model",
-    "is not known yet, as no gradient reached them": "no program is known that comes here",
     "keep its real and its imaginary part as one real parameter": "the remedy is to write another model",
     "leave this parameter out of parallelize_module": "ranks that compute parts of a use are in tests of several processes only",
     "its module was called again in the same backward pass": "the checkpoints that it names are tried in trap 9",
