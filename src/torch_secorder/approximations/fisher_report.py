@@ -204,7 +204,8 @@ def fisher_results(
         >>> import torch
         >>> from torch_secorder import fisher_results
         >>> model = torch.nn.Linear(3, 2)
-        >>> results = fisher_results(model, None, (torch.randn(8, 3), None), fisher="exact", diagonal=True, progress=False)
+        >>> options = {"fisher": "exact", "diagonal": True, "progress": False}
+        >>> results = fisher_results(model, None, (torch.randn(8, 3), None), **options)
         >>> results.diagonal["weight"].shape, results.report().attrs["fisher"]
         (torch.Size([2, 3]), 'exact')
     """
