@@ -29,6 +29,10 @@ TRIED = {
     "data must yield mappings or pairs": "approximations/test_batches.py::test_what_follows_inputs_and_targets_is_not_used",
     "data has a batch without any entry": "approximations/test_batches.py::test_a_mapping_is_one_batch",
     "names an entry of batches that are mappings": "approximations/test_batches.py::test_a_mapping_is_one_batch",
+    "pass a list of the two if they are two batches": (
+        "approximations/test_batches.py::test_a_tuple_of_two_whole_batches_is_not_half_of_them"
+    ),
+    "says whose error ends the run": "test_fisher_report.py::test_it_stops_at_the_first_batch_that_is_precise_enough",
     "let another batch come first, or leave this one out": (
         "approximations/test_fisher_trace.py::test_a_batch_that_is_masked_as_a_whole_says_nothing_and_may_come_later"
     ),
