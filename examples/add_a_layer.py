@@ -44,7 +44,8 @@ def autograd_trace(model, loss_fn, inputs, targets):
 def main():
     """Compare the two on sequences: 16 samples of 5 tokens with 8 channels."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(8, 8), LayerScale(8), nn.Tanh(), nn.Flatten(), nn.Linear(40, 3)).double()
+    body = nn.Linear(8, 8), LayerScale(8), nn.Tanh(), nn.Flatten()
+    model = nn.Sequential(*body, nn.Linear(40, 3)).double()
     loss_fn = nn.CrossEntropyLoss()
     inputs, targets = torch.randn(16, 5, 8).double(), torch.randint(3, (16,))
 

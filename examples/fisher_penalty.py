@@ -32,7 +32,7 @@ def train(pixels, labels, penalty):
     for _ in range(STEPS):
         rows = torch.randint(len(labels), (BATCH,))
         outputs = model(pixels[rows])
-        # No targets: the labels are those that the model predicts, integrated out.
+        # No targets: the Fisher averages over the labels that the model predicts.
         trace = generalized_fisher_trace(model, outputs, None, create_graph=True)
         optimizer.zero_grad()
         (loss_fn(outputs, labels[rows]) + penalty * trace).backward()

@@ -22,7 +22,8 @@ options = parser.parse_args()
 torch.manual_seed(0)
 inputs = torch.randn(2048, 20)
 targets = (inputs[:, :3].prod(1) + 0.5 * inputs[:, 3] > 0).long()
-model = nn.Sequential(nn.Linear(20, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 2))
+body = nn.Linear(20, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh()
+model = nn.Sequential(*body, nn.Linear(64, 2))
 loss_fn = nn.CrossEntropyLoss()
 optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
 monitor = FisherMonitor(model)
@@ -52,6 +53,7 @@ with SummaryWriter(options.logdir) as writer:
                 writer.add_scalar(f"fisher_trace/layer {layer}", trace, step)
             if step % 40 == 0:
                 trace, stderr = total["fisher_trace"], total["fisher_trace_stderr"]
-                print(f"{step:6} {loss:7.3f} {trace:14.3f} ± {stderr:.3f} {noise / signal:13.0f}")
+                errors = f"{trace:14.3f} ± {stderr:.3f}"
+                print(f"{step:6} {loss:7.3f} {errors} {noise / signal:13.0f}")
         optimizer.step()
 print(f"\nWritten to {options.logdir}. Look at it with: tensorboard --logdir {options.logdir}")

@@ -328,6 +328,10 @@ def test_model_and_loss_in_each_others_place() -> None:
     ):
         with pytest.raises(ArgumentError, match=r"CrossEntropyLoss without parameters.*pass the model first"):
             call(nn.CrossEntropyLoss(), model)
+        with pytest.raises(
+            ArgumentError, match=r"model must be a torch.nn.Module.*Sequential with.*pass the model first"
+        ):
+            call(F.cross_entropy, model)
         with pytest.raises(ArgumentError, match=r"model must be a torch.nn.Module"):
             call(lambda x: x, nn.CrossEntropyLoss())
         call(model, nn.CrossEntropyLoss())

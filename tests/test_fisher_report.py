@@ -158,6 +158,11 @@ def test_a_precision_that_means_nothing(rtol: Any) -> None:
         fisher_report(classifier(), cross_entropy, shuffled(1, 8), rtol_of="mean", progress=False)
 
 
+def test_whose_precision_without_a_precision() -> None:
+    with pytest.raises(ArgumentError, match="rtol_of='rows' says whose error ends the run: pass rtol="):
+        fisher_report(classifier(), cross_entropy, shuffled(1, 8), rtol_of="rows", progress=False)
+
+
 class Checkpointed(nn.Module):
     def __init__(self) -> None:
         super().__init__()

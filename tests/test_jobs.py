@@ -28,7 +28,7 @@ def test_a_page_finds_what_a_loop_finds(job: Job, tmp_path: Any, monkeypatch: py
 @pytest.mark.parametrize("job", JOBS, ids=lambda job: job.page)
 def test_a_page_is_short_and_in_the_table(job: Job) -> None:
     assert len((PAGES / f"{job.page}.rst").read_text(encoding="utf-8").splitlines()) <= 60
-    assert f"<{job.page}>`\n     - {job.lines()}\n" in (PAGES / "jobs.rst").read_text(encoding="utf-8")
+    assert f"<{job.page}>`: {job.number}\n     - {job.lines()}\n" in (PAGES / "jobs.rst").read_text(encoding="utf-8")
 
 
 def names_of(page: str) -> tuple[Job, dict[str, Any]]:

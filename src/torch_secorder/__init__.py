@@ -1,4 +1,4 @@
-"""How much curvature (Fisher information) every parameter of a PyTorch model carries."""
+"""How sensitive a PyTorch model is to each of its parameters, by the exact trace of the Fisher information."""
 
 from torch_secorder.approximations.fisher_report import fisher_report, fisher_results
 from torch_secorder.approximations.fisher_trace import empirical_fisher_trace, generalized_fisher_trace

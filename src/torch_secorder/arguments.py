@@ -161,9 +161,14 @@ def require_model_before_loss(model: Any, loss_fn: Any) -> None:
     Raises:
         ArgumentError: saying so.
     """
+    has_parameters = isinstance(loss_fn, nn.Module) and any(True for _ in loss_fn.parameters())
+    if has_parameters and callable(model) and not isinstance(model, (nn.Module, type)):
+        raise ArgumentError(
+            f"model must be a torch.nn.Module, not {described(model)}, and loss_fn is a {type(loss_fn).__name__} with "
+            "parameters: pass the model first, then the loss"
+        )
     require_model(model)
-    swapped = isinstance(loss_fn, nn.Module) and any(True for _ in loss_fn.parameters())
-    if swapped and not any(True for _ in model.parameters()):
+    if has_parameters and not any(True for _ in model.parameters()):
         raise ArgumentError(
             f"the model is a {type(model).__name__} without parameters, and loss_fn a {type(loss_fn).__name__} with some: "
             "pass the model first, then the loss"

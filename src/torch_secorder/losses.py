@@ -53,7 +53,8 @@ def causal_lm(per: LossMean = "batch", *, ignore_index: int = IGNORED) -> Callab
         >>> ids = torch.randint(8, (2, 4))
         >>> causal_lm()(logits, ids)  # log 8
         tensor(2.0794)
-        >>> causal_lm("sum")(logits, {"input_ids": ids, "attention_mask": torch.ones(2, 4)})  # 6 log 8
+        >>> batch = {"input_ids": ids, "attention_mask": torch.ones(2, 4)}
+        >>> causal_lm("sum")(logits, batch)  # 6 log 8
         tensor(12.4766)
     """
     require_choice("per", per, get_args(LossMean))

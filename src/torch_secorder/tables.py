@@ -46,7 +46,8 @@ def read_report(path: str | PathLike[str]) -> pd.DataFrame:
         >>> from torch_secorder import fisher_report
         >>> from torch_secorder.tables import read_report
         >>> model = torch.nn.Linear(3, 2)
-        >>> report = fisher_report(model, None, (torch.randn(8, 3), None), fisher="exact", progress=False)
+        >>> data = torch.randn(8, 3), None
+        >>> report = fisher_report(model, None, data, fisher="exact", progress=False)
         >>> with tempfile.NamedTemporaryFile(suffix=".csv") as file:
         ...     report.assign(**report.attrs).to_csv(file.name)
         ...     again = read_report(file.name)

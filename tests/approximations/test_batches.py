@@ -79,6 +79,13 @@ def test_a_tuple_of_two_mappings_is_inputs_and_targets() -> None:
     assert_traces(report, squared_norms(model, shares(model, batch | targets)))
 
 
+def test_a_tuple_of_two_whole_batches_is_not_half_of_them() -> None:
+    model, data = Tagger("samples").double(), (tagged(8), tagged(8))
+    with pytest.raises(ArgumentError, match=r"pass a list of the two if they are two batches"):
+        fisher_report(model, "model", data, progress=False)
+    assert fisher_report(model, "model", list(data), progress=False).attrs["n_samples"] == 16
+
+
 @pytest.mark.parametrize("data", ["tuple", "loader"])
 def test_what_follows_inputs_and_targets_is_not_used(data: str) -> None:
     model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()

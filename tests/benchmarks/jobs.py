@@ -16,10 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.nn.utils.prune import is_pruned, remove
 
 PAGES = Path(__file__).parents[2] / "docs" / "how_to"
 Namespace = dict[str, Any]
-BLOCK = re.compile(r"^\.\. (testsetup|testcode)::\n\n((?:   .*\n|\n)+)", flags=re.MULTILINE)
+BLOCK = re.compile(
+    r"^\.\. (testsetup|testcode)::\n\n((?:   .*\n|\n)+)"
+    r"|^\.\. literalinclude:: (\S+)\n   :start-after: (.+)\n   :end-before: (.+)\n",
+    flags=re.MULTILINE,
+)
 SINGLE, BFLOAT16 = 1e-4, 3e-2  # 24 bits in sums of a few thousand terms; 8 bits in every product
 
 
@@ -45,8 +50,12 @@ class Job:
 
     def blocks(self) -> Iterator[tuple[str, str]]:
         """The page's code, block by block, each with its kind."""
-        for kind, code in BLOCK.findall((PAGES / f"{self.page}.rst").read_text(encoding="utf-8")):
-            yield kind, textwrap.dedent(code)
+        for kind, code, file, start, end in BLOCK.findall((PAGES / f"{self.page}.rst").read_text(encoding="utf-8")):
+            if file:
+                _, _, rest = (PAGES / file).read_text(encoding="utf-8").partition(f"{start}\n")
+                yield "testcode", rest.partition(f"{end}\n")[0]
+            else:
+                yield kind, textwrap.dedent(code)
 
     def lines(self) -> int:
         """How many lines the user writes: without empty ones, and without the model and data that stand for their own."""
@@ -250,7 +259,92 @@ def bits_loop(names: Namespace) -> Tensor:
     return flat(found.values())
 
 
+def protecting(names: Namespace) -> Tensor:
+    """The springs' diagonal, with labels that are drawn from a seed."""
+    torch.manual_seed(1)
+    return flat(names["fisher_diagonal"](names["model"], names["images"]).values())
+
+
+def protecting_loop(names: Namespace) -> Tensor:
+    """The same, with the same labels."""
+    torch.manual_seed(1)
+    model, images = names["model"], names["images"]
+    with torch.no_grad():
+        labels = [torch.distributions.Categorical(logits=model(batch)).sample() for batch in images.split(100)]
+    return flat(diagonal(model, images, torch.cat(labels)).values())
+
+
+def ranking(names: Namespace) -> Tensor:
+    """Every example's norm, in the order of their numbers."""
+    results = names["fisher_results"](names["model"], names["loss_fn"], names["loader"], **names["options"])
+    return torch.tensor((results.per_sample.sum(axis=1) ** 0.5).sort_index().to_numpy())
+
+
+def ranking_loop(names: Namespace) -> Tensor:
+    """The same, an example at a time."""
+    model, examples = names["model"], zip(names["inputs"], names["targets"], strict=True)
+    return torch.stack(
+        [flat(gradients(model, cross_entropy(model(x[None]), y[None])).values()).norm() for x, y in examples]
+    )
+
+
+def laplace(names: Namespace) -> Tensor:
+    """The precision of every weight."""
+    results = names["fisher_results"](names["model"], None, (names["inputs"], None), **names["options"])
+    return flat(results.n_samples * d + 1.0 for d in results.diagonal.values())
+
+
+def head_worths(names: Namespace) -> Tensor:
+    """The Fisher of the mask on heads, with none of them pruned."""
+    model = names["model"]
+    if is_pruned(model):
+        model.o_proj.weight_mask.fill_(1)
+        remove(model.o_proj, "weight")
+    with names["Gates"](model, names["heads"], fisher="sampled") as gates:
+        names["loss_fn"](model(names["inputs"]), names["labels"]).backward()
+    return gates.fisher["o_proj"]
+
+
+def head_worths_loop(names: Namespace) -> Tensor:
+    """The same, with a real mask that multiplies the heads of one sample at a time."""
+    model, found = names["model"], torch.zeros(4, dtype=torch.float64)
+    for x, y in zip(names["inputs"], names["labels"], strict=True):
+        model.mask = torch.ones(4, requires_grad=True)
+        (g,) = torch.autograd.grad(cross_entropy(model(x[None]), y[None]), model.mask)
+        found += g.double().square() / len(names["inputs"])
+    model.mask = None
+    return found
+
+
+def low_rank(names: Namespace) -> Tensor:
+    """What each row counts."""
+    results = names["fisher_results"](names["model"], None, (names["inputs"], None), **names["options"])
+    return results.diagonal["2.weight"]
+
+
+def noise(names: Namespace) -> Tensor:
+    """The gradient's squared norm and the trace of its noise."""
+    with names["FisherMonitor"](names["model"]) as monitor:
+        for x, y in names["loader"]:
+            names["loss_fn"](names["model"](x), y).backward()
+    table = names["gradient_noise_scale"](monitor.report(), by="model")
+    return torch.tensor(table[["true_grad_sq_norm", "noise_trace"]].to_numpy()[0])
+
+
+def noise_loop(names: Namespace) -> Tensor:
+    """The same from the products of different samples' gradients, and from their variances, batch by batch."""
+    model, found = names["model"], []
+    for x, y in names["loader"]:
+        losses = (cross_entropy(model(x[n : n + 1]), y[n : n + 1]) for n in range(len(x)))
+        each = torch.stack([flat(gradients(model, loss).values()) for loss in losses])
+        products = each @ each.T
+        pairs = (products.sum() - products.trace()) / (len(x) * (len(x) - 1))
+        found.append(torch.stack([pairs, each.var(0).sum()]))
+    return torch.stack(found).mean(0)
+
+
 JOBS = (
+    Job("continual_learning", "protect an earlier task", "Fisher diagonal", protecting, protecting_loop),
     Job("hugging_face", "Fisher of a padded language model", "trace", language_model, language_model_loop, BFLOAT16),
     Job("trainer", "watch a Trainer", "trace of a step", trainer, trainer_loop),
     Job("adapters", "ranks for PEFT", "traces, frozen and adapters", adapters, adapters_loop),
@@ -262,17 +356,28 @@ JOBS = (
     ),
     Job("unlearn", "forget data", "Fisher diagonals", unlearning, unlearning_loop),
     Job("sparse_fine_tuning", "train a few weights", "mask", sparse, sparse_loop),
+    Job("hard_examples", "rank examples", "norm of each", ranking, ranking_loop),
+    Job(
+        *("laplace", "tell how sure a prediction is", "precisions", laplace),
+        lambda names: 64 * flat(diagonal(names["model"], names["inputs"], None).values()) + 1.0,
+    ),
+    Job("noise_scale", "choose a batch size", "signal and noise", noise, noise_loop),
+    Job("prune_heads", "prune heads", "Fisher of a mask", head_worths, head_worths_loop),
+    Job(
+        *("low_rank", "factor weights into low rank", "sums over rows", low_rank),
+        lambda names: diagonal(names["model"], names["inputs"], None)["2.weight"].sum(1),
+    ),
     Job("transformer_bits", "bits for a transformer", "sums over rows", bits, bits_loop),
 )
 
 
 def timed(function: Callable[[Namespace], Tensor], names: Namespace) -> tuple[Tensor, float]:
-    """What a function finds, and how many seconds the fastest of three runs takes."""
+    """What a function finds, and how many seconds of the processor the fastest of three runs takes."""
     seconds = []
     for _ in range(3):
-        start = time.perf_counter()
+        start = time.process_time()
         found = function(names)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time.process_time() - start)
     return found, min(seconds)
 
 
@@ -283,14 +388,13 @@ def compared(job: Job) -> dict[str, Any]:
     expected, of_loop = timed(job.loop, names)
     size = float(expected.norm())
     return {
-        "job": f":doc:`{job.what} <{job.page}>`",
+        "job, and its number": f":doc:`{job.what} <{job.page}>`: {job.number}",
         "lines": job.lines(),
-        "number": job.number,
-        "found": f"{float(found.norm()):.6g}",
-        "loop": f"{size:.6g}",
-        "difference": f"{float((found - expected).norm()) / size:.0e}",
-        "time": f"{1e3 * seconds:,.0f} ms",
-        "the loop's": f"{1e3 * of_loop:,.0f} ms",
+        "found": f"{float(found.norm()):.5g}",
+        "loop": f"{size:.5g}",
+        "differ": f"{float((found - expected).norm()) / size:.0e}",
+        "ms": f"{1e3 * seconds:,.0f}",
+        "loop, ms": f"{1e3 * of_loop:,.0f}",
     }
 
 
@@ -298,21 +402,23 @@ HEAD = """\
 Jobs, and what they take
 ========================
 
-Each page has a job's whole code, with a tiny model that is made on the spot. Lines are those that a user writes, without the
-model and the data of the page where these only stand for one's own. The number that the job rests on is found by the
-library, and by a loop with a forward and a backward pass for each sample alone (each label of each sample, where labels are
-the model's); where it is a vector, its length is shown, and the length of the difference. Times are of the analysis alone
-(for the Trainer, of training four steps), of one thread, the fastest of three. With a few thousand parameters and samples by
-the dozen, calls of Python are most of them; :doc:`../concepts/performance` has larger models. ``PYTHONPATH=tests python -m
-benchmarks.jobs`` writes this page, and ``tests/test_jobs.py`` compares the numbers.
+Each page has a job's whole code, with a tiny model that is made on the spot. Lines are those that a user writes,
+without the model and the data of the page where these only stand for one's own. The number that the job rests on is
+found by the library, and by a loop with a forward and a backward pass for each sample alone (each label of each
+sample, where labels are the model's); where it is a vector, its length is shown, and the length of the difference.
+Times are of the analysis alone (for the Trainer, of training four steps), of one thread on the processor, the fastest
+of three. With a few thousand parameters and samples by the dozen, calls of Python are most of them;
+:doc:`../concepts/performance` has larger models. ``PYTHONPATH=tests python -m benchmarks.jobs`` writes this page, and
+``tests/test_jobs.py`` compares the numbers.
 
 """
 
 
 def main() -> None:
     """Write docs/how_to/jobs.rst."""
+    torch.set_num_threads(1)
     rows = [compared(job) for job in JOBS]
-    lines = [".. list-table::", "   :header-rows: 1", ""]
+    lines = [".. list-table::", "   :header-rows: 1", "   :widths: 34 8 13 13 11 10 11", ""]
     for cells in (list(rows[0]), *(list(map(str, one.values())) for one in rows)):
         lines += [f"   {'*' if number == 0 else ' '} - {cell}" for number, cell in enumerate(cells)]
     (PAGES / "jobs.rst").write_text(HEAD + "\n".join(lines) + "\n", encoding="utf-8")

@@ -130,17 +130,16 @@ def literal(text: str) -> str:
 
 
 def memory(rows: dict[str, RowSparse]) -> list[str]:
-    names = [*OURS, *PEERS]
-    cells = [
-        [
-            WORKLOADS[name].label,
-            f"{row['plain']['mib']:.0f}",
-            *(ratio(row, variant) for variant in names),
+    """Ours, then the peers: all in one table would be wider than a page."""
+    lines = []
+    for title, names in (("Memory", OURS), ("Other packages' memory", PEERS)):
+        cells = [
+            [WORKLOADS[name].label, f"{row['plain']['mib']:.0f}", *(ratio(row, variant) for variant in names)]
+            for name, row in rows.items()
         ]
-        for name, row in rows.items()
-    ]
-    head = ["workload", "plain, MiB", *(VARIANTS[name].label for name in names)]
-    return [*section("Memory, over a plain step"), *table(head, cells, [30, 8, *[9] * len(names)])]
+        head = ["workload", "plain, MiB", *(VARIANTS[name].label for name in names)]
+        lines += [*section(f"{title}, over a plain step"), *table(head, cells, [30, 8, *[11] * len(names)])]
+    return lines
 
 
 def growth(rows: dict[str, RowSparse], processor: str) -> list[str]:

@@ -36,6 +36,10 @@ TRIED = {
     "data must yield mappings or pairs": "approximations/test_batches.py::test_what_follows_inputs_and_targets_is_not_used",
     "data has a batch without any entry": "approximations/test_batches.py::test_a_mapping_is_one_batch",
     "names an entry of batches that are mappings": "approximations/test_batches.py::test_a_mapping_is_one_batch",
+    "pass a list of the two if they are two batches": (
+        "approximations/test_batches.py::test_a_tuple_of_two_whole_batches_is_not_half_of_them"
+    ),
+    "says whose error ends the run": "test_fisher_report.py::test_it_stops_at_the_first_batch_that_is_precise_enough",
     "let another batch come first, or leave this one out": (
         "approximations/test_fisher_trace.py::test_a_batch_that_is_masked_as_a_whole_says_nothing_and_may_come_later"
     ),
@@ -83,7 +87,6 @@ NOT_TRIED = {
     "use one of the versions of torch that this library was": "there is one version at a time; `make versions` has the others",
     "a compiled function can't be asked for single samples": "every other test of a compiled model has its outputs in the block",
     "what was computed from a parameter alone went through something": "the remedy is to write another model",
-    "is not known yet, as no gradient reached them": "no program is known that comes here",
     "keep its real and its imaginary part as one real parameter": "the remedy is to write another model",
     "leave this parameter out of parallelize_module": "ranks that compute parts of a use are in tests of several processes only",
     "its module was called again in the same backward pass": "the checkpoints that it names are tried in trap 9",

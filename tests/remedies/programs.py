@@ -637,3 +637,35 @@ def _choice() -> None:
         truth += sum(float(g.square().sum()) for g in gradients) / len(x)
     assert float(empirical_fisher_trace(model, weighted, x, (y, weights))) == pytest.approx(truth, rel=1e-8)
     right(monitored(model, lambda: hard(model(x), y).backward()), truth)
+
+
+@remedy("if it has another number of samples, say which argument")
+def _one_sequence_beside_its_state() -> None:
+    """Two layers' states of one sequence look like two samples beside something that they share."""
+
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn, self.out = nn.GRU(3, 4, 2, batch_first=True), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+            y, state = self.rnn(x, state)
+            return self.out(y), state
+
+    torch.manual_seed(0)
+    model = Recurrent().double()
+    x, state, y = torch.randn(3, 6, 3).double(), torch.zeros(2, 3, 4).double(), torch.randint(3, (3, 6))
+
+    def losses(first: int, end: int) -> Tensor:
+        outputs, _ = model(x[first:end], state[:, first:end].contiguous())
+        return F.cross_entropy(outputs.mT, y[first:end])
+
+    def truth(n: int) -> float:
+        gradients = (torch.autograd.grad(losses(k, k + 1), list(model.parameters())) for k in range(n))
+        return sum(float(g.square().sum()) for one in gradients for g in one) / n
+
+    with refused("the model's 2 samples (axis 0 of input 1, shape (2, 1, 4))"):
+        monitored(model, lambda: losses(0, 1).backward())
+    said: Any = {"inputs": {0: 0}}
+    right(monitored(model, lambda: losses(0, 1).backward(), batch_axis=said), truth(1))
+    right(monitored(model, lambda: losses(0, 3).backward()), truth(3))

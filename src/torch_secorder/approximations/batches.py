@@ -93,7 +93,17 @@ class Layout:
                 f"labels={self.labels!r} names an entry of batches that are mappings, and this one is a "
                 f"{type(batch).__name__}: leave labels= out where batches are (inputs, targets)"
             )
-        return LabeledBatch(batch[0], batch[1], self._ids_of(batch))
+        inputs, targets = batch[0], batch[1]
+        if (
+            self.labels_go_in
+            and all(isinstance(one, Mapping) for one in (inputs, targets))
+            and set(inputs) == set(targets)
+        ):
+            raise ArgumentError(
+                "a tuple of two mappings is (inputs, targets), and a model that computes its loss itself takes no targets beside "
+                "its inputs, so that the second mapping would not be used: pass a list of the two if they are two batches"
+            )
+        return LabeledBatch(inputs, targets, self._ids_of(batch))
 
     def _ids_of(self, batch: Any) -> list[Id] | None:
         """What the samples of a batch are called."""

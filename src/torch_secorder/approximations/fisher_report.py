@@ -78,8 +78,8 @@ def fisher_report(
             two is not used; inputs may be a tensor, a tuple of positional arguments or a mapping of keyword arguments. Or it is
             a mapping, which goes into the model by keywords and to the loss as it is, ``loss_fn(outputs, batch)``. A tuple of
             two mappings is ``(inputs, targets)``, a list of mappings is several batches. Batches without samples are passed over.
-        fisher: "empirical" for gradients of the loss; "exact" for the Fisher with the model's own labels integrated out;
-            "sampled" for an unbiased estimate of it; "observed" for gradients of log p(target).
+        fisher: "empirical" for gradients of the loss; "exact" for the average over the labels that the model
+            predicts; "sampled" for an unbiased estimate of it; "observed" for gradients of log p(target).
         num_samples: how many backward passes per batch "sampled" takes, 1 by default.
         loss_type: the likelihood, for everything but "empirical"; see
             :func:`~torch_secorder.approximations.fisher_trace.generalized_fisher_trace`.
@@ -205,7 +205,8 @@ def fisher_results(
         >>> import torch
         >>> from torch_secorder import fisher_results
         >>> model = torch.nn.Linear(3, 2)
-        >>> results = fisher_results(model, None, (torch.randn(8, 3), None), fisher="exact", diagonal=True, progress=False)
+        >>> options = {"fisher": "exact", "diagonal": True, "progress": False}
+        >>> results = fisher_results(model, None, (torch.randn(8, 3), None), **options)
         >>> results.diagonal["weight"].shape, results.report().attrs["fisher"]
         (torch.Size([2, 3]), 'exact')
     """

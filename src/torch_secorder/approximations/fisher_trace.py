@@ -201,7 +201,8 @@ def generalized_fisher_trace(
         >>> from torch_secorder import generalized_fisher_trace
         >>> model = torch.nn.Linear(2, 3)
         >>> outputs = model(torch.tensor([[1.0, 2.0]]))
-        >>> generalized_fisher_trace(model, outputs, None, loss_type="mse")  # 3 outputs, each (1^2 + 2^2) + 1
+        >>> # 3 outputs, each (1^2 + 2^2) + 1
+        >>> generalized_fisher_trace(model, outputs, None, loss_type="mse")
         tensor(18.)
 
     References:

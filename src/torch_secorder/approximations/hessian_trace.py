@@ -92,7 +92,8 @@ def hessian_trace(
         >>> import torch
         >>> from torch_secorder import hessian_trace
         >>> model = torch.nn.Linear(2, 1, bias=False)
-        >>> table = hessian_trace(model, torch.nn.MSELoss(), torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.zeros(2, 1), 4)
+        >>> inputs, targets = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.zeros(2, 1)
+        >>> table = hessian_trace(model, torch.nn.MSELoss(), inputs, targets, 4)
         >>> table.hessian_trace.round(4).to_dict()  # 2 (1^2 + 2^2) / 2
         {'weight': 5.0}
 

@@ -61,6 +61,10 @@ class ReportOptions:
             if getattr(self, name) is not None:
                 require_positive_int(name, getattr(self, name))
         require_choice("rtol_of", self.rtol_of, get_args(ErrorOf))
+        if self.rtol is None and self.rtol_of != "total":
+            raise ArgumentError(
+                f"rtol_of={self.rtol_of!r} says whose error ends the run: pass rtol=, the error to reach, too"
+            )
         _ = self.precision  # checked before anything runs
 
     @property

@@ -18,7 +18,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Example:
         >>> from torch_secorder.cli import main
-        >>> main(["compare", "before.csv", "after.csv"])  # where there are no such files; the reason goes to stderr
+        >>> # There are no such files; the reason goes to stderr.
+        >>> main(["compare", "before.csv", "after.csv"])
         1
     """
     try:

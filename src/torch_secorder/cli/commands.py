@@ -58,7 +58,7 @@ def run(arguments: Sequence[str] | None) -> int:
 
 
 @click.group(
-    help="How much curvature (Fisher information) every parameter of a PyTorch model carries.",
+    help="How sensitive a PyTorch model is to each of its parameters, by the exact trace of the Fisher information.",
     epilog=EXIT_CODES,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     no_args_is_help=False,

@@ -87,7 +87,7 @@ report_options = _together(
         "--fisher",
         ["empirical", "exact", "sampled", "observed"],
         "empirical",
-        "Whose labels: the data's, by the loss; the model's own, integrated out or sampled; or the data's, by the "
+        "Whose labels: the data's, by the loss; the model's own, averaged over all or sampled; or the data's, by the "
         "likelihood.",
     ),
     click.option(

@@ -99,7 +99,7 @@ def compares_samples() -> CoupledSamplesError:
     )
 
 
-def unexpected(names: Sequence[str], why: Unplaced, n: int) -> CurvatureError:
+def unexpected(names: Sequence[str], why: Unplaced, count: Count) -> CurvatureError:
     """The refusal of a gradient where a look at the graph found none, or none that belongs to single samples."""
     if why is Unplaced.NOT_FINITE:
         return not_finite(f"the gradients of {', '.join(names)}")
@@ -109,8 +109,9 @@ def unexpected(names: Sequence[str], why: Unplaced, n: int) -> CurvatureError:
             "gradient of its own: the model's outputs compare samples, or have them on another axis (batch_axis=)"
         )
     return ShapeError(
-        f"{', '.join(names)}: where the {n} samples are in what is computed from them is not known yet, as no gradient reached "
-        "them when it was looked for: give another batch, or pass batch_axis="
+        f"{', '.join(names)}: where the model's {count} are in what is computed from them is not known yet, as no gradient "
+        "reached them when it was looked for: give another batch, or, if it has another number of samples, say which argument "
+        "counts them, as in batch_axis={'inputs': {0: 0}}"
     )
 
 

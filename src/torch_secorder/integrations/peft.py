@@ -52,11 +52,13 @@ def rank_pattern(
         >>> import torch
         >>> from torch_secorder import fisher_report
         >>> from torch_secorder.integrations.peft import rank_pattern
-        >>> model = torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.Tanh(), torch.nn.Linear(64, 16))
+        >>> layers = torch.nn.Linear(32, 64), torch.nn.Tanh(), torch.nn.Linear(64, 16)
+        >>> model = torch.nn.Sequential(*layers)
         >>> data = torch.randn(32, 32), torch.randint(16, (32,))
         >>> report = fisher_report(model, torch.nn.CrossEntropyLoss(), data, progress=False)
         >>> ranks = rank_pattern(report, budget=4)
-        >>> sum(r * sum(model[int(name)].weight.shape) for name, r in ranks.items()) <= 4 * (96 + 80)
+        >>> sizes = {name: sum(model[int(name)].weight.shape) for name in ranks}
+        >>> sum(r * sizes[name] for name, r in ranks.items()) <= 4 * (96 + 80)
         True
     """
     require_positive_int("budget", budget)

@@ -39,7 +39,8 @@ def sensitivity_by_bits(
     Example:
         >>> import pandas as pd
         >>> from torch_secorder.plotting import sensitivity_by_bits
-        >>> sensitivity = pd.DataFrame({"numel": [6, 8], 2: [0.1, 0.2], 4: [0.01, 0.05]}, index=["first", "second"])
+        >>> columns = {"numel": [6, 8], 2: [0.1, 0.2], 4: [0.01, 0.05]}
+        >>> sensitivity = pd.DataFrame(columns, index=["first", "second"])
         >>> [label.get_text() for label in sensitivity_by_bits(sensitivity).get_xticklabels()]
         ['2', '4']
     """

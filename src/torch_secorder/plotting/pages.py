@@ -29,7 +29,8 @@ def styled(report: pd.DataFrame) -> Styler:
     Example:
         >>> import pandas as pd
         >>> from torch_secorder.plotting import styled
-        >>> report = pd.DataFrame({"numel": [12000], "fisher_trace": [0.123456]}, index=["first"])
+        >>> columns = {"numel": [12000], "fisher_trace": [0.123456]}
+        >>> report = pd.DataFrame(columns, index=["first"])
         >>> "12,000" in styled(report).to_html(), "0.1235" in styled(report).to_html()
         (True, True)
     """

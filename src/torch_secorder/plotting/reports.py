@@ -42,8 +42,10 @@ def bars(report: pd.DataFrame, column: str = "fisher_trace", *, top: int | None 
         >>> import torch
         >>> from torch_secorder import fisher_report
         >>> from torch_secorder.plotting import bars
-        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
-        >>> report = fisher_report(model, None, (torch.randn(32, 4), None), fisher="exact", progress=False, by="module")
+        >>> layers = torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3)
+        >>> model = torch.nn.Sequential(*layers)
+        >>> options = {"fisher": "exact", "progress": False, "by": "module"}
+        >>> report = fisher_report(model, None, (torch.randn(32, 4), None), **options)
         >>> [label.get_text() for label in bars(report).get_yticklabels()]
         ['0', '2']
     """
@@ -143,7 +145,9 @@ def time_series(
     Example:
         >>> import pandas as pd
         >>> from torch_secorder.plotting import time_series
-        >>> reports = {step: pd.DataFrame({"fisher_trace": [1.0 + step]}, index=["first"]) for step in (0, 100)}
+        >>> def at(step):
+        ...     return pd.DataFrame({"fisher_trace": [1.0 + step]}, index=["first"])
+        >>> reports = {step: at(step) for step in (0, 100)}
         >>> [line.get_label() for line in time_series(reports).lines]
         ['first']
     """

@@ -99,9 +99,11 @@ class Gates(RecordedBlock):
     Example:
         >>> import torch
         >>> from torch_secorder.pruning import Gates
-        >>> model = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(16, 3))
+        >>> layers = torch.nn.Conv2d(1, 4, 3), torch.nn.ReLU(), torch.nn.Flatten()
+        >>> model = torch.nn.Sequential(*layers, torch.nn.Linear(16, 3))
         >>> with Gates(model, fisher="sampled") as gates:
-        ...     labels = torch.distributions.Categorical(logits=(outputs := model(torch.randn(8, 1, 4, 4)))).sample()
+        ...     outputs = model(torch.randn(8, 1, 4, 4))
+        ...     labels = torch.distributions.Categorical(logits=outputs).sample()
         ...     torch.nn.functional.cross_entropy(outputs, labels).backward()
         >>> {name: len(values) for name, values in gates.saliency.items()}, gates.n_samples
         ({'0': 4, '3': 3}, 8)

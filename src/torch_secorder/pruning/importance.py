@@ -36,11 +36,14 @@ class GroupImportance:
     Example:
         >>> import torch
         >>> from torch_secorder.pruning import Gates, GroupImportance
-        >>> model = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(16, 3))
+        >>> layers = torch.nn.Conv2d(1, 4, 3), torch.nn.ReLU(), torch.nn.Flatten()
+        >>> model = torch.nn.Sequential(*layers, torch.nn.Linear(16, 3))
         >>> with Gates(model, fisher="sampled") as gates:
-        ...     labels = torch.distributions.Categorical(logits=(outputs := model(torch.randn(8, 1, 4, 4)))).sample()
+        ...     outputs = model(torch.randn(8, 1, 4, 4))
+        ...     labels = torch.distributions.Categorical(logits=outputs).sample()
         ...     torch.nn.functional.cross_entropy(outputs, labels).backward()
-        >>> importance = GroupImportance(model, gates.saliency)  # tp.pruner.BasePruner(model, x, importance=importance, ...)
+        >>> # for tp.pruner.BasePruner(model, x, importance=importance, ...)
+        >>> importance = GroupImportance(model, gates.saliency)
 
     Source:
         Fang et al. (2023), "DepGraph: towards any structural pruning".

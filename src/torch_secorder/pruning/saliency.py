@@ -69,10 +69,13 @@ def weight_saliency(
         >>> import torch
         >>> from torch_secorder import fisher_report
         >>> from torch_secorder.pruning import prune, weight_saliency
-        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
-        >>> report = fisher_report(model, None, (torch.randn(32, 4), None), fisher="exact", progress=False)
+        >>> layers = torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3)
+        >>> model = torch.nn.Sequential(*layers)
+        >>> data = torch.randn(32, 4), None
+        >>> report = fisher_report(model, None, data, fisher="exact", progress=False)
         >>> prune(model, weight_saliency(model, report), amount=0.5)
-        >>> sum(int((layer.weight == 0).sum()) for layer in (model[0], model[2]))  # of 32 and 24
+        >>> # of 32 and 24
+        >>> sum(int((layer.weight == 0).sum()) for layer in (model[0], model[2]))
         28
 
     Source:
@@ -123,7 +126,8 @@ def pruning_sensitivity(
     Example:
         >>> import torch
         >>> from torch_secorder.pruning import pruning_sensitivity
-        >>> pruning_sensitivity({"weight": torch.tensor([[3.0, 1.0], [2.0, 4.0]])}, amounts=(0.25, 0.5)).loc["weight", 0.5]
+        >>> saliency = {"weight": torch.tensor([[3.0, 1.0], [2.0, 4.0]])}
+        >>> pruning_sensitivity(saliency, amounts=(0.25, 0.5)).loc["weight", 0.5]
         np.float64(3.0)
     """
     if not isinstance(saliency, Mapping) or not all(isinstance(scores, Tensor) for scores in saliency.values()):

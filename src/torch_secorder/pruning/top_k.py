@@ -32,7 +32,8 @@ def top_k_mask(diagonal: Mapping[str, Tensor], share: float, *, always: str | It
     Example:
         >>> import torch
         >>> from torch_secorder.pruning import top_k_mask
-        >>> diagonal = {"weight": torch.tensor([[4.0, 1.0], [2.0, 3.0]]), "bias": torch.tensor([0.5, 0.5])}
+        >>> weight, bias = torch.tensor([[4.0, 1.0], [2.0, 3.0]]), torch.tensor([0.5, 0.5])
+        >>> diagonal = {"weight": weight, "bias": bias}
         >>> top_k_mask(diagonal, 0.5, always="bias")
         {'weight': tensor([[ True, False],
                 [False,  True]]), 'bias': tensor([True, True])}

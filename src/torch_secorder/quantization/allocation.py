@@ -65,9 +65,12 @@ def allocate_bits(
     Example:
         >>> import torch
         >>> from torch_secorder import fisher_report
-        >>> from torch_secorder.quantization import allocate_bits, quantization_sensitivity, uniform_bits
-        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
-        >>> report = fisher_report(model, None, (torch.randn(32, 4), None), fisher="exact", progress=False)
+        >>> from torch_secorder.quantization import allocate_bits, uniform_bits
+        >>> from torch_secorder.quantization import quantization_sensitivity
+        >>> layers = torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3)
+        >>> model = torch.nn.Sequential(*layers)
+        >>> data = torch.randn(32, 4), None
+        >>> report = fisher_report(model, None, data, fisher="exact", progress=False)
         >>> sensitivity = quantization_sensitivity(model, report)
         >>> best = allocate_bits(sensitivity, budget=4)
         >>> best.attrs["bits_per_weight"] <= 4

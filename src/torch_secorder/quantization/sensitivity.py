@@ -85,8 +85,10 @@ def quantization_sensitivity(
         >>> import torch
         >>> from torch_secorder import fisher_report
         >>> from torch_secorder.quantization import quantization_sensitivity
-        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
-        >>> report = fisher_report(model, None, (torch.randn(32, 4), None), fisher="exact", progress=False)
+        >>> layers = torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3)
+        >>> model = torch.nn.Sequential(*layers)
+        >>> data = torch.randn(32, 4), None
+        >>> report = fisher_report(model, None, data, fisher="exact", progress=False)
         >>> sensitivity = quantization_sensitivity(model, report, bits=(4, 8))
         >>> list(sensitivity.columns), list(sensitivity.index)
         (['kind', 'numel', 4, 8], ['0.weight', '2.weight'])

@@ -223,7 +223,7 @@ class PassAccumulator:
         there = [grad for grad in grads if grad is not None]
         if any(bool(whole(grad).any()) for grad in there):
             seen.idle.forget()
-            raise unexpected([self._table.names[position] for position in positions], seen.idle.why, seen.forward.n)
+            raise unexpected([self._table.names[position] for position in positions], seen.idle.why, seen.forward.count)
         batch = self._batch(seen.forward, seen.forward.n)
         for position in positions:
             batch.squared_norms.setdefault(position, zero_squared_norms(batch.n, there[0]))

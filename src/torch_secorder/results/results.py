@@ -257,7 +257,8 @@ class Results:
             >>> from torch_secorder import fisher_results
             >>> model = torch.nn.Linear(3, 2)
             >>> data = torch.randn(8, 3), torch.randint(2, (8,))
-            >>> results = fisher_results(model, torch.nn.CrossEntropyLoss(), data, diagonal=True, progress=False)
+            >>> loss_fn = torch.nn.CrossEntropyLoss()
+            >>> results = fisher_results(model, loss_fn, data, diagonal=True, progress=False)
             >>> with tempfile.TemporaryDirectory() as folder:
             ...     results.save_diagonal(os.path.join(folder, "fisher.safetensors"))
             ...     load_file(os.path.join(folder, "fisher.safetensors"))["weight"].shape

@@ -51,7 +51,8 @@ def summary(report: pd.DataFrame, width: int | None = None) -> str:
         >>> model = torch.nn.Linear(4, 2)
         >>> model.load_state_dict({"weight": torch.zeros(2, 4), "bias": torch.zeros(2)})
         <All keys matched successfully>
-        >>> report = fisher_report(model, torch.nn.CrossEntropyLoss(), (inputs, targets), progress=False)
+        >>> loss_fn = torch.nn.CrossEntropyLoss()
+        >>> report = fisher_report(model, loss_fn, (inputs, targets), progress=False)
         >>> print(summary(report, width=60))
         parameter  numel  fisher_trace  ± stderr  per weight  share
         weight         8        0.5000    0.0000     6.2e-02  50.0%

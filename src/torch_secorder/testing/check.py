@@ -81,8 +81,10 @@ def check(model: nn.Module, loss_fn: Loss, batch: Any, **options: Unpack[ReportA
     Example:
         >>> import torch
         >>> from torch_secorder.testing import check
-        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
-        >>> checked = check(model, torch.nn.CrossEntropyLoss(), (torch.randn(8, 3), torch.randint(2, (8,))))
+        >>> layers = torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2)
+        >>> model = torch.nn.Sequential(*layers)
+        >>> batch = torch.randn(8, 3), torch.randint(2, (8,))
+        >>> checked = check(model, torch.nn.CrossEntropyLoss(), batch)
         >>> list(checked["verdict"]), checked.attrs["equal"]
         (['equal', 'equal', 'equal', 'equal'], True)
     """

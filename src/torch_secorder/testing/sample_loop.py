@@ -64,7 +64,8 @@ def sample_gradients(
         >>> import torch
         >>> from torch_secorder.testing import sample_gradients
         >>> model = torch.nn.Linear(3, 2)
-        >>> found = sample_gradients(model, torch.nn.CrossEntropyLoss(), torch.randn(8, 3), torch.randint(2, (8,)))
+        >>> inputs, targets = torch.randn(8, 3), torch.randint(2, (8,))
+        >>> found = sample_gradients(model, torch.nn.CrossEntropyLoss(), inputs, targets)
         >>> found["weight"].shape
         torch.Size([8, 2, 3])
     """
