@@ -128,13 +128,6 @@ def _rules() -> dict[Any, Rule]:
 
 RULES = _rules()
 # What says nothing of a tensor's entries, as functions and as attributes.
-OF_SHAPES = {
-    Tensor.size,
-    Tensor.dim,
-    Tensor.ndimension,
-    Tensor.numel,
-    Tensor.nelement,
-    Tensor.__len__,
-    Tensor.is_floating_point,
-}
+_OF_SHAPES = ["size", "dim", "ndimension", "numel", "nelement", "__len__", "is_floating_point", "is_complex"]
+OF_SHAPES = {getattr(Tensor, name) for name in _OF_SHAPES}
 SHAPES = [Tensor.shape, Tensor.dtype, Tensor.device, Tensor.ndim, Tensor.requires_grad]
