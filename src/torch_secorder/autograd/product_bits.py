@@ -34,8 +34,11 @@ def bits_of(values: Sequence[Tensor], parameters: Sequence[Tensor]) -> int:
     widest = reduce(torch.promote_types, [p.dtype for p in parameters], torch.float32)
     if widest in (torch.float64, torch.complex128):
         return DOUBLE
-    convolves = any(word in node.name() for node in nodes_of(values) for word in _CONVOLVES)
-    return min((product_bits(device, convolves) for device in {p.device.type for p in parameters}), default=SINGLE)
+    devices = {p.device.type for p in parameters}
+    with_all, without = (min((product_bits(d, kind) for d in devices), default=SINGLE) for kind in (True, False))
+    if with_all == without:
+        return with_all
+    return with_all if any(word in node.name() for node in nodes_of(values) for word in _CONVOLVES) else without
 
 
 def product_bits(device_type: str, convolves: bool = True) -> int:

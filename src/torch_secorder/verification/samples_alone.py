@@ -14,6 +14,7 @@ from torch import Tensor
 from torch_secorder.autograd.product_bits import bits_of
 from torch_secorder.autograd.random_state import forked_random
 from torch_secorder.errors import CurvatureError, VerificationError, warn_at_users_line
+from torch_secorder.graph.queries import used_by_loss
 from torch_secorder.model.containers import is_continuous, mapped, tensors
 from torch_secorder.model.nested import whole
 from torch_secorder.model.ranks import Ranks
@@ -34,8 +35,9 @@ def verify_samples(
 ) -> None:
     """Raise unless these samples of a batch have the squared norms of the batch's analysis.
 
-    Each sample runs through the model alone. Its output replaces its row in the batch's outputs, which are constants, and the
-    loss of these outputs is differentiated by plain autograd: a step of one sample, in which no rule takes part. If the model
+    Each sample runs through the model alone. If it has the same outputs as in its batch, the gradient of the batch's loss in them
+    is sent back through it by plain autograd. Otherwise its outputs replace its rows in the batch's outputs, which are constants,
+    and the loss of these is differentiated. Either is a step of one sample, in which no rule takes part. If the model
     draws random numbers, the batch is analyzed once more in eval mode, which stops dropout, for the comparison. Samples for which
     the user declared several rows stay in their batch, since such arguments cannot be taken apart (edges of graphs, offsets of
     bags); then the loss's gradient in a sample's own rows of the outputs is sent back.
@@ -54,9 +56,13 @@ def verify_samples(
     with comparable(analysis, loss, inputs, batch, samples[0]) as found:
         if found is not None:
             batch, model = found
-            kind = _SampleInBatch if batch.where.takes_no_rows else SampleAlone
+            if batch.where.takes_no_rows:
+                for sample in samples:
+                    _SampleInBatch(analysis, model, loss, inputs, batch, sample).verify()
+                return
+            slopes = _slopes(analysis, loss, batch.outputs)
             for sample in samples:
-                kind(analysis, model, loss, inputs, batch, sample).verify()
+                SampleAlone(analysis, model, loss, inputs, batch, sample, slopes).verify()
 
 
 @contextmanager
@@ -131,30 +137,45 @@ def samples_to_check(n: int, ranks: Ranks) -> list[int]:
 class SampleAlone:
     """One sample of a batch that runs through the model alone.
 
+    Args:
+        analysis: the analysis to verify.
+        model: the model.
+        loss: from the model's outputs to the loss.
+        inputs: the batch.
+        batch: the result of the analysis.
+        sample: the sample's number.
+        slopes: the gradient of the loss in the batch's outputs, in the same containers; None if it is not known.
+
     Attributes:
         loss_of_outputs: from the model's outputs to the loss.
         norms_in_batch: the sample's squared norms from the analysis of the batch, ``[parameters]``.
     """
 
     def __init__(
-        self, analysis: Analysis, model: DifferentiableModel, loss: Loss, inputs: Any, batch: Batch, sample: int
+        self,
+        analysis: Analysis,
+        model: DifferentiableModel,
+        loss: Loss,
+        inputs: Any,
+        batch: Batch,
+        sample: int,
+        slopes: Any = None,
     ):
         self._analysis, self._model, self.loss_of_outputs, self._sample = analysis, model, loss, sample
         self._where = batch.where
         self._inputs = self._own_inputs(inputs)
         self._in_batch = self._where.rows("outputs", batch.outputs, [sample])
         self._outputs = batch.outputs
+        self._slopes = None if slopes is None else tensors(self._where.rows("outputs", slopes, [sample]))
         self.norms_in_batch = batch.samples.squared_norms[:, sample].detach()[model.positions]
 
     def verify(self) -> None:
         """Raise unless the sample has the same squared norms alone as in its batch."""
         ranks = self._analysis.table.ranks
-        alone, bits = self.squared_norms_of(self._loss_in_batch)
-        rounding = torch.zeros_like(alone)
+        alone, bits = self.squared_norms_of(self._loss_by_slopes)
         # Ranks that hold the model together differentiate it together.
         if ranks.max_over_ranks(bool(unequal_norms(self.norms_in_batch, alone, bits=bits))):
-            rounding = self._effect_of_rounding(alone) + self._rounding_of_gradients(alone, bits)
-        self.require_equal(alone, bits, rounding)
+            self.require_equal(alone, bits, self._effect_of_rounding(alone) + self._rounding_of_gradients(alone, bits))
 
     def require_equal(self, alone: Tensor, bits: int, rounding: Tensor | float = 0.0) -> None:
         """Raise unless the sample has these squared norms, ``[parameters]``, in its batch; if one rank raises, all do."""
@@ -180,6 +201,13 @@ class SampleAlone:
     def _loss_in_batch(self, own: Any) -> Tensor:
         """The batch's loss with the sample's own outputs in its rows, and all other outputs constant."""
         return self.loss_of_outputs(with_own_rows(self._where, self._sample, own, self._outputs))
+
+    def _loss_by_slopes(self, own: Any) -> Tensor:
+        """A number with the loss's gradient in the sample's own outputs, or in the batch's if these are the same."""
+        pairs = zip(tensors(own), tensors(self._in_batch), strict=True)
+        if self._slopes is None or not all(_differs_by_rounding(x.detach(), y) for x, y in pairs):
+            return self._loss_in_batch(own)
+        return _inner(self._slopes, own)
 
     def _effect_of_rounding(self, alone: Tensor) -> Tensor:
         """By how much the norms may differ because the sample's outputs are rounded differently alone and in its batch.
@@ -247,12 +275,38 @@ def _differs_by_rounding(x: Tensor, y: Tensor) -> bool:
     return bool((x - y).abs().max() <= ROUNDED_OUTPUTS * torch.finfo(x.dtype).eps * y.abs().max())
 
 
+def _slopes(analysis: Analysis, loss: Loss, outputs: Any) -> Any:
+    """The gradient of a loss in the outputs, in the same containers; None if the loss depends on parameters by another way.
+
+    Sharded and nested outputs are not differentiated here either, since products with them are tensors of other kinds.
+    """
+    if any(type(x) is not Tensor or x.is_nested for x in tensors(outputs)):
+        return None
+    with torch.enable_grad(), analysis.differentiable():
+        leaves = _leaves(outputs)
+        root = loss(leaves)
+        if not root.requires_grad or used_by_loss(root, (), analysis.table):
+            return None
+        found = iter(_gradients_in(root, leaves))
+    return mapped(lambda x: torch.zeros_like(x) if (g := next(found)) is None else g, outputs)
+
+
 def _gradients(loss: Loss, outputs: Any) -> list[Tensor | None]:
     """The gradients of a loss in each tensor that it is computed from."""
     with torch.enable_grad():
-        leaves = mapped(lambda x: x.clone().requires_grad_(is_continuous(x)), outputs)
-        wanted = [x for x in tensors(leaves) if x.requires_grad]
-        found = iter(torch.autograd.grad(loss(leaves), wanted, allow_unused=True))
+        leaves = _leaves(outputs)
+        return _gradients_in(loss(leaves), leaves)
+
+
+def _leaves(outputs: Any) -> Any:
+    """The same outputs as leaves of a graph of their own."""
+    return mapped(lambda x: x.clone().requires_grad_(is_continuous(x)), outputs)
+
+
+def _gradients_in(root: Tensor, leaves: Any) -> list[Tensor | None]:
+    """The gradient in each leaf; None if there is none."""
+    wanted = [x for x in tensors(leaves) if x.requires_grad]
+    found = iter(torch.autograd.grad(root, wanted, allow_unused=True))
     return [next(found) if x.requires_grad else None for x in tensors(leaves)]
 
 
