@@ -39,7 +39,8 @@ def keeps_samples_apart(loss_fn: Callable[[Any, Any], Tensor], outputs: Any, tar
                 loss = loss_fn(own, targets)
     except Exception:  # Whatever it raises, the trials with other outputs tell the user.
         return False
-    return followed.place(loss) == SUM and not any(map(is_others_function, nodes_of([loss])))
+    proven = followed.place(loss) == SUM and loss.requires_grad
+    return proven and not any(map(is_others_function, nodes_of([loss])))
 
 
 def _state(loss_fn: Any) -> list[Tensor]:
