@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from random import Random
 from typing import Any
@@ -145,7 +146,7 @@ class SampleAlone:
         inputs: the batch.
         batch: the result of the analysis.
         sample: the sample's number.
-        slopes: the gradient of the loss in the batch's outputs, in the same containers; None if it is not known.
+        slopes: the gradient of the loss in the batch's outputs; None if it is not known.
 
     Attributes:
         loss_of_outputs: from the model's outputs to the loss.
@@ -160,14 +161,15 @@ class SampleAlone:
         inputs: Any,
         batch: Batch,
         sample: int,
-        slopes: Any = None,
+        slopes: _Slopes | None = None,
     ):
         self._analysis, self._model, self.loss_of_outputs, self._sample = analysis, model, loss, sample
         self._where = batch.where
         self._inputs = self._own_inputs(inputs)
         self._in_batch = self._where.rows("outputs", batch.outputs, [sample])
         self._outputs = batch.outputs
-        self._slopes = None if slopes is None else tensors(self._where.rows("outputs", slopes, [sample]))
+        self._slopes = None if slopes is None else tensors(self._where.rows("outputs", slopes.gradients, [sample]))
+        self._losses = [] if slopes is None else [slopes.loss]
         self.norms_in_batch = batch.samples.squared_norms[:, sample].detach()[model.positions]
 
     def verify(self) -> None:
@@ -202,7 +204,7 @@ class SampleAlone:
         with torch.enable_grad(), self._analysis.differentiable():
             outputs = self._model(self._inputs)
             root = self._root(loss, outputs)
-            bits = partial(bits_of, [root, *tensors(outputs)], self._analysis.table.tensors)
+            bits = partial(bits_of, [root, *tensors(outputs), *self._losses], self._analysis.table.tensors)
             return as_row(squared_norms_of_loss(root, self._model.leaves)), bits
 
     def _root(self, loss: Loss, outputs: Any) -> Tensor:
@@ -292,8 +294,21 @@ def _is_same(x: Tensor, y: Tensor) -> bool:
     return torch.equal(x, y) if is_half(y) and x.shape == y.shape else _differs_by_rounding(x, y)
 
 
-def _slopes(analysis: Analysis, loss: Loss, outputs: Any) -> Any:
-    """The gradient of a loss in the outputs, in the same containers; None if the loss depends on parameters by another way.
+@dataclass(frozen=True)
+class _Slopes:
+    """What a loss was differentiated to.
+
+    Attributes:
+        gradients: its gradient in the batch's outputs, in the same containers.
+        loss: the loss, whose graph tells the precision of the gradients.
+    """
+
+    gradients: Any
+    loss: Tensor
+
+
+def _slopes(analysis: Analysis, loss: Loss, outputs: Any) -> _Slopes | None:
+    """The gradient of a loss in the outputs; None if the loss depends on parameters by another way.
 
     Sharded and nested outputs are not differentiated here either, since products with them are tensors of other kinds.
     """
@@ -305,7 +320,7 @@ def _slopes(analysis: Analysis, loss: Loss, outputs: Any) -> Any:
         if not root.requires_grad or used_by_loss(root, (), analysis.table):
             return None
         found = iter(_gradients_in(root, leaves))
-    return mapped(lambda x: torch.zeros_like(x) if (g := next(found)) is None else g, outputs)
+    return _Slopes(mapped(lambda x: torch.zeros_like(x) if (g := next(found)) is None else g, outputs), root)
 
 
 def _gradients(loss: Loss, outputs: Any) -> list[Tensor | None]:
