@@ -17,7 +17,7 @@ from torch_secorder.autograd.product_bits import bits_of, most_bits
 from torch_secorder.autograd.random_state import forked_random
 from torch_secorder.errors import CurvatureError, VerificationError, warn_at_users_line
 from torch_secorder.graph.queries import used_by_loss
-from torch_secorder.model.containers import is_continuous, mapped, tensors
+from torch_secorder.model.containers import is_continuous, mapped, parts, tensors
 from torch_secorder.model.nested import whole
 from torch_secorder.model.ranks import Ranks
 from torch_secorder.model.restore import eval_mode, restoring_buffers
@@ -217,8 +217,7 @@ class SampleAlone:
 
     def _loss_by_slopes(self, own: Any) -> Tensor:
         """A number with the loss's gradient in the sample's own outputs, or in the batch's if these are the same."""
-        pairs = zip(tensors(own), tensors(self._in_batch), strict=True)
-        if self._slopes is None or not all(_is_same(x.detach(), y) for x, y in pairs):
+        if self._slopes is None or not _are_same(own, self._in_batch):
             return self._loss_in_batch(own)
         return _inner(self._slopes, own)
 
@@ -287,6 +286,14 @@ def _differs_by_rounding(x: Tensor, y: Tensor) -> bool:
         return True
     x, y = whole(x), whole(y)
     return bool((x - y).abs().max() <= ROUNDED_OUTPUTS * torch.finfo(x.dtype).eps * y.abs().max())
+
+
+def _are_same(own: Any, in_batch: Any) -> bool:
+    """Whether a sample has the same outputs alone as in its batch, under the same names, up to rounding."""
+    mine, others = tensors(own), tensors(in_batch)
+    if len(mine) != len(others) or [key for key, _ in parts(own)] != [key for key, _ in parts(in_batch)]:
+        return False
+    return all(_is_same(x.detach(), y) for x, y in zip(mine, others, strict=True))
 
 
 def _is_same(x: Tensor, y: Tensor) -> bool:
