@@ -55,9 +55,14 @@ def called_as(usage: str, options: Collection[str] = (), **instead: str) -> Call
         signature = inspect.signature(function)
         named = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
         names = {*(p.name for p in named), *options}
+        by_place = [p.name for p in named if p.kind is not p.KEYWORD_ONLY]
+        needed = {p.name for p in named if p.default is p.empty}
 
         @wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            placed, fit = by_place[: len(args)], len(args) <= len(by_place) and kwargs.keys() <= names
+            if fit and kwargs.keys().isdisjoint(placed) and needed <= {*placed, *kwargs}:
+                return function(*args, **kwargs)
             unknown = next((name for name in kwargs if name not in names), None)
             try:
                 problem = "" if unknown is None else f"it has no argument {unknown!r}"

@@ -85,10 +85,10 @@ class _CausalLM:
             labels.flatten(),
             ignore_index=self.ignore_index,
             reduction="none",
-        ).view(labels.shape)
+        )
         counted = labels != self.ignore_index
         if self.per == "sum":
             return entropies.sum()
         if self.per == "batch":
             return entropies.sum() / counted.sum()
-        return (entropies.sum(1) / counted.sum(1).clamp(min=1)).mean()
+        return (entropies.view(labels.shape).sum(1) / counted.sum(1).clamp(min=1)).mean()

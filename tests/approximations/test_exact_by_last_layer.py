@@ -9,12 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from oracles import assert_equal, exact_fisher, total, trace
-from torch_secorder import generalized_fisher_trace
+from torch_secorder import fisher_report, fisher_results, generalized_fisher_trace
 from torch_secorder.autograd.self_test import hooks_are_seen
+from torch_secorder.errors import VerificationError
 from torch_secorder.likelihoods import LastLayer, likelihood
 from torch_secorder.running import by_last_layer
 from torch_secorder.running.by_last_layer import ExactByLastLayer
 from torch_secorder.running.graph_backward import GraphBackward
+from torch_secorder.running.run import HookedForward
 
 pytestmark = pytest.mark.skipif(not hooks_are_seen(), reason="this torch does not show whether the factors may be read")
 
@@ -247,3 +249,115 @@ def test_the_roots_are_those_of_the_curvature_before_the_layer(
     expected = seeds @ m.T
     assert torch.allclose(roots.mT @ roots, expected.mT @ expected, rtol=1e-12, atol=1e-13)
     assert torch.allclose(exact.traces, seeds.square().sum((1, 2)), rtol=1e-12)
+
+
+# fisher_report, which runs the model
+
+
+@pytest.fixture
+def ends(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Of each backward pass whether it ends at the last layer."""
+    found: list[bool] = []
+    backward = GraphBackward.backward
+
+    def noted(self: GraphBackward, *args: object, end: object = None, **options: object) -> object:
+        found.append(end is not None)
+        return backward(self, *args, end=end, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(GraphBackward, "backward", noted)
+    return found
+
+
+def reported(model: nn.Module, x: Tensor, y: Tensor | None = None, **options: object) -> dict[str, Tensor]:
+    report = fisher_report(model, None, (x, y), fisher="exact", progress=False, **options)  # type: ignore[arg-type]
+    return {name: torch.tensor(value) for name, value in report["fisher_trace"].items()}
+
+
+@pytest.mark.parametrize("n", [1, 5])
+@pytest.mark.parametrize("classes", [2, 4, 30])
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_each_parameter_of_a_report(loss_type: str, classes: int, n: int, ends: list[bool]) -> None:
+    model, x = network(classes), torch.randn(n, 4, dtype=torch.float64)
+    y = torch.randint(classes, (n,)) if loss_type == "nll" else None
+    expected = trace(exact_fisher(model, x, y, loss_type))
+    for name, value in reported(model, x, y, loss_type=loss_type).items():
+        assert_equal(value, expected[name], total(expected))
+    assert ends.count(True) == 2  # one for the check, and one for the batch
+
+
+def test_a_report_needs_no_more_passes_than_the_last_layer_has_inputs(ends: list[bool]) -> None:
+    reported(network(40), torch.randn(5, 4, dtype=torch.float64), verify=False)
+    assert ends == [True, *[False] * 6]
+
+
+class UsedTwice(nn.Module):
+    """The last layer's weight also makes its inputs, outside of the layer's call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden, self.last = nn.Linear(4, 5), nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last((self.hidden(x) @ self.last.weight).tanh())
+
+
+class CalledTwice(nn.Module):
+    """The last layer also makes its own inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.last(x).tanh())
+
+
+def parametrized() -> nn.Module:
+    model = network(5)
+    nn.utils.parametrizations.weight_norm(model[4])
+    return model
+
+
+WHOLE = OTHERS | {"used twice": UsedTwice, "called twice": CalledTwice, "parametrized": parametrized}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_reports_of_other_last_layers_take_whole_passes(name: str, ends: list[bool]) -> None:
+    model, x = WHOLE[name]().double(), torch.randn(3, 4, dtype=torch.float64)
+    expected = trace(exact_fisher(model, x))
+    for parameter, value in reported(model, x).items():
+        assert_equal(value, expected[parameter], total(expected))
+    assert not any(ends)
+
+
+@pytest.mark.parametrize("chosen", [["4.*"], ["0.*"], ["4.bias", "2.weight"], ["4.weight", "0.bias"]])
+def test_a_report_of_some_parameters(chosen: list[str]) -> None:
+    model, x = network(5), torch.randn(3, 4, dtype=torch.float64)
+    expected = trace(exact_fisher(model, x))
+    found = reported(model, x, parameters=chosen)
+    assert found
+    for parameter, value in found.items():
+        assert_equal(value, expected[parameter], total(expected))
+
+
+def test_a_diagonal_takes_whole_passes(ends: list[bool]) -> None:
+    """It depends on more than the size of each sample's output gradient."""
+    model, x = network(5), torch.randn(3, 4, dtype=torch.float64)
+    results = fisher_results(model, None, (x, None), fisher="exact", diagonal=True, progress=False)
+    expected = trace(exact_fisher(model, x))
+    for parameter, value in results.diagonal.items():
+        assert_equal(value.sum(), expected[parameter], total(expected))
+    assert not any(ends)
+
+
+def test_the_check_of_a_report_sees_a_wrong_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = network(5), torch.randn(3, 4, dtype=torch.float64)
+    last_layer = HookedForward.last_layer
+
+    def wrong(self: HookedForward, outputs: Tensor) -> LastLayer | None:
+        found = last_layer(self, outputs)
+        return None if found is None else LastLayer(found.inputs, 1.1 * found.matrix)
+
+    monkeypatch.setattr(HookedForward, "last_layer", wrong)
+    with pytest.raises(VerificationError, match=r"0\.weight"):
+        reported(model, x)

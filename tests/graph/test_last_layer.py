@@ -25,7 +25,7 @@ def test_a_linear_layer(bias: bool) -> None:
     assert found is not None
     assert torch.equal(found[0], h)
     assert torch.equal(found[1], layer.weight.T)
-    assert not found[0].requires_grad
+    assert found[0].requires_grad
     assert not found[1].requires_grad
 
 

@@ -96,7 +96,7 @@ def accumulated(
                 samples, reduction = batch.samples, reduction or batch.reduction
             else:
                 analyze = partial(analysis.fisher, kind, inputs, targets, generator, progress.passes)
-                samples = _of_likelihood(analysis, analyze, inputs, checked)
+                samples = _of_likelihood(analysis, analyze, inputs, checked, exact=options.fisher == "exact")
         checked = "when due" if options.verify else "never"
         _require_batch_of(parts, samples.batch, most)
         if parts.ids is not None:
@@ -132,22 +132,23 @@ def _empirical(
 
 
 def _of_likelihood(
-    analysis: Analysis, analyze: Callable[[], SampleNorms], inputs: Any, checked: Checked
+    analysis: Analysis, analyze: Callable[[], SampleNorms], inputs: Any, checked: Checked, *, exact: bool
 ) -> SampleNorms:
     """One batch's gradients of a likelihood. If a check is due, random projections are compared with single samples'."""
     if checked == "always":
-        _verify_projection(analysis, inputs)
+        _verify_projection(analysis, inputs, exact=exact)
     samples = analyze()
     due = checked != "never" and analysis.is_due(_projection)
-    if due and checked == "when due" and not _verify_projection(analysis, inputs):
+    if due and checked == "when due" and not _verify_projection(analysis, inputs, exact=exact):
         return analyze()
     return samples
 
 
-def _verify_projection(analysis: Analysis, inputs: Any) -> bool:
+def _verify_projection(analysis: Analysis, inputs: Any, *, exact: bool) -> bool:
     """Raise unless the gradients of one random projection of the outputs are right.
 
-    Every Fisher differentiates such projections, so that they stand for all of its backward passes.
+    Every Fisher differentiates such projections, so that they stand for all of its backward passes; those of the exact one may
+    begin before the last layer.
 
     Returns:
         Whether the gradients were right at once. If they were right only after the samples had been looked for again, the shapes
@@ -156,7 +157,9 @@ def _verify_projection(analysis: Analysis, inputs: Any) -> bool:
     trusted = analysis.trusts_shapes
     with forked_random(analysis.table.tensors):  # the check is one more forward
         analyze_and_verify(
-            analysis, partial(analysis.of, _projection, inputs), partial(verify_samples, analysis, _projection, inputs)
+            analysis,
+            partial(analysis.of, _projection, inputs, by_last_layer=exact),
+            partial(verify_samples, analysis, _projection, inputs),
         )
     return analysis.trusts_shapes == trusted
 

@@ -31,11 +31,19 @@ def bits_of(values: Sequence[Tensor], parameters: Sequence[Tensor]) -> int:
     """
     if has_half_precision(*values, *parameters):
         return BF16
-    widest = reduce(torch.promote_types, [p.dtype for p in parameters], torch.float32)
-    if widest in (torch.float64, torch.complex128):
+    if most_bits(parameters) == DOUBLE:
         return DOUBLE
-    convolves = any(word in node.name() for node in nodes_of(values) for word in _CONVOLVES)
-    return min((product_bits(device, convolves) for device in {p.device.type for p in parameters}), default=SINGLE)
+    devices = {p.device.type for p in parameters}
+    with_all, without = (min((product_bits(d, kind) for d in devices), default=SINGLE) for kind in (True, False))
+    if with_all == without:
+        return with_all
+    return with_all if any(word in node.name() for node in nodes_of(values) for word in _CONVOLVES) else without
+
+
+def most_bits(parameters: Sequence[Tensor]) -> int:
+    """The bits that there would be if no product were rounded to fewer; no graph is looked through to know them."""
+    widest = reduce(torch.promote_types, [p.dtype for p in parameters], torch.float32)
+    return DOUBLE if widest in (torch.float64, torch.complex128) else SINGLE
 
 
 def product_bits(device_type: str, convolves: bool = True) -> int:

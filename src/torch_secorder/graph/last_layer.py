@@ -14,7 +14,7 @@ PRODUCTS = {"AddmmBackward0": 1, "MmBackward0": 0}
 
 
 def last_linear_factors(outputs: Tensor) -> tuple[Tensor, Tensor] | None:
-    """The factors h, ``[n, i]``, and M, ``[i, c]``, of outputs ``h M`` with or without a bias.
+    """The factors h, ``[n, i]``, with its graph, and M, ``[i, c]``, of outputs ``h M`` with or without a bias.
 
     The result is None if the outputs were made in another way, if no gradient goes through the product to the layers before, or
     if one of the factors was changed in place since.
@@ -28,7 +28,7 @@ def last_linear_factors(outputs: Tensor) -> tuple[Tensor, Tensor] | None:
         h, matrix = saved(node, "left"), saved(node, "right")
     except RuntimeError:  # torch raises it for a saved tensor that was changed in place.
         return None
-    return None if h is None or matrix is None else (h.detach(), matrix.detach())
+    return None if h is None or matrix is None else (h, matrix.detach())
 
 
 def inputs_of_last_product(node: Node, use: ParameterUse) -> GradientEdge | None:

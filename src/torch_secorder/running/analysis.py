@@ -20,6 +20,7 @@ from torch_secorder.batch_axis.samples import BatchSamples
 from torch_secorder.batch_axis.told import NOTHING, Told
 from torch_secorder.errors import ArgumentError, CoverageError
 from torch_secorder.graph.queries import LossGraph
+from torch_secorder.likelihoods import LastLayer
 from torch_secorder.model.containers import mapped, tensors
 from torch_secorder.model.hooks import restoring
 from torch_secorder.model.parameters import ParameterTable, unwrapped
@@ -32,6 +33,7 @@ from torch_secorder.recording.sample_norms import SampleNorms
 from torch_secorder.running.counted import has_mask
 from torch_secorder.running.fisher_kind import FisherKind
 from torch_secorder.running.frozen_others import FrozenOthers
+from torch_secorder.running.last_layer_passes import norms_by_last_layer
 from torch_secorder.running.logits import logits, with_samples_first
 from torch_secorder.running.loss import loss_of, reduction_of, require_targets_of_batch
 from torch_secorder.running.own_loss import is_computed_inside, own_reduction
@@ -216,6 +218,11 @@ class Analysis:
                 targets = inputs  # Their mask says what is padding.
             outputs, targets = with_samples_first(logits(run(inputs)), targets, run.samples)
             count, seeds = kind.output_gradients(outputs, targets, generator, self.table.ranks)
+            layer = self._last_layer(run, outputs)
+            exact = None if layer is None else kind.by_last_layer(outputs, targets)
+            if layer is not None and exact is not None:
+                gradients = counted(exact.count, exact.input_gradients)
+                return norms_by_last_layer(run, outputs, layer.inputs, exact.traces, gradients, exact.count)
             passes = (
                 run.backward(outputs, seed.to(outputs.dtype), last=number == count)
                 for number, seed in enumerate(counted(count, seeds), start=1)
@@ -223,15 +230,36 @@ class Analysis:
             nothing = SampleNorms(run.n, outputs.new_zeros(len(self.table), run.n), set(), {})
             return reduce(SampleNorms.plus, passes, nothing)
 
-    def of(self, root: Callable[[Any], Tensor], inputs: Any) -> Batch:
-        """Squared norms of the per-sample gradients of ``root(outputs)``, a sum over samples."""
-        analyze = partial(self._of, root, inputs)
+    def _last_layer(self, run: HookedForward, outputs: Tensor) -> LastLayer | None:
+        """The layer that made these outputs, if its part of the numbers takes a single pass."""
+        # A diagonal depends on more than the size of each sample's output gradient, and ranks have to make the same passes.
+        if self._passes.quantities or self.table.ranks.distributed or self.table.sharded:
+            return None
+        return run.last_layer(outputs)
+
+    def of(self, root: Callable[[Any], Tensor], inputs: Any, *, by_last_layer: bool = False) -> Batch:
+        """Squared norms of the per-sample gradients of ``root(outputs)``, a sum over samples.
+
+        Args:
+            root: from the model's outputs, or from the logits in them, to a scalar.
+            inputs: a batch.
+            by_last_layer: whether passes begin before the last layer where those of the exact Fisher do.
+        """
+        analyze = partial(self._of, root, inputs, by_last_layer)
         return self._others.without_cuts(analyze, lambda batch: batch.samples.reached, lambda: self._fingerprint)
 
-    def _of(self, root: Callable[[Any], Tensor], inputs: Any) -> Batch:
+    def _of(self, root: Callable[[Any], Tensor], inputs: Any, by_last_layer: bool) -> Batch:
         with self._prepared() as run:
             outputs = run(inputs)
-            samples = run.backward(root(outputs))
+            found = logits(outputs) if by_last_layer else None
+            layer = None if found is None else self._last_layer(run, found)
+            if found is None or layer is None:
+                samples = run.backward(root(outputs))
+            else:
+                leaf = found.detach().requires_grad_()
+                (slope,) = torch.autograd.grad(root(leaf), leaf)
+                arriving = [slope @ layer.matrix.T]
+                samples = norms_by_last_layer(run, found, layer.inputs, slope.square().sum(1), arriving, 1)
             return Batch(samples, mapped(Tensor.detach, outputs), run.random, run.samples, run.fingerprint)
 
     def _is_checked(self, checked: Checked, loss_fn: Callable[..., Any], kind: int) -> bool:

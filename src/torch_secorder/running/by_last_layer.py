@@ -30,11 +30,13 @@ class ExactByLastLayer:
     Attributes:
         traces: ``tr A_n``, ``[n]``.
         input_gradients: roots of ``B_n``, gradients of the last layer's inputs, ``[n, i]``, each of which takes a backward pass.
+        count: how many there are.
         matrix: M, ``[i, c]``.
     """
 
     traces: Tensor
     input_gradients: Iterator[Tensor]
+    count: int
     matrix: Tensor
 
     @classmethod
@@ -49,7 +51,8 @@ class ExactByLastLayer:
             gradients = (seed @ last_layer.matrix.T for seed in likelihood.exact_output_gradients(outputs))
         else:
             gradients = likelihood.exact_input_gradients(outputs, last_layer)
-        return cls(likelihood.curvature_traces(outputs), gradients, last_layer.matrix)
+        traces = likelihood.curvature_traces(outputs)
+        return cls(traces, gradients, min(seeds, features) if pays else seeds, last_layer.matrix)
 
 
 def _fewest(likelihood: Likelihood, outputs: Tensor, last_layer: LastLayer) -> Iterator[Tensor]:

@@ -62,7 +62,7 @@ class FisherKind:
             warn_of_probabilities(outputs)
         product = None if self.num_samples is None else last_linear_factors(outputs)
         outputs = outputs if differentiable else outputs.detach()
-        last_layer = None if product is None else LastLayer(*product)
+        last_layer = None if product is None else LastLayer(product[0].detach(), product[1])
         generator = ranks.common_generator(generator)
         if self.shift and (self.labels == "observed" or not has_mask(targets)):
             targets = causal_labels(targets, self.ignore_index)
@@ -90,7 +90,7 @@ class FisherKind:
             targets = counted_labels(targets, outputs, self.class_axis, self.ignore_index)
         outputs = outputs.detach()
         model = self._likelihood(outputs, targets)
-        return ExactByLastLayer.of(model, outputs, LastLayer(*product))
+        return ExactByLastLayer.of(model, outputs, LastLayer(product[0].detach(), product[1]))
 
     def _likelihood(self, outputs: Tensor, targets: Any) -> Likelihood:
         return likelihood(self.loss_type, outputs, targets, ignore_index=self.ignore_index, class_axis=self.class_axis)

@@ -136,7 +136,13 @@ class GraphBackward(Recorder):
         return uses
 
     def backward(
-        self, root: Tensor, seed: Tensor | None = None, *, last: bool = True, passes: GraphPass | None = None
+        self,
+        root: Tensor,
+        seed: Tensor | None = None,
+        *,
+        last: bool = True,
+        passes: GraphPass | None = None,
+        end: Tensor | None = None,
     ) -> SampleNorms:
         """Squared norms of the per-sample gradients of ``root``, with ``seed`` as the gradient that the pass starts with.
 
@@ -148,17 +154,19 @@ class GraphBackward(Recorder):
             seed: its gradient, for a root that is not a scalar.
             last: whether the graph may be freed.
             passes: passes through a part of a graph that the user made, which begin with ``seed``; by default through all of it.
+            end: where a pass through the library's own graph ends, if not at the first analyzed layers' outputs.
         """
         self._count += 1
         current = self._current = self.lifecycle.begin(self._count, keep_inputs=not last or self._create_graph)
         try:
             if (through := passes or self._passes) is not None:
                 return self._finished(current, root, self._looked_through(current, through, seed))
-            ends = [*(edge for _, several in self._starts for edge in several), *self._inputs, *self._leaves]
+            ends: list[Any] = [*(edge for _, several in self._starts for edge in several), *self._inputs, *self._leaves]
             if root.requires_grad and ends:
                 retain = not last or self._create_graph or self._defers
                 with library_pass([root]) as (start,), untouched(self.table.leaves):
-                    found = self._differentiated(start, ends, seed, retain)
+                    found = self._differentiated(start, ends if end is None else [end], seed, retain)
+                    found = found if end is None else [None] * len(ends)
                     return self._finished(current, root, found)
             raise self._nothing_found(root)
         finally:

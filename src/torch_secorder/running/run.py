@@ -8,17 +8,21 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
 
 from torch_secorder.autograd.engine import call_model
 from torch_secorder.autograd.random_state import forked_random, random_state
 from torch_secorder.autograd.versions import hiding_changes
 from torch_secorder.batch_axis.knowledge import ModelKnowledge
+from torch_secorder.batch_axis.placement import FIRST
 from torch_secorder.batch_axis.samples import BatchSamples
 from torch_secorder.capture.model_run import Forward
 from torch_secorder.capture.records import Record
 from torch_secorder.errors import UnsupportedError
+from torch_secorder.graph.last_layer import last_linear_factors
 from torch_secorder.graph.queries import without_second_derivative
+from torch_secorder.likelihoods import LastLayer
 from torch_secorder.model.containers import tensors
 from torch_secorder.model.parameters import ParameterTable, numpy_of_frozen
 from torch_secorder.model.restore import restoring_buffers, twice_differentiable
@@ -26,6 +30,7 @@ from torch_secorder.recording.backward_pass import BackwardPass
 from torch_secorder.recording.options import PassOptions
 from torch_secorder.recording.plan import Plan
 from torch_secorder.recording.recorder import Recorder
+from torch_secorder.rules.linear import linear
 from torch_secorder.running.graph_backward import GraphBackward
 
 
@@ -55,13 +60,13 @@ class HookedForward(GraphBackward):
             **others,
         )
         self._parameters = table
-        self._records: list[Record] = []
+        self._records: list[tuple[Record, GradientEdge]] = []
         self._arguments: Any = None
         self.random = False
 
     def _detach(self) -> None:
         super()._detach()
-        for record in self._records:
+        for record, _ in self._records:
             record.inputs, record.kwargs = (
                 None,
                 {},
@@ -82,8 +87,22 @@ class HookedForward(GraphBackward):
         return outputs
 
     def _on_model_exit(self, forward: Forward, outputs: list[Tensor]) -> None:
-        self._records += [record for record, _ in forward.records]
+        self._records += forward.records
         super()._on_model_exit(forward, outputs)
+
+    def last_layer(self, outputs: Tensor) -> LastLayer | None:
+        """The Linear layer that made these outputs, ``[n, c]``; its inputs have their graph.
+
+        The result is None if no such layer did, if a parameter of it is used elsewhere, too, or if nothing comes before it.
+        """
+        if self._create_graph or (factors := last_linear_factors(outputs)) is None or not factors[0].requires_grad:
+            return None
+        record = next((record for record, edge in self._records if edge.node is outputs.grad_fn), None)
+        if record is None or type(record.site.module) is not nn.Linear or record.site.rule.function is not linear:
+            return None
+        alone = all(record.forward.calls[position] == 1 for position in record.site.positions)
+        plain = record.placement == FIRST and record.placement.fits(outputs.shape, self.n)
+        return LastLayer(*factors) if alone and plain and self._starts and not self._is_start(record) else None
 
     def _locate_on_three_samples(self) -> None:
         """Find where the samples are in a batch of only three of them, which costs far less than in the whole batch."""

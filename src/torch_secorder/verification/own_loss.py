@@ -117,7 +117,8 @@ class _LossAlone(SampleAlone):
 
     def verify(self) -> None:
         """Raise unless the sample has the same squared norms alone as in its batch, up to one factor under "mean"."""
-        alone, self.bits = self.squared_norms_of(self.loss_of_outputs)
+        alone, bits = self.squared_norms_of(self.loss_of_outputs)
+        self.bits = bits()
         in_batch = self.norms_in_batch.cpu().double()
         counts = bool(in_batch.any())
         if not counts and not math.isfinite(self.loss):

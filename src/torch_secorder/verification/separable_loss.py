@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import product
+from itertools import combinations, count, product
+from math import comb
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch_secorder.batch_axis.placement import Placement
 from torch_secorder.batch_axis.samples import BatchSamples, rows_of
 from torch_secorder.errors import VerificationError
 from torch_secorder.model.containers import evenly_spaced, is_continuous, shrunk, tensors
+from torch_secorder.verification.followed_loss import keeps_samples_apart
 from torch_secorder.verification.selections import coupling_loss, selects_among_samples
 from torch_secorder.verification.tolerances import ROUNDED_GRADIENT, SEPARABLE_LOSS
 
@@ -30,10 +32,10 @@ FEW = 3  # enough for a loss that compares each sample with two others
 def require_separable(loss_fn: Callable[[Any, Any], Tensor], outputs: Any, targets: Any, where: BatchSamples) -> None:
     """Raise if the loss's gradient in some samples' outputs depends on other samples' outputs.
 
-    The outputs of half of the samples are changed, and the gradients in the outputs of the other half must stay the same. If that
-    is cheap, the halves follow the digits of the samples' numbers, so that any two samples are in different halves at least once.
-    The outputs are also changed by large factors: a mask of the losses above the mean, or which of two losses is larger, may not
-    change with small ones.
+    A loss that consists of functions which are known to keep samples apart is not tried. Of any other one, the outputs of half of
+    the samples are changed, and the gradients in the outputs of the other half must stay the same. If that is cheap, there are
+    so many halves that of any two samples each is changed at least once while the other is not. The outputs are also changed
+    by large factors: a mask of the losses above the mean, or which of two losses is larger, may not change with small ones.
 
     Raises:
         VerificationError: if it does.
@@ -46,6 +48,8 @@ def require_separable(loss_fn: Callable[[Any, Any], Tensor], outputs: Any, targe
         outputs, targets = where.rows("outputs", outputs, few), where.rows("targets", targets, few)
         where, n = where.subset(few), FEW
         size = sum(x.numel() for x in tensors(outputs))
+    if keeps_samples_apart(loss_fn, outputs, targets, where):
+        return
     before = _gradients(loss_fn, outputs, targets, where, look_for_selections=True)
     halves = _halves(n)[: max(2, CHEAP // max(size, 1))]
     for changed in halves:
@@ -78,18 +82,27 @@ def _far_gradients(
 def _require_same(before: Sequence[Tensor], after: Sequence[Tensor], samples: Tensor) -> None:
     """Raise unless these samples' gradients are the same; gradients that are not finite count as different."""
     for here, there in zip(before, after, strict=True):
-        off, own = ((of_samples[samples]).norm(dim=1) for of_samples in (here - there, here))
-        if not bool((own.isfinite() & (off <= SEPARABLE_LOSS * (own + ROUNDED_GRADIENT * own.max()))).all()):
+        ours, theirs = (of_samples[samples.to(of_samples.device)] for of_samples in (here, there))
+        if torch.equal(ours, theirs) and bool(ours.isfinite().all()):
+            continue
+        own, theirs = _in_float64(ours), _in_float64(theirs)
+        size, off = own.norm(dim=1), (own - theirs).norm(dim=1)
+        if not bool((size.isfinite() & (off <= SEPARABLE_LOSS * (size + ROUNDED_GRADIENT * size.max()))).all()):
             raise coupling_loss()
 
 
 def _halves(n: int) -> list[Tensor]:
-    """Masks ``[n]`` of the samples to change, half of them each, by the binary digits of numbers assigned at random."""
-    if n < 2:
-        return []
-    number = torch.randperm(n, generator=torch.Generator().manual_seed(n), device="cpu")
-    digits = [(number >> place) % 2 == 1 for place in range((n - 1).bit_length())]
-    return [half for digit in digits for half in (digit, ~digit)]
+    """Masks ``[n]`` of the samples to change, half of them each; of any two samples each is changed once without the other.
+
+    Every sample is changed in another choice of the masks, of half as many as there are: then no choice is a part of another.
+    """
+    many = next(many for many in count(2) if comb(many, many // 2) >= n)
+    choices = list(combinations(range(many), many // 2))
+    order = torch.randperm(len(choices), generator=torch.Generator().manual_seed(n), device="cpu").tolist()
+    changed = torch.zeros(many, n, dtype=torch.bool, device="cpu")
+    for sample in range(n):
+        changed[list(choices[order[sample]]), sample] = True
+    return list(changed)
 
 
 def _far(x: Tensor, factor: float) -> Tensor:
@@ -122,7 +135,7 @@ def _gradients(
     *,
     look_for_selections: bool = False,
 ) -> list[Tensor]:
-    """The loss's gradients in the outputs, ``[n, entries]`` each in double precision on the host."""
+    """The loss's gradients in the outputs, ``[n, entries]`` each."""
     leaves: list[tuple[Tensor, Placement]] = []
 
     def leaf(x: Tensor, placement: Placement | None) -> Tensor:
@@ -150,14 +163,19 @@ def _gradients(
 
 
 def _rows(grad: Tensor, placement: Placement, n: int) -> Tensor:
-    """A row for each sample; the rows of a nested gradient are padded with zeros."""
+    """A row for each sample, of real numbers; the rows of a nested gradient are padded with zeros."""
     if grad.is_nested:
-        return pad_sequence([_in_float64(part).flatten() for part in grad.unbind()], batch_first=True)
-    moved = _in_float64(grad.movedim(placement.axis, 0) if grad.dim() else grad[None])
+        return pad_sequence([_real(part).flatten() for part in grad.unbind()], batch_first=True)
+    moved = _real(grad.movedim(placement.axis, 0) if grad.dim() else grad[None])
     groups = placement.grouping(n, moved.device)
     return (moved if groups is None else groups.rows(moved)).reshape(n, -1)
 
 
+def _real(grad: Tensor) -> Tensor:
+    """A gradient as real numbers."""
+    return torch.view_as_real(grad.resolve_conj()) if grad.is_complex() else grad
+
+
 def _in_float64(grad: Tensor) -> Tensor:
-    """A gradient as real numbers in double precision, on the host."""
-    return (torch.view_as_real(grad.resolve_conj()) if grad.is_complex() else grad).cpu().double()
+    """A gradient in double precision, on the host."""
+    return grad.cpu().double()
