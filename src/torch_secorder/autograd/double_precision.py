@@ -15,6 +15,10 @@ from torch import Tensor
 # A row of so many numbers keeps its digits in single precision: torch adds in pairs, so that rounding grows with the logarithm.
 ROW = 4096
 
+# Tensors of one shape that are on the host already and have so few numbers are converted in one operation, since each costs more
+# than its numbers do.
+FEW = 4096
+
 
 @cache
 def has_double_precision(device: torch.device) -> bool:
@@ -44,12 +48,18 @@ def in_double_precision(value: Tensor) -> Tensor:
 def together_on_host(values: Sequence[Tensor]) -> list[Tensor]:
     """Tensors in float64 on the host, to which those of one device go in one copy, so that the host waits once."""
     on_device: dict[torch.device, list[int]] = {}
+    alike: dict[tuple[torch.dtype, torch.Size], list[int]] = {}
     found = list(values)
     for index, value in enumerate(values):
-        if value.device.type == "cpu":
+        if value.device.type != "cpu":
+            on_device.setdefault(value.device, []).append(index)
+        elif value.numel() > FEW:
             found[index] = on_host(value)
         else:
-            on_device.setdefault(value.device, []).append(index)
+            alike.setdefault((value.dtype, value.shape), []).append(index)
+    for several in alike.values():
+        for index, part in zip(several, on_host(torch.stack([values[index] for index in several])), strict=True):
+            found[index] = part
     for several in on_device.values():
         dtype = reduce(torch.promote_types, [values[index].dtype for index in several])
         together = torch.cat([values[index].detach().flatten().to(dtype) for index in several])
