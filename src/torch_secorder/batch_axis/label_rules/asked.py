@@ -152,6 +152,8 @@ def _origins(whole: Tensor | None, answers: Sequence[Tensor | None], loud: Tenso
         answers: the gradients if only the rows of each set are loud: those whose number has 0, or 1, in each of its digits.
         loud: the sets, ``[2 * digits, rows]``.
     """
+    if whole is None and all(one is None for one in answers):
+        return torch.full((1,), NOBODY, device=loud.device)
     there = [one for one in answers if one is not None and whole is not None and one.shape == whole.shape]
     if whole is None or not whole.numel() or not whole.dim() or len(there) < len(answers):
         return torch.full((1,), SEVERAL, device=loud.device)
@@ -186,5 +188,6 @@ def _row_by_row(at: At) -> Answer | None:
     for shape, origins in zip(at.inputs, at.indices, strict=True):
         rows = np.full(1, SEVERAL) if origins is None else origins.numpy()
         own = np.where(rows < 0, rows, found[rows.clip(0)])
-        answer.append(own.reshape(-1, *[1] * (len(shape) - 1)) if shape and len(rows) == shape[0] else None)
+        # There is one for all rows where nothing arrives, or nothing is known.
+        answer.append(own.reshape(-1, *[1] * (len(shape) - 1)) if shape and len(own) in (1, shape[0]) else None)
     return answer
