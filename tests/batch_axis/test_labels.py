@@ -98,6 +98,18 @@ class InTurn(torch.autograd.Function):
         return grad.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
 
 
+class Halved(torch.autograd.Function):
+    """A sum of which only the first part gets a gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:
+        return x + y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
 class Clipped(torch.autograd.Function):
     """Its gradient has a length that all rows decide together."""
 
@@ -323,6 +335,7 @@ FUNCTIONS: dict[str, Function] = {
     "strides": lambda x: (x * 1).as_strided((N, 3, 2), (8, 1, 2)),
     "strides across samples": lambda x: (x * 1).as_strided((N, 6), (6, 1)),
     "strides that part rows": lambda x: (x * 1).view(6, 4).as_strided((N, 3, 2, 2), (8, 2, 2, 1)),
+    "a function that gives an input nothing": lambda x: Halved.apply(x, x.mean(0, keepdim=True).expand(N, 2, 4)),
     "a function that turns rows": lambda x: InTurn.apply(x.flatten(0, 1)).view(x.shape),
     "a function": lambda x: Reweighted.apply(x, x[..., :1].cos()),
     "a function of rows": lambda x: Reweighted.apply(x.flatten(0, 1)[ROUTED], x.flatten(0, 1)[ROUTED, :1].cos()),

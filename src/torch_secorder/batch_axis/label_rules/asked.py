@@ -130,51 +130,43 @@ def _of_rows(node: Any) -> Sequence[Tensor] | None:
     if not plain or counts or count < 2:
         return None
     number = torch.arange(count, device=outputs[0].device)
-    digits = [number // 2**place % 2 for place in range((count - 1).bit_length())]
+    digits = torch.stack([number // 2**place % 2 for place in range((count - 1).bit_length())])
     if 2 * len(digits) * sum(math.prod(output.shape) for output in outputs) > LARGEST_QUESTION:
         return None
+    loud = torch.stack([digits == 0, digits == 1], 1).flatten(0, 1)
     given = [_numbers(output) for output in outputs]
     try:
         together = node_vjp(node, given)
-        answers = [
-            [node_vjp(node, [x * _along(digit == side, x) for x in given]) for side in (0, 1)] for digit in digits
-        ]
+        answers = [node_vjp(node, [x * _along(rows, x) for x in given]) for rows in loud]
     except RunsOthersCodeError:
         return None
-    return [
-        _origins(whole, [(zero[index], one[index]) for zero, one in answers], digits)
-        for index, whole in enumerate(together)
-    ]
+    columns = zip(together, *answers, strict=True)
+    return [_origins(whole, several, loud) for whole, *several in columns]
 
 
-def _origins(
-    whole: Tensor | None, answers: Sequence[tuple[Tensor | None, Tensor | None]], digits: Sequence[Tensor]
-) -> Tensor:
+def _origins(whole: Tensor | None, answers: Sequence[Tensor | None], loud: Tensor) -> Tensor:
     """From which row each row of one input's gradient comes.
 
     Args:
         whole: the gradient if all rows are loud.
-        answers: for each digit of a row's number the gradients if only rows are loud in which it is 0, or 1.
-        digits: the digits.
+        answers: the gradients if only the rows of each set are loud: those whose number has 0, or 1, in each of its digits.
+        loud: the sets, ``[2 * digits, rows]``.
     """
-    if (
-        whole is None
-        or not whole.dim()
-        or any(one is None or one.shape != whole.shape for pair in answers for one in pair)
-    ):
-        return digits[0].new_full((1,), SEVERAL)
-    origin = silent = digits[0].new_zeros(len(whole))
-    clear = origin == 0
-    for place, pair in enumerate(answers):
-        zero, one = [x.reshape(len(whole), -1).ne(0).any(1) for x in pair if x is not None]
-        origin, silent, clear = origin + one.long() * 2**place, silent + (zero | one), clear & ~(zero & one)
-    clear = clear & ((silent == 0) | (silent == len(answers)))
-    for digit, pair in zip(digits, answers, strict=True):
-        for side, answer in enumerate(pair):
-            assert answer is not None
-            heard = _along(digit[origin.clamp(max=len(digit) - 1)] == side, whole)
-            clear = clear & ((answer - whole * heard).abs().max() <= FORGIVEN * whole.abs().max())
-    return torch.where(clear & (origin < len(digits[0])), torch.where(silent == 0, NOBODY, origin), SEVERAL)
+    if whole is None and all(one is None for one in answers):
+        return torch.full((1,), NOBODY, device=loud.device)
+    there = [one for one in answers if one is not None and whole is not None and one.shape == whole.shape]
+    if whole is None or not whole.numel() or not whole.dim() or len(there) < len(answers):
+        return torch.full((1,), SEVERAL, device=loud.device)
+    parts = torch.stack(there)
+    heard = parts.reshape(len(parts), len(whole), -1).ne(0).any(2)
+    zero, one = heard[::2], heard[1::2]
+    unit = 2 ** torch.arange(len(one), device=one.device)
+    origin = (one * unit[:, None]).sum(0)
+    silent = ~heard.any(0)
+    clear = ((zero ^ one).all(0) | silent) & (origin < loud.shape[1])
+    expected = whole * loud[:, origin.clamp(max=loud.shape[1] - 1)].reshape(len(parts), -1, *[1] * (whole.dim() - 1))
+    clear = clear & ((parts - expected).abs().max() <= FORGIVEN * whole.abs().max())
+    return torch.where(clear, torch.where(silent, NOBODY, origin), SEVERAL)
 
 
 def _along(loud: Tensor, x: Tensor) -> Tensor:
@@ -196,5 +188,6 @@ def _row_by_row(at: At) -> Answer | None:
     for shape, origins in zip(at.inputs, at.indices, strict=True):
         rows = np.full(1, SEVERAL) if origins is None else origins.numpy()
         own = np.where(rows < 0, rows, found[rows.clip(0)])
-        answer.append(own.reshape(-1, *[1] * (len(shape) - 1)) if shape and len(rows) == shape[0] else None)
+        # There is one for all rows where nothing arrives, or nothing is known.
+        answer.append(own.reshape(-1, *[1] * (len(shape) - 1)) if shape and len(own) in (1, shape[0]) else None)
     return answer
