@@ -8,7 +8,7 @@ wholes in ``parts``, rows taken or put by an index in ``indices``, matrix produc
 Importing this package registers them all.
 """
 
-from torch_secorder.batch_axis.label_rules import entries, indices, parts, products, views
+from torch_secorder.batch_axis.label_rules import entries, indices, layers, parts, products, views
 from torch_secorder.batch_axis.label_rules.registry import At, indices_of, labels_of_inputs, reads_tensors
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "indices",
     "indices_of",
     "labels_of_inputs",
+    "layers",
     "parts",
     "products",
     "reads_tensors",
