@@ -24,9 +24,9 @@ LOOKS = (1, 2, 3, 5, 9, 17)
 Way = Callable[[Tensor, Tensor], Tensor]  # of rows, and of where each of them comes from
 
 
-def matrix(order: Tensor, rows: int = 0) -> Tensor:
-    """The matrix that puts rows into an order."""
-    return F.one_hot(order, rows or len(order)).double()
+def matrix(order: Tensor, columns: int = 0) -> Tensor:
+    """The matrix that takes rows by their numbers, from as many as there are numbers or from so many."""
+    return F.one_hot(order, columns or len(order)).double()
 
 
 def swapped(order: Tensor) -> Tensor:
@@ -238,3 +238,168 @@ def test_trap_22_pads_that_keep_the_size() -> None:
         lambda z, x: shifted_by_pads(z, shift(x)), lambda z, x: shifted_by_pads(z, (len(x) - shift(x)) % len(x))
     )
     require_exact(model, batches(lambda x: x.roll(-shift(x), 0)))
+
+
+class Program(nn.Module):
+    """Layers for a program of its own: tokens of samples go through one of two layers, or through a recurrent one.
+
+    Attributes:
+        function: the program, of this model, the first layer's output ``[n, t, f]`` and the inputs.
+    """
+
+    def __init__(self, function: Callable[[Any, Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.layer, self.other = nn.Linear(3, WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.recurrent, self.head = nn.GRU(WIDTH, WIDTH, batch_first=True), nn.Linear(WIDTH, 2)
+        self.scale = nn.Parameter(torch.rand(WIDTH) + 0.5)
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.function(self, self.first(x), x) * self.scale)
+
+
+def order_of(x: Tensor) -> Tensor:
+    return x[:, 0, 0].argsort()
+
+
+def sorted_and_back(model: Any, h: Tensor, x: Tensor) -> Tensor:
+    """Samples are sorted, as by their lengths, for a recurrent layer."""
+    order = order_of(x)
+    return model.recurrent(h[order])[0][order.argsort()][:, -1]
+
+
+def packed(model: Any, h: Tensor, x: Tensor) -> Tensor:
+    """Sequences of lengths that the data say are packed."""
+    lengths = 1 + (x[:, 0, 1] > 0).long() + 2 * (x[:, 0, 2] > 0).long()
+    sequence = nn.utils.rnn.pack_padded_sequence(h, lengths, batch_first=True, enforce_sorted=False)
+    return nn.utils.rnn.pad_packed_sequence(model.recurrent(sequence)[0], batch_first=True)[0].sum(1)
+
+
+def in_buckets(model: Any, h: Tensor, x: Tensor) -> Tensor:
+    """Samples in the order of their buckets, each of which has a layer of its own."""
+    bucket, h = (x[:, 0, 0] > 0).long(), h.mean(1)
+    order = bucket.argsort(stable=True)
+    parts = h[order].split(bucket.bincount(minlength=2).tolist())
+    made = torch.cat([model.layer(parts[0]), model.other(parts[1])])
+    return torch.empty_like(h).index_copy(0, order, made).tanh()
+
+
+def best_tokens(model: Any, h: Tensor, x: Tensor) -> Tensor:
+    """The best two tokens of each sample; the others are dropped."""
+    index = x[..., 1].topk(2, 1).indices[..., None].expand(-1, -1, WIDTH)
+    return torch.zeros_like(h).scatter(1, index, model.layer(h.gather(1, index)).tanh()).sum(1)
+
+
+def kept_tokens(model: Any, h: Tensor, x: Tensor) -> Tensor:
+    """Tokens above some score, in one row for all samples."""
+    kept, made = x[..., 1] > 0, torch.zeros_like(h)
+    made[kept] = model.layer(h[kept]).tanh()
+    return made.sum(1)
+
+
+def truncated(model: Any, h: Tensor, x: Tensor) -> Tensor:
+    """Samples of lengths of their own, one after the other in one row."""
+    lengths = (1 + (x[:, 0, 1] > 0).long() + 2 * (x[:, 0, 2] > 0).long()).tolist()
+    rows = torch.cat([one[:length] for one, length in zip(h, lengths, strict=True)])
+    return torch.stack([part.sum(0) for part in model.layer(rows).tanh().split(lengths)])
+
+
+def one_by_one(model: Any, h: Tensor, x: Tensor) -> Tensor:
+    """A loop over the samples in an order of the data's, which makes the same graph in each batch."""
+    made: list[Any] = [None] * len(x)
+    for sample in order_of(x).tolist():
+        made[sample] = model.layer(h[sample]).tanh().sum(0)
+    return torch.stack(made)
+
+
+def shuffled(model: Any, h: Tensor, x: Tensor) -> Tensor:
+    """Samples in an order of the data's are cut into mini-batches, and put back by a matrix."""
+    order = order_of(x)
+    made = torch.cat([model.layer(part) for part in h.mean(1)[order].chunk(2)])
+    return matrix(order).T @ made.tanh()
+
+
+def chosen_by_a_number(model: Any, h: Tensor, x: Tensor) -> Tensor:
+    """A number that is 0 or 1 chooses between the order that is there and its reverse."""
+    gate = (x[0, 0, 0] > x[-1, 0, 0]).double()
+
+    def chosen(z: Tensor) -> Tensor:
+        return (1 - gate) * z + gate * z.flip(0)
+
+    return chosen(model.layer(chosen(h.mean(1))).tanh())
+
+
+def one_of_two(model: Any, h: Tensor, x: Tensor) -> Tensor:
+    """The same by an index into a stack of both."""
+    which = int(x[0, 0, 0] > x[-1, 0, 0])
+
+    def chosen(z: Tensor) -> Tensor:
+        return torch.stack((z, z.flip(0)))[which]
+
+    return chosen(model.layer(chosen(h.mean(1))).tanh())
+
+
+class Permuted(torch.autograd.Function):
+    """A user's function, with what it saved as a tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, order: Tensor) -> Tensor:
+        ctx.save_for_backward(order)
+        return z[order]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return grads[0][ctx.saved_tensors[0].argsort()], None
+
+
+class PermutedByAList(torch.autograd.Function):
+    """A user's function, with what it keeps as a list."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, order: Tensor) -> Tensor:
+        ctx.order = order.argsort().tolist()
+        return z[order]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return grads[0][ctx.order], None
+
+
+def by_functions(model: Any, h: Tensor, x: Tensor) -> Tensor:
+    order = order_of(x)
+    return PermutedByAList.apply(model.layer(Permuted.apply(h.mean(1), order)).tanh(), order.argsort())
+
+
+PROGRAMS = [sorted_and_back, packed, in_buckets, best_tokens, kept_tokens, truncated, one_by_one, shuffled]
+PROGRAMS += [chosen_by_a_number, one_of_two, by_functions]
+
+
+def stays(x: Tensor) -> Tensor:
+    """The samples sorted, with all tokens kept and all sequences of one length."""
+    return torch.cat((x[order_of(x)][..., :1], x[..., 1:].abs()), 2)
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.__name__)
+def test_trap_22_programs_whose_orders_change_between_looks(program: Callable[[Any, Tensor, Tensor], Tensor]) -> None:
+    drawn = [torch.randn(N, 4, 3).double() for _ in range(STEPS)]
+    require_exact(Program(program), [stays(x) if step in LOOKS else x for step, x in enumerate(drawn, start=1)])
+
+
+class LookedUp(nn.Module):
+    """Rows that a layer makes of parameters alone, of which each sample takes the one that its data name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.table, self.head = (
+            nn.Linear(WIDTH, WIDTH),
+            nn.Parameter(torch.randn(N, WIDTH)),
+            nn.Linear(WIDTH, 2),
+        )
+
+    def forward(self, names: Tensor) -> Tensor:
+        return self.head(matrix(names.long(), N) @ self.layer(self.table).tanh())
+
+
+def test_trap_22_rows_of_a_table_that_others_take_between_looks() -> None:
+    names = [torch.arange(N) if step in LOOKS else torch.randint(N, (N,)) for step in range(1, STEPS + 1)]
+    require_exact(LookedUp(), names)
