@@ -10,7 +10,7 @@ The files, one verb each:
 
 * ``walk`` goes through the graph once and notes calls, uses and what distinguishes the graph from others;
 * ``sizes`` tells what the sizes in a graph leave open, and ``carried_axes`` the axes that samples can't be on;
-* ``graph`` is a walk with what its nodes tell of the samples, and ``orders`` what decides where the samples are in graphs of its kind;
+* ``graph`` is a walk with what its nodes tell of the samples, and ``orders`` what decides where they are in graphs of its kind;
 * ``audit`` accounts for every use: it has the calls placed and the frontier found for the rest, or refuses;
 * ``call_places`` finds where the output of each call has its samples;
 * ``frontier`` climbs from parameters to the nodes where they meet the data, and ``uses`` says what it finds there;
