@@ -32,7 +32,7 @@ def anew() -> Iterator[None]:
 
 
 # What a CPU can't make, so that the class alone is looked at.
-ON_GPUS_ONLY = {"CudnnBatchNormBackward0", "FusedRmsNormBackward0"}
+ON_GPUS_ONLY = {"CudnnBatchNormBackward0", "CudnnRnnBackward0", "FusedRmsNormBackward0"}
 # What the first versions that are supported lack: a fused norm, and grouped products on anything but GPUs.
 LATER = {
     "GroupedMmBackward0": hasattr(F, "grouped_mm"),

@@ -131,6 +131,144 @@ def by_entries() -> Iterator[tuple[str, Function]]:
         yield name, lambda x, name=name: getattr(F, name)(x)
 
 
+def changed_in_place(x: Tensor) -> Tensor:
+    made = torch.zeros(N, 4, 5, dtype=x.dtype)
+    made[:, 1:3, :4] = x
+    made[:, 0, 1:] = x[:, 1].sin()
+    return made
+
+
+def views_changed_in_place(x: Tensor) -> Tensor:
+    return (x.flatten(0, 1) * 2).view(N, 2, 4).relu_() + torch.zeros(N, 2, 4, dtype=x.dtype).copy_(x)
+
+
+def samples_changed_in_place(x: Tensor) -> Tensor:
+    made = torch.zeros(N, 2, 4, dtype=x.dtype)
+    for row, sample in enumerate(ORDER.tolist()):
+        made[row] = x[sample]
+    return made
+
+
+def recurrent(x: Tensor, *, state: bool) -> Tensor:
+    layer = nn.LSTM(4, 5, batch_first=True).float()
+    output, (hidden, _) = layer(x.float())
+    return hidden[0] + output[:, 0] if state else output
+
+
+def more_by_entries() -> Iterator[tuple[str, Function]]:
+    names = (
+        "acos asin atanh ceil deg2rad digamma erfinv floor frac i0 lgamma logit nan_to_num rad2deg round sgn sinc trunc"
+    )
+    for name in names.split():
+        yield name, lambda x, name=name: getattr(x.sigmoid() * 0.9 + 0.05, name)() + x
+    for name in ("acosh", "asinh", "tril", "triu", "angle"):
+        yield name, lambda x, name=name: getattr(x.abs() + 1.1, name)() + x
+    for name in ["entr", "i0e", "i1", "i1e", "log_ndtr", "ndtri"]:
+        yield name, lambda x, name=name: getattr(torch.special, name)(x.sigmoid())
+    for name in ("hardshrink", "softshrink"):
+        yield name, getattr(F, name)
+    for name in ("fmod", "remainder"):
+        yield f"{name} of a number", lambda x, name=name: getattr(torch, name)(x, 0.3)
+    yield "fake quantization", lambda x: torch.fake_quantize_per_tensor_affine(x.float(), 0.1, 0, -128, 127)
+    steps = torch.full((2,), 0.1), torch.zeros(2, dtype=torch.int32)
+    yield (
+        "fake quantization of channels",
+        lambda x: torch.fake_quantize_per_channel_affine(x.float(), *steps, 1, -128, 127),
+    )
+    for name in ["copysign", "fmax", "fmin", "hypot", "ldexp", "logaddexp2", "xlogy", "fmod", "remainder"]:
+        yield (
+            name,
+            lambda x, name=name: (
+                getattr(torch, name)(x, x.cos().abs() + 0.1) + getattr(torch, name)(x, x.new_tensor(2.0))
+            ),
+        )
+
+
+def of_layers() -> Iterator[tuple[str, Function]]:
+    """Layers of samples with two channels of four numbers, or with four channels of a map of two times four."""
+    yield from more_by_entries()
+    mean, scale = torch.zeros(2).double(), torch.ones(2).double().requires_grad_()
+    yield "batch norm", lambda x: F.batch_norm(x, mean, scale.detach(), scale, scale)
+    yield "batch norm over samples", lambda x: F.batch_norm(x, None, None, training=True)
+    yield "instance norm", lambda x: F.instance_norm(x, weight=scale)
+    yield "prelu", lambda x: F.prelu(x, scale)
+    yield "rrelu", lambda x: F.rrelu(x, training=True)
+    names = "reflection_pad1d replication_pad1d"
+    for name in names.split():
+        yield name, lambda x, name=name: getattr(aten, name)(x, (1, 2))
+    yield "constant pads", lambda x: F.pad(x, (1, -1, 0, 2))
+    yield "pads of samples", lambda x: F.pad(x, (0, 0, 0, 0, 1, -1)) + F.pad(x, (0, 0, 0, 0, -1, 1))
+    yield "changed in place", changed_in_place
+    yield "views changed in place", views_changed_in_place
+    yield "samples changed in place", samples_changed_in_place
+    yield "transposed in place", lambda x: (x * 1).transpose_(1, 2) + (x * 1)[..., 0].t_().t_()[:, :1, None]
+    yield "a strided view in place", lambda x: (x * 1).as_strided_((N, 3, 4), (8, 2, 1))
+    yield "overlapping windows", lambda x: (x * 1).as_strided((N, 3, 4), (8, 2, 1))
+    yield "another stride", lambda x: (x * 1).as_strided((2, N, 4), (4, 8, 1))
+    yield "windows", lambda x: x.unfold(2, 2, 1)
+    yield "windows over samples", lambda x: x.unfold(0, 2, 1)[:, :, 0]
+    yield "glu", lambda x: F.glu(x) * x.prod(2, keepdim=True)
+    yield "prod", lambda x: x.prod(1)
+    yield "fourier", lambda x: torch.fft.irfft2(torch.fft.fft(torch.fft.rfft2(x), dim=1))
+    yield "fourier over samples", lambda x: torch.fft.rfft(x, dim=0).real
+    yield "lstm", lambda x: recurrent(x, state=False)
+    yield "state of an lstm", lambda x: recurrent(x, state=True)
+    yield "bilinear", lambda x: F.bilinear(x, x.sin(), torch.ones(5, 4, 4).double())
+    yield (
+        "mv",
+        lambda x: x.flatten(1).mv(torch.ones(8).double()) + torch.addmv(x[:, 0, 0], x[:, 0], torch.ones(4).double()),
+    )
+    yield "cdist", lambda x: torch.cdist(x, x.sin()[:, :1])
+    yield "matrices", lambda x: matrices(x)
+    for name, function in MAPS.items():
+        yield name, lambda x, function=function: function(x[:, None])
+    for name, function in VOLUMES.items():
+        yield name, lambda x, function=function: function(x[:, None, None])
+
+
+def matrices(x: Tensor) -> Tensor:
+    """Each sample's own matrix, through what takes matrices apart."""
+    one = x @ x.mT + 5 * torch.eye(2).double()
+    factor = torch.linalg.cholesky(one)
+    return (
+        torch.linalg.inv(one)
+        + torch.linalg.matrix_exp(one / 9)
+        + torch.linalg.solve_triangular(factor, one, upper=False)
+    )
+
+
+GRID = torch.rand(N, 3, 3, 2).double() - 0.5
+
+# What takes samples with one channel of a map of two times four.
+MAPS: dict[str, Function] = {
+    "max pool": lambda x: F.max_pool2d(x, 2) + F.adaptive_max_pool2d(x, 1),
+    "average pool": lambda x: F.avg_pool2d(x, 2) + F.adaptive_avg_pool2d(x, (1, 2)),
+    "fractional pool": lambda x: F.fractional_max_pool2d(x, 1, output_size=(1, 2)),
+    "upsample 1d": lambda x: F.interpolate(x[:, 0], 8) + F.interpolate(x[:, 0], 8, mode="nearest-exact"),
+    "upsample linear": lambda x: F.interpolate(x[:, 0], 8, mode="linear"),
+    "upsample": lambda x: F.interpolate(x, (4, 8)) + F.interpolate(x, (4, 8), mode="nearest-exact"),
+    "upsample smoothly": lambda x: F.interpolate(x, (4, 8), mode="bilinear") + F.interpolate(x, (4, 8), mode="bicubic"),
+    "antialias": lambda x: (
+        F.interpolate(x, (1, 2), mode="bilinear", antialias=True)
+        + F.interpolate(x, (1, 2), mode="bicubic", antialias=True)
+    ),
+    "pads of maps": lambda x: F.pad(x, (1, 1, 1, 1), mode="reflect") + F.pad(x, (1, 1, 1, 1), mode="replicate"),
+    "pixel shuffle": lambda x: F.pixel_shuffle(F.pixel_unshuffle(x, 2), 2),
+    "channel shuffle": lambda x: F.channel_shuffle(x.view(N, 4, 1, 2), 2),
+    "unfold and fold": lambda x: F.fold(F.unfold(x, (1, 2)), (2, 4), (1, 2)),
+    "grid sample": lambda x: F.grid_sample(x, GRID, align_corners=False),
+    "dropout of maps": lambda x: F.dropout2d(x),
+}
+VOLUMES: dict[str, Function] = {
+    "max pool 3d": lambda x: F.max_pool3d(x, (1, 2, 2)) + F.adaptive_max_pool3d(x, 1),
+    "average pool 3d": lambda x: F.avg_pool3d(x, (1, 2, 2)) + F.adaptive_avg_pool3d(x, (1, 1, 2)),
+    "fractional pool 3d": lambda x: F.fractional_max_pool3d(x.repeat(1, 1, 2, 1, 1), 1, output_size=(1, 1, 2)),
+    "upsample 3d": lambda x: F.interpolate(x, (2, 4, 8)) + F.interpolate(x, (2, 4, 8), mode="nearest-exact"),
+    "upsample trilinearly": lambda x: F.interpolate(x, (2, 4, 8), mode="trilinear"),
+    "pads of volumes": lambda x: F.pad(x, (1, 1, 1, 1, 0, 0), mode="reflect") + F.pad(x, (1,) * 6, mode="replicate"),
+    "grid sample 3d": lambda x: F.grid_sample(x, torch.rand(N, 2, 2, 2, 3).double() - 0.5, align_corners=False),
+}
+
 FUNCTIONS: dict[str, Function] = {
     **dict(by_entries()),
     "add": lambda x: x + x[:, :1],
@@ -345,7 +483,8 @@ FUNCTIONS: dict[str, Function] = {
     "a function with two outputs": lambda x: torch.cat([part * 2 for part in InTwo.apply(x)], -1),
     "a function with one output that is used": lambda x: InTwo.apply(x)[0],
     "a function that couples samples by a norm": lambda x: Clipped.apply(x),
-    "no rule": lambda x: torch.cdist(x, x),
+    **dict(of_layers()),
+    "no rule": lambda x: torch.linalg.svdvals(x),
     "no rule over samples": lambda x: torch.kron(x[:, 0], x[:, 0]),
     "router": gated,
     "router of parts": lambda x: torch.cat([part * 2 for part in x.flatten(0, 1)[ROUTED].split([3, 0, 2])])[
@@ -429,6 +568,7 @@ def test_what_is_one_samples_is_labeled_so(name: str) -> None:
     unknown = {"no rule", "roll all", "index pairs apart", "cat with several others", "gather from fewer samples"}
     unknown |= {"scatter_add with other columns", "scatter_add to fewer", "a part multiplied in place"}
     unknown |= {"a part scaled in place", "a part turned around", "a diagonal written"}
+    unknown |= {"another stride"}
     x, y = drawn(FUNCTIONS[name])
     derivation = Derivation([(y, placement_for(tuple(y.shape)))], N, reached_nodes(y))
     (labels,) = derivation.labels([torch.autograd.graph.get_gradient_edge(x)])
@@ -453,6 +593,8 @@ def test_every_rule_is_met() -> None:
     met = {node.name() for name in FUNCTIONS for node in reached_nodes(drawn(FUNCTIONS[name])[1])}
     elsewhere = {  # on GPUs and other devices
         "CudnnBatchNormBackward0",
+        "CudnnGridSamplerBackward0",
+        "CudnnRnnBackward0",
         "FusedRmsNormBackward0",
         "ScaledDotProductCudnnAttentionBackward0",
         "ScaledDotProductEfficientAttentionBackward0",

@@ -10,27 +10,12 @@ from torch import Tensor, nn
 
 from oracles import assert_equal, per_sample_squared_norms, total, trace
 from torch_secorder import FisherMonitor
-from torch_secorder.batch_axis.derivation import Derivation
 from torch_secorder.batch_axis.knowledge import ModelKnowledge
-from torch_secorder.batch_axis.search_pass import SearchPasses, Viewed
-from torch_secorder.graph import conditions
+from torch_secorder.batch_axis.search import SampleSearch
+from torch_secorder.graph import orders
 
 N, T = 4, 8  # as many windows along an axis of positions as samples
 STEPS = 8
-
-
-@pytest.fixture
-def searches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """One entry for each time that marks are sent through a graph."""
-    made: list[int] = []
-    findings = SearchPasses.findings
-
-    def counted(self: SearchPasses, wanted: list[Viewed]) -> object:
-        made.append(len(wanted))
-        return findings(self, wanted)
-
-    monkeypatch.setattr(SearchPasses, "findings", counted)
-    return made
 
 
 class Ordered(nn.Module):
@@ -112,8 +97,8 @@ def test_the_same_order_is_remembered(
 
 @pytest.fixture
 def nothing_is_derived(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As where a function of the user's hides what it does."""
-    monkeypatch.setattr(Derivation, "findings", lambda self, wanted: None)
+    """Passes are made wherever nothing is remembered."""
+    monkeypatch.setattr(SampleSearch, "_underived", lambda self, wanted, derivation: wanted)
 
 
 def test_an_order_that_data_decides_is_never_remembered(searches: list[int], nothing_is_derived: None) -> None:
@@ -173,7 +158,7 @@ def test_a_row_that_has_shown_nothing_is_looked_for(searches: list[int]) -> None
 def test_large_indices_are_not_compared(
     limit: int, searches: list[int], nothing_is_derived: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(conditions, "LARGEST_INDEX", limit)
+    monkeypatch.setattr(orders, "LARGEST_INDEX", limit)
     made = numbers_of(Ordered(by_constant).double(), searches, batches(4))
     assert (made[3] == 0) == (limit > 0)
 

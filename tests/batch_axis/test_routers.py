@@ -31,22 +31,8 @@ from torch_secorder import FisherMonitor
 from torch_secorder.batch_axis.derivation import Derivation
 from torch_secorder.batch_axis.evidence import Finding
 from torch_secorder.batch_axis.placement import Layout, Placement
-from torch_secorder.batch_axis.search_pass import SearchPasses, Viewed
+from torch_secorder.batch_axis.search_pass import Viewed
 from torch_secorder.testing import sample_gradients
-
-
-@pytest.fixture
-def searches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """One entry for each time that marks are sent through a graph."""
-    made: list[int] = []
-    findings = SearchPasses.findings
-
-    def counted(self: SearchPasses, wanted: list[Viewed]) -> object:
-        made.append(len(wanted))
-        return findings(self, wanted)
-
-    monkeypatch.setattr(SearchPasses, "findings", counted)
-    return made
 
 
 def monitored(model: nn.Module, searches: list[int]) -> tuple[dict[str, Tensor], list[int]]:

@@ -12,11 +12,13 @@ from torch import Tensor, nn
 
 from problems._base import Forward as Model
 from torch_secorder import FisherMonitor
+from torch_secorder.batch_axis.derivation import Derivation
 from torch_secorder.batch_axis.knowledge import ModelKnowledge
 from torch_secorder.batch_axis.placement import FIRST
 from torch_secorder.capture.model_run import Forward
 from torch_secorder.graph.audit import Audit
 from torch_secorder.graph.call_places import Questions
+from torch_secorder.graph.orders import order_of
 from torch_secorder.graph.uses import ParameterUse
 from torch_secorder.graph.walk import Walk
 from torch_secorder.model.parameters import ParameterTable
@@ -25,21 +27,26 @@ N, T = 5, 3
 
 
 def questions(outputs: Tensor, n: int, leaves: dict[Any, int] | None = None) -> Questions:
-    return Questions.of(Walk([outputs], Forward(n), leaves or {}), [], n)
+    walk = Walk([outputs], Forward(n), leaves or {})
+    derivation = Derivation([(outputs, FIRST)], n, walk.other_leaves)
+    return Questions.of(walk, n, order_of(walk, derivation, as_shapes_say=True))
 
 
 GRAPHS: dict[str, tuple[Callable[[Tensor], Tensor], set[str]]] = {
     "plain": (lambda x: (x * 2).relu(), set()),
     "flipped": (lambda x: (x * 2).flip(0), {"reorders_samples", "ambiguous_shapes"}),
     "features flipped": (lambda x: (x * 2).flip(1), set()),
-    "picked in order": (lambda x: (x * 2)[torch.arange(N)], set()),
+    "picked in order": (lambda x: (x * 2)[torch.arange(N)], {"reorders_samples", "ambiguous_shapes"}),
     "picked": (lambda x: (x * 2)[torch.arange(N).flip(0)], {"reorders_samples", "ambiguous_shapes"}),
     "picked of more": (
         lambda x: torch.cat([x, x[:2]])[torch.arange(N).flip(0)],
         {"reorders_samples", "ambiguous_shapes"},
     ),
-    # An index with a colon has a node of a whole slice before it in some versions of torch.
-    "one position picked of each": (lambda x: x.unsqueeze(1).expand(N, 7, 4)[torch.arange(N), torch.arange(N)], set()),
+    "one position picked of each": (
+        # An index with a colon has a node of a whole slice before it in some versions of torch.
+        lambda x: x.unsqueeze(1).expand(N, 7, 4)[torch.arange(N), torch.arange(N)],
+        {"reorders_samples", "ambiguous_shapes"},
+    ),
     "features picked": (lambda x: torch.ops.aten.index(x * 2, [None, torch.arange(3).flip(0)]), set()),
     "as many positions as samples": (lambda x: x[:, None].expand(N, N, 4) * 2, {"ambiguous_shapes"}),
 }
@@ -53,9 +60,13 @@ def test_what_a_graph_leaves_open(name: str) -> None:
     assert {question for question, yes in asked._asdict().items() if yes} == expected | {"several_samples"}
 
 
-def test_one_sample_has_no_order() -> None:
-    x = torch.randn(1, 4, requires_grad=True)
-    assert not any(questions((x * 2).flip(0), 1)[:2])
+@pytest.mark.parametrize("n", [1, 2])
+def test_one_sample_has_no_order(n: int) -> None:
+    model, knowledge = nn.Linear(4, 3), ModelKnowledge()
+    table = ParameterTable(model)
+    table.gather(model)
+    Audit(table, knowledge).uses(Forward(n, placements=[FIRST]), [(model(torch.randn(n, 4)) * 2).flip(0)])
+    assert [order.may_change for order in knowledge.orders.values()] == [True] * (n - 1)
 
 
 def test_fingerprints_differ_by_nodes_and_by_the_pattern_of_sizes() -> None:

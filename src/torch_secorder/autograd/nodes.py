@@ -121,6 +121,24 @@ def tensors_of_weights(node: Any) -> list[str]:
     return [name for x in weights for name, value in vars(x).items() if isinstance(value, Tensor)]
 
 
+def numbers_of_function(node: Any, n: int) -> dict[str, Any]:
+    """The integers and masks that a function of Python's keeps, as many of them together as could tell n samples apart.
+
+    What hooks keep elsewhere is not looked at, since a checkpoint would run its forward again for it.
+    """
+    found = {name: value for name, value in vars(node).items() if _is_list_of_integers(value, n)}
+    if has_packed_tensors(node) is False:
+        for number, x in enumerate(node.saved_tensors):
+            if x is not None and x.numel() >= n and not (x.is_floating_point() or x.is_complex()):
+                found[f"saved tensor {number}"] = x
+    return found
+
+
+def _is_list_of_integers(value: Any, n: int) -> bool:
+    listed = isinstance(value, (list, tuple)) and not isinstance(value, torch.Size)
+    return listed and len(value) >= n and all(isinstance(one, int) for one in value)
+
+
 def _is_constant(value: Any) -> bool:
     if isinstance(value, (tuple, list)):
         return all(map(_is_constant, value))

@@ -17,7 +17,9 @@ The files, one verb each:
 * ``marks`` and ``silence`` say what came back as it does for a placement, each for one kind of look;
 * ``evidence`` finds the placement that fits, or what a look leaves open;
 * ``labels`` says of each entry of a gradient whose outputs it is computed from, and ``label_rules`` what nodes do with labels;
-* ``derivation`` follows them through a graph whose order is new, and reads the placement from them;
+* ``moving`` finds the nodes whose settings and indices decide where samples are;
+* ``derivation`` follows labels through a graph, and reads the placements from them;
+* ``order`` is what decides where graphs of one kind have their samples, as far as that follows from their nodes;
 * ``search_pass`` lets such gradients flow through the user's graph, in which no hook runs;
 * ``knowledge`` remembers, for each model and each kind of graph, what was found, and when to look again;
 * ``search`` decides what to ask: what is known, what nodes saved, a batch of three samples, or a pass through the whole graph.

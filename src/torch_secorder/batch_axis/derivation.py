@@ -1,13 +1,16 @@
 """The derivation: where tensors in one graph have their samples, from what its nodes saved, without a backward pass.
 
-A router reorders rows in each step, so that placements behind it cannot be remembered. But its nodes have saved where each row
-came from, and labels follow these indices from the outputs back to the inputs.
+Labels follow the nodes from the outputs back to the inputs. What they say of a tensor follows from the kinds and shapes of the
+nodes, and from the settings and indices of those that move samples: in another graph with the same, the samples are at the same
+places. What passes show beyond that depends on numbers, such as those of a mask, and may be otherwise in the next batch. A router
+reorders rows in each step, so that placements behind it cannot be remembered, and labels are what tells them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Container, Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -16,10 +19,11 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from torch_secorder.autograd.double_precision import together_on_host
 from torch_secorder.autograd.graph_pass import calling_nodes
-from torch_secorder.autograd.nodes import Edge, has_packed_tensors, is_python_function, output_shapes
+from torch_secorder.autograd.nodes import Edge, has_packed_tensors, output_shapes
 from torch_secorder.autograd.route import Route
 from torch_secorder.batch_axis.evidence import Finding, Unplaced, candidates
 from torch_secorder.batch_axis.label_rules import (
+    PYTHON_FUNCTION,
     At,
     indices_of,
     kind_of,
@@ -28,7 +32,18 @@ from torch_secorder.batch_axis.label_rules import (
     question_of,
     reads_tensors,
 )
-from torch_secorder.batch_axis.labels import NOBODY, SEVERAL, Labels, joined, joined_along, reshaped
+from torch_secorder.batch_axis.labels import (
+    NOBODY,
+    SEVERAL,
+    Labels,
+    differ_along,
+    joined,
+    joined_along,
+    of_all,
+    on_axis,
+    reshaped,
+)
+from torch_secorder.batch_axis.moving import Mover, mover
 from torch_secorder.batch_axis.placement import Layout, Placement
 from torch_secorder.batch_axis.search_pass import Viewed
 
@@ -42,12 +57,22 @@ class _Step:
         kind: what its rule is registered under.
         inputs: where the gradients of its inputs go.
         left: the numbers of the inputs that nobody has asked for.
+        is_packed: whether it has saved tensors that its rule reads and that are costly to read.
+        is_new: whether labels have not been followed through it at all.
     """
 
     node: Node
     kind: str
     inputs: tuple[tuple[Node | None, int], ...]
     left: list[int]
+    is_packed: bool
+    is_new: bool = True
+
+    @classmethod
+    def of(cls, node: Node) -> _Step:
+        """The step through a node, no input of which has been asked for."""
+        kind, inputs = kind_of(node), node.next_functions
+        return cls(node, kind, inputs, [*range(len(inputs))], reads_tensors(kind) and has_packed_tensors(node) is True)
 
 
 class Derivation:
@@ -72,10 +97,8 @@ class Derivation:
         self._placed = [(x, where) for x, where in placed if where is not None]
         self._n, self._ends = n, list(ends)
         self._labels: dict[Edge, Labels | None] = {}
-        self._steps: list[_Step] | None = None
-        self._shapes: dict[Node, tuple[tuple[int, ...], ...]] = {}
         self._told: dict[Node, list[Tensor | None]] = {}
-        self._hidden = False
+        self._movers: list[Mover] = []
         self._known: dict[Hashable, Finding] = {}
 
     @property
@@ -83,49 +106,80 @@ class Derivation:
         """Whether several outputs have samples, so that one of them may compare the samples of another."""
         return len(self._placed) > 1
 
+    @property
+    def tells(self) -> bool:
+        """Whether there are labels; there are none of nested tensors."""
+        return not self._is_nested
+
+    @property
+    def has_functions(self) -> bool:
+        """Whether Python functions are on the way."""
+        return any(step.kind == PYTHON_FUNCTION for step in self._steps)
+
+    @property
+    def movers(self) -> list[Mover]:
+        """The nodes whose settings or indices decide where samples are."""
+        if not self._is_nested:
+            self._follow(set(self._ends))
+        return self._movers
+
     def findings(self, wanted: Sequence[Viewed]) -> list[Finding] | None:
         """The findings from the labels at these edges, each viewed in its shape; None if nodes of the graph hide what they do."""
-        labels = self.labels([edge for edge, _ in wanted])
-        if labels is None:
+        return None if self._hides() else self.suppositions(wanted)
+
+    def suppositions(self, wanted: Sequence[Viewed]) -> list[Finding] | None:
+        """The same where Python functions that hide what they do are supposed to leave samples where they are.
+
+        Passes have to confirm that. The result is None if some tensor in the graph is nested.
+        """
+        if self._is_nested:
             return None
+        labels = self.labels([edge for edge, _ in wanted])
         return [self._finding(own, edge, tuple(shape)) for own, (edge, shape) in zip(labels, wanted, strict=True)]
 
-    def labels(self, edges: Sequence[GradientEdge]) -> list[Labels | None] | None:
-        """The labels at these edges; None in the place of the whole list if nodes of the graph hide what they do."""
-        if self._steps is None:
-            self._steps = self._begun()
-        if self._hidden:
-            return None
-        self._follow(self._steps, {edge.node for edge in edges})
+    def labels(self, edges: Sequence[GradientEdge]) -> list[Labels | None]:
+        """The labels at these edges."""
+        self._follow({edge.node for edge in edges})
         return [self._labels.get((edge.node, edge.output_nr)) for edge in edges]
 
-    def _begun(self) -> list[_Step]:
-        """The steps of the whole graph, each after those of all its consumers; and what is known of it before the first."""
-        self._hidden = any(x.is_nested for x, _ in self._placed)
-        if self._hidden:
-            return []
-        roots = [get_gradient_edge(x) for x, _ in self._placed]
-        for edge, (x, where) in zip(roots, self._placed, strict=True):
+    def _hides(self) -> bool:
+        """Whether labels rest on what is supposed of nodes, or say too little of them."""
+        steps = self._steps  # first, since it is followed by what nodes told
+        unknown = any(
+            step.is_packed or (step.kind == PYTHON_FUNCTION and step.node not in self._told) for step in steps
+        )
+        return unknown or self._is_nested or bool(self._route.hidden)
+
+    @cached_property
+    def _route(self) -> Route:
+        return Route([get_gradient_edge(x).node for x, _ in self._placed], self._ends)
+
+    @cached_property
+    def _shapes(self) -> dict[Node, tuple[tuple[int, ...], ...]]:
+        return dict(zip(self._route.order, map(_shapes, self._route.order), strict=True))
+
+    @cached_property
+    def _is_nested(self) -> bool:
+        return any(x.is_nested for x, _ in self._placed) or any(map(_is_nested, self._shapes.values()))
+
+    @cached_property
+    def _steps(self) -> list[_Step]:
+        """The steps of the whole graph, each after those of all its consumers; what is known before the first is noted."""
+        for x, where in self._placed:
+            edge = get_gradient_edge(x)
             key = (edge.node, edge.output_nr)
             self._labels[key] = joined(self._labels.get(key), _of_output(x, where, self._n))
-        route = Route([edge.node for edge in roots], self._ends)
-        steps = [
-            _Step(node, kind_of(node), inputs := node.next_functions, [*range(len(inputs))]) for node in route.order
-        ]
-        self._shapes = {step.node: _shapes(step.node) for step in steps}
-        hidden = bool(route.hidden) or any(map(_hides, steps)) or any(map(_is_nested, self._shapes.values()))
-        told = None if hidden else self._answers(steps)
-        self._hidden = told is None
-        self._told = _on_host(told or {})
+        steps = list(map(_Step.of, self._route.order))
+        self._told = _on_host(self._answers(steps))
         return steps
 
-    def _follow(self, steps: Sequence[_Step], ends: Container[Node]) -> None:
-        """Follow labels through these steps as far as it takes to know those that arrive at some nodes."""
+    def _follow(self, ends: Container[Node]) -> None:
+        """Follow labels as far as it takes to know those that arrive at some nodes."""
         leads = set()
-        for step in reversed(steps):
+        for step in reversed(self._steps):
             if step.node in ends or any(child in leads for child, _ in step.inputs):
                 leads.add(step.node)
-        for step in steps:
+        for step in self._steps:
             if step.node in leads and (wanted := [index for index in step.left if step.inputs[index][0] in leads]):
                 step.left = [index for index in step.left if index not in wanted]
                 self._take(step, wanted)
@@ -139,26 +193,31 @@ class Derivation:
             return
         inputs = [known[child][nr] if child in known else None for child, nr in step.inputs]
         at = At(node, step.kind, labels, shapes, inputs, self._told.get(node, ()))
-        for index, own in zip(wanted, labels_of_inputs(at, wanted), strict=True):
+        if step.is_new and (moving := mover(at, self._n)) is not None:
+            self._movers.append(moving)
+        step.is_new = False
+        for index, own in zip(wanted, _of_inputs(at, wanted, step), strict=True):
             child, nr = step.inputs[index]
             assert child is not None
             self._labels[child, nr] = joined(self._labels.get((child, nr)), own)
 
-    def _answers(self, steps: Sequence[_Step]) -> dict[Node, list[Tensor | None]] | None:
-        """The indices that nodes saved, and what calls of those that show nothing tell; None if one of these may not be called.
+    def _answers(self, steps: Sequence[_Step]) -> dict[Node, list[Tensor | None]]:
+        """The indices that nodes saved, and what calls of those that show nothing tell.
 
         Hooks on saved tensors would run in a call, and torch does not show whether a node that writes a part has such tensors.
         """
-        found = {step.node: list(own) for step in steps if (own := indices_of(step.node, step.kind)) is not None}
-        questions = {step.node: asks for step in steps if (asks := question_of(step.kind)) is not None}
-        functions = [node for node in questions if is_python_function(node)]
-        if not questions or any(has_packed_tensors(step.node) is not False for step in steps):
-            return None if functions else found
-        if functions and not (self._calls_functions and all(map(may_be_called, functions))):
-            return None
-        with calling_nodes([x for x, _ in self._placed]), torch.no_grad():
-            found |= {node: list(own) for node, asks in questions.items() if (own := asks(node)) is not None}
-        return found if found.keys() >= set(functions) else None
+        readable = [step for step in steps if not step.is_packed]
+        found = {step.node: list(own) for step in readable if (own := indices_of(step.node, step.kind)) is not None}
+        questions = {
+            step.node: asks
+            for step in steps
+            if (asks := question_of(step.kind)) is not None
+            and (step.kind != PYTHON_FUNCTION or (self._calls_functions and may_be_called(step.node)))
+        }
+        if questions and all(has_packed_tensors(step.node) is False for step in steps):
+            with calling_nodes([x for x, _ in self._placed]), torch.no_grad():
+                found |= {node: list(own) for node, asks in questions.items() if (own := asks(node)) is not None}
+        return found
 
     def _finding(self, labels: Labels | None, edge: GradientEdge, shape: tuple[int, ...]) -> Finding:
         """What labels say of a tensor in some shape; most layers of a model have the same labels, of which it is known then."""
@@ -175,9 +234,9 @@ class Derivation:
             return Finding(Unplaced.NO_GRADIENT)
         if not shape or (labels == SEVERAL).any():
             return Finding(Unplaced.SHARED_BY_SAMPLES)
-        for placement in candidates(shape, self._n):
-            if _explains(labels, placement, shape[placement.axis], self._n):
-                return Finding(placement)
+        possible = candidates(shape, self._n)
+        if fitting := [one for one in possible if _explains(labels, one, shape[one.axis], self._n)]:
+            return Finding(fitting[0], len(fitting) == 1, tuple(fitting[1:]))
         return self._listed(labels, shape)
 
     def _listed(self, labels: Labels, shape: tuple[int, ...]) -> Finding:
@@ -187,6 +246,31 @@ class Derivation:
         # A row without a gradient may belong to any sample.
         rows = np.broadcast_to(np.where(rows == NOBODY, 0, rows), shape[:1])
         return Finding(Placement(0, Layout.INDEXED, torch.from_numpy(rows.copy())))
+
+
+def _of_inputs(at: At, wanted: Sequence[int], step: _Step) -> list[Labels | None]:
+    """The labels of the gradients of some of a node's inputs, also where it hides what it does."""
+    if step.is_packed:
+        return [None if (shape := at.inputs[index]) is None else of_all(at.labels, len(shape)) for index in wanted]
+    if at.kind == PYTHON_FUNCTION and not at.indices:
+        return [None if (shape := at.inputs[index]) is None else _supposed(at, shape) for index in wanted]
+    return labels_of_inputs(at, wanted)
+
+
+def _supposed(at: At, shape: tuple[int, ...]) -> Labels | None:
+    """The labels of an input of a function of Python's, if it has the samples on the same axis as an output of that size."""
+    found = None
+    for labels, whole in zip(at.labels, at.shapes, strict=True):
+        if labels is None:
+            continue
+        along = [axis for axis in range(labels.ndim) if differ_along(labels, [axis])]
+        axis = along[0] if len(along) == 1 else 0
+        own = of_all([labels], len(shape))
+        if shape[axis : axis + 1] == whole[axis : axis + 1] != () and (axis == 0 or len(shape) == len(whole)):
+            rows = joined_along(labels, [other for other in range(labels.ndim) if other != axis])
+            own = on_axis(rows.reshape(-1), axis, len(shape))
+        found = joined(found, own)
+    return found
 
 
 def _explains(labels: Labels, placement: Placement, size: int, n: int) -> bool:
@@ -237,8 +321,3 @@ def _without_repetitions(x: Tensor) -> Tensor:
 def _is_nested(shapes: Iterable[tuple[int, ...]]) -> bool:
     """Whether some of these shapes are those of nested tensors, with a size that is no number."""
     return any(type(size) is not int for shape in shapes for size in shape)
-
-
-def _hides(step: _Step) -> bool:
-    """Whether a node has saved tensors that are costly to read, which its rule has to."""
-    return reads_tensors(step.kind) and has_packed_tensors(step.node) is True

@@ -13,6 +13,7 @@ from torch.autograd.graph import GradientEdge
 
 from torch_secorder.arguments import Reduction
 from torch_secorder.batch_axis.evidence import Evidence, Finding, Unplaced
+from torch_secorder.batch_axis.order import Order
 from torch_secorder.batch_axis.placement import FIRST, Placement
 from torch_secorder.batch_axis.told import NOTHING, Told
 
@@ -98,9 +99,23 @@ class PlacementCache:
         """Whether no other placement explains what was seen at a place."""
         return key not in self._unproven
 
+    def clear(self) -> None:
+        """Forget all that graphs of this kind have shown."""
+        self.evidence.clear()
+        self._unproven.clear()
+        self.telling_outputs.clear()
+        self.comparing.clear()
+        self.graphs_seen = 0
+
     def forget(self, key: Key) -> None:
         """Have the next graph looked through for this place."""
         self.evidence.pop(key, None)
+
+    def exceeds(self, key: Key, derived: Finding, shape: Sequence[int], n: int) -> bool:
+        """Whether a look has shown more of a place than was derived, or something else. What it has not proven does not count."""
+        if isinstance(self.evidence.get(key), Placement) and not isinstance(derived.evidence, Placement):
+            return key not in self._unproven
+        return key in self.evidence and self.contradicts(key, derived, shape, n)
 
     def contradicts(self, key: Key, derived: Finding, shape: Sequence[int], n: int) -> bool:
         """Whether a look has shown that a place is not where it was derived to be."""
@@ -156,6 +171,7 @@ class ModelKnowledge:
         cancelled: the names of parameters whose squared norms have lost digits as sums with signs.
         derives: whether what nodes saved is believed where samples are in another order each time; false once it was wrong.
         derivations: when passes are to show whether it is right.
+        orders: what decides where samples are, for each kind of graph of which that is known.
     """
 
     def __init__(self) -> None:
@@ -165,6 +181,7 @@ class ModelKnowledge:
         self.cancelled: set[str] = set()
         self.derives = True
         self.derivations = KindSchedule()
+        self.orders: dict[int, Order] = {}
         self._by_fingerprint: dict[int, PlacementCache] = {}
         self._in_order: dict[int, tuple[Hashable, PlacementCache]] = {}
         self._reductions: WeakKeyDictionary[Any, Reduction] = WeakKeyDictionary()
@@ -182,6 +199,15 @@ class ModelKnowledge:
             self._by_fingerprint.clear()
         return self._by_fingerprint.setdefault(fingerprint, PlacementCache())
 
+    def learn(self, fingerprint: int, order: Order) -> None:
+        """Note what decides where graphs of one kind have their samples; if that may change, no graph holds for others."""
+        if len(self.orders) > KINDS_OF_GRAPH:
+            self.orders.clear()
+        known = self.orders.get(fingerprint)
+        self.orders[fingerprint] = order if known is None else known.joined(order)
+        if self.orders[fingerprint].may_change and fingerprint in self._by_fingerprint:
+            self._by_fingerprint[fingerprint].clear()
+
     def placements_in_order(self, fingerprint: int, order: Hashable) -> PlacementCache:
         """Those of one kind of graph that has its samples in one order. Of each kind the latest order is remembered.
 
@@ -197,6 +223,7 @@ class ModelKnowledge:
     def forget_shapes(self) -> None:
         """Forget where samples are, trust no shapes from now on, and check the next analysis of every function."""
         self.trusts_shapes = False
+        self.orders.clear()
         self._by_fingerprint.clear()
         self._in_order.clear()
         self.schedule.restart()

@@ -100,8 +100,33 @@ def _reshaping(labels: tuple[int, ...], old: tuple[int, ...], new: tuple[int, ..
 
 
 def differ(labels: Labels) -> bool:
-    """Whether the labels differ from each other."""
-    return labels.size > 1 and bool((labels != labels.flat[0]).any())
+    """Whether the labels differ from each other, without those of nobody."""
+    return labels.size > 1 and bool((labels != labels.flat[0]).any()) and _all_together(labels) == SEVERAL
+
+
+def on_axis(labels: Labels, axis: int, dims: int) -> Labels:
+    """The labels of the indices along one axis, for a tensor with ``dims`` axes."""
+    return labels.reshape([-1 if other == axis else 1 for other in range(dims)])
+
+
+def differ_along(labels: Labels, axes: Sequence[int]) -> bool:
+    """Whether several samples are told apart along some axes, taken together as if they were one."""
+    return bool((joined_along(_alone(labels), axes) == SEVERAL).any())
+
+
+def samples_in(labels: Labels) -> int:
+    """How many samples are told apart: none, one, or two for several of them."""
+    return {NOBODY: 0, SEVERAL: 2}.get(_all_together(_alone(labels)), 1)
+
+
+def _all_together(labels: Labels) -> int:
+    """The label of what is computed from all entries."""
+    return int(joined_along(labels, range(labels.ndim)).item())
+
+
+def _alone(labels: Labels) -> Labels:
+    """The labels without those of entries that several samples share."""
+    return np.where(labels == SEVERAL, NOBODY, labels)
 
 
 def put(labels: Labels, axis: int, index: Any, size: int) -> Labels:

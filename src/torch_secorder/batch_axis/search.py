@@ -29,6 +29,10 @@ class SampleSearch:
         derivation: tells from what the graph's nodes saved; None where that is not asked.
         on_contradiction: where passes are to show whether that is right, what is called if it is not.
         expected: makes one that tells the same of a graph which keeps its samples in order, for a pass to agree with.
+
+    Attributes:
+        placements: as above.
+        looked: the places at which passes have looked.
     """
 
     _together = False  # whether several ranks search, which all have to make the same passes
@@ -51,6 +55,7 @@ class SampleSearch:
         self.placements, self._n, self._passes = placements, n, passes
         self._locate_on_three_samples, self._look_ahead = locate_on_three_samples, look_ahead
         self._ambiguous_shapes = ambiguous_shapes
+        self.looked: list[Wanted] = []
         self._ahead: dict[tuple[Node, int], Finding] = {}
         self._rehearsal = rehearsal
         self._examines: bool | None = None  # whether what is known is examined again, which the first question decides
@@ -67,6 +72,14 @@ class SampleSearch:
             missing = self.placements.missing(missing, self._n, self._ambiguous_shapes)
         if missing:
             self._find(missing)
+
+    def exceeds(self, derivation: Derivation) -> bool:
+        """Whether passes have shown something that does not follow from what the graph's nodes saved."""
+        found = derivation.suppositions([(edge, shape) for _, edge, shape in self.looked])
+        return found is None or any(
+            self.placements.exceeds(key, finding, shape, self._n)
+            for (key, _, shape), finding in zip(self.looked, found, strict=True)
+        )
 
     def _missing(self, wanted: Sequence[Wanted]) -> Sequence[Wanted]:
         """All of these places in a graph in which what is known is examined again, else those of which nothing is known."""
@@ -115,6 +128,7 @@ class SampleSearch:
 
     def _find(self, wanted: Sequence[Wanted]) -> None:
         """Take the evidence from what an earlier pass saw ahead, and from new passes."""
+        self.looked += wanted
         left: list[Wanted] = []
         for key, edge, shape in wanted:
             if key[0] == "use" and (found := self._ahead.get((edge.node, edge.output_nr))) is not None:

@@ -9,7 +9,8 @@ batch axis, as position embeddings are. Their output is one more batch-free valu
 The files, one verb each:
 
 * ``walk`` goes through the graph once and notes calls, uses and what distinguishes the graph from others;
-* ``conditions`` tells what a graph leaves open: whether shapes are ambiguous, and whether samples change their order;
+* ``sizes`` tells what the sizes in a graph leave open, and ``carried_axes`` the axes that samples can't be on;
+* ``graph`` is a walk with what its nodes tell of the samples, and ``orders`` what decides where they are in graphs of its kind;
 * ``audit`` accounts for every use: it has the calls placed and the frontier found for the rest, or refuses;
 * ``call_places`` finds where the output of each call has its samples;
 * ``frontier`` climbs from parameters to the nodes where they meet the data, and ``uses`` says what it finds there;

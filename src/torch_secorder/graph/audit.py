@@ -15,9 +15,11 @@ from torch_secorder.capture.model_run import Forward
 from torch_secorder.capture.own_axes import OwnAxis
 from torch_secorder.capture.records import Record
 from torch_secorder.errors import CoverageError, UnsupportedError
-from torch_secorder.graph.call_places import CallPlaces, Questions, calls_in
-from torch_secorder.graph.conditions import ATTENDS, CarriedAxis
+from torch_secorder.graph.call_places import CallPlaces, Questions
+from torch_secorder.graph.carried_axes import ATTENDS, CarriedAxis
 from torch_secorder.graph.frontier import Frontier
+from torch_secorder.graph.graph import Graph
+from torch_secorder.graph.orders import order_of
 from torch_secorder.graph.refusals import refuse
 from torch_secorder.graph.uses import ParameterUse, Uses
 from torch_secorder.graph.walk import Walk
@@ -84,27 +86,35 @@ class Audit:
         roots, self.comparing = list(map(itemgetter(0), placed)), []
         walk, n = Walk(roots, forward, self.leaves), forward.n
         self.fingerprint, self.other_leaves = walk.fingerprint, walk.other_leaves
-        self.kind = walk.kind if walk.reorders_samples else walk.fingerprint
+        self.kind = walk.fingerprint
         if n is None:
             return Uses()
-        reached = calls_in(walk, forward)
-        asked = Questions.of(walk, reached, n, is_odd=forward.count.is_odd)
+        graph = Graph(walk, placed, forward)
+        known = self._places.known_order(graph)
+        graph.is_new = known is None
+        order = known or order_of(walk, graph.derivation(), as_shapes_say=graph.is_as_shapes_say())
+        asked = Questions.of(walk, n, order, is_odd=forward.count.is_odd)
         if self._ranks.distributed:
             asked = asked.on_any(self._ranks)
-        search = self._places.search(walk, placed, forward, reached, asked)
+        if asked.reorders_samples:
+            self.kind = walk.kind
+        search = self._places.search(graph, asked, order)
         own_axes: list[OwnAxis | CarriedAxis] = []
         if forward.own_axes:  # first, since they can be named
             own_axes += [one for one in forward.own_axes if one.edge.node in walk.children]
         # Whether a rank has as many samples as positions is its own affair, and all ranks look at the same places.
         if walk.carried_axes:
             own_axes += [one for one in walk.carried_axes if not (self._ranks.distributed and one.name in ATTENDS)]
-        shared = self._places.place(forward, reached, own_axes, search, asked)
+        shared = self._places.place(forward, walk.calls, own_axes, search, asked)
         if search.placements.comparing:
             self.comparing = [get_gradient_edge(roots[number]) for number in search.placements.comparing]
         any_shared = self._ranks.max_over_ranks(bool(shared)) if self._ranks.distributed else shared
-        if not (asked.uses_outside_calls or any_shared):
-            return Uses()
-        return self._outside_calls(roots, walk, shared, search, forward, asked)
+        uses = Uses()
+        if asked.uses_outside_calls or any_shared:
+            uses = self._outside_calls(roots, walk, shared, search, forward, asked)
+        if n > 1 and (known is None or search.looked):
+            self._places.learn(graph, search, known)
+        return uses
 
     def _outside_calls(
         self,

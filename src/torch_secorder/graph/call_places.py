@@ -5,24 +5,26 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from operator import attrgetter, itemgetter
 from typing import NamedTuple
 
-from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from torch_secorder.autograd.sharded import GatheredWeights
-from torch_secorder.batch_axis.derivation import Derivation
 from torch_secorder.batch_axis.evidence import Unplaced
 from torch_secorder.batch_axis.knowledge import ModelKnowledge, PlacementCache, Wanted
+from torch_secorder.batch_axis.order import ONE_ORDER, Order
 from torch_secorder.batch_axis.placement import Layout, Placement
 from torch_secorder.batch_axis.search import SampleSearch, SearchOnAllRanks
 from torch_secorder.batch_axis.search_pass import SearchPasses
 from torch_secorder.capture.model_run import Forward
 from torch_secorder.capture.own_axes import OwnAxis, contradicted_axis, takes_for_one_sample, without_batch_axis
 from torch_secorder.capture.records import Idle, Record
-from torch_secorder.graph.conditions import CarriedAxis
+from torch_secorder.graph.carried_axes import CarriedAxis
+from torch_secorder.graph.graph import Graph
+from torch_secorder.graph.orders import order_given_by, order_of
 from torch_secorder.graph.refusals import hidden, not_counted, not_finite, on_another_axis, refuse
 from torch_secorder.graph.walk import Walk
 from torch_secorder.model.parameters import Table
@@ -39,7 +41,7 @@ class Questions(NamedTuple):
 
     Attributes:
         several_samples: whether there is more than one sample.
-        reorders_samples: whether some node may put the samples into another order, so that nothing that was found in
+        reorders_samples: whether the samples may be in another order in each batch, so that nothing that was found in
             other batches holds for this one, nor the other way round.
         ambiguous_shapes: whether shapes leave open where the samples are.
         uses_outside_calls: whether some parameter is used outside of its module's call.
@@ -51,14 +53,14 @@ class Questions(NamedTuple):
     uses_outside_calls: bool
 
     @classmethod
-    def of(cls, walk: Walk, reached: Reached, n: int, *, is_odd: bool = False) -> Questions:
-        """The answers for one graph of n samples, whose outputs lead to the calls in ``reached``.
+    def of(cls, walk: Walk, n: int, order: Order, *, is_odd: bool = False) -> Questions:
+        """The answers for one graph of n samples.
 
         Where rows are something else than samples, no shape shows anything, and no batch shows it for others.
         """
-        reorders = walk.reorders_samples or is_odd
-        ambiguous = reorders or walk.takes_samples_apart or walk.has_ambiguous_axis
-        for record, _ in reached:
+        reorders = order.may_change or is_odd
+        ambiguous = reorders or walk.has_ambiguous_axis or not order.as_shapes_say
+        for record, _ in walk.calls:
             ambiguous = ambiguous or record.placement is None
         return cls(n > 1, reorders, ambiguous, bool(walk.uses))
 
@@ -91,17 +93,15 @@ class CallPlaces:
         self._locate_on_three_samples = locate_on_three_samples
         self._trust_shapes, self._rehearsal = trust_shapes, rehearsal
 
-    def search(
-        self,
-        walk: Walk,
-        placed: list[tuple[Tensor, Placement | None]],
-        forward: Forward,
-        reached: Reached,
-        asked: Questions,
-    ) -> SampleSearch:
+    def known_order(self, graph: Graph) -> Order | None:
+        """What decides where the samples are in graphs of this kind; None if that is not known yet."""
+        return ONE_ORDER if graph.forward.n == 1 else self._knowledge.orders.get(graph.walk.fingerprint)
+
+    def search(self, graph: Graph, asked: Questions, order: Order) -> SampleSearch:
         """A search in this graph, which begins with what graphs of the same kind have shown."""
+        forward, placed, walk = graph.forward, graph.placed, graph.walk
         n = forward.n or 0
-        known = self._known(walk, forward, asked)
+        known = self._known(graph, asked, order)
         weights = None
         if forward.sharded or self._table.sharded:
             weights = GatheredWeights(forward.sharded, () if forward.sharded else self._table.sharded)
@@ -112,28 +112,46 @@ class CallPlaces:
             # different sizes would look at different nodes.
             passes = partial(passes, common_count=self._ranks.max_over_ranks)
             return SearchOnAllRanks(known, n, asked.ambiguous_shapes, passes, self._ranks)
-        ahead = partial(_ahead, walk, reached)
+        ahead = partial(_ahead, walk, walk.calls)
         search = partial(SampleSearch, known, n, asked.ambiguous_shapes, passes, rehearsal=self._rehearsal)
-        derivation = partial(_derivation, walk, placed, forward, reached)
         if not asked.reorders_samples:
-            expected = partial(derivation, calls_functions=False)
-            return search(self._locate_on_three_samples, ahead, expected=expected)
-        if not self._knowledge.derives or known.graphs_seen or n == 1:
+            return search(self._locate_on_three_samples, ahead, expected=graph.derivation)
+        if not (order.is_derived and self._knowledge.derives) or known.graphs_seen or n == 1:
             return search(None, ahead)
         contradicted = self._derivation_was_wrong if self._knowledge.derivations.due(walk.ingredients) else None
-        return search(None, ahead, derivation=derivation(), on_contradiction=contradicted)
+        return search(None, ahead, derivation=graph.derivation(calls_functions=True), on_contradiction=contradicted)
+
+    def learn(self, graph: Graph, search: SampleSearch, known: Order | None) -> None:
+        """Note what decides where the samples are in graphs of this kind, when all of this one's are found.
+
+        Args:
+            graph: the graph.
+            search: what was searched in it.
+            known: what was known before of graphs of its kind.
+        """
+        comparing = search.placements.comparing
+        as_shapes_say = graph.is_as_shapes_say(comparing) if known is None else known.as_shapes_say
+        order = order_of(graph.walk, graph.derivation(comparing), as_shapes_say=as_shapes_say)
+        if not self._knowledge.derives or (search.looked and search.exceeds(graph.derivation(comparing))):
+            order = replace(order, is_derived=False)
+        self._knowledge.learn(graph.walk.fingerprint, order)
 
     def _derivation_was_wrong(self) -> None:
         """Passes have shown another order than what nodes saved, which is believed no more."""
         self._knowledge.derives = False
 
-    def _known(self, walk: Walk, forward: Forward, asked: Questions) -> PlacementCache:
+    def _known(self, graph: Graph, asked: Questions, order: Order) -> PlacementCache:
         """What graphs of the same kind have shown: where samples may be in another order, those with that very order."""
+        fingerprint = graph.walk.fingerprint
         if not asked.reorders_samples:
-            return self._knowledge.placements(walk.fingerprint)
-        if walk.order is None or forward.count.is_odd or self._ranks.distributed:
-            return PlacementCache()
-        return self._knowledge.placements_in_order(walk.fingerprint, walk.order)
+            known = self._knowledge.placements(fingerprint)
+            if graph.is_new:  # An earlier one may have been refused before it was known what decides the order.
+                known.clear()
+            return known
+        given = None
+        if not (graph.forward.count.is_odd or self._ranks.distributed):
+            given = order_given_by(order, graph.walk)
+        return PlacementCache() if given is None else self._knowledge.placements_in_order(fingerprint, given)
 
     def place(
         self,
@@ -192,42 +210,12 @@ class CallPlaces:
         return ", ".join(self._table.names[position] for position in record.site.positions)
 
 
-def calls_in(walk: Walk, forward: Forward) -> Reached:
-    """The calls with a rule that a graph leads to, each with the place of its output."""
-    # Every step does this, so that no function of Python's is called for each call.
-    nodes, unfolded = walk.children, walk.unfolded
-    return [
-        (record, edge)
-        for record, edge in forward.records
-        if record.site.rule is not None and edge.node in nodes and record not in unfolded
-    ]
-
-
 def _require_no_batch_axis(forward: Forward, shared: Sequence[Record]) -> None:
     """Raise if a call that all samples share got the argument that counts them, whose samples it took for a single one."""
     argument = forward.counting()
     for record in shared:
         if argument is not None and takes_for_one_sample(record, argument):
             raise without_batch_axis(str(record.site), f"an input of shape {tuple(argument.shape)}", forward.n or 0)
-
-
-def _derivation(
-    walk: Walk,
-    placed: list[tuple[Tensor, Placement | None]],
-    forward: Forward,
-    reached: Reached,
-    *,
-    calls_functions: bool = True,
-) -> Derivation:
-    """What the nodes of a graph tell."""
-    # What is taken apart may lead to none of the leaves: the gates on a layer's output are in no graph.
-    edges = (
-        *map(itemgetter(1), reached),
-        *map(attrgetter("edge"), forward.own_axes),
-        *map(attrgetter("edge"), walk.carried_axes),
-    )
-    ends = (*walk.leaves, *walk.other_leaves, *map(attrgetter("node"), edges))
-    return Derivation(placed, forward.n or 0, ends, calls_functions=calls_functions)
 
 
 def _ahead(walk: Walk, reached: Reached) -> list[Node]:

@@ -4,31 +4,20 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Sequence
-from functools import cached_property, partial
+from functools import cached_property
 from operator import attrgetter
 from typing import Any
 
 from torch import Tensor
-from torch.autograd.graph import Node
+from torch.autograd.graph import GradientEdge, Node
 
 from torch_secorder.autograd.nodes import Edge, output_shapes
 from torch_secorder.autograd.saved import axes
+from torch_secorder.batch_axis.moving import MOVES
 from torch_secorder.capture.model_run import Forward
 from torch_secorder.capture.records import Record
-from torch_secorder.graph.conditions import (
-    ATTENDS,
-    CARRIES,
-    PARTS,
-    PICKS,
-    REORDERS,
-    CarriedAxis,
-    has_ambiguous_axis,
-    may_reorder,
-    order_given_by,
-    picked,
-    size_pattern,
-    takes_samples_apart,
-)
+from torch_secorder.graph.carried_axes import ATTENDS, CARRIES, CarriedAxis
+from torch_secorder.graph.sizes import has_ambiguous_axis, size_pattern
 
 
 class Walk:
@@ -39,25 +28,20 @@ class Walk:
 
     Attributes:
         children: node -> its inputs, in the order in which the nodes were met.
+        calls: the calls that the outputs lead to, with where their outputs' gradients arrive, in the order in which the walk met
+            them: a loop over samples may make the same graph in another order each time.
         records: node that made a hooked call's output -> the calls that end there.
         unfolded: calls that count as the nodes that they consist of.
         uses: position of a parameter -> its uses that no call accounts for, as edges (consumer, index of the input).
         leaves: node that accumulates an analyzed parameter's gradient -> the parameter's position.
         n: how many samples the forward has; None if nobody knows.
         other_leaves: the nodes that accumulate gradients of other tensors: inputs, parameters that are not analyzed.
-        fingerprint: a hash of the graph, equal for graphs with the same nodes in the same order and the same pattern of
-            sizes, that take parts and pick samples in the same order. Where sizes prove nothing, the axes that the nodes work
-            along are hashed as well.
+        fingerprint: a hash of the graph, equal for graphs with the same nodes in the same order, the same pattern of sizes, and
+            the same axes of those nodes that move entries. Where sizes prove nothing, the axes of all nodes are hashed.
         kind: a hash of the nodes' names alone, equal for graphs of which a router sends other numbers of rows elsewhere.
         ingredients: a hash of what kinds of nodes there are; equal also where an expert that got no row has fewer of them.
         has_ambiguous_axis: whether some tensor has n indices on another axis than the first, so that sizes prove nothing.
-        takes_samples_apart: whether some node takes single samples, which may be put together in another order. Nor do sizes
-            prove anything then; but graphs that take them in another order have other fingerprints.
         carried_axes: the axes along which some node carries something from one index to the next.
-        reorders_samples: whether some node may put the samples into another order, so that what held for other batches
-            may not hold for this one.
-        order: where they do, what decides all of that order, with all sizes and axes: equal for graphs in which the samples are
-            at the same indices; None if some node does not show it.
     """
 
     def __init__(
@@ -70,15 +54,22 @@ class Walk:
         self.unfolded = set(unfolded)
         self.other_leaves: list[Node] = []
         self._names: list[str] = []  # the names of the nodes in children
-        self._suspects: list[Node] = []  # nodes outside of hooked calls that may put the samples into another order
-        self._takers: list[Node] = []  # nodes outside of hooked calls that may take samples apart
-        self._parts: list[int] = []  # which outputs of nodes with several are taken, in turn
+        self._movers: list[Node] = []  # nodes outside of hooked calls that put entries where an index or a setting says
         self._inside: list[set[Node]] = []  # for each hooked call, the nodes that it consists of
         calls: dict[Node, list[Record]] = defaultdict(list)
+        edges: dict[Record, GradientEdge] = {}
         for record, edge in forward.records:
             if record.site.rule is not None and record not in self.unfolded:
                 calls[edge.node].append(record)
+                edges[record] = edge
         self._traverse(roots, calls)
+        self.calls = [
+            (record, edges[record])
+            for node in self.children
+            if node in calls
+            for record in calls[node]
+            if record not in self.unfolded
+        ]
         self._describe(forward.n)
 
     def _traverse(self, roots: Sequence[Tensor], calls: dict[Node, list[Record]]) -> None:
@@ -98,13 +89,9 @@ class Walk:
                     self.other_leaves.append(node)
             self.children[node] = inputs
             self._names.append(name := node.name())
-            if ending is None and name in REORDERS:  # Hooked calls, in which most products are, keep the order.
-                self._suspects.append(node)
-            elif ending is None and name in PARTS:
-                self._takers.append(node)
-            for index, (child, nr) in enumerate(inputs):
-                if nr:
-                    self._parts.append(nr)
+            if ending is None and name in MOVES:
+                self._movers.append(node)
+            for index, (child, _) in enumerate(inputs):
                 if child is None or child in seen:
                     continue
                 if ending is None and child in self.leaves:
@@ -153,48 +140,28 @@ class Walk:
     def _describe(self, n: int | None) -> None:
         names, shapes = tuple(self._names), output_shapes(self.children)
         self.has_ambiguous_axis = n is not None and has_ambiguous_axis(n, shapes)
-        self.reorders_samples = self.takes_samples_apart = False
-        self.order = None
-        if self._suspects and n is not None and n > 1:
-            self.reorders_samples = any(map(partial(may_reorder, n=n), self._suspects))
-            self.order = self._order(names, shapes) if self.reorders_samples else None
-        if self._takers and n is not None and n > 1:
-            self.takes_samples_apart = any(map(partial(takes_samples_apart, n=n), self._takers))
         # Only a size that is met twice lets positions pass for samples.
         kinds = CARRIES | ATTENDS if self.has_ambiguous_axis else CARRIES
         self.carried_axes = [] if kinds.isdisjoint(names) else self._carried_axes(names, kinds)
-        along = tuple([axes(node) for node in self.children]) if self.has_ambiguous_axis else None
-        order = None if n is None or PICKS.isdisjoint(names) else self._order_of_picks(names, n)
-        # Where single samples are taken, nodes of the same names may put them together in another order.
-        wiring = self._wiring() if order or self.takes_samples_apart else None
+        along = tuple(map(axes, self.children if self.has_ambiguous_axis else self._movers))
         self.kind, self.ingredients = hash(names), hash(frozenset(names))
-        self.fingerprint = hash(
-            (names, None if n is None else size_pattern(n, shapes), along, order, tuple(self._parts), wiring)
-        )
+        self.fingerprint = hash((names, None if n is None else size_pattern(n, shapes), self.has_ambiguous_axis, along))
 
-    def _wiring(self) -> Hashable:
+    @property
+    def shapes(self) -> Hashable:
+        """The shapes of all nodes' outputs, in turn."""
+        return output_shapes(self.children)
+
+    @property
+    def wiring(self) -> Hashable:
         """For each node in turn, which outputs of which others it takes."""
         numbers = {node: number for number, node in enumerate(self.children)}
         return tuple([tuple([(numbers.get(node), nr) for node, nr in inputs]) for inputs in self.children.values()])
-
-    def _order(self, names: Sequence[str], shapes: Hashable) -> Hashable | None:
-        given: list[Hashable] = []
-        for node in self._suspects:
-            # Samples may be listed along an axis of any size, as if there were one.
-            if any(may_reorder(node, n) for n in (1, self.n or 1)):
-                if (order := order_given_by(node)) is None:
-                    return None
-                given.append(order)
-        return self.n, shapes, tuple(map(axes, self.children)), self._order_of_picks(names, 1), tuple(given)
 
     def _carried_axes(self, names: Sequence[str], kinds: set[str]) -> list[CarriedAxis]:
         pairs = zip(self.children, names, strict=True)
         found = [CarriedAxis.of(node, self.n) for node, name in pairs if name in kinds and node not in self.records]
         return [one for one in found if one is not None]
-
-    def _order_of_picks(self, names: Sequence[str], n: int) -> tuple[object, ...]:
-        """Which samples are picked one by one, in the order in which they are met."""
-        return tuple([picked(node, n) for node, name in zip(self.children, names, strict=True) if name in PICKS])
 
     @cached_property
     def parents(self) -> dict[Node, list[Edge]]:

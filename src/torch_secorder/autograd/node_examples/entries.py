@@ -7,14 +7,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import functional as F
 
 from torch_secorder.autograd.node_examples.registry import EXAMPLES, Example, example, indices, numbers
-
-
-@example("ConstantPadNdBackward0")
-def _pad() -> Example:
-    return nn.functional.pad(numbers(3, 4), (1, 0, 2, 3)), {"widths": (1, 0, 2, 3)}
 
 
 @example("RepeatBackward0")
@@ -58,6 +54,41 @@ def _sort() -> Example:
 @example("TopkBackward0")
 def _topk() -> Example:
     return numbers(1, 3).topk(2, 1)[0], {"axis": 1, "index": indices(2, 1)}
+
+
+@example("AsStridedBackward0")
+def _as_strided() -> Example:
+    return numbers(3, 4).as_strided((2, 3), (4, 1), 2), {"size": (2, 3), "stride": (4, 1), "offset": 2}
+
+
+@example("AsStridedBackward1")
+def _as_strided_in_place() -> Example:
+    return (numbers(3, 4) * 1).as_strided_((2, 3), (4, 1), 2), {"size": (2, 3), "stride": (4, 1), "offset": 2}
+
+
+@example("ConstantPadNdBackward0")
+def _pad() -> Example:
+    return F.pad(numbers(3, 4), (1, 2, 0, 3)), {"pads": (1, 2, 0, 3)}
+
+
+@example("FftC2CBackward0")
+def _fft() -> Example:
+    return torch.fft.fft(torch.complex(numbers(3, 4), numbers(3, 4)), dim=1), {"axes": (1,)}
+
+
+@example("FftC2RBackward0")
+def _fft_to_real() -> Example:
+    return torch.fft.irfft(torch.complex(numbers(3, 4), numbers(3, 4)), dim=1), {"axes": (1,)}
+
+
+@example("UnfoldBackward0")
+def _unfold() -> Example:
+    return numbers(3, 4).unfold(1, 2, 1), {"axis": 1}
+
+
+@example("TransposeBackward1")
+def _transpose_in_place() -> Example:
+    return (numbers(2, 3, 4) * 1).transpose_(0, 2), {"axis": 0, "other": 2}
 
 
 @example("TransposeBackward0")
@@ -160,6 +191,8 @@ _ALONG_AXIS: dict[str, Callable[..., Any]] = {
     "KthvalueBackward0": partial(Tensor.kthvalue, k=2),
     "UnsqueezeBackward0": Tensor.unsqueeze,
     "UnbindBackward0": Tensor.unbind,
+    "GluBackward0": F.glu,
+    "ProdBackward1": Tensor.prod,
 }
 _ALONG_AXES: dict[str, Callable[..., Any]] = {
     "AmaxBackward0": Tensor.amax,
@@ -170,6 +203,7 @@ _ALONG_AXES: dict[str, Callable[..., Any]] = {
     "StdBackward0": Tensor.std,
     "LinalgVectorNormBackward0": torch.linalg.vector_norm,
     "LogsumexpBackward0": Tensor.logsumexp,
+    "FftR2CBackward0": torch.fft.rfft,
 }
 EXAMPLES.update({kind: partial(_along_columns, function, {"axis": 1}) for kind, function in _ALONG_AXIS.items()})
 EXAMPLES.update({kind: partial(_along_columns, function, {"axes": (1,)}) for kind, function in _ALONG_AXES.items()})

@@ -4,13 +4,16 @@ A rule says from which entries of its outputs' gradients an entry of an input's 
 entries, but never too few. A kind without a rule is assumed to compute every entry from all entries.
 
 Rules stand by subject: functions of single entries and along axes in ``entries``, what only moves entries in ``views``, parts and
-wholes in ``parts``, rows taken or put by an index in ``indices``, matrix products, attention and layers in ``products``; those of
-nodes that have to be called before it is known what they do in ``asked``. Importing this package registers them all.
+wholes in ``parts``, rows taken or put by an index in ``indices``, matrix products and attention in ``products``, norms, pooling
+and other layers in ``layers``; those of nodes that have to be called before it is known what they do in ``asked``. Importing this
+package registers them all.
 """
 
-from torch_secorder.batch_axis.label_rules import asked, entries, indices, parts, products, views
+from torch_secorder.batch_axis.label_rules import asked, entries, indices, layers, parts, products, views
 from torch_secorder.batch_axis.label_rules.asked import may_be_called
 from torch_secorder.batch_axis.label_rules.registry import (
+    COPY_SLICES,
+    PYTHON_FUNCTION,
     At,
     indices_of,
     kind_of,
@@ -20,6 +23,8 @@ from torch_secorder.batch_axis.label_rules.registry import (
 )
 
 __all__ = [
+    "COPY_SLICES",
+    "PYTHON_FUNCTION",
     "At",
     "asked",
     "entries",
@@ -27,6 +32,7 @@ __all__ = [
     "indices_of",
     "kind_of",
     "labels_of_inputs",
+    "layers",
     "may_be_called",
     "parts",
     "products",

@@ -20,7 +20,8 @@ from torch.autograd.graph import Node
 from torch_secorder.autograd.guard import RunsOthersCodeError
 from torch_secorder.autograd.nodes import is_others_function, keeps_state, node_vjp, outputs_of
 from torch_secorder.autograd.opaque import runs_others_code
-from torch_secorder.batch_axis.label_rules.registry import PYTHON_FUNCTION, Answer, At, rule
+from torch_secorder.autograd.saved import saved
+from torch_secorder.batch_axis.label_rules.registry import COPY_SLICES, PYTHON_FUNCTION, Answer, At, rule
 from torch_secorder.batch_axis.labels import NOBODY, SEVERAL, Labels, joined, joined_along, reshaped
 
 # The length of the block of random numbers that gradients repeat. It is prime, so that no axis lines up with it.
@@ -92,7 +93,7 @@ def _block(size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     return block.to(device, dtype)
 
 
-@rule("torch::autograd::CopySlices", asks=_of_slices)
+@rule(COPY_SLICES, asks=_of_slices)
 def _copy_slices(at: At) -> Answer | None:
     """A write into a part of a tensor: what was there before and what was written, maybe by an operation with both."""
     if not at.indices:
@@ -174,9 +175,9 @@ def _along(loud: Tensor, x: Tensor) -> Tensor:
     return loud.to(x.device, x.dtype).view(-1, *[1] * (x.dim() - 1))
 
 
-@rule(PYTHON_FUNCTION, "AsStridedBackward0", asks=_of_rows, needs_first=False)
+@rule(PYTHON_FUNCTION, asks=_of_rows, needs_first=False)
 def _row_by_row(at: At) -> Answer | None:
-    """A node that was seen to take its rows one by one: a Python function, or a view of memory whose strides nothing shows."""
+    """A node that was seen to take its rows one by one."""
     if not at.indices:
         return None
     found: Labels | None = None
@@ -191,3 +192,20 @@ def _row_by_row(at: At) -> Answer | None:
         # There is one for all rows where nothing arrives, or nothing is known.
         answer.append(own.reshape(-1, *[1] * (len(shape) - 1)) if shape and len(own) in (1, shape[0]) else None)
     return answer
+
+
+@rule("AsStridedBackward0", "AsStridedBackward1", reads=("size", "stride", "offset"), asks=_of_rows)
+def _view_of_memory(at: At) -> Answer | None:
+    return _rows_in_turn(at) or _row_by_row(at)
+
+
+def _rows_in_turn(at: At) -> Answer | None:
+    """Parts of all rows, in turn: what torch restores as a view after a change in place, or windows that overlap."""
+    size, stride, shape = saved(at.node, "size"), saved(at.node, "stride"), at.inputs[0]
+    if not shape or not size or 0 in shape or size[0] * stride[0] != np.prod(shape):
+        return None
+    extent = sum((count - 1) * step for count, step in zip(size[1:], stride[1:], strict=True))
+    if (saved(at.node, "offset") or 0) + extent >= stride[0]:
+        return None
+    rows = joined_along(at.first, range(1, at.first.ndim)).reshape(-1, 1)
+    return [reshaped(rows, (size[0], stride[0]), shape)]

@@ -12,11 +12,17 @@ _BY_ENTRIES = (
     "Add Sub Rsub Mul Div Neg Abs Exp Expm1 Exp2 Log Log1P Log2 Log10 Sqrt Rsqrt Reciprocal Pow Sin Cos Tan Tanh Sigmoid "
     "Silu Gelu Relu Relu6 Elu Celu Selu LeakyRelu Hardtanh Hardswish Hardsigmoid Mish Softplus LogSigmoid Threshold Erf Erfc "
     "Clamp ClampMin ClampMax Where MaskedFill Maximum Minimum Lerp Addcmul Addcdiv NativeDropout Clone ToCopy Alias Expand Sign "
-    "Logaddexp Atan Atan2 Sinh Cosh Complex Polar Conj Tril Triu IndexFill"
+    "Logaddexp Atan Atan2 Sinh Cosh Complex Polar Conj Tril Triu IndexFill Fmod Remainder"
+)
+_BY_ENTRIES_ONCE = (
+    "Acos Acosh Angle Asin Asinh Atanh Ceil Copysign Deg2Rad Digamma Erfinv FakeQuantizePerChannelAffineCachemask "
+    "FakeQuantizePerTensorAffineCachemask Floor Fmax Fmin Frac Hardshrink Hypot I0 Ldexp Lgamma Logaddexp2 Logit NanToNum "
+    "Rad2Deg Round RreluWithNoise Sgn Sinc Softshrink SpecialEntr SpecialI0E SpecialI1 SpecialI1E SpecialLogNdtr SpecialNdtri "
+    "Trunc Xlogy"
 )
 
 
-@rule(*backward(_BY_ENTRIES), "ScatterBackward1")
+@rule(*backward(_BY_ENTRIES), *backward(_BY_ENTRIES_ONCE, [0]), "ScatterBackward1", "torch::autograd::CopyBackwards")
 def _entries(at: At) -> Answer:
     whole = at.shapes[0]
     return [at.first if shape is None or shape == whole or _broadcasts(shape, whole) else None for shape in at.inputs]

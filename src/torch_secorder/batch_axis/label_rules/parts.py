@@ -69,19 +69,3 @@ def _stack(at: At) -> Answer:
     if at.first.shape[axis] == 1:
         return [at.first.squeeze(axis)] * len(at.inputs)
     return [at.first.take([index], axis).squeeze(axis) for index in range(len(at.inputs))]
-
-
-@rule("ConstantPadNdBackward0", reads=("widths",))
-def _padded(at: At) -> Answer | None:
-    """A tensor with constants around it; where it was cut instead, its entries get no gradient."""
-    if not (shape := at.inputs[0]):
-        return None
-    widths, found = saved(at.node, "widths"), at.first
-    for place in range(len(widths) // 2):
-        axis = len(shape) - 1 - place
-        before, after = widths[2 * place], widths[2 * place + 1]
-        if found.shape[axis] != 1:
-            inside = np.arange(max(before, 0), found.shape[axis] - max(after, 0))
-            there = slice(max(-before, 0), shape[axis] - max(-after, 0))
-            found = put(found.take(inside, axis), axis, there, shape[axis])
-    return [found]

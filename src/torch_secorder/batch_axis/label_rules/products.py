@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from torch_secorder.autograd.saved import saved
-from torch_secorder.batch_axis.label_rules.registry import Answer, At, backward, rule
+from torch_secorder.batch_axis.label_rules.registry import Answer, At, rule
 from torch_secorder.batch_axis.labels import joined_along
 
 
@@ -12,12 +12,6 @@ def _product(at: At) -> Answer:
     """Products of matrices or of stacks of matrices, possibly added to another tensor."""
     rows = at.first.ndim - 2
     return [*[at.first] * (len(at.inputs) - 2), joined_along(at.first, [rows + 1]), joined_along(at.first, [rows])]
-
-
-@rule("LinalgSolveTriangularBackward0")
-def _solution(at: At) -> Answer:
-    """Solutions of systems of equations, one or several for each of a stack of matrices."""
-    return [joined_along(at.first, [at.first.ndim - 2, at.first.ndim - 1])] * len(at.inputs)
 
 
 @rule("GroupedMmBackward0")
@@ -41,23 +35,9 @@ def _attention(at: At) -> Answer:
     return _first_axis(at, 3)
 
 
-# Each index along the first axis, a sample or a channel, is pooled, resized or padded by itself.
-_POOLS = (
-    "MaxPool2DWithIndices MaxPool3DWithIndices AvgPool2D AvgPool3D AdaptiveAvgPool2D AdaptiveAvgPool3D AdaptiveMaxPool2D "
-    "AdaptiveMaxPool3D UpsampleNearest1D UpsampleNearest2D UpsampleNearest3D UpsampleLinear1D UpsampleBilinear2D "
-    "UpsampleBicubic2D UpsampleTrilinear3D ReflectionPad1D ReflectionPad2D ReplicationPad1D ReplicationPad2D"
-)
-
-
-@rule("ConvolutionBackward0", "NativeGroupNormBackward0", *backward(_POOLS, [0]))
+@rule("ConvolutionBackward0", "NativeGroupNormBackward0")
 def _of_first_input(at: At) -> Answer:
     return _first_axis(at, 1)
-
-
-@rule("NativeBatchNormBackward0", "CudnnBatchNormBackward0", reads=("training",))
-def _batch_norm(at: At) -> Answer | None:
-    """Normalization by running statistics; that by the batch's own mixes samples."""
-    return None if saved(at.node, "training") else [at.first, *[None] * len(at.inputs[1:])]
 
 
 def _first_axis(at: At, count: int) -> Answer:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 from torch import Tensor
@@ -60,6 +59,9 @@ Question = Callable[[Node], Sequence[Tensor] | None]  # None where the node is n
 
 # The kind of all nodes of Python functions, whatever they are called.
 PYTHON_FUNCTION = "torch.autograd.Function"
+
+# The kind of the nodes of writes into a part of a tensor.
+COPY_SLICES = "torch::autograd::CopySlices"
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,6 @@ def _answer(at: At) -> Answer | None:
     return found.rule(at) if only_first or not found.needs_first else None
 
 
-@cache
 def _applicable(kind: str) -> Registered | None:
     """The rule for a kind, if there is one and this torch's nodes show what it reads."""
     found = RULES.get(kind)

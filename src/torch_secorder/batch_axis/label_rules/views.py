@@ -29,12 +29,12 @@ def _view_as_real(at: At) -> Answer:
     return [joined_along(at.first, [at.first.ndim - 1]).squeeze(-1)]
 
 
-@rule("TBackward0")
+@rule("TBackward0", "TBackward1")
 def _t(at: At) -> Answer:
     return [at.first.T]
 
 
-@rule("TransposeBackward0", reads=("axis", "other"))
+@rule("TransposeBackward0", "TransposeBackward1", reads=("axis", "other"))
 def _transpose(at: At) -> Answer | None:
     if not at.shapes[0]:
         return None

@@ -1,0 +1,69 @@
+"""One graph of a model's outputs, with what was recorded of it and what its nodes tell of the samples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from operator import attrgetter, itemgetter
+
+from torch import Tensor
+
+from torch_secorder.batch_axis.derivation import Derivation
+from torch_secorder.batch_axis.evidence import Unplaced
+from torch_secorder.batch_axis.placement import Placement
+from torch_secorder.batch_axis.search_pass import Viewed
+from torch_secorder.capture.model_run import Forward
+from torch_secorder.graph.walk import Walk
+
+
+@dataclass(eq=False)
+class Graph:
+    """One graph, with what was recorded of it.
+
+    Attributes:
+        walk: through the graph.
+        placed: the model's outputs that require a gradient, and where each has its samples.
+        forward: the run of the model.
+        is_new: whether nothing is known yet of what decides where samples are in graphs of its kind.
+    """
+
+    walk: Walk
+    placed: list[tuple[Tensor, Placement | None]]
+    forward: Forward
+    is_new: bool = False
+    _derivations: dict[tuple[frozenset[int], bool], Derivation] = field(default_factory=dict)
+
+    def derivation(self, comparing: Iterable[int] = (), *, calls_functions: bool = False) -> Derivation:
+        """What the nodes tell of the samples, without the outputs of these numbers; Python functions tell if they are called."""
+        left_out = frozenset(comparing)
+        if calls_functions and not (without := self.derivation(left_out)).has_functions:
+            return without
+        key = left_out, calls_functions
+        if key not in self._derivations:
+            # What is taken apart may lead to none of the leaves: the gates on a layer's output are in no graph.
+            edges = (
+                *map(itemgetter(1), self.walk.calls),
+                *map(attrgetter("edge"), self.forward.own_axes),
+                *map(attrgetter("edge"), self.walk.carried_axes),
+            )
+            ends = (*self.walk.leaves, *self.walk.other_leaves, *map(attrgetter("node"), edges))
+            placed = [one for number, one in enumerate(self.placed) if number not in left_out]
+            self._derivations[key] = Derivation(placed, self.forward.n or 0, ends, calls_functions=calls_functions)
+        return self._derivations[key]
+
+    @cached_property
+    def _suggested(self) -> list[tuple[Viewed, Placement]]:
+        """The calls with the places that their shapes suggest, as long as nothing else was found."""
+        calls = self.walk.calls
+        return [((edge, one.shape), one.placement) for one, edge in calls if one.placement is not None]
+
+    def is_as_shapes_say(self, comparing: Iterable[int] = ()) -> bool:
+        """Whether all calls have their samples where their shapes suggest; asked for the first time before they are placed."""
+        suggested, n = self._suggested, self.forward.n or 0
+        found = self.derivation(comparing).suppositions([viewed for viewed, _ in suggested])
+        return found is not None and all(
+            one.evidence is Unplaced.NO_GRADIENT
+            or (isinstance(one.evidence, Placement) and placement.agrees(one.evidence, shape, n))
+            for ((_, shape), placement), one in zip(suggested, found, strict=True)
+        )

@@ -1,0 +1,80 @@
+"""Orders of samples: found in one graph, and compared with those of later graphs of its kind."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Sequence
+from operator import itemgetter
+from typing import Any
+
+from torch import Tensor
+
+from torch_secorder.autograd.nodes import has_packed_tensors, is_python_function, numbers_of_function
+from torch_secorder.autograd.saved import axes, knows, saved, settings
+from torch_secorder.autograd.versions import SameTensor
+from torch_secorder.batch_axis.derivation import Derivation
+from torch_secorder.batch_axis.label_rules import COPY_SLICES
+from torch_secorder.batch_axis.moving import Mover
+from torch_secorder.batch_axis.order import Order
+from torch_secorder.graph.walk import Walk
+
+# How many entries an index may have to be compared with that of the graph before.
+LARGEST_INDEX = 2**20
+
+
+def order_of(walk: Walk, derivation: Derivation, *, as_shapes_say: bool) -> Order:
+    """What decides where the samples are in graphs of one kind, of which one was derived."""
+    numbers = {node: number for number, node in enumerate(walk.children)}
+    found = [(numbers.get(one.node), one.places) for one in derivation.movers]
+    compared = frozenset([(number, places) for number, places in found if number is not None])
+    return Order(compared if len(compared) == len(found) else None, derivation.tells, as_shapes_say)
+
+
+def order_given_by(order: Order, walk: Walk) -> Hashable | None:
+    """What is equal for graphs of one kind that have their samples at the same indices; None if it is not known."""
+    if order.movers is None or not order.is_derived:
+        return None
+    nodes, movers = list(walk.children), sorted(order.movers, key=itemgetter(0))
+    moved = [_moved_by(Mover(nodes[number], places), walk.n or 0) for number, places in movers]
+    return None if None in moved else (walk.n, walk.shapes, walk.wiring, tuple(map(axes, nodes)), tuple(moved))
+
+
+def _moved_by(mover: Mover, n: int) -> Hashable | None:
+    """What decides where a node puts entries; None for a node that does not show it.
+
+    It is equal for two nodes that put their entries alike. Of an index on the host it has the numbers themselves, so that it
+    does not matter whether they come from the data. The host would have to wait in every step for those of another device, which
+    is why such an index is known by being the same tensor, which nobody has changed.
+    """
+    node: Any = mover.node
+    kind = node.name()
+    if is_python_function(node):
+        numbers = numbers_of_function(node, n)
+        return _same(kind, numbers.values()) if numbers else None
+    if kind == COPY_SLICES:
+        return None
+    if "Index" in kind and knows(kind, "indices"):
+        if has_packed_tensors(node):
+            return None
+        indices: Sequence[Tensor | None] = saved(node, "indices")
+        places = range(len(indices)) if mover.places is None else mover.places
+        return _same(kind, [places, *[indices[place] for place in places]])
+    if knows(kind, "axis", "index") and kind != "SelectBackward0":
+        return None if has_packed_tensors(node) else _same(kind, (saved(node, "axis"), saved(node, "index")))
+    return settings(node)
+
+
+def _same(kind: str, values: Iterable[Any]) -> Hashable | None:
+    """What some indices and settings are; None if they are too many, or don't count their changes."""
+    found: list[Hashable] = [kind]
+    for value in values:
+        if not isinstance(value, Tensor):
+            found.append(str(value))
+        elif value.numel() > LARGEST_INDEX:
+            return None
+        elif value.device.type == "cpu":
+            found.append((tuple(value.shape), value.dtype, value.detach().numpy().tobytes()))
+        elif value.is_inference():
+            return None
+        else:
+            found.append(SameTensor.of(value))
+    return tuple(found)
