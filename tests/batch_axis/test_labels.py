@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch_secorder.autograd.nodes import value_shape
 from torch_secorder.batch_axis.derivation import Derivation
 from torch_secorder.batch_axis.evidence import Unplaced
-from torch_secorder.batch_axis.label_rules import asked
+from torch_secorder.batch_axis.label_rules import written as writes
 from torch_secorder.batch_axis.label_rules.registry import RULES
 from torch_secorder.batch_axis.labels import NOBODY, SEVERAL, reshaped
 from torch_secorder.batch_axis.placement import Layout, Placement
@@ -566,8 +566,8 @@ MIX = {
 def test_what_is_one_samples_is_labeled_so(name: str) -> None:
     """But for what only a search shows: kinds without a rule, and what goes in and out along several axes at once."""
     unknown = {"no rule", "roll all", "index pairs apart", "cat with several others", "gather from fewer samples"}
-    unknown |= {"scatter_add with other columns", "scatter_add to fewer", "a part multiplied in place"}
-    unknown |= {"a part scaled in place", "a part turned around", "a diagonal written"}
+    unknown |= {"scatter_add with other columns", "scatter_add to fewer"}
+    unknown |= {"a part turned around", "a diagonal written"}
     unknown |= {"another stride"}
     x, y = drawn(FUNCTIONS[name])
     derivation = Derivation([(y, placement_for(tuple(y.shape)))], N, reached_nodes(y))
@@ -669,7 +669,7 @@ def test_where_a_part_was_written(dtype: torch.dtype, shape: tuple[int, ...]) ->
     made = torch.zeros(shape, dtype=dtype)
     part = (-1, *[slice(1, None, 3)] * (len(shape) - 1))
     made[part] = torch.ones(made[part].shape, dtype=dtype, requires_grad=True) * 1
-    flags, size, *taken = asked._of_slices(made.grad_fn)
+    flags, size, *taken = writes._of_slices(made.grad_fn)
     assert flags.tolist() == [True, True]
     assert size.tolist() == [1, *made[part].shape] or size.tolist() == [*made[part].shape]
     expected = torch.zeros(shape, dtype=torch.int64)
@@ -702,3 +702,44 @@ def test_findings() -> None:
     assert nothing.evidence is Unplaced.NO_GRADIENT
     assert value_shape(weight.node, 0) == (4, 4)
     assert SEVERAL != NOBODY
+
+
+IN_PLACE: dict[str, tuple[Function, bool]] = {  # what is done to y with x, and whether the samples stay where they are
+    "copied": (lambda y, x: y[..., 1:3].copy_(x[..., 2:]), True),
+    "added": (lambda y, x: y[..., 1:3].add_(x[..., 2:], alpha=0.1), True),
+    "multiplied": (lambda y, x: y[..., 1:3].mul_(x[..., 2:]), True),
+    "multiplied for each sample": (lambda y, x: y[..., 1:3].mul_(x[:, :1, :1]), True),
+    "put by an index": (lambda y, x: y[..., 1:3].index_put_((rows(1, 2, 0),), x[..., 2:]), False),
+    "put by an index in order": (lambda y, x: y[..., 1:3].index_put_((rows(0, 1, 2),), x[..., 2:]), True),
+    "copied for some": (lambda y, x: y[1:].copy_(x[:2]), False),
+    "cumulated": (lambda y, x: y[..., 1:3].cumsum_(0), False),
+    "centered": (
+        lambda y, x: y[..., 1:3].sub_(y[..., 1:3].mean(0)),
+        True,
+    ),  # the mean is another node's, which mixes samples
+    "smoothed": (lambda y, x: y[:, 0].addmm_((torch.eye(N) + torch.ones(N, N)).double(), x[:, 0]), False),
+}
+
+
+@pytest.mark.parametrize("name", IN_PLACE)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_whether_a_write_keeps_the_order(name: str, dtype: torch.dtype) -> None:
+    change, stays = IN_PLACE[name]
+    x = torch.randn(N, 2, 4, dtype=dtype, requires_grad=True)
+    if name == "smoothed" and dtype == torch.float32:
+        x = x.detach().double().requires_grad_()
+    y = x * 2
+    change(y, x)
+    assert isinstance(y.grad_fn, torch.autograd.graph.Node)
+    answer = writes.keeps_order(y.grad_fn, 0)
+    assert (answer is not None and bool(answer)) == stays
+
+
+def test_a_write_of_more_rows_than_numbers_tell_apart() -> None:
+    """Bfloat16 has seven whole numbers that are apart from their multiples' roundings."""
+    for count, known in ((7, True), (70, False)):
+        x = torch.randn(count, 4, dtype=torch.bfloat16, requires_grad=True)
+        y = x * 2
+        y[:, :2] = x[:, 2:]
+        assert isinstance(y.grad_fn, torch.autograd.graph.Node)
+        assert (writes.keeps_order(y.grad_fn, 0) is not None) == known

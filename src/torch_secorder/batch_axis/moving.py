@@ -17,6 +17,7 @@ from torch_secorder.autograd.nodes import numbers_of_function
 from torch_secorder.autograd.saved import knows
 from torch_secorder.batch_axis.label_rules import COPY_SLICES, PYTHON_FUNCTION, At, labels_of_inputs
 from torch_secorder.batch_axis.label_rules.layers import pads
+from torch_secorder.batch_axis.label_rules.written import axis_of_samples, takes_some
 from torch_secorder.batch_axis.labels import Labels, differ_along, samples_in
 
 # All kinds with a rule that reads where entries go. Of a kind without a rule labels tell nothing.
@@ -35,7 +36,8 @@ class Mover:
 
     Attributes:
         node: the node.
-        places: of a node with several indices those that decide it; None for all that it has saved.
+        places: of a node with several indices those that decide it, of a write into a part the axis with the samples; None for
+            all that it has saved.
     """
 
     node: Node
@@ -61,9 +63,19 @@ def mover(at: At, n: int) -> Mover | None:
     if at.kind in ("IndexBackward0", "IndexPutBackward0") and at.indices:
         labels = labels_of_inputs(at, [0])[0] if at.kind == "IndexBackward0" else at.first
         return None if labels is None else _by_indices(at, labels)
+    if at.kind == COPY_SLICES:
+        return _by_writing(at)
     along = list(_axes(at))
     moves = any(differ_along(labels, along) for labels in at.labels if labels is not None)
     return Mover(at.node) if moves else None
+
+
+def _by_writing(at: At) -> Mover | None:
+    """What a write into a part moves. An index may stand behind it, which nothing shows, so that each one is asked."""
+    if all(shape is None for shape in at.inputs[1:]):
+        return None  # Numbers were written, which belong to nobody.
+    axis = axis_of_samples(at.first) if at.indices else None
+    return Mover(at.node, None if axis is None or takes_some(at, axis) else (axis,))
 
 
 def _turns(origins: Tensor | None) -> bool:
@@ -99,8 +111,6 @@ def _axes(at: At) -> Iterable[int]:
     kind, shape = at.kind, at.shapes[0]
     if kind in ("SelectBackward0", "UnbindBackward0"):
         return ()
-    if kind == COPY_SLICES and all(shape is None for shape in at.inputs[1:]):
-        return ()  # Numbers were written, which belong to nobody.
     if kind == "ConstantPadNdBackward0" and knows(kind, "pads"):
         return pads(at)
     if kind in ("FlipBackward0", "RollBackward0") and knows(kind, "axes"):

@@ -6,13 +6,18 @@ from collections.abc import Hashable, Iterable, Sequence
 from operator import itemgetter
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 
+from torch_secorder.autograd.double_precision import together_on_host
+from torch_secorder.autograd.graph_pass import calling_nodes
 from torch_secorder.autograd.nodes import has_packed_tensors, is_python_function, numbers_of_function
 from torch_secorder.autograd.saved import axes, knows, saved, settings
 from torch_secorder.autograd.versions import SameTensor
 from torch_secorder.batch_axis.derivation import Derivation
 from torch_secorder.batch_axis.label_rules import COPY_SLICES
+from torch_secorder.batch_axis.label_rules.written import keeps_order
 from torch_secorder.batch_axis.moving import Mover
 from torch_secorder.batch_axis.order import Order
 from torch_secorder.graph.walk import Walk
@@ -29,13 +34,34 @@ def order_of(walk: Walk, derivation: Derivation, *, as_shapes_say: bool) -> Orde
     return Order(compared if len(compared) == len(found) else None, derivation.tells, as_shapes_say)
 
 
-def order_given_by(order: Order, walk: Walk) -> Hashable | None:
-    """What is equal for graphs of one kind that have their samples at the same indices; None if it is not known."""
+def order_given_by(order: Order, walk: Walk, outputs: Sequence[Tensor]) -> Hashable | None:
+    """What is equal for graphs of one kind that have their samples at the same indices; None if it is not known.
+
+    Args:
+        order: what decides it for this kind.
+        walk: through one of these graphs.
+        outputs: what the graph is of.
+    """
     if order.movers is None or not order.is_derived:
         return None
     nodes, movers = list(walk.children), sorted(order.movers, key=itemgetter(0))
-    moved = [_moved_by(Mover(nodes[number], places), walk.n or 0) for number, places in movers]
-    return None if None in moved else (walk.n, walk.shapes, walk.wiring, tuple(map(axes, nodes)), tuple(moved))
+    found = [Mover(nodes[number], places) for number, places in movers]
+    moved = [_moved_by(one, walk.n or 0) for one in found]
+    if None in moved or not _are_in_order([one for one in found if one.node.name() == COPY_SLICES], nodes, outputs):
+        return None
+    return walk.n, walk.shapes, walk.wiring, tuple(map(axes, nodes)), tuple(moved)
+
+
+def _are_in_order(written: Sequence[Mover], nodes: Sequence[Node], outputs: Sequence[Tensor]) -> bool:
+    """Whether these writes into parts keep the samples in order. They are called, unless hooks on saved tensors could notice."""
+    if not written:
+        return True
+    if any(has_packed_tensors(node) is not False for node in nodes):
+        return False
+    with calling_nodes(outputs), torch.no_grad():
+        flags = [keeps_order(one.node, one.places[0]) for one in written if one.places is not None]
+    known = [flag for flag in flags if flag is not None]
+    return len(known) == len(written) and all(map(bool, together_on_host(known)))
 
 
 def _moved_by(mover: Mover, n: int) -> Hashable | None:
@@ -51,7 +77,7 @@ def _moved_by(mover: Mover, n: int) -> Hashable | None:
         numbers = numbers_of_function(node, n)
         return _same(kind, numbers.values()) if numbers else None
     if kind == COPY_SLICES:
-        return None
+        return None if mover.places is None else mover.places
     if "Index" in kind and knows(kind, "indices"):
         if has_packed_tensors(node):
             return None

@@ -1,8 +1,8 @@
 """Labels through nodes that show nothing of what they do: they are called by themselves, with numbers that tell.
 
-Torch's node of a write into a part of a tensor shows neither the part nor what was written, that of a view of memory not what it
-is a view of, and a Python function's backward may be anything. Each is called alone with numbers of ours, and what it does with
-these is compared, on its device, with what it has to do for a rule to apply. If it does anything else, the rule does not apply.
+A view of memory does not show what it is a view of, and a Python function's backward may be anything. Each is called alone with
+numbers of ours, and what it does with these is compared, on its device, with what it has to do for a rule to apply. If it does
+anything else, the rule does not apply. Writes into a part of a tensor are asked in ``written``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch_secorder.autograd.guard import RunsOthersCodeError
 from torch_secorder.autograd.nodes import is_others_function, keeps_state, node_vjp, outputs_of
 from torch_secorder.autograd.opaque import runs_others_code
 from torch_secorder.autograd.saved import saved
-from torch_secorder.batch_axis.label_rules.registry import COPY_SLICES, PYTHON_FUNCTION, Answer, At, rule
+from torch_secorder.batch_axis.label_rules.registry import PYTHON_FUNCTION, Answer, At, rule
 from torch_secorder.batch_axis.labels import NOBODY, SEVERAL, Labels, joined, joined_along, reshaped
 
 # The length of the block of random numbers that gradients repeat. It is prime, so that no axis lines up with it.
@@ -32,54 +32,7 @@ LARGEST_QUESTION = 2**24
 FORGIVEN = 1e-2
 
 
-def _of_slices(node: Any) -> Sequence[Tensor] | None:
-    """What a write into a part does: two flags, the part's shape, and for each axis which of its indices the part has.
-
-    The first flag says that what was there before gets its own gradient or none. The second says that what was written gets
-    the gradient of the entries with these indices as it is, in order, if they are as many. Without a second input there is the
-    first flag only.
-    """
-    whole = outputs_of(node)[0]
-    shape = tuple(whole.shape)
-    if not whole.dtype.is_floating_point or whole.is_nested_tensor or not math.prod(shape):
-        return None
-    given = _numbers(whole)
-    before, *written = node_vjp(node, [given])
-    keeps = given.new_ones((), dtype=torch.bool) if before is None else ((before == given) | (before == 0)).all()
-    if not written or written[0] is None:
-        return [keeps[None]]
-    part = written[0].flatten()
-    places, are_places = _places(node, whole, len(part))
-    are_places &= (given.flatten()[places] == part).all() & (places.diff() > 0).all()
-    taken = places.new_zeros(sum(shape))
-    for axis, size in enumerate(shape):
-        taken.index_fill_(0, places // math.prod(shape[axis + 1 :]) % size + sum(shape[:axis]), 1)
-    sizes = torch.tensor(written[0].shape, dtype=torch.int64, device="cpu")
-    return [torch.stack([keeps, are_places]), sizes, *taken.split(shape)]
-
-
-def _places(node: Node, whole: Any, count: int) -> tuple[Tensor, Tensor]:
-    """Where the entries of a part come from, if they were taken as they are: the numbers of entries of the whole.
-
-    They come in digits that the dtype holds, one call for each.
-
-    Returns:
-        the numbers, and whether they are some.
-    """
-    numel, base, unit = math.prod(whole.shape), round(2 / torch.finfo(whole.dtype).eps), 1
-    number = torch.arange(numel, device=whole.device)
-    found, are_digits = number.new_zeros(count), number.new_ones((), dtype=torch.bool)
-    while unit < numel:
-        digits = number if numel <= base else number // unit % base
-        digit = node_vjp(node, [digits.to(whole.dtype).view(tuple(whole.shape))])[1]
-        assert digit is not None
-        own = digit.flatten().long()
-        found, unit, are_digits = found + own * unit, unit * base, are_digits & (own == digit.flatten()).all()
-    places = found.clamp(0, numel - 1)
-    return places, are_digits & (places == found).all()
-
-
-def _numbers(output: Any) -> Tensor:
+def random_numbers(output: Any) -> Tensor:
     """A gradient for an output: random numbers from 1 to 2."""
     numel = math.prod(output.shape)
     block = _block(min(numel, BLOCK), output.device, output.dtype)
@@ -91,26 +44,6 @@ def _block(size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     block = torch.rand(size, generator=generator, dtype=torch.float32, device="cpu") + 1
     return block.to(device, dtype)
-
-
-@rule(COPY_SLICES, asks=_of_slices)
-def _copy_slices(at: At) -> Answer | None:
-    """A write into a part of a tensor: what was there before and what was written, maybe by an operation with both."""
-    if not at.indices:
-        return None
-    flags, *more = at.indices
-    assert flags is not None
-    answer: list[Labels | None] = [None] * len(at.inputs)
-    answer[0] = at.first if flags[0] else None
-    if len(flags) > 1 and flags[1]:
-        sizes, *taken = [one.numpy() for one in more if one is not None]
-        counts = [int(one.sum()) for one in taken]
-        if math.prod(counts) == sizes.prod():
-            found = at.first
-            for axis, one in enumerate(taken):
-                found = found.compress(one, axis) if found.shape[axis] != 1 else found
-            answer[1] = reshaped(found, counts, sizes.tolist())
-    return answer
 
 
 def may_be_called(node: Node) -> bool:
@@ -135,7 +68,7 @@ def _of_rows(node: Any) -> Sequence[Tensor] | None:
     if 2 * len(digits) * sum(math.prod(output.shape) for output in outputs) > LARGEST_QUESTION:
         return None
     loud = torch.stack([digits == 0, digits == 1], 1).flatten(0, 1)
-    given = [_numbers(output) for output in outputs]
+    given = [random_numbers(output) for output in outputs]
     try:
         together = node_vjp(node, given)
         answers = [node_vjp(node, [x * _along(rows, x) for x in given]) for rows in loud]
