@@ -175,7 +175,8 @@ def plainly(model: nn.Module, loss_fn: Any, x: Any, y: Any) -> Exception | None:
 
 # What may be refused although plain PyTorch runs it, in the words of the refusal.
 IN_ORDER = re.compile(
-    r"the batch is empty|\d samples in the inputs and \d in the targets|without a batch axis|^class_axis=|^loss_type must be"
+    r"the batch is empty|had an empty batch|data has no batch with samples"
+    r"|\d samples in the inputs and \d in the targets|without a batch axis|^class_axis=|^loss_type must be"
     r"|may have their classes on either axis|needs logits of two classes or more|^targets have the outputs' shape"
     r"|^targets (of shape|from|must be (real numbers|class indices))"
     r"|the loss (must be a scalar|neither averages nor sums|can't be told to average)"

@@ -223,7 +223,9 @@ class Derivation:
         """What labels say of a tensor in some shape; most layers of a model have the same labels, of which it is known then."""
         if labels is None or 0 in shape:
             return Finding(Unplaced.NO_GRADIENT)
-        own = self._shapes[edge.node][edge.output_nr]
+        own = (self._shapes.get(edge.node) or _shapes(edge.node))[
+            edge.output_nr
+        ]  # an output may be behind a hidden node
         key = (labels.shape, labels.tobytes(), own, shape)
         if (known := self._known.get(key)) is None:
             known = self._known[key] = self._found(reshaped(labels, own, shape), shape)

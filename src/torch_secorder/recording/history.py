@@ -57,7 +57,7 @@ class History:
         if not self.forwards + self.without_gradient:
             if self.without_samples:
                 calls = _times(self.without_samples, "call", "calls")
-                return f"all {calls} of {self.model} had an empty batch{self.since}"
+                return f"{calls} of {self.model} had an empty batch, and no other{self.since}"
             return (
                 f"the block was entered, but no call of this {self.model} was completed inside it{self.since}; if a copy of the "
                 "model is trained, or only a part of it is called, watch the module that is called"
