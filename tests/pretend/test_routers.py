@@ -26,8 +26,7 @@ from routers import (
 )
 from torch_secorder import FisherMonitor
 
-# What the routers themselves wait for, on a device; that with a function of the user's has it called, for whose answer one more wait
-# is made.
+# What the routers themselves wait for, on a device. A function of the user's in one is called, whose answer is waited for, too.
 OWN_WAITS = {eager: 6, in_order_of_experts: 4, back_by_an_index: 4, with_capacity: 14, by_scatter: 0, by_parts: 4 + 1}
 
 
