@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from oracles import assert_equal, per_sample_squared_norms, total, trace
-from torch_secorder import FisherMonitor
+from torch_secorder import FisherMonitor, fisher_report
 from traps.exactness import numbers
 
 N, WIDTH, STEPS = 6, 4, 30
@@ -419,3 +419,32 @@ class LookedUp(nn.Module):
 def test_trap_22_rows_of_a_table_that_others_take_between_looks() -> None:
     names = [torch.arange(N) if step in LOOKS else torch.randint(N, (N,)) for step in range(1, STEPS + 1)]
     require_exact(LookedUp(), names)
+
+
+class OneFeature(nn.Module):
+    """A layer in another order of the samples, all but one of whose features get no gradient, and that is used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        order = x[:, 0, 0].argsort(descending=True)
+        permutation = torch.eye(len(x), dtype=x.dtype)[order]
+        h = self.layer((permutation @ self.layer(x).flatten(1)).view(x.shape))
+        h = (permutation.T @ h.flatten(1)).view(x.shape)
+        return self.head(h * (x[:, 1:2, :1] > 0) * torch.eye(6, dtype=x.dtype)[0]).mean(1)
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_trap_22_one_feature_of_one_sample_has_a_gradient(verify: bool) -> None:
+    """A run of neighboring features fits as well as a row does, and no rule takes apart a layer's features."""
+    torch.manual_seed(0)
+    model, y, loss_fn = OneFeature().double(), torch.tensor([0, 2]), nn.CrossEntropyLoss(reduction="sum")
+    for _ in range(4):
+        x = torch.randn(2, 6, 6, dtype=torch.float64)
+        x[:, 1, 0] = torch.tensor([1.0, -1.0])  # The first sample's gate is open.
+        expected = trace(per_sample_squared_norms(model, loss_fn, x, y), "sum")
+        found = fisher_report(model, loss_fn, (x, y), progress=False, verify=verify)
+        for key, value in expected.items():
+            assert_equal(torch.tensor(found.loc[key, "fisher_trace"]), value, total(expected))

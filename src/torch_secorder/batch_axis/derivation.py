@@ -21,7 +21,7 @@ from torch_secorder.autograd.double_precision import together_on_host
 from torch_secorder.autograd.graph_pass import calling_nodes
 from torch_secorder.autograd.nodes import Edge, has_packed_tensors, output_shapes
 from torch_secorder.autograd.route import Route
-from torch_secorder.batch_axis.evidence import Finding, Unplaced, candidates
+from torch_secorder.batch_axis.evidence import Finding, Unplaced
 from torch_secorder.batch_axis.label_rules import (
     PYTHON_FUNCTION,
     At,
@@ -33,8 +33,6 @@ from torch_secorder.batch_axis.label_rules import (
     reads_tensors,
 )
 from torch_secorder.batch_axis.labels import (
-    NOBODY,
-    SEVERAL,
     Labels,
     differ_along,
     joined,
@@ -44,7 +42,8 @@ from torch_secorder.batch_axis.labels import (
     reshaped,
 )
 from torch_secorder.batch_axis.moving import Mover, mover
-from torch_secorder.batch_axis.placement import Layout, Placement
+from torch_secorder.batch_axis.placement import Placement
+from torch_secorder.batch_axis.readings import what_labels_say
 from torch_secorder.batch_axis.search_pass import Viewed
 
 
@@ -223,31 +222,12 @@ class Derivation:
         """What labels say of a tensor in some shape; most layers of a model have the same labels, of which it is known then."""
         if labels is None or 0 in shape:
             return Finding(Unplaced.NO_GRADIENT)
-        own = (self._shapes.get(edge.node) or _shapes(edge.node))[
-            edge.output_nr
-        ]  # an output may be behind a hidden node
+        # An output may be behind a node that hides what it does, and then it is not on the route.
+        own = (self._shapes.get(edge.node) or _shapes(edge.node))[edge.output_nr]
         key = (labels.shape, labels.tobytes(), own, shape)
         if (known := self._known.get(key)) is None:
-            known = self._known[key] = self._found(reshaped(labels, own, shape), shape)
+            known = self._known[key] = what_labels_say(reshaped(labels, own, shape), shape, self._n)
         return known
-
-    def _found(self, labels: Labels, shape: tuple[int, ...]) -> Finding:
-        if (labels == NOBODY).all():
-            return Finding(Unplaced.NO_GRADIENT)
-        if not shape or (labels == SEVERAL).any():
-            return Finding(Unplaced.SHARED_BY_SAMPLES)
-        possible = candidates(shape, self._n)
-        if fitting := [one for one in possible if _explains(labels, one, shape[one.axis], self._n)]:
-            return Finding(fitting[0], len(fitting) == 1, tuple(fitting[1:]))
-        return self._listed(labels, shape)
-
-    def _listed(self, labels: Labels, shape: tuple[int, ...]) -> Finding:
-        rows = joined_along(labels, range(1, len(shape))).reshape(-1)
-        if (rows == SEVERAL).any():
-            return Finding(Unplaced.SHARED_BY_SAMPLES)
-        # A row without a gradient may belong to any sample.
-        rows = np.broadcast_to(np.where(rows == NOBODY, 0, rows), shape[:1])
-        return Finding(Placement(0, Layout.INDEXED, torch.from_numpy(rows.copy())))
 
 
 def _of_inputs(at: At, wanted: Sequence[int], step: _Step) -> list[Labels | None]:
@@ -273,15 +253,6 @@ def _supposed(at: At, shape: tuple[int, ...]) -> Labels | None:
             own = on_axis(rows.reshape(-1), axis, len(shape))
         found = joined(found, own)
     return found
-
-
-def _explains(labels: Labels, placement: Placement, size: int, n: int) -> bool:
-    """Whether the labels at each index along a placement's axis are those of the index's sample, or NOBODY."""
-    axis = placement.axis
-    own = placement.sample_of_index(size, n, torch.device("cpu"))
-    samples = np.arange(n) if own is None else own.numpy()
-    expected = samples.reshape([-1 if other == axis else 1 for other in range(labels.ndim)])
-    return bool(((labels == expected) | (labels == NOBODY)).all())
 
 
 def _of_output(x: Tensor, where: Placement, n: int) -> Labels:

@@ -91,17 +91,32 @@ def _placed(reading: Reading, n: int) -> Finding | None:
     """The placement that explains what came back; None if none does."""
     first = reading.first
     possible = (placement for placement in candidates(first.shape, n) if placement.axis in first.axes)
-    if fitting := [placement for placement in possible if reading.fits(placement)]:
-        proven = len(fitting) == 1 and _shows_every_sample(reading.sizes(fitting[0].axis), fitting[0], n)
+    fitting = [placement for placement in possible if reading.fits(placement)]
+    proven = len(fitting) == 1 and _shows_every_sample(reading.sizes(fitting[0].axis), fitting[0], n)
+    if fitting and (proven or not is_of_features(fitting[0], first.shape)):
         return Finding(fitting[0], proven, tuple(fitting[1:]))
     if 0 not in first.axes:
         return None
+    return _listed(reading) or (Finding(fitting[0], proven, tuple(fitting[1:])) if fitting else None)
+
+
+def is_of_features(placement: Placement, shape: Sequence[int]) -> bool:
+    """Whether a placement is on the last of several axes, where layers have features.
+
+    Where most rows have no gradient, the few features that have one fit a placement there as well as rows do. Both give every
+    entry to the same sample, but no layer's rule takes apart its features.
+    """
+    return 0 < placement.axis == len(shape) - 1
+
+
+def _listed(reading: Reading) -> Finding | None:
+    """Samples row by row, in any order, if that explains what came back."""
     listed = reading.listed()
     if listed.sample_index is None or not reading.fits(listed):
         return None
     # A row without a gradient may be any sample's.
     size = reading.sizes(0)
-    there = replace(listed, sample_index=listed.sample_index.to(first.device))
+    there = replace(listed, sample_index=listed.sample_index.to(reading.first.device))
     return Finding(there, proven=bool((size > SPEAKS * size.max()).all()))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import partial
 from random import Random
 from typing import Any
@@ -16,7 +15,6 @@ from torch_secorder.autograd.precision import is_half
 from torch_secorder.autograd.product_bits import bits_of, most_bits
 from torch_secorder.autograd.random_state import forked_random
 from torch_secorder.errors import CurvatureError, VerificationError, warn_at_users_line
-from torch_secorder.graph.queries import LossGraph
 from torch_secorder.model.containers import is_continuous, mapped, parts, tensors
 from torch_secorder.model.nested import whole
 from torch_secorder.model.ranks import Ranks
@@ -25,11 +23,17 @@ from torch_secorder.per_sample import as_refusal
 from torch_secorder.running.analysis import Analysis, Batch
 from torch_secorder.verification.comparison import require_equal_norms, unequal_norms
 from torch_secorder.verification.differentiable_model import DifferentiableModel
+from torch_secorder.verification.loss_slopes import (
+    Loss,
+    LossSlopes,
+    inner_product,
+    loss_gradients,
+    loss_slopes,
+    multiple,
+)
 from torch_secorder.verification.own_rows import with_own_rows
 from torch_secorder.verification.plain_autograd import as_row, of_one_sample, squared_norms_of_loss
 from torch_secorder.verification.tolerances import ROUNDED_OUTPUTS, sample_alone
-
-Loss = Callable[[Any], Tensor]  # from the model's outputs to a sum over samples
 
 
 def verify_samples(
@@ -62,7 +66,7 @@ def verify_samples(
                 for sample in samples:
                     _SampleInBatch(analysis, model, loss, inputs, batch, sample).verify()
                 return
-            slopes = _slopes(analysis, loss, batch.outputs)
+            slopes = loss_slopes(analysis, loss, batch.outputs)
             for sample in samples:
                 SampleAlone(analysis, model, loss, inputs, batch, sample, slopes).verify()
 
@@ -161,7 +165,7 @@ class SampleAlone:
         inputs: Any,
         batch: Batch,
         sample: int,
-        slopes: _Slopes | None = None,
+        slopes: LossSlopes | None = None,
     ):
         self._analysis, self._model, self.loss_of_outputs, self._sample = analysis, model, loss, sample
         self._where = batch.where
@@ -219,7 +223,7 @@ class SampleAlone:
         """A number with the loss's gradient in the sample's own outputs, or in the batch's if these are the same."""
         if self._slopes is None or not _are_same(own, self._in_batch):
             return self._loss_in_batch(own)
-        return _inner(self._slopes, own)
+        return inner_product(self._slopes, own)
 
     def _effect_of_rounding(self, alone: Tensor) -> Tensor:
         """By how much the norms may differ because the sample's outputs are rounded differently alone and in its batch.
@@ -230,7 +234,7 @@ class SampleAlone:
         """
         own = mapped(Tensor.detach, self._model(self._inputs))
         change = self._change_of_gradients(own)
-        squared, _ = self.squared_norms_of(partial(_inner, change))
+        squared, _ = self.squared_norms_of(partial(inner_product, change))
         return 4 * (squared + 2 * (squared * alone).sqrt())  # Four times, since d is itself an estimate.
 
     def _rounding_of_gradients(self, alone: Tensor, bits: int) -> Tensor:
@@ -241,7 +245,7 @@ class SampleAlone:
         tolerance for a norm that is small beside others, so that a model which changes from call to call is not excused.
         """
         tries = (
-            self.squared_norms_of(partial(_times, factor, self._loss_in_batch))[0] / factor**2 for factor in (3, 5, 7)
+            self.squared_norms_of(partial(multiple, factor, self._loss_in_batch))[0] / factor**2 for factor in (3, 5, 7)
         )
         # Three tries may miss the largest difference, hence the factor.
         found = 4 * torch.stack([(squared - alone).abs() for squared in tries]).amax(0)
@@ -252,7 +256,7 @@ class SampleAlone:
         pairs = list(zip(tensors(own), tensors(self._in_batch), strict=True))
         if not all(_differs_by_rounding(x, y) for x, y in pairs):
             return [torch.zeros_like(x) for x, _ in pairs]
-        both = (_gradients(self._loss_in_batch, outputs) for outputs in (own, self._in_batch))
+        both = (loss_gradients(self._loss_in_batch, outputs) for outputs in (own, self._in_batch))
         return [None if a is None or b is None else a - b for a, b in zip(*both, strict=True)]
 
 
@@ -299,63 +303,3 @@ def _are_same(own: Any, in_batch: Any) -> bool:
 def _is_same(x: Tensor, y: Tensor) -> bool:
     """The same, but what is half-precision rounding may be more than that: there, all numbers have to be equal."""
     return torch.equal(x, y) if is_half(y) and x.shape == y.shape else _differs_by_rounding(x, y)
-
-
-@dataclass(frozen=True)
-class _Slopes:
-    """What a loss was differentiated to.
-
-    Attributes:
-        gradients: its gradient in the batch's outputs, in the same containers.
-        loss: the loss, whose graph tells the precision of the gradients.
-    """
-
-    gradients: Any
-    loss: Tensor
-
-
-def _slopes(analysis: Analysis, loss: Loss, outputs: Any) -> _Slopes | None:
-    """The gradient of a loss in the outputs; None if the loss depends on parameters by another way.
-
-    Sharded and nested outputs are not differentiated here either, since products with them are tensors of other kinds.
-    """
-    if any(type(x) is not Tensor or x.is_nested for x in tensors(outputs)):
-        return None
-    with torch.enable_grad(), analysis.differentiable():
-        leaves = _leaves(outputs)
-        root = loss(leaves)
-        if not root.requires_grad or LossGraph(root, ()).parameters(analysis.table):
-            return None
-        found = iter(_gradients_in(root, leaves))
-    return _Slopes(mapped(lambda x: torch.zeros_like(x) if (g := next(found)) is None else g, outputs), root)
-
-
-def _gradients(loss: Loss, outputs: Any) -> list[Tensor | None]:
-    """The gradients of a loss in each tensor that it is computed from."""
-    with torch.enable_grad():
-        leaves = _leaves(outputs)
-        return _gradients_in(loss(leaves), leaves)
-
-
-def _leaves(outputs: Any) -> Any:
-    """The same outputs as leaves of a graph of their own."""
-    return mapped(lambda x: x.clone().requires_grad_(is_continuous(x)), outputs)
-
-
-def _gradients_in(root: Tensor, leaves: Any) -> list[Tensor | None]:
-    """The gradient in each leaf; None if there is none."""
-    wanted = [x for x in tensors(leaves) if x.requires_grad]
-    found = iter(torch.autograd.grad(root, wanted, allow_unused=True))
-    return [next(found) if x.requires_grad else None for x in tensors(leaves)]
-
-
-def _times(factor: float, loss: Loss, outputs: Any) -> Tensor:
-    """A loss times a number."""
-    return factor * loss(outputs)
-
-
-def _inner(gradients: Sequence[Tensor | None], outputs: Any) -> Tensor:
-    """``sum of outputs times gradients``; its gradients in the outputs are the given ones."""
-    pairs = zip(tensors(outputs), gradients, strict=True)
-    found = [(x * g.conj()).real.sum() for x, g in pairs if g is not None and x.requires_grad]
-    return sum((value.to(found[0].device) for value in found[1:]), found[0]) if found else torch.zeros((), device="cpu")

@@ -1,0 +1,44 @@
+"""What labels say of one tensor: on which axis it has its samples, and in which order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from torch_secorder.batch_axis.evidence import Finding, Unplaced, candidates, is_of_features
+from torch_secorder.batch_axis.labels import NOBODY, SEVERAL, Labels, joined_along
+from torch_secorder.batch_axis.placement import Layout, Placement
+
+
+def what_labels_say(labels: Labels, shape: tuple[int, ...], n: int) -> Finding:
+    """Where a tensor of this shape has its n samples, by the labels of its gradient."""
+    if (labels == NOBODY).all():
+        return Finding(Unplaced.NO_GRADIENT)
+    if not shape or (labels == SEVERAL).any():
+        return Finding(Unplaced.SHARED_BY_SAMPLES)
+    fitting = [one for one in candidates(shape, n) if _explains(labels, one, shape[one.axis], n)]
+    listed = _listed(labels, shape)
+    if not fitting or (is_of_features(fitting[0], shape) and isinstance(listed.evidence, Placement)):
+        return listed
+    return Finding(fitting[0], len(fitting) == 1, tuple(fitting[1:]))
+
+
+def _listed(labels: Labels, shape: Sequence[int]) -> Finding:
+    """Samples row by row, in any order."""
+    rows = joined_along(labels, range(1, len(shape))).reshape(-1)
+    if (rows == SEVERAL).any():
+        return Finding(Unplaced.SHARED_BY_SAMPLES)
+    # A row without a gradient may belong to any sample.
+    rows = np.broadcast_to(np.where(rows == NOBODY, 0, rows), shape[:1])
+    return Finding(Placement(0, Layout.INDEXED, torch.from_numpy(rows.copy())))
+
+
+def _explains(labels: Labels, placement: Placement, size: int, n: int) -> bool:
+    """Whether the labels at each index along a placement's axis are those of the index's sample, or NOBODY."""
+    axis = placement.axis
+    own = placement.sample_of_index(size, n, torch.device("cpu"))
+    samples = np.arange(n) if own is None else own.numpy()
+    expected = samples.reshape([-1 if other == axis else 1 for other in range(labels.ndim)])
+    return bool(((labels == expected) | (labels == NOBODY)).all())
