@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -318,7 +319,27 @@ def parametrized() -> nn.Module:
     return model
 
 
-WHOLE = OTHERS | {"used twice": UsedTwice, "called twice": CalledTwice, "parametrized": parametrized}
+def hooked(kind: str) -> nn.Module:
+    """A network in which a hook of the user's scales the gradient of the outputs."""
+
+    class Hooked(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            outputs = super().forward(x)
+            if kind == "tensor":
+                outputs.register_hook(lambda grad: 2 * grad)
+                return outputs
+            assert outputs.grad_fn is not None
+            if kind == "before the node":
+                outputs.grad_fn.register_prehook(lambda grads: (2 * grads[0],))
+            else:
+                outputs.grad_fn.register_hook(lambda returned, _: tuple(None if x is None else 2 * x for x in returned))
+            return outputs
+
+    return Hooked(*network(5))
+
+
+HOOKED = {f"a hook, {kind}": partial(hooked, kind) for kind in ("tensor", "before the node", "after the node")}
+WHOLE = OTHERS | HOOKED | {"used twice": UsedTwice, "called twice": CalledTwice, "parametrized": parametrized}
 
 
 @pytest.mark.parametrize("name", WHOLE)

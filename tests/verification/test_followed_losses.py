@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -101,6 +102,26 @@ def written(o: Tensor, y: Tensor) -> Tensor:
     return F.mse_loss(o, kept)
 
 
+def in_scripted_code(o: Tensor, y: Tensor) -> Tensor:
+    """A scripted function writes over a part of what the loss is computed from."""
+    o = o * 1.0
+    center(o.detach())
+    return F.mse_loss(o, y)
+
+
+def center_(o: Tensor) -> None:
+    o.sub_(o.mean(0))
+
+
+def mean_(o: Tensor) -> float:
+    return float(o.mean())
+
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", DeprecationWarning)  # Programs that script functions still run.
+    center, mean = torch.jit.script(center_), torch.jit.script(mean_)
+
+
 NOT_PROVEN: dict[str, Loss] = {
     **COUPLING,
     "contrastive": lambda o, y: F.cross_entropy(o @ o.T, torch.arange(len(o))),
@@ -121,6 +142,8 @@ NOT_PROVEN: dict[str, Loss] = {
     "targets that are written": written,
     "a gradient of its own": lambda o, y: Spread.apply(o) / len(o),
     "a hook": hooked,
+    "what scripted code has written": in_scripted_code,
+    "a number of scripted code": lambda o, y: F.mse_loss(o, y) * mean(o),
 }  # fmt: skip
 
 

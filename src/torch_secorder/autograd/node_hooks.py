@@ -17,6 +17,8 @@ from torch.autograd.graph import GradientEdge, Node
 from torch.utils.hooks import RemovableHandle
 
 from torch_secorder.autograd.engine import without_modes
+from torch_secorder.autograd.hooks import gradient_hooks
+from torch_secorder.model.hooks import WeakHook
 
 HookTable = dict[int, Callable[..., Any]]
 TableReference = Callable[[], HookTable | None]
@@ -79,10 +81,26 @@ def _hold_the_place(returned: Returned, grads: Returned) -> None:
     """Do nothing. The hook takes the place in the table at which the library's hook would stand."""
 
 
+def has_others_hooks_on_gradient(x: Tensor) -> bool:
+    """Whether hooks of the user's on a tensor, or on the node that made it, may change its gradient or see it."""
+    tables = [] if x.grad_fn is None else [hooks_before(x.grad_fn), _hooks_after(x.grad_fn)]
+    on_tensor = (gradient_hooks(x) or {}).values()
+    return any(map(has_others, tables)) or not all(isinstance(hook, WeakHook) for hook in on_tensor)
+
+
+def _hooks_after(node: Node) -> HookTable:
+    """The table of the hooks that run after a node, and stay with it."""
+    return _table_of(node.register_hook(lambda returned, grads: None))
+
+
 def hooks_before(node: Node) -> HookTable:
     """The table of the hooks that run before a node, and stay with it."""
-    handle: RemovableHandle = node.register_prehook(lambda grads: None)
-    table = handle.hooks_dict_ref()
+    return _table_of(node.register_prehook(lambda grads: None))
+
+
+def _table_of(handle: RemovableHandle) -> HookTable:
+    """The table of a hook, which is removed from it."""
+    table: HookTable | None = handle.hooks_dict_ref()
     handle.remove()
     assert table is not None  # The node keeps the table.
     return table

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
 from torch_secorder.autograd.engine import call_model
+from torch_secorder.autograd.node_hooks import has_others_hooks_on_gradient
 from torch_secorder.autograd.random_state import forked_random, random_state
 from torch_secorder.autograd.versions import hiding_changes
 from torch_secorder.batch_axis.knowledge import ModelKnowledge
@@ -93,8 +94,11 @@ class HookedForward(GraphBackward):
     def last_layer(self, outputs: Tensor) -> LastLayer | None:
         """The Linear layer that made these outputs, ``[n, c]``; its inputs have their graph.
 
-        The result is None if no such layer did, if a parameter of it is used elsewhere, too, or if nothing comes before it.
+        The result is None if no such layer did, if a parameter of it is used elsewhere, too, or if nothing comes before it. It
+        is also None if hooks of the user's change the outputs' gradient, which passes from the layer's inputs would not see.
         """
+        if has_others_hooks_on_gradient(outputs):
+            return None
         if self._create_graph or (factors := last_linear_factors(outputs)) is None or not factors[0].requires_grad:
             return None
         record = next((record for record, edge in self._records if edge.node is outputs.grad_fn), None)

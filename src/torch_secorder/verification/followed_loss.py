@@ -2,7 +2,8 @@
 
 The loss is called once, and each function of torch that gets something computed from the model's outputs must be one that is
 known to keep samples apart. Such a proof is cheaper than trials with other outputs. It needs to know all that takes part: no
-function may get a tensor of unknown origin, read numbers out of a tensor, or differentiate by rules of its own.
+function may get a tensor of unknown origin, read numbers out of a tensor, or differentiate by rules of its own. Nor may an
+operation run that no such function has called, as those of scripted functions do.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from torch_secorder.autograd.nodes import is_others_function
+from torch_secorder.autograd.operations import OperationWatch
 from torch_secorder.autograd.precision import nodes_of
 from torch_secorder.batch_axis.placement import Placement
 from torch_secorder.batch_axis.samples import BatchSamples
@@ -35,7 +37,7 @@ def keeps_samples_apart(loss_fn: Callable[[Any, Any], Tensor], outputs: Any, tar
     try:
         with torch.enable_grad():
             own = where.mapped(leaf, "outputs", outputs)
-            with followed:
+            with OperationWatch(followed.note_operation), followed:
                 loss = loss_fn(own, targets)
     except Exception:  # Whatever it raises, the trials with other outputs tell the user.
         return False
@@ -60,6 +62,7 @@ class _Followed(TorchFunctionMode):
     def __init__(self, constants: Sequence[Tensor]):
         super().__init__()
         self._failed = False
+        self._calls = 0  # how many functions of torch are being called
         # Each tensor with its place; None for a constant. The tensors are kept, so that their identities stay their own.
         self._known: dict[int, tuple[Any, Place | None]] = {id(x): (x, None) for x in constants}
 
@@ -73,11 +76,19 @@ class _Followed(TorchFunctionMode):
         place = self._known.get(id(x), (x, UNKNOWN))[1]
         return UNKNOWN if self._failed or place is None else place
 
+    def note_operation(self) -> None:
+        """Remember that nothing is known any more if an operation runs outside of all functions that are followed."""
+        self._failed |= not self._calls
+
     def __torch_function__(
         self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        result = function(*args, **kwargs)
+        self._calls += 1
+        try:
+            result = function(*args, **kwargs)
+        finally:
+            self._calls -= 1
         if not self._failed and not _is_of_shapes(function):
             self._note(function, args, kwargs, result)
         return result
