@@ -329,16 +329,13 @@ def hooked(kind: str) -> nn.Module:
                 outputs.register_hook(lambda grad: 2 * grad)
                 return outputs
             assert outputs.grad_fn is not None
-            if kind == "before the node":
-                outputs.grad_fn.register_prehook(lambda grads: (2 * grads[0],))
-            else:
-                outputs.grad_fn.register_hook(lambda returned, _: tuple(None if x is None else 2 * x for x in returned))
+            outputs.grad_fn.register_prehook(lambda grads: (2 * grads[0],))
             return outputs
 
     return Hooked(*network(5))
 
 
-HOOKED = {f"a hook, {kind}": partial(hooked, kind) for kind in ("tensor", "before the node", "after the node")}
+HOOKED = {f"a hook, {kind}": partial(hooked, kind) for kind in ("tensor", "node")}
 WHOLE = OTHERS | HOOKED | {"used twice": UsedTwice, "called twice": CalledTwice, "parametrized": parametrized}
 
 
