@@ -196,6 +196,31 @@ def test_trap_09_one_module_in_a_checkpoint_and_outside(use_reentrant: bool) -> 
     assert_exact(model, x, y, report=False)
 
 
+@kinds
+@pytest.mark.parametrize("inside", [True, False], ids=["order changes inside", "order changes before"])
+def test_trap_09_samples_in_another_order_in_a_checkpoint(inside: bool, use_reentrant: bool) -> None:
+    """A re-entrant checkpoint hides the order of its samples, which is refused where nodes behind it show another one."""
+    orders = [torch.arange(5)]
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        order = orders[-1] if len(x) == 5 else torch.arange(len(x))
+        h = m.layer(m.first(x).tanh())
+        given = h if inside else h[order]
+        h = checkpoint(lambda h: m.layer((h[order] if inside else h).tanh()), given, use_reentrant=use_reentrant)
+        return m.last(h[order.argsort()])
+
+    model, x, _ = drawn(Forward(forward, first=nn.Linear(3, 6), layer=nn.Linear(6, 6), last=nn.Linear(6, 2)), 5, 3)
+    in_order, reordered = torch.arange(5), torch.tensor([3, 0, 4, 1, 2])
+    for order in (in_order, in_order, in_order, reordered, in_order, reordered):
+        orders.append(order)
+        refused = use_reentrant and order is reordered
+        with FisherMonitor(model) as monitor, expectation("leave open where its 5 samples are" if refused else ""):
+            model(x).square().sum(1).mean().backward()
+        if not refused:
+            for name, t in per_sample_squared_norms(model, lambda o, _: o.square().sum(), x, x).items():
+                assert_equal(torch.tensor(monitor.report().loc[name, "fisher_trace"]), t.mean(), monitor.trace)
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_trap_09_dropout_in_a_checkpoint(dropout: float) -> None:
     """Its draws are replayed."""

@@ -124,8 +124,11 @@ def tensors_of_weights(node: Any) -> list[str]:
 def numbers_of_function(node: Any, n: int) -> dict[str, Any]:
     """The integers and masks that a function of Python's keeps, as many of them together as could tell n samples apart.
 
-    What hooks keep elsewhere is not looked at, since a checkpoint would run its forward again for it.
+    What hooks keep elsewhere is not looked at, since a checkpoint would run its forward again for it. Nor is what a re-entrant
+    checkpoint keeps, the arguments of a function that may do anything with them.
     """
+    if node.name() == "CheckpointFunctionBackward":
+        return {}
     found = {name: value for name, value in vars(node).items() if _is_list_of_integers(value, n)}
     if has_packed_tensors(node) is False:
         for number, x in enumerate(node.saved_tensors):

@@ -23,6 +23,7 @@ class Route:
         ends: where they end; a way may go on from one end to another.
         opaque: nodes that are not looked through, besides those of the functions that are known to be opaque.
         closed: nodes through which no way leads.
+        passes_opaque: whether ways lead through opaque nodes, too, for those who call no node.
 
     Attributes:
         order: the nodes, each after all of its consumers.
@@ -37,8 +38,11 @@ class Route:
         ends: Iterable[Node],
         opaque: Iterable[Node] = (),
         closed: Container[Node] = (),
+        *,
+        passes_opaque: bool = False,
     ):
         wanted, self._opaque, self._closed = set(ends), set(opaque), closed
+        self._passes_opaque = passes_opaque
         self.inputs: dict[Node, tuple[tuple[Node | None, int], ...]] = {}
         reached, found_opaque = self._reached(starts)
         self.hidden = behind(found_opaque) if found_opaque else set()
@@ -78,7 +82,7 @@ class Route:
                     found.append(node)
                 continue
             done[node], self.inputs[node] = False, node.next_functions
-            if node in self._opaque or (is_python_function(node) and is_opaque(node)):
+            if node in self._opaque or (not self._passes_opaque and is_python_function(node) and is_opaque(node)):
                 opaque.add(node)
                 continue
             if node in self._closed:

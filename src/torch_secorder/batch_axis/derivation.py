@@ -147,11 +147,12 @@ class Derivation:
         unknown = any(
             step.is_packed or (step.kind == PYTHON_FUNCTION and step.node not in self._told) for step in steps
         )
-        return unknown or self._is_nested or bool(self._route.hidden)
+        return unknown or self._is_nested
 
     @cached_property
     def _route(self) -> Route:
-        return Route([get_gradient_edge(x).node for x, _ in self._placed], self._ends)
+        """The way of the labels, which goes on behind functions that must not be called."""
+        return Route([get_gradient_edge(x).node for x, _ in self._placed], self._ends, passes_opaque=True)
 
     @cached_property
     def _shapes(self) -> dict[Node, tuple[tuple[int, ...], ...]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Sequence
+from functools import partial
 from operator import itemgetter
 
 from torch import Tensor
@@ -105,7 +106,7 @@ class Audit:
         # Whether a rank has as many samples as positions is its own affair, and all ranks look at the same places.
         if walk.carried_axes:
             own_axes += [one for one in walk.carried_axes if not (self._ranks.distributed and one.name in ATTENDS)]
-        shared = self._places.place(forward, walk.calls, own_axes, search, asked)
+        shared = self._places.place(forward, walk.calls, own_axes, search, asked, partial(graph.keeps_order, order))
         if search.placements.comparing:
             self.comparing = [get_gradient_edge(roots[number]) for number in search.placements.comparing]
         any_shared = self._ranks.max_over_ranks(bool(shared)) if self._ranks.distributed else shared

@@ -160,8 +160,19 @@ class CallPlaces:
         own_axes: Sequence[OwnAxis | CarriedAxis],
         search: SampleSearch,
         asked: Questions,
+        keeps_order: Callable[[], bool],
     ) -> list[Record]:
-        """Give each record its placement; returns those of calls that all samples share, which have none."""
+        """Give each record its placement; returns those of calls that all samples share, which have none.
+
+        Args:
+            forward: the run of the model.
+            reached: the calls.
+            own_axes: the axes on which samples must be, or must not be.
+            search: finds where the samples are.
+            asked: what decides how the graph is searched.
+            keeps_order: whether this graph has its samples where shapes say, although others of its kind may not. It is asked
+                where calls are hidden.
+        """
         n = forward.n or 0
         for record, _ in reached:
             record.in_output_graph = True
@@ -187,7 +198,9 @@ class CallPlaces:
                 record.placement = found
             elif found is Unplaced.NOT_FINITE and (asked.ambiguous_shapes or record.placement is None):
                 record.forward.refusal = not_finite(f"the gradients of {self._names_of(record)}")
-            elif found is Unplaced.HIDDEN and (asked.ambiguous_shapes or record.placement is None):
+            elif found is Unplaced.HIDDEN:
+                if record.placement is not None and (not asked.ambiguous_shapes or keeps_order()):
+                    continue
                 refuse(forward, hidden(str(record.site), n), self._ranks)
             elif asked.ambiguous_shapes or record.placement is None:
                 record.placement, record.idle = None, Idle(found, partial(search.placements.forget, key))

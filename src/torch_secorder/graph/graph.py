@@ -8,10 +8,14 @@ from functools import cached_property
 from operator import attrgetter, itemgetter
 
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
+from torch_secorder.autograd.nodes import is_python_function, output_shapes
+from torch_secorder.autograd.opaque import is_opaque
 from torch_secorder.batch_axis.derivation import Derivation
 from torch_secorder.batch_axis.evidence import Unplaced
-from torch_secorder.batch_axis.placement import Placement
+from torch_secorder.batch_axis.order import Order
+from torch_secorder.batch_axis.placement import FIRST, Placement
 from torch_secorder.batch_axis.search_pass import Viewed
 from torch_secorder.capture.model_run import Forward
 from torch_secorder.graph.walk import Walk
@@ -57,6 +61,19 @@ class Graph:
         """The calls with the places that their shapes suggest, as long as nothing else was found."""
         calls = self.walk.calls
         return [((edge, one.shape), one.placement) for one, edge in calls if one.placement is not None]
+
+    def keeps_order(self, order: Order) -> bool:
+        """Whether this graph has its samples where shapes say, although others of its kind may have them in another order.
+
+        A call that runs again inside of a re-entrant checkpoint is in a graph of its own, which begins with the order in which
+        the checkpoint's outputs have the samples.
+        """
+        if self.walk.has_ambiguous_axis or self.forward.count.is_odd or not order.is_derived:
+            return False
+        opaque = [node for node in self.walk.children if is_python_function(node) and is_opaque(node)]
+        outputs = [(GradientEdge(node, nr), shape) for node in opaque for nr, shape in enumerate(output_shapes([node]))]
+        found = self.derivation().suppositions(outputs)
+        return found is not None and all(one.evidence == FIRST for one in found) and self.is_as_shapes_say()
 
     def is_as_shapes_say(self, comparing: Iterable[int] = ()) -> bool:
         """Whether all calls have their samples where their shapes suggest; asked for the first time before they are placed."""
