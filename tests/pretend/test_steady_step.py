@@ -90,7 +90,7 @@ def test_the_search_of_a_first_step_waits_as_often_for_few_layers_as_for_many(na
     searching = (" batch_axis/", "double_precision.py")  # the second of which takes to the host what came back
     waits = {place: count for place, count in counts.places.items() if any(file in place for file in searching)}
     assert sum(waits.values()) <= MOST_OF_A_SEARCH, waits
-    assert counts.launches["amin"] > 10  # There was a search, which looks at the smallest number of as many places at least.
+    assert counts.launches["amin"] > 10  # There was a search, which looks at the smallest number of each place.
 
 
 @pytest.fixture
