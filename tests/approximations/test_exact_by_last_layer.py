@@ -263,14 +263,14 @@ def ends(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
     def noted(self: GraphBackward, *args: object, end: object = None, **options: object) -> object:
         found.append(end is not None)
-        return backward(self, *args, end=end, **options)  # type: ignore[arg-type]
+        return backward(self, *args, end=end, **options)  # type: ignore[arg-type]  # The options are those of any pass.
 
     monkeypatch.setattr(GraphBackward, "backward", noted)
     return found
 
 
 def reported(model: nn.Module, x: Tensor, y: Tensor | None = None, **options: object) -> dict[str, Tensor]:
-    report = fisher_report(model, None, (x, y), fisher="exact", progress=False, **options)  # type: ignore[arg-type]
+    report = fisher_report(model, None, (x, y), fisher="exact", progress=False, **options)  # type: ignore[arg-type]  # The options differ by test.
     return {name: torch.tensor(value) for name, value in report["fisher_trace"].items()}
 
 

@@ -16,7 +16,7 @@ class OperationWatch(TorchDispatchMode):
     """
 
     def __init__(self, on_operation: Callable[[], None]):
-        super().__init__()  # type: ignore[no-untyped-call]  # torch has no types here
+        super().__init__()  # type: ignore[no-untyped-call]  # torch does not type it.
         self._on_operation = on_operation
 
     def __torch_dispatch__(
