@@ -97,6 +97,43 @@ def test_a_layer_in_half_precision_is_what_the_graph_says(name: str, dtype: torc
     torch.testing.assert_close(found, torch.stack(expected) * 25, rtol=4 * torch.finfo(dtype).eps, atol=0.0)
 
 
+@pytest.mark.parametrize("name", [name for name in KNOWN if name != "Conv1D"])
+def test_what_a_norm_computed_is_used_rather_than_computed_again(name: str) -> None:
+    """A number of the layer that changes after forward shows which it is."""
+    layer, x = KNOWN[name](), torch.randn(5, 3, 6)
+    expected = total(trace(per_sample_squared_norms(layer, nn.MSELoss(), x, x)))
+    with FisherMonitor(layer) as monitor:
+        loss = nn.MSELoss()(layer(x), x)
+        layer.variance_epsilon = 1.0
+        loss.backward()
+    assert_equal(torch.tensor(monitor.report().fisher_trace.sum()), expected, expected, torch.float32)
+
+
+def test_a_hook_that_scales_a_norm_is_not_taken_for_its_product() -> None:
+    """The hook's product saves a tensor of the output's shape, too."""
+    model, x, y = drawn(Net(KNOWN["Llama"]()), 5, 3, 4)
+    model.layer.register_forward_hook(lambda module, args, output: output * output.detach().cos())
+    with FisherMonitor(model) as monitor:
+        nn.MSELoss()(model(x), y).backward()
+    assert_exact(monitor.report(), model, x, y)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_layers_that_compute_in_float32_in_a_model_in_float64_are_exact(seed: int) -> None:
+    """Their gradients have the digits of float32, which the check of the sums goes by."""
+
+    class Single(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.linear(x.float(), self.weight.float(), self.bias.float()).double()
+
+    torch.manual_seed(seed)
+    model, x = nn.Sequential(Single(8, 16), nn.Tanh(), Single(16, 4)).double(), torch.randn(6, 8).double()
+    y = torch.randn(6, 4).double()
+    with FisherMonitor(model) as monitor:
+        nn.MSELoss()(model(x), y).backward()
+    assert_exact(monitor.report(), model, x, y)
+
+
 class Stranger(nn.Module):
     """The same statements under another name."""
 

@@ -20,6 +20,7 @@ from torch_secorder.batch_axis.silence import loud_samples
 from torch_secorder.batch_axis.sketch import Sketch
 from torch_secorder.errors import CoverageError, VerificationError
 from torch_secorder.model.ranks import Ranks
+from torch_secorder.recording.batch import Projection
 from torch_secorder.verification.comparison import require_equal_norms, unequal_norms
 from torch_secorder.verification.gradient_sums import unexplained_gradients
 from torch_secorder.verification.separable_loss import require_separable
@@ -85,8 +86,14 @@ def test_the_error_names_parameters_numbers_and_the_sample() -> None:
 # The captured sums and autograd's gradients
 
 
-def explained(along: float, actual: float, *, size: float = 1.0, half: bool = False) -> bool:
-    captured = {0: [(row(along)[0], size)], 1: [(row(1.0)[0], 1.0)]}
+def captured_along(along: float, size: float = 1.0, dtype: torch.dtype = torch.float64) -> Projection:
+    return Projection(row(along)[0], size, dtype)
+
+
+def explained(
+    along: float, actual: float, *, size: float = 1.0, half: bool = False, dtype: torch.dtype = torch.float64
+) -> bool:
+    captured = {0: [captured_along(along, size, dtype)], 1: [captured_along(1.0)]}
     found = unexplained_gradients(captured, {0: row(actual)[0], 1: row(1.0)[0]}, torch.ones(2, 1), half)
     assert found in ([], [0])
     return not found
@@ -111,13 +118,23 @@ def test_sums_may_differ_by_rounding_of_what_was_added_up() -> None:
     assert not explained(0.0, 7e-2, half=True)
 
 
+def test_sums_in_a_float64_model_are_as_wide_as_the_products_of_each_parameter() -> None:
+    """A layer may cast to float32 and back; what another parameter computes in float32 forgives this one nothing."""
+    assert explained(0.0, 9e-5, dtype=torch.float32)
+    assert not explained(0.0, 2e-4, dtype=torch.float32)
+    beside = {0: [captured_along(0.0)], 1: [captured_along(1.0, dtype=torch.float32)]}
+    assert unexplained_gradients(beside, {0: row(5e-8)[0], 1: row(1.0)[0]}, torch.ones(2, 1), False) == [0]
+    uses = captured_along(1.0).plus(captured_along(2.0, 3.0, torch.float32))
+    assert (float(uses.along), uses.size, uses.dtype) == (3.0, 4.0, torch.float32)
+
+
 def test_a_gradient_of_which_nothing_was_captured_is_unexplained() -> None:
     assert unexplained_gradients({}, {0: row(1.0)[0]}, torch.ones(1, 4), False) == [0]
     assert unexplained_gradients({}, {0: row(0.0)[0]}, torch.ones(1, 4), False) == []
 
 
 def test_batches_and_uses_of_one_pass_are_added_up() -> None:
-    captured = {0: [(row(1.0)[0], 1.0), (row(2.0)[0], 1.0)]}
+    captured = {0: [captured_along(1.0), captured_along(2.0)]}
     assert unexplained_gradients(captured, {0: row(3.0)[0]}, torch.ones(1, 4), False) == []
     assert unexplained_gradients(captured, {0: row(1.0)[0]}, torch.ones(1, 4), False) == [0]
 

@@ -30,7 +30,7 @@ from torch_secorder.per_sample import (
     PerSampleGradient,
     zero_squared_norms,
 )
-from torch_secorder.recording.batch import SampleBatch, side_by_side
+from torch_secorder.recording.batch import Projection, SampleBatch, side_by_side
 from torch_secorder.recording.doubts import Doubts
 from torch_secorder.recording.gradient_norms import GradientNorms
 from torch_secorder.recording.options import PassOptions
@@ -105,9 +105,9 @@ class PassAccumulator:
         return self._norms.half
 
     @property
-    def projections(self) -> dict[int, list[tuple[Tensor, float]]]:
-        """Position -> of each batch, the captured gradient along one direction, and a bound on what was added up."""
-        found: dict[int, list[tuple[Tensor, float]]] = {}
+    def projections(self) -> dict[int, list[Projection]]:
+        """Position -> of each batch, the captured gradient along one direction."""
+        found: dict[int, list[Projection]] = {}
         for batch in self._batches.values():
             for position, projection in batch.projections.items():
                 found.setdefault(position, []).append(projection)

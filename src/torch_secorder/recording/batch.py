@@ -5,12 +5,36 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from torch_secorder.capture.records import Record
 from torch_secorder.per_sample import PerSampleGradient
+
+
+class Projection(NamedTuple):
+    """The captured gradient of a parameter along one direction, to be compared with autograd's.
+
+    Attributes:
+        along: the gradient along the direction.
+        size: a bound on the size of what was added up.
+        dtype: the narrowest one in which products were taken; a model in float64 may have layers that compute in float32.
+    """
+
+    along: Tensor
+    size: float
+    dtype: torch.dtype
+
+    def plus(self, other: Projection) -> Projection:
+        """The same for two uses of the parameter. They may cancel; the rounding error goes by the size of each use."""
+        return Projection(self.along + other.along, self.size + other.size, narrowest(self.dtype, other.dtype))
+
+
+def narrowest(*dtypes: torch.dtype) -> torch.dtype:
+    """The dtype with the fewest digits."""
+    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
 
 @dataclass(eq=False)
@@ -24,8 +48,7 @@ class SampleBatch:
         settled: positions that have their squared norms, or will have.
         held: position -> the sum so far, for parameters that are used more than once.
         shared: call without a batch axis -> ``[n, *shape of its output]``, the gradient of its output for every sample.
-        projections: position -> its gradient along one direction, where that is compared with autograd's, and a bound on
-            the size of the summands.
+        projections: position -> its gradient along one direction, where that is compared with autograd's.
     """
 
     n: int
@@ -35,7 +58,7 @@ class SampleBatch:
     settled: set[int] = field(default_factory=set)
     held: dict[int, PerSampleGradient] = field(default_factory=dict)
     shared: dict[Record, Tensor] = field(default_factory=dict)
-    projections: dict[int, tuple[Tensor, float]] = field(default_factory=dict)
+    projections: dict[int, Projection] = field(default_factory=dict)
 
     def stacked(self) -> tuple[list[int], Tensor]:
         """The positions that have squared norms, and these norms, ``[positions, n]`` on one device and in at least float32."""

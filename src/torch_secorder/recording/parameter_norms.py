@@ -24,7 +24,7 @@ from torch_secorder.per_sample import (
     sign_vectors,
     squared_norms_of,
 )
-from torch_secorder.recording.batch import SampleBatch
+from torch_secorder.recording.batch import Projection, SampleBatch
 from torch_secorder.recording.doubts import Doubts
 from torch_secorder.recording.gradient_norms import GradientNorms
 from torch_secorder.recording.options import PassOptions
@@ -104,11 +104,10 @@ class ParameterNorms:
         """Note the captured gradient along one direction, for a check of the sums; returns the squared norms."""
         left, right = sign_vectors(form.shape, form.like)
         along = halving_on_oom(form, lambda part: part.along(left, right), torch.add)
-        before, size = batch.projections.get(position, (torch.zeros_like(along), 0.0))
         norms = squared_norms_of(form)
-        # Uses of one parameter may cancel; the rounding error goes by the size of each use.
-        own = math.sqrt(float(sum_in_double_precision(norms)) * batch.n)
-        batch.projections[position] = before + along, size + own
+        found = Projection(along, math.sqrt(float(sum_in_double_precision(norms)) * batch.n), form.dtype)
+        before = batch.projections.get(position)
+        batch.projections[position] = found if before is None else before.plus(found)
         return norms
 
     def _settle(self, batch: SampleBatch, position: int, form: PerSampleGradient, norms: Tensor | None = None) -> None:

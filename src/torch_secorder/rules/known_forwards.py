@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_secorder.autograd.nodes import has_packed_tensors
+from torch_secorder.autograd.saved import knows, saved
 from torch_secorder.capture.records import Call
-from torch_secorder.per_sample import Outer, sum_over
+from torch_secorder.per_sample import Outer, at_least_float32, sum_over
 from torch_secorder.rules.registry import Gradients, register_forward
 
 
@@ -60,7 +62,23 @@ def _code_of_t5s_layer_norm(self: Any, hidden_states: Any) -> Any:
 @register_forward(*(_code_of_llamas_rms_norm, _code_of_olmos_rms_norm, _code_of_t5s_layer_norm), parameters=("weight",))
 def rms_norm(module: Any, call: Call) -> Gradients:
     """The root mean square of the last axis, taken in float32; the three differ in where they round to half precision."""
-    x, g = call.argument(0, "hidden_states"), call.grad_output
-    wide: Tensor = x.to(torch.float32)
-    normalized = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + module.variance_epsilon)
-    return {"weight": (g * normalized).reshape(len(g), -1, g.shape[-1]).sum(1)}
+    g, normalized = call.grad_output, _kept(module, call)
+    if normalized is None:
+        wide: Tensor = call.argument(0, "hidden_states").to(torch.float32)
+        normalized = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + module.variance_epsilon)
+    product = at_least_float32(g) * at_least_float32(normalized)
+    return {"weight": product.reshape(len(g), -1, g.shape[-1]).sum(1)}
+
+
+def _kept(module: Any, call: Call) -> Tensor | None:
+    """The normalized input that the running product with the weight saved; autograd takes it for a constant."""
+    node = call.node
+    if torch.is_grad_enabled() or node is None or node.name() != "MulBackward0":
+        return None
+    # Tensors that saved-tensor hooks keep may be fetched only once.
+    if not knows(node.name(), "right") or has_packed_tensors(node) is not False:
+        return None
+    if getattr(node.next_functions[0][0], "variable", None) is not module.weight:  # a product of a hook's
+        return None
+    normalized: Tensor | None = saved(node, "right")
+    return normalized if normalized is not None and normalized.shape == call.grad_output.shape else None
