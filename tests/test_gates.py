@@ -37,7 +37,7 @@ class Masked(nn.Module):
         return (moved * mask).movedim(-1, self.axis)
 
 
-Loss = Callable[[Tensor, Tensor], Tensor]
+Loss = Callable[[Any, Tensor], Tensor]
 
 
 def by_masks(
@@ -454,3 +454,62 @@ def test_an_input_that_is_changed_in_place_is_refused() -> None:
     model = Changing()
     with pytest.raises(CoverageError, match="changed in place"), Gates(model, {"layer": {"side": "input"}}):
         model(torch.randn(5, 4)).sum().backward()
+
+
+# Layers that no gradient reaches, and layers that have no samples
+
+
+class TwoHeads(nn.Module):
+    """A model with a head that the loss uses, one that runs and one that does not run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.used, self.ran = nn.Linear(4, 6), nn.Linear(6, 3), nn.Linear(6, 2)
+        self.idle, self.norm, self.words = nn.Conv2d(2, 5, 1), nn.GroupNorm(1, 7), nn.Embedding(3, 8)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = self.body(x).tanh()
+        return self.used(h), self.ran(h)
+
+
+def test_gates_that_no_loss_depends_on_are_zero() -> None:
+    """Closing them costs nothing, so that they are the first to go."""
+    model, x, y = TwoHeads(), torch.randn(5, 4), torch.randint(3, (5,))
+    places: Any = {"used": {}, "ran": {}, "norm": {}, "idle": {"side": "input"}, "words": {"groups": 2}}
+    with Gates(model, places) as gates:
+        cross_entropy(model(x)[0], y).backward()
+    found = gates.fisher
+    assert {name: len(values) for name, values in found.items()} == {
+        "used": 3,
+        "ran": 2,
+        "idle": 2,
+        "norm": 7,
+        "words": 2,
+    }
+    assert {name for name, values in found.items() if not values.any()} == {"ran", "idle", "norm", "words"}
+    expected = by_masks(model, "used", "output", -1, 3, x, y, lambda outputs, y: cross_entropy(outputs[0], y))
+    torch.testing.assert_close(found["used"], expected, rtol=1e-4, atol=1e-12)
+
+
+class NetworkOnPositions(nn.Module):
+    """A model that adds what a network gives for its positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(3, 4))
+        self.first, self.second, self.head = nn.Linear(4, 8), nn.Linear(8, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head((x + self.second(self.first(self.table).tanh())).tanh().mean(1))
+
+
+def test_gates_on_a_layer_that_no_sample_passes_are_refused_with_the_remedy() -> None:
+    """The layer on the table itself has the gradient of every sample, and the one behind it has none."""
+    model, x, y = NetworkOnPositions(), torch.randn(5, 3, 4), torch.randint(3, (5,))
+    with pytest.raises(CoverageError, match=r"second: called without a batch axis.*leave it out"), Gates(model):
+        cross_entropy(model(x), y).backward()
+    with Gates(model, {"head": {}}) as gates:
+        cross_entropy(model(x), y).backward()
+    torch.testing.assert_close(
+        gates.fisher["head"], by_masks(model, "head", "output", -1, 3, x, y), rtol=1e-4, atol=1e-12
+    )

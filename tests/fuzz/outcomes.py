@@ -29,6 +29,9 @@ HIDDEN = (  # what is said of a re-entrant checkpoint in a run of the user's own
     "by re-entrant activation checkpointing (use torch.utils.checkpoint with use_reentrant=False",
     "re-entrant or selective activation checkpointing (context_fn=)",
 )
+UNSEEN = (
+    "on what other layers computed from parameters alone, where nothing has the gradient of each sample"  # of gates
+)
 FAILURES = ("wrong", "crashed", "inconsistent")  # The command fails for these.
 
 
@@ -39,6 +42,7 @@ class Outcome:
     `kind` is "exact"; "wrong", NaN among it; "refused", though exact was possible; "coupled", refused as it should be;
     "hidden", refused since the docs say that re-entrant checkpoints of the user's own run hide their graph;
     "frozen", refused since the docs say that frozen parameters are where no layer's rule sees them (with `parameters="all"`);
+    "unseen", refused since the docs say that gates are where samples pass;
     "crashed", by an exception that isn't the library's; "inconsistent", if the fuzzer is at fault;
     or "impossible", if torch itself can't run the case.
     """
@@ -104,7 +108,9 @@ def _kind_of_refusal(case: Case, way: str, text: str) -> str:
         return "coupled"
     if any(words in text for words in FROZEN):
         return "frozen"
-    return "hidden" if way in ("monitor", "exact") and any(words in text for words in HIDDEN) else "refused"
+    if way in ("monitor", "exact", "sums", "gates") and any(words in text for words in HIDDEN):
+        return "hidden"
+    return "unseen" if way == "gates" and UNSEEN in text else "refused"
 
 
 def _impossible(problem: Problem) -> str:

@@ -29,6 +29,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
 from torch_secorder import FisherMonitor, empirical_fisher_trace, fisher_results, generalized_fisher_trace
+from torch_secorder.pruning import Gates
 
 warnings.filterwarnings("ignore")
 torch.set_num_threads(1)

@@ -14,6 +14,7 @@ from fuzz.losses import logits, tokens
 from fuzz.registry import way
 from fuzz.truth import Loss, Rows, squared_norms
 from torch_secorder import FisherMonitor, empirical_fisher_trace, fisher_results, generalized_fisher_trace
+from torch_secorder.pruning import Gates
 
 
 class Inconsistent(Exception):
@@ -170,6 +171,72 @@ def report(problem: Problem) -> None:
     traces = {k: c * each.sum() for k, each in t.items()}
     problem.require("fisher_report", dict(found.report()["fisher_trace"]), traces, sum(traces.values()))
     _require_untouched(problem)
+
+
+@way()
+def sums(problem: Problem) -> None:
+    """The sums of the diagonal over rows and over columns, of matrices; by the monitor in the loop, and by fisher_results."""
+    matrices = {k for k, p in problem.model.named_parameters() if p.requires_grad and p.dim() == 2}
+    asked = {k: ("rows", "columns")[place % 2] for place, k in enumerate(sorted(matrices))}
+    if not asked:
+        return
+    expected = dict.fromkeys(asked, 0.0)
+    largest = 0.0
+    for x, y in problem.batches:
+        for k, g in problem.expected(x, y).items():
+            largest += g.square().sum()
+            if k in asked:
+                expected[k] += g.square().sum((0, 2 if asked[k] == "rows" else 1))
+    c = 1.0 if problem.reduction == "sum" else 1 / sum(len(y) for _, y in problem.batches)
+    expected = {k: c * value for k, value in expected.items()}
+    options = {"diagonal": asked, "batch_axis": problem.batch_axis, "max_memory": problem.options["max_memory"]}
+    with FisherMonitor(problem.model, problem.reduction, **options) as watched:
+        for number, (x, y) in enumerate(problem.batches):
+            loss = problem.scalar(problem.outputs(x), y)
+            if problem.verified and number == 0:
+                watched.verify(loss)
+            loss.backward()
+    found = {k: watched.diagonal[k] for k in expected}
+    problem.require("monitor, sums", found, expected, c * largest)
+    problem.model.zero_grad()
+    with truth.precision(problem.batches[0][0], problem.dtype):
+        results = fisher_results(
+            problem.model, problem.scalar, problem.batches, reduction=problem.reduction, progress=False, **options
+        )
+    problem.require("fisher_results, sums", {k: results.diagonal[k] for k in expected}, expected, c * largest)
+    _require_untouched(problem)
+
+
+@way()
+def gates(problem: Problem) -> None:
+    """Gates on the outputs of linear layers, against masks that the outputs are really multiplied by."""
+    if problem.coupled or any(not p.requires_grad for p in problem.twin.parameters()):
+        return
+    layers = [name for name, module in problem.model.named_modules() if type(module) is nn.Linear]
+    if not layers:
+        return
+    watched = Gates(problem.model, lambda name: name in layers, problem.reduction, batch_axis=problem.batch_axis)
+    with watched:
+        for x, y in problem.batches:
+            problem.scalar(problem.outputs(x), y).backward()
+    problem.model.zero_grad()
+    problem.twin.load_state_dict(problem.model.state_dict())
+    expected, masks = dict.fromkeys(layers, 0.0), {}
+    dtype = next(problem.twin.parameters()).dtype
+    handles = []
+    for name in layers:
+        module = problem.twin.get_submodule(name)
+        masks[name] = torch.ones(module.out_features, dtype=dtype, requires_grad=True)
+        handles.append(
+            module.register_forward_hook(lambda module, args, output, mask=masks[name]: output * mask.to(output.dtype))
+        )
+    for x, y in problem.batches:
+        for name, g in truth.in_batch(problem.twin, masks, problem.loss, x, y, problem.dtype).items():
+            expected[name] += g.square().sum(0) / sum(len(y) for _, y in problem.batches)
+    for handle in handles:
+        handle.remove()
+    found = watched.fisher if watched.n_samples else {name: torch.zeros_like(mask) for name, mask in masks.items()}
+    problem.require("gates", found, expected, sum(value.sum() for value in expected.values()))
 
 
 @way()

@@ -156,16 +156,22 @@ class Audit:
         return uses, _first_with_samples(walk, frontier.batch_free)
 
     def _require_trainable(self, forward: Forward, records: Iterable[Record]) -> None:
-        """Have a forward refused if calls that are taken for their nodes have frozen parameters, which no node shows."""
-        lost = {p for record in records for p in record.site.positions if not self._table.leaves[p].requires_grad}
-        if lost:
-            names = ", ".join(self._table.names[position] for position in sorted(lost))
-            error = CoverageError(
-                f"{names}: frozen, in a layer that has no batch axis and whose input was computed from other parameters, "
-                "where the autograd graph shows nothing of them: let them require a gradient, or use fisher_report, which "
-                "turns gradients on for the time"
-            )
-            refuse(forward, error, self._ranks)
+        """Have a forward refused if calls that are taken for their nodes have what no node shows: frozen parameters, or gates."""
+        leaves = self._table.leaves
+        lost = {p for record in records for p in record.site.positions if not leaves or not leaves[p].requires_grad}
+        if not lost:
+            return
+        names = ", ".join(self._table.names[position] for position in sorted(lost))
+        frozen = (
+            f"{names}: frozen, in a layer that has no batch axis and whose input was computed from other parameters, "
+            "where the autograd graph shows nothing of them: let them require a gradient, or use fisher_report, which "
+            "turns gradients on for the time"
+        )
+        watched = (
+            f"{names}: called without a batch axis, on what other layers computed from parameters alone, where nothing has "
+            "the gradient of each sample: leave it out of the modules that have gates"
+        )
+        refuse(forward, CoverageError(frozen if leaves else watched), self._ranks)
 
     def _require_readable(self, use: ParameterUse, node: Node) -> None:
         """Raise if what the rule of a use needs can't be read from its node; count the use otherwise."""

@@ -191,11 +191,23 @@ def _require_equal_groups(site: str, module: nn.Module, side: str, groups: int) 
         )
 
 
+def gate_count(module: nn.Module, place: GatePlace) -> int | None:
+    """How many gates a module has; None if nothing but its output shows that."""
+    if place.groups is not None:
+        return place.groups
+    return _channels(module, place.side) if place.of_weights else None
+
+
 def _channels(module: nn.Module, side: str) -> int | None:
-    """How many channels a linear layer or a convolution has on one side; None for other modules."""
+    """How many channels a module has on one side, if its sizes or its weight show that."""
     names = ("out_features", "out_channels") if side == "output" else ("in_features", "in_channels")
     if isinstance(module, (nn.Linear, ANY_CONVOLUTION)):
         return next((getattr(module, name) for name in names if isinstance(getattr(module, name, None), int)), None)
+    weight = getattr(module, "weight", None)
+    if isinstance(weight, Tensor) and (isinstance(module, nn.Embedding) or type(module).__name__ == "Conv1D"):
+        return weight.shape[weight_axis(module, side)]
+    if isinstance(weight, Tensor) and isinstance(module, (nn.LayerNorm, nn.RMSNorm, *_NORMS)):
+        return weight.shape[-1]
     return None
 
 

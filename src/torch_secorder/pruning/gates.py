@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
 from torch_secorder.arguments import (
@@ -14,6 +15,7 @@ from torch_secorder.arguments import (
     loss_scale_value,
     require_choice,
 )
+from torch_secorder.autograd.double_precision import widest_dtype
 from torch_secorder.batch_axis.knowledge import knowledge_of
 from torch_secorder.batch_axis.told import BatchAxis, NSamples, SampleOf, told
 from torch_secorder.capture.records import HookedModule
@@ -21,7 +23,7 @@ from torch_secorder.curvature import warn_if_no_prediction
 from torch_secorder.errors import LifecycleError
 from torch_secorder.model.parameters import Parameter, Table, named_modules, unwrapped
 from torch_secorder.model.ranks import class_as_written
-from torch_secorder.pruning.gate_places import GatePlace, Watched, gate_places
+from torch_secorder.pruning.gate_places import GatePlace, Watched, gate_count, gate_places
 from torch_secorder.pruning.gate_rule import GateRule, KeptInput, KeptOutput
 from torch_secorder.recording.backward_pass import BackwardPass
 from torch_secorder.recording.history import History
@@ -94,6 +96,7 @@ class Gates(RecordedBlock):
         ArgumentError: for an invalid argument, if no module is watched, or if a module's channel axis is not known.
         UnsupportedError: for gates on the input of a module that is neither a linear layer nor a convolution.
         CoupledSamplesError: on entry, for layers that mix samples.
+        CoverageError: in forward, for a layer on what other layers computed from parameters alone, such as a network on positions.
         CurvatureError: in the same cases as a :class:`~torch_secorder.FisherMonitor`.
 
     Example:
@@ -186,11 +189,23 @@ class Gates(RecordedBlock):
 
     @property
     def fisher(self) -> dict[str, Tensor]:
-        """The Fisher information of each gate per sample: module name -> ``[gates]``, float64."""
+        """The Fisher information of each gate per sample: module name -> ``[gates]``, float64.
+
+        Gates that no loss depended on, as in a head that was not used, have zeros. A module that was never reached is left out
+        if nothing but its output shows how many gates it has.
+        """
         if not self._n:
             raise LifecycleError(f"no sample was seen yet: {self._history.why_empty()}")
         found = zip(self._table.names, self._sums.totals, strict=True)
-        return {name: total / self._n for name, total in found if total.dim()}
+        values = {name: total / self._n if total.dim() else self._unreached(name) for name, total in found}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def _unreached(self, name: str) -> Tensor | None:
+        """The zeros of a module without any gradient, if it is known how many gates it has."""
+        module = self._model.get_submodule(name)
+        count = gate_count(module, self.places[name])
+        device = next((p.device for p in module.parameters()), torch.device("cpu"))
+        return None if count is None else torch.zeros(count, dtype=widest_dtype(device), device=device)
 
     @property
     def saliency(self) -> GateSaliency:
