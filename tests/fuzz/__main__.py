@@ -71,7 +71,18 @@ def main() -> int:
 def table(counts: collections.Counter[str]) -> str:
     """How many cases there were of each outcome."""
     whole = max(sum(counts.values()), 1)
-    kinds = ["exact", "coupled", "frozen", "hidden", "unseen", "refused", "wrong", "crashed", "inconsistent", "impossible"]
+    kinds = [
+        "exact",
+        "coupled",
+        "frozen",
+        "hidden",
+        "unseen",
+        "refused",
+        "wrong",
+        "crashed",
+        "inconsistent",
+        "impossible",
+    ]
     return "\n".join(f"{kind:13} {counts[kind]:7} {counts[kind] / whole:7.2%}" for kind in kinds)
 
 

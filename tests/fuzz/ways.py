@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -205,6 +207,54 @@ def sums(problem: Problem) -> None:
         )
     problem.require("fisher_results, sums", {k: results.diagonal[k] for k in expected}, expected, c * largest)
     _require_untouched(problem)
+
+
+@way()
+def activations(problem: Problem) -> None:
+    """The squared norms of gradients in the outputs of all modules, by the monitor in the loop."""
+    if problem.coupled:
+        return
+    problem.twin.load_state_dict(problem.model.state_dict())
+    expected: dict[str, Any] = {}
+    c = 1.0 if problem.reduction == "sum" else 1 / sum(len(y) for _, y in problem.batches)
+    for x, y in problem.batches:
+        with _beside_outputs(problem.twin) as beside:
+            shares = problem.loss(truth.running(problem.twin, x, problem.dtype), y)[1]
+        for share in shares:
+            try:
+                grads = torch.autograd.grad(share, [e for _, e in beside], allow_unused=True, retain_graph=True)
+            except RuntimeError:  # of a re-entrant checkpoint, which allows nothing but backward()
+                return
+            for (name, _), grad in zip(beside, grads, strict=True):
+                if grad is not None:
+                    expected[name] = expected.get(name, 0.0) + c * grad.abs().double().square().sum()
+    with FisherMonitor(problem.model, problem.reduction, batch_axis=problem.batch_axis, activations=True) as watched:
+        for x, y in problem.batches:
+            problem.scalar(problem.outputs(x), y).backward()
+    problem.model.zero_grad()
+    found, total = dict(watched.activations["activation_trace"]), sum(expected.values())
+    for name in sorted({*found, *expected}):
+        require_equal(f"activations of {name}", found.get(name, 0.0), expected.get(name, 0.0), total, problem.precision)
+
+
+@contextlib.contextmanager
+def _beside_outputs(model: nn.Module) -> Iterator[list[tuple[str, Tensor]]]:
+    """Adds zeros of their own to the outputs of all modules, whose gradients are the outputs' whatever happens to these."""
+    beside: list[tuple[str, Tensor]] = []
+
+    def with_zeros(name: str, output: Any) -> Any:
+        if not isinstance(output, Tensor) or not output.requires_grad:
+            return output
+        beside.append((name, torch.zeros_like(output, requires_grad=True)))
+        return output + beside[-1][1]
+
+    handles = [
+        module.register_forward_hook(lambda _, args, output, name=name: with_zeros(name, output))
+        for name, module in model.named_modules()
+    ]
+    yield beside
+    for handle in handles:
+        handle.remove()
 
 
 @way()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from oracles import assert_equal
 from problems._base import Forward
 from torch_secorder import FisherMonitor, fisher_results
+from torch_secorder.errors import UnsupportedError
 from traps.test_crashes import Holding
 
 T = 5
@@ -44,6 +45,15 @@ def inside_of_a_block(m: Any, x: Tensor) -> Tensor:
     return m.h(m.e(x) + m.block(torch.arange(T)))
 
 
+def network_on_positions(m: Any, x: Tensor) -> Tensor:
+    return m.h(m.e(x) + m.net(torch.linspace(-1, 1, 2 * T, dtype=torch.float64).view(T, 2)))
+
+
+def network_and_its_first_layer(m: Any, x: Tensor) -> Tensor:
+    first = m.net[0](torch.linspace(-1, 1, 2 * T, dtype=torch.float64).view(T, 2))
+    return m.h((m.e(x) + m.net[2](m.net[1](first))) * first[:, :4].sigmoid())
+
+
 class Bias(nn.Module):
     """A module that returns a parameter of its own, made smaller."""
 
@@ -65,6 +75,9 @@ def models() -> dict[str, nn.Module]:
 
     forwards = (positions, positions_through_modules, used_twice, table_called_twice, steps_first)
     found: dict[str, nn.Module] = {forward.__name__: Forward(forward, **parts()) for forward in forwards}
+    for forward in (network_on_positions, network_and_its_first_layer):
+        net = nn.Sequential(nn.Linear(2, 5), nn.Tanh(), nn.Linear(5, 4))
+        found[forward.__name__] = Forward(forward, e=nn.Embedding(7, 4), h=nn.Linear(4, 7), net=net)
     block = nn.Sequential(nn.Embedding(T, 4), nn.Tanh())
     found["inside_of_a_block"] = Forward(inside_of_a_block, e=nn.Embedding(7, 4), h=nn.Linear(4, 7), block=block)
     found["from_a_bias"] = Holding(from_a_bias, parameters={}, e=nn.Embedding(7, 4), h=nn.Linear(4, 7), b=Bias())
@@ -121,6 +134,33 @@ def test_trap_31_outputs_that_all_samples_share(name: str, way: Callable[..., An
     for module in each[0]:
         expected = torch.cat([one[module] for one in each]).mean()
         assert_equal(torch.tensor(found[module]), expected, expected)
+
+
+@pytest.mark.parametrize("name", ["positions", "network_on_positions"])
+def test_trap_31_outputs_that_all_samples_share_and_no_analyzed_parameter_leads_to(name: str) -> None:
+    """Nothing climbs from a parameter that is not analyzed; what it leads to is seen, refused, and the remedy is right."""
+    model = models()[name].double()
+    x, y = torch.randint(7, (T, T)), torch.randint(7, (T, T))
+    options: dict[str, Any] = {"activations": True, "parameters": ["h.*"]}
+    remedy = r"all samples share its output.*parameters=\"trainable\""
+    with pytest.raises(UnsupportedError, match=remedy), FisherMonitor(model, **options):
+        F.cross_entropy(model(x).mT, y).backward()
+    expected = one_by_one(model, x, y)
+    # A report computes no gradient of the others.
+    results = fisher_results(model, lambda out, y: F.cross_entropy(out.mT, y), (x, y), progress=False, **options)
+    for found in (monitored(model, [(x, y)]), results.activations["activation_trace"]):
+        for module, trace in found.items():
+            assert_equal(torch.tensor(trace), expected[module].mean(), expected[module].mean())
+    assert set(results.activations.index) == {"", "h"}
+
+
+def test_trap_31_outputs_with_samples_need_no_analyzed_parameter() -> None:
+    model = Forward(lambda m, x: m.h(m.act(m.e(x))), e=nn.Embedding(7, 4), act=nn.Tanh(), h=nn.Linear(4, 7)).double()
+    x, y = torch.randint(7, (T, T)), torch.randint(7, (T, T))
+    with FisherMonitor(model, activations=True, parameters=["h.*"]) as monitor:
+        F.cross_entropy(model(x).mT, y).backward()
+    for module, squares in one_by_one(model, x, y).items():
+        assert_equal(torch.tensor(monitor.activations["activation_trace"][module]), squares.mean(), squares.mean())
 
 
 class Infinite(torch.autograd.Function):

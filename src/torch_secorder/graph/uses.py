@@ -12,6 +12,7 @@ from torch.autograd.graph import Node
 from torch_secorder.autograd.node_hooks import TableReference, no_table
 from torch_secorder.autograd.nodes import has_packed_tensors, value_shape
 from torch_secorder.batch_axis.placement import Placement
+from torch_secorder.batch_axis.search import SampleSearch
 from torch_secorder.capture.model_run import Forward
 from torch_secorder.capture.records import Idle, Record
 from torch_secorder.graph.chain import BatchFreeVjp
@@ -114,7 +115,9 @@ class Uses(NamedTuple):
     Attributes:
         placed: those whose samples are known.
         idle: those where no gradient is expected.
+        search: finds samples in this graph, if it also ends in leaves that are not analyzed, of which no use is looked for.
     """
 
     placed: Sequence[tuple[ParameterUse, Node]] = ()
     idle: Sequence[tuple[IdleUse, Node]] = ()
+    search: SampleSearch | None = None

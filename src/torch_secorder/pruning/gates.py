@@ -96,7 +96,7 @@ class Gates(RecordedBlock):
         ArgumentError: for an invalid argument, if no module is watched, or if a module's channel axis is not known.
         UnsupportedError: for gates on the input of a module that is neither a linear layer nor a convolution.
         CoupledSamplesError: on entry, for layers that mix samples.
-        CoverageError: in forward, for a layer on what other layers computed from parameters alone, such as a network on positions.
+        CoverageError: in forward, for a layer on what other layers computed from parameters alone (a network on positions).
         CurvatureError: in the same cases as a :class:`~torch_secorder.FisherMonitor`.
 
     Example:

@@ -36,7 +36,7 @@ from torch_secorder.recording.foreign_errors import refusal_of
 from torch_secorder.recording.lifecycle import PassLifecycle
 from torch_secorder.recording.options import PassOptions
 from torch_secorder.recording.plan import Plan
-from torch_secorder.recording.shared_outputs import find_shared_outputs
+from torch_secorder.recording.shared_outputs import find_shared_outputs, require_samples_of_outputs
 
 
 class Recorder(HookScope):
@@ -152,6 +152,8 @@ class Recorder(HookScope):
                 edge.node.register_prehook(partial(self._on_comparing_output, edge.output_nr))
             if found.placed:
                 find_shared_outputs(found.placed, forward)
+            if found.search is not None:
+                require_samples_of_outputs(found.search, forward)
         except Exception as error:
             raise refusal_of(error, "looking for the samples in the graph of the model's outputs")  # noqa: B904  # it names its cause
         return found

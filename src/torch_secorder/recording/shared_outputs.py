@@ -7,6 +7,8 @@ from collections.abc import Container, Iterable, Iterator
 
 from torch.autograd.graph import Node
 
+from torch_secorder.batch_axis.evidence import Unplaced
+from torch_secorder.batch_axis.search import SampleSearch
 from torch_secorder.capture.model_run import Forward
 from torch_secorder.capture.records import Record
 from torch_secorder.errors import UnsupportedError
@@ -31,8 +33,8 @@ def find_shared_outputs(uses: Iterable[tuple[ParameterUse, Node]], forward: Forw
         return
     for use, consumer in uses:
         for value in use.values:
-            made, closed = value.targets[0][1].value, value.targets[0][1].closed
-            starts = {vjp.start for _, vjp in value.targets}
+            made, starts = value.targets[0][1].value, {vjp.start for _, vjp in value.targets}
+            closed = value.targets[0][1].closed - starts  # An output may be that of a call which is a target itself.
             for record, nr, node in _behind(made[0], watched, closed):
                 if not _is_free(node, starts):
                     continue
@@ -46,6 +48,32 @@ def find_shared_outputs(uses: Iterable[tuple[ParameterUse, Node]], forward: Forw
                         f"{record.site}: all samples share its output, and what each of them makes of it can't be read in the "
                         "autograd graph: run it without activation checkpointing, or leave out activations=True"
                     )
+
+
+def require_samples_of_outputs(search: SampleSearch, forward: Forward) -> None:
+    """Raise if all samples share a watched output that was computed from leaves which are not analyzed.
+
+    Args:
+        search: finds the samples in the forward's graph.
+        forward: the run of the model, in which outputs that all samples share and that analyzed parameters lead to are found.
+
+    Raises:
+        UnsupportedError: naming the module.
+    """
+    watched = [(record, edge) for record, edge in forward.records if record.site.rule is None and record.placement]
+    wanted = [
+        (("output", record.site.name, len(record.shape), number), edge, record.shape)
+        for number, (record, edge) in enumerate(watched)
+    ]
+    if wanted:
+        search(wanted)
+    for (record, _), (key, _, _) in zip(watched, wanted, strict=True):
+        if search.placements.evidence[key] is Unplaced.SHARED_BY_SAMPLES:
+            raise UnsupportedError(
+                f"{record.site}: all samples share its output, which was computed from parameters that are not analyzed, so that "
+                'nothing brings the gradient of each sample: analyze all of them (parameters="trainable"), or leave out '
+                "activations=True"
+            )
 
 
 def _is_free(output: Node, starts: set[Node]) -> bool:
