@@ -73,7 +73,8 @@ class FisherMonitor(WithResults, RecordedBlock):
         on_output: a function that is called in the backward pass with each module, its output without a graph, and the gradient
             of the loss in it, both with the samples first: for sums over channels, samples or positions of one's own.
             The gradient is that of the loss which is differentiated; a sample's own is N times that if the loss averages.
-            Outputs without a batch axis are left out, and outputs that are changed in place are refused. If a pass is refused,
+            An output that all samples share is expanded to all of them; outputs in which nothing tells the samples apart are left
+            out, and outputs that are changed in place are refused. If a pass is refused,
             the function may have been called for a part of it.
         batch_axis: where the samples are counted, if not on axis 0: an int for the model's inputs, its outputs and all of its
             layers, or a mapping with some of the keys "inputs", "outputs" and "modules", as in ``{"inputs": 1, "outputs": 0}``.

@@ -77,6 +77,29 @@ def test_samples_come_first() -> None:
     assert shapes == [((5, 7, 3), (5, 7, 3))]
 
 
+def test_an_output_that_all_samples_share_is_expanded_to_them() -> None:
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.places, self.head = nn.Linear(2, 4), nn.Linear(4, 3)
+            self.register_buffer("grid", torch.randn(6, 2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head((x + self.places(self.grid)).tanh()).mean(1)
+
+    model, x, y = Positions(), torch.randn(5, 6, 4), torch.randint(3, (5,))
+    seen: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+    with FisherMonitor(model, on_output=lambda module, output, grad: seen.update({module: (output, grad)})):
+        cross_entropy(model(x), y).backward()
+    output, grad = seen[model.places]
+    torch.testing.assert_close(output, model.places(model.grid).detach().expand(5, 6, 4), rtol=0, atol=0)
+    for n in range(5):
+        shared = model.places(model.grid).detach().requires_grad_()
+        cross_entropy(model.head((x[n : n + 1] + shared).tanh()).mean(1), y[n : n + 1]).backward()
+        assert shared.grad is not None
+        torch.testing.assert_close(5 * grad[n], shared.grad, rtol=1e-4, atol=1e-7)
+
+
 def test_outputs_that_are_changed_in_place_are_refused() -> None:
     model, (x, y) = network(inplace=True), data()
     words = "Conv2d '0': its output was changed in place"

@@ -32,6 +32,8 @@ class OutputCallsPart(Part):
             output = record.kept.output
         except CurvatureError as error:
             raise type(error)(f"{record.site}: {error}") from error
+        if record.placement is None:  # All samples share it.
+            output = output.expand(grad.shape)
         self._function(record.site.module, output.movedim(axis, 0) if axis else output, grad)
 
 
