@@ -38,11 +38,19 @@ def of_words(m: Any, x: Tensor) -> Tensor:
     return m.h(torch.stack([row.sum(0) for row in m.e((x[..., 0] * 3).abs().long()).unbind()]))
 
 
+def attention(m: Any, x: Tensor) -> Tensor:
+    """On a CPU torch takes it apart into nested tensors of strided layout, whose nodes have no shapes."""
+    q, k, v = (layer(x).unflatten(-1, [2, 2]).transpose(1, 2) for layer in (m.q, m.k, m.v))
+    h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2)
+    return m.h(torch.stack([row.mean(0) for row in h.unbind()]))
+
+
 def models() -> dict[str, nn.Module]:
     return {
         "pooled": Forward(pooled, l=nn.Linear(4, 4), norm=nn.LayerNorm(4), h=nn.Linear(4, 3)),
         "padded soon": Forward(padded_soon, l=nn.Linear(4, 4), h=nn.Linear(4, 3)),
         "a parameter": Holding(with_a_parameter, parameters={"w": torch.ones(4)}, l=nn.Linear(4, 4), h=nn.Linear(4, 3)),
+        "attention": Forward(attention, **{name: nn.Linear(4, 4) for name in "qkv"}, h=nn.Linear(4, 3)),
         "words": Forward(of_words, e=nn.Embedding(30, 4), h=nn.Linear(4, 3)),
     }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import nullcontext
 from enum import Enum
 from functools import partial
@@ -24,7 +24,12 @@ Edge = tuple[Node, int]
 def value_shape(node: Node, nr: int) -> tuple[int, ...]:
     """The shape of a node's output, or of the parameter whose gradient the node accumulates."""
     variable = getattr(node, "variable", None)
-    return tuple(variable.shape if variable is not None else outputs_of(node)[nr].shape)
+    return tuple(variable.shape) if variable is not None else _shape_of(outputs_of(node)[nr])
+
+
+def _shape_of(output: Any) -> tuple[int, ...]:
+    """The shape of a node's output as its metadata has it; a nested tensor of strided layout, which has none, gets (0,)."""
+    return (0,) if output.is_nested_tensor else tuple(output.shape)
 
 
 def accumulators(leaves: Sequence[Tensor]) -> list[Node]:
@@ -33,11 +38,13 @@ def accumulators(leaves: Sequence[Tensor]) -> list[Node]:
         return [p.view_as(p).grad_fn.next_functions[0][0] for p in leaves]  # type: ignore[union-attr, misc]  # A view of a leaf has both.
 
 
-def output_shapes(nodes: Iterable[Node]) -> tuple[tuple[int, ...], ...]:
+def output_shapes(nodes: Collection[Node]) -> tuple[tuple[int, ...], ...]:
     """The shapes of all outputs of these nodes, in turn."""
     try:
         # A steady step asks for those of its whole graph.
         return tuple([tuple(output.shape) for node in nodes for output in node._input_metadata])
+    except RuntimeError:
+        return tuple([_shape_of(output) for node in nodes for output in node._input_metadata])
     except AttributeError:
         raise _without_shapes() from None
 
@@ -210,7 +217,8 @@ def fitted(grad: Tensor, output: Any, *, keeps_dtype: bool = False) -> Tensor:
         output: what torch says of the output, as :func:`outputs_of` has it.
         keeps_dtype: leave the gradient's dtype as it is.
     """
-    if tuple(grad.shape) != tuple(output.shape):
+    strided = grad.is_nested and grad.layout is torch.strided  # Such a tensor has no sizes.
+    if not strided and tuple(grad.shape) != tuple(output.shape):
         grad = grad.sum_to_size(tuple(output.shape))
     if grad.is_complex() and not output.dtype.is_complex:
         grad = grad.real
