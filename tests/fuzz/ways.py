@@ -98,13 +98,16 @@ def monitor(problem: Problem) -> None:
     watched = FisherMonitor(problem.model, problem.reduction, batch_axis=problem.batch_axis, **options)
     named = {k: p for k, p in problem.twin.named_parameters() if everything or p.requires_grad}
     frozen = [p for p in named.values() if not p.requires_grad]
-    ts, diagonals = [], []
+    ts, diagonals, norms = [], [], dict.fromkeys(named, 0.0)
     for p in frozen:
         p.requires_grad_(True)
     with watched:
         for number, (x, y) in enumerate(problem.batches):
             expected = problem.expected(x, y, named)
             _step(problem, watched, x, y, verify=problem.verified and number == 0)
+            for k, p in problem.model.named_parameters():
+                if k in norms and p.grad is not None:
+                    norms[k] += (p.grad.double().norm() / options["loss_scale"]).square() / len(problem.batches)
             t, total = squared_norms(expected), sum(squared_norms(expected).values())
             if options["per_sample"]:
                 got = {k: watched.per_sample[k].to_numpy()[-len(y) :] for k in watched.per_sample}
@@ -115,6 +118,8 @@ def monitor(problem: Problem) -> None:
     c = 1.0 if problem.reduction == "sum" else 1 / sum(len(y) for _, y in problem.batches)
     traces = {k: c * sum(t[k].sum() for t in ts) for k in named}
     problem.require("monitor, fisher_trace", dict(watched.report()["fisher_trace"]), traces, sum(traces.values()))
+    squares = watched.report()["grad_sq_norm"].fillna(0.0)  # Parameters without a gradient have none.
+    problem.require("monitor, grad_sq_norm", dict(squares), norms, sum(norms.values()))
     if options["diagonal"]:
         diagonal = {k: c * sum(d[k] for d in diagonals) for k in named}
         problem.require("monitor, diagonal", watched.diagonal, diagonal, sum(traces.values()))
