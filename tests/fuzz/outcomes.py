@@ -32,6 +32,7 @@ HIDDEN = (  # what is said of a re-entrant checkpoint in a run of the user's own
 UNSEEN = (
     "on what other layers computed from parameters alone, where nothing has the gradient of each sample"  # of gates
 )
+SILENT = "of which one has a zero gradient now"  # of a trace that is to be differentiated
 FAILURES = ("wrong", "crashed", "inconsistent")  # The command fails for these.
 
 
@@ -42,7 +43,7 @@ class Outcome:
     `kind` is "exact"; "wrong", NaN among it; "refused", though exact was possible; "coupled", refused as it should be;
     "hidden", refused since the docs say that re-entrant checkpoints of the user's own run hide their graph;
     "frozen", refused since the docs say that frozen parameters are where no layer's rule sees them (with `parameters="all"`);
-    "unseen", refused since the docs say that gates are where samples pass;
+    "unseen", refused since the docs say that gates are where samples pass, or that a use behind a closed gate has no derivative;
     "crashed", by an exception that isn't the library's; "inconsistent", if the fuzzer is at fault;
     or "impossible", if torch itself can't run the case.
     """
@@ -110,7 +111,7 @@ def _kind_of_refusal(case: Case, way: str, text: str) -> str:
         return "frozen"
     if way in ("monitor", "exact", "sums", "gates") and any(words in text for words in HIDDEN):
         return "hidden"
-    return "unseen" if way == "gates" and UNSEEN in text else "refused"
+    return "unseen" if (way, True) in (("gates", UNSEEN in text), ("differentiated", SILENT in text)) else "refused"
 
 
 def _impossible(problem: Problem) -> str:

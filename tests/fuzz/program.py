@@ -14,6 +14,7 @@ IMPORTS = """from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import random
 import warnings
 from collections.abc import Callable, Iterator, Sequence

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -306,6 +307,41 @@ def empirical(problem: Problem) -> None:
             got = empirical_fisher_trace(problem.model, problem.scalar, x, y)
         require_equal("empirical_fisher_trace", got, expected, expected, problem.precision)
     _require_untouched(problem)
+
+
+@way()
+def differentiated(problem: Problem) -> None:
+    """The gradient of empirical_fisher_trace, by which it is penalized, against autograd's of the sum of squares."""
+    if problem.axis or problem.coupled or problem.dtype != "float64":
+        return
+    problem.twin.load_state_dict(problem.model.state_dict())
+    (x, y), named = problem.batches[0], _named(problem)
+    parameters, total = list(named.values()), torch.zeros((), dtype=torch.float64)
+    try:
+        for share in problem.loss(problem.twin(x), y)[1]:
+            grads = torch.autograd.grad(share, parameters, create_graph=True, allow_unused=True)
+            total = total + sum(g.abs().square().sum() for g in grads if g is not None)
+        total = total if problem.reduction == "sum" else total / len(y)
+        expected = _gradients(total, parameters)
+    except RuntimeError:  # of re-entrant checkpoints, and of nodes without a second derivative
+        return
+    trace = empirical_fisher_trace(problem.model, problem.scalar, x, y, create_graph=True)
+    got = _gradients(trace, [p for p in problem.model.parameters() if p.requires_grad])
+    size = sum(float(g.abs().square().sum()) for g in expected) ** 0.5
+    if not math.isfinite(
+        size
+    ):  # torch's own second derivative of logcumsumexp is NaN or wrong, and there are roots of zero
+        return
+    for name, a, b in zip(named, got, expected, strict=True):
+        if a.numel() and not float((a - b).abs().max()) <= 1e-6 * size + 1e-14:  # Second derivatives amplify rounding.
+            raise Wrong(f"gradient of the trace in {name}: got {a.flatten()[:4]}, expected {b.flatten()[:4]}")
+
+
+def _gradients(value: Tensor, parameters: list[Tensor]) -> list[Tensor]:
+    if not value.requires_grad:
+        return [torch.zeros_like(p) for p in parameters]
+    found = torch.autograd.grad(value, parameters, allow_unused=True)
+    return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
 
 
 @way()

@@ -1,17 +1,26 @@
-"""Re-entrant activation checkpoints, which the library's own runs of a model take in their other form.
+"""Activation checkpoints in the library's own runs of a model.
 
 A re-entrant checkpoint starts a backward pass of its own, which gives gradients to leaves only and hides its graph. The other
-form computes the same numbers from the same saved inputs, and its graph is there.
+form computes the same numbers from the same saved inputs, and its graph is there; the library's runs take that one. Where the
+result is to be differentiated, they take none: the forward would run again in a later pass of the user's, when parameters that
+are not analyzed require gradients and the library's hooks are gone, so that it saves other tensors than the first time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from threading import Lock, get_ident
 from typing import Any
 
 import torch.utils.checkpoint
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+# Threads in which checkpoints are left out.
+_PLAIN: set[int] = set()
+_CHANGE = Lock()
+_USUAL: Any = torch.utils.checkpoint._checkpoint_without_reentrant_generator
 
 
 class InTheOtherForm:
@@ -36,7 +45,30 @@ class InTheOtherForm:
         if not (torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args)):
             with torch.no_grad():
                 return function(*args)
+        if get_ident() in _PLAIN:
+            return function(*args)
         return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=preserve, determinism_check="none")
+
+
+@contextmanager
+def without_checkpoints() -> Iterator[None]:
+    """Inside, this thread runs what is checkpointed as if it were not, in the library's own calls of a model."""
+    thread = get_ident()
+    with _CHANGE:
+        _PLAIN.add(thread)
+        torch.utils.checkpoint._checkpoint_without_reentrant_generator = _around_forward
+    try:
+        yield
+    finally:
+        with _CHANGE:
+            _PLAIN.discard(thread)
+            if not _PLAIN:
+                torch.utils.checkpoint._checkpoint_without_reentrant_generator = _USUAL
+
+
+def _around_forward(*args: Any, **kwargs: Any) -> Iterator[None]:
+    """What runs before and after the forward of a checkpoint: nothing in threads that leave checkpoints out."""
+    return (None for _ in range(1)) if get_ident() in _PLAIN else _USUAL(*args, **kwargs)
 
 
 def put_in_place(is_library_call: Callable[[], bool]) -> None:

@@ -115,6 +115,15 @@ def unexpected(names: Sequence[str], why: Unplaced, count: Count) -> CurvatureEr
     )
 
 
+def silent_use(names: Sequence[str]) -> UnsupportedError:
+    """The refusal to differentiate a trace in which one of several uses of a parameter has a zero gradient."""
+    return UnsupportedError(
+        f"{', '.join(names)}: used several times, of which one has a zero gradient now (behind a gate that is 0?), so that "
+        "nothing shows where its samples are; its part of the trace is right, and the derivative of that is not: leave out "
+        "create_graph, or let the gate begin at a small number"
+    )
+
+
 def not_finite(what: str) -> NonFiniteError:
     """The refusal of a batch that isn't finite before it is known where the model has its samples."""
     return NonFiniteError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from threading import RLock
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from torch_secorder.autograd.checkpoints import without_checkpoints
 from torch_secorder.model.hooks import restoring
 
 _turns: WeakKeyDictionary[nn.Module, RLock] = WeakKeyDictionary()
@@ -23,9 +24,17 @@ def lock_of(model: nn.Module) -> RLock:
     return _turns.setdefault(model, RLock())
 
 
-def twice_differentiable(wanted: bool) -> AbstractContextManager[object]:
-    """A block in which attention has second derivatives, if those are wanted: torch's fused operations have none."""
-    return sdpa_kernel(SDPBackend.MATH) if wanted else nullcontext()
+@contextmanager
+def twice_differentiable(wanted: bool) -> Iterator[None]:
+    """A block in which models have second derivatives, if those are wanted.
+
+    Torch's fused attention has none, and a checkpoint would have to run its forward again when the block is over.
+    """
+    if not wanted:
+        yield
+        return
+    with sdpa_kernel(SDPBackend.MATH), without_checkpoints():
+        yield
 
 
 @contextmanager

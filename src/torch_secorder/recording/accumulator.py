@@ -9,6 +9,7 @@ from dataclasses import replace
 from operator import itemgetter
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
@@ -22,7 +23,7 @@ from torch_secorder.errors import (
     SlowFallbackWarning,
     warn_at_users_line,
 )
-from torch_secorder.graph.refusals import unexpected
+from torch_secorder.graph.refusals import silent_use, unexpected
 from torch_secorder.graph.uses import IdleUse, ParameterUse
 from torch_secorder.model.nested import whole
 from torch_secorder.model.parameters import Table
@@ -225,6 +226,8 @@ class PassAccumulator:
             seen.idle.forget()
             raise unexpected([self._table.names[position] for position in positions], seen.idle.why, seen.forward.count)
         batch = self._batch(seen.forward, seen.forward.n)
+        if torch.is_grad_enabled():
+            batch.silent.update(positions)
         for position in positions:
             batch.squared_norms.setdefault(position, zero_squared_norms(batch.n, there[0]))
             self._rules[position]["none (zero gradient)"] = None
@@ -267,6 +270,8 @@ class PassAccumulator:
             NonFiniteError: if a gradient is not finite and ``nonfinite`` is "raise".
         """
         for batch in self._batches.values():
+            if lost := batch.silent.intersection((*batch.settled, *batch.held)):
+                raise silent_use([self._table.names[position] for position in sorted(lost)])
             if batch.shared or batch.held:
                 self._norms.settle_waiting(batch)
         self._small.finish()

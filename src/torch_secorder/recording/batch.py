@@ -48,6 +48,7 @@ class SampleBatch:
         settled: positions that have their squared norms, or will have.
         held: position -> the sum so far, for parameters that are used more than once.
         shared: call without a batch axis -> ``[n, *shape of its output]``, the gradient of its output for every sample.
+        silent: positions of which some use has a zero gradient in a pass that is differentiated itself.
         projections: position -> its gradient along one direction, where that is compared with autograd's.
     """
 
@@ -58,6 +59,7 @@ class SampleBatch:
     settled: set[int] = field(default_factory=set)
     held: dict[int, PerSampleGradient] = field(default_factory=dict)
     shared: dict[Record, Tensor] = field(default_factory=dict)
+    silent: set[int] = field(default_factory=set)
     projections: dict[int, Projection] = field(default_factory=dict)
 
     def stacked(self) -> tuple[list[int], Tensor]:
