@@ -314,6 +314,19 @@ def test_trap_17_fused_attention_over_as_many_positions_as_samples_is_exact() ->
     assert_exact(*drawn(made(packed, layer=nn.Linear(4, 8), head=nn.Linear(8, 2)), 5, 5, 4))
 
 
+def test_trap_17_a_query_for_each_sample_may_attend_to_the_tokens_of_all_that_stand_in_one_row() -> None:
+    """As where images of different sizes are packed, and each is pooled by a query of its own."""
+
+    def pooled(self: Any, x: Tensor) -> Tensor:
+        heads = self.layer(x.flatten(0, 1)).unflatten(-1, (2, 4)).transpose(0, 1)[None]
+        queries = self.query(x.mean(1)).unflatten(-1, (2, 4)).transpose(0, 1)[None]
+        mask = torch.arange(len(x))[:, None] == torch.arange(len(x)).repeat_interleave(x.shape[1])
+        h = F.scaled_dot_product_attention(queries, heads, heads, attn_mask=mask)
+        return self.head(h[0].transpose(0, 1).flatten(1))
+
+    assert_exact(*drawn(made(pooled, layer=nn.Linear(4, 8), query=nn.Linear(4, 8), head=nn.Linear(8, 2)), 5, 3, 4))
+
+
 def test_trap_17_a_sum_over_the_past_of_the_data_is_refused_by_the_functions() -> None:
     """Nothing in the graph tells a monitor, but samples alone tell the functions."""
     model = made(lambda self, x: self.head(self.layer(x.cumsum(0)).tanh()), layer=nn.Linear(4, 4), head=nn.Linear(4, 2))
