@@ -14,8 +14,8 @@ from torch_secorder.errors import ShapeError
 # Nodes that carry something from each index along an axis to all later ones, as a cumulative sum does.
 CARRIES = {f"{name}Backward0" for name in ("Cumsum", "Cumprod", "Cummax", "Cummin", "Logcumsumexp")}
 
-# Fused attention, whose output has its positions on the last axis but one. Each of them takes something of others, if the keys are
-# of the same positions.
+# Fused attention, whose output has its positions on the last axis but one. Each of them takes something of others, if the keys
+# are of the same positions.
 _KINDS = (
     "FlashAttentionForCpu",
     "FlashAttention",
