@@ -164,7 +164,8 @@ class FisherMonitor(WithResults, RecordedBlock):
             *(repeated_calls, every, fisher, max_memory, keeps),
         )
         watched = WatchedModel.of(model, options)
-        options = replace(options, keeps=kept(keeps, watched.model, watched.table))
+        if (wanted := kept(keeps, watched.model, watched.table)) != keeps:
+            options = replace(options, keeps=wanted)
         self._set_up(options, watched, Results(watched.table.rows, reduction, fisher, **options.keeps))
 
     def _set_up(self, options: MonitorOptions, watched: WatchedModel | None, results: Results) -> None:

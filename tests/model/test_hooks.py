@@ -30,7 +30,7 @@ class Owner:
 def test_a_hook_that_was_removed_does_nothing_in_a_thread_that_still_calls_it() -> None:
     """As where another thread has read the table of hooks, and its turn comes when the owner is gone."""
     owner, module, hooks = Owner(), nn.Linear(2, 2), HookSet()
-    hooks.add(module, module.register_forward_hook, WeakHook(owner, "note", "called"))
+    hooks.after_forward(module, WeakHook(owner, "note", "called"))
     about_to_be_called = list(module._forward_hooks.values())
     module(torch.ones(1, 2))
     assert owner.seen == ["called"]
@@ -71,7 +71,7 @@ def test_a_copy_of_a_model_has_the_users_hooks_only() -> None:
 
 def test_a_copy_whose_memo_is_kept_has_a_hook_that_does_nothing_so_long() -> None:
     owner, module, hooks, memo = Owner(), nn.Linear(2, 2), HookSet(), dict[int, object]()
-    hooks.add(module, module.register_forward_hook, WeakHook(owner, "note", "called"))
+    hooks.after_forward(module, WeakHook(owner, "note", "called"))
     copied = copy.deepcopy(module, memo)
     copied(torch.ones(1, 2))
     assert owner.seen == []

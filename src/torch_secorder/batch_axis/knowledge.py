@@ -246,4 +246,6 @@ def knowledge_of(model: nn.Module, words: Told = NOTHING, *, checks: bool = True
 
     The two are kept apart, since only the former find out that shapes have misled them.
     """
-    return _knowledge.setdefault(model, {}).setdefault((words.fingerprint, checks), ModelKnowledge())
+    kind = words.fingerprint, checks
+    found = _knowledge.setdefault(model, {}).get(kind)
+    return found or _knowledge[model].setdefault(kind, ModelKnowledge())

@@ -94,11 +94,9 @@ class ForwardTracker:
         return not (LIBRARY_THREADS or LIBRARY_PASSES) or not in_library_call()
 
     @never_compiled
-    def on_model_enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> None:
+    def on_model_enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Called before the model runs: a run begins, or the call is passed over."""
-        # torch registers a hook before it notes that the hook wants keyword arguments. A thread that calls the model in between
-        # passes none.
-        if kwargs is None or not self.records_calls():
+        if not self.records_calls():
             return
         task, thread = current_graph_task(), get_ident()
         if task == -1:

@@ -26,7 +26,7 @@ from torch_secorder.batch_axis.told import Told
 from torch_secorder.capture.forwards import ForwardTracker, size_on
 from torch_secorder.capture.frozen_uses import FrozenParameters
 from torch_secorder.capture.model_run import Forward
-from torch_secorder.capture.module_notes import NO_OUTPUT, ModuleNotes
+from torch_secorder.capture.module_notes import ModuleNotes
 from torch_secorder.capture.records import HookedModule, Record
 from torch_secorder.errors import CoverageError, CurvatureError, ShapeError, UnsupportedError
 from torch_secorder.model.hooks import HookScope, WeakHook
@@ -70,18 +70,17 @@ class ModuleHooks(HookScope):
         self._notes = ModuleNotes(forwards)
 
     def _attach(self) -> None:
-        add, model, forwards = self._hooks.add, self._model, self.forwards
-        enter, leave = WeakHook(forwards, "on_model_enter"), WeakHook(forwards, "on_model_exit")
-        add(model, model.register_forward_pre_hook, enter, prepend=True, with_kwargs=True)
+        hooks, model, forwards = self._hooks, self._model, self.forwards
+        hooks.before_forward(model, WeakHook(forwards, "on_model_enter"), first=True, kwargs=True)
         for site in self._sites:
             # The hook is first in line: a user's hook may return something else than what the module computed.
             hook = WeakHook(self, "on_watched_output" if site.rule is None else "on_module_output", site)
-            add(site.module, site.module.register_forward_hook, hook, prepend=True, with_kwargs=True)
-        self._notes.attach(self._hooks, model, self._modules, self._guards)
+            hooks.after_forward(site.module, hook, first=True, kwargs=True)
+        self._notes.attach(hooks, model, self._modules, self._guards)
         if self._frozen.positions:
-            add(model, model.register_forward_pre_hook, WeakHook(self._frozen, "on_model_enter"))
-            add(model, model.register_forward_hook, WeakHook(self._frozen, "on_model_exit"), always_call=True)
-        add(model, model.register_forward_hook, leave, always_call=True)
+            hooks.before_forward(model, WeakHook(self._frozen, "on_model_enter"))
+            hooks.after_forward(model, WeakHook(self._frozen, "on_model_exit"), always=True)
+        hooks.after_forward(model, WeakHook(forwards, "on_model_exit"), always=True)
         forwards.active = True
 
     def _detach(self) -> None:
@@ -95,11 +94,11 @@ class ModuleHooks(HookScope):
         module: nn.Module,
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
-        output: Any = NO_OUTPUT,
+        output: Any,
     ) -> Tensor | None:
         """Record one call; returns a new output for a frozen layer alone, whose own output would be in no graph."""
         forward = self.forwards.of_call(output, site.placement.axis if site.placement else 0)
-        if forward is None or output is NO_OUTPUT:
+        if forward is None:
             return None
         for position in site.positions:
             forward.calls[position] += 1
@@ -178,7 +177,7 @@ class ModuleHooks(HookScope):
         module: nn.Module,
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
-        output: Any = NO_OUTPUT,
+        output: Any,
     ) -> None:
         """Record a call of which only the output is of interest.
 

@@ -17,9 +17,8 @@ from torch_secorder.model.containers import tensors
 from torch_secorder.model.hooks import WeakHook
 from torch_secorder.model.ranks import fsdp_modules
 
-# torch registers a hook before it notes `with_kwargs`. Another thread that calls the module in between passes the output in the
-# place of the keyword arguments; this default recognizes such a call, which is not recorded.
-NO_OUTPUT = object()
+# Layers whose own settings tell which axis counts samples.
+OWN_AXES = (nn.RNNBase, nn.MultiheadAttention)
 
 
 class ModuleNotes:
@@ -49,15 +48,16 @@ class ModuleNotes:
                 is right.
         """
         for module in fsdp_modules(model):
-            hooks.add(module, module.register_forward_hook, WeakHook(self, "on_sharded_output"), prepend=True)
-        for name, module in modules:
-            if isinstance(module, (nn.RNNBase, nn.MultiheadAttention)):
-                hooks.add(module, module.register_forward_hook, WeakHook(self, "on_own_axis", name), prepend=True)
+            hooks.after_forward(module, WeakHook(self, "on_sharded_output"), first=True)
+        kinds = {type(module) for _, module in modules}
+        noted = {kind for kind in kinds if issubclass(kind, (*OWN_AXES, nn.EmbeddingBag))}
+        for name, module in modules if noted else ():
+            if isinstance(module, OWN_AXES):
+                hooks.after_forward(module, WeakHook(self, "on_own_axis", name), first=True)
             if isinstance(module, nn.EmbeddingBag):
-                hook = WeakHook(self, "on_bags")
-                hooks.add(module, module.register_forward_hook, hook, prepend=True, with_kwargs=True)
+                hooks.after_forward(module, WeakHook(self, "on_bags"), first=True, kwargs=True)
         for module, guard in guards.items():
-            hooks.add(module, module.register_forward_pre_hook, WeakHook(self, "check_state", guard))
+            hooks.before_forward(module, WeakHook(self, "check_state", guard))
 
     def check_state(self, guard: Callable[[], None], *_: Any) -> None:
         """Called before a call of a module that may be in a state in which no rule is right."""
@@ -79,9 +79,7 @@ class ModuleNotes:
             forward.own_axes.append(OwnAxis(name, module, axis, output.shape, edge))
 
     @never_compiled
-    def on_bags(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any = NO_OUTPUT
-    ) -> None:
+    def on_bags(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
         """Note how many bags an EmbeddingBag made from ids without a batch axis."""
         ids = args[0] if args else kwargs.get("input")
         forward = self._forwards.of_call(output, 0)

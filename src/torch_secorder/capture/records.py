@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property, partial
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -51,6 +51,7 @@ class HookedModule:
         keep: a function of ``(module, args, kwargs, output)`` that returns what to keep of a call, for a rule that needs
             something else than the inputs; None for a rule that needs the inputs.
         number: its place among the model's modules, which tables follow.
+        positions: the positions of its parameters in the table.
     """
 
     name: str
@@ -62,6 +63,10 @@ class HookedModule:
     placement: Placement | None = None
     keep: Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any], Tensor], Any] | None = None
     number: int = 0
+    positions: tuple[int, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "positions", tuple(self.parameters.values()))
 
     def __str__(self) -> str:
         return f"{self.kind} '{self.name}'"
@@ -70,11 +75,6 @@ class HookedModule:
     def kind(self) -> str:
         """The name of the module's class."""
         return class_as_written(self.module).__name__
-
-    @cached_property
-    def positions(self) -> tuple[int, ...]:
-        """The positions of its parameters in the table."""
-        return tuple(self.parameters.values())
 
     def forms(self, call: Call) -> dict[str, PerSampleGradient]:
         """The per-sample gradients that the rule finds for a call, by local name.

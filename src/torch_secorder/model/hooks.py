@@ -55,13 +55,7 @@ class HookScope(ABC):
 
 def remove_from_module(module: Any, hook: Callable[..., Any]) -> None:
     """Remove a hook from all tables of a module, which torch keys by the same number."""
-    remove_from_tables(
-        [table for name, table in vars(module).items() if "hooks" in name and isinstance(table, dict)], hook
-    )
-
-
-def remove_from_tables(tables: list[dict[int, Any]], hook: Callable[..., Any]) -> None:
-    """Remove a hook from tables that are keyed by the same number."""
+    tables = [table for name, table in vars(module).items() if "hooks" in name and isinstance(table, dict)]
     # Another thread may hook the same module meanwhile, so copies of the tables are searched.
     found = [(table, key) for table in tables for key, mine in list(table.items()) if mine is hook]
     for where, key in found:
@@ -74,6 +68,10 @@ def remove_from_tables(tables: list[dict[int, Any]], hook: Callable[..., Any]) -
 def nothing() -> Callable[..., None]:
     """A new function that takes anything and does nothing, and that a process without this package can unpickle."""
     return nullcontext().__exit__
+
+
+# The state of a partial object that does nothing.
+_DOES_NOTHING: tuple[Any, ...] = (nothing(), (), {}, None)
 
 
 class WeakHook(partial[Any]):
@@ -94,7 +92,7 @@ class WeakHook(partial[Any]):
 
     def disarm(self) -> None:
         """Do nothing from now on: another thread may be about to call the hook although it was removed."""
-        self.__setstate__((nothing(), (), {}, None))  # type: ignore[attr-defined]  # of partial objects
+        self.__setstate__(_DOES_NOTHING)  # type: ignore[attr-defined]  # of partial objects
 
     def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
         return getattr, (nullcontext(), "__exit__")

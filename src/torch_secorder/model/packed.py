@@ -31,9 +31,9 @@ def weight_shape(module: nn.Module, local: str, p: Tensor) -> tuple[int, ...]:
         ArgumentError: if another shape is declared for a parameter that holds numbers instead of codes.
     """
     kind = class_as_written(module)
-    shapes = next((_shapes[layer] for layer in kind.__mro__ if layer in _shapes), None)
-    if shapes is None:
+    if _shapes.keys().isdisjoint(kind.__mro__):
         return tuple(p.shape)
+    shapes = next(_shapes[layer] for layer in kind.__mro__ if layer in _shapes)
     found = tuple(int(side) for side in shapes(module).get(local, p.shape))
     if found != tuple(p.shape) and is_continuous(p):
         raise ArgumentError(

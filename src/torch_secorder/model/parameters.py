@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
@@ -13,7 +14,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch_secorder.arguments import require_model
 from torch_secorder.errors import ArgumentError, UnsupportedError
 from torch_secorder.model.containers import is_continuous
-from torch_secorder.model.names import plain_name
+from torch_secorder.model.names import any_from_wrappers, plain_name
 from torch_secorder.model.numpy_of_frozen import NumpyOfFrozen
 from torch_secorder.model.packed import weight_shape
 from torch_secorder.model.ranks import (
@@ -25,6 +26,9 @@ from torch_secorder.model.ranks import (
     unsharded_leaves,
 )
 from torch_secorder.model.selection import Selection, selected
+from torch_secorder.model.tree import Modules, modules_by_path, parameters_by_path
+
+Described = tuple[str, str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -52,11 +56,10 @@ class Table:
         ranks: the ranks that hold the model together with this one.
     """
 
-    def __init__(self, rows: Iterable[Parameter]):
+    def __init__(self, rows: Iterable[Parameter], tensors: Sequence[Tensor] = ()):
         self.rows = list(rows)
         self.names = [row.name for row in self.rows]
-        self.tensors: list[Tensor] = []
-        self.leaves: list[Tensor] = []
+        self.tensors = self.leaves = list(tensors)
         self.sharded: list[nn.Module] = []
         self.ranks = Ranks()
 
@@ -81,35 +84,38 @@ class ParameterTable(Table):
 
     def __init__(self, model: nn.Module, selection: Selection = "trainable"):
         refuse_fully_sharded(model)
-        owners = dict(model.named_modules(remove_duplicate=False))
-        if not (named := selected(model, selection)):
+        modules = modules_by_path(model)
+        if not (named := selected(model, parameters_by_path(model, modules), selection)):
             frozen = any(True for _ in model.parameters())
             remedy = 'pass parameters="all" to analyze frozen ones' if frozen else "it has none at all"
             raise ArgumentError(f"{type(model).__name__} has no trainable parameter: {remedy}")
-        if lazy := [name for name, p in named if nn.parameter.is_lazy(p)]:
+        self.tensors = [p for _, p in named]
+        of_each_kind = {(type(p), p.dtype): p for p in self.tensors}
+        if any(map(nn.parameter.is_lazy, of_each_kind.values())):
+            lazy = [name for name, p in named if nn.parameter.is_lazy(p)]
             raise UnsupportedError(f"{', '.join(lazy)}: not initialized yet; run the model once before analyzing it")
         if bare := [name for name, p in named if p.is_meta]:
             raise UnsupportedError(
                 f"{', '.join(bare[:3])}: on the meta device, without numbers; load the weights first"
             )
-        self.frozen = [p for _, p in named if not p.requires_grad]
+        super().__init__(_rows(model, modules, named), self.tensors)
+        self.frozen = [p for p in self.tensors if not p.requires_grad]
         self.paths = [name for name, _ in named]
-        super().__init__(_row(name, p, owners) for name, p in named)
-        self.tensors = [p for _, p in named]
-        self.quantized = {position for position, p in enumerate(self.tensors) if _is_quantized(p)}
+        kinds = {kind for kind, p in of_each_kind.items() if _is_quantized(p)}
+        self.quantized = {position for position, p in enumerate(self.tensors) if kinds and (type(p), p.dtype) in kinds}
         if trained := [self.names[position] for position in self.quantized if self.tensors[position].requires_grad]:
             raise UnsupportedError(
                 f"{', '.join(trained)}: a {type(self.tensors[min(self.quantized)]).__name__} that requires a gradient; what is "
                 "quantized can be analyzed frozen (requires_grad_(False)), from its layer's inputs and output gradients"
             )
-        self.leaves = self.tensors
         self._positions = {id(p): position for position, p in enumerate(self.tensors)}
 
     def gather(self, model: nn.Module) -> None:
         """Find the tensors that stand for the parameters in the graph. Ranks that share a model have to call this together."""
         self.leaves, self.sharded = unsharded_leaves(model, self.tensors), fsdp_modules(model)
         self.ranks = Ranks(self.tensors, self.leaves)
-        self._positions |= {id(p): position for position, p in enumerate(self.leaves)}
+        if self.sharded:
+            self._positions |= {id(p): position for position, p in enumerate(self.leaves)}
 
     def position(self, tensor: Tensor | None) -> int | None:
         """The position of a parameter; None for a tensor that is not analyzed."""
@@ -171,23 +177,39 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return unwrapped(model._orig_mod) if "_orig_mod" in model._modules else model  # type: ignore[arg-type]  # a module, there
 
 
-def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def named_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Every module once, under its plain name."""
-    return ((plain_name(name), module) for name, module in model.named_modules())
-
-
-def parameters_by_name(modules: Iterable[tuple[str, nn.Module]]) -> dict[str, nn.Parameter]:
-    """The parameters that these modules own, by name; a shared one appears under each of its names."""
-    found: dict[str, nn.Parameter] = {}
-    for name, module in modules:
-        for local, p in module._parameters.items():
-            if p is not None:
-                found[f"{name}.{local}" if name else local] = p
+    found = modules_by_path(model)
+    if any_from_wrappers([path for path, _ in found]):
+        return [(plain_name(path), module) for path, module in found]
     return found
 
 
-def _row(name: str, p: Tensor, owners: dict[str, nn.Module]) -> Parameter:
-    owner, _, local = name.rpartition(".")
-    module = owners[owner]
-    shape = weight_shape(module, local, p)
-    return Parameter(plain_name(name), plain_name(owner), class_as_written(module).__name__, shape, math.prod(shape))
+# What describes each parameter of a model, and the rows that were made of it for the model's latest table.
+_latest_rows: WeakKeyDictionary[nn.Module, tuple[list[Described], list[Parameter]]] = WeakKeyDictionary()
+
+
+def _rows(model: nn.Module, modules: Modules, named: Sequence[tuple[str, Tensor]]) -> list[Parameter]:
+    """The rows of a model's parameters. They are values: those of an earlier table serve again if they would be equal."""
+    described = _described(model, modules, named)
+    before = _latest_rows.get(model)
+    if before is None or before[0] != described:
+        before = _latest_rows[model] = described, [_row(*one) for one in described]
+    return before[1]
+
+
+def _described(model: nn.Module, modules: Modules, named: Sequence[tuple[str, Tensor]]) -> list[Described]:
+    """The path, the name of the owner's class and the shape of each parameter."""
+    owners = dict(modules)
+    if type(model).named_parameters is not nn.Module.named_parameters:
+        owners |= dict(model.named_modules(remove_duplicate=False))
+    found: list[Described] = []
+    for path, p in named:
+        owner, _, local = path.rpartition(".")
+        module = owners[owner]
+        found.append((path, class_as_written(module).__name__, weight_shape(module, local, p)))
+    return found
+
+
+def _row(path: str, kind: str, shape: tuple[int, ...]) -> Parameter:
+    return Parameter(plain_name(path), plain_name(path.rpartition(".")[0]), kind, shape, math.prod(shape))

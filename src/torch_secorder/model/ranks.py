@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from torch_secorder.errors import CoverageError, UnsupportedError
+from torch_secorder.model.tree import modules_by_path
 
 # The number that a rank which has refused its batch sends instead of its values.
 REFUSED = 2**48
@@ -25,10 +26,13 @@ REFUSED = 2**48
 # How many numbers each exchange has: always the same, since a refusal may coincide with any exchange.
 WIDTH = 8
 
+# Most tensors are of these very classes, and none of them is a DTensor.
+_PLAIN = {Tensor, nn.Parameter}
+
 
 def is_dtensor(x: Any) -> bool:
     """Whether a tensor is a DTensor, of which this rank holds a part."""
-    return type(x) is not Tensor and isinstance(x, Tensor) and hasattr(x, "full_tensor")
+    return type(x) not in _PLAIN and isinstance(x, Tensor) and hasattr(x, "full_tensor")
 
 
 def full_tensor(x: Any) -> Any:
@@ -44,7 +48,9 @@ def is_fsdp(module: nn.Module) -> bool:
 
 def fsdp_modules(model: nn.Module) -> list[nn.Module]:
     """The modules inside of a model to which ``fully_shard`` was applied."""
-    return list(filter(is_fsdp, model.modules())) if "torch.distributed.fsdp" in sys.modules else []
+    if "torch.distributed.fsdp" not in sys.modules:
+        return []
+    return [module for _, module in modules_by_path(model) if is_fsdp(module)]
 
 
 def class_as_written(module: nn.Module) -> type[nn.Module]:
@@ -91,7 +97,7 @@ def refuse_fully_sharded(model: nn.Module) -> None:
         UnsupportedError: for FullyShardedDataParallel.
     """
     fsdp = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is not None and any(isinstance(module, fsdp.FullyShardedDataParallel) for module in model.modules()):
+    if fsdp is not None and any(isinstance(m, fsdp.FullyShardedDataParallel) for _, m in modules_by_path(model)):
         raise UnsupportedError(
             "FullyShardedDataParallel flattens parameters into one: shard the model with torch.distributed.fsdp.fully_shard"
         )

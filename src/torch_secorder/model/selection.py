@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
@@ -14,11 +14,12 @@ from torch_secorder.model.names import plain_name
 Selection = str | Iterable[str] | Callable[[str, Tensor], bool]
 
 
-def selected(model: nn.Module, selection: Selection) -> list[tuple[str, Tensor]]:
+def selected(model: nn.Module, named: Sequence[tuple[str, Tensor]], selection: Selection) -> list[tuple[str, Tensor]]:
     """The parameters that a selection means, in the order of ``named_parameters()``, each under the first of its names.
 
     Args:
         model: the model.
+        named: all of its parameters.
         selection: "trainable" for parameters that require a gradient; "all"; a name, a pattern as of :mod:`fnmatch`, or several
             of them; or a function from a name and a parameter to whether it is meant. Names are without wrappers, and each name
             of a tied parameter counts. Any selection but "trainable" may include frozen parameters.
@@ -26,7 +27,6 @@ def selected(model: nn.Module, selection: Selection) -> list[tuple[str, Tensor]]
     Raises:
         ArgumentError: for anything else, a pattern that no parameter has, and a selection of none.
     """
-    named: list[tuple[str, Tensor]] = list(model.named_parameters())
     if isinstance(selection, str) and selection in ("trainable", "all"):
         return [(name, p) for name, p in named if selection == "all" or p.requires_grad]
     if callable(selection):

@@ -162,7 +162,7 @@ class Gates(RecordedBlock):
         return super().__enter__()
 
     def _attach(self) -> None:
-        modules = list(named_modules(self._model))
+        modules = named_modules(self._model)
         plan = Plan(self._model, modules, self._sites, guards(modules), self._words)
         knowledge = knowledge_of(self._model, self._words, checks=False)
         self._recorder = UserRecorder(

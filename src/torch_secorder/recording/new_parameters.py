@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 from torch.autograd.graph import Node
 
 from torch_secorder.autograd.engine import leaf_of
 from torch_secorder.capture.model_run import Forward
-from torch_secorder.model.parameters import named_modules, parameters_by_name
+from torch_secorder.model.parameters import named_modules
 from torch_secorder.model.ranks import is_dtensor
 from torch_secorder.recording.backward_pass import replaced
 
@@ -23,7 +23,8 @@ class NewParameters:
     """
 
     def __init__(self, model: nn.Module | None, modules: Sequence[tuple[str, nn.Module]]):
-        self._model, self._on_entry = model, parameters_by_name(modules)
+        self._model = model
+        self._on_entry = _owned(modules)
         self._known: set[Node] = set()  # the leaves of tensors that are not analyzed, and not new
 
     def refuse_in(self, forward: Forward, leaves: Iterable[Node]) -> None:
@@ -34,9 +35,9 @@ class NewParameters:
 
     def _require_known(self, forward: Forward, node: Node, variable: nn.Parameter) -> None:
         assert self._model is not None
-        now = parameters_by_name(named_modules(self._model))
-        others = {name: p for name, p in now.items() if self._on_entry.get(name) is not p}
-        others = {name: p for name, p in others.items() if not is_dtensor(self._on_entry.get(name))}
+        now, before = _by_name(_owned(named_modules(self._model))), _by_name(self._on_entry)
+        others = {name: p for name, p in now.items() if before.get(name) is not p}
+        others = {name: p for name, p in others.items() if not is_dtensor(before.get(name))}
         if any(p is variable for p in others.values()):
             forward.refusal = replaced(list(others))
             return
@@ -45,3 +46,21 @@ class NewParameters:
     def clear(self) -> None:
         """Keep no node alive."""
         self._known.clear()
+
+
+Owned = list[tuple[str, Mapping[str, nn.Parameter | None]]]
+
+
+def _owned(modules: Iterable[tuple[str, nn.Module]]) -> Owned:
+    """The parameters that each module owns now, beside the module's name."""
+    return [(name, dict(module._parameters)) for name, module in modules if module._parameters]
+
+
+def _by_name(owned: Owned) -> dict[str, nn.Parameter]:
+    """The parameters by name; a shared one appears under each of its names."""
+    return {
+        f"{name}.{local}" if name else local: p
+        for name, parameters in owned
+        for local, p in parameters.items()
+        if p is not None
+    }

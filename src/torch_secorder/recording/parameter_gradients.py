@@ -56,7 +56,7 @@ class ParameterGradients:
         for position, (tensor, leaf) in enumerate(zip(self._table.tensors, self._table.leaves, strict=True)):
             for watched in (leaf,) if leaf is tensor else (leaf, tensor):  # a shard is only in the graph of a penalty
                 if watched.requires_grad:
-                    self._hooks.add(watched, watched.register_hook, WeakHook(self, "on_gradient", position))
+                    self._hooks.on_gradient(watched, WeakHook(self, "on_gradient", position))
 
     def detach(self) -> None:
         """Take the hooks off."""

@@ -17,7 +17,7 @@ from torch_secorder.errors import CurvatureError, UnsupportedError
 from torch_secorder.model.parameters import ParameterTable, named_modules
 from torch_secorder.model.ranks import class_as_written
 from torch_secorder.recording.quantities import QUANTITIES
-from torch_secorder.rules import Rule, refusal_for, rule_for
+from torch_secorder.rules import ClassRule, Rule, refusal_for, rule_for
 
 NamedModule = tuple[str, nn.Module]
 
@@ -45,10 +45,11 @@ class Plan:
 
         The state has the rules with their parameters, every module's mode, and its number of hooks.
         """
-        sites = [(site.name, *site.positions, getattr(site.rule, "function", None)) for site in self.sites]
+        sites = [(site.name, site.positions, getattr(site.rule, "function", None)) for site in self.sites]
         tensors = [(id(p), p.dtype, p.device) for site in self.sites for p in site.tensors.values()]
-        modules = [(id(module), module.training, *hook_counts(module)) for _, module in self.modules]
-        return tuple(sites), tuple(tensors), tuple(modules)
+        modules = [module for _, module in self.modules]
+        modes = tuple([module.training for module in modules])
+        return tuple(sites), tuple(tensors), tuple(map(id, modules)), modes, hook_counts(modules)
 
 
 def planned(model: nn.Module, table: ParameterTable, words: Told = NOTHING, quantities: Iterable[str] = ()) -> Plan:
@@ -62,11 +63,11 @@ def planned(model: nn.Module, table: ParameterTable, words: Told = NOTHING, quan
     placement = words.placement
     sites: list[HookedModule] = []
     missing: list[str] = []
-    modules = list(named_modules(model))
+    modules, classes = named_modules(model), dict[type[nn.Module], ClassRule]()
     for name, module in modules:
         if not module._parameters or not (owned := table.owned(module)):
             continue
-        rule = rule_for(module)
+        rule = rule_for(module, classes)
         if isinstance(rule, Rule):
             tensors = {local: table.leaves[position] for local, position in owned.items()}
             shapes = {local: table.rows[position].shape for local, position in owned.items()}
@@ -96,17 +97,17 @@ def _watched(
     ]
 
 
-def guards(modules: Iterable[NamedModule]) -> dict[nn.Module, Callable[[], None]]:
+def guards(modules: Sequence[NamedModule]) -> dict[nn.Module, Callable[[], None]]:
     """For each module that may be in a state in which no rule is right, a function that raises if it is in that state."""
-    found: dict[nn.Module, Callable[[], None]] = {}
-    of_classes: dict[type, Callable[[nn.Module], CurvatureError | None] | None] = {}
-    for name, module in modules:
-        kind = type(module)
-        if kind not in of_classes:
-            of_classes[kind] = refusal_for(kind)
-        if (refusal := of_classes[kind]) is not None:
-            found[module] = partial(_refuse, name, module, refusal)
-    return found
+    kinds = {type(module) for _, module in modules}
+    refusals = {kind: refusal for kind in kinds if (refusal := refusal_for(kind)) is not None}
+    if not refusals:
+        return {}
+    return {
+        module: partial(_refuse, name, module, refusals[type(module)])
+        for name, module in modules
+        if type(module) in refusals
+    }
 
 
 def _refuse(name: str, module: nn.Module, refusal: Callable[[nn.Module], CurvatureError | None]) -> None:

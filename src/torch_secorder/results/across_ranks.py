@@ -22,13 +22,21 @@ class RankedStatistics:
     """
 
     def __init__(self, own: Statistics):
-        self.own, self._common = own, _sum_of(own)
+        self.own = own
+        self._reduced: Statistics | None = None  # what all ranks have in common, as soon as there is something
         self.counts_samples = True
+
+    @property
+    def _common(self) -> Statistics:
+        if self._reduced is None:
+            self._reduced = _sum_of(self.own)
+        return self._reduced
 
     def whole(self) -> Statistics:
         """The samples that all ranks have in common, and those that this rank saw since."""
-        any_common = self._common.n or self._common.skipped_passes
-        return _sum_of(self.own, self._common, self.own) if any_common else self.own
+        if self._reduced is None or not (self._common.n or self._common.skipped_passes):
+            return self.own
+        return _sum_of(self.own, self._common, self.own)
 
     def reduced(self, group: Any = None) -> Statistics:
         """The samples that all ranks have in common, and those that any rank saw since; all ranks have to call this.
@@ -42,7 +50,7 @@ class RankedStatistics:
 
     def all_reduce(self, group: Any = None) -> None:
         """Make the samples of all ranks common to them; see :meth:`reduced`."""
-        self._common = self.reduced(group)
+        self._reduced = self.reduced(group)
         self.own.clear()
 
     def merge(self, samples: Statistics) -> None:
@@ -57,12 +65,12 @@ class RankedStatistics:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Replace all samples by those of a state."""
         self.own.load_state_dict(state)
-        self._common.clear()
+        self._reduced = None
 
     def clear(self) -> None:
         """Forget all samples."""
         self.own.clear()
-        self._common.clear()
+        self._reduced = None
 
 
 def _sum_of(like: Statistics, *parts: Statistics) -> Statistics:

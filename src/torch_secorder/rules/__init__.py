@@ -16,10 +16,19 @@ from torch_secorder.rules import (
     normalization,
     recurrent,
 )
-from torch_secorder.rules.registry import Gradients, Rule, refusal_for, register_refusal, register_rule, rule_for
+from torch_secorder.rules.registry import (
+    ClassRule,
+    Gradients,
+    Rule,
+    refusal_for,
+    register_refusal,
+    register_rule,
+    rule_for,
+)
 
 __all__ = [
     "Call",
+    "ClassRule",
     "Gradients",
     "Rule",
     "bilinear",

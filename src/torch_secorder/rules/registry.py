@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -167,25 +168,65 @@ def refusal_for(kind: type) -> Callable[[Any], CurvatureError | None] | None:
     return next((_refusals[layer] for layer in kind.__mro__ if layer in _refusals), None)
 
 
-def rule_for(module: nn.Module) -> Rule | str:
-    """The rule for a module, or the reason why it has none."""
+@dataclass(frozen=True)
+class ClassRule:
+    """The rule that all modules of one class have, unless something about the module itself stands against it.
+
+    Attributes:
+        rule: the rule, if there is one.
+        parameters: the names of all parameters that a module must own, if the rule was found by the code of the forward.
+        changed: the methods that the class computes differently than the layer that the rule was written for.
+    """
+
+    rule: Rule | None
+    parameters: tuple[str, ...] | None = None
+    changed: Sequence[str] = ()
+
+
+def rule_for(module: nn.Module, classes: dict[type[nn.Module], ClassRule] | None = None) -> Rule | str:
+    """The rule for a module, or the reason why it has none.
+
+    Args:
+        module: the module.
+        classes: what this function has noted about classes in earlier calls, for callers that ask about many modules at a time.
+    """
     kind = class_as_written(module)
-    layer = next((layer for layer in kind.__mro__ if layer in _rules), kind)
-    rule = _rules.get(layer) or _rule_by_code(kind, module)
-    if rule is None:
+    classes = {} if classes is None else classes
+    of_class = classes.get(kind) or classes.setdefault(kind, _class_rule(kind))
+    rule, parameters = of_class.rule, of_class.parameters
+    if rule is None or (parameters is not None and not _owns_only(module, parameters)):
         return f"no rule for {kind.__name__}"
     if "forward" in vars(module):
         return "its forward was replaced on the instance"
-    computed = [local for local, value in vars(module).items() if isinstance(value, Tensor)]
+    if any(p.is_complex() for p in module._parameters.values() if p is not None):
+        return "its parameters are complex, and rules are written for real ones"
+    if computed := _computed_tensors(module):
+        return f"its {', '.join(computed)} is computed from other tensors (pruning, weight_norm, a parametrization)"
+    if of_class.changed:
+        return f"a {rule.layer.__name__} that changes {', '.join(of_class.changed)}"
+    return rule
+
+
+def _class_rule(kind: type[nn.Module]) -> ClassRule:
+    """What the class of a module alone says about its rule."""
+    layer = next((layer for layer in kind.__mro__ if layer in _rules), None)
+    if layer is None:
+        return _rule_by_code(kind)
+    return ClassRule(_rules[layer], changed=_overridden(kind, layer) if kind is not layer else ())
+
+
+# Classes of most attributes of modules, none of which is a tensor.
+_NO_TENSORS = {bool, int, float, str, type(None), tuple, list, set, dict, OrderedDict}
+
+
+def _computed_tensors(module: nn.Module) -> list[str]:
+    """The names under which a module has tensors that are neither its parameters nor its buffers."""
+    computed: list[str] = []
+    if not _NO_TENSORS.issuperset(map(type, vars(module).values())):
+        computed += [local for local, value in vars(module).items() if isinstance(value, Tensor)]
     if module._modules.get("parametrizations") is not None and is_parametrized(module):
         computed += [local for local, _ in module.parametrizations.named_children()]  # type: ignore[union-attr]  # a ModuleDict there
-    if any(p is not None and p.is_complex() for p in module._parameters.values()):
-        return "its parameters are complex, and rules are written for real ones"
-    if computed:
-        return f"its {', '.join(computed)} is computed from other tensors (pruning, weight_norm, a parametrization)"
-    if kind is not layer and (changed := _overridden(kind, layer)):
-        return f"a {layer.__name__} that changes {', '.join(changed)}"
-    return rule
+    return computed
 
 
 def _code(function: Any) -> Hashable:
@@ -196,24 +237,26 @@ def _code(function: Any) -> Hashable:
     return code.co_code, code.co_consts, code.co_names, code.co_varnames, code.co_argcount
 
 
-def _rule_by_code(kind: type[nn.Module], module: nn.Module) -> Rule | None:
+def _rule_by_code(kind: type[nn.Module]) -> ClassRule:
     """The rule for a class that nobody registered, if its forward has code that is known and finds what that expects."""
     forward: Any = kind.forward
     found = _forwards.get(_code(forward))
-    if found is None or next(module.children(), None) is not None:
-        return None
+    if found is None:
+        return ClassRule(None)
     written, parameters, function = found
     names = written.__code__.co_names  # global names, and those of attributes
     same_globals = all(forward.__globals__.get(name) is written.__globals__.get(name) for name in names)
     above = kind.__mro__[: kind.__mro__.index(nn.Module)]
     special = {"__call__", "__getattr__", "__getattribute__", *names}  # as properties they would be the class's own
     plain = special.isdisjoint(name for cls in above for name in vars(cls))
-    return Rule(function.__name__, function, kind) if same_globals and plain and _owns(module, parameters) else None
+    return ClassRule(Rule(function.__name__, function, kind) if same_globals and plain else None, parameters)
 
 
-def _owns(module: nn.Module, parameters: Sequence[str]) -> bool:
-    """Whether these are all the parameters that a module owns."""
-    return {name for name, p in module._parameters.items() if p is not None} == set(parameters)
+def _owns_only(module: nn.Module, parameters: Sequence[str]) -> bool:
+    """Whether these are all the parameters that a module owns, and it has no modules inside."""
+    return next(module.children(), None) is None and {
+        name for name, p in module._parameters.items() if p is not None
+    } == set(parameters)
 
 
 def _overridden(kind: type, layer: type) -> list[str]:
