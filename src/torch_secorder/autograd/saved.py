@@ -7,6 +7,7 @@ torch makes these attributes' names from its list of derivatives and promises no
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
@@ -191,8 +192,18 @@ def axes(node: Node) -> tuple[str, ...]:
     """The axes that a node works along, if it saved any; what no other node has, if this torch does not show them."""
     if not _shows_all(node.name()):
         return (f"unknown axes {next(_COUNTER)}",)
-    names = _axis_names(type(node))
-    return tuple([str(getattr(node, name)) for name in names]) if names else ()
+    return tuple([str(getattr(node, name)) for name in _axis_names(type(node))])
+
+
+def axes_of_each(nodes: Iterable[Node]) -> tuple[tuple[str, ...], ...]:
+    """The axes that each of these nodes works along. A steady step may ask for those of its whole graph."""
+    return tuple([axes(node) if _has_axes(type(node)) else () for node in nodes])
+
+
+@cache
+def _has_axes(kind: type) -> bool:
+    """Whether nodes of this class may work along axes; most do not."""
+    return bool(_axis_names(kind)) or not _shows_all(kind.__name__)
 
 
 def _shows_all(kind: str) -> bool:

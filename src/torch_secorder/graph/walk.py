@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from torch_secorder.autograd.nodes import Edge, output_shapes
-from torch_secorder.autograd.saved import axes
+from torch_secorder.autograd.saved import axes_of_each
 from torch_secorder.batch_axis.moving import MOVES
 from torch_secorder.capture.model_run import Forward
 from torch_secorder.capture.records import Record
@@ -116,7 +116,7 @@ class Walk:
                 boundary.update(record.input_nodes)
         if not computes:
             return None
-        if not boundary.isdisjoint(self.leaves):
+        if not self.leaves.keys().isdisjoint(boundary):
             self.unfolded.update(records)
             return None
         outside: list[Edge] = []
@@ -143,7 +143,7 @@ class Walk:
         # Only a size that is met twice lets positions pass for samples.
         kinds = CARRIES | ATTENDS if self.has_ambiguous_axis else CARRIES
         self.carried_axes = [] if kinds.isdisjoint(names) else self._carried_axes(names, kinds)
-        along = tuple(map(axes, self.children if self.has_ambiguous_axis else self._movers))
+        along = axes_of_each(self.children if self.has_ambiguous_axis else self._movers)
         self.kind, self.ingredients = hash(names), hash(frozenset(names))
         self.fingerprint = hash((names, None if n is None else size_pattern(n, shapes), self.has_ambiguous_axis, along))
 
