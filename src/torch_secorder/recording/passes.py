@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from threading import get_ident
 from weakref import WeakValueDictionary
@@ -40,6 +40,7 @@ class UserPasses:
         watches_outputs: whether the outputs of modules without an analyzed parameter are of interest.
 
     Attributes:
+        leaves: the nodes that accumulate the gradients of the analyzed parameters that have one.
         under_way: the number of each running, outermost pass of the samples -> what it has collected.
         known: the number of a running pass -> the outermost pass that it belongs to, from its first gradient until that pass
             is over.
@@ -50,14 +51,14 @@ class UserPasses:
 
     def __init__(
         self,
-        leaves: Sequence[Node],
+        leaves: Collection[Node],
         all_have_gradients: bool,
         model: nn.Module | None,
         on_refusal: Callable[[Exception], None],
         *,
         watches_outputs: bool = False,
     ):
-        self._leaves, self._all_have_gradients = leaves, all_have_gradients
+        self.leaves, self._all_have_gradients = leaves, all_have_gradients
         self._model, self._on_refusal, self._watches_outputs = model, on_refusal, watches_outputs
         # Only autograd keeps a pass alive: a pass that an exception breaks off is gone.
         self.under_way: WeakValueDictionary[int, BackwardPass] = WeakValueDictionary()
@@ -155,7 +156,7 @@ class UserPasses:
             return False
 
     def _computes_analyzed_gradients(self) -> bool:
-        if any(map(computes_gradient_of, self._leaves)):
+        if any(map(computes_gradient_of, self.leaves)):
             return True
         # Around a checkpoint that holds all analyzed parameters are modules whose outputs are watched.
         hidden = self._watches_outputs and any(map(is_of_python_function, below(current_node())))

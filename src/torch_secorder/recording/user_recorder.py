@@ -78,7 +78,7 @@ class UserRecorder(Recorder):
         self._refused = -1  # the latest unwatched pass that reached samples which were counted already
         self.counts_again = self.options.repeated_calls == "new"
         watches = any(QUANTITIES[name].watches_outputs for name in self.options.quantities)
-        leaves = list(self._audit.leaves)
+        leaves = self._audit.leaves
         self.with_gradient = len(leaves)
         every_one = len(leaves) == len(self.table) > 0
         self._passes = UserPasses(leaves, every_one, self.plan.model, self._let_wait, watches_outputs=watches)
@@ -116,6 +116,9 @@ class UserRecorder(Recorder):
         self._gradient_graphs.close()
         self._new_parameters.clear()
         super()._detach()
+        # These nodes have the parameters' present shapes. As long as one of them lives, torch makes no other for its parameter.
+        # Another thread may be reading the mapping, which therefore stays as it is.
+        self._audit.leaves = self._passes.leaves = self._whole.leaves = {}
 
     def _count_passes(self) -> None:
         """Count backward passes instead of calls of the model from now on, since compiled code was called inside the block."""

@@ -25,10 +25,13 @@ class WholePasses:
     Args:
         names: the names of all parameters.
         leaves: the nodes that accumulate gradients of analyzed parameters -> the parameters' positions.
+
+    Attributes:
+        leaves: the same.
     """
 
     def __init__(self, names: Sequence[str], leaves: Mapping[Node, int]):
-        self._names, self._leaves = names, leaves
+        self._names, self.leaves = names, leaves
         self._schedule = KindSchedule()  # of graphs in which the same parameters got a gradient
 
     def refusal(self, kind: int, positions: Sequence[int]) -> CoverageError | None:
@@ -55,5 +58,5 @@ class WholePasses:
         """The positions of the parameters on which the losses depend, and whose gradients the pass does not compute."""
         for root in roots_of_pass():
             for node in below(root):
-                if node in self._leaves and not computes_gradient_of(node):
-                    yield self._leaves[node]
+                if node in self.leaves and not computes_gradient_of(node):
+                    yield self.leaves[node]
