@@ -101,8 +101,8 @@ def hooks_before(node: Node) -> HookTable:
 def _table_of(handle: RemovableHandle) -> HookTable:
     """The table of a hook, which is removed from it."""
     table: HookTable | None = handle.hooks_dict_ref()
-    handle.remove()
     assert table is not None  # The node keeps the table.
+    del table[handle.id]
     return table
 
 

@@ -96,8 +96,10 @@ class Told:
 
     def placement(self, name: str) -> Placement | None:
         """Where a module's outputs have their samples; None where nothing is said."""
+        if self.modules is None:
+            return None
         if not isinstance(self.modules, Mapping):
-            return None if self.modules is None else Placement(self.modules)
+            return Placement(self.modules)
         matching = [axis for pattern, axis in self.modules.items() if fnmatchcase(name, pattern)]
         return Placement(matching[-1]) if matching else None
 

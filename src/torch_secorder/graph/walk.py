@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Container, Hashable, Iterable, Sequence
 from functools import cached_property
 from operator import attrgetter
 from typing import Any
@@ -17,7 +17,7 @@ from torch_secorder.batch_axis.moving import MOVES
 from torch_secorder.capture.model_run import Forward
 from torch_secorder.capture.records import Record
 from torch_secorder.graph.carried_axes import ATTENDS, CARRIES, CarriedAxis
-from torch_secorder.graph.sizes import has_ambiguous_axis, size_pattern
+from torch_secorder.graph.sizes import SizePattern, size_pattern
 
 
 class Walk:
@@ -76,26 +76,27 @@ class Walk:
         # Every step walks its graph, which is why this is one loop without a function for each node. One node may have made
         # several of the roots.
         stack: list[Any] = list(dict.fromkeys(filter(None, map(attrgetter("grad_fn"), roots))))
-        seen = set(stack)
+        seen, children, leaves, names = set(stack), self.children, self.leaves, self._names
         while stack:
             node = stack.pop()
             ending = calls.get(node)
             inputs: Any = None if ending is None else self._inputs_of_call(node, ending)
+            name = node.name()
             if inputs is not None and ending is not None:
                 self.records[node] = ending
             else:
                 ending, inputs = None, node.next_functions
+                if name in MOVES:
+                    self._movers.append(node)
                 if not inputs and hasattr(node, "variable"):
                     self.other_leaves.append(node)
-            self.children[node] = inputs
-            self._names.append(name := node.name())
-            if ending is None and name in MOVES:
-                self._movers.append(node)
+            children[node] = inputs
+            names.append(name)
             for index, (child, _) in enumerate(inputs):
                 if child is None or child in seen:
                     continue
-                if ending is None and child in self.leaves:
-                    self.uses[self.leaves[child]].append((node, index))
+                if ending is None and child in leaves:
+                    self.uses[leaves[child]].append((node, index))
                 else:
                     seen.add(child)
                     stack.append(child)
@@ -106,17 +107,15 @@ class Walk:
         It is None for a module that returns its input as it is, since the node is not the module's then, and for one whose input
         is a parameter, since that parameter has a gradient of its own for every sample.
         """
-        owned: set[int] = set()
-        boundary: set[Node] = set()
-        computes = False
-        for record in records:
-            if node not in record.input_nodes:
-                computes = True
-                owned.update(record.site.positions)
-                boundary.update(record.input_nodes)
-        if not computes:
+        computing = [record for record in records if node not in record.input_nodes]
+        if not computing:
             return None
-        if not self.leaves.keys().isdisjoint(boundary):
+        leaves, boundary = self.leaves, set(computing[0].input_nodes)
+        owned: Container[int] = computing[0].site.positions
+        if len(computing) > 1:
+            boundary.update(*[record.input_nodes for record in computing])
+            owned = {position for record in computing for position in record.site.positions}
+        if not leaves.keys().isdisjoint(boundary):
             self.unfolded.update(records)
             return None
         outside: list[Edge] = []
@@ -128,7 +127,7 @@ class Walk:
                     continue
                 if child in boundary:
                     outside.append((child, nr))
-                elif (position := self.leaves.get(child)) is not None:
+                elif (position := leaves.get(child)) is not None:
                     if position not in owned:
                         self.uses[position].append((current, index))
                 elif child not in seen:
@@ -139,13 +138,15 @@ class Walk:
 
     def _describe(self, n: int | None) -> None:
         names, shapes = tuple(self._names), output_shapes(self.children)
-        self.has_ambiguous_axis = n is not None and has_ambiguous_axis(n, shapes)
+        pattern = SizePattern(False, None) if n is None else size_pattern(n, shapes)
+        self.has_ambiguous_axis = pattern.is_ambiguous
         # Only a size that is met twice lets positions pass for samples.
         kinds = CARRIES | ATTENDS if self.has_ambiguous_axis else CARRIES
         self.carried_axes = [] if kinds.isdisjoint(names) else self._carried_axes(names, kinds)
-        along = axes_of_each(self.children if self.has_ambiguous_axis else self._movers)
+        movers = self.children if self.has_ambiguous_axis else self._movers
+        along = axes_of_each(movers) if movers else ()
         self.kind, self.ingredients = hash(names), hash(frozenset(names))
-        self.fingerprint = hash((names, None if n is None else size_pattern(n, shapes), self.has_ambiguous_axis, along))
+        self.fingerprint = hash((names, pattern, along))
 
     @property
     def shapes(self) -> Hashable:

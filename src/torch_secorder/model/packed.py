@@ -30,12 +30,13 @@ def weight_shape(module: nn.Module, local: str, p: Tensor) -> tuple[int, ...]:
     Raises:
         ArgumentError: if another shape is declared for a parameter that holds numbers instead of codes.
     """
-    kind = class_as_written(module)
-    if _shapes.keys().isdisjoint(kind.__mro__):
+    classes = type(module).__mro__
+    if _shapes.keys().isdisjoint(classes):
         return tuple(p.shape)
-    shapes = next(_shapes[layer] for layer in kind.__mro__ if layer in _shapes)
+    shapes = next(_shapes[layer] for layer in classes if layer in _shapes)
     found = tuple(int(side) for side in shapes(module).get(local, p.shape))
     if found != tuple(p.shape) and is_continuous(p):
+        kind = class_as_written(module)
         raise ArgumentError(
             f"the rule for {kind.__name__} declares that '{local}' of shape {tuple(p.shape)} stands for a weight of shape "
             f"{found}, and it holds numbers ({p.dtype}), whose gradients have its own shape: declare shapes of packed codes only"

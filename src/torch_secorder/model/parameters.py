@@ -200,14 +200,15 @@ def _rows(model: nn.Module, modules: Modules, named: Sequence[tuple[str, Tensor]
 
 def _described(model: nn.Module, modules: Modules, named: Sequence[tuple[str, Tensor]]) -> list[Described]:
     """The path, the name of the owner's class and the shape of each parameter."""
-    owners = dict(modules)
+    owners, classes = dict(modules), dict[type[nn.Module], str]()
     if type(model).named_parameters is not nn.Module.named_parameters:
         owners |= dict(model.named_modules(remove_duplicate=False))
     found: list[Described] = []
     for path, p in named:
         owner, _, local = path.rpartition(".")
         module = owners[owner]
-        found.append((path, class_as_written(module).__name__, weight_shape(module, local, p)))
+        kind = classes.get(type(module)) or classes.setdefault(type(module), class_as_written(module).__name__)
+        found.append((path, kind, weight_shape(module, local, p)))
     return found
 
 

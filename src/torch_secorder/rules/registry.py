@@ -190,15 +190,14 @@ def rule_for(module: nn.Module, classes: dict[type[nn.Module], ClassRule] | None
         module: the module.
         classes: what this function has noted about classes in earlier calls, for callers that ask about many modules at a time.
     """
-    kind = class_as_written(module)
-    classes = {} if classes is None else classes
-    of_class = classes.get(kind) or classes.setdefault(kind, _class_rule(kind))
+    kind, classes = type(module), {} if classes is None else classes
+    of_class = classes.get(kind) or classes.setdefault(kind, _class_rule(class_as_written(module)))
     rule, parameters = of_class.rule, of_class.parameters
     if rule is None or (parameters is not None and not _owns_only(module, parameters)):
-        return f"no rule for {kind.__name__}"
+        return f"no rule for {class_as_written(module).__name__}"
     if "forward" in vars(module):
         return "its forward was replaced on the instance"
-    if any(p.is_complex() for p in module._parameters.values() if p is not None):
+    if [p for p in module._parameters.values() if p is not None and p.is_complex()]:
         return "its parameters are complex, and rules are written for real ones"
     if computed := _computed_tensors(module):
         return f"its {', '.join(computed)} is computed from other tensors (pruning, weight_norm, a parametrization)"
