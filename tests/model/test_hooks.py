@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import itertools
 import pickle
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 
 from torch_secorder import FisherMonitor
+from torch_secorder.autograd import hooks as autograd_hooks
 from torch_secorder.autograd.hooks import HookSet
 from torch_secorder.model.hooks import WeakHook
 
@@ -39,6 +41,42 @@ def test_a_hook_that_was_removed_does_nothing_in_a_thread_that_still_calls_it() 
     gc.collect()
     for hook in about_to_be_called:
         assert hook(module, (), torch.ones(1)) is None
+
+
+def test_hooks_run_where_torchs_own_functions_would_put_them() -> None:
+    owner, module, hooks = Owner(), nn.Linear(2, 2), HookSet()
+    module.register_forward_pre_hook(lambda *args: owner.seen.append("user's, before"))
+    module.register_forward_hook(lambda *args: owner.seen.append("user's, after"))
+    hooks.before_forward(module, WeakHook(owner, "note", "before"))
+    hooks.before_forward(module, WeakHook(owner, "note", "first of all"), first=True)
+    hooks.after_forward(module, WeakHook(owner, "note", "after"))
+    hooks.after_forward(module, WeakHook(owner, "note", "first after"), first=True)
+    hooks.after_forward(module, WeakHook(owner, "note", "always"), always=True)
+    hooks.on_gradient(module.weight, WeakHook(owner, "note", "gradient"))
+    module(torch.ones(1, 2)).sum().backward()
+    calls = ["first of all", "user's, before", "before", "first after", "user's, after", "after", "always", "gradient"]
+    assert owner.seen == calls
+    owner.seen.clear()
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        module(torch.ones(1, 3))
+    assert owner.seen == ["first of all", "user's, before", "before", "always"]
+    hooks.remove()
+    owner.seen.clear()
+    module(torch.ones(1, 2)).sum().backward()
+    assert owner.seen == ["user's, before", "user's, after"]
+
+
+def test_a_hook_takes_no_number_that_a_pickled_model_has_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that was pickled inside of a block keeps hooks that do nothing, and what was noted about them."""
+    monkeypatch.setattr(autograd_hooks, "_numbers", itertools.count(-1, -1))
+    owner, module, hooks = Owner(), nn.Linear(2, 2), HookSet()
+    pickled = Noted()
+    module._forward_hooks[-1], module._forward_hooks_with_kwargs[-1] = pickled, True
+    hooks.after_forward(module, WeakHook(owner, "note", "called"))
+    module(torch.ones(1, 2))
+    assert owner.seen == ["called"]
+    hooks.remove()
+    assert (module._forward_hooks, module._forward_hooks_with_kwargs) == ({-1: pickled}, {-1: True})
 
 
 class Noted:
