@@ -247,5 +247,5 @@ def knowledge_of(model: nn.Module, words: Told = NOTHING, *, checks: bool = True
     The two are kept apart, since only the former find out that shapes have misled them.
     """
     kind = words.fingerprint, checks
-    found = _knowledge.setdefault(model, {}).get(kind)
-    return found or _knowledge[model].setdefault(kind, ModelKnowledge())
+    of_model = _knowledge.setdefault(model, {})
+    return of_model.get(kind) or of_model.setdefault(kind, ModelKnowledge())

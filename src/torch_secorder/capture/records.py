@@ -36,9 +36,11 @@ class Idle:
     forget: Callable[[], object]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(
+    eq=False
+)  # not frozen, since each block makes one for each module, and a frozen one takes twice as long to make
 class HookedModule:
-    """A hooked module, with what is decided once for all of its calls.
+    """A hooked module, with what is decided once for all of its calls. Nothing of it changes.
 
     Attributes:
         name: its name in the model.
@@ -66,7 +68,7 @@ class HookedModule:
     positions: tuple[int, ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "positions", tuple(self.parameters.values()))
+        self.positions = tuple(self.parameters.values())
 
     def __str__(self) -> str:
         return f"{self.kind} '{self.name}'"

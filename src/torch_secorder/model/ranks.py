@@ -103,6 +103,12 @@ def refuse_fully_sharded(model: nn.Module) -> None:
         )
 
 
+def _dtensors(tensors: Iterable[Tensor]) -> list[Any]:
+    """The DTensors among tensors. Every block of a monitor asks for them, and most models have none."""
+    tensors = list(tensors)
+    return [] if _PLAIN.issuperset(map(type, tensors)) else list(filter(is_dtensor, tensors))
+
+
 class Ranks:
     """The ranks that hold a model together, and what they decide in common. A rank that holds the whole model is on its own.
 
@@ -116,11 +122,11 @@ class Ranks:
     """
 
     def __init__(self, parameters: Iterable[Tensor] = (), leaves: Iterable[Tensor] = ()):
-        meshes: dict[Any, None] = {p.device_mesh: None for p in parameters if is_dtensor(p)}  # type: ignore[attr-defined]  # of DTensors
+        meshes: dict[Any, None] = {p.device_mesh: None for p in _dtensors(parameters)}
         self._groups = [group for mesh in meshes for group in mesh.get_all_groups()]
         self._device = next((mesh.device_type for mesh in meshes), "cpu")
         self.distributed = any(dist.get_world_size(group) > 1 for group in self._groups)
-        spread = {p.device_mesh: None for p in leaves if is_dtensor(p)}  # type: ignore[attr-defined]  # the same
+        spread: dict[Any, None] = {p.device_mesh: None for p in _dtensors(leaves)}
         self._replicas = [group for mesh in spread for group in mesh.get_all_groups()]
         self.counts_samples = not any(any(mesh.get_coordinate() or ()) for mesh in spread)
 

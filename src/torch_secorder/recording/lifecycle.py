@@ -39,7 +39,7 @@ class PassLifecycle:
 
     def note_devices(self) -> None:
         """Note where the parameters are; they stay there as long as passes are recorded."""
-        self._on_accelerator = self._of_user and any(leaf.device.type != "cpu" for leaf in self._table.leaves)
+        self._on_accelerator = self._of_user and bool({leaf.device.type for leaf in self._table.leaves} - {"cpu"})
 
     def begin(self, task: int, *, keep_inputs: bool = False, checks: bool = False) -> BackwardPass:
         """A backward pass that has just begun.
