@@ -92,7 +92,8 @@ def _categorical(outputs: Tensor, targets: Tensor | None, ignore_index: int, cla
     if outputs.shape[axis] == 1:
         raise ShapeError(
             f'loss_type="nll" needs logits of two classes or more, and outputs of shape {tuple(outputs.shape)} have one on axis '
-            f'{axis}: pass loss_type="mse" for regression, loss_type="bce" for one logit of two classes, or class_axis='
+            f'{axis}: pass loss_type="mse" for regression, loss_type="bce" for one logit of two classes, or class_axis= if the '
+            "classes are on another axis"
         )
     if not isinstance(targets, Tensor):
         return Categorical(axis)

@@ -121,8 +121,8 @@ class FisherKind:
             if passes > self.max_passes:
                 raise ArgumentError(
                     f"the exact Fisher of outputs of shape {tuple(outputs.shape)} takes {passes:,} backward passes, more than "
-                    f"max_passes={self.max_passes:,}: pass num_samples=k for an unbiased estimate from k passes, "
-                    'to fisher_report together with fisher="sampled"'
+                    f"max_passes={self.max_passes:,}: pass num_samples=k for an unbiased estimate from k passes, to "
+                    f'fisher_report together with fisher="sampled", or max_passes={passes} to take them all'
                 )
             return passes, model.exact_output_gradients(outputs)
         sampled = model.sampled_output_gradients(outputs, self.num_samples, generator, last_layer)
