@@ -101,8 +101,8 @@ def _require_explained_sums(names: Sequence[str], current: BackwardPass, samples
     if wrong := unexplained_gradients(found.projections, current.projections, samples.squared_norms, found.half):
         raise CoverageError(
             f"the gradient of {listed([names[position] for position in wrong], 'parameter')} is not the sum of what the model's "
-            "samples contribute. Either the loss uses them directly, as a weight penalty does (it belongs to no sample: "
-            "differentiate it in a backward pass outside of the block, or use the optimizer's weight_decay), or they are used "
-            "both inside of re-entrant checkpointing and outside of it (pass use_reentrant=False), or a rule is wrong; the batch "
-            "is left out"
+            "samples contribute. Either the loss uses them by another way than through the model, as a weight penalty does (it "
+            "belongs to no sample: differentiate it in a backward pass outside of the block, or use the optimizer's "
+            "weight_decay), or they are used both inside of re-entrant checkpointing and outside of it (pass "
+            "use_reentrant=False), or a rule is wrong; the batch is left out"
         )
