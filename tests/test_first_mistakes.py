@@ -358,6 +358,35 @@ def test_another_name_of_a_likelihood_is_understood_and_refused(said: str, meant
         total(model, None, (x, None), fisher="exact", loss_type=said)
 
 
+@pytest.mark.parametrize(
+    ("last", "loss_type"), [(torch.sigmoid, "bce"), (torch.exp, "poisson")], ids=["bce", "poisson"]
+)
+def test_a_model_that_returns_what_a_loss_type_makes_of_outputs_is_warned_of(last, loss_type: str) -> None:
+    model, x, _ = classification()
+
+    class Ended(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = model
+
+        def forward(self, x: Tensor) -> Tensor:
+            return last(self.body(x))
+
+    ended = Ended()
+    for call in (
+        lambda: generalized_fisher_trace(ended, ended(x), None, loss_type),
+        lambda: total(ended, None, (x, None), fisher="exact", loss_type=loss_type),
+    ):
+        with pytest.warns(UserWarning, match=f"ends in {last.__name__}, .*return the lo") as told:
+            call()
+        assert told[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert total(model, None, (x, None), fisher="exact", loss_type=loss_type) == pytest.approx(
+            float(generalized_fisher_trace(model, model(x), None, loss_type)), rel=1e-8
+        )
+
+
 def test_a_model_that_ends_in_a_softmax_is_warned_of() -> None:
     model, x, y = classification()
     probabilities = nn.Sequential(model, nn.Softmax(1))
@@ -365,7 +394,7 @@ def test_a_model_that_ends_in_a_softmax_is_warned_of() -> None:
         lambda: generalized_fisher_trace(probabilities, probabilities(x), y),
         lambda: total(probabilities, None, (x, None), fisher="exact"),
     ):
-        with pytest.warns(UserWarning, match="ends in a softmax.*return the logits") as told:
+        with pytest.warns(UserWarning, match="ends in softmax, .*return the logits") as told:
             call()
         assert told[0].filename == __file__
     with warnings.catch_warnings():

@@ -222,6 +222,10 @@ def _earlier_forward_in_a_later_pass() -> None:
         step(model, x, y)
     with refused("a forward that ran before the block was entered (call the model inside)"), monitor:
         numbers(outputs, y).backward()
+    penalty = 3 * model[0].weight.square().sum()
+    with refused("such as a penalty (differentiate it outside of the block)"), monitor:
+        penalty.backward(retain_graph=True)
+    penalty.backward()
     right(monitor, expected(model, x, y))
     with monitor:
         step(model, x, y)

@@ -269,7 +269,7 @@ def _batch_norm() -> None:
     assert_exact(model.train(), x, y)
 
 
-@remedy("replaced, removed or added inside of the block")
+@remedy("replaced, removed or added since the monitor was made")
 def _replaced() -> None:
     model, x, y = problem()
     with FisherMonitor(model), refused("make a new monitor"):
@@ -278,11 +278,11 @@ def _replaced() -> None:
     assert_exact(model, x, y)
 
 
-@remedy("frozen inside of the block (requires_grad_(False)); the batch is left out")
+@remedy("frozen since the monitor was made (requires_grad_(False)); the batch is left out")
 def _frozen_inside() -> None:
     model, x, y = problem()
     truth = expected(model, x, y)
-    with FisherMonitor(model), refused("frozen inside of the block"):
+    with FisherMonitor(model), refused("frozen since the monitor was made"):
         model[0].requires_grad_(False)
         step(model, x, y)
     right(monitored(model, lambda: step(model, x, y), parameters="all"), truth)

@@ -101,8 +101,8 @@ def vmapped_pass() -> UnsupportedError:
 
 
 def replaced(names: Sequence[str]) -> CoverageError:
-    """The refusal of a pass through a model whose parameters of these names are not the same as on entry."""
+    """The refusal of a pass through a model whose parameters of these names are not those that are watched."""
     return CoverageError(
-        f"{', '.join(names)}: replaced, removed or added inside of the block (by an assignment to a module or a parameter); the "
-        "batch is left out: leave the block, and make a new monitor for the model as it is now"
+        f"{', '.join(names)}: replaced, removed or added since the monitor was made (by an assignment to a module or a "
+        "parameter); the batch is left out: leave the block, and make a new monitor for the model as it is now"
     )

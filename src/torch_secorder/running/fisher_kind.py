@@ -58,8 +58,7 @@ class FisherKind:
             ArgumentError: if the exact expectation takes more than ``max_passes``, or observed labels are missing.
             CoverageError: if other ranks need another number of passes.
         """
-        if self.loss_type == "nll":
-            warn_of_probabilities(outputs)
+        warn_of_probabilities(outputs, self.loss_type)
         product = None if self.num_samples is None else last_linear_factors(outputs)
         outputs = outputs if differentiable else outputs.detach()
         last_layer = None if product is None else LastLayer(product[0].detach(), product[1])

@@ -62,8 +62,8 @@ def require_trainable(table: ParameterTable, current: BackwardPass, samples: Sam
     if not all(map(attrgetter("requires_grad"), table.leaves)):
         frozen = [name for name, leaf in zip(table.names, table.leaves, strict=True) if not leaf.requires_grad]
         raise CoverageError(
-            f"{', '.join(frozen)}: frozen inside of the block (requires_grad_(False)); the batch is left out: leave the block, "
-            'and make a new monitor for the model as it is now, with parameters="all" to analyze frozen parameters too'
+            f"{', '.join(frozen)}: frozen since the monitor was made (requires_grad_(False)); the batch is left out: leave the "
+            'block, and make a new monitor for the model as it is now, with parameters="all" to analyze frozen parameters too'
         )
 
 
@@ -77,10 +77,11 @@ def unaccounted(names: Sequence[str], norms: Tensor) -> CurvatureError:
     if not bool(norms.isfinite().all()):
         return not_finite(f"the gradients of {listed(names, 'parameter')}")
     return CoverageError(
-        f"the backward pass reached {listed(names, 'parameter')} by a way that nothing accounts for: a forward that ran before "
-        "the block was entered (call the model inside), something that the model doesn't return, a part inside of re-entrant "
-        "checkpointing (pass use_reentrant=False), or code that ran compiled (under a stance of torch.compiler that was set "
-        "inside the block, or in a pass that every= left out); the batch is left out"
+        f"the backward pass reached {listed(names, 'parameter')} by a way that nothing accounts for: a loss of the weights "
+        "alone, such as a penalty (differentiate it outside of the block), a forward that ran before the block was entered (call "
+        "the model inside), something that the model doesn't return, a part inside of re-entrant checkpointing (pass "
+        "use_reentrant=False), or code that ran compiled (under a stance of torch.compiler that was set inside the block, or in "
+        "a pass that every= left out); the batch is left out"
     )
 
 

@@ -98,7 +98,8 @@ class PassCounter:
         samples = recorder.lifecycle.finish(current, self._options.nonfinite, checks, norms)
         if current.broadcast is not None:
             warn_of_broadcast(*current.broadcast)
-        self._check_reduction(current.loss_reduction, samples.batch, loss_scale)
+        if current.loss_reduction not in (None, self._options.reduction):
+            self._doubt_reduction(current.loss_reduction, samples.batch, loss_scale)
         scale = (samples.batch / loss_scale if self._options.reduction == "mean" else 1 / loss_scale) ** 2
         with without_modes() if current.special else nullcontext():
             assert samples.gradient_norms is not None
@@ -111,13 +112,11 @@ class PassCounter:
             return without_a_call(history.model, names, norms)
         return unaccounted(names, norms)
 
-    def _check_reduction(self, found: str | None, n: int, loss_scale: float | Tensor) -> None:
+    def _doubt_reduction(self, found: str, n: int, loss_scale: float | Tensor) -> None:
         """Warn once of a loss that shows another reduction than the monitor was told. A scale may be meant to undo that."""
-        told = self._options.reduction
-        if found in (None, told) or n < 2 or ReductionWarning in self._warned_of or loss_scale != 1:
-            return
-        self._warned_of.add(ReductionWarning)
-        warn_of_reduction(found, told, n)
+        if n > 1 and ReductionWarning not in self._warned_of and loss_scale == 1:
+            self._warned_of.add(ReductionWarning)
+            warn_of_reduction(found, self._options.reduction, n)
 
 
 def _require_expected(names: list[str], expected: ExpectedNorms, current: BackwardPass, samples: SampleNorms) -> None:
