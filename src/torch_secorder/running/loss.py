@@ -72,9 +72,9 @@ def reduction_of(
             "averages or sums: let another batch come first, or leave this one out"
         )
     raise ArgumentError(
-        f"the loss neither averages nor sums over the batch: {_in_words(found[0][0])} as that of the first sample if that is "
-        f"given twice, and {_in_words(found[1][0])} as that of the batch if all samples are given twice, where an average gives "
-        "1 and a sum 2 (a loss that compares samples with each other has no per-sample gradients)"
+        "the loss neither averages nor sums over the batch: an average stays the same and a sum doubles where samples are given "
+        f"twice, but this loss {_in_words(found[1][0])} for the whole batch and {_in_words(found[0][0])} for the first sample "
+        "alone (a loss that compares samples with each other has no per-sample gradients)"
     )
 
 
@@ -117,9 +117,7 @@ def _require_a_target_for_each_output(loss_fn: LossFunction, outputs: Any, targe
 
 
 def _in_words(multiple: float) -> str:
-    return (
-        "it can't be said how many times as large" if math.isnan(multiple) else f"it is {multiple:.6g} times as large"
-    )
+    return "is zero or not finite" if math.isnan(multiple) else f"becomes {multiple:.6g} times as large"
 
 
 def _has_finite_gradient(loss_fn: LossFunction, outputs: Any, targets: Any) -> bool:
