@@ -69,6 +69,22 @@ def right(monitor: Any, truth: float) -> None:
 # What surrounds a call
 
 
+@remedy("a generator, zip or iterator that was used before has none left")
+def _used_up() -> None:
+    model, x, y = problem()
+
+    def made() -> Iterator[tuple[Tensor, Tensor]]:
+        return zip(x.split(2), y.split(2), strict=True)
+
+    used = made()
+    fisher_report(model, numbers, used, progress=False)
+    with refused("make it anew, or pass a list or a loader"):
+        fisher_report(model, numbers, used, progress=False)
+    for data in (made(), list(made())):
+        found = float(fisher_report(model, numbers, data, progress=False)["fisher_trace"].sum())
+        assert found == pytest.approx(expected(model, x, y), rel=1e-8)
+
+
 @remedy("compute them outside of torch.no_grad()")
 def _no_grad() -> None:
     model, x, _ = problem()

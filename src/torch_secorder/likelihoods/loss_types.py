@@ -60,8 +60,8 @@ def warn_of_probabilities(outputs: Tensor, loss_type: str) -> None:
     node = outputs.grad_fn
     if node is not None and node.name().startswith(f"{last.title()}Backward"):
         warn_at_users_line(
-            f'the model ends in {last}, and loss_type="{loss_type}" takes its outputs for {taken_for}, so that the {last} of '
-            f"{last} is analyzed: {remedy}",
+            f'the model ends in {last}, and loss_type="{loss_type}" takes its outputs for {taken_for}, so that {last} is applied '
+            f"twice: {remedy}",
             UserWarning,
         )
 

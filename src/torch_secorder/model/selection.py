@@ -73,7 +73,7 @@ def _matching(model: nn.Module, patterns: list[str]) -> set[int]:
             near = get_close_matches(pattern, [name for name, _ in names], 3, 0.3)
             raise ArgumentError(
                 f"parameters: {type(model).__name__} has no parameter that matches {pattern!r}"
-                + (f"; it has {', '.join(near)}" if near else "")
+                + (f"; the nearest are {', '.join(near)}" if near else "")
                 + '; patterns match whole names ("*.weight", "layers.0.*")'
             )
         wanted |= found
