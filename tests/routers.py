@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from torch_secorder import FisherMonitor
+
 N, T, WIDTH, EXPERTS = 4, 6, 5, 3
 CAPACITY = 7
 STEPS = 8  # of which passes look at the 1st, 2nd, 3rd and 5th
@@ -160,6 +162,12 @@ def by_a_loop(model: nn.Module) -> dict[str, Tensor]:
             grads = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True, allow_unused=True)
             rows.append(torch.stack([loss.new_zeros(()) if g is None else g.square().sum() for g in grads]))
     return dict(zip(dict(model.named_parameters()), torch.stack(rows).T, strict=True))
+
+
+def squared_norms(monitor: FisherMonitor) -> dict[str, Tensor]:
+    """The same as a monitor found them."""
+    table = monitor.per_sample
+    return {name: torch.from_numpy(table[name].to_numpy(copy=True)) for name in table}
 
 
 def require_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

@@ -27,7 +27,8 @@ norms do, were kept from it in float64.
 
 .. list-table::
    :header-rows: 1
-   :widths: 18 30 10 12 9 9 22
+   :widths: 21 23 13 10 9 9 21
+   :class: words
 
    * - architecture
      - settings

@@ -31,6 +31,7 @@ from torch_secorder.errors import (
     CallError,
     CurvatureError,
     LifecycleError,
+    ReductionWarning,
     ShapeError,
     UnsupportedError,
 )
@@ -81,6 +82,8 @@ def test_a_loss_that_compares_every_output_with_every_target_is_refused(loss_fn)
     for call in (empirical_fisher_trace, lambda m, loss, a, b: total(m, loss, (a, b))):
         with pytest.raises(ShapeError, match=r"\(6, 1\) and targets of shape \(6,\).*targets.unsqueeze\(-1\)"):
             call(model, loss_fn, x, y)
+        with pytest.raises(ShapeError, match=r"\(6,\) and targets of shape \(6, 1\).*pass targets.squeeze\(-1\)"):
+            call(nn.Sequential(model, nn.Flatten(0)), loss_fn, x, y.unsqueeze(-1))
     assert total(model, loss_fn, (x, y.unsqueeze(-1))) == pytest.approx(
         loop(model, x, y.unsqueeze(-1), loss_fn), rel=1e-8
     )
@@ -145,7 +148,7 @@ BROADCASTING = {
 @pytest.mark.parametrize(("loss_fn", "node"), BROADCASTING.values(), ids=BROADCASTING)
 def test_a_monitor_warns_of_a_loss_that_broadcasts(loss_fn, node: str, dtype: torch.dtype) -> None:
     reduction = getattr(loss_fn, "reduction", "mean")
-    words = r"\({0}, {0}\) .*\({0}, 1\) \({1}\).*shape \({0},\) broadcast so: pass targets.unsqueeze"
+    words = r"\({0}, 1\) to \({0}, {0}\) \(in {1}\).*shape \({0},\) cause that: pass targets.unsqueeze"
     for n in (2, N, 50):
         model, x, y = (value.to(dtype) for value in many(n))
         with FisherMonitor(model, reduction) as monitor:
@@ -158,6 +161,21 @@ def test_a_monitor_warns_of_a_loss_that_broadcasts(loss_fn, node: str, dtype: to
         loss_fn(model(x), y.unsqueeze(-1)).backward()
     exact = loop(model, x, y.unsqueeze(-1), loss_fn) * (n if reduction == "sum" else 1)
     assert float(monitor.trace) == pytest.approx(exact, rel=1e-4 if dtype == torch.float32 else 1e-8)
+
+
+@pytest.mark.filterwarnings("ignore:Using a target size")
+@pytest.mark.parametrize("squeezed", ["by the model", "by the loss"])
+@pytest.mark.parametrize("loss_fn", [nn.MSELoss(), nn.L1Loss(), by_hand], ids=["MSELoss", "L1Loss", "by hand"])
+def test_a_monitor_warns_of_targets_that_have_an_axis_more(loss_fn, squeezed: str) -> None:
+    model, x, y = regression()
+    flat = nn.Sequential(model, nn.Flatten(0))
+    watched, outputs = (flat, flat) if squeezed == "by the model" else (model, lambda x: model(x).squeeze(-1))
+    words = r"\(6,\) to \(6, 6\) .*shape \(6, 1\) cause that: pass targets.squeeze\(-1\)"
+    with FisherMonitor(watched), pytest.warns(BroadcastLossWarning, match=words):
+        loss_fn(outputs(x), y.unsqueeze(-1)).backward()
+    with FisherMonitor(watched) as monitor:
+        loss_fn(outputs(x), y).backward()
+    assert float(monitor.trace) == pytest.approx(loop(flat, x, y, loss_fn), rel=1e-8)
 
 
 @pytest.mark.filterwarnings("ignore:Using a target size")
@@ -241,6 +259,63 @@ def test_other_losses_of_one_output_are_not_warned_of(loss_fn, n: int, dtype: to
         loss_fn(model(x), y).backward()
 
 
+CLASSES, NUMBERS = torch.arange(N) % 3, torch.linspace(0.1, 0.9, N, dtype=torch.float64)[:, None]
+REDUCED = {  # losses of torch, with a model and targets for each
+    "cross_entropy": (F.cross_entropy, classification, CLASSES),
+    "cross_entropy of positions": (
+        lambda f, y, reduction: F.cross_entropy(f[..., None], y, reduction=reduction),
+        *(classification, CLASSES[:, None]),
+    ),
+    "mse_loss": (F.mse_loss, regression, NUMBERS),
+    "smooth_l1_loss": (F.smooth_l1_loss, regression, NUMBERS),
+    "huber_loss": (F.huber_loss, regression, NUMBERS),
+    "binary_cross_entropy_with_logits": (F.binary_cross_entropy_with_logits, regression, NUMBERS),
+    "binary_cross_entropy": (
+        lambda f, y, reduction: F.binary_cross_entropy(f.sigmoid(), y, reduction=reduction),
+        *(regression, NUMBERS),
+    ),
+}
+SAID = {
+    "mean": f'sums over its {N} samples, but the monitor has reduction="mean", which makes its traces {N * N} times too large',
+    "sum": f'averages over its {N} samples, but the monitor has reduction="sum"',
+}
+
+
+@pytest.mark.parametrize(("told", "other"), [("mean", "sum"), ("sum", "mean")])
+@pytest.mark.parametrize(("loss_fn", "problem", "y"), REDUCED.values(), ids=REDUCED)
+def test_a_monitor_warns_once_of_another_reduction_than_it_was_told(loss_fn, problem, y, told: str, other: str) -> None:
+    model, x, _ = problem()
+    with FisherMonitor(model, told), warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            loss_fn(model(x), y, reduction=other).backward()
+    (one,) = [w for w in warned if w.category is ReductionWarning]
+    assert SAID[told] in str(one.message)
+    assert one.filename == __file__
+    # The remedy, and what is meant to be: the numbers are the loop's.
+    with FisherMonitor(model, other) as monitor:
+        loss_fn(model(x), y, reduction=other).backward()
+    exact = loop(model, x, y, lambda f, t: loss_fn(f, t, reduction=other)) * (N if other == "sum" else 1)
+    assert float(monitor.trace) == pytest.approx(exact, rel=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("loss_of", "options"),
+    [
+        (lambda f, y: F.cross_entropy(f, y, reduction="sum") / len(y), {}),
+        (lambda f, y: F.cross_entropy(f, y, reduction="sum"), {"loss_scale": N}),
+        (lambda f, y: F.cross_entropy(f, y, reduction="sum"), {"loss_scale": lambda: N}),
+    ],
+    ids=["divided", "scaled", "scaled by a function"],
+)
+def test_a_sum_that_is_divided_is_not_warned_of(loss_of, options: dict[str, object]) -> None:
+    model, x, y = classification()
+    with FisherMonitor(model, **options):
+        loss_of(model(x), y).backward()
+    with FisherMonitor(model):
+        F.cross_entropy(model(x[:1]), y[:1], reduction="sum").backward()
+
+
 # The wrong likelihood
 
 
@@ -283,6 +358,35 @@ def test_another_name_of_a_likelihood_is_understood_and_refused(said: str, meant
         total(model, None, (x, None), fisher="exact", loss_type=said)
 
 
+@pytest.mark.parametrize(
+    ("last", "loss_type"), [(torch.sigmoid, "bce"), (torch.exp, "poisson")], ids=["bce", "poisson"]
+)
+def test_a_model_that_returns_what_a_loss_type_makes_of_outputs_is_warned_of(last, loss_type: str) -> None:
+    model, x, _ = classification()
+
+    class Ended(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = model
+
+        def forward(self, x: Tensor) -> Tensor:
+            return last(self.body(x))
+
+    ended = Ended()
+    for call in (
+        lambda: generalized_fisher_trace(ended, ended(x), None, loss_type),
+        lambda: total(ended, None, (x, None), fisher="exact", loss_type=loss_type),
+    ):
+        with pytest.warns(UserWarning, match=f"ends in {last.__name__}, .*return the lo") as told:
+            call()
+        assert told[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert total(model, None, (x, None), fisher="exact", loss_type=loss_type) == pytest.approx(
+            float(generalized_fisher_trace(model, model(x), None, loss_type)), rel=1e-8
+        )
+
+
 def test_a_model_that_ends_in_a_softmax_is_warned_of() -> None:
     model, x, y = classification()
     probabilities = nn.Sequential(model, nn.Softmax(1))
@@ -290,7 +394,7 @@ def test_a_model_that_ends_in_a_softmax_is_warned_of() -> None:
         lambda: generalized_fisher_trace(probabilities, probabilities(x), y),
         lambda: total(probabilities, None, (x, None), fisher="exact"),
     ):
-        with pytest.warns(UserWarning, match="ends in a softmax.*return the logits") as told:
+        with pytest.warns(UserWarning, match="ends in softmax, .*return the logits") as told:
             call()
         assert told[0].filename == __file__
     with warnings.catch_warnings():
@@ -638,7 +742,8 @@ def test_what_verify_cannot_see_is_off_by_what_the_questions_page_says() -> None
             loss.backward()
         return float(monitor.trace)
 
-    summed = watched(lambda outputs: F.cross_entropy(outputs, y, reduction="sum"))
+    with pytest.warns(ReductionWarning):
+        summed = watched(lambda outputs: F.cross_entropy(outputs, y, reduction="sum"))
     assert summed == pytest.approx(N**2 * mean, rel=1e-8)
     assert summed == pytest.approx(N * total(model, nn.CrossEntropyLoss(reduction="sum"), (x, y)), rel=1e-8)
     assert watched(lambda outputs: F.cross_entropy(outputs, y) / 3) == pytest.approx(mean / 9, rel=1e-8)

@@ -376,7 +376,7 @@ def test_saliencies_that_do_not_fit() -> None:
         with pytest.raises(ArgumentError, match=message):
             prune(model, good | bad, 0.5)
     for nothing in ({}, [1]):
-        with pytest.raises(ArgumentError, match="no entry"):
+        with pytest.raises(ArgumentError, match="must be a mapping with an entry for each layer or weight"):
             prune(model, nothing, 0.5)  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match="minimum"):
         prune(model, {"6": torch.ones(6)}, 0.5, minimum=-1)

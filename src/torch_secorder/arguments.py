@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from difflib import get_close_matches
 from functools import wraps
+from types import FunctionType
 from typing import Any, Literal, ParamSpec, TypeAlias, TypeVar
 
 import torch
@@ -94,6 +95,8 @@ def described(value: object) -> str:
         return f"a tensor of shape {tuple(value.shape)}"
     if isinstance(value, type):
         return f"the class {value.__name__}"
+    if isinstance(value, FunctionType):
+        return "a lambda" if value.__name__ == "<lambda>" else f"the function {value.__name__}"
     text = repr(value)
     return text if len(text) <= 60 and "\n" not in text else f"an object of the type {type(value).__name__}"
 

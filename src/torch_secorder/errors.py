@@ -21,6 +21,7 @@ __all__ = [
     "LifecycleError",
     "NonFiniteError",
     "OutOfMemoryError",
+    "ReductionWarning",
     "ShapeError",
     "SkippedPassWarning",
     "SlowFallbackWarning",
@@ -78,7 +79,11 @@ class SkippedPassWarning(UserWarning):
 
 
 class BroadcastLossWarning(UserWarning):
-    """A loss makes ``(N, N)`` of outputs of shape ``(N, 1)``, as one that compares every output with every target does."""
+    """A loss makes ``(N, N)`` of N outputs, as one that compares every output with every target does."""
+
+
+class ReductionWarning(UserWarning):
+    """A loss sums over its samples in a monitor that was told it averages, or the other way round."""
 
 
 class SlowFallbackWarning(UserWarning):

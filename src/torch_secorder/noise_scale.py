@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal
 
-from torch_secorder.arguments import By, called_as
+from torch_secorder.arguments import By, called_as, described
 from torch_secorder.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -130,4 +130,6 @@ def _labels(report: pd.DataFrame, by: str | Callable[[str], object]) -> pd.Serie
         return report["module"].map(lambda _: "model").rename("group")
     if callable(by):
         return report.index.to_series().map(by).rename("group")
-    raise ArgumentError(f'by must be None, "module", "type", "model" or a function of a parameter\'s name, not {by!r}')
+    raise ArgumentError(
+        f'by must be None, "module", "type", "model" or a function of a parameter\'s name, not {described(by)}'
+    )

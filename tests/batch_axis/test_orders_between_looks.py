@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from oracles import assert_equal, per_sample_squared_norms, total, trace
+from permuted import Permuted
 from torch_secorder import FisherMonitor, fisher_report
 from traps.exactness import numbers
 
@@ -353,19 +354,6 @@ def one_of_two(model: Any, h: Tensor, x: Tensor) -> Tensor:
         return torch.stack((z, z.flip(0)))[which]
 
     return chosen(model.layer(chosen(h.mean(1))).tanh())
-
-
-class Permuted(torch.autograd.Function):
-    """A user's function, with what it saved as a tensor."""
-
-    @staticmethod
-    def forward(ctx: Any, z: Tensor, order: Tensor) -> Tensor:
-        ctx.save_for_backward(order)
-        return z[order]
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        return grads[0][ctx.saved_tensors[0].argsort()], None
 
 
 class PermutedByAList(torch.autograd.Function):

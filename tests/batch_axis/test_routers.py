@@ -25,6 +25,7 @@ from routers import (
     losses_of,
     made,
     require_same,
+    squared_norms,
     with_capacity,
 )
 from torch_secorder import FisherMonitor
@@ -43,8 +44,7 @@ def monitored(model: nn.Module, searches: list[int]) -> tuple[dict[str, Tensor],
             searches.clear()
             losses_of(model, batch(step)).mean().backward()
             looked += [step] if searches else []
-    table = monitor.per_sample
-    return {name: torch.from_numpy(table[name].to_numpy(copy=True)) for name in table}, looked
+    return squared_norms(monitor), looked
 
 
 @pytest.mark.parametrize("route", ROUTES, ids=lambda route: route.__name__)

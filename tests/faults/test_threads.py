@@ -122,6 +122,7 @@ def test_one_monitor_of_a_model_that_several_threads_train() -> None:
 DISTURBED = [  # what a monitor says of the passes of another thread
     "is not the sum of what the model's samples contribute",
     "by a way that nothing accounts for",
+    "but no call of this Model was seen inside the block",
     "was called outside of a call of the monitored model",  # since the hooks came while the model was running
 ]
 

@@ -154,8 +154,8 @@ def test_a_monitor_of_chosen_parameters_goes_on_from_a_file(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("selection", "message"),
     [
-        ("weights", r"no parameter that matches 'weights'; it has .*patterns match whole names"),
-        (["5.*", "7.weight"], r"no parameter that matches '7.weight'; it has \d.weight"),
+        ("weights", r"no parameter that matches 'weights'; the nearest are .*patterns match whole names"),
+        (["5.*", "7.weight"], r"no parameter that matches '7.weight'; the nearest are \d.weight"),
         ([], "selects none of the 8 parameters of Sequential"),
         (lambda name, p: False, "selects none of the 8 parameters of Sequential"),
         (["5.*", 3], r"must be \"trainable\", \"all\", names or patterns"),

@@ -119,6 +119,8 @@ def test_another_output_is_another_loss(monkeypatch: pytest.MonkeyPatch) -> None
     with FisherMonitor(model) as monitor:
         for _ in range(3):
             F.cross_entropy(model(x)[0], y).backward()
-        with pytest.raises(CoverageError, match=r"the gradient of b\.weight is not the sum .* a rule is wrong"):
+        with pytest.raises(
+            CoverageError, match=r"the gradient of parameter b\.weight is not the sum .* a rule is wrong"
+        ):
             F.cross_entropy(model(x)[1], y).backward()
     assert monitor.n_samples == 3 * len(x)

@@ -194,10 +194,42 @@ def _penalty_in_a_monitor() -> None:
     def penalty() -> Tensor:
         return sum(p.square().sum() for p in model.parameters())
 
-    with refused("differentiate it in a backward pass outside of the monitor"):
+    with refused("differentiate it in a backward pass outside of the block"):
         monitored(model, lambda: (numbers(model(x), y) + penalty()).backward())
     monitor = monitored(model, lambda: step(model, x, y))
     penalty().backward()
+    right(monitor, expected(model, x, y))
+
+
+@remedy("but no call of this")
+def _forward_before_the_block() -> None:
+    model, x, y = problem()
+    outputs = model(x)
+    monitor = FisherMonitor(model)
+    with refused("no call of this Sequential was seen inside the block: call the model, too, inside"), monitor:
+        numbers(outputs, y).backward()
+    with monitor:
+        step(model, x, y)
+    right(monitor, expected(model, x, y))
+
+
+@remedy("by a way that nothing accounts for")
+def _earlier_forward_in_a_later_pass() -> None:
+    model, x, y = problem()
+    outputs = model(x)
+    monitor = FisherMonitor(model)
+    with monitor:
+        step(model, x, y)
+    with refused("a forward that ran before the block was entered (call the model inside)"), monitor:
+        numbers(outputs, y).backward()
+    penalty = 3 * model[0].weight.square().sum()
+    with refused("such as a penalty (differentiate it outside of the block)"), monitor:
+        penalty.backward(retain_graph=True)
+    penalty.backward()
+    right(monitor, expected(model, x, y))
+    with monitor:
+        step(model, x, y)
+    assert monitor.n_samples == 2 * len(x)
     right(monitor, expected(model, x, y))
 
 

@@ -69,6 +69,22 @@ def right(monitor: Any, truth: float) -> None:
 # What surrounds a call
 
 
+@remedy("a generator, zip or iterator that was used before has none left")
+def _used_up() -> None:
+    model, x, y = problem()
+
+    def made() -> Iterator[tuple[Tensor, Tensor]]:
+        return zip(x.split(2), y.split(2), strict=True)
+
+    used = made()
+    fisher_report(model, numbers, used, progress=False)
+    with refused("make it anew, or pass a list or a loader"):
+        fisher_report(model, numbers, used, progress=False)
+    for data in (made(), list(made())):
+        found = float(fisher_report(model, numbers, data, progress=False)["fisher_trace"].sum())
+        assert found == pytest.approx(expected(model, x, y), rel=1e-8)
+
+
 @remedy("compute them outside of torch.no_grad()")
 def _no_grad() -> None:
     model, x, _ = problem()
@@ -269,7 +285,7 @@ def _batch_norm() -> None:
     assert_exact(model.train(), x, y)
 
 
-@remedy("replaced, removed or added inside of the block")
+@remedy("replaced, removed or added since the monitor was made")
 def _replaced() -> None:
     model, x, y = problem()
     with FisherMonitor(model), refused("make a new monitor"):
@@ -278,11 +294,11 @@ def _replaced() -> None:
     assert_exact(model, x, y)
 
 
-@remedy("frozen inside of the block (requires_grad_(False)); the batch is left out")
+@remedy("frozen since the monitor was made (requires_grad_(False)); the batch is left out")
 def _frozen_inside() -> None:
     model, x, y = problem()
     truth = expected(model, x, y)
-    with FisherMonitor(model), refused("frozen inside of the block"):
+    with FisherMonitor(model), refused("frozen since the monitor was made"):
         model[0].requires_grad_(False)
         step(model, x, y)
     right(monitored(model, lambda: step(model, x, y), parameters="all"), truth)

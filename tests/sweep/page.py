@@ -102,7 +102,7 @@ def main() -> None:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["library", "architecture", "parameters", "inputs", "outcome", "remark"])
         writer.writerows([escaped(cell) for cell in cells(row)] for row in found)
-    table = ".. csv-table::\n   :file: architectures.csv\n   :header-rows: 1\n   :widths: 14 22 10 18 9 40\n"
+    table = ".. csv-table::\n   :file: architectures.csv\n   :header-rows: 1\n   :widths: 21 21 15 18 13 27\n   :class: words\n"
     PAGE.write_text(HEAD + listed(list(counts(found)), ["library", *ORDER]) + "\n" + table)
 
 

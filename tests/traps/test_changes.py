@@ -37,8 +37,8 @@ def freeze_one(model: nn.Sequential) -> None:
 
 CHANGES: dict[Callable[[nn.Sequential], None], str] = {
     patch_forward: r"Linear '0': its forward was replaced",
-    freeze_the_first: r"0.weight, 0.bias, 1.weight, 1.bias: frozen inside of the block.*parameters=\"all\"",
-    freeze_one: r"3.weight: frozen inside of the block",
+    freeze_the_first: r"0.weight, 0.bias, 1.weight, 1.bias: frozen since the monitor was made.*parameters=\"all\"",
+    freeze_one: r"3.weight: frozen since the monitor was made",
 }
 
 

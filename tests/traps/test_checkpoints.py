@@ -145,7 +145,7 @@ def test_trap_09_other_functions_that_checkpoint_need_a_monitor() -> None:
 UNREADABLE = r"{} used by \w+ inside of activation checkpointing .*register_rule, or run it without checkpointing"
 
 
-UNACCOUNTED = r"reached {} by a way that nothing accounts for: .*inside of re-entrant checkpointing"
+UNACCOUNTED = r"reached parameters? {} by a way that nothing accounts for: .*inside of re-entrant checkpointing"
 
 
 LAYER = r"body\.layer\.\w+, body\.layer\.\w+:?"

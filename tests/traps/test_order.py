@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from oracles import assert_equal, per_sample_squared_norms, total, trace
+from permuted import Permuted
 from torch_secorder import FisherMonitor, fisher_results
 from traps.exactness import numbers
 
@@ -67,19 +67,6 @@ def test_trap_22_samples_in_another_order_than_before(way: str, before: int) -> 
         for name, norms in expected.items():
             last = torch.tensor(found[name].to_numpy()[-5:])
             assert_equal(last, norms, total(trace(expected)), torch.float64)
-
-
-class Permuted(torch.autograd.Function):
-    """A user's own function, of which no list knows that it puts samples into another order."""
-
-    @staticmethod
-    def forward(ctx: Any, z: Tensor, order: Tensor) -> Tensor:
-        ctx.save_for_backward(order)
-        return z[order]
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        return grads[0][ctx.saved_tensors[0].argsort()], None
 
 
 UNCHECKED = WAYS | {"a function of the user's": Permuted.apply}

@@ -217,5 +217,8 @@ def fisher_results(
     for results in accumulated(model, loss_fn, data, ReportOptions(keeps=keeps, ids=ids, **options)):  # noqa: B007  # The last one is returned.
         pass
     if results is None:
-        raise ArgumentError("data has no batch with samples")
+        raise ArgumentError(
+            "data has no batch with samples; a generator, zip or iterator that was used before has none left: make it anew, or "
+            "pass a list or a loader"
+        )
     return results

@@ -12,9 +12,13 @@ from torch.autograd.graph import GradientEdge, Node
 
 from torch_secorder.autograd.engine import computes_gradient_of, current_graph_task
 from torch_secorder.autograd.nodes import made_by
+from torch_secorder.autograd.saved import knows, saved
 
 # The functions of torch in which a user's program waits for a backward pass, and their argument that says where it begins.
 _BEGINS_AT = {autograd.backward.__code__: "tensors", autograd.grad.__code__: "outputs"}
+
+# How torch counts the ways in which a loss combines the numbers that it makes.
+_REDUCTIONS = {1: "mean", 2: "sum"}
 
 # The number of a node, which no other node has that the same thread has made. Nodes themselves have no weak references.
 sequence_number: Callable[[Node], int] = methodcaller("_sequence_nr")
@@ -63,6 +67,18 @@ def _roots(frame: FrameType) -> list[Node]:
         elif isinstance(root, Tensor) and root.requires_grad:
             found.append(root.grad_fn or made_by(root))
     return found
+
+
+def reduction_of_loss() -> str | None:
+    """How the loss at which the backward pass under way began combines its samples: "mean" or "sum".
+
+    Returns:
+        None where the pass began at anything but one of torch's own losses, such as at one that is divided or added to another.
+    """
+    roots = roots_of_pass()
+    if len(roots) != 1 or not knows(roots[0].name(), "reduction"):
+        return None
+    return _REDUCTIONS.get(saved(roots[0], "reduction"))
 
 
 def kind_of_loss(outputs: Mapping[int, int], leaves: Mapping[Node, int]) -> int:

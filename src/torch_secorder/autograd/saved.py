@@ -19,6 +19,7 @@ from torch_secorder.autograd.self_test import attribute_names, confirmed
 _COUNTER = itertools.count()
 _AXIS = {"axis": "_saved_dim"}
 _AXES = {"axes": "_saved_dim"}
+_REDUCTION = {"reduction": "_saved_reduction"}
 
 # Kind of node -> our name -> torch's.
 ATTRIBUTES: dict[str, dict[str, str]] = {
@@ -100,6 +101,13 @@ ATTRIBUTES: dict[str, dict[str, str]] = {
         "output": "_saved_result0",
         "workspace": "_saved_result3",
     },
+    "NllLossBackward0": _REDUCTION,
+    "NllLoss2DBackward0": _REDUCTION,
+    "MseLossBackward0": _REDUCTION,
+    "SmoothL1LossBackward0": _REDUCTION,
+    "HuberLossBackward0": _REDUCTION,
+    "BinaryCrossEntropyBackward0": _REDUCTION,
+    "BinaryCrossEntropyWithLogitsBackward0": _REDUCTION,
     "IndexBackward0": {"indices": "_saved_indices"},
     "IndexSelectBackward0": _AXIS | {"index": "_saved_index"},
     "IndexAddBackward0": _AXIS | {"index": "_saved_index"},

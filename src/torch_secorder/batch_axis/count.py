@@ -166,7 +166,7 @@ def _sample_of(words: Told, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
     whole = isinstance(index, Tensor) and not index.is_floating_point() and index.dim() == 1
     if not whole or bool((index < 0).any()):
         raise ArgumentError(
-            f"sample_of must give the number of a sample, 0 or more, for each row, in a tensor of one axis, not {index!r}"
+            f"sample_of must give the number of a sample, 0 or more, for each row, in a tensor of one axis, not {index!r:.80}"
         )
     return index.detach().long()
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from torch_secorder.arguments import require_positive_int
+from torch_secorder.arguments import described, require_positive_int
 from torch_secorder.batch_axis.placement import Placement
 from torch_secorder.errors import ArgumentError
 from torch_secorder.model.containers import Key
@@ -131,7 +131,7 @@ def told(
     if not (sample_of is None or isinstance(sample_of, (Tensor, str, int)) or callable(sample_of)) or sample_of is True:
         raise ArgumentError(
             "sample_of must be the sample of each row as a tensor, the position or name of the argument of the model that has "
-            f"them, or a function of the model's arguments that returns them, not {sample_of!r}"
+            f"them, or a function of the model's arguments that returns them, not {described(sample_of)}"
         )
     if batch_axis is None or _is_axis(batch_axis):
         axis: Any = batch_axis or 0
@@ -140,7 +140,7 @@ def told(
     if not isinstance(batch_axis, Mapping) or not batch_axis.keys() <= {*SIDES, "modules"}:
         raise ArgumentError(
             "batch_axis must be an int of 0 or more, or a mapping with some of the keys 'inputs', 'outputs', 'targets' and "
-            f"'modules', not {batch_axis!r}; modules' axes go by their names, as in {{'modules': {{'encoder.*': 1}}}}"
+            f"'modules', not {described(batch_axis)}; modules' axes go by their names, as in {{'modules': {{'encoder.*': 1}}}}"
         )
     for side in SIDES:
         _require_axes(side, batch_axis.get(side, 0))
@@ -159,7 +159,7 @@ def _require_axes(side: str, axes: object) -> None:
     if not all(axis is None or axis == LIST or _is_axis(axis) for axis in each):
         raise ArgumentError(
             f"batch_axis[{side!r}] must be an axis of 0 or more, 'list' for a list with an item for each sample, None for what "
-            f"all samples share, or a mapping from positions or names to such, not {axes!r}"
+            f"all samples share, or a mapping from positions or names to such, not {described(axes)}"
         )
 
 

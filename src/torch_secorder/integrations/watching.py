@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from torch_secorder.arguments import By, Reduction
+from torch_secorder.arguments import By, Reduction, described
 from torch_secorder.errors import ArgumentError, LifecycleError
 from torch_secorder.monitor import FisherMonitor
 from torch_secorder.noise_scale import gradient_noise_scale
@@ -36,7 +36,9 @@ class Watch:
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise ArgumentError(f"every must be a positive number of optimizer steps, not {every!r}")
         if not (by in (None, "module", "type") or callable(by)):
-            raise ArgumentError(f'by must be None, "module", "type" or a function of a parameter\'s name, not {by!r}')
+            raise ArgumentError(
+                f'by must be None, "module", "type" or a function of a parameter\'s name, not {described(by)}'
+            )
         if noise_decay is not None and not 0 <= noise_decay < 1:
             raise ArgumentError(
                 f"noise_decay must be a number in [0, 1), or None for no noise scale, not {noise_decay!r}"

@@ -29,6 +29,13 @@ LOSSES_OF = {
     **dict.fromkeys((nn.PoissonNLLLoss, F.poisson_nll_loss), "poisson"),
 }
 
+# The function that a loss type applies to outputs, what outputs are, and what a model that applies it already should return.
+APPLIED = {
+    "nll": ("softmax", "logits", "return the logits, or their logarithm (log_softmax)"),
+    "bce": ("sigmoid", "logits", "return the logits"),
+    "poisson": ("exp", "log rates", "return the log rates"),
+}
+
 
 def require_loss_of(loss_type: str, loss_fn: object) -> None:
     """Raise if a loss of torch belongs to another loss type.
@@ -45,13 +52,16 @@ def require_loss_of(loss_type: str, loss_fn: object) -> None:
         )
 
 
-def warn_of_probabilities(outputs: Tensor) -> None:
-    """Warn if a model ends in a softmax, so that its outputs are not logits."""
+def warn_of_probabilities(outputs: Tensor, loss_type: str) -> None:
+    """Warn if a model ends in the function that a loss type applies to outputs, so that it would be applied twice."""
+    if not isinstance(loss_type, str) or loss_type not in APPLIED:
+        return
+    last, taken_for, remedy = APPLIED[loss_type]
     node = outputs.grad_fn
-    if node is not None and node.name().startswith("SoftmaxBackward"):
+    if node is not None and node.name().startswith(f"{last.title()}Backward"):
         warn_at_users_line(
-            'the model ends in a softmax, and loss_type="nll" takes its outputs for logits, so that a softmax of a softmax is '
-            "analyzed: return the logits, or their logarithm (log_softmax)",
+            f'the model ends in {last}, and loss_type="{loss_type}" takes its outputs for {taken_for}, so that {last} is applied '
+            f"twice: {remedy}",
             UserWarning,
         )
 
@@ -92,7 +102,8 @@ def _categorical(outputs: Tensor, targets: Tensor | None, ignore_index: int, cla
     if outputs.shape[axis] == 1:
         raise ShapeError(
             f'loss_type="nll" needs logits of two classes or more, and outputs of shape {tuple(outputs.shape)} have one on axis '
-            f'{axis}: pass loss_type="mse" for regression, loss_type="bce" for one logit of two classes, or class_axis='
+            f'{axis}: pass loss_type="mse" for regression, loss_type="bce" for one logit of two classes, or class_axis= if the '
+            "classes are on another axis"
         )
     if not isinstance(targets, Tensor):
         return Categorical(axis)

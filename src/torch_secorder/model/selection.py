@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
 
+from torch_secorder.arguments import described
 from torch_secorder.errors import ArgumentError
 from torch_secorder.model.names import plain_name
 
@@ -53,9 +54,11 @@ def _patterns(selection: object) -> list[str]:
     given = [selection] if isinstance(selection, str) or not isinstance(selection, Iterable) else list(selection)
     patterns = [item for item in given if isinstance(item, str)]
     if len(patterns) < len(given):
+        other = next(item for item in given if not isinstance(item, str))
         raise ArgumentError(
             'parameters must be "trainable", "all", names or patterns of names, such as ["*.weight"], or a function (name, '
-            f"parameter) -> bool, not {selection!r:.80}"
+            f"parameter) -> bool, not {described(other)}; to choose parameters "
+            "by what they are, pass a function, such as lambda name, parameter: parameter.dim() == 2"
         )
     return patterns
 
@@ -70,7 +73,7 @@ def _matching(model: nn.Module, patterns: list[str]) -> set[int]:
             near = get_close_matches(pattern, [name for name, _ in names], 3, 0.3)
             raise ArgumentError(
                 f"parameters: {type(model).__name__} has no parameter that matches {pattern!r}"
-                + (f"; it has {', '.join(near)}" if near else "")
+                + (f"; the nearest are {', '.join(near)}" if near else "")
                 + '; patterns match whole names ("*.weight", "layers.0.*")'
             )
         wanted |= found

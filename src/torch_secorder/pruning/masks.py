@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
 
-from torch_secorder.arguments import Scope, called_as, require_choice, require_share
+from torch_secorder.arguments import Scope, called_as, described, require_choice, require_share
 from torch_secorder.autograd.double_precision import on_host
 from torch_secorder.errors import ArgumentError
 from torch_secorder.model.channels import ChannelSums
@@ -60,7 +60,10 @@ def prune(
     require_choice("scope", scope, ("global", "layer"))
     model = unwrapped(model)
     if not isinstance(saliency, Mapping) or not saliency:
-        raise ArgumentError("the saliency has no entry; pass what weight_saliency() or Gates.saliency gave")
+        raise ArgumentError(
+            "the saliency must be a mapping with an entry for each layer or weight, as weight_saliency() and Gates.saliency give "
+            f"it, not {described(saliency)}"
+        )
     if isinstance(minimum, bool) or not isinstance(minimum, int) or minimum < 0:
         raise ArgumentError(f"minimum must be a number of channels, not {minimum!r}")
     places: Mapping[str, GatePlace] = getattr(saliency, "places", {})

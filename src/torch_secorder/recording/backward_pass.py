@@ -33,7 +33,8 @@ class BackwardPass:
         error: the first error, which is raised at the end of the pass.
         is_of_empty_batch: whether it went through a call of the model without samples.
         kind: a hash of the model's graph and of the loss's, equal for passes that are checked as often as if they were one.
-        broadcast: where the loss makes ``[n, n]`` of the model's output ``[n, 1]``: n, and the name of the node that does it.
+        broadcast: where the loss makes ``[n, n]`` of n outputs: the name of the node that does it, and the outputs' shape there.
+        loss_reduction: how the loss combines its samples, where its graph shows that.
     """
 
     task: int
@@ -45,7 +46,8 @@ class BackwardPass:
     error: Exception | None = None
     kind: int = 0
     is_of_empty_batch: bool = False
-    broadcast: tuple[int, str] | None = None
+    broadcast: tuple[str, tuple[int, ...]] | None = None
+    loss_reduction: str | None = None
 
     def project(self, position: int, grad: Tensor) -> None:
         """Note a parameter's own gradient along one direction."""
@@ -99,8 +101,8 @@ def vmapped_pass() -> UnsupportedError:
 
 
 def replaced(names: Sequence[str]) -> CoverageError:
-    """The refusal of a pass through a model whose parameters of these names are not the same as on entry."""
+    """The refusal of a pass through a model whose parameters of these names are not those that are watched."""
     return CoverageError(
-        f"{', '.join(names)}: replaced, removed or added inside of the block (by an assignment to a module or a parameter); the "
-        "batch is left out: leave the block, and make a new monitor for the model as it is now"
+        f"{', '.join(names)}: replaced, removed or added since the monitor was made (by an assignment to a module or a "
+        "parameter); the batch is left out: leave the block, and make a new monitor for the model as it is now"
     )

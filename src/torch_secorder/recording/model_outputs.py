@@ -13,7 +13,7 @@ from torch_secorder.batch_axis.placement import Placement
 from torch_secorder.batch_axis.samples import of_one
 from torch_secorder.capture.model_run import Forward
 from torch_secorder.errors import LifecycleError
-from torch_secorder.graph.broadcast import broadcasting_node
+from torch_secorder.graph.broadcast import broadcast_in_pass
 
 # How many numbers are remembered; one backward pass may go through the outputs of several calls.
 MOST_NUMBERS = 1024
@@ -24,8 +24,8 @@ class ModelOutputs:
 
     Attributes:
         numbers: the numbers of the nodes that made the outputs of this and earlier calls -> which output it is.
-        column: the run of the model, if its only output has the shape ``[n, 1]``; None once a loss was seen to compare such an
-            output with every target.
+        column: the run of the model, if its only output has the shape ``[n, 1]`` or ``[n]``; None once a loss was seen to compare
+            such an output with every target.
     """
 
     def __init__(self) -> None:
@@ -47,20 +47,20 @@ class ModelOutputs:
             if where is not None:
                 self._outputs.append((weakref.ref(x), where))
         if self._looks_at_column:
-            self.column = forward if len(outputs) == 1 and outputs[0].shape == (forward.n, 1) else None
+            self.column = forward if len(outputs) == 1 and outputs[0].shape in ((forward.n, 1), (forward.n,)) else None
 
-    def broadcast(self, forward: Forward) -> tuple[int, str] | None:
-        """Whether the loss compares each output of ``[n, 1]`` with every target. It is called when a pass reaches the outputs.
+    def broadcast(self, forward: Forward) -> tuple[str, tuple[int, ...]] | None:
+        """Whether the loss compares each of n outputs with every target. It is called when a pass reaches the outputs.
 
         Returns:
-            n, and the name of the node that does it; None if none does.
+            The name of the node that does it, and the outputs' shape there; None if none does.
         """
         outputs, n = current_node(), forward.n
         assert outputs is not None
         assert n is not None
-        found, self.column = broadcasting_node(outputs, n), None
+        found, self.column = broadcast_in_pass(outputs, n), None
         self._looks_at_column = found is None
-        return None if found is None else (n, found.name())
+        return found
 
     def to_verify(self, *, is_over: bool) -> list[tuple[Tensor, Placement]]:
         """The outputs that are still alive and can be differentiated, for a pass that is still to come.

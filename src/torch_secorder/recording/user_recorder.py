@@ -22,7 +22,7 @@ from torch_secorder.autograd.engine import (
 )
 from torch_secorder.autograd.hooks import gradient_hooks
 from torch_secorder.autograd.node_hooks import HookTable
-from torch_secorder.autograd.roots import kind_of_loss
+from torch_secorder.autograd.roots import kind_of_loss, reduction_of_loss
 from torch_secorder.autograd.tensor_hooks import put_last
 from torch_secorder.batch_axis.placement import Placement
 from torch_secorder.capture.model_run import Forward
@@ -170,8 +170,10 @@ class UserRecorder(Recorder):
         current = self._pass_under_way(grads)
         if current is not None:
             self._reach(current, forward)
-            if current.accumulator.checks and self._outputs.column is forward:
-                current.broadcast = self._outputs.broadcast(forward)
+            if current.accumulator.checks:
+                current.loss_reduction = reduction_of_loss()
+                if self._outputs.column is forward:
+                    current.broadcast = self._outputs.broadcast(forward)
         elif (reached := self._passes.ignored.get(current_graph_task())) is not None:
             reached.append(forward)
         elif not self.forwards.active:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 
 import pandas as pd
 
-from torch_secorder.arguments import By
+from torch_secorder.arguments import By, described
 from torch_secorder.errors import ArgumentError
 from torch_secorder.model.parameters import Parameter
 from torch_secorder.recording.quantities import OutputTraces, SampleRows
@@ -130,4 +130,4 @@ def _grouping(by: By) -> tuple[str, Callable[[Parameter], object]]:
         return "type", lambda parameter: parameter.module_type
     if callable(by):
         return "group", lambda parameter: by(parameter.name)
-    raise ArgumentError(f'by must be None, "module", "type" or a function of a parameter\'s name, not {by!r}')
+    raise ArgumentError(f'by must be None, "module", "type" or a function of a parameter\'s name, not {described(by)}')

@@ -58,8 +58,7 @@ class FisherKind:
             ArgumentError: if the exact expectation takes more than ``max_passes``, or observed labels are missing.
             CoverageError: if other ranks need another number of passes.
         """
-        if self.loss_type == "nll":
-            warn_of_probabilities(outputs)
+        warn_of_probabilities(outputs, self.loss_type)
         product = None if self.num_samples is None else last_linear_factors(outputs)
         outputs = outputs if differentiable else outputs.detach()
         last_layer = None if product is None else LastLayer(product[0].detach(), product[1])
@@ -121,8 +120,8 @@ class FisherKind:
             if passes > self.max_passes:
                 raise ArgumentError(
                     f"the exact Fisher of outputs of shape {tuple(outputs.shape)} takes {passes:,} backward passes, more than "
-                    f"max_passes={self.max_passes:,}: pass num_samples=k for an unbiased estimate from k passes, "
-                    'to fisher_report together with fisher="sampled"'
+                    f"max_passes={self.max_passes:,}: pass num_samples=k for an unbiased estimate from k passes, to "
+                    f'fisher_report together with fisher="sampled", or max_passes={passes} to take them all'
                 )
             return passes, model.exact_output_gradients(outputs)
         sampled = model.sampled_output_gradients(outputs, self.num_samples, generator, last_layer)

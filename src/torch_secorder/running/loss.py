@@ -72,9 +72,9 @@ def reduction_of(
             "averages or sums: let another batch come first, or leave this one out"
         )
     raise ArgumentError(
-        f"the loss neither averages nor sums over the batch: {_in_words(found[0][0])} as that of the first sample if that is "
-        f"given twice, and {_in_words(found[1][0])} as that of the batch if all samples are given twice, where an average gives "
-        "1 and a sum 2 (a loss that compares samples with each other has no per-sample gradients)"
+        "the loss neither averages nor sums over the batch: an average stays the same and a sum doubles where samples are given "
+        f"twice, but this loss {_in_words(found[1][0])} for the whole batch and {_in_words(found[0][0])} for the first sample "
+        "alone (a loss that compares samples with each other has no per-sample gradients)"
     )
 
 
@@ -89,33 +89,35 @@ def _reductions_of_own_numbers(trials: Trials, outputs: Any) -> set[Reduction | 
 
 
 def _require_a_target_for_each_output(loss_fn: LossFunction, outputs: Any, targets: Any) -> None:
-    """Raise if outputs ``[n, 1]`` and targets ``[n]`` are broadcast to ``[n, n]``, so that each output meets every target.
+    """Raise if outputs ``[n, 1]`` and targets ``[n]``, or the other way round, are broadcast to ``[n, n]``.
 
+    Each output then meets every target.
     Such a loss stays the same when its targets change places, but not when their values change. Both are tried on made-up
     numbers, so that it does not matter what the model returned.
     """
     if not (isinstance(outputs, Tensor) and isinstance(targets, Tensor)) or targets.numel() < 2:
         return
-    if not targets.is_floating_point() or outputs.shape != (*targets.shape, 1):
+    if not targets.is_floating_point() or outputs.squeeze(-1).shape != targets.squeeze(-1).shape:
+        return
+    if outputs.shape == targets.shape:
         return
     steps = torch.linspace(0.25, 0.75, targets.numel(), device=targets.device, dtype=targets.dtype).view(targets.shape)
-    given = steps.to(outputs.device, outputs.dtype).unsqueeze(-1)
+    given = steps.to(outputs.device, outputs.dtype).view(outputs.shape)
     try:
         once, turned, moved = (float(loss_fn(given, t)) for t in (steps, steps.roll(1, 0), steps + 0.125))
     except Exception:
         return  # The loss takes no such numbers.
     if abs(turned - once) <= NEAR * abs(once) and abs(moved - once) > NEAR * abs(once):
         shapes = f"outputs of shape {tuple(outputs.shape)} and targets of shape {tuple(targets.shape)}"
+        longer = targets.dim() > outputs.dim()
+        fits = "targets.squeeze(-1)" if longer else "targets.unsqueeze(-1), or let the model return outputs.squeeze(-1)"
         raise ShapeError(
-            f"the loss broadcasts {shapes}, so that every output is compared with every target: pass targets.unsqueeze(-1), or "
-            "let the model return outputs.squeeze(-1)"
+            f"the loss broadcasts {shapes}, so that every output is compared with every target: pass {fits}"
         )
 
 
 def _in_words(multiple: float) -> str:
-    return (
-        "it can't be said how many times as large" if math.isnan(multiple) else f"it is {multiple:.6g} times as large"
-    )
+    return "is zero or not finite" if math.isnan(multiple) else f"becomes {multiple:.6g} times as large"
 
 
 def _has_finite_gradient(loss_fn: LossFunction, outputs: Any, targets: Any) -> bool:

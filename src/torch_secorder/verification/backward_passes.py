@@ -7,7 +7,7 @@ from operator import attrgetter
 
 from torch import Tensor, nn
 
-from torch_secorder.errors import CoverageError, CurvatureError
+from torch_secorder.errors import CoverageError, CurvatureError, listed
 from torch_secorder.graph.refusals import not_finite
 from torch_secorder.model.parameters import ParameterTable
 from torch_secorder.recording.backward_pass import BackwardPass, replaced
@@ -62,8 +62,8 @@ def require_trainable(table: ParameterTable, current: BackwardPass, samples: Sam
     if not all(map(attrgetter("requires_grad"), table.leaves)):
         frozen = [name for name, leaf in zip(table.names, table.leaves, strict=True) if not leaf.requires_grad]
         raise CoverageError(
-            f"{', '.join(frozen)}: frozen inside of the block (requires_grad_(False)); the batch is left out: leave the block, "
-            'and make a new monitor for the model as it is now, with parameters="all" to analyze frozen parameters too'
+            f"{', '.join(frozen)}: frozen since the monitor was made (requires_grad_(False)); the batch is left out: leave the "
+            'block, and make a new monitor for the model as it is now, with parameters="all" to analyze frozen parameters too'
         )
 
 
@@ -75,12 +75,24 @@ def is_of_nothing(norms: Tensor) -> bool:
 def unaccounted(names: Sequence[str], norms: Tensor) -> CurvatureError:
     """The refusal of a pass in which these parameters got gradients that nothing accounts for."""
     if not bool(norms.isfinite().all()):
-        return not_finite(f"the gradients of {', '.join(names)}")
+        return not_finite(f"the gradients of {listed(names, 'parameter')}")
     return CoverageError(
-        f"the backward pass reached {', '.join(names)} by a way that nothing accounts for: through something that the "
-        "model doesn't return, inside of re-entrant checkpointing, in code that ran compiled (a stance of torch.compiler that "
-        "was set inside the monitor's block, or a pass that every= left out), or in a forward that ran before the monitor was "
-        "entered; the batch is left out"
+        f"the backward pass reached {listed(names, 'parameter')} by a way that nothing accounts for: a loss of the weights "
+        "alone, such as a penalty (differentiate it outside of the block), a forward that ran before the block was entered (call "
+        "the model inside), something that the model doesn't return, a part inside of re-entrant checkpointing (pass "
+        "use_reentrant=False), or code that ran compiled (under a stance of torch.compiler that was set inside the block, or in "
+        "a pass that every= left out); the batch is left out"
+    )
+
+
+def without_a_call(model: str, names: Sequence[str], norms: Tensor) -> CurvatureError:
+    """The refusal of a pass that gave these parameters gradients although no call of the model was seen in the block."""
+    if not bool(norms.isfinite().all()):
+        return unaccounted(names, norms)
+    return CoverageError(
+        f"the backward pass reached {listed(names, 'parameter')}, but no call of this {model} was seen inside the block: call "
+        "the model, too, inside the with statement. Code that ran compiled under a stance of torch.compiler that was set inside "
+        "the block isn't seen either; the batch is left out"
     )
 
 
@@ -89,9 +101,9 @@ def _require_explained_sums(names: Sequence[str], current: BackwardPass, samples
     found = current.accumulator
     if wrong := unexplained_gradients(found.projections, current.projections, samples.squared_norms, found.half):
         raise CoverageError(
-            f"the gradient of {', '.join(names[position] for position in wrong)} is not the sum of what the model's samples "
-            "contribute: the loss uses these parameters by another way than through the model (a weight penalty, "
-            "which belongs to no sample: differentiate it in a backward pass outside of the monitor, or use the "
-            "optimizer's weight_decay), or they are used inside of re-entrant checkpointing and outside of it (use "
+            f"the gradient of {listed([names[position] for position in wrong], 'parameter')} is not the sum of what the model's "
+            "samples contribute. Either the loss uses them by another way than through the model, as a weight penalty does (it "
+            "belongs to no sample: differentiate it in a backward pass outside of the block, or use the optimizer's "
+            "weight_decay), or they are used both inside of re-entrant checkpointing and outside of it (pass "
             "use_reentrant=False), or a rule is wrong; the batch is left out"
         )

@@ -5,10 +5,18 @@ from __future__ import annotations
 from contextlib import nullcontext
 from functools import partial
 
+from torch import Tensor
+
 from torch_secorder.arguments import loss_scale_value
 from torch_secorder.autograd.engine import without_modes
 from torch_secorder.batch_axis.knowledge import KindSchedule
-from torch_secorder.errors import ArgumentError, CurvatureError, SkippedPassWarning, warn_at_users_line
+from torch_secorder.errors import (
+    ArgumentError,
+    CurvatureError,
+    ReductionWarning,
+    SkippedPassWarning,
+    warn_at_users_line,
+)
 from torch_secorder.per_sample import as_refusal
 from torch_secorder.recording.backward_pass import BackwardPass, Check
 from torch_secorder.recording.history import History
@@ -21,9 +29,10 @@ from torch_secorder.verification.backward_passes import (
     require_sound_pass,
     require_trainable,
     unaccounted,
+    without_a_call,
 )
-from torch_secorder.verification.broadcast_loss import warn_of_broadcast
 from torch_secorder.verification.expected_norms import ExpectedNorms
+from torch_secorder.verification.loss_warnings import warn_of_broadcast, warn_of_reduction
 
 
 class PassCounter:
@@ -79,7 +88,7 @@ class PassCounter:
         if current.error is None and current.accumulator.is_empty:
             if current.is_of_empty_batch and is_of_nothing(norms):
                 return
-            raise unaccounted([names[position] for position in positions], norms)
+            raise self._unexplained([names[position] for position in positions], norms)
         assert self._watched is not None  # A block has a model.
         checks: list[Check] = [partial(require_sound_pass, self._watched.model, self._watched.table, positions, norms)]
         if self._options.parameters == "trainable":
@@ -89,10 +98,25 @@ class PassCounter:
         samples = recorder.lifecycle.finish(current, self._options.nonfinite, checks, norms)
         if current.broadcast is not None:
             warn_of_broadcast(*current.broadcast)
+        if current.loss_reduction not in (None, self._options.reduction):
+            self._doubt_reduction(current.loss_reduction, samples.batch, loss_scale)
         scale = (samples.batch / loss_scale if self._options.reduction == "mean" else 1 / loss_scale) ** 2
         with without_modes() if current.special else nullcontext():
             assert samples.gradient_norms is not None
             self._statistics.update(samples, (positions, samples.gradient_norms), scale, loss_scale)
+
+    def _unexplained(self, names: list[str], norms: Tensor) -> CurvatureError:
+        """The refusal of a pass in which nothing was captured."""
+        history = self._history
+        if self._options.every == 1 and not history.forwards + history.without_gradient + history.without_samples:
+            return without_a_call(history.model, names, norms)
+        return unaccounted(names, norms)
+
+    def _doubt_reduction(self, found: str, n: int, loss_scale: float | Tensor) -> None:
+        """Warn once of a loss that shows another reduction than the monitor was told. A scale may be meant to undo that."""
+        if n > 1 and ReductionWarning not in self._warned_of and loss_scale == 1:
+            self._warned_of.add(ReductionWarning)
+            warn_of_reduction(found, self._options.reduction, n)
 
 
 def _require_expected(names: list[str], expected: ExpectedNorms, current: BackwardPass, samples: SampleNorms) -> None:
