@@ -73,6 +73,7 @@ class ParameterTable(Table):
         paths: the name of each parameter in the model with its wrappers.
         frozen: the parameters that required no gradient when the table was made.
         quantized: the positions of quantized weights. They hold codes, for which autograd gives no gradient.
+        differentiable: the parameters and the leaves that stand for them, each once, without quantized weights.
 
     Args:
         model: the model.
@@ -103,13 +104,19 @@ class ParameterTable(Table):
                 "quantized can be analyzed frozen (requires_grad_(False)), from its layer's inputs and output gradients"
             )
         self.leaves = self.tensors
+        self.differentiable = self._differentiable()
         self._positions = {id(p): position for position, p in enumerate(self.tensors)}
 
     def gather(self, model: nn.Module) -> None:
         """Find the tensors that stand for the parameters in the graph. Ranks that share a model have to call this together."""
         self.leaves, self.sharded = unsharded_leaves(model, self.tensors), fsdp_modules(model)
         self.ranks = Ranks(self.tensors, self.leaves)
+        self.differentiable = self._differentiable()
         self._positions |= {id(p): position for position, p in enumerate(self.leaves)}
+
+    def _differentiable(self) -> list[Tensor]:
+        codes = {id(self.tensors[position]) for position in self.quantized}
+        return list({id(p): p for p in (*self.tensors, *self.leaves) if id(p) not in codes}.values())
 
     def position(self, tensor: Tensor | None) -> int | None:
         """The position of a parameter; None for a tensor that is not analyzed."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
 
+from torch_secorder.autograd.double_precision import together_on_host
 from torch_secorder.autograd.engine import current_graph_task, library_pass
 from torch_secorder.autograd.graph_pass import GraphPass
 from torch_secorder.autograd.nodes import is_others_function
@@ -30,6 +31,10 @@ from torch_secorder.per_sample import at_least_float32, squared_norm_of_rows
 
 SquaredNorm = Tensor | None  # 0-dim; None for a parameter that the backward pass did not reach
 
+# Gradients of so many numbers together are kept until a pass is over. Those of larger models are squared one by one as they
+# arrive, which takes a hook on each parameter.
+FEW_NUMBERS = 2**22
+
 
 def squared_norms_of_loss(loss: Tensor, leaves: Sequence[Tensor]) -> list[SquaredNorm]:
     """``||gradient of loss||^2`` of each parameter, for the loss of a model that the library called itself."""
@@ -38,6 +43,10 @@ def squared_norms_of_loss(loss: Tensor, leaves: Sequence[Tensor]) -> list[Square
     with untouched(leaves), library_pass([loss]) as starts:
         if _has_others_functions(loss):
             return _accumulated_norms(starts, leaves)
+        if sum(leaf.numel() for leaf in leaves) <= FEW_NUMBERS:
+            gradients = torch.autograd.grad(starts, list(leaves), allow_unused=True)
+            with torch.no_grad():  # where norms of many numbers are taken by rows, which keeps their digits
+                return _squared_norms(gradients)
         with _squared_norms_of_pass(starts, leaves) as found:
             torch.autograd.grad(starts, list(leaves), allow_unused=True)
     return found
@@ -46,7 +55,7 @@ def squared_norms_of_loss(loss: Tensor, leaves: Sequence[Tensor]) -> list[Square
 def _accumulated_norms(starts: Sequence[Tensor], leaves: Sequence[Tensor]) -> list[SquaredNorm]:
     """The same for a graph in which a function may start its own pass, so that gradients are added before they are squared."""
     torch.autograd.backward(starts, inputs=[leaf for leaf in leaves if leaf.requires_grad])
-    return [None if leaf.grad is None else _squared_norm(leaf.grad) for leaf in leaves]
+    return _squared_norms([leaf.grad for leaf in leaves])
 
 
 def _has_others_functions(loss: Tensor) -> bool:
@@ -81,7 +90,7 @@ def squared_norms_of_sample(
 
     def arrive(node: Node, grads: Gradients) -> None:
         grad = grads[0]
-        norms[positions[node]] = None if grad is None else _squared_norm(grad)
+        norms[positions[node]] = _squared_norms([grad])[0]
 
     passes = GraphPass(outputs, positions, create_graph=create_graph, weights=weights)
     located = list(zip(output_gradients, placements or [FIRST] * len(outputs), strict=True))
@@ -97,7 +106,9 @@ def squared_norms_of_sample(
 
 def as_row(norms: Sequence[SquaredNorm]) -> Tensor:
     """``[parameters]`` in float64 on the CPU; zero for a parameter that is not reached."""
-    return torch.tensor([0.0 if norm is None else float(norm) for norm in norms], dtype=torch.float64, device="cpu")
+    values = iter(together_on_host([norm for norm in norms if norm is not None]))
+    nothing = torch.zeros((), dtype=torch.float64, device="cpu")
+    return torch.stack([nothing if norm is None else next(values) for norm in norms])
 
 
 def of_one_sample(gradient: Tensor, sample: int, placement: Placement = FIRST) -> Tensor:
@@ -126,7 +137,7 @@ def _squared_norms_of_pass(starts: Sequence[Tensor], leaves: Sequence[Tensor]) -
     def take(position: int, grad: Tensor) -> Tensor | None:
         if current_graph_task() not in tasks:
             return None
-        norms[position] = _squared_norm(grad)
+        norms[position] = _squared_norms([grad])[0]
         return _without_memory(grad)
 
     with ExitStack() as hooks:
@@ -138,12 +149,16 @@ def _squared_norms_of_pass(starts: Sequence[Tensor], leaves: Sequence[Tensor]) -
         yield norms
 
 
+def _squared_norms(grads: Sequence[Tensor | None]) -> list[SquaredNorm]:
+    """``||grad||^2`` of each gradient in at least float32."""
+    with full_precision():
+        return [None if grad is None else _squared_norm(grad) for grad in grads]
+
+
 def _squared_norm(grad: Tensor) -> Tensor:
-    """``||grad||^2`` in at least float32."""
     grad = full_tensor(grad if torch.is_grad_enabled() else grad.detach())
     values = grad.coalesce().values() if grad.is_sparse else grad
-    with full_precision():
-        return squared_norm_of_rows(at_least_float32(values.flatten()))
+    return squared_norm_of_rows(at_least_float32(values.flatten()))
 
 
 def _without_memory(grad: Tensor) -> Tensor | None:
