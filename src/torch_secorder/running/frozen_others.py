@@ -29,7 +29,7 @@ class FrozenOthers:
 
     def __init__(self, model: nn.Module, table: ParameterTable, *, allowed: bool):
         self._table, self._allowed = table, allowed
-        self._others = [p for p in model.parameters() if table.position(p) is None]
+        self._others: list[Tensor] = [p for p in model.parameters() if table.position(p) is None]
         self._whole: set[int] = set()  # Fingerprints of graphs that freezing does not cut.
 
     def parameters(self) -> list[Tensor]:

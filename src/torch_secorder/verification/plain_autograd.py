@@ -5,7 +5,8 @@ No rule takes part, and the only hooks are those that read a parameter's whole g
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 
@@ -16,10 +17,9 @@ from torch.autograd.graph import Node, get_gradient_edge
 from torch_secorder.autograd.double_precision import together_on_host
 from torch_secorder.autograd.engine import current_graph_task, library_pass
 from torch_secorder.autograd.graph_pass import GraphPass
-from torch_secorder.autograd.nodes import is_others_function
+from torch_secorder.autograd.nodes import has_others_function
 from torch_secorder.autograd.opaque import Gradients
 from torch_secorder.autograd.precision import full_precision
-from torch_secorder.autograd.route import behind
 from torch_secorder.autograd.sharded import GatheredWeights
 from torch_secorder.autograd.tensor_hooks import untouched
 from torch_secorder.batch_axis.placement import FIRST, Placement
@@ -27,7 +27,7 @@ from torch_secorder.batch_axis.samples import rows_of
 from torch_secorder.errors import UnsupportedError
 from torch_secorder.graph.refusals import OPAQUE_FUNCTION
 from torch_secorder.model.ranks import full_tensor, is_dtensor
-from torch_secorder.per_sample import at_least_float32, squared_norm_of_rows
+from torch_secorder.per_sample import at_least_float32, in_rows, squared_norm_of_rows
 
 SquaredNorm = Tensor | None  # 0-dim; None for a parameter that the backward pass did not reach
 
@@ -35,13 +35,16 @@ SquaredNorm = Tensor | None  # 0-dim; None for a parameter that the backward pas
 # arrive, which takes a hook on each parameter.
 FEW_NUMBERS = 2**22
 
+# The norms of gradients of so many numbers are taken together: for each by itself, a call of torch takes longer than the sum.
+SMALL = 2**14
+
 
 def squared_norms_of_loss(loss: Tensor, leaves: Sequence[Tensor]) -> list[SquaredNorm]:
     """``||gradient of loss||^2`` of each parameter, for the loss of a model that the library called itself."""
     if not loss.requires_grad:
         return [None] * len(leaves)
     with untouched(leaves), library_pass([loss]) as starts:
-        if _has_others_functions(loss):
+        if has_others_function(loss):  # It may start its own pass.
             return _accumulated_norms(starts, leaves)
         if sum(leaf.numel() for leaf in leaves) <= FEW_NUMBERS:
             gradients = torch.autograd.grad(starts, list(leaves), allow_unused=True)
@@ -56,12 +59,6 @@ def _accumulated_norms(starts: Sequence[Tensor], leaves: Sequence[Tensor]) -> li
     """The same for a graph in which a function may start its own pass, so that gradients are added before they are squared."""
     torch.autograd.backward(starts, inputs=[leaf for leaf in leaves if leaf.requires_grad])
     return _squared_norms([leaf.grad for leaf in leaves])
-
-
-def _has_others_functions(loss: Tensor) -> bool:
-    """Whether the graph of a loss has nodes of a :class:`torch.autograd.Function` that is not torch's own."""
-    node = get_gradient_edge(loss).node
-    return any(map(is_others_function, [node, *behind([node])]))
 
 
 def squared_norms_of_sample(
@@ -150,9 +147,20 @@ def _squared_norms_of_pass(starts: Sequence[Tensor], leaves: Sequence[Tensor]) -
 
 
 def _squared_norms(grads: Sequence[Tensor | None]) -> list[SquaredNorm]:
-    """``||grad||^2`` of each gradient in at least float32."""
+    """``||grad||^2`` of each gradient in at least float32; small ones of one shape are squared together."""
+    found: list[SquaredNorm] = [None] * len(grads)
+    alike: dict[Hashable, list[int]] = defaultdict(list)
     with full_precision():
-        return [None if grad is None else _squared_norm(grad) for grad in grads]
+        for place, grad in enumerate(grads):
+            if type(grad) is Tensor and not grad.is_sparse and grad.numel() <= SMALL:
+                alike[grad.shape, grad.dtype, grad.device].append(place)
+            elif grad is not None:
+                found[place] = _squared_norm(grad)
+        for places in alike.values():
+            rows = in_rows(torch.stack([grad for place in places if (grad := grads[place]) is not None]))
+            for place, norm in zip(places, squared_norm_of_rows(at_least_float32(rows)), strict=True):
+                found[place] = norm
+    return found
 
 
 def _squared_norm(grad: Tensor) -> Tensor:
