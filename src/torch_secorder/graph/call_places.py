@@ -115,7 +115,9 @@ class CallPlaces:
         ahead = partial(_ahead, walk, walk.calls)
         search = partial(SampleSearch, known, n, asked.ambiguous_shapes, passes, rehearsal=self._rehearsal)
         if not asked.reorders_samples:
-            return search(self._locate_on_three_samples, ahead, expected=graph.derivation)
+            # Where samples are checked afterwards, what the nodes tell is believed, as shapes that allow one reading are.
+            derived = graph.derivation() if self._trust_shapes and self._knowledge.derives and n > 1 else None
+            return search(self._locate_on_three_samples, ahead, derivation=derived, expected=graph.derivation)
         if not (order.is_derived and self._knowledge.derives) or known.graphs_seen or n == 1:
             return search(None, ahead)
         contradicted = self._derivation_was_wrong if self._knowledge.derivations.due(walk.ingredients) else None

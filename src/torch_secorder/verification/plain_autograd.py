@@ -19,7 +19,7 @@ from torch_secorder.autograd.engine import current_graph_task, library_pass
 from torch_secorder.autograd.graph_pass import GraphPass
 from torch_secorder.autograd.nodes import has_others_function
 from torch_secorder.autograd.opaque import Gradients
-from torch_secorder.autograd.precision import full_precision
+from torch_secorder.autograd.precision import full_precision, is_half
 from torch_secorder.autograd.sharded import GatheredWeights
 from torch_secorder.autograd.tensor_hooks import untouched
 from torch_secorder.batch_axis.placement import FIRST, Placement
@@ -28,6 +28,7 @@ from torch_secorder.errors import UnsupportedError
 from torch_secorder.graph.refusals import OPAQUE_FUNCTION
 from torch_secorder.model.ranks import full_tensor, is_dtensor
 from torch_secorder.per_sample import at_least_float32, in_rows, squared_norm_of_rows
+from torch_secorder.recording.gradient_norms import WIDENED_AT_ONCE
 
 SquaredNorm = Tensor | None  # 0-dim; None for a parameter that the backward pass did not reach
 
@@ -165,8 +166,10 @@ def _squared_norms(grads: Sequence[Tensor | None]) -> list[SquaredNorm]:
 
 def _squared_norm(grad: Tensor) -> Tensor:
     grad = full_tensor(grad if torch.is_grad_enabled() else grad.detach())
-    values = grad.coalesce().values() if grad.is_sparse else grad
-    return squared_norm_of_rows(at_least_float32(values.flatten()))
+    values = (grad.coalesce().values() if grad.is_sparse else grad).flatten()
+    if is_half(values) and values.numel() > WIDENED_AT_ONCE:
+        return torch.stack([squared_norm_of_rows(part.float()) for part in values.split(WIDENED_AT_ONCE)]).sum()
+    return squared_norm_of_rows(at_least_float32(values))
 
 
 def _without_memory(grad: Tensor) -> Tensor | None:
