@@ -33,8 +33,8 @@ from torch_secorder.recording.gradient_norms import WIDENED_AT_ONCE
 SquaredNorm = Tensor | None  # 0-dim; None for a parameter that the backward pass did not reach
 
 # Gradients of so many numbers together are kept until a pass is over. Those of larger models are squared one by one as they
-# arrive, which takes a hook on each parameter.
-FEW_NUMBERS = 2**22
+# arrive, which takes a hook on each parameter, but less memory, most of which is still in the caches.
+FEW_NUMBERS = 2**20
 
 # The norms of gradients of so many numbers are taken together: for each by itself, a call of torch takes longer than the sum.
 SMALL = 2**14
