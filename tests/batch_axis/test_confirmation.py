@@ -24,17 +24,18 @@ N = 5
 
 
 class Blocks(nn.Module):
-    """Maps, then a sequence-first encoder with positions that all samples share."""
+    """Maps, then a sequence-first encoder, with positions that all samples share or without."""
 
-    def __init__(self) -> None:
+    def __init__(self, has_positions: bool = True) -> None:
         super().__init__()
-        self.stem, self.place = nn.Conv2d(2, 6, 3, padding=1), nn.Embedding(4, 6)
+        self.stem, self.place = nn.Conv2d(2, 6, 3, padding=1), nn.Embedding(4, 6) if has_positions else None
         self.attention, self.norm = nn.MultiheadAttention(6, 2), nn.LayerNorm(6)
         self.head = nn.Linear(6, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         h = F.max_pool2d(self.stem(x).relu(), 2).flatten(2).permute(2, 0, 1)
-        h = h + self.place(torch.arange(4))[:, None]
+        if self.place is not None:
+            h = h + self.place(torch.arange(4))[:, None]
         h = h + self.attention(self.norm(h), self.norm(h), self.norm(h), need_weights=False)[0]
         return self.head(h.mean(0))
 
@@ -78,12 +79,23 @@ def test_a_first_look_is_one_pass(n: int, passes: list[int]) -> None:
     require_exact(monitor, model, x, y)
 
 
-def test_a_function_of_two_samples_looks_once(passes: list[int]) -> None:
-    model, (x, y) = Blocks().double(), batch(2)
+def require_exact_function(model: nn.Module, x: Tensor, y: Tensor) -> None:
     found = empirical_fisher_trace(model, nn.CrossEntropyLoss(), x, y)
-    assert len(passes) == 1
-    expected = sum(each.square().sum() for each in sample_gradients(model, nn.CrossEntropyLoss(), x, y).values()) / 2
+    gradients = sample_gradients(model, nn.CrossEntropyLoss(), x, y).values()
+    expected = sum(each.square().sum() for each in gradients) / len(x)
     assert_equal(found, expected, expected)
+
+
+@pytest.mark.parametrize("n", [2, 5])
+def test_a_function_that_checks_samples_believes_the_nodes(n: int, passes: list[int]) -> None:
+    require_exact_function(Blocks(has_positions=False).double(), *batch(n))
+    assert not passes
+
+
+@pytest.mark.parametrize("n", [2, 5])
+def test_what_samples_share_takes_a_pass_in_a_function_too(n: int, passes: list[int]) -> None:
+    require_exact_function(Blocks().double(), *batch(n))
+    assert len(passes) == 1
 
 
 def turned(evidence: Evidence) -> Evidence:
@@ -101,21 +113,34 @@ def nothing(evidence: Evidence) -> Evidence:
     return Unplaced.NO_GRADIENT
 
 
-@pytest.mark.parametrize("wrong", [turned, all_shared, nothing], ids=lambda wrong: wrong.__name__)
-def test_what_a_pass_contradicts_is_looked_for(
-    wrong: Callable[[Evidence], Evidence], passes: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def with_wrong_findings(monkeypatch: pytest.MonkeyPatch, wrong: Callable[[Evidence], Evidence]) -> None:
     findings = Derivation.findings
 
     def lied(self: Derivation, wanted: list[Viewed]) -> list[Finding]:
         return [Finding(wrong(one.evidence)) for one in findings(self, wanted) or []]
 
     monkeypatch.setattr(Derivation, "findings", lied)
+
+
+@pytest.mark.parametrize("wrong", [turned, all_shared, nothing], ids=lambda wrong: wrong.__name__)
+def test_what_a_pass_contradicts_is_looked_for(
+    wrong: Callable[[Evidence], Evidence], passes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_wrong_findings(monkeypatch, wrong)
     model, (x, y) = Blocks().double(), batch()
     with FisherMonitor(model, per_sample=True) as monitor:
         nn.functional.cross_entropy(model(x), y).backward()
     assert len(passes) >= 1 + 2
     require_exact(monitor, model, x, y)
+
+
+@pytest.mark.parametrize("wrong", [turned, all_shared], ids=lambda wrong: wrong.__name__)
+def test_a_check_of_samples_brings_the_passes(
+    wrong: Callable[[Evidence], Evidence], passes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_wrong_findings(monkeypatch, wrong)
+    require_exact_function(Blocks(has_positions=False).double(), *batch())
+    assert len(passes) >= 1 + 2
 
 
 ROWS = 4

@@ -105,6 +105,23 @@ def is_others_function(node: Any) -> bool:
     return is_python_function(node) and not node._forward_cls.__module__.startswith("torch.")
 
 
+def has_others_function(x: Tensor) -> bool:
+    """Whether the graph behind a tensor has a node of a :class:`torch.autograd.Function` that does not come with torch."""
+    stack: list[Any] = [] if x.grad_fn is None else [x.grad_fn]
+    seen = set(stack)
+    # Each sample that is checked alone has its graph looked through, so that no function is called for each node.
+    of_python = torch.autograd.function.BackwardCFunction
+    while stack:
+        node = stack.pop()
+        if isinstance(node, of_python) and is_others_function(node):
+            return True
+        for child, _ in node.next_functions:
+            if child is not None and child not in seen:
+                seen.add(child)
+                stack.append(child)
+    return False
+
+
 def keeps_state(node: Any) -> bool:
     """Whether a function that does not come with torch keeps more for its backward than it saved, and constants.
 

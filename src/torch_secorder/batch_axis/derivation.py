@@ -8,9 +8,9 @@ reorders rows in each step, so that placements behind it cannot be remembered, a
 
 from __future__ import annotations
 
-from collections.abc import Container, Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterable, Sequence
 from functools import cached_property
+from itertools import chain
 
 import numpy as np
 import torch
@@ -26,52 +26,16 @@ from torch_secorder.batch_axis.label_rules import (
     PYTHON_FUNCTION,
     At,
     indices_of,
-    kind_of,
-    labels_of_inputs,
     may_be_called,
     question_of,
     reads_tensors,
 )
-from torch_secorder.batch_axis.labels import (
-    Labels,
-    differ_along,
-    joined,
-    joined_along,
-    of_all,
-    on_axis,
-    reshaped,
-)
+from torch_secorder.batch_axis.labels import Labels, joined, reshaped
 from torch_secorder.batch_axis.moving import Mover, mover
 from torch_secorder.batch_axis.placement import Placement
 from torch_secorder.batch_axis.readings import what_labels_say
 from torch_secorder.batch_axis.search_pass import Viewed
-
-
-@dataclass(eq=False, slots=True)
-class _Step:
-    """A node on the way from the outputs, and the inputs to which labels have not been followed yet.
-
-    Attributes:
-        node: the node.
-        kind: what its rule is registered under.
-        inputs: where the gradients of its inputs go.
-        left: the numbers of the inputs that nobody has asked for.
-        is_packed: whether it has saved tensors that its rule reads and that are costly to read.
-        is_new: whether labels have not been followed through it at all.
-    """
-
-    node: Node
-    kind: str
-    inputs: tuple[tuple[Node | None, int], ...]
-    left: list[int]
-    is_packed: bool
-    is_new: bool = True
-
-    @classmethod
-    def of(cls, node: Node) -> _Step:
-        """The step through a node, no input of which has been asked for."""
-        kind, inputs = kind_of(node), node.next_functions
-        return cls(node, kind, inputs, [*range(len(inputs))], reads_tensors(kind) and has_packed_tensors(node) is True)
+from torch_secorder.batch_axis.steps import Answers, Step
 
 
 class Derivation:
@@ -98,6 +62,8 @@ class Derivation:
         self._labels: dict[Edge, Labels | None] = {}
         self._told: dict[Node, list[Tensor | None]] = {}
         self._movers: list[Mover] = []
+        self._followed: set[Node] = set()  # where all labels that arrive are known
+        self._answers = Answers()
         self._known: dict[Hashable, Finding] = {}
 
     @property
@@ -124,7 +90,7 @@ class Derivation:
 
     def findings(self, wanted: Sequence[Viewed]) -> list[Finding] | None:
         """The findings from the labels at these edges, each viewed in its shape; None if nodes of the graph hide what they do."""
-        return None if self._hides() else self.suppositions(wanted)
+        return None if self._hides else self.suppositions(wanted)
 
     def suppositions(self, wanted: Sequence[Viewed]) -> list[Finding] | None:
         """The same where Python functions that hide what they do are supposed to leave samples where they are.
@@ -141,6 +107,7 @@ class Derivation:
         self._follow({edge.node for edge in edges})
         return [self._labels.get((edge.node, edge.output_nr)) for edge in edges]
 
+    @cached_property
     def _hides(self) -> bool:
         """Whether labels rest on what is supposed of nodes, or say too little of them."""
         steps = self._steps  # first, since it is followed by what nodes told
@@ -156,35 +123,45 @@ class Derivation:
 
     @cached_property
     def _shapes(self) -> dict[Node, tuple[tuple[int, ...], ...]]:
-        return dict(zip(self._route.order, map(_shapes, self._route.order), strict=True))
+        inputs = self._route.inputs
+        return {node: output_shapes((node,)) if inputs[node] else _shapes(node) for node in self._route.order}
 
     @cached_property
     def _is_nested(self) -> bool:
-        return any(x.is_nested for x, _ in self._placed) or any(map(_is_nested, self._shapes.values()))
+        if any(x.is_nested for x, _ in self._placed):
+            return True
+        sizes = chain.from_iterable(chain.from_iterable(self._shapes.values()))
+        return not set(map(type, sizes)) <= {int}  # A nested tensor has a size that is no number.
 
     @cached_property
-    def _steps(self) -> list[_Step]:
+    def _steps(self) -> list[Step]:
         """The steps of the whole graph, each after those of all its consumers; what is known before the first is noted."""
         for x, where in self._placed:
             edge = get_gradient_edge(x)
             key = (edge.node, edge.output_nr)
             self._labels[key] = joined(self._labels.get(key), _of_output(x, where, self._n))
-        steps = list(map(_Step.of, self._route.order))
-        self._told = _on_host(self._answers(steps))
+        steps = [Step.of(node, self._route.inputs[node]) for node in self._route.order]
+        self._told = _on_host(self._indices(steps))
         return steps
 
-    def _follow(self, ends: Container[Node]) -> None:
+    def _follow(self, ends: set[Node]) -> None:
         """Follow labels as far as it takes to know those that arrive at some nodes."""
-        leads = set()
+        leads = ends - self._followed
+        if not leads:
+            return
+        self._followed |= leads
+        found: list[tuple[Step, list[int]]] = []
+        # The first search of a model does this for each node, so that it is no function of its own. A step through which labels
+        # were followed once has all of them, and nothing before it is left.
         for step in reversed(self._steps):
-            if step.node in ends or any(child in leads for child, _ in step.inputs):
+            if step.left and (wanted := [index for index in step.left if step.inputs[index][0] in leads]):
                 leads.add(step.node)
-        for step in self._steps:
-            if step.node in leads and (wanted := [index for index in step.left if step.inputs[index][0] in leads]):
-                step.left = [index for index in step.left if index not in wanted]
-                self._take(step, wanted)
+                found.append((step, wanted))
+        for step, wanted in reversed(found):
+            step.left = [index for index in step.left if index not in wanted]
+            self._take(step, wanted)
 
-    def _take(self, step: _Step, wanted: Sequence[int]) -> None:
+    def _take(self, step: Step, wanted: Sequence[int]) -> None:
         """Follow labels through one step to some of its inputs."""
         known, node = self._shapes, step.node
         shapes = known[node]
@@ -196,22 +173,24 @@ class Derivation:
         if step.is_new and (moving := mover(at, self._n)) is not None:
             self._movers.append(moving)
         step.is_new = False
-        for index, own in zip(wanted, _of_inputs(at, wanted, step), strict=True):
+        for index, own in zip(wanted, self._answers.labels_of_inputs(at, wanted, step), strict=True):
             child, nr = step.inputs[index]
             assert child is not None
             self._labels[child, nr] = joined(self._labels.get((child, nr)), own)
 
-    def _answers(self, steps: Sequence[_Step]) -> dict[Node, list[Tensor | None]]:
+    def _indices(self, steps: Sequence[Step]) -> dict[Node, list[Tensor | None]]:
         """The indices that nodes saved, and what calls of those that show nothing tell.
 
         Hooks on saved tensors would run in a call, and torch does not show whether a node that writes a part has such tensors.
         """
-        readable = [step for step in steps if not step.is_packed]
+        kinds = {step.kind for step in steps}
+        reading, asked = set(filter(reads_tensors, kinds)), {kind: question_of(kind) for kind in kinds}
+        readable = [step for step in steps if step.kind in reading and not step.is_packed]
         found = {step.node: list(own) for step in readable if (own := indices_of(step.node, step.kind)) is not None}
         questions = {
             step.node: asks
             for step in steps
-            if (asks := question_of(step.kind)) is not None
+            if (asks := asked[step.kind]) is not None
             and (step.kind != PYTHON_FUNCTION or (self._calls_functions and may_be_called(step.node)))
         }
         if questions and all(has_packed_tensors(step.node) is False for step in steps):
@@ -229,31 +208,6 @@ class Derivation:
         if (known := self._known.get(key)) is None:
             known = self._known[key] = what_labels_say(reshaped(labels, own, shape), shape, self._n)
         return known
-
-
-def _of_inputs(at: At, wanted: Sequence[int], step: _Step) -> list[Labels | None]:
-    """The labels of the gradients of some of a node's inputs, also where it hides what it does."""
-    if step.is_packed:
-        return [None if (shape := at.inputs[index]) is None else of_all(at.labels, len(shape)) for index in wanted]
-    if at.kind == PYTHON_FUNCTION and not at.indices:
-        return [None if (shape := at.inputs[index]) is None else _supposed(at, shape) for index in wanted]
-    return labels_of_inputs(at, wanted)
-
-
-def _supposed(at: At, shape: tuple[int, ...]) -> Labels | None:
-    """The labels of an input of a function of Python's, if it has the samples on the same axis as an output of that size."""
-    found = None
-    for labels, whole in zip(at.labels, at.shapes, strict=True):
-        if labels is None:
-            continue
-        along = [axis for axis in range(labels.ndim) if differ_along(labels, [axis])]
-        axis = along[0] if len(along) == 1 else 0
-        own = of_all([labels], len(shape))
-        if shape[axis : axis + 1] == whole[axis : axis + 1] != () and (axis == 0 or len(shape) == len(whole)):
-            rows = joined_along(labels, [other for other in range(labels.ndim) if other != axis])
-            own = on_axis(rows.reshape(-1), axis, len(shape))
-        found = joined(found, own)
-    return found
 
 
 def _of_output(x: Tensor, where: Placement, n: int) -> Labels:
@@ -290,8 +244,3 @@ def _without_repetitions(x: Tensor) -> Tensor:
         if size and not stride:
             x = x.narrow(axis, 0, 1)
     return x
-
-
-def _is_nested(shapes: Iterable[tuple[int, ...]]) -> bool:
-    """Whether some of these shapes are those of nested tensors, with a size that is no number."""
-    return any(type(size) is not int for shape in shapes for size in shape)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Container, Sequence
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -60,7 +60,10 @@ class SearchPasses:
         self._n, self._weights, self._not_counted = n, weights, not_counted
         # Where ranks search together, no look of one of them is followed by another that the others don't take.
         self._together, self._common_count = common_count is not None, common_count or (lambda own: own)
-        self._marks_per_pass = MARKS_PER_PASS_OF_HALF if has_half_precision(*self._roots) else MARKS_PER_PASS
+
+    @cached_property
+    def _marks_per_pass(self) -> int:
+        return MARKS_PER_PASS_OF_HALF if has_half_precision(*self._roots) else MARKS_PER_PASS
 
     def findings(self, wanted: Sequence[Viewed]) -> list[Finding]:
         """What the gradients at these edges, each seen in its shape, say of their samples.

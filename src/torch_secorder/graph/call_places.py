@@ -115,11 +115,21 @@ class CallPlaces:
         ahead = partial(_ahead, walk, walk.calls)
         search = partial(SampleSearch, known, n, asked.ambiguous_shapes, passes, rehearsal=self._rehearsal)
         if not asked.reorders_samples:
-            return search(self._locate_on_three_samples, ahead, expected=graph.derivation)
+            derivation = graph.derivation() if self._trust_shapes and self._believes_nodes(graph) else None
+            return search(self._locate_on_three_samples, ahead, derivation=derivation, expected=graph.derivation)
         if not (order.is_derived and self._knowledge.derives) or known.graphs_seen or n == 1:
             return search(None, ahead)
         contradicted = self._derivation_was_wrong if self._knowledge.derivations.due(walk.ingredients) else None
         return search(None, ahead, derivation=graph.derivation(calls_functions=True), on_contradiction=contradicted)
+
+    def _believes_nodes(self, graph: Graph) -> bool:
+        """Whether what the nodes tell is believed without a pass, as shapes that allow one reading are.
+
+        It is asked where samples are checked afterwards, which brings the passes if some sample differs. Where several outputs
+        have samples, one may compare those of another, which only passes show.
+        """
+        is_alone = sum(where is not None for _, where in graph.placed) == 1
+        return self._knowledge.derives and is_alone and graph.forward.n != 1
 
     def learn(self, graph: Graph, search: SampleSearch, known: Order | None) -> None:
         """Note what decides where the samples are in graphs of this kind, when all of this one's are found.

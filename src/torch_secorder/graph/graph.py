@@ -37,6 +37,7 @@ class Graph:
     forward: Forward
     is_new: bool = False
     _derivations: dict[tuple[frozenset[int], bool], Derivation] = field(default_factory=dict)
+    _as_shapes_say: dict[frozenset[int], bool] = field(default_factory=dict)
 
     def derivation(self, comparing: Iterable[int] = (), *, calls_functions: bool = False) -> Derivation:
         """What the nodes tell of the samples, without the outputs of these numbers; Python functions tell if they are called."""
@@ -77,8 +78,14 @@ class Graph:
 
     def is_as_shapes_say(self, comparing: Iterable[int] = ()) -> bool:
         """Whether all calls have their samples where their shapes suggest; asked for the first time before they are placed."""
+        left_out = frozenset(comparing)
+        if left_out not in self._as_shapes_say:
+            self._as_shapes_say[left_out] = self._agrees_with_shapes(self.derivation(left_out))
+        return self._as_shapes_say[left_out]
+
+    def _agrees_with_shapes(self, derivation: Derivation) -> bool:
         suggested, n = self._suggested, self.forward.n or 0
-        found = self.derivation(comparing).suppositions([viewed for viewed, _ in suggested])
+        found = derivation.suppositions([viewed for viewed, _ in suggested])
         return found is not None and all(
             one.evidence is Unplaced.NO_GRADIENT
             or (isinstance(one.evidence, Placement) and placement.agrees(one.evidence, shape, n))

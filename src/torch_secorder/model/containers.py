@@ -101,11 +101,16 @@ def shrunk(x: Tensor) -> Tensor:
     return x * evenly_spaced(x, 0.5, 1.0)
 
 
+# How many numbers are evenly spaced before they repeat. It is prime, so that rows of no length have the same ones.
+PERIOD = 65_521
+
+
 def evenly_spaced(x: Tensor, low: float, high: float) -> Tensor:
     """Evenly spaced numbers from low to high in the shape of a tensor; a tensor of integers is returned as it is."""
     if not is_continuous(x):
         return x
     if x.is_nested:
         return with_values(x, evenly_spaced(x.values(), low, high))
-    steps = torch.linspace(low, high, max(x.numel(), 1), device=x.device, dtype=x.dtype.to_real())
-    return steps[: x.numel()].view(x.shape).to(x.dtype)
+    count = x.numel()
+    steps = torch.linspace(low, high, min(max(count, 1), PERIOD), device=x.device, dtype=x.dtype.to_real())
+    return steps.repeat(-(-count // len(steps)))[:count].view(x.shape).to(x.dtype)

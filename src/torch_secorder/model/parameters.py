@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
@@ -114,8 +115,15 @@ class ParameterTable(Table):
         """Find the tensors that stand for the parameters in the graph. Ranks that share a model have to call this together."""
         self.leaves, self.sharded = unsharded_leaves(model, self.tensors), fsdp_modules(model)
         self.ranks = Ranks(self.tensors, self.leaves)
+        vars(self).pop("differentiable", None)
         if self.sharded:
             self._positions |= {id(p): position for position, p in enumerate(self.leaves)}
+
+    @cached_property
+    def differentiable(self) -> list[Tensor]:
+        """The parameters and the leaves that stand for them, each once, without quantized weights."""
+        codes = {id(self.tensors[position]) for position in self.quantized}
+        return list({id(p): p for p in (*self.tensors, *self.leaves) if id(p) not in codes}.values())
 
     def position(self, tensor: Tensor | None) -> int | None:
         """The position of a parameter; None for a tensor that is not analyzed."""

@@ -50,6 +50,8 @@ class SampleMoments:
         """Variance (ddof = 1) over samples of the sum of these parameters' squared norms; NaN for one sample."""
         if self.n < 2:
             return float("nan")
+        if len(positions) == 1:  # A table asks this for each parameter.
+            return max(0.0, float(self.moments[positions[0], positions[0]]) / (self.n - 1))
         index = torch.tensor(list(positions), device="cpu")
         return max(0.0, float(self.moments[index][:, index].sum()) / (self.n - 1))
 
@@ -98,7 +100,7 @@ class BatchGradients:
     def mean_of(self, positions: Sequence[int]) -> float:
         """Mean over passes of some parameters' squared gradient norm; NaN if no gradient of them was computed."""
         index = list(positions)
-        if not bool((self.counts[index] > 0).any()):
+        if not self.passes or not bool((self.counts[index] > 0).any()):
             return math.nan
         return float(self.sums[index].sum()) / self.passes
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import cached_property
 
 import pandas as pd
 
@@ -41,8 +42,9 @@ class Report:
         self._parameters, self._statistics = list(parameters), statistics
         self._reduction, self._fisher = reduction, fisher
         self._scale = statistics.n if reduction == "sum" else 1  # c N
+        self._means: list[float] = statistics.mean.tolist()
 
-    @property
+    @cached_property
     def trace(self) -> float:
         """The total."""
         return float(self._statistics.mean.sum()) * self._scale
@@ -92,8 +94,9 @@ class Report:
         return frame
 
     def _by_parameter(self) -> pd.DataFrame:
-        rows = [asdict(p) | asdict(self._figures([i])) for i, p in enumerate(self._parameters)]
-        return pd.DataFrame(rows).rename(columns={"name": "parameter"}).set_index("parameter")
+        rows = [vars(p) | vars(self._figures([i])) for i, p in enumerate(self._parameters)]
+        names = [row.pop("name") for row in rows]
+        return pd.DataFrame(rows, index=pd.Index(names, name="parameter"))
 
     def _grouped(self, by: By) -> pd.DataFrame:
         label, key = _grouping(by)
@@ -104,12 +107,12 @@ class Report:
         for name, positions in groups.items():
             numel = sum(self._parameters[position].numel for position in positions)
             counts = {"n_parameters": len(positions), "numel": numel}
-            rows.append({label: name} | counts | asdict(self._figures(positions)))
+            rows.append({label: name} | counts | vars(self._figures(positions)))
         return pd.DataFrame(rows).set_index(label)
 
     def _figures(self, positions: list[int]) -> Figures:
         statistics, total = self._statistics, self.trace
-        trace = float(statistics.mean[positions].sum()) * self._scale
+        trace = sum(self._means[position] for position in positions) * self._scale
         numel = sum(self._parameters[position].numel for position in positions)
         rules = (rule for position in positions for rule in statistics.rules[position] or ["unused"])
         return Figures(

@@ -280,9 +280,7 @@ class Analysis:
 
     def differentiable(self) -> AbstractContextManager[None]:
         """A block in which the analyzed parameters require a gradient, except quantized ones, and if possible no others do."""
-        quantized = {id(self.table.tensors[position]) for position in self.table.quantized}
-        analyzed = {id(p): p for p in (*self.table.tensors, *self.table.leaves) if id(p) not in quantized}
-        return requiring_grad(analyzed.values(), self._others.parameters())
+        return requiring_grad(self.table.differentiable, self._others.parameters())
 
     @contextmanager
     def _prepared(self) -> Iterator[HookedForward]:

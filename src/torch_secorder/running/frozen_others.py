@@ -28,12 +28,13 @@ class FrozenOthers:
     """
 
     def __init__(self, model: nn.Module, table: ParameterTable, *, allowed: bool):
-        self._model, self._table, self._allowed = model, table, allowed
+        self._table, self._allowed = table, allowed
+        self._others: list[Tensor] = [p for p in model.parameters() if table.position(p) is None]
         self._whole: set[int] = set()  # Fingerprints of graphs that freezing does not cut.
 
     def parameters(self) -> list[Tensor]:
         """The parameters that are frozen."""
-        return [p for p in self._model.parameters() if self._table.position(p) is None] if self._allowed else []
+        return self._others if self._allowed else []
 
     def without_cuts(self, analyze: Callable[[], T], reached: Callable[[T], set[int]], kind: Callable[[], int]) -> T:
         """The result of ``analyze``, with nothing frozen if freezing takes gradients from analyzed parameters.

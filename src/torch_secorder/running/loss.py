@@ -56,7 +56,7 @@ def reduction_of(
         if has_half_precision(loss, *tensors(outputs)):
             near = NEAR_IN_HALF_PRECISION
         trials = Trials.of(loss_fn, outputs, targets, loss, where, near)
-        found = [trials.multiples(outputs, index) for index in ([0], trials.samples(outputs))]
+        found = trials.multiples(outputs, [[0], trials.samples(outputs)])
         reductions = trials.reductions(found)
         if not reductions and expected is not None:
             return expected
@@ -83,7 +83,7 @@ def _reductions_of_own_numbers(trials: Trials, outputs: Any) -> set[Reduction | 
     for low, high in ((0.25, 0.75), (-3.0, 3.0)):
         with suppress(ArgumentError):  # The loss takes no such numbers.
             own = mapped(partial(evenly_spaced, low=low, high=high), outputs)
-            if reductions := trials.reductions([trials.multiples(own, list(range(trials.where.n)))]):
+            if reductions := trials.reductions(trials.multiples(own, [list(range(trials.where.n))])):
                 return reductions
     return set()
 

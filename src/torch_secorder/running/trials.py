@@ -89,13 +89,18 @@ class Trials:
         count = min(n, max(2, n * MOST_NUMBERS // max(numbers, 1)))
         return sorted({round(index * (n - 1) / max(count - 1, 1)) for index in range(count)})
 
-    def multiples(self, outputs: Any, index: list[int]) -> tuple[float, float]:
-        """The loss of samples given twice as a multiple of their loss, and the same multiple for its change with other outputs.
+    def multiples(self, outputs: Any, choices: Sequence[list[int]]) -> list[tuple[float, float]]:
+        """For each choice of samples their loss if they are given twice, as a multiple, and the same for its change.
 
-        The second multiple is not affected by a constant in the loss. It is NaN if rounding could be all of the change.
+        The change is that of the loss with other outputs. Its multiple is not affected by a constant in the loss. It is NaN if
+        rounding could be all of the change.
         """
+        others = mapped(shrunk, outputs)
+        return [self._multiples(outputs, others, index) for index in choices]
+
+    def _multiples(self, outputs: Any, others: Any, index: list[int]) -> tuple[float, float]:
         twice, once = self.losses(outputs, index)
-        twice_other, once_other = self.losses(mapped(shrunk, outputs), index)
+        twice_other, once_other = self.losses(others, index)
         changes = (twice - twice_other, once - once_other)
         least = RESOLVED * self.rounding * max(map(abs, (twice, twice_other, once, once_other)))
         return multiple_of(twice, once), math.nan if min(map(abs, changes)) < least else multiple_of(*changes)

@@ -1,14 +1,18 @@
-"""The comparison that all checks use: a sample's squared norms in its batch against those of the sample alone."""
+"""The comparisons that all checks use: a sample's squared norms and outputs in its batch against those of the sample alone."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from torch_secorder.autograd.precision import is_half
 from torch_secorder.errors import VerificationError
-from torch_secorder.verification.tolerances import sample_alone
+from torch_secorder.model.containers import is_continuous, parts, tensors
+from torch_secorder.model.nested import whole
+from torch_secorder.verification.tolerances import ROUNDED_OUTPUTS, sample_alone
 
 SHOWN = 8  # parameters in an error's text
 
@@ -58,3 +62,26 @@ def unequal_norms(in_batch: Tensor, alone: Tensor, *, bits: int, rounding: Tenso
     finite = in_batch.isfinite() & alone.isfinite()
     equal = finite & ((in_batch - alone).abs() <= bound)
     return (~equal).nonzero().flatten().tolist()
+
+
+def differ_by_rounding(x: Tensor, y: Tensor) -> bool:
+    """Whether two outputs are the same up to rounding."""
+    if x.shape != y.shape or x.dtype != y.dtype:
+        return False
+    if not is_continuous(x) or not x.numel():
+        return True
+    x, y = whole(x), whole(y)
+    return bool((x - y).abs().max() <= ROUNDED_OUTPUTS * torch.finfo(x.dtype).eps * y.abs().max())
+
+
+def are_same(own: Any, in_batch: Any) -> bool:
+    """Whether a sample has the same outputs alone as in its batch, under the same names, up to rounding."""
+    mine, others = tensors(own), tensors(in_batch)
+    if len(mine) != len(others) or [key for key, _ in parts(own)] != [key for key, _ in parts(in_batch)]:
+        return False
+    return all(_is_same(x.detach(), y) for x, y in zip(mine, others, strict=True))
+
+
+def _is_same(x: Tensor, y: Tensor) -> bool:
+    """The same, but what is half-precision rounding may be more than that: there, all numbers have to be equal."""
+    return torch.equal(x, y) if is_half(y) and x.shape == y.shape else differ_by_rounding(x, y)

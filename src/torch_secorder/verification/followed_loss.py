@@ -16,9 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from torch_secorder.autograd.nodes import is_others_function
+from torch_secorder.autograd.nodes import has_others_function
 from torch_secorder.autograd.operations import OperationWatch
-from torch_secorder.autograd.precision import nodes_of
 from torch_secorder.batch_axis.placement import Placement
 from torch_secorder.batch_axis.samples import BatchSamples
 from torch_secorder.model.containers import is_continuous, tensors
@@ -42,7 +41,7 @@ def keeps_samples_apart(loss_fn: Callable[[Any, Any], Tensor], outputs: Any, tar
     except Exception:  # Whatever it raises, the trials with other outputs tell the user.
         return False
     proven = followed.place(loss) == SUM and loss.requires_grad
-    return proven and not any(map(is_others_function, nodes_of([loss])))
+    return proven and not has_others_function(loss)
 
 
 def _state(loss_fn: Any) -> list[Tensor]:

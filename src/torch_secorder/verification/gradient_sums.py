@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import cache, partial
 
 from torch import Tensor
 
@@ -29,13 +30,14 @@ def unexplained_gradients(
         half: whether some gradient is in half precision.
     """
     floor = GRADIENT_SUMS_FLOOR * math.sqrt(float(sum_in_double_precision(norms)) * norms.shape[1])
+    tolerance = cache(partial(gradient_sum, half=half))  # torch's settings, which decide it, stay the same here
     wrong = []
     for position, gradient in actual.items():
         found = captured.get(position, ())
         off = abs(sum(float(use.along) for use in found) - float(gradient))
         bound = sum(use.size for use in found) + floor
         dtype = narrowest(gradient.dtype, *(use.dtype for use in found))
-        near = off <= gradient_sum(dtype, gradient.device.type, half) * bound
+        near = off <= tolerance(dtype, gradient.device.type) * bound
         if not (near and math.isfinite(bound)):  # A bound that is not finite explains nothing.
             wrong.append(position)
     return wrong

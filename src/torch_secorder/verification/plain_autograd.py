@@ -5,7 +5,8 @@ No rule takes part, and the only hooks are those that read a parameter's whole g
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 
@@ -13,12 +14,12 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
 
+from torch_secorder.autograd.double_precision import together_on_host
 from torch_secorder.autograd.engine import current_graph_task, library_pass
 from torch_secorder.autograd.graph_pass import GraphPass
-from torch_secorder.autograd.nodes import is_others_function
+from torch_secorder.autograd.nodes import has_others_function
 from torch_secorder.autograd.opaque import Gradients
-from torch_secorder.autograd.precision import full_precision
-from torch_secorder.autograd.route import behind
+from torch_secorder.autograd.precision import full_precision, is_half
 from torch_secorder.autograd.sharded import GatheredWeights
 from torch_secorder.autograd.tensor_hooks import untouched
 from torch_secorder.batch_axis.placement import FIRST, Placement
@@ -26,9 +27,17 @@ from torch_secorder.batch_axis.samples import rows_of
 from torch_secorder.errors import UnsupportedError
 from torch_secorder.graph.refusals import OPAQUE_FUNCTION
 from torch_secorder.model.ranks import full_tensor, is_dtensor
-from torch_secorder.per_sample import at_least_float32, squared_norm_of_rows
+from torch_secorder.per_sample import at_least_float32, in_rows, squared_norm_of_rows
+from torch_secorder.recording.gradient_norms import WIDENED_AT_ONCE
 
 SquaredNorm = Tensor | None  # 0-dim; None for a parameter that the backward pass did not reach
+
+# Gradients of so many numbers together are kept until a pass is over. Those of larger models are squared one by one as they
+# arrive, which takes a hook on each parameter, but less memory, most of which is still in the caches.
+FEW_NUMBERS = 2**20
+
+# The norms of gradients of so many numbers are taken together: for each by itself, a call of torch takes longer than the sum.
+SMALL = 2**14
 
 
 def squared_norms_of_loss(loss: Tensor, leaves: Sequence[Tensor]) -> list[SquaredNorm]:
@@ -36,8 +45,12 @@ def squared_norms_of_loss(loss: Tensor, leaves: Sequence[Tensor]) -> list[Square
     if not loss.requires_grad:
         return [None] * len(leaves)
     with untouched(leaves), library_pass([loss]) as starts:
-        if _has_others_functions(loss):
+        if has_others_function(loss):  # It may start its own pass.
             return _accumulated_norms(starts, leaves)
+        if sum(leaf.numel() for leaf in leaves) <= FEW_NUMBERS:
+            gradients = torch.autograd.grad(starts, list(leaves), allow_unused=True)
+            with torch.no_grad():  # where norms of many numbers are taken by rows, which keeps their digits
+                return _squared_norms(gradients)
         with _squared_norms_of_pass(starts, leaves) as found:
             torch.autograd.grad(starts, list(leaves), allow_unused=True)
     return found
@@ -46,13 +59,7 @@ def squared_norms_of_loss(loss: Tensor, leaves: Sequence[Tensor]) -> list[Square
 def _accumulated_norms(starts: Sequence[Tensor], leaves: Sequence[Tensor]) -> list[SquaredNorm]:
     """The same for a graph in which a function may start its own pass, so that gradients are added before they are squared."""
     torch.autograd.backward(starts, inputs=[leaf for leaf in leaves if leaf.requires_grad])
-    return [None if leaf.grad is None else _squared_norm(leaf.grad) for leaf in leaves]
-
-
-def _has_others_functions(loss: Tensor) -> bool:
-    """Whether the graph of a loss has nodes of a :class:`torch.autograd.Function` that is not torch's own."""
-    node = get_gradient_edge(loss).node
-    return any(map(is_others_function, [node, *behind([node])]))
+    return _squared_norms([leaf.grad for leaf in leaves])
 
 
 def squared_norms_of_sample(
@@ -81,7 +88,7 @@ def squared_norms_of_sample(
 
     def arrive(node: Node, grads: Gradients) -> None:
         grad = grads[0]
-        norms[positions[node]] = None if grad is None else _squared_norm(grad)
+        norms[positions[node]] = _squared_norms([grad])[0]
 
     passes = GraphPass(outputs, positions, create_graph=create_graph, weights=weights)
     located = list(zip(output_gradients, placements or [FIRST] * len(outputs), strict=True))
@@ -97,7 +104,9 @@ def squared_norms_of_sample(
 
 def as_row(norms: Sequence[SquaredNorm]) -> Tensor:
     """``[parameters]`` in float64 on the CPU; zero for a parameter that is not reached."""
-    return torch.tensor([0.0 if norm is None else float(norm) for norm in norms], dtype=torch.float64, device="cpu")
+    values = iter(together_on_host([norm for norm in norms if norm is not None]))
+    nothing = torch.zeros((), dtype=torch.float64, device="cpu")
+    return torch.stack([nothing if norm is None else next(values) for norm in norms])
 
 
 def of_one_sample(gradient: Tensor, sample: int, placement: Placement = FIRST) -> Tensor:
@@ -126,7 +135,7 @@ def _squared_norms_of_pass(starts: Sequence[Tensor], leaves: Sequence[Tensor]) -
     def take(position: int, grad: Tensor) -> Tensor | None:
         if current_graph_task() not in tasks:
             return None
-        norms[position] = _squared_norm(grad)
+        norms[position] = _squared_norms([grad])[0]
         return _without_memory(grad)
 
     with ExitStack() as hooks:
@@ -138,12 +147,29 @@ def _squared_norms_of_pass(starts: Sequence[Tensor], leaves: Sequence[Tensor]) -
         yield norms
 
 
-def _squared_norm(grad: Tensor) -> Tensor:
-    """``||grad||^2`` in at least float32."""
-    grad = full_tensor(grad if torch.is_grad_enabled() else grad.detach())
-    values = grad.coalesce().values() if grad.is_sparse else grad
+def _squared_norms(grads: Sequence[Tensor | None]) -> list[SquaredNorm]:
+    """``||grad||^2`` of each gradient in at least float32; small ones of one shape are squared together."""
+    found: list[SquaredNorm] = [None] * len(grads)
+    alike: dict[Hashable, list[int]] = defaultdict(list)
     with full_precision():
-        return squared_norm_of_rows(at_least_float32(values.flatten()))
+        for place, grad in enumerate(grads):
+            if type(grad) is Tensor and not grad.is_sparse and grad.numel() <= SMALL:
+                alike[grad.shape, grad.dtype, grad.device].append(place)
+            elif grad is not None:
+                found[place] = _squared_norm(grad)
+        for places in alike.values():
+            rows = in_rows(torch.stack([grad for place in places if (grad := grads[place]) is not None]))
+            for place, norm in zip(places, squared_norm_of_rows(at_least_float32(rows)), strict=True):
+                found[place] = norm
+    return found
+
+
+def _squared_norm(grad: Tensor) -> Tensor:
+    grad = full_tensor(grad if torch.is_grad_enabled() else grad.detach())
+    values = (grad.coalesce().values() if grad.is_sparse else grad).flatten()
+    if is_half(values) and values.numel() > WIDENED_AT_ONCE:
+        return torch.stack([squared_norm_of_rows(part.float()) for part in values.split(WIDENED_AT_ONCE)]).sum()
+    return squared_norm_of_rows(at_least_float32(values))
 
 
 def _without_memory(grad: Tensor) -> Tensor | None:

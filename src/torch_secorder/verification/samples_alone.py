@@ -11,17 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_secorder.autograd.precision import is_half
 from torch_secorder.autograd.product_bits import bits_of, most_bits
 from torch_secorder.autograd.random_state import forked_random
 from torch_secorder.errors import CurvatureError, VerificationError, warn_at_users_line
-from torch_secorder.model.containers import is_continuous, mapped, parts, tensors
-from torch_secorder.model.nested import whole
+from torch_secorder.model.containers import mapped, tensors
 from torch_secorder.model.ranks import Ranks
 from torch_secorder.model.restore import eval_mode, restoring_buffers
 from torch_secorder.per_sample import as_refusal
 from torch_secorder.running.analysis import Analysis, Batch
-from torch_secorder.verification.comparison import require_equal_norms, unequal_norms
+from torch_secorder.verification.comparison import are_same, differ_by_rounding, require_equal_norms, unequal_norms
 from torch_secorder.verification.differentiable_model import DifferentiableModel
 from torch_secorder.verification.loss_slopes import (
     Loss,
@@ -33,7 +31,7 @@ from torch_secorder.verification.loss_slopes import (
 )
 from torch_secorder.verification.own_rows import with_own_rows
 from torch_secorder.verification.plain_autograd import as_row, of_one_sample, squared_norms_of_loss
-from torch_secorder.verification.tolerances import ROUNDED_OUTPUTS, sample_alone
+from torch_secorder.verification.tolerances import sample_alone
 
 
 def verify_samples(
@@ -221,7 +219,7 @@ class SampleAlone:
 
     def _loss_by_slopes(self, own: Any) -> Tensor:
         """A number with the loss's gradient in the sample's own outputs, or in the batch's if these are the same."""
-        if self._slopes is None or not _are_same(own, self._in_batch):
+        if self._slopes is None or not are_same(own, self._in_batch):
             return self._loss_in_batch(own)
         return inner_product(self._slopes, own)
 
@@ -254,7 +252,7 @@ class SampleAlone:
     def _change_of_gradients(self, own: Any) -> list[Tensor | None]:
         """The change of the loss's gradient in the outputs by rounding; zero if the outputs differ by more than rounding."""
         pairs = list(zip(tensors(own), tensors(self._in_batch), strict=True))
-        if not all(_differs_by_rounding(x, y) for x, y in pairs):
+        if not all(differ_by_rounding(x, y) for x, y in pairs):
             return [torch.zeros_like(x) for x, _ in pairs]
         both = (loss_gradients(self._loss_in_batch, outputs) for outputs in (own, self._in_batch))
         return [None if a is None or b is None else a - b for a, b in zip(*both, strict=True)]
@@ -280,26 +278,3 @@ class _SampleInBatch(SampleAlone):
             if seed is not None and where is not None:
                 total = total + (x * of_one_sample(seed, self._sample, where).conj()).real.sum().cpu().double()
         return total
-
-
-def _differs_by_rounding(x: Tensor, y: Tensor) -> bool:
-    """Whether two outputs are the same up to rounding."""
-    if x.shape != y.shape or x.dtype != y.dtype:
-        return False
-    if not is_continuous(x) or not x.numel():
-        return True
-    x, y = whole(x), whole(y)
-    return bool((x - y).abs().max() <= ROUNDED_OUTPUTS * torch.finfo(x.dtype).eps * y.abs().max())
-
-
-def _are_same(own: Any, in_batch: Any) -> bool:
-    """Whether a sample has the same outputs alone as in its batch, under the same names, up to rounding."""
-    mine, others = tensors(own), tensors(in_batch)
-    if len(mine) != len(others) or [key for key, _ in parts(own)] != [key for key, _ in parts(in_batch)]:
-        return False
-    return all(_is_same(x.detach(), y) for x, y in zip(mine, others, strict=True))
-
-
-def _is_same(x: Tensor, y: Tensor) -> bool:
-    """The same, but what is half-precision rounding may be more than that: there, all numbers have to be equal."""
-    return torch.equal(x, y) if is_half(y) and x.shape == y.shape else _differs_by_rounding(x, y)

@@ -120,6 +120,19 @@ def question_of(kind: str) -> Question | None:
     return RULES[kind].asks if kind in RULES else None
 
 
+def settings_of(node: Node, kind: str) -> tuple[object, ...] | None:
+    """What decides, besides labels and shapes, what a node of a kind without indices does with labels.
+
+    It is None for a node that has to be asked.
+    """
+    found = RULES.get(kind)
+    if found is None or not found.reads:
+        return () if found is None or found.asks is None else None
+    if found.asks is not None:
+        return None
+    return tuple([saved(node, name) for name in found.reads]) if knows(kind, *found.reads) else ()
+
+
 def kind_of(node: Node) -> str:
     """What a node's rule is registered under."""
     return PYTHON_FUNCTION if is_python_function(node) else node.name()
