@@ -473,6 +473,12 @@ FUNCTIONS: dict[str, Function] = {
     "strides": lambda x: (x * 1).as_strided((N, 3, 2), (8, 1, 2)),
     "strides across samples": lambda x: (x * 1).as_strided((N, 6), (6, 1)),
     "strides that part rows": lambda x: (x * 1).view(6, 4).as_strided((N, 3, 2, 2), (8, 2, 2, 1)),
+    "strides of what was permuted": lambda x: (x * 1).permute(2, 1, 0).as_strided((N, 2, 4), (8, 4, 1)),
+    "strides of a part": lambda x: (x * 1)[..., 1:].as_strided((N, 2, 3), (8, 4, 1), 1),
+    "strides on another axis": lambda x: (x * 1).flatten(0, 1).as_strided((4, N, 2), (1, 8, 4)).movedim(1, 0),
+    "strides that overlap in half precision": lambda x: (x.bfloat16() * 1).as_strided((N, 3, 4), (8, 2, 1)).double(),
+    "strides of what is repeated": lambda x: (x * 1)[:, :, None].expand(N, 2, 3, 4).as_strided((N, 2, 4), (8, 4, 1)),
+    "strides that leave out rows": lambda x: (x * 1).as_strided((2, 4), (16, 1)),
     "a function that gives an input nothing": lambda x: Halved.apply(x, x.mean(0, keepdim=True).expand(N, 2, 4)),
     "a function that turns rows": lambda x: InTurn.apply(x.flatten(0, 1)).view(x.shape),
     "a function": lambda x: Reweighted.apply(x, x[..., :1].cos()),
@@ -568,7 +574,7 @@ def test_what_is_one_samples_is_labeled_so(name: str) -> None:
     unknown = {"no rule", "roll all", "index pairs apart", "cat with several others", "gather from fewer samples"}
     unknown |= {"scatter_add with other columns", "scatter_add to fewer"}
     unknown |= {"a part turned around", "a diagonal written"}
-    unknown |= {"another stride"}
+    unknown |= {"strides of what is repeated"}
     x, y = drawn(FUNCTIONS[name])
     derivation = Derivation([(y, placement_for(tuple(y.shape)))], N, reached_nodes(y))
     (labels,) = derivation.labels([torch.autograd.graph.get_gradient_edge(x)])
