@@ -466,6 +466,13 @@ FUNCTIONS: dict[str, Function] = {
     "a part multiplied in place": lambda x: changed(x, lambda y: y[..., :2].mul_(x[..., 2:])),
     "a part scaled in place": lambda x: changed(x, lambda y: y[..., :2].mul_(3.0)),
     "a part turned around": lambda x: changed(x, lambda y: y.permute(2, 1, 0)[:2].copy_(x.permute(2, 1, 0)[1:3])),
+    "a part scaled and written": lambda x: changed(
+        x, lambda y: y.permute(2, 1, 0)[:2].copy_(x.permute(2, 1, 0)[1:3]).mul_(2)
+    ),
+    "samples written turned around": lambda x: changed(
+        x, lambda y: y.permute(2, 1, 0)[..., 1:].copy_(x.permute(2, 1, 0)[..., :2])
+    ),
+    "a part repeated and written": lambda x: changed(x, lambda y: y.mT[:, ::2].copy_(x[:, :1, :2].mT.expand(N, 2, 2))),
     "a diagonal written": lambda x: changed(x, lambda y: y.diagonal(0, 1, 2).copy_(x[:, 0, 2:])),
     "a view changed in place": lambda x: changed(x, lambda y: y.view(6, 4).relu_()),
     "a view filled with a sum of samples": lambda x: changed(x, lambda y: y[:, 0].fill_(x.sum())),
@@ -573,8 +580,6 @@ def test_what_is_one_samples_is_labeled_so(name: str) -> None:
     """But for what only a search shows: kinds without a rule, and what goes in and out along several axes at once."""
     unknown = {"no rule", "roll all", "index pairs apart", "cat with several others", "gather from fewer samples"}
     unknown |= {"scatter_add with other columns", "scatter_add to fewer"}
-    unknown |= {"a part turned around", "a diagonal written"}
-    unknown |= {"strides of what is repeated"}
     x, y = drawn(FUNCTIONS[name])
     derivation = Derivation([(y, placement_for(tuple(y.shape)))], N, reached_nodes(y))
     (labels,) = derivation.labels([torch.autograd.graph.get_gradient_edge(x)])
@@ -675,8 +680,12 @@ def test_where_a_part_was_written(dtype: torch.dtype, shape: tuple[int, ...]) ->
     made = torch.zeros(shape, dtype=dtype)
     part = (-1, *[slice(1, None, 3)] * (len(shape) - 1))
     made[part] = torch.ones(made[part].shape, dtype=dtype, requires_grad=True) * 1
-    flags, size, *taken = writes._of_slices(made.grad_fn)
-    assert flags.tolist() == [True, True]
+    flags, size, numbers, *taken = writes._of_slices(made.grad_fn)
+    assert flags.tolist() == [True, True, True]
+    first, *steps = numbers.tolist()
+    grid = np.ogrid[tuple([slice(count) for count in size.tolist()])]
+    numbered = torch.arange(made.numel()).view(shape)[part].reshape(tuple(size.tolist()))
+    assert (first + sum(place * step for place, step in zip(grid, steps, strict=True)) == numbered.numpy()).all()
     assert size.tolist() == [1, *made[part].shape] or size.tolist() == [*made[part].shape]
     expected = torch.zeros(shape, dtype=torch.int64)
     expected[part] = 1

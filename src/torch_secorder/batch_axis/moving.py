@@ -17,7 +17,7 @@ from torch_secorder.autograd.nodes import numbers_of_function
 from torch_secorder.autograd.saved import knows
 from torch_secorder.batch_axis.label_rules import COPY_SLICES, PYTHON_FUNCTION, At, labels_of_inputs
 from torch_secorder.batch_axis.label_rules.layers import pads
-from torch_secorder.batch_axis.label_rules.written import axis_of_samples, takes_some
+from torch_secorder.batch_axis.label_rules.written import axis_of_samples, is_known_view, takes_some
 from torch_secorder.batch_axis.labels import Labels, differ_along, samples_in
 
 # All kinds with a rule that reads where entries go. Of a kind without a rule labels tell nothing.
@@ -36,8 +36,8 @@ class Mover:
 
     Attributes:
         node: the node.
-        places: of a node with several indices those that decide it, of a write into a part the axis with the samples; None for
-            all that it has saved.
+        places: of a node with several indices those that decide it, of a write into a part the axis with the samples, or nothing
+            where all that it writes decides it; None for all that it has saved.
     """
 
     node: Node
@@ -75,6 +75,8 @@ def _by_writing(at: At) -> Mover | None:
     if all(shape is None for shape in at.inputs[1:]):
         return None  # Numbers were written, which belong to nobody.
     axis = axis_of_samples(at.first) if at.indices else None
+    if is_known_view(at, axis):
+        return Mover(at.node, ())
     return Mover(at.node, None if axis is None or takes_some(at, axis) else (axis,))
 
 

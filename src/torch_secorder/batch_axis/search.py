@@ -88,12 +88,12 @@ class SampleSearch:
         return wanted if self._examines else self.placements.missing(wanted, self._n, self._ambiguous_shapes)
 
     def _without_silent(self, wanted: Sequence[Wanted]) -> Sequence[Wanted]:
-        """These places without the uses that no gradient has reached so far, if the graph's nodes tell where their samples are.
+        """These places without those that no gradient has reached so far, if the graph's nodes tell where their samples are.
 
         A gate that is closed may open in any step, and one that stays closed would be searched behind in each.
         """
         evidence = self.placements.evidence
-        silent = [one for one in wanted if one[0][0] == "use" and evidence.get(one[0]) is Unplaced.NO_GRADIENT]
+        silent = [one for one in wanted if evidence.get(one[0]) is Unplaced.NO_GRADIENT]
         if not silent or self._expected is None:
             return wanted
         derivation = self._expected()

@@ -116,8 +116,10 @@ class CallPlaces:
         search = partial(SampleSearch, known, n, asked.ambiguous_shapes, passes, rehearsal=self._rehearsal)
         if not asked.reorders_samples:
             return search(self._locate_on_three_samples, ahead, expected=graph.derivation)
-        if not (order.is_derived and self._knowledge.derives) or known.graphs_seen or n == 1:
+        if not (order.is_derived and self._knowledge.derives) or n == 1:
             return search(None, ahead)
+        if known.graphs_seen:
+            return search(None, ahead, expected=graph.derivation)
         contradicted = self._derivation_was_wrong if self._knowledge.derivations.due(walk.ingredients) else None
         return search(None, ahead, derivation=graph.derivation(calls_functions=True), on_contradiction=contradicted)
 

@@ -18,7 +18,7 @@ from torch_secorder.autograd.versions import SameTensor
 from torch_secorder.batch_axis.derivation import Derivation
 from torch_secorder.batch_axis.label_rules import COPY_SLICES
 from torch_secorder.batch_axis.label_rules.strided import AS_STRIDED, addresses_behind
-from torch_secorder.batch_axis.label_rules.written import keeps_order
+from torch_secorder.batch_axis.label_rules.written import keeps_order, view_written
 from torch_secorder.batch_axis.moving import Mover
 from torch_secorder.batch_axis.order import Order
 from torch_secorder.graph.walk import Walk
@@ -54,7 +54,9 @@ def order_given_by(order: Order, walk: Walk, outputs: Sequence[Tensor]) -> Hasha
     return None if told is None else (walk.n, walk.shapes, walk.wiring, tuple(map(axes, nodes)), tuple(moved), told)
 
 
-def _told(movers: Sequence[Mover], nodes: Sequence[Node], outputs: Sequence[Tensor]) -> tuple[tuple[float, ...], ...] | None:
+def _told(
+    movers: Sequence[Mover], nodes: Sequence[Node], outputs: Sequence[Tensor]
+) -> tuple[tuple[float, ...], ...] | None:
     """What nodes tell that show too little of what they do; None if one of them does not tell that it keeps to an order.
 
     They are called, unless hooks on saved tensors could notice.
@@ -71,11 +73,16 @@ def _told(movers: Sequence[Mover], nodes: Sequence[Node], outputs: Sequence[Tens
 
 
 def _asked(mover: Mover) -> Tensor | None:
-    """A node's answer, whose first number says whether it has one: none to others of a write, where a view lies in memory."""
+    """What a node tells of where it puts entries, behind a number that says whether that is all; None if it cannot be asked.
+
+    Of a write that keeps samples in order along an axis, nothing more is to be told.
+    """
     if mover.node.name() in AS_STRIDED:
         behind = addresses_behind(mover.node)
         return None if behind is None else behind[0]
-    flag = None if mover.places is None else keeps_order(mover.node, mover.places[0])
+    if not mover.places:
+        return None if mover.places is None else view_written(mover.node)
+    flag = keeps_order(mover.node, mover.places[0])
     return None if flag is None else flag[None]
 
 
