@@ -107,13 +107,13 @@ def _copy_slices(at: At) -> Answer | None:
     assert flags is not None
     answer: list[Labels | None] = [None] * len(at.inputs)
     answer[0] = at.first if flags[0] else None
-    sizes, numbers, *taken = [one.numpy() for one in more if one is not None] or [None, None]
-    if sizes is not None and flags[1]:
+    sizes, numbers, *taken = [one.numpy() for one in more if one is not None] or [np.zeros(0), np.zeros(0)]
+    if len(flags) > 1 and flags[1]:
         found = at.first
         for axis, one in enumerate(taken):
             found = found.compress(one, axis) if found.shape[axis] != 1 else found
         answer[1] = reshaped(found, [int(one.sum()) for one in taken], sizes.tolist())
-    elif sizes is not None and flags[0] and flags[2]:
+    elif len(flags) > 1 and flags[0] and flags[2]:
         first, *steps = numbers.tolist()
         places = first + addresses(sizes.tolist(), steps, torch.device("cpu")).numpy()
         answer[1] = np.broadcast_to(at.first, at.shapes[0]).reshape(-1)[places]
