@@ -237,6 +237,9 @@ def matrices(x: Tensor) -> Tensor:
     )
 
 
+# Two of each sample's features in each row, and two of three rows, which are not the same for all samples.
+PLACES = torch.tensor([[1, 0, 0, 1], [0, 1, 1, 0]]).bool()[torch.tensor([[0, 1], [1, 1], [1, 0]])]
+PICKED = torch.tensor([[1, 0, 1], [1, 1, 0], [0, 1, 1]]).bool()[..., None]
 GRID = torch.rand(N, 3, 3, 2).double() - 0.5
 
 # What takes samples with one channel of a map of two times four.
@@ -480,6 +483,13 @@ FUNCTIONS: dict[str, Function] = {
     "strides": lambda x: (x * 1).as_strided((N, 3, 2), (8, 1, 2)),
     "strides across samples": lambda x: (x * 1).as_strided((N, 6), (6, 1)),
     "strides that part rows": lambda x: (x * 1).view(6, 4).as_strided((N, 3, 2, 2), (8, 2, 2, 1)),
+    "masked_scatter": lambda x: x.sin().masked_scatter(PLACES, x[..., ::2].exp()),
+    "masked_scatter of rows": lambda x: torch.zeros(N, 3, 4).double().masked_scatter(PICKED.expand(N, 3, 4), x.exp()),
+    "masked_scatter of more than fits": lambda x: torch.zeros_like(x).masked_scatter(
+        PICKED[:, :2].expand(N, 2, 4), x[:, :, None].expand(N, 2, 2, 4)
+    ),
+    "masked_scatter of numbers": lambda x: x.masked_scatter(PLACES, torch.ones(12).double()),
+    "masked_scatter to other samples": lambda x: x.masked_scatter(PICKED[:, 1:].expand(N, 2, 4), x.exp()),
     "strides of what was permuted": lambda x: (x * 1).permute(2, 1, 0).as_strided((N, 2, 4), (8, 4, 1)),
     "strides of a part": lambda x: (x * 1)[..., 1:].as_strided((N, 2, 3), (8, 4, 1), 1),
     "strides on another axis": lambda x: (x * 1).flatten(0, 1).as_strided((4, N, 2), (1, 8, 4)).movedim(1, 0),

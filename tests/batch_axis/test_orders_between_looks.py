@@ -276,9 +276,17 @@ def halves_written(z: Tensor, x: Tensor) -> Tensor:
     return made
 
 
+def put_by_a_mask(z: Tensor, x: Tensor) -> Tensor:
+    """The samples in turn where a mask is true, from the first row or from the middle, and the rows behind the last in front."""
+    at = N // 2 if is_turned(x) else 0
+    mask = (torch.arange(2 * N) >= at) & (torch.arange(2 * N) < at + N)
+    return z.new_zeros(2 * N, WIDTH).masked_scatter(mask[:, None].expand(2 * N, WIDTH), z).unflatten(0, (2, N)).sum(0)
+
+
 TURNS: dict[str, tuple[Way, Way]] = {
     "views of memory": (lambda z, x: laid_out(z, x, 2), lambda z, x: laid_out(z, x, 3)),
     "writes into a transposed view": (halves_written, halves_written),
+    "a mask": (put_by_a_mask, put_by_a_mask),
 }
 
 

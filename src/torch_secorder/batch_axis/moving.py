@@ -9,16 +9,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
 from torch_secorder.autograd.nodes import numbers_of_function
 from torch_secorder.autograd.saved import knows
-from torch_secorder.batch_axis.label_rules import COPY_SLICES, PYTHON_FUNCTION, At, labels_of_inputs
+from torch_secorder.batch_axis.label_rules import COPY_SLICES, MASKED_SCATTER, PYTHON_FUNCTION, At, labels_of_inputs
 from torch_secorder.batch_axis.label_rules.layers import pads
 from torch_secorder.batch_axis.label_rules.written import axis_of_samples, is_known_view, takes_some
-from torch_secorder.batch_axis.labels import Labels, differ_along, samples_in
+from torch_secorder.batch_axis.labels import Labels, differ_along, joined_along, samples_in
 
 # All kinds with a rule that reads where entries go. Of a kind without a rule labels tell nothing.
 _NAMES = (
@@ -26,7 +27,13 @@ _NAMES = (
     "SplitWithSizes Stack Topk Unbind UnsafeSplit"
 )
 MOVES = frozenset(
-    [*(f"{name}Backward0" for name in _NAMES.split()), "AsStridedBackward0", "AsStridedBackward1", COPY_SLICES]
+    [
+        *(f"{name}Backward0" for name in _NAMES.split()),
+        "AsStridedBackward0",
+        "AsStridedBackward1",
+        COPY_SLICES,
+        MASKED_SCATTER,
+    ]
 )
 
 
@@ -37,7 +44,8 @@ class Mover:
     Attributes:
         node: the node.
         places: of a node with several indices those that decide it, of a write into a part the axis with the samples, or nothing
-            where all that it writes decides it; None for all that it has saved.
+            where all that it writes decides it; of a mask 0 if it decides by how many entries each index along the first axis
+            gets; None for all that it has saved.
     """
 
     node: Node
@@ -65,6 +73,10 @@ def mover(at: At, n: int) -> Mover | None:
         return None if labels is None else _by_indices(at, labels)
     if at.kind == COPY_SLICES:
         return _by_writing(at)
+    if at.kind == MASKED_SCATTER:
+        # An entry that belongs to nobody in this graph may be put by another mask.
+        by_rows = axis_of_samples(at.first) == 0 and at.first == joined_along(at.first, range(1, at.first.ndim))
+        return Mover(at.node, (0,) if np.all(by_rows) else None)
     along = list(_axes(at))
     moves = any(differ_along(labels, along) for labels in at.labels if labels is not None)
     return Mover(at.node) if moves else None

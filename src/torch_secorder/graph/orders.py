@@ -12,11 +12,11 @@ from torch.autograd.graph import Node
 
 from torch_secorder.autograd.double_precision import together_on_host
 from torch_secorder.autograd.graph_pass import calling_nodes
-from torch_secorder.autograd.nodes import has_packed_tensors, is_python_function, numbers_of_function
+from torch_secorder.autograd.nodes import has_packed_tensors, is_python_function, numbers_of_function, output_shapes
 from torch_secorder.autograd.saved import axes, knows, saved, settings
 from torch_secorder.autograd.versions import SameTensor
 from torch_secorder.batch_axis.derivation import Derivation
-from torch_secorder.batch_axis.label_rules import COPY_SLICES
+from torch_secorder.batch_axis.label_rules import COPY_SLICES, MASKED_SCATTER
 from torch_secorder.batch_axis.label_rules.strided import AS_STRIDED, addresses_behind
 from torch_secorder.batch_axis.label_rules.written import keeps_order, view_written
 from torch_secorder.batch_axis.moving import Mover
@@ -26,7 +26,7 @@ from torch_secorder.graph.walk import Walk
 # How many entries an index may have to be compared with that of the graph before.
 LARGEST_INDEX = 2**20
 # The kinds of nodes that are called by themselves in each step, since what they show is not all that decides what they do.
-ASKED = frozenset([COPY_SLICES, *AS_STRIDED])
+ASKED = frozenset([COPY_SLICES, MASKED_SCATTER, *AS_STRIDED])
 
 
 def order_of(walk: Walk, derivation: Derivation, *, as_shapes_say: bool) -> Order:
@@ -80,6 +80,10 @@ def _asked(mover: Mover) -> Tensor | None:
     if mover.node.name() in AS_STRIDED:
         behind = addresses_behind(mover.node)
         return None if behind is None else behind[0]
+    if mover.node.name() == MASKED_SCATTER:
+        (shape,) = output_shapes([mover.node])
+        put = saved(mover.node, "index").expand(shape)
+        return torch.cat([put.new_ones(1), put.flatten(1).sum(1)])
     if not mover.places:
         return None if mover.places is None else view_written(mover.node)
     flag = keeps_order(mover.node, mover.places[0])
@@ -98,8 +102,8 @@ def _moved_by(mover: Mover, n: int) -> Hashable | None:
     if is_python_function(node):
         numbers = numbers_of_function(node, n)
         return _same(kind, numbers.values()) if numbers else None
-    if kind == COPY_SLICES:
-        return None if mover.places is None else mover.places
+    if kind in (COPY_SLICES, MASKED_SCATTER):
+        return mover.places
     if "Index" in kind and knows(kind, "indices"):
         if has_packed_tensors(node):
             return None

@@ -23,6 +23,7 @@ from torch_secorder.batch_axis.label_rules import (
 from torch_secorder.batch_axis.label_rules.asked import may_be_called
 from torch_secorder.batch_axis.label_rules.registry import (
     COPY_SLICES,
+    MASKED_SCATTER,
     PYTHON_FUNCTION,
     At,
     indices_of,
@@ -34,6 +35,7 @@ from torch_secorder.batch_axis.label_rules.registry import (
 
 __all__ = [
     "COPY_SLICES",
+    "MASKED_SCATTER",
     "PYTHON_FUNCTION",
     "At",
     "asked",

@@ -133,10 +133,12 @@ def takes_some(at: At, axis: int) -> bool:
 
 def is_known_view(at: At, axis: int | None) -> bool:
     """Whether the part that was written is known as a view, and not as one that takes all along this axis in order."""
-    flags = at.indices[0] if at.indices else None
-    if flags is None or len(flags) < 2 or not flags[0] or not flags[2]:
+    flags, sizes = (*at.indices[:2], None)[:2] if at.indices else (None, None)
+    if flags is None or sizes is None or not flags[0] or not flags[2]:
         return False
-    return axis is None or not flags[1] or takes_some(at, axis)
+    if axis is None or not flags[1] or takes_some(at, axis):
+        return True
+    return sizes.tolist()[axis : axis + 1] != [at.shapes[0][axis]] or (axis > 0 and len(sizes) != len(at.shapes[0]))
 
 
 def axis_of_samples(labels: Labels) -> int | None:
