@@ -16,6 +16,7 @@ from torch_secorder.autograd.nodes import value_shape
 from torch_secorder.batch_axis.derivation import Derivation
 from torch_secorder.batch_axis.evidence import Unplaced
 from torch_secorder.batch_axis.label_rules import written as writes
+from torch_secorder.batch_axis.label_rules.asked import mark_of
 from torch_secorder.batch_axis.label_rules.registry import RULES
 from torch_secorder.batch_axis.labels import NOBODY, SEVERAL, reshaped
 from torch_secorder.batch_axis.placement import Layout, Placement
@@ -704,6 +705,27 @@ def test_where_a_part_was_written(dtype: torch.dtype, shape: tuple[int, ...]) ->
         found = found[..., None] * axis
     assert found.sum() == size.prod()
     assert torch.equal(found, expected)
+
+
+def view(x: Tensor, *stride: int) -> Tensor:
+    return (x * 1).as_strided((3, 3, 2), stride)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_views_that_lie_in_memory_in_other_ways_have_other_marks(dtype: torch.dtype) -> None:
+    """Also of inputs of one shape whose entries alone lie elsewhere, which no node shows."""
+    x = torch.randn(3, 3, 2, dtype=dtype, requires_grad=True)
+    turned = (x * 1).transpose(0, 1)
+    views = [view(x, 6, 2, 1), view(x, 6, 0, 1), (turned * 1).as_strided((3, 3, 2), (6, 2, 1))]
+    parts = [(x * 1).view(-1)[n:].as_strided((2, 2), (2, 1)) for n in (0, 1, 2)]
+    for several in (views, parts):
+        marks = [mark_of(y.grad_fn) for y in several]
+        assert all(mark is not None and mark[0] == 1 for mark in marks)
+        assert len({mark[1].item() for mark in marks}) == len(several)
+    again = mark_of(view(x, 6, 2, 1).grad_fn)
+    assert again is not None
+    assert torch.equal(again, mark_of(views[0].grad_fn))
+    assert mark_of(torch.view_as_complex(torch.ones(3, 2, requires_grad=True)).grad_fn) is None
 
 
 def test_findings() -> None:

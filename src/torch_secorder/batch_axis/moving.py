@@ -43,9 +43,8 @@ class Mover:
 
     Attributes:
         node: the node.
-        places: of a node with several indices those that decide it, of a write into a part the axis with the samples, or nothing
-            where all that it writes decides it; of a mask 0 if it decides by how many entries each index along the first axis
-            gets; None for all that it has saved.
+        places: of a node with several indices those that decide it, of a write into a part the axis with the samples, of a mask 0
+            if it decides by how many entries each index along the first axis gets; None for all that it has saved or does.
     """
 
     node: Node
@@ -88,7 +87,7 @@ def _by_writing(at: At) -> Mover | None:
         return None  # Numbers were written, which belong to nobody.
     axis = axis_of_samples(at.first) if at.indices else None
     if is_known_view(at, axis):
-        return Mover(at.node, ())
+        return Mover(at.node)
     return Mover(at.node, None if axis is None or takes_some(at, axis) else (axis,))
 
 

@@ -17,8 +17,9 @@ from torch_secorder.autograd.saved import axes, knows, saved, settings
 from torch_secorder.autograd.versions import SameTensor
 from torch_secorder.batch_axis.derivation import Derivation
 from torch_secorder.batch_axis.label_rules import COPY_SLICES, MASKED_SCATTER
-from torch_secorder.batch_axis.label_rules.strided import AS_STRIDED, addresses_behind
-from torch_secorder.batch_axis.label_rules.written import keeps_order, view_written
+from torch_secorder.batch_axis.label_rules.asked import mark_of
+from torch_secorder.batch_axis.label_rules.strided import AS_STRIDED
+from torch_secorder.batch_axis.label_rules.written import keeps_order
 from torch_secorder.batch_axis.moving import Mover
 from torch_secorder.batch_axis.order import Order
 from torch_secorder.graph.walk import Walk
@@ -77,15 +78,12 @@ def _asked(mover: Mover) -> Tensor | None:
 
     Of a write that keeps samples in order along an axis, nothing more is to be told.
     """
-    if mover.node.name() in AS_STRIDED:
-        behind = addresses_behind(mover.node)
-        return None if behind is None else behind[0]
     if mover.node.name() == MASKED_SCATTER:
         (shape,) = output_shapes([mover.node])
         put = saved(mover.node, "index").expand(shape)
         return torch.cat([put.new_ones(1), put.flatten(1).sum(1)])
-    if not mover.places:
-        return None if mover.places is None else view_written(mover.node)
+    if mover.places is None:
+        return mark_of(mover.node)
     flag = keeps_order(mover.node, mover.places[0])
     return None if flag is None else flag[None]
 
@@ -102,7 +100,9 @@ def _moved_by(mover: Mover, n: int) -> Hashable | None:
     if is_python_function(node):
         numbers = numbers_of_function(node, n)
         return _same(kind, numbers.values()) if numbers else None
-    if kind in (COPY_SLICES, MASKED_SCATTER):
+    if kind == COPY_SLICES:
+        return kind, mover.places
+    if kind == MASKED_SCATTER:
         return mover.places
     if "Index" in kind and knows(kind, "indices"):
         if has_packed_tensors(node):

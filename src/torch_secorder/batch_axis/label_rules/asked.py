@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
+from torch_secorder.autograd.double_precision import widest_dtype
 from torch_secorder.autograd.guard import RunsOthersCodeError
 from torch_secorder.autograd.nodes import is_others_function, keeps_state, node_vjp, outputs_of
 from torch_secorder.autograd.opaque import runs_others_code
@@ -43,6 +44,37 @@ def _block(size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     block = torch.rand(size, generator=generator, dtype=torch.float32, device="cpu") + 1
     return block.to(device, dtype)
+
+
+def mark_of(node: Any) -> Tensor | None:
+    """What tells nodes that move entries in one way from those that do it in another: a one, and a number for each input.
+
+    The node is called with a product of random numbers, one for each index along each axis. What each input gets is summed, with
+    other products for weights. As polynomials in these numbers, such sums are different for any two linear maps. The result is
+    None if the node's output is no plain tensor of real numbers, or if the node gives nothing.
+    """
+    whole = outputs_of(node)[0]
+    if not whole.dtype.is_floating_point or whole.is_nested_tensor:
+        return None
+    given = torch.ones((), dtype=whole.dtype, device=whole.device)
+    for axis, size in enumerate(whole.shape):
+        given = given[..., None] * _weights(2 * axis, size, whole.device, whole.dtype)
+    found = [_weighted_sum(x) for x in node_vjp(node, [given]) if x is not None]
+    return torch.stack([torch.ones_like(found[0]), *found]) if found else None
+
+
+def _weighted_sum(x: Tensor) -> Tensor:
+    x = x.to(widest_dtype(x.device))
+    for axis in reversed(range(x.dim())):
+        x = x @ _weights(2 * axis + 1, x.shape[axis], x.device, x.dtype)
+    return x
+
+
+@lru_cache(64)  # The host would wait for a copy to a device in each step.
+def _weights(seed: int, size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Random numbers from 1 to 2, others for each seed."""
+    numbers = torch.rand(size, generator=torch.Generator().manual_seed(seed), dtype=torch.float32, device="cpu") + 1
+    return numbers.to(device, dtype)
 
 
 def may_be_called(node: Node) -> bool:

@@ -125,7 +125,9 @@ def _masked_scatter(at: At) -> Answer | None:
     assert mask is not None
     count = _rows_of_a_mask(mask.expand(whole), at.first, source)
     left, rows = len(whole) - count, source[: len(source) - count]
-    put = mask.expand(whole).numpy()[(..., *[0] * count)]
+    put = mask.expand(whole).numpy()
+    for _ in range(count):
+        put = put[..., 0]
     labels = np.broadcast_to(at.first.reshape(at.first.shape[:left]), whole[:left])[put]
     found = np.full(math.prod(rows), NOBODY)
     found[: len(labels)] = labels[: len(found)]

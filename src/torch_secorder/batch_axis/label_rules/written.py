@@ -68,15 +68,6 @@ def _as_of_a_view(places: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack([first, *steps]), (places == first + addresses(places.shape, steps, places.device)).all()
 
 
-def view_written(node: Any) -> Tensor | None:
-    """What decides which entries a write into a view writes: one for a view that is known, and its numbers; None for no view."""
-    answer = _of_slices(node)
-    if answer is None or len(answer) < 2:
-        return None
-    flags, _, numbers, *_ = answer
-    return torch.cat([(flags[0] & flags[2])[None], numbers])
-
-
 def _places(node: Node, whole: Any, count: int) -> tuple[Tensor, Tensor]:
     """Where the entries of a part come from, if they were taken as they are: the numbers of entries of the whole.
 
