@@ -82,7 +82,7 @@ def _asked(mover: Mover) -> Tensor | None:
         (shape,) = output_shapes([mover.node])
         put = saved(mover.node, "index").expand(shape)
         return torch.cat([put.new_ones(1), put.flatten(1).sum(1)])
-    if mover.places is None:
+    if not mover.places:
         return mark_of(mover.node)
     flag = keeps_order(mover.node, mover.places[0])
     return None if flag is None else flag[None]
@@ -100,9 +100,7 @@ def _moved_by(mover: Mover, n: int) -> Hashable | None:
     if is_python_function(node):
         numbers = numbers_of_function(node, n)
         return _same(kind, numbers.values()) if numbers else None
-    if kind == COPY_SLICES:
-        return kind, mover.places
-    if kind == MASKED_SCATTER:
+    if kind in (COPY_SLICES, MASKED_SCATTER):
         return mover.places
     if "Index" in kind and knows(kind, "indices"):
         if has_packed_tensors(node):

@@ -123,11 +123,16 @@ def takes_some(at: At, axis: int) -> bool:
 
 
 def is_known_view(at: At, axis: int | None) -> bool:
-    """Whether the part that was written is known as a view, and not as one that takes all along this axis in order."""
+    """Whether the part that was written is known as a view in which what lies along this axis is not on the same axis in order.
+
+    A part that has only some of the samples is left out, since a router writes others in each step.
+    """
     flags, sizes = (*at.indices[:2], None)[:2] if at.indices else (None, None)
     if flags is None or sizes is None or not flags[0] or not flags[2]:
         return False
-    if axis is None or not flags[1] or takes_some(at, axis):
+    if axis is None or takes_some(at, axis):
+        return False
+    if not flags[1]:
         return True
     return sizes.tolist()[axis : axis + 1] != [at.shapes[0][axis]] or (axis > 0 and len(sizes) != len(at.shapes[0]))
 
