@@ -248,6 +248,31 @@ def test_decisions_read_them() -> None:
     assert quantization_sensitivity(model, watched(True), bits=3).attrs["basis"] == "diagonal"
 
 
+class OtherGroups(nn.Module):
+    """The weight of a convolution, used with other groups than the layer's own."""
+
+    def __init__(self, own: int, used: int, kernel: int) -> None:
+        super().__init__()
+        self.layer, self.used = nn.Conv2d(4 * own, 8, kernel, groups=own, bias=False), used
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.conv2d(x, self.layer.weight, groups=self.used).tanh().sum((2, 3))
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize(("own", "used"), [(2, 1), (1, 2), (2, 2)])
+def test_a_channel_is_one_of_the_layer_whose_weight_it_is(own: int, used: int, kernel: int) -> None:
+    torch.manual_seed(0)
+    model, x = OtherGroups(own, used, kernel).double(), torch.randn(3, 4 * used, 5, 5).double()
+    with FisherMonitor(model, "sum", diagonal={"*": "columns"}) as monitor:
+        model(x).square().sum().backward()
+    squares = torch.zeros_like(model.layer.weight)
+    for one in x:
+        squares += torch.autograd.grad(model(one[None]).square().sum(), model.layer.weight)[0].square()
+    expected = squares.unflatten(0, (own, -1)).sum((1, 3, 4)).flatten()
+    assert_equal(monitor.diagonal["layer.weight"], expected, expected.sum(), torch.float64)
+
+
 @pytest.mark.parametrize("sums", [ChannelSums(0), ChannelSums(1), ChannelSums(1, 2)], ids=str)
 def test_channels_spread_their_mean(sums: ChannelSums) -> None:
     value = torch.randn(4, 3, 2)

@@ -16,6 +16,7 @@ from torch_secorder.autograd.nodes import value_shape
 from torch_secorder.batch_axis.derivation import Derivation
 from torch_secorder.batch_axis.evidence import Unplaced
 from torch_secorder.batch_axis.label_rules import written as writes
+from torch_secorder.batch_axis.label_rules.asked import mark_of
 from torch_secorder.batch_axis.label_rules.registry import RULES
 from torch_secorder.batch_axis.labels import NOBODY, SEVERAL, reshaped
 from torch_secorder.batch_axis.placement import Layout, Placement
@@ -237,6 +238,9 @@ def matrices(x: Tensor) -> Tensor:
     )
 
 
+# Two of each sample's features in each row, and two of three rows, which are not the same for all samples.
+PLACES = torch.tensor([[1, 0, 0, 1], [0, 1, 1, 0]]).bool()[torch.tensor([[0, 1], [1, 1], [1, 0]])]
+PICKED = torch.tensor([[1, 0, 1], [1, 1, 0], [0, 1, 1]]).bool()[..., None]
 GRID = torch.rand(N, 3, 3, 2).double() - 0.5
 
 # What takes samples with one channel of a map of two times four.
@@ -466,6 +470,13 @@ FUNCTIONS: dict[str, Function] = {
     "a part multiplied in place": lambda x: changed(x, lambda y: y[..., :2].mul_(x[..., 2:])),
     "a part scaled in place": lambda x: changed(x, lambda y: y[..., :2].mul_(3.0)),
     "a part turned around": lambda x: changed(x, lambda y: y.permute(2, 1, 0)[:2].copy_(x.permute(2, 1, 0)[1:3])),
+    "a part scaled and written": lambda x: changed(
+        x, lambda y: y.permute(2, 1, 0)[:2].copy_(x.permute(2, 1, 0)[1:3]).mul_(2)
+    ),
+    "samples written turned around": lambda x: changed(
+        x, lambda y: y.permute(2, 1, 0)[..., 1:].copy_(x.permute(2, 1, 0)[..., :2])
+    ),
+    "a part repeated and written": lambda x: changed(x, lambda y: y.mT[:, ::2].copy_(x[:, :1, :2].mT.expand(N, 2, 2))),
     "a diagonal written": lambda x: changed(x, lambda y: y.diagonal(0, 1, 2).copy_(x[:, 0, 2:])),
     "a view changed in place": lambda x: changed(x, lambda y: y.view(6, 4).relu_()),
     "a view filled with a sum of samples": lambda x: changed(x, lambda y: y[:, 0].fill_(x.sum())),
@@ -473,6 +484,19 @@ FUNCTIONS: dict[str, Function] = {
     "strides": lambda x: (x * 1).as_strided((N, 3, 2), (8, 1, 2)),
     "strides across samples": lambda x: (x * 1).as_strided((N, 6), (6, 1)),
     "strides that part rows": lambda x: (x * 1).view(6, 4).as_strided((N, 3, 2, 2), (8, 2, 2, 1)),
+    "masked_scatter": lambda x: x.sin().masked_scatter(PLACES, x[..., ::2].exp()),
+    "masked_scatter of rows": lambda x: torch.zeros(N, 3, 4).double().masked_scatter(PICKED.expand(N, 3, 4), x.exp()),
+    "masked_scatter of more than fits": lambda x: torch.zeros_like(x).masked_scatter(
+        PICKED[:, :2].expand(N, 2, 4), x[:, :, None].expand(N, 2, 2, 4)
+    ),
+    "masked_scatter of numbers": lambda x: x.masked_scatter(PLACES, torch.ones(12).double()),
+    "masked_scatter to other samples": lambda x: x.masked_scatter(PICKED[:, 1:].expand(N, 2, 4), x.exp()),
+    "strides of what was permuted": lambda x: (x * 1).permute(2, 1, 0).as_strided((N, 2, 4), (8, 4, 1)),
+    "strides of a part": lambda x: (x * 1)[..., 1:].as_strided((N, 2, 3), (8, 4, 1), 1),
+    "strides on another axis": lambda x: (x * 1).flatten(0, 1).as_strided((4, N, 2), (1, 8, 4)).movedim(1, 0),
+    "strides that overlap in half precision": lambda x: (x.bfloat16() * 1).as_strided((N, 3, 4), (8, 2, 1)).double(),
+    "strides of what is repeated": lambda x: (x * 1)[:, :, None].expand(N, 2, 3, 4).as_strided((N, 2, 4), (8, 4, 1)),
+    "strides that leave out rows": lambda x: (x * 1).as_strided((2, 4), (16, 1)),
     "a function that gives an input nothing": lambda x: Halved.apply(x, x.mean(0, keepdim=True).expand(N, 2, 4)),
     "a function that turns rows": lambda x: InTurn.apply(x.flatten(0, 1)).view(x.shape),
     "a function": lambda x: Reweighted.apply(x, x[..., :1].cos()),
@@ -567,8 +591,6 @@ def test_what_is_one_samples_is_labeled_so(name: str) -> None:
     """But for what only a search shows: kinds without a rule, and what goes in and out along several axes at once."""
     unknown = {"no rule", "roll all", "index pairs apart", "cat with several others", "gather from fewer samples"}
     unknown |= {"scatter_add with other columns", "scatter_add to fewer"}
-    unknown |= {"a part turned around", "a diagonal written"}
-    unknown |= {"another stride"}
     x, y = drawn(FUNCTIONS[name])
     derivation = Derivation([(y, placement_for(tuple(y.shape)))], N, reached_nodes(y))
     (labels,) = derivation.labels([torch.autograd.graph.get_gradient_edge(x)])
@@ -669,8 +691,12 @@ def test_where_a_part_was_written(dtype: torch.dtype, shape: tuple[int, ...]) ->
     made = torch.zeros(shape, dtype=dtype)
     part = (-1, *[slice(1, None, 3)] * (len(shape) - 1))
     made[part] = torch.ones(made[part].shape, dtype=dtype, requires_grad=True) * 1
-    flags, size, *taken = writes._of_slices(made.grad_fn)
-    assert flags.tolist() == [True, True]
+    flags, size, numbers, *taken = writes._of_slices(made.grad_fn)
+    assert flags.tolist() == [True, True, True]
+    first, *steps = numbers.tolist()
+    grid = np.ogrid[tuple([slice(count) for count in size.tolist()])]
+    numbered = torch.arange(made.numel()).view(shape)[part].reshape(tuple(size.tolist()))
+    assert (first + sum(place * step for place, step in zip(grid, steps, strict=True)) == numbered.numpy()).all()
     assert size.tolist() == [1, *made[part].shape] or size.tolist() == [*made[part].shape]
     expected = torch.zeros(shape, dtype=torch.int64)
     expected[part] = 1
@@ -679,6 +705,27 @@ def test_where_a_part_was_written(dtype: torch.dtype, shape: tuple[int, ...]) ->
         found = found[..., None] * axis
     assert found.sum() == size.prod()
     assert torch.equal(found, expected)
+
+
+def view(x: Tensor, *stride: int) -> Tensor:
+    return (x * 1).as_strided((3, 3, 2), stride)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_views_that_lie_in_memory_in_other_ways_have_other_marks(dtype: torch.dtype) -> None:
+    """Also of inputs of one shape whose entries alone lie elsewhere, which no node shows."""
+    x = torch.randn(3, 3, 2, dtype=dtype, requires_grad=True)
+    turned = (x * 1).transpose(0, 1)
+    views = [view(x, 6, 2, 1), view(x, 6, 0, 1), (turned * 1).as_strided((3, 3, 2), (6, 2, 1))]
+    parts = [(x * 1).as_strided((2, 2), (2, 1), n) for n in (0, 1, 2)]
+    for several in (views, parts):
+        marks = [mark_of(y.grad_fn) for y in several]
+        assert all(mark is not None and mark[0] == 1 for mark in marks)
+        assert len({mark[1].item() for mark in marks}) == len(several)
+    again = mark_of(view(x, 6, 2, 1).grad_fn)
+    assert again is not None
+    assert torch.equal(again, mark_of(views[0].grad_fn))
+    assert mark_of(torch.view_as_complex(torch.ones(3, 2, requires_grad=True)).grad_fn) is None
 
 
 def test_findings() -> None:

@@ -257,6 +257,45 @@ def test_trap_22_pads_that_keep_the_size() -> None:
     require_exact(model, batches(lambda x: x.roll(-shift(x), 0)))
 
 
+def is_turned(x: Tensor) -> bool:
+    return bool(x[0, 0] > x[-1, 0])
+
+
+def laid_out(z: Tensor, x: Tensor, rows: int) -> Tensor:
+    """The samples as they lie in memory, where the data say whether rows or columns of them lie there in turn."""
+    layout = torch.channels_last if is_turned(x) else torch.contiguous_format
+    lying = z.T.view(WIDTH, rows, N // rows, 1).clone(memory_format=layout)
+    return lying.as_strided((WIDTH, N), (N, 1)).T
+
+
+def halves_written(z: Tensor, x: Tensor) -> Tensor:
+    """The halves of the samples, written into a transposed view at places that the data say."""
+    half, made = N // 2, torch.zeros_like(z)
+    at = half if is_turned(x) else 0
+    made.T[:, at : at + half].copy_(z[:half].T)
+    made.T[:, half - at : N - at].copy_(z[half:].T)
+    return made
+
+
+def put_by_a_mask(z: Tensor, x: Tensor) -> Tensor:
+    """The samples in turn where a mask is true, from the first row or from the middle, and the rows behind the last in front."""
+    at = N // 2 if is_turned(x) else 0
+    mask = (torch.arange(2 * N) >= at) & (torch.arange(2 * N) < at + N)
+    return z.new_zeros(2 * N, WIDTH).masked_scatter(mask[:, None].expand(2 * N, WIDTH), z).unflatten(0, (2, N)).sum(0)
+
+
+TURNS: dict[str, tuple[Way, Way]] = {
+    "views of memory": (lambda z, x: laid_out(z, x, 2), lambda z, x: laid_out(z, x, 3)),
+    "writes into a transposed view": (halves_written, halves_written),
+    "a mask": (put_by_a_mask, put_by_a_mask),
+}
+
+
+@pytest.mark.parametrize("way", TURNS)
+def test_trap_22_samples_that_lie_elsewhere_in_memory(way: str) -> None:
+    require_exact(Moved(*TURNS[way]), batches(lambda x: x.flip(0) if is_turned(x) else x))
+
+
 class Program(nn.Module):
     """Layers for a program of its own: tokens of samples go through one of two layers, or through a recurrent one.
 

@@ -99,6 +99,7 @@ def test_the_same_order_is_remembered(
 def nothing_is_derived(monkeypatch: pytest.MonkeyPatch) -> None:
     """Passes are made wherever nothing is remembered."""
     monkeypatch.setattr(SampleSearch, "_underived", lambda self, wanted, derivation: wanted)
+    monkeypatch.setattr(SampleSearch, "_without_silent", lambda self, wanted: wanted)
 
 
 def test_an_order_that_data_decides_is_never_remembered(searches: list[int], nothing_is_derived: None) -> None:
@@ -138,20 +139,45 @@ def test_another_constant_is_another_order(searches: list[int], monkeypatch: pyt
     assert numbers_of(model, searches, batches(1)) != [0]
 
 
-def test_a_row_that_has_shown_nothing_is_looked_for(searches: list[int]) -> None:
+def with_silent_rows() -> Ordered:
     """A row without a gradient fits any sample, and may have one later."""
     model = Ordered(by_constant).double()
     model.mask = torch.ones(N * T, 1, dtype=torch.float64)
     model.mask[::3] = 0
-    silent = batches(4)
+    return model
+
+
+def test_a_row_that_has_shown_nothing_is_looked_for(searches: list[int], nothing_is_derived: None) -> None:
     made = [0]
-    loss_fn = nn.MSELoss(reduction="sum")
+    model, loss_fn = with_silent_rows(), nn.MSELoss(reduction="sum")
     with FisherMonitor(model, reduction="sum"):
-        for x in [*silent, *batches(2)]:
+        for x in batches(6):
             searches.clear()
             loss_fn(model(x), torch.zeros(N, T, 2, dtype=x.dtype)).backward()
             made.append(len(searches))
     assert all(made[1:])
+
+
+def test_a_row_that_has_shown_nothing_is_derived(searches: list[int]) -> None:
+    """The nodes tell whose it is, so that its gradient is that sample's as soon as there is one."""
+    model, y = with_silent_rows(), torch.zeros(N, T, 2, dtype=torch.float64)
+    loss_fn = nn.MSELoss(reduction="sum")
+    with FisherMonitor(model, reduction="sum", per_sample=True) as monitor:
+        for step, x in enumerate(batches(8), start=1):
+            model.mask = model.mask if step < 7 else torch.ones(N * T, 1, dtype=torch.float64)
+            monitor.reset()
+            searches.clear()
+            loss_fn(model(x), y).backward()
+            assert not searches or step in (1, 2, 3, 5)
+            # A sample alone has its rows in the order of their positions, and its mask in the same.
+            order = SHUFFLED.argsort().view(N, T)
+            for sample in range(N):
+                alone = Ordered(by_constant).double()
+                alone.load_state_dict(model.state_dict())
+                alone.mask = model.mask[order[sample]]
+                expected = total(per_sample_squared_norms(alone, loss_fn, x[sample, None], y[sample, None]))
+                found = torch.tensor(monitor.per_sample.to_numpy()[sample].sum())
+                assert_equal(found, expected.sum(), expected.sum())
 
 
 @pytest.mark.parametrize("limit", [0, 2**20])

@@ -113,6 +113,7 @@ ATTRIBUTES: dict[str, dict[str, str]] = {
     "IndexAddBackward0": _AXIS | {"index": "_saved_index"},
     "IndexCopyBackward0": _AXIS | {"index": "_saved_index"},
     "IndexPutBackward0": {"indices": "_saved_indices"},
+    "MaskedScatterBackward0": {"index": "_saved_mask"},
     "ScatterBackward0": _AXIS | {"index": "_saved_index"},
     "ScatterAddBackward0": _AXIS | {"index": "_saved_index"},
     "AsStridedBackward0": {"size": "_saved_size", "stride": "_saved_stride", "offset": "_saved_storage_offset"},

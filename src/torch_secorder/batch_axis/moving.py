@@ -9,16 +9,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
 from torch_secorder.autograd.nodes import numbers_of_function
-from torch_secorder.autograd.saved import knows
-from torch_secorder.batch_axis.label_rules import COPY_SLICES, PYTHON_FUNCTION, At, labels_of_inputs
+from torch_secorder.autograd.saved import knows, saved
+from torch_secorder.batch_axis.label_rules import COPY_SLICES, MASKED_SCATTER, PYTHON_FUNCTION, At, labels_of_inputs
 from torch_secorder.batch_axis.label_rules.layers import pads
-from torch_secorder.batch_axis.label_rules.written import axis_of_samples, takes_some
-from torch_secorder.batch_axis.labels import Labels, differ_along, samples_in
+from torch_secorder.batch_axis.label_rules.written import axis_of_samples, is_known_view, takes_some
+from torch_secorder.batch_axis.labels import Labels, differ_along, joined_along, samples_in
 
 # All kinds with a rule that reads where entries go. Of a kind without a rule labels tell nothing.
 _NAMES = (
@@ -26,7 +27,13 @@ _NAMES = (
     "SplitWithSizes Stack Topk Unbind UnsafeSplit"
 )
 MOVES = frozenset(
-    [*(f"{name}Backward0" for name in _NAMES.split()), "AsStridedBackward0", "AsStridedBackward1", COPY_SLICES]
+    [
+        *(f"{name}Backward0" for name in _NAMES.split()),
+        "AsStridedBackward0",
+        "AsStridedBackward1",
+        COPY_SLICES,
+        MASKED_SCATTER,
+    ]
 )
 
 
@@ -36,8 +43,9 @@ class Mover:
 
     Attributes:
         node: the node.
-        places: of a node with several indices those that decide it, of a write into a part the axis with the samples; None for
-            all that it has saved.
+        places: of a node with several indices those that decide it, of a write into a part the axis with the samples, or nothing
+            where all that it does decides it; of a mask 0 if it decides by how many entries each index along the first axis
+            gets; None for all that a node has saved.
     """
 
     node: Node
@@ -65,9 +73,24 @@ def mover(at: At, n: int) -> Mover | None:
         return None if labels is None else _by_indices(at, labels)
     if at.kind == COPY_SLICES:
         return _by_writing(at)
+    if at.kind == "AsStridedBackward1" and _is_of_pooling(at):
+        return None
+    if at.kind == MASKED_SCATTER:
+        # An entry that belongs to nobody in this graph may be put by another mask.
+        by_rows = axis_of_samples(at.first) == 0 and at.first == joined_along(at.first, range(1, at.first.ndim))
+        return Mover(at.node, (0,) if np.all(by_rows) else None)
     along = list(_axes(at))
     moves = any(differ_along(labels, along) for labels in at.labels if labels is not None)
     return Mover(at.node) if moves else None
+
+
+def _is_of_pooling(at: At) -> bool:
+    """Whether a view is the one that torch makes of pooled images whose channels lie innermost, where it moves nothing."""
+    shape, made_by = at.shapes[0], at.node.next_functions[0][0]
+    if len(shape) != 4 or at.inputs[0] != shape or made_by is None or made_by.name() != "MeanBackward1":
+        return False
+    channels = shape[1]
+    return shape[2:] == (1, 1) and tuple(saved(at.node, "stride")) == (channels, 1, channels, channels)
 
 
 def _by_writing(at: At) -> Mover | None:
@@ -75,6 +98,8 @@ def _by_writing(at: At) -> Mover | None:
     if all(shape is None for shape in at.inputs[1:]):
         return None  # Numbers were written, which belong to nobody.
     axis = axis_of_samples(at.first) if at.indices else None
+    if is_known_view(at, axis):
+        return Mover(at.node, ())
     return Mover(at.node, None if axis is None or takes_some(at, axis) else (axis,))
 
 

@@ -88,12 +88,15 @@ class SampleSearch:
         return wanted if self._examines else self.placements.missing(wanted, self._n, self._ambiguous_shapes)
 
     def _without_silent(self, wanted: Sequence[Wanted]) -> Sequence[Wanted]:
-        """These places without the uses that no gradient has reached so far, if the graph's nodes tell where their samples are.
+        """These places without those of which too little gradient has come so far, if the graph's nodes tell of their samples.
 
-        A gate that is closed may open in any step, and one that stays closed would be searched behind in each.
+        A gate that is closed may open in any step, and one that stays closed would be searched behind in each. So would rows that
+        an expert was sent and that get no gradient.
         """
-        evidence = self.placements.evidence
-        silent = [one for one in wanted if one[0][0] == "use" and evidence.get(one[0]) is Unplaced.NO_GRADIENT]
+        known = self.placements
+        silent = [
+            one for one in wanted if known.evidence.get(one[0]) is Unplaced.NO_GRADIENT or not known.is_proven(one[0])
+        ]
         if not silent or self._expected is None:
             return wanted
         derivation = self._expected()
@@ -101,7 +104,7 @@ class SampleSearch:
         told: set[Key] = set()
         for (key, _, shape), finding in zip(silent, derived or [], strict=derived is not None):
             if _tells(key, shape, finding, self._n, derivation.has_several_outputs):
-                self.placements.keep(key, finding)
+                known.keep(key, finding)
                 told.add(key)
         return [one for one in wanted if one[0] not in told]
 

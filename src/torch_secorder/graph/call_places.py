@@ -117,8 +117,10 @@ class CallPlaces:
         if not asked.reorders_samples:
             derivation = graph.derivation() if self._trust_shapes and self._believes_nodes(graph) else None
             return search(self._locate_on_three_samples, ahead, derivation=derivation, expected=graph.derivation)
-        if not (order.is_derived and self._knowledge.derives) or known.graphs_seen or n == 1:
+        if not (order.is_derived and self._knowledge.derives) or n == 1:
             return search(None, ahead)
+        if known.graphs_seen:
+            return search(None, ahead, expected=graph.derivation)
         contradicted = self._derivation_was_wrong if self._knowledge.derivations.due(walk.ingredients) else None
         return search(None, ahead, derivation=graph.derivation(calls_functions=True), on_contradiction=contradicted)
 

@@ -12,11 +12,13 @@ from torch.autograd.graph import Node
 
 from torch_secorder.autograd.double_precision import together_on_host
 from torch_secorder.autograd.graph_pass import calling_nodes
-from torch_secorder.autograd.nodes import has_packed_tensors, is_python_function, numbers_of_function
+from torch_secorder.autograd.nodes import has_packed_tensors, is_python_function, numbers_of_function, output_shapes
 from torch_secorder.autograd.saved import axes, knows, saved, settings
 from torch_secorder.autograd.versions import SameTensor
 from torch_secorder.batch_axis.derivation import Derivation
-from torch_secorder.batch_axis.label_rules import COPY_SLICES
+from torch_secorder.batch_axis.label_rules import COPY_SLICES, MASKED_SCATTER
+from torch_secorder.batch_axis.label_rules.asked import mark_of
+from torch_secorder.batch_axis.label_rules.strided import AS_STRIDED
 from torch_secorder.batch_axis.label_rules.written import keeps_order
 from torch_secorder.batch_axis.moving import Mover
 from torch_secorder.batch_axis.order import Order
@@ -24,6 +26,8 @@ from torch_secorder.graph.walk import Walk
 
 # How many entries an index may have to be compared with that of the graph before.
 LARGEST_INDEX = 2**20
+# The kinds of nodes that are called by themselves in each step, since what they show is not all that decides what they do.
+ASKED = frozenset([COPY_SLICES, MASKED_SCATTER, *AS_STRIDED])
 
 
 def order_of(walk: Walk, derivation: Derivation, *, as_shapes_say: bool) -> Order:
@@ -47,21 +51,41 @@ def order_given_by(order: Order, walk: Walk, outputs: Sequence[Tensor]) -> Hasha
     nodes, movers = list(walk.children), sorted(order.movers, key=itemgetter(0))
     found = [Mover(nodes[number], places) for number, places in movers]
     moved = [_moved_by(one, walk.n or 0) for one in found]
-    if None in moved or not _are_in_order([one for one in found if one.node.name() == COPY_SLICES], nodes, outputs):
-        return None
-    return walk.n, walk.shapes, walk.wiring, tuple(map(axes, nodes)), tuple(moved)
+    told = None if None in moved else _told([one for one in found if one.node.name() in ASKED], nodes, outputs)
+    return None if told is None else (walk.n, walk.shapes, walk.wiring, tuple(map(axes, nodes)), tuple(moved), told)
 
 
-def _are_in_order(written: Sequence[Mover], nodes: Sequence[Node], outputs: Sequence[Tensor]) -> bool:
-    """Whether these writes into parts keep the samples in order. They are called, unless hooks on saved tensors could notice."""
-    if not written:
-        return True
+def _told(
+    movers: Sequence[Mover], nodes: Sequence[Node], outputs: Sequence[Tensor]
+) -> tuple[tuple[float, ...], ...] | None:
+    """What nodes tell that show too little of what they do; None if one of them does not tell that it keeps to an order.
+
+    They are called, unless hooks on saved tensors could notice.
+    """
+    if not movers:
+        return ()
     if any(has_packed_tensors(node) is not False for node in nodes):
-        return False
+        return None
     with calling_nodes(outputs), torch.no_grad():
-        flags = [keeps_order(one.node, one.places[0]) for one in written if one.places is not None]
-    known = [flag for flag in flags if flag is not None]
-    return len(known) == len(written) and all(map(bool, together_on_host(known)))
+        answers = [_asked(one) for one in movers]
+    known = [answer for answer in answers if answer is not None]
+    told = [tuple(numbers.tolist()) for numbers in together_on_host(known)]
+    return tuple(told) if len(known) == len(movers) and all(numbers[0] for numbers in told) else None
+
+
+def _asked(mover: Mover) -> Tensor | None:
+    """What a node tells of where it puts entries, behind a number that says whether that is all; None if it cannot be asked.
+
+    Of a write that keeps samples in order along an axis, nothing more is to be told.
+    """
+    if mover.node.name() == MASKED_SCATTER:
+        (shape,) = output_shapes([mover.node])
+        put = saved(mover.node, "index").expand(shape)
+        return torch.cat([put.new_ones(1), put.flatten(1).sum(1)])
+    if not mover.places:
+        return mark_of(mover.node)
+    flag = keeps_order(mover.node, mover.places[0])
+    return None if flag is None else flag[None]
 
 
 def _moved_by(mover: Mover, n: int) -> Hashable | None:
@@ -76,8 +100,8 @@ def _moved_by(mover: Mover, n: int) -> Hashable | None:
     if is_python_function(node):
         numbers = numbers_of_function(node, n)
         return _same(kind, numbers.values()) if numbers else None
-    if kind == COPY_SLICES:
-        return None if mover.places is None else mover.places
+    if kind in (COPY_SLICES, MASKED_SCATTER):
+        return mover.places
     if "Index" in kind and knows(kind, "indices"):
         if has_packed_tensors(node):
             return None

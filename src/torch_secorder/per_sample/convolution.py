@@ -205,6 +205,8 @@ class Convolution(Cancelling):
         return self.sample_channel_squares(channels).sum(0)
 
     def shares_norms_with(self, channels: ChannelSums) -> bool:
+        if channels.axis and channels.groups != self.groups:
+            return False
         if self.algorithm == "gram":
             return channels.axis == 0 or self._has_few_positions()
         return self.sizes.positions > 1 and self.algorithm in ("direct", "shifted")
@@ -218,6 +220,10 @@ class Convolution(Cancelling):
         return 4 * self.sizes.positions <= self.shape[0] // self.groups
 
     def sample_channel_squares(self, channels: ChannelSums) -> Tensor:
+        if (
+            channels.axis and channels.groups != self.groups
+        ):  # The weight of a layer is used with other groups than the layer's.
+            return super().sample_channel_squares(channels)
         # On an accelerator the host would have to wait to learn what cancels.
         if self.algorithm != "gram" or self.g.is_complex() or not profile_of(self.g.device).has_caches:
             return self._formed_channel_squares(channels)

@@ -138,6 +138,12 @@ def _index_copy() -> Example:
     return numbers(3, 4).index_copy(0, rows, numbers(2, 4)), {"axis": 0, "index": rows}
 
 
+@example("MaskedScatterBackward0")
+def _masked_scatter() -> Example:
+    mask = numbers(3, 4) > 0
+    return numbers(3, 4).masked_scatter(mask, numbers(3, 4)), {"index": mask}
+
+
 @example("IndexPutBackward0")
 def _index_put() -> Example:
     rows = indices(1, 0)

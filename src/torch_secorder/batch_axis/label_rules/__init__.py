@@ -5,14 +5,25 @@ entries, but never too few. A kind without a rule is assumed to compute every en
 
 Rules stand by subject: functions of single entries and along axes in ``entries``, what only moves entries in ``views``, parts and
 wholes in ``parts``, rows taken or put by an index in ``indices``, matrix products and attention in ``products``, norms, pooling
-and other layers in ``layers``; those of nodes that have to be called before it is known what they do in ``written`` and
-``asked``. Importing this package registers them all.
+and other layers in ``layers``; those of nodes that have to be called before it is known what they do in ``written``,
+``strided`` and ``asked``. Importing this package registers them all.
 """
 
-from torch_secorder.batch_axis.label_rules import asked, entries, indices, layers, parts, products, views, written
+from torch_secorder.batch_axis.label_rules import (
+    asked,
+    entries,
+    indices,
+    layers,
+    parts,
+    products,
+    strided,
+    views,
+    written,
+)
 from torch_secorder.batch_axis.label_rules.asked import may_be_called
 from torch_secorder.batch_axis.label_rules.registry import (
     COPY_SLICES,
+    MASKED_SCATTER,
     PYTHON_FUNCTION,
     At,
     indices_of,
@@ -24,6 +35,7 @@ from torch_secorder.batch_axis.label_rules.registry import (
 
 __all__ = [
     "COPY_SLICES",
+    "MASKED_SCATTER",
     "PYTHON_FUNCTION",
     "At",
     "asked",
@@ -38,6 +50,7 @@ __all__ = [
     "products",
     "question_of",
     "reads_tensors",
+    "strided",
     "views",
     "written",
 ]

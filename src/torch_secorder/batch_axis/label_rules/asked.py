@@ -1,8 +1,8 @@
 """Labels through nodes that show nothing of what they do: they are called by themselves, with numbers that tell.
 
-A view of memory does not show what it is a view of, and a Python function's backward may be anything. Each is called alone with
-numbers of ours, and what it does with these is compared, on its device, with what it has to do for a rule to apply. If it does
-anything else, the rule does not apply. Writes into a part of a tensor are asked in ``written``.
+A Python function's backward may be anything. It is called alone with numbers of ours, and what it does with these is compared, on
+its device, with what it has to do for a rule to apply. If it does anything else, the rule does not apply. Writes into a part of a
+tensor are asked in ``written``, and views of memory in ``strided``.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
+from torch_secorder.autograd.double_precision import widest_dtype
 from torch_secorder.autograd.guard import RunsOthersCodeError
 from torch_secorder.autograd.nodes import is_others_function, keeps_state, node_vjp, outputs_of
 from torch_secorder.autograd.opaque import runs_others_code
-from torch_secorder.autograd.saved import saved
 from torch_secorder.batch_axis.label_rules.registry import PYTHON_FUNCTION, Answer, At, rule
-from torch_secorder.batch_axis.labels import NOBODY, SEVERAL, Labels, joined, joined_along, reshaped
+from torch_secorder.batch_axis.labels import NOBODY, SEVERAL, Labels, joined, joined_along
 
 # The length of the block of random numbers that gradients repeat. It is prime, so that no axis lines up with it.
 BLOCK = 65_521
@@ -44,6 +44,37 @@ def _block(size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     block = torch.rand(size, generator=generator, dtype=torch.float32, device="cpu") + 1
     return block.to(device, dtype)
+
+
+def mark_of(node: Any) -> Tensor | None:
+    """What tells nodes that move entries in one way from those that do it in another: a one, and a number for each input.
+
+    The node is called with a product of random numbers, one for each index along each axis. What each input gets is summed, with
+    other products for weights. As polynomials in these numbers, such sums are different for any two linear maps. The result is
+    None if the node's output is no plain tensor of real numbers, or if the node gives nothing.
+    """
+    whole = outputs_of(node)[0]
+    if not whole.dtype.is_floating_point or whole.is_nested_tensor:
+        return None
+    given = torch.ones((), dtype=whole.dtype, device=whole.device)
+    for axis, size in enumerate(whole.shape):
+        given = given[..., None] * _weights(2 * axis, size, whole.device, whole.dtype)
+    found = [_weighted_sum(x) for x in node_vjp(node, [given]) if x is not None]
+    return torch.stack([torch.ones_like(found[0]), *found]) if found else None
+
+
+def _weighted_sum(x: Tensor) -> Tensor:
+    x = x.to(widest_dtype(x.device))
+    for axis in reversed(range(x.dim())):
+        x = x @ _weights(2 * axis + 1, x.shape[axis], x.device, x.dtype)
+    return x
+
+
+@lru_cache(64)  # The host would wait for a copy to a device in each step.
+def _weights(seed: int, size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Random numbers from 1 to 2, others for each seed."""
+    numbers = torch.rand(size, generator=torch.Generator().manual_seed(seed), dtype=torch.float32, device="cpu") + 1
+    return numbers.to(device, dtype)
 
 
 def may_be_called(node: Node) -> bool:
@@ -125,20 +156,3 @@ def _row_by_row(at: At) -> Answer | None:
         # There is one for all rows where nothing arrives, or nothing is known.
         answer.append(own.reshape(-1, *[1] * (len(shape) - 1)) if shape and len(own) in (1, shape[0]) else None)
     return answer
-
-
-@rule("AsStridedBackward0", "AsStridedBackward1", reads=("size", "stride", "offset"), asks=_of_rows)
-def _view_of_memory(at: At) -> Answer | None:
-    return _rows_in_turn(at) or _row_by_row(at)
-
-
-def _rows_in_turn(at: At) -> Answer | None:
-    """Parts of all rows, in turn: what torch restores as a view after a change in place, or windows that overlap."""
-    size, stride, shape = saved(at.node, "size"), saved(at.node, "stride"), at.inputs[0]
-    if not shape or not size or 0 in shape or size[0] * stride[0] != np.prod(shape):
-        return None
-    extent = sum((count - 1) * step for count, step in zip(size[1:], stride[1:], strict=True))
-    if (saved(at.node, "offset") or 0) + extent >= stride[0]:
-        return None
-    rows = joined_along(at.first, range(1, at.first.ndim)).reshape(-1, 1)
-    return [reshaped(rows, (size[0], stride[0]), shape)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from torch_secorder.batch_axis.label_rules.registry import Answer, At, Shape, backward, rule
-from torch_secorder.batch_axis.labels import Labels, differ, scattered, scattered_along
+from torch_secorder.batch_axis.label_rules.registry import MASKED_SCATTER, Answer, At, Shape, backward, rule
+from torch_secorder.batch_axis.labels import NOBODY, Labels, differ, scattered, scattered_along
 
 
 def _entry_numbers(indices: Sequence[Tensor | None], shape: Shape) -> tuple[int, npt.NDArray[np.int64], Shape] | None:
@@ -112,6 +113,40 @@ def _scatter(at: At) -> Answer | None:
     places = [np.zeros_like(place) if size == 1 else place for place, size in zip(places, own, strict=True)]
     places[axis] = narrowed
     return [at.first, at.first[tuple(places)]]
+
+
+@rule(MASKED_SCATTER, reads=("index",))
+def _masked_scatter(at: At) -> Answer | None:
+    """Entries that were put in turn where a mask is true. Those that are left over get no gradient."""
+    whole, source = at.shapes[0], at.inputs[1]
+    if source is None or 0 in whole:
+        return [at.first, None]
+    (mask,) = at.indices
+    assert mask is not None
+    count = _rows_of_a_mask(mask.expand(whole), at.first, source)
+    left, rows = len(whole) - count, source[: len(source) - count]
+    put = mask.expand(whole).numpy()
+    for _ in range(count):
+        put = put[..., 0]
+    labels = np.broadcast_to(at.first.reshape(at.first.shape[:left]), whole[:left])[put]
+    found = np.full(math.prod(rows), NOBODY)
+    found[: len(labels)] = labels[: len(found)]
+    return [at.first, found.reshape(*rows, *[1] * count)]
+
+
+def _rows_of_a_mask(mask: Tensor, labels: Labels, source: Shape) -> int:
+    """Along how many of the last axes a mask and labels are the same, and what is put has the size of the whole."""
+    alike = 0
+    for axis in reversed(range(mask.dim())):
+        repeats = mask.stride(axis) == 0 or mask.shape[axis] == 1
+        if (
+            not repeats
+            or labels.shape[axis] != 1
+            or source[len(source) - alike - 1 :][:1] != mask.shape[axis : axis + 1]
+        ):
+            break
+        alike += 1
+    return alike
 
 
 @rule(*backward("Sort Topk Gather", [0]), reads=("axis", "index"))

@@ -63,6 +63,9 @@ PYTHON_FUNCTION = "torch.autograd.Function"
 # The kind of the nodes of writes into a part of a tensor.
 COPY_SLICES = "torch::autograd::CopySlices"
 
+# The kind of the nodes of entries that were put where a mask is true.
+MASKED_SCATTER = "MaskedScatterBackward0"
+
 
 @dataclass(frozen=True)
 class Registered:

@@ -7,10 +7,10 @@ the rule to apply. If it does anything else, the rule does not apply.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.graph import Node
@@ -19,18 +19,20 @@ from torch_secorder.autograd.graph_pass import calling_nodes
 from torch_secorder.autograd.nodes import node_vjp, outputs_of
 from torch_secorder.batch_axis.label_rules.asked import random_numbers
 from torch_secorder.batch_axis.label_rules.registry import COPY_SLICES, Answer, At, rule
+from torch_secorder.batch_axis.label_rules.strided import addresses
 from torch_secorder.batch_axis.labels import Labels, differ_along, joined_along, on_axis, reshaped
 
 # By how many roundings the answer for a number of ours may differ from that number times the answer for one.
 ROUNDINGS = 8
 
 
-def _of_slices(node: Any) -> Sequence[Tensor] | None:
-    """What a write into a part does: two flags, the part's shape, and for each axis which of its indices the part has.
+def _of_slices(node: Any) -> list[Tensor] | None:
+    """What a write into a part does: three flags, the part's shape, numbers of entries, and which indices of each axis it has.
 
-    The first flag says that what was there before gets its own gradient or none. The second says that what was written gets
-    the gradient of the entries with these indices as it is, in order, if they are as many. Without a second input there is the
-    first flag only.
+    The first flag says that what was there before gets its own gradient or none. The second says that what was written gets the
+    gradient of the entries with these indices as it is, in order. The third says that it gets that of the
+    entries whose numbers, in the order of the whole, begin with the first of the numbers and grow along each of the part's axes
+    by another one, as those of a view do. Without a second input there is the first flag only.
     """
     whole = outputs_of(node)[0]
     shape = tuple(whole.shape)
@@ -39,16 +41,31 @@ def _of_slices(node: Any) -> Sequence[Tensor] | None:
     given = random_numbers(whole)
     before, *written = node_vjp(node, [given])
     keeps = given.new_ones((), dtype=torch.bool) if before is None else ((before == given) | (before == 0)).all()
-    if not written or written[0] is None:
+    if not written or written[0] is None or not written[0].numel():
         return [keeps[None]]
     part = written[0].flatten()
     places, are_places = _places(node, whole, len(part))
-    are_places &= (given.flatten()[places] == part).all() & (places.diff() > 0).all()
+    are_places &= (given.flatten()[places] == part).all()
     taken = places.new_zeros(sum(shape))
     for axis, size in enumerate(shape):
         taken.index_fill_(0, places // math.prod(shape[axis + 1 :]) % size + sum(shape[:axis]), 1)
     sizes = torch.tensor(written[0].shape, dtype=torch.int64, device="cpu")
-    return [torch.stack([keeps, are_places]), sizes, *taken.split(shape)]
+    numbers, is_view = _as_of_a_view(places.view(written[0].shape))
+    count = torch.stack([own.sum() for own in taken.split(shape)]).prod()
+    are_all = (places.diff() > 0).all() & (count == len(part))
+    return [torch.stack([keeps, are_places & are_all, are_places & is_view]), sizes, numbers, *taken.split(shape)]
+
+
+def _as_of_a_view(places: Tensor) -> tuple[Tensor, Tensor]:
+    """The first of some places, and by how much they grow along each axis; and whether these numbers give them all."""
+    first = places[(0,) * places.dim()]
+    steps = [
+        places[tuple([int(other == axis) for other in range(places.dim())])] - first
+        if size > 1
+        else first.new_zeros(())
+        for axis, size in enumerate(places.shape)
+    ]
+    return torch.stack([first, *steps]), (places == first + addresses(places.shape, steps, places.device)).all()
 
 
 def _places(node: Node, whole: Any, count: int) -> tuple[Tensor, Tensor]:
@@ -81,15 +98,17 @@ def _copy_slices(at: At) -> Answer | None:
     assert flags is not None
     answer: list[Labels | None] = [None] * len(at.inputs)
     answer[0] = at.first if flags[0] else None
+    sizes, numbers, *taken = [one.numpy() for one in more if one is not None] or [np.zeros(0), np.zeros(0)]
     if len(flags) > 1 and flags[1]:
-        sizes, *taken = [one.numpy() for one in more if one is not None]
-        counts = [int(one.sum()) for one in taken]
-        if math.prod(counts) == sizes.prod():
-            found = at.first
-            for axis, one in enumerate(taken):
-                found = found.compress(one, axis) if found.shape[axis] != 1 else found
-            answer[1] = reshaped(found, counts, sizes.tolist())
-    elif not all(flags) and (samples := axis_of_samples(at.first)) is not None:
+        found = at.first
+        for axis, one in enumerate(taken):
+            found = found.compress(one, axis) if found.shape[axis] != 1 else found
+        answer[1] = reshaped(found, [int(one.sum()) for one in taken], sizes.tolist())
+    elif len(flags) > 1 and flags[0] and flags[2]:
+        first, *steps = numbers.tolist()
+        places = first + addresses(sizes.tolist(), steps, torch.device("cpu")).numpy()
+        answer[1] = np.broadcast_to(at.first, at.shapes[0]).reshape(-1)[places]
+    elif not all(flags[:2]) and (samples := axis_of_samples(at.first)) is not None:
         answer = _as_it_stays(at, samples) or answer
     return answer
 
@@ -97,8 +116,25 @@ def _copy_slices(at: At) -> Answer | None:
 def takes_some(at: At, axis: int) -> bool:
     """Whether the part that was written is known, and has not all indices along this axis."""
     flags, *more = at.indices
-    taken = more[1 + axis : 2 + axis]
-    return bool(taken) and flags is not None and bool(flags.all()) and taken[0] is not None and not bool(taken[0].all())
+    taken = more[2 + axis : 3 + axis]
+    if not taken or flags is None or taken[0] is None:
+        return False
+    return bool(flags[:2].all()) and not bool(taken[0].all())
+
+
+def is_known_view(at: At, axis: int | None) -> bool:
+    """Whether the part that was written is known as a view in which what lies along this axis is not on the same axis in order.
+
+    A part that has only some of the samples is left out, since a router writes others in each step.
+    """
+    flags, sizes = (*at.indices[:2], None)[:2] if at.indices else (None, None)
+    if flags is None or sizes is None or not flags[0] or not flags[2]:
+        return False
+    if axis is None or takes_some(at, axis):
+        return False
+    if not flags[1]:
+        return True
+    return sizes.tolist()[axis : axis + 1] != [at.shapes[0][axis]] or (axis > 0 and len(sizes) != len(at.shapes[0]))
 
 
 def axis_of_samples(labels: Labels) -> int | None:
