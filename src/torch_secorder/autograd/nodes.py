@@ -136,7 +136,7 @@ def numbers_of_function(node: Any, n: int) -> dict[str, Any]:
     """
     if node.name() == "CheckpointFunctionBackward":
         return {}
-    found = {name: value for name, value in vars(node).items() if _is_list_of_integers(value, n)}
+    found = {name: value for name, value in vars(node).items() if is_list_of_integers(value, n)}
     if has_packed_tensors(node) is False:
         for number, x in enumerate(node.saved_tensors):
             if x is not None and x.numel() >= n and not (x.is_floating_point() or x.is_complex()):
@@ -144,7 +144,8 @@ def numbers_of_function(node: Any, n: int) -> dict[str, Any]:
     return found
 
 
-def _is_list_of_integers(value: Any, n: int) -> bool:
+def is_list_of_integers(value: Any, n: int) -> bool:
+    """Whether a value is a list of integers, enough of them to tell n samples apart."""
     listed = isinstance(value, (list, tuple)) and not isinstance(value, torch.Size)
     return listed and len(value) >= n and all(isinstance(one, int) for one in value)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Sequence
 from functools import cached_property
@@ -11,6 +12,7 @@ from typing import Any
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
+from torch_secorder.autograd.kept_values import kept_values
 from torch_secorder.autograd.nodes import Edge, output_shapes
 from torch_secorder.autograd.saved import axes
 from torch_secorder.batch_axis.moving import MOVES
@@ -36,8 +38,9 @@ class Walk:
         leaves: node that accumulates an analyzed parameter's gradient -> the parameter's position.
         n: how many samples the forward has; None if nobody knows.
         other_leaves: the nodes that accumulate gradients of other tensors: inputs, parameters that are not analyzed.
-        fingerprint: a hash of the graph, equal for graphs with the same nodes in the same order, the same pattern of sizes, and
-            the same axes of those nodes that move entries. Where sizes prove nothing, the axes of all nodes are hashed.
+        fingerprint: a hash of the graph, equal for graphs with the same nodes in the same order, the same pattern of sizes, the
+            same axes of those nodes that move entries, and the same values that Python functions keep. Where sizes prove nothing,
+            the axes of all nodes are hashed.
         kind: a hash of the nodes' names alone, equal for graphs of which a router sends other numbers of rows elsewhere.
         ingredients: a hash of what kinds of nodes there are; equal also where an expert that got no row has fewer of them.
         has_ambiguous_axis: whether some tensor has n indices on another axis than the first, so that sizes prove nothing.
@@ -55,7 +58,7 @@ class Walk:
         self.other_leaves: list[Node] = []
         self._names: list[str] = []  # the names of the nodes in children
         self._movers: list[Node] = []  # nodes outside of hooked calls that put entries where an index or a setting says
-        self._inside: list[set[Node]] = []  # for each hooked call, the nodes that it consists of
+        self._inside: list[dict[Node, None]] = []  # for each hooked call, the nodes that it consists of
         calls: dict[Node, list[Record]] = defaultdict(list)
         edges: dict[Record, GradientEdge] = {}
         for record, edge in forward.records:
@@ -120,7 +123,7 @@ class Walk:
             self.unfolded.update(records)
             return None
         outside: list[Edge] = []
-        stack, seen = [node], {node}
+        stack, seen = [node], dict.fromkeys([node])
         while stack:
             current = stack.pop()
             for index, (child, nr) in enumerate(current.next_functions):
@@ -132,7 +135,7 @@ class Walk:
                     if position not in owned:
                         self.uses[position].append((current, index))
                 elif child not in seen:
-                    seen.add(child)
+                    seen[child] = None
                     stack.append(child)
         self._inside.append(seen)
         return outside
@@ -145,7 +148,10 @@ class Walk:
         self.carried_axes = [] if kinds.isdisjoint(names) else self._carried_axes(names, kinds)
         along = tuple(map(axes, self.children if self.has_ambiguous_axis else self._movers))
         self.kind, self.ingredients = hash(names), hash(frozenset(names))
-        self.fingerprint = hash((names, None if n is None else size_pattern(n, shapes), self.has_ambiguous_axis, along))
+        kept = kept_values(itertools.chain(self.children, *self._inside), n)
+        self.fingerprint = hash(
+            (names, None if n is None else size_pattern(n, shapes), self.has_ambiguous_axis, along, kept)
+        )
 
     @property
     def shapes(self) -> Hashable:
