@@ -10,6 +10,7 @@ from operator import attrgetter
 from typing import Any
 
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, Node
 
 from torch_secorder.autograd.kept_values import kept_values
@@ -141,6 +142,10 @@ class Walk:
         return outside
 
     def _describe(self, n: int | None) -> None:
+        nodes: Iterable[Any] = itertools.chain(self.children, *self._inside)
+        functions = [
+            node for node in nodes if isinstance(node, BackwardCFunction)
+        ]  # Every step asks this of each node.
         names, shapes = tuple(self._names), output_shapes(self.children)
         self.has_ambiguous_axis = n is not None and has_ambiguous_axis(n, shapes)
         # Only a size that is met twice lets positions pass for samples.
@@ -148,7 +153,7 @@ class Walk:
         self.carried_axes = [] if kinds.isdisjoint(names) else self._carried_axes(names, kinds)
         along = tuple(map(axes, self.children if self.has_ambiguous_axis else self._movers))
         self.kind, self.ingredients = hash(names), hash(frozenset(names))
-        kept = kept_values(itertools.chain(self.children, *self._inside), n)
+        kept = kept_values(functions, n) if functions else None
         self.fingerprint = hash(
             (names, None if n is None else size_pattern(n, shapes), self.has_ambiguous_axis, along, kept)
         )
