@@ -103,6 +103,11 @@ def is_python_function(node: Any) -> bool:
     return isinstance(node, torch.autograd.function.BackwardCFunction)
 
 
+def is_checkpoint(node: Any) -> bool:
+    """Whether a node is that of a re-entrant checkpoint which keeps the function that it runs again, as torch's do."""
+    return node.name() == "CheckpointFunctionBackward" and callable(getattr(node, "run_function", None))
+
+
 def is_others_function(node: Any) -> bool:
     """Whether a node is that of a :class:`torch.autograd.Function` that does not come with torch."""
     return is_python_function(node) and not node._forward_cls.__module__.startswith("torch.")

@@ -73,7 +73,8 @@ class Graph:
         opaque = [node for node in self.walk.children if is_python_function(node) and is_opaque(node)]
         outputs = [(GradientEdge(node, nr), shape) for node in opaque for nr, shape in enumerate(output_shapes([node]))]
         found = self.derivation().suppositions(outputs)
-        return found is not None and all(one.evidence == FIRST for one in found) and self.is_as_shapes_say()
+        in_order = found is not None and all(one.evidence in (FIRST, Unplaced.NO_GRADIENT) for one in found)
+        return in_order and self.is_as_shapes_say()
 
     def is_as_shapes_say(self, comparing: Iterable[int] = ()) -> bool:
         """Whether all calls have their samples where their shapes suggest; asked for the first time before they are placed."""

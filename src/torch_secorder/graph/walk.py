@@ -14,7 +14,7 @@ from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, Node
 
 from torch_secorder.autograd.kept_values import kept_values
-from torch_secorder.autograd.nodes import Edge, output_shapes
+from torch_secorder.autograd.nodes import Edge, is_checkpoint, output_shapes
 from torch_secorder.autograd.saved import axes
 from torch_secorder.batch_axis.moving import MOVES
 from torch_secorder.capture.model_run import Forward
@@ -46,6 +46,7 @@ class Walk:
         ingredients: a hash of what kinds of nodes there are; equal also where an expert that got no row has fewer of them.
         has_ambiguous_axis: whether some tensor has n indices on another axis than the first, so that sizes prove nothing.
         carried_axes: the axes along which some node carries something from one index to the next.
+        checkpoints: the nodes of re-entrant checkpoints that can be watched.
     """
 
     def __init__(
@@ -154,6 +155,7 @@ class Walk:
         along = tuple(map(axes, self.children if self.has_ambiguous_axis else self._movers))
         self.kind, self.ingredients = hash(names), hash(frozenset(names))
         kept = kept_values(functions, n) if functions else None
+        self.checkpoints: list[Any] = [node for node in functions if is_checkpoint(node)] if functions else []
         self.fingerprint = hash(
             (names, None if n is None else size_pattern(n, shapes), self.has_ambiguous_axis, along, kept)
         )
