@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from oracles import assert_equal, per_sample_squared_norms, total, trace
 from torch_secorder import FisherMonitor, fisher_report
+from torch_secorder.errors import UnsupportedError
 from traps.exactness import numbers
 
 N, WIDTH, STEPS = 6, 4, 30
@@ -527,6 +528,33 @@ def test_a_look_changes_nothing_that_a_function_keeps() -> None:
     require_exact(Moved(lambda z, x: Mutating.apply(z, seen), lambda z, x: z), batches(lambda x: x))
     # The function is in the steps' own passes only, since the loop over samples has one row each time.
     assert seen == {"calls": [*range(STEPS)]}
+
+
+class Routed(nn.Module):
+    """A module that its function keeps, so that nobody can call that function to see what it does."""
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, z: Tensor, module: nn.Module, order: Tensor) -> Tensor:
+            ctx.module, ctx.order = module, order
+            return z[order]
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            return torch.zeros_like(grads[0]).index_copy(0, ctx.order, grads[0]), None, None
+
+    def forward(self, z: Tensor, order: Tensor) -> Tensor:
+        return Routed.Function.apply(z, self, order)
+
+
+def test_trap_22_a_function_that_nobody_can_ask_and_that_keeps_indices_is_refused() -> None:
+    routed = Routed()
+    model = Moved(
+        lambda z, x: routed(z, x[:, 0].argsort()), lambda z, x: routed(z, x[:, 0].argsort().argsort())
+    ).double()
+    x, y = torch.randn(N, 3).double(), torch.randn(N, 2).double()
+    with FisherMonitor(model), pytest.raises(UnsupportedError, match="keeps what can't be copied on ctx"):
+        numbers(model(x), y).backward()
 
 
 def by_functions(model: Any, h: Tensor, x: Tensor) -> Tensor:
