@@ -8,7 +8,7 @@ they change places. Each step's numbers are those of a loop over samples in floa
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from oracles import assert_equal, per_sample_squared_norms, total, trace
 from permuted import Permuted
 from torch_secorder import FisherMonitor, fisher_report
+from torch_secorder.errors import UnsupportedError
 from traps.exactness import numbers
 
 N, WIDTH, STEPS = 6, 4, 30
@@ -406,6 +407,181 @@ class PermutedByAList(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         return grads[0][ctx.order], None
+
+
+class Kept(NamedTuple):
+    """How a function keeps how far it rolls rows, and how its backward finds that."""
+
+    keep: Callable[[Any, int, Tensor], None]
+    kept: Callable[[Any], int]
+
+
+class Shift:
+    """An object with a number in a list."""
+
+    def __init__(self, shift: int) -> None:
+        self.shift = [shift]
+
+
+def save(context: Any, *saved: Tensor) -> None:
+    context.save_for_backward(*saved)
+
+
+def on_the_diagonal(context: Any) -> int:
+    matrix = context.saved_tensors[0]
+    return int(matrix[:, 0].argmax())
+
+
+KEPT = {
+    "a number": Kept(
+        lambda ctx, shift, z: setattr(ctx, "shift", shift),
+        lambda ctx: ctx.shift,
+    ),
+    "a tuple": Kept(
+        lambda ctx, shift, z: setattr(ctx, "shift", (z.shape, (None, shift))),
+        lambda ctx: ctx.shift[1][1],
+    ),
+    "a size": Kept(
+        lambda ctx, shift, z: setattr(ctx, "shift", torch.Size([shift])),
+        lambda ctx: ctx.shift[0],
+    ),
+    "a mapping": Kept(
+        lambda ctx, shift, z: setattr(ctx, "shift", {"by": {"rows": shift}}),
+        lambda ctx: ctx.shift["by"]["rows"],
+    ),
+    "an object": Kept(
+        lambda ctx, shift, z: setattr(ctx, "shift", Shift(shift)),
+        lambda ctx: ctx.shift.shift[0],
+    ),
+    "a tensor": Kept(
+        lambda ctx, shift, z: setattr(ctx, "shift", torch.tensor(shift)),
+        lambda ctx: int(ctx.shift),
+    ),
+    "a mapping of tensors": Kept(
+        lambda ctx, shift, z: setattr(ctx, "shift", {"z": z, "order": torch.arange(len(z)).roll(shift)}),
+        lambda ctx: int(ctx.shift["order"].argmin()),
+    ),
+    "a saved number": Kept(
+        lambda ctx, shift, z: save(ctx, z, torch.tensor(shift)),
+        lambda ctx: int(ctx.saved_tensors[1]),
+    ),
+    "a saved float": Kept(
+        lambda ctx, shift, z: save(ctx, torch.tensor(float(shift))),
+        lambda ctx: int(ctx.saved_tensors[0]),
+    ),
+    "a saved matrix": Kept(
+        lambda ctx, shift, z: save(ctx, torch.eye(len(z)).roll(shift, 0)),
+        on_the_diagonal,
+    ),
+}
+
+
+class RolledBy(torch.autograd.Function):
+    """A user's function that rolls rows, and keeps by how many in one of these ways."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, shift: int, way: str) -> Tensor:
+        ctx.way = way
+        KEPT[way].keep(ctx, shift % len(z), z)
+        return z.roll(shift, 0)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return grads[0].roll(-kept_shift(ctx), 0), None, None
+
+
+def kept_shift(context: Any, ways: tuple[tuple[str, Kept], ...] = tuple(KEPT.items())) -> int:
+    return dict(ways)[context.way].kept(context)
+
+
+class RolledTwice(nn.Module):
+    """One layer on rows as they are, and on rows that are rolled before and after it, if there are several."""
+
+    def __init__(self, rolled: Callable[[Tensor, int], Tensor]) -> None:
+        super().__init__()
+        self.first, self.layer, self.head = nn.Linear(3, WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 2)
+        self.rolled = rolled
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, shift = self.first(x), int(x[:, 0].argmax())
+        if len(x) == 1:
+            return self.head(self.layer(h) + self.layer(h).tanh())
+        return self.head(self.layer(h) + self.rolled(self.layer(self.rolled(h, shift)).tanh(), -shift))
+
+
+@pytest.mark.parametrize("way", KEPT)
+def test_trap_22_a_function_that_keeps_another_value_between_looks(way: str) -> None:
+    model = RolledTwice(lambda z, shift: RolledBy.apply(z, shift, way))
+    require_exact(model, batches(lambda x: x.roll(-int(x[:, 0].argmax()), 0)))
+
+
+class Stepped(torch.autograd.Function):
+    """A user's function that keeps the number of the step, which has no meaning."""
+
+    steps = 0
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor) -> Tensor:
+        Stepped.steps += 1
+        ctx.step = Stepped.steps
+        return z * 1
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return grads[0] * 1
+
+
+def test_trap_22_a_function_that_counts_its_steps() -> None:
+    """Each step is looked through anew, which takes longer and is as exact."""
+    require_exact(Moved(lambda z, x: Stepped.apply(z), lambda z, x: z), batches(lambda x: x))
+
+
+class Mutating(torch.autograd.Function):
+    """A user's function that changes in its backward what it keeps."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, seen: dict[str, Any]) -> Tensor:
+        ctx.seen, ctx.ones = seen, torch.ones_like(z)
+        return z * 1
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        ctx.seen["calls"].append(len(ctx.seen["calls"]))
+        return ctx.ones.mul_(grads[0]), None
+
+
+def test_a_look_changes_nothing_that_a_function_keeps() -> None:
+    seen: dict[str, Any] = {"calls": []}
+    require_exact(Moved(lambda z, x: Mutating.apply(z, seen), lambda z, x: z), batches(lambda x: x))
+    # The function is in the steps' own passes only, since the loop over samples has one row each time.
+    assert seen == {"calls": [*range(STEPS)]}
+
+
+class Routed(nn.Module):
+    """A module that its function keeps, so that nobody can call that function to see what it does."""
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, z: Tensor, module: nn.Module, order: Tensor) -> Tensor:
+            ctx.module, ctx.order = module, order
+            return z[order]
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            return torch.zeros_like(grads[0]).index_copy(0, ctx.order, grads[0]), None, None
+
+    def forward(self, z: Tensor, order: Tensor) -> Tensor:
+        return Routed.Function.apply(z, self, order)
+
+
+def test_trap_22_a_function_that_nobody_can_ask_and_that_keeps_indices_is_refused() -> None:
+    routed = Routed()
+    model = Moved(
+        lambda z, x: routed(z, x[:, 0].argsort()), lambda z, x: routed(z, x[:, 0].argsort().argsort())
+    ).double()
+    x, y = torch.randn(N, 3).double(), torch.randn(N, 2).double()
+    with FisherMonitor(model), pytest.raises(UnsupportedError, match="keeps what can't be copied on ctx"):
+        numbers(model(x), y).backward()
 
 
 def by_functions(model: Any, h: Tensor, x: Tensor) -> Tensor:

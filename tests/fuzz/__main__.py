@@ -6,6 +6,7 @@ import argparse
 import collections
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -47,21 +48,29 @@ def main() -> int:
         case, found = shrunk(replace(drawn(args.case, only, skip), device=args.device))
         print(f"# {told(case, found)}", "" if found.kind == "exact" else program(case), sep="\n")
         return int(found.kind in FAILURES)
+    return run(args, only, skip)
+
+
+def run(args: argparse.Namespace, only: Sequence[str], skip: Sequence[str]) -> int:
+    """Cases until the time is over or somebody interrupts, and then the counts; returns whether something failed."""
     counts: collections.Counter[str] = collections.Counter()
     repeated: collections.Counter[str] = collections.Counter()
     first: dict[str, int] = {}
     seed, end = args.seed * 10**7, time.monotonic() + args.seconds
-    while time.monotonic() < end:
-        case = replace(drawn(seed, only, skip), device=args.device)
-        found = outcome(case)
-        counts[found.kind] += 1
-        if found.kind in ("crashed", "refused"):
-            cause = f"{found.kind}: {found.place or found.detail[:70]}"
-            repeated[cause] += 1
-            first.setdefault(cause, seed)
-        if found.kind in FAILURES and (found.kind != "crashed" or repeated[cause] == 1):
-            print(told(*shrunk(case)), flush=True)
-        seed += 1
+    try:
+        while time.monotonic() < end:
+            case = replace(drawn(seed, only, skip), device=args.device)
+            found = outcome(case)
+            counts[found.kind] += 1
+            if found.kind in ("crashed", "refused"):
+                cause = f"{found.kind}: {found.place or found.detail[:70]}"
+                repeated[cause] += 1
+                first.setdefault(cause, seed)
+            if found.kind in FAILURES and (found.kind != "crashed" or repeated[cause] == 1):
+                print(told(*shrunk(case)), flush=True)
+            seed += 1
+    except KeyboardInterrupt:
+        print(f"interrupted at --case {seed}")
     for cause, many in repeated.most_common(40):
         print(f"{many} {cause} (first: --case {first[cause]})")
     print(table(counts))

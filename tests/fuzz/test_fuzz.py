@@ -152,6 +152,27 @@ def test_the_command_fails_for_wrong_numbers_and_crashes_only(
     assert f"{kind:13}       1 100.00%" in capsys.readouterr().out
 
 
+def test_an_interrupted_run_says_what_it_has_seen(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also in the middle of a case, and it fails if something has failed before."""
+    outcomes = iter([Outcome("exact"), Outcome("refused", detail="why not"), Outcome("inconsistent")])
+
+    def next_outcome(case: Case) -> Outcome:
+        if (found := next(outcomes, None)) is None:
+            raise KeyboardInterrupt
+        return found
+
+    monkeypatch.setattr(command, "outcome", next_outcome)
+    monkeypatch.setattr(command, "shrunk", lambda case: (case, Outcome("inconsistent")))
+    monkeypatch.setattr(sys, "argv", ["fuzz", "--seconds", "600", "--seed", "4"])
+    assert command.main() == 1
+    printed = capsys.readouterr().out
+    assert "interrupted at --case 40000003" in printed
+    assert "1 refused: why not (first: --case 40000001)" in printed
+    assert "exact               1  33.33%" in printed
+
+
 def test_a_program_of_a_case_runs_by_itself(tmp_path: Path) -> None:
     case = case_of("sort_by_index", "embedding", "parametrized", sizes=(4,))
     assert outcome(case) == Outcome("exact")

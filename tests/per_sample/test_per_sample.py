@@ -322,6 +322,18 @@ def test_tied_terms_that_cancel_keep_their_digits(left_over: float) -> None:
     torch.testing.assert_close(form.squared_norm(), exact, rtol=1e-8, atol=1e-24)
 
 
+@pytest.mark.parametrize("left_over", [1e-6, 1e-4])
+def test_tied_terms_whose_own_positions_cancel_keep_their_digits(left_over: float) -> None:
+    """The gradients of an embedding and of its head each are sums of positions that cancel, and the two sums do not."""
+    ids, signs = torch.zeros(2, 64, dtype=torch.int64), torch.tensor([1, left_over - 1]).double().repeat(32)[:, None]
+    of_rows, outputs = (normal(2, 1, size) * signs for size in (4, 6))
+    outer = Outer(normal(2, 1, 1, 4).expand(-1, -1, 64, -1), outputs[:, None], (6, 4))
+    assert outer.algorithm == "direct"
+    form = outer + RowSparse(ids, of_rows, (6, 4))
+    exact = form.dense().flatten(1).square().sum(1)
+    torch.testing.assert_close(form.squared_norm(), exact, rtol=1e-8, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", ["dense", "outer", "rows", "convolution"])
 def test_half_precision_factors_are_squared_in_float32(name: str, dtype: torch.dtype) -> None:

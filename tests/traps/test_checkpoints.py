@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -219,6 +220,69 @@ def test_trap_09_samples_in_another_order_in_a_checkpoint(inside: bool, use_reen
         if not refused:
             for name, t in per_sample_squared_norms(model, lambda o, _: o.square().sum(), x, x).items():
                 assert_equal(torch.tensor(monitor.report().loc[name, "fisher_trace"]), t.mean(), monitor.trace)
+
+
+def restored(m: Any, h: Tensor, order: Tensor) -> Tensor:
+    return checkpoint(lambda h: m.layer(h[order]).tanh()[order.argsort()], h, use_reentrant=True)
+
+
+def by_a_matrix(m: Any, h: Tensor, order: Tensor) -> Tensor:
+    matrix = torch.eye(len(order), dtype=h.dtype)[order]
+    return checkpoint(lambda h: matrix.T @ m.layer(matrix @ h).tanh(), h, use_reentrant=True)
+
+
+def by_another_checkpoint(m: Any, h: Tensor, order: Tensor) -> Tensor:
+    moved = checkpoint(lambda h: h[order], h, use_reentrant=True)
+    return checkpoint(lambda h: h[order.argsort()], m.layer(moved).tanh(), use_reentrant=True)
+
+
+def nested(m: Any, h: Tensor, order: Tensor) -> Tensor:
+    return checkpoint(lambda h: restored(m, h, order), h, use_reentrant=True)
+
+
+def between(m: Any, h: Tensor, order: Tensor) -> Tensor:
+    """What is behind a checkpoint is hidden, so that only labels tell that a matrix may have moved samples there."""
+    matrix = torch.eye(len(order), dtype=h.dtype)[order]
+    h = matrix.T @ m.layer(matrix @ h)
+    return checkpoint(torch.tanh, h, use_reentrant=True)
+
+
+def after(m: Any, h: Tensor, order: Tensor) -> Tensor:
+    """All layers are inside, so that nothing in the outputs' graph needs to be placed."""
+    return checkpoint(lambda h: m.layer(h[order]).tanh(), h, use_reentrant=True)[order.argsort()]
+
+
+@pytest.mark.parametrize("way", [restored, by_a_matrix, by_another_checkpoint, nested, between, after])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_trap_09_samples_in_another_order_for_a_while(way: Callable[[Any, Tensor, Tensor], Tensor], tied: bool) -> None:
+    """Inside of a re-entrant checkpoint the order may change between looks; what it is has to be seen in each pass."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = m.first(x) if tied or way is not after else x.clone().requires_grad_()
+        order = x[:, 0].argsort()
+        return m.last((m.layer(h) if tied else h) + way(m, h, order))
+
+    model = Forward(forward, first=nn.Linear(4, 4), layer=nn.Linear(4, 4), last=nn.Linear(4, 2)).double()
+    refused = 0
+    with FisherMonitor(model, per_sample=True) as monitor:
+        for step in range(1, 19):
+            x, y = torch.randn(5, 4).double(), torch.randn(5, 2).double()
+            x = x[x[:, 0].argsort()] if step in (1, 2, 3, 5, 9, 17) else x
+            monitor.reset()
+            model.zero_grad()
+            try:
+                numbers(model(x), y).backward()
+            except CurvatureError as error:
+                assert "use_reentrant=False" in str(error)
+                refused += 1
+                continue
+            expected = per_sample_squared_norms(model, numbers, x, y)
+            assert list(expected) == list(monitor.per_sample)
+            for name, t in expected.items():
+                found = torch.from_numpy(monitor.per_sample[name].to_numpy(copy=True))
+                assert_equal(found, t, 5 * total(trace(expected)), torch.float64)
+    # With a matrix nothing shows that the samples are apart; with an index they are seen to be in order.
+    assert refused == (18 if way in (by_a_matrix, between) else 12)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -122,6 +123,20 @@ with warnings.catch_warnings():
     center, mean = torch.jit.script(center_), torch.jit.script(mean_)
 
 
+WORKER = ThreadPoolExecutor(1)
+
+
+def in_a_thread(function: Callable[[], Any]) -> Any:
+    """What a function returns in a thread of its own."""
+    with ThreadPoolExecutor(1) as threads:
+        return threads.submit(function).result()
+
+
+def elsewhere(function: Callable[[], Any]) -> Any:
+    """What a function returns in a thread that waits for work all the time."""
+    return WORKER.submit(function).result()
+
+
 NOT_PROVEN: dict[str, Loss] = {
     **COUPLING,
     "contrastive": lambda o, y: F.cross_entropy(o @ o.T, torch.arange(len(o))),
@@ -144,6 +159,11 @@ NOT_PROVEN: dict[str, Loss] = {
     "a hook": hooked,
     "what scripted code has written": in_scripted_code,
     "a number of scripted code": lambda o, y: F.mse_loss(o, y) * mean(o),
+    "a number of a new thread": lambda o, y: F.mse_loss(o, y) * in_a_thread(lambda: float(o.detach().mean())),
+    "a number of a thread that was there": lambda o, y: F.mse_loss(o, y) * elsewhere(lambda: o.detach().mean().item()),
+    "a number of what is computed": lambda o, y: (z := o * 2).sum() * elsewhere(lambda: z.detach().sum().item()),
+    "an array of a thread": lambda o, y: F.mse_loss(o, y) * float(elsewhere(lambda: o.detach().numpy()).mean()),
+    "a list of a thread": lambda o, y: F.mse_loss(o, y) * elsewhere(lambda: o.detach().tolist())[0][0],
 }  # fmt: skip
 
 

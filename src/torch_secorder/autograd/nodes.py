@@ -20,6 +20,9 @@ from torch_secorder.errors import UnsupportedError
 
 Edge = tuple[Node, int]
 
+# The kinds of values that nothing can change.
+PLAIN = (bool, int, float, complex, str, bytes, Enum, torch.dtype, torch.device, torch.layout, torch.memory_format)
+
 
 def value_shape(node: Node, nr: int) -> tuple[int, ...]:
     """The shape of a node's output, or of the parameter whose gradient the node accumulates."""
@@ -100,6 +103,11 @@ def is_python_function(node: Any) -> bool:
     return isinstance(node, torch.autograd.function.BackwardCFunction)
 
 
+def is_checkpoint(node: Any) -> bool:
+    """Whether a node is that of a re-entrant checkpoint which keeps the function that it runs again, as torch's do."""
+    return node.name() == "CheckpointFunctionBackward" and callable(getattr(node, "run_function", None))
+
+
 def is_others_function(node: Any) -> bool:
     """Whether a node is that of a :class:`torch.autograd.Function` that does not come with torch."""
     return is_python_function(node) and not node._forward_cls.__module__.startswith("torch.")
@@ -131,7 +139,7 @@ def keeps_state(node: Any) -> bool:
         return False
     if writes_elsewhere(node._forward_cls):
         return True
-    return not all(map(_is_constant, vars(node).values())) or bool(tensors_of_weights(node))
+    return not all(map(is_constant, vars(node).values())) or bool(tensors_of_weights(node))
 
 
 def tensors_of_weights(node: Any) -> list[str]:
@@ -145,32 +153,11 @@ def tensors_of_weights(node: Any) -> list[str]:
     return [name for x in weights for name, value in vars(x).items() if isinstance(value, Tensor)]
 
 
-def numbers_of_function(node: Any, n: int) -> dict[str, Any]:
-    """The integers and masks that a function of Python's keeps, as many of them together as could tell n samples apart.
-
-    What hooks keep elsewhere is not looked at, since a checkpoint would run its forward again for it. Nor is what a re-entrant
-    checkpoint keeps, the arguments of a function that may do anything with them.
-    """
-    if node.name() == "CheckpointFunctionBackward":
-        return {}
-    found = {name: value for name, value in vars(node).items() if _is_list_of_integers(value, n)}
-    if has_packed_tensors(node) is False:
-        for number, x in enumerate(node.saved_tensors):
-            if x is not None and x.numel() >= n and not (x.is_floating_point() or x.is_complex()):
-                found[f"saved tensor {number}"] = x
-    return found
-
-
-def _is_list_of_integers(value: Any, n: int) -> bool:
-    listed = isinstance(value, (list, tuple)) and not isinstance(value, torch.Size)
-    return listed and len(value) >= n and all(isinstance(one, int) for one in value)
-
-
-def _is_constant(value: Any) -> bool:
+def is_constant(value: Any) -> bool:
+    """Whether a value is plain, or a list of plain ones."""
     if isinstance(value, (tuple, list)):
-        return all(map(_is_constant, value))
-    plain = (bool, int, float, complex, str, Enum, torch.dtype, torch.device, torch.layout)
-    return value is None or isinstance(value, plain)
+        return all(map(is_constant, value))
+    return value is None or isinstance(value, PLAIN)
 
 
 def has_others_hooks(node: Any) -> bool:

@@ -10,12 +10,11 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from torch_secorder.autograd.guard import RunsOthersCodeError, guarded
+from torch_secorder.autograd.kept_values import hides_state, vjp_in_look
 from torch_secorder.autograd.nodes import (
     has_others_hooks,
     is_others_function,
     is_python_function,
-    keeps_state,
-    node_vjp,
     output_count,
 )
 from torch_secorder.autograd.random_state import forked_random
@@ -31,7 +30,7 @@ _tried_functions: set[Any] = set()
 def is_opaque(node: Any) -> bool:
     """Whether the node of a Python function is known to be opaque before it is called."""
     # A re-entrant checkpoint doesn't compute the gradients that it is asked for, and accumulates those of the parameters.
-    return node.name() == "CheckpointFunctionBackward" or node._forward_cls in _opaque_functions or keeps_state(node)
+    return node.name() == "CheckpointFunctionBackward" or node._forward_cls in _opaque_functions or hides_state(node)
 
 
 class FoundOpaqueError(Exception):
@@ -51,7 +50,7 @@ def called_or_opaque(node: Any, grads: Gradients) -> list[Tensor | None]:
     if has_others_hooks(node):
         raise FoundOpaqueError(node)
     try:
-        return list(grads) if passes_on(node) else node_vjp(node, grads)
+        return list(grads) if passes_on(node) else vjp_in_look(node, grads)
     except RunsOthersCodeError as error:
         if is_python_function(node):
             _opaque_functions.add(node._forward_cls)
@@ -67,13 +66,13 @@ def runs_others_code(node: Any) -> bool:
     if not is_others_function(node):
         return False
     kind = node._forward_cls
-    if keeps_state(node):
+    if hides_state(node):
         return kind in _opaque_functions or any(callable(value) for value in vars(node).values())
     if kind not in _tried_functions:
         _tried_functions.add(kind)
         try:
             with guarded(), forked_random(), torch.no_grad():
-                node_vjp(node, [None] * output_count(node))
+                vjp_in_look(node, [None] * output_count(node))
         except RunsOthersCodeError:
             _opaque_functions.add(kind)
         except Exception:  # It raises the same when it is called in earnest.

@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from torch_secorder.autograd.nodes import Edge, fitted, is_python_function, node_vjp, outputs_of
+from torch_secorder.autograd.kept_values import vjp_in_look
+from torch_secorder.autograd.nodes import Edge, fitted, is_python_function, outputs_of
 from torch_secorder.autograd.opaque import Gradients, is_opaque
 from torch_secorder.errors import CoverageError
 
@@ -98,7 +99,7 @@ class Route:
         arrive: Arrive,
         *,
         before: Callable[[Node], None] | None = None,
-        call: Callable[[Node, Gradients], list[Tensor | None]] = node_vjp,
+        call: Callable[[Node, Gradients], list[Tensor | None]] = vjp_in_look,
         complete: bool = False,
         keeps_dtype: bool = False,
     ) -> None:

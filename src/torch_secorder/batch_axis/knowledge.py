@@ -76,6 +76,7 @@ class PlacementCache:
         graphs_seen: how many graphs of this kind there were.
         comparing: the numbers of the model's outputs that compare samples.
         keeps_lists: whether the graphs have their samples at the same indices each time.
+        keeps_order: whether the labels of the graphs have shown that the samples are where shapes say; None if nobody has asked.
     """
 
     evidence: dict[Key, Evidence] = field(default_factory=dict)
@@ -84,6 +85,7 @@ class PlacementCache:
     graphs_seen: int = 0
     comparing: set[int] = field(default_factory=set)
     keeps_lists: bool = False
+    keeps_order: bool | None = None
 
     def keep(self, key: Key, found: Finding) -> None:
         """Note what a look showed; what it does not prove is good for one graph, unless it agrees with what is known."""
@@ -105,7 +107,7 @@ class PlacementCache:
         self._unproven.clear()
         self.telling_outputs.clear()
         self.comparing.clear()
-        self.graphs_seen = 0
+        self.graphs_seen, self.keeps_order = 0, None
 
     def forget(self, key: Key) -> None:
         """Have the next graph looked through for this place."""
@@ -153,7 +155,7 @@ class PlacementCache:
             elif isinstance(known, Placement):
                 holds = self._lasts(known) and known.fits(shape, n) and key not in self._unproven
             elif known in (Unplaced.NO_GRADIENT, Unplaced.NOT_FINITE, Unplaced.HIDDEN):
-                holds = key[0] == "own axis" or (key[0] == "call" and not ambiguous_shapes)
+                holds = key[0] in ("own axis", "checkpoint") or (key[0] == "call" and not ambiguous_shapes)
             else:
                 holds = known is Unplaced.SHARED_BY_SAMPLES
             if not holds:
@@ -172,6 +174,8 @@ class ModelKnowledge:
         derives: whether what nodes saved is believed where samples are in another order each time; false once it was wrong.
         derivations: when passes are to show whether it is right.
         orders: what decides where samples are, for each kind of graph of which that is known.
+        reruns_in_order: the kinds of graphs of re-entrant checkpoints, run again, of which labels have shown that they keep the
+            samples in order.
     """
 
     def __init__(self) -> None:
@@ -182,6 +186,7 @@ class ModelKnowledge:
         self.derives = True
         self.derivations = KindSchedule()
         self.orders: dict[int, Order] = {}
+        self.reruns_in_order: set[int] = set()
         self._by_fingerprint: dict[int, PlacementCache] = {}
         self._in_order: dict[int, tuple[Hashable, PlacementCache]] = {}
         self._reductions: WeakKeyDictionary[Any, Reduction] = WeakKeyDictionary()
@@ -207,6 +212,12 @@ class ModelKnowledge:
         self.orders[fingerprint] = order if known is None else known.joined(order)
         if self.orders[fingerprint].may_change and fingerprint in self._by_fingerprint:
             self._by_fingerprint[fingerprint].clear()
+
+    def learn_rerun(self, fingerprint: int) -> None:
+        """Note that the graphs of one kind that a re-entrant checkpoint makes keep the samples in order."""
+        if len(self.reruns_in_order) > KINDS_OF_GRAPH:
+            self.reruns_in_order.clear()
+        self.reruns_in_order.add(fingerprint)
 
     def placements_in_order(self, fingerprint: int, order: Hashable) -> PlacementCache:
         """Those of one kind of graph that has its samples in one order. Of each kind the latest order is remembered.

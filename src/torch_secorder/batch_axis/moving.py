@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from torch_secorder.autograd.nodes import numbers_of_function
+from torch_secorder.autograd.kept_values import numbers_of_function
 from torch_secorder.autograd.saved import knows, saved
 from torch_secorder.batch_axis.label_rules import COPY_SLICES, MASKED_SCATTER, PYTHON_FUNCTION, At, labels_of_inputs
 from torch_secorder.batch_axis.label_rules.layers import pads

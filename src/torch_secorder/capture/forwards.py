@@ -11,10 +11,11 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from threading import get_ident
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
 
 from torch_secorder.autograd.compiled import never_compiled
 from torch_secorder.autograd.engine import (
@@ -34,6 +35,9 @@ from torch_secorder.batch_axis.told import Told
 from torch_secorder.capture.model_run import Forward
 from torch_secorder.errors import CurvatureError
 from torch_secorder.model.containers import tensors
+
+if TYPE_CHECKING:
+    from torch_secorder.capture.records import Record
 
 
 class ForwardTracker:
@@ -77,6 +81,9 @@ class ForwardTracker:
         self._on_empty = on_empty
         self._running: dict[int, Forward] = {}  # thread -> its run of the model; several threads may train one model
         self._skipping: set[int] = set()  # threads whose run of the model is not recorded
+        self._noting: dict[
+            int, list[tuple[Record, GradientEdge]]
+        ] = {}  # thread -> the calls that somebody wants to know
         self.outside_calls: Forward | None = None
         self.skipped_passes: set[int] = set()
         self.latest = Forward()
@@ -192,6 +199,29 @@ class ForwardTracker:
     def _note_skipped_pass(self, *_: Any) -> None:
         self.skipped_passes.add(current_graph_task())
 
+    def is_skipped(self) -> bool:
+        """Whether the backward pass under way in this thread has reached a run that was not recorded."""
+        return bool(self.skipped_passes) and current_graph_task() in self.skipped_passes
+
+    @contextmanager
+    def noting_calls(self) -> Iterator[list[tuple[Record, GradientEdge]]]:
+        """A block in which a part of the model runs again, with the list of its calls and where their gradients arrive."""
+        thread = get_ident()
+        found: list[tuple[Record, GradientEdge]] = []
+        before, self._noting[thread] = self._noting.get(thread), found
+        try:
+            yield found
+        finally:
+            if before is None:
+                del self._noting[thread]
+            else:
+                self._noting[thread] = before
+
+    def note_call(self, record: Record, edge: GradientEdge) -> None:
+        """Note a call that is run again, if somebody wants to know."""
+        if (found := self._noting.get(get_ident())) is not None:
+            found.append((record, edge))
+
     def of_call(self, output: Any, axis: int) -> Forward | None:
         """The run that a module's call belongs to; None if the call is not recorded.
 
@@ -202,7 +232,7 @@ class ForwardTracker:
         thread = get_ident()
         if thread in self._skipping or not self.records_calls():
             return None
-        if self.skipped_passes and current_graph_task() in self.skipped_passes:
+        if self.is_skipped():
             return None
         found = self._running.get(thread) or self._outside(output, axis)
         return None if found.n == 0 and found.count.n == 0 else found

@@ -222,6 +222,7 @@ class ModuleHooks(HookScope):
         else:
             if record.site.rule is not None:  # No output of the model tells when a pass is about to reach it.
                 edge.node.register_prehook(partial(self._before_node, record))
+                self.forwards.note_call(record, edge)
             record.in_output_graph = True  # No call of the model is under way, whose outputs' graph could show it.
             record.input_nodes = ()
 

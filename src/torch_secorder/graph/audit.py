@@ -11,6 +11,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from torch_secorder.autograd.nodes import accumulators, keeps_state, tensors_of_weights
 from torch_secorder.batch_axis.knowledge import ModelKnowledge
+from torch_secorder.batch_axis.order import Order
 from torch_secorder.batch_axis.search import SampleSearch
 from torch_secorder.capture.model_run import Forward
 from torch_secorder.capture.own_axes import OwnAxis
@@ -45,6 +46,7 @@ class Audit:
         leaves: node that accumulates an analyzed parameter's gradient -> the parameter's position.
         comparing: the outputs of the latest run that compare samples.
         other_leaves: the nodes of that graph that accumulate gradients of other tensors than the analyzed parameters.
+        checkpoints: the nodes of re-entrant checkpoints in that graph, if it has several samples.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class Audit:
         self.fingerprint = self.kind = 0
         self.other_leaves: list[Node] = []
         self.comparing: list[GradientEdge] = []
+        self.checkpoints: list[Node] = []
 
     def uses(self, forward: Forward, outputs: Sequence[Tensor]) -> Uses:
         """Place every record of a forward, and find every use that no record accounts for, each with its node.
@@ -84,7 +87,7 @@ class Audit:
 
     def _uses(self, forward: Forward, outputs: Sequence[Tensor]) -> Uses:
         placed = [(x, p) for x, p in zip(outputs, forward.placements, strict=True) if x.requires_grad]
-        roots, self.comparing = list(map(itemgetter(0), placed)), []
+        roots, self.comparing, self.checkpoints = list(map(itemgetter(0), placed)), [], []
         walk, n = Walk(roots, forward, self.leaves), forward.n
         self.fingerprint, self.other_leaves = walk.fingerprint, walk.other_leaves
         self.kind = walk.fingerprint
@@ -106,7 +109,12 @@ class Audit:
         # Whether a rank has as many samples as positions is its own affair, and all ranks look at the same places.
         if walk.carried_axes:
             own_axes += [one for one in walk.carried_axes if not (self._ranks.distributed and one.name in ATTENDS)]
-        shared = self._places.place(forward, walk.calls, own_axes, search, asked, partial(graph.keeps_order, order))
+        keeps_order = partial(_keeps_order, graph, search, order)
+        shared = self._places.place(forward, walk.calls, own_axes, search, asked, keeps_order)
+        if walk.checkpoints and asked.several_samples:
+            self.checkpoints = walk.checkpoints
+            if not self._ranks.distributed:  # All ranks look at the same places.
+                self._places.require_order_of_checkpoints(graph, search, keeps_order)
         if search.placements.comparing:
             self.comparing = [get_gradient_edge(roots[number]) for number in search.placements.comparing]
         any_shared = self._ranks.max_over_ranks(bool(shared)) if self._ranks.distributed else shared
@@ -201,6 +209,14 @@ class Audit:
 
     def _names(self, use: ParameterUse) -> list[str]:
         return [self._table.names[target] if isinstance(target, int) else str(target.site) for target in use.targets]
+
+
+def _keeps_order(graph: Graph, search: SampleSearch, order: Order) -> bool:
+    """Whether a graph has its samples where shapes say; labels tell, once for all graphs that share what was found."""
+    known = search.placements
+    if known.keeps_order is None:
+        known.keeps_order = graph.keeps_order(order)
+    return known.keeps_order
 
 
 def _first_with_samples(walk: Walk, batch_free: Container[Node]) -> list[Record]:

@@ -12,11 +12,12 @@ from typing import NamedTuple
 
 from torch.autograd.graph import GradientEdge, Node
 
+from torch_secorder.autograd.nodes import output_shapes
 from torch_secorder.autograd.sharded import GatheredWeights
 from torch_secorder.batch_axis.evidence import Unplaced
 from torch_secorder.batch_axis.knowledge import ModelKnowledge, PlacementCache, Wanted
 from torch_secorder.batch_axis.order import ONE_ORDER, Order
-from torch_secorder.batch_axis.placement import Layout, Placement
+from torch_secorder.batch_axis.placement import FIRST, Layout, Placement
 from torch_secorder.batch_axis.search import SampleSearch, SearchOnAllRanks
 from torch_secorder.batch_axis.search_pass import SearchPasses
 from torch_secorder.capture.model_run import Forward
@@ -182,8 +183,7 @@ class CallPlaces:
             own_axes: the axes on which samples must be, or must not be.
             search: finds where the samples are.
             asked: what decides how the graph is searched.
-            keeps_order: whether this graph has its samples where shapes say, although others of its kind may not. It is asked
-                where calls are hidden.
+            keeps_order: whether this graph has its samples where shapes say. It is asked where calls are hidden.
         """
         n = forward.n or 0
         for record, _ in reached:
@@ -211,7 +211,7 @@ class CallPlaces:
             elif found is Unplaced.NOT_FINITE and (asked.ambiguous_shapes or record.placement is None):
                 record.forward.refusal = not_finite(f"the gradients of {self._names_of(record)}")
             elif found is Unplaced.HIDDEN:
-                if record.placement is not None and (not asked.ambiguous_shapes or keeps_order()):
+                if record.placement is not None and keeps_order():
                     continue
                 refuse(forward, hidden(str(record.site), n), self._ranks)
             elif asked.ambiguous_shapes or record.placement is None:
@@ -222,6 +222,26 @@ class CallPlaces:
         if forward.inputs and forward.refusal is None:
             self._require_axes_of_inputs(forward, reached, [search.placements.is_proven(key) for key, _, _ in wanted])
         return shared
+
+    def require_order_of_checkpoints(self, graph: Graph, search: SampleSearch, keeps_order: Callable[[], bool]) -> None:
+        """Have a forward refused if the outputs of a re-entrant checkpoint do not have their samples in order.
+
+        The checkpoint is supposed to leave them where they are, and its part of the model is looked through when it runs again.
+        """
+        wanted: list[Wanted] = [
+            (("checkpoint", number, nr), GradientEdge(node, nr), shape)
+            for number, node in enumerate(graph.walk.checkpoints)
+            for nr, shape in enumerate(output_shapes([node]))
+        ]
+        search(wanted)
+        for key, _, shape in wanted:
+            found, n = search.placements.evidence[key], graph.forward.n or 0
+            if isinstance(found, Placement):
+                in_order = FIRST.agrees(found, shape, n)
+            else:
+                in_order = found is not Unplaced.SHARED_BY_SAMPLES and keeps_order()
+            if not in_order:
+                refuse(graph.forward, hidden(f"an output of shape {tuple(shape)}", n), self._ranks)
 
     def _require_axes_of_inputs(self, forward: Forward, reached: Reached, proven: Sequence[bool]) -> None:
         """Raise if a layer that got an argument of the model has its samples along another axis of that than is assumed."""

@@ -10,6 +10,7 @@ from operator import attrgetter, itemgetter
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from torch_secorder.autograd.kept_values import numbers_of_function
 from torch_secorder.autograd.nodes import is_python_function, output_shapes
 from torch_secorder.autograd.opaque import is_opaque
 from torch_secorder.batch_axis.derivation import Derivation
@@ -72,9 +73,12 @@ class Graph:
         if self.walk.has_ambiguous_axis or self.forward.count.is_odd or not order.is_derived:
             return False
         opaque = [node for node in self.walk.children if is_python_function(node) and is_opaque(node)]
+        if any(numbers_of_function(node, self.forward.n or 0) for node in opaque):
+            return False  # It may put samples where these numbers say, and nobody can ask it.
         outputs = [(GradientEdge(node, nr), shape) for node in opaque for nr, shape in enumerate(output_shapes([node]))]
         found = self.derivation().suppositions(outputs)
-        return found is not None and all(one.evidence == FIRST for one in found) and self.is_as_shapes_say()
+        in_order = found is not None and all(one.evidence in (FIRST, Unplaced.NO_GRADIENT) for one in found)
+        return in_order and self.is_as_shapes_say()
 
     def is_as_shapes_say(self, comparing: Iterable[int] = ()) -> bool:
         """Whether all calls have their samples where their shapes suggest; asked for the first time before they are placed."""

@@ -12,7 +12,8 @@ from torch.autograd.graph import Node
 
 from torch_secorder.autograd.double_precision import together_on_host
 from torch_secorder.autograd.graph_pass import calling_nodes
-from torch_secorder.autograd.nodes import has_packed_tensors, is_python_function, numbers_of_function, output_shapes
+from torch_secorder.autograd.kept_values import numbers_of_function
+from torch_secorder.autograd.nodes import has_packed_tensors, is_python_function, output_shapes
 from torch_secorder.autograd.saved import axes, knows, saved, settings
 from torch_secorder.autograd.versions import SameTensor
 from torch_secorder.batch_axis.derivation import Derivation

@@ -13,8 +13,8 @@ from torch_secorder.model.ranks import Ranks
 
 # What of a function of the user's can't be called for single samples.
 OPAQUE_FUNCTION = (
-    "a function whose backward calls modules, starts a backward pass, keeps more than saved tensors and constants on ctx, or "
-    "names a list, a mapping or a tensor from outside"
+    "a function whose backward calls modules, starts a backward pass, keeps what can't be copied on ctx, or names a list, a "
+    "mapping or a tensor from outside"
 )
 
 

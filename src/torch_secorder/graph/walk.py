@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Container, Hashable, Iterable, Sequence
 from functools import cached_property
@@ -9,9 +10,11 @@ from operator import attrgetter
 from typing import Any
 
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, Node
 
-from torch_secorder.autograd.nodes import Edge, output_shapes
+from torch_secorder.autograd.kept_values import kept_values
+from torch_secorder.autograd.nodes import Edge, is_checkpoint, output_shapes
 from torch_secorder.autograd.saved import axes_of_each
 from torch_secorder.batch_axis.moving import MOVES
 from torch_secorder.capture.model_run import Forward
@@ -36,12 +39,14 @@ class Walk:
         leaves: node that accumulates an analyzed parameter's gradient -> the parameter's position.
         n: how many samples the forward has; None if nobody knows.
         other_leaves: the nodes that accumulate gradients of other tensors: inputs, parameters that are not analyzed.
-        fingerprint: a hash of the graph, equal for graphs with the same nodes in the same order, the same pattern of sizes, and
-            the same axes of those nodes that move entries. Where sizes prove nothing, the axes of all nodes are hashed.
+        fingerprint: a hash of the graph, equal for graphs with the same nodes in the same order, the same pattern of sizes, the
+            same axes of those nodes that move entries, and the same values that Python functions keep. Where sizes prove nothing,
+            the axes of all nodes are hashed.
         kind: a hash of the nodes' names alone, equal for graphs of which a router sends other numbers of rows elsewhere.
         ingredients: a hash of what kinds of nodes there are; equal also where an expert that got no row has fewer of them.
         has_ambiguous_axis: whether some tensor has n indices on another axis than the first, so that sizes prove nothing.
         carried_axes: the axes along which some node carries something from one index to the next.
+        checkpoints: the nodes of re-entrant checkpoints that can be watched.
     """
 
     def __init__(
@@ -55,7 +60,7 @@ class Walk:
         self.other_leaves: list[Node] = []
         self._names: list[str] = []  # the names of the nodes in children
         self._movers: list[Node] = []  # nodes outside of hooked calls that put entries where an index or a setting says
-        self._inside: list[set[Node]] = []  # for each hooked call, the nodes that it consists of
+        self._inside: list[dict[Node, None]] = []  # for each hooked call, the nodes that it consists of
         calls: dict[Node, list[Record]] = defaultdict(list)
         edges: dict[Record, GradientEdge] = {}
         for record, edge in forward.records:
@@ -119,7 +124,7 @@ class Walk:
             self.unfolded.update(records)
             return None
         outside: list[Edge] = []
-        stack, seen = [node], {node}
+        stack, seen = [node], dict.fromkeys([node])
         while stack:
             current = stack.pop()
             for index, (child, nr) in enumerate(current.next_functions):
@@ -131,12 +136,16 @@ class Walk:
                     if position not in owned:
                         self.uses[position].append((current, index))
                 elif child not in seen:
-                    seen.add(child)
+                    seen[child] = None
                     stack.append(child)
         self._inside.append(seen)
         return outside
 
     def _describe(self, n: int | None) -> None:
+        nodes: Iterable[Any] = itertools.chain(self.children, *self._inside)
+        functions = [
+            node for node in nodes if isinstance(node, BackwardCFunction)
+        ]  # Every step asks this of each node.
         names, shapes = tuple(self._names), output_shapes(self.children)
         pattern = SizePattern(False, None) if n is None else size_pattern(n, shapes)
         self.has_ambiguous_axis = pattern.is_ambiguous
@@ -146,7 +155,9 @@ class Walk:
         movers = self.children if self.has_ambiguous_axis else self._movers
         along = axes_of_each(movers) if movers else ()
         self.kind, self.ingredients = hash(names), hash(frozenset(names))
-        self.fingerprint = hash((names, pattern, along))
+        kept = kept_values(functions, n) if functions else None
+        self.checkpoints: list[Any] = [node for node in functions if is_checkpoint(node)] if functions else []
+        self.fingerprint = hash((names, pattern, along, kept))
 
     @property
     def shapes(self) -> Hashable:

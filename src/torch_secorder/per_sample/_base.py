@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterable
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -78,6 +80,10 @@ class PerSampleGradient(DenseAnswers):
 
     def factored_inner(self, other: PerSampleGradient) -> Tensor | None:
         """:meth:`inner` from the factors alone; None where this form knows no such way with the other."""
+        return None
+
+    def squares_of_summands(self) -> Tensor | None:
+        """The sum of the squared norms of the summands that :meth:`factored_inner` adds up, ``[n]``; None if it adds up none."""
         return None
 
 
@@ -161,15 +167,22 @@ class Sum(Cancelling):
         found = [term.unguarded_squared_norm() for term in self.terms]
         squares = total_of(norms for norms, _ in found)
         cross = total_of(a.inner(b) for i, a in enumerate(self.terms) for b in self.terms[:i])
-        # If digits may have cancelled in a term, its error goes by its own sizes.
-        sizes = total_of(norms if size is None else size.maximum(norms) for norms, size in found)
-        return squares + 2 * cross, sizes
+        # If digits may have cancelled in a term, or in its products with others, its error goes by its own sizes.
+        sizes = [
+            (norms, size, term.squares_of_summands()) for term, (norms, size) in zip(self.terms, found, strict=True)
+        ]
+        return squares + 2 * cross, total_of(_largest(several) for several in sizes)
 
     def total(self) -> Tensor:
         return total_of(term.total() for term in self.terms)
 
     def along(self, left: Tensor, right: Tensor) -> Tensor:
         return total_of(term.along(left, right) for term in self.terms)
+
+
+def _largest(several: Iterable[Tensor | None]) -> Tensor:
+    """The largest of some numbers for each sample, at least one of which is there."""
+    return reduce(torch.maximum, [one for one in several if one is not None])
 
 
 def has_cancelled(squared_norms: Tensor, sizes: Tensor) -> Tensor:

@@ -138,6 +138,9 @@ class Outer(Cancelling):
             case _:
                 return self.dense_squared_norm(), None
 
+    def squares_of_summands(self) -> Tensor:
+        return torch.linalg.vecdot(*(squared_norm_of_rows(x).flatten(1) for x in (self.a, self.g)))
+
     def _gram(self) -> tuple[Tensor, Tensor]:
         k, t = self._factor_a.shape[1:3]
         line, profile = 2 * k * t * self.dtype.itemsize, profile_of(self._factor_g.device)

@@ -104,6 +104,9 @@ class RowSparse(PerSampleGradient):
         pairs = ((self.select(rows), other.select(rows)) for rows in chunks(self.n, size, None))
         return torch.cat([mine._inner_of(theirs.a[:, 0], theirs.g[:, 0]) for mine, theirs in pairs])
 
+    def squares_of_summands(self) -> Tensor:
+        return squared_norm_of_rows(self.g.flatten(1))
+
     def _inner_of(self, a: Tensor, h: Tensor) -> Tensor:
         read = h.gather(2, self.ids[:, None].expand(-1, h.shape[1], -1))
         return ((a @ self.g.mT) * read).sum((1, 2))

@@ -27,6 +27,7 @@ from torch_secorder.autograd.tensor_hooks import put_last
 from torch_secorder.batch_axis.placement import Placement
 from torch_secorder.capture.model_run import Forward
 from torch_secorder.capture.records import Record
+from torch_secorder.graph.reruns import Reruns
 from torch_secorder.graph.uses import ParameterUse
 from torch_secorder.per_sample import as_refusal
 from torch_secorder.recording.backward_pass import BackwardPass, counted_again, partly_passed_over
@@ -93,6 +94,7 @@ class UserRecorder(Recorder):
         self._changed = ChangedGradients(self.table.leaves, self, self._described)
         self._counting = RLock()  # several threads may train the model
         self._outputs = ModelOutputs()
+        self._reruns = Reruns(self.forwards, self._knowledge, self._audit.leaves)
         self.waiting: list[Exception] = []
         self._new_parameters = NewParameters(self.plan.model, self.plan.modules)
 
@@ -131,6 +133,8 @@ class UserRecorder(Recorder):
             self._passes.forget_broken_off()
         super()._on_model_exit(forward, outputs)
         self._outputs.keep(forward, outputs)
+        if self._audit.checkpoints:
+            self._reruns.watch(self._audit.checkpoints, forward.n or 0)
         if self._audit.other_leaves:
             self._new_parameters.refuse_in(forward, self._audit.other_leaves)
         nodes = {x.grad_fn for x in outputs if x.grad_fn is not None}

@@ -4,12 +4,17 @@ The loss is called once, and each function of torch that gets something computed
 known to keep samples apart. Such a proof is cheaper than trials with other outputs. It needs to know all that takes part: no
 function may get a tensor of unknown origin, read numbers out of a tensor, or differentiate by rules of its own. Nor may an
 operation run that no such function has called, as those of scripted functions do.
+
+A mode follows what happens in its own thread. The outputs are of a class of their own, which also sees what other threads do with
+them, so that a number that a worker reads is no less seen.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -31,7 +36,7 @@ def keeps_samples_apart(loss_fn: Callable[[Any, Any], Tensor], outputs: Any, tar
     def leaf(x: Tensor, placement: Placement | None) -> Tensor:
         if placement is None or type(x) is not Tensor or not x.is_floating_point() or x.is_nested:
             return x
-        return followed.begin(x.detach().requires_grad_(), placement.axis)
+        return followed.begin(x.detach(), placement.axis)
 
     try:
         with torch.enable_grad():
@@ -60,20 +65,26 @@ class _Followed(TorchFunctionMode):
 
     def __init__(self, constants: Sequence[Tensor]):
         super().__init__()
-        self._failed = False
+        self._failed, self._thread = False, get_ident()
+        self._kind = _seen_in_all_threads(weakref.WeakMethod(self.note_use))
         self._calls = 0  # how many functions of torch are being called
         # Each tensor with its place; None for a constant. The tensors are kept, so that their identities stay their own.
         self._known: dict[int, tuple[Any, Place | None]] = {id(x): (x, None) for x in constants}
 
     def begin(self, x: Tensor, place: Place) -> Tensor:
-        """The same tensor, which is followed from now on."""
-        self._known[id(x)] = (x, place)
-        return x
+        """The same numbers as a leaf that is followed from now on."""
+        leaf = x.as_subclass(self._kind).requires_grad_()
+        self._known[id(leaf)] = (leaf, place)
+        return leaf
 
     def place(self, x: Any) -> Place:
         """The place of the samples in a result; unknown if something unknown has happened before."""
         place = self._known.get(id(x), (x, UNKNOWN))[1]
         return UNKNOWN if self._failed or place is None else place
+
+    def note_use(self) -> None:
+        """Remember that nothing is known any more if another thread does something with what is followed."""
+        self._failed |= get_ident() != self._thread
 
     def note_operation(self) -> None:
         """Remember that nothing is known any more if an operation runs outside of all functions that are followed."""
@@ -118,6 +129,23 @@ class _Followed(TorchFunctionMode):
         place = rule(places[0], args[0], (args[1:], kwargs), result)
         self._known[id(result)] = (result, place)
         return place != UNKNOWN
+
+
+def _seen_in_all_threads(note_use: Callable[[], Callable[[], None] | None]) -> type[Tensor]:
+    """A class of tensors of which each use is noted in whatever thread, as are uses of all that is computed from them.
+
+    Args:
+        note_use: finds the function to call; it finds None once nobody wants to know.
+    """
+
+    class Seen(Tensor):
+        @classmethod
+        def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if (note := note_use()) is not None:
+                note()
+            return super().__torch_function__(function, types, args, kwargs)  # type: ignore[no-untyped-call]  # torch does not type it
+
+    return Seen
 
 
 def _is_of_shapes(function: Any) -> bool:

@@ -139,7 +139,7 @@ def _tangents(
             (g * torch.randn(g.shape, generator=generator, dtype=torch.float32, device="cpu").to(g), where)
             for g, where in reached
         ]
-        rows = [_sums(product, where, n) for product, where in products]
+        rows = [sums_of_samples(product, where, n) for product, where in products]
         of_samples = sum(rows[1:], rows[0])
         samples = torch.arange(n, device="cpu")
         kept = [torch.ones_like(samples), *(1 - 2 * (samples >> place & 1) for place in range((n - 1).bit_length()))]
@@ -148,7 +148,7 @@ def _tangents(
         )
 
 
-def _sums(product: Tensor, placement: Placement, n: int) -> Tensor:
+def sums_of_samples(product: Tensor, placement: Placement, n: int) -> Tensor:
     """The sums over each sample's entries, ``[n]``."""
     rows = product.movedim(placement.axis, 0).flatten(1).sum(1) if product.dim() > 1 else product.reshape(-1)
     groups = placement.grouping(n, rows.device)

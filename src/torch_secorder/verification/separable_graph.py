@@ -15,7 +15,7 @@ from torch_secorder.batch_axis.placement import Placement
 from torch_secorder.batch_axis.samples import rows_of
 from torch_secorder.errors import CurvatureError
 from torch_secorder.likelihoods import random_signs
-from torch_secorder.verification.selections import coupling_loss, selects_among_samples
+from torch_secorder.verification.selections import coupling_loss, selects_among_samples, sums_of_samples
 from torch_secorder.verification.tolerances import SEPARABLE_LOSS
 
 
@@ -37,8 +37,9 @@ def require_separable_graph(loss: Tensor, outputs: Sequence[Tensor], placements:
     if selects_among_samples(loss, outputs, n, placements):
         raise coupling_loss()
     numbers = torch.arange(n, device="cpu")
+    scales = _scales(loss, outputs, placements, n)
     for digit in range((n - 1).bit_length()):
-        _require_separable_halves(loss, outputs, placements, (numbers >> digit) % 2 == 1)
+        _require_separable_halves(loss, outputs, placements, (numbers >> digit) % 2 == 1, scales)
 
 
 def output_gradients(loss: Tensor, outputs: Sequence[Tensor], *, create_graph: bool = False) -> list[Tensor | None]:
@@ -62,23 +63,52 @@ def output_gradients(loss: Tensor, outputs: Sequence[Tensor], *, create_graph: b
 
 
 def _require_separable_halves(
-    loss: Tensor, outputs: Sequence[Tensor], placements: Sequence[Placement], half: Tensor
+    loss: Tensor, outputs: Sequence[Tensor], placements: Sequence[Placement], half: Tensor, scales: Sequence[Tensor]
 ) -> None:
     """Raise if the loss has second derivatives between the outputs of two halves of the samples."""
     masks = [rows_of(half, x, where) for x, where in zip(outputs, placements, strict=True)]
+    curved = _products(loss, outputs, [s * m for s, m in zip(scales, masks, strict=True)])
+    pairs = zip(curved, scales, masks, strict=True)
+    found = [(torch.where(c.isfinite(), c * s, 0.0), m) for c, s, m in pairs if c is not None]
+    own = max((float((c * m).norm()) for c, m in found), default=0.0)
+    across = max((float((c * ~m).norm()) for c, m in found), default=0.0)
+    if across > SEPARABLE_LOSS * own:
+        raise coupling_loss()
+
+
+def _scales(loss: Tensor, outputs: Sequence[Tensor], placements: Sequence[Placement], n: int) -> list[Tensor]:
+    """For each output a number for each sample, as a tensor that broadcasts along it.
+
+    In outputs that are divided by these numbers, all samples have second derivatives of about the same size. Otherwise one sample
+    with very large ones would hide all others, as a vector of zeros that a loss normalizes does.
+    """
+    found = []
+    curved = _products(loss, outputs, [torch.ones_like(x.detach()) for x in outputs])
+    for x, where, own in zip(outputs, placements, curved, strict=True):
+        sizes = torch.zeros(n, dtype=torch.float64, device="cpu")
+        if own is not None:
+            sizes = sums_of_samples(own.detach().abs().cpu().double().square(), where, n).sqrt()
+        largest = torch.where(sizes.isfinite(), sizes, 0.0).max()
+        # A norm has no second derivative at zero. Those of other samples with such a one are there all the same.
+        sizes = torch.where(sizes.isfinite(), sizes, largest if largest > 0 else 1.0)
+        largest = sizes.max()
+        # What is much smaller still is not scaled up any further, so that no product overflows.
+        bounded = sizes.clamp(min=float(largest) * torch.finfo(x.dtype).tiny ** 0.75)
+        scales = torch.where(sizes > 0, (largest / bounded).sqrt(), 0.0)
+        found.append(rows_of(scales.to(x.real.dtype), x, where))
+    return found
+
+
+def _products(loss: Tensor, outputs: Sequence[Tensor], directions: Sequence[Tensor]) -> list[Tensor | None]:
+    """The loss's second derivatives times random signs times these directions; None for outputs without."""
+    nothing: list[Tensor | None] = [None] * len(outputs)
     try:
         with torch.enable_grad():
             slopes = output_gradients(loss, outputs, create_graph=True)
-            pairs = [(g, m) for g, m in zip(slopes, masks, strict=True) if g is not None]
+            pairs = [(g, d) for g, d in zip(slopes, directions, strict=True) if g is not None]
             signs = torch.Generator().manual_seed(0)
-            products = ((g * m * random_signs(g.shape, g, signs)).sum().to(loss.device) for g, m in pairs)
+            products = ((g * d * random_signs(g.shape, g, signs)).sum().to(loss.device) for g, d in pairs)
             total = sum(products, loss.new_zeros(()))
-        if not total.requires_grad:
-            return
-        curved = output_gradients(total, outputs)
+        return output_gradients(total, outputs) if total.requires_grad else nothing
     except (RuntimeError, CurvatureError):
-        return
-    own = max((float((c * m).norm()) for c, m in zip(curved, masks, strict=True) if c is not None), default=0.0)
-    across = max((float((c * ~m).norm()) for c, m in zip(curved, masks, strict=True) if c is not None), default=0.0)
-    if across > SEPARABLE_LOSS * own:
-        raise coupling_loss()
+        return nothing

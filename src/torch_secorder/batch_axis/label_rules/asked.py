@@ -19,7 +19,8 @@ from torch.autograd.graph import Node
 
 from torch_secorder.autograd.double_precision import widest_dtype
 from torch_secorder.autograd.guard import RunsOthersCodeError
-from torch_secorder.autograd.nodes import is_others_function, keeps_state, node_vjp, outputs_of
+from torch_secorder.autograd.kept_values import hides_state, vjp_in_look
+from torch_secorder.autograd.nodes import is_others_function, outputs_of
 from torch_secorder.autograd.opaque import runs_others_code
 from torch_secorder.batch_axis.label_rules.registry import PYTHON_FUNCTION, Answer, At, rule
 from torch_secorder.batch_axis.labels import NOBODY, SEVERAL, Labels, joined, joined_along
@@ -78,8 +79,8 @@ def _weights(seed: int, size: int, device: torch.device, dtype: torch.dtype) -> 
 
 
 def may_be_called(node: Node) -> bool:
-    """Whether a Python function may be called to know what it does: one that keeps nothing but tensors, and calls no modules."""
-    return is_others_function(node) and not keeps_state(node) and not runs_others_code(node)
+    """Whether a Python function may be called to know what it does: one that keeps what can be copied, and calls no modules."""
+    return is_others_function(node) and not hides_state(node) and not runs_others_code(node)
 
 
 def _of_rows(node: Any) -> Sequence[Tensor] | None:
@@ -101,8 +102,8 @@ def _of_rows(node: Any) -> Sequence[Tensor] | None:
     loud = torch.stack([digits == 0, digits == 1], 1).flatten(0, 1)
     given = [random_numbers(output) for output in outputs]
     try:
-        together = node_vjp(node, given)
-        answers = [node_vjp(node, [x * _along(rows, x) for x in given]) for rows in loud]
+        together = vjp_in_look(node, given)
+        answers = [vjp_in_look(node, [x * _along(rows, x) for x in given]) for rows in loud]
     except RunsOthersCodeError:
         return None
     columns = zip(together, *answers, strict=True)
