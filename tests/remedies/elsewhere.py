@@ -4,6 +4,12 @@ from __future__ import annotations
 
 # A fragment of the message -> the test that does what it says.
 TRIED = {
+    "of which one has a zero gradient now": "approximations/test_differentiable.py"
+    "::test_a_use_behind_a_gate_that_is_zero_is_refused_if_the_trace_is_differentiated",
+    "which was computed from parameters that are not analyzed": "traps/test_shared_outputs.py"
+    "::test_trap_31_outputs_that_all_samples_share_and_no_analyzed_parameter_leads_to",
+    "on what other layers computed from parameters alone": "test_gates.py"
+    "::test_gates_on_a_layer_that_no_sample_passes_are_refused_with_the_remedy",
     "frozen, in a layer that has no batch axis": "traps/test_batch_free.py::test_trap_04_frozen_layers_in_the_chain_are_refused",
     "a function that keeps more than saved tensors": (
         "user_program/test_stateful.py::test_a_function_of_saved_tensors_and_constants_is_looked_through"

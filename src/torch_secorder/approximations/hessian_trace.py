@@ -20,13 +20,14 @@ from torch_secorder.autograd.compiled import eager_code
 from torch_secorder.autograd.double_precision import sum_in_double_precision
 from torch_secorder.autograd.engine import call_model, is_selective_checkpoints, library_pass, selective_checkpoint
 from torch_secorder.autograd.tensor_hooks import silenced_in_library_passes
+from torch_secorder.autograd.twice_differentiable import twice_differentiable
 from torch_secorder.batch_axis.count import count_of, empty_batch
 from torch_secorder.batch_axis.told import NOTHING
 from torch_secorder.errors import ArgumentError, CoverageError, NonFiniteError, UnsupportedError
 from torch_secorder.likelihoods import random_signs
 from torch_secorder.model.parameters import ParameterTable, refuse_complex, unwrapped
 from torch_secorder.model.ranks import refuse_dtensors
-from torch_secorder.model.restore import lock_of, requiring_grad, restoring_buffers, twice_differentiable
+from torch_secorder.model.restore import lock_of, requiring_grad, restoring_buffers
 from torch_secorder.model.selection import Selection
 from torch_secorder.recording.sample_norms import SampleNorms
 from torch_secorder.results.report import Report

@@ -170,16 +170,18 @@ class Audit:
         if not lost:
             return
         names = ", ".join(self._table.names[position] for position in sorted(lost))
-        frozen = (
-            f"{names}: frozen, in a layer that has no batch axis and whose input was computed from other parameters, "
-            "where the autograd graph shows nothing of them: let them require a gradient, or use fisher_report, which "
-            "turns gradients on for the time"
-        )
-        watched = (
-            f"{names}: called without a batch axis, on what other layers computed from parameters alone, where nothing has "
-            "the gradient of each sample: leave it out of the modules that have gates"
-        )
-        refuse(forward, CoverageError(frozen if leaves else watched), self._ranks)
+        if leaves:
+            error = CoverageError(
+                f"{names}: frozen, in a layer that has no batch axis and whose input was computed from other parameters, "
+                "where the autograd graph shows nothing of them: let them require a gradient, or use fisher_report, which "
+                "turns gradients on for the time"
+            )
+        else:
+            error = CoverageError(
+                f"{names}: called without a batch axis, on what other layers computed from parameters alone, where nothing has "
+                "the gradient of each sample: leave it out of the modules that have gates"
+            )
+        refuse(forward, error, self._ranks)
 
     def _require_readable(self, use: ParameterUse, node: Node) -> None:
         """Raise if what the rule of a use needs can't be read from its node; count the use otherwise."""

@@ -11,9 +11,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from torch_secorder.autograd.checkpoints import without_checkpoints
 from torch_secorder.model.hooks import restoring
 
 _turns: WeakKeyDictionary[nn.Module, RLock] = WeakKeyDictionary()
@@ -22,19 +20,6 @@ _turns: WeakKeyDictionary[nn.Module, RLock] = WeakKeyDictionary()
 def lock_of(model: nn.Module) -> RLock:
     """The lock that serializes temporary changes to a model, such as ``requires_grad`` flags, with the code that reads them."""
     return _turns.setdefault(model, RLock())
-
-
-@contextmanager
-def twice_differentiable(wanted: bool) -> Iterator[None]:
-    """A block in which models have second derivatives, if those are wanted.
-
-    Torch's fused attention has none, and a checkpoint would have to run its forward again when the block is over.
-    """
-    if not wanted:
-        yield
-        return
-    with sdpa_kernel(SDPBackend.MATH), without_checkpoints():
-        yield
 
 
 @contextmanager

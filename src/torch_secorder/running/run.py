@@ -14,6 +14,7 @@ from torch.autograd.graph import GradientEdge
 from torch_secorder.autograd.engine import call_model
 from torch_secorder.autograd.node_hooks import has_others_hooks_on_gradient
 from torch_secorder.autograd.random_state import forked_random, random_state
+from torch_secorder.autograd.twice_differentiable import twice_differentiable
 from torch_secorder.autograd.versions import hiding_changes
 from torch_secorder.batch_axis.knowledge import ModelKnowledge
 from torch_secorder.batch_axis.placement import FIRST
@@ -26,7 +27,7 @@ from torch_secorder.graph.queries import without_second_derivative
 from torch_secorder.likelihoods import LastLayer
 from torch_secorder.model.containers import tensors
 from torch_secorder.model.parameters import ParameterTable, numpy_of_frozen
-from torch_secorder.model.restore import restoring_buffers, twice_differentiable
+from torch_secorder.model.restore import restoring_buffers
 from torch_secorder.recording.backward_pass import BackwardPass
 from torch_secorder.recording.options import PassOptions
 from torch_secorder.recording.plan import Plan
