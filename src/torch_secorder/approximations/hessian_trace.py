@@ -18,7 +18,7 @@ from torch_secorder.arguments import (
 )
 from torch_secorder.autograd.compiled import eager_code
 from torch_secorder.autograd.double_precision import sum_in_double_precision
-from torch_secorder.autograd.engine import call_model, is_selective_checkpoints, library_pass, selective_checkpoint
+from torch_secorder.autograd.engine import call_model, library_pass
 from torch_secorder.autograd.tensor_hooks import silenced_in_library_passes
 from torch_secorder.autograd.twice_differentiable import twice_differentiable
 from torch_secorder.batch_axis.count import count_of, empty_batch
@@ -165,8 +165,6 @@ def _probe(gradients: tuple[Tensor, ...], table: ParameterTable, generator: torc
         with library_pass(ends) as roots:
             products = torch.autograd.grad(roots, table.tensors, seeds, retain_graph=True, allow_unused=True)
     except RuntimeError as error:
-        if is_selective_checkpoints(error):
-            raise selective_checkpoint() from error
         raise UnsupportedError(
             f"something in the model or the loss has no second derivative ({str(error).splitlines()[0]}): use operations that "
             "have one, such as attention by matrix products"

@@ -43,7 +43,7 @@ class Reruns:
     """
 
     def __init__(self, forwards: ForwardTracker, knowledge: ModelKnowledge, leaves: dict[Node, int]):
-        self._forwards, self._knowledge, self._leaves = forwards, knowledge, leaves
+        self._forwards, self._knowledge, self.leaves = forwards, knowledge, leaves
 
     def watch(self, checkpoints: Iterable[Any], n: int) -> None:
         """Have the functions of these checkpoints' nodes call back when a backward pass runs them again, for n samples."""
@@ -69,7 +69,7 @@ class Reruns:
         self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], calls: Sequence[tuple[Record, GradientEdge]], n: int
     ) -> None:
         roots = [x for x in outputs if x.requires_grad]
-        walk = Walk(roots, Forward(n), self._leaves)
+        walk = Walk(roots, Forward(n), self.leaves)
         self.watch(walk.checkpoints, n)
         if walk.fingerprint in self._knowledge.reruns_in_order:
             return

@@ -138,8 +138,12 @@ class Outer(Cancelling):
             case _:
                 return self.dense_squared_norm(), None
 
-    def squares_of_summands(self) -> Tensor:
-        return torch.linalg.vecdot(*(squared_norm_of_rows(x).flatten(1) for x in (self.a, self.g)))
+    def squares_of_summands(self) -> Tensor | None:
+        if self.algorithm != "direct":  # The other ways know it anyway.
+            return None
+        # A norm writes nothing beside its result.
+        a, g = (torch.linalg.vector_norm(x.detach(), dim=-1).square().flatten(1) for x in (self.a, self.g))
+        return torch.linalg.vecdot(a, g)
 
     def _gram(self) -> tuple[Tensor, Tensor]:
         k, t = self._factor_a.shape[1:3]

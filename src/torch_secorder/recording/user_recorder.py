@@ -120,7 +120,7 @@ class UserRecorder(Recorder):
         super()._detach()
         # These nodes have the parameters' present shapes. As long as one of them lives, torch makes no other for its parameter.
         # Another thread may be reading the mapping, which therefore stays as it is.
-        self._audit.leaves = self._passes.leaves = self._whole.leaves = {}
+        self._audit.leaves = self._passes.leaves = self._whole.leaves = self._reruns.leaves = {}
 
     def _count_passes(self) -> None:
         """Count backward passes instead of calls of the model from now on, since compiled code was called inside the block."""
