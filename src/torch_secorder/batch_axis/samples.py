@@ -96,9 +96,8 @@ class BatchSamples:
     def by_axis(self, function: Callable[[Any, Axis], Any], side: str, value: Any) -> Any:
         """The same container with ``function(part, axis)`` in the place of each part of which something may be said by itself."""
         axes = self.words.axes(side)
-        several = isinstance(value, (tuple, Mapping)) and not is_packed(
-            value
-        )  # arguments of a call, else it is a single one
+        # They are the arguments of a call, or a single one.
+        several = isinstance(value, (tuple, Mapping)) and not is_packed(value)
         if isinstance(value, Tensor) or not (several if side == "inputs" else isinstance(axes, Mapping)):
             return function(value, self.words.axis(side, 0))
         return with_parts(lambda key, part: function(part, self.words.axis(side, key)), value)

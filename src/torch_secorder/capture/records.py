@@ -36,9 +36,7 @@ class Idle:
     forget: Callable[[], object]
 
 
-@dataclass(
-    eq=False
-)  # not frozen, since each block makes one for each module, and a frozen one takes twice as long to make
+@dataclass(eq=False)  # not frozen: each block makes one for each module, and that would take twice as long
 class HookedModule:
     """A hooked module, with what is decided once for all of its calls. Nothing of it changes.
 

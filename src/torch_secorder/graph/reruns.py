@@ -28,9 +28,8 @@ from torch_secorder.errors import UnsupportedError
 from torch_secorder.graph.walk import Walk
 from torch_secorder.model.containers import tensors
 
-Expected = tuple[
-    GradientEdge, Sequence[int], Placement
-]  # where in the graph, the shape to see it in, where its samples have to be
+# Where in the graph something is, the shape to see it in, and where its samples have to be.
+Expected = tuple[GradientEdge, Sequence[int], Placement]
 
 
 class Reruns:

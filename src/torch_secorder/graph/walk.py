@@ -143,9 +143,8 @@ class Walk:
 
     def _describe(self, n: int | None) -> None:
         nodes: Iterable[Any] = itertools.chain(self.children, *self._inside)
-        functions = [
-            node for node in nodes if isinstance(node, BackwardCFunction)
-        ]  # Every step asks this of each node.
+        # Every step asks this of each node.
+        functions = [node for node in nodes if isinstance(node, BackwardCFunction)]
         names, shapes = tuple(self._names), output_shapes(self.children)
         pattern = SizePattern(False, None) if n is None else size_pattern(n, shapes)
         self.has_ambiguous_axis = pattern.is_ambiguous

@@ -187,9 +187,8 @@ def _cheapest(costs: list[list[float]], numel: list[int], widths: list[int], siz
     except ImportError as error:
         raise ImportError("allocate_bits needs scipy: pip install 'torch-secorder[decide]'") from error
     everyone = max(b for b in widths if b * sum(numel) <= size)
-    enough = sum(
-        row[widths.index(everyone)] for row in costs
-    )  # the cost of a solution; no choice that costs more can be part of the best one
+    # That is the cost of a solution; no choice that costs more can be part of the best one.
+    enough = sum(row[widths.index(everyone)] for row in costs)
     if enough == 0:
         return [widths.index(everyone)] * len(costs)
     pairs = [(p, c) for p, row in enumerate(costs) for c in range(len(widths)) if row[c] <= enough * (1 + 1e-9)]

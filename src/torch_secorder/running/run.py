@@ -69,10 +69,8 @@ class HookedForward(GraphBackward):
     def _detach(self) -> None:
         super()._detach()
         for record, _ in self._records:
-            record.inputs, record.kwargs = (
-                None,
-                {},
-            )  # the hooks of the graph, which may outlive this object, hold the records
+            # The hooks of the graph, which may outlive this object, hold the records.
+            record.inputs, record.kwargs = None, {}
         self._starts, self._leaves, self._arguments, self._records = [], [], None, []
 
     def __call__(self, inputs: Any) -> Any:

@@ -122,10 +122,8 @@ class _LossAlone(SampleAlone):
         in_batch = self.norms_in_batch.cpu().double()
         counts = bool(in_batch.any())
         if not counts and not math.isfinite(self.loss):
-            self.weight, alone = (
-                None,
-                in_batch,
-            )  # The sample has no label, and an average over no labels is not a number.
+            # The sample has no label, and an average over no labels is not a number.
+            self.weight, alone = None, in_batch
         elif self._mean and counts and float(alone.sum()) > 0:
             self.weight = math.sqrt(float(in_batch.sum() / alone.sum()))
         self.require_equal(alone if self.weight is None else alone * self.weight**2, self.bits)

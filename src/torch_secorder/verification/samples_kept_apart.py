@@ -20,9 +20,8 @@ from torch_secorder.model.containers import tensors
 Place = int
 SUM, UNKNOWN = -1, -2
 Arguments = tuple[Sequence[Any], Mapping[str, Any]]  # all but the tensor that is followed
-Rule = Callable[
-    [Place, Tensor, Arguments, Tensor], Place
-]  # from the place in the tensor, it and the result to that in the result
+# From the place in the tensor, the tensor, the arguments and the result to the place in the result.
+Rule = Callable[[Place, Tensor, Arguments, Tensor], Place]
 
 
 def _after_linear(place: Place, x: Tensor, others: Arguments, result: Tensor) -> Place:

@@ -22,10 +22,8 @@ from torch_secorder.verification.tolerances import ROUNDED_GRADIENT, SEPARABLE_L
 
 # A loss of more outputs than this is tried on a few samples only. For a smaller one, this bounds the number of trials.
 CHEAP = 2**22
-FAR = (
-    30.0,
-    -1e3,
-)  # factors for the outputs of some samples: the first does not overflow in exponentials, the second makes outliers
+# Factors for the outputs of some samples: the first does not overflow in exponentials, the second makes outliers.
+FAR = (30.0, -1e3)
 FEW = 3  # enough for a loss that compares each sample with two others
 
 

@@ -51,9 +51,8 @@ def addresses_behind(node: Any) -> list[Tensor] | None:
         answer = node_vjp(node, [(given // unit % base).to(whole.dtype)])[0]
         assert answer is not None
         digit = (answer / counts.where(shown, 1)).round()
-        exact = (
-            exact & ((digit * counts - answer).abs() <= counts / 4).all()
-        )  # A repeated entry gets a part of its sum.
+        # A repeated entry gets a part of its sum.
+        exact = exact & ((digit * counts - answer).abs() <= counts / 4).all()
         address += digit.long() * unit
     strides = [_step(address, shown, axis) for axis in range(address.dim())]
     there = addresses(address.shape, strides, address.device)
