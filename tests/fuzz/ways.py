@@ -119,8 +119,9 @@ def monitor(problem: Problem) -> None:
     c = 1.0 if problem.reduction == "sum" else 1 / sum(len(y) for _, y in problem.batches)
     traces = {k: c * sum(t[k].sum() for t in ts) for k in named}
     problem.require("monitor, fisher_trace", dict(watched.report()["fisher_trace"]), traces, sum(traces.values()))
-    squares = watched.report()["grad_sq_norm"].fillna(0.0)  # Parameters without a gradient have none.
-    problem.require("monitor, grad_sq_norm", dict(squares), norms, sum(norms.values()))
+    # Parameters without a gradient have none, and what re-entrant checkpoints tear apart has one that is not known.
+    squares = dict(watched.report()["grad_sq_norm"].dropna())
+    problem.require("monitor, grad_sq_norm", squares, {k: norms[k] for k in squares}, sum(norms.values()))
     if options["diagonal"]:
         diagonal = {k: c * sum(d[k] for d in diagonals) for k in named}
         problem.require("monitor, diagonal", watched.diagonal, diagonal, sum(traces.values()))

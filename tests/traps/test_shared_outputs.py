@@ -54,6 +54,11 @@ def network_and_its_first_layer(m: Any, x: Tensor) -> Tensor:
     return m.h((m.e(x) + m.net[2](m.net[1](first))) * first[:, :4].sigmoid())
 
 
+def network_whose_units_are_dead(m: Any, x: Tensor) -> Tensor:
+    """What lies behind the dead units has no gradient that would lead to it."""
+    return m.h(m.e(x) + m.net[2]((m.net[0](torch.ones(T, 2, dtype=torch.float64)) - 100).relu()))
+
+
 class Bias(nn.Module):
     """A module that returns a parameter of its own, made smaller."""
 
@@ -75,7 +80,7 @@ def models() -> dict[str, nn.Module]:
 
     forwards = (positions, positions_through_modules, used_twice, table_called_twice, steps_first)
     found: dict[str, nn.Module] = {forward.__name__: Forward(forward, **parts()) for forward in forwards}
-    for forward in (network_on_positions, network_and_its_first_layer):
+    for forward in (network_on_positions, network_and_its_first_layer, network_whose_units_are_dead):
         net = nn.Sequential(nn.Linear(2, 5), nn.Tanh(), nn.Linear(5, 4))
         found[forward.__name__] = Forward(forward, e=nn.Embedding(7, 4), h=nn.Linear(4, 7), net=net)
     block = nn.Sequential(nn.Embedding(T, 4), nn.Tanh())

@@ -35,6 +35,8 @@ class GradientNorms:
     _norms: dict[int, Tensor] = field(default_factory=dict)
     _batched: list[tuple[list[int], Tensor]] = field(default_factory=list)  # positions, and a norm for each
     _waiting: dict[int, Tensor] = field(default_factory=dict)  # small gradients whose norms are still to be taken
+    _seen: set[int] = field(default_factory=set)  # positions of which a gradient arrived
+    _torn: set[int] = field(default_factory=set)  # and those of which several did
 
     def expect(self, position: int, norm: Tensor, node: Node | None, leaf: Tensor) -> None:
         """Note the norm of a layer's contribution to a parameter's gradient, which is all of it if nothing else contributes.
@@ -56,6 +58,7 @@ class GradientNorms:
         """
         if (
             not self.waits
+            or position in self._seen
             or position in self._from_factors
             or grad.numel() > SMALL
             or grad.dtype not in FULL
@@ -66,21 +69,32 @@ class GradientNorms:
         if len(self._waiting) == MOST_CALLS:
             return False
         self._waiting[position] = grad
+        self._seen.add(position)
         return True
 
     def add(self, position: int, grad: Tensor, as_added: bool = True) -> None:
-        """Add a parameter's gradient; ``as_added`` is False if a hook of the user's may still change it."""
+        """Add a parameter's gradient; ``as_added`` is False if a hook of the user's may still change it.
+
+        A parameter that is used inside of a re-entrant checkpoint and outside of it, or in two of them, gets its gradient in
+        parts, in passes of their own. Nothing has their sum, so that its norm is not a number.
+        """
+        if position in self._seen:
+            self._torn.add(position)
+            return
         known = self._from_factors.pop(position, None)
         if not as_added:
             self._norms[position] = norm(grad) * math.nan
+            self._seen.add(position)
             return
         if known is not None and grad.dtype == known.dtype and self._contributions.get(position) == identity(grad):
             self._norms[position] = known
+            self._seen.add(position)
             return
         if len(self._waiting) == MOST_CALLS:
             self._take_waiting()
         if not self.keep(position, grad):
             self._norms[position] = norm(grad)
+            self._seen.add(position)
 
     def _take_waiting(self) -> None:
         alike: dict[Hashable, tuple[list[int], list[Tensor]]] = {}
@@ -105,10 +119,13 @@ class GradientNorms:
             self._norms = {}
         if not self._batched:
             return [], torch.zeros(0, dtype=torch.float64, device="cpu")
-        if len(self._batched) == 1:
-            return self._batched[0]
-        positions, norms = zip(*self._batched, strict=True)
-        return list(itertools.chain.from_iterable(positions)), torch.cat(alike(list(norms)))
+        several, norms = zip(*self._batched, strict=True)
+        positions = list(itertools.chain.from_iterable(several))
+        found = norms[0] if len(norms) == 1 else torch.cat(alike(list(norms)))
+        if self._torn:
+            whole = [1.0 if position not in self._torn else math.nan for position in positions]
+            found = found * found.new_tensor(whole)
+        return positions, found
 
 
 # A gradient in half precision is widened in parts of this many entries, which stay in the caches of a CPU.

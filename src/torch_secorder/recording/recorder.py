@@ -151,7 +151,7 @@ class Recorder(HookScope):
             for edge in self._audit.comparing:
                 edge.node.register_prehook(partial(self._on_comparing_output, edge.output_nr))
             if found.placed:
-                find_shared_outputs(found.placed, forward)
+                find_shared_outputs(found, self._audit.leaves, forward)
             if found.search is not None:
                 require_samples_of_outputs(found.search, forward)
         except Exception as error:

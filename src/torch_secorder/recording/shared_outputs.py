@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterator, Mapping
 
 from torch.autograd.graph import Node
 
@@ -13,14 +13,19 @@ from torch_secorder.capture.model_run import Forward
 from torch_secorder.capture.records import Record
 from torch_secorder.errors import UnsupportedError
 from torch_secorder.graph.chain import batch_free_vjp
-from torch_secorder.graph.uses import ParameterUse
+from torch_secorder.graph.uses import Uses
 
 
-def find_shared_outputs(uses: Iterable[tuple[ParameterUse, Node]], forward: Forward) -> None:
+def find_shared_outputs(uses: Uses, leaves: Mapping[Node, int], forward: Forward) -> None:
     """Add the watched outputs behind the frontier to its targets, so that it gives their gradients for each sample.
 
     The gradient that arrives at such an output itself is already summed over the samples. In every other output, each number
     belongs to one sample.
+
+    Args:
+        uses: the uses of parameters in a graph.
+        leaves: node that accumulates an analyzed parameter's gradient -> the parameter's position.
+        forward: the run of the model.
 
     Raises:
         UnsupportedError: if the gradient cannot be pulled back to such an output.
@@ -31,12 +36,13 @@ def find_shared_outputs(uses: Iterable[tuple[ParameterUse, Node]], forward: Forw
             watched[edge.node].append((record, edge.output_nr))
     if not watched:
         return
-    for use, consumer in uses:
+    silent = _without_gradient(uses, leaves, forward)
+    for use, consumer in uses.placed:
         for value in use.values:
             made, starts = value.targets[0][1].value, {vjp.start for _, vjp in value.targets}
             closed = value.targets[0][1].closed - starts  # An output may be that of a call which is a target itself.
             for record, nr, node in _behind(made[0], watched, closed):
-                if not _is_free(node, starts):
+                if not _is_free(node, starts | silent):
                     continue
                 vjp = batch_free_vjp(made, node, tuple(record.shape), closed)
                 value.targets.append((record, vjp))
@@ -48,6 +54,13 @@ def find_shared_outputs(uses: Iterable[tuple[ParameterUse, Node]], forward: Forw
                         f"{record.site}: all samples share its output, and what each of them makes of it can't be read in the "
                         "autograd graph: run it without activation checkpointing, or leave out activations=True"
                     )
+
+
+def _without_gradient(uses: Uses, leaves: Mapping[Node, int], forward: Forward) -> set[Node]:
+    """Where parameters and calls of which no gradient is expected are in the graph, such as those behind a dead unit."""
+    idle = {target for one, _ in uses.idle for target in one.targets}
+    calls = {edge.node for record, edge in forward.records if record.idle is not None or record in idle}
+    return calls.union(node for node, position in leaves.items() if position in idle)
 
 
 def require_samples_of_outputs(search: SampleSearch, forward: Forward) -> None:
