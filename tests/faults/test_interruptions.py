@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo import eval_frame
 
 import torch_secorder
 from faults.subjects import EMPIRICAL, WAYS, assert_exact, batch, loss_fn, model
@@ -96,10 +97,11 @@ def interrupt(way: str, moment: Callable[[int], Any], first: int, step: int) -> 
         if at.left > 0:
             return n
         subject.zero_grad()
-        if any(hooks(subject).values()) or LIBRARY_THREADS:
+        if any(hooks(subject).values()) or LIBRARY_THREADS or eval_frame._stance.stance != "default":
             gc.collect()  # at the first instruction of an __exit__: then hooks go with whoever held them
         assert_unchanged(before, subject)
         assert not LIBRARY_THREADS
+        assert eval_frame._stance.stance == "default"
         if n % 3 == 0:
             assert_equal(run(subject), right, right.abs(), torch.float64)
             subject.zero_grad()

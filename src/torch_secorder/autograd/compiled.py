@@ -66,12 +66,12 @@ class EagerCode:
             _STANCE.update()
 
     def release(self) -> None:
-        """Give the stance back, unless others hold it."""
+        """Give the stance back, unless others hold it. What is broken off half-way is done again when this object goes."""
         if self.held:
             with _turn:
-                self.held = False
                 _STANCE.holders.pop(id(self), None)
                 _STANCE.update()
+                self.held = False
 
     __del__ = release
 
