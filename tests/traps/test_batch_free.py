@@ -297,6 +297,20 @@ def test_trap_17_positions_of_fused_attention_are_no_samples(steps: int, n: int,
     assert_asks_for_batch_axis(model, x, y, r"carries something along axis 2 .*pass batch_axis=")
 
 
+@pytest.mark.parametrize("n", [1, 3])
+def test_trap_17_positions_that_attend_to_other_steps_are_no_samples(n: int) -> None:
+    """As many queries as the first axis has, with keys of another length: each stands for a step, not for a sample."""
+
+    def forward(self: Any, x: Tensor, memory: Tensor) -> Tensor:
+        q, k = (layer(z).unflatten(-1, (2, 4)).permute(1, 2, 0, 3) for layer, z in ((self.q, x), (self.k, memory)))
+        return self.head(F.scaled_dot_product_attention(q, k, k).permute(2, 0, 1, 3).flatten(2))
+
+    model = made(forward, q=nn.Linear(4, 8), k=nn.Linear(4, 8), head=nn.Linear(8, 2)).double()
+    x, memory = torch.randn(5, n, 4).double(), torch.randn(7, n, 4).double()
+    with pytest.raises(ShapeError, match="carries something along axis 2"), FisherMonitor(model):
+        model(x, memory).square().mean().backward()
+
+
 def test_trap_17_fused_attention_over_as_many_positions_as_samples_is_exact() -> None:
     """Also where a block mask keeps the tokens of samples apart that stand in one row."""
     model = made(fused_attention, layer=nn.Linear(4, 8), head=nn.Linear(8, 2))
@@ -312,19 +326,6 @@ def test_trap_17_fused_attention_over_as_many_positions_as_samples_is_exact() ->
         return self.head(h[0].transpose(0, 1).flatten(1)).unflatten(0, x.shape[:2]).flatten(1)
 
     assert_exact(*drawn(made(packed, layer=nn.Linear(4, 8), head=nn.Linear(8, 2)), 5, 5, 4))
-
-
-def test_trap_17_a_query_for_each_sample_may_attend_to_the_tokens_of_all_that_stand_in_one_row() -> None:
-    """As where images of different sizes are packed, and each is pooled by a query of its own."""
-
-    def pooled(self: Any, x: Tensor) -> Tensor:
-        heads = self.layer(x.flatten(0, 1)).unflatten(-1, (2, 4)).transpose(0, 1)[None]
-        queries = self.query(x.mean(1)).unflatten(-1, (2, 4)).transpose(0, 1)[None]
-        mask = torch.arange(len(x))[:, None] == torch.arange(len(x)).repeat_interleave(x.shape[1])
-        h = F.scaled_dot_product_attention(queries, heads, heads, attn_mask=mask)
-        return self.head(h[0].transpose(0, 1).flatten(1))
-
-    assert_exact(*drawn(made(pooled, layer=nn.Linear(4, 8), query=nn.Linear(4, 8), head=nn.Linear(8, 2)), 5, 3, 4))
 
 
 def test_trap_17_a_sum_over_the_past_of_the_data_is_refused_by_the_functions() -> None:

@@ -14,8 +14,7 @@ from torch_secorder.errors import ShapeError
 # Nodes that carry something from each index along an axis to all later ones, as a cumulative sum does.
 CARRIES = {f"{name}Backward0" for name in ("Cumsum", "Cumprod", "Cummax", "Cummin", "Logcumsumexp")}
 
-# Fused attention, whose output has its positions on the last axis but one. Each of them takes something of others, if the keys
-# are of the same positions.
+# Fused attention, whose output has its positions on the last axis but one. Each of them takes something of others.
 _KINDS = (
     "FlashAttentionForCpu",
     "FlashAttention",
@@ -49,8 +48,7 @@ class CarriedAxis:
         """That of a node which is known to carry; None for one without axes, and where this torch doesn't show its axis."""
         name, shape = node.name(), value_shape(node, 0)
         if name in ATTENDS:
-            attends = shape[-2] == n and _key_positions(node, shape[-2]) == n
-            return cls(name, len(shape) - 2, shape, GradientEdge(node, 0)) if attends else None
+            return cls(name, len(shape) - 2, shape, GradientEdge(node, 0)) if shape[-2] == n else None
         if not shape or not knows(name, "axis"):
             return None
         return cls(name, saved(node, "axis") % len(shape), shape, GradientEdge(node, 0))
@@ -70,11 +68,3 @@ class CarriedAxis:
             f"where the model's {n} samples would be: pass batch_axis= if the model's inputs and outputs have their samples on "
             "another axis than the first; a cumulative sum or attention over samples leaves none a gradient of its own"
         )
-
-
-def _key_positions(node: Node, otherwise: int) -> int:
-    """How many positions the keys and values of an attention have, if one of them needs a gradient.
-
-    Queries of samples that attend to tokens of which there are more, a mask keeping those of other samples out, mix nothing.
-    """
-    return next((value_shape(child, nr)[-2] for child, nr in node.next_functions[1:3] if child is not None), otherwise)
