@@ -13,6 +13,7 @@ TRAPS = {
     "test_trap_04_what_samples_share_does_not_look_like_one_samples_by_chance": GENERATOR,
     "test_trap_08_a_frozen_parameter_used_as_a_function_is_refused": PLAIN,
     "test_trap_17_positions_of_fused_attention_are_no_samples": FUSED,
+    "test_trap_17_positions_that_attend_to_other_steps_are_no_samples": FUSED,
     "test_trap_19_a_layer_that_gets_single_steps_of_as_many_as_there_are_samples": PLAIN,
     "test_trap_19_a_model_that_is_called_on_one_sample_without_a_batch_axis": PLAIN,
     "test_trap_19_as_many_samples_as_steps_on_the_second_axis_of_the_input": PLAIN,
