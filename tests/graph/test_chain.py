@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from torch_secorder.graph.chain import batch_free_vjp
+from torch_secorder.autograd.route import Route
+from torch_secorder.graph.chain import batch_free_vjp, pulled_back
 from torch_secorder.per_sample import Dense, Outer, PulledBack
+from torch_secorder.per_sample.budget import memory_limit
 
 CHAINS: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
     "nothing": (lambda w: w, True),
@@ -67,3 +69,29 @@ def test_chains_that_move_entries_alike_are_told_from_others() -> None:
     )
     assert first.concatenated(first) is not None
     assert first.concatenated(second) is None
+
+
+def test_gradients_flow_once_for_all_starts_of_a_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network over a table that all samples share: its weights lie on one way, of which each node is called once a sample."""
+    table, first, last = (torch.randn(*shape, dtype=torch.float64) for shape in ((6, 3), (3, 4), (4, 2)))
+    leaves = [leaf.requires_grad_() for leaf in (table, first, last)]
+    value = (table @ first).tanh() @ last
+    grads = torch.randn(5, *value.shape, dtype=torch.float64)
+    expected = [
+        torch.stack([torch.autograd.grad(value, leaf, grad, retain_graph=True)[0] for grad in grads]) for leaf in leaves
+    ]
+    edge, calls = get_gradient_edge(value), []
+    starts = [get_gradient_edge(leaf).node for leaf in leaves]
+    chains = [
+        batch_free_vjp((edge.node, edge.output_nr), start, tuple(leaf.shape), frozenset(starts))
+        for start, leaf in zip(starts, leaves, strict=True)
+    ]
+    flow = Route.flow
+    monkeypatch.setattr(Route, "flow", lambda *args, **how: (calls.append(1), flow(*args, **how)))
+    for form, right in zip(pulled_back(Dense(grads), chains), expected, strict=True):
+        torch.testing.assert_close(form.dense(), right)
+        torch.testing.assert_close(form.squared_norm(), right.flatten(1).square().sum(1))
+        torch.testing.assert_close(form.select(slice(1, 3)).dense(), right[1:3])
+    assert len(calls) == 5 + 3 * 2  # the whole batch once, and what was selected for each start anew
+    with memory_limit(1):
+        assert all(form.value.dense() is grads for form in pulled_back(Dense(grads), chains))

@@ -1,4 +1,4 @@
-"""Runs the sweep: `python -m sweep [SOURCE ...] [--only NAME ...] [--again OUTCOME ...] [--publish]`.
+"""Runs the sweep: `python -m sweep [SOURCE ...] [--only NAME ...] [--again OUTCOME ...] [--publish | --cost]`.
 
 Each architecture runs in a process of its own, two at a time, forked from one in which the libraries are imported.
 Outcomes are appended to results.jsonl as they come, and what is there is not run again unless it is asked for.
@@ -27,8 +27,9 @@ from .results import RESULTS, Key, appended, last_rows
 SECONDS, BYTES = 240, 6 * 2**30  # that each process may take
 
 
-def child(source: str, name: str, path: Path) -> None:
-    """What runs in an architecture's own process: its row is written to `path`."""
+def child(source: str, name: str, path: Path, paths: list[str] | None) -> None:
+    """What runs in an architecture's own process: its row is written to `path`; with `paths` of outputs, its cost."""
+    from .cost import cost
     from .judging import outcome
     from .making import NotMadeError, first_line
     from .sources import SOURCES
@@ -37,7 +38,8 @@ def child(source: str, name: str, path: Path) -> None:
     row: dict[str, Any] = {"source": source, "name": name}
     torch.manual_seed(0)
     try:
-        row |= outcome(SOURCES[source][1](name))
+        made = SOURCES[source][1](name)
+        row |= outcome(made) if paths is None else cost(made, paths)
     except NotMadeError as error:
         row |= {"outcome": "not made", "reason": str(error)}
     except BaseException as error:
@@ -53,7 +55,7 @@ class Pool:
         self.out = out
         self.running: dict[int, tuple[Key, Path, float]] = {}
 
-    def start(self, source: str, name: str) -> None:
+    def start(self, source: str, name: str, paths: list[str] | None = None) -> None:
         path = self.out.with_suffix(f".{source}.{name}.part")
         if pid := os.fork():
             self.running[pid] = ((source, name), path, time.monotonic() + SECONDS)
@@ -64,7 +66,7 @@ class Pool:
         resource.setrlimit(resource.RLIMIT_DATA, (BYTES, BYTES))
         torch.set_num_threads(1)
         warnings.simplefilter("ignore")
-        child(source, name, path)
+        child(source, name, path, paths)
         os._exit(0)
 
     def wait(self) -> None:
@@ -99,27 +101,32 @@ def options() -> argparse.Namespace:
     parser.add_argument("sources", nargs="*", default=[*SOURCES])
     parser.add_argument("--only", nargs="+", default=[], help="names of architectures")
     parser.add_argument("--again", nargs="+", default=[], help="outcomes that are run again")
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--results", type=Path, help="the file of rows, another than the one that is kept")
     parser.add_argument("--at-once", type=int, default=2, help="how many processes")
+    parser.add_argument("--cost", action="store_true", help="time those that are exact, instead of judging all")
     parser.add_argument("--publish", action="store_true", help="put the names into the results, and run nothing")
     return parser.parse_args()
 
 
 def main() -> None:
+    from .cost import COSTS, exact_ones
     from .sources import SOURCES
 
     chosen = options()
-    known, pool = last_rows(chosen.results), Pool(chosen.results)
+    path = chosen.results or (COSTS if chosen.cost else RESULTS)
+    known, pool, timed = last_rows(path), Pool(path), exact_ones() if chosen.cost else None
     for source in chosen.sources:
         for name in SOURCES[source][0]():
+            if timed is not None and (source, name) not in timed:
+                continue
             outcome = known.get((source, name), {"outcome": "not run"})["outcome"]
             if chosen.publish:
                 if (source, name) not in known:
-                    appended(chosen.results, {"source": source, "name": name, "outcome": outcome})
+                    appended(path, {"source": source, "name": name, "outcome": outcome})
             elif name in chosen.only if chosen.only else outcome in ("not run", *chosen.again):
                 if len(pool.running) == chosen.at_once:
                     pool.wait()
-                pool.start(source, name)
+                pool.start(source, name, timed and timed[source, name])
     while pool.running:
         pool.wait()
 

@@ -23,7 +23,7 @@ class Route:
         starts: where the ways begin.
         ends: where they end; a way may go on from one end to another.
         opaque: nodes that are not looked through, besides those of the functions that are known to be opaque.
-        closed: nodes through which no way leads.
+        closed: nodes through which no way leads; one that is an end is reached.
         passes_opaque: whether ways lead through opaque nodes, too, for those who call no node.
 
     Attributes:
@@ -50,11 +50,11 @@ class Route:
         self._leads: dict[Node, bool] = {}  # node on the route -> whether it leads on to an end
         order: list[Node] = []
         for node in reached:
-            if node in self.hidden or node in closed:
+            if node in self.hidden:
                 continue
             # Each look does this for each node of the graph, so that it is no function of its own.
             leads = False
-            if node not in found_opaque:
+            if node not in found_opaque and node not in closed:
                 for child, _ in self.inputs[node]:
                     leads = leads or child in self._leads
             if leads or node in wanted:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,7 +17,9 @@ from torch_secorder.autograd.route import Route
 from torch_secorder.autograd.saved import settings
 from torch_secorder.errors import UnsupportedError
 from torch_secorder.graph.refusals import OPAQUE_FUNCTION
-from torch_secorder.per_sample import Outer, PerSampleGradient, PulledBack
+from torch_secorder.per_sample import Dense, Outer, PerSampleGradient, PulledBack
+from torch_secorder.per_sample.budget import chunks
+from torch_secorder.per_sample.profiles import profile_of
 
 # Nodes that only move entries, or leave some out, so that the gradient of what they take has the norm of what arrives.
 _NAMES = (
@@ -38,7 +42,7 @@ class BatchFreeVjp:
         shape: the parameter's or the output's.
         permutation: if the chain only moves entries, something that is equal for chains that move them alike; else None. The
             empty tuple is the chain without any node.
-        closed: nodes that are met on other ways to the start, where data comes in: their gradients are accounted for there.
+        closed: nodes behind which gradients are accounted for elsewhere: where data comes in, and other starts of the value.
     """
 
     value: Edge
@@ -47,17 +51,17 @@ class BatchFreeVjp:
     permutation: tuple[object, ...] | None
     closed: frozenset[Node] = frozenset()
 
-    def route(self) -> Route:
-        """The nodes of the chain."""
-        return Route([self.value[0]], [self.start], closed=self.closed)
-
     def __call__(self, form: PerSampleGradient) -> PerSampleGradient:
         """The gradient of the parameter for each sample, given that of the value."""
         if self.permutation == ():
             return form
         if isinstance(form, Outer) and form.a.shape[1] == 1 and self._transposes(form):
             return Outer(form.g, form.a, self.shape)
-        return PulledBack(form, partial(_vjp, self), self.shape, self.permutation)
+        return self.pulled_back(form, partial(_vjp, self))
+
+    def pulled_back(self, form: PerSampleGradient, vjp: Callable[[Tensor], Tensor]) -> PulledBack:
+        """The gradient that this product makes of the value's."""
+        return PulledBack(form, vjp, self.shape, self.permutation)
 
     def _transposes(self, form: Outer) -> bool:
         single = self.value[0].name() in TRANSPOSES and self.permutation is not None and len(self.permutation) == 1
@@ -88,22 +92,73 @@ def _line(value: Edge, start: Node) -> list[Edge] | None:
     return chain
 
 
+def common_route(chains: Sequence[BatchFreeVjp]) -> Route:
+    """The nodes between one value and all starts of these chains, which have the same closed nodes."""
+    return Route([chains[0].value[0]], [chain.start for chain in chains], closed=chains[0].closed)
+
+
+def pulled_back(form: PerSampleGradient, chains: Sequence[BatchFreeVjp]) -> list[PerSampleGradient]:
+    """The gradients of all starts of one value for each sample, given that of the value.
+
+    Gradients flow once for all starts, as far as theirs fit into the memory of temporaries together.
+    """
+    together = [chain for chain in chains if chain.permutation is None and chain.closed == chains[0].closed]
+    size = math.prod(form.shape) + sum(math.prod(chain.shape) for chain in together)
+    if len(together) < 2 or not _fits_at_once(form, size):
+        return [chain(form) for chain in chains]
+    flow, dense = _CommonFlow(together), Dense(form.dense())
+    return [chain.pulled_back(dense, partial(flow, chain)) if chain in together else chain(form) for chain in chains]
+
+
+def _fits_at_once(form: PerSampleGradient, size: int) -> bool:
+    """Whether ``size`` elements for each sample fit into the budget of temporaries."""
+    pieces = chunks(form.n, size * form.dtype.itemsize, profile_of(form.like.device).chunk_bytes)
+    return next(pieces, slice(0, 0)).stop == form.n
+
+
+class _CommonFlow:
+    """The vector-Jacobian products of chains from one value, which keeps the answers to the last gradients it was asked for."""
+
+    def __init__(self, chains: Sequence[BatchFreeVjp]) -> None:
+        self._chains = chains
+        self._grads: Tensor | None = None
+        self._found: list[Tensor] = []
+
+    def __call__(self, chain: BatchFreeVjp, grads: Tensor) -> Tensor:
+        if grads is not self._grads:
+            self._grads, self._found = grads, _vjps(self._chains, grads)
+        return self._found[self._chains.index(chain)]
+
+
 def _vjp(chain: BatchFreeVjp, grads: Tensor) -> Tensor:
     """``[n, *value shape]`` -> ``[n, *shape]`` through the batch-free chain between the two."""
-    route, shape, permutes = chain.route(), chain.shape, chain.permutation is not None
-    if chain.start not in route.ends:
+    return _vjps([chain], grads)[0]
+
+
+def _vjps(chains: Sequence[BatchFreeVjp], grads: Tensor) -> list[Tensor]:
+    """``[n, *value shape]`` -> ``[n, *shape]`` of each of several chains from one value, by one flow for each sample."""
+    route, permutes = common_route(chains), all(chain.permutation is not None for chain in chains)
+    if not route.ends.issuperset(chain.start for chain in chains):
         raise UnsupportedError(
             "what was computed from a parameter alone went through something that can't be looked through: re-entrant activation "
             f"checkpointing, or {OPAQUE_FUNCTION}; compute it outside of that"
         )
+    value = chains[0].value
     # A node that computes has saved tensors of the model's dtype, which may be narrower than that of our gradients.
-    dtype = grads.dtype if permutes else output_dtype(*chain.value)
-    found = []
+    dtype = grads.dtype if permutes else output_dtype(*value)
+    found: list[list[Tensor]] = [[] for _ in chains]
     for grad in grads.to(dtype):
-        arrived: list[Tensor] = []
-        route.flow({chain.value: grad}, partial(_first_of, arrived), complete=True, keeps_dtype=permutes)
-        found.append(_no_narrower(arrived[0].reshape(shape), grads.dtype) if arrived else grads.new_zeros(shape))
-    return torch.stack(found) if found else grads.new_zeros(0, *shape)
+        arrived: dict[Node, Tensor] = {}
+        route.flow({value: grad}, partial(_first_of, arrived), complete=True, keeps_dtype=permutes)
+        for chain, of_chain in zip(chains, found, strict=True):
+            there = arrived.get(chain.start)
+            of_chain.append(
+                grads.new_zeros(chain.shape) if there is None else _no_narrower(there.reshape(chain.shape), grads.dtype)
+            )
+    return [
+        torch.stack(of_chain) if of_chain else grads.new_zeros(0, *chain.shape)
+        for chain, of_chain in zip(chains, found, strict=True)
+    ]
 
 
 def _no_narrower(grad: Tensor, dtype: torch.dtype) -> Tensor:
@@ -111,6 +166,7 @@ def _no_narrower(grad: Tensor, dtype: torch.dtype) -> Tensor:
     return grad.to(torch.promote_types(grad.dtype, dtype) if grad.is_complex() else dtype)
 
 
-def _first_of(arrived: list[Tensor], _: Node, grads: Gradients) -> None:
+def _first_of(arrived: dict[Node, Tensor], start: Node, grads: Gradients) -> None:
     """Keep the gradient of a start, which has one output."""
-    arrived += [grad for grad in grads[:1] if grad is not None]
+    if grads[0] is not None:
+        arrived[start] = grads[0]

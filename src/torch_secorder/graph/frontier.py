@@ -250,7 +250,7 @@ class Frontier:
             if node in origins:
                 target = self._targets[node]
                 shape = self._table.rows[target].shape if isinstance(target, int) else tuple(target.shape)
-                found.append((target, batch_free_vjp((made_by, nr), node, shape, closed - {node})))
+                found.append((target, batch_free_vjp((made_by, nr), node, shape, closed)))
         return UsedValue(index, value_shape(made_by, nr), found)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from torch_secorder.batch_axis.placement import Placement
 from torch_secorder.batch_axis.search import SampleSearch
 from torch_secorder.capture.model_run import Forward
 from torch_secorder.capture.records import Idle, Record
-from torch_secorder.graph.chain import BatchFreeVjp
+from torch_secorder.graph.chain import BatchFreeVjp, common_route
 from torch_secorder.rules.node_rules import NodeUse
 
 Target = int | Record  # the position of a parameter, or a module's call without a batch axis
@@ -34,6 +35,21 @@ class UsedValue:
     index: int
     shape: tuple[int, ...]
     targets: list[tuple[Target, BatchFreeVjp]]
+
+    @property
+    def chains(self) -> list[BatchFreeVjp]:
+        """The ways to all targets."""
+        return [chain for _, chain in self.targets]
+
+    def called(self) -> Iterator[Node]:
+        """The nodes that have to be called to pull a gradient back."""
+        computed = defaultdict(list)
+        for chain in self.chains:
+            if chain.permutation is None:
+                computed[chain.closed].append(chain)
+        for chains in computed.values():
+            route = common_route(chains)
+            yield from (node for node in route.order if node not in route.ends)
 
 
 @dataclass(eq=False)
@@ -80,9 +96,7 @@ class ParameterUse:
 
     def unreadable_because(self, node: Node) -> str | None:
         """The name of a node whose saved tensors only autograd can fetch, and only once, since hooks keep them elsewhere."""
-        computed = (vjp for value in self.values for _, vjp in value.targets if vjp.permutation is None)
-        chains = (vjp.route().order[:-1] for vjp in computed)
-        for one in (node, *itertools.chain(*chains)):
+        for one in (node, *itertools.chain.from_iterable(value.called() for value in self.values)):
             packed = has_packed_tensors(one)
             if packed is None:
                 # This torch does not show it. A call whose inputs are with such hooks is a sign that they are in use.

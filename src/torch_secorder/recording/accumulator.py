@@ -23,6 +23,7 @@ from torch_secorder.errors import (
     SlowFallbackWarning,
     warn_at_users_line,
 )
+from torch_secorder.graph.chain import pulled_back
 from torch_secorder.graph.refusals import silent_use, unexpected
 from torch_secorder.graph.uses import IdleUse, ParameterUse
 from torch_secorder.model.nested import whole
@@ -202,8 +203,8 @@ class PassAccumulator:
             form, rule = gradient_at(place, grads, use.output)
             if not has_rule(place):
                 self.slow[rule] = self.slow.get(rule, 0) + batch.n * found.numel()
-            for target, batch_free_vjp in value.targets:
-                self._add_to_target(batch, use.forward, target, batch_free_vjp(form), rule)
+            for (target, _), pulled in zip(value.targets, pulled_back(form, value.chains), strict=True):
+                self._add_to_target(batch, use.forward, target, pulled, rule)
 
     def _add_to_target(
         self, batch: SampleBatch, forward: Forward, target: int | Record, form: PerSampleGradient, rule: str
