@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -129,7 +129,9 @@ class DenseAnswers(ABC):
 
     def parts(self) -> Iterator[PerSampleGradient]:
         """The samples in groups whose dense gradients fit into the memory budget of temporaries."""
-        return (self.select(rows) for rows in self._chunks())
+        whole = slice(0, self.n)
+        # All samples at once are this form itself, which may know its gradients already.
+        return (cast("PerSampleGradient", self) if rows == whole else self.select(rows) for rows in self._chunks())
 
     def _chunks(self) -> Iterator[slice]:
         return chunks(self.n, math.prod(self.shape) * self.dtype.itemsize, profile_of(self.like.device).chunk_bytes)
