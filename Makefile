@@ -83,8 +83,9 @@ bench-gpu: $(BENCH)  ## measure on an accelerator beside other packages; without
 bench-launches: $(READY)  ## count what a monitor adds on an accelerator, a pretend one: launches, waits of the host, bytes
 	PYTHONPATH=tests $(BIN)/python -m benchmarks.launches --save
 
-sweep: $(SWEEP)  ## run other people's architectures against a loop over samples, and write docs/concepts/architectures.rst: an hour
+sweep: $(SWEEP)  ## run other people's architectures against a loop over samples, and write docs/concepts/architectures.rst: two hours
 	PYTHONPATH=tests:build/sweep $(BIN)/python -m sweep $(ARGUMENTS)
+	PYTHONPATH=tests:build/sweep $(BIN)/python -m sweep --cost $(ARGUMENTS)
 	PYTHONPATH=tests:build/sweep $(BIN)/python -m sweep.page
 
 versions:  ## run the tests with the oldest and the newest Python and torch, in environments of their own: takes GBs and an hour
