@@ -289,6 +289,18 @@ def test_under_autocast_the_input_has_the_gradient_that_autograd_gives_it() -> N
     torch.testing.assert_close(gates.fisher["2"], total, rtol=3e-2, atol=1e-2 * float(total.max()))
 
 
+def test_under_autocast_an_output_that_was_changed_in_place_is_computed_again_as_it_was() -> None:
+    """The layer's weight is cast again; without that, its product has two dtypes."""
+    x, y, found = torch.randn(5, 8), torch.randint(4, (5,)), []
+    layers = nn.Linear(8, 6), nn.Linear(6, 4)
+    for inplace in (True, False):
+        model = nn.Sequential(layers[0], nn.ReLU(inplace), layers[1])
+        with Gates(model, {"0": {}}) as gates, torch.autocast("cpu", torch.bfloat16):
+            cross_entropy(model(x), y).backward()
+        found.append(gates.fisher["0"])
+    assert torch.equal(*found)
+
+
 def test_the_last_pattern_counts() -> None:
     model, (x, y) = Transformer(), tokens()
     with Gates(model, {"blocks.*_proj": {}, "*.down_proj": {"side": "input"}}) as gates:

@@ -37,6 +37,19 @@ def full_precision() -> ExitStack:
     return stack
 
 
+def autocast_of_now() -> Callable[[], ExitStack]:
+    """What opens a context with the autocast that is on now, so that a layer can be called again as it was called."""
+    on = [(device, torch.get_autocast_dtype(device)) for device in autocast_devices()]
+
+    def again() -> ExitStack:
+        stack = ExitStack()
+        for device, dtype in on:
+            stack.enter_context(torch.autocast(device, dtype))
+        return stack
+
+    return again
+
+
 @contextmanager
 def deterministic_convolutions() -> Iterator[None]:
     """A block in which cuDNN takes the same numbers for the same convolution each time.

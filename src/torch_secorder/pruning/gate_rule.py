@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_secorder.autograd.double_precision import widest_dtype
+from torch_secorder.autograd.precision import autocast_of_now
 from torch_secorder.autograd.versions import version, versions
 from torch_secorder.capture.records import Call
 from torch_secorder.errors import CoverageError, ShapeError, UnsupportedError
@@ -60,13 +62,14 @@ class KeptOutput:
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     versions: tuple[int, ...]
+    autocast: Callable[[], AbstractContextManager[Any]]
 
     @classmethod
     def of(cls, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> KeptOutput:
         """The output of a running call."""
         _refuse_unbatched(module, output, "gave an output")
         before = versions((*args, *kwargs.values()))
-        return cls(module, output.detach(), version(output), args, kwargs, before)
+        return cls(module, output.detach(), version(output), args, kwargs, before, autocast_of_now())
 
     @torch.no_grad()
     def value(self) -> Tensor:
@@ -81,7 +84,8 @@ class KeptOutput:
         if versions((*self.args, *self.kwargs.values())) != self.versions:
             raise CoverageError("its input and its output were both changed in place; change one of them out of place")
         before = torch.get_rng_state()
-        found: Tensor = type(self.module).forward(self.module, *self.args, **self.kwargs)
+        with self.autocast():
+            found: Tensor = type(self.module).forward(self.module, *self.args, **self.kwargs)
         if not torch.equal(before, torch.get_rng_state()):
             torch.set_rng_state(before)
             raise UnsupportedError(
