@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from torch.autograd.graph import Node
 
 from torch_secorder.autograd.node_hooks import TableReference, no_table
-from torch_secorder.autograd.nodes import has_packed_tensors, value_shape
+from torch_secorder.autograd.nodes import may_have_packed_tensors, value_shape
 from torch_secorder.batch_axis.placement import Placement
 from torch_secorder.batch_axis.search import SampleSearch
 from torch_secorder.capture.model_run import Forward
@@ -83,11 +83,7 @@ class ParameterUse:
         computed = (vjp for value in self.values for _, vjp in value.targets if vjp.permutation is None)
         chains = (vjp.route().order[:-1] for vjp in computed)
         for one in (node, *itertools.chain(*chains)):
-            packed = has_packed_tensors(one)
-            if packed is None:
-                # This torch does not show it. A call whose inputs are with such hooks is a sign that they are in use.
-                packed = any(record.inputs_packed for record, _ in self.forward.records)
-            if packed:
+            if may_have_packed_tensors(one, self.forward.has_packed_inputs):
                 return one.name()
         return None
 
