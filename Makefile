@@ -13,10 +13,11 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 BENCH := $(VENV)/.bench
 SWEEP := build/sweep/.ready
-EXAMPLES := $(wildcard examples/*.py)
 
 # The arrays here are small: threads cost more than they give.
 export OMP_NUM_THREADS ?= 1
+# Compiled files are kept, so that no second run compiles what all tests import, nor any of the programs that they start.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help demo test check lint types doctest examples docs format fuzz test-gpu bench bench-check bench-growth bench-gpu bench-launches sweep versions newest clean
 
@@ -26,10 +27,9 @@ help:  ## list the targets
 demo: $(READY)  ## train on real digits, and see which layers carry the curvature
 	$(BIN)/python examples/digits.py
 
-test: $(READY)  ## run the tests, on all cores; what a file's tests share is made once
-	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
-	$(BIN)/python -m pytest -n auto tests/pretend
-	$(BIN)/python -m pytest -n auto --dist loadfile tests/traps --device pretend
+test: $(READY)  ## run the tests but those of the examples, on all cores; what a file's tests share is made once
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder --ignore tests/test_examples.py
+	$(BIN)/python -m pytest -n auto --dist loadfile tests/pretend tests/traps --device pretend
 
 test-gpu: $(READY)  ## run the tests that need a GPU, with a torch that was built for it: make test-gpu TORCH=torch
 	$(BIN)/python -m pytest -n auto tests/on_gpu
@@ -47,11 +47,7 @@ doctest: $(READY)  ## the examples in the docstrings
 	$(BIN)/python -m pytest --doctest-modules src
 
 examples: $(READY)  ## run every example as a user would
-	@mkdir -p build/examples
-	@set -e; for example in $(EXAMPLES); do \
-		case $$example in *quantize_*.py | *which_curvature.py) options=--quick;; *) options=;; esac; \
-		echo "$$example $$options"; \
-		(cd build/examples && ../../$(BIN)/python -W error ../../$$example $$options > /dev/null); done
+	$(BIN)/python -m pytest -n auto tests/test_examples.py
 
 docs: $(READY)  ## build the documentation, and run the code in it
 	$(BIN)/sphinx-build -W --keep-going -q -b doctest docs docs/_build/doctest

@@ -12,7 +12,7 @@ import torch
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--device", help="the default device of every test, for tests/traps")
+    parser.addoption("--device", help="the default device of the tests in tests/traps")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -44,7 +44,8 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 def _seeded(request: pytest.FixtureRequest) -> Iterator[None]:
     torch.manual_seed(int(os.environ.get("SEED", "0")))
     default_dtype = torch.get_default_dtype()
-    torch.set_default_device(request.config.getoption("--device"))
+    in_traps = "traps" in request.node.path.parts
+    torch.set_default_device(request.config.getoption("--device") if in_traps else None)
     yield
     torch.set_default_device(None)
     assert torch.get_default_dtype() == default_dtype

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from oracles import assert_equal, exact_fisher, per_sample_squared_norms, total, trace
+from problems._base import Forward
 from torch_secorder import FisherMonitor, empirical_fisher_trace, generalized_fisher_trace
 from torch_secorder.autograd import nodes, saved, self_test
 from torch_secorder.errors import SlowFallbackWarning, UnsupportedError
@@ -301,6 +302,26 @@ def test_a_torch_that_does_not_show_hooks_refuses_where_there_are_some(monkeypat
     message = "gain: used by MulBackward0 inside of activation checkpointing"
     with pytest.raises(UnsupportedError, match=message), FisherMonitor(model):
         model(x).sum().backward()
+
+
+def test_a_torch_that_does_not_show_hooks_reads_no_index_inside_of_a_checkpoint(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The checkpoint would run its part of the model again for it, at a time when no call belongs to a run."""
+    order = torch.tensor([3, 0, 4, 1, 2])
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        moves = order if len(x) == 5 else torch.arange(len(x))
+        h = checkpoint(lambda h: m.second(h[moves].tanh()), m.first(x), use_reentrant=False)
+        return h[moves.argsort()]
+
+    model = Forward(forward, first=nn.Linear(6, 6), second=nn.Linear(6, 6)).double()
+    x, y = torch.randn(5, 6).double(), torch.randn(5, 6).double()
+    expected = total(trace(per_sample_squared_norms(model, nn.MSELoss(), x, y)))
+    monkeypatch.setattr(nodes, "hooks_are_seen", lambda: False)
+    with FisherMonitor(model) as monitor:
+        nn.MSELoss()(model(x), y).backward()
+    assert_equal(monitor.trace, expected, expected)
 
 
 @pytest.mark.parametrize("kind", ["AddmmBackward0", "NativeLayerNormBackward0"])

@@ -138,7 +138,7 @@ def counted(build: Callable[[], Setting], steps: int = STEPS, **options: Any) ->
         setting = build()
         model = pretend.moved(setting.model)
         batch = pretend.moved((setting.inputs, setting.targets))
-        plain = _last_step(setting, model, *batch, steps, nullcontext())
+        plain = _last_step(setting, model, *batch, 1, nullcontext())  # all of which are alike
         monitored = _last_step(setting, model, *batch, steps, FisherMonitor(model, **options))
     return Added(plain, monitored, sum(p.requires_grad for p in model.parameters()))
 

@@ -47,6 +47,7 @@ GRAPHS: dict[str, tuple[Callable[[Tensor], Tensor], set[str]]] = {
         lambda x: x.unsqueeze(1).expand(N, 7, 4)[torch.arange(N), torch.arange(N)],
         {"reorders_samples", "ambiguous_shapes"},
     ),
+    "sliced whole": (lambda x: torch.ops.aten.slice(x * 2, 0, 0, N), set()),
     "features picked": (lambda x: torch.ops.aten.index(x * 2, [None, torch.arange(3).flip(0)]), set()),
     "as many positions as samples": (lambda x: x[:, None].expand(N, N, 4) * 2, {"ambiguous_shapes"}),
 }

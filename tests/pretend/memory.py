@@ -14,6 +14,8 @@ _lock = threading.RLock()  # of a kind that may be taken again, since tensors di
 _tensors: defaultdict[int, int] = defaultdict(int)  # address of the memory -> how many tensors have it
 _live: defaultdict[int, int] = defaultdict(int)  # device -> bytes
 _peak: defaultdict[int, int] = defaultdict(int)
+# Id of a reference -> the reference, whose callback runs as long as it is kept, with the address, the bytes and the device.
+_references: dict[int, tuple[weakref.ref[Tensor], int, int, int]] = {}
 
 
 def live_bytes(device: int = 0) -> int:
@@ -37,10 +39,13 @@ def held(numbers: Tensor, device: int) -> None:
         if _tensors[address] == 1:
             _live[device] += size
             _peak[device] = max(_peak[device], _live[device])
-    weakref.finalize(numbers, _released, address, size, device).atexit = False
+    # weakref.finalize does the same at twice the cost, and each operation makes a tensor.
+    reference = weakref.ref(numbers, _released)
+    _references[id(reference)] = reference, address, size, device
 
 
-def _released(address: int, size: int, device: int) -> None:
+def _released(reference: weakref.ref[Tensor]) -> None:
+    _, address, size, device = _references.pop(id(reference))
     with _lock:
         _tensors[address] -= 1
         if not _tensors[address]:

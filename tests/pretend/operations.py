@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -57,10 +58,22 @@ TENSORS_OF_A_KERNEL, BLOCKS_OF_A_KERNEL, BLOCK = (110, 64, 48, 36, 30), 320, 655
 CONCATENATED_AT_ONCE = 128
 
 
+@cache
 def names(operation: Operation) -> tuple[str, str]:
     """An operation's name without and with its overload."""
     name = operation._schema.name.split("::")[1]
     return name, f"{name}.{operation._overloadname}"
+
+
+@cache
+def changes_view(operation: Operation) -> bool:
+    """Whether an operation changes the shape of what it is given, as ``t_`` does."""
+    return torch.Tag.inplace_view in operation.tags
+
+
+@cache
+def is_pointwise(operation: Operation) -> bool:
+    return torch.Tag.pointwise in operation.tags
 
 
 def asks_the_device(operation: Operation, args: Sequence[Any]) -> str:

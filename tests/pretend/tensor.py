@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._mode_utils import no_dispatch
-from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+from torch.utils._pytree import tree_map_only
 
 from pretend import copies, memory
 from pretend.counting import launched, waited
-from pretend.operations import INDEXED, LENGTHS_ON_THE_HOST, TAKE_NUMBERS, Operation, asks_the_device, kernels, names
+from pretend.operations import (
+    INDEXED,
+    LENGTHS_ON_THE_HOST,
+    TAKE_NUMBERS,
+    Operation,
+    asks_the_device,
+    changes_view,
+    is_pointwise,
+    kernels,
+    names,
+)
 
 NAME = "pretend"
 CPU = torch.device("cpu")
@@ -167,10 +177,13 @@ def _loaded(numbers: Tensor, index: int, requires_grad: bool, is_parameter: bool
 
 
 def run(operation: Operation, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """Call an operation of which something is, or is to be, on the device."""
-    flat, spec = tree_flatten((list(args), dict(kwargs)))
+    """Call an operation of which something is, or is to be, on the device.
+
+    Tests call it about a million times, so that what it does for each argument calls few functions.
+    """
+    flat = _each_of([*args, *kwargs.values()])
     name, _ = names(operation)
-    tensors = [x for x in flat if isinstance(x, Pretend)]
+    tensors = [x for x in flat if type(x) is Pretend]
     if name.startswith("_foreach_") and len({x.index for x in tensors}) > 1:
         return _foreach(operation, args, kwargs)
     if name in ("_to_copy", "copy_", "_copy_from", "_copy_from_and_resize"):
@@ -179,7 +192,8 @@ def run(operation: Operation, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
     if why := asks_the_device(operation, args):
         waited(why)
     launched(name, kernels(operation, args, kwargs))
-    inner_args, inner_kwargs = tree_unflatten([x.numbers if isinstance(x, Pretend) else x for x in flat], spec)
+    inner_args = _numbers_of(args)
+    inner_kwargs = dict(zip(kwargs, _numbers_of(kwargs.values()), strict=True))
     if inner_kwargs.get("device") is not None:
         inner_kwargs["device"] = CPU
     if inner_kwargs.get("pin_memory"):
@@ -190,13 +204,45 @@ def run(operation: Operation, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
     if operation is torch.ops.aten.set_.source_Tensor:
         args[0].data = args[1]
         return args[0]
-    if torch.Tag.inplace_view in operation.tags and tensors:
+    if tensors and changes_view(operation):
         with no_dispatch():
             operation(*args, **kwargs)
         return args[0]
     # An operation in place gives back what it was given.
     known = {id(x.numbers): x for x in tensors}
-    return tree_map_only(Tensor, lambda x: known[id(x)] if id(x) in known else Pretend(x, index), out)
+    if not isinstance(out, (list, tuple)):
+        return _on_device(out, known, index)
+    return type(out)([_on_device(x, known, index) for x in out])
+
+
+def _on_device(out: Any, known: Mapping[int, Pretend], index: int) -> Any:
+    """What an operation returned, if it is a tensor, as one of the device; one whose numbers are known is that one again."""
+    if not isinstance(out, Tensor):
+        return out
+    return known[id(out)] if id(out) in known else Pretend(out, index)
+
+
+def _each_of(values: Sequence[Any]) -> list[Any]:
+    """The values, those in lists one by one; torch's operations take no lists of lists."""
+    found = []
+    for value in values:
+        if type(value) in (list, tuple):
+            found.extend(value)
+        else:
+            found.append(value)
+    return found
+
+
+def _numbers_of(values: Iterable[Any]) -> list[Any]:
+    """The values, also those in lists, with the numbers of what is on the device."""
+    found = []
+    for value in values:
+        if type(value) is Pretend:
+            value = value.numbers
+        elif type(value) in (list, tuple):
+            value = [x.numbers if type(x) is Pretend else x for x in value]
+        found.append(value)
+    return found
 
 
 def _foreach(operation: Operation, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -239,9 +285,7 @@ def _one_device(operation: Operation, name: str, flat: Sequence[Any], kwargs: Ma
 
 def _is_a_number(x: Tensor, operation: Operation, name: str) -> bool:
     """Whether it is a 0-dim tensor of the host where such ones are taken for numbers."""
-    return (
-        x.dim() == 0 and x.device == CPU and (torch.Tag.pointwise in operation.tags or name in TAKE_NUMBERS | INDEXED)
-    )
+    return x.dim() == 0 and x.device == CPU and (is_pointwise(operation) or name in TAKE_NUMBERS or name in INDEXED)
 
 
 def _copied(operation: Operation, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:

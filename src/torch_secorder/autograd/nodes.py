@@ -98,6 +98,12 @@ def has_packed_tensors(node: Any) -> bool | None:
     return any(getattr(one, "unpack_hook", None) is not None for one in raw_tensors(node))
 
 
+def may_have_packed_tensors(node: Any, supposed: bool) -> bool:
+    """Whether hooks keep the tensors that a node has saved; where torch does not show it, what is supposed."""
+    packed = has_packed_tensors(node)
+    return supposed if packed is None else packed
+
+
 def is_python_function(node: Any) -> bool:
     """Whether a node is that of a :class:`torch.autograd.Function`."""
     return isinstance(node, torch.autograd.function.BackwardCFunction)

@@ -46,6 +46,7 @@ class Derivation:
         n: the number of samples.
         ends: the nodes where the graph ends.
         calls_functions: call Python functions to know what they do. If not, they hide it.
+        packs: whether nodes are supposed to have their saved tensors with hooks where torch does not show it.
     """
 
     def __init__(
@@ -55,8 +56,9 @@ class Derivation:
         ends: Iterable[Node],
         *,
         calls_functions: bool = True,
+        packs: bool = False,
     ):
-        self._calls_functions = calls_functions
+        self._calls_functions, self._packs = calls_functions, packs
         self._placed = [(x, where) for x, where in placed if where is not None]
         self._n, self._ends = n, list(ends)
         self._labels: dict[Edge, Labels | None] = {}
@@ -140,7 +142,7 @@ class Derivation:
             edge = get_gradient_edge(x)
             key = (edge.node, edge.output_nr)
             self._labels[key] = joined(self._labels.get(key), _of_output(x, where, self._n))
-        steps = [Step.of(node, self._route.inputs[node]) for node in self._route.order]
+        steps = [Step.of(node, self._route.inputs[node], packs=self._packs) for node in self._route.order]
         self._told = _on_host(self._indices(steps))
         return steps
 

@@ -63,7 +63,7 @@ def mover(at: At, n: int) -> Mover | None:
     """
     if at.kind == PYTHON_FUNCTION:
         return Mover(at.node) if numbers_of_function(at.node, n) or any(map(_turns, at.indices)) else None
-    if at.kind not in MOVES:
+    if at.kind not in MOVES or _takes_all(at):
         return None
     counts = [samples_in(labels) for labels in at.labels if labels is not None]
     if max(counts) < 2:
@@ -82,6 +82,11 @@ def mover(at: At, n: int) -> Mover | None:
     along = list(_axes(at))
     moves = any(differ_along(labels, along) for labels in at.labels if labels is not None)
     return Mover(at.node) if moves else None
+
+
+def _takes_all(at: At) -> bool:
+    """Whether a slice has all of what it is taken from, as torch up to 2.8 makes of a colon in an index."""
+    return at.kind == "SliceBackward0" and at.inputs[0] == at.shapes[0]
 
 
 def _is_of_pooling(at: At) -> bool:

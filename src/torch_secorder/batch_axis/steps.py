@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch.autograd.graph import Node
 
-from torch_secorder.autograd.nodes import has_packed_tensors
+from torch_secorder.autograd.nodes import may_have_packed_tensors
 from torch_secorder.batch_axis.label_rules import PYTHON_FUNCTION, At, kind_of, labels_of_inputs, reads_tensors
 from torch_secorder.batch_axis.label_rules.registry import settings_of
 from torch_secorder.batch_axis.labels import Labels, differ_along, joined, joined_along, of_all, on_axis
@@ -36,10 +36,11 @@ class Step:
     is_new: bool = True
 
     @classmethod
-    def of(cls, node: Node, inputs: Inputs) -> Step:
+    def of(cls, node: Node, inputs: Inputs, *, packs: bool) -> Step:
         """The step through a node, no input of which has been asked for."""
         kind = kind_of(node)
-        return cls(node, kind, inputs, [*range(len(inputs))], reads_tensors(kind) and has_packed_tensors(node) is True)
+        is_packed = reads_tensors(kind) and may_have_packed_tensors(node, packs)
+        return cls(node, kind, inputs, [*range(len(inputs))], is_packed)
 
 
 class Answers:

@@ -46,6 +46,8 @@ class Forward:
             the run is over.
         counting: finds the argument whose first axis is taken to count the samples; it finds None once nobody has the argument.
         bags: the numbers of bags that EmbeddingBags with offsets made.
+        has_packed_inputs: whether hooks for saved tensors keep the inputs of some of its calls (activation checkpointing). Where
+            torch does not show which nodes have such hooks, this is the sign that they are in use.
         node_hooks: a function for each node at which gradients are taken apart by samples, which finds the hooks that run after
             the node.
     """
@@ -65,6 +67,7 @@ class Forward:
     inputs: list[tuple[Seen, Tensor]] = field(default_factory=list)
     counting: Callable[[], Tensor | None] = no_argument
     bags: set[int] = field(default_factory=set)
+    has_packed_inputs: bool = False
     node_hooks: list[TableReference] = field(default_factory=list)
 
     def settle(self, count: Count) -> None:

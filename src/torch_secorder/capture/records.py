@@ -185,6 +185,7 @@ class Record:
         self.inputs = tuple(_Packed(x, pack, unpack) if isinstance(x, Tensor) else x for x in self.inputs)
         self.kwargs = {k: _Packed(x, pack, unpack) if isinstance(x, Tensor) else x for k, x in self.kwargs.items()}
         self.inputs_packed, self.versions = True, ()
+        self.forward.has_packed_inputs = True
 
     def call(self, grad: Tensor, shared_factors: dict[torch.Size, SharedFactor] | None = None) -> Call:
         """The call as a rule sees it, given the gradient of its output."""

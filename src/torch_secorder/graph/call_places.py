@@ -163,7 +163,8 @@ class CallPlaces:
             return known
         given = None
         if not (graph.forward.count.is_odd or self._ranks.distributed):
-            given = order_given_by(order, graph.walk, [x for x, _ in graph.placed])
+            outputs, packs = [x for x, _ in graph.placed], graph.forward.has_packed_inputs
+            given = order_given_by(order, graph.walk, outputs, packs=packs)
         return PlacementCache() if given is None else self._knowledge.placements_in_order(fingerprint, given)
 
     def place(

@@ -55,7 +55,13 @@ class Graph:
             )
             ends = (*self.walk.leaves, *self.walk.other_leaves, *map(attrgetter("node"), edges))
             placed = [one for number, one in enumerate(self.placed) if number not in left_out]
-            self._derivations[key] = Derivation(placed, self.forward.n or 0, ends, calls_functions=calls_functions)
+            self._derivations[key] = Derivation(
+                placed,
+                self.forward.n or 0,
+                ends,
+                calls_functions=calls_functions,
+                packs=self.forward.has_packed_inputs,
+            )
         return self._derivations[key]
 
     @cached_property

@@ -13,7 +13,7 @@ from torch.autograd.graph import Node
 from torch_secorder.autograd.double_precision import together_on_host
 from torch_secorder.autograd.graph_pass import calling_nodes
 from torch_secorder.autograd.kept_values import numbers_of_function
-from torch_secorder.autograd.nodes import has_packed_tensors, is_python_function, output_shapes
+from torch_secorder.autograd.nodes import has_packed_tensors, is_python_function, may_have_packed_tensors, output_shapes
 from torch_secorder.autograd.saved import axes, knows, saved, settings
 from torch_secorder.autograd.versions import SameTensor
 from torch_secorder.batch_axis.derivation import Derivation
@@ -39,19 +39,20 @@ def order_of(walk: Walk, derivation: Derivation, *, as_shapes_say: bool) -> Orde
     return Order(compared if len(compared) == len(found) else None, derivation.tells, as_shapes_say)
 
 
-def order_given_by(order: Order, walk: Walk, outputs: Sequence[Tensor]) -> Hashable | None:
+def order_given_by(order: Order, walk: Walk, outputs: Sequence[Tensor], *, packs: bool) -> Hashable | None:
     """What is equal for graphs of one kind that have their samples at the same indices; None if it is not known.
 
     Args:
         order: what decides it for this kind.
         walk: through one of these graphs.
         outputs: what the graph is of.
+        packs: whether nodes are supposed to have their saved tensors with hooks where torch does not show it.
     """
     if order.movers is None or not order.is_derived:
         return None
     nodes, movers = list(walk.children), sorted(order.movers, key=itemgetter(0))
     found = [Mover(nodes[number], places) for number, places in movers]
-    moved = [_moved_by(one, walk.n or 0) for one in found]
+    moved = [_moved_by(one, walk.n or 0, packs=packs) for one in found]
     told = None if None in moved else _told([one for one in found if one.node.name() in ASKED], nodes, outputs)
     return None if told is None else (walk.n, walk.shapes, walk.wiring, tuple(map(axes, nodes)), tuple(moved), told)
 
@@ -89,7 +90,7 @@ def _asked(mover: Mover) -> Tensor | None:
     return None if flag is None else flag[None]
 
 
-def _moved_by(mover: Mover, n: int) -> Hashable | None:
+def _moved_by(mover: Mover, n: int, *, packs: bool) -> Hashable | None:
     """What decides where a node puts entries; None for a node that does not show it.
 
     It is equal for two nodes that put their entries alike. Of an index on the host it has the numbers themselves, so that it
@@ -104,13 +105,14 @@ def _moved_by(mover: Mover, n: int) -> Hashable | None:
     if kind in (COPY_SLICES, MASKED_SCATTER):
         return mover.places
     if "Index" in kind and knows(kind, "indices"):
-        if has_packed_tensors(node):
+        if may_have_packed_tensors(node, packs):
             return None
         indices: Sequence[Tensor | None] = saved(node, "indices")
         places = range(len(indices)) if mover.places is None else mover.places
         return _same(kind, [places, *[indices[place] for place in places]])
     if knows(kind, "axis", "index") and kind != "SelectBackward0":
-        return None if has_packed_tensors(node) else _same(kind, (saved(node, "axis"), saved(node, "index")))
+        packed = may_have_packed_tensors(node, packs)
+        return None if packed else _same(kind, (saved(node, "axis"), saved(node, "index")))
     return settings(node)
 
 

@@ -82,7 +82,8 @@ class Reruns:
             expected += [(GradientEdge(node, nr), shape, FIRST) for nr, shape in enumerate(output_shapes([node]))]
         placed = [(x, FIRST if x.shape[:1] == (n,) else None) for x in roots]
         ends = (*walk.leaves, *walk.other_leaves, *(edge.node for edge, _, _ in expected))
-        derivation = Derivation(placed, n, ends)
+        packs = any(record.forward.has_packed_inputs for record, _ in calls)
+        derivation = Derivation(placed, n, ends, packs=packs)
         if not _are_in_order(derivation, expected, n):
             raise _out_of_order(calls)
         if not derivation.movers:

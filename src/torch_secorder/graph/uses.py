@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from torch.autograd.graph import Node
 
 from torch_secorder.autograd.node_hooks import TableReference, no_table
-from torch_secorder.autograd.nodes import has_packed_tensors, value_shape
+from torch_secorder.autograd.nodes import may_have_packed_tensors, value_shape
 from torch_secorder.batch_axis.placement import Placement
 from torch_secorder.batch_axis.search import SampleSearch
 from torch_secorder.capture.model_run import Forward
@@ -97,11 +97,7 @@ class ParameterUse:
     def unreadable_because(self, node: Node) -> str | None:
         """The name of a node whose saved tensors only autograd can fetch, and only once, since hooks keep them elsewhere."""
         for one in (node, *itertools.chain.from_iterable(value.called() for value in self.values)):
-            packed = has_packed_tensors(one)
-            if packed is None:
-                # This torch does not show it. A call whose inputs are with such hooks is a sign that they are in use.
-                packed = any(record.inputs_packed for record, _ in self.forward.records)
-            if packed:
+            if may_have_packed_tensors(one, self.forward.has_packed_inputs):
                 return one.name()
         return None
 
