@@ -15,6 +15,7 @@ from torch_secorder import fisher_report, fisher_results, generalized_fisher_tra
 from torch_secorder.autograd.graph_pass import GraphPass
 from torch_secorder.autograd.self_test import hooks_are_seen
 from torch_secorder.errors import VerificationError
+from torch_secorder.graph.last_layer import last_product
 from torch_secorder.likelihoods import LastLayer, likelihood
 from torch_secorder.recording.sample_norms import SampleNorms
 from torch_secorder.running import by_last_layer
@@ -32,23 +33,23 @@ LOSS_TYPES = ["nll", "bce", "mse", "poisson"]
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Of each backward pass whether it goes through the whole graph or a part of it."""
     found: list[str] = []
-    of_seed, of_seeds = OutputsBackward.of_seed, OutputsBackward.of_seeds
+    of_seed, of_seeds, at = OutputsBackward.of_seed, OutputsBackward.of_seeds, OutputsBackward.at
 
     def whole(self: OutputsBackward, seed: Tensor, passes: GraphPass | None = None) -> SampleNorms:
         found.extend(["whole"] * (passes is None))
         return of_seed(self, seed, passes)
 
-    def parts(
-        self: OutputsBackward,
-        seeds: Iterable[Tensor],
-        passes: GraphPass | None,
-        sizes: Mapping[Node, Tensor] | None = None,
-    ) -> Tensor:
-        found.extend(["part"] * len(sizes or {}))
-        return of_seeds(self, (found.append("part") or seed for seed in seeds), passes, sizes)  # type: ignore[func-returns-value]  # It notes the pass.
+    def parts(self: OutputsBackward, seeds: Iterable[Tensor], passes: GraphPass) -> Tensor:
+        return of_seeds(self, (found.append("part") or seed for seed in seeds), passes)  # type: ignore[func-returns-value]  # It notes the pass.
+
+    def own(self: OutputsBackward, gradients: Mapping[Node, Tensor]) -> Tensor:
+        product = last_product(self.graph.outputs)
+        found.extend(["part"] * (product is not None and product in gradients))
+        return at(self, gradients)
 
     monkeypatch.setattr(OutputsBackward, "of_seed", whole)
     monkeypatch.setattr(OutputsBackward, "of_seeds", parts)
+    monkeypatch.setattr(OutputsBackward, "at", own)
     return found
 
 
@@ -240,7 +241,9 @@ def test_a_wrong_root_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """The check sees the parts themselves: it falls back to samples one by one, with a warning, and the right number."""
     model, x = network(5), torch.randn(3, 4, dtype=torch.float64)
     found = OutputsBackward.before_last_product
-    monkeypatch.setattr(OutputsBackward, "before_last_product", lambda self: (found(self)[0], None))  # type: ignore[index]
+    monkeypatch.setattr(
+        OutputsBackward, "before_last_product", lambda self, positions: (found(self, positions)[0], None)
+    )  # type: ignore[index]
     expected = total(trace(exact_fisher(model, x)))
     with pytest.warns(UserWarning, match="each sample takes a backward pass"):
         value = generalized_fisher_trace(model, model(x), None)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from functools import partial
+from functools import partial, reduce
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 
+from torch_secorder.autograd.graph_pass import GraphPass
 from torch_secorder.autograd.product_bits import bits_of
 from torch_secorder.autograd.sharded import GatheredWeights
 from torch_secorder.batch_axis.knowledge import ModelKnowledge
@@ -22,7 +24,7 @@ from torch_secorder.errors import (
 from torch_secorder.model.parameters import ParameterTable
 from torch_secorder.recording.options import PassOptions
 from torch_secorder.recording.plan import Plan
-from torch_secorder.running.by_last_layer import ExactByLastLayer
+from torch_secorder.running.by_last_layer import ExactByLastLayer, at_position, stand_ins
 from torch_secorder.running.outputs_backward import OutputsBackward
 from torch_secorder.verification.comparison import require_equal_norms
 from torch_secorder.verification.plain_autograd import as_row, squared_norms_of_sample
@@ -70,17 +72,30 @@ class SamplesOfGraph:
         return self._or_one_by_one(partial(self._by_last_layer, exact))
 
     def _by_last_layer(self, exact: ExactByLastLayer, passes: OutputsBackward) -> Tensor | None:
-        if (parts := passes.before_last_product()) is None:
+        if (parts := passes.before_last_product(exact.positions)) is None:
             return None
-        product, before = parts
         if self._due:
-            # Any seed will do that is different for all outputs.
-            seed = torch.arange(self._outputs.numel(), device=self._outputs.device).cos().view_as(self._outputs)
-            seed = seed.to(self._outputs.dtype)
-            inputs = iter([seed @ exact.matrix.T])
-            self._verify(seed, passes.of_seeds(inputs, before, {product: seed.square().sum(1)}))
+            # Any seed will do that is different for all outputs of one position.
+            rows = self._outputs.detach().flatten(0, -2)
+            seed = torch.arange(rows.numel(), device=rows.device).cos().to(rows.dtype).view_as(rows)
+            seed = at_position(seed, exact.positions - 1, exact.positions)
+            own = stand_ins(seed.square().sum(1), rows.shape[1], exact.positions)
+            norms = self._by_parts(passes, parts, own, [seed @ exact.matrix.T])
+            self._verify(seed.view_as(self._outputs), norms)
             self._due = False
-        return passes.of_seeds(exact.input_gradients, before, {product: exact.traces}).sum(0)
+        return self._by_parts(passes, parts, exact.own_gradients, exact.input_gradients).sum(0)
+
+    @staticmethod
+    def _by_parts(
+        passes: OutputsBackward,
+        parts: tuple[Node, GraphPass | None],
+        own_gradients: Iterable[Tensor],
+        input_gradients: Iterable[Tensor],
+    ) -> Tensor:
+        """``[parameters, n]``, given gradients of the last product, and those with which passes begin before it."""
+        product, before = parts
+        norms = reduce(torch.add, (passes.at({product: gradient}) for gradient in own_gradients))
+        return norms if before is None else norms + passes.of_seeds(input_gradients, before)
 
     def _or_one_by_one(self, step: Callable[[OutputsBackward], Tensor | None]) -> Tensor | None:
         """What a step finds in the graph; None where samples are taken one by one, since this or an earlier step failed."""

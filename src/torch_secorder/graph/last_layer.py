@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from torch_secorder.autograd.nodes import has_packed_tensors
+from torch_secorder.autograd.nodes import has_packed_tensors, value_shape
 from torch_secorder.autograd.saved import knows, saved
 from torch_secorder.graph.uses import ParameterUse
 
@@ -13,16 +15,29 @@ from torch_secorder.graph.uses import ParameterUse
 PRODUCTS = {"AddmmBackward0": 1, "MmBackward0": 0}
 
 
+# Nodes of views that only give the rows of a product several axes.
+VIEWS = ("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0")
+
+
+def last_product(outputs: Tensor) -> Node | None:
+    """The node of the product that made outputs ``[n, ..., c]``, each row of which is a position of a sample; None for others."""
+    node: Node | None = outputs.grad_fn
+    rows, classes = (math.prod(outputs.shape[:-1]), outputs.shape[-1]) if outputs.dim() > 1 else (0, 0)
+    while node is not None and node.name() in VIEWS:
+        node = node.next_functions[0][0]
+    if node is None or node.name() not in PRODUCTS or value_shape(node, 0) != (rows, classes):
+        return None
+    return node
+
+
 def last_linear_factors(outputs: Tensor) -> tuple[Tensor, Tensor] | None:
-    """The factors h, ``[n, i]``, with its graph, and M, ``[i, c]``, of outputs ``h M`` with or without a bias.
+    """The factors h, ``[rows, i]``, with its graph, and M, ``[i, c]``, of outputs ``h M`` with or without a bias.
 
     The result is None if the outputs were made in another way, if no gradient goes through the product to the layers before, or
     if one of the factors was changed in place since.
     """
-    node = outputs.grad_fn
-    if node is None or node.name() not in PRODUCTS or not knows(node.name(), "left", "right"):
-        return None
-    if has_packed_tensors(node) is not False:
+    node = last_product(outputs)
+    if node is None or not knows(node.name(), "left", "right") or has_packed_tensors(node) is not False:
         return None
     try:
         h, matrix = saved(node, "left"), saved(node, "right")

@@ -17,14 +17,15 @@ from torch_secorder.autograd.graph_pass import GraphPass
 from torch_secorder.autograd.nodes import output_dtype, value_shape
 from torch_secorder.autograd.opaque import Gradients
 from torch_secorder.autograd.sharded import GatheredWeights
-from torch_secorder.batch_axis.placement import FIRST
+from torch_secorder.batch_axis.placement import FIRST, Layout
 from torch_secorder.capture.model_run import Forward
-from torch_secorder.graph.last_layer import inputs_of_last_product, norms_go_by_sizes
+from torch_secorder.graph.last_layer import inputs_of_last_product, last_product, norms_go_by_sizes
 from torch_secorder.graph.refusals import hidden
 from torch_secorder.graph.uses import IdleUse, ParameterUse
 from torch_secorder.per_sample import squared_norm_of_rows
 from torch_secorder.recording.backward_pass import BackwardPass
 from torch_secorder.recording.sample_norms import SampleNorms
+from torch_secorder.running.by_last_layer import stand_ins
 from torch_secorder.running.graph_backward import GraphBackward
 
 # How many passes share one pass of the engine, and how many bytes the gradients may take that they begin with.
@@ -88,15 +89,20 @@ class OutputsBackward(GraphBackward):
             return False
         return value_shape(node, 0)[0] == self.n and output_dtype(node, 0) in (torch.float32, torch.float64)
 
-    def before_last_product(self) -> tuple[Node, GraphPass | None] | None:
+    def before_last_product(self, positions: int) -> tuple[Node, GraphPass | None] | None:
         """The product that made the outputs, and passes that begin at its inputs.
 
         The passes are None if no analyzed parameter comes before the product. The result is None if the graph has no such
-        product, or if its parameters' shares depend on more than the size of each sample's output gradient.
+        product, or if its parameters' shares depend on more than the size of the gradient of each sample's positions.
+
+        Args:
+            positions: how many rows of the product a sample has.
         """
-        node, uses = self.graph.outputs.grad_fn, self.graph.uses
+        node, uses = last_product(self.graph.outputs), self.graph.uses
         use = None if node is None else uses.get(node)
         if node is None or not isinstance(use, ParameterUse) or (start := inputs_of_last_product(node, use)) is None:
+            return None
+        if use.placement.layout is not (Layout.ONE_EACH if positions == 1 else Layout.BLOCKS):
             return None
         before = [other for other in uses if other is not node]
         return node, self._passes_to(before, start) if before else None
@@ -112,23 +118,14 @@ class OutputsBackward(GraphBackward):
             self._require_seen(passes)
             return self._finished(current, self.graph.outputs, ())
 
-    def of_seeds(
-        self, seeds: Iterable[Tensor], passes: GraphPass | None, sizes: Mapping[Node, Tensor] | None = None
-    ) -> Tensor:
+    def of_seeds(self, seeds: Iterable[Tensor], passes: GraphPass) -> Tensor:
         """The sum of the squared norms over many passes, ``[parameters, n]``.
 
         Args:
             seeds: what the passes begin with, on which nodes may write.
-            passes: their way; with None, no pass is made.
-            sizes: at nodes that the passes do not reach, the sums of ``||g_n||^2``, ``[n]``.
+            passes: their way.
         """
-        sizes = dict(sizes or {})
-        total = None if passes is None else self._added_up(seeds, passes, sizes)
-        found = [one for one in (total, self._of_sizes(sizes) if sizes else None) if one is not None]
-        return reduce(torch.add, found)
-
-    def _added_up(self, seeds: Iterable[Tensor], passes: GraphPass, sizes: dict[Node, Tensor]) -> Tensor | None:
-        """Make the passes: adds to ``sizes`` where these suffice, and returns the sum of the squared norms elsewhere."""
+        sizes: dict[Node, Tensor] = {}
         if not (passes.is_plain and passes.ends and passes.ends <= self.graph.sized):
             return reduce(torch.add, (self.of_seed(seed, passes).squared_norms for seed in seeds))
         self._require_seen(passes)
@@ -136,19 +133,14 @@ class OutputsBackward(GraphBackward):
         for seed in rest:
             several = min(MOST_PASSES, max(1, MOST_BYTES // (seed.numel() * seed.element_size())))
             passes.run_each([seed, *islice(rest, several - 1)], partial(_add_sizes, sizes))
-        return None
+        # One gradient of the size of all of them stands for all.
+        return self.at({node: next(stand_ins(squares, value_shape(node, 0)[1])) for node, squares in sizes.items()})
 
-    def _of_sizes(self, sizes: Mapping[Node, Tensor]) -> Tensor:
-        """The squared norms where the sums of the sizes are known, ``[parameters, n]``.
-
-        One gradient of the size of all of them stands for all.
-        """
+    def at(self, gradients: Mapping[Node, Tensor]) -> Tensor:
+        """The squared norms of the uses at some nodes, given the gradients there, ``[parameters, n]``."""
         with self._pass() as current:
-            for node, squares in sizes.items():
-                use = self.graph.uses[node]
-                gradient = squares.new_zeros(value_shape(node, 0), dtype=output_dtype(node, 0))
-                gradient[:, 0] = squares.sqrt()
-                self._within(current, use, current.accumulator.add_use, use, node, (gradient,))
+            for node, gradient in gradients.items():
+                self._arrived(current, node, (gradient,))
             return self._finished(current, self.graph.outputs, ()).squared_norms
 
     def _arrived(self, current: BackwardPass, node: Node, grads: Gradients) -> None:
