@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
@@ -128,7 +128,7 @@ class _Sum:
     def with_room(self, passes: int) -> _Sum:
         """The same sum, settled first if its recent part has no room for so many more passes."""
         if self.passes + passes <= PASSES_IN_SINGLE or self.recent.dtype == torch.float64:
-            return replace(self, passes=self.passes + passes)
+            return _Sum(self.recent, self.passes + passes, self.settled)
         return _Sum(self.recent.new_zeros(()), passes, _both(self.settled, on_host(self.recent)))
 
     def plus_pass(self, one: SquareSum) -> _Sum:
@@ -136,16 +136,18 @@ class _Sum:
         room = self.with_room(1)
         # A 0-dim sum stands for a parameter that no pass has reached, or is that of a single number.
         if room.recent.dim():
-            return replace(room, recent=one.added(room.recent.to(one.device)))  # a loaded sum is on the host
-        value = one.added(None)
-        return replace(room, recent=value if value.dim() else value + room.recent.to(value.device))
+            value = one.added(room.recent.to(one.device))  # a loaded sum is on the host
+        else:
+            new = one.added(None)
+            value = new if new.dim() else new + room.recent.to(new.device)
+        return _Sum(value, room.passes, room.settled)
 
     def plus(self, other: _Sum) -> _Sum:
         """The sum with the passes of another one."""
         room = self.with_room(other.passes)
         theirs = other.recent.to(room.recent.device) if room.recent.dim() else other.recent
         settled = room.settled if other.settled is None else _both(room.settled, other.settled)
-        return replace(room, recent=theirs + room.recent.to(theirs.device), settled=settled)
+        return _Sum(theirs + room.recent.to(theirs.device), room.passes, settled)
 
 
 class Diagonal(Quantity):
