@@ -463,7 +463,8 @@ def test_the_functions_run_no_hook_of_the_users_on_a_parameter(name: str) -> Non
 def test_samples_one_by_one_run_no_hook_of_the_users_either() -> None:
     model, (x, y) = nn.Sequential(nn.Linear(4, 6), Coupled(), nn.Linear(6, 3)).double(), batch()
     monkey = pytest.MonkeyPatch()
-    monkey.setattr("torch_secorder.running.graph_backward.GraphBackward.backward", refused)
+    for name in ("of_seed", "of_seeds"):
+        monkey.setattr(f"torch_secorder.running.outputs_backward.OutputsBackward.{name}", refused)
     with monkey.context(), pytest.warns(SlowFallbackWarning, match="backward pass of its own"):
         expected = generalized_fisher_trace(model, model(x), y)
         seen = tripled(model)

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 
 from oracles import assert_equal, exact_fisher, total, trace
 from torch_secorder import fisher_report, fisher_results, generalized_fisher_trace
+from torch_secorder.autograd.graph_pass import GraphPass
 from torch_secorder.autograd.self_test import hooks_are_seen
 from torch_secorder.errors import VerificationError
+from torch_secorder.graph.last_layer import last_product
 from torch_secorder.likelihoods import LastLayer, likelihood
+from torch_secorder.recording.sample_norms import SampleNorms
 from torch_secorder.running import by_last_layer
 from torch_secorder.running.by_last_layer import ExactByLastLayer
 from torch_secorder.running.graph_backward import GraphBackward
+from torch_secorder.running.outputs_backward import OutputsBackward
 from torch_secorder.running.run import HookedForward
 
 pytestmark = pytest.mark.skipif(not hooks_are_seen(), reason="this torch does not show whether the factors may be read")
@@ -28,13 +33,23 @@ LOSS_TYPES = ["nll", "bce", "mse", "poisson"]
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Of each backward pass whether it goes through the whole graph or a part of it."""
     found: list[str] = []
-    backward = GraphBackward.backward
+    of_seed, of_seeds, at = OutputsBackward.of_seed, OutputsBackward.of_seeds, OutputsBackward.at
 
-    def noted(self: GraphBackward, *args: object, passes: object = None, **options: object) -> object:
-        found.append("whole" if passes is None else "part")
-        return backward(self, *args, passes=passes, **options)  # type: ignore[arg-type]
+    def whole(self: OutputsBackward, seed: Tensor, passes: GraphPass | None = None) -> SampleNorms:
+        found.extend(["whole"] * (passes is None))
+        return of_seed(self, seed, passes)
 
-    monkeypatch.setattr(GraphBackward, "backward", noted)
+    def parts(self: OutputsBackward, seeds: Iterable[Tensor], passes: GraphPass) -> Tensor:
+        return of_seeds(self, (found.append("part") or seed for seed in seeds), passes)  # type: ignore[func-returns-value]  # It notes the pass.
+
+    def own(self: OutputsBackward, gradients: Mapping[Node, Tensor]) -> Tensor:
+        product = last_product(self.graph.outputs)
+        found.extend(["part"] * (product is not None and product in gradients))
+        return at(self, gradients)
+
+    monkeypatch.setattr(OutputsBackward, "of_seed", whole)
+    monkeypatch.setattr(OutputsBackward, "of_seeds", parts)
+    monkeypatch.setattr(OutputsBackward, "at", own)
     return found
 
 
@@ -225,8 +240,10 @@ def test_only_the_last_layer_is_analyzed() -> None:
 def test_a_wrong_root_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """The check sees the parts themselves: it falls back to samples one by one, with a warning, and the right number."""
     model, x = network(5), torch.randn(3, 4, dtype=torch.float64)
-    split = GraphBackward.split_at_last_product
-    monkeypatch.setattr(GraphBackward, "split_at_last_product", lambda self, outputs: (split(self, outputs)[0], None))  # type: ignore[index]
+    found = OutputsBackward.before_last_product
+    monkeypatch.setattr(
+        OutputsBackward, "before_last_product", lambda self, positions: (found(self, positions)[0], None)
+    )  # type: ignore[index]
     expected = total(trace(exact_fisher(model, x)))
     with pytest.warns(UserWarning, match="each sample takes a backward pass"):
         value = generalized_fisher_trace(model, model(x), None)

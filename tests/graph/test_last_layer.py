@@ -29,6 +29,17 @@ def test_a_linear_layer(bias: bool) -> None:
     assert not found[1].requires_grad
 
 
+@pytest.mark.skipif(not hooks_are_seen(), reason="this torch does not show whether the factors may be read")
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("positions", [(2,), (1,), (2, 3)])
+def test_a_linear_layer_at_each_position(positions: tuple[int, ...], bias: bool) -> None:
+    layer, h = nn.Linear(4, 6, bias=bias), nn.Linear(3, 4)(torch.randn(5, *positions, 3)).relu()
+    found = last_linear_factors(layer(h))
+    assert found is not None
+    assert torch.equal(found[0], h.flatten(0, -2))
+    assert torch.equal(found[1], layer.weight.T)
+
+
 def changed() -> Tensor:
     h = features()
     outputs = nn.Linear(4, 6)(h)
@@ -45,7 +56,9 @@ def freed() -> Tensor:
 NONE: dict[str, Callable[[], Tensor]] = {
     "no graph": lambda: torch.randn(5, 6),
     "scaled": lambda: nn.Linear(4, 6)(features()) / 2,
-    "positions": lambda: nn.Linear(4, 6)(features()[:, None].expand(5, 2, 4)),
+    "other rows": lambda: nn.Linear(4, 6)(features()).view(10, 3),
+    "another axis last": lambda: nn.Linear(4, 6)(features()[:, None].expand(5, 2, 4)).transpose(1, 2),
+    "one number": lambda: nn.Linear(4, 1)(features()[0]).view(()),
     "nothing before it": lambda: nn.Linear(4, 6)(torch.randn(5, 4)),
     "frozen": lambda: nn.Linear(4, 6).requires_grad_(False)(features()),
     "checkpointed": lambda: checkpoint(nn.Linear(4, 6), features(), use_reentrant=False),

@@ -89,6 +89,11 @@ def test_the_diagonal_keeps_to_the_budget_beside_itself(name: str) -> None:
         found = form.sum_of_squares()
     torch.testing.assert_close(found, form.dense().square().sum(0), rtol=2e-5, atol=1e-6)
     assert peak.peak <= 64 * KIB + 3 * found.nbytes
+    with Peak() as peak, memory_limit(64 * KIB), torch.no_grad():
+        both = form.squares_and_norms()
+    if both is not None:
+        torch.testing.assert_close(both[0], found, rtol=2e-5, atol=1e-6)
+    assert peak.peak <= 64 * KIB + 3 * found.nbytes
 
 
 @pytest.mark.parametrize("axis", [0, 1])

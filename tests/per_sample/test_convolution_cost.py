@@ -91,6 +91,33 @@ def test_the_diagonal_is_that_of_the_dense_form(name: str, dims: int, monkeypatc
         costs = {"direct": 2.0, "shifted": 2.0, cheapest: 1.0}
         monkeypatch.setattr("torch_secorder.per_sample.convolution.predicted", lambda _, costs=costs: costs)
         torch.testing.assert_close(form.sum_of_squares(), expected, rtol=1e-12, atol=1e-13)
+        with torch.no_grad():
+            both = form.squares_and_norms()
+        if both is None:
+            assert form.sizes.positions == 1
+            continue
+        torch.testing.assert_close(both[0], expected, rtol=1e-12, atol=1e-13)
+        torch.testing.assert_close(both[1], form.dense().flatten(1).square().sum(1), rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("cheapest", ["direct", "shifted"])
+@pytest.mark.parametrize("nonsense", [float("nan"), float("inf")])
+def test_squares_that_come_with_the_norms_leave_out_what_is_not_finite(
+    nonsense: float, cheapest: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a sample is known to be infinite only after parts of it were added up, both are left to their own ways."""
+    form = convolution(2)
+    expected = form.dense().square()
+    form.x[1, 0, 0, 0, 0] = nonsense
+    costs = {"direct": 2.0, "shifted": 2.0, cheapest: 1.0}
+    monkeypatch.setattr("torch_secorder.per_sample.convolution.predicted", lambda _: costs)
+    with torch.no_grad():
+        both = form.squares_and_norms()
+    assert (both is None) == (cheapest == "shifted")
+    if both is not None:
+        left = [n for n in range(form.n) if n != 1]
+        torch.testing.assert_close(both[0], expected[left].sum(0), rtol=1e-12, atol=1e-13)
+        assert both[1].isfinite().tolist() == [n != 1 for n in range(form.n)]
 
 
 @pytest.mark.usefixtures("budget")

@@ -32,6 +32,7 @@ from torch_secorder.per_sample import (
     sign_vectors,
 )
 from torch_secorder.per_sample import outer as outer_module
+from torch_secorder.per_sample.arithmetic import MOST_ROWS, WIDE, squares_of_columns
 from torch_secorder.rules import rule_for
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
@@ -99,6 +100,11 @@ def assert_like_dense(form: PerSampleGradient) -> None:
     assert dense.shape == (form.n, *form.shape)
     assert_equal(form.squared_norm(), dense.flatten(1).square().sum(1), total)
     assert_equal(form.sum_of_squares(), dense.square().sum(0), total)
+    with torch.no_grad():  # With a graph nothing comes together.
+        both = form.squares_and_norms()
+    if both is not None:
+        assert_equal(both[0], dense.square().sum(0), total)
+        assert_equal(both[1], dense.flatten(1).square().sum(1), total)
     torch.testing.assert_close(form.total(), dense.sum(0), rtol=1e-9, atol=1e-9 * float(total.sqrt()))
 
 
@@ -172,6 +178,39 @@ def test_samples_that_are_lost_are_zeros(name: str) -> None:
     left = form.without(lost)
     torch.testing.assert_close(left.dense(), expected, rtol=1e-12, atol=1e-12)
     assert_like_dense(left)
+
+
+@pytest.mark.parametrize("width", [8, 200])
+@pytest.mark.parametrize("nonsense", [float("nan"), float("inf")])
+def test_squares_that_come_with_the_norms_leave_out_what_is_not_finite(nonsense: float, width: int) -> None:
+    """Rows of 40,000 entries are added up one after the other."""
+    a, g = normal(N, 1, 3, width), normal(N, 1, 3, width)
+    a[1, 0, 0, 0] = nonsense
+    with torch.no_grad():
+        found = Outer(a, g, (width, width)).squares_and_norms()
+    assert found is not None
+    squares, norms = found
+    expected = torch.einsum("nti,nto->noi", a[:, 0], g[:, 0]).square()
+    left = [n for n in range(N) if n != 1]
+    torch.testing.assert_close(squares, expected[left].sum(0), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(norms[left], expected[left].sum((1, 2)), rtol=1e-12, atol=1e-12)
+    assert not norms[1].isfinite()
+
+
+@pytest.mark.parametrize("rows", [1, 2, MOST_ROWS, MOST_ROWS + 1])
+@pytest.mark.parametrize("columns", [3, WIDE])
+def test_squares_of_columns(rows: int, columns: int) -> None:
+    value = normal(rows, columns)
+    before = value.clone()
+    torch.testing.assert_close(squares_of_columns(value), (value**2).sum(0), rtol=1e-12, atol=1e-12)
+    assert torch.equal(value, before)
+
+
+def test_long_sums_of_squares_keep_their_digits() -> None:
+    """Each of the positive numbers is off by 2^-24 at most, and so few are added up that the sum is off by 4e-6 of itself."""
+    value = torch.rand(MOST_ROWS, WIDE) + 1
+    expected = (value.double() ** 2).sum(0)
+    torch.testing.assert_close(squares_of_columns(value).double(), expected, rtol=MOST_ROWS * 2.0**-24, atol=0)
 
 
 @pytest.mark.parametrize("nonsense", [float("nan"), float("inf")])

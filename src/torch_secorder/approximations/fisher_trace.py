@@ -163,8 +163,8 @@ def generalized_fisher_trace(
     it doesn't show every sample's gradient (compiled code, samples that influence each other), each sample takes a backward
     pass of its own, with a :class:`~torch_secorder.errors.SlowFallbackWarning`.
 
-    Where a product with a matrix made outputs ``(N, C)``, as a Linear layer does, the exact passes begin before it, since its own
-    part takes none; and where it has fewer than half as many inputs, there is one for each input.
+    Where a product with a matrix made outputs ``(N, ..., C)``, as a Linear layer does, the exact passes begin before it, since
+    its own part takes none; and where it has fewer than half as many inputs as classes, there is one for each input and position.
 
     With ``num_samples=k``, "nll" draws k labels for each position without replacement, each with a probability pi_c in
     proportion to how much it is expected to add, and takes ``sqrt(p_c / pi_c) (e_c - p)`` for its gradient. Whatever the pi_c

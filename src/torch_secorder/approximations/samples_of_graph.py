@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from functools import partial
+from functools import partial, reduce
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 
 from torch_secorder.autograd.graph_pass import GraphPass
 from torch_secorder.autograd.product_bits import bits_of
@@ -23,8 +24,8 @@ from torch_secorder.errors import (
 from torch_secorder.model.parameters import ParameterTable
 from torch_secorder.recording.options import PassOptions
 from torch_secorder.recording.plan import Plan
-from torch_secorder.running.by_last_layer import ExactByLastLayer
-from torch_secorder.running.graph_backward import GraphBackward
+from torch_secorder.running.by_last_layer import ExactByLastLayer, at_position, stand_ins
+from torch_secorder.running.outputs_backward import OutputsBackward
 from torch_secorder.verification.comparison import require_equal_norms
 from torch_secorder.verification.plain_autograd import as_row, squared_norms_of_sample
 from torch_secorder.verification.samples_alone import samples_to_check
@@ -46,7 +47,7 @@ class SamplesOfGraph:
     def __init__(self, outputs: Tensor, table: ParameterTable, knowledge: ModelKnowledge, create_graph: bool):
         self._outputs, self._table, self._create_graph = outputs, table, create_graph
         self._knowledge, self._hooked = knowledge, ExitStack()
-        self._passes: GraphBackward | None = GraphBackward(
+        self._passes: OutputsBackward | None = OutputsBackward(
             *(table, Plan(), knowledge, PassOptions()), create_graph=create_graph
         )
         self._due = False
@@ -70,36 +71,33 @@ class SamplesOfGraph:
         """
         return self._or_one_by_one(partial(self._by_last_layer, exact))
 
-    def _by_last_layer(self, exact: ExactByLastLayer, passes: GraphBackward) -> Tensor | None:
-        if (parts := passes.split_at_last_product(self._outputs)) is None:
+    def _by_last_layer(self, exact: ExactByLastLayer, passes: OutputsBackward) -> Tensor | None:
+        if (parts := passes.before_last_product(exact.positions)) is None:
             return None
         if self._due:
-            # Any seed will do that is different for all outputs.
-            seed = torch.arange(self._outputs.numel(), device=self._outputs.device).cos().view_as(self._outputs)
-            seed = seed.to(self._outputs.dtype)
-            inputs = [] if parts[1] is None else [seed @ exact.matrix.T]
-            self._verify(seed, self._by_parts(passes, parts, seed.square().sum(1), inputs))
+            # Any seed will do that is different for all outputs of one position.
+            rows = self._outputs.detach().flatten(0, -2)
+            seed = torch.arange(rows.numel(), device=rows.device).cos().to(rows.dtype).view_as(rows)
+            seed = at_position(seed, exact.positions - 1, exact.positions)
+            own = stand_ins(seed.square().sum(1), rows.shape[1], exact.positions)
+            norms = self._by_parts(passes, parts, own, [seed @ exact.matrix.T])
+            self._verify(seed.view_as(self._outputs), norms)
             self._due = False
-        return self._by_parts(passes, parts, exact.traces, exact.input_gradients).sum(0)
+        return self._by_parts(passes, parts, exact.own_gradients, exact.input_gradients).sum(0)
 
+    @staticmethod
     def _by_parts(
-        self,
-        passes: GraphBackward,
-        parts: tuple[GraphPass, GraphPass | None],
-        sizes: Tensor,
+        passes: OutputsBackward,
+        parts: tuple[Node, GraphPass | None],
+        own_gradients: Iterable[Tensor],
         input_gradients: Iterable[Tensor],
     ) -> Tensor:
-        """``[parameters, n]``, given the sum of the squared sizes of each sample's seeds, and what they are before the layer."""
-        own, before = parts
-        # One seed of the size of all of them stands for all, since the layer's own norms depend on nothing else.
-        seed = torch.zeros_like(self._outputs)
-        seed[:, 0] = sizes.sqrt()
-        norms = passes.backward(self._outputs, seed, last=False, passes=own).squared_norms
-        for gradient in input_gradients if before is not None else ():
-            norms = norms + passes.backward(self._outputs, gradient, last=False, passes=before).squared_norms
-        return norms
+        """``[parameters, n]``, given gradients of the last product, and those with which passes begin before it."""
+        product, before = parts
+        norms = reduce(torch.add, (passes.at({product: gradient}) for gradient in own_gradients))
+        return norms if before is None else norms + passes.of_seeds(input_gradients, before)
 
-    def _or_one_by_one(self, step: Callable[[GraphBackward], Tensor | None]) -> Tensor | None:
+    def _or_one_by_one(self, step: Callable[[OutputsBackward], Tensor | None]) -> Tensor | None:
         """What a step finds in the graph; None where samples are taken one by one, since this or an earlier step failed."""
         if self._passes is None:
             return None
@@ -115,14 +113,14 @@ class SamplesOfGraph:
             self._announce_one_by_one(error)
             return None
 
-    def _find_samples(self, passes: GraphBackward) -> None:
+    def _find_samples(self, passes: OutputsBackward) -> None:
         self._hooked.enter_context(passes.through(self._outputs))
         due = self._knowledge.schedule.due(SamplesOfGraph, passes.fingerprint)
         self._due = bool(self._table.ranks.max_over_ranks(due))
 
-    def _at_once(self, seed: Tensor, passes: GraphBackward) -> Tensor:
+    def _at_once(self, seed: Tensor, passes: OutputsBackward) -> Tensor:
         """All samples in one backward pass, checked for the first seed if a check is due."""
-        norms = passes.backward(self._outputs, seed, last=False).squared_norms
+        norms = passes.of_seed(seed).squared_norms
         if self._due:
             self._verify(seed, norms.detach())
             self._due = False

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -58,6 +59,16 @@ class GraphPass:
         """What lies behind opaque nodes. Of wanted nodes among them no gradient is known."""
         return self._route.hidden
 
+    @property
+    def ends(self) -> set[Node]:
+        """Those of the wanted nodes that the passes reach."""
+        return self._route.ends
+
+    @cached_property
+    def is_plain(self) -> bool:
+        """Whether all nodes are torch's own and hold what they saved, so that several passes may share one of the engine's."""
+        return not any(map(_is_special, self._route.order))
+
     def _found_route(self) -> Route:
         return Route([edge.node for edge in self._edges], self._wanted, self._opaque)
 
@@ -77,23 +88,45 @@ class GraphPass:
                 self._opaque.append(found.node)
                 self._route = self._found_route()
 
+    def run_each(self, gradients: Iterable[Tensor], arrive: Arrive) -> None:
+        """Several passes in one of the engine's, if the nodes are plain; each begins at the only root with one of the gradients.
+
+        Args:
+            gradients: what the passes begin with, on which nodes may write.
+            arrive: called with each wanted node that is reached, and the gradients of its outputs. It calls no nodes.
+        """
+        (edge,) = self._edges
+
+        def flow() -> None:
+            for gradient in gradients:
+                self._route.flow(
+                    {(edge.node, edge.output_nr): gradient}, arrive, before=self._before, call=_called_plainly
+                )
+
+        self._in_engine(flow)
+
     def _run(self, gradients: Callable[[], Sequence[Tensor]], arrive: Arrive) -> None:
         pending: dict[Edge, Tensor] = {}
         for edge, gradient in zip(self._edges, gradients(), strict=True):
             key = (edge.node, edge.output_nr)
             pending[key] = pending[key] + gradient if key in pending else gradient
 
-        def flow() -> None:
+        self._in_engine(partial(self._route.flow, pending, arrive, before=self._before, call=self._called))
+
+    def _in_engine(self, flow: Callable[[], None]) -> None:
+        """Let gradients flow inside of a pass of the engine's."""
+
+        def in_look() -> None:
             with (
                 looking(),
                 calling_nodes(self._roots),
                 self._weights.during_pass(),
                 torch.set_grad_enabled(self._create_graph),
             ):
-                self._route.flow(pending, arrive, before=self._before, call=self._called)
+                flow()
 
         with torch.enable_grad():
-            start = _Start.apply(flow, *self._roots)  # type: ignore[no-untyped-call]  # torch does not type it.
+            start = _Start.apply(in_look, *self._roots)  # type: ignore[no-untyped-call]  # torch does not type it.
         ends = [GradientEdge(node, 0) for node in self._route.ends]
         try:
             with torch.autograd.set_detect_anomaly(False):
@@ -105,11 +138,20 @@ class GraphPass:
     def _called(self, node: Any, grads: Gradients) -> list[Tensor | None]:
         """The gradients of a node's inputs. What decides how it is called is the same in each pass."""
         if node not in self._plain:
-            if is_python_function(node) or passes_on(node) or has_packed_tensors(node) is not False:
+            if _is_special(node):
                 return called_or_opaque(node, grads)
             self._plain.add(node)
-        results = node(*grads)
-        return list(results) if isinstance(results, tuple) else [results]
+        return _called_plainly(node, grads)
+
+
+def _is_special(node: Any) -> bool:
+    """Whether a node is one of Python's, or does not hold all that it saved."""
+    return is_python_function(node) or passes_on(node) or has_packed_tensors(node) is not False
+
+
+def _called_plainly(node: Any, grads: Gradients) -> list[Tensor | None]:
+    results = node(*grads)
+    return list(results) if isinstance(results, tuple) else [results]
 
 
 @contextmanager

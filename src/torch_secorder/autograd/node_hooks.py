@@ -83,9 +83,14 @@ def _hold_the_place(returned: Returned, grads: Returned) -> None:
 
 def has_others_hooks_on_gradient(x: Tensor) -> bool:
     """Whether hooks of the user's on a tensor, or on the node that made it, may change its gradient or see it."""
-    tables = [] if x.grad_fn is None else [hooks_before(x.grad_fn), _hooks_after(x.grad_fn)]
     on_tensor = (gradient_hooks(x) or {}).values()
-    return any(map(has_others, tables)) or not all(isinstance(hook, WeakHook) for hook in on_tensor)
+    on_node = x.grad_fn is not None and has_others_hooks_on_node(x.grad_fn)
+    return on_node or not all(isinstance(hook, WeakHook) for hook in on_tensor)
+
+
+def has_others_hooks_on_node(node: Node) -> bool:
+    """Whether hooks of the user's run before or after a node."""
+    return has_others(hooks_before(node)) or has_others(_hooks_after(node))
 
 
 def _hooks_after(node: Node) -> HookTable:

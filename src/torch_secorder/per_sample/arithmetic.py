@@ -114,6 +114,24 @@ def squared_norm_of_rows(value: Tensor) -> Tensor:
     return squares + torch.linalg.vector_norm(value[..., even:], dim=-1).square()
 
 
+# From this many columns on, adding the squares of one row after the other to a total that stays in the caches is faster on a CPU
+# than writing the squares of all rows first; measured on one core, it takes half the time.
+WIDE = 2**15
+# Rows that are added up one after the other, each off by 2^-24 of the sum at most.
+MOST_ROWS = 64
+
+
+def squares_of_columns(rows: Tensor) -> Tensor:
+    """The sum of ``x ** 2`` over the rows of ``[rows, columns]``, of real numbers."""
+    if rows.device.type != "cpu" or rows.shape[1] < WIDE or len(rows) > MOST_ROWS:
+        return rows.square().sum(0)
+    first, *others = rows
+    total = first.square()
+    for row in others:
+        total.addcmul_(row, row)
+    return total
+
+
 def squared_norms_along(value: Tensor, axis: int) -> Tensor:
     """``sum of x ** 2`` over one axis of real numbers, which may lie in memory in any order."""
     if torch.is_grad_enabled() or value.shape[axis] > LONG:

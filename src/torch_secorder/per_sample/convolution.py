@@ -185,18 +185,42 @@ class Convolution(Cancelling):
         sizes = [size for _, size in found if size is not None]
         return joined(norms for norms, _ in found), joined(sizes) if sizes else None
 
+    @property
+    def _forms_directly(self) -> bool:
+        """Whether gradients are formed as torch forms a batch's, and not by products of shifted rows."""
+        costs = predicted(self.sizes)
+        return costs["direct"] <= costs.get("shifted", math.inf)
+
+    @property
+    def squares_form_gradients(self) -> bool:
+        return self.sizes.positions > 1 and self._forms_directly and not self.g.is_complex()
+
+    def squares_and_norms(self) -> tuple[Tensor, Tensor] | None:
+        has_caches = profile_of(self.g.device).has_caches
+        if self.sizes.positions == 1 or self._forms_directly or torch.is_grad_enabled() or not has_caches:
+            return super().squares_and_norms()
+        squares, norms = self._shifted_squares()
+        return (squares, norms) if bool(norms.isfinite().all()) else None
+
     def sum_of_squares(self) -> Tensor:
         if self.sizes.positions == 1:
             return patches(self).sum_of_squares()
-        costs = predicted(self.sizes)
-        if costs["direct"] <= costs.get("shifted", math.inf):
-            return super().sum_of_squares()
+        return super().sum_of_squares() if self._forms_directly else self._shifted_squares()[0]
+
+    def _shifted_squares(self) -> tuple[Tensor, Tensor]:
+        """The squares added up over the samples, and over each sample's entries, from products of shifted rows."""
         sums: list[Tensor] = []
+        norms: list[Tensor] = []
         for part in self._parts("shifted"):
-            new = [value.square().unflatten(0, (part.n, -1)).sum(0) for value in shifted_products(part)]
+            new, of_samples = [], []
+            for value in shifted_products(part):
+                squares = value.square().unflatten(0, (part.n, -1))
+                new.append(squares.sum(0))
+                of_samples.append(squares.flatten(1).sum(1))
+            norms.append(total_of(of_samples))
             sums = [old + value for old, value in zip(sums, new, strict=True)] if sums else new
         value = torch.stack(sums).unflatten(2, (self.shape[1], -1))  # [first axis's taps, k, i, other taps, o]
-        return value.permute(1, 4, 2, 0, 3).reshape(self.shape)
+        return value.permute(1, 4, 2, 0, 3).reshape(self.shape), joined(norms)
 
     def channel_squares(self, channels: ChannelSums) -> Tensor:
         if self.sizes.positions == 1 or self.algorithm == "patches":
@@ -237,8 +261,7 @@ class Convolution(Cancelling):
 
     def _formed_channel_squares(self, channels: ChannelSums) -> Tensor:
         """The sums of squares from the gradients themselves."""
-        costs = predicted(self.sizes)
-        if self.g.is_complex() or costs["direct"] <= costs.get("shifted", math.inf):
+        if self.g.is_complex() or self._forms_directly:
             return super().sample_channel_squares(channels)
         return joined(part._shifted_channel_squares(channels) for part in self._parts("shifted"))
 

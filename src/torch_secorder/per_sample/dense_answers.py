@@ -17,7 +17,9 @@ from torch_secorder.per_sample.arithmetic import (
     one_direction,
     real_entries,
     squared_norm_of_rows,
+    squares_of_columns,
     total_of,
+    zeroed,
 )
 from torch_secorder.per_sample.budget import chunks
 from torch_secorder.per_sample.profiles import profile_of
@@ -95,6 +97,30 @@ class DenseAnswers(ABC):
         """
         squares = (real_entries(part.dense()).square().sum(0) for part in self.parts())
         return total_of(value.sum(-1) if value.dim() > len(self.shape) else value for value in squares)
+
+    @property
+    def squares_form_gradients(self) -> bool:
+        """Whether :meth:`sum_of_squares` forms each sample's gradient in real numbers, so that it can give the norms as well."""
+        return False
+
+    def squares_and_norms(self) -> tuple[Tensor, Tensor] | None:
+        """:meth:`sum_of_squares` of the samples whose squared norms are finite, and all squared norms, ``[n]``.
+
+        Each gradient is formed once for both. The result is None where that saves nothing.
+        """
+        if not self.squares_form_gradients or torch.is_grad_enabled():
+            return None
+        norms: list[Tensor] = []
+        return total_of(self._squares_of_parts(norms)).view(self.shape), joined(norms)
+
+    def _squares_of_parts(self, norms: list[Tensor]) -> Iterator[Tensor]:
+        """The sums of squares of a few samples at a time, without those that are not finite; adds to the norms of all."""
+        for part in self.parts():
+            rows = in_rows(part.dense())
+            norms.append(squared_norm_of_rows(rows))
+            lost = ~norms[-1].isfinite()
+            # On an accelerator the host would have to wait to learn whether there are any.
+            yield squares_of_columns(zeroed(rows, lost) if rows.device.type != "cpu" or lost.any() else rows)
 
     def channel_squares(self, channels: ChannelSums) -> Tensor:
         """The sums of :meth:`sum_of_squares` over each channel, ``[channels]``."""

@@ -207,6 +207,12 @@ class Outer(Cancelling):
         strips = chunks(o, k * i * self.dtype.itemsize, budget)
         return (Outer(a, g, (k * g.shape[3], i)) for g in (every[..., rows] for rows in strips))
 
+    @property
+    def squares_form_gradients(self) -> bool:
+        (a, g), budget = self._factors, chunk_bytes(None)
+        whole = budget is None or a.shape[1] * a.shape[3] * g.shape[3] * self.dtype.itemsize <= budget
+        return a.shape[2] > 1 and whole and not g.is_complex()
+
     def sum_of_squares(self) -> Tensor:
         if self._factor_a.shape[2] > 1:
             k, i = self._factor_a.shape[1::2]

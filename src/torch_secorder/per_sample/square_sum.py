@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -56,7 +56,7 @@ class SquareSum:
 
     def times(self, factor: float) -> SquareSum:
         """The same sum with another factor on it."""
-        return replace(self, factor=factor * self.factor)
+        return SquareSum(self.values, self.shape, factor * self.factor)
 
     def added(self, total: Tensor | None) -> Tensor:
         """The total after adding the sum to it in place; a new tensor if there is no total yet."""

@@ -30,6 +30,7 @@ from torch_secorder.recording.options import PassOptions
 from torch_secorder.recording.plan import planned
 from torch_secorder.recording.quantities import Keeps, kept, wanted
 from torch_secorder.recording.sample_norms import SampleNorms
+from torch_secorder.running.by_last_layer import stand_ins
 from torch_secorder.running.counted import has_mask
 from torch_secorder.running.fisher_kind import FisherKind
 from torch_secorder.running.frozen_others import FrozenOthers
@@ -222,7 +223,7 @@ class Analysis:
             exact = None if layer is None else kind.by_last_layer(outputs, targets)
             if layer is not None and exact is not None:
                 gradients = counted(exact.count, exact.input_gradients)
-                return norms_by_last_layer(run, outputs, layer.inputs, exact.traces, gradients, exact.count)
+                return norms_by_last_layer(run, outputs, layer.inputs, exact.own_gradients, gradients, exact.count)
             passes = (
                 run.backward(outputs, seed.to(outputs.dtype), last=number == count)
                 for number, seed in enumerate(counted(count, seeds), start=1)
@@ -258,8 +259,10 @@ class Analysis:
             else:
                 leaf = found.detach().requires_grad_()
                 (slope,) = torch.autograd.grad(root(leaf), leaf)
-                arriving = [slope @ layer.matrix.T]
-                samples = norms_by_last_layer(run, found, layer.inputs, slope.square().sum(1), arriving, 1)
+                slope = slope.flatten(0, -2)
+                # The gradients of several positions mix in the layer's own part, so that nothing stands for them.
+                own = stand_ins(slope.square().sum(1), slope.shape[1]) if found.dim() == 2 else [slope]
+                samples = norms_by_last_layer(run, found, layer.inputs, own, [slope @ layer.matrix.T], 1)
             return Batch(samples, mapped(Tensor.detach, outputs), run.random, run.samples, run.fingerprint)
 
     def _is_checked(self, checked: Checked, loss_fn: Callable[..., Any], kind: int) -> bool:

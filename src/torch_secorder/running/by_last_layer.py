@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -25,23 +26,25 @@ FEW_CLASSES = 128
 
 @dataclass(frozen=True)
 class ExactByLastLayer:
-    """The quantities that the two parts depend on.
+    """The quantities that the two parts depend on. A row is a sample, or a position of one; a sample's rows are neighbors.
 
     Attributes:
-        traces: ``tr A_n``, ``[n]``.
-        input_gradients: roots of ``B_n``, gradients of the last layer's inputs, ``[n, i]``, each of which takes a backward pass.
-        count: how many there are.
+        traces: ``tr A`` of every row, ``[rows]``.
+        roots: roots of ``B`` of every row, gradients of the last layer's inputs, ``[rows, i]``.
+        root_count: how many there are.
         matrix: M, ``[i, c]``.
+        positions: how many rows a sample has.
     """
 
     traces: Tensor
-    input_gradients: Iterator[Tensor]
-    count: int
+    roots: Iterator[Tensor]
+    root_count: int
     matrix: Tensor
+    positions: int = 1
 
     @classmethod
-    def of(cls, likelihood: Likelihood, outputs: Tensor, last_layer: LastLayer) -> ExactByLastLayer:
-        """The quantities for outputs ``[n, c]`` of a last layer."""
+    def of(cls, likelihood: Likelihood, outputs: Tensor, last_layer: LastLayer, positions: int = 1) -> ExactByLastLayer:
+        """The quantities for outputs ``[rows, c]`` of a last layer."""
         seeds, (n, features) = likelihood.exact_passes(outputs), last_layer.inputs.shape
         # Fewer roots take a decomposition, which costs about as much as a few passes.
         pays = 2 * features <= seeds and n * features**2 * outputs.dtype.itemsize <= MOST_OF_ROOTS
@@ -52,7 +55,53 @@ class ExactByLastLayer:
         else:
             gradients = likelihood.exact_input_gradients(outputs, last_layer)
         traces = likelihood.curvature_traces(outputs)
-        return cls(traces, gradients, min(seeds, features) if pays else seeds, last_layer.matrix)
+        return cls(traces, gradients, min(seeds, features) if pays else seeds, last_layer.matrix, positions)
+
+    @cached_property
+    def _counted(self) -> list[int]:
+        """The positions at which some sample's outputs count, or one of the others: their roots are zero."""
+        counted = self.traces.view(-1, self.positions).ne(0).any(0)
+        return counted.nonzero().flatten().tolist() or [0]
+
+    @property
+    def count(self) -> int:
+        """How many passes begin before the last layer."""
+        return self.root_count * (1 if self.positions == 1 else len(self._counted))
+
+    @property
+    def input_gradients(self) -> Iterator[Tensor]:
+        """The gradients, ``[rows, i]``, with which the passes begin before the last layer."""
+        if self.positions == 1:
+            yield from self.roots
+            return
+        for root in self.roots:
+            for position in self._counted:
+                yield at_position(root, position, self.positions)
+
+    @property
+    def own_gradients(self) -> Iterator[Tensor]:
+        """Gradients of the outputs, ``[rows, c]``, that give the last layer's own part."""
+        return stand_ins(self.traces, self.matrix.shape[1], self.positions)
+
+
+def at_position(values: Tensor, position: int, positions: int) -> Tensor:
+    """``[rows, ...]`` with zeros at all positions of a sample but one."""
+    found = torch.zeros_like(values)
+    found[position::positions] = values[position::positions]
+    return found
+
+
+def stand_ins(sizes: Tensor, classes: int, positions: int = 1) -> Iterator[Tensor]:
+    """Output gradients ``[rows, c]`` that stand for all those with these sums of squares, ``[rows]``, in a product's own norms.
+
+    The norms depend on nothing else, if each of the gradients that they stand for is one of a single position. So those of
+    different positions must not mix: they are orthogonal, as many at a time as there are classes.
+    """
+    for first in range(0, positions, classes):
+        here = torch.arange(first, min(first + classes, positions), device=sizes.device)
+        gradient = sizes.new_zeros(len(sizes) // positions, positions, classes)
+        gradient[:, here, here - first] = sizes.view(-1, positions)[:, here].sqrt()
+        yield gradient.flatten(0, 1)
 
 
 def _fewest(likelihood: Likelihood, outputs: Tensor, last_layer: LastLayer) -> Iterator[Tensor]:

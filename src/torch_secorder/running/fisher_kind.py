@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from torch_secorder.arguments import require_positive_int
 from torch_secorder.errors import ArgumentError
@@ -63,12 +64,10 @@ class FisherKind:
         outputs = outputs if differentiable else outputs.detach()
         last_layer = None if product is None else LastLayer(product[0].detach(), product[1])
         generator = ranks.common_generator(generator)
-        if self.shift and (self.labels == "observed" or not has_mask(targets)):
-            targets = causal_labels(targets, self.ignore_index)
+        targets = self._causal(targets)
         if self.loss_type == "nll":
             self._require_axis_told(outputs, targets)
-            if self.labels == "model":
-                targets = counted_labels(targets, outputs, self.class_axis, self.ignore_index)
+        targets = self._counted(outputs, targets)
         if self.shift:
             predicting, labels, axis = shifted(outputs, targets, self.class_axis)
             count, gradients = self._output_gradients(predicting, labels, generator, None)
@@ -79,17 +78,43 @@ class FisherKind:
         return count, gradients
 
     def by_last_layer(self, outputs: Tensor, targets: Any) -> ExactByLastLayer | None:
-        """The exact expectation in two parts, for outputs ``[n, c]`` that a product with a matrix made; None for all others."""
-        exact = self.labels == "model" and self.num_samples is None and not self.shift
-        if not exact or outputs.dim() != 2 or (product := last_linear_factors(outputs)) is None:
+        """The exact expectation in two parts, for outputs ``[n, ..., c]`` that a product with a matrix made; None for others."""
+        if self.labels != "model" or self.num_samples is not None or (product := last_linear_factors(outputs)) is None:
+            return None
+        if self.loss_type == "nll" and self.class_axis % outputs.dim() != outputs.dim() - 1:
             return None
         if {outputs.dtype, *(factor.dtype for factor in product)} not in ({torch.float32}, {torch.float64}):
             return None
-        if self.loss_type == "nll":
-            targets = counted_labels(targets, outputs, self.class_axis, self.ignore_index)
-        outputs = outputs.detach()
-        model = self._likelihood(outputs, targets)
-        return ExactByLastLayer.of(model, outputs, LastLayer(product[0].detach(), product[1]))
+        outputs, layer = outputs.detach(), LastLayer(product[0].detach(), product[1])
+        targets, rows = self._labels_of_rows(outputs, targets), outputs.flatten(0, -2)
+        model = likelihood(self.loss_type, rows, targets, ignore_index=self.ignore_index)
+        return ExactByLastLayer.of(model, rows, layer, len(rows) // len(outputs))
+
+    def _labels_of_rows(self, outputs: Tensor, targets: Any) -> Any:
+        """The labels of all positions, ``[rows]``, which are ``ignore_index`` where nothing counts; None if all do."""
+        if self.loss_type != "nll":
+            return None
+        labels = self._counted(outputs, self._causal(targets))
+        if self.shift:
+            predicting, labels, _ = shifted(outputs, labels, self.class_axis)
+            if not isinstance(labels, Tensor):
+                labels = torch.zeros(predicting.shape[:2], dtype=torch.long, device=outputs.device)
+            labels = pad(labels, (0, 1), value=self.ignore_index)
+        if not isinstance(labels, Tensor):
+            return labels
+        self._likelihood(outputs, labels)  # It refuses labels that do not fit the outputs.
+        return labels.flatten()
+
+    def _causal(self, targets: Any) -> Any:
+        """The targets of a batch; those of a causal language model are the labels of all of its tokens."""
+        takes = self.shift and (self.labels == "observed" or not has_mask(targets))
+        return causal_labels(targets, self.ignore_index) if takes else targets
+
+    def _counted(self, outputs: Tensor, targets: Any) -> Any:
+        """The targets that the likelihood takes: for labels of the model's own they say which positions count."""
+        if self.loss_type != "nll" or self.labels != "model":
+            return targets
+        return counted_labels(targets, outputs, self.class_axis, self.ignore_index)
 
     def _likelihood(self, outputs: Tensor, targets: Any) -> Likelihood:
         return likelihood(self.loss_type, outputs, targets, ignore_index=self.ignore_index, class_axis=self.class_axis)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -17,19 +17,14 @@ from torch_secorder.autograd.engine import (
     library_pass,
     refusing_checkpoints,
 )
-from torch_secorder.autograd.graph_pass import GraphPass
 from torch_secorder.autograd.nodes import edges_of, made_by
-from torch_secorder.autograd.opaque import Gradients
 from torch_secorder.autograd.route import behind
-from torch_secorder.autograd.sharded import GatheredWeights
 from torch_secorder.autograd.tensor_hooks import untouched
-from torch_secorder.batch_axis.placement import FIRST
 from torch_secorder.batch_axis.samples import BatchSamples
 from torch_secorder.capture.model_run import Forward
 from torch_secorder.capture.records import Record
 from torch_secorder.errors import CoverageError
-from torch_secorder.graph.last_layer import inputs_of_last_product
-from torch_secorder.graph.refusals import hidden, not_finite
+from torch_secorder.graph.refusals import not_finite
 from torch_secorder.graph.uses import IdleUse, ParameterUse, Uses
 from torch_secorder.recording.backward_pass import BackwardPass
 from torch_secorder.recording.quantities import QUANTITIES
@@ -61,43 +56,12 @@ class GraphBackward(Recorder):
         self._starts: list[tuple[Record | ParameterUse | IdleUse, list[GradientEdge]]] = []
         self._inputs: Sequence[Tensor] = []  # the model's inputs that require a gradient
         self._leaves: list[GradientEdge] = []  # leaves that the model made in its forward
-        self._uses_of_node: dict[Node, ParameterUse | IdleUse] = {}
-        self._passes: GraphPass | None = None  # through a graph that the user made
         self._defers = False
         # Uses whose rules call nodes have to wait for the end of the backward pass.
         self._deferred: list[tuple[ParameterUse, Node | None, tuple[Tensor | None, ...]]] = []
         self._shapes: list[tuple[int, ...]] = []  # the shapes of the outputs that have a gradient
         self.n = self.fingerprint = 0
         self.samples = BatchSamples(0)
-
-    @contextmanager
-    def through(self, outputs: Tensor) -> Iterator[None]:
-        """A block in which passes go through outputs that the user computed before, whose graph may have the user's hooks."""
-        try:
-            uses = self._found_uses(Forward(len(outputs), placements=[FIRST]), [outputs])
-            self._uses_of_node = {node: use for use, node in uses.placed}
-            self._uses_of_node |= {node: idle for idle, node in uses.idle}
-            self._passes = self._passes_to(outputs, self._uses_of_node)
-            yield
-        finally:
-            self._starts, self._uses_of_node, self._passes = [], {}, None
-
-    def _passes_to(self, outputs: Tensor, wanted: Iterable[Node], start: GradientEdge | None = None) -> GraphPass:
-        weights = GatheredWeights(throughout=self.table.sharded)
-        return GraphPass([outputs], wanted, create_graph=self._create_graph, weights=weights, start=start)
-
-    def split_at_last_product(self, outputs: Tensor) -> tuple[GraphPass, GraphPass | None] | None:
-        """Passes that end at the product which made the outputs, and passes that begin at the product's inputs.
-
-        The second are None if no analyzed parameter comes before the product. The result is None if the graph has no such
-        product, or if its parameters' shares depend on more than the size of each sample's output gradient.
-        """
-        node = outputs.grad_fn
-        use = None if node is None else self._uses_of_node.get(node)
-        if node is None or not isinstance(use, ParameterUse) or (start := inputs_of_last_product(node, use)) is None:
-            return None
-        before = [other for other in self._uses_of_node if other is not node]
-        return self._passes_to(outputs, [node]), self._passes_to(outputs, before, start) if before else None
 
     def _on_model_exit(self, forward: Forward, outputs: list[Tensor]) -> None:
         """Prepare for backward passes from these outputs."""
@@ -141,7 +105,6 @@ class GraphBackward(Recorder):
         seed: Tensor | None = None,
         *,
         last: bool = True,
-        passes: GraphPass | None = None,
         end: Tensor | None = None,
     ) -> SampleNorms:
         """Squared norms of the per-sample gradients of ``root``, with ``seed`` as the gradient that the pass starts with.
@@ -153,14 +116,9 @@ class GraphBackward(Recorder):
             root: what is differentiated.
             seed: its gradient, for a root that is not a scalar.
             last: whether the graph may be freed.
-            passes: passes through a part of a graph that the user made, which begin with ``seed``; by default through all of it.
             end: where a pass through the library's own graph ends, if not at the first analyzed layers' outputs.
         """
-        self._count += 1
-        current = self._current = self.lifecycle.begin(self._count, keep_inputs=not last or self._create_graph)
-        try:
-            if (through := passes or self._passes) is not None:
-                return self._finished(current, root, self._looked_through(current, through, seed))
+        with self._pass(keep_inputs=not last) as current:
             ends: list[Any] = [*(edge for _, several in self._starts for edge in several), *self._inputs, *self._leaves]
             if root.requires_grad and ends:
                 retain = not last or self._create_graph or self._defers
@@ -169,26 +127,16 @@ class GraphBackward(Recorder):
                     found = found if end is None else [None] * len(ends)
                     return self._finished(current, root, found)
             raise self._nothing_found(root)
+
+    @contextmanager
+    def _pass(self, *, keep_inputs: bool = True) -> Iterator[BackwardPass]:
+        """A block in which one backward pass is under way."""
+        self._count += 1
+        current = self._current = self.lifecycle.begin(self._count, keep_inputs=keep_inputs or self._create_graph)
+        try:
+            yield current
         finally:
             self._current, self._deferred = None, []  # What holds nodes must not outlive the pass.
-
-    def _looked_through(self, current: BackwardPass, passes: GraphPass, seed: Tensor | None) -> tuple[()]:
-        """Run a pass through a graph that the user made, in which no hooks run; no gradients are left for its end."""
-        assert seed is not None
-        gradient = seed
-        passes.run(lambda: [gradient.clone()], partial(self._arrived_at_node, current))
-        if not passes.hidden.isdisjoint(self._uses_of_node):
-            raise hidden("a parameter's use", self.n)
-        return ()
-
-    def _arrived_at_node(self, current: BackwardPass, node: Node, grads: Gradients) -> None:
-        use, grads = self._uses_of_node[node], tuple(grads)
-        if isinstance(use, IdleUse):
-            self._within(current, use, current.accumulator.add_idle, use, grads)
-        elif self._needs_node_calls(use):
-            self._deferred.append((use, node, grads))
-        else:
-            self._within(current, use, current.accumulator.add_use, use, node, grads)
 
     def _differentiated(
         self, root: Tensor, inputs: list[Any], seed: Tensor | None, retain: bool

@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from dataclasses import replace
 from functools import reduce
 
-import torch
 from torch import Tensor
 
 from torch_secorder.recording.sample_norms import SampleNorms
@@ -14,22 +13,25 @@ from torch_secorder.running.run import HookedForward
 
 
 def norms_by_last_layer(
-    run: HookedForward, outputs: Tensor, inputs: Tensor, sizes: Tensor, input_gradients: Iterable[Tensor], count: int
+    run: HookedForward,
+    outputs: Tensor,
+    inputs: Tensor,
+    own_gradients: Iterable[Tensor],
+    input_gradients: Iterable[Tensor],
+    count: int,
 ) -> SampleNorms:
-    """The sum of the squared norms for several output gradients, with the last layer's part from one pass.
+    """The sum of the squared norms for several output gradients, with the last layer's part from one pass, or from few.
 
     Args:
         run: the model's forward.
-        outputs: of the last layer, ``[n, c]``.
-        inputs: of the last layer, ``[n, i]``, with their graph.
-        sizes: the sum of the squared sizes of each sample's output gradients, ``[n]``.
-        input_gradients: those gradients where they arrive at the inputs, or others with the same sum of squares.
-        count: how many there are.
+        outputs: of the last layer, ``[n, ..., c]``.
+        inputs: of the last layer, ``[rows, i]``, with their graph.
+        own_gradients: gradients of the outputs, ``[rows, c]``, that give the last layer's part.
+        input_gradients: the output gradients where they arrive at the inputs, or others with the same sum of squares.
+        count: how many of these there are.
     """
-    # One output gradient of the size of all of them stands for all, since the layer's own norms depend on nothing else.
-    seed = torch.zeros_like(outputs)
-    seed[:, 0] = sizes.sqrt()
-    own = run.backward(outputs, seed, last=False, end=inputs)
+    ends = (run.backward(outputs, one.view_as(outputs), last=False, end=inputs) for one in own_gradients)
+    own = reduce(SampleNorms.plus, ends)
     passes = (
         run.backward(inputs, gradient, last=number == count) for number, gradient in enumerate(input_gradients, start=1)
     )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
 from torch_secorder.autograd.engine import call_model
-from torch_secorder.autograd.node_hooks import has_others_hooks_on_gradient
+from torch_secorder.autograd.node_hooks import has_others_hooks_on_gradient, has_others_hooks_on_node
 from torch_secorder.autograd.random_state import forked_random, random_state
 from torch_secorder.autograd.twice_differentiable import twice_differentiable
 from torch_secorder.autograd.versions import hiding_changes
@@ -22,7 +22,7 @@ from torch_secorder.batch_axis.samples import BatchSamples
 from torch_secorder.capture.model_run import Forward
 from torch_secorder.capture.records import Record
 from torch_secorder.errors import UnsupportedError
-from torch_secorder.graph.last_layer import last_linear_factors
+from torch_secorder.graph.last_layer import last_linear_factors, last_product
 from torch_secorder.graph.queries import without_second_derivative
 from torch_secorder.likelihoods import LastLayer
 from torch_secorder.model.containers import tensors
@@ -91,16 +91,17 @@ class HookedForward(GraphBackward):
         super()._on_model_exit(forward, outputs)
 
     def last_layer(self, outputs: Tensor) -> LastLayer | None:
-        """The Linear layer that made these outputs, ``[n, c]``; its inputs have their graph.
+        """The Linear layer that made these outputs, ``[n, ..., c]``; its inputs, ``[rows, i]``, have their graph.
 
         The result is None if no such layer did, if a parameter of it is used elsewhere, too, or if nothing comes before it. It
         is also None if hooks of the user's change the outputs' gradient, which passes from the layer's inputs would not see.
         """
-        if has_others_hooks_on_gradient(outputs):
+        product = last_product(outputs)
+        if product is None or has_others_hooks_on_gradient(outputs) or has_others_hooks_on_node(product):
             return None
         if self._create_graph or (factors := last_linear_factors(outputs)) is None or not factors[0].requires_grad:
             return None
-        record = next((record for record, edge in self._records if edge.node is outputs.grad_fn), None)
+        record = next((record for record, edge in self._records if edge.node in (outputs.grad_fn, product)), None)
         if record is None or type(record.site.module) is not nn.Linear or record.site.rule.function is not linear:
             return None
         alone = all(record.forward.calls[position] == 1 for position in record.site.positions)

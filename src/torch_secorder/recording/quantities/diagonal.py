@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
@@ -34,11 +34,20 @@ class DiagonalPart(Part):
     ):
         self.sums = {} if sums is None else sums
         self._channels = channels
+        # What :meth:`squared_norms` has computed with the norms, for :meth:`on_form`.
         self._by_sample: dict[int, Tensor] = {}
+        self._by_entry: dict[int, Tensor] = {}
 
     def squared_norms(self, position: int, form: PerSampleGradient) -> Tensor | None:
-        channels = None if self._channels is None else self._channels.get(position)
-        if channels is None or not form.shares_norms_with(channels):
+        if self._channels is not None and position not in self._channels:
+            return None
+        channels = None if self._channels is None else self._channels[position]
+        if channels is None:
+            found = halving_on_oom(form, lambda part: part.squares_and_norms(), _both_sums)
+            if found is not None:
+                self._by_entry[position] = found[0]
+            return None if found is None else found[1]
+        if not form.shares_norms_with(channels):
             return None
         both = halving_on_oom(form, lambda part: part.sample_channel_squares(channels), lambda a, b: torch.cat([a, b]))
         self._by_sample[position] = both.detach()
@@ -51,6 +60,8 @@ class DiagonalPart(Part):
         if (by_sample := self._by_sample.pop(position, None)) is not None:
             sums = by_sample.masked_fill(~squared_norms.isfinite()[:, None], 0).sum(0)
             self.sums.setdefault(position, []).append(SquareSum(sums, tuple(sums.shape)))
+        elif (by_entry := self._by_entry.pop(position, None)) is not None:
+            self.sums.setdefault(position, []).append(SquareSum(by_entry, tuple(by_entry.shape)))
         elif (finite := finite_samples(form, squared_norms)) is not None:
             square_sum = partial(SquareSum.of, channels=channels)
             new = halving_on_oom(finite, square_sum, lambda a, b: SquareSum.summed([a, b]))
@@ -73,6 +84,11 @@ class DiagonalPart(Part):
                 f"backward pass, after {names[late]} had been added to the diagonal; the batch is left out"
             )
         return self
+
+
+def _both_sums(a: tuple[Tensor, Tensor] | None, b: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | None:
+    """Sums of squares over the samples of two halves, and the squared norms of all."""
+    return None if a is None or b is None else (a[0] + b[0], torch.cat([a[1], b[1]]))
 
 
 def finite_samples(form: PerSampleGradient, norms: Tensor) -> PerSampleGradient | None:
@@ -112,7 +128,7 @@ class _Sum:
     def with_room(self, passes: int) -> _Sum:
         """The same sum, settled first if its recent part has no room for so many more passes."""
         if self.passes + passes <= PASSES_IN_SINGLE or self.recent.dtype == torch.float64:
-            return replace(self, passes=self.passes + passes)
+            return _Sum(self.recent, self.passes + passes, self.settled)
         return _Sum(self.recent.new_zeros(()), passes, _both(self.settled, on_host(self.recent)))
 
     def plus_pass(self, one: SquareSum) -> _Sum:
@@ -120,16 +136,18 @@ class _Sum:
         room = self.with_room(1)
         # A 0-dim sum stands for a parameter that no pass has reached, or is that of a single number.
         if room.recent.dim():
-            return replace(room, recent=one.added(room.recent.to(one.device)))  # a loaded sum is on the host
-        value = one.added(None)
-        return replace(room, recent=value if value.dim() else value + room.recent.to(value.device))
+            value = one.added(room.recent.to(one.device))  # a loaded sum is on the host
+        else:
+            new = one.added(None)
+            value = new if new.dim() else new + room.recent.to(new.device)
+        return _Sum(value, room.passes, room.settled)
 
     def plus(self, other: _Sum) -> _Sum:
         """The sum with the passes of another one."""
         room = self.with_room(other.passes)
         theirs = other.recent.to(room.recent.device) if room.recent.dim() else other.recent
         settled = room.settled if other.settled is None else _both(room.settled, other.settled)
-        return replace(room, recent=theirs + room.recent.to(theirs.device), settled=settled)
+        return _Sum(theirs + room.recent.to(theirs.device), room.passes, settled)
 
 
 class Diagonal(Quantity):
