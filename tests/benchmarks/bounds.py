@@ -190,8 +190,13 @@ def on_output(sums: Sums, module: nn.Module, args: tuple[Any, ...], output: Any)
         return output
     if isinstance(module, nn.Embedding) and len(output) == 1:  # of positions, which all samples share
         output = output.expand(sums.n, *output.shape[1:])
-    output.register_hook(partial(layer, module, sums, *kept(module, args[0].detach(), output)))
+    output.register_hook(partial(on_gradient, module, sums, [*kept(module, args[0].detach(), output)]))
     return output
+
+
+def on_gradient(module: nn.Module, sums: Sums, factors: list[Tensor], g: Tensor) -> None:
+    layer(module, sums, *factors, g)
+    factors.clear()  # Their memory is free for what follows, as in a plain step; the graph holds this hook for longer.
 
 
 def hang_on_layers(sums: Sums, module: nn.LSTM, output: Tensor) -> None:
