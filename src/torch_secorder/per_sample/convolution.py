@@ -92,7 +92,10 @@ class Convolution(Cancelling):
         return Sizes(self.n, self.x.shape[1], self.groups, features, channels, *maps, *rest, budget, profile)
 
     def dense(self) -> Tensor:
-        """One grouped convolution with the samples as groups."""
+        """One grouped convolution with the samples as groups, or one convolution for each sample."""
+        if self.sizes.one_by_one:
+            pairs = zip(self.x.split(1), self.g.split(1), strict=True)
+            return torch.stack([self._weight_gradient(x[0], g[0], 1) for x, g in pairs])
         x, g = (value.transpose(0, 1).flatten(1, 2) for value in (self.x, self.g))
         return self._weight_gradient(x, g, self.n).reshape(self.n, *self.shape)
 
