@@ -11,6 +11,7 @@ import torch
 
 from torch_secorder.model.channels import ChannelSums
 from torch_secorder.per_sample import Convolution, costs
+from torch_secorder.per_sample.convolution_products import shifted_products
 from torch_secorder.per_sample.costs import FORMS, predicted
 from torch_secorder.per_sample.profiles import CPU
 
@@ -92,6 +93,19 @@ def test_few_channels_are_taken_one_sample_at_a_time(channels: int, settings: di
         windows = windows.unfold(axis, 4 * gap + 1, step)[..., ::gap]
     expected = torch.einsum("niabkl,noab->noikl", windows, form.g[:, 0])
     torch.testing.assert_close(form.dense(), expected, rtol=1e-12, atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"padding": 2}, {"stride": 2}, {"dilation": 2}, {"r": 2, "stride": 3}], ids=str
+)
+@pytest.mark.parametrize("out", [6, 16])
+@pytest.mark.parametrize("dims", [1, 2])
+def test_few_features_are_unfolded_along_all_axes(dims: int, out: int, settings: dict[str, Any]) -> None:
+    form = convolution(dims, channels=3, out=out, map=12, kernel=4, **settings)
+    assert form.sizes.unfolds_all
+    found = torch.stack([*shifted_products(form)])
+    slices = form.dense().movedim(1, -1).movedim(2, 0)
+    torch.testing.assert_close(found, slices.flatten(2, -2), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("settings", [{"channels": 4}, {"kernel": 3}, {"map": 12}, {"r": 2}, {"groups": 3}], ids=str)

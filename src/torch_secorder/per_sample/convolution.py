@@ -22,7 +22,7 @@ from torch_secorder.per_sample.arithmetic import (
 )
 from torch_secorder.per_sample.budget import chunk_bytes
 from torch_secorder.per_sample.convolution_gram import gram_channels, gram_norms
-from torch_secorder.per_sample.convolution_products import patches, shifted_products
+from torch_secorder.per_sample.convolution_products import one_product, patches, shifted_products
 from torch_secorder.per_sample.costs import Sizes, predicted
 from torch_secorder.per_sample.dense_answers import Index, Unguarded
 from torch_secorder.per_sample.profiles import profile_of
@@ -275,7 +275,8 @@ class Convolution(Cancelling):
         return Convolution(x, g, shape, stride, [0, *padding_[1:]], dilation, groups)
 
     def _shifted_squared_norms(self) -> Tensor:
+        found = iter([one_product(self)]) if self.sizes.unfolds_all else shifted_products(self)
         # The products are read in the order in which they lie in memory.
-        products = (value if value.is_contiguous() else value.mT for value in shifted_products(self))
+        products = (value if value.is_contiguous() else value.mT for value in found)
         squares = [squared_norm_of_rows(value.reshape(self.n, -1)) for value in products]
         return torch.stack(squares).sum(0) if len(squares) > 1 else squares[0]

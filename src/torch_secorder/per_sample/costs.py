@@ -16,6 +16,8 @@ BUDGET = CPU.convolution_bytes
 # On a CPU, a form whose temporaries for a single sample are larger than this is not offered.
 LIMIT = 4 * BUDGET
 
+# How many rows fill a vector register in single precision with AVX-512.
+FILLED = 16
 # With so few input channels, kernels of so many taps and so many numbers in one sample's patches, torch's weight gradients of
 # one sample at a time take about half as long as those of several samples as groups (measured with AVX-512).
 FEW_CHANNELS, LARGE_KERNEL, MANY_UNFOLDED = 3, 25, 2**16
@@ -118,6 +120,14 @@ class Sizes(NamedTuple):
         return self.few_channels and taps >= LARGE_KERNEL and taps * self.i * self.positions >= MANY_UNFOLDED
 
     @property
+    def unfolds_all(self) -> bool:
+        """Whether "shifted" makes one product of patches that are unfolded along all axes, not one for each row of the kernel.
+
+        The rows of the smaller products would fill no vector register. With groups, the larger copy costs more than it gains.
+        """
+        return self.profile.has_caches and self.k == 1 and self.i * math.prod(self.kernel[1:]) < FILLED
+
+    @property
     def limit(self) -> int:
         """The bytes of temporaries for a single sample up to which a form is offered."""
         return LIMIT if self.budget == BUDGET else self.budget
@@ -129,6 +139,8 @@ class Sizes(NamedTuple):
             case "direct":
                 return self.k * (self.i * pixels + self.o * self.positions + 2 * self.i * self.o * taps)
             case "shifted":
+                if self.unfolds_all:
+                    return self.k * self.i * taps * (self.positions + self.o)
                 rows = self.r * self.padded[0] * math.prod(self.out[1:])
                 return self.k * math.prod(self.kernel[1:]) * self.i * (rows + self.o)
             case "gram":
@@ -170,11 +182,12 @@ def counts(form: str, at: Sizes) -> Counts:
                 return {**work, **in_patches, "multiply": unfolded * _up(at.o, 8)}
             return {**work, "multiply": pairs * taps * positions * _up(at.i, 8) * _up(at.o, 8)}
         case "shifted":
-            row, products = at.i * math.prod(at.kernel[1:]), pairs * at.kernel[0]
+            calls = 1 if at.unfolds_all else at.kernel[0]
+            row, products = at.i * (taps if at.unfolds_all else math.prod(at.kernel[1:])), pairs * calls
             copied = 0 if taps == 1 and max(at.stride) == 1 and not any(at.padding) else at.n * at.floats(form)
             return {
                 "blocks": blocks,
-                "calls": blocks * (2 + at.kernel[0]),
+                "calls": blocks * (2 + calls),
                 "products": products,
                 "multiply": products * positions * _up(row, 8) * (_up(at.o, 16) if at.o > 1 else 1),
                 "packed": products * positions * (row + at.o),
