@@ -37,8 +37,10 @@ class Convolution(Cancelling):
     There are T positions, P pixels, a kernel of K taps, K_0 of them along the first axis, and I and O channels per group. The
     squared norms are taken in one of four ways, whichever :mod:`~torch_secorder.per_sample.costs` predicts to be the fastest:
 
-    * ``direct``: torch's own weight gradient, samples as groups; ``T K I O`` multiplications, fast for depthwise kernels of 3;
-    * ``shifted``: as many, in K_0 matrix products of views (:func:`shifted_products`); no copies at all for a kernel of one;
+    * ``direct``: torch's own weight gradient, samples as groups, or one sample at a time for large kernels on images; ``T K I O``
+      multiplications, fast for depthwise kernels of 3;
+    * ``shifted``: as many, in K_0 matrix products of views (:func:`shifted_products`); no copies at all for a kernel of one; in a
+      single product of unfolded patches where there are few channels (:func:`one_product`);
     * ``gram``: ``sum_{t,s} (sum_taps x_{t+tap} . x_{s+tap}) (g_t . g_s)`` from the pixels' Gram matrix, ``P^2 I + T^2 O``
       multiplications, recomputed where it cancels: for small maps with many channels;
     * ``patches``: products of unfolded patches and g (:class:`Outer`), for patches that don't overlap or a single one.

@@ -1,7 +1,7 @@
 """The cost of each way to a convolution's squared norms: amounts of work times a few measured constants.
 
-With these constants, ``shifted`` wins for kernels of one and for large depthwise ones, ``gram`` for small maps (up to about
-16 x 16) with 64 channels or more, ``patches`` for a single position, and ``direct`` for most others.
+With these constants, ``shifted`` wins for kernels of one, for large depthwise ones and for kernels of three on images, ``gram``
+for small maps (up to about 16 x 16) with 64 channels or more, ``patches`` for a single position, and ``direct`` for most others.
 """
 
 from __future__ import annotations
