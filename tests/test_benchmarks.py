@@ -12,7 +12,7 @@ pytest.importorskip("transformers")
 
 from benchmarks import check, growth, page, results, speed
 from benchmarks.exactness import exact, verdict
-from benchmarks.variants import OURS, VARIANTS
+from benchmarks.variants import BOUNDS, OURS, VARIANTS
 from benchmarks.workloads import WORKLOADS
 
 pytestmark = pytest.mark.filterwarnings("ignore::Warning")
@@ -29,6 +29,17 @@ def test_a_workload_is_exact(name):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("bound", BOUNDS.values())
+@pytest.mark.parametrize("name", QUICK)
+def test_a_bound_is_exact(name, bound):
+    setting = WORKLOADS[name].setting()
+    step = VARIANTS[bound].prepare(setting.model, setting.loss_fn)
+    for _ in range(2):  # The first step tries several ways.
+        found = VARIANTS[bound].read(step(*setting.batch(2)))
+        assert verdict(found, exact(name, 2), rtol=1e-3) == "exact"
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["lstm", "encoder"])
 def test_it_runs_without_the_peers(name, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(results, "FOLDER", tmp_path)
@@ -41,7 +52,7 @@ def test_it_runs_without_the_peers(name, capsys, tmp_path, monkeypatch):
     assert set(row["plain"]["floor"]) == {"operations", "bytes"}
     assert row["bare"]["verdict"] == ""
     for key in set(VARIANTS) - {"plain", "bare"}:
-        start = "exact" if key in (*OURS, "vmap", "loop") else "refuses: ModuleNotFoundError"
+        start = "exact" if key in (*OURS, *BOUNDS.values(), "vmap", "loop") else "refuses: ModuleNotFoundError"
         assert row[key]["verdict"].startswith(start)
         assert VARIANTS[key].label in told
     assert any(WORKLOADS[name].label in line for line in page.speed({name: row}))
@@ -108,6 +119,28 @@ def test_what_is_slower_once_passes_the_check(measured_ratios):
     assert check.main(["--workloads", "mlp", "--store"]) == 0
     assert check.main(["--workloads", "mlp"]) == 0
     assert not measured_ratios
+
+
+def test_a_bound_stands_beside_its_goal_and_fails_nothing(measured_ratios, capsys):
+    before = {"monitor_loop": 1.02, "functional": 0.7, "functional bound": 0.6}
+    measured_ratios += [before, before | {"functional bound": 0.9}]
+    assert check.main(["--workloads", "mlp", "--store"]) == 0
+    assert re.search(r"empirical_fisher_trace +0\.70 .* bound 0\.60 +goal 0\.64 missed", capsys.readouterr().out)
+    assert check.main(["--workloads", "mlp"]) == 0
+    assert "bound 0.90" in capsys.readouterr().out
+
+
+def test_the_check_measures_bounds_with_what_they_bound(monkeypatch):
+    measured = []
+
+    def rows(workload, variants, *args, **options):
+        measured.extend(variants)
+        return {name: {"of fastest": float(number)} for number, name in enumerate(variants)}
+
+    monkeypatch.setattr(speed, "measured", rows)
+    found = check.times(WORKLOADS["mlp"], ("monitor", "functional"), 1, None)
+    assert measured == ["monitor", "functional", "function_bound"]
+    assert found == {"monitor": 0.0, "functional": 1.0, "functional bound": 2.0}
 
 
 def test_without_stored_ratios_there_is_nothing_to_check(measured_ratios, capsys):

@@ -9,7 +9,8 @@ from typing import TypeVar
 
 import torch
 
-from benchmarks.variants import TOTAL, Step, Variant
+from benchmarks.steps import Step
+from benchmarks.variants import TOTAL, Variant
 from benchmarks.workloads import WORKLOADS, Setting
 from oracles import double, double_copy, per_sample_losses
 

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from benchmarks.exactness import refused
 from benchmarks.speed import Contender, report
-from benchmarks.variants import VARIANTS, Step, Variant, table, total
+from benchmarks.steps import Step
+from benchmarks.variants import VARIANTS, Variant, table, total
 from benchmarks.workloads import WORKLOADS, Loss, Workload
 from torch_secorder import fisher_report, generalized_fisher_trace
 

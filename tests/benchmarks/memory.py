@@ -23,7 +23,8 @@ import torch
 
 from benchmarks.exactness import ROOM, refused
 from benchmarks.results import save
-from benchmarks.variants import VARIANTS, Step
+from benchmarks.steps import Step
+from benchmarks.variants import VARIANTS
 from benchmarks.workloads import WORKLOADS, Setting, Workload
 
 MIB = 2**20

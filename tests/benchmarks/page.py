@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.results import saved
-from benchmarks.variants import ALONE, OURS, PEERS, VARIANTS
+from benchmarks.variants import ALONE, BOUNDS, OURS, PEERS, VARIANTS
 from benchmarks.workloads import WORKLOADS
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -38,6 +38,10 @@ How to read it
   with all parameters frozen and gradients up to the first layers' outputs. A function whose norms cost nothing has about this
   ratio; a monitor has 1. Small layers are bound by their bytes. A plain step also pays for fresh memory pages for large
   gradients, which neither count includes, and a fused LSTM computes its weights' gradients even if they are not needed.
+* **The bounds** are what the same numbers cost by hand (``tests/benchmarks/bounds.py``): the best products known, called from
+  plain hooks, with no check and no bookkeeping. One is for a step of a loop, the other for a function, without gradients of
+  parameters. What the first takes above 1, and the second above the floor, is the price of the products; what the library takes
+  above a bound is the price of its checks and its bookkeeping.
 * **Time** is the processor's, of one process with one thread, with glibc's default allocator. Every run stands between two
   plain steps, and is divided by their mean; variants take turns, and the page shows the median over the rounds.
 * **Memory** is the peak of a process during its first three steps, above what it holds with model and batch loaded, relative to
@@ -94,15 +98,17 @@ def speed(rows: dict[str, RowSparse]) -> list[str]:
             WORKLOADS[name].label,
             f"{row['plain']['milliseconds']:.0f}",
             "{operations:.2f}, {bytes:.2f}, ".format(**row["plain"]["floor"]) + ratio(row, ALONE),
+            ", ".join(ratio(row, bound) for bound in BOUNDS.values()),
             *(ratio(row, variant) for variant in OURS),
         ]
         for name, row in rows.items()
     ]
-    head = ["workload", "plain, ms", "floor: operations, bytes, time", *(VARIANTS[name].label for name in OURS)]
+    head = ["workload", "plain, ms", "floor: operations, bytes, time", "bound: in a loop, function"]
+    head += [VARIANTS[name].label for name in OURS]
     peers = [[WORKLOADS[name].label, *(ratio(row, peer) for peer in PEERS)] for name, row in rows.items()]
     return [
         *section("Time, over a plain step"),
-        *table(head, ours, [30, 8, 12, *[11] * len(OURS)]),
+        *table(head, ours, [30, 8, 12, 12, *[11] * len(OURS)]),
         *(".. image:: ../performance.png", "   :alt: Time over a plain step, by workload: ours and exact peers.", ""),
         *section("Other packages' time, over a plain step"),
         *table(["workload", *(VARIANTS[name].label for name in PEERS)], peers, [30, *[11] * len(PEERS)]),

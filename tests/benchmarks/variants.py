@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.bounds import function_bound, loop_bound
+from benchmarks.steps import Step, bare, plain
 from benchmarks.workloads import Loss
 from torch_secorder import FisherMonitor, empirical_fisher_trace, fisher_report
 
-Step = Callable[[Tensor, Tensor], Any]
 TOTAL = "total"
 
 
@@ -49,53 +50,6 @@ def table(report: Any) -> dict[str, float]:
 
 def named(values: Mapping[str, Tensor]) -> dict[str, float]:
     return {name: float(value) for name, value in values.items()}
-
-
-# The step that was running anyway
-
-
-def plain(model: nn.Module, loss_fn: Loss) -> Step:
-    def step(inputs: Tensor, targets: Tensor) -> None:
-        loss_fn(model(inputs), targets).backward()
-
-    return step
-
-
-class FromHere(torch.autograd.Function):
-    """The same tensor, from which on there is a graph."""
-
-    @staticmethod
-    def forward(ctx: Any, output: Tensor, anchor: Tensor) -> Tensor:
-        ctx.mark_dirty(output)
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
-        return None, None
-
-
-def bare(model: nn.Module, loss_fn: Loss) -> Step:
-    """What is left of a plain step where no parameter's gradient is asked for, only those that lead to the first layers."""
-    anchor = torch.zeros((), requires_grad=True)
-
-    def start(module: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor | None:
-        return None if not isinstance(output, Tensor) or output.requires_grad else FromHere.apply(output, anchor)
-
-    def into(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return tuple(x + anchor if isinstance(x, Tensor) else x for x in args)  # it trains only then
-
-    for module in model.modules():
-        if isinstance(module, nn.RNNBase):
-            module.register_forward_pre_hook(into)
-        elif list(module.parameters(recurse=False)):
-            module.register_forward_hook(start)
-    for p in model.parameters():
-        p.requires_grad_(False)
-
-    def step(inputs: Tensor, targets: Tensor) -> None:
-        torch.autograd.grad(loss_fn(model(inputs), targets), anchor, allow_unused=True)
-
-    return step
 
 
 # Ours
@@ -268,6 +222,8 @@ VARIANTS = {
     for variant in (
         Variant("plain", "plain step", plain, lambda _: {}),
         Variant("bare", "no parameter gradients, no numbers", bare, lambda _: {}),
+        Variant("loop_bound", "bound, in a loop", loop_bound, named),
+        Variant("function_bound", "bound, function", function_bound, named),
         Variant("monitor", "FisherMonitor", monitor, lambda found: table(found.report())),
         Variant("monitor_loop", "FisherMonitor, in a loop", monitor_loop, lambda found: table(found.report())),
         Variant("functional", "empirical_fisher_trace", functional, total),
@@ -283,5 +239,6 @@ VARIANTS = {
     )
 }
 ALONE = "bare"
+BOUNDS = {"monitor_loop": "loop_bound", "functional": "function_bound"}  # of ours
 OURS = ("monitor", "monitor_loop", "functional", "report", "diagonal")
-PEERS = tuple(name for name in VARIANTS if name not in (*OURS, "plain", ALONE))
+PEERS = tuple(name for name in VARIANTS if name not in (*OURS, *BOUNDS.values(), "plain", ALONE))

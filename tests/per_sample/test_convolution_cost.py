@@ -11,6 +11,7 @@ import torch
 
 from torch_secorder.model.channels import ChannelSums
 from torch_secorder.per_sample import Convolution, costs
+from torch_secorder.per_sample.convolution_products import shifted_products
 from torch_secorder.per_sample.costs import FORMS, predicted
 from torch_secorder.per_sample.profiles import CPU
 
@@ -79,6 +80,37 @@ def test_every_form_gives_the_same_norms(name: str, dims: int, dtype: torch.dtyp
     for way in FORMS:
         norms = form.squared_norms(way).double()
         torch.testing.assert_close(norms, exact.flatten(1).square().sum(1), rtol=rtol, atol=0)
+
+
+@pytest.mark.usefixtures("budget")
+@pytest.mark.parametrize("settings", [{}, {"stride": 2, "padding": 2}, {"dilation": 2, "padding": 3}], ids=str)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_few_channels_are_taken_one_sample_at_a_time(channels: int, settings: dict[str, Any]) -> None:
+    form = convolution(n=3, channels=channels, map=120, kernel=5, **settings)
+    assert form.sizes.one_by_one
+    windows = torch.nn.functional.pad(form.x[:, 0], [side for p in reversed(form.padding) for side in (p, p)])
+    for axis, (step, gap) in enumerate(zip(form.stride, form.dilation, strict=True), 2):
+        windows = windows.unfold(axis, 4 * gap + 1, step)[..., ::gap]
+    expected = torch.einsum("niabkl,noab->noikl", windows, form.g[:, 0])
+    torch.testing.assert_close(form.dense(), expected, rtol=1e-12, atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"padding": 2}, {"stride": 2}, {"dilation": 2}, {"r": 2, "stride": 3}], ids=str
+)
+@pytest.mark.parametrize("out", [6, 16])
+@pytest.mark.parametrize("dims", [1, 2])
+def test_few_features_are_unfolded_along_all_axes(dims: int, out: int, settings: dict[str, Any]) -> None:
+    form = convolution(dims, channels=3, out=out, map=12, kernel=4, **settings)
+    assert form.sizes.unfolds_all
+    found = torch.stack([*shifted_products(form)])
+    slices = form.dense().movedim(1, -1).movedim(2, 0)
+    torch.testing.assert_close(found, slices.flatten(2, -2), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("settings", [{"channels": 4}, {"kernel": 3}, {"map": 12}, {"r": 2}, {"groups": 3}], ids=str)
+def test_other_layers_are_taken_several_samples_at_a_time(settings: dict[str, Any]) -> None:
+    assert not convolution(**{"n": 3, "channels": 3, "map": 120, "kernel": 5, **settings}).sizes.one_by_one
 
 
 @pytest.mark.usefixtures("budget")
@@ -213,6 +245,7 @@ def test_the_picked_form_is_an_applicable_one(name: str) -> None:
         ({"n": 32, "channels": 256, "out": 256, "map": 4, "padding": 1}, "gram"),
         ({"n": 32, "channels": 64, "out": 64, "map": 4, "kernel": 4}, "patches"),
         ({"n": 8, "channels": 3, "out": 64, "map": 64, "kernel": 16, "stride": 16}, "patches"),
+        ({"n": 8, "channels": 3, "out": 64, "map": 112, "kernel": 7, "stride": 2, "padding": 3}, "direct"),
         ({"n": 8, "channels": 16, "out": 32, "map": 64, "kernel": 1}, "shifted"),
         ({"n": 8, "channels": 32, "out": 32, "map": 32, "groups": 32, "padding": 1}, "direct"),
         ({"n": 8, "channels": 32, "out": 32, "map": 32, "groups": 32, "kernel": 7, "padding": 3}, "shifted"),

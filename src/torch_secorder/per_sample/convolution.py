@@ -22,7 +22,7 @@ from torch_secorder.per_sample.arithmetic import (
 )
 from torch_secorder.per_sample.budget import chunk_bytes
 from torch_secorder.per_sample.convolution_gram import gram_channels, gram_norms
-from torch_secorder.per_sample.convolution_products import patches, shifted_products
+from torch_secorder.per_sample.convolution_products import one_product, patches, shifted_products
 from torch_secorder.per_sample.costs import Sizes, predicted
 from torch_secorder.per_sample.dense_answers import Index, Unguarded
 from torch_secorder.per_sample.profiles import profile_of
@@ -37,8 +37,10 @@ class Convolution(Cancelling):
     There are T positions, P pixels, a kernel of K taps, K_0 of them along the first axis, and I and O channels per group. The
     squared norms are taken in one of four ways, whichever :mod:`~torch_secorder.per_sample.costs` predicts to be the fastest:
 
-    * ``direct``: torch's own weight gradient, samples as groups; ``T K I O`` multiplications, fast for depthwise kernels of 3;
-    * ``shifted``: as many, in K_0 matrix products of views (:func:`shifted_products`); no copies at all for a kernel of one;
+    * ``direct``: torch's own weight gradient, samples as groups, or one sample at a time for large kernels on images; ``T K I O``
+      multiplications, fast for depthwise kernels of 3;
+    * ``shifted``: as many, in K_0 matrix products of views (:func:`shifted_products`); no copies at all for a kernel of one; in a
+      single product of unfolded patches where there are few channels (:func:`one_product`);
     * ``gram``: ``sum_{t,s} (sum_taps x_{t+tap} . x_{s+tap}) (g_t . g_s)`` from the pixels' Gram matrix, ``P^2 I + T^2 O``
       multiplications, recomputed where it cancels: for small maps with many channels;
     * ``patches``: products of unfolded patches and g (:class:`Outer`), for patches that don't overlap or a single one.
@@ -92,7 +94,10 @@ class Convolution(Cancelling):
         return Sizes(self.n, self.x.shape[1], self.groups, features, channels, *maps, *rest, budget, profile)
 
     def dense(self) -> Tensor:
-        """One grouped convolution with the samples as groups."""
+        """One grouped convolution with the samples as groups, or one convolution for each sample."""
+        if self.sizes.one_by_one:
+            pairs = zip(self.x.split(1), self.g.split(1), strict=True)
+            return torch.stack([self._weight_gradient(x[0], g[0], 1) for x, g in pairs])
         x, g = (value.transpose(0, 1).flatten(1, 2) for value in (self.x, self.g))
         return self._weight_gradient(x, g, self.n).reshape(self.n, *self.shape)
 
@@ -295,7 +300,8 @@ class Convolution(Cancelling):
         return Convolution(x, g, shape, stride, [0, *padding_[1:]], dilation, groups)
 
     def _shifted_squared_norms(self) -> Tensor:
+        found = iter([one_product(self)]) if self.sizes.unfolds_all else shifted_products(self)
         # The products are read in the order in which they lie in memory.
-        products = (value if value.is_contiguous() else value.mT for value in shifted_products(self))
+        products = (value if value.is_contiguous() else value.mT for value in found)
         squares = [squared_norm_of_rows(value.reshape(self.n, -1)) for value in products]
         return torch.stack(squares).sum(0) if len(squares) > 1 else squares[0]

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from torch_secorder.per_sample.costs import FILLED
 from torch_secorder.per_sample.outer import Outer
 
 if TYPE_CHECKING:
     from torch_secorder.per_sample.convolution import Convolution
-
-# How many rows fill a vector register in single precision with AVX-512.
-FILLED = 16
 
 
 def shifted_products(form: Convolution) -> Iterator[Tensor]:
@@ -25,16 +23,15 @@ def shifted_products(form: Convolution) -> Iterator[Tensor]:
     each other in memory, so that each slice is a matrix product of a view and no row is copied once for each tap. With a
     stride, the rows are sorted by their remainder first.
     """
+    if form.sizes.unfolds_all:
+        return iter(one_product(form).unflatten(1, (form.shape[2], -1)).unbind(1))
     tall = form.tall()
     x, g, step = tall.x[:, 0], tall.g[:, 0], tall.stride[0]
     dims = len(tall.stride)
     sides = [side for p in reversed(tall.padding) for side in (p, p)]
     sides[-1] += -(x.shape[2] + 2 * tall.padding[0]) % step
     x = torch.nn.functional.pad(x, sides) if any(sides) else x
-    for axis in range(1, dims):
-        gap = tall.dilation[axis]
-        x = x.unfold(axis + 2, gap * (form.shape[axis + 2] - 1) + 1, tall.stride[axis])[..., ::gap]
-        x = x.narrow(axis + 2, 0, g.shape[axis + 2])
+    x = _unfolded(x, tall, range(1, dims))
     # [n, channels, rows, *other axes, *other taps] -> [remainder, n k, i other taps, rows and other axes]
     x = x.unflatten(2, (-1, step)).movedim(3, 0)
     axes, taps = range(3, dims + 3), range(dims + 3, 2 * dims + 2)
@@ -45,14 +42,36 @@ def shifted_products(form: Convolution) -> Iterator[Tensor]:
     return (_product(x[rest, :, :, skip * row : skip * row + g.shape[2]], g) for skip, rest in starts)
 
 
+def one_product(form: Convolution) -> Tensor:
+    """The gradients as one product with patches unfolded along all axes, ``[n k, taps along the first axis * i * others, o]``."""
+    tall = form.tall()
+    g, dims = tall.g[:, 0], len(tall.stride)
+    x = torch.nn.functional.pad(tall.x[:, 0], [side for p in reversed(tall.padding) for side in (p, p)])
+    x = _unfolded(x, tall, range(dims))
+    # [n, channels, *axes, *taps] -> [n k, taps along the first axis and i and other taps, positions]
+    x = x.unflatten(1, (form.groups, -1))
+    axes, taps = range(3, dims + 3), range(dims + 3, 2 * dims + 3)
+    x = x.permute(0, 1, taps[0], 2, *taps[1:], *axes).reshape(form.n * form.groups, -1, math.prod(g.shape[2:]))
+    g = g.reshape(len(x), -1, x.shape[2])
+    # A second factor that fills its registers makes up for one with more rows.
+    return _product(x, g) if g.shape[1] % FILLED else x @ g.mT
+
+
+def _unfolded(x: Tensor, form: Convolution, axes: Iterable[int]) -> Tensor:
+    """A padded map with the patches along some axes, whose taps become further axes at the end."""
+    for axis in axes:
+        gap = form.dilation[axis]
+        x = x.unfold(axis + 2, gap * (form.shape[axis + 2] - 1) + 1, form.stride[axis])[..., ::gap]
+        x = x.narrow(axis + 2, 0, form.g.shape[axis + 3])
+    return x
+
+
 def patches(form: Convolution) -> Outer:
     """The same gradients as products over positions, whose inputs are the patches that the kernel saw."""
     dims = len(form.stride)
     x, g = form.x.flatten(0, 1), form.g.flatten(0, 1)
     windows = torch.nn.functional.pad(x, [side for p in reversed(form.padding) for side in (p, p)])
-    for axis, (kernel, step, gap) in enumerate(zip(form.shape[2:], form.stride, form.dilation, strict=True)):
-        windows = windows.unfold(axis + 2, gap * (kernel - 1) + 1, step)[..., ::gap]
-        windows = windows.narrow(axis + 2, 0, g.shape[axis + 2])
+    windows = _unfolded(windows, form, range(dims))
     # [n r, channels, *map, *kernel] -> [n, k, r t, i]
     windows = windows.unflatten(1, (form.groups, -1)).movedim(2, dims + 2)
     a = windows.reshape(form.n, -1, form.groups, math.prod(g.shape[2:]), math.prod(form.shape[1:]))

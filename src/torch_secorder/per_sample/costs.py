@@ -1,7 +1,7 @@
 """The cost of each way to a convolution's squared norms: amounts of work times a few measured constants.
 
-With these constants, ``shifted`` wins for kernels of one and for large depthwise ones, ``gram`` for small maps (up to about
-16 x 16) with 64 channels or more, ``patches`` for a single position, and ``direct`` for most others.
+With these constants, ``shifted`` wins for kernels of one, for large depthwise ones and for kernels of three on images, ``gram``
+for small maps (up to about 16 x 16) with 64 channels or more, ``patches`` for a single position, and ``direct`` for most others.
 """
 
 from __future__ import annotations
@@ -16,17 +16,25 @@ BUDGET = CPU.convolution_bytes
 # On a CPU, a form whose temporaries for a single sample are larger than this is not offered.
 LIMIT = 4 * BUDGET
 
+# How many rows fill a vector register in single precision with AVX-512.
+FILLED = 16
+# With so few input channels, kernels of so many taps and so many numbers in one sample's patches, torch's weight gradients of
+# one sample at a time take about half as long as those of several samples as groups (measured with AVX-512).
+FEW_CHANNELS, LARGE_KERNEL, MANY_UNFOLDED = 3, 25, 2**16
+
 Counts = dict[str, float]
 FORMS = ("direct", "shifted", "gram", "patches")
 
 # Nanoseconds for each piece of work in float32 on one thread, fitted by tests/benchmarks/convolution_cost.py to times with
-# AVX-512 and with AVX2 together. With either, the form that they pick takes 1.01 times as long as the best one on average.
-# Only the ratios of these numbers matter.
+# AVX-512 and with AVX2 together. Those of "direct" and "shifted" lie between that fit and one to a processor of another maker,
+# on which oneDNN's convolutions gain more by AVX-512 than the matrix products do. On each of these, the form that they pick takes
+# 1.01 times as long as the best one on average. Only the ratios of these numbers matter.
 NANOSECONDS: dict[str, Counts] = {
     "direct": {
-        "calls": 1.4e5,
-        "multiply": 0.019,
-        "outputs": 0.61,
+        "calls": 1.25e5,
+        "alone": 4e4,
+        "multiply": 0.017,
+        "outputs": 0.55,
         "groups": 24,
         "factors": 0.44,
         "depthwise": 0.026,
@@ -36,12 +44,12 @@ NANOSECONDS: dict[str, Counts] = {
     },
     "shifted": {
         "calls": 4e4,
-        "products": 53,
-        "multiply": 0.018,
-        "packed": 0.1,
+        "products": 45,
+        "multiply": 0.0215,
+        "packed": 0.08,
         "outputs": 0.26,
         "copied": 0.57,
-        "runs": 0.02,
+        "runs": 0.06,
     },
     "gram": {"calls": 3e4, "products": 54, "multiply": 0.013, "added": 0.18, "runs": 5.2, "packed": 0.48},
     "patches": {"calls": 2.5e4, "products": 81, "multiply": 0.013, "copied": 1.0, "runs": 9.0, "packed": 0.03},
@@ -98,6 +106,28 @@ class Sizes(NamedTuple):
         return self.i == self.o == 1 and max(self.kernel) <= 3 <= min(self.map)
 
     @property
+    def few_channels(self) -> bool:
+        """Whether a CPU's code for few input channels, as those of images, applies to a single sample; it knows no groups."""
+        return self.r == self.k == 1 and self.i <= FEW_CHANNELS and self.profile.has_caches
+
+    @property
+    def one_by_one(self) -> bool:
+        """Whether torch's own weight gradient is called for one sample at a time.
+
+        Small kernels and small maps gain less by the code for few channels than the calls cost.
+        """
+        taps = math.prod(self.kernel)
+        return self.few_channels and taps >= LARGE_KERNEL and taps * self.i * self.positions >= MANY_UNFOLDED
+
+    @property
+    def unfolds_all(self) -> bool:
+        """Whether "shifted" makes one product of patches that are unfolded along all axes, not one for each row of the kernel.
+
+        The rows of the smaller products would fill no vector register. With groups, the larger copy costs more than it gains.
+        """
+        return self.profile.has_caches and self.k == 1 and self.i * math.prod(self.kernel[1:]) < FILLED
+
+    @property
     def limit(self) -> int:
         """The bytes of temporaries for a single sample up to which a form is offered."""
         return LIMIT if self.budget == BUDGET else self.budget
@@ -109,6 +139,8 @@ class Sizes(NamedTuple):
             case "direct":
                 return self.k * (self.i * pixels + self.o * self.positions + 2 * self.i * self.o * taps)
             case "shifted":
+                if self.unfolds_all:
+                    return self.k * self.i * taps * (self.positions + self.o)
                 rows = self.r * self.padded[0] * math.prod(self.out[1:])
                 return self.k * math.prod(self.kernel[1:]) * self.i * (rows + self.o)
             case "gram":
@@ -140,16 +172,22 @@ def counts(form: str, at: Sizes) -> Counts:
             work["factors"] = pairs * (at.i * pixels + at.o * positions)
             if at.depthwise:
                 return {**work, "depthwise": pairs * taps * positions}
+            unfolded = pairs * taps * positions * at.i
+            in_patches = {"unfolded": unfolded, "runs": unfolded / at.out[-1]}
+            if at.few_channels and (at.one_by_one or blocks == at.n):
+                return {"alone": at.n, "multiply": unfolded * _up(at.o, 8)}
             if at.o < 8:  # torch has no code for so few channels, and unfolds patches group by group
-                unfolded = pairs * taps * positions * at.i
-                return {**work, "unfolded": unfolded, "runs": unfolded / at.out[-1], "loops": pairs}
+                return {**work, **in_patches, "loops": pairs}
+            if at.few_channels:
+                return {**work, **in_patches, "multiply": unfolded * _up(at.o, 8)}
             return {**work, "multiply": pairs * taps * positions * _up(at.i, 8) * _up(at.o, 8)}
         case "shifted":
-            row, products = at.i * math.prod(at.kernel[1:]), pairs * at.kernel[0]
+            calls = 1 if at.unfolds_all else at.kernel[0]
+            row, products = at.i * (taps if at.unfolds_all else math.prod(at.kernel[1:])), pairs * calls
             copied = 0 if taps == 1 and max(at.stride) == 1 and not any(at.padding) else at.n * at.floats(form)
             return {
                 "blocks": blocks,
-                "calls": blocks * (2 + at.kernel[0]),
+                "calls": blocks * (2 + calls),
                 "products": products,
                 "multiply": products * positions * _up(row, 8) * (_up(at.o, 16) if at.o > 1 else 1),
                 "packed": products * positions * (row + at.o),
