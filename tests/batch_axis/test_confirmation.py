@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from oracles import assert_equal
 from torch_secorder import FisherMonitor, empirical_fisher_trace
 from torch_secorder.autograd.graph_pass import GraphPass
-from torch_secorder.batch_axis.confirmation import RowPeaks
+from torch_secorder.batch_axis.confirmation import PassPeaks
 from torch_secorder.batch_axis.derivation import Derivation
 from torch_secorder.batch_axis.evidence import Evidence, Finding, Unplaced
 from torch_secorder.batch_axis.placement import Layout, Placement
@@ -179,5 +179,8 @@ def rows(*values: float) -> Tensor:
     ],
 )
 def test_what_agrees(grad: Tensor, derived: Evidence, expected: bool) -> None:
-    peaks = RowPeaks.of(grad, derived, ROWS)
+    passed = PassPeaks([grad.shape], [derived], ROWS)
+    passed.note(0, grad)
+    (peaks,) = passed.on_the_host()
+    assert peaks is not None
     assert peaks.agree(derived, tuple(grad.shape), ROWS, LOUD) is expected
