@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node, get_gradient_edge
 from torch.utils.checkpoint import checkpoint
 
+from torch_secorder.autograd import route
 from torch_secorder.autograd.graph_pass import GraphPass
 from torch_secorder.autograd.opaque import Gradients, runs_others_code
 
@@ -358,3 +359,25 @@ def test_starts_of_passes_are_torchs_own_again_afterwards() -> None:
     passed([x * 2], [torch.ones(3)], [x])
     assert torch.autograd.graph._engine_run_backward is before
     assert torch.autograd._engine_run_backward is before
+
+
+def test_shapes_are_read_before_any_gradient_flows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torch says of a node stays. Between large gradients it would keep the heap from joining the places that they leave."""
+    x = leaf(3)
+    read, called = [], []
+    outputs_of, call = route.outputs_of, GraphPass._called
+
+    def reading(node: Node) -> Any:
+        assert not called
+        read.append(node)
+        return outputs_of(node)
+
+    def calling(self: GraphPass, node: Node, grads: Gradients) -> list[Tensor | None]:
+        called.append(node)
+        return call(self, node, grads)
+
+    monkeypatch.setattr(route, "outputs_of", reading)
+    monkeypatch.setattr(GraphPass, "_called", calling)
+    passed([x.exp().sin().cos()], [torch.ones(3)], [x])
+    assert len(called) == 3
+    assert read[:3] == called

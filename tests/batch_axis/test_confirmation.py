@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.live_bytes import LiveBytes
 from oracles import assert_equal
 from torch_secorder import FisherMonitor, empirical_fisher_trace
 from torch_secorder.autograd.graph_pass import GraphPass
-from torch_secorder.batch_axis.confirmation import RowPeaks
+from torch_secorder.batch_axis.confirmation import PassPeaks
 from torch_secorder.batch_axis.derivation import Derivation
 from torch_secorder.batch_axis.evidence import Evidence, Finding, Unplaced
 from torch_secorder.batch_axis.placement import Layout, Placement
@@ -179,5 +180,26 @@ def rows(*values: float) -> Tensor:
     ],
 )
 def test_what_agrees(grad: Tensor, derived: Evidence, expected: bool) -> None:
-    peaks = RowPeaks.of(grad, derived, ROWS)
+    passed = PassPeaks([grad.shape], [derived], ROWS)
+    passed.note(0, grad)
+    (peaks,) = passed.on_the_host()
+    assert peaks is not None
     assert peaks.agree(derived, tuple(grad.shape), ROWS, LOUD) is expected
+
+
+def test_peaks_that_stay_are_one_pair_of_tensors() -> None:
+    """A small tensor for each gradient would stay between the large ones that are freed, whose places the heap could not join."""
+    derived: list[Evidence] = [EACH, BLOCKS, Unplaced.SHARED_BY_SAMPLES] * 10
+    grads = [torch.randn(ROWS, 3), torch.randn(2 * ROWS, 3), torch.randn(3, ROWS)] * 10
+    peaks = PassPeaks([grad.shape for grad in grads], derived, ROWS)
+    with LiveBytes() as live:
+        for place, grad in enumerate(grads):
+            peaks.note(place, grad)
+    kept = sum(1 if change > 0 else -1 for change in live.changes)
+    assert len(live.changes) > len(grads)
+    assert kept == 1
+    found = peaks.on_the_host()
+    for grad, one, own in zip(grads, derived, found, strict=True):
+        assert own is not None
+        for axis, rows in own.axes.items():
+            assert torch.equal(rows, grad.abs().amax(1 - axis).double()), one

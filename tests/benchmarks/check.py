@@ -23,7 +23,7 @@ from benchmarks.workloads import WORKLOADS, Workload
 TIMED = ("monitor_loop", "monitor", "functional")
 BOUND = " bound"  # after a variant's name, for what the same products cost by hand
 SIZED = ("monitor", "functional")
-MEMORY = " memory"  # after a variant's name, for the memory of its steps
+MEMORY = " memory"  # after a variant's name, for the tensors of its steps
 WORSE = 1.05
 ATTEMPTS = 3
 ROUNDS = 11
@@ -59,9 +59,9 @@ def times(workload: Workload, variants: Sequence[str], rounds: int, n: int | Non
 
 
 def sizes(workload: Workload, variants: Sequence[str]) -> dict[str, float]:
-    """The ratio of each variant's memory to that of a plain step, each the median of three processes."""
-    rows = memory.measured(workload.name, variants, repeats=3)
-    return {name + MEMORY: rows[name]["ratio"] for name in variants}
+    """The ratio of the tensors that are alive at once in each variant's steps to those in a plain step."""
+    found = memory.ratios_of_tensors(workload.name, variants)
+    return {name + MEMORY: found[name] for name in variants}
 
 
 def worse(found: dict[str, float], before: dict[str, float]) -> list[str]:

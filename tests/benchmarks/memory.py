@@ -1,7 +1,8 @@
 """Peak memory of a step with the numbers, over that of a plain one: `python -m benchmarks.memory`.
 
 Each variant runs in a process of its own. Counted is the most that the process holds during three steps above what it holds
-before them, with the model and the batch loaded and a first step taken on two samples.
+before them, with the model and the batch loaded and a first step taken on two samples. That has the heap's holes in it, which
+differ by a fifth from one run to the next; the bytes of all tensors that are alive at once are counted besides, and do not.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 
 from benchmarks.exactness import ROOM, refused
+from benchmarks.live_bytes import LiveBytes
 from benchmarks.results import save
 from benchmarks.steps import Step
 from benchmarks.variants import VARIANTS
@@ -88,6 +90,19 @@ def peak(setting: Setting, variant: str) -> tuple[int | None, str]:
     return (None, refusal) if refusal else (found.bytes, "")
 
 
+def live_peak(setting: Setting, variant: str) -> tuple[int | None, str]:
+    """Bytes of tensors that are alive at once in steps of the variant."""
+    step, refusal = refused(lambda: warm(setting, variant))
+    peaks = [0]
+    for _ in range(0 if step is None else STEPS):
+        with LiveBytes() as live:
+            result, refusal = refused(lambda: (step(*setting.batch()),))
+            del result
+        peaks.append(live.peak)
+        setting.model.zero_grad(set_to_none=True)
+    return (None, refusal) if refusal else (max(peaks), "")
+
+
 def warm(setting: Setting, variant: str) -> Step:
     """The step, its code loaded, with nothing left of what it did on two samples."""
     step = VARIANTS[variant].prepare(setting.model, setting.loss_fn)
@@ -108,14 +123,16 @@ def in_a_process(function: Callable[..., dict[str, Any]], *arguments: Any) -> di
             return {"verdict": "the process was killed"}
 
 
-def growth(setting: Setting, variant: str) -> dict[str, Any]:
-    """How far the process grows, in MiB, or why that is not known."""
+def growth(
+    setting: Setting, variant: str, measure: Callable[[Setting, str], tuple[int | None, str]] = peak
+) -> dict[str, Any]:
+    """How far the process grows, or what else is measured, in MiB, or why that is not known."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     size = sum(p.numel() for p in setting.model.parameters()) * len(setting.inputs) * 4 / 2**30
     if VARIANTS[variant].stores and size > ROOM:
         return {"verdict": f"not run: the gradients of all samples take {size:.0f} GiB"}
-    found, refusal = peak(setting, variant)
+    found, refusal = measure(setting, variant)
     return {"verdict": refusal} if found is None else {"mib": found / MIB}
 
 
@@ -123,8 +140,18 @@ def of_workload(workload: str, variant: str) -> dict[str, Any]:
     return growth(WORKLOADS[workload].setting(), variant)
 
 
+def tensors_of_workload(workload: str, variant: str) -> dict[str, Any]:
+    return growth(WORKLOADS[workload].setting(), variant, live_peak)
+
+
+def ratios_of_tensors(workload: str, names: Sequence[str]) -> dict[str, float]:
+    """By variant: the bytes of tensors that are alive at once, over those of the plain step. They are the same in every run."""
+    rows = {name: in_a_process(tensors_of_workload, workload, name) for name in dict.fromkeys(["plain", *names])}
+    return {name: row["mib"] / rows["plain"]["mib"] for name, row in rows.items() if "mib" in row}
+
+
 def measured(workload: str, names: Sequence[str], repeats: int) -> dict[str, dict[str, Any]]:
-    """By variant: the median peak of several processes, and its ratio to the plain step's."""
+    """By variant: the median peak of several processes, its ratio to the plain step's, and the tensors' ratio."""
     rows: dict[str, dict[str, Any]] = {}
     for name in dict.fromkeys(["plain", *names]):
         found = [in_a_process(of_workload, workload, name)]
@@ -133,15 +160,18 @@ def measured(workload: str, names: Sequence[str], repeats: int) -> dict[str, dic
         rows[name] = sorted(found, key=lambda row: row.get("mib", 0.0))[len(found) // 2]
         if "mib" in rows[name]:
             rows[name]["ratio"] = rows[name]["mib"] / rows["plain"]["mib"]
+    for name, ratio in ratios_of_tensors(workload, [name for name in names if "mib" in rows[name]]).items():
+        rows[name]["tensors"] = ratio
     return rows
 
 
 def printed(workload: Workload, rows: dict[str, dict[str, Any]]) -> None:
-    print(f"\n{workload.label}\n  plain step {rows['plain']['mib']:.1f} MiB")
+    plain = f"plain step {rows['plain']['mib']:.1f} MiB"
+    print(f"\n{workload.label}\n  {plain:26}  process  tensors")
     for name, row in list(rows.items())[1:]:
-        ratio = f"{row['ratio']:7.2f}" if "ratio" in row else "      -"
-        told = workload.goals.told(name, row.get("ratio"), memory=True)
-        print(f"  {VARIANTS[name].label:26}{ratio}   {told:18}{row.get('verdict', '')}".rstrip(), flush=True)
+        ratios = "".join(f"{row[kind]:9.2f}" if kind in row else "        -" for kind in ("ratio", "tensors"))
+        told = workload.goals.told(name, row.get("tensors"), memory=True)
+        print(f"  {VARIANTS[name].label:26}{ratios}   {told:18}{row.get('verdict', '')}".rstrip(), flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

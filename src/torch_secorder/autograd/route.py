@@ -117,11 +117,13 @@ class Route:
         Raises:
             CoverageError: if a node gives less than all, and ``complete``.
         """
+        # All of it is read before anything flows. Read in between, it would stay where large gradients are freed, and the heap
+        # could not put their places together for the next ones.
+        if not self._outputs:
+            self._outputs = {node: outputs_of(node) for node in self.order}
         for node in self.order:
-            if (outputs := self._outputs.get(node)) is None:
-                outputs = self._outputs[node] = outputs_of(node)
             grads, arrived = [], False
-            for nr in range(len(outputs)):
+            for nr in range(len(self._outputs[node])):
                 grads.append(grad := pending.pop((node, nr), None))
                 arrived = arrived or grad is not None
             if not arrived:
@@ -139,9 +141,8 @@ class Route:
                     if complete:
                         raise _gives_nothing(node)
                     continue
-                if (outputs := self._outputs.get(child)) is None:
-                    outputs = self._outputs[child] = outputs_of(child)
-                part, there = fitted(result, outputs[nr], keeps_dtype=keeps_dtype), pending.get((child, nr))
+                part = fitted(result, self._outputs[child][nr], keeps_dtype=keeps_dtype)
+                there = pending.get((child, nr))
                 pending[child, nr] = part if there is None else there + part
 
 

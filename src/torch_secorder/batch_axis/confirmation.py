@@ -30,18 +30,6 @@ class RowPeaks:
     axes: dict[int, Tensor]
     tiny: float
 
-    @classmethod
-    def of(cls, grad: Tensor, derived: Evidence, n: int) -> RowPeaks:
-        """Those along the axis on which samples were derived to be; along each that may have them, if they are on none."""
-        value = torch.view_as_real(grad.resolve_conj()) if grad.is_complex() else grad
-        shape = tuple(grad.shape) or (1,)
-        value = value if grad.dim() else value[None]
-        if isinstance(derived, Placement):
-            axes = [derived.axis]
-        else:
-            axes = [0, *[axis for axis, size in enumerate(shape) if axis and size % n == 0]]
-        return cls({axis: _peaks(value, axis) for axis in axes}, torch.finfo(grad.dtype).tiny)
-
     def agree(self, derived: Evidence, shape: Sequence[int], n: int, loud: Tensor) -> bool:
         """Whether these are what they have to be where samples were derived to be, if only some are loud."""
         largest = max((float(rows.max()) for rows in self.axes.values() if rows.numel()), default=0.0)
@@ -67,14 +55,77 @@ class RowPeaks:
         return loud.bool() if own is None else loud.bool()[own]
 
 
-def _peaks(value: Tensor, axis: int) -> Tensor:
-    others = [other for other in range(value.dim()) if other != axis]
-    if not value.numel() or not others:
-        return value.abs() if value.numel() else value.new_zeros(value.shape[axis])
-    return torch.maximum(value.amax(others), -value.amin(others))
+class PassPeaks:
+    """The peaks of all gradients that one pass looks at.
+
+    Those of one device and dtype lie in one tensor. A small tensor for each gradient would stay where the large gradients before
+    and after it are freed, and the heap could not put their two places together for the next ones.
+
+    Args:
+        shapes: the shape in which each gradient is looked at.
+        derived: where each was derived to have its samples. Where that is on an axis, only this axis is looked at; else each that
+            may have them.
+        n: how many samples.
+    """
+
+    def __init__(self, shapes: Sequence[Sequence[int]], derived: Sequence[Evidence], n: int):
+        self._ranges: list[dict[int, tuple[int, int]]] = []  # for each gradient and axis, where its peaks lie
+        self._size = 0
+        for shape, one in zip(shapes, derived, strict=True):
+            self._ranges.append({axis: self._taken(tuple(shape) or (1,), axis) for axis in _axes(shape, one, n)})
+        self._holders: list[_Holder | None] = [None] * len(self._ranges)
+        self._known: dict[tuple[torch.device, torch.dtype], _Holder] = {}
+
+    def _taken(self, shape: Sequence[int], axis: int) -> tuple[int, int]:
+        start, self._size = self._size, self._size + shape[axis]
+        return start, self._size
+
+    def note(self, place: int, grad: Tensor) -> None:
+        """Take the peaks of a gradient that has arrived, in place of those of an earlier one."""
+        value = torch.view_as_real(grad.resolve_conj()) if grad.is_complex() else grad
+        value = value if grad.dim() else value[None]
+        key = (value.device, value.dtype)
+        if (holder := self._known.get(key)) is None:
+            holder = self._known[key] = _Holder(*value.new_zeros(2, self._size).unbind())
+        self._holders[place] = holder
+        if value.numel():
+            for axis, (start, end) in self._ranges[place].items():
+                holder.write(value, axis, start, end)
+
+    def on_the_host(self) -> list[RowPeaks | None]:
+        """The peaks of each gradient on the host, None where none arrived; the host waits for each device once."""
+        holders = list(self._known.values())
+        values = dict(zip(holders, together_on_host([holder.peaks() for holder in holders]), strict=True))
+        return [
+            None
+            if holder is None
+            else RowPeaks({axis: values[holder][start:end] for axis, (start, end) in ranges.items()}, holder.tiny)
+            for holder, ranges in zip(self._holders, self._ranges, strict=True)
+        ]
 
 
-def on_the_host(peaks: Sequence[RowPeaks | None]) -> list[RowPeaks | None]:
-    """The same on the host, which waits for each device once."""
-    values = iter(together_on_host([rows for one in peaks if one is not None for rows in one.axes.values()]))
-    return [None if one is None else RowPeaks({axis: next(values) for axis in one.axes}, one.tiny) for one in peaks]
+@dataclass(frozen=True, eq=False)
+class _Holder:
+    """The largest and the smallest entries of rows on one device."""
+
+    most: Tensor
+    least: Tensor
+
+    @property
+    def tiny(self) -> float:
+        return torch.finfo(self.most.dtype).tiny
+
+    def write(self, value: Tensor, axis: int, start: int, end: int) -> None:
+        others = [other for other in range(value.dim()) if other != axis]
+        self.most[start:end] = value.amax(others) if others else value
+        self.least[start:end] = value.amin(others) if others else value
+
+    def peaks(self) -> Tensor:
+        return torch.maximum(self.most, -self.least)
+
+
+def _axes(shape: Sequence[int], derived: Evidence, n: int) -> list[int]:
+    """The axis on which samples were derived to be, or each that may have them, if they are on none."""
+    if isinstance(derived, Placement):
+        return [derived.axis]
+    return [0, *[axis for axis, size in enumerate(shape) if axis and size % n == 0]]

@@ -66,7 +66,7 @@ class Derivation:
         self._movers: list[Mover] = []
         self._followed: set[Node] = set()  # where all labels that arrive are known
         self._answers = Answers()
-        self._known: dict[Hashable, Finding] = {}
+        self._known: dict[Hashable, tuple[Labels, Finding]] = {}  # the labels of an edge, and what they say
 
     @property
     def has_several_outputs(self) -> bool:
@@ -206,10 +206,12 @@ class Derivation:
             return Finding(Unplaced.NO_GRADIENT)
         # An output may be behind a node that hides what it does, and then it is not on the route.
         own = (self._shapes.get(edge.node) or _shapes(edge.node))[edge.output_nr]
-        key = (labels.shape, labels.tobytes(), own, shape)
-        if (known := self._known.get(key)) is None:
-            known = self._known[key] = what_labels_say(reshaped(labels, own, shape), shape, self._n)
-        return known
+        # The bytes themselves would be as large as all labels of the graph together, which are kept anyway.
+        key = (labels.shape, hash(labels.tobytes()), own, shape)
+        known = self._known.get(key)
+        if known is None or not (known[0] is labels or np.array_equal(known[0], labels)):
+            known = self._known[key] = labels, what_labels_say(reshaped(labels, own, shape), shape, self._n)
+        return known[1]
 
 
 def _of_output(x: Tensor, where: Placement, n: int) -> Labels:

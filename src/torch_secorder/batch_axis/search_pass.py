@@ -15,7 +15,7 @@ from torch_secorder.autograd.graph_pass import GraphPass
 from torch_secorder.autograd.opaque import Gradients
 from torch_secorder.autograd.precision import has_half_precision
 from torch_secorder.autograd.sharded import GatheredWeights
-from torch_secorder.batch_axis.confirmation import RowPeaks, on_the_host
+from torch_secorder.batch_axis.confirmation import PassPeaks, RowPeaks
 from torch_secorder.batch_axis.evidence import Evidence, Finding, Open, Unplaced, evidence
 from torch_secorder.batch_axis.marks import MARKS_PER_PASS, MARKS_PER_PASS_OF_HALF, sample_marks
 from torch_secorder.batch_axis.placement import Placement
@@ -88,20 +88,21 @@ class SearchPasses:
         for place, (edge, _) in enumerate(wanted):
             places[edge.node].append(place)
         passes = GraphPass(self._roots, places, weights=self._weights)
-        found: list[RowPeaks | None] = [None] * len(wanted)
+        told = [one.evidence for one in derived]
+        peaks = PassPeaks([shape for _, shape in wanted], told, self._n)
 
         def arrive(node: Node, grads: Gradients) -> None:
             for place in places[node]:
                 edge, shape = wanted[place]
                 if (grad := grads[edge.output_nr]) is not None:
-                    found[place] = RowPeaks.of(_seen(grad, shape), derived[place].evidence, self._n)
+                    peaks.note(place, _seen(grad, shape))
 
         with without_modes():
             passes.run(partial(self._marked_roots, self._random_blocks(), loud), arrive)
-            peaks = on_the_host(found)
+            found = peaks.on_the_host()
         return [
-            edge.node not in passes.hidden and _agree(rows, one.evidence, shape, self._n, loud)
-            for (edge, shape), one, rows in zip(wanted, derived, peaks, strict=True)
+            edge.node not in passes.hidden and _agree(rows, one, shape, self._n, loud)
+            for (edge, shape), one, rows in zip(wanted, told, found, strict=True)
         ]
 
     def _findings(self, wanted: Sequence[Viewed]) -> list[Finding]:

@@ -20,8 +20,6 @@ from torch_secorder.errors import (
     CoverageError,
     LifecycleError,
     ShapeError,
-    SlowFallbackWarning,
-    warn_at_users_line,
 )
 from torch_secorder.graph.chain import pulled_back
 from torch_secorder.graph.refusals import silent_use, unexpected
@@ -40,6 +38,7 @@ from torch_secorder.recording.parameter_norms import ParameterNorms
 from torch_secorder.recording.quantities import QUANTITIES, Part
 from torch_secorder.recording.sample_norms import SampleNorms
 from torch_secorder.recording.shared_inputs import SharedInputs
+from torch_secorder.recording.slow_rules import SlowRules
 from torch_secorder.recording.small_calls import SmallCallBatch
 from torch_secorder.recording.use_gradients import gradient_with_samples, require_whole
 from torch_secorder.rules.node_rules import gradient_at, has_rule
@@ -65,7 +64,7 @@ class PassAccumulator:
         checks: whether captured gradients are compared with autograd's.
         is_empty: whether nothing was collected yet.
         parts: what the pass adds to other quantities, by their names.
-        slow: rules that take one sample at a time -> elements of the gradients that went through them.
+        slow: how much of the work is done by rules that take one sample at a time.
     """
 
     def __init__(
@@ -98,8 +97,7 @@ class PassAccumulator:
         )
         self._shared = SharedInputs()
         self._small = SmallCallBatch(self._rules, keep_inputs=keep_inputs, doubts=self._doubts)
-        self.slow: dict[str, int] = {}
-        self._seen = 0  # elements of all gradients
+        self.slow = SlowRules()
 
     @property
     def half(self) -> bool:
@@ -115,24 +113,13 @@ class PassAccumulator:
                 found.setdefault(position, []).append(projection)
         return found
 
-    def warned(self) -> bool:
-        """Warn if taking one sample at a time is most of the work; says whether it did."""
-        if sum(self.slow.values()) <= self._seen:
-            return False
-        warn_at_users_line(
-            f"most of the work is done by rules that take one sample at a time ({', '.join(sorted(self.slow))}); the numbers "
-            "are exact, and torch_secorder.register_rule for the layer makes them cheaper",
-            SlowFallbackWarning,
-        )
-        return True
-
     # ------------------------------------------------------------------------------------------------ what arrives
 
     def add(self, record: Record, grad: Tensor) -> None:
         """The gradient of a recorded call's output has arrived."""
         grad = grad if type(grad) is Tensor else whole(grad)
         self._norms.half = self._norms.half or grad.dtype in HALF
-        self._seen += grad.numel()
+        self.slow.seen += grad.numel()
         if not grad.numel():
             self._add_empty(record, grad)
         elif record.site.rule is None:
@@ -196,13 +183,13 @@ class PassAccumulator:
         batch = self._batch(use.forward, use.forward.n)
         self._norms.half = self._norms.half or any(grad is not None and is_half(grad) for grad in grads)
         found = gradient_with_samples(use, grads, batch.n, self._table)
-        self._seen += found.numel()
+        self.slow.seen += found.numel()
         memo: dict[str, Any] = {}
         for value in use.values:
             place = use.node_use(node, value, memo)
             form, rule = gradient_at(place, grads, use.output)
             if not has_rule(place):
-                self.slow[rule] = self.slow.get(rule, 0) + batch.n * found.numel()
+                self.slow.add(rule, batch.n * found.numel())
             for (target, _), pulled in zip(value.targets, pulled_back(form, value.chains), strict=True):
                 self._add_to_target(batch, use.forward, target, pulled, rule)
 

@@ -106,6 +106,6 @@ class PassLifecycle:
                     check(current, samples)
         except Exception as error:
             raise refusal_of(error, "taking the gradients of this batch apart by samples")  # noqa: B904  # it names its cause
-        if current.accumulator.slow and not self._knowledge.warned_of_slow_rules:
-            self._knowledge.warned_of_slow_rules = current.accumulator.warned()
+        if current.accumulator.slow.elements and not self._knowledge.warned_of_slow_rules:
+            self._knowledge.warned_of_slow_rules = current.accumulator.slow.warned()
         return samples
