@@ -98,17 +98,19 @@ def _vjp(chain: BatchFreeVjp, grads: Tensor) -> Tensor:
         )
     # A node that computes has saved tensors of the model's dtype, which may be narrower than that of our gradients.
     dtype = grads.dtype if permutes else output_dtype(*chain.value)
+    wanted = _no_narrower(output_dtype(chain.start, 0), grads.dtype)
     found = []
     for grad in grads.to(dtype):
         arrived: list[Tensor] = []
         route.flow({chain.value: grad}, partial(_first_of, arrived), complete=True, keeps_dtype=permutes)
-        found.append(_no_narrower(arrived[0].reshape(shape), grads.dtype) if arrived else grads.new_zeros(shape))
-    return torch.stack(found) if found else grads.new_zeros(0, *shape)
+        found.append(arrived[0].reshape(shape).to(wanted) if arrived else grads.new_zeros(shape, dtype=wanted))
+    return torch.stack(found) if found else grads.new_zeros(0, *shape, dtype=wanted)
 
 
-def _no_narrower(grad: Tensor, dtype: torch.dtype) -> Tensor:
-    """A gradient in this dtype, or in the complex dtype of as many digits if it is complex."""
-    return grad.to(torch.promote_types(grad.dtype, dtype) if grad.is_complex() else dtype)
+def _no_narrower(start: torch.dtype, gradients: torch.dtype) -> torch.dtype:
+    """The dtype of a start's gradients: complex if the start is, and with as many digits as the gradients that come in."""
+    real = gradients.to_real()
+    return torch.promote_types(start, real) if start.is_complex else real
 
 
 def _first_of(arrived: list[Tensor], _: Node, grads: Gradients) -> None:
