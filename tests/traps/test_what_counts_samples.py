@@ -273,10 +273,18 @@ def test_trap_19_squeezed_outputs(n: int) -> None:
     assert_exact(model, x, y, [squares(model(x[i : i + 1]), y[i]) for i in range(n)])
 
 
+def scaled(m: Any, x: Tensor) -> Tensor:
+    """No layer gets the model's argument itself, and what looks like samples are the rows of the last weight."""
+    return m.h(m.l(2 * x - 1).tanh())
+
+
 UNBATCHED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "autoencoder": (lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 4)), (4,)),
     "convolutions": (lambda: nn.Sequential(nn.Conv1d(4, 5, 3), nn.Tanh(), nn.ConvTranspose1d(5, 4, 3)), (4, 6)),
     "images": (lambda: nn.Sequential(nn.Conv2d(3, 5, 3), nn.Tanh(), nn.ConvTranspose2d(5, 3, 3)), (3, 4, 4)),
+    "scaled input": (lambda: made(scaled, l=nn.Linear(4, 5), h=nn.Linear(5, 4)), (4,)),
+    "scaled images": (lambda: made(scaled, l=nn.Conv2d(3, 5, 3), h=nn.ConvTranspose2d(5, 3, 3)), (3, 4, 4)),
+    "scaled logits": (lambda: nn.Sequential(made(scaled, l=nn.Linear(4, 5), h=nn.Linear(5, 4)), nn.Softmax(-1)), (4,)),
     "lstm": (
         lambda: made(lambda m, x: m.l(x)[0].tanh(), l=nn.LSTM(4, 3, batch_first=True)),
         (5, 4),
@@ -318,6 +326,21 @@ def test_trap_19_modules_that_the_model_calls_for_each_sample_have_no_batch_axis
     parts = {"layer": nn.Linear(4, 4), "recurrent": nn.LSTM(4, 4), "attention": nn.MultiheadAttention(4, 2)}
     model, x, y = made(forward, head=nn.Linear(4, 3), **parts), drawn(n, 5, 4), drawn(n, 5, 3)
     assert_exact(model, x, y, [squares(model(x[i : i + 1]), y[i : i + 1]) for i in range(n)])
+
+
+@pytest.mark.parametrize("n", [4, 5])
+def test_trap_19_units_without_a_gradient_in_modules_that_are_called_for_each_sample(n: int) -> None:
+    """They fit any sample, and so do not say that the others are of several."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        rows = [m.layer(row) for row in x]
+        return torch.stack([m.yes(row).relu() if row.sum() > 0 else m.no(row).relu() - row for row in rows])
+
+    for seed in range(4):
+        torch.manual_seed(seed)
+        model = made(forward, layer=nn.Linear(4, 4), yes=nn.Linear(4, 4), no=nn.Linear(4, 4))
+        x, y = drawn(n, 4), drawn(n, 4)
+        assert_exact(model, x, y, [squares(model(x[i : i + 1]), y[i : i + 1]) for i in range(n)])
 
 
 # Rows that are no samples

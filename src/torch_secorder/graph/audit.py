@@ -14,7 +14,7 @@ from torch_secorder.batch_axis.knowledge import ModelKnowledge
 from torch_secorder.batch_axis.order import Order
 from torch_secorder.batch_axis.search import SampleSearch
 from torch_secorder.capture.model_run import Forward
-from torch_secorder.capture.own_axes import OwnAxis
+from torch_secorder.capture.own_axes import OwnAxis, has_one_sample, without_batch_axis
 from torch_secorder.capture.records import Record
 from torch_secorder.errors import CoverageError, UnsupportedError
 from torch_secorder.graph.call_places import CallPlaces, Questions
@@ -151,6 +151,8 @@ class Audit:
             self._require_trainable(forward, beginning)
             walk = Walk(roots, forward, self.leaves, (*walk.unfolded, *beginning))
             uses, beginning = self._at_frontier(walk, shared, search, forward, asked)
+        if asked.several_samples:
+            _require_data(walk, shared, uses, forward)
         for use, node in uses.placed:
             self._require_readable(use, node)
         return uses
@@ -211,6 +213,19 @@ class Audit:
 
     def _names(self, use: ParameterUse) -> list[str]:
         return [self._table.names[target] if isinstance(target, int) else str(target.site) for target in use.targets]
+
+
+def _require_data(walk: Walk, shared: Sequence[Record], uses: Uses, forward: Forward) -> None:
+    """Raise if a layer took something for a single sample, and nothing else in the graph takes any data.
+
+    The model was called on one sample then, and what seems to have samples are the rows of a layer's own weight.
+    """
+    alone = [record for record in shared if has_one_sample(record)]
+    if not alone or uses.idle or any(record.placement is not None for record, _ in walk.calls):
+        return
+    if all(use.is_first and None not in [child for child, _ in node.next_functions] for use, node in uses.placed):
+        shape = f"an input of shape {tuple(alone[0].inputs[0].shape)}" if alone[0].inputs else "one sample"
+        raise without_batch_axis(str(alone[0].site), shape, forward.n or 0)
 
 
 def _keeps_order(graph: Graph, search: SampleSearch, order: Order) -> bool:
