@@ -27,6 +27,16 @@ from torch_secorder.graph.uses import ParameterUse, Uses
 from torch_secorder.graph.walk import Walk
 from torch_secorder.model.parameters import Table
 
+# Products with a vector, which has no axis for samples.
+OF_VECTORS = frozenset(["MvBackward0", "AddmvBackward0", "DotBackward0"])
+
+# Nodes that compute their output from their inputs alone, and not from an index or a mask as well.
+_NAMES = (
+    "Addmm Mm Bmm Baddbmm Add Sub Mul Div Convolution Softmax LogSoftmax Tanh Sigmoid Relu Sum Mean "
+    "NativeLayerNorm NativeGroupNorm FusedRmsNorm"
+)
+OF_INPUTS_ONLY = OF_VECTORS | {f"{name}Backward0" for name in _NAMES.split()}
+
 
 class Audit:
     """Accounts for every use of every parameter in the graph of one model's outputs.
@@ -152,7 +162,7 @@ class Audit:
             walk = Walk(roots, forward, self.leaves, (*walk.unfolded, *beginning))
             uses, beginning = self._at_frontier(walk, shared, search, forward, asked)
         if asked.several_samples:
-            _require_data(walk, shared, uses, forward)
+            _require_data(walk, [*shared, *inner], uses, forward)
         for use, node in uses.placed:
             self._require_readable(use, node)
         return uses
@@ -221,11 +231,18 @@ def _require_data(walk: Walk, shared: Sequence[Record], uses: Uses, forward: For
     The model was called on one sample then, and what seems to have samples are the rows of a layer's own weight.
     """
     alone = [record for record in shared if has_one_sample(record)]
-    if not alone or uses.idle or any(record.placement is not None for record, _ in walk.calls):
+    vectors = [node for node in walk.children if node.name() in OF_VECTORS and _takes_constants(node)]
+    has_layers = any(record.placement is not None for record, _ in walk.calls)
+    if not (alone or vectors) or has_layers or uses.idle or not uses.placed:
         return
-    if all(use.is_first and None not in [child for child, _ in node.next_functions] for use, node in uses.placed):
-        shape = f"an input of shape {tuple(alone[0].inputs[0].shape)}" if alone[0].inputs else "one sample"
-        raise without_batch_axis(str(alone[0].site), shape, forward.n or 0)
+    if all(node.name() in OF_INPUTS_ONLY and not _takes_constants(node) for _, node in uses.placed):
+        what = str(alone[0].site) if alone else f"the product {vectors[0].name()}"
+        shape = f"an input of shape {tuple(alone[0].inputs[0].shape)}" if alone and alone[0].inputs else "a vector"
+        raise without_batch_axis(what, shape, forward.n or 0)
+
+
+def _takes_constants(node: Node) -> bool:
+    return None in [child for child, _ in node.next_functions]
 
 
 def _keeps_order(graph: Graph, search: SampleSearch, order: Order) -> bool:
