@@ -67,8 +67,9 @@ class FisherMonitor(WithResults, RecordedBlock):
             patterns of names to "full", "rows" (the sum for each output channel) or "columns" (for each input channel), as in
             ``{"*.weight": "rows", "lm_head.weight": "columns"}``. Of several patterns that match, the last counts; parameters
             that none matches are left out.
-        per_sample: also keep every t_{n,p}. Rows are in the order in which samples came. A monitor sees no batches, so the loop
-            has to collect names for the rows: ``monitor.per_sample.set_axis(ids)``.
+        per_sample: also keep every t_{n,p}. Rows are in the order of the backward passes, and of several calls of the model
+            that one pass reaches, those come first whose gradients arrive first, which are most often the later ones. A monitor
+            sees no batches, so the loop has to collect names for the rows: ``monitor.per_sample.set_axis(ids)``.
         activations: also keep the Fisher trace and the moments of every module's output.
         on_output: a function that is called in the backward pass with each module, its output without a graph, and the gradient
             of the loss in it, both with the samples first: for sums over channels, samples or positions of one's own.

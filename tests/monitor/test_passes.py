@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from model_state import assert_same_gradients, gradients, hooks
 from monitor.classifier import assert_report, batch, classifier, cross_entropy, norms
 from oracles import assert_equal, per_sample_squared_norms, total, trace
-from torch_secorder import FisherMonitor
+from torch_secorder import FisherMonitor, empirical_fisher_trace, fisher_report
 from torch_secorder.errors import CoverageError, CurvatureError, LifecycleError, UnsupportedError
 from torch_secorder.pruning import Gates
 from torch_secorder.recording.accumulator import PassAccumulator
@@ -192,6 +192,17 @@ def test_an_equilibrium_whose_hook_runs_many_passes_is_exact() -> None:
     model, (x, y) = Equilibrium().double(), batch()
     monitor = without_and_with(model, lambda m: cross_entropy()(m(x), y).backward())
     assert_report(monitor, per_sample_squared_norms(model, cross_entropy(), x, y))
+
+
+def test_an_equilibrium_whose_hook_runs_passes_inside_of_the_librarys_is_exact() -> None:
+    """Those passes go through calls of layers that no output was computed from, and ask for no gradient of a parameter."""
+    model, (x, y) = Equilibrium().double(), batch()
+    expected = per_sample_squared_norms(model, cross_entropy(), x, y)
+    everything = sum(t.mean() for t in expected.values())
+    table = fisher_report(model, cross_entropy(), (x, y), progress=False)
+    for name, t in expected.items():
+        assert_equal(torch.tensor(table.loc[name, "fisher_trace"]), t.mean(), everything, torch.float64)
+    assert_equal(empirical_fisher_trace(model, cross_entropy(), x, y), everything, everything)
 
 
 # Derivatives of gradients

@@ -63,6 +63,12 @@ def convolved(m: Any, x: Tensor) -> Tensor:
     return m.h(m.c(x[:, None].to(C)).abs().flatten(1))
 
 
+def filter_made_by_a_layer(m: Any, x: Tensor) -> Tensor:
+    """A kernel for all samples comes from a layer on positions, and meets the data as a spectrum."""
+    kernel = m.k(torch.linspace(0, 1, 6, dtype=torch.float64)[:, None]).T
+    return m.h(torch.fft.irfft(torch.fft.rfft(m.l(x)) * torch.fft.rfft(kernel), 6))
+
+
 def behind_a_closed_gate(m: Any, x: Tensor) -> Tensor:
     return m.h(x) + m.gate * torch.fft.irfft(torch.fft.rfft(x) * m.w, 4)[:, :3]
 
@@ -81,6 +87,9 @@ def models() -> dict[str, nn.Module]:
         ),
         "product": Holding(product, parameters={"w": small(4, 3)}, h=linear(4, 3, **real)),
         "filter": Holding(filtered, parameters={"w": small(4)}, l=linear(4, 6, **real), h=linear(6, 3, **real)),
+        "filter of a layer": Forward(
+            filter_made_by_a_layer, l=linear(4, 6, **real), k=linear(1, 1, **real), h=linear(6, 3, **real)
+        ),
         "modulus": Holding(modulus_of_a_parameter, parameters={"w": small(3)}, h=linear(4, 3, **real)),
         "used twice": Holding(summand_used_twice, parameters={"w": small(4)}, h=linear(4, 3, **real)),
         "closed gate": Holding(

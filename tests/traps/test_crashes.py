@@ -132,6 +132,36 @@ def test_trap_19_a_field_of_the_outputs_that_is_set_after_a_later_one() -> None:
 # Sparse gradients
 
 
+@pytest.mark.parametrize("n", [1, 5])
+def test_trap_29_numbers_that_are_put_where_a_mask_of_one_axis_is(n: int) -> None:
+    """A head for frequent words and one for rare ones, in another order in each batch."""
+
+    def forward(m: Any, x: Tensor, rare: Tensor) -> Tensor:
+        found = torch.zeros(len(x), dtype=x.dtype).masked_scatter(~rare, m.often(x[~rare])[:, 0])
+        return found.masked_scatter(rare, m.seldom(x[rare])[:, 0])[:, None]
+
+    model = Forward(forward, often=nn.Linear(4, 1), seldom=nn.Linear(4, 1)).double()
+    for _ in range(3):
+        x, rare, y = torch.randn(n, 4).double(), torch.randint(2, (n,)).bool(), torch.randn(n, 1).double()
+        assert_exact(model, (x, rare), y)
+
+
+@pytest.mark.parametrize("n", [1, 4, 5])
+def test_trap_29_a_sparse_matrix_of_learned_edges(n: int) -> None:
+    """The graphs of a batch are one large graph; what arrives at its matrix is sparse, too."""
+
+    def forward(m: Any, x: Tensor, edges: Tensor) -> Tensor:
+        nodes, count = m.l(x).flatten(0, 1), len(x) * x.shape[1]
+        ends = (edges + x.shape[1] * torch.arange(len(x))[:, None, None]).movedim(1, 0).flatten(1)
+        weights = m.w(nodes[ends[0]] * nodes[ends[1]])[:, 0].tanh()
+        matrix = torch.sparse_coo_tensor(ends, weights, (count, count), check_invariants=True)
+        return m.h(torch.sparse.mm(matrix, nodes)).view_as(x)
+
+    model = Forward(forward, l=nn.Linear(4, 4), w=nn.Linear(4, 1), h=nn.Linear(4, 4)).double()
+    x, edges, y = torch.randn(n, 4, 4).double(), torch.randint(4, (n, 2, 6)), torch.randn(n, 4, 4).double()
+    assert_exact(model, (x, edges), y)
+
+
 @pytest.mark.parametrize("mode", ["sum", "mean", "max"])
 @pytest.mark.parametrize("padding", [None, 0])
 def test_trap_29_sparse_bags(mode: str, padding: int | None) -> None:

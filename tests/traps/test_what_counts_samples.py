@@ -273,10 +273,27 @@ def test_trap_19_squeezed_outputs(n: int) -> None:
     assert_exact(model, x, y, [squares(model(x[i : i + 1]), y[i]) for i in range(n)])
 
 
+def scaled(m: Any, x: Tensor) -> Tensor:
+    """No layer gets the model's argument itself, and what looks like samples are the rows of the last weight."""
+    return m.h(m.l(2 * x - 1).tanh())
+
+
+def normalized(m: Any, x: Tensor) -> Tensor:
+    return m.h(m.l(m.n(x - x.mean())).tanh())
+
+
 UNBATCHED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "autoencoder": (lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 4)), (4,)),
     "convolutions": (lambda: nn.Sequential(nn.Conv1d(4, 5, 3), nn.Tanh(), nn.ConvTranspose1d(5, 4, 3)), (4, 6)),
     "images": (lambda: nn.Sequential(nn.Conv2d(3, 5, 3), nn.Tanh(), nn.ConvTranspose2d(5, 3, 3)), (3, 4, 4)),
+    "scaled input": (lambda: made(scaled, l=nn.Linear(4, 5), h=nn.Linear(5, 4)), (4,)),
+    "normalized input": (lambda: made(normalized, n=nn.LayerNorm(4), l=nn.Linear(4, 5), h=nn.Linear(5, 4)), (4,)),
+    "normalized output": (
+        lambda: made(scaled, l=nn.Linear(4, 5), h=nn.Sequential(nn.Linear(5, 4), nn.LayerNorm(4))),
+        (4,),
+    ),
+    "scaled images": (lambda: made(scaled, l=nn.Conv2d(3, 5, 3), h=nn.ConvTranspose2d(5, 3, 3)), (3, 4, 4)),
+    "scaled logits": (lambda: nn.Sequential(made(scaled, l=nn.Linear(4, 5), h=nn.Linear(5, 4)), nn.Softmax(-1)), (4,)),
     "lstm": (
         lambda: made(lambda m, x: m.l(x)[0].tanh(), l=nn.LSTM(4, 3, batch_first=True)),
         (5, 4),
@@ -318,6 +335,37 @@ def test_trap_19_modules_that_the_model_calls_for_each_sample_have_no_batch_axis
     parts = {"layer": nn.Linear(4, 4), "recurrent": nn.LSTM(4, 4), "attention": nn.MultiheadAttention(4, 2)}
     model, x, y = made(forward, head=nn.Linear(4, 3), **parts), drawn(n, 5, 4), drawn(n, 5, 3)
     assert_exact(model, x, y, [squares(model(x[i : i + 1]), y[i : i + 1]) for i in range(n)])
+
+
+class Decoder(nn.Module):
+    """Each sample has a code of its own in a table, and what all of them share comes from a layer on a vector."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.codes, self.layer = nn.Parameter(torch.randn(6, 4)), nn.Linear(3, 4)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.codes[ids] * self.layer(torch.ones(3).double()).tanh()
+
+
+def test_trap_19_samples_that_are_known_by_their_numbers_alone() -> None:
+    model, ids, y = Decoder().double(), torch.tensor([4, 1, 0, 5, 1]), drawn(5, 4)
+    assert_exact(model, ids, y, [squares(model(ids[i : i + 1]), y[i : i + 1]) for i in range(5)])
+
+
+@pytest.mark.parametrize("n", [4, 5])
+def test_trap_19_units_without_a_gradient_in_modules_that_are_called_for_each_sample(n: int) -> None:
+    """They fit any sample, and so do not say that the others are of several."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        rows = [m.layer(row) for row in x]
+        return torch.stack([m.yes(row).relu() if row.sum() > 0 else m.no(row).relu() - row for row in rows])
+
+    for seed in range(4):
+        torch.manual_seed(seed)
+        model = made(forward, layer=nn.Linear(4, 4), yes=nn.Linear(4, 4), no=nn.Linear(4, 4))
+        x, y = drawn(n, 4), drawn(n, 4)
+        assert_exact(model, x, y, [squares(model(x[i : i + 1]), y[i : i + 1]) for i in range(n)])
 
 
 # Rows that are no samples

@@ -161,7 +161,8 @@ def generalized_fisher_trace(
 
     The samples are taken apart in the graph that the outputs carry, from what its nodes have saved; that graph is kept. Where
     it doesn't show every sample's gradient (compiled code, samples that influence each other), each sample takes a backward
-    pass of its own, with a :class:`~torch_secorder.errors.SlowFallbackWarning`.
+    pass of its own, with a :class:`~torch_secorder.errors.SlowFallbackWarning`. No hook of yours runs in that graph, so that one
+    which changes gradients is left out.
 
     Where a product with a matrix made outputs ``(N, ..., C)``, as a Linear layer does, the exact passes begin before it, since
     its own part takes none; and where it has fewer than half as many inputs as classes, there is one for each input and position.

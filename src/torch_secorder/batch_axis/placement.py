@@ -107,10 +107,16 @@ class Placement:
         own, others = (torch.arange(n, device=host) if found is None else found for found in lists)
         return torch.equal(own, others)
 
-    @property
-    def is_one_sample(self) -> bool:
-        """Whether all of the tensor belongs to one sample, as where a module is called for each sample in turn."""
-        return self.sample_index is not None and bool((self.sample_index == self.sample_index[0]).all())
+    def only_sample(self, grad: Tensor, n: int) -> Tensor | None:
+        """The sample that all of a gradient belongs to, ``[1]``, as where a module is called for each sample in turn.
+
+        Indices without a gradient may be any sample's. The result is None if several samples have one.
+        """
+        size = grad.shape[self.axis]
+        samples = self.sample_of_index(size, n, grad.device)
+        samples = torch.arange(size, device=grad.device) if samples is None else samples
+        found = samples[grad.movedim(self.axis, 0).reshape(size, -1).ne(0).any(1)].unique()
+        return None if len(found) > 1 else found if len(found) else samples[:1]
 
     def grouping(self, n: int, device: torch.device) -> Grouping | None:
         """Which indices belong to each of n samples; None if index n is sample n."""

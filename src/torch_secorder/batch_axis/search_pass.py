@@ -225,4 +225,7 @@ def _agree(peaks: RowPeaks | None, derived: Evidence, shape: Sequence[int], n: i
 
 
 def _seen(grad: Tensor, shape: Sequence[int]) -> Tensor:
-    return whole(grad) if grad.is_nested else whole(grad).reshape(tuple(shape))
+    """A gradient in one piece, in this shape; that of a sparse tensor, such as a matrix of learned edges, with its zeros."""
+    if grad.is_nested:
+        return whole(grad)
+    return (whole(grad) if grad.layout is torch.strided else grad.to_dense()).reshape(tuple(shape))

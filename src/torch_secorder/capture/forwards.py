@@ -96,7 +96,7 @@ class ForwardTracker:
         if self._thread is not None:  # A loss may call the model, too.
             return self._thread == calling_thread() and self._thread in LIBRARY_THREADS
         # A call under a transform of torch.func has gradients of its own. If parameters take part in it, the graph shows them.
-        if innermost_transform() is not None or forward_mode_level() >= 0:
+        if _is_transformed():
             return False
         return not (LIBRARY_THREADS or LIBRARY_PASSES) or not in_library_call()
 
@@ -222,6 +222,10 @@ class ForwardTracker:
         if (found := self._noting.get(get_ident())) is not None:
             found.append((record, edge))
 
+    def is_transformed_in_run(self) -> bool:
+        """Whether a call made now is one under a transform of torch.func, inside of a run of the model that is recorded."""
+        return get_ident() in self._running and _is_transformed()
+
     def of_call(self, output: Any, axis: int) -> Forward | None:
         """The run that a module's call belongs to; None if the call is not recorded.
 
@@ -273,6 +277,10 @@ class ForwardTracker:
             yield
         finally:
             del self._running[get_ident()]
+
+
+def _is_transformed() -> bool:
+    return innermost_transform() is not None or forward_mode_level() >= 0
 
 
 def size_on(value: Any, axis: int) -> int | None:

@@ -68,6 +68,8 @@ class ModuleHooks(HookScope):
         self._hooks = HookSet()
         self._frozen = FrozenParameters(sites if attach_leaf else (), forwards)
         self._notes = ModuleNotes(forwards)
+        # Module that is watched for its output alone -> whether its calls are under transforms of torch.func.
+        self._transformed: dict[str, bool] = {}
 
     def _attach(self) -> None:
         hooks, model, forwards = self._hooks, self._model, self.forwards
@@ -97,6 +99,9 @@ class ModuleHooks(HookScope):
         output: Any,
     ) -> Tensor | None:
         """Record one call; returns a new output for a frozen layer alone, whose own output would be in no graph."""
+        if not site.tensors and self.forwards.is_transformed_in_run():
+            self.forwards.refuse(_transformed(site, "leave it out of the modules that have gates"))
+            return None
         forward = self.forwards.of_call(output, site.placement.axis if site.placement else 0)
         if forward is None:
             return None
@@ -182,7 +187,13 @@ class ModuleHooks(HookScope):
         """Record a call of which only the output is of interest.
 
         In a run of the model, the graph shows whether the samples share the output. Elsewhere the output needs a batch axis.
+        A module all of whose calls are under transforms of torch.func is left out.
         """
+        transformed = self.forwards.is_transformed_in_run()
+        if self._transformed.setdefault(site.name, transformed) != transformed:
+            self.forwards.refuse(_transformed(site, "leave activations= and on_output= out"))
+        if transformed:
+            return
         placement = site.placement or FIRST
         forward = self.forwards.of_call(output, placement.axis)
         if forward is None or not torch.is_grad_enabled() or not isinstance(output, Tensor) or not shows_sizes(output):
@@ -225,6 +236,14 @@ class ModuleHooks(HookScope):
                 self.forwards.note_call(record, edge)
             record.in_output_graph = True  # No call of the model is under way, whose outputs' graph could show it.
             record.input_nodes = ()
+
+
+def _transformed(site: HookedModule, remedy: str) -> UnsupportedError:
+    """The refusal of a module of which only some calls would be seen."""
+    return UnsupportedError(
+        f"{site} was called under a transform of torch.func (grad, vmap, jvp), where nothing shows the gradient of its output: "
+        f"{remedy}"
+    )
 
 
 def _record(

@@ -75,8 +75,14 @@ def takes_for_one_sample(record: Record, argument: Tensor) -> bool:
     x = record.inputs[0] if record.inputs else None
     if type(x) is not Tensor or type(argument) is not Tensor or x.shape != argument.shape:
         return False
+    return has_one_sample(record) and x.untyped_storage().data_ptr() == argument.untyped_storage().data_ptr()
+
+
+def has_one_sample(record: Record) -> bool:
+    """Whether a layer's input has no batch axis, as told by the number of its axes."""
+    x = record.inputs[0] if record.inputs else None
     sides = next((sides for kinds, sides in SIDES_OF_ONE if isinstance(record.site.module, kinds)), None)
-    return x.dim() == sides and x.untyped_storage().data_ptr() == argument.untyped_storage().data_ptr()
+    return isinstance(x, Tensor) and x.dim() == sides
 
 
 def without_batch_axis(what: str, seen: str, n: int) -> ShapeError:

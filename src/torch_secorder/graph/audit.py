@@ -14,7 +14,7 @@ from torch_secorder.batch_axis.knowledge import ModelKnowledge
 from torch_secorder.batch_axis.order import Order
 from torch_secorder.batch_axis.search import SampleSearch
 from torch_secorder.capture.model_run import Forward
-from torch_secorder.capture.own_axes import OwnAxis
+from torch_secorder.capture.own_axes import OwnAxis, has_one_sample, without_batch_axis
 from torch_secorder.capture.records import Record
 from torch_secorder.errors import CoverageError, UnsupportedError
 from torch_secorder.graph.call_places import CallPlaces, Questions
@@ -26,6 +26,16 @@ from torch_secorder.graph.refusals import refuse
 from torch_secorder.graph.uses import ParameterUse, Uses
 from torch_secorder.graph.walk import Walk
 from torch_secorder.model.parameters import Table
+
+# Products with a vector, which has no axis for samples.
+OF_VECTORS = frozenset(["MvBackward0", "AddmvBackward0", "DotBackward0"])
+
+# Nodes that compute their output from their inputs alone, and not from an index or a mask as well.
+_NAMES = (
+    "Addmm Mm Bmm Baddbmm Add Sub Mul Div Convolution Softmax LogSoftmax Tanh Sigmoid Relu Sum Mean "
+    "NativeLayerNorm NativeGroupNorm FusedRmsNorm"
+)
+OF_INPUTS_ONLY = OF_VECTORS | {f"{name}Backward0" for name in _NAMES.split()}
 
 
 class Audit:
@@ -151,6 +161,8 @@ class Audit:
             self._require_trainable(forward, beginning)
             walk = Walk(roots, forward, self.leaves, (*walk.unfolded, *beginning))
             uses, beginning = self._at_frontier(walk, shared, search, forward, asked)
+        if asked.several_samples:
+            _require_data(walk, [*shared, *inner], uses, forward)
         for use, node in uses.placed:
             self._require_readable(use, node)
         return uses
@@ -211,6 +223,26 @@ class Audit:
 
     def _names(self, use: ParameterUse) -> list[str]:
         return [self._table.names[target] if isinstance(target, int) else str(target.site) for target in use.targets]
+
+
+def _require_data(walk: Walk, shared: Sequence[Record], uses: Uses, forward: Forward) -> None:
+    """Raise if a layer took something for a single sample, and nothing else in the graph takes any data.
+
+    The model was called on one sample then, and what seems to have samples are the rows of a layer's own weight.
+    """
+    alone = [record for record in shared if has_one_sample(record)]
+    vectors = [node for node in walk.children if node.name() in OF_VECTORS and _takes_constants(node)]
+    has_layers = any(record.placement is not None for record, _ in walk.calls)
+    if not (alone or vectors) or has_layers or uses.idle or not uses.placed:
+        return
+    if all(node.name() in OF_INPUTS_ONLY and not _takes_constants(node) for _, node in uses.placed):
+        what = str(alone[0].site) if alone else f"the product {vectors[0].name()}"
+        shape = f"an input of shape {tuple(alone[0].inputs[0].shape)}" if alone and alone[0].inputs else "a vector"
+        raise without_batch_axis(what, shape, forward.n or 0)
+
+
+def _takes_constants(node: Node) -> bool:
+    return None in [child for child, _ in node.next_functions]
 
 
 def _keeps_order(graph: Graph, search: SampleSearch, order: Order) -> bool:

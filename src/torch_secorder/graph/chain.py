@@ -146,24 +146,23 @@ def _vjps(chains: Sequence[BatchFreeVjp], grads: Tensor) -> list[Tensor]:
     value = chains[0].value
     # A node that computes has saved tensors of the model's dtype, which may be narrower than that of our gradients.
     dtype = grads.dtype if permutes else output_dtype(*value)
-    found: list[list[Tensor]] = [[] for _ in chains]
-    for grad in grads.to(dtype):
+    found = [
+        grads.new_zeros(len(grads), *chain.shape, dtype=_no_narrower(output_dtype(chain.start, 0), grads.dtype))
+        for chain in chains
+    ]
+    for sample, grad in enumerate(grads.to(dtype)):
         arrived: dict[Node, Tensor] = {}
         route.flow({value: grad}, partial(_first_of, arrived), complete=True, keeps_dtype=permutes)
         for chain, of_chain in zip(chains, found, strict=True):
-            there = arrived.get(chain.start)
-            of_chain.append(
-                grads.new_zeros(chain.shape) if there is None else _no_narrower(there.reshape(chain.shape), grads.dtype)
-            )
-    return [
-        torch.stack(of_chain) if of_chain else grads.new_zeros(0, *chain.shape)
-        for chain, of_chain in zip(chains, found, strict=True)
-    ]
+            if (there := arrived.get(chain.start)) is not None:
+                of_chain[sample] = there.reshape(chain.shape)
+    return found
 
 
-def _no_narrower(grad: Tensor, dtype: torch.dtype) -> Tensor:
-    """A gradient in this dtype, or in the complex dtype of as many digits if it is complex."""
-    return grad.to(torch.promote_types(grad.dtype, dtype) if grad.is_complex() else dtype)
+def _no_narrower(start: torch.dtype, gradients: torch.dtype) -> torch.dtype:
+    """The dtype of a start's gradients: complex if the start is, and with as many digits as the gradients that come in."""
+    real = gradients.to_real()
+    return torch.promote_types(start, real) if start.is_complex else real
 
 
 def _first_of(arrived: dict[Node, Tensor], start: Node, grads: Gradients) -> None:

@@ -83,7 +83,8 @@ def _asked(mover: Mover) -> Tensor | None:
     if mover.node.name() == MASKED_SCATTER:
         (shape,) = output_shapes([mover.node])
         put = saved(mover.node, "index").expand(shape)
-        return torch.cat([put.new_ones(1), put.flatten(1).sum(1)])
+        in_rows = put.flatten(1).sum(1) if put.dim() > 1 else put.reshape(-1)
+        return torch.cat([put.new_ones(1), in_rows])
     if not mover.places:
         return mark_of(mover.node)
     flag = keeps_order(mover.node, mover.places[0])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from threading import RLock
@@ -22,9 +22,8 @@ def lock_of(model: nn.Module) -> RLock:
     return _turns.setdefault(model, RLock())
 
 
-@contextmanager
-def restoring_buffers(model: nn.Module) -> Iterator[None]:
-    """A block after which buffers, and tables that ``max_norm`` rewrites, have the values again that a forward changed."""
+def restorer_of_buffers(model: nn.Module) -> Callable[[], None]:
+    """A function that gives buffers, and tables that ``max_norm`` rewrites, the values again that they have now."""
     modules = list(model.modules())
     kept: list[tuple[Any, str, Tensor]] = [
         (m._buffers, name, b) for m in modules for name, b in m._buffers.items() if b is not None
@@ -42,7 +41,13 @@ def restoring_buffers(model: nn.Module) -> Iterator[None]:
                 tensor.copy_(value)
             owner[name] = tensor
 
-    with restoring(restore):
+    return restore
+
+
+@contextmanager
+def restoring_buffers(model: nn.Module) -> Iterator[None]:
+    """A block after which buffers, and tables that ``max_norm`` rewrites, have the values again that a forward changed."""
+    with restoring(restorer_of_buffers(model)):
         yield
 
 

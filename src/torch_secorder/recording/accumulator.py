@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import replace
 from operator import itemgetter
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from torch_secorder.autograd.precision import HALF, is_half
+from torch_secorder.batch_axis.placement import Grouping, Layout
 from torch_secorder.capture.model_run import Forward
 from torch_secorder.capture.records import Record
 from torch_secorder.errors import (
@@ -164,11 +164,11 @@ class PassAccumulator:
         try:
             forms = site.forms(call)
         except ShapeError:
-            if not (record.placement.is_one_sample or batch.n == 1):
+            sample = record.placement.only_sample(grad.reshape(record.shape), batch.n)
+            if sample is None:
                 raise
             # The whole call belongs to one sample: the module was called for one sample at a time, without a batch axis.
-            if groups is not None and groups.sample_index is not None:
-                groups = replace(groups, sample_index=groups.sample_index[:1], on_host=None)
+            groups = Grouping(batch.n, Layout.INDEXED, sample)
             forms = site.forms(record.expanded_to_samples(grad.reshape(1, *record.shape)))
         self._norms.add(batch, record, forms, groups)
         if not self._keep_inputs:

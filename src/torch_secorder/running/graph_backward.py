@@ -13,6 +13,9 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from torch_secorder.autograd.engine import (
+    LIBRARY_PASSES,
+    computes_gradient_of,
+    current_graph_task,
     current_node,
     library_pass,
     refusing_checkpoints,
@@ -187,7 +190,18 @@ class GraphBackward(Recorder):
     def _pass_under_way(
         self, grads: Sequence[Tensor | None] = (), recomputed_in: int | None = None
     ) -> BackwardPass | None:
+        if self._current is None or self._is_of_inputs_only(current_graph_task()):
+            return None
         return self._current
+
+    def _is_of_inputs_only(self, task: int) -> bool:
+        """Whether a hook or a function of the user's has started a pass inside of ours for gradients of other things.
+
+        An equilibrium solves for its gradient by such passes, through a call of its own that no output was computed from.
+        """
+        if task == -1 or task in LIBRARY_PASSES or len(self._audit.leaves) < len(self.table.leaves):
+            return False
+        return not any(map(computes_gradient_of, self._audit.leaves))
 
     def _on_output_gradient(
         self, record: Record, output_nr: int, returned: object, grads: tuple[Tensor | None, ...]

@@ -15,6 +15,7 @@ from torch_secorder.errors import ArgumentError
 from torch_secorder.model.containers import mapped, tensors
 from torch_secorder.model.names import plain_name
 from torch_secorder.model.parameters import unwrapped
+from torch_secorder.model.restore import restorer_of_buffers
 from torch_secorder.running.own_loss import loss_function
 from torch_secorder.running.trials import LossFunction
 from torch_secorder.testing.own_loss_loop import gradients_of_own_loss
@@ -125,6 +126,7 @@ class _Loop:
                 f"no tensor in the inputs has an axis {axis} that counts samples; pass inputs with one, or say batch_axis="
             )
         self.n = counted[0]
+        self._restore_buffers = restorer_of_buffers(self.model)
         with torch.no_grad():
             self.outputs = self._run(inputs)
 
@@ -216,6 +218,8 @@ class _Loop:
         return axis if x.dim() > axis and x.shape[axis] == self.n else None
 
     def _run(self, inputs: Any) -> Any:
+        """The model's outputs. Each run meets the buffers that the first one met, whatever the runs before have written there."""
+        self._restore_buffers()
         try:
             return run(self.model, inputs)
         except Exception as error:

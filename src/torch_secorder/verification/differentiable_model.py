@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from copy import copy
 from functools import partial
 from typing import Any, cast
@@ -16,6 +17,7 @@ from torch_secorder.autograd.engine import call_model
 from torch_secorder.model.containers import tensors
 from torch_secorder.model.hooks import restoring
 from torch_secorder.model.parameters import ParameterTable, numpy_of_frozen
+from torch_secorder.model.restore import restoring_buffers
 from torch_secorder.per_sample import at_least_float32
 from torch_secorder.verification.tolerances import DEQUANTIZED_OUTPUTS
 
@@ -64,6 +66,13 @@ class DifferentiableModel:
         other = copy(self)
         other._call = partial(_called_elsewhere, self._model, self._call, self._table, moved)
         return other
+
+    def unchanged(self) -> AbstractContextManager[None]:
+        """A block for one call and what is done with its graph. Buffers that the forward updates then have their values again.
+
+        Each sample that runs alone has to meet the buffers that its batch has met: a bank of earlier features, a moving average.
+        """
+        return restoring_buffers(self._model)
 
     def __call__(self, inputs: Any) -> Any:
         """The model's outputs; a tuple is spread over positions and a mapping over keywords."""

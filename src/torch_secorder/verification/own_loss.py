@@ -78,7 +78,8 @@ class OwnLoss:
 
     def __call__(self, model: DifferentiableModel, samples: Sequence[int]) -> Tensor:
         """The loss of these samples."""
-        return self.of_outputs(samples, model(self.where.rows("inputs", self.inputs, samples)))
+        with model.unchanged():
+            return self.of_outputs(samples, model(self.where.rows("inputs", self.inputs, samples)))
 
     def of_outputs(self, samples: Sequence[int], outputs: Any) -> Tensor:
         """The loss that is in these samples' outputs."""
@@ -89,11 +90,11 @@ class OwnLoss:
         if len(samples) < 2:
             return
         where = self.where.subset(samples)
-        outputs = model(self.where.rows("inputs", self.inputs, samples))
-        loss = self.of_outputs(samples, outputs)
-        placed = zip(tensors(outputs), where.placements("outputs", outputs), strict=True)
-        rows = [(x, placement) for x, placement in placed if placement is not None and x.requires_grad]
-        with table.ranks.fail_together():
+        with model.unchanged(), table.ranks.fail_together():
+            outputs = model(self.where.rows("inputs", self.inputs, samples))
+            loss = self.of_outputs(samples, outputs)
+            placed = zip(tensors(outputs), where.placements("outputs", outputs), strict=True)
+            rows = [(x, placement) for x, placement in placed if placement is not None and x.requires_grad]
             if rows and loss.requires_grad:
                 require_separable_graph(loss, [x for x, _ in rows], [placement for _, placement in rows], where.n)
 

@@ -203,7 +203,7 @@ class SampleAlone:
 
         A function that looks up the precision of the products in it comes with them.
         """
-        with torch.enable_grad(), self._analysis.differentiable():
+        with torch.enable_grad(), self._analysis.differentiable(), self._model.unchanged():
             outputs = self._model(self._inputs)
             root = self._root(loss, outputs)
             bits = partial(bits_of, [root, *tensors(outputs), *self._losses], self._analysis.table.tensors)
@@ -230,7 +230,8 @@ class SampleAlone:
         gradient and d its change by rounding, ``||g + d||^2`` differs from ``||g||^2`` by at most
         ``||d||^2 + 2 ||d|| ||g||``.
         """
-        own = mapped(Tensor.detach, self._model(self._inputs))
+        with self._model.unchanged():
+            own = mapped(Tensor.detach, self._model(self._inputs))
         change = self._change_of_gradients(own)
         squared, _ = self.squared_norms_of(partial(inner_product, change))
         return 4 * (squared + 2 * (squared * alone).sqrt())  # Four times, since d is itself an estimate.
