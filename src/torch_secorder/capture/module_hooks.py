@@ -100,8 +100,9 @@ class ModuleHooks(HookScope):
         forward = self.forwards.of_call(output, site.placement.axis if site.placement else 0)
         if forward is None:
             return None
+        calls = forward.calls
         for position in site.positions:
-            forward.calls[position] += 1
+            calls[position] = calls.get(position, 0) + 1  # A Counter calls a function of Python's for what it does not have.
         if not torch.is_grad_enabled():
             return None
         try:

@@ -239,7 +239,7 @@ class UserRecorder(Recorder):
         if current is None:
             return None
         if self._every == 1:  # with every > 1 the pass may still reach a call that was passed over
-            self._known_passes[task] = current
+            self._passes.know(task, current)
         elif task in self.forwards.skipped_passes and current.error is None:
             current.error = partly_passed_over(self._every)
         return current
