@@ -101,8 +101,8 @@ class ModuleHooks(HookScope):
         if forward is None:
             return None
         calls = forward.calls
-        for position in site.positions:
-            calls[position] = calls.get(position, 0) + 1  # A Counter calls a function of Python's for what it does not have.
+        for position in site.positions:  # A Counter would call a function of Python's for each that it does not have.
+            calls[position] = calls.get(position, 0) + 1
         if not torch.is_grad_enabled():
             return None
         try:

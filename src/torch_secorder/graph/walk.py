@@ -156,7 +156,7 @@ class Walk:
     @cached_property
     def children(self) -> dict[Node, Any]:
         """Node -> its inputs, in the order in which the walk met the nodes. Most steps ask for none."""
-        return {node: self._taken[node] if node in self._taken else node.next_functions for node in self.nodes}
+        return {node: self._taken.get(node, node.next_functions) for node in self.nodes}
 
     @property
     def shapes(self) -> Hashable:

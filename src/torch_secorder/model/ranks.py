@@ -49,7 +49,8 @@ def is_fsdp(module: nn.Module) -> bool:
 def fsdp_modules(model: nn.Module) -> list[nn.Module]:
     """The modules inside of a model to which ``fully_shard`` was applied."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is None or not fsdp.FSDPModule.__subclasses__():  # It makes a class of its own of each class that it shards.
+    # It makes a class of its own of each class that it shards. Before, no module has to be looked at.
+    if fsdp is None or not fsdp.FSDPModule.__subclasses__():
         return []
     return [module for _, module in modules_by_path(model) if is_fsdp(module)]
 
