@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
+from torch_secorder.autograd.compiled import never_compiled
 from torch_secorder.autograd.engine import keeps_graph, without_modes
 from torch_secorder.autograd.function_code import writes_elsewhere
 from torch_secorder.autograd.guard import in_python_function
@@ -47,6 +48,7 @@ class _TakesAll(torch.autograd.Function):
         raise AssertionError("no gradient is ever asked for")
 
 
+@never_compiled
 def accumulators(leaves: Sequence[Tensor]) -> list[Node]:
     """The nodes that accumulate the gradients of these leaves, all of which require one."""
     if not leaves:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Collection, Container, Hashable, Iterable, Sequence
+from collections.abc import Container, Hashable, Iterable, Sequence
 from functools import cached_property
 from operator import attrgetter
 from typing import Any
@@ -146,8 +146,8 @@ class Walk:
         # Only a size that is met twice lets positions pass for samples.
         kinds = CARRIES | ATTENDS if self.has_ambiguous_axis else CARRIES
         self.carried_axes = [] if kinds.isdisjoint(names) else self._carried_axes(names, kinds)
-        movers = self.nodes if self.has_ambiguous_axis else self._movers(names)
-        along = axes_of_each(movers) if movers else ()
+        moves = self.has_ambiguous_axis or not MOVES.isdisjoint(names)
+        along = axes_of_each(self.nodes if self.has_ambiguous_axis else self._movers(names)) if moves else ()
         self.kind, self.ingredients = hash(names), hash(frozenset(names))
         kept = kept_values(functions, n) if functions else None
         self.checkpoints: list[Any] = [node for node in functions if is_checkpoint(node)] if functions else []
@@ -169,10 +169,8 @@ class Walk:
         numbers = {node: number for number, node in enumerate(self.nodes)}
         return tuple([tuple([(numbers.get(node), nr) for node, nr in inputs]) for inputs in self.children.values()])
 
-    def _movers(self, names: Sequence[str]) -> Collection[Node]:
+    def _movers(self, names: Sequence[str]) -> list[Node]:
         """The nodes outside of hooked calls that put entries where an index or a setting says."""
-        if MOVES.isdisjoint(names):
-            return ()
         pairs = zip(self.nodes, names, strict=True)
         return [node for node, name in pairs if name in MOVES and node not in self.records]
 

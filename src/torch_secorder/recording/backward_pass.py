@@ -59,11 +59,6 @@ class BackwardPass:
 # Finds a pass as long as autograd keeps it.
 PassReference = Callable[[], "BackwardPass | None"]
 
-
-def no_pass() -> None:
-    """The reference to a pass that is not known."""
-
-
 # Raises if something is wrong with what a pass found.
 Check = Callable[[BackwardPass, SampleNorms], None]
 

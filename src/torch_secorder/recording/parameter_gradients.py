@@ -16,7 +16,7 @@ from torch_secorder.capture.forwards import ForwardTracker
 from torch_secorder.model.hooks import WeakHook
 from torch_secorder.model.parameters import Table
 from torch_secorder.model.ranks import full_tensor
-from torch_secorder.recording.backward_pass import BackwardPass, no_pass
+from torch_secorder.recording.backward_pass import BackwardPass
 from torch_secorder.recording.passes import UserPasses
 from torch_secorder.recording.watched_passes import WatchedPasses
 
@@ -69,7 +69,8 @@ class ParameterGradients:
         if self._forwards.skipped_passes and not self._passes.under_way:
             return
         task = current_graph_task()
-        current = self._passes.known.get(task, no_pass)() or self._pass_under_way((grad,))
+        known = self._passes.known.get(task)
+        current = (known and known()) or self._pass_under_way((grad,))
         if current is None:
             if self._watched.resting:
                 self._watched.note_gradient()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from threading import get_ident
-from weakref import WeakValueDictionary, ref
+from weakref import WeakValueDictionary
 
 from torch import Tensor, nn
 from torch.autograd.graph import Node
@@ -83,10 +83,6 @@ class UserPasses:
     def of(self, task: int) -> BackwardPass | None:
         """What a pass has collected, if it has begun."""
         return self.under_way.get(self._outer_of.get(task, task))
-
-    def know(self, task: int, current: BackwardPass) -> None:
-        """Note which pass the running one belongs to."""
-        self.known[task] = ref(current)
 
     def close(self, current: BackwardPass) -> bool:
         """Forget a pass that is over; returns whether it was open."""

@@ -30,7 +30,7 @@ from torch_secorder.graph.refusals import compares_samples
 from torch_secorder.graph.uses import IdleUse, ParameterUse, Uses
 from torch_secorder.model.hooks import HookScope
 from torch_secorder.model.parameters import Table
-from torch_secorder.recording.backward_pass import BackwardPass, PassReference, counted_again, no_pass
+from torch_secorder.recording.backward_pass import BackwardPass, PassReference, counted_again
 from torch_secorder.recording.foreign_errors import refusal_of
 from torch_secorder.recording.lifecycle import PassLifecycle
 from torch_secorder.recording.options import PassOptions
@@ -187,8 +187,8 @@ class Recorder(HookScope):
                 self._on_idle_gradients(record, (grad,))
             return
         # Every step does this for each gradient. Most gradients belong to the same pass as the one before.
-        current = self._known_passes.get(current_graph_task(), no_pass)()
-        current = current or self._pass_under_way(grads, record.forward.recomputed_in)
+        known = self._known_passes.get(current_graph_task())
+        current = (known and known()) or self._pass_under_way(grads, record.forward.recomputed_in)
         if current is not None:
             if (table := record.node_hooks()) is not None and len(table) > 1:
                 self._on_node_with_hooks(current, record, table)
