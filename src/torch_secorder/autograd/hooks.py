@@ -16,8 +16,12 @@ from torch_secorder.model.hooks import WeakHook
 Hook = Callable[..., Any]
 Table = dict[int, Any]
 
-# The tables of hooks that every module has.
-_TABLES = [name for name, table in vars(nn.Module()).items() if "hooks" in name and isinstance(table, dict)]
+# The tables of hooks that every module has, without those of hooks that run when its state is saved or loaded.
+_TABLES = [
+    name
+    for name, table in vars(nn.Module()).items()
+    if "hooks" in name and "state_dict" not in name and isinstance(table, dict)
+]
 _tables_of = itemgetter(*_TABLES)
 
 # torch numbers hooks from 0 upwards, so that no hook of its own ever has one of these numbers.
@@ -25,7 +29,7 @@ _numbers = count(-1, -1)
 
 
 def hook_counts(modules: Iterable[nn.Module]) -> Hashable:
-    """How many hooks each module has in each of its tables; an empty tuple if no module has any."""
+    """How many hooks each module has in each table of those that run in its calls; an empty tuple if no module has any."""
     tables = list(chain.from_iterable(map(_tables_of, map(vars, modules))))
     return tuple(map(len, tables)) if any(tables) else ()
 

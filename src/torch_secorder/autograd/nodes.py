@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
+from torch_secorder.autograd.compiled import never_compiled
 from torch_secorder.autograd.engine import keeps_graph, without_modes
 from torch_secorder.autograd.function_code import writes_elsewhere
 from torch_secorder.autograd.guard import in_python_function
@@ -35,10 +36,26 @@ def _shape_of(output: Any) -> tuple[int, ...]:
     return (0,) if output.is_nested_tensor else tuple(output.shape)
 
 
+class _TakesAll(torch.autograd.Function):
+    """A function of any number of tensors, whose node leads to the nodes of all of them."""
+
+    @staticmethod
+    def forward(ctx: Any, *leaves: Tensor) -> Tensor:
+        return torch.empty(0, device="cpu")
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise AssertionError("no gradient is ever asked for")
+
+
+@never_compiled
 def accumulators(leaves: Sequence[Tensor]) -> list[Node]:
     """The nodes that accumulate the gradients of these leaves, all of which require one."""
-    with torch.enable_grad():
-        return [p.view_as(p).grad_fn.next_functions[0][0] for p in leaves]  # type: ignore[union-attr, misc]  # A view of a leaf has both.
+    if not leaves:
+        return []
+    with torch.enable_grad():  # Every block asks for those of all parameters, so that one function takes them all.
+        node: Any = _TakesAll.apply(*leaves).grad_fn  # type: ignore[no-untyped-call]  # torch does not type it
+    return [child for child, _ in node.next_functions]
 
 
 def output_shapes(nodes: Collection[Node]) -> tuple[tuple[int, ...], ...]:

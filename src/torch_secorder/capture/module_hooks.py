@@ -105,8 +105,9 @@ class ModuleHooks(HookScope):
         forward = self.forwards.of_call(output, site.placement.axis if site.placement else 0)
         if forward is None:
             return None
-        for position in site.positions:
-            forward.calls[position] += 1
+        calls = forward.calls
+        for position in site.positions:  # A Counter would call a function of Python's for each that it does not have.
+            calls[position] = calls.get(position, 0) + 1
         if not torch.is_grad_enabled():
             return None
         try:

@@ -111,15 +111,17 @@ def contradicted_axis(record: Record, argument: Tensor, axis: int, *, proven: bo
         return None
     if placement is None or placement.layout is not Layout.ONE_EACH:
         return None
-    if x.untyped_storage().data_ptr() != argument.untyped_storage().data_ptr():
-        return None
     sides = min(x.dim(), len(record.shape))
     if x.dim() != argument.dim() or placement.axis >= sides or x.shape[placement.axis] != n:
         return None
-    # The layer may have got the argument transposed: its axes are told by their strides.
+    # The layer may have got the argument transposed: its axes are told by their strides. In most steps they tell of the same one.
+    if x.stride(placement.axis) == argument.stride(axis):
+        return None
+    if x.untyped_storage().data_ptr() != argument.untyped_storage().data_ptr():
+        return None
     ways = [(size, stride) for size, stride in zip(argument.shape, argument.stride(), strict=True)]
-    own = (x.shape[placement.axis], x.stride(placement.axis))
-    if own not in ways or ways.count(own) > 1 or ways[axis] == own:
+    own = (n, x.stride(placement.axis))
+    if ways.count(own) != 1:
         return None
     if not proven and ways[axis] not in zip(x.shape, x.stride(), strict=True):
         return None

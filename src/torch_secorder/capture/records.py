@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -67,6 +67,11 @@ class HookedModule:
 
     def __post_init__(self) -> None:
         self.positions = tuple(self.parameters.values())
+
+    @cached_property
+    def shapes_by_name(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
+        """The parameters' shapes with their local names, to compare them with another module's."""
+        return tuple(self.shapes.items())
 
     def __str__(self) -> str:
         return f"{self.kind} '{self.name}'"

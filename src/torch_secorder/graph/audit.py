@@ -115,7 +115,7 @@ class Audit:
         search = self._places.search(graph, asked, order)
         own_axes: list[OwnAxis | CarriedAxis] = []
         if forward.own_axes:  # first, since they can be named
-            own_axes += [one for one in forward.own_axes if one.edge.node in walk.children]
+            own_axes += [one for one in forward.own_axes if one.edge.node in walk.nodes]
         # Whether a rank has as many samples as positions is its own affair, and all ranks look at the same places.
         if walk.carried_axes:
             own_axes += [one for one in walk.carried_axes if not (self._ranks.distributed and one.name in ATTENDS)]

@@ -283,10 +283,11 @@ def _wanted_of_own_axes(own_axes: Sequence[OwnAxis | CarriedAxis]) -> list[Wante
 
 def _wanted(reached: Reached) -> list[Wanted]:
     """The places of the calls' outputs, each known by its module, its dimensions and how often the module was called before."""
-    counts: Counter[str] = Counter()
+    counts: dict[str, int] = {}
     wanted: list[Wanted] = []
     for record, edge in reached:
-        name = record.site.name
-        wanted.append((("call", name, len(record.shape), counts[name]), edge, record.shape))
-        counts[name] += 1
+        name, shape = record.site.name, record.shape
+        count = counts.get(name, 0)
+        wanted.append((("call", name, len(shape), count), edge, shape))
+        counts[name] = count + 1
     return wanted

@@ -78,7 +78,7 @@ class Graph:
         """
         if self.walk.has_ambiguous_axis or self.forward.count.is_odd or not order.is_derived:
             return False
-        opaque = [node for node in self.walk.children if is_python_function(node) and is_opaque(node)]
+        opaque = [node for node in self.walk.nodes if is_python_function(node) and is_opaque(node)]
         if any(numbers_of_function(node, self.forward.n or 0) for node in opaque):
             return False  # It may put samples where these numbers say, and nobody can ask it.
         outputs = [(GradientEdge(node, nr), shape) for node in opaque for nr, shape in enumerate(output_shapes([node]))]

@@ -33,7 +33,7 @@ ASKED = frozenset([COPY_SLICES, MASKED_SCATTER, *AS_STRIDED])
 
 def order_of(walk: Walk, derivation: Derivation, *, as_shapes_say: bool) -> Order:
     """What decides where the samples are in graphs of one kind, of which one was derived."""
-    numbers = {node: number for number, node in enumerate(walk.children)}
+    numbers = {node: number for number, node in enumerate(walk.nodes)}
     found = [(numbers.get(one.node), one.places) for one in derivation.movers]
     compared = frozenset([(number, places) for number, places in found if number is not None])
     return Order(compared if len(compared) == len(found) else None, derivation.tells, as_shapes_say)
@@ -50,7 +50,7 @@ def order_given_by(order: Order, walk: Walk, outputs: Sequence[Tensor], *, packs
     """
     if order.movers is None or not order.is_derived:
         return None
-    nodes, movers = list(walk.children), sorted(order.movers, key=itemgetter(0))
+    nodes, movers = list(walk.nodes), sorted(order.movers, key=itemgetter(0))
     found = [Mover(nodes[number], places) for number, places in movers]
     moved = [_moved_by(one, walk.n or 0, packs=packs) for one in found]
     told = None if None in moved else _told([one for one in found if one.node.name() in ASKED], nodes, outputs)

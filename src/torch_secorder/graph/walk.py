@@ -30,7 +30,7 @@ class Walk:
     for parameters that are not the module's own.
 
     Attributes:
-        children: node -> its inputs, in the order in which the nodes were met.
+        nodes: the nodes, in the order in which the walk met them.
         calls: the calls that the outputs lead to, with where their outputs' gradients arrive, in the order in which the walk met
             them: a loop over samples may make the same graph in another order each time.
         records: node that made a hooked call's output -> the calls that end there.
@@ -52,15 +52,14 @@ class Walk:
     def __init__(
         self, roots: Sequence[Tensor], forward: Forward, leaves: dict[Node, int], unfolded: Iterable[Record] = ()
     ):
-        self.children: dict[Node, Any] = {}
+        self.nodes: dict[Node, None] = {}
         self.records: dict[Node, list[Record]] = {}
         self.uses: dict[int, list[Edge]] = defaultdict(list)
         self.leaves, self.n = leaves, forward.n
         self.unfolded = set(unfolded)
         self.other_leaves: list[Node] = []
-        self._names: list[str] = []  # the names of the nodes in children
-        self._movers: list[Node] = []  # nodes outside of hooked calls that put entries where an index or a setting says
-        self._inside: list[dict[Node, None]] = []  # for each hooked call, the nodes that it consists of
+        self._taken: dict[Node, list[Edge]] = {}  # node that made a hooked call's output -> what the call took
+        self._inside: dict[Node, None] = {}  # the nodes that hooked calls consist of
         calls: dict[Node, list[Record]] = defaultdict(list)
         edges: dict[Record, GradientEdge] = {}
         for record, edge in forward.records:
@@ -70,7 +69,7 @@ class Walk:
         self._traverse(roots, calls)
         self.calls = [
             (record, edges[record])
-            for node in self.children
+            for node in self.nodes
             if node in calls
             for record in calls[node]
             if record not in self.unfolded
@@ -81,22 +80,18 @@ class Walk:
         # Every step walks its graph, which is why this is one loop without a function for each node. One node may have made
         # several of the roots.
         stack: list[Any] = list(dict.fromkeys(filter(None, map(attrgetter("grad_fn"), roots))))
-        seen, children, leaves, names = set(stack), self.children, self.leaves, self._names
+        seen, nodes, leaves = set(stack), self.nodes, self.leaves
         while stack:
             node = stack.pop()
+            nodes[node] = None
             ending = calls.get(node)
             inputs: Any = None if ending is None else self._inputs_of_call(node, ending)
-            name = node.name()
             if inputs is not None and ending is not None:
-                self.records[node] = ending
+                self.records[node], self._taken[node] = ending, inputs
             else:
                 ending, inputs = None, node.next_functions
-                if name in MOVES:
-                    self._movers.append(node)
                 if not inputs and hasattr(node, "variable"):
                     self.other_leaves.append(node)
-            children[node] = inputs
-            names.append(name)
             for index, (child, _) in enumerate(inputs):
                 if child is None or child in seen:
                     continue
@@ -138,39 +133,49 @@ class Walk:
                 elif child not in seen:
                     seen[child] = None
                     stack.append(child)
-        self._inside.append(seen)
+        self._inside.update(seen)
         return outside
 
     def _describe(self, n: int | None) -> None:
-        nodes: Iterable[Any] = itertools.chain(self.children, *self._inside)
+        nodes: Iterable[Any] = itertools.chain(self.nodes, self._inside)
         # Every step asks this of each node.
         functions = [node for node in nodes if isinstance(node, BackwardCFunction)]
-        names, shapes = tuple(self._names), output_shapes(self.children)
+        names, shapes = tuple([node.name() for node in self.nodes]), output_shapes(self.nodes)
         pattern = SizePattern(False, None) if n is None else size_pattern(n, shapes)
         self.has_ambiguous_axis = pattern.is_ambiguous
         # Only a size that is met twice lets positions pass for samples.
         kinds = CARRIES | ATTENDS if self.has_ambiguous_axis else CARRIES
         self.carried_axes = [] if kinds.isdisjoint(names) else self._carried_axes(names, kinds)
-        movers = self.children if self.has_ambiguous_axis else self._movers
-        along = axes_of_each(movers) if movers else ()
+        moves = self.has_ambiguous_axis or not MOVES.isdisjoint(names)
+        along = axes_of_each(self.nodes if self.has_ambiguous_axis else self._movers(names)) if moves else ()
         self.kind, self.ingredients = hash(names), hash(frozenset(names))
         kept = kept_values(functions, n) if functions else None
         self.checkpoints: list[Any] = [node for node in functions if is_checkpoint(node)] if functions else []
         self.fingerprint = hash((names, pattern, along, kept))
 
+    @cached_property
+    def children(self) -> dict[Node, Any]:
+        """Node -> its inputs, in the order in which the walk met the nodes. Most steps ask for none."""
+        return {node: self._taken.get(node, node.next_functions) for node in self.nodes}
+
     @property
     def shapes(self) -> Hashable:
         """The shapes of all nodes' outputs, in turn."""
-        return output_shapes(self.children)
+        return output_shapes(self.nodes)
 
     @property
     def wiring(self) -> Hashable:
         """For each node in turn, which outputs of which others it takes."""
-        numbers = {node: number for number, node in enumerate(self.children)}
+        numbers = {node: number for number, node in enumerate(self.nodes)}
         return tuple([tuple([(numbers.get(node), nr) for node, nr in inputs]) for inputs in self.children.values()])
 
+    def _movers(self, names: Sequence[str]) -> list[Node]:
+        """The nodes outside of hooked calls that put entries where an index or a setting says."""
+        pairs = zip(self.nodes, names, strict=True)
+        return [node for node, name in pairs if name in MOVES and node not in self.records]
+
     def _carried_axes(self, names: Sequence[str], kinds: set[str]) -> list[CarriedAxis]:
-        pairs = zip(self.children, names, strict=True)
+        pairs = zip(self.nodes, names, strict=True)
         found = [CarriedAxis.of(node, self.n) for node, name in pairs if name in kinds and node not in self.records]
         return [one for one in found if one is not None]
 
@@ -188,7 +193,7 @@ class Walk:
     @cached_property
     def inside_calls(self) -> set[Node]:
         """The nodes that hooked calls consist of. Others may use some of them too, since autocast casts a weight once for all."""
-        return set().union(*self._inside)
+        return set(self._inside)
 
     def above(self, nodes: Iterable[Node], levels: int) -> list[Node]:
         """These nodes, and those that consume them in up to so many steps."""

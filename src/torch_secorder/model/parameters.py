@@ -76,6 +76,7 @@ class ParameterTable(Table):
     Attributes:
         paths: the name of each parameter in the model with its wrappers.
         frozen: the parameters that required no gradient when the table was made.
+        others: the model's parameters that are not analyzed.
         quantized: the positions of quantized weights. They hold codes, for which autograd gives no gradient.
 
     Args:
@@ -84,9 +85,10 @@ class ParameterTable(Table):
     """
 
     def __init__(self, model: nn.Module, selection: Selection = "trainable"):
-        refuse_fully_sharded(model)
         modules = modules_by_path(model)
-        if not (named := selected(model, parameters_by_path(model, modules), selection)):
+        refuse_fully_sharded(modules)
+        every_one = parameters_by_path(model, modules)
+        if not (named := selected(model, every_one, selection)):
             frozen = any(True for _ in model.parameters())
             remedy = 'pass parameters="all" to analyze frozen ones' if frozen else "it has none at all"
             raise ArgumentError(f"{type(model).__name__} has no trainable parameter: {remedy}")
@@ -110,6 +112,7 @@ class ParameterTable(Table):
                 "quantized can be analyzed frozen (requires_grad_(False)), from its layer's inputs and output gradients"
             )
         self._positions = {id(p): position for position, p in enumerate(self.tensors)}
+        self.others = [p for _, p in every_one if id(p) not in self._positions]
 
     def gather(self, model: nn.Module) -> None:
         """Find the tensors that stand for the parameters in the graph. Ranks that share a model have to call this together."""

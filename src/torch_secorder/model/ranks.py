@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from torch_secorder.errors import CoverageError, UnsupportedError
-from torch_secorder.model.tree import modules_by_path
+from torch_secorder.model.tree import Modules, modules_by_path
 
 # The number that a rank which has refused its batch sends instead of its values.
 REFUSED = 2**48
@@ -48,7 +48,9 @@ def is_fsdp(module: nn.Module) -> bool:
 
 def fsdp_modules(model: nn.Module) -> list[nn.Module]:
     """The modules inside of a model to which ``fully_shard`` was applied."""
-    if "torch.distributed.fsdp" not in sys.modules:
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    # It makes a class of its own of each class that it shards. Before, no module has to be looked at.
+    if fsdp is None or not fsdp.FSDPModule.__subclasses__():
         return []
     return [module for _, module in modules_by_path(model) if is_fsdp(module)]
 
@@ -90,14 +92,14 @@ def refuse_dtensors(model: nn.Module, what: str) -> None:
         )
 
 
-def refuse_fully_sharded(model: nn.Module) -> None:
-    """Refuse a model whose parameters were flattened into one, so that they have no shape of their own.
+def refuse_fully_sharded(modules: Modules) -> None:
+    """Refuse a model with such modules if its parameters were flattened into one, so that they have no shape of their own.
 
     Raises:
         UnsupportedError: for FullyShardedDataParallel.
     """
     fsdp = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is not None and any(isinstance(m, fsdp.FullyShardedDataParallel) for _, m in modules_by_path(model)):
+    if fsdp is not None and any(isinstance(m, fsdp.FullyShardedDataParallel) for _, m in modules):
         raise UnsupportedError(
             "FullyShardedDataParallel flattens parameters into one: shard the model with torch.distributed.fsdp.fully_shard"
         )

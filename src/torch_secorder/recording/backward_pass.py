@@ -56,6 +56,9 @@ class BackwardPass:
         self.projections[position] = self.projections.get(position, 0) + along
 
 
+# Finds a pass as long as autograd keeps it.
+PassReference = Callable[[], "BackwardPass | None"]
+
 # Raises if something is wrong with what a pass found.
 Check = Callable[[BackwardPass, SampleNorms], None]
 

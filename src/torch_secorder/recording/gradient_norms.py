@@ -63,7 +63,7 @@ class GradientNorms:
             or grad.numel() > SMALL
             or grad.dtype not in FULL
             or grad.is_sparse
-            or grad.device.type != "cpu"  # There, the copy that autograd makes takes as long as the norm.
+            or not grad.is_cpu  # There, the copy that autograd makes takes as long as the norm.
         ):
             return False
         if len(self._waiting) == MOST_CALLS:

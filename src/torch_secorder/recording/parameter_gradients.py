@@ -68,13 +68,15 @@ class ParameterGradients:
         # Re-entrant checkpointing runs backward passes inside of a pass that is skipped; nothing is recorded for them.
         if self._forwards.skipped_passes and not self._passes.under_way:
             return
-        current = self._passes.known.get(current_graph_task()) or self._pass_under_way((grad,))
+        task = current_graph_task()
+        known = self._passes.known.get(task)
+        current = (known and known()) or self._pass_under_way((grad,))
         if current is None:
             if self._watched.resting:
                 self._watched.note_gradient()
             return
         leaf = self._table.leaves[position]
-        if current.task != current_graph_task() and not accumulates_gradient_of(get_gradient_edge(leaf).node):
+        if current.task != task and not accumulates_gradient_of(get_gradient_edge(leaf).node):
             return  # A function's backward asked for this gradient, and may return it to this pass.
         alone = len(gradient_hooks(leaf) or ()) <= 1
         # A hook that was added in this very pass runs after ours, and so does a hook on the node that accumulates the gradient.

@@ -21,7 +21,7 @@ from torch_secorder.autograd.engine import (
 )
 from torch_secorder.capture.model_run import Forward
 from torch_secorder.errors import UnsupportedError
-from torch_secorder.recording.backward_pass import BackwardPass, vmapped_pass
+from torch_secorder.recording.backward_pass import BackwardPass, PassReference, vmapped_pass
 
 
 class UserPasses:
@@ -42,8 +42,8 @@ class UserPasses:
     Attributes:
         leaves: the nodes that accumulate the gradients of the analyzed parameters that have one.
         under_way: the number of each running, outermost pass of the samples -> what it has collected.
-        known: the number of a running pass -> the outermost pass that it belongs to, from its first gradient until that pass
-            is over.
+        known: the number of a running pass -> a reference to the outermost pass that it belongs to, from its first gradient
+            until some pass is over.
         unfinished: the numbers of passes that began and have not ended yet, or never will.
         ignored: the running passes that are not of the samples, with the calls of the model that they have reached. Passes
             inside of them may be of the samples nevertheless.
@@ -62,7 +62,7 @@ class UserPasses:
         self._model, self._on_refusal, self._watches_outputs = model, on_refusal, watches_outputs
         # Only autograd keeps a pass alive: a pass that an exception breaks off is gone.
         self.under_way: WeakValueDictionary[int, BackwardPass] = WeakValueDictionary()
-        self.known: WeakValueDictionary[int, BackwardPass] = WeakValueDictionary()
+        self.known: dict[int, PassReference] = {}  # Every gradient asks it, and no function of Python's is called then.
         self._outer_of: dict[int, int] = {}  # a pass of the samples inside of another pass -> the outermost one
         self.unfinished: set[int] = set()
         self.ignored: dict[int, list[Forward]] = {}
@@ -86,9 +86,8 @@ class UserPasses:
 
     def close(self, current: BackwardPass) -> bool:
         """Forget a pass that is over; returns whether it was open."""
-        self.known.pop(current.task, None)
+        self.known.clear()
         if self._outer_of:
-            self.known.clear()
             for inner in [inner for inner, outer in list(self._outer_of.items()) if outer == current.task]:
                 self._outer_of.pop(inner, None)
         return self.under_way.pop(current.task, None) is not None

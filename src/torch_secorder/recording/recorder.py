@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
-from weakref import WeakValueDictionary
 
 from torch import Tensor
 from torch.autograd.graph import Node
@@ -31,7 +30,7 @@ from torch_secorder.graph.refusals import compares_samples
 from torch_secorder.graph.uses import IdleUse, ParameterUse, Uses
 from torch_secorder.model.hooks import HookScope
 from torch_secorder.model.parameters import Table
-from torch_secorder.recording.backward_pass import BackwardPass, counted_again
+from torch_secorder.recording.backward_pass import BackwardPass, PassReference, counted_again
 from torch_secorder.recording.foreign_errors import refusal_of
 from torch_secorder.recording.lifecycle import PassLifecycle
 from torch_secorder.recording.options import PassOptions
@@ -95,8 +94,8 @@ class Recorder(HookScope):
             on_exit=self._on_model_exit,
             on_empty=self._on_empty_batch if self.of_user else None,
         )
-        # Number of a running pass -> the pass that it belongs to, where that is known.
-        self._known_passes: WeakValueDictionary[int, BackwardPass] = WeakValueDictionary()
+        # Number of a running pass -> a reference to the pass that it belongs to, where that is known.
+        self._known_passes: dict[int, PassReference] = {}
         self._module_hooks: ModuleHooks | None = None
         if plan.model is not None:
             self._module_hooks = ModuleHooks(
@@ -188,8 +187,8 @@ class Recorder(HookScope):
                 self._on_idle_gradients(record, (grad,))
             return
         # Every step does this for each gradient. Most gradients belong to the same pass as the one before.
-        current = self._known_passes.get(current_graph_task())
-        current = current or self._pass_under_way(grads, record.forward.recomputed_in)
+        known = self._known_passes.get(current_graph_task())
+        current = (known and known()) or self._pass_under_way(grads, record.forward.recomputed_in)
         if current is not None:
             if (table := record.node_hooks()) is not None and len(table) > 1:
                 self._on_node_with_hooks(current, record, table)

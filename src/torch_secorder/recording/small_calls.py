@@ -98,5 +98,4 @@ def _kind(record: Record, grad: Tensor) -> Hashable | None:
         return None
     x, names = inputs[0], rule.depends_on
     settings = tuple([getattr(site.module, name) for name in names]) if names else ()
-    parameters = tuple(site.shapes.items())
-    return (rule.function, parameters, settings, x.shape, x.dtype, record.shape, grad.dtype, grad.device)
+    return (rule.function, site.shapes_by_name, settings, x.shape, x.dtype, record.shape, grad.dtype, grad.device)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from threading import RLock, get_ident
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -239,7 +240,7 @@ class UserRecorder(Recorder):
         if current is None:
             return None
         if self._every == 1:  # with every > 1 the pass may still reach a call that was passed over
-            self._known_passes[task] = current
+            self._known_passes[task] = ref(current)
         elif task in self.forwards.skipped_passes and current.error is None:
             current.error = partly_passed_over(self._every)
         return current

@@ -106,7 +106,7 @@ class Analysis:
             self.table = ParameterTable(self.model, parameters)
             self.table.gather(self.model)
         # The other parameters are not frozen if ranks gather them for each call, or if the result may be differentiated in them.
-        self._others = FrozenOthers(self.model, self.table, allowed=not (self.table.sharded or create_graph))
+        self._others = FrozenOthers(self.table, allowed=not (self.table.sharded or create_graph))
         self.keeps = kept(keeps or {}, self.model, self.table)
         self._passes = PassOptions(wanted(self.keeps), max_memory=max_memory)
         checks = checks and not create_graph

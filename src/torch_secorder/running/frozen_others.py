@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from torch_secorder.autograd.random_state import forked_random
 from torch_secorder.errors import CoverageError
@@ -22,19 +22,17 @@ class FrozenOthers:
     runs again with nothing frozen, once for each kind of graph.
 
     Args:
-        model: the model.
-        table: its analyzed parameters.
+        table: the analyzed parameters of a model.
         allowed: whether any may be frozen.
     """
 
-    def __init__(self, model: nn.Module, table: ParameterTable, *, allowed: bool):
+    def __init__(self, table: ParameterTable, *, allowed: bool):
         self._table, self._allowed = table, allowed
-        self._others: list[Tensor] = [p for p in model.parameters() if table.position(p) is None]
         self._whole: set[int] = set()  # Fingerprints of graphs that freezing does not cut.
 
     def parameters(self) -> list[Tensor]:
         """The parameters that are frozen."""
-        return self._others if self._allowed else []
+        return self._table.others if self._allowed else []
 
     def without_cuts(self, analyze: Callable[[], T], reached: Callable[[T], set[int]], kind: Callable[[], int]) -> T:
         """The result of ``analyze``, with nothing frozen if freezing takes gradients from analyzed parameters.
