@@ -22,7 +22,12 @@ from torch_secorder.per_sample.arithmetic import (
 )
 from torch_secorder.per_sample.budget import chunk_bytes
 from torch_secorder.per_sample.convolution_gram import gram_channels, gram_norms
-from torch_secorder.per_sample.convolution_products import one_product, patches, shifted_products
+from torch_secorder.per_sample.convolution_products import (
+    one_product,
+    patches,
+    shifted_products,
+    squares_of_products,
+)
 from torch_secorder.per_sample.costs import Sizes, predicted
 from torch_secorder.per_sample.dense_answers import Index, Unguarded
 from torch_secorder.per_sample.profiles import profile_of
@@ -214,18 +219,9 @@ class Convolution(Cancelling):
 
     def _shifted_squares(self) -> tuple[Tensor, Tensor]:
         """The squares added up over the samples, and over each sample's entries, from products of shifted rows."""
-        sums: list[Tensor] = []
-        norms: list[Tensor] = []
-        for part in self._parts("shifted"):
-            new, of_samples = [], []
-            for value in shifted_products(part):
-                squares = value.square().unflatten(0, (part.n, -1))
-                new.append(squares.sum(0))
-                of_samples.append(squares.flatten(1).sum(1))
-            norms.append(total_of(of_samples))
-            sums = [old + value for old, value in zip(sums, new, strict=True)] if sums else new
-        value = torch.stack(sums).unflatten(2, (self.shape[1], -1))  # [first axis's taps, k, i, other taps, o]
-        return value.permute(1, 4, 2, 0, 3).reshape(self.shape), joined(norms)
+        squares, norms = squares_of_products(self._parts("shifted"))
+        value = squares.unflatten(2, (self.shape[1], -1))  # [first axis's taps, k, i, other taps, o]
+        return value.permute(1, 4, 2, 0, 3).reshape(self.shape), norms
 
     def channel_squares(self, channels: ChannelSums) -> Tensor:
         if self.sizes.positions == 1 or self.algorithm == "patches":

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from torch_secorder.per_sample.arithmetic import joined, total_of
 from torch_secorder.per_sample.costs import FILLED
 from torch_secorder.per_sample.outer import Outer
 
@@ -40,6 +41,24 @@ def shifted_products(form: Convolution) -> Iterator[Tensor]:
     row = g.shape[2] // tall.g.shape[3]
     starts = [divmod(tap * tall.dilation[0], step) for tap in range(form.shape[2])]
     return (_product(x[rest, :, :, skip * row : skip * row + g.shape[2]], g) for skip, rest in starts)
+
+
+def squares_of_products(parts: Iterable[Convolution]) -> tuple[Tensor, Tensor]:
+    """The squares of :func:`shifted_products`, added up over the samples, and over the entries of each sample.
+
+    Returns ``[taps along the first axis, k, i * other taps, o]`` and ``[n]``.
+    """
+    sums: list[Tensor] = []
+    norms: list[Tensor] = []
+    for part in parts:
+        new, of_samples = [], []
+        for value in shifted_products(part):
+            squares = value.square().unflatten(0, (part.n, -1))
+            new.append(squares.sum(0))
+            of_samples.append(squares.flatten(1).sum(1))
+        norms.append(total_of(of_samples))
+        sums = [old + value for old, value in zip(sums, new, strict=True)] if sums else new
+    return torch.stack(sums), joined(norms)
 
 
 def one_product(form: Convolution) -> Tensor:

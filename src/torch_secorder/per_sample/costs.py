@@ -27,8 +27,8 @@ FORMS = ("direct", "shifted", "gram", "patches")
 
 # Nanoseconds for each piece of work in float32 on one thread, fitted by tests/benchmarks/convolution_cost.py to times with
 # AVX-512 and with AVX2 together. Those of "direct" and "shifted" lie between that fit and one to a processor of another maker,
-# on which oneDNN's convolutions gain more by AVX-512 than the matrix products do. There, the form that they pick took 1.01 times as
-# long as the best one on average; the processors of the fit were not tried again. Only the ratios of these numbers matter.
+# on which oneDNN's convolutions gain more by AVX-512 than the matrix products do. There, the form that they pick took 1.01 times
+# as long as the best one on average; the processors of the fit were not tried again. Only the ratios of these numbers matter.
 NANOSECONDS: dict[str, Counts] = {
     "direct": {
         "calls": 1.25e5,
