@@ -72,11 +72,11 @@ FORMS: dict[str, Callable[[], PerSampleGradient]] = {
     "outer direct": lambda: outer(t=9),
     "outer groups": lambda: outer(t=3, k=2, o=3),
     "rows": rows,
-    "convolution direct": convolution,
-    "convolution gram": lambda: convolution(size=2, channels=24),
+    "convolution shifted": convolution,
+    "convolution gram": lambda: convolution(size=2, channels=512),
     "convolution groups": lambda: convolution(groups=2, stride=2),
     "convolution of several maps": lambda: convolution(maps=3, groups=2),
-    "convolution gram of several maps": lambda: convolution(size=1, channels=24, maps=3),
+    "convolution gram of several maps": lambda: convolution(size=1, channels=256, maps=3),
     "convolution depthwise": lambda: Convolution(
         normal(N, 1, 6, 6, 6), normal(N, 1, 6, 3, 3), (6, 1, 3, 3), (2, 2), (1, 1), (1, 1), 6
     ),
@@ -275,7 +275,8 @@ def test_sums_and_inner_products_of_every_two_kinds(first: str, second: str) -> 
         (lambda: outer(t=2), "gram"),
         (lambda: outer(t=40), "direct"),
         (lambda: convolution(size=2, channels=512), "gram"),
-        (convolution, "direct"),
+        (convolution, "shifted"),
+        (FORMS["convolution depthwise"], "direct"),
     ],
 )
 def test_the_algorithm_is_chosen_by_cost(form: Callable[[], PerSampleGradient], algorithm: str) -> None:

@@ -198,8 +198,7 @@ class Convolution(Cancelling):
     @property
     def _forms_directly(self) -> bool:
         """Whether gradients are formed as torch forms a batch's, and not by products of shifted rows."""
-        costs = predicted(self.sizes)
-        return costs["direct"] <= costs.get("shifted", math.inf)
+        return (costs := predicted(self.sizes))["direct"] <= costs.get("shifted", math.inf)
 
     @property
     def squares_form_gradients(self) -> bool:
@@ -244,9 +243,7 @@ class Convolution(Cancelling):
         return 4 * self.sizes.positions <= self.shape[0] // self.groups
 
     def sample_channel_squares(self, channels: ChannelSums) -> Tensor:
-        if (
-            channels.axis and channels.groups != self.groups
-        ):  # The weight of a layer is used with other groups than the layer's.
+        if channels.axis and channels.groups != self.groups:  # a weight that is used with other groups than its layer's
             return super().sample_channel_squares(channels)
         # On an accelerator the host would have to wait to learn what cancels.
         if self.algorithm != "gram" or self.g.is_complex() or not profile_of(self.g.device).has_caches:
