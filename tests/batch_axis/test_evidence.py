@@ -142,6 +142,18 @@ def test_a_weak_coupling_is_no_rounding(dtype: torch.dtype, coupling: float) -> 
     assert seen(make, 6, dtype) is Unplaced.SHARED_BY_SAMPLES
 
 
+def test_a_coupling_far_below_the_largest_row_is_no_rounding() -> None:
+    """As behind the norm of a row of zeros, whose derivative of 1e12 cancels before the parameters: the coupling is what is left."""
+    size = torch.tensor([1e12, 1, 1, 1, 1, 1], dtype=torch.float64)[:, None]
+    value = torch.randn(6, 500, dtype=torch.float64)
+
+    def make(mark: Tensor) -> Tensor:
+        own = value * mark[:, None]
+        return size * own + (size == 1) * own.roll(1, 0)
+
+    assert seen(make, 6) is Unplaced.SHARED_BY_SAMPLES
+
+
 @every_dtype
 def test_every_sample_proves_a_placement(dtype: torch.dtype) -> None:
     for axis, shape in enumerate([(6, 5), (5, 6)]):

@@ -20,7 +20,7 @@ from torch_secorder.batch_axis.sketch import Sketch
 
 # By how much a silent row may differ from zero: relative to the row when it is loud, and to the largest row. Zeros do not round.
 FORGIVEN_IN_SILENCE = (1e-5, 1e-6)
-FORGIVEN_IN_SILENCE_OF_DOUBLES = (1e-9, 1e-12)
+FORGIVEN_IN_SILENCE_OF_DOUBLES = (1e-9, 1e-14)
 
 
 def loud_samples(n: int) -> list[Tensor]:
