@@ -143,7 +143,7 @@ def test_a_weak_coupling_is_no_rounding(dtype: torch.dtype, coupling: float) -> 
 
 
 def test_a_coupling_far_below_the_largest_row_is_no_rounding() -> None:
-    """As behind the norm of a row of zeros, whose derivative of 1e12 cancels before the parameters: the coupling is what is left."""
+    """As behind the norm of a row of zeros, whose derivative of 1e12 cancels before the parameters: the coupling is left."""
     size = torch.tensor([1e12, 1, 1, 1, 1, 1], dtype=torch.float64)[:, None]
     value = torch.randn(6, 500, dtype=torch.float64)
 

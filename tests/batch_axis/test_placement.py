@@ -37,8 +37,14 @@ def test_a_list_fits_as_many_indices_as_it_has() -> None:
     placement = Placement(0, Layout.INDEXED, LISTED)
     assert placement.fits((6, 2), 4)
     assert not placement.fits((5, 2), 4)
-    assert not placement.is_one_sample
-    assert Placement(0, Layout.INDEXED, torch.tensor([1, 1, 1])).is_one_sample
+
+
+def test_the_only_sample_that_has_a_gradient() -> None:
+    placement, grad = Placement(0, Layout.INDEXED, torch.tensor([1, 1, 3])), torch.ones(3, 2)
+    assert placement.only_sample(grad, 4) is None
+    assert Placement(0, Layout.INDEXED, torch.tensor([1, 1, 1])).only_sample(grad, 4) == torch.tensor([1])
+    grad[:2] = 0
+    assert placement.only_sample(grad, 4) == torch.tensor([3]), "rows without a gradient may be any sample's"
 
 
 @pytest.mark.parametrize("name", PLACEMENTS)

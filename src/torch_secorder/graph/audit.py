@@ -162,7 +162,7 @@ class Audit:
             walk = Walk(roots, forward, self.leaves, (*walk.unfolded, *beginning))
             uses, beginning = self._at_frontier(walk, shared, search, forward, asked)
         if asked.several_samples:
-            _require_data(walk, [*shared, *inner], uses, forward)
+            _require_data(walk, [*shared, *inner], uses, forward, self._table.others)
         for use, node in uses.placed:
             self._require_readable(use, node)
         return uses
@@ -225,15 +225,18 @@ class Audit:
         return [self._table.names[target] if isinstance(target, int) else str(target.site) for target in use.targets]
 
 
-def _require_data(walk: Walk, shared: Sequence[Record], uses: Uses, forward: Forward) -> None:
+def _require_data(walk: Walk, shared: Sequence[Record], uses: Uses, forward: Forward, others: Sequence[Tensor]) -> None:
     """Raise if a layer took something for a single sample, and nothing else in the graph takes any data.
 
     The model was called on one sample then, and what seems to have samples are the rows of a layer's own weight.
     """
+    if uses.idle or not uses.placed or any(record.placement is not None for record, _ in walk.calls):
+        return
     alone = [record for record in shared if has_one_sample(record)]
     vectors = [node for node in walk.children if node.name() in OF_VECTORS and _takes_constants(node)]
-    has_layers = any(record.placement is not None for record, _ in walk.calls)
-    if not (alone or vectors) or has_layers or uses.idle or not uses.placed:
+    of_model = set(map(id, others))
+    # An input that needs a gradient is data, too.
+    if not (alone or vectors) or any(id(getattr(leaf, "variable", None)) not in of_model for leaf in walk.other_leaves):
         return
     if all(node.name() in OF_INPUTS_ONLY and not _takes_constants(node) for _, node in uses.placed):
         what = str(alone[0].site) if alone else f"the product {vectors[0].name()}"

@@ -53,6 +53,7 @@ class Table:
         names: the name of each one.
         tensors: the parameters themselves; empty for a table of other things.
         leaves: the tensors that stand for them in the autograd graph; empty for a table of other things.
+        others: the model's parameters that are not analyzed; empty for a table of other things.
         sharded: the model's modules that FSDP2 shards.
         ranks: the ranks that hold the model together with this one.
     """
@@ -61,6 +62,7 @@ class Table:
         self.rows = list(rows)
         self.names = [row.name for row in self.rows]
         self.tensors = self.leaves = list(tensors)
+        self.others: list[Tensor] = []
         self.sharded: list[nn.Module] = []
         self.ranks = Ranks()
 
@@ -76,7 +78,6 @@ class ParameterTable(Table):
     Attributes:
         paths: the name of each parameter in the model with its wrappers.
         frozen: the parameters that required no gradient when the table was made.
-        others: the model's parameters that are not analyzed.
         quantized: the positions of quantized weights. They hold codes, for which autograd gives no gradient.
 
     Args:
