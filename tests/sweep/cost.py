@@ -61,13 +61,15 @@ def exact_ones() -> dict[tuple[str, str], list[str]]:
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """What the documentation says of all costs together."""
+    """What the documentation says of all costs together; nothing before there are some."""
     timed = [row for row in rows if row["outcome"] == "timed"]
     large = [row for row in timed if row["ms"] > 30]
+    if not large:
+        return {}
     return {
         "timed": len(timed),
         "median": median(row["steady"] for row in timed),
         "large": len(large),
-        "median of large": median(row["steady"] for row in large) if large else None,
+        "median of large": median(row["steady"] for row in large),
         "over 4": sorted((row["steady"], row["name"]) for row in timed if row["steady"] > 4),
     }

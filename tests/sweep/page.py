@@ -102,7 +102,8 @@ def listed(lines: list[list[str]], header: list[str]) -> str:
 
 def price(costs: list[dict[str, Any]]) -> str:
     """What a steady step costs, in a paragraph."""
-    found = summary(costs)
+    if not (found := summary(costs)):
+        return ""
     slow = ", ".join(f"{name} {ratio:.1f}" for ratio, name in found["over 4"][::-1]) or "none"
     return (
         f"A steady step under a monitor (float32, {SAMPLES} samples, one thread) takes {found['median']:.1f} plain steps "
