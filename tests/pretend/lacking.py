@@ -23,4 +23,5 @@ TRAPS = {
     "test_trap_29_nested_outputs": NESTED,
     "test_trap_29_nested_tensors": NESTED,
     "test_trap_29_sparse_bags": SPARSE,
+    "test_trap_29_a_sparse_matrix_of_learned_edges": SPARSE,
 }

@@ -212,7 +212,8 @@ def run(operation: Operation, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
     known = {id(x.numbers): x for x in tensors}
     if not isinstance(out, (list, tuple)):
         return _on_device(out, known, index)
-    return type(out)([_on_device(x, known, index) for x in out])
+    # By numbers, since compiled code has no name for the iterator over a tuple.
+    return type(out)([_on_device(out[place], known, index) for place in range(len(out))])
 
 
 def _on_device(out: Any, known: Mapping[int, Pretend], index: int) -> Any:

@@ -146,17 +146,20 @@ def _vjps(chains: Sequence[BatchFreeVjp], grads: Tensor) -> list[Tensor]:
     value = chains[0].value
     # A node that computes has saved tensors of the model's dtype, which may be narrower than that of our gradients.
     dtype = grads.dtype if permutes else output_dtype(*value)
-    found = [
-        grads.new_zeros(len(grads), *chain.shape, dtype=_no_narrower(output_dtype(chain.start, 0), grads.dtype))
-        for chain in chains
-    ]
-    for sample, grad in enumerate(grads.to(dtype)):
+    wanted = [_no_narrower(output_dtype(chain.start, 0), grads.dtype) for chain in chains]
+    found: list[list[Tensor]] = [[] for _ in chains]
+    for grad in grads.to(dtype):
         arrived: dict[Node, Tensor] = {}
         route.flow({value: grad}, partial(_first_of, arrived), complete=True, keeps_dtype=permutes)
-        for chain, of_chain in zip(chains, found, strict=True):
-            if (there := arrived.get(chain.start)) is not None:
-                of_chain[sample] = there.reshape(chain.shape)
-    return found
+        for chain, of_chain, wide in zip(chains, found, wanted, strict=True):
+            there = arrived.get(chain.start)
+            of_chain.append(
+                grads.new_zeros(chain.shape, dtype=wide) if there is None else there.reshape(chain.shape).to(wide)
+            )
+    return [
+        torch.stack(of_chain) if of_chain else grads.new_zeros(0, *chain.shape, dtype=wide)
+        for chain, of_chain, wide in zip(chains, found, wanted, strict=True)
+    ]
 
 
 def _no_narrower(start: torch.dtype, gradients: torch.dtype) -> torch.dtype:

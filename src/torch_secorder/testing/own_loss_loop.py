@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,25 +75,23 @@ def _reduction(loss_of: Callable[[list[int]], Tensor], n: int) -> str:
 
 def _weights(alone: Sequence[Sequence[Tensor]], batch: Sequence[Tensor]) -> Tensor:
     """The weight of each sample's gradient in that of the batch, by least squares; 0 for a sample without a gradient."""
-    sizes = torch.tensor([float(_product(g, g)) ** 0.5 for g in alone], dtype=torch.float64)
+    sizes = _on_host([_product(g, g) ** 0.5 for g in alone])
     used = [sample for sample, size in enumerate(sizes.tolist()) if size]
     weights = torch.zeros(len(alone), dtype=torch.float64, device=batch[0].device)
     if not used:
         return weights
-    gram = torch.tensor(
-        [[float(_product(alone[i], alone[j]) / (sizes[i] * sizes[j])) for j in used] for i in used], dtype=torch.float64
-    )
+    gram = _on_host([[_product(alone[i], alone[j]) for j in used] for i in used]) / sizes[used].outer(sizes[used])
     if float(torch.linalg.eigvalsh(gram)[0]) < ALIKE**2 * len(used):
         raise ArgumentError(
             "the gradients of the samples are so much alike that what each counts for in the loss that the model computes can't "
             "be told: give other samples, or fewer"
         )
-    along = torch.tensor([float(_product(alone[i], batch) / sizes[i]) for i in used], dtype=torch.float64)
+    along = _on_host([_product(alone[i], batch) for i in used]) / sizes[used]
     weights[used] = (torch.linalg.solve(gram, along) / sizes[used]).to(weights)
     left = [
         b - sum(w * g for w, g in zip(weights, column, strict=True)) for b, *column in zip(batch, *alone, strict=True)
     ]
-    if float(_product(left, left)) ** 0.5 > NEAR * float((weights.cpu() * sizes).abs().sum()):
+    if _product(left, left) ** 0.5 > NEAR * float((weights.cpu() * sizes).abs().sum()):
         raise ArgumentError(
             "the gradient of the batch's loss is no weighted sum of the gradients of the samples alone: the loss that the model "
             "computes compares samples, which have no gradients of their own then"
@@ -100,6 +99,10 @@ def _weights(alone: Sequence[Sequence[Tensor]], batch: Sequence[Tensor]) -> Tens
     return weights
 
 
-def _product(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+def _product(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
     """The inner product over all parameters, the real part for complex ones."""
-    return sum((torch.vdot(x.flatten(), y.flatten()).real for x, y in zip(a, b, strict=True)), start=torch.zeros(()))
+    return sum(float(torch.vdot(x.flatten(), y.flatten()).real) for x, y in zip(a, b, strict=True))
+
+
+def _on_host(numbers: list[Any]) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.float64, device="cpu")
