@@ -282,6 +282,18 @@ def normalized(m: Any, x: Tensor) -> Tensor:
     return m.h(m.l(m.n(x - x.mean())).tanh())
 
 
+def products(m: Any, x: Tensor) -> Tensor:
+    return (x @ m.l.weight).tanh() @ m.h.weight
+
+
+def summed(m: Any, x: Tensor) -> Tensor:
+    return torch.einsum("...i,ij->...j", torch.einsum("...i,ij->...j", x, m.l.weight).tanh(), m.h.weight)
+
+
+def functional(m: Any, x: Tensor) -> Tensor:
+    return nn.functional.linear(nn.functional.linear(x, m.l.weight, m.l.bias).tanh(), m.h.weight, m.h.bias)
+
+
 UNBATCHED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "autoencoder": (lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 4)), (4,)),
     "convolutions": (lambda: nn.Sequential(nn.Conv1d(4, 5, 3), nn.Tanh(), nn.ConvTranspose1d(5, 4, 3)), (4, 6)),
@@ -294,6 +306,10 @@ UNBATCHED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     ),
     "scaled images": (lambda: made(scaled, l=nn.Conv2d(3, 5, 3), h=nn.ConvTranspose2d(5, 3, 3)), (3, 4, 4)),
     "scaled logits": (lambda: nn.Sequential(made(scaled, l=nn.Linear(4, 5), h=nn.Linear(5, 4)), nn.Softmax(-1)), (4,)),
+    "products": (lambda: made(products, l=nn.Linear(5, 4, bias=False), h=nn.Linear(4, 5, bias=False)), (4,)),
+    "einsum": (lambda: made(summed, l=nn.Linear(5, 4, bias=False), h=nn.Linear(4, 5, bias=False)), (4,)),
+    "functional layers": (lambda: made(functional, l=nn.Linear(4, 5), h=nn.Linear(5, 4)), (4,)),
+    "cell": (lambda: made(lambda m, x: m.h(m.l(2 * x)), l=nn.GRUCell(4, 5), h=nn.Linear(5, 4)), (4,)),
     "lstm": (
         lambda: made(lambda m, x: m.l(x)[0].tanh(), l=nn.LSTM(4, 3, batch_first=True)),
         (5, 4),

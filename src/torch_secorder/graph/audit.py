@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Container, Iterable, Sequence
 from functools import partial
 from operator import itemgetter
@@ -9,7 +10,7 @@ from operator import itemgetter
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-from torch_secorder.autograd.nodes import accumulators, keeps_state, tensors_of_weights
+from torch_secorder.autograd.nodes import accumulators, keeps_state, tensors_of_weights, value_shape
 from torch_secorder.batch_axis.knowledge import ModelKnowledge
 from torch_secorder.batch_axis.order import Order
 from torch_secorder.batch_axis.search import SampleSearch
@@ -29,6 +30,8 @@ from torch_secorder.model.parameters import Table
 
 # Products with a vector, which has no axis for samples.
 OF_VECTORS = frozenset(["MvBackward0", "AddmvBackward0", "DotBackward0"])
+
+PRODUCTS = frozenset(f"{name}Backward0" for name in ("Mm", "Addmm", "Bmm", "Baddbmm"))
 
 # Nodes that compute their output from their inputs alone, and not from an index or a mask as well.
 _NAMES = (
@@ -233,7 +236,7 @@ def _require_data(walk: Walk, shared: Sequence[Record], uses: Uses, forward: For
     if uses.idle or not uses.placed or any(record.placement is not None for record, _ in walk.calls):
         return
     alone = [record for record in shared if has_one_sample(record)]
-    vectors = [node for node in walk.children if node.name() in OF_VECTORS and _takes_constants(node)]
+    vectors = [node for node in walk.children if _is_of_a_vector(node) and _takes_constants(node)]
     of_model = set(map(id, others))
     # An input that needs a gradient is data, too.
     if not (alone or vectors) or any(id(getattr(leaf, "variable", None)) not in of_model for leaf in walk.other_leaves):
@@ -242,6 +245,12 @@ def _require_data(walk: Walk, shared: Sequence[Record], uses: Uses, forward: For
         what = str(alone[0].site) if alone else f"the product {vectors[0].name()}"
         shape = f"an input of shape {tuple(alone[0].inputs[0].shape)}" if alone and alone[0].inputs else "a vector"
         raise without_batch_axis(what, shape, forward.n or 0)
+
+
+def _is_of_a_vector(node: Node) -> bool:
+    """Whether a node is a product with a vector, or with one row, which torch makes of a vector."""
+    one_row = node.name() in PRODUCTS and math.prod(shape := value_shape(node, 0)) == shape[-1]
+    return node.name() in OF_VECTORS or one_row
 
 
 def _takes_constants(node: Node) -> bool:
