@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from itertools import accumulate
 
 from torch.profiler import ProfilerActivity, profile
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # The profiler says on the terminal when it begins and ends.
 
 
 class LiveBytes:

@@ -107,7 +107,7 @@ def price(costs: list[dict[str, Any]]) -> str:
     slow = ", ".join(f"{name} {ratio:.1f}" for ratio, name in found["over 4"][::-1]) or "none"
     return (
         f"A steady step under a monitor (float32, {SAMPLES} samples, one thread) takes {found['median']:.1f} plain steps "
-        f"in the median of {found['timed']} architectures, most of whose steps take a few milliseconds, and "
+        f"in the median of {found['timed']} architectures that were timed, most of whose steps take a few milliseconds, and "
         f"{found['median of large']:.1f} in the median of the {found['large']} whose plain step takes more than 30 ms. "
         f"More than 4: {slow}. The table has the plain step in ms, and a steady step over it.\n"
     )
