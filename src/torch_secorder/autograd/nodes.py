@@ -54,8 +54,9 @@ def accumulators(leaves: Sequence[Tensor]) -> list[Node]:
     if not leaves:
         return []
     with torch.enable_grad():  # Every block asks for those of all parameters, so that one function takes them all.
-        node: Any = _TakesAll.apply(*leaves).grad_fn  # type: ignore[no-untyped-call]  # torch does not type it
-    return [child for child, _ in node.next_functions]
+        # With torch 2.8 a function's node is only there as long as its output is.
+        output: Any = _TakesAll.apply(*leaves)  # type: ignore[no-untyped-call]  # torch does not type it
+        return [child for child, _ in output.grad_fn.next_functions]
 
 
 def output_shapes(nodes: Collection[Node]) -> tuple[tuple[int, ...], ...]:
