@@ -20,7 +20,6 @@ from torch_secorder.likelihoods import LastLayer, likelihood
 from torch_secorder.recording.sample_norms import SampleNorms
 from torch_secorder.running import by_last_layer
 from torch_secorder.running.by_last_layer import ExactByLastLayer
-from torch_secorder.running.graph_backward import GraphBackward
 from torch_secorder.running.outputs_backward import OutputsBackward
 from torch_secorder.running.run import HookedForward
 
@@ -270,20 +269,6 @@ def test_the_roots_are_those_of_the_curvature_before_the_layer(
 
 
 # fisher_report, which runs the model
-
-
-@pytest.fixture
-def ends(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Of each backward pass whether it ends at the last layer."""
-    found: list[bool] = []
-    backward = GraphBackward.backward
-
-    def noted(self: GraphBackward, *args: object, end: object = None, **options: object) -> object:
-        found.append(end is not None)
-        return backward(self, *args, end=end, **options)  # type: ignore[arg-type]  # The options are those of any pass.
-
-    monkeypatch.setattr(GraphBackward, "backward", noted)
-    return found
 
 
 def reported(model: nn.Module, x: Tensor, y: Tensor | None = None, **options: object) -> dict[str, Tensor]:

@@ -13,7 +13,6 @@ from torch_secorder import fisher_report, generalized_fisher_trace
 from torch_secorder.autograd.self_test import hooks_are_seen
 from torch_secorder.errors import ArgumentError
 from torch_secorder.running import by_last_layer
-from torch_secorder.running.graph_backward import GraphBackward
 from torch_secorder.running.outputs_backward import OutputsBackward
 
 pytestmark = pytest.mark.skipif(not hooks_are_seen(), reason="this torch does not show whether the factors may be read")
@@ -201,20 +200,6 @@ def test_other_last_layers_take_whole_passes(name: str, starts: list[int]) -> No
 
 
 # fisher_report, which runs the model
-
-
-@pytest.fixture
-def ends(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Of each backward pass whether it ends at the last layer."""
-    found: list[bool] = []
-    backward = GraphBackward.backward
-
-    def noted(self: GraphBackward, *args: object, end: object = None, **options: object) -> object:
-        found.append(end is not None)
-        return backward(self, *args, end=end, **options)  # type: ignore[arg-type]  # The options are those of any pass.
-
-    monkeypatch.setattr(GraphBackward, "backward", noted)
-    return found
 
 
 def reported(model: nn.Module, x: Tensor, y: Tensor | None, **options: object) -> dict[str, Tensor]:
