@@ -62,7 +62,7 @@ def run(args: argparse.Namespace, only: Sequence[str], skip: Sequence[str]) -> i
             case = replace(drawn(seed, only, skip), device=args.device)
             found = outcome(case)
             counts[found.kind] += 1
-            if found.kind in ("crashed", "refused"):
+            if found.kind in ("crashed", "refused", "rounded"):
                 cause = f"{found.kind}: {found.place or found.detail[:70]}"
                 repeated[cause] += 1
                 first.setdefault(cause, seed)
@@ -90,6 +90,7 @@ def table(counts: collections.Counter[str]) -> str:
         "wrong",
         "crashed",
         "inconsistent",
+        "rounded",
         "impossible",
     ]
     return "\n".join(f"{kind:13} {counts[kind]:7} {counts[kind] / whole:7.2%}" for kind in kinds)

@@ -13,7 +13,7 @@ import torch
 
 import torch_secorder
 from fuzz import __main__ as command
-from fuzz import ways
+from fuzz import truth, ways
 from fuzz.case import Case, Step, drawn
 from fuzz.model import Site
 from fuzz.outcomes import Outcome, outcome, shrunk
@@ -129,6 +129,17 @@ def test_nan_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     assert outcome(case_of("linear", ways=("empirical",))).kind == "wrong"
 
 
+@pytest.mark.parametrize(("rounding", "kind"), [(2.0**-52, "wrong"), (1e-6, "rounded")])
+def test_what_plain_autograd_does_not_know_itself_is_not_wrong(
+    rounding: float, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A number is off by a millionth; if the inputs were known to a millionth only, nobody could say that it is wrong."""
+    trace = ways.empirical_fisher_trace
+    monkeypatch.setattr(ways, "empirical_fisher_trace", lambda *args: trace(*args) * (1 + 1e-6))
+    monkeypatch.setitem(truth.ROUNDING, "float64", rounding)
+    assert outcome(case_of("linear", ways=("empirical",))).kind == kind
+
+
 def test_foreign_exceptions_are_crashes(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*args: object) -> None:
         raise IndexError("dimension")
@@ -138,7 +149,7 @@ def test_foreign_exceptions_are_crashes(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.parametrize(
-    "kind", ["exact", "coupled", "frozen", "hidden", "refused", "wrong", "crashed", "inconsistent"]
+    "kind", ["exact", "coupled", "frozen", "hidden", "refused", "wrong", "crashed", "inconsistent", "rounded"]
 )
 def test_the_command_fails_for_wrong_numbers_and_crashes_only(
     kind: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -61,6 +61,24 @@ def alone(
     return {name: torch.cat([one[name] for one in each]) for name in named}
 
 
+# The distance from 1 to the next number, of the numbers that a model computes with.
+ROUNDING = {"float64": 2.0**-52, "float32": 2.0**-23, "autocast": 2.0**-8}
+
+
+def moved_by_rounding(model: nn.Module, x: Tensor, dtype: str, seed: int) -> Tensor:
+    """An input, each number changed by up to one rounding; all parameters of the model are changed in place likewise."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def moved(z: Tensor) -> Tensor:
+        steps = torch.rand(z.shape, generator=generator, dtype=torch.float64) * 2 - 1
+        return z * (1 + steps.to(z.device, z.dtype) * ROUNDING[dtype])
+
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(moved(p) if p.is_floating_point() else p)
+    return moved(x)
+
+
 def _replaced(batch: Any, out: Any, place: Tensor, axis: int) -> Any:
     if isinstance(batch, dict):
         return {key: _replaced(batch[key], out[key], place, axis) for key in batch}

@@ -12,16 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from fuzz import truth
-from fuzz.comparison import Wrong, require_equal
+from fuzz.comparison import Inconsistent, Wrong, difference, require_equal
 from fuzz.losses import logits, tokens
 from fuzz.registry import way
 from fuzz.truth import Loss, Rows, squared_norms
 from torch_secorder import FisherMonitor, empirical_fisher_trace, fisher_results, generalized_fisher_trace
 from torch_secorder.pruning import Gates
-
-
-class Inconsistent(Exception):
-    """A sample alone differs from its share of the batch, though no piece is said to mix samples: a fault of the fuzzer."""
 
 
 @dataclass
@@ -51,9 +47,24 @@ class Problem:
             for name in a:
                 try:
                     require_equal(name, b[name], a[name], sum(a.values()), self.dtype)
-                except Wrong as difference:
-                    raise Inconsistent(str(difference)) from None
+                except Wrong as wrong:
+                    raise Inconsistent(str(wrong), wrong.off) from None
         return there
+
+    def spread(self) -> float:
+        """By how much plain autograd's own numbers change where inputs and parameters change by their rounding."""
+        named = {k: p for k, p in self.twin.named_parameters() if p.requires_grad}
+        given = {k: v.clone() for k, v in self.twin.state_dict().items()}
+        found = []
+        for x, y in self.batches:
+            before = squared_norms(truth.in_batch(self.twin, named, self.loss, x, y, self.dtype))
+            for seed in range(3):
+                moved = truth.moved_by_rounding(self.twin, x, self.dtype, seed)
+                after = squared_norms(truth.in_batch(self.twin, named, self.loss, moved, y, self.dtype))
+                self.twin.load_state_dict(given)
+                total = sum(before.values())
+                found += [difference(after[k], before[k], total, self.precision) for k in before]
+        return max(found, default=0.0)
 
     def scalar(self, out: Any, y: Tensor) -> Tensor:
         """The loss as a user writes it."""
