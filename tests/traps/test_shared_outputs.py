@@ -74,6 +74,13 @@ def from_a_bias(m: Any, x: Tensor) -> Tensor:
     return m.h(m.e(x) + m.b())
 
 
+def layer_on_data_and_on_a_weight(m: Any, x: Tensor) -> Tensor:
+    """The data needs no gradient, so that nothing but the layer's parameters is seen behind the samples' own output."""
+    h = m.act(m.l(torch.stack([x, x.square(), -x, 1 - x], 2).to(m.p.weight.dtype) / 7))
+    mixed = torch.einsum("lbtd,sd->slbt", torch.stack([h, h.tanh()]), m.l(m.p.weight[:4])).sum(1)
+    return m.h(h.tanh() + mixed.permute(1, 2, 0))
+
+
 def models() -> dict[str, nn.Module]:
     def parts() -> dict[str, nn.Module]:
         return {"e": nn.Embedding(7, 4), "p": nn.Embedding(T, 4), "h": nn.Linear(4, 7), "act": nn.Tanh()}
@@ -85,6 +92,7 @@ def models() -> dict[str, nn.Module]:
         found[forward.__name__] = Forward(forward, e=nn.Embedding(7, 4), h=nn.Linear(4, 7), net=net)
     block = nn.Sequential(nn.Embedding(T, 4), nn.Tanh())
     found["inside_of_a_block"] = Forward(inside_of_a_block, e=nn.Embedding(7, 4), h=nn.Linear(4, 7), block=block)
+    found["layer_on_data_and_on_a_weight"] = Forward(layer_on_data_and_on_a_weight, l=nn.Linear(4, 4), **parts())
     found["from_a_bias"] = Holding(from_a_bias, parameters={}, e=nn.Embedding(7, 4), h=nn.Linear(4, 7), b=Bias())
     return found
 

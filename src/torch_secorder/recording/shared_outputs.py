@@ -42,7 +42,7 @@ def find_shared_outputs(uses: Uses, leaves: Mapping[Node, int], forward: Forward
             made, starts = value.targets[0][1].value, {vjp.start for _, vjp in value.targets}
             closed = value.targets[0][1].closed - starts  # An output may be that of a call which is a target itself.
             for record, nr, node in _behind(made[0], watched, closed):
-                if not _is_free(node, starts | silent):
+                if not _is_free(node, starts | silent, closed):
                     continue
                 vjp = batch_free_vjp(made, node, tuple(record.shape), closed)
                 value.targets.append((record, vjp))
@@ -89,14 +89,18 @@ def require_samples_of_outputs(search: SampleSearch, forward: Forward) -> None:
             )
 
 
-def _is_free(output: Node, starts: set[Node]) -> bool:
-    """Whether an output was computed from nothing but what the value's gradient is pulled back to."""
+def _is_free(output: Node, starts: set[Node], closed: Container[Node]) -> bool:
+    """Whether an output was computed from nothing but what the value's gradient is pulled back to.
+
+    The data is not in the graph if it needs no gradient. It came in at the ``closed`` nodes, behind which there may be nothing but
+    the parameters of a layer that was called both on data and on what all samples share.
+    """
     stack, seen = [output], {output}
     while stack:
         node = stack.pop()
         if node in starts:
             continue
-        if not node.next_functions:
+        if node in closed or not node.next_functions:
             return False
         for child, _ in node.next_functions:
             if child is not None and child not in seen:
