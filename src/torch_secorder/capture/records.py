@@ -211,7 +211,8 @@ class Record:
         if len(records) == 1:
             return records[0].call(grads[0])
         inputs = (torch.cat([record._arguments()[0][0] for record in records]),)
-        return Call(inputs, {}, torch.cat(list(grads)), training=records[0].training)
+        grad = torch.cat([grad.reshape(record.shape) for record, grad in zip(records, grads, strict=True)])
+        return Call(inputs, {}, grad, training=records[0].training)
 
     def expanded_to_samples(self, grads: Tensor) -> Call:
         """A call that all samples share, as if each had made it, given the gradients of its output for each, ``[n, ...]``."""

@@ -92,8 +92,8 @@ def require_samples_of_outputs(search: SampleSearch, forward: Forward) -> None:
 def _is_free(output: Node, starts: set[Node], closed: Container[Node]) -> bool:
     """Whether an output was computed from nothing but what the value's gradient is pulled back to.
 
-    The data is not in the graph if it needs no gradient. It came in at the ``closed`` nodes, behind which there may be nothing but
-    the parameters of a layer that was called both on data and on what all samples share.
+    The data is not in the graph if it needs no gradient. It came in at the ``closed`` nodes, behind which there may be nothing
+    but the parameters of a layer that was called both on data and on what all samples share.
     """
     stack, seen = [output], {output}
     while stack:

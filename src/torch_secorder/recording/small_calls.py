@@ -90,7 +90,7 @@ class SmallCallBatch:
 def _kind(record: Record, grad: Tensor) -> Hashable | None:
     """A key that is equal for small calls that can be computed together: one rule, settings and shapes; None for other calls."""
     site, inputs, rule = record.site, record.inputs, record.site.rule
-    if grad.numel() > SMALL or grad.shape != record.shape or record.kwargs or not record.in_output_graph:
+    if grad.numel() > SMALL or grad.numel() != record.shape.numel() or record.kwargs or not record.in_output_graph:
         return None
     if rule.depends_on is None or (record.placement is not FIRST and record.placement != FIRST):
         return None
