@@ -525,3 +525,54 @@ def test_gates_on_a_layer_that_no_sample_passes_are_refused_with_the_remedy() ->
     torch.testing.assert_close(
         gates.fisher["head"], by_masks(model, "head", "output", -1, 3, x, y), rtol=1e-4, atol=1e-12
     )
+
+
+class Adapted(nn.Module):
+    """A frozen layer with a trained one beside it, as adapters are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frozen, self.beside = nn.Linear(4, 6).requires_grad_(False), nn.Linear(4, 6)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head((self.frozen(x) + self.beside(x)).tanh())
+
+
+@pytest.mark.parametrize("frozen", ["the first layer", "all"])
+def test_gates_on_frozen_layers(frozen: str) -> None:
+    """Closing a gate of a frozen layer changes the outputs as much as closing any other."""
+    model, x, y = Adapted(), torch.randn(5, 4), torch.randint(3, (5,))
+    model.requires_grad_(frozen != "all")
+    model.frozen.requires_grad_(False)
+    with Gates(model) as gates:
+        cross_entropy(model(x), y).backward()
+    for name, count in {"frozen": 6, "beside": 6, "head": 3}.items():
+        expected = by_masks(model, name, "output", -1, count, x, y)
+        assert expected.any()
+        torch.testing.assert_close(gates.fisher[name], expected, rtol=1e-4, atol=1e-12)
+    assert all(p.requires_grad == (frozen != "all" and "frozen" not in name) for name, p in model.named_parameters())
+
+
+class OfComplexNumbers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 6, dtype=torch.complex128)
+        self.second = nn.Linear(6, 5, dtype=torch.complex128)
+        self.head = nn.Linear(5, 3).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.second(self.first(torch.complex(x, x.flip(1))).tan()).abs())
+
+
+def test_gates_of_complex_numbers() -> None:
+    """A real mask multiplies real and imaginary parts."""
+    model, x, y = OfComplexNumbers(), torch.randn(5, 4).double() / 4, torch.randint(3, (5,))
+    with Gates(model, {"first": {}, "second": {}}) as gates:
+        cross_entropy(model(x), y).backward()
+    for name, found in gates.fisher.items():
+        mask = torch.ones(len(found), dtype=torch.float64, requires_grad=True)
+        hook = model.get_submodule(name).register_forward_hook(lambda _, args, output, mask=mask: output * mask)
+        rows = [torch.autograd.grad(cross_entropy(model(x[n : n + 1]), y[n : n + 1]), mask)[0] for n in range(5)]
+        hook.remove()
+        torch.testing.assert_close(found, torch.stack(rows).square().mean(0), rtol=1e-10, atol=1e-20)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 # A fragment of the message -> the test that does what it says.
 TRIED = {
+    "has its samples on axis 0 of its output": (
+        "traps/test_what_counts_samples.py::test_trap_19_as_many_steps_in_front_of_the_outputs_as_samples"
+    ),
     "of which one has a zero gradient now": "approximations/test_differentiable.py"
     "::test_a_use_behind_a_gate_that_is_zero_is_refused_if_the_trace_is_differentiated",
     "which was computed from parameters that are not analyzed": "traps/test_shared_outputs.py"
@@ -78,6 +81,9 @@ TRIED = {
 
 # A fragment of the message -> why its remedy isn't tried.
 NOT_TRIED = {
+    "has its samples on axis 0 of its output": (
+        "traps/test_what_counts_samples.py::test_trap_19_as_many_steps_in_front_of_the_outputs_as_samples"
+    ),
     "pad them to (N, T, ...) in the model's forward": "the remedy is to write another model",
     "max_samples cuts batches by their rows": "max_batches= is tried wherever there is data",
     "can't be cut to the * that are left": "max_batches= is tried wherever there is data",

@@ -6,6 +6,7 @@ import dataclasses
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,10 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence, pad_packed_sequence
 
+from expectations import expectation
 from oracles import assert_equal
 from problems._base import Forward, randomized
 from torch_secorder import FisherMonitor, empirical_fisher_trace, fisher_report
 from torch_secorder.errors import ArgumentError, CurvatureError, ShapeError, UnsupportedError
+from torch_secorder.pruning import Gates
 from torch_secorder.verification import separable_loss
 
 N, T = 5, 6
@@ -689,3 +692,67 @@ def test_trap_19_words_that_mean_nothing(words: dict[str, Any], message: str) ->
     model, graph = randomized(Graphs(False)).double(), torch.tensor([0, 1, 2, 2])
     with pytest.raises((ArgumentError, ShapeError), match=message):
         monitored(model, (drawn(4, 4), torch.randint(4, (2, 7)), graph), 0.0, squares, False, **words)
+
+
+class StepsInFront(nn.Module):
+    """A model that takes ``[n, channels, steps]`` and returns ``[steps, n, classes]``, as losses of CTC want it."""
+
+    def __init__(self, first: nn.Module, channels: int):
+        super().__init__()
+        self.first, self.head = first, nn.Linear(channels, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.transpose(1, 2) if isinstance(self.first, nn.Linear) else x
+        h = self.first(h).tanh()
+        return self.head(h if isinstance(self.first, nn.Linear) else h.transpose(1, 2)).transpose(0, 1)
+
+
+FIRST_LAYERS: dict[str, Callable[[], tuple[nn.Module, int]]] = {
+    "convolution": lambda: (nn.Conv1d(3, 6, 3, padding=1), 6),
+    "as many channels as samples": lambda: (nn.Conv1d(3, 5, 1, bias=False), 5),
+    "group norm": lambda: (nn.GroupNorm(1, 3), 3),
+    "batch norm": lambda: (nn.BatchNorm1d(3).eval(), 3),
+    "linear": lambda: (nn.Linear(3, 6), 6),
+}
+
+
+@pytest.mark.parametrize("driver", ["monitor", "gates"])
+@pytest.mark.parametrize("first", FIRST_LAYERS)
+def test_trap_19_as_many_steps_in_front_of_the_outputs_as_samples(first: str, driver: str) -> None:
+    """The layers that know their samples' axis contradict the outputs. What the message says to pass is exact."""
+    model = StepsInFront(*FIRST_LAYERS[first]()).double()
+    x, channels = torch.randn(5, 3, 5).double(), isinstance(model.first, nn.Linear)
+
+    def loss(outputs: Tensor) -> Tensor:
+        return outputs.square().sum()
+
+    def watched(**options: Any) -> FisherMonitor | Gates:
+        watch: Any = (
+            FisherMonitor if driver == "monitor" else partial(Gates, modules={"first": {"axis": -1 if channels else 1}})
+        )
+        with watch(model, reduction="sum", **options) as found:
+            loss(model(x)).backward()
+        return found
+
+    with expectation(r"batch_axis={'outputs': 1}"):
+        watched()
+    found = watched(batch_axis={"outputs": 1})
+    assert found.n_samples == 5
+    if isinstance(found, FisherMonitor):
+        for name, p in model.named_parameters():
+            rows = [torch.autograd.grad(loss(model(x[n : n + 1])), p)[0] for n in range(5)]
+            torch.testing.assert_close(
+                float(found.report().fisher_trace[name]),
+                float(torch.stack(rows).square().sum()),
+                rtol=1e-10,
+                atol=1e-20,
+            )
+        return
+    squares = torch.zeros(len(found.fisher["first"])).double()
+    for n in range(5):
+        outputs = model.first(x[n : n + 1].transpose(1, 2) if channels else x[n : n + 1])
+        mask = torch.ones(len(squares), dtype=torch.float64, requires_grad=True)
+        gated = (outputs * (mask if channels else mask[:, None])).tanh()
+        (g,) = torch.autograd.grad(loss(model.head(gated if channels else gated.transpose(1, 2))), mask)
+        squares += g.square() / 5
+    torch.testing.assert_close(found.fisher["first"], squares, rtol=1e-10, atol=1e-20)

@@ -165,7 +165,7 @@ class ModuleHooks(HookScope):
         record = _record(site, forward, args, kwargs, output, self.forwards.words)
         record.training = module.training
         if site.keep is not None:
-            record.inputs, record.kwargs, record.versions = (), {}, ()
+            record.kwargs, record.versions = {}, ()
             with without_modes():
                 record.kept = site.keep(module, args, kwargs, output)
         else:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
+from torch_secorder.batch_axis.count import Count
 from torch_secorder.batch_axis.placement import Layout, Placement
 from torch_secorder.capture.records import Record
 from torch_secorder.errors import ShapeError
@@ -68,6 +70,36 @@ SIDES_OF_ONE: tuple[tuple[tuple[type[nn.Module], ...], int], ...] = (
     ((nn.Conv2d, nn.ConvTranspose2d), 3),
     ((nn.Conv3d, nn.ConvTranspose3d), 4),
 )
+
+
+# Layers of channels, which have the samples on the first axis.
+NORMS: tuple[Any, ...] = (nn.BatchNorm1d.__base__, nn.GroupNorm)
+
+
+def require_first_axis(record: Record, axis: int, count: Count) -> None:
+    """Raise if the samples of a layer that has them on its first axis were found on another one.
+
+    Args:
+        record: the layer's call.
+        axis: the axis of its output on which the samples were found.
+        count: the samples of the run of the model.
+
+    Raises:
+        ShapeError: naming the layer and both axes.
+    """
+    if _is_first(record.site.module, len(record.shape)):
+        raise ShapeError(
+            f"{record.site} has its samples on axis 0 of its output, of shape {tuple(record.shape)}, and the model's outputs "
+            f"show the model's {count} on axis {axis} of it, if they are on the axis of the outputs that is taken for theirs: "
+            "say which axis of the outputs has them, as in batch_axis={'outputs': 1}"
+        )
+
+
+def _is_first(module: nn.Module, sides: int) -> bool:
+    """Whether a layer with an output of so many axes has the samples on the first of them."""
+    if isinstance(module, NORMS):
+        return True
+    return any(isinstance(module, kinds) and sides > one for kinds, one in SIDES_OF_ONE if nn.Linear not in kinds)
 
 
 def takes_for_one_sample(record: Record, argument: Tensor) -> bool:

@@ -159,7 +159,7 @@ class Record:
         in_output_graph: whether the call was found in the graph of the model's outputs.
         idle: why no gradient is expected, if none is; there is no placement then.
         last_pass: the number of the last backward pass that reached it.
-        kept: what the hooked module's ``keep`` returned for the call.
+        kept: what the hooked module's ``keep`` returned for the call, which is all that its rule reads.
         training: whether the module was in training mode.
         node_hooks: finds the hooks that run after the node of its output.
     """
@@ -230,6 +230,8 @@ class Record:
         self.versions, self.inputs_packed = _versions(self.inputs, self.kwargs), False
 
     def _arguments(self) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+        if self.kept is not None:
+            return (), {}
         if self.inputs is None:
             raise CoverageError(f"{self.site}: its inputs are gone, since a backward pass has been here already")
         if self.inputs_packed:

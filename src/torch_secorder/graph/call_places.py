@@ -21,7 +21,13 @@ from torch_secorder.batch_axis.placement import FIRST, Layout, Placement
 from torch_secorder.batch_axis.search import SampleSearch, SearchOnAllRanks
 from torch_secorder.batch_axis.search_pass import SearchPasses
 from torch_secorder.capture.model_run import Forward
-from torch_secorder.capture.own_axes import OwnAxis, contradicted_axis, takes_for_one_sample, without_batch_axis
+from torch_secorder.capture.own_axes import (
+    OwnAxis,
+    contradicted_axis,
+    require_first_axis,
+    takes_for_one_sample,
+    without_batch_axis,
+)
 from torch_secorder.capture.records import Idle, Record
 from torch_secorder.graph.carried_axes import CarriedAxis
 from torch_secorder.graph.graph import Graph
@@ -209,6 +215,8 @@ class CallPlaces:
                 shared.append(record)
             elif isinstance(found, Placement):
                 record.placement = found
+                if found.axis:
+                    require_first_axis(record, found.axis, forward.count)
             elif found is Unplaced.NOT_FINITE and (asked.ambiguous_shapes or record.placement is None):
                 record.forward.refusal = not_finite(f"the gradients of {self._names_of(record)}")
             elif found is Unplaced.HIDDEN:

@@ -17,7 +17,7 @@ from torch_secorder.capture.records import Call
 from torch_secorder.errors import CoverageError, ShapeError, UnsupportedError
 from torch_secorder.model.channels import channel_axis
 from torch_secorder.model.ranks import is_dtensor
-from torch_secorder.per_sample import Dense, PerSampleGradient, at_least_float32
+from torch_secorder.per_sample import Dense, PerSampleGradient, at_least_float32, real_entries
 from torch_secorder.pruning.gate_places import ANY_CONVOLUTION, GatePlace
 
 _UNBATCHED: dict[type[nn.Module], int] = {nn.Conv1d: 2, nn.Conv2d: 3, nn.Conv3d: 4}
@@ -43,7 +43,10 @@ class GateRule:
         value, axis = kept.value(), call.batch_axis
         value = value[None] if axis is None else value.movedim(axis, 0)
         wide = widest_dtype(value.device)
-        product = kept.gradient(value, call).to(wide) * value.to(wide)
+        gradient, value = (real_entries(x).to(wide) for x in (kept.gradient(value, call), value))
+        product = gradient * value
+        # A gate multiplies both parts of a complex number, so that its gradient is the sum of those in the parts.
+        product = product.sum(-1) if product.dim() > call.grad_output.dim() else product
         return {"gate": Dense(self.place.sums(product, axis))}
 
 

@@ -166,7 +166,10 @@ class Gates(RecordedBlock):
         plan = Plan(self._model, modules, self._sites, guards(modules), self._words)
         knowledge = knowledge_of(self._model, self._words, checks=False)
         self._recorder = UserRecorder(
-            self._table, plan, knowledge, self._passes, history=self._history, on_pass=self._count
+            *(self._table, plan, knowledge, self._passes),
+            history=self._history,
+            on_pass=self._count,
+            attach_leaf=True,  # Frozen layers have gates as well.
         )
         self._recorder.__enter__()
 
