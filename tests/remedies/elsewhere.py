@@ -4,6 +4,9 @@ from __future__ import annotations
 
 # A fragment of the message -> the test that does what it says.
 TRIED = {
+    "was moved or converted inside of the block": (
+        "traps/test_changes.py::test_trap_31_a_conversion_of_what_is_used_outside_of_its_module"
+    ),
     "has its samples on axis 0 of its output": (
         "traps/test_what_counts_samples.py::test_trap_19_as_many_steps_in_front_of_the_outputs_as_samples"
     ),
@@ -81,6 +84,9 @@ TRIED = {
 
 # A fragment of the message -> why its remedy isn't tried.
 NOT_TRIED = {
+    "was moved or converted inside of the block": (
+        "traps/test_changes.py::test_trap_31_a_conversion_of_what_is_used_outside_of_its_module"
+    ),
     "has its samples on axis 0 of its output": (
         "traps/test_what_counts_samples.py::test_trap_19_as_many_steps_in_front_of_the_outputs_as_samples"
     ),

@@ -118,3 +118,88 @@ def test_trap_31_gates_of_a_model_that_mixes_samples_inside_of_the_block() -> No
         with pytest.raises(CoupledSamplesError, match="BatchNorm1d '1'"):
             model(x)
     assert gates.n_samples == 0
+
+
+class Tied(nn.Module):
+    """A model that uses a weight outside of its module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.scale = nn.Linear(4, 4), nn.Parameter(torch.randn(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.first(x).tanh() * self.scale, self.first.weight)
+
+
+CONVERSIONS: dict[str, Callable[[nn.Module], object]] = {
+    "to double": lambda model: model.double(),
+    "there and back": lambda model: model.double().float(),
+    "one layer there and back": lambda model: next(model.children()).double().float(),
+}
+
+
+@pytest.mark.parametrize("conversion", CONVERSIONS)
+def test_trap_31_a_conversion_inside_of_the_block(conversion: str) -> None:
+    """torch gives converted parameters other nodes; passes through these are no passes of somebody else."""
+    model, x, y = (
+        nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)),
+        torch.randn(2, 6, 4),
+        torch.randint(3, (2, 6)),
+    )
+    rows, squares = dict[str, Tensor](), dict[str, Tensor]()
+    with FisherMonitor(model) as monitor:
+        for batch, labels in zip(x, y, strict=True):
+            batch = batch.to(model[0].weight.dtype)
+            own = per_sample_squared_norms(model, F.cross_entropy, batch, labels)
+            rows = {name: torch.cat([rows.get(name, t[:0]), t]) for name, t in own.items()}
+            model.zero_grad()
+            F.cross_entropy(model(batch), labels).backward()
+            for name, p in model.named_parameters():
+                assert p.grad is not None
+                squares[name] = squares.get(name, torch.zeros(()).double()) + p.grad.double().square().sum() / 2
+            CONVERSIONS[conversion](model)
+    assert monitor.n_samples == 12
+    for name, t in rows.items():
+        found = monitor.report().loc[name]
+        assert_equal(torch.tensor(found["fisher_trace"]), t.mean(), monitor.trace, torch.float32)
+        assert_equal(torch.tensor(found["grad_sq_norm"]), squares[name], monitor.trace, torch.float32)
+
+
+def test_trap_31_a_conversion_of_what_is_used_outside_of_its_module() -> None:
+    """It is refused, and entering the block again is exact."""
+    model, x, y = Tied(), torch.randn(6, 4), torch.randint(4, (6,))
+    monitor = FisherMonitor(model)
+    with monitor:
+        F.cross_entropy(model(x), y).backward()
+        model.double()
+        with expectation("was moved or converted inside of the block"):
+            F.cross_entropy(model(x.double()), y).backward()
+    assert monitor.n_samples == 6
+    with monitor:
+        F.cross_entropy(model(x.double()), y).backward()
+    assert monitor.n_samples == 12
+    for name, t in per_sample_squared_norms(model, F.cross_entropy, x, y).items():
+        assert_equal(torch.tensor(monitor.report().loc[name, "fisher_trace"]), t.mean(), monitor.trace, torch.float32)
+
+
+def test_trap_31_gradients_of_some_converted_parameters_are_refused() -> None:
+    model, x, y = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), torch.randn(6, 4), torch.randint(3, (6,))
+    with FisherMonitor(model) as monitor:
+        F.cross_entropy(model(x), y).backward()
+        model.double()
+        with expectation("computes no gradient of 0.weight, 0.bias"):
+            torch.autograd.grad(F.cross_entropy(model(x.double()), y), list(model[2].parameters()))
+    assert monitor.n_samples == 6
+
+
+def test_trap_31_a_model_all_of_whose_parameters_are_replaced() -> None:
+    """No analyzed parameter gets a gradient then, and the pass is one of the samples nevertheless."""
+    model, x, y = net()
+    with FisherMonitor(model) as monitor:
+        F.cross_entropy(model(x), y).backward()
+        for module in model:
+            for name, p in list(module.named_parameters()):
+                setattr(module, name, nn.Parameter(p.detach().clone()))
+        with expectation("replaced, removed or added"):
+            F.cross_entropy(model(x), y).backward()
+    assert monitor.n_samples == 6

@@ -10,6 +10,7 @@ from operator import itemgetter
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
+from torch_secorder.autograd.engine import leaf_of
 from torch_secorder.autograd.nodes import accumulators, keeps_state, tensors_of_weights, value_shape
 from torch_secorder.batch_axis.knowledge import ModelKnowledge
 from torch_secorder.batch_axis.order import Order
@@ -85,6 +86,17 @@ class Audit:
         self.other_leaves: list[Node] = []
         self.comparing: list[GradientEdge] = []
         self.checkpoints: list[Node] = []
+
+    def renew_leaves(self) -> None:
+        """Take the nodes that the parameters have now: a conversion (``model.double()``) gives them others."""
+        now = [leaf_of(node) for node in self.leaves]
+        if all(leaf is not None and leaf.requires_grad for leaf in now):
+            found = dict(
+                zip(accumulators([leaf for leaf in now if leaf is not None]), self.leaves.values(), strict=True)
+            )
+            if found.keys() != self.leaves.keys():
+                self.leaves.clear()
+                self.leaves.update(found)
 
     def uses(self, forward: Forward, outputs: Sequence[Tensor]) -> Uses:
         """Place every record of a forward, and find every use that no record accounts for, each with its node.

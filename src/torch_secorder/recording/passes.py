@@ -34,6 +34,9 @@ class UserPasses:
 
     Args:
         leaves: the nodes that accumulate the gradients of the analyzed parameters that have one.
+        refused: those of parameters for which forwards were refused; passes that reach them are of the samples, too.
+        renew: called where no leaf is reached, to put new nodes among the leaves: parameters that were converted inside of the
+            block have others than on entry.
         all_have_gradients: whether every analyzed parameter has such a node.
         model: the model whose parameters' gradients may be asked for instead.
         on_refusal: called with the refusal of a pass whose samples are not counted, and at whose end nothing is raised.
@@ -52,13 +55,16 @@ class UserPasses:
     def __init__(
         self,
         leaves: Collection[Node],
+        refused: Collection[Node],
+        renew: Callable[[], None],
         all_have_gradients: bool,
         model: nn.Module | None,
         on_refusal: Callable[[Exception], None],
         *,
         watches_outputs: bool = False,
     ):
-        self.leaves, self._all_have_gradients = leaves, all_have_gradients
+        self.leaves, self._refused, self._renew = leaves, refused, renew
+        self._all_have_gradients = all_have_gradients
         self._model, self._on_refusal, self._watches_outputs = model, on_refusal, watches_outputs
         # Only autograd keeps a pass alive: a pass that an exception breaks off is gone.
         self.under_way: WeakValueDictionary[int, BackwardPass] = WeakValueDictionary()
@@ -155,6 +161,9 @@ class UserPasses:
             return False
 
     def _computes_analyzed_gradients(self) -> bool:
+        if any(map(computes_gradient_of, self.leaves)) or any(map(computes_gradient_of, self._refused)):
+            return True
+        self._renew()
         if any(map(computes_gradient_of, self.leaves)):
             return True
         # Around a checkpoint that holds all analyzed parameters are modules whose outputs are watched.

@@ -83,7 +83,18 @@ class UserRecorder(Recorder):
         leaves = self._audit.leaves
         self.with_gradient = len(leaves)
         every_one = len(leaves) == len(self.table) > 0
-        self._passes = UserPasses(leaves, every_one, self.plan.model, self._let_wait, watches_outputs=watches)
+        self._new_parameters = NewParameters(self.plan.model, self.plan.modules, leaves, self.table.names)
+        self._passes = UserPasses(
+            *(
+                leaves,
+                self._new_parameters.refused,
+                self._audit.renew_leaves,
+                every_one,
+                self.plan.model,
+                self._let_wait,
+            ),
+            watches_outputs=watches,
+        )
         self._known_passes = self._passes.known
         self._whole = WholePasses(self.table.names, self._audit.leaves)
         self._gradients = ParameterGradients(
@@ -97,7 +108,6 @@ class UserRecorder(Recorder):
         self._outputs = ModelOutputs()
         self._reruns = Reruns(self.forwards, self._knowledge, self._audit.leaves)
         self.waiting: list[Exception] = []
-        self._new_parameters = NewParameters(self.plan.model, self.plan.modules)
 
     def outputs_to_verify(self) -> list[tuple[Tensor, Placement]]:
         """The outputs of the model's latest call that have samples, for a backward pass that is still to come.
@@ -218,6 +228,7 @@ class UserRecorder(Recorder):
     def require_whole(self, current: BackwardPass, positions: Sequence[int]) -> None:
         """Refuse a pass, at its end, that left some parameters without a gradient since only others were asked for."""
         if current.error is None and current_graph_task() == current.task:
+            self._audit.renew_leaves()
             current.error = self._whole.refusal(current.kind, positions)
 
     # ------------------------------------------------------------------------------------------------ which pass it is
