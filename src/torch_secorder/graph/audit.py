@@ -10,7 +10,7 @@ from operator import itemgetter
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-from torch_secorder.autograd.engine import leaf_of
+from torch_secorder.autograd.engine import innermost_transform, leaf_of
 from torch_secorder.autograd.nodes import accumulators, keeps_state, tensors_of_weights, value_shape
 from torch_secorder.batch_axis.knowledge import ModelKnowledge
 from torch_secorder.batch_axis.order import Order
@@ -89,6 +89,8 @@ class Audit:
 
     def renew_leaves(self) -> None:
         """Take the nodes that the parameters have now: a conversion (``model.double()``) gives them others."""
+        if innermost_transform() is not None:  # Under vmap, no pass counts.
+            return
         now = [leaf_of(node) for node in self.leaves]
         if all(leaf is not None and leaf.requires_grad for leaf in now):
             found = dict(
