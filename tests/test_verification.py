@@ -23,7 +23,13 @@ from torch_secorder import (
     hessian_trace,
     register_rule,
 )
-from torch_secorder.errors import ArgumentError, CurvatureError, SlowFallbackWarning, VerificationError
+from torch_secorder.errors import (
+    ArgumentError,
+    CurvatureError,
+    LifecycleError,
+    SlowFallbackWarning,
+    VerificationError,
+)
 from torch_secorder.running.analysis import Analysis
 from torch_secorder.verification import empirical
 
@@ -502,3 +508,126 @@ def test_a_monitor_of_frozen_parameters_can_be_verified() -> None:
         loss.backward()
     expected = trace(per_sample_squared_norms(model, F.cross_entropy, x, y, parameters="all"))
     assert_equal(monitor.trace, total(expected), total(expected), torch.float64)
+
+
+def apart(model: nn.Module, losses: Callable[[nn.Module, Tensor], Tensor], x: Tensor) -> dict[str, Tensor]:
+    """The mean over samples of the squared gradients of their losses, which are computed for one sample at a time."""
+    rows = [torch.autograd.grad(losses(model, x[n : n + 1]).sum(), list(model.parameters())) for n in range(len(x))]
+    names = [name for name, _ in model.named_parameters()]
+    return {
+        name: torch.stack(list(g)).square().sum() / len(x)
+        for name, g in zip(names, zip(*rows, strict=True), strict=True)
+    }
+
+
+def distances(model: nn.Module, x: Tensor) -> Tensor:
+    """The losses of pairs, each of an input and the same input turned round."""
+    return (model(x) - model(x.flip(1))).square().sum(1)
+
+
+def assert_traces(monitor: FisherMonitor, expected: dict[str, Tensor]) -> None:
+    everything = torch.stack(list(expected.values())).sum()
+    for name, t in expected.items():
+        assert_equal(torch.tensor(monitor.report().loc[name, "fisher_trace"]), t, everything, torch.float64)
+
+
+def test_verify_of_a_loss_of_several_calls() -> None:
+    """Rows of several calls that are one sample are looked at together. Otherwise it says what to do, and that is right."""
+    model, (x, _) = classifier(), batch()
+    with FisherMonitor(model, repeated_calls="same") as monitor:
+        first, second = model(x), model(x.flip(1))
+        loss = (first - second).square().sum(1).mean()
+        monitor.verify(loss)
+        loss.backward()
+    assert_traces(monitor, apart(model, distances, x))
+    with FisherMonitor(model, repeated_calls="new", loss_scale=2) as monitor:
+        first, second = model(x), model(x.flip(1))
+        with pytest.raises(
+            LifecycleError, match=r"of 2 calls of the model, whose samples.*in a backward pass of its own"
+        ):
+            monitor.verify(first.square().sum(1).mean() + second.square().sum(1).mean())
+        for outputs in (first, second):
+            loss = 2 * outputs.square().sum(1).mean()
+            monitor.verify(loss)
+            loss.backward()
+    assert_traces(monitor, apart(model, lambda m, x: m(x).square().sum(1), torch.cat([x, x.flip(1)])))
+
+
+def test_verify_takes_the_call_that_the_loss_depends_on() -> None:
+    """The latest call may be of a target, as in reinforcement learning."""
+    model, (x, _) = classifier(), batch()
+    following = torch.randn_like(x)
+    for detached in (False, True):
+        with FisherMonitor(model) as monitor:
+            outputs = model(x)
+            if detached:
+                target = model(following).detach()
+            else:
+                with torch.no_grad():
+                    target = model(following)
+            with pytest.raises(LifecycleError, match=r"doesn't depend on the outputs of a call.*pass the loss that is"):
+                monitor.verify(model[0].weight.sum())
+            loss = (outputs - target).square().sum(1).mean()
+            monitor.verify(loss)
+            loss.backward()
+        pairs = torch.cat([x, target], 1)
+        assert_traces(monitor, apart(model, lambda m, xy: (m(xy[:, :4]) - xy[:, 4:]).square().sum(1), pairs))
+
+
+class Heads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.policy, self.value = nn.Linear(4, 6), nn.Linear(6, 3), nn.Linear(6, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        h = self.body(x).tanh()
+        return h, self.policy(h), self.value(h)
+
+
+def test_verify_when_some_of_the_outputs_are_gone() -> None:
+    """Outputs that the loss depends on have to be there. One that only other outputs depend on need not."""
+    model, (x, y) = Heads().double(), batch()
+
+    def loss_of(policy: Tensor, value: Tensor) -> Tensor:
+        return F.cross_entropy(policy, y) + (value - 1).square().mean()
+
+    with FisherMonitor(model) as monitor:
+        _, policy, value = model(x)
+        loss = loss_of(policy, value)
+        del value
+        with pytest.raises(LifecycleError, match="the model's outputs are gone"):
+            monitor.verify(loss)
+        policy, value = model(x)[1:]
+        del _
+        loss = loss_of(policy, value)
+        monitor.verify(loss)
+        loss.backward()
+
+    def losses(outputs: Any, targets: Tensor) -> Tensor:
+        return F.cross_entropy(outputs[1], targets) + (outputs[2] - 1).square().mean()
+
+    expected = trace(per_sample_squared_norms(model, losses, x, y))
+    assert_equal(monitor.trace, total(expected), total(expected), torch.float64)
+
+
+def test_a_hook_that_changes_a_gradient_fails_verify_which_says_so() -> None:
+    """Without the check, the pass is counted as the loop runs it."""
+
+    class Halved(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            h = self[0](x)
+            h.register_hook(lambda g: g / 2)
+            return self[2](self[1](h))
+
+    model, (x, y) = Halved(*classifier()).double(), batch()
+    with FisherMonitor(model) as monitor:
+        outputs = model(x)
+        loss = F.cross_entropy(outputs, y)
+        monitor.verify(loss)
+        with pytest.raises(VerificationError, match=r"a hook of yours changes.*without verify\(loss\)"):
+            loss.backward()
+        F.cross_entropy(model(x), y).backward()
+    assert_traces(
+        monitor,
+        apart(model, lambda m, xy: F.cross_entropy(m(xy[:, :4]), xy[:, 4].long()), torch.cat([x, y[:, None]], 1)),
+    )

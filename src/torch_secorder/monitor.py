@@ -221,20 +221,22 @@ class FisherMonitor(WithResults, RecordedBlock):
     def verify(self, loss: Tensor) -> None:
         """Check the next backward pass, which must be that of ``loss``, for the first, the last and one random sample.
 
-        Their gradients are taken by plain autograd, through the outputs of the model's latest call inside the block, which must
-        still be there; at the end of the backward pass the hooks must have found the same. This costs three more backward passes.
-        It finds wrong rules, samples that were looked for in the wrong place, and losses whose graph compares samples with each
-        other. It cannot check ``reduction=`` and ``loss_scale=``, for which it would need the loss function.
-        :func:`fisher_report`, which has that function and runs each sample alone, finds more.
+        Their gradients are taken by plain autograd, through the outputs of the model inside the block that the loss depends on,
+        which must still be there; at the end of the backward pass the hooks must have found the same. This costs three more
+        backward passes. It finds wrong rules, samples that were looked for in the wrong place, and losses whose graph compares
+        samples with each other. It calls no hooks of yours, so that a hook which changes a gradient fails it. It cannot check
+        ``reduction=`` and ``loss_scale=``, for which it would need the loss function. :func:`fisher_report`, which has that
+        function and runs each sample alone, finds more.
 
         Args:
-            loss: computed from the model's latest outputs inside this monitor's block, not yet differentiated.
+            loss: computed from the model's outputs inside this monitor's block, not yet differentiated. It may depend on several
+                calls of the model if ``repeated_calls="same"``.
 
         Raises:
             VerificationError: at the end of the backward pass, naming the parameters that differ; at once for a loss that
                 compares samples.
-            LifecycleError: outside of the block, after the loss's backward pass, or if the latest outputs are gone or the loss
-                doesn't depend on them.
+            LifecycleError: outside of the block, after the loss's backward pass, or if outputs that the loss depends on are gone
+                or belong to several calls, or the loss depends on none.
 
         Example:
             >>> import torch
@@ -251,9 +253,8 @@ class FisherMonitor(WithResults, RecordedBlock):
             )
         if self._recorder.forwards.latest.n == 0:
             return  # An empty batch has no sample to look at.
-        outputs = self._recorder.outputs_to_verify()
         with without_modes():
-            n = self._recorder.forwards.latest.n or 0
+            n, outputs = self._recorder.outputs_to_verify(loss)
             self._counter.expected = expected_norms(loss, outputs, n, self._recorder.table)
 
     # ------------------------------------------------------------------------------------------------ its results

@@ -4,6 +4,12 @@ from __future__ import annotations
 
 # A fragment of the message -> the test that does what it says.
 TRIED = {
+    "calls of the model, whose samples are not said to be the same": (
+        "test_verification.py::test_verify_of_a_loss_of_several_calls"
+    ),
+    "the loss doesn't depend on the outputs of a call of the model": (
+        "test_verification.py::test_verify_takes_the_call_that_the_loss_depends_on"
+    ),
     "was moved or converted inside of the block": (
         "traps/test_changes.py::test_trap_31_a_conversion_of_what_is_used_outside_of_its_module"
     ),
@@ -84,6 +90,12 @@ TRIED = {
 
 # A fragment of the message -> why its remedy isn't tried.
 NOT_TRIED = {
+    "calls of the model, whose samples are not said to be the same": (
+        "test_verification.py::test_verify_of_a_loss_of_several_calls"
+    ),
+    "the loss doesn't depend on the outputs of a call of the model": (
+        "test_verification.py::test_verify_takes_the_call_that_the_loss_depends_on"
+    ),
     "was moved or converted inside of the block": (
         "traps/test_changes.py::test_trap_31_a_conversion_of_what_is_used_outside_of_its_module"
     ),

@@ -32,6 +32,7 @@ from torch_secorder.graph.reruns import Reruns
 from torch_secorder.graph.uses import ParameterUse
 from torch_secorder.per_sample import as_refusal
 from torch_secorder.recording.backward_pass import BackwardPass, counted_again, partly_passed_over
+from torch_secorder.recording.calls_to_verify import outputs_of_loss
 from torch_secorder.recording.changed_gradients import ChangedGradients
 from torch_secorder.recording.gradient_graphs import GradientGraphs, through_gradient_graph
 from torch_secorder.recording.history import History
@@ -109,13 +110,14 @@ class UserRecorder(Recorder):
         self._reruns = Reruns(self.forwards, self._knowledge, self._audit.leaves)
         self.waiting: list[Exception] = []
 
-    def outputs_to_verify(self) -> list[tuple[Tensor, Placement]]:
-        """The outputs of the model's latest call that have samples, for a backward pass that is still to come.
+    def outputs_to_verify(self, loss: Tensor) -> tuple[int, list[tuple[Tensor, Placement]]]:
+        """The number of samples, and the outputs that a loss depends on, for a backward pass that is still to come.
 
         Raises:
-            LifecycleError: if the model was not called, its pass is over, or the outputs are gone.
+            LifecycleError: if there are none to verify, or some are gone.
         """
-        return self._outputs.to_verify(is_over=self.forwards.latest.last_pass is not None and not self.counts_again)
+        same_samples = self.options.repeated_calls == "same"
+        return outputs_of_loss(self._outputs.calls, loss, counts_again=self.counts_again, same_samples=same_samples)
 
     def _attach(self) -> None:
         self._watched.enter()
@@ -128,6 +130,7 @@ class UserRecorder(Recorder):
         self._passes.clear()
         self._gradient_graphs.close()
         self._new_parameters.clear()
+        self._outputs.calls.clear()
         super()._detach()
         # These nodes have the parameters' present shapes. As long as one of them lives, torch makes no other for its parameter.
         # Another thread may be reading the mapping, which therefore stays as it is.
@@ -158,7 +161,6 @@ class UserRecorder(Recorder):
 
     def _on_empty_batch(self, outputs: list[Tensor]) -> None:
         self._history.without_samples += 1
-        self._outputs.keep(self.forwards.latest, [])
         for node in {x.grad_fn for x in outputs if x.grad_fn is not None}:
             node.register_prehook(self._on_gradient_of_empty_batch)
 

@@ -25,6 +25,7 @@ def require_equal_norms(
     bits: int,
     rounding: Tensor | float = 0.0,
     sample: int = 0,
+    unchecked: str = "verify=False returns the numbers unchecked",
 ) -> None:
     """Raise unless a sample has the same squared norms in its batch and alone.
 
@@ -35,6 +36,7 @@ def require_equal_norms(
         bits: the precision of the products that the gradients are sums of.
         rounding: ``[parameters]``, by how much more the two may differ.
         sample: the sample's number in its batch.
+        unchecked: what else the reason may be where this is called, and how to do without the check.
 
     Raises:
         VerificationError: naming the parameters that differ, with both numbers.
@@ -47,7 +49,7 @@ def require_equal_norms(
             + "\n  ".join(lines)
             + "\neither samples influence each other (batch statistics, a loss that compares samples), or the loss depends on "
             "parameters outside of the model's outputs (a weight penalty), or the batch is not on the axis assumed "
-            "(batch_axis=), or a rule is wrong; verify=False returns the numbers unchecked"
+            f"(batch_axis=), or a rule is wrong; {unchecked}"
         )
 
 
