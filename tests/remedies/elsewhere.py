@@ -4,6 +4,15 @@ from __future__ import annotations
 
 # A fragment of the message -> the test that does what it says.
 TRIED = {
+    "let the model return it expanded to its samples": (
+        "traps/test_shared_outputs.py::test_trap_31_a_parameter_that_the_loss_takes_itself"
+    ),
+    "let the model return it expanded, x.expand(n)": (
+        "traps/test_shared_outputs.py::test_trap_31_an_output_without_samples_that_the_loss_takes"
+    ),
+    "all of them share what it makes of each": (
+        "traps/test_what_counts_samples.py::test_trap_19_as_many_spiking_steps_in_front_as_samples"
+    ),
     "calls of the model, whose samples are not said to be the same": (
         "test_verification.py::test_verify_of_a_loss_of_several_calls"
     ),
@@ -90,6 +99,15 @@ TRIED = {
 
 # A fragment of the message -> why its remedy isn't tried.
 NOT_TRIED = {
+    "let the model return it expanded to its samples": (
+        "traps/test_shared_outputs.py::test_trap_31_a_parameter_that_the_loss_takes_itself"
+    ),
+    "let the model return it expanded, x.expand(n)": (
+        "traps/test_shared_outputs.py::test_trap_31_an_output_without_samples_that_the_loss_takes"
+    ),
+    "all of them share what it makes of each": (
+        "traps/test_what_counts_samples.py::test_trap_19_as_many_spiking_steps_in_front_as_samples"
+    ),
     "calls of the model, whose samples are not said to be the same": (
         "test_verification.py::test_verify_of_a_loss_of_several_calls"
     ),

@@ -1,4 +1,4 @@
-"""Trap 31: numbers beside the trace. Here, the activation traces of modules whose output all samples share."""
+"""Trap 31: numbers beside the trace. Here, activation traces of modules whose output all samples share, and shared outputs."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from oracles import assert_equal
 from problems._base import Forward
-from torch_secorder import FisherMonitor, fisher_results
-from torch_secorder.errors import UnsupportedError
+from torch_secorder import FisherMonitor, fisher_report, fisher_results
+from torch_secorder.errors import CoverageError, CurvatureError, UnsupportedError
 from traps.test_crashes import Holding
 
 T = 5
@@ -208,3 +208,70 @@ def test_trap_31_a_sample_that_is_left_out_is_left_out_of_all_outputs(monkeypatc
     for name, found in monitor.activations["activation_trace"].items():
         expected = torch.tensor((15 * alone[0][name] + 4 * alone[1][name]) / 19)
         assert_equal(torch.tensor(found), expected, expected, torch.float32)
+
+
+class Variance(nn.Module):
+    """A model with a learned variance, which it returns as it is, for each sample, or not at all."""
+
+    def __init__(self, returns: str):
+        super().__init__()
+        self.mean, self.log_variance, self.returns = nn.Linear(4, 3), nn.Parameter(torch.randn(3)), returns
+
+    def forward(self, x: Tensor) -> Any:
+        mean, v = self.mean(x), self.log_variance
+        return {"mean only": mean, "as it is": (mean, v), "expanded": (mean, v.expand(len(x), -1))}[self.returns]
+
+
+def likelihoods(mean: Tensor, log_variance: Tensor, y: Tensor) -> Tensor:
+    return ((mean - y).square() * (-log_variance).exp() + log_variance).sum(1)
+
+
+@pytest.mark.parametrize("returns", ["mean only", "as it is"])
+def test_trap_31_a_parameter_that_the_loss_takes_itself(returns: str) -> None:
+    """It is refused, and exact once the model returns the parameter for each sample."""
+    model, x, y = Variance(returns).double(), torch.randn(5, 4).double(), torch.randn(5, 3).double()
+    with pytest.raises(CoverageError, match=r"log_variance.*p.expand\(n, -1\)"), FisherMonitor(model):
+        outputs = model(x)
+        mean = outputs if returns == "mean only" else outputs[0]
+        likelihoods(mean, model.log_variance, y).mean().backward()
+    model.returns = "expanded"
+    with FisherMonitor(model) as monitor:
+        likelihoods(*model(x), y).mean().backward()
+    assert_exact_traces(model, monitor, lambda n: likelihoods(*model(x[n : n + 1]), y[n : n + 1]).sum())
+
+
+class Flow(nn.Module):
+    """A normalizing flow, whose log-determinant is the same for all samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rotation, self.head, self.expands = nn.Parameter(torch.randn(4, 4)), nn.Linear(4, 4), False
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        z = x @ self.rotation
+        log_determinant = torch.linalg.slogdet(self.rotation)[1]
+        return z + self.head(z).tanh(), log_determinant.expand(len(x)) if self.expands else log_determinant
+
+
+def test_trap_31_an_output_without_samples_that_the_loss_takes() -> None:
+    """It is refused, and exact once it is expanded."""
+    model, x = Flow().double(), torch.randn(5, 4).double()
+
+    def loss(outputs: tuple[Tensor, Tensor], _: Any = None) -> Tensor:
+        return (outputs[0].square().sum(1) - outputs[1]).mean()
+
+    with pytest.raises(CurvatureError, match=r"x.expand\(n\)"), FisherMonitor(model):
+        loss(model(x)).backward()
+    with pytest.raises(CurvatureError, match=r"x.expand\(n\)"):
+        fisher_report(model, loss, (x, torch.zeros(5)), progress=False)
+    model.expands = True
+    with FisherMonitor(model) as monitor:
+        loss(model(x)).backward()
+    assert_exact_traces(model, monitor, lambda n: loss(model(x[n : n + 1])))
+
+
+def assert_exact_traces(model: nn.Module, monitor: FisherMonitor, alone: Callable[[int], Tensor]) -> None:
+    rows = [torch.autograd.grad(alone(n), list(model.parameters())) for n in range(monitor.n_samples)]
+    traces = [torch.stack(g).square().sum() / len(rows) for g in zip(*rows, strict=True)]
+    for (name, _), t in zip(model.named_parameters(), traces, strict=True):
+        assert_equal(torch.tensor(monitor.report().loc[name, "fisher_trace"]), t, monitor.trace, torch.float64)

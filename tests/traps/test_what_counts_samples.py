@@ -756,3 +756,54 @@ def test_trap_19_as_many_steps_in_front_of_the_outputs_as_samples(first: str, dr
         (g,) = torch.autograd.grad(loss(model.head(gated if channels else gated.transpose(1, 2))), mask)
         squares += g.square() / 5
     torch.testing.assert_close(found.fisher["first"], squares, rtol=1e-10, atol=1e-20)
+
+
+class Spiking(nn.Module):
+    """A layer that charges a membrane in each of five steps, which are stacked in front of the outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(3, 6), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        membrane, outputs = torch.zeros(len(x), 6, dtype=x.dtype), []
+        for _ in range(5):
+            membrane = 0.9 * membrane + self.first(x)
+            spikes = torch.sigmoid(membrane - 1)
+            membrane = membrane - spikes
+            outputs.append(self.head(spikes))
+        return torch.stack(outputs)
+
+
+class Blended(nn.Module):
+    """A model that mixes its samples with one another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head, self.flat = nn.Linear(3, 6), nn.Linear(6, 4), False
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x).tanh()
+        found = self.head(h + h.flip(0) / 3)
+        return found.flatten(1) if self.flat else found
+
+
+def test_trap_19_as_many_spiking_steps_in_front_as_samples() -> None:
+    """A layer on the samples is shared by all steps. Both things that the message says to do are exact."""
+    model, x = Spiking().double(), torch.randn(5, 3).double()
+    with expectation(r"Linear 'first'.*all of them share.*batch_axis={'outputs': 1}"), FisherMonitor(model, "sum"):
+        model(x).square().sum().backward()
+    with FisherMonitor(model, "sum", batch_axis={"outputs": 1}) as monitor:
+        model(x).square().sum().backward()
+    found = looped(model, [model(x[n : n + 1]).square().sum() for n in range(5)])
+    for name, t in found.items():
+        assert_equal(torch.tensor(monitor.report().loc[name, "fisher_trace"]), t.sum(), monitor.trace, torch.float64)
+    mixing, x = Blended().double(), torch.randn(5, 5, 3).double()
+    with expectation(r"Linear 'first'.*return the output with its other axes flattened"), FisherMonitor(mixing, "sum"):
+        mixing(x).square().sum().backward()
+    mixing.flat = True
+    with FisherMonitor(mixing, "sum") as monitor:
+        mixing(x).square().sum().backward()
+    found = looped(mixing, [row.square().sum() for row in mixing(x)])
+    for name, t in found.items():
+        assert_equal(torch.tensor(monitor.report().loc[name, "fisher_trace"]), t.sum(), monitor.trace, torch.float64)

@@ -104,10 +104,15 @@ def _is_first(module: nn.Module, sides: int) -> bool:
 
 def takes_for_one_sample(record: Record, argument: Tensor) -> bool:
     """Whether a layer took as a single sample an argument of the model whose first axis is assumed to count samples."""
+    return has_one_sample(record) and takes_whole(record, argument)
+
+
+def takes_whole(record: Record, argument: Tensor) -> bool:
+    """Whether a layer got an argument of the model as it is."""
     x = record.inputs[0] if record.inputs else None
     if type(x) is not Tensor or type(argument) is not Tensor or x.shape != argument.shape:
         return False
-    return has_one_sample(record) and x.untyped_storage().data_ptr() == argument.untyped_storage().data_ptr()
+    return x.untyped_storage().data_ptr() == argument.untyped_storage().data_ptr()
 
 
 def has_one_sample(record: Record) -> bool:

@@ -14,11 +14,12 @@ from torch_secorder.autograd.engine import innermost_transform, leaf_of
 from torch_secorder.autograd.nodes import accumulators, keeps_state, tensors_of_weights, value_shape
 from torch_secorder.batch_axis.knowledge import ModelKnowledge
 from torch_secorder.batch_axis.order import Order
+from torch_secorder.batch_axis.placement import FIRST, Placement
 from torch_secorder.batch_axis.search import SampleSearch
 from torch_secorder.capture.model_run import Forward
-from torch_secorder.capture.own_axes import OwnAxis, has_one_sample, without_batch_axis
+from torch_secorder.capture.own_axes import OwnAxis, has_one_sample, takes_whole, without_batch_axis
 from torch_secorder.capture.records import Record
-from torch_secorder.errors import CoverageError, UnsupportedError
+from torch_secorder.errors import CoverageError, ShapeError, UnsupportedError
 from torch_secorder.graph.call_places import CallPlaces, Questions
 from torch_secorder.graph.carried_axes import ATTENDS, CarriedAxis
 from torch_secorder.graph.frontier import Frontier
@@ -138,6 +139,8 @@ class Audit:
             own_axes += [one for one in walk.carried_axes if not (self._ranks.distributed and one.name in ATTENDS)]
         keeps_order = partial(_keeps_order, graph, search, order)
         shared = self._places.place(forward, walk.calls, own_axes, search, asked, keeps_order)
+        if shared:
+            _require_one_reading(forward, placed, shared)
         if walk.checkpoints and asked.several_samples:
             self.checkpoints = walk.checkpoints
             if not self._ranks.distributed:  # All ranks look at the same places.
@@ -240,6 +243,32 @@ class Audit:
 
     def _names(self, use: ParameterUse) -> list[str]:
         return [self._table.names[target] if isinstance(target, int) else str(target.site) for target in use.targets]
+
+
+def _require_one_reading(
+    forward: Forward, placed: Sequence[tuple[Tensor, Placement | None]], shared: Sequence[Record]
+) -> None:
+    """Raise if the samples may be on the second axis of an output, and nothing else is a reason for what all samples share.
+
+    Read along steps or members of an ensemble in front, a layer on the samples looks as if all of these shared it.
+
+    Args:
+        forward: the run of the model.
+        placed: the model's outputs, and where each is said to have its samples.
+        shared: the calls of which all samples seem to share the output.
+    """
+    argument, n = forward.counting(), forward.n
+    shapes = [tuple(x.shape) for x, where in placed if where == FIRST and x.dim() > 2 and x.shape[1] == n]
+    if argument is None or not shapes:
+        return
+    for record in shared:
+        if takes_whole(record, argument):
+            raise ShapeError(
+                f"{record.site}: it was given the model's {forward.count}, and read along axis 0 of an output of shape "
+                f"{shapes[0]}, all of them share what it makes of each: if the samples are on axis 1 of that output, behind "
+                "steps or members of an ensemble, pass batch_axis={'outputs': 1}; if the model mixes its samples, return the "
+                "output with its other axes flattened"
+            )
 
 
 def _require_data(walk: Walk, shared: Sequence[Record], uses: Uses, forward: Forward, others: Sequence[Tensor]) -> None:

@@ -111,7 +111,8 @@ def unexpected(names: Sequence[str], why: Unplaced, count: Count) -> CurvatureEr
     return ShapeError(
         f"{', '.join(names)}: where the model's {count} are in what is computed from them is not known yet, as no gradient "
         "reached them when it was looked for: give another batch, or, if it has another number of samples, say which argument "
-        "counts them, as in batch_axis={'inputs': {0: 0}}"
+        "counts them, as in batch_axis={'inputs': {0: 0}}; if the loss takes an output that has no samples, such as a "
+        "determinant's logarithm, let the model return it expanded, x.expand(n)"
     )
 
 

@@ -78,10 +78,11 @@ def unaccounted(names: Sequence[str], norms: Tensor) -> CurvatureError:
         return not_finite(f"the gradients of {listed(names, 'parameter')}")
     return CoverageError(
         f"the backward pass reached {listed(names, 'parameter')} by a way that nothing accounts for: a loss of the weights "
-        "alone, such as a penalty (differentiate it outside of the block), a forward that ran before the block was entered (call "
-        "the model inside), something that the model doesn't return, a part inside of re-entrant checkpointing (pass "
-        "use_reentrant=False), or code that ran compiled (under a stance of torch.compiler that was set inside the block, or in "
-        "a pass that every= left out); the batch is left out"
+        "alone, such as a penalty (differentiate it outside of the block), a loss that takes a parameter itself, such as a "
+        "learned variance or temperature (let the model return it expanded to its samples, p.expand(n, -1)), a forward that ran "
+        "before the block was entered (call the model inside), something that the model doesn't return, a part inside of "
+        "re-entrant checkpointing (pass use_reentrant=False), or code that ran compiled (under a stance of torch.compiler that "
+        "was set inside the block, or in a pass that every= left out); the batch is left out"
     )
 
 
