@@ -576,3 +576,22 @@ def test_gates_of_complex_numbers() -> None:
         rows = [torch.autograd.grad(cross_entropy(model(x[n : n + 1]), y[n : n + 1]), mask)[0] for n in range(5)]
         hook.remove()
         torch.testing.assert_close(found, torch.stack(rows).square().mean(0), rtol=1e-10, atol=1e-20)
+
+
+class AlongSteps(nn.Module):
+    """A model that gives a convolution its samples as steps, in a batch of one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Conv1d(4, 6, 1), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.first(x.T[None])[0].T.tanh())
+
+
+def test_gates_of_a_convolution_whose_steps_are_samples() -> None:
+    model, x, y = AlongSteps(), torch.randn(5, 4), torch.randint(3, (5,))
+    with Gates(model) as gates:
+        cross_entropy(model(x), y).backward()
+    expected = by_masks(model, "first", "output", 1, 6, x, y)
+    torch.testing.assert_close(gates.fisher["first"], expected, rtol=1e-4, atol=1e-12)

@@ -77,7 +77,7 @@ NORMS: tuple[Any, ...] = (nn.BatchNorm1d.__base__, nn.GroupNorm)
 
 
 def require_first_axis(record: Record, axis: int, count: Count) -> None:
-    """Raise if the samples of a layer that has them on its first axis were found on another one.
+    """Raise if the samples of a layer that has them on its first axis, as far as its shape shows, were found on another one.
 
     Args:
         record: the layer's call.
@@ -87,7 +87,7 @@ def require_first_axis(record: Record, axis: int, count: Count) -> None:
     Raises:
         ShapeError: naming the layer and both axes.
     """
-    if _is_first(record.site.module, len(record.shape)):
+    if record.shape[0] % (count.n or 1) == 0 and _is_first(record.site.module, len(record.shape)):
         raise ShapeError(
             f"{record.site} has its samples on axis 0 of its output, of shape {tuple(record.shape)}, and the model's outputs "
             f"show the model's {count} on axis {axis} of it, if they are on the axis of the outputs that is taken for theirs: "
