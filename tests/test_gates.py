@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 from transformers import GPT2Config, GPT2Model, LlamaConfig, LlamaModel
 
-from torch_secorder.errors import ArgumentError, CoverageError, ShapeError, UnsupportedError
+from torch_secorder.errors import ArgumentError, CoverageError, LifecycleError, ShapeError, UnsupportedError
 from torch_secorder.pruning import Gates, GroupImportance, prune
 
 HEADS = 3
@@ -595,3 +595,31 @@ def test_gates_of_a_convolution_whose_steps_are_samples() -> None:
         cross_entropy(model(x), y).backward()
     expected = by_masks(model, "first", "output", 1, 6, x, y)
     torch.testing.assert_close(gates.fisher["first"], expected, rtol=1e-4, atol=1e-12)
+
+
+class Merged(nn.Module):
+    """A model that takes the weight of a layer which it never calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.taken, self.after = nn.Linear(4, 6), nn.Tanh()
+        self.low = nn.Parameter(torch.randn(6, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(nn.functional.linear(x, self.taken.weight + self.low, self.taken.bias))
+
+
+def test_gates_on_modules_that_are_never_called() -> None:
+    """The error says so, and gates on a module that is called are exact."""
+    model, x, y = Merged(), torch.randn(5, 4), torch.randint(6, (5,))
+    with Gates(model) as gates:
+        cross_entropy(model(x), y).backward()
+    with pytest.raises(
+        LifecycleError, match=r"1 backward passes went.*put the gates on modules that the forward calls"
+    ):
+        _ = gates.fisher
+    with Gates(model, {"after": {"axis": -1}}) as gates:
+        cross_entropy(model(x), y).backward()
+    torch.testing.assert_close(
+        gates.fisher["after"], by_masks(model, "after", "output", -1, 6, x, y), rtol=1e-4, atol=1e-12
+    )

@@ -149,7 +149,7 @@ class Gates(RecordedBlock):
         kinds = {name: class_as_written(named[name]).__name__ for name in self.places}
         self._table = Table(Parameter(name, name, kind, (), 0) for name, kind in kinds.items())
         self._history = History(type(self._model).__name__)
-        self._sums, self._n = self._nothing(), 0
+        self._sums, self._n, self._passed_by = self._nothing(), 0, 0
 
     def _nothing(self) -> Diagonal:
         return Diagonal(self._table.names, [row.shape for row in self._table.rows])
@@ -179,6 +179,7 @@ class Gates(RecordedBlock):
     def _count(self, recorder: UserRecorder, current: BackwardPass) -> None:
         """Called at the end of a backward pass: add up the squares of its gates' gradients."""
         if current.accumulator.is_empty and current.error is None:
+            self._passed_by += 1
             return
         samples = recorder.lifecycle.finish(current)
         scale = ((samples.batch if self._reduction == "mean" else 1) / self._loss_scale) ** 2
@@ -197,6 +198,12 @@ class Gates(RecordedBlock):
         Gates that no loss depended on, as in a head that was not used, have zeros. A module that was never reached is left out
         if nothing but its output shows how many gates it has.
         """
+        if not self._n and self._passed_by:
+            raise LifecycleError(
+                f"no sample was seen yet: {self._passed_by} backward passes went through the model and through the output of no "
+                "module with gates: put the gates on modules that the forward calls (merged adapters take the weights of a layer "
+                "without calling it), and whose outputs the loss depends on"
+            )
         if not self._n:
             raise LifecycleError(f"no sample was seen yet: {self._history.why_empty()}")
         found = zip(self._table.names, self._sums.totals, strict=True)
