@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from difflib import get_close_matches
 from functools import wraps
+from numbers import Real
 from types import FunctionType
 from typing import Any, Literal, ParamSpec, TypeAlias, TypeVar
 
@@ -116,6 +117,12 @@ def require_positive_int(name: str, value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ArgumentError(f"{name} must be an int >= 1, not {value!r}")
     return value
+
+
+def refuse_inference_mode() -> None:
+    """Raise ArgumentError where torch forbids gradients."""
+    if torch.is_inference_mode_enabled():
+        raise ArgumentError("torch.inference_mode() forbids gradients: call this outside of it")
 
 
 def require_loss(loss_fn: Any, or_model: str = "") -> None:
@@ -231,6 +238,6 @@ def require_share(amount: float, name: str = "amount") -> float:
     Raises:
         ArgumentError: for anything else.
     """
-    if isinstance(amount, bool) or not isinstance(amount, (int, float)) or not 0 <= amount <= 1:
+    if isinstance(amount, bool) or not isinstance(amount, Real) or not 0 <= amount <= 1:
         raise ArgumentError(f"{name} must be a share from 0 to 1, not {amount!r}")
     return float(amount)

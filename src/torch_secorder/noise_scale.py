@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Literal
 
 from torch_secorder.arguments import By, called_as, described
@@ -71,6 +71,8 @@ def gradient_noise_scale(report: pd.DataFrame, by: By | Literal["model"] = "modu
         McCandlish, Kaplan, Amodei and OpenAI Dota Team (2018), "An empirical model of large-batch training", section
         2.2 and appendix A.1.
     """
+    if not isinstance(getattr(report, "columns", None), Iterable):
+        raise ArgumentError(f"the report must be a table, as monitor.report() returns it, not {described(report)}")
     inverse = _mean_inverse_batch_size(report)
     known = report["grad_sq_norm"].notna()
     if not known.any():

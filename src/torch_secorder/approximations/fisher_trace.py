@@ -235,8 +235,8 @@ def generalized_fisher_trace(
         )
     if not outputs.requires_grad:
         raise CoverageError(
-            "the outputs carry no autograd graph: compute them outside of torch.no_grad(), outputs = model(inputs), and pass "
-            "these, not the inputs"
+            "the outputs carry no autograd graph: compute them outside of torch.no_grad() and torch.inference_mode(), outputs = "
+            "model(inputs), and pass these, not the inputs"
         )
     if not outputs.dim() or not len(outputs):
         raise ShapeError(f"the batch is empty: outputs of shape {tuple(outputs.shape)}")

@@ -12,6 +12,7 @@ from torch_secorder.arguments import (
     By,
     called_as,
     fresh_generator,
+    refuse_inference_mode,
     require_loss,
     require_model_before_loss,
     require_positive_int,
@@ -101,6 +102,7 @@ def hessian_trace(
     References:
         Hutchinson (1990), "A stochastic estimator of the trace of the influence matrix for Laplacian smoothing splines".
     """
+    refuse_inference_mode()
     require_positive_int("num_samples", num_samples)
     require_loss(loss_fn)
     require_model_before_loss(model, loss_fn)

@@ -18,6 +18,7 @@ Command = Callable[..., Any]
 Decorator = Callable[[Command], Command]
 
 POSITIVE, FROM_ZERO = click.IntRange(min=1), click.IntRange(min=0)
+SEED = click.IntRange(-(2**63), 2**64 - 1)  # what torch.manual_seed takes
 FILE = click.Path(path_type=Path)
 
 
@@ -137,7 +138,7 @@ report_options = _together(
     _BATCH_AXIS,
     _PARAMETERS,
     click.option(
-        "--seed", type=int, metavar="N", help="For torch.manual_seed before SETUP.py is run, and for sampled labels."
+        "--seed", type=SEED, metavar="N", help="For torch.manual_seed before SETUP.py is run, and for sampled labels."
     ),
     click.option(
         "--device", callback=_device, metavar="D", help="Bring the model and the data there, to cuda or mps say."
@@ -169,7 +170,7 @@ check_options = _together(
     _PARAMETERS,
     _BATCH_AXIS,
     _MAX_MEMORY,
-    click.option("--seed", type=int, metavar="N", help="For torch.manual_seed before SETUP.py is run."),
+    click.option("--seed", type=SEED, metavar="N", help="For torch.manual_seed before SETUP.py is run."),
     click.option("--verify/--no-verify", default=True, help="Let the library check itself too.  [default: verify]"),
     _ENTRIES_OF_BATCHES,
 )

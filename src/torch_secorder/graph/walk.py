@@ -19,7 +19,7 @@ from torch_secorder.autograd.saved import axes_of_each
 from torch_secorder.batch_axis.moving import MOVES
 from torch_secorder.capture.model_run import Forward
 from torch_secorder.capture.records import Record
-from torch_secorder.graph.carried_axes import ATTENDS, CARRIES, CarriedAxis
+from torch_secorder.graph.carried_axes import ATTENDS, UNFIT, CarriedAxis
 from torch_secorder.graph.sizes import SizePattern, size_pattern
 
 
@@ -144,7 +144,7 @@ class Walk:
         pattern = SizePattern(False, None) if n is None else size_pattern(n, shapes)
         self.has_ambiguous_axis = pattern.is_ambiguous
         # Only a size that is met twice lets positions pass for samples.
-        kinds = CARRIES | ATTENDS if self.has_ambiguous_axis else CARRIES
+        kinds = UNFIT | ATTENDS if self.has_ambiguous_axis else UNFIT
         self.carried_axes = [] if kinds.isdisjoint(names) else self._carried_axes(names, kinds)
         moves = self.has_ambiguous_axis or not MOVES.isdisjoint(names)
         along = axes_of_each(self.nodes if self.has_ambiguous_axis else self._movers(names)) if moves else ()

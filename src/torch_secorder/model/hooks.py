@@ -9,6 +9,8 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from torch.utils.hooks import unserializable_hook
+
 if TYPE_CHECKING:
     from typing_extensions import Self
 
@@ -74,6 +76,7 @@ def nothing() -> Callable[..., None]:
 _DOES_NOTHING: tuple[Any, ...] = (nothing(), (), {}, None)
 
 
+@unserializable_hook  # Torch would warn of it where a parameter goes to another process.
 class WeakHook(partial[Any]):
     """A method of an object as a hook that does not keep the object alive.
 

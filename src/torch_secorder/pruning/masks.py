@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch_secorder.model.channels import ChannelSums
 from torch_secorder.model.names import plain_name
 from torch_secorder.model.parameters import unwrapped
 from torch_secorder.pruning.gate_places import ANY_CONVOLUTION, GatePlace, weight_axis
+from torch_secorder.pruning.uncalled import apply_where_called
 
 
 @called_as(
@@ -30,7 +31,9 @@ def prune(
 
     The masks are PyTorch's own: ``weight_orig`` and ``weight_mask`` appear, :func:`torch.nn.utils.prune.is_pruned` says so, and
     :func:`torch.nn.utils.prune.remove` makes the pruning permanent. Pruning again adds to existing masks, and entries that are
-    already pruned count as part of ``amount``.
+    already pruned count as part of ``amount``. A tied weight is masked in all modules that have it. Where parameters are read from
+    a module that is not called (a ``ParameterList``, the output projection of ``nn.MultiheadAttention``), the module around it
+    applies the masks.
 
     Args:
         model: the model, whose modules get masks.
@@ -64,6 +67,8 @@ def prune(
             "the saliency must be a mapping with an entry for each layer or weight, as weight_saliency() and Gates.saliency give "
             f"it, not {described(saliency)}"
         )
+    if other := [name for name, scores in saliency.items() if not isinstance(scores, Tensor)]:
+        raise ArgumentError(f"the saliency of {other[0]} must be a tensor, not {described(saliency[other[0]])}")
     if isinstance(minimum, bool) or not isinstance(minimum, int) or minimum < 0:
         raise ArgumentError(f"minimum must be a number of channels, not {minimum!r}")
     places: Mapping[str, GatePlace] = getattr(saliency, "places", {})
@@ -73,7 +78,10 @@ def prune(
     by_channel = next(iter(targets.values())).channels is not None
     left = {name: targets[name].unpruned(scores) for name, scores in saliency.items()}
     for name, mask in _kept(left, share, scope, minimum if by_channel else 0).items():
+        new = [module for module in targets[name].modules if not torch_prune.is_pruned(module)]
         targets[name].mask(mask)
+        for module in new:
+            apply_where_called(model, module)
 
 
 @dataclass(frozen=True)
@@ -85,6 +93,7 @@ class _Target:
         local: its parameter's name without pruning's suffix.
         channels: where the parameter counts the channels that have the scores; None if single entries have them.
         block: the number of channels that share a score.
+        tied: other modules that have the same parameter, each with its name there; they get the mask, too.
         with_bias: whether the bias is pruned with the channels.
     """
 
@@ -93,20 +102,28 @@ class _Target:
     channels: ChannelSums | None = None
     block: int = 1
     with_bias: bool = False
+    tied: Sequence[tuple[nn.Module, str]] = ()
 
     def unpruned(self, scores: Tensor) -> Tensor:
         """The scores, with minus infinity for what an existing mask has pruned."""
         mask = getattr(self.module, f"{self.local}_mask", None)
+        scores = scores.detach().to(torch.promote_types(scores.dtype, torch.float32))
         if mask is None:
             return scores
         if self.channels is not None:
             mask = self.channels.of(mask).view(-1, self.block).sum(1)
         return scores.masked_fill(mask.to(scores.device) == 0, -torch.inf)
 
+    @property
+    def modules(self) -> list[nn.Module]:
+        """The modules that get masks."""
+        return [self.module, *(module for module, _ in self.tied)]
+
     def mask(self, keep: Tensor) -> None:
         """Add masks with 1 for the entries that stay."""
         if self.channels is None:
-            torch_prune.custom_from_mask(self.module, self.local, keep)
+            for module, local in ((self.module, self.local), *self.tied):
+                torch_prune.custom_from_mask(module, local, keep)
             return
         weight: Any = self.module.weight
         keep = keep.repeat_interleave(self.block)
@@ -123,8 +140,14 @@ def _target(model: nn.Module, name: str, scores: Tensor, place: GatePlace | None
     owner, _, local = name.rpartition(".")
     parameter = modules[owner]._parameters.get(local) if owner in modules else None
     if parameter is not None:
-        plain = local.removesuffix("_orig") if hasattr(modules[owner], f"{local.removesuffix('_orig')}_mask") else local
-        expected, found = tuple(parameter.shape), _Target(modules[owner], plain)
+        owners = [
+            (module, _without_suffix(module, key))
+            for module in dict.fromkeys((modules[owner], *model.modules()))
+            for key, p in module._parameters.items()
+            if p is parameter
+        ]
+        own = modules[owner], _without_suffix(modules[owner], local)
+        expected, found = tuple(parameter.shape), _Target(*own, tied=[one for one in owners if one != own])
     elif name in modules and isinstance(getattr(modules[name], "weight", None), Tensor):
         expected, found = _target_of_gates(modules[name], name, place)
     else:
@@ -134,6 +157,12 @@ def _target(model: nn.Module, name: str, scores: Tensor, place: GatePlace | None
     if tuple(scores.shape) != expected:
         raise ArgumentError(f"the saliency of {name} has shape {tuple(scores.shape)}, but {expected} is needed")
     return found
+
+
+def _without_suffix(module: nn.Module, local: str) -> str:
+    """A parameter's name in its module, without the suffix that pruning gave it."""
+    plain = local.removesuffix("_orig")
+    return plain if hasattr(module, f"{plain}_mask") else local
 
 
 def _target_of_gates(module: nn.Module, name: str, place: GatePlace | None) -> tuple[tuple[int, ...], _Target]:

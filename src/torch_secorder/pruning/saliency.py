@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -121,7 +121,8 @@ def pruning_sensitivity(
         A DataFrame with index ``parameter`` and columns ``numel`` and one for each amount.
 
     Raises:
-        ArgumentError: for amounts outside [0, 1], an order with other names or shapes, or a model in the saliency's place.
+        ArgumentError: for amounts outside [0, 1], a saliency with NaN, an order with other names or shapes, or a model in the
+            saliency's place.
 
     Example:
         >>> import torch
@@ -135,7 +136,9 @@ def pruning_sensitivity(
             f"pruning_sensitivity takes what weight_saliency() or Gates.saliency gave, not a {type(saliency).__name__}: "
             "pruning_sensitivity(weight_saliency(model, monitor))"
         )
-    shares = [require_share(amount) for amount in ([amounts] if isinstance(amounts, float) else amounts)]
+    if bad := [name for name, scores in saliency.items() if bool(torch.isnan(scores).any())]:
+        raise ArgumentError(f"the saliency of {bad[0]} has NaN")
+    shares = [require_share(amount) for amount in (amounts if isinstance(amounts, Iterable) else [amounts])]
     rows: list[dict[Any, Any]] = []
     for name, scores in saliency.items():
         by = scores if order is None else order.get(name)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from numbers import Real
 from typing import TYPE_CHECKING, Any, get_args
 
 from torch_secorder.arguments import BudgetUnit, called_as, require_choice
@@ -79,11 +81,12 @@ def allocate_bits(
         True
     """
     require_choice("unit", unit, get_args(BudgetUnit))
+    sensitivity = _by_parameter(sensitivity)
     costs, numel, widths = _choices(sensitivity)
-    if isinstance(budget, bool) or not isinstance(budget, (int, float)) or not budget > 0:
-        raise ArgumentError(f"budget must be a positive number of {unit}, not {budget!r}")
+    if isinstance(budget, bool) or not isinstance(budget, Real) or not 0 < budget < math.inf:
+        raise ArgumentError(f"budget must be a positive, finite number of {unit}, not {budget!r}")
     factor = {"bits per weight": sum(numel), "bytes": 8, "bits": 1}[unit]
-    size = int(budget * factor + 1e-6)
+    size = int(float(budget) * factor + 1e-6)
     names = [str(name) for name in sensitivity.index]
     stays = _fixed(names, fixed or {}, widths)
     members = _members(names, groups, stays)
@@ -156,9 +159,15 @@ def uniform_bits(sensitivity: pd.DataFrame, bits: int) -> pd.DataFrame:
     Raises:
         ArgumentError: if the sensitivity has no such column.
     """
+    sensitivity = _by_parameter(sensitivity)
     if checked_bits(bits) not in _choices(sensitivity)[2]:
         raise ArgumentError(f"the sensitivity has no column for {bits} bits; add it to bits=")
     return _allocation(sensitivity, [bits] * len(sensitivity))
+
+
+def _by_parameter(sensitivity: pd.DataFrame) -> pd.DataFrame:
+    """The table with its rows named by their parameters, also where a file has made the names a column."""
+    return sensitivity.set_index("parameter") if "parameter" in getattr(sensitivity, "columns", ()) else sensitivity
 
 
 def _choices(sensitivity: pd.DataFrame) -> tuple[list[list[float]], list[int], list[int]]:

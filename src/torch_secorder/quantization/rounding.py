@@ -57,7 +57,7 @@ def rounded(
 
     Raises:
         ArgumentError: for bits outside 1..16, an unknown scheme, a group size without groups or groups without one, or weights
-            that are not finite.
+            that are not finite or no floating-point numbers.
 
     Example:
         >>> import torch
@@ -76,6 +76,7 @@ def rounded(
         return weight.clone()
     if group_size is not None and weight.dim() > 1:
         return _rounded_in_groups(weight, bits, scheme, axis, group_size)
+    _require_floating_point("weight", weight)
     w = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
     if not bool(torch.isfinite(w).all()):
         raise ArgumentError("weights that are infinite or NaN can't be rounded")
@@ -94,6 +95,14 @@ def rounded(
         zero = torch.where(step > 0, (-bottom / step).round(), 0.0)
     levels = ((w / step).round() + zero).clamp(low, top) - zero
     return torch.where(step > 0, levels * step, w).to(weight.dtype)
+
+
+def _require_floating_point(name: str, weight: Tensor) -> None:
+    if not weight.is_floating_point():
+        raise ArgumentError(
+            f"{name} holds {weight.dtype} and no floating-point numbers, which alone can be rounded to fewer bits: leave it out, "
+            "by a mapping of names to bits for quantized() or parameters= of quantization_sensitivity(), or dequantize it"
+        )
 
 
 def _check_grain(per: Grain, group_size: int | None) -> None:
@@ -148,6 +157,7 @@ class Rounding:
             ArgumentError: if the user's function returns no finite tensor of the weight's shape.
         """
         if self.function is None:
+            _require_floating_point(name, weight)
             return rounded(weight, bits, self.scheme, self.per, axis, self.group_size)
         found = self.function(weight.detach().clone(), checked_bits(bits))
         if not isinstance(found, Tensor) or found.shape != weight.shape or not bool(found.isfinite().all()):
@@ -203,8 +213,8 @@ def quantized(
     """
     module, way = unwrapped(model), Rounding(scheme, per, group_size, rounding)
     named = {plain_name(name): p for name, p in module.named_parameters()}
-    if isinstance(bits, int):
-        chosen = {name: bits for name, p in named.items() if p.dim() > 1}
+    if isinstance(bits, Integral):
+        chosen = dict.fromkeys((name for name, p in named.items() if p.dim() > 1), checked_bits(bits))
     elif isinstance(bits, Mapping) or "bits" in getattr(bits, "columns", ()):
         chosen = {str(name): b for name, b in (bits if isinstance(bits, Mapping) else bits["bits"]).items()}
         untouched = getattr(bits, "attrs", {}).get("not_rounded", ())

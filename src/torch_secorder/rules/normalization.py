@@ -21,6 +21,11 @@ from torch_secorder.rules.registry import Gradients, register_refusal, register_
 
 BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
 InstanceNorm = nn.InstanceNorm1d | nn.InstanceNorm2d | nn.InstanceNorm3d
+_SCRIPTED_NORMS = {kind.__name__ for kind in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)}
+_NOT_OF_SAMPLES = (
+    "and normalizes with the statistics of the whole batch, so per-sample gradients do not exist; call model.eval() (with "
+    "running statistics), or use GroupNorm"
+)
 ANY_BATCH_NORM: Any = nn.BatchNorm1d.__base__  # Other libraries derive their batch norms from it, too.
 _SINGLE_OR_DOUBLE = (torch.float32, torch.float64)
 MODERATE = 16  # A mean of up to this many deviations costs few digits.
@@ -84,13 +89,25 @@ def batch_norm(module: BatchNorm, call: Call) -> Gradients:
 @register_refusal(ANY_BATCH_NORM)
 def batch_statistics(module: BatchNorm) -> CurvatureError | None:
     """The refusal of a BatchNorm that normalizes with the whole batch, frozen or not, with parameters or without; else None."""
-    if not module.training and module.running_mean is not None:
-        return None
-    state = "in training mode" if module.training else "without running statistics"
-    return CoupledSamplesError(
-        f"it is {state} and normalizes with the statistics of the whole batch, so per-sample gradients do not exist; call "
-        "model.eval() (with running statistics), or use GroupNorm"
-    )
+    state = _of_the_batch(module)
+    return None if state is None else CoupledSamplesError(f"it is {state} {_NOT_OF_SAMPLES}")
+
+
+@register_refusal(torch.jit.ScriptModule)
+def scripted_batch_statistics(module: torch.jit.ScriptModule) -> CurvatureError | None:
+    """The refusal of scripted code that has such a BatchNorm inside, where no hook is called; else None."""
+    for name, inner in module.named_modules():
+        kind = getattr(inner, "original_name", None)
+        if kind in _SCRIPTED_NORMS and (state := _of_the_batch(inner)) is not None:
+            return CoupledSamplesError(f"it has a {kind} '{name}', which is {state} {_NOT_OF_SAMPLES}")
+    return None
+
+
+def _of_the_batch(module: Any) -> str | None:
+    """Why a BatchNorm normalizes with the whole batch, if it does."""
+    if module.training:
+        return "in training mode"
+    return "without running statistics" if module.running_mean is None else None
 
 
 def _input(module: nn.Module, call: Call, trailing: int) -> Tensor:

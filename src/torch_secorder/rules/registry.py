@@ -238,7 +238,7 @@ def _code(function: Any) -> Hashable:
 
 def _rule_by_code(kind: type[nn.Module]) -> ClassRule:
     """The rule for a class that nobody registered, if its forward has code that is known and finds what that expects."""
-    forward: Any = kind.forward
+    forward: Any = getattr(kind, "forward", None)  # Classes of scripted modules have none.
     found = _forwards.get(_code(forward))
     if found is None:
         return ClassRule(None)

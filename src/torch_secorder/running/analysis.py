@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from torch_secorder.arguments import Reduction, require_max_memory
+from torch_secorder.arguments import Reduction, refuse_inference_mode, require_max_memory
 from torch_secorder.autograd.engine import call_model
 from torch_secorder.autograd.product_bits import TF32, bits_of
 from torch_secorder.autograd.random_state import forked_random
@@ -97,8 +97,7 @@ class Analysis:
         max_memory: int | None = None,
         checks: bool = True,
     ):
-        if torch.is_inference_mode_enabled():
-            raise ArgumentError("torch.inference_mode() forbids gradients: call this outside of it")
+        refuse_inference_mode()
         self.model = unwrapped(model)
         max_memory = require_max_memory(max_memory)
         self._create_graph = create_graph
