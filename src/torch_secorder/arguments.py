@@ -232,12 +232,17 @@ def loss_scale_value(loss_scale: float | Tensor | Callable[[], float | Tensor]) 
     return number
 
 
+def is_number(value: object) -> bool:
+    """Whether something is a real number, one of NumPy's too; a bool is none here."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
 def require_share(amount: float, name: str = "amount") -> float:
     """A share from 0 to 1.
 
     Raises:
         ArgumentError: for anything else.
     """
-    if isinstance(amount, bool) or not isinstance(amount, Real) or not 0 <= amount <= 1:
+    if not is_number(amount) or not 0 <= amount <= 1:
         raise ArgumentError(f"{name} must be a share from 0 to 1, not {amount!r}")
     return float(amount)

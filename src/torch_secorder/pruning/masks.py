@@ -31,9 +31,9 @@ def prune(
 
     The masks are PyTorch's own: ``weight_orig`` and ``weight_mask`` appear, :func:`torch.nn.utils.prune.is_pruned` says so, and
     :func:`torch.nn.utils.prune.remove` makes the pruning permanent. Pruning again adds to existing masks, and entries that are
-    already pruned count as part of ``amount``. A tied weight is masked in all modules that have it. Where parameters are read from
-    a module that is not called (a ``ParameterList``, the output projection of ``nn.MultiheadAttention``), the module around it
-    applies the masks.
+    already pruned count as part of ``amount``. A tied weight is masked in all modules that have it. Where parameters are read
+    from a module that is not called (a ``ParameterList``, the output projection of ``nn.MultiheadAttention``), the module around
+    it applies the masks.
 
     Args:
         model: the model, whose modules get masks.

@@ -1,8 +1,9 @@
 """Masks of parameters that a model reads from a module without calling that module.
 
 Torch applies a mask when the module that holds the parameter is called. A ``ParameterList`` is never called, nor is the output
-projection of ``nn.MultiheadAttention``. Their weights would stay what they were when they were pruned, whatever an optimizer does,
-and a second backward pass would fail on the graph of the first. The module around them is called, and applies their masks then.
+projection of ``nn.MultiheadAttention``. Their weights would stay what they were when they were pruned, whatever an optimizer
+does, and a second backward pass would fail on the graph of the first. The module around them is called, and applies their masks
+then.
 """
 
 from __future__ import annotations

@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from numbers import Real
 from typing import TYPE_CHECKING, Any, get_args
 
-from torch_secorder.arguments import BudgetUnit, called_as, require_choice
+from torch_secorder.arguments import BudgetUnit, called_as, is_number, require_choice
 from torch_secorder.errors import ArgumentError
 from torch_secorder.quantization.rounding import checked_bits
 from torch_secorder.tables import table
@@ -83,8 +82,8 @@ def allocate_bits(
     require_choice("unit", unit, get_args(BudgetUnit))
     sensitivity = _by_parameter(sensitivity)
     costs, numel, widths = _choices(sensitivity)
-    if isinstance(budget, bool) or not isinstance(budget, Real) or not 0 < budget < math.inf:
-        raise ArgumentError(f"budget must be a positive, finite number of {unit}, not {budget!r}")
+    if not is_number(budget) or not 0 < budget < math.inf:
+        raise ArgumentError(f"budget must be a positive number of {unit} that is finite, not {budget!r}")
     factor = {"bits per weight": sum(numel), "bytes": 8, "bits": 1}[unit]
     size = int(float(budget) * factor + 1e-6)
     names = [str(name) for name in sensitivity.index]

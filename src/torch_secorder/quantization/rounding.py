@@ -213,11 +213,12 @@ def quantized(
     """
     module, way = unwrapped(model), Rounding(scheme, per, group_size, rounding)
     named = {plain_name(name): p for name, p in module.named_parameters()}
-    if isinstance(bits, Integral):
-        chosen = dict.fromkeys((name for name, p in named.items() if p.dim() > 1), checked_bits(bits))
-    elif isinstance(bits, Mapping) or "bits" in getattr(bits, "columns", ()):
-        chosen = {str(name): b for name, b in (bits if isinstance(bits, Mapping) else bits["bits"]).items()}
-        untouched = getattr(bits, "attrs", {}).get("not_rounded", ())
+    given: Any = bits  # Type checkers know no NumPy integers.
+    if isinstance(given, Integral):
+        chosen = dict.fromkeys((name for name, p in named.items() if p.dim() > 1), checked_bits(given))
+    elif isinstance(given, Mapping) or "bits" in getattr(given, "columns", ()):
+        chosen = {str(name): b for name, b in (given if isinstance(given, Mapping) else given["bits"]).items()}
+        untouched = getattr(given, "attrs", {}).get("not_rounded", ())
         chosen = {name: b for name, b in chosen.items() if name not in untouched}
     else:
         raise ArgumentError(f"bits must be a number, a mapping, or what allocate_bits() returned, not {bits!r:.50}")

@@ -141,6 +141,8 @@ class Analysis:
     def _empirical(self, loss_fn: Callable[[Any, Any], Tensor], inputs: Any, targets: Any, checked: Checked) -> Batch:
         with self._prepared() as run:
             outputs = run(inputs)
+            if outputs is None:
+                raise ArgumentError("the model returned None: let its forward return what the loss is computed from")
             require_targets_of_batch(targets, run.samples)
             loss = loss_of(loss_fn, outputs, targets)
             if loss.requires_grad and not any(x.requires_grad for x in tensors(outputs)):
