@@ -85,7 +85,9 @@ class _AllButChannels(CarriedAxis):
         return self.shape[0] > 1  # Instance norms of torch fold this axis into that of the channels.
 
     def contradicts(self, found: Placement) -> bool:
-        return found.axis != 1
+        index = found.sample_index
+        of_one = index is not None and bool((index == index[:1]).all())  # as in a loop over samples, each by itself
+        return found.axis != 1 and not of_one
 
     def refusal(self, n: int) -> CurvatureError:
         return CoupledSamplesError(

@@ -60,7 +60,8 @@ class SampleNorms:
         if nonfinite == "raise":
             hit = [names[position] for position in bad.any(1).nonzero().flatten().tolist()]
             raise NonFiniteError(
-                f"the gradients of {listed(rows, 'sample')} are not finite, in {listed(hit, 'parameter')}; their batch "
+                f"the gradients of {listed(rows, 'sample')} are not finite, in {listed(hit, 'parameter')}, or too large to be "
+                "squared in float32 (above 1e19: scale the loss down, or use float64); their batch "
                 'is left out whole (FisherMonitor(nonfinite="skip") leaves out such samples alone)'
             )
         kept = (~bad.any(0)).nonzero().flatten()
