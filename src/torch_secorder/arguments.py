@@ -119,12 +119,6 @@ def require_positive_int(name: str, value: object) -> int:
     return value
 
 
-def refuse_inference_mode() -> None:
-    """Raise ArgumentError where torch forbids gradients."""
-    if torch.is_inference_mode_enabled():
-        raise ArgumentError("torch.inference_mode() forbids gradients: call this outside of it")
-
-
 def require_loss(loss_fn: Any, or_model: str = "") -> None:
     """Raise unless a loss function can be called.
 

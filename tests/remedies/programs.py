@@ -22,6 +22,7 @@ from torch_secorder import (
     fisher_report,
     fisher_results,
     generalized_fisher_trace,
+    hessian_trace,
 )
 from torch_secorder.errors import CurvatureError
 from traps.exactness import assert_exact, drawn, numbers
@@ -101,8 +102,9 @@ def _no_grad() -> None:
 @remedy("forbids gradients: call this outside of it")
 def _inference() -> None:
     model, x, y = problem()
-    with torch.inference_mode(), refused("outside of it"):
-        empirical_fisher_trace(model, numbers, x, y)
+    for function in (empirical_fisher_trace, hessian_trace):
+        with torch.inference_mode(), refused("outside of it"):
+            function(model, numbers, x, y)
     assert float(empirical_fisher_trace(model, numbers, x, y)) == pytest.approx(expected(model, x, y), rel=1e-8)
 
 
@@ -283,6 +285,55 @@ def _batch_norm() -> None:
     assert_exact(model, x, y)
     model[1] = nn.GroupNorm(2, 4).double()
     assert_exact(model.train(), x, y)
+
+
+@remedy("in a function or in scripted code, normalizes with the statistics")
+def _functional_batch_norm() -> None:
+    norms: dict[str, Callable[[Any, Tensor], Tensor]] = {
+        "mode": lambda m, h: F.batch_norm(h, m.norm.running_mean, m.norm.running_var, training=m.training),
+        "off": lambda m, h: F.batch_norm(h, m.norm.running_mean, m.norm.running_var, training=False),
+        "groups": lambda m, h: F.group_norm(h, 2),
+    }
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return m.last(norms[m.way](m, m.first(x)))
+
+    model = Forward(forward, first=nn.Linear(4, 4), norm=nn.BatchNorm1d(4, affine=False).eval(), last=nn.Linear(4, 3))
+    model.way = "mode"
+    model, x, y = drawn(model.eval(), 6, 4)
+    model.train()
+    model.norm.eval()
+    with refused("call model.eval(), or pass training=False with running statistics, or use a norm of each sample"):
+        monitored(model, lambda: step(model, x, y))
+    for model.way in ("off", "groups"):
+        assert_exact(model, x, y)
+    model.way = "mode"
+    assert_exact(model.eval(), x, y)
+
+
+@remedy("too large to be squared in float32 (above 1e19: scale the loss down, or use float64)")
+def _large_squares() -> None:
+    model, x, y = problem()
+    truth, single = expected(model, x, y), copy.deepcopy(model).float()
+
+    def large(m: nn.Module, x: Tensor, y: Tensor, scale: float) -> None:
+        (scale * numbers(m(x), y)).backward()
+
+    with refused("scale the loss down, or use float64"):
+        monitored(single, lambda: large(single, x.float(), y.float(), 2.0**80), loss_scale=2.0**80)
+    right = monitored(single, lambda: large(single, x.float(), y.float(), 2.0**16), loss_scale=2.0**16)
+    assert float(right.trace) == pytest.approx(truth, rel=1e-4)
+    wide = monitored(model, lambda: large(model, x, y, 2.0**80), loss_scale=2.0**80)
+    assert float(wide.trace) == pytest.approx(truth, rel=1e-8)
+
+
+@remedy("the model returned None: let its forward return what the loss is computed from")
+def _returns_nothing() -> None:
+    model, x, y = problem()
+    silent = Forward(lambda m, x: None, inner=model)
+    with refused("the model returned None"):
+        fisher_report(silent, numbers, (x, y), progress=False)
+    assert_exact(model, x, y)
 
 
 @remedy("replaced, removed or added since the monitor was made")

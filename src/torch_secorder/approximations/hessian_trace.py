@@ -12,7 +12,6 @@ from torch_secorder.arguments import (
     By,
     called_as,
     fresh_generator,
-    refuse_inference_mode,
     require_loss,
     require_model_before_loss,
     require_positive_int,
@@ -26,7 +25,7 @@ from torch_secorder.batch_axis.count import count_of, empty_batch
 from torch_secorder.batch_axis.told import NOTHING
 from torch_secorder.errors import ArgumentError, CoverageError, NonFiniteError, UnsupportedError
 from torch_secorder.likelihoods import random_signs
-from torch_secorder.model.parameters import ParameterTable, refuse_complex, unwrapped
+from torch_secorder.model.parameters import ParameterTable, refuse_complex, refuse_inference_mode, unwrapped
 from torch_secorder.model.ranks import refuse_dtensors
 from torch_secorder.model.restore import lock_of, requiring_grad, restoring_buffers
 from torch_secorder.model.selection import Selection

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
@@ -160,6 +161,12 @@ def numpy_of_frozen(table: ParameterTable) -> AbstractContextManager[object]:
 def _is_quantized(p: Tensor) -> bool:
     # Tensors that wrap other tensors have this method.
     return not is_dtensor(p) and (not is_continuous(p) or hasattr(p, "__tensor_flatten__"))
+
+
+def refuse_inference_mode() -> None:
+    """Raise ArgumentError where torch forbids gradients."""
+    if torch.is_inference_mode_enabled():
+        raise ArgumentError("torch.inference_mode() forbids gradients: call this outside of it")
 
 
 def refuse_complex(model: nn.Module, what: str) -> None:

@@ -22,10 +22,6 @@ from torch_secorder.rules.registry import Gradients, register_refusal, register_
 BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
 InstanceNorm = nn.InstanceNorm1d | nn.InstanceNorm2d | nn.InstanceNorm3d
 _SCRIPTED_NORMS = {kind.__name__ for kind in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)}
-_NOT_OF_SAMPLES = (
-    "and normalizes with the statistics of the whole batch, so per-sample gradients do not exist; call model.eval() (with "
-    "running statistics), or use GroupNorm"
-)
 ANY_BATCH_NORM: Any = nn.BatchNorm1d.__base__  # Other libraries derive their batch norms from it, too.
 _SINGLE_OR_DOUBLE = (torch.float32, torch.float64)
 MODERATE = 16  # A mean of up to this many deviations costs few digits.
@@ -90,7 +86,7 @@ def batch_norm(module: BatchNorm, call: Call) -> Gradients:
 def batch_statistics(module: BatchNorm) -> CurvatureError | None:
     """The refusal of a BatchNorm that normalizes with the whole batch, frozen or not, with parameters or without; else None."""
     state = _of_the_batch(module)
-    return None if state is None else CoupledSamplesError(f"it is {state} {_NOT_OF_SAMPLES}")
+    return None if state is None else _coupled(f"it is {state}")
 
 
 @register_refusal(torch.jit.ScriptModule)
@@ -99,8 +95,15 @@ def scripted_batch_statistics(module: torch.jit.ScriptModule) -> CurvatureError 
     for name, inner in module.named_modules():
         kind = getattr(inner, "original_name", None)
         if kind in _SCRIPTED_NORMS and (state := _of_the_batch(inner)) is not None:
-            return CoupledSamplesError(f"it has a {kind} '{name}', which is {state} {_NOT_OF_SAMPLES}")
+            return _coupled(f"it has a {kind} '{name}', which is {state}")
     return None
+
+
+def _coupled(what: str) -> CurvatureError:
+    return CoupledSamplesError(
+        f"{what} and normalizes with the statistics of the whole batch, so per-sample gradients do not exist; call "
+        "model.eval() (with running statistics), or use GroupNorm"
+    )
 
 
 def _of_the_batch(module: Any) -> str | None:

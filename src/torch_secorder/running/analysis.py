@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from torch_secorder.arguments import Reduction, refuse_inference_mode, require_max_memory
+from torch_secorder.arguments import Reduction, require_max_memory
 from torch_secorder.autograd.engine import call_model
 from torch_secorder.autograd.product_bits import TF32, bits_of
 from torch_secorder.autograd.random_state import forked_random
@@ -23,7 +23,7 @@ from torch_secorder.graph.queries import LossGraph
 from torch_secorder.likelihoods import LastLayer
 from torch_secorder.model.containers import mapped, tensors
 from torch_secorder.model.hooks import restoring
-from torch_secorder.model.parameters import ParameterTable, unwrapped
+from torch_secorder.model.parameters import ParameterTable, refuse_inference_mode, unwrapped
 from torch_secorder.model.restore import eval_mode, lock_of, requiring_grad, restoring_buffers
 from torch_secorder.model.selection import Selection
 from torch_secorder.recording.options import PassOptions
