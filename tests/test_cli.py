@@ -282,6 +282,8 @@ def test_axes_and_memory_reach_the_library(folder: Path, capsys: pytest.CaptureF
     capsys.readouterr()
     assert main(["report", "axes.py:plain", "--batch-axis", "-1"]) == 2
     assert "--batch-axis" in capsys.readouterr().err
+    assert main(["report", "axes.py:plain", "--seed", str(2**64)]) == 2
+    assert "--seed" in capsys.readouterr().err
     assert main(["check", "axes.py:samples_second", "--batch-axis", "1", "--max-memory", "64"]) == 0
 
 

@@ -162,3 +162,10 @@ def test_what_cannot_be_told_is_refused_in_words() -> None:
         nn.functional.cross_entropy(model(data(4)[0]), data(4)[1]).backward()
     with pytest.raises(ArgumentError, match="by parameter"):
         gradient_noise_scale(monitor.report(by="type"))
+
+
+def test_a_monitor_in_the_reports_place_is_refused() -> None:
+    with pytest.raises(
+        ArgumentError, match=r"as monitor\.report\(\) returns it, not an object of the type FisherMonitor"
+    ):
+        gradient_noise_scale(FisherMonitor(classifier()))  # type: ignore[arg-type]

@@ -7,6 +7,7 @@ import math
 import warnings
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import Tensor, nn
@@ -500,3 +501,88 @@ def test_a_forgotten_diagonal_is_told() -> None:
         torch.testing.assert_close(silent["weight"], found["weight"])
     expected = 0.5 * whole.diagonal["weight"] * model.weight.double() ** 2
     torch.testing.assert_close(weight_saliency(model, whole)["weight"].double(), expected.detach().double())
+
+
+class Held(nn.Module):
+    """Weights that the model reads from modules that it does not call, and a weight in two modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.ModuleList([nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True) for _ in range(2)])
+        self.held = nn.ModuleList([nn.ParameterList([torch.randn(8, 8)])])
+        self.named = nn.ParameterDict({"mix": torch.randn(8, 8)})
+        self.first, self.second = nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)
+        self.second.weight = self.first.weight
+        self.last = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.encoder:
+            x = layer(x)
+        x = (x @ self.held[0][0]).tanh() @ self.named["mix"]
+        return self.last(self.second(self.first(x).tanh()).mean(1))
+
+
+def trained(model: nn.Module, x: Tensor, y: Tensor, after: Any = None) -> list[float]:
+    """The losses of three steps."""
+    optimizer, losses = torch.optim.SGD(model.parameters(), 0.1), []
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss = cross_entropy(model(x), y)
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+        if after is not None:
+            after()
+    return losses
+
+
+def test_every_use_of_a_pruned_weight_is_pruned_through_training() -> None:
+    """Against a copy whose weights are multiplied by the masks after each step, bit for bit, also when the masks are removed."""
+    model, x, y = Held(), torch.randn(4, 5, 8), torch.randint(3, (4,))
+    reference = copy.deepcopy(model)
+    weights = {name: p for name, p in reference.named_parameters() if p.dim() > 1}
+    masks = {name: (torch.rand_like(p) > 0.4).float() for name, p in weights.items()}
+
+    def masked() -> None:
+        with torch.no_grad():
+            for name, p in weights.items():
+                p.mul_(masks[name])
+
+    for name, mask in masks.items():
+        prune(model, {name: mask}, float(1 - mask.mean()))
+    masked()
+    assert trained(model, x, y) == trained(reference, x, y, masked)
+    with torch.no_grad():
+        assert torch.equal(model.eval()(x), reference.eval()(x))
+    for name in masks:
+        owner, _, local = name.rpartition(".")
+        torch_prune.remove(model.get_submodule(owner), local)
+    torch_prune.remove(model.second, "weight")
+    assert model.first.weight is model.second.weight
+    assert torch.equal(model(x), reference(x))
+
+
+def test_a_tied_weight_is_pruned_again_in_both_modules() -> None:
+    model = Held()
+    prune(model, {"first.weight": model.first.weight.detach().abs()}, 0.25)
+    prune(model, {"first.weight_orig": model.first.weight_orig.detach().abs()}, 0.5)
+    for layer in (model.first, model.second):
+        assert int((layer.weight == 0).sum()) == 32
+
+
+def test_saliencies_of_integers_prune_as_numbers_do_and_others_are_refused() -> None:
+    model = nn.Linear(3, 4)
+    for amount in (0.25, 0.5):
+        local = "weight" if amount == 0.25 else "weight_orig"
+        prune(model, {local: torch.arange(12).view(4, 3)}, amount)
+        assert model.weight_mask.flatten().tolist() == [float(i >= 12 * amount) for i in range(12)]
+    with pytest.raises(ArgumentError, match="saliency of weight must be a tensor"):
+        prune(nn.Linear(3, 4), {"weight": [[1.0]]}, 0.5)  # type: ignore[dict-item]
+
+
+def test_one_amount_is_any_number_and_nan_is_refused() -> None:
+    saliency = {"weight": torch.tensor([[3.0, 1.0], [2.0, 4.0]])}
+    for amount, expected in ((1, 10.0), (0, 0.0), (numpy.float32(0.5), 3.0), (numpy.float64(0.25), 1.0)):
+        assert pruning_sensitivity(saliency, amount).iloc[0, 1] == expected
+    with pytest.raises(ArgumentError, match="saliency of weight has NaN"):
+        pruning_sensitivity({"weight": torch.tensor([1.0, math.nan])}, 0.5)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
+from pathlib import Path
 from typing import Any
 
+import numpy
 import pandas as pd
 import pytest
 import torch
@@ -555,3 +557,34 @@ def test_rounded_weights_leave_the_grad_mode_alone(differentiates: bool) -> None
     model = nn.Linear(4, 3)
     with torch.set_grad_enabled(differentiates), quantized(model, bits=2):
         assert model(torch.randn(2, 4)).requires_grad == differentiates
+
+
+def test_numpys_numbers_are_numbers() -> None:
+    model = net()
+    sensitivity = quantization_sensitivity(model, exact(model))
+    for budget in (numpy.int64(4), numpy.float32(4), numpy.float64(4)):
+        assert allocate_bits(sensitivity, budget).equals(allocate_bits(sensitivity, 4))
+    with pytest.raises(ArgumentError, match="finite"):
+        allocate_bits(sensitivity, math.inf)
+    with quantized(model, 3):
+        expected = [p.detach().clone() for p in model.parameters()]
+    with quantized(model, numpy.int64(3)):
+        assert all(map(torch.equal, model.parameters(), expected))
+
+
+def test_a_sensitivity_from_a_file_keeps_the_names(tmp_path: Path) -> None:
+    model = net()
+    sensitivity = quantization_sensitivity(model, exact(model))
+    sensitivity.to_csv(tmp_path / "sensitivity.csv")
+    again = pd.read_csv(tmp_path / "sensitivity.csv")
+    assert allocate_bits(again, 4)["bits"].to_dict() == allocate_bits(sensitivity, 4)["bits"].to_dict()
+    assert uniform_bits(again, 4)["bits"].to_dict() == uniform_bits(sensitivity, 4)["bits"].to_dict()
+
+
+def test_codes_are_not_rounded_and_the_remedy_is_told() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    model[0].weight = nn.Parameter(torch.arange(12, dtype=torch.int8).view(4, 3), requires_grad=False)
+    with pytest.raises(ArgumentError, match=r"0\.weight holds torch\.int8 .*leave it out"), quantized(model, 4):
+        pass
+    with quantized(model, {"1.weight": 4}):
+        assert torch.equal(model[0].weight, torch.arange(12).view(4, 3))

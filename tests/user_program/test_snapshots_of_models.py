@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import pytest
@@ -37,3 +39,13 @@ def test_a_copy_is_the_users_own(options: dict[str, Any]) -> None:
     assert tables(copied) == tables(plain)
     assert b"torch_secorder" not in pickled
     assert monitor.n_samples == 5
+
+
+def test_a_model_goes_to_another_process_without_a_warning() -> None:
+    """Torch warns of hooks on tensors that it leaves behind."""
+    model = nn.Sequential(nn.Linear(4, 3)).double()
+    with FisherMonitor(model), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        copied = pickle.loads(ForkingPickler.dumps(model))
+    for own, other in zip(model.parameters(), copied.parameters(), strict=True):
+        assert torch.equal(own, other)
