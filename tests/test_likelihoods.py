@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from oracles import output_curvature
+from torch_secorder import fisher_report, generalized_fisher_trace
 from torch_secorder.errors import ArgumentError, CurvatureError
 from torch_secorder.likelihoods import LastLayer, likelihood
 
@@ -207,3 +209,24 @@ def test_half_precision_outputs_keep_float32_seeds(loss_type: str) -> None:
 def test_what_does_not_fit(loss_type: str, targets: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(CurvatureError, match=message):
         likelihood(loss_type, torch.randn(3, 4, 2), targets, **options)
+
+
+@pytest.mark.parametrize("shape", [(4, 3), (4, 3, 5), (4,)])
+@pytest.mark.parametrize("axis", [-4, -3, 0, 2, 3, 4, 5, 7])
+def test_an_axis_of_classes_that_is_none_is_refused_by_all(shape: tuple[int, ...], axis: int) -> None:
+    """Also one that a remainder would make another axis."""
+    model = nn.Sequential(
+        nn.Linear(2, math.prod(shape[1:])), nn.Unflatten(1, shape[1:]) if shape[1:] else nn.Flatten(0)
+    )
+    x = torch.randn(4, 2)
+    fits = axis in range(-len(shape) + 1, len(shape)) and axis != 0
+    for run in (
+        lambda: generalized_fisher_trace(model, model(x), None, class_axis=axis),
+        lambda: fisher_report(model, None, (x, None), fisher="exact", class_axis=axis, progress=False),
+        lambda: fisher_report(model, None, {"input": x}, fisher="sampled", class_axis=axis, progress=False),
+    ):
+        if fits:
+            run()
+        else:
+            with pytest.raises(ArgumentError, match=rf"class_axis={axis} for outputs of shape"):
+                run()

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from difflib import get_close_matches
 from functools import wraps
-from numbers import Real
+from numbers import Integral, Real
 from types import FunctionType
 from typing import Any, Literal, ParamSpec, TypeAlias, TypeVar
 
@@ -114,9 +114,9 @@ def require_positive_int(name: str, value: object) -> int:
     Raises:
         ArgumentError: otherwise; a bool is no int here.
     """
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
         raise ArgumentError(f"{name} must be an int >= 1, not {value!r}")
-    return value
+    return int(value)
 
 
 def require_loss(loss_fn: Any, or_model: str = "") -> None:
@@ -202,9 +202,9 @@ def require_max_memory(max_memory: object) -> int | None:
     """
     if max_memory is None:
         return None
-    if isinstance(max_memory, bool) or not isinstance(max_memory, int) or max_memory < 1:
+    if isinstance(max_memory, bool) or not isinstance(max_memory, Integral) or max_memory < 1:
         raise ArgumentError(f"max_memory must be a number of bytes, an int >= 1, or None, not {max_memory!r}")
-    return max_memory
+    return int(max_memory)
 
 
 def loss_scale_value(loss_scale: float | Tensor | Callable[[], float | Tensor]) -> float:

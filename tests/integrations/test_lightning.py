@@ -208,6 +208,10 @@ def test_refusals_in_words(tmp_path: Path) -> None:
         FisherCallback(by="layer")
     with pytest.raises(ArgumentError, match="noise_decay must be"):
         FisherCallback(noise_decay=1.0)
+    with pytest.raises(
+        ArgumentError, match="module must be the dotted name of a part of the Classifier, not 'nothing'"
+    ):
+        fit(Classifier(), [FisherCallback(module="nothing")], tmp_path)
     module = Classifier(norm=True)
     with pytest.raises(CoupledSamplesError, match="BatchNorm"):
         fit(module, [FisherCallback()], tmp_path)

@@ -13,7 +13,7 @@ from torch_secorder.arguments import (
     Reduction,
 )
 from torch_secorder.batch_axis.told import BatchAxis, NSamples, SampleOf
-from torch_secorder.errors import LifecycleError
+from torch_secorder.errors import ArgumentError, LifecycleError
 from torch_secorder.integrations.watching import WatchingCallback, missing, single_process
 from torch_secorder.model.selection import Selection
 
@@ -108,8 +108,18 @@ class FisherCallback(WatchingCallback, Callback):  # type: ignore[misc] # Lightn
         def loss_scale() -> float | Tensor:
             return (1.0 if scaler is None else scaler.get_scale()) / trainer.accumulate_grad_batches
 
-        model = pl_module if self._module is None else pl_module.get_submodule(self._module)
-        self._watch.begin(model, self._reduction, loss_scale, scaler is not None)
+        self._watch.begin(self._part_of(pl_module), self._reduction, loss_scale, scaler is not None)
+
+    def _part_of(self, pl_module: Any) -> Any:
+        """The module that is watched."""
+        if self._module is None:
+            return pl_module
+        try:
+            return pl_module.get_submodule(self._module)
+        except AttributeError as error:
+            raise ArgumentError(
+                f"module must be the dotted name of a part of the {type(pl_module).__name__}, not {self._module!r}: {error}"
+            ) from error
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Watch the step that begins with this batch, if it is due."""

@@ -63,6 +63,10 @@ def rank_pattern(
     """
     require_positive_int("budget", budget)
     require_choice("unit", unit, get_args(RankUnit))
+    if modules is not None and not callable(modules):
+        raise ArgumentError(
+            f"modules must be a function from a module's name to whether it gets an adapter, not {modules!r}"
+        )
     layers = _layers(report, modules)
     sizes = {name: sum(shape) for name, (shape, _) in layers.items()}
     left = budget * sum(sizes.values()) if unit == "rank" else budget

@@ -8,7 +8,13 @@ sampled. So the part of sample n in the trace is the sum of ``||J_n^T s||^2`` ov
 
 from torch_secorder.likelihoods.categorical import Categorical
 from torch_secorder.likelihoods.elementwise import ELEMENTWISE, Elementwise
-from torch_secorder.likelihoods.loss_types import LOSS_TYPES, likelihood, require_loss_of, warn_of_probabilities
+from torch_secorder.likelihoods.loss_types import (
+    LOSS_TYPES,
+    axis_of_classes,
+    likelihood,
+    require_loss_of,
+    warn_of_probabilities,
+)
 from torch_secorder.likelihoods.output_gradients import LastLayer, Likelihood, random_signs
 
 __all__ = [
@@ -18,6 +24,7 @@ __all__ = [
     "Elementwise",
     "LastLayer",
     "Likelihood",
+    "axis_of_classes",
     "likelihood",
     "random_signs",
     "require_loss_of",

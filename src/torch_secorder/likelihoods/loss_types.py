@@ -66,6 +66,23 @@ def warn_of_probabilities(outputs: Tensor, loss_type: str) -> None:
         )
 
 
+def axis_of_classes(outputs: Tensor, class_axis: int) -> int:
+    """The axis of the classes, counted from the front.
+
+    Raises:
+        ArgumentError: if it is the batch axis or not an axis of the outputs.
+    """
+    axis = class_axis if class_axis >= 0 else class_axis + outputs.dim()
+    if not 0 < axis < outputs.dim():
+        there = (
+            f"the others are 1 to {outputs.dim() - 1}, or -1 for the last" if outputs.dim() > 1 else "there is no other"
+        )
+        raise ArgumentError(
+            f"class_axis={class_axis} for outputs of shape {tuple(outputs.shape)}, whose axis 0 is the batch: {there}"
+        )
+    return axis
+
+
 def likelihood(
     loss_type: str, outputs: Tensor, targets: Tensor | None, *, ignore_index: int = -100, class_axis: int = 1
 ) -> Likelihood:
@@ -90,11 +107,7 @@ def likelihood(
 
 
 def _categorical(outputs: Tensor, targets: Tensor | None, ignore_index: int, class_axis: int) -> Categorical:
-    if not 1 <= class_axis % max(outputs.dim(), 1) < outputs.dim():
-        raise ArgumentError(
-            f"class_axis={class_axis} for outputs of shape {tuple(outputs.shape)}, whose axis 0 is the batch"
-        )
-    axis = class_axis % outputs.dim()
+    axis = axis_of_classes(outputs, class_axis)
     if not outputs.shape[axis]:
         raise ShapeError(
             f"outputs of shape {tuple(outputs.shape)} have no class on axis {axis}: class_axis says where they are"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from torch_secorder.errors import ArgumentError, ShapeError
+from torch_secorder.likelihoods import axis_of_classes
 
 IGNORED = -100  # the label of a position that has none, as torch's cross-entropy has it
 
@@ -40,13 +41,14 @@ def shifted(outputs: Tensor, targets: Any, class_axis: int) -> tuple[Tensor, Any
     """Outputs that predict something, the targets that they predict, and the axis that counts positions.
 
     Raises:
+        ArgumentError: if there is no such axis of classes.
         ShapeError: if there are no positions, or none that predicts another.
     """
     if outputs.dim() != 3:
         raise ShapeError(
             f"shift=True takes logits of three axes, such as (samples, positions, classes), not of shape {tuple(outputs.shape)}"
         )
-    axis = 3 - class_axis % 3
+    axis = 3 - axis_of_classes(outputs, class_axis)
     if outputs.shape[axis] < 2:
         raise ShapeError(
             f"shift=True takes sequences of two positions or more, and these outputs of shape {tuple(outputs.shape)} have one: "

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from torch_secorder.errors import ShapeError
+from torch_secorder.likelihoods import axis_of_classes
 
 
 def counted_labels(targets: Any, outputs: Tensor, class_axis: int, ignore_index: int) -> Any:
@@ -24,13 +25,13 @@ def counted_labels(targets: Any, outputs: Tensor, class_axis: int, ignore_index:
         ignore_index: the label of positions that have none.
 
     Raises:
+        ArgumentError: if there is no such axis of classes.
         ShapeError: if the mask hides positions but has another shape than the outputs' positions.
     """
     if not isinstance(targets, Mapping):
         return targets
-    if not 1 <= class_axis % max(outputs.dim(), 1) < outputs.dim():
-        return None  # The likelihood refuses it.
-    positions = tuple(size for axis, size in enumerate(outputs.shape) if axis != class_axis % outputs.dim())
+    classes = axis_of_classes(outputs, class_axis)
+    positions = tuple(size for axis, size in enumerate(outputs.shape) if axis != classes)
     labels = targets.get("labels")
     if isinstance(labels, Tensor) and not labels.is_floating_point() and tuple(labels.shape) == positions:
         return labels

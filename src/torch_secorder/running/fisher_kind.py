@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 from torch_secorder.arguments import require_positive_int
 from torch_secorder.errors import ArgumentError
 from torch_secorder.graph.last_layer import last_linear_factors
-from torch_secorder.likelihoods import LastLayer, Likelihood, likelihood, warn_of_probabilities
+from torch_secorder.likelihoods import LastLayer, Likelihood, axis_of_classes, likelihood, warn_of_probabilities
 from torch_secorder.model.ranks import Ranks
 from torch_secorder.running.by_last_layer import ExactByLastLayer
 from torch_secorder.running.causal import causal_labels, shifted, unshifted
@@ -81,7 +81,7 @@ class FisherKind:
         """The exact expectation in two parts, for outputs ``[n, ..., c]`` that a product with a matrix made; None for others."""
         if self.labels != "model" or self.num_samples is not None or (product := last_linear_factors(outputs)) is None:
             return None
-        if self.loss_type == "nll" and self.class_axis % outputs.dim() != outputs.dim() - 1:
+        if self.loss_type == "nll" and axis_of_classes(outputs, self.class_axis) != outputs.dim() - 1:
             return None
         if {outputs.dtype, *(factor.dtype for factor in product)} not in ({torch.float32}, {torch.float64}):
             return None
