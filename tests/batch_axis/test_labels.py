@@ -746,7 +746,7 @@ def test_findings() -> None:
     assert each.evidence == Placement()
     assert blocks.evidence == Placement(0, Layout.BLOCKS)
     assert shared.evidence is Unplaced.SHARED_BY_SAMPLES
-    assert nothing.evidence is Unplaced.NO_GRADIENT
+    assert nothing.evidence is Unplaced.NOT_REACHED
     assert value_shape(weight.node, 0) == (4, 4)
     assert SEVERAL != NOBODY
 

@@ -43,18 +43,21 @@ class Steps:
         self.folded = (self.first + self.positions).reshape(N * T, 4) * 3
         self.turned = self.folded.view(N, T, 4).transpose(0, 1) * 4
         self.unused = self.first * 5
-        self.outputs = self.turned.sum(0)
+        self.closed = self.first * 6
+        self.outputs = self.turned.sum(0) + (self.closed * 0).sum(1)
 
 
 def test_one_set_of_passes_places_all_tensors_of_a_graph() -> None:
     steps = Steps()
-    wanted = [seen(x) for x in (steps.positions, steps.first, steps.folded, steps.turned, steps.unused)]
+    wanted = [seen(x) for x in (steps.positions, steps.first, steps.folded, steps.turned)]
+    wanted += [seen(steps.closed), seen(steps.unused)]
     assert places(SearchPasses([(steps.outputs, FIRST)], N), *wanted) == [
         Unplaced.SHARED_BY_SAMPLES,
         Placement(0),
         Placement(0, Layout.BLOCKS),
         Placement(1),
         Unplaced.NO_GRADIENT,
+        Unplaced.NOT_REACHED,
     ]
 
 
@@ -152,7 +155,14 @@ def test_a_placement_that_does_not_fit_is_searched_for_again() -> None:
 @pytest.mark.parametrize("ambiguous", [False, True])
 def test_a_call_that_no_gradient_reached_is_searched_for_ever_more_rarely(ambiguous: bool) -> None:
     graphs = Graphs(ambiguous=ambiguous)
-    assert graphs.looked_at([call(graphs.steps.unused, "unused")]) == (list(range(1, 11)) if ambiguous else DUE)
+    assert graphs.looked_at([call(graphs.steps.closed, "closed")]) == (list(range(1, 11)) if ambiguous else DUE)
+
+
+@pytest.mark.parametrize("kind", ["call", "use"])
+def test_where_no_way_leads_is_remembered_also_where_shapes_are_ambiguous(kind: str) -> None:
+    graphs = Graphs(ambiguous=True)
+    unused = graphs.steps.unused
+    assert graphs.looked_at([((kind, "unused"), edge(unused), unused.shape)]) == DUE
 
 
 def test_a_small_batch_is_asked_before_the_whole_graph() -> None:

@@ -450,6 +450,30 @@ def _similarities() -> None:
     right(monitored(model, lambda: numbers(model(x)[0], y).backward()), expected(plain, x, y))
 
 
+@remedy("not taken for one with a row for each of the")
+def _output_of_no_sample() -> None:
+    def forward(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        scale = m.norm.weight.exp()
+        return m.l(x), scale.expand(len(x), 3) if repeats else scale
+
+    def scaled(m: Any, x: Tensor) -> Tensor:
+        return m.of(x)[0] * m.of(x)[1]
+
+    model, repeats = Forward(forward, l=nn.Linear(4, 3), norm=nn.LayerNorm(3)).double(), False
+    x, y = torch.randn(5, 4).double(), torch.randn(5, 3).double()
+
+    def of_both() -> None:
+        h, scale = model(x)
+        numbers(h * scale, y).backward()
+
+    with refused("use a loss of the other outputs"):
+        monitored(model, of_both)
+    plain = Forward(lambda m, x: m.of(x)[0], of=model)
+    right(monitored(model, lambda: numbers(model(x)[0], y).backward()), expected(plain, x, y))
+    repeats = True
+    right(monitored(model, of_both), expected(Forward(scaled, of=model), x, y))
+
+
 # Losses
 
 

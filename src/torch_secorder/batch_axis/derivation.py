@@ -202,6 +202,8 @@ class Derivation:
 
     def _finding(self, labels: Labels | None, edge: GradientEdge, shape: tuple[int, ...]) -> Finding:
         """What labels say of a tensor in some shape; most layers of a model have the same labels, of which it is known then."""
+        if labels is None and edge.node not in self._route.inputs:
+            return Finding(Unplaced.NOT_REACHED)
         if labels is None or 0 in shape:
             return Finding(Unplaced.NO_GRADIENT)
         # An output may be behind a node that hides what it does, and then it is not on the route.

@@ -20,11 +20,15 @@ class Unplaced(Enum):
 
     SHARED_BY_SAMPLES = "it belongs to no single sample"
     NO_GRADIENT = "no gradient reaches it"
+    NOT_REACHED = "no way leads to it from an output that shows samples"
     NOT_FINITE = "its gradient is not finite"
     HIDDEN = "it lies behind a node that can't be looked through"
 
 
 Evidence = Placement | Unplaced
+
+# What is said where no gradient comes: the numbers of one batch decide it, or the graph itself does.
+SILENT = frozenset([Unplaced.NO_GRADIENT, Unplaced.NOT_REACHED])
 
 
 @dataclass(frozen=True)

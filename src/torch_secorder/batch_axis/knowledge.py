@@ -144,7 +144,8 @@ class PlacementCache:
         """The places in a graph of n samples for which no evidence is known that holds there.
 
         A call that no gradient reached, or that is hidden, could not be placed. Until what is known is examined again, it keeps
-        the placement that its shape suggests, unless shapes are ambiguous. A use has none to keep, and is searched for anew.
+        the placement that its shape suggests, unless shapes are ambiguous. A use has none to keep, and is searched for anew. That
+        no way leads to a place is the same in each graph of a kind; a gradient that comes there nevertheless is refused.
         """
         found: list[Wanted] = []
         for item in wanted:  # Every step does this, without a function for each place.
@@ -157,7 +158,7 @@ class PlacementCache:
             elif known in (Unplaced.NO_GRADIENT, Unplaced.NOT_FINITE, Unplaced.HIDDEN):
                 holds = key[0] in ("own axis", "checkpoint") or (key[0] == "call" and not ambiguous_shapes)
             else:
-                holds = known is Unplaced.SHARED_BY_SAMPLES
+                holds = known is Unplaced.SHARED_BY_SAMPLES or known is Unplaced.NOT_REACHED
             if not holds:
                 found.append(item)
         return found

@@ -16,7 +16,7 @@ from torch_secorder.autograd.opaque import Gradients
 from torch_secorder.autograd.precision import has_half_precision
 from torch_secorder.autograd.sharded import GatheredWeights
 from torch_secorder.batch_axis.confirmation import PassPeaks, RowPeaks
-from torch_secorder.batch_axis.evidence import Evidence, Finding, Open, Unplaced, evidence
+from torch_secorder.batch_axis.evidence import SILENT, Evidence, Finding, Open, Unplaced, evidence
 from torch_secorder.batch_axis.marks import MARKS_PER_PASS, MARKS_PER_PASS_OF_HALF, sample_marks
 from torch_secorder.batch_axis.placement import Placement
 from torch_secorder.batch_axis.samples import rows_of
@@ -131,13 +131,15 @@ class SearchPasses:
         marks = loud_samples(self._n) if by_silence else sample_marks(self._n, self._marks_per_pass)
         own = len(marks)
         more = marks[:1] * (self._common_count(own) - own)
-        sketches, hidden = self._sketches(wanted, marks + more, in_brief)
-        columns = enumerate(zip(*sketches[:own], strict=True))
+        passes, sketches = self._sketches(wanted, marks + more, in_brief)
+        columns = zip(wanted, zip(*sketches[:own], strict=True), strict=True)
         return [
             Finding(Unplaced.HIDDEN)
-            if place in hidden
+            if edge.node in passes.hidden
+            else Finding(Unplaced.NOT_REACHED)
+            if edge.node not in passes.ends
             else evidence(column, self._n, self._marks_per_pass, by_silence=by_silence)
-            for place, column in columns
+            for (edge, _), column in columns
         ]
 
     def comparing(self, wanted: Sequence[Viewed], found: Sequence[Finding]) -> set[int]:
@@ -168,8 +170,8 @@ class SearchPasses:
 
     def _sketches(
         self, wanted: Sequence[Viewed], marks: list[Tensor], in_brief: bool
-    ) -> tuple[list[Sketches], set[int]]:
-        """For each set of marks a sketch of each wanted gradient, None where none arrives; and which of them are hidden.
+    ) -> tuple[GraphPass, list[Sketches]]:
+        """The passes, and for each set of marks a sketch of each wanted gradient, None where none arrives.
 
         Args:
             wanted: where it is looked.
@@ -192,7 +194,7 @@ class SearchPasses:
         for mark in marks:
             found.append([None] * len(wanted))
             passes.run(partial(self._marked_roots, blocks, mark), arrive)
-        return read_together(found), {place for node in passes.hidden & places.keys() for place in places[node]}
+        return passes, read_together(found)
 
     def _marked_roots(self, blocks: list[Tensor], mark: Tensor) -> list[Tensor]:
         return [self._marked(*one, block, mark) for one, block in zip(self._placed, blocks, strict=True)]
@@ -221,7 +223,7 @@ class SearchPasses:
 
 
 def _agree(peaks: RowPeaks | None, derived: Evidence, shape: Sequence[int], n: int, loud: Tensor) -> bool:
-    return derived is Unplaced.NO_GRADIENT if peaks is None else peaks.agree(derived, shape, n, loud)
+    return derived in SILENT if peaks is None else peaks.agree(derived, shape, n, loud)
 
 
 def _seen(grad: Tensor, shape: Sequence[int]) -> Tensor:

@@ -11,7 +11,7 @@ from torch.autograd.graph import GradientEdge, Node
 
 from torch_secorder.autograd.nodes import Edge, output_shapes, value_shape
 from torch_secorder.autograd.opaque import runs_others_code
-from torch_secorder.batch_axis.evidence import Evidence, Unplaced
+from torch_secorder.batch_axis.evidence import SILENT, Evidence, Unplaced
 from torch_secorder.batch_axis.knowledge import Key, Wanted
 from torch_secorder.batch_axis.placement import Layout, Placement
 from torch_secorder.batch_axis.search import SampleSearch
@@ -119,7 +119,7 @@ class Frontier:
             for item, (found, output) in zip(others, self._evidence(others), strict=True):
                 if isinstance(found, Placement):
                     yield item, found, output
-                elif found in (Unplaced.NO_GRADIENT, Unplaced.NOT_FINITE):
+                elif found in SILENT or found is Unplaced.NOT_FINITE:
                     yield item, Idle(found, partial(self._forget, item)), output
                 elif found is Unplaced.HIDDEN:
                     raise hidden(f"{item.path.partition('/')[0]}: {item.node.name()}", self._walk.n)
@@ -205,7 +205,7 @@ class Frontier:
     def _telling(self, place: Key, views: list[Wanted]) -> tuple[Evidence, int]:
         """The evidence for the first output with a placement, else the first that a gradient reaches, else the first."""
         found = [(self._search.placements.evidence[key], edge.output_nr) for key, edge, _ in views]
-        told = [item for item in found if item[0] is not Unplaced.NO_GRADIENT]
+        told = [item for item in found if item[0] not in SILENT]
         best = next((item for item in told if isinstance(item[0], Placement)), (told or found)[0])
         if told:
             self._search.placements.telling_outputs[place] = best[1]

@@ -14,7 +14,7 @@ from torch_secorder.autograd.kept_values import numbers_of_function
 from torch_secorder.autograd.nodes import is_python_function, output_shapes
 from torch_secorder.autograd.opaque import is_opaque
 from torch_secorder.batch_axis.derivation import Derivation
-from torch_secorder.batch_axis.evidence import Unplaced
+from torch_secorder.batch_axis.evidence import SILENT
 from torch_secorder.batch_axis.order import Order
 from torch_secorder.batch_axis.placement import FIRST, Placement
 from torch_secorder.batch_axis.search_pass import Viewed
@@ -83,7 +83,7 @@ class Graph:
             return False  # It may put samples where these numbers say, and nobody can ask it.
         outputs = [(GradientEdge(node, nr), shape) for node in opaque for nr, shape in enumerate(output_shapes([node]))]
         found = self.derivation().suppositions(outputs)
-        in_order = found is not None and all(one.evidence in (FIRST, Unplaced.NO_GRADIENT) for one in found)
+        in_order = found is not None and all(one.evidence in (FIRST, *SILENT) for one in found)
         return in_order and self.is_as_shapes_say()
 
     def is_as_shapes_say(self, comparing: Iterable[int] = ()) -> bool:
@@ -97,7 +97,7 @@ class Graph:
         suggested, n = self._suggested, self.forward.n or 0
         found = derivation.suppositions([viewed for viewed, _ in suggested])
         return found is not None and all(
-            one.evidence is Unplaced.NO_GRADIENT
+            one.evidence in SILENT
             or (isinstance(one.evidence, Placement) and placement.agrees(one.evidence, shape, n))
             for ((_, shape), placement), one in zip(suggested, found, strict=True)
         )

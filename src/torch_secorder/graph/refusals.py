@@ -108,6 +108,13 @@ def unexpected(names: Sequence[str], why: Unplaced, count: Count) -> CurvatureEr
             f"{', '.join(names)}: all that is computed from them belongs to several samples at once, so that no sample has a "
             "gradient of its own: the model's outputs compare samples, or have them on another axis (batch_axis=)"
         )
+    if why is Unplaced.NOT_REACHED:
+        return ShapeError(
+            f"{', '.join(names)}: the loss uses an output of the model that is computed from them and not taken for one with a "
+            f"row for each of the model's {count}: return it once for each sample, as x.expand(n, ...) does, or use a loss of the "
+            "other outputs, or, if it has another number of samples, say which argument counts them, as in "
+            "batch_axis={'inputs': {0: 0}}, or, if it has them on another axis, name that, as in batch_axis={'outputs': 1}"
+        )
     return ShapeError(
         f"{', '.join(names)}: where the model's {count} are in what is computed from them is not known yet, as no gradient "
         "reached them when it was looked for: give another batch, or, if it has another number of samples, say which argument "

@@ -18,7 +18,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch_secorder.autograd.engine import active_modes, without_modes
 from torch_secorder.autograd.nodes import output_shapes
 from torch_secorder.batch_axis.derivation import Derivation
-from torch_secorder.batch_axis.evidence import Unplaced
+from torch_secorder.batch_axis.evidence import SILENT
 from torch_secorder.batch_axis.knowledge import ModelKnowledge
 from torch_secorder.batch_axis.placement import FIRST, Placement
 from torch_secorder.capture.forwards import ForwardTracker
@@ -106,7 +106,7 @@ class _Watched:
 def _are_in_order(derivation: Derivation, expected: Sequence[Expected], n: int) -> bool:
     found = derivation.suppositions([(edge, shape) for edge, shape, _ in expected])
     return found is not None and all(
-        one.evidence is Unplaced.NO_GRADIENT
+        one.evidence in SILENT
         or (isinstance(one.evidence, Placement) and placement.agrees(one.evidence, shape, n))
         for (_, shape, placement), one in zip(expected, found, strict=True)
     )
