@@ -44,7 +44,8 @@ class Steps:
         self.turned = self.folded.view(N, T, 4).transpose(0, 1) * 4
         self.unused = self.first * 5
         self.closed = self.first * 6
-        self.outputs = self.turned.sum(0) + (self.closed * 0).sum(1)
+        self.gate = torch.zeros(N, 1, 1)
+        self.outputs = self.turned.sum(0) + (self.closed * self.gate.data).sum(1)
 
 
 def test_one_set_of_passes_places_all_tensors_of_a_graph() -> None:
@@ -92,6 +93,12 @@ class Counted(SearchPasses):
     def __init__(self, *args: object):
         super().__init__(*args)  # type: ignore[arg-type]
         self.asked: list[int] = []
+        self.silent: list[bool] = []  # whether nothing came where nothing is expected
+
+    def agreeing(self, wanted: Sequence[Viewed], derived: Sequence[Finding], loud: Tensor) -> list[bool]:
+        found = super().agreeing(wanted, derived, loud)
+        self.silent.append(all(found))
+        return found
 
     def findings(self, wanted: Sequence[Viewed]) -> list[Finding]:
         self.asked.append(len(wanted))
@@ -154,8 +161,22 @@ def test_a_placement_that_does_not_fit_is_searched_for_again() -> None:
 
 @pytest.mark.parametrize("ambiguous", [False, True])
 def test_a_call_that_no_gradient_reached_is_searched_for_ever_more_rarely(ambiguous: bool) -> None:
+    """Where its shape says nothing, one pass in between shows that it is silent still."""
     graphs = Graphs(ambiguous=ambiguous)
-    assert graphs.looked_at([call(graphs.steps.closed, "closed")]) == (list(range(1, 11)) if ambiguous else DUE)
+    assert graphs.looked_at([call(graphs.steps.closed, "closed")]) == DUE
+    assert graphs.passes.silent == ([True] * (10 - len(DUE)) if ambiguous else [])
+
+
+@pytest.mark.parametrize("loud", range(N))
+def test_a_gate_that_opens_for_one_sample_is_seen_in_the_next_graph(loud: int) -> None:
+    graphs = Graphs(ambiguous=True)
+    wanted = [call(graphs.steps.closed, "closed")]
+    graphs.looked_at(wanted, 5)
+    assert graphs.placements.evidence["call", "closed"] is Unplaced.NO_GRADIENT
+    graphs.steps.gate[loud] = 1  # The graph has saved it, and the sixth is not examined.
+    assert graphs.looked_at(wanted, 1) == [6]
+    assert graphs.passes.silent == [True, False]
+    assert graphs.placements.evidence["call", "closed"] == Placement(0)
 
 
 @pytest.mark.parametrize("kind", ["call", "use"])

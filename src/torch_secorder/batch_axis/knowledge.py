@@ -73,6 +73,7 @@ class PlacementCache:
     Attributes:
         evidence: what was found at each place that was looked at.
         telling_outputs: for nodes with several outputs, the one whose gradient shows the samples.
+        untold: the places of whose samples the nodes of graphs of this kind tell too little.
         graphs_seen: how many graphs of this kind there were.
         comparing: the numbers of the model's outputs that compare samples.
         keeps_lists: whether the graphs have their samples at the same indices each time.
@@ -82,6 +83,7 @@ class PlacementCache:
     evidence: dict[Key, Evidence] = field(default_factory=dict)
     _unproven: set[Key] = field(default_factory=set)
     telling_outputs: dict[Key, int] = field(default_factory=dict)
+    untold: set[Key] = field(default_factory=set)
     graphs_seen: int = 0
     comparing: set[int] = field(default_factory=set)
     keeps_lists: bool = False
@@ -106,6 +108,7 @@ class PlacementCache:
         self.evidence.clear()
         self._unproven.clear()
         self.telling_outputs.clear()
+        self.untold.clear()
         self.comparing.clear()
         self.graphs_seen, self.keeps_order = 0, None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
+import torch
 from torch.autograd.graph import GradientEdge, Node
 
 from torch_secorder.autograd.nodes import output_shapes
@@ -95,7 +96,10 @@ class SampleSearch:
         """
         known = self.placements
         silent = [
-            one for one in wanted if known.evidence.get(one[0]) is Unplaced.NO_GRADIENT or not known.is_proven(one[0])
+            one
+            for one in wanted
+            if (known.evidence.get(one[0]) is Unplaced.NO_GRADIENT or not known.is_proven(one[0]))
+            and one[0] not in known.untold
         ]
         if not silent or self._expected is None:
             return wanted
@@ -106,6 +110,7 @@ class SampleSearch:
             if _tells(key, shape, finding, self._n, derivation.has_several_outputs):
                 known.keep(key, finding)
                 told.add(key)
+        known.untold.update(key for key, _, _ in silent if key not in told)
         return [one for one in wanted if one[0] not in told]
 
     def _underived(self, wanted: Sequence[Wanted], derivation: Derivation) -> Sequence[Wanted]:
@@ -131,8 +136,8 @@ class SampleSearch:
 
     def _find(self, wanted: Sequence[Wanted]) -> None:
         """Take the evidence from what an earlier pass saw ahead, and from new passes."""
-        self.looked += wanted
-        left: list[Wanted] = []
+        evidence, left = self.placements.evidence, list[Wanted]()
+        silent = set() if self._examines else {key for key, *_ in wanted if evidence.get(key) is Unplaced.NO_GRADIENT}
         for key, edge, shape in wanted:
             if key[0] == "use" and (found := self._ahead.get((edge.node, edge.output_nr))) is not None:
                 self.placements.keep(key, found)
@@ -140,6 +145,8 @@ class SampleSearch:
                 left.append((key, edge, shape))
         if left:
             self._look(left)
+        # A place that is as silent as before has shown nothing.
+        self.looked += [one for one in wanted if one[0] not in silent or evidence[one[0]] is not Unplaced.NO_GRADIENT]
 
     def _look(self, wanted: list[Wanted]) -> None:
         nodes, self._look_ahead = list(self._look_ahead()), list
@@ -148,7 +155,10 @@ class SampleSearch:
         viewed += [(GradientEdge(node, nr), shape) for node, nr, shape in ahead]
         passes = self._passes(comparing=self.placements.comparing)
         keys, places = [key for key, _, _ in wanted], [(node, nr) for node, nr, _ in ahead]
-        if (agreed := self._agreed(passes, viewed, len(wanted))) is not None:
+        agreed = self._still_silent(passes, viewed, keys)
+        if agreed is None:
+            agreed = self._agreed(passes, viewed, len(wanted))
+        if agreed is not None:
             self._note(keys, places, agreed)
             return
         found = passes.findings(viewed)
@@ -156,6 +166,21 @@ class SampleSearch:
             self.placements.comparing |= comparing
             found = self._passes(comparing=self.placements.comparing).findings(viewed)
         self._note(keys, places, found)
+
+    def _still_silent(
+        self, passes: SearchPasses, viewed: Sequence[Viewed], keys: Sequence[Key]
+    ) -> list[Finding | None] | None:
+        """That no gradient comes, for all places where none came before, and for those ahead where none comes either.
+
+        One pass from the outputs of all samples shows it. The result is None if something comes to one of the first places, which
+        have these keys, or if it is their turn to be examined.
+        """
+        evidence = self.placements.evidence
+        if self._together or self._examines or any(evidence.get(key) is not Unplaced.NO_GRADIENT for key in keys):
+            return None
+        nothing = Finding(Unplaced.NO_GRADIENT)
+        silent = passes.agreeing(viewed, [nothing] * len(viewed), torch.ones(self._n, device="cpu"))
+        return [nothing if one else None for one in silent] if all(silent[: len(keys)]) else None
 
     def _agreed(self, passes: SearchPasses, viewed: Sequence[Viewed], count: int) -> list[Finding | None] | None:
         """What was derived of these places, None for those ahead of which a pass shows something else.

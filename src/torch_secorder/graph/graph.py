@@ -97,7 +97,6 @@ class Graph:
         suggested, n = self._suggested, self.forward.n or 0
         found = derivation.suppositions([viewed for viewed, _ in suggested])
         return found is not None and all(
-            one.evidence in SILENT
-            or (isinstance(one.evidence, Placement) and placement.agrees(one.evidence, shape, n))
+            one.evidence in SILENT or (isinstance(one.evidence, Placement) and placement.agrees(one.evidence, shape, n))
             for ((_, shape), placement), one in zip(suggested, found, strict=True)
         )

@@ -111,8 +111,8 @@ def unexpected(names: Sequence[str], why: Unplaced, count: Count) -> CurvatureEr
     if why is Unplaced.NOT_REACHED:
         return ShapeError(
             f"{', '.join(names)}: the loss uses an output of the model that is computed from them and not taken for one with a "
-            f"row for each of the model's {count}: return it once for each sample, as x.expand(n, ...) does, or use a loss of the "
-            "other outputs, or, if it has another number of samples, say which argument counts them, as in "
+            f"row for each of the model's {count}: return it once for each sample, as x.expand(n, ...) does, or use a loss of "
+            "the other outputs, or, if it has another number of samples, say which argument counts them, as in "
             "batch_axis={'inputs': {0: 0}}, or, if it has them on another axis, name that, as in batch_axis={'outputs': 1}"
         )
     return ShapeError(

@@ -106,8 +106,7 @@ class _Watched:
 def _are_in_order(derivation: Derivation, expected: Sequence[Expected], n: int) -> bool:
     found = derivation.suppositions([(edge, shape) for edge, shape, _ in expected])
     return found is not None and all(
-        one.evidence in SILENT
-        or (isinstance(one.evidence, Placement) and placement.agrees(one.evidence, shape, n))
+        one.evidence in SILENT or (isinstance(one.evidence, Placement) and placement.agrees(one.evidence, shape, n))
         for (_, shape, placement), one in zip(expected, found, strict=True)
     )
 
