@@ -124,3 +124,34 @@ def test_outputs_that_show_no_samples_are_refused_with_a_remedy() -> None:
         pytest.raises(CurvatureError, match=r"5 samples.*can't be found out.*\(75,\).*sample_of="),
     ):
         model(torch.randn(5, 5, 4))
+
+
+class Selected(nn.Module):
+    """A matrix of zeros and ones says which sample gets which row, and a parameter meets them after several steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.offset = nn.Linear(4, 4), nn.Parameter(torch.randn(4))
+
+    def forward(self, x: Tensor, matrix: Tensor) -> Tensor:
+        offset = self.offset
+        for _ in range(4):
+            offset = (offset * 1.1).tanh()
+        return matrix @ (self.layer(x).tanh() + offset).pow(3)
+
+
+def test_where_numbers_decide_each_graph_but_the_first_is_looked_through_once(searches: list[int]) -> None:
+    """The first is looked through once more for each step of the climb from the parameter that the first look did not foresee."""
+    model, x = Selected().double(), torch.randn(5, 4).double()
+    looks = []
+    with FisherMonitor(model, "sum", per_sample=True) as monitor:
+        for step in range(6):
+            searches.clear()
+            matrix = torch.eye(5).double().roll(step, 0)
+            model(x, matrix).pow(2).sum().backward()
+            looks.append(len(searches))
+    assert looks[0] > 3
+    assert looks[2:] == [1] * 4
+    for name, p in model.named_parameters():
+        each = [torch.autograd.grad(model(x, matrix)[n].pow(2).sum(), p)[0].square().sum() for n in range(5)]
+        assert_equal(torch.tensor(monitor.per_sample[name].to_numpy()[-5:]), torch.stack(each), monitor.trace)

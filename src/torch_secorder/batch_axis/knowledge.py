@@ -191,6 +191,7 @@ class ModelKnowledge:
         self.derivations = KindSchedule()
         self.orders: dict[int, Order] = {}
         self.reruns_in_order: set[int] = set()
+        self._searched: dict[int, set[int]] = {}
         self._by_fingerprint: dict[int, PlacementCache] = {}
         self._in_order: dict[int, tuple[Hashable, PlacementCache]] = {}
         self._reductions: WeakKeyDictionary[Any, Reduction] = WeakKeyDictionary()
@@ -216,6 +217,12 @@ class ModelKnowledge:
         self.orders[fingerprint] = order if known is None else known.joined(order)
         if self.orders[fingerprint].may_change and fingerprint in self._by_fingerprint:
             self._by_fingerprint[fingerprint].clear()
+
+    def searched(self, fingerprint: int) -> set[int]:
+        """The numbers of the nodes above parameters that were asked about in graphs of one kind, which are added by others."""
+        if len(self._searched) > KINDS_OF_GRAPH:
+            self._searched.clear()
+        return self._searched.setdefault(fingerprint, set())
 
     def learn_rerun(self, fingerprint: int) -> None:
         """Note that the graphs of one kind that a re-entrant checkpoint makes keep the samples in order."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import replace
 from functools import partial
 from operator import attrgetter, itemgetter
@@ -119,7 +119,7 @@ class CallPlaces:
             # different sizes would look at different nodes.
             passes = partial(passes, common_count=self._ranks.max_over_ranks)
             return SearchOnAllRanks(known, n, asked.ambiguous_shapes, passes, self._ranks)
-        ahead = partial(_ahead, walk, walk.calls)
+        ahead = partial(_ahead, walk, walk.calls, self._knowledge.searched(walk.fingerprint))
         search = partial(SampleSearch, known, n, asked.ambiguous_shapes, passes, rehearsal=self._rehearsal)
         if not asked.reorders_samples:
             derivation = graph.derivation() if self._trust_shapes and self._believes_nodes(graph) else None
@@ -141,19 +141,26 @@ class CallPlaces:
         return self._knowledge.derives and is_alone and graph.forward.n != 1
 
     def learn(self, graph: Graph, search: SampleSearch, known: Order | None) -> None:
-        """Note what decides where the samples are in graphs of this kind, when all of this one's are found.
+        """Note what was asked about, and what decides where the samples are in graphs of this kind, when all are found.
 
         Args:
             graph: the graph.
             search: what was searched in it.
             known: what was known before of graphs of its kind.
         """
+        fingerprint = graph.walk.fingerprint
+        asked = {edge.node for key, edge, _ in search.looked if key[0] == "use"}
+        if asked and not self._ranks.distributed:
+            numbers = (number for number, node in enumerate(graph.walk.numbered) if node in asked)
+            self._knowledge.searched(fingerprint).update(numbers)
+        if known is not None and not known.is_derived:
+            return  # Nothing that is learned of this graph would hold for the next one.
         comparing = search.placements.comparing
         as_shapes_say = graph.is_as_shapes_say(comparing) if known is None else known.as_shapes_say
         order = order_of(graph.walk, graph.derivation(comparing), as_shapes_say=as_shapes_say)
         if not self._knowledge.derives or (search.looked and search.exceeds(graph.derivation(comparing))):
             order = replace(order, is_derived=False)
-        self._knowledge.learn(graph.walk.fingerprint, order)
+        self._knowledge.learn(fingerprint, order)
 
     def _derivation_was_wrong(self) -> None:
         """Passes have shown another order than what nodes saved, which is believed no more."""
@@ -272,11 +279,17 @@ def _require_no_batch_axis(forward: Forward, shared: Sequence[Record]) -> None:
             raise without_batch_axis(str(record.site), f"an input of shape {tuple(argument.shape)}", forward.n or 0)
 
 
-def _ahead(walk: Walk, reached: Reached) -> list[Node]:
-    """The nodes that a search may be asked for after the calls: a few steps above each parameter, and each unplaced call."""
+def _ahead(walk: Walk, reached: Reached, searched: Set[int]) -> list[Node]:
+    """The nodes that a search may be asked for after the calls: a few steps above each parameter, and each unplaced call.
+
+    With them come those of which graphs of the same kind were asked, which have these numbers. Where no graph of a kind holds for
+    the next one, each is looked through once then, and not once for each level of the climb from the parameters.
+    """
     consumers = (node for edges in walk.uses.values() for node, _ in edges)
     unplaced = (edge.node for record, edge in reached if record.placement is None)
-    return walk.above(itertools.chain(consumers, unplaced), LOOK_AHEAD)
+    found = walk.above(itertools.chain(consumers, unplaced), LOOK_AHEAD)
+    again = (node for number, node in enumerate(walk.numbered) if number in searched) if searched else ()
+    return [*dict.fromkeys([*found, *again])]
 
 
 def _wanted_of_own_axes(own_axes: Sequence[OwnAxis | CarriedAxis]) -> list[Wanted]:

@@ -159,6 +159,11 @@ class Walk:
         return {node: self._taken.get(node, node.next_functions) for node in self.nodes}
 
     @property
+    def numbered(self) -> list[Node]:
+        """The nodes outside of hooked calls and those that calls consist of, in the order in which the walk met them."""
+        return [*self.nodes, *(node for node in self._inside if node not in self.nodes)]
+
+    @property
     def shapes(self) -> Hashable:
         """The shapes of all nodes' outputs, in turn."""
         return output_shapes(self.nodes)
