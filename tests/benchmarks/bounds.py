@@ -163,22 +163,36 @@ def lstm_layer(weights: Mapping[str, Tensor], sums: Sums, node: Any, grads: tupl
     sums.squares[weights["bias_ih"]] = sums.squares[weights["bias_hh"]] = squared(dz.sum(1))
 
 
+class OfPositionsFirst(nn.Linear):
+    """A layer inside of torch's attention, where positions come before samples, or rows are positions of samples."""
+
+
+@layer.register
+def _(module: OfPositionsFirst, sums: Sums, x: Tensor, g: Tensor) -> None:
+    x, g = (value.reshape(-1, sums.n, value.shape[-1]).transpose(0, 1) for value in (x, g))
+    sums.squares[module.weight] = sums.fastest((OfPositionsFirst, x.shape, g.shape), of_matrices(x, g))
+    sums.squares[module.bias] = squared(g.sum(1))
+
+
 class SelfAttention(nn.Module):
-    """torch's attention, by hand: its projections are layers, whose outputs can be hooked."""
+    """torch's attention by hand, with torch's own operations in torch's order: its projections are layers that can be hooked."""
 
     batch_first = True
 
     def __init__(self, of: nn.MultiheadAttention):
         super().__init__()
         self.heads = of.num_heads
-        self.projection, self.out = (nn.Linear(1, 1, device="meta") for _ in range(2))
+        self.projection, self.out = (OfPositionsFirst(1, 1, device="meta") for _ in range(2))
         self.projection.weight, self.projection.bias = of.in_proj_weight, of.in_proj_bias
         self.out.weight, self.out.bias = of.out_proj.weight, of.out_proj.bias
 
     def forward(self, x: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
         n, t, width = x.shape
-        q, k, v = self.projection(x).view(n, t, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, t, width)), None
+        packed = self.projection(x.transpose(1, 0)).unflatten(-1, (3, width)).unsqueeze(0).transpose(0, -2)
+        packed = packed.squeeze(-2).contiguous()
+        each = [packed[i].view(t, n * self.heads, -1).transpose(0, 1).view(n, self.heads, t, -1) for i in range(3)]
+        found = F.scaled_dot_product_attention(*each).permute(2, 0, 1, 3).reshape(n * t, width)
+        return self.out(found).view(t, n, width).transpose(1, 0), None
 
 
 # Hooks
