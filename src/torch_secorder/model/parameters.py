@@ -84,10 +84,11 @@ class ParameterTable(Table):
     Args:
         model: the model.
         selection: which of its parameters; see :func:`~torch_secorder.model.selection.selected`.
+        modules: all of its modules, if the caller has just listed them.
     """
 
-    def __init__(self, model: nn.Module, selection: Selection = "trainable"):
-        modules = modules_by_path(model)
+    def __init__(self, model: nn.Module, selection: Selection = "trainable", modules: Modules | None = None):
+        modules = modules_by_path(model) if modules is None else modules
         refuse_fully_sharded(modules)
         every_one = parameters_by_path(model, modules)
         if not (named := selected(model, every_one, selection)):
@@ -196,9 +197,14 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return unwrapped(model._orig_mod) if "_orig_mod" in model._modules else model  # type: ignore[arg-type]  # a module, there
 
 
-def named_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Every module once, under its plain name."""
-    found = modules_by_path(model)
+def named_modules(model: nn.Module, modules: Modules | None = None) -> Modules:
+    """Every module once, under its plain name.
+
+    Args:
+        model: the model.
+        modules: all of its modules with their paths, if the caller has just listed them.
+    """
+    found = modules_by_path(model) if modules is None else modules
     if any_from_wrappers([path for path, _ in found]):
         return [(plain_name(path), module) for path, module in found]
     return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from threading import RLock
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_secorder.model.hooks import restoring
+from torch_secorder.model.tree import Modules, modules_by_path
 
 _turns: WeakKeyDictionary[nn.Module, RLock] = WeakKeyDictionary()
 
@@ -22,32 +23,77 @@ def lock_of(model: nn.Module) -> RLock:
     return _turns.setdefault(model, RLock())
 
 
-def restorer_of_buffers(model: nn.Module) -> Callable[[], None]:
-    """A function that gives buffers, and tables that ``max_norm`` rewrites, the values again that they have now."""
-    modules = list(model.modules())
-    kept: list[tuple[Any, str, Tensor]] = [
-        (m._buffers, name, b) for m in modules for name, b in m._buffers.items() if b is not None
-    ]
-    for m in modules:
-        if vars(m).get("max_norm", getattr(type(m), "max_norm", None)) is not None:
-            kept += [(m._parameters, name, p) for name, p in m._parameters.items() if p is not None]
-    before = [(owner, name, value, value.detach().clone()) for owner, name, value in kept]
+# Buffers with up to so many numbers are kept and compared together, since an operation takes longer than so few numbers do.
+FEW = 4096
+
+_Buffer = tuple[Any, str, Tensor]  # the table that has it, its name there, and itself
+
+
+def restorer_of_buffers(model: nn.Module, modules: Modules | None = None) -> Callable[[], None]:
+    """A function that gives buffers, and tables that ``max_norm`` rewrites, the values again that they have now.
+
+    Args:
+        model: the model.
+        modules: all of its modules, if the caller has just listed them.
+    """
+    before = [(several, _copied(several)) for several in _kept_together(_changeable(model, modules))]
 
     @torch.no_grad()
     def restore() -> None:
-        for owner, name, tensor, value in before:
+        for several, (values, shapes) in before:
             # A buffer that was not changed is not written to, since an earlier graph may have saved it for its backward.
-            if not torch.equal(tensor, value):
-                tensor.copy_(value)
-            owner[name] = tensor
+            if not torch.equal(_numbers(several), values):
+                own = values.split([shape.numel() for shape in shapes]) if len(several) > 1 else [values]
+                for (_, _, tensor), value, shape in zip(several, own, shapes, strict=True):
+                    if not torch.equal(tensor, value.view(shape)):
+                        tensor.copy_(value.view(shape))
+            for owner, name, tensor in several:
+                owner[name] = tensor
 
     return restore
 
 
+def _changeable(model: nn.Module, modules: Modules | None) -> list[_Buffer]:
+    """Everything that a forward may change."""
+    found: list[_Buffer] = []
+    for _, m in modules_by_path(model) if modules is None else modules:
+        if m._buffers:
+            found += [(m._buffers, name, b) for name, b in m._buffers.items() if b is not None]
+        if m._parameters and vars(m).get("max_norm", getattr(type(m), "max_norm", None)) is not None:
+            found += [(m._parameters, name, p) for name, p in m._parameters.items() if p is not None]
+    return found
+
+
+def _kept_together(buffers: Iterable[_Buffer]) -> list[list[_Buffer]]:
+    """Small ones of one dtype and device together, and each other one on its own."""
+    alone: list[list[_Buffer]] = []
+    small: dict[object, list[_Buffer]] = {}
+    for one in buffers:
+        x = one[2]
+        if type(x) is Tensor and x.layout is torch.strided and x.numel() <= FEW and not (x.is_meta or x.is_quantized):
+            small.setdefault((x.dtype, x.device), []).append(one)
+        else:
+            alone.append([one])
+    return [*alone, *small.values()]
+
+
+def _numbers(several: Sequence[_Buffer]) -> Tensor:
+    """The numbers of several buffers in one row; those of a single one as they are."""
+    if len(several) == 1:
+        return several[0][2].detach()
+    return torch.cat([tensor.detach().flatten() for _, _, tensor in several])
+
+
+def _copied(several: Sequence[_Buffer]) -> tuple[Tensor, list[torch.Size]]:
+    """A copy of the numbers of several buffers, and the buffers' shapes."""
+    numbers = _numbers(several)
+    return numbers.clone() if len(several) == 1 else numbers, [tensor.shape for _, _, tensor in several]
+
+
 @contextmanager
-def restoring_buffers(model: nn.Module) -> Iterator[None]:
+def restoring_buffers(model: nn.Module, modules: Modules | None = None) -> Iterator[None]:
     """A block after which buffers, and tables that ``max_norm`` rewrites, have the values again that a forward changed."""
-    with restoring(restorer_of_buffers(model)):
+    with restoring(restorer_of_buffers(model, modules)):
         yield
 
 

@@ -16,6 +16,7 @@ from torch_secorder.capture.watched_calls import watched_call
 from torch_secorder.errors import CurvatureError, UnsupportedError
 from torch_secorder.model.parameters import ParameterTable, named_modules
 from torch_secorder.model.ranks import class_as_written
+from torch_secorder.model.tree import Modules
 from torch_secorder.recording.quantities import QUANTITIES
 from torch_secorder.rules import ClassRule, Rule, refusal_for, rule_for
 
@@ -52,10 +53,23 @@ class Plan:
         return tuple(sites), tuple(tensors), tuple(map(id, modules)), modes, hook_counts(modules)
 
 
-def planned(model: nn.Module, table: ParameterTable, words: Told = NOTHING, quantities: Iterable[str] = ()) -> Plan:
+def planned(
+    model: nn.Module,
+    table: ParameterTable,
+    words: Told = NOTHING,
+    quantities: Iterable[str] = (),
+    listed: Modules | None = None,
+) -> Plan:
     """The plan for a model.
 
     Modules without a rule are left to the autograd graph, which shows every use of a parameter unless the parameter is frozen.
+
+    Args:
+        model: the model.
+        table: its analyzed parameters.
+        words: what the user says about where the samples are.
+        quantities: the names of what is kept besides squared norms.
+        listed: all of its modules with their paths, if the caller has just listed them.
 
     Raises:
         UnsupportedError: naming every module without a rule that owns an analyzed but frozen parameter.
@@ -63,7 +77,7 @@ def planned(model: nn.Module, table: ParameterTable, words: Told = NOTHING, quan
     placement = words.placement
     sites: list[HookedModule] = []
     missing: list[str] = []
-    modules, classes = named_modules(model), dict[type[nn.Module], ClassRule]()
+    modules, classes = named_modules(model, listed), dict[type[nn.Module], ClassRule]()
     for name, module in modules:
         if not module._parameters or not (owned := table.owned(module)):
             continue

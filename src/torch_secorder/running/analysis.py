@@ -26,6 +26,7 @@ from torch_secorder.model.hooks import restoring
 from torch_secorder.model.parameters import ParameterTable, refuse_inference_mode, unwrapped
 from torch_secorder.model.restore import eval_mode, lock_of, requiring_grad, restoring_buffers
 from torch_secorder.model.selection import Selection
+from torch_secorder.model.tree import Modules, modules_by_path
 from torch_secorder.recording.options import PassOptions
 from torch_secorder.recording.plan import planned
 from torch_secorder.recording.quantities import Keeps, kept, wanted
@@ -101,8 +102,10 @@ class Analysis:
         self.model = unwrapped(model)
         max_memory = require_max_memory(max_memory)
         self._create_graph = create_graph
+        # For all that is prepared here and for the first batch. The user's program runs before a second one.
+        self._listed: Modules | None = modules_by_path(self.model)
         with lock_of(self.model):
-            self.table = ParameterTable(self.model, parameters)
+            self.table = ParameterTable(self.model, parameters, self._listed)
             self.table.gather(self.model)
         # The other parameters are not frozen if ranks gather them for each call, or if the result may be differentiated in them.
         self._others = FrozenOthers(self.table, allowed=not (self.table.sharded or create_graph))
@@ -114,7 +117,7 @@ class Analysis:
         # rank's failure cannot make the others repeat the batch; so shapes are not trusted there.
         self.trusts_shapes = self.knowledge.trusts_shapes and checks and not self.table.ranks.distributed
         with lock_of(self.model), self.differentiable():
-            self._plan = planned(self.model, self.table, words, self._passes.quantities)
+            self._plan = planned(self.model, self.table, words, self._passes.quantities, self._listed)
         self._fingerprint = 0  # of the latest batch's graph
 
     def empirical(
@@ -288,7 +291,8 @@ class Analysis:
 
     @contextmanager
     def _prepared(self) -> Iterator[HookedForward]:
-        with restoring_buffers(self.model), torch.enable_grad(), self.differentiable():
+        listed, self._listed = self._listed, None
+        with restoring_buffers(self.model, listed), torch.enable_grad(), self.differentiable():
             # The run is made here, where frozen parameters have leaves in the graph, too.
             run = HookedForward(
                 *(self.table, self._plan, self.knowledge, self._passes),
