@@ -136,3 +136,42 @@ def test_an_interruption_costs_earlier_samples_only_if_their_squares_are_half_ch
         found.update(SampleNorms(2, torch.rand(3, 2), {0}, {}, parts))
     assert found.n == left
     assert bool(totals(found)) == (left > 0)
+
+
+def test_large_numbers_whose_sum_overflows_are_finite() -> None:
+    """The sum of all numbers tells of NaN and infinity at once, and may be infinite itself where none of them is."""
+    large = torch.full((3, 2), 3e38)
+    samples = SampleNorms(2, large, {0, 1, 2}, {})
+    assert samples.finite(NAMES, "raise") is samples
+    found = statistics(torch.rand(2, 3, dtype=torch.float64))
+    norms = torch.full((3,), 1.2e154, dtype=torch.float64)  # the squares are finite in float64, and their sum is not
+    found.gradients.add([0, 1, 2], norms.square(), 2)
+    assert found.gradients.passes == 2
+    found.gradients.add([0], torch.tensor([float("inf")], dtype=torch.float64), 2)
+    found.gradients.add([0], torch.tensor([float("nan")], dtype=torch.float64), 2)
+    assert found.gradients.passes == 2
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_one_sample_that_is_not_finite_is_found(bad: float) -> None:
+    norms = torch.ones(3, 4)
+    norms[1, 2] = bad
+    samples = SampleNorms(4, norms, {0, 1, 2}, {})
+    with pytest.raises(CurvatureError, match="sample 2 are not finite, in parameter b"):
+        samples.finite(NAMES, "raise")
+    assert samples.finite(NAMES, "skip").skipped == 1
+
+
+def test_what_later_passes_reach_is_noted_also_after_clearing() -> None:
+    t = torch.rand(3, 2, dtype=torch.float64)
+    found = Statistics(NAMES, SHAPES)
+    for reached, expected in (({0}, [True, False, False]), ({0, 2}, [True, False, True])):
+        found.update(SampleNorms(2, t, reached, {}))
+        assert found.reached.tolist() == expected
+    other = Statistics(NAMES, SHAPES)
+    other.load_state_dict(found.state_dict())
+    other.update(SampleNorms(2, t, {1}, {}))
+    assert other.reached.tolist() == [True, True, True]
+    found.clear()
+    found.update(SampleNorms(2, t, {2}, {}))
+    assert found.reached.tolist() == [False, False, True]

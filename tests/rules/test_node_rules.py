@@ -16,7 +16,7 @@ from problems import BY_NAME
 from torch_secorder import FisherMonitor, empirical_fisher_trace, generalized_fisher_trace
 from torch_secorder.batch_axis.placement import Placement
 from torch_secorder.rules import node_rules
-from torch_secorder.rules.node_rules import NodeUse, gradient_at, has_rule
+from torch_secorder.rules.node_rules import NodeUse, gradient_at, needs_node_call
 
 ONE_BY_ONE = node_rules._one_by_one
 FAMILIES = ("norm-", "prelu-", "bilinear-")
@@ -160,11 +160,12 @@ def test_the_batch_norm_of_gpus(training: bool) -> None:
         _saved_training=training,
     )
     place = NodeUse(node, 1, (4,), (3, 4, 5), Placement(), 3)
-    assert has_rule(place) == (not training)
+    assert needs_node_call(place) == training
     if not training:
-        form, rule = gradient_at(place, (g, None, None, None), 0)
+        form, rule, at_once = gradient_at(place, (g, None, None, None), 0)
         normalized = (x - mean[:, None]) / (variance[:, None] + 1e-3).sqrt()
         assert rule == "cudnnbatchnorm"
+        assert at_once
         torch.testing.assert_close(form.dense(), (g * normalized).sum(2))
 
 
@@ -239,7 +240,7 @@ def test_the_fused_rms_norm_of_half_precision_is_summed_in_more(dtype: torch.dty
     """1,000 positions, whose sum in the layer's own dtype would have two digits."""
     torch.manual_seed(0)
     x, g = (torch.randn(3, 1000, 6).to(dtype) for _ in range(2))
-    form, _ = gradient_at(NodeUse(fused_node(x, 1e-3), 1, (6,), (3, 1000, 6), Placement(), 3), (g, None), 0)
+    form = gradient_at(NodeUse(fused_node(x, 1e-3), 1, (6,), (3, 1000, 6), Placement(), 3), (g, None), 0).form
     expected = (g.double() * F.rms_norm(x.double(), (6,), None, 1e-3)).sum(1)
     torch.testing.assert_close(form.dense().double(), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
 
@@ -250,7 +251,7 @@ def test_the_rule_of_the_fused_rms_norm_can_be_differentiated() -> None:
     g = torch.randn(3, 5, 4, dtype=torch.float64)
 
     def gradient(x: Tensor) -> Tensor:
-        return gradient_at(NodeUse(fused_node(x, 1e-2), 1, (4,), (3, 5, 4), Placement(), 3), (g, None), 0)[0].dense()
+        return gradient_at(NodeUse(fused_node(x, 1e-2), 1, (4,), (3, 5, 4), Placement(), 3), (g, None), 0).form.dense()
 
     assert torch.autograd.gradcheck(gradient, (torch.randn(3, 5, 4, dtype=torch.float64, requires_grad=True),))
 

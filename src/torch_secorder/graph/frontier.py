@@ -244,7 +244,7 @@ class Frontier:
         """
         assert made_by is not None
         reached = list(_reached(made_by, self._ends))
-        closed = frozenset(self._closed.union(self._targets).intersection(reached))
+        closed = frozenset([node for node in reached if node in self._closed or node in self._targets])
         found: list[tuple[Target, BatchFreeVjp]] = []
         for node in reached:
             if node in origins:

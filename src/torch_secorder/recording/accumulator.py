@@ -41,7 +41,7 @@ from torch_secorder.recording.shared_inputs import SharedInputs
 from torch_secorder.recording.slow_rules import SlowRules
 from torch_secorder.recording.small_calls import SmallCallBatch
 from torch_secorder.recording.use_gradients import gradient_with_samples, require_whole
-from torch_secorder.rules.node_rules import gradient_at, has_rule
+from torch_secorder.rules.node_rules import gradient_at
 
 
 class PassAccumulator:
@@ -187,8 +187,8 @@ class PassAccumulator:
         memo: dict[str, Any] = {}
         for value in use.values:
             place = use.node_use(node, value, memo)
-            form, rule = gradient_at(place, grads, use.output)
-            if not has_rule(place):
+            form, rule, at_once = gradient_at(place, grads, use.output)
+            if not at_once:
                 self.slow.add(rule, batch.n * found.numel())
             for (target, _), pulled in zip(value.targets, pulled_back(form, value.chains), strict=True):
                 self._add_to_target(batch, use.forward, target, pulled, rule)

@@ -104,6 +104,9 @@ class GradientNorms:
             grads.append(grad)
         norms: list[Tensor] = []
         for _, grads in alike.values():
+            if len(grads) == 1:
+                norms.append(torch.linalg.vector_norm(grads[0]).view(1))
+                continue
             rows = torch.stack(grads)[:, None].flatten(1)  # A gradient may have one number, or none.
             norms.append(torch.linalg.vector_norm(rows, dim=1))
         positions = [position for several, _ in alike.values() for position in several]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -53,8 +54,11 @@ class SampleNorms:
         Raises:
             NonFiniteError: if some are not and ``nonfinite`` is "raise", or if one cannot be taken out of a quantity any more.
         """
+        # A sum of squares is finite only if each of them is. Only where it is not, it has to be told which one.
+        if math.isfinite(self.squared_norms.detach().sum()):
+            return self
         bad = ~self.squared_norms.isfinite()
-        if not bool(bad.any()):
+        if not bool(bad.any()):  # The sum alone was too large for its dtype.
             return self
         rows = bad.any(0).nonzero().flatten().tolist()
         if nonfinite == "raise":

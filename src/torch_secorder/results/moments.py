@@ -83,7 +83,10 @@ class BatchGradients:
 
     def add(self, positions: Sequence[int], squared_norms: Tensor, n: int) -> None:
         """Add a pass of a batch of n samples: ``||grad_p L_b||^2`` of the parameters at these positions, in float64."""
-        if not len(positions) or not bool(squared_norms.isfinite().all()):
+        if not len(positions):
+            return
+        # A sum of squares is finite only if each of them is; it may be too large for its dtype without that.
+        if not math.isfinite(squared_norms.sum()) and not bool(squared_norms.isfinite().all()):
             return
         index = torch.tensor(positions, device="cpu")
         self.sums = self.sums.index_add(0, index, squared_norms)

@@ -61,6 +61,7 @@ class Statistics:
             None  # drawn with the first samples, so that processes which fork before them draw different names
         )
         self.reached = torch.zeros(p, dtype=torch.bool, device="cpu")
+        self._noted: frozenset[int] = frozenset()  # positions that are known to be noted as reached
         self.rules: list[list[str]] = [[] for _ in range(p)]
 
     @property
@@ -116,9 +117,9 @@ class Statistics:
     def _note_rules(self, samples: SampleNorms) -> None:
         """Note which parameters were reached, and how; both lists are replaced, so that an interrupt leaves the old ones."""
         reached, rules = self.reached, self.rules
-        positions = list(samples.reached)
-        if not bool(reached[positions].all()):
-            reached = reached.index_fill(0, torch.tensor(positions, device="cpu"), True)
+        if not samples.reached <= self._noted:
+            reached = reached.index_fill(0, torch.tensor(list(samples.reached), device="cpu"), True)
+            self._noted |= samples.reached
         for position, found in samples.rules.items():
             if rules[position] != list(found):
                 rules = [*rules[:position], list(dict.fromkeys([*rules[position], *found])), *rules[position + 1 :]]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -136,9 +136,18 @@ def node_rule(
     return register
 
 
-def has_rule(place: NodeUse) -> bool:
-    """Whether a rule gives the gradients of all samples here at once."""
-    return _rule_at(place) is not None
+class Found(NamedTuple):
+    """The gradient of a value for every sample.
+
+    Attributes:
+        form: the gradient.
+        rule: the name of the rule that gave it.
+        at_once: whether a rule gave those of all samples at once; else the node was called for one sample after the other.
+    """
+
+    form: PerSampleGradient
+    rule: str
+    at_once: bool
 
 
 def needs_node_call(place: NodeUse) -> bool:
@@ -156,8 +165,8 @@ def _rule_at(place: NodeUse) -> NodeRule | None:
     return rule if rule is not None and is_plain(place.node) and rule.holds(place) else None
 
 
-def gradient_at(place: NodeUse, grads: Gradients, output: int) -> tuple[PerSampleGradient, str]:
-    """The gradient of the value for every sample, given those of the node's outputs, and the name of the rule that gave it.
+def gradient_at(place: NodeUse, grads: Gradients, output: int) -> Found:
+    """The gradient of the value for every sample, given those of the node's outputs.
 
     Args:
         place: which value.
@@ -169,10 +178,10 @@ def gradient_at(place: NodeUse, grads: Gradients, output: int) -> tuple[PerSampl
     single = all(grad is None for nr, grad in enumerate(grads) if nr != output)
     found = rule.function(place, grads if rule.many else grads[output]) if rule and (rule.many or single) else None
     if found is None:
-        return Dense(_one_by_one(place, grads)), f"{name}, one sample at a time"
+        return Found(Dense(_one_by_one(place, grads)), f"{name}, one sample at a time", False)
     form = Dense(found) if isinstance(found, Tensor) else found
     groups = place.placement.grouping(place.n, form.like.device)
-    return (form if groups is None else form.grouped_by_sample(groups)), name
+    return Found(form if groups is None else form.grouped_by_sample(groups), name, True)
 
 
 def _one_by_one(place: NodeUse, grads: Gradients) -> Tensor:
