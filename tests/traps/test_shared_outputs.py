@@ -260,9 +260,9 @@ def test_trap_31_an_output_without_samples_that_the_loss_takes() -> None:
     def loss(outputs: tuple[Tensor, Tensor], _: Any = None) -> Tensor:
         return (outputs[0].square().sum(1) - outputs[1]).mean()
 
-    with pytest.raises(CurvatureError, match=r"x.expand\(n\)"), FisherMonitor(model):
+    with pytest.raises(CurvatureError, match=r"x\.expand\(n"), FisherMonitor(model):
         loss(model(x)).backward()
-    with pytest.raises(CurvatureError, match=r"x.expand\(n\)"):
+    with pytest.raises(CurvatureError, match=r"x\.expand\(n"):
         fisher_report(model, loss, (x, torch.zeros(5)), progress=False)
     model.expands = True
     with FisherMonitor(model) as monitor:
