@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence, Set
 from dataclasses import replace
 from functools import partial
 from operator import attrgetter, itemgetter
-from typing import NamedTuple
 
 from torch.autograd.graph import GradientEdge, Node
 
@@ -32,48 +31,15 @@ from torch_secorder.capture.records import Idle, Record
 from torch_secorder.graph.carried_axes import CarriedAxis
 from torch_secorder.graph.graph import Graph
 from torch_secorder.graph.orders import order_given_by, order_of
+from torch_secorder.graph.questions import Questions
 from torch_secorder.graph.refusals import hidden, not_counted, not_finite, on_another_axis, refuse
 from torch_secorder.graph.walk import Walk
 from torch_secorder.model.parameters import Table
-from torch_secorder.model.ranks import Ranks
 
 # How many nodes a chain from a parameter to the data is expected to have at most, so that one search pass sees all of it.
 LOOK_AHEAD = 3
 
 Reached = list[tuple[Record, GradientEdge]]
-
-
-class Questions(NamedTuple):
-    """What decides how a graph is searched. Ranks that hold the model together decide in common.
-
-    Attributes:
-        several_samples: whether there is more than one sample.
-        reorders_samples: whether the samples may be in another order in each batch, so that nothing that was found in
-            other batches holds for this one, nor the other way round.
-        ambiguous_shapes: whether shapes leave open where the samples are.
-        uses_outside_calls: whether some parameter is used outside of its module's call.
-    """
-
-    several_samples: bool
-    reorders_samples: bool
-    ambiguous_shapes: bool
-    uses_outside_calls: bool
-
-    @classmethod
-    def of(cls, walk: Walk, n: int, order: Order, *, is_odd: bool = False) -> Questions:
-        """The answers for one graph of n samples.
-
-        Where rows are something else than samples, no shape shows anything, and no batch shows it for others.
-        """
-        reorders = order.may_change or is_odd
-        ambiguous = reorders or walk.has_ambiguous_axis or not order.as_shapes_say
-        for record, _ in walk.calls:
-            ambiguous = ambiguous or record.placement is None
-        return cls(n > 1, reorders, ambiguous, bool(walk.uses))
-
-    def on_any(self, ranks: Ranks) -> Questions:
-        """For each question whether any rank says yes."""
-        return Questions(*map(bool, ranks.max_each_over_ranks(self)))
 
 
 class CallPlaces:
