@@ -13,11 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torch_secorder.autograd.nodes import value_shape
+from torch_secorder.autograd.self_test import hooks_are_seen
 from torch_secorder.batch_axis.derivation import Derivation
 from torch_secorder.batch_axis.evidence import Unplaced
+from torch_secorder.batch_axis.label_rules import COPY_SLICES
 from torch_secorder.batch_axis.label_rules import written as writes
 from torch_secorder.batch_axis.label_rules.asked import mark_of
 from torch_secorder.batch_axis.label_rules.registry import RULES
+from torch_secorder.batch_axis.label_rules.strided import AS_STRIDED
 from torch_secorder.batch_axis.labels import NOBODY, SEVERAL, reshaped
 from torch_secorder.batch_axis.placement import Layout, Placement
 
@@ -534,7 +537,7 @@ def placement_for(shape: tuple[int, ...]) -> Placement:
     return Placement(0, Layout.INDEXED, torch.arange(shape[0]) % N)
 
 
-def reached_nodes(y: Tensor) -> list[object]:
+def reached_nodes(y: Tensor) -> list[Any]:
     seen, stack = [], [y.grad_fn]
     while stack:
         node = stack.pop()
@@ -591,12 +594,18 @@ def test_what_is_one_samples_is_labeled_so(name: str) -> None:
     """But for what only a search shows: kinds without a rule, and what goes in and out along several axes at once."""
     unknown = {"no rule", "roll all", "index pairs apart", "cat with several others", "gather from fewer samples"}
     unknown |= {"scatter_add with other columns", "scatter_add to fewer"}
+    unknown |= set() if hooks_are_seen() else {"a function that gives an input nothing"}
     x, y = drawn(FUNCTIONS[name])
     derivation = Derivation([(y, placement_for(tuple(y.shape)))], N, reached_nodes(y))
     (labels,) = derivation.labels([torch.autograd.graph.get_gradient_edge(x)])
     one_each = bool(((labels >= 0) | (labels == NOBODY)).all())
     expected = _exact(x, y)
-    assert one_each == (expected and name not in unknown)
+    assert one_each == (expected and name not in unknown and not _is_unasked(y))
+
+
+def _is_unasked(y: Tensor) -> bool:
+    """Whether a node shows nothing and is not called, since this torch does not show whether hooks keep what nodes have saved."""
+    return not hooks_are_seen() and any(node.name() in (COPY_SLICES, *AS_STRIDED) for node in reached_nodes(y))
 
 
 def _exact(x: Tensor, y: Tensor) -> bool:
@@ -612,7 +621,10 @@ def _exact(x: Tensor, y: Tensor) -> bool:
 
 
 def test_every_rule_is_met() -> None:
-    met = {node.name() for name in FUNCTIONS for node in reached_nodes(drawn(FUNCTIONS[name])[1])}
+    met: set[str] = set()
+    for function in FUNCTIONS.values():
+        _, y = drawn(function)  # With torch 2.8 the node of a Python function is only there as long as its output is.
+        met.update(node.name() for node in reached_nodes(y))
     elsewhere = {  # on GPUs and other devices
         "CudnnBatchNormBackward0",
         "CudnnGridSamplerBackward0",
@@ -623,6 +635,7 @@ def test_every_rule_is_met() -> None:
         "ScaledDotProductFlashAttentionBackward0",
         "ScaledDotProductFusedAttentionOverrideableBackward0",
     }
+    elsewhere |= set() if hasattr(F, "grouped_mm") else {"GroupedMmBackward0"}
     there = {kind for kind in RULES if hasattr(torch._C._functions, kind)} - elsewhere
     assert not there - met, sorted(there - met)
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torch_secorder import FisherMonitor
+from torch_secorder.autograd.self_test import hooks_are_seen
 
 STEPS, LOOKED_AT = 7, [1, 2, 3, 5]
 
@@ -109,6 +110,11 @@ MODELS = {
 }
 
 
+# Nodes that write into a part are asked what they do. Where torch does not show that no hook would notice, marks are sent in each
+# step.
+UNASKED = set() if hooks_are_seen() else {"assignment"}
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_marks_are_sent_on_the_schedule(name: str, searches: list[int]) -> None:
     model, looked = MODELS[name](), []
@@ -117,4 +123,4 @@ def test_marks_are_sent_on_the_schedule(name: str, searches: list[int]) -> None:
             searches.clear()
             model(torch.randn(5, 7, 4)).square().flatten(1).sum(1).mean().backward()
             looked += [step] if searches else []
-    assert looked == LOOKED_AT
+    assert looked == ([*range(1, STEPS + 1)] if name in UNASKED else LOOKED_AT)

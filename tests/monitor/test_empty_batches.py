@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from expectations import expectation
 from model_state import assert_same_gradients, gradients
 from monitor.classifier import REDUCTIONS, assert_report, backward, batch, classifier, cross_entropy, norms
 from oracles import assert_equal, exact_fisher, per_sample_squared_norms, total, trace
 from problems._base import Forward
 from torch_secorder import FisherMonitor, empirical_fisher_trace, fisher_report, fisher_results
+from torch_secorder.autograd.self_test import hooks_are_seen
 from torch_secorder.errors import ArgumentError, CoverageError, LifecycleError, ShapeError
 from torch_secorder.pruning import Gates
 
@@ -66,15 +68,24 @@ class Layers(nn.Module):
         return self.head(self.convolution(h.mT).tanh().mean(2))
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_layers_of_all_kinds_pass_over_it(reentrant: bool) -> None:
+# A use beside a checkpoint may have hooks as well, for all that such a torch shows.
+BESIDE_A_CHECKPOINT = (
+    ""
+    if hooks_are_seen()
+    else r"self_attn\.out_proj\.weight: used by .*; torch \S+ does not show which saved tensors have hooks"
+)
+
+
+@pytest.mark.parametrize(("reentrant", "refusal"), [(False, BESIDE_A_CHECKPOINT), (True, "")])
+def test_layers_of_all_kinds_pass_over_it(reentrant: bool, refusal: str) -> None:
     model = Layers(reentrant).double()
     ids, y = torch.randint(7, (13, 5)), torch.randint(3, (13,))
-    with FisherMonitor(model) as monitor:
-        for one in ((ids[:6], y[:6]), (ids[:0], y[:0]), (ids[6:], y[6:])):
-            backward(model, *one)
-    model.reentrant = False  # The loop differentiates for the parameters only, which such a checkpoint can't.
-    assert_report(monitor, per_sample_squared_norms(model, cross_entropy(), ids, y))
+    with expectation(refusal):
+        with FisherMonitor(model) as monitor:
+            for one in ((ids[:6], y[:6]), (ids[:0], y[:0]), (ids[6:], y[6:])):
+                backward(model, *one)
+        model.reentrant = False  # The loop differentiates for the parameters only, which such a checkpoint can't.
+        assert_report(monitor, per_sample_squared_norms(model, cross_entropy(), ids, y))
 
 
 def test_one_pass_may_go_through_an_empty_batch_and_another() -> None:

@@ -6,6 +6,7 @@ import gc
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import CheckpointFunction, checkpoint
 
 from expectations import expectation
@@ -289,6 +291,54 @@ def test_trap_09_samples_in_another_order_for_a_while(way: Callable[[Any, Tensor
                 assert_equal(found, t, 5 * total(trace(expected)), torch.float64)
     # With a matrix nothing shows that the samples are apart; with an index they are seen to be in order.
     assert refused == (18 if way in (by_a_matrix, between) else 12)
+
+
+class TurnedAround(torch.autograd.Function):
+    """Rows, in the opposite order if a tensor that it has saved says so."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, turns: Tensor) -> Tensor:
+        ctx.save_for_backward(turns)
+        return x.flip(0) if turns else x * 1
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (turns,) = ctx.saved_tensors
+        return grads[0].flip(0) if turns else grads[0] * 1, None
+
+
+def itself(x: Tensor) -> Tensor:
+    return x
+
+
+# A function is called to know where it puts samples, unless hooks keep what it has saved, or torch does not show that none do.
+UNASKED = r"torch\.autograd\.Function inside of re-entrant .* can't be called to know, since hooks may keep"
+OUT_OF_ORDER = r"samples are put into another order.*hidden by re-entrant"
+
+
+@pytest.mark.parametrize(
+    ("turns", "hooked", "refusal"),
+    [
+        (False, False, "" if hooks_are_seen() else UNASKED),
+        (True, False, OUT_OF_ORDER if hooks_are_seen() else UNASKED),
+        (False, True, UNASKED),
+        (True, True, UNASKED),
+    ],
+)
+def test_trap_09_a_function_of_the_users_in_a_reentrant_checkpoint(turns: bool, hooked: bool, refusal: str) -> None:
+    def body(m: Any, h: Tensor) -> Tensor:
+        with saved_tensors_hooks(itself, itself) if hooked else nullcontext():
+            moved = TurnedAround.apply(h, torch.tensor(turns and len(h) > 1))
+        return TurnedAround.apply(m.layer(moved).tanh(), torch.tensor(turns and len(h) > 1))
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = m.first(x)
+        return m.last(m.layer(h) + (checkpoint(body, m, h, use_reentrant=True) if len(x) > 1 else body(m, h)))
+
+    layers = {"first": nn.Linear(4, 4), "layer": nn.Linear(4, 4), "last": nn.Linear(4, 2)}
+    model, x, y = drawn(Forward(forward, **layers), 5, 4)
+    with expectation(refusal):
+        assert_exact(model, x, y, report=False)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])

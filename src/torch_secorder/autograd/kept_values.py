@@ -23,6 +23,7 @@ from torch_secorder.autograd.nodes import (
     node_vjp,
     tensors_of_weights,
 )
+from torch_secorder.autograd.self_test import raw_tensors
 
 # How deep in each other values may be, so that one that holds itself is no endless one, and how many are looked at.
 DEEPEST, MOST = 8, 1000
@@ -44,6 +45,13 @@ class Kept(NamedTuple):
     is_known: bool
 
 
+class Unseen:
+    """What stands for tensors that must not be looked at, so that nobody knows whether those of two steps are the same."""
+
+    def __str__(self) -> str:
+        return f"unseen tensors {next(_COUNTER)}"
+
+
 def kept_values(functions: Iterable[Any], n: int | None) -> Hashable:
     """What nodes of Python functions keep, equal where it is the same; a matrix of samples is never the same.
 
@@ -59,7 +67,10 @@ def kept_values(functions: Iterable[Any], n: int | None) -> Hashable:
 
 
 def numbers_of_function(node: Any, n: int) -> dict[str, Any]:
-    """The integers and masks that a function of Python's keeps, as many of them together as could tell n samples apart."""
+    """The integers and masks that a function of Python's keeps, as many of them together as could tell n samples apart.
+
+    Tensors that must not be looked at may be such numbers.
+    """
     return {one.name: one.value for one in _kept_by(node) if _are_numbers(one.value, n)}
 
 
@@ -90,14 +101,18 @@ def vjp_in_look(node: Any, grads: Sequence[Tensor | None]) -> list[Tensor | None
 def _kept_by(node: Any) -> Iterator[Kept]:
     """What a function keeps.
 
-    What hooks keep elsewhere is not looked at, since a checkpoint would run its forward again for it. Nor is what a re-entrant
-    checkpoint keeps, the arguments of a function that may do anything with them.
+    What hooks keep elsewhere is not looked at, since a checkpoint would run its forward again for it; where torch does not show
+    whether hooks do, no saved tensor is. Nor is what a re-entrant checkpoint keeps, the arguments of a function that may do
+    anything with them.
     """
     if node.name() == "CheckpointFunctionBackward":
         return
     for name, value in vars(node).items():
         yield from _parts(name, value)
-    if has_packed_tensors(node) is False:
+    packed = has_packed_tensors(node)
+    if packed is None and raw_tensors(node):
+        yield Kept("saved tensors", Unseen(), is_known=False)
+    elif packed is False:
         try:
             saved = node.saved_tensors
         except RuntimeError:  # One of them was changed in place, which a backward pass would refuse, too.
@@ -143,6 +158,8 @@ def _has_slots(value: Any) -> bool:
 
 
 def _are_numbers(value: Any, n: int) -> bool:
+    if isinstance(value, Unseen):
+        return True
     if isinstance(value, Tensor):
         return value.numel() >= n and not (value.is_floating_point() or value.is_complex())
     return _is_list_of_integers(value, n)

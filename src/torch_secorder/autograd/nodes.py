@@ -122,6 +122,13 @@ def may_have_packed_tensors(node: Any, supposed: bool) -> bool:
     return supposed if packed is None else packed
 
 
+def unseen_hooks() -> str:
+    """What a refusal says where torch does not show which saved tensors hooks keep; nothing where it does."""
+    if hooks_are_seen():
+        return ""
+    return f"; torch {torch.__version__} does not show which saved tensors have hooks, so that any may: use torch 2.10 or newer"
+
+
 def is_python_function(node: Any) -> bool:
     """Whether a node is that of a :class:`torch.autograd.Function`."""
     return isinstance(node, torch.autograd.function.BackwardCFunction)

@@ -19,7 +19,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from torch_secorder.autograd.double_precision import together_on_host
 from torch_secorder.autograd.graph_pass import calling_nodes
-from torch_secorder.autograd.nodes import Edge, has_packed_tensors, output_shapes
+from torch_secorder.autograd.nodes import Edge, has_packed_tensors, is_python_function, output_shapes
 from torch_secorder.autograd.route import Route
 from torch_secorder.batch_axis.evidence import Finding, Unplaced
 from torch_secorder.batch_axis.label_rules import (
@@ -64,6 +64,7 @@ class Derivation:
         self._labels: dict[Edge, Labels | None] = {}
         self._told: dict[Node, list[Tensor | None]] = {}
         self._movers: list[Mover] = []
+        self._is_unasked = False
         self._followed: set[Node] = set()  # where all labels that arrive are known
         self._answers = Answers()
         self._known: dict[Hashable, tuple[Labels, Finding]] = {}  # the labels of an edge, and what they say
@@ -82,6 +83,11 @@ class Derivation:
     def has_functions(self) -> bool:
         """Whether Python functions are on the way."""
         return any(step.kind == PYTHON_FUNCTION for step in self._steps)
+
+    @property
+    def has_unasked_functions(self) -> bool:
+        """Whether Python functions that may be called were not, since hooks keep saved tensors, or torch does not show it."""
+        return bool(self._steps) and self._is_unasked
 
     @property
     def movers(self) -> list[Mover]:
@@ -195,10 +201,13 @@ class Derivation:
             if (asks := asked[step.kind]) is not None
             and (step.kind != PYTHON_FUNCTION or (self._calls_functions and may_be_called(step.node)))
         }
-        if questions and all(has_packed_tensors(step.node) is False for step in steps):
-            with calling_nodes([x for x, _ in self._placed]), torch.no_grad():
-                found |= {node: list(own) for node, asks in questions.items() if (own := asks(node)) is not None}
-        return found
+        if not questions:
+            return found
+        if not all(has_packed_tensors(step.node) is False for step in steps):
+            self._is_unasked = any(map(is_python_function, questions))
+            return found
+        with calling_nodes([x for x, _ in self._placed]), torch.no_grad():
+            return found | {node: list(own) for node, asks in questions.items() if (own := asks(node)) is not None}
 
     def _finding(self, labels: Labels | None, edge: GradientEdge, shape: tuple[int, ...]) -> Finding:
         """What labels say of a tensor in some shape; most layers of a model have the same labels, of which it is known then."""

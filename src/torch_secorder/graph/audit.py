@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from torch_secorder.autograd.engine import innermost_transform, leaf_of
-from torch_secorder.autograd.nodes import accumulators, keeps_state, tensors_of_weights
+from torch_secorder.autograd.nodes import accumulators, keeps_state, tensors_of_weights, unseen_hooks
 from torch_secorder.batch_axis.knowledge import ModelKnowledge
 from torch_secorder.batch_axis.order import Order
 from torch_secorder.batch_axis.search import SampleSearch
@@ -224,7 +224,7 @@ class Audit:
             raise UnsupportedError(
                 f"{', '.join(self._names(use))}: used by {why} inside of activation checkpointing (or other hooks on saved "
                 "tensors), where the autograd graph can't be read: teach the library the layer with "
-                "torch_secorder.register_rule, or run it without checkpointing"
+                f"torch_secorder.register_rule, or run it without checkpointing{unseen_hooks()}"
             )
         for target in use.targets:
             use.forward.calls.update([target] if isinstance(target, int) else target.site.positions)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from torch_secorder.autograd.engine import active_modes, without_modes
-from torch_secorder.autograd.nodes import output_shapes
+from torch_secorder.autograd.nodes import output_shapes, unseen_hooks
 from torch_secorder.batch_axis.derivation import Derivation
 from torch_secorder.batch_axis.evidence import SILENT
 from torch_secorder.batch_axis.knowledge import ModelKnowledge
@@ -86,6 +86,8 @@ class Reruns:
         derivation = Derivation(placed, n, ends, packs=packs)
         if not _are_in_order(derivation, expected, n):
             raise _out_of_order(calls)
+        if derivation.has_unasked_functions:
+            raise _unasked(calls)
         if not derivation.movers:
             self._knowledge.learn_rerun(walk.fingerprint)
 
@@ -111,10 +113,21 @@ def _are_in_order(derivation: Derivation, expected: Sequence[Expected], n: int) 
     )
 
 
-def _out_of_order(calls: Sequence[tuple[Record, GradientEdge]]) -> UnsupportedError:
-    names = ", ".join(dict.fromkeys(str(record.site) for record, _ in calls)) or "a part of the model"
+def _names(calls: Sequence[tuple[Record, GradientEdge]]) -> str:
+    return ", ".join(dict.fromkeys(str(record.site) for record, _ in calls)) or "a part of the model"
+
+
+def _unasked(calls: Sequence[tuple[Record, GradientEdge]]) -> UnsupportedError:
     return UnsupportedError(
-        f"{names}: samples are put into another order, or an operation does not show that it keeps them apart, and where "
+        f"{_names(calls)}: a torch.autograd.Function inside of re-entrant activation checkpointing may put samples into another "
+        f"order, and can't be called to know, since hooks may keep what it saved (use torch.utils.checkpoint with "
+        f"use_reentrant=False{unseen_hooks()}); this batch is left out"
+    )
+
+
+def _out_of_order(calls: Sequence[tuple[Record, GradientEdge]]) -> UnsupportedError:
+    return UnsupportedError(
+        f"{_names(calls)}: samples are put into another order, or an operation does not show that it keeps them apart, and where "
         "they are is hidden by re-entrant activation checkpointing (use torch.utils.checkpoint with use_reentrant=False); this "
         "batch is left out"
     )
