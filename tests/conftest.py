@@ -3,6 +3,7 @@
 ``SEED=3 pytest`` starts from another one: a test that passes for one seed only has found what it looks for by luck.
 """
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,6 +33,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if reason := TRAPS.get(getattr(item, "originalname", "")):
             item.add_marker(pytest.mark.skip(f"the pretend device lacks {reason}"))
+
+
+def pytest_collection_finish() -> None:
+    """The collector passes over what was imported, by which tests that call it take a tenth of the time."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

@@ -36,7 +36,7 @@ if test "$3" = short; then
 else
     tests="tests/monitor tests/traps tests/test_properties.py tests/test_fisher_report.py tests/test_errors.py
         tests/test_verification.py tests/test_statistics.py tests/test_results.py tests/test_likelihoods.py
-        tests/test_report.py tests/autograd tests/rules tests/graph tests/per_sample tests/faults
+        tests/test_report.py tests/autograd tests/batch_axis tests/rules tests/graph tests/per_sample tests/faults
         tests/approximations/test_fisher_trace.py tests/approximations/test_hessian_trace.py"
 fi
 # shellcheck disable=SC2086  # the names of the files have no spaces

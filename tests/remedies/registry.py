@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 SOURCE = Path(__file__).parents[2] / "src" / "torch_secorder"
@@ -39,11 +40,14 @@ def remedy(fragment: str) -> Callable[[Case], Case]:
 
 def messages(*, all_of_them: bool = False) -> Iterator[tuple[str, str]]:
     """The messages of refusals that name a remedy, or all, each with its place; what is filled in stands as a star."""
-    for path in sorted(SOURCE.rglob("*.py")):
-        if path.relative_to(SOURCE).parts[0] in ROOMS:
-            for line, text in _texts(ast.parse(path.read_text())):
-                if all_of_them or REMEDY.search(text):
-                    yield f"{path.relative_to(SOURCE)}:{line}", text
+    return ((place, text) for place, text in _all_messages() if all_of_them or REMEDY.search(text))
+
+
+@cache  # Each case is looked for among them.
+def _all_messages() -> list[tuple[str, str]]:
+    paths = [path for path in sorted(SOURCE.rglob("*.py")) if path.relative_to(SOURCE).parts[0] in ROOMS]
+    found = [(path.relative_to(SOURCE), one) for path in paths for one in _texts(ast.parse(path.read_text()))]
+    return [(f"{path}:{line}", text) for path, (line, text) in found]
 
 
 def _texts(tree: ast.Module) -> Iterator[tuple[int, str]]:
