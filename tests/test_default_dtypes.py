@@ -27,9 +27,24 @@ def by_default(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
+@of_names(*OTHERS[::4])
+def test_some_problems(name: str) -> None:
+    require_exact(name, torch.float64)
+
+
+@pytest.mark.slow
+@of_names(*[name for number, name in enumerate(OTHERS) if number % 4])
+def test_other_problems(name: str) -> None:
+    require_exact(name, torch.float64)
+
+
+@pytest.mark.slow
 @of_names(*OTHERS)
-@pytest.mark.parametrize("dtype", [torch.float64, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=str)
-def test_problem(name: str, dtype: torch.dtype) -> None:
+def test_problem_in_half_precision(name: str) -> None:
+    require_exact(name, torch.bfloat16)
+
+
+def require_exact(name: str, dtype: torch.dtype) -> None:
     step, right = plain(name), expected(name)
     for driver in DRIVERS:
         with by_default(dtype), expectation(refusals_of(name).get(driver, "")):

@@ -303,7 +303,7 @@ IN_HALF_PRECISION: dict[str, tuple[Callable[..., Tensor], str]] = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize("name", IN_HALF_PRECISION)
 def test_the_reduction_is_found_out_in_half_precision(name: str, dtype: torch.dtype) -> None:
     """Rounding changes the losses by up to 0.4 per cent. The weights and inputs are the same in float64."""

@@ -151,8 +151,8 @@ def resident() -> int:
         return 0
 
 
-# Until everything is remembered that will be. Python 3.10 makes a cache for each function when it runs for the 1,024th time, which
-# for some is once in two of three steps.
+# Until everything is remembered that will be. Python 3.10 makes a cache for each function when it runs for the 1,024th time, and
+# some run in two of three steps.
 STEPS, WARM_UP = 1000, 220 if sys.version_info >= (3, 11) else 1600
 
 

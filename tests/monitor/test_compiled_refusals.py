@@ -179,6 +179,7 @@ print(monitor.n_samples, len(graphs), len(runs))
 """
 
 
+@pytest.mark.slow
 def test_a_compiler_that_is_loaded_inside_the_block() -> None:
     """No hook of ours is compiled, though torch's compiler came into the process after the hooks."""
     done = subprocess.run([sys.executable, "-c", LATE], capture_output=True, text=True, check=False)

@@ -282,6 +282,7 @@ def skipped_on_a_rank(rank: int, world: int) -> list[int]:
     return [attrs["skipped_passes"], attrs["n_passes"], nothing_counted.state_dict()["skipped_passes"]]
 
 
+@pytest.mark.slow
 def test_skipped_passes_are_added_over_ranks(tmp_path: Path) -> None:
     assert on_ranks(skipped_on_a_rank, 2, tmp_path) == [[3, 1, 2]] * 2
 
