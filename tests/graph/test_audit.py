@@ -17,8 +17,8 @@ from torch_secorder.batch_axis.knowledge import ModelKnowledge
 from torch_secorder.batch_axis.placement import FIRST
 from torch_secorder.capture.model_run import Forward
 from torch_secorder.graph.audit import Audit
+from torch_secorder.graph.call_places import Questions
 from torch_secorder.graph.orders import order_of
-from torch_secorder.graph.questions import Questions
 from torch_secorder.graph.uses import ParameterUse
 from torch_secorder.graph.walk import Walk
 from torch_secorder.model.parameters import ParameterTable

@@ -18,12 +18,11 @@ from torch_secorder.capture.model_run import Forward
 from torch_secorder.capture.own_axes import OwnAxis
 from torch_secorder.capture.records import Record
 from torch_secorder.errors import CoverageError, UnsupportedError
-from torch_secorder.graph.call_places import CallPlaces
+from torch_secorder.graph.call_places import CallPlaces, Questions
 from torch_secorder.graph.carried_axes import ATTENDS, CarriedAxis
 from torch_secorder.graph.frontier import Frontier
 from torch_secorder.graph.graph import Graph
 from torch_secorder.graph.orders import order_of
-from torch_secorder.graph.questions import Questions
 from torch_secorder.graph.refusals import refuse
 from torch_secorder.graph.samples_in_data import require_data, require_one_reading
 from torch_secorder.graph.uses import ParameterUse, Uses

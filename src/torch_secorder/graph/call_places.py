@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
-from collections import Counter
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from operator import attrgetter, itemgetter
+from typing import NamedTuple
 
-from torch.autograd.graph import GradientEdge, Node
+from torch.autograd.graph import GradientEdge
 
 from torch_secorder.autograd.nodes import output_shapes
 from torch_secorder.autograd.sharded import GatheredWeights
@@ -31,15 +30,46 @@ from torch_secorder.capture.records import Idle, Record
 from torch_secorder.graph.carried_axes import CarriedAxis
 from torch_secorder.graph.graph import Graph
 from torch_secorder.graph.orders import order_given_by, order_of
-from torch_secorder.graph.questions import Questions
 from torch_secorder.graph.refusals import hidden, not_counted, not_finite, on_another_axis, refuse
 from torch_secorder.graph.walk import Walk
+from torch_secorder.graph.wanted import nodes_ahead, wanted_of_own_axes
 from torch_secorder.model.parameters import Table
-
-# How many nodes a chain from a parameter to the data is expected to have at most, so that one search pass sees all of it.
-LOOK_AHEAD = 3
+from torch_secorder.model.ranks import Ranks
 
 Reached = list[tuple[Record, GradientEdge]]
+
+
+class Questions(NamedTuple):
+    """What decides how a graph is searched. Ranks that hold the model together decide in common.
+
+    Attributes:
+        several_samples: whether there is more than one sample.
+        reorders_samples: whether the samples may be in another order in each batch, so that nothing that was found in
+            other batches holds for this one, nor the other way round.
+        ambiguous_shapes: whether shapes leave open where the samples are.
+        uses_outside_calls: whether some parameter is used outside of its module's call.
+    """
+
+    several_samples: bool
+    reorders_samples: bool
+    ambiguous_shapes: bool
+    uses_outside_calls: bool
+
+    @classmethod
+    def of(cls, walk: Walk, n: int, order: Order, *, is_odd: bool = False) -> Questions:
+        """The answers for one graph of n samples.
+
+        Where rows are something else than samples, no shape shows anything, and no batch shows it for others.
+        """
+        reorders = order.may_change or is_odd
+        ambiguous = reorders or walk.has_ambiguous_axis or not order.as_shapes_say
+        for record, _ in walk.calls:
+            ambiguous = ambiguous or record.placement is None
+        return cls(n > 1, reorders, ambiguous, bool(walk.uses))
+
+    def on_any(self, ranks: Ranks) -> Questions:
+        """For each question whether any rank says yes."""
+        return Questions(*map(bool, ranks.max_each_over_ranks(self)))
 
 
 class CallPlaces:
@@ -85,7 +115,7 @@ class CallPlaces:
             # different sizes would look at different nodes.
             passes = partial(passes, common_count=self._ranks.max_over_ranks)
             return SearchOnAllRanks(known, n, asked.ambiguous_shapes, passes, self._ranks)
-        ahead = partial(_ahead, walk, walk.calls, self._knowledge.searched(walk.fingerprint))
+        ahead = partial(nodes_ahead, walk, walk.calls, self._knowledge.searched(walk.fingerprint))
         search = partial(SampleSearch, known, n, asked.ambiguous_shapes, passes, rehearsal=self._rehearsal)
         if not asked.reorders_samples:
             derivation = graph.derivation() if self._trust_shapes and self._believes_nodes(graph) else None
@@ -175,7 +205,7 @@ class CallPlaces:
                 if record.placement is None:  # There is one sample then, and all of the output belongs to it.
                     record.placement = Placement(0, Layout.BLOCKS)
             return []
-        wanted, beside = _wanted(reached), _wanted_of_own_axes(own_axes) if own_axes else []
+        wanted, beside = _wanted(reached), wanted_of_own_axes(own_axes) if own_axes else []
         search([*wanted, *beside])
         for one, (key, _, _) in zip(own_axes, beside, strict=True):
             found = search.placements.evidence[key]
@@ -243,29 +273,6 @@ def _require_no_batch_axis(forward: Forward, shared: Sequence[Record]) -> None:
     for record in shared:
         if argument is not None and takes_for_one_sample(record, argument):
             raise without_batch_axis(str(record.site), f"an input of shape {tuple(argument.shape)}", forward.n or 0)
-
-
-def _ahead(walk: Walk, reached: Reached, searched: Set[int]) -> list[Node]:
-    """The nodes that a search may be asked for after the calls: a few steps above each parameter, and each unplaced call.
-
-    With them come those of which graphs of the same kind were asked, which have these numbers. Where no graph of a kind holds for
-    the next one, each is looked through once then, and not once for each level of the climb from the parameters.
-    """
-    consumers = (node for edges in walk.uses.values() for node, _ in edges)
-    unplaced = (edge.node for record, edge in reached if record.placement is None)
-    found = walk.above(itertools.chain(consumers, unplaced), LOOK_AHEAD)
-    again = (node for number, node in enumerate(walk.numbered) if number in searched) if searched else ()
-    return [*dict.fromkeys([*found, *again])]
-
-
-def _wanted_of_own_axes(own_axes: Sequence[OwnAxis | CarriedAxis]) -> list[Wanted]:
-    """The places of outputs that have a batch axis of their own, or an axis that is none."""
-    counts: Counter[str] = Counter()
-    wanted: list[Wanted] = []
-    for one in own_axes:
-        wanted.append((("own axis", one.name, counts[one.name]), one.edge, one.shape))
-        counts[one.name] += 1
-    return wanted
 
 
 def _wanted(reached: Reached) -> list[Wanted]:
