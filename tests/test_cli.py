@@ -440,6 +440,7 @@ def test_without_matplotlib(folder: Path, monkeypatch: pytest.MonkeyPatch, capsy
     assert "pip install 'torch-secorder[plot]'" in capsys.readouterr().err
 
 
+@pytest.mark.slow  # It draws a large picture.
 def test_a_picture_of_many_rows_has_the_largest(folder: Path) -> None:
     report = expected()
     many = pd.concat([report.rename(f"{k}.{{}}".format) for k in range(60)])
@@ -610,6 +611,7 @@ def test_check_refuses_in_words(setup: str, words: str, folder: Path, capsys: py
     assert printed.out == ""
 
 
+@pytest.mark.slow  # It starts processes.
 def test_it_is_a_command(folder: Path) -> None:
     command = [sys.executable, "-W", "error", "-m", "torch_secorder"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}

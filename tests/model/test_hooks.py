@@ -127,6 +127,7 @@ print(model(torch.ones(5, 2)).sum().item())
 """
 
 
+@pytest.mark.slow  # It starts processes.
 @pytest.mark.parametrize("write", [torch.save, lambda model, path: path.write_bytes(pickle.dumps(model))])
 def test_a_pickle_that_was_made_inside_of_a_block_is_loaded_without_this_package(write: Any, tmp_path: Path) -> None:
     model, path = nn.Sequential(nn.Linear(2, 2), nn.Tanh()), tmp_path / "model.pt"

@@ -124,6 +124,7 @@ def test_a_monitor_that_is_dropped_inside_its_block_gives_the_stance_back() -> N
     assert stance() == "default"
 
 
+@pytest.mark.slow  # It compiles.
 @pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace")
 def test_a_block_inside_of_a_compiled_function_is_refused() -> None:
     model = nn.Linear(2, 2)

@@ -153,7 +153,7 @@ def test_squares_that_come_with_the_norms_leave_out_what_is_not_finite(
 
 
 @pytest.mark.usefixtures("budget")
-@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("dims", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", SETTINGS)
 def test_sums_over_channels_are_those_of_the_dense_form(name: str, dims: int, monkeypatch: pytest.MonkeyPatch) -> None:
     form = convolution(dims, **SETTINGS[name])
