@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -138,3 +140,19 @@ def test_a_block_inside_of_a_compiled_function_is_refused() -> None:
     with pytest.raises(LifecycleError, match="move the block"):
         train(torch.ones(1, 2))
     assert not any(hooks(model).values())
+
+
+@pytest.mark.slow  # It starts a process.
+@pytest.mark.parametrize("imported", ["", "import torch._dynamo"], ids=["compiler not imported", "compiler imported"])
+def test_a_program_that_ends_inside_of_a_block_ends_quietly(imported: str) -> None:
+    program = f"""
+import torch
+from torch_secorder import FisherMonitor
+{imported}
+model = torch.nn.Linear(3, 2)
+monitor = FisherMonitor(model)
+monitor.__enter__()
+model(torch.randn(4, 3)).sum().backward()
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert (ended.stdout, ended.stderr) == ("", "")

@@ -127,6 +127,8 @@ class _Stance:
 
         A stance that others have set meanwhile stays.
         """
+        if sys.is_finalizing():  # Python is about to end, and has taken its list of imports away already.
+            return
         compiler: Any = sys.modules.get(COMPILER)
         if not hasattr(compiler, "_set_stance"):
             _IMPORT.watch(bool(self.holders))
