@@ -17,6 +17,7 @@ TRAPS = {
     "test_trap_19_a_layer_that_gets_single_steps_of_as_many_as_there_are_samples": PLAIN,
     "test_trap_19_a_model_that_is_called_on_one_sample_without_a_batch_axis": PLAIN,
     "test_trap_19_as_many_samples_as_steps_on_the_second_axis_of_the_input": PLAIN,
+    "test_trap_19_as_many_steps_in_front_of_the_outputs_as_samples": PLAIN,
     "test_trap_19_outputs_with_the_steps_in_front": PLAIN,
     "test_trap_19_the_input_is_seen_through_a_transpose": PLAIN,
     "test_trap_29_a_kind_of_tensor_that_is_not_known_is_refused_in_words": NESTED,

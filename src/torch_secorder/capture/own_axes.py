@@ -110,6 +110,8 @@ def takes_for_one_sample(record: Record, argument: Tensor) -> bool:
 def takes_whole(record: Record, argument: Tensor) -> bool:
     """Whether a layer got an argument of the model as it is."""
     x = record.inputs[0] if record.inputs else None
+    if x is argument:
+        return True
     if type(x) is not Tensor or type(argument) is not Tensor or x.shape != argument.shape:
         return False
     return x.untyped_storage().data_ptr() == argument.untyped_storage().data_ptr()
