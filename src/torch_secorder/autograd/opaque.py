@@ -13,6 +13,7 @@ from torch_secorder.autograd.guard import RunsOthersCodeError, guarded
 from torch_secorder.autograd.kept_values import hides_state, vjp_in_look
 from torch_secorder.autograd.nodes import (
     has_others_hooks,
+    has_packed_tensors,
     is_others_function,
     is_python_function,
     output_count,
@@ -52,7 +53,7 @@ def called_or_opaque(node: Any, grads: Gradients) -> list[Tensor | None]:
     try:
         return list(grads) if passes_on(node) else vjp_in_look(node, grads)
     except RunsOthersCodeError as error:
-        if is_python_function(node):
+        if is_python_function(node) and not has_packed_tensors(node):
             _opaque_functions.add(node._forward_cls)
         raise FoundOpaqueError(node) from error
 
@@ -61,14 +62,15 @@ def runs_others_code(node: Any) -> bool:
     """Whether a node is that of a function that calls modules or starts a backward pass in its backward.
 
     Each function is tried once. A function that keeps a module or something else to call is not tried, since that might change
-    what it keeps, but taken for such a function.
+    what it keeps, but taken for such a function. Where hooks keep what it has saved, the code that runs may be that of a
+    checkpoint, which calls its modules again to give the saved tensors back, and says nothing of the function.
     """
     if not is_others_function(node):
         return False
     kind = node._forward_cls
     if hides_state(node):
         return kind in _opaque_functions or any(callable(value) for value in vars(node).values())
-    if kind not in _tried_functions:
+    if kind not in _tried_functions and not has_packed_tensors(node):
         _tried_functions.add(kind)
         try:
             with guarded(), forked_random(), torch.no_grad():
