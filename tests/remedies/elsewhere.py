@@ -99,27 +99,6 @@ TRIED = {
 
 # A fragment of the message -> why its remedy isn't tried.
 NOT_TRIED = {
-    "let the model return it expanded to its samples": (
-        "traps/test_shared_outputs.py::test_trap_31_a_parameter_that_the_loss_takes_itself"
-    ),
-    "let the model return it expanded, x.expand(n)": (
-        "traps/test_shared_outputs.py::test_trap_31_an_output_without_samples_that_the_loss_takes"
-    ),
-    "all of them share what it makes of each": (
-        "traps/test_what_counts_samples.py::test_trap_19_as_many_spiking_steps_in_front_as_samples"
-    ),
-    "calls of the model, whose samples are not said to be the same": (
-        "test_verification.py::test_verify_of_a_loss_of_several_calls"
-    ),
-    "the loss doesn't depend on the outputs of a call of the model": (
-        "test_verification.py::test_verify_takes_the_call_that_the_loss_depends_on"
-    ),
-    "was moved or converted inside of the block": (
-        "traps/test_changes.py::test_trap_31_a_conversion_of_what_is_used_outside_of_its_module"
-    ),
-    "has its samples on axis 0 of its output": (
-        "traps/test_what_counts_samples.py::test_trap_19_as_many_steps_in_front_of_the_outputs_as_samples"
-    ),
     "pad them to (N, T, ...) in the model's forward": "the remedy is to write another model",
     "max_samples cuts batches by their rows": "max_batches= is tried wherever there is data",
     "can't be cut to the * that are left": "max_batches= is tried wherever there is data",

@@ -35,6 +35,11 @@ def test_trap_30_each_case_is_of_a_message_that_there_is(fragment: str) -> None:
     assert any(fragment in text for _, text in messages(all_of_them=True)), f"no message says {fragment!r} any more"
 
 
+def test_trap_30_no_remedy_is_both_tried_and_not_tried() -> None:
+    known = [*CASES, *elsewhere.TRIED, *elsewhere.NOT_TRIED]
+    assert len(set(known)) == len(known)
+
+
 @pytest.mark.parametrize("test", sorted(set(elsewhere.TRIED.values())))
 def test_trap_30_each_test_elsewhere_is_there(test: str) -> None:
     path, name = test.split("::")
