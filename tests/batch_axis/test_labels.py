@@ -640,6 +640,21 @@ def test_every_rule_is_met() -> None:
     assert not there - met, sorted(there - met)
 
 
+def test_a_bias_of_fused_attention_has_the_samples_of_the_queries() -> None:
+    """The node of GPUs is there on the meta device, too, which computes nothing."""
+    q, k, v = (torch.randn(N, 2, 16, 8, device="meta", requires_grad=True) for _ in range(3))
+    of_all = torch.randn(2, 16, 16, device="meta", requires_grad=True)
+    of_each = torch.randn(N, 1, 16, 16, device="meta", requires_grad=True)
+    bias = of_all + of_each
+    y = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, bias, compute_log_sumexp=True)[0]
+    derivation = Derivation([(y, Placement())], N, reached_nodes(y))
+    edges = [torch.autograd.graph.get_gradient_edge(x) for x in (q, bias, of_each, of_all)]
+    queries, biases, each, shared = derivation.labels(edges)
+    for labels in (queries, biases, each):
+        assert labels.tolist() == np.arange(N).reshape(N, 1, 1, 1).tolist()
+    assert shared.tolist() == [[[SEVERAL]]]
+
+
 SHAPES = [(6, 4), (2, 3, 4), (2, 12), (24,), (2, 3, 2, 2), (1, 6, 4), (6, 1, 4), (3, 2, 4), (4, 6), (2, 3, 1, 4)]
 
 

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from torch_secorder import FisherMonitor
-from torch_secorder.errors import UnsupportedError
+from torch_secorder import FisherMonitor, fisher_report
+from torch_secorder.errors import UnsupportedError, VerificationError
 from torch_secorder.testing import sample_gradients
 
 pytestmark = [
@@ -248,3 +248,20 @@ def test_memory_goes_with_the_block() -> None:
             F.cross_entropy(watched(x), y).backward()
     watched.zero_grad(set_to_none=True)
     assert torch.cuda.memory_allocated() - before < 2**20
+
+
+def test_an_index_of_a_sample_that_is_not_there_is_refused_and_leaves_the_device_in_order() -> None:
+    """A device that is asked for an entry that is out of range answers nothing more, in any part of the program."""
+
+    class Neighbours(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor, other: Tensor) -> Tensor:
+            return self.layer(x) + x[other].sum(1, keepdim=True).detach()
+
+    watched, x, other = Neighbours(), torch.randn(5, 4), torch.tensor([1, 2, 3, 4, 0])
+    with pytest.raises(VerificationError, match="raised IndexError"):
+        fisher_report(watched, F.cross_entropy, ((x, other), torch.randint(3, (5,))), progress=False)
+    assert float(x.square().sum()) > 0

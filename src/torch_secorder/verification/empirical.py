@@ -43,7 +43,7 @@ def verify_empirical(
         return loss_fn(outputs, targets) * scale
 
     if not batch.loss_inside:
-        with on_samples_alone():
+        with on_samples_alone(analysis):
             require_separable(loss_fn, batch.outputs, targets, batch.where)
         verify_samples(analysis, loss, inputs, batch, samples)
         return

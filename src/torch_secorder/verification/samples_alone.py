@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_secorder.autograd.indices import checked_on_host
 from torch_secorder.autograd.product_bits import bits_of, most_bits
 from torch_secorder.autograd.random_state import forked_random
 from torch_secorder.errors import CurvatureError, VerificationError, warn_at_users_line
@@ -89,26 +90,29 @@ def comparable(
         stack.enter_context(restoring_buffers(analysis.model))
         if batch.random:
             stack.enter_context(eval_mode(analysis.model))
-            with on_samples_alone():
+            with on_samples_alone(analysis):
                 batch = analysis.of(loss, inputs)
             if batch.random:
                 warn_at_users_line("not verified: the model draws random numbers in eval mode too", UserWarning)
                 yield None
                 return
-        stack.enter_context(on_samples_alone())
+        stack.enter_context(on_samples_alone(analysis))
         one = inputs if batch.where.takes_no_rows else batch.where.rows("inputs", inputs, [sample])
         yield batch, DifferentiableModel(analysis.model, analysis.table, one)
 
 
 @contextmanager
-def on_samples_alone() -> Iterator[None]:
+def on_samples_alone(analysis: Analysis) -> Iterator[None]:
     """A block in which the user's model and loss are called with some samples of a batch; their errors are not about the batch.
+
+    An index of a sample that is not there raises on every device.
 
     Raises:
         VerificationError: in place of whatever is raised inside, unless that is an error of this library's.
     """
     try:
-        yield
+        with checked_on_host(analysis.table.tensors):
+            yield
     except Exception as error:
         refusal = as_refusal(error)
         if isinstance(refusal, CurvatureError):

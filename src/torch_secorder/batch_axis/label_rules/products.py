@@ -31,8 +31,8 @@ def _grouped_mm(at: At) -> Answer | None:
     "ScaledDotProductFusedAttentionOverrideableBackward0",
 )
 def _attention(at: At) -> Answer:
-    """Attention, where the first axis of the output and that of query, key and value count the same things."""
-    return _first_axis(at, 3)
+    """Attention, where the first axis of the output and that of query, key, value and bias count the same things."""
+    return _first_axis(at, 4)
 
 
 @rule("ConvolutionBackward0", "NativeGroupNormBackward0")
