@@ -25,14 +25,15 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests of what the pretend device lacks do not run on it."""
-    if config.getoption("--device") != "pretend":
+    """Tests of what a device lacks do not run on it."""
+    if (device := config.getoption("--device")) is None:
         return
-    from pretend.lacking import TRAPS
+    from pretend.lacking import LACKING
 
+    lacking = LACKING.get(device, {})
     for item in items:
-        if reason := TRAPS.get(getattr(item, "originalname", "")):
-            item.add_marker(pytest.mark.skip(f"the pretend device lacks {reason}"))
+        if reason := lacking.get(getattr(item, "originalname", "")):
+            item.add_marker(pytest.mark.skip(f"{device} lacks {reason}"))
 
 
 def pytest_collection_finish() -> None:
@@ -53,7 +54,9 @@ def _seeded(request: pytest.FixtureRequest) -> Iterator[None]:
     default_dtype = torch.get_default_dtype()
     in_traps = "traps" in request.node.path.parts
     torch.set_default_device(request.config.getoption("--device") if in_traps else None)
+    torch.backends.cudnn.allow_tf32 = False  # of which oracles know nothing
     yield
+    torch.backends.cudnn.allow_tf32 = True
     torch.set_default_device(None)
     assert torch.get_default_dtype() == default_dtype
     assert torch.is_grad_enabled()

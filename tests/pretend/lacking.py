@@ -1,4 +1,4 @@
-"""What the pretend device lacks, and not the library: the traps' tests that can't run on it."""
+"""What a device or its torch lacks, and not the library: the traps' tests that can't run with it as the default device."""
 
 from __future__ import annotations
 
@@ -8,8 +8,20 @@ NESTED = "tensors of a kind of their own inside of nested ones"
 PLAIN = "parameters and inputs whose type is torch's own"
 SPARSE = "sparse tensors"
 
-# Tests of tests/traps -> what they need.
-TRAPS = {
+# Tests of tests/traps -> what they need, and what CUDA does not have, or not with torch's default device there.
+ON_CUDA = {
+    "test_scripted_models_are_exact_before_and_after_torch_has_fused_them": "a scripted GRU without a warning",
+    "test_trap_04_what_samples_share_does_not_look_like_one_samples_by_chance": "one random generator for all devices",
+    "test_trap_14_two_monitors_and_copies_of_a_model_that_needs_the_graph": "a copy of a GRU without a warning",
+    "test_trap_17_positions_of_fused_attention_are_no_samples": "fused attention of such narrow heads",
+    "test_trap_17_positions_that_attend_to_other_steps_are_no_samples": "fused attention of such narrow heads",
+    "test_trap_19_packed_sequences": "pack_sequence, whose lengths would be on the default device",
+    "test_trap_19_packed_sequences_through_an_lstm": "pack_sequence, whose lengths would be on the default device",
+    "test_trap_29_a_sparse_matrix_of_learned_edges": "sparse matrices without a warning",
+    "test_trap_29_layers_without_elements_over_positions": "a backward of embeddings of width 0, which reads foreign memory",
+}
+# The same for the pretend device.
+ON_PRETEND = {
     "test_trap_04_what_samples_share_does_not_look_like_one_samples_by_chance": GENERATOR,
     "test_trap_08_a_frozen_parameter_used_as_a_function_is_refused": PLAIN,
     "test_trap_17_positions_of_fused_attention_are_no_samples": FUSED,
@@ -26,3 +38,4 @@ TRAPS = {
     "test_trap_29_sparse_bags": SPARSE,
     "test_trap_29_a_sparse_matrix_of_learned_edges": SPARSE,
 }
+LACKING = {"cuda": ON_CUDA, "pretend": ON_PRETEND}

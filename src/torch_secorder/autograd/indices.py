@@ -1,7 +1,8 @@
 """Indices that are out of range are found by the host, before a device is asked.
 
-A CPU raises an IndexError. A GPU ends all of the process's work there: whatever is asked of it from then on raises. The library may
-call a model on fewer samples than the user did, where an index of another sample, as among the edges of a graph, is out of range.
+A CPU raises an IndexError. A GPU ends all of the process's work there: whatever is asked of it from then on raises. Where the
+library calls a model or a loss on some samples of a batch, the index of another one, as among the edges of a graph, is out of
+range.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class Range(NamedTuple):
 
 
 def checked_on_host(tensors: Iterable[Tensor]) -> AbstractContextManager[object]:
-    """A block in which an index that is out of range raises an IndexError where these tensors are, too; the host waits for each."""
+    """A block in which an index out of range raises an IndexError on these tensors' devices, too; the host waits for each."""
     return nullcontext() if all(x.device.type == "cpu" for x in tensors) else _Checked()
 
 
@@ -39,7 +40,8 @@ class _Checked(TorchDispatchMode):
         ranges = _RANGES.get(operation.overloadpacket._qualified_op_name.removeprefix("aten::"))
         for index, size, from_end in ranges(args) if ranges is not None else ():
             if isinstance(index, Tensor) and index.dtype in WHOLE_NUMBERS and index.numel():
-                lowest, highest = torch.stack(index.aminmax()).tolist()
+                plain = index.values() if index.is_nested else index
+                lowest, highest = torch.stack(plain.aminmax()).tolist()
                 if highest >= size or lowest < (-size if from_end else 0):
                     raise IndexError(
                         f"index {highest if highest >= size else lowest} is out of range for {size} entries"

@@ -96,7 +96,8 @@ def _sign_vectors(rows: int, columns: int, dtype: torch.dtype, device: torch.dev
     return left.to(device, dtype), right.to(device, dtype)
 
 
-# A norm adds one square after the other. In float32 a row of thousands keeps its digits, one of millions does not.
+# A CPU's norm adds one square after the other. In float32 a row of thousands keeps its digits, one of millions does not. An
+# accelerator has hundreds of sums, which it adds in pairs.
 LONG = 4096
 
 
@@ -107,7 +108,7 @@ def squared_norm_of_rows(value: Tensor) -> Tensor:
     # For large rows a norm is faster, since it writes nothing; but it has no second derivative at zero.
     if value.numel() <= 2**16 or torch.is_grad_enabled():
         return torch.linalg.vecdot(value, value)
-    if value.shape[-1] <= LONG:
+    if value.shape[-1] <= LONG or not value.is_cpu:
         return torch.linalg.vector_norm(value, dim=-1).square()
     even = value.shape[-1] // LONG * LONG
     squares = torch.linalg.vector_norm(value[..., :even].unflatten(-1, (-1, LONG)), dim=-1).square().sum(-1)

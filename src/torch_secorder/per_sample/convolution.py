@@ -172,7 +172,13 @@ class Convolution(Cancelling):
         return self.algorithm == "gram" or (self.algorithm == "patches" and self.sizes.positions > 1)
 
     def norms(self) -> Tensor | None:
-        return self.dense_norms() if self.algorithm == "direct" else None
+        form = self.algorithm
+        if form == "direct":
+            return self.dense_norms()
+        if form != "shifted" or profile_of(self.g.device).has_caches:
+            return None
+        rows = (one_product(part).reshape(part.n, -1) for part in self._parts("shifted"))
+        return joined(torch.linalg.vector_norm(value, dim=1) for value in rows)
 
     def unguarded_squared_norm(self) -> Unguarded:
         return self._unguarded(self.algorithm)

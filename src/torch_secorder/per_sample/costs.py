@@ -124,8 +124,9 @@ class Sizes(NamedTuple):
         """Whether "shifted" makes one product of patches that are unfolded along all axes, not one for each row of the kernel.
 
         The rows of the smaller products would fill no vector register. With groups, the larger copy costs more than it gains.
+        On an accelerator each product costs a start.
         """
-        return self.profile.has_caches and self.k == 1 and self.i * math.prod(self.kernel[1:]) < FILLED
+        return not self.profile.has_caches or (self.k == 1 and self.i * math.prod(self.kernel[1:]) < FILLED)
 
     @property
     def limit(self) -> int:

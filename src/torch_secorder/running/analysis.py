@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from torch_secorder.arguments import Reduction, require_max_memory
 from torch_secorder.autograd.engine import call_model
+from torch_secorder.autograd.indices import checked_on_host
 from torch_secorder.autograd.product_bits import TF32, bits_of
 from torch_secorder.autograd.random_state import forked_random
 from torch_secorder.batch_axis.knowledge import knowledge_of
@@ -187,6 +188,7 @@ class Analysis:
             stack.enter_context(torch.enable_grad())
             if random:
                 stack.enter_context(eval_mode(self.model))
+            stack.enter_context(checked_on_host(self.table.tensors))
             outputs = call_model(self.model, where.rows("inputs", inputs, samples))
             return loss_of(loss_fn, outputs, where.rows("targets", targets, samples)).detach()
 

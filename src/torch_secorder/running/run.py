@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
 from torch_secorder.autograd.engine import call_model
+from torch_secorder.autograd.indices import checked_on_host
 from torch_secorder.autograd.node_hooks import has_others_hooks_on_gradient, has_others_hooks_on_node
 from torch_secorder.autograd.random_state import forked_random, random_state
 from torch_secorder.autograd.twice_differentiable import twice_differentiable
@@ -130,6 +131,7 @@ class HookedForward(GraphBackward):
                     only_library_calls=True,
                     rehearsal=True,
                 ),
+                checked_on_host(self._parameters.tensors),
             ):
                 call_model(plan.model, few)
         finally:

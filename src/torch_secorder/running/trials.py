@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_secorder.arguments import Reduction
+from torch_secorder.autograd.indices import checked_on_host
 from torch_secorder.autograd.precision import is_half
 from torch_secorder.batch_axis.samples import BatchSamples
 from torch_secorder.errors import ArgumentError
@@ -78,7 +79,7 @@ class Trials:
             return cls(loss_fn, targets, where, near)
         try:
             full = partial(_of_converted, _converted(loss_fn))
-            float(full(where.rows("outputs", outputs, [0]), where.rows("targets", targets, [0])))
+            _number(full, where.rows("outputs", outputs, [0]), where.rows("targets", targets, [0]))
         except Exception:  # The loss has tensors of its own in half precision.
             return cls(loss_fn, targets, where, near, torch.finfo(loss.dtype).eps)
         return cls(full, targets, where, near)
@@ -164,7 +165,8 @@ def _converted(loss_fn: LossFunction) -> LossFunction:
 
 def _number(loss_fn: LossFunction, outputs: Any, targets: Any) -> float:
     try:
-        return float(loss_fn(outputs, targets))
+        with checked_on_host(tensors(outputs)):
+            return float(loss_fn(outputs, targets))
     except Exception as error:
         raise ArgumentError(
             f"the loss can't be told to average or to sum, since it takes no other number of samples ({str(error)[:200]})"
