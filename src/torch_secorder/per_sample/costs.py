@@ -55,21 +55,22 @@ NANOSECONDS: dict[str, Counts] = {
     "patches": {"calls": 2.5e4, "products": 81, "multiply": 0.013, "copied": 1.0, "runs": 9.0, "packed": 0.03},
 }
 
-# The same for accelerators, fitted to times on one NVIDIA H100 with torch 2.11, most of which are the cost of starting a call.
-# The form that they pick takes 1.07 times as long as the best one on average, and 3 times at most.
+# The same for accelerators, fitted to times on one NVIDIA H200 with torch 2.11, most of which are the cost of starting a call.
+# The form that they pick takes 1.12 times as long as the best one on average, and 1.7 times at most. cuDNN takes the groups of
+# "direct" one after the other for some sizes, in up to 130 kernels, and at once for others, of which nothing tells beforehand.
 OF_ACCELERATORS: dict[str, Counts] = {
     "direct": {
-        "blocks": 1e5,
-        "calls": 1.6e5,
-        "multiply": 1.9e-4,
-        "outputs": 7.4e-3,
-        "factors": 5.1e-4,
+        "blocks": 9.4e4,
+        "calls": 1.5e5,
+        "multiply": 1.2e-4,
+        "outputs": 7.1e-3,
+        "factors": 3.7e-4,
         "depthwise": 4.6e-5,
         "unfolded": 3.4e-5,
     },
-    "shifted": {"blocks": 5e4, "calls": 7e4, "multiply": 2.1e-5, "packed": 1.9e-4, "outputs": 3.1e-3, "copied": 1.6e-3},
-    "gram": {"blocks": 1.5e5, "calls": 3e4, "multiply": 4.7e-5, "added": 1.6e-5, "packed": 4.7e-4},
-    "patches": {"calls": 6.1e4, "multiply": 5.4e-5, "copied": 4e-3, "packed": 2.1e-3},
+    "shifted": {"blocks": 5e4, "calls": 6.9e4, "multiply": 1e-5, "packed": 1.6e-3, "outputs": 7.8e-4, "copied": 2.6e-3},
+    "gram": {"blocks": 2.6e5, "calls": 1.5e4, "multiply": 6.4e-6, "added": 1.8e-5, "packed": 2.1e-4},
+    "patches": {"calls": 8.8e4, "multiply": 1.8e-4, "copied": 8.3e-3, "packed": 3.3e-3},
 }
 
 
