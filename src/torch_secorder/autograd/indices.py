@@ -28,7 +28,7 @@ class Range(NamedTuple):
 
 def checked_on_host(tensors: Iterable[Tensor]) -> AbstractContextManager[object]:
     """A block in which an index out of range raises an IndexError on these tensors' devices, too; the host waits for each."""
-    return nullcontext() if all(x.device.type == "cpu" for x in tensors) else _Checked()
+    return nullcontext() if all(x.device.type == "cpu" for x in tensors) else _Checked()  # type: ignore[no-untyped-call]  # torch does not type it.
 
 
 class _Checked(TorchDispatchMode):

@@ -223,10 +223,11 @@ def _as_torch_does(x: Tensor, g: Tensor, mean: Tensor, variance: Tensor, eps: fl
     """
     n, channels = g.shape[:2]
     mean, variance = (value.to(g.dtype).expand(n, -1).flatten() for value in (mean, variance))
-    # On CUDA one kernel gives all three gradients, and statistics of the batch must be given, although nothing reads them.
-    nothing = None if g.is_cpu else g.new_empty(0)
+    # On CUDA one kernel gives all three gradients. It wants a weight, on which only the gradient of the input depends, and
+    # statistics of the batch, which it does not read.
+    weight, unread = (None, None) if g.is_cpu else (mean, g.new_empty(0))
     _, weight, bias = torch.ops.aten.native_batch_norm_backward(
-        *(g.view(1, n * channels, -1), x.view(1, n * channels, -1), None, mean, variance, nothing, nothing, False, eps),
+        *(g.view(1, n * channels, -1), x.view(1, n * channels, -1), weight, mean, variance, unread, unread, False, eps),
         [g.is_cuda, True, True],
     )
     return weight.view(n, channels), bias.view(n, channels)
