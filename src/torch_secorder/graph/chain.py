@@ -7,15 +7,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from torch_secorder.autograd.nodes import Edge, output_dtype
-from torch_secorder.autograd.opaque import Gradients
+from torch_secorder.autograd.nodes import Edge
 from torch_secorder.autograd.route import Route
 from torch_secorder.autograd.saved import settings
 from torch_secorder.errors import UnsupportedError
+from torch_secorder.graph.chain_flow import ChainFlow
 from torch_secorder.graph.refusals import OPAQUE_FUNCTION
 from torch_secorder.per_sample import Dense, Outer, PerSampleGradient, PulledBack
 from torch_secorder.per_sample.budget import chunks
@@ -136,39 +135,16 @@ def _vjp(chain: BatchFreeVjp, grads: Tensor) -> Tensor:
 
 
 def _vjps(chains: Sequence[BatchFreeVjp], grads: Tensor) -> list[Tensor]:
-    """``[n, *value shape]`` -> ``[n, *shape]`` of each of several chains from one value, by one flow for each sample."""
-    route, permutes = common_route(chains), all(chain.permutation is not None for chain in chains)
+    """``[n, *value shape]`` -> ``[n, *shape]`` of each of several chains from one value, by one flow."""
+    route = common_route(chains)
     if not route.ends.issuperset(chain.start for chain in chains):
         raise UnsupportedError(
             "what was computed from a parameter alone went through something that can't be looked through: re-entrant activation "
             f"checkpointing, or {OPAQUE_FUNCTION}; compute it outside of that"
         )
-    value = chains[0].value
-    # A node that computes has saved tensors of the model's dtype, which may be narrower than that of our gradients.
-    dtype = grads.dtype if permutes else output_dtype(*value)
-    wanted = [_no_narrower(output_dtype(chain.start, 0), grads.dtype) for chain in chains]
-    found: list[list[Tensor]] = [[] for _ in chains]
-    for grad in grads.to(dtype):
-        arrived: dict[Node, Tensor] = {}
-        route.flow({value: grad}, partial(_first_of, arrived), complete=True, keeps_dtype=permutes)
-        for chain, of_chain, wide in zip(chains, found, wanted, strict=True):
-            there = arrived.get(chain.start)
-            of_chain.append(
-                grads.new_zeros(chain.shape, dtype=wide) if there is None else there.reshape(chain.shape).to(wide)
-            )
-    return [
-        torch.stack(of_chain) if of_chain else grads.new_zeros(0, *chain.shape, dtype=wide)
-        for chain, of_chain, wide in zip(chains, found, wanted, strict=True)
-    ]
+    starts, permutes = [(chain.start, chain.shape) for chain in chains], all(map(_permutes, chains))
+    return ChainFlow(route, chains[0].value, starts, permutes=permutes)(grads)
 
 
-def _no_narrower(start: torch.dtype, gradients: torch.dtype) -> torch.dtype:
-    """The dtype of a start's gradients: complex if the start is, and with as many digits as the gradients that come in."""
-    real = gradients.to_real()
-    return torch.promote_types(start, real) if start.is_complex else real
-
-
-def _first_of(arrived: dict[Node, Tensor], start: Node, grads: Gradients) -> None:
-    """Keep the gradient of a start, which has one output."""
-    if grads[0] is not None:
-        arrived[start] = grads[0]
+def _permutes(chain: BatchFreeVjp) -> bool:
+    return chain.permutation is not None

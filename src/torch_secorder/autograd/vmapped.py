@@ -1,0 +1,64 @@
+"""Calls of nodes with the gradients of many samples at once, which torch's rules for ``vmap`` take apart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node
+
+from torch_secorder.autograd.engine import active_modes
+from torch_secorder.autograd.nodes import is_plain
+
+_functorch: Any = torch._C._functorch
+
+# Kinds of nodes whose gradients are made of operations that all have such a rule. Torch would take the samples of any other
+# operation in turn, and warn of it.
+_NAMES = (
+    # Entries that move, or are left out.
+    "T Transpose Permute View UnsafeView ReshapeAlias Unsqueeze Squeeze Alias Clone ToCopy Select Slice Split SplitWithSizes "
+    "UnsafeSplit Unbind Narrow Expand Repeat Cat Stack Flip Roll ConstantPadNd Index IndexSelect Gather Embedding Diagonal Tril "
+    "Triu "
+    # One entry from one or several, in the same place.
+    "Add Sub Rsub Mul Div Neg Abs Sign Exp Exp2 Expm1 Log Log1P Sqrt Rsqrt Reciprocal Pow Sin Cos Tanh Sigmoid Relu Threshold "
+    "LeakyRelu Elu Gelu Silu Softplus Hardtanh Clamp ClampMin ClampMax Maximum Minimum Where MaskedFill Lerp Addcmul Addcdiv "
+    # Sums, products and norms.
+    "Sum Mean Cumsum LinalgVectorNorm Norm Softmax LogSoftmax Var Mm Bmm Addmm Mv Dot NativeLayerNorm Convolution "
+    "UpsampleBilinear2D UpsampleBicubic2D"
+)
+AT_ONCE = frozenset(f"{name}Backward{version}" for name in _NAMES.split() for version in range(7))
+
+
+def take_many(nodes: Iterable[Node]) -> bool:
+    """Whether all of these nodes can be called with the gradients of many samples at once.
+
+    Modes of the user's, which see every operation, are not to see those of ``vmap``, and gradients that are differentiated
+    again take the way that torch takes.
+    """
+    return not (active_modes() or torch.is_grad_enabled()) and all(
+        node.name() in AT_ONCE and is_plain(node) for node in nodes
+    )
+
+
+@contextmanager
+def as_one(many: Tensor) -> Iterator[tuple[Tensor, Callable[[Tensor], Tensor]]]:
+    """Inside, one tensor of the shape ``many[0]`` stands for all of ``many``, and so does whatever is computed from it.
+
+    Yields:
+        That tensor, and the function from what was computed to ``[len(many), *its shape]``.
+    """
+    n = len(many)
+    level = _functorch._vmap_increment_nesting(n, "error")
+    try:
+        yield _functorch._add_batch_dim(many, 0, level), partial(_apart, level, n)
+    finally:
+        _functorch._vmap_decrement_nesting()
+
+
+def _apart(level: int, n: int, one: Tensor) -> Tensor:
+    found: Tensor = _functorch._remove_batch_dim(one, level, n, 0)
+    return found
