@@ -16,21 +16,30 @@ from torch_secorder.autograd.nodes import is_plain
 
 _functorch: Any = torch._C._functorch
 
-# Kinds of nodes whose gradients are made of operations that all have such a rule. Torch would take the samples of any other
-# operation in turn, and warn of it.
-_NAMES = (
-    # Entries that move, or are left out.
-    "T Transpose Permute View UnsafeView ReshapeAlias Unsqueeze Squeeze Alias Clone ToCopy Select Slice Split SplitWithSizes "
-    "UnsafeSplit Unbind Narrow Expand Repeat Cat Stack Flip Roll ConstantPadNd Index IndexSelect Gather Embedding Diagonal Tril "
-    "Triu "
-    # One entry from one or several, in the same place.
-    "Add Sub Rsub Mul Div Neg Abs Sign Exp Exp2 Expm1 Log Log1P Sqrt Rsqrt Reciprocal Pow Sin Cos Tanh Sigmoid Relu Threshold "
-    "LeakyRelu Elu Gelu Silu Softplus Hardtanh Clamp ClampMin ClampMax Maximum Minimum Where MaskedFill Lerp Addcmul Addcdiv "
-    # Sums, products and norms.
-    "Sum Mean Cumsum LinalgVectorNorm Norm Softmax LogSoftmax Var Mm Bmm Addmm Mv Dot NativeLayerNorm Convolution "
-    "UpsampleBilinear2D UpsampleBicubic2D"
-)
-AT_ONCE = frozenset(f"{name}Backward{version}" for name in _NAMES.split() for version in range(7))
+# Kinds of nodes whose gradients are made of operations that all have such a rule, by version. Torch would take the samples of
+# any other operation in turn, and warn of it.
+_NAMES = {
+    0: (
+        # Entries that move, or are left out.
+        "T Transpose Permute View UnsafeView ReshapeAlias Unsqueeze Squeeze Alias Clone ToCopy Select Slice Split SplitWithSizes "
+        "UnsafeSplit Unbind Expand Repeat Cat Stack Flip Roll Rot90 ConstantPadNd Index IndexSelect IndexPut IndexAdd Gather "
+        "ScatterAdd Embedding Diagonal DiagEmbed Tril Triu "
+        # Each entry from those in the same place.
+        "Add Sub Rsub Mul Div Neg Abs Sign Exp Exp2 Expm1 Log Log1P Log2 Log10 Sqrt Rsqrt Reciprocal Pow Sin Cos Tan Atan Atan2 "
+        "Sinh Cosh Tanh Sigmoid LogSigmoid Logit Relu Threshold LeakyRelu PreluKernel Elu Celu Gelu Silu Softplus Hardtanh "
+        "Hardsigmoid Hardswish Erf Erfinv Round Floor Clamp ClampMin ClampMax Maximum Minimum Logaddexp Where MaskedFill Lerp "
+        "Addcmul Addcdiv "
+        # Entries from several.
+        "Sum Mean Prod Var Std VarMean StdMean Amax Amin Max Min Cumsum Cumprod Logcumsumexp Logsumexp LinalgVectorNorm Norm "
+        "Softmax LogSoftmax Glu Trace Mm Bmm Mv Dot Addmm Addmv Baddbmm LinalgCross LinalgInvEx LinalgSolveEx LinalgMatrixExp "
+        "LinalgCholeskyEx NativeLayerNorm NativeGroupNorm NativeBatchNorm Convolution AvgPool2D AdaptiveAvgPool2D "
+        "UpsampleNearest1D UpsampleNearest2D UpsampleLinear1D UpsampleBilinear2D UpsampleBicubic2D UpsampleBilinear2DAa "
+        "UpsampleBicubic2DAa"
+    ),
+    1: "Add Rsub Squeeze Pow Clamp Lerp Sum Mean Prod Max Norm",
+    2: "Squeeze Pow Div",
+}
+AT_ONCE = frozenset(f"{name}Backward{version}" for version, names in _NAMES.items() for name in names.split())
 
 
 def take_many(nodes: Iterable[Node]) -> bool:

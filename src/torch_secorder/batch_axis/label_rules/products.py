@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
+
 from torch_secorder.autograd.saved import saved
 from torch_secorder.batch_axis.label_rules.registry import Answer, At, rule
-from torch_secorder.batch_axis.labels import joined_along
+from torch_secorder.batch_axis.labels import NOBODY, SEVERAL, joined_along
 
 
 @rule("MmBackward0", "BmmBackward0", "AddmmBackward0", "BaddbmmBackward0")
@@ -49,5 +53,9 @@ def _first_axis(at: At, count: int) -> Answer:
 
 @rule("NativeLayerNormBackward0", "FusedRmsNormBackward0", reads=("shape",))
 def _layer_norm(at: At) -> Answer:
-    own = len(saved(at.node, "shape"))
-    return [joined_along(at.first, range(at.first.ndim - own, at.first.ndim)), *[None] * len(at.inputs[1:])]
+    own = saved(at.node, "shape")
+    found = joined_along(at.first, range(at.first.ndim - len(own), at.first.ndim))
+    if at.kind == "NativeLayerNormBackward0" and math.prod(own) == 1:
+        # A single entry is its own mean, so that nothing but rounding comes back, and no sample gets a part of another's.
+        found = np.where(found == SEVERAL, NOBODY, found)
+    return [found, *[None] * len(at.inputs[1:])]
