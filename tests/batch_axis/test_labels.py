@@ -438,6 +438,7 @@ FUNCTIONS: dict[str, Function] = {
     "batch norm by samples' own statistics": lambda x: F.batch_norm(x, None, None, training=True),
     "layer norm": lambda x: F.layer_norm(x, (4,)),
     "layer norm over samples": lambda x: F.layer_norm(x, (N, 2, 4)),
+    "layer norm of single entries, then mixed": lambda x: x + F.layer_norm(x[..., None], (1,))[..., 0].cumsum(0),
     "group norm": lambda x: F.group_norm(x, 2),
     "rms norm": lambda x: F.rms_norm(x, (4,)),
     "tril": lambda x: x.tril() + x.triu(1),

@@ -155,3 +155,32 @@ def test_where_numbers_decide_each_graph_but_the_first_is_looked_through_once(se
     for name, p in model.named_parameters():
         each = [torch.autograd.grad(model(x, matrix)[n].pow(2).sum(), p)[0].square().sum() for n in range(5)]
         assert_equal(torch.tensor(monitor.per_sample[name].to_numpy()[-5:]), torch.stack(each), monitor.trace)
+
+
+class OfOneChannel(nn.Module):
+    """Attention by mistake among samples, of what a norm over a single channel has made the same for all of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.norm, self.qkv = nn.Linear(4, 4), nn.LayerNorm(1), nn.Linear(1, 3, bias=False)
+        self.last = nn.Linear(4, 2)
+        nn.init.constant_(self.norm.bias, 0.7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.layer(x).tanh()
+        q, k, v = self.qkv(self.norm(h[..., None])).unbind(-1)
+        return self.last((h + (q @ k.T).softmax(-1) @ v).sin())
+
+
+def test_nothing_is_searched_in_a_steady_step_for_a_norm_that_lets_nothing_back(searches: list[int]) -> None:
+    model, x = OfOneChannel().double(), torch.randn(5, 4).double()
+    looks = []
+    with FisherMonitor(model, "sum", per_sample=True) as monitor:
+        for _ in range(8):
+            searches.clear()
+            model(x).pow(2).sum().backward()
+            looks.append(len(searches))
+    assert [looks[3], *looks[5:]] == [0] * 4
+    for name, p in model.named_parameters():
+        each = [torch.autograd.grad(model(x[n : n + 1]).pow(2).sum(), p)[0].square().sum() for n in range(5)]
+        assert_equal(torch.tensor(monitor.per_sample[name].to_numpy()[-5:]), torch.stack(each), monitor.trace)
