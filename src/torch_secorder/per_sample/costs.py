@@ -56,21 +56,23 @@ NANOSECONDS: dict[str, Counts] = {
 }
 
 # The same for accelerators, fitted to times on one NVIDIA H200 with torch 2.11, most of which are the cost of starting a call.
-# The form that they pick takes 1.12 times as long as the best one on average, and 1.7 times at most. cuDNN takes the groups of
-# "direct" one after the other for some sizes, in up to 130 kernels, and at once for others, of which nothing tells beforehand.
+# The form that they pick takes 1.13 times as long as the best one on average, and 1.7 times at most. cuDNN takes the groups of
+# "direct" in turn for some sizes, in up to 130 kernels, and at once for others, of which nothing tells beforehand: what that
+# costs each sample was not fitted, but set so that the forms with few kernels win where they are nearly as fast.
 OF_ACCELERATORS: dict[str, Counts] = {
     "direct": {
-        "blocks": 9.4e4,
-        "calls": 1.5e5,
-        "multiply": 1.2e-4,
-        "outputs": 7.1e-3,
-        "factors": 3.7e-4,
-        "depthwise": 4.6e-5,
-        "unfolded": 3.4e-5,
+        "blocks": 9e4,
+        "calls": 1.4e5,
+        "multiply": 1.1e-4,
+        "outputs": 6.8e-3,
+        "factors": 2.6e-4,
+        "depthwise": 4.7e-5,
+        "unfolded": 3.2e-5,
+        "in turn": 5e3,
     },
-    "shifted": {"blocks": 5e4, "calls": 6.9e4, "multiply": 1e-5, "packed": 1.6e-3, "outputs": 7.8e-4, "copied": 2.6e-3},
-    "gram": {"blocks": 2.6e5, "calls": 1.5e4, "multiply": 6.4e-6, "added": 1.8e-5, "packed": 2.1e-4},
-    "patches": {"calls": 8.8e4, "multiply": 1.8e-4, "copied": 8.3e-3, "packed": 3.3e-3},
+    "shifted": {"blocks": 1.9e5, "calls": 3.4e4, "multiply": 8e-6, "packed": 1.7e-3, "outputs": 1.5e-3, "copied": 8e-4},
+    "gram": {"blocks": 2.6e5, "calls": 1.4e4, "multiply": 3.2e-6, "added": 2.1e-5, "packed": 1.3e-4},
+    "patches": {"calls": 8e4, "multiply": 1.5e-4, "copied": 1.4e-2, "packed": 3.3e-3},
 }
 
 
@@ -174,6 +176,7 @@ def counts(form: str, at: Sizes) -> Counts:
             work["factors"] = pairs * (at.i * pixels + at.o * positions)
             if at.depthwise:
                 return {**work, "depthwise": pairs * taps * positions}
+            work["in turn"] = at.n
             unfolded = pairs * taps * positions * at.i
             in_patches = {"unfolded": unfolded, "runs": unfolded / at.out[-1]}
             if at.few_channels and (at.one_by_one or blocks == at.n):
@@ -189,7 +192,8 @@ def counts(form: str, at: Sizes) -> Counts:
             copied = 0 if taps == 1 and max(at.stride) == 1 and not any(at.padding) else at.n * at.floats(form)
             return {
                 "blocks": blocks,
-                "calls": blocks * (2 + calls),
+                # A CPU's price of a call was fitted with two more of them everywhere.
+                "calls": blocks * (calls + (2 if copied or at.profile.has_caches else 0)),
                 "products": products,
                 "multiply": products * positions * _up(row, 8) * (_up(at.o, 16) if at.o > 1 else 1),
                 "packed": products * positions * (row + at.o),

@@ -26,6 +26,9 @@ ANY_BATCH_NORM: Any = nn.BatchNorm1d.__base__  # Other libraries derive their ba
 _SINGLE_OR_DOUBLE = (torch.float32, torch.float64)
 MODERATE = 16  # A mean of up to this many deviations costs few digits.
 LARGE, MANY = 2**14, 512  # how many numbers make a sample large, and how many of its rows are added up at once
+# CUDA's kernel has a block for each channel of each sample. With fewer elements most of it does nothing, so that many such blocks
+# take longer than three more kernels (measured on one H100).
+BLOCK, FEW = 64, 2**13
 ROWS = range(16, 2**17)  # elements per channel: fewer fill no vector register, more lose digits in float32
 
 
@@ -212,7 +215,8 @@ def _in_one_pass(x: Tensor, g: Tensor) -> bool:
     """Whether :func:`_as_torch_does` applies and is fast: on CUDA it is one kernel. Other devices were not tried."""
     if torch.is_grad_enabled() or x.dtype != g.dtype or g.dtype not in _SINGLE_OR_DOUBLE:
         return False
-    fast = math.prod(g.shape[2:]) in ROWS if g.is_cpu else g.is_cuda
+    elements = math.prod(g.shape[2:])
+    fast = elements in ROWS if g.is_cpu else g.is_cuda and (elements >= BLOCK or math.prod(g.shape[:2]) <= FEW)
     return fast and x.is_contiguous() and g.is_contiguous()
 
 
