@@ -44,7 +44,7 @@ class ChainFlow:
         dtype = grads.dtype if self._permutes else output_dtype(*self._value)
         wanted = [_no_narrower(output_dtype(start, 0), grads.dtype) for start, _ in self._starts]
         grads = grads.to(dtype)
-        parts = self._parts(grads)
+        parts = self._parts(grads, wanted)
         found = [
             self._at_once(grads[part], wanted)
             if part.stop - part.start > 1
@@ -57,26 +57,25 @@ class ChainFlow:
             ]
         return found[0] if len(found) == 1 else [torch.cat(several) for several in zip(*found, strict=True)]
 
-    def _parts(self, grads: Tensor) -> list[slice]:
+    def _parts(self, grads: Tensor, wanted: Sequence[torch.dtype]) -> list[slice]:
         """The samples that are taken at once: as many as memory allows, or one."""
         each = [slice(place, place + 1) for place in range(len(grads))]
         if len(grads) < 2 or not self._nodes or not take_many(self._nodes):
             return each
         size = max(map(math.prod, output_shapes(self._nodes))) * grads.dtype.itemsize
         parts = list(chunks(len(grads), size, profile_of(grads.device).chunk_bytes))
-        return parts if len(parts) < len(grads) and self._agrees(grads) else each
+        return parts if len(parts) < len(grads) and self._agrees(grads, wanted) else each
 
-    def _agrees(self, like: Tensor) -> bool:
+    def _agrees(self, like: Tensor, wanted: Sequence[torch.dtype]) -> bool:
         """Whether two samples at once get what each gets alone, which is tried for the first chain of a kind."""
         kind = (tuple([node.name() for node in self._nodes]), like.dtype, like.device.type)
         if (agrees := _AGREES.get(kind)) is None:
             if len(_AGREES) > REMEMBERED:
                 _AGREES.clear()
-            agrees = _AGREES[kind] = self._tried(like)
+            agrees = _AGREES[kind] = self._tried(like, wanted)
         return agrees
 
-    def _tried(self, like: Tensor) -> bool:
-        wanted = [like.dtype] * len(self._starts)
+    def _tried(self, like: Tensor, wanted: Sequence[torch.dtype]) -> bool:
         generator = torch.Generator().manual_seed(0)
         grads = torch.randn(2, *like.shape[1:], generator=generator, dtype=torch.float32, device="cpu")
         grads = grads.to(like.device, like.dtype)
