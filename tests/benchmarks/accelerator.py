@@ -12,16 +12,15 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
 
-import pretend
 from benchmarks import launches, results, workloads
+from benchmarks.launched import counted, device_named, moved
 from benchmarks.variants import VARIANTS
 from benchmarks.workloads import CLASSES, WORKLOADS, Setting, images, used
 
@@ -32,8 +31,6 @@ HEAD = (
     *("     - ratio", "     - launches", "     - waits", "     - peak, MiB"),
 )
 WAYS = ("plain", "monitor_loop", "batch_l2", "ghost", "loop")
-# The profiler itself waits for the whole device once.
-WAITS = ("cudaStreamSynchronize", "cudaEventSynchronize", "hipStreamSynchronize", "hipEventSynchronize")
 
 
 def billion() -> Setting:
@@ -71,10 +68,7 @@ BUILDERS: dict[str, Callable[[], Setting]] = {name: one.setting for name, one in
 def built(name: str, device: torch.device) -> Setting:
     """The model and its batch on the device; a real one also draws the weights, which takes a CPU long."""
     if device.type == "pretend":
-        setting = BUILDERS[name]()
-        return replace(
-            setting, **{part: pretend.moved(getattr(setting, part)) for part in ("model", "inputs", "targets")}
-        )
+        return moved(BUILDERS[name](), device)
     with device:
         return BUILDERS[name]()
 
@@ -86,11 +80,11 @@ def measured(setting: Setting, way: str, device: torch.device) -> dict[str, Any]
         _timed(VARIANTS["plain"].prepare(model, setting.loss_fn), model, device, *batch)
     step = VARIANTS[way].prepare(model, setting.loss_fn)
     times = [_timed(step, model, device, *batch) for _ in range(STEPS)]
-    counts = _counted_on_pretend if device.type == "pretend" else _counted_by_profiler
+    model.zero_grad()
     return {
         "first": 1e3 * times[0],
         "milliseconds": 1e3 * statistics.median(times[STEPS // 2 :]),
-        **counts(step, model, device, *batch),
+        **counted(partial(step, *batch), device).row(),
     }
 
 
@@ -102,37 +96,6 @@ def _timed(step: Callable[..., Any], model: nn.Module, device: torch.device, *ba
     step(*batch)
     module.synchronize()
     return time.perf_counter() - start
-
-
-def _counted_on_pretend(
-    step: Callable[..., Any], model: nn.Module, device: torch.device, *batch: torch.Tensor
-) -> dict[str, Any]:
-    model.zero_grad()
-    with pretend.counting() as counts:
-        step(*batch)
-    return {"launches": counts.launches.total(), "waits": counts.waits.total(), "peak": counts.peak}
-
-
-def _counted_by_profiler(
-    step: Callable[..., Any], model: nn.Module, device: torch.device, *batch: torch.Tensor
-) -> dict[str, Any]:
-    model.zero_grad()
-    torch.accelerator.synchronize()
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
-        step(*batch)
-    calls = {event.key: event.count for event in seen.key_averages()}
-    launched = sum(count for name, count in calls.items() if "LaunchKernel" in name)
-    waited = sum(calls.get(name, 0) for name in WAITS)
-    return {"launches": launched, "waits": waited, "peak": torch.cuda.max_memory_allocated(device) - before}
-
-
-def named(text: str) -> torch.device:
-    """The device of that name; torch is told of the pretend one."""
-    if text == "pretend":
-        pretend.register()
-    return torch.device(text)
 
 
 def card(device: torch.device) -> str:
@@ -173,11 +136,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", choices=[[], *BUILDERS], default=[], help="models; all of them by default")
-    parser.add_argument("--device", type=named, default=None, help="by default CUDA's, or else the pretend device")
+    parser.add_argument(
+        "--device", type=device_named, default=None, help="by default CUDA's, or else the pretend device"
+    )
     parser.add_argument("--ways", nargs="*", choices=WAYS, default=WAYS)
     parser.add_argument("--save", action="store_true", help="keep the numbers in results/accelerator.json")
     options = parser.parse_args(arguments)
-    device = options.device or named("cuda" if torch.cuda.is_available() else "pretend")
+    device = options.device or device_named("cuda" if torch.cuda.is_available() else "pretend")
     names = ("model", 10), ("way", 14), ("first", -9), ("ms", -9), ("ratio", -6), ("launches", -8), ("waits", -5)
     heads = [f"{word:>{-size}}" if size < 0 else f"{word:{size}}" for word, size in names]
     print(card(device), " | ".join([*heads, "peak, MiB"]), sep="\n")

@@ -1,8 +1,8 @@
-"""What a monitor adds to a step on an accelerator, counted on a pretend one: launches, waits of the host and bytes.
+"""What a monitor adds to a step on an accelerator, a pretend one or a real one: launches, waits of the host and bytes.
 
-``PYTHONPATH=tests python -m benchmarks.launches [names] [--save] [--places]`` prints a table. The step is the tenth in one block:
-forward, loss and backward, when everything that a monitor looks for was found. ``--places`` lists the lines that made the host
-wait.
+``PYTHONPATH=tests python -m benchmarks.launches [names] [--device cuda] [--save] [--places]`` prints a table. The step is the
+tenth in one block: forward, loss and backward, when everything that a monitor looks for was found. ``--places`` lists the lines
+that made the host wait, and ``--save`` keeps the numbers, both for the pretend device only.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import pretend
 from benchmarks import results, workloads
+from benchmarks.launched import Counted, counted, device_named, moved
 from benchmarks.workloads import CLASSES, Classifier, Setting, classification, images, of_words, used
 from torch_secorder import FisherMonitor
 
@@ -113,45 +113,51 @@ class Added:
         tensors: the number of parameters that are analyzed.
     """
 
-    plain: pretend.Counts
-    monitored: pretend.Counts
+    plain: Counted
+    monitored: Counted
     tensors: int
 
     def row(self) -> dict[str, Any]:
         """The numbers of the table."""
-        launches = [counts.launches.total() for counts in (self.plain, self.monitored)]
         return {
-            "plain": launches[0],
-            "monitored": launches[1],
-            "waits": self.monitored.waits.total() - self.plain.waits.total(),
-            "per_tensor": (launches[1] - launches[0]) / self.tensors,
+            "plain": self.plain.launches,
+            "monitored": self.monitored.launches,
+            "waits": self.monitored.waits - self.plain.waits,
+            "per_tensor": (self.monitored.launches - self.plain.launches) / self.tensors,
             "peak": [self.plain.peak, self.monitored.peak],
         }
 
 
-def counted(build: Callable[[], Setting], steps: int = STEPS, **options: Any) -> Added:
-    """The last of so many steps, plain and in the block of a monitor with these options."""
-    pretend.register()
+def added(build: Callable[[], Setting], steps: int = STEPS, device: str = "pretend", **options: Any) -> Added:
+    """What the last of so many steps in the block of a monitor with these options adds to a plain one."""
+    where = device_named(device)
     with torch.random.fork_rng(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.manual_seed(0)
-        setting = build()
-        model = pretend.moved(setting.model)
-        batch = pretend.moved((setting.inputs, setting.targets))
-        plain = _last_step(setting, model, *batch, 1, nullcontext())  # all of which are alike
-        monitored = _last_step(setting, model, *batch, steps, FisherMonitor(model, **options))
+        setting = moved(build(), where)
+        model = setting.model
+
+        def step() -> None:
+            setting.loss_fn(model(setting.inputs), setting.targets).backward()
+
+        # Plain steps are all alike; a GPU chooses its kernels in the first.
+        plain = _last_step(model, step, 1 if device == "pretend" else 3, where, nullcontext())
+        monitored = _last_step(model, step, steps, where, FisherMonitor(model, **options))
     return Added(plain, monitored, sum(p.requires_grad for p in model.parameters()))
 
 
 def _last_step(
-    setting: Setting, model: nn.Module, inputs: Tensor, targets: Tensor, steps: int, block: AbstractContextManager[Any]
-) -> pretend.Counts:
+    model: nn.Module,
+    step: Callable[[], None],
+    steps: int,
+    device: torch.device,
+    block: AbstractContextManager[Any],
+) -> Counted:
     with block:
-        for _ in range(steps):
+        for _ in range(steps - 1):
+            step()
             model.zero_grad()
-            with pretend.counting() as counts:
-                setting.loss_fn(model(inputs), targets).backward()
-    return counts
+        return counted(step, device)
 
 
 HEAD = f"{'model':24} | {'launches':>14} | {'waits':>5} | {'added per tensor':>16} | {'peak, MiB':>16}"
@@ -168,17 +174,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", choices=[[], *MODELS], default=[], help="models; all of them by default")
+    parser.add_argument("--device", default="pretend", help="the pretend one by default")
     parser.add_argument("--save", action="store_true", help="keep the numbers in results/launches.json")
     parser.add_argument("--places", action="store_true", help="list the lines of the library that made the host wait")
     options = parser.parse_args(arguments)
     print(HEAD)
     for name in options.names or MODELS:
-        added = counted(MODELS[name][1])
-        print(line(name, added.row()), flush=True)
+        found = added(MODELS[name][1], device=options.device)
+        print(line(name, found.row()), flush=True)
         if options.places:
-            print(*(f"    {count:>4} {place}" for place, count in added.monitored.places.most_common()), sep="\n")
+            print(*(f"    {count:>4} {place}" for place, count in found.monitored.places.most_common()), sep="\n")
         if options.save:
-            results.save("launches", {name: added.row()})
+            results.save("launches", {name: found.row()})
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import pretend
-from benchmarks.launches import MODELS, counted
+from benchmarks.launches import MODELS, added
 from torch_secorder import FisherMonitor
 from torch_secorder.errors import CoverageError
 from torch_secorder.recording import doubts
@@ -28,9 +28,9 @@ MOST_OF_A_SEARCH = 24
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_steady_step_waits_once_and_adds_few_launches(name: str) -> None:
-    added = counted(MODELS[name][1], steps=4)  # the first that is not checked
-    assert added.row()["waits"] == 1, added.monitored.places
-    assert added.row()["per_tensor"] <= UNFUSED.get(name, MOST)
+    found = added(MODELS[name][1], steps=4)  # the first that is not checked
+    assert found.row()["waits"] == 1, found.monitored.places
+    assert found.row()["per_tensor"] <= UNFUSED.get(name, MOST)
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -50,8 +50,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("name", ["resnet", "gpt2"])
 def test_a_steady_step_waits_once_whatever_is_kept(name: str, options: dict[str, Any]) -> None:
-    added = counted(MODELS[name][1], steps=4, **options)
-    assert added.row()["waits"] == 1, added.monitored.places
+    found = added(MODELS[name][1], steps=4, **options)
+    assert found.row()["waits"] == 1, found.monitored.places
 
 
 MORE_OPTIONS: dict[str, dict[str, Any]] = {
@@ -62,14 +62,14 @@ MORE_OPTIONS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("options", MORE_OPTIONS.values(), ids=MORE_OPTIONS)
 def test_a_steady_step_waits_once_for_options_that_not_every_model_takes(options: dict[str, Any]) -> None:
-    added = counted(MODELS["gpt2"][1], steps=4, **options)
-    assert added.row()["waits"] == 1, added.monitored.places
+    found = added(MODELS["gpt2"][1], steps=4, **options)
+    assert found.row()["waits"] == 1, found.monitored.places
 
 
 @pytest.mark.usefixtures("_without_float64")
 @pytest.mark.parametrize("options", [{}, OPTIONS["everything"]], ids=["traces", "everything"])
 def test_a_steady_step_waits_once_on_a_device_without_float64(options: dict[str, Any]) -> None:
-    assert counted(MODELS["mlp"][1], steps=4, **options).row()["waits"] == 1
+    assert added(MODELS["mlp"][1], steps=4, **options).row()["waits"] == 1
 
 
 def test_samples_alone_are_compared_as_those_of_single_precision_although_norms_go_to_the_host_in_double() -> None:
@@ -86,11 +86,11 @@ def test_samples_alone_are_compared_as_those_of_single_precision_although_norms_
 @pytest.mark.parametrize("name", ["gpt2", "llama", "resnet"])
 def test_the_search_of_a_first_step_waits_as_often_for_few_layers_as_for_many(name: str) -> None:
     """For the random numbers that go to the device, and for what came back, all of it together."""
-    counts = counted(MODELS[name][1], steps=1).monitored
+    counts = added(MODELS[name][1], steps=1).monitored
     searching = (" batch_axis/", "double_precision.py")  # the second of which takes to the host what came back
     waits = {place: count for place, count in counts.places.items() if any(file in place for file in searching)}
     assert sum(waits.values()) <= MOST_OF_A_SEARCH, waits
-    assert counts.launches["amin"] > 10  # There was a search, which looks at the smallest number of each place.
+    assert counts.operations["amin"] > 10  # There was a search, which looks at the smallest number of each place.
 
 
 @pytest.fixture
