@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-from torch_secorder.autograd.compiled import never_compiled
 from torch_secorder.autograd.engine import keeps_graph, without_modes
 from torch_secorder.autograd.function_code import writes_elsewhere
 from torch_secorder.autograd.guard import in_python_function
@@ -34,29 +33,6 @@ def value_shape(node: Node, nr: int) -> tuple[int, ...]:
 def _shape_of(output: Any) -> tuple[int, ...]:
     """The shape of a node's output as its metadata has it; a nested tensor of strided layout, which has none, gets (0,)."""
     return (0,) if output.is_nested_tensor else tuple(output.shape)
-
-
-class _TakesAll(torch.autograd.Function):
-    """A function of any number of tensors, whose node leads to the nodes of all of them."""
-
-    @staticmethod
-    def forward(ctx: Any, *leaves: Tensor) -> Tensor:
-        return torch.empty(0, device="cpu")
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        raise AssertionError("no gradient is ever asked for")
-
-
-@never_compiled
-def accumulators(leaves: Sequence[Tensor]) -> list[Node]:
-    """The nodes that accumulate the gradients of these leaves, all of which require one."""
-    if not leaves:
-        return []
-    with torch.enable_grad():  # Every block asks for those of all parameters, so that one function takes them all.
-        # With torch 2.8 a function's node is only there as long as its output is.
-        output: Any = _TakesAll.apply(*leaves)  # type: ignore[no-untyped-call]  # torch does not type it
-        return [child for child, _ in output.grad_fn.next_functions]
 
 
 def output_shapes(nodes: Collection[Node]) -> tuple[tuple[int, ...], ...]:

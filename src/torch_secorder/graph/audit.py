@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from torch_secorder.autograd.engine import innermost_transform, leaf_of
-from torch_secorder.autograd.nodes import accumulators, keeps_state, tensors_of_weights, unseen_hooks
+from torch_secorder.autograd.leaf_nodes import LeafNodes
+from torch_secorder.autograd.nodes import keeps_state, tensors_of_weights, unseen_hooks
 from torch_secorder.batch_axis.knowledge import ModelKnowledge
 from torch_secorder.batch_axis.order import Order
 from torch_secorder.batch_axis.search import SampleSearch
@@ -61,10 +62,7 @@ class Audit:
         rehearsal: bool = False,
     ):
         self._table, self._ranks = table, table.ranks
-        positions = [position for position, p in enumerate(table.leaves) if p.requires_grad]
-        self.leaves = dict(
-            zip(accumulators([table.leaves[position] for position in positions]), positions, strict=True)
-        )
+        self.leaves = LeafNodes({position: p for position, p in enumerate(table.leaves) if p.requires_grad})
         self._places = CallPlaces(
             *(table, knowledge or ModelKnowledge(), locate_on_three_samples),
             trust_shapes=trust_shapes,
@@ -79,14 +77,10 @@ class Audit:
         """Take the nodes that the parameters have now: a conversion (``model.double()``) gives them others."""
         if innermost_transform() is not None:  # Under vmap, no pass counts.
             return
-        now = [leaf_of(node) for node in self.leaves]
-        if all(leaf is not None and leaf.requires_grad for leaf in now):
-            found = dict(
-                zip(accumulators([leaf for leaf in now if leaf is not None]), self.leaves.values(), strict=True)
-            )
-            if found.keys() != self.leaves.keys():
-                self.leaves.clear()
-                self.leaves.update(found)
+        now = {position: leaf_of(node) for node, position in self.leaves.items()}
+        still = {position: leaf for position, leaf in now.items() if leaf is not None and leaf.requires_grad}
+        if len(still) == len(now) and (found := LeafNodes(still)).keys() != self.leaves.keys():
+            self.leaves.take(found)
 
     def uses(self, forward: Forward, outputs: Sequence[Tensor]) -> Uses:
         """Place every record of a forward, and find every use that no record accounts for, each with its node.

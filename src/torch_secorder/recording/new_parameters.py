@@ -8,6 +8,7 @@ from torch import nn
 from torch.autograd.graph import Node
 
 from torch_secorder.autograd.engine import leaf_of
+from torch_secorder.autograd.leaf_nodes import accumulators
 from torch_secorder.capture.model_run import Forward
 from torch_secorder.errors import CoverageError
 from torch_secorder.model.parameters import named_modules
@@ -28,7 +29,7 @@ class NewParameters:
         names: the names of all analyzed parameters.
 
     Attributes:
-        refused: the leaves of parameters for which forwards were refused.
+        refused: the leaves of parameters for which forwards were refused, each with what keeps it for torch.
     """
 
     def __init__(
@@ -41,8 +42,8 @@ class NewParameters:
         self._model = model
         self._watched = {id(leaf_of(node)): names[position] for node, position in leaves.items()}
         self._on_entry = _owned(modules)
-        self._known: set[Node] = set()  # the leaves of tensors that are not analyzed, and not new
-        self.refused: set[Node] = set()
+        self._known: dict[Node, object] = {}  # the same for the leaves of tensors that are not analyzed, and not new
+        self.refused: dict[Node, object] = {}
 
     def refuse_in(self, forward: Forward, leaves: Iterable[Node]) -> None:
         """Refuse the forward if one of its graph's leaves that are not analyzed is a new parameter of the model."""
@@ -59,7 +60,8 @@ class NewParameters:
             forward.refusal = replaced(list(others))
         elif (name := self._watched.get(id(variable))) is not None:
             forward.refusal = _converted(name, variable)
-        (self._known if forward.refusal is None else self.refused).add(node)
+        owner = accumulators([variable])[1] if variable.requires_grad else None
+        (self._known if forward.refusal is None else self.refused)[node] = owner
 
     def clear(self) -> None:
         """Keep no node alive."""

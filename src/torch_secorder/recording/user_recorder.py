@@ -22,6 +22,7 @@ from torch_secorder.autograd.engine import (
     raise_after_backward,
 )
 from torch_secorder.autograd.hooks import gradient_hooks
+from torch_secorder.autograd.leaf_nodes import LeafNodes
 from torch_secorder.autograd.node_hooks import HookTable
 from torch_secorder.autograd.roots import kind_of_loss, reduction_of_loss
 from torch_secorder.autograd.tensor_hooks import put_last
@@ -134,7 +135,7 @@ class UserRecorder(Recorder):
         super()._detach()
         # These nodes have the parameters' present shapes. As long as one of them lives, torch makes no other for its parameter.
         # Another thread may be reading the mapping, which therefore stays as it is.
-        self._audit.leaves = self._passes.leaves = self._whole.leaves = self._reruns.leaves = {}
+        self._audit.leaves = self._passes.leaves = self._whole.leaves = self._reruns.leaves = LeafNodes({})
 
     def _count_passes(self) -> None:
         """Count backward passes instead of calls of the model from now on, since compiled code was called inside the block."""
