@@ -1,6 +1,6 @@
 """The nodes that accumulate the gradients of leaves, asked for and kept so that no two threads wait for each other.
 
-Whoever asks torch for such a node waits for a lock of the leaf's. With torch 2.15, an operation that has this lock waits for
+Whoever asks torch for such a node waits for a lock of the leaf's. Since torch 2.13, an operation that has this lock waits for
 Python's where Python alone keeps the node alive. A thread that has Python's, as in the call of a Python function, and asks for
 the node then waits for ever. So the library does not have Python's lock when it asks, and a node that it keeps is kept by
 another node of torch's as well, since the program's own functions would wait, too.
