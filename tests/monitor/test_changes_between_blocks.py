@@ -39,9 +39,9 @@ from torch_secorder.rules import registry
 
 def assert_right(report: pd.DataFrame, model: nn.Module, x: Tensor, y: Tensor) -> None:
     """The report has the numbers of the loop, and is that of a model which nobody has watched before."""
-    with torch.no_grad():
-        model(x)  # It makes pruned weights anew, without a graph, since a model with such a graph can't be copied.
     with torch.compiler.set_stance("force_eager"):
+        with torch.no_grad():
+            model(x)  # It makes pruned weights anew, without a graph, since a model with such a graph can't be copied.
         squared = per_sample_squared_norms(model, F.cross_entropy, x, y)
     expected = {name.replace("_orig_mod.", ""): t.mean() for name, t in squared.items()}
     total, dtype = torch.stack(list(expected.values())).sum(), next(model.parameters()).dtype
