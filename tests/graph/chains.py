@@ -224,4 +224,12 @@ CHAINS: dict[str, Callable[[Tensor], Tensor]] = {
     "unsqueeze": lambda w: w.exp().unsqueeze(1),
     "norm": lambda w: torch.ops.aten.norm.ScalarOpt_dim(w, 2, [1], True),
     "norm all": lambda w: w.norm(),
+    "weight norm": lambda w: torch._weight_norm(w.exp(), w[:, :1].sin(), 0),
+    "weight norm along the last axis": lambda w: torch._weight_norm(w.exp().view(2, 2, 3), w[:1, None].sin(), 2),
+    "t in place": lambda w: w.sin().t_(),
+    "transpose in place": lambda w: w.sin().transpose_(0, 1),
+    "unsqueeze in place": lambda w: w.sin().unsqueeze_(1),
+    "squeeze in place": lambda w: w[:, None].sin().squeeze_(),
+    "squeeze of one axis in place": lambda w: w[:, None].sin().squeeze_(1),
+    "squeeze of axes in place": lambda w: torch.ops.aten.squeeze_.dims(w[:, None].sin(), [1]),
 }

@@ -14,6 +14,7 @@ from torch_secorder.autograd.opaque import Gradients, is_opaque
 from torch_secorder.errors import CoverageError
 
 Arrive = Callable[[Node, Gradients], None]
+Call = Callable[[Node, Gradients], list[Tensor | None]]
 
 
 class Route:
@@ -99,7 +100,7 @@ class Route:
         arrive: Arrive,
         *,
         before: Callable[[Node], None] | None = None,
-        call: Callable[[Node, Gradients], list[Tensor | None]] = vjp_in_look,
+        call: Call = vjp_in_look,
         complete: bool = False,
         keeps_dtype: bool = False,
     ) -> None:

@@ -73,6 +73,12 @@ ATTRIBUTES: dict[str, dict[str, str]] = {
         "eps": "_saved_epsilon",
         "training": "_saved_training",
     },
+    "WeightNormInterfaceBackward0": {
+        "v": "_saved_v",
+        "g": "_saved_g",
+        "norms": "_saved_result1",
+        "axis": "_saved_dim",
+    },
     "PreluKernelBackward0": {"input": "_saved_self"},
     "TrilinearBackward0": {
         "left": "_saved_i1",

@@ -12,7 +12,9 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from torch_secorder.autograd.engine import active_modes
-from torch_secorder.autograd.nodes import is_plain
+from torch_secorder.autograd.nodes import is_plain, node_vjp
+from torch_secorder.autograd.opaque import Gradients
+from torch_secorder.autograd.saved import knows, saved
 
 _functorch: Any = torch._C._functorch
 
@@ -36,10 +38,25 @@ _NAMES = {
         "UpsampleNearest1D UpsampleNearest2D UpsampleLinear1D UpsampleBilinear2D UpsampleBicubic2D UpsampleBilinear2DAa "
         "UpsampleBicubic2DAa"
     ),
-    1: "Add Rsub Squeeze Pow Clamp Lerp Sum Mean Prod Max Norm",
+    1: "Add Rsub Squeeze Pow Clamp Lerp Sum Mean Prod Max Norm T Transpose Unsqueeze",
     2: "Squeeze Pow Div",
+    3: "Squeeze",
+    4: "Squeeze",
+    5: "Squeeze",
 }
 AT_ONCE = frozenset(f"{name}Backward{version}" for version, names in _NAMES.items() for name in names.split())
+
+
+def _weight_norm(node: Any, grad: Tensor) -> list[Tensor]:
+    """The gradients of ``v`` and ``g``, of which ``g v / |v|`` was made, with a norm for each index along one axis."""
+    v, g, norms = (saved(node, name) for name in ("v", "g", "norms"))
+    others = [axis for axis in range(v.dim()) if axis != saved(node, "axis") % v.dim()]
+    along = (grad * v).sum(others, keepdim=True) / norms
+    return [g / norms * (grad - v * along / norms), along]
+
+
+# Kinds of nodes that call a kernel of their own, and what it computes, in operations that have rules.
+_FORMULAS = {"WeightNormInterfaceBackward0": (_weight_norm, ("v", "g", "norms", "axis"))}
 
 
 def take_many(nodes: Iterable[Node]) -> bool:
@@ -49,8 +66,21 @@ def take_many(nodes: Iterable[Node]) -> bool:
     again take the way that torch takes.
     """
     return not (active_modes() or torch.is_grad_enabled()) and all(
-        node.name() in AT_ONCE and is_plain(node) for node in nodes
+        (node.name() in AT_ONCE or _has_formula(node.name())) and is_plain(node) for node in nodes
     )
+
+
+def _has_formula(kind: str) -> bool:
+    return kind in _FORMULAS and knows(kind, *_FORMULAS[kind][1])
+
+
+def called_with_many(node: Node, grads: Gradients) -> list[Tensor | None]:
+    """The gradients of a node's inputs, given those of its outputs, inside of :func:`as_one`."""
+    if node.name() not in _FORMULAS:
+        return node_vjp(node, grads)
+    (grad,) = grads
+    assert grad is not None
+    return [*_FORMULAS[node.name()][0](node, grad)]
 
 
 @contextmanager

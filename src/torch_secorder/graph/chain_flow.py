@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
+from torch_secorder.autograd.kept_values import vjp_in_look
 from torch_secorder.autograd.nodes import Edge, output_dtype, output_shapes
 from torch_secorder.autograd.opaque import Gradients
-from torch_secorder.autograd.route import Route
-from torch_secorder.autograd.vmapped import as_one, take_many
+from torch_secorder.autograd.route import Call, Route
+from torch_secorder.autograd.vmapped import as_one, called_with_many, take_many
 from torch_secorder.per_sample.budget import chunks
 from torch_secorder.per_sample.profiles import profile_of
 
@@ -90,15 +91,16 @@ class ChainFlow:
 
     def _at_once(self, grads: Tensor, wanted: Sequence[torch.dtype]) -> list[Tensor]:
         with as_one(grads) as (one, apart):
-            return [apart(own) for own in self._flowed(one, wanted)]
+            return [apart(own) for own in self._flowed(one, wanted, called_with_many)]
 
     def _of_one(self, grad: Tensor, wanted: Sequence[torch.dtype]) -> list[Tensor]:
-        return [own[None] for own in self._flowed(grad, wanted)]
+        return [own[None] for own in self._flowed(grad, wanted, vjp_in_look)]
 
-    def _flowed(self, grad: Tensor, wanted: Sequence[torch.dtype]) -> list[Tensor]:
+    def _flowed(self, grad: Tensor, wanted: Sequence[torch.dtype], call: Call) -> list[Tensor]:
         """The gradients of all starts, given that of the value; of a start that none arrives at, zeros."""
         arrived: dict[Node, Tensor] = {}
-        self._route.flow({self._value: grad}, partial(_first_of, arrived), complete=True, keeps_dtype=self._permutes)
+        arrive = partial(_first_of, arrived)
+        self._route.flow({self._value: grad}, arrive, call=call, complete=True, keeps_dtype=self._permutes)
         found: list[Tensor] = []
         for (start, shape), wide in zip(self._starts, wanted, strict=True):
             there = arrived.get(start)

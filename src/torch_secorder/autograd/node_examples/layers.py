@@ -77,6 +77,12 @@ def _batch_norm() -> Example:
     return F.batch_norm(x, mean, variance, w, w, eps=0.125), expected
 
 
+@example("WeightNormInterfaceBackward0")
+def _weight_norm() -> Example:
+    v, g = numbers(3, 4, 2), numbers(1, 1, 2)
+    return torch._weight_norm(v, g, 2), {"v": v, "g": g, "norms": v.square().sum((0, 1)).sqrt(), "axis": 2}
+
+
 @example("PreluKernelBackward0")
 def _prelu() -> Example:
     x = numbers(3, 4)
