@@ -38,12 +38,13 @@ class ChainFlow:
     def __init__(self, route: Route, value: Edge, starts: Sequence[Start], *, permutes: bool):
         self._route, self._value, self._starts, self._permutes = route, value, starts, permutes
         self._nodes = [node for node in route.order if node not in route.ends]
+        self._dtypes = [output_dtype(start, 0) for start, _ in starts]
 
     def __call__(self, grads: Tensor) -> list[Tensor]:
         """``[n, *value shape]`` -> ``[n, *shape]`` of each start."""
         # A node that computes has saved tensors of the model's dtype, which may be narrower than that of our gradients.
         dtype = grads.dtype if self._permutes else output_dtype(*self._value)
-        wanted = [_no_narrower(output_dtype(start, 0), grads.dtype) for start, _ in self._starts]
+        wanted = [_no_narrower(start, grads.dtype) for start in self._dtypes]
         grads = grads.to(dtype)
         parts = self._parts(grads, wanted)
         found = [
@@ -61,7 +62,8 @@ class ChainFlow:
     def _parts(self, grads: Tensor, wanted: Sequence[torch.dtype]) -> list[slice]:
         """The samples that are taken at once: as many as memory allows, or one."""
         each = [slice(place, place + 1) for place in range(len(grads))]
-        if len(grads) < 2 or not self._nodes or not take_many(self._nodes):
+        is_plain = len(grads) > 1 and bool(self._nodes) and not any(start.is_complex for start in self._dtypes)
+        if not is_plain or not take_many(self._nodes):
             return each
         size = max(map(math.prod, output_shapes(self._nodes))) * grads.dtype.itemsize
         parts = list(chunks(len(grads), size, profile_of(grads.device).chunk_bytes))
