@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 from torch import Tensor
 from torch.autograd.graph import Node
@@ -50,6 +50,16 @@ class BatchFreeVjp:
     permutation: tuple[object, ...] | None
     closed: frozenset[Node] = frozenset()
 
+    @cached_property
+    def flow(self) -> ChainFlow:
+        """The flow down the chain, which all nodes that take the value have in common."""
+        return _flow([self], self.route)
+
+    @cached_property
+    def route(self) -> Route:
+        """The nodes of the chain."""
+        return Route([self.value[0]], [self.start], closed=self.closed)
+
     def __call__(self, form: PerSampleGradient) -> PerSampleGradient:
         """The gradient of the parameter for each sample, given that of the value."""
         if self.permutation == ():
@@ -93,6 +103,8 @@ def _line(value: Edge, start: Node) -> list[Edge] | None:
 
 def common_route(chains: Sequence[BatchFreeVjp]) -> Route:
     """The nodes between one value and all starts of these chains, which have the same closed nodes."""
+    if len(chains) == 1:
+        return chains[0].route
     return Route([chains[0].value[0]], [chain.start for chain in chains], closed=chains[0].closed)
 
 
@@ -119,31 +131,30 @@ class _CommonFlow:
     """The vector-Jacobian products of chains from one value, which keeps the answers to the last gradients it was asked for."""
 
     def __init__(self, chains: Sequence[BatchFreeVjp]) -> None:
-        self._chains = chains
+        self._chains, self._flow = chains, _flow(chains, common_route(chains))
         self._grads: Tensor | None = None
         self._found: list[Tensor] = []
 
     def __call__(self, chain: BatchFreeVjp, grads: Tensor) -> Tensor:
         if grads is not self._grads:
-            self._grads, self._found = grads, _vjps(self._chains, grads)
+            self._grads, self._found = grads, self._flow(grads)
         return self._found[self._chains.index(chain)]
 
 
 def _vjp(chain: BatchFreeVjp, grads: Tensor) -> Tensor:
     """``[n, *value shape]`` -> ``[n, *shape]`` through the batch-free chain between the two."""
-    return _vjps([chain], grads)[0]
+    return chain.flow(grads)[0]
 
 
-def _vjps(chains: Sequence[BatchFreeVjp], grads: Tensor) -> list[Tensor]:
-    """``[n, *value shape]`` -> ``[n, *shape]`` of each of several chains from one value, by one flow."""
-    route = common_route(chains)
+def _flow(chains: Sequence[BatchFreeVjp], route: Route) -> ChainFlow:
+    """The flow down several chains from one value, along their common route."""
     if not route.ends.issuperset(chain.start for chain in chains):
         raise UnsupportedError(
             "what was computed from a parameter alone went through something that can't be looked through: re-entrant activation "
             f"checkpointing, or {OPAQUE_FUNCTION}; compute it outside of that"
         )
     starts, permutes = [(chain.start, chain.shape) for chain in chains], all(map(_permutes, chains))
-    return ChainFlow(route, chains[0].value, starts, permutes=permutes)(grads)
+    return ChainFlow(route, chains[0].value, starts, permutes=permutes)
 
 
 def _permutes(chain: BatchFreeVjp) -> bool:

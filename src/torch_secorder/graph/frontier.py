@@ -70,6 +70,8 @@ class Frontier:
         self._climbs: dict[Edge, list[Edge]] = {}
         # The nodes at the frontier, and with them those from which the climbs began.
         self._frontier, self._ends = set[Node](), set[Node]()
+        # What was found of a value, for all nodes that take it.
+        self._ways: dict[tuple[Node, int, frozenset[Node]], list[tuple[Target, BatchFreeVjp]]] = {}
 
     def uses(self, forward: Forward) -> tuple[list[tuple[ParameterUse, Node]], list[tuple[IdleUse, Node]]]:
         """Every use at the frontier, and those where no gradient is expected, each with its node."""
@@ -243,6 +245,13 @@ class Frontier:
         layer is called twice, its first call counts the gradient that comes to its weight through that call.
         """
         assert made_by is not None
+        key = made_by, nr, frozenset(origins)
+        if (found := self._ways.get(key)) is None:
+            found = self._ways[key] = self._ways_to(made_by, nr, origins)
+        return UsedValue(index, value_shape(made_by, nr), [*found])
+
+    def _ways_to(self, made_by: Node, nr: int, origins: set[Node]) -> list[tuple[Target, BatchFreeVjp]]:
+        """The ways from a value to those of some targets that it was computed from; several nodes may take the value."""
         reached = list(_reached(made_by, self._ends))
         closed = frozenset([node for node in reached if node in self._closed or node in self._targets])
         found: list[tuple[Target, BatchFreeVjp]] = []
@@ -251,7 +260,7 @@ class Frontier:
                 target = self._targets[node]
                 shape = self._table.rows[target].shape if isinstance(target, int) else tuple(target.shape)
                 found.append((target, batch_free_vjp((made_by, nr), node, shape, closed)))
-        return UsedValue(index, value_shape(made_by, nr), found)
+        return found
 
 
 def _reached(start: Node, ends: Container[Node]) -> Iterator[Node]:
