@@ -26,6 +26,7 @@ ATTRIBUTES: dict[str, dict[str, str]] = {
     "AddmmBackward0": {"alpha": "_saved_alpha", "beta": "_saved_beta", "left": "_saved_mat1", "right": "_saved_mat2"},
     "MmBackward0": {"left": "_saved_self", "right": "_saved_mat2"},
     "BmmBackward0": {"left": "_saved_self", "right": "_saved_mat2"},
+    "BaddbmmBackward0": {"left": "_saved_batch1", "right": "_saved_batch2"},
     "MvBackward0": {"left": "_saved_self"},
     "GroupedMmBackward0": {"left": "_saved_self", "ends": "_saved_offs"},
     "ConvolutionBackward0": {

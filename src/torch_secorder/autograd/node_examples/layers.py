@@ -26,6 +26,12 @@ def _bmm() -> Example:
     return torch.bmm(x, w), {"left": x, "right": w}
 
 
+@example("BaddbmmBackward0")
+def _baddbmm() -> Example:
+    b, x, w = numbers(2, 3, 5), numbers(2, 3, 4), numbers(2, 4, 5)
+    return torch.baddbmm(b, x, w), {"left": x, "right": w}
+
+
 @example("MvBackward0")
 def _mv() -> Example:
     x, w = numbers(3, 4), numbers(4)
