@@ -33,7 +33,7 @@ from torch_secorder.batch_axis.label_rules import (
 from torch_secorder.batch_axis.labels import Labels, joined, reshaped
 from torch_secorder.batch_axis.moving import Mover, mover
 from torch_secorder.batch_axis.placement import Placement
-from torch_secorder.batch_axis.readings import what_labels_say
+from torch_secorder.batch_axis.readings import labels_of, what_labels_say
 from torch_secorder.batch_axis.search_pass import Viewed
 from torch_secorder.batch_axis.steps import Answers, Step
 
@@ -147,7 +147,7 @@ class Derivation:
         for x, where in self._placed:
             edge = get_gradient_edge(x)
             key = (edge.node, edge.output_nr)
-            self._labels[key] = joined(self._labels.get(key), _of_output(x, where, self._n))
+            self._labels[key] = joined(self._labels.get(key), labels_of(where, x.shape, self._n))
         steps = [Step.of(node, self._route.inputs[node], packs=self._packs) for node in self._route.order]
         self._told = _on_host(self._indices(steps))
         return steps
@@ -223,15 +223,6 @@ class Derivation:
         if known is None or not (known[0] is labels or np.array_equal(known[0], labels)):
             known = self._known[key] = labels, what_labels_say(reshaped(labels, own, shape), shape, self._n)
         return known[1]
-
-
-def _of_output(x: Tensor, where: Placement, n: int) -> Labels:
-    """The labels of an output's gradient."""
-    if not x.dim():
-        return np.zeros((), np.int64)
-    own = where.sample_of_index(x.shape[where.axis], n, torch.device("cpu"))
-    samples = np.arange(n) if own is None else own.numpy()
-    return samples.reshape([-1 if axis == where.axis else 1 for axis in range(x.dim())])
 
 
 def _shapes(node: Node) -> tuple[tuple[int, ...], ...]:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from torch_secorder.batch_axis.evidence import Finding, Unplaced, candidates, is_of_features
-from torch_secorder.batch_axis.labels import NOBODY, SEVERAL, Labels, joined_along
+from torch_secorder.batch_axis.labels import NOBODY, SEVERAL, Labels, joined_along, on_axis
 from torch_secorder.batch_axis.placement import Layout, Placement
 
 
@@ -18,7 +18,7 @@ def what_labels_say(labels: Labels, shape: tuple[int, ...], n: int) -> Finding:
         return Finding(Unplaced.NO_GRADIENT)
     if not shape or (labels == SEVERAL).any():
         return Finding(Unplaced.SHARED_BY_SAMPLES)
-    fitting = [one for one in candidates(shape, n) if _explains(labels, one, shape[one.axis], n)]
+    fitting = [one for one in candidates(shape, n) if _explains(labels, one, shape, n)]
     listed = _listed(labels, shape)
     if not fitting or (is_of_features(fitting[0], shape) and isinstance(listed.evidence, Placement)):
         return listed
@@ -35,10 +35,15 @@ def _listed(labels: Labels, shape: Sequence[int]) -> Finding:
     return Finding(Placement(0, Layout.INDEXED, torch.from_numpy(rows.copy())))
 
 
-def _explains(labels: Labels, placement: Placement, size: int, n: int) -> bool:
+def _explains(labels: Labels, placement: Placement, shape: Sequence[int], n: int) -> bool:
     """Whether the labels at each index along a placement's axis are those of the index's sample, or NOBODY."""
-    axis = placement.axis
-    own = placement.sample_of_index(size, n, torch.device("cpu"))
+    return bool(((labels == labels_of(placement, shape, n)) | (labels == NOBODY)).all())
+
+
+def labels_of(placement: Placement, shape: Sequence[int], n: int) -> Labels:
+    """The labels of a tensor of this shape that has its samples there."""
+    if not shape:
+        return np.zeros((), np.int64)
+    own = placement.sample_of_index(shape[placement.axis], n, torch.device("cpu"))
     samples = np.arange(n) if own is None else own.numpy()
-    expected = samples.reshape([-1 if other == axis else 1 for other in range(labels.ndim)])
-    return bool(((labels == expected) | (labels == NOBODY)).all())
+    return on_axis(samples, placement.axis, len(shape))
