@@ -789,9 +789,9 @@ class Blended(nn.Module):
 
 
 def test_trap_19_as_many_spiking_steps_in_front_as_samples() -> None:
-    """A layer on the samples is shared by all steps. Both things that the message says to do are exact."""
+    """A layer on the samples leads to all steps. Both things that the message says to do are exact."""
     model, x = Spiking().double(), torch.randn(5, 3).double()
-    with expectation(r"Linear 'first'.*all of them share.*batch_axis={'outputs': 1}"), FisherMonitor(model, "sum"):
+    with expectation(r"Linear 'first'.*it takes all of.*batch_axis={'outputs': 1}"), FisherMonitor(model, "sum"):
         model(x).square().sum().backward()
     with FisherMonitor(model, "sum", batch_axis={"outputs": 1}) as monitor:
         model(x).square().sum().backward()

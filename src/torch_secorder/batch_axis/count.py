@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -70,12 +70,19 @@ class Count:
     def __str__(self) -> str:
         return f"{self.n} samples ({self.why})"
 
-    def ambiguous_inputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[tuple[Seen, Tensor]]:
-        """The arguments that are tensors with as many indices as samples on the batch axis, and on another one, too."""
-        found = []
+    def inputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[tuple[Seen, Tensor]]:
+        """The tensors among the arguments that have as many indices as samples on the batch axis."""
+        found: list[tuple[Seen, Tensor]] = []
+        containers: dict[Key, Iterator[Tensor]] = {}
         for seen in self.seen:
             value = args[seen.key] if isinstance(seen.key, int) else kwargs[seen.key]
-            if isinstance(value, Tensor) and tuple(seen.shape).count(self.n) > 1 and seen.n == self.n:
+            if seen.axis == LIST:
+                continue
+            if not isinstance(value, Tensor):  # Of a container each tensor was seen in turn.
+                if seen.key not in containers:
+                    containers[seen.key] = iter(tensors(value))
+                value = next(containers[seen.key])
+            if seen.n == self.n:
                 found.append((seen, value))
         return found
 

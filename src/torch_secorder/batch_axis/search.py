@@ -74,6 +74,11 @@ class SampleSearch:
         if missing:
             self._find(missing)
 
+    @property
+    def examines(self) -> bool:
+        """Whether what is known is examined again in this graph."""
+        return bool(self._examines)
+
     def exceeds(self, derivation: Derivation) -> bool:
         """Whether passes have shown something that does not follow from what the graph's nodes saved."""
         found = derivation.suppositions([(edge, shape) for _, edge, shape in self.looked])

@@ -124,7 +124,7 @@ class ForwardTracker:
         recomputed_in = None if task == -1 else self._recomputation(task)
         forward = self._running[thread] = Forward(count.n, recomputed_in=recomputed_in, count=count)
         if count.n is not None and recomputed_in is None:
-            forward.inputs = count.ambiguous_inputs(args, kwargs)
+            forward.inputs = count.inputs(args, kwargs)
             if type(count.why) is Seen and count.why.inside is None and count.why.axis == 0:
                 key = count.why.key
                 value = args[key] if isinstance(key, int) else kwargs[key]

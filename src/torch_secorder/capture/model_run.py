@@ -42,8 +42,7 @@ class Forward:
         sharded: the modules that FSDP2 shards, each with a node that made one of its outputs; empty once the run is over.
         count: how many samples it has, and what says so.
         placements: where each of the model's outputs has its samples; empty once the run is over.
-        inputs: the model's arguments of which several axes may count the samples, each with the axis that was chosen; empty once
-            the run is over.
+        inputs: the model's arguments that count the samples, each with its axis; empty once the run is over.
         counting: finds the argument whose first axis is taken to count the samples; it finds None once nobody has the argument.
         bags: the numbers of bags that EmbeddingBags with offsets made.
         has_packed_inputs: whether hooks for saved tensors keep the inputs of some of its calls (activation checkpointing). Where

@@ -87,7 +87,7 @@ def require_first_axis(record: Record, axis: int, count: Count) -> None:
     Raises:
         ShapeError: naming the layer and both axes.
     """
-    if record.shape[0] % (count.n or 1) == 0 and _is_first(record.site.module, len(record.shape)):
+    if record.shape[0] % (count.n or 1) == 0 and has_samples_first(record.site.module, len(record.shape)):
         raise ShapeError(
             f"{record.site} has its samples on axis 0 of its output, of shape {tuple(record.shape)}, and the model's outputs "
             f"show the model's {count} on axis {axis} of it, if they are on the axis of the outputs that is taken for theirs: "
@@ -95,8 +95,8 @@ def require_first_axis(record: Record, axis: int, count: Count) -> None:
         )
 
 
-def _is_first(module: nn.Module, sides: int) -> bool:
-    """Whether a layer with an output of so many axes has the samples on the first of them."""
+def has_samples_first(module: nn.Module, sides: int) -> bool:
+    """Whether a layer of channels with an output of so many axes has the samples on the first of them."""
     if isinstance(module, NORMS):
         return True
     return any(isinstance(module, kinds) and sides > one for kinds, one in SIDES_OF_ONE if nn.Linear not in kinds)

@@ -13,6 +13,7 @@ The files, one verb each:
 * ``graph`` is a walk with what its nodes tell of the samples, and ``orders`` what decides where they are in graphs of its kind;
 * ``audit`` accounts for every use: it has the calls placed and the frontier found for the rest, or refuses;
 * ``call_places`` finds where the output of each call has its samples;
+* ``operands`` says what calls and nodes take, and ``samples_in_data`` whether data contradict what shapes say of the samples;
 * ``frontier`` climbs from parameters to the nodes where they meet the data, and ``uses`` says what it finds there;
 * ``chain`` carries a gradient from the frontier back to the parameter;
 * ``queries`` answers questions that need no walk: second derivatives, parameters that the loss uses directly;

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from operator import attrgetter, itemgetter
 from typing import NamedTuple
 
+from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from torch_secorder.autograd.nodes import output_shapes
 from torch_secorder.autograd.sharded import GatheredWeights
+from torch_secorder.batch_axis.count import Seen
 from torch_secorder.batch_axis.evidence import Unplaced
 from torch_secorder.batch_axis.knowledge import ModelKnowledge, PlacementCache, Wanted
 from torch_secorder.batch_axis.order import ONE_ORDER, Order
@@ -205,7 +207,7 @@ class CallPlaces:
                 if record.placement is None:  # There is one sample then, and all of the output belongs to it.
                     record.placement = Placement(0, Layout.BLOCKS)
             return []
-        wanted, beside = _wanted(reached), wanted_of_own_axes(own_axes) if own_axes else []
+        wanted, beside = wanted_of_calls(reached), wanted_of_own_axes(own_axes) if own_axes else []
         search([*wanted, *beside])
         for one, (key, _, _) in zip(own_axes, beside, strict=True):
             found = search.placements.evidence[key]
@@ -231,8 +233,12 @@ class CallPlaces:
         if shared:
             _require_no_batch_axis(forward, shared)
         # Where a forward is refused, some samples may be hidden, and those contradict nothing.
-        if forward.inputs and forward.refusal is None:
-            self._require_axes_of_inputs(forward, reached, [search.placements.is_proven(key) for key, _, _ in wanted])
+        if forward.refusal is None:
+            for seen, argument in forward.inputs:
+                if tuple(seen.shape).count(n) > 1:
+                    _require_axis_of_input(
+                        forward, seen, argument, zip(reached, wanted, strict=True), search.placements
+                    )
         return shared
 
     def require_order_of_checkpoints(self, graph: Graph, search: SampleSearch, keeps_order: Callable[[], bool]) -> None:
@@ -255,14 +261,6 @@ class CallPlaces:
             if not in_order:
                 refuse(graph.forward, hidden(f"an output of shape {tuple(shape)}", n), self._ranks)
 
-    def _require_axes_of_inputs(self, forward: Forward, reached: Reached, proven: Sequence[bool]) -> None:
-        """Raise if a layer that got an argument of the model has its samples along another axis of that than is assumed."""
-        for (record, _), is_proven in zip(reached, proven, strict=True):
-            for seen, tensor in forward.inputs:
-                assert isinstance(seen.axis, int)
-                if (axis := contradicted_axis(record, tensor, seen.axis, proven=is_proven)) is not None:
-                    raise on_another_axis(record, forward.count, seen, axis)
-
     def _names_of(self, record: Record) -> str:
         return ", ".join(self._table.names[position] for position in record.site.positions)
 
@@ -275,7 +273,22 @@ def _require_no_batch_axis(forward: Forward, shared: Sequence[Record]) -> None:
             raise without_batch_axis(str(record.site), f"an input of shape {tuple(argument.shape)}", forward.n or 0)
 
 
-def _wanted(reached: Reached) -> list[Wanted]:
+def _require_axis_of_input(
+    forward: Forward,
+    seen: Seen,
+    argument: Tensor,
+    places: Iterable[tuple[tuple[Record, GradientEdge], Wanted]],
+    known: PlacementCache,
+) -> None:
+    """Raise if a layer that got an argument of the model has its samples along another axis of that than is assumed."""
+    assert isinstance(seen.axis, int)
+    for (record, _), (key, _, _) in places:
+        axis = contradicted_axis(record, argument, seen.axis, proven=known.is_proven(key))
+        if axis is not None:
+            raise on_another_axis(record, forward.count, seen, axis)
+
+
+def wanted_of_calls(reached: Reached) -> list[Wanted]:
     """The places of the calls' outputs, each known by its module, its dimensions and how often the module was called before."""
     counts: dict[str, int] = {}
     wanted: list[Wanted] = []

@@ -5,17 +5,28 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
+import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
+from torch_secorder.autograd.engine import without_modes
 from torch_secorder.autograd.nodes import value_shape
-from torch_secorder.batch_axis.placement import FIRST, Placement
+from torch_secorder.batch_axis.argument_samples import ArgumentSamples, labels_in
+from torch_secorder.batch_axis.labels import Labels
+from torch_secorder.batch_axis.placement import FIRST
+from torch_secorder.batch_axis.search import SampleSearch
 from torch_secorder.capture.model_run import Forward
-from torch_secorder.capture.own_axes import has_one_sample, takes_whole, without_batch_axis
+from torch_secorder.capture.own_axes import has_one_sample, without_batch_axis
 from torch_secorder.capture.records import Record
 from torch_secorder.errors import ShapeError
+from torch_secorder.graph.call_places import wanted_of_calls
+from torch_secorder.graph.graph import Graph
+from torch_secorder.graph.operands import labels_of_operand, operands_of_calls, operands_of_nodes
 from torch_secorder.graph.uses import Uses
 from torch_secorder.graph.walk import Walk
+from torch_secorder.graph.wanted import wanted_of_nodes
+from torch_secorder.model.parameters import Table
 
 # Products with a vector, which has no axis for samples.
 OF_VECTORS = frozenset(["MvBackward0", "AddmvBackward0", "DotBackward0"])
@@ -30,30 +41,101 @@ _NAMES = (
 OF_INPUTS_ONLY = OF_VECTORS | {f"{name}Backward0" for name in _NAMES.split()}
 
 
-def require_one_reading(
-    forward: Forward, placed: Sequence[tuple[Tensor, Placement | None]], shared: Sequence[Record]
-) -> None:
-    """Raise if the samples may be on the second axis of an output, and nothing else is a reason for what all samples share.
+def require_one_reading(graph: Graph, search: SampleSearch, table: Table) -> None:
+    """Raise if samples may be on another axis of an output than the first, and all that takes samples contradicts the first.
 
-    Read along steps or members of an ensemble in front, a layer on the samples looks as if all of these shared it.
+    Read along steps or members of an ensemble in front, what takes the model's samples takes all of them for each. This is looked
+    for where what is known of graphs of this kind is examined again.
 
     Args:
-        forward: the run of the model.
-        placed: the model's outputs, and where each is said to have its samples.
-        shared: the calls of which all samples seem to share the output.
+        graph: the graph.
+        search: what was searched in it, and is to be searched there besides.
+        table: the analyzed parameters.
     """
-    argument, n = forward.counting(), forward.n
-    shapes = [tuple(x.shape) for x, where in placed if where == FIRST and x.dim() > 2 and x.shape[1] == n]
-    if argument is None or not shapes:
+    n, known = graph.forward.n or 0, search.placements
+    if not (search.examines or known.takes_all_samples):  # as in most steps
         return
-    for record in shared:
-        if takes_whole(record, argument):
-            raise ShapeError(
-                f"{record.site}: it was given the model's {forward.count}, and read along axis 0 of an output of shape "
-                f"{shapes[0]}, all of them share what it makes of each: if the samples are on axis 1 of that output, behind "
-                "steps or members of an ensemble, pass batch_axis={'outputs': 1}; if the model mixes its samples, return the "
-                "output with its other axes flattened"
-            )
+    outputs = [tuple(x.shape) for x, where in graph.placed if where == FIRST and n in x.shape[1:]]
+    if not outputs:
+        return
+    if search.examines:
+        told = _all_taken(graph, search, table)
+        if False in told.values():
+            known.takes_all_samples = ""
+        elif told:
+            known.takes_all_samples = next(iter(told))
+    if known.takes_all_samples:
+        (shape, axis), count = (outputs[0], outputs[0].index(n, 1)), graph.forward.count
+        raise ShapeError(
+            f"{known.takes_all_samples}: it takes all of the model's {count} for each index on axis 0 of an output of shape "
+            f"{shape} that it leads to: if the samples are on axis {axis} of that output, behind steps or members of an "
+            f"ensemble, pass batch_axis={{'outputs': {axis}}}; if the model mixes its samples, return the output with its other "
+            "axes flattened"
+        )
+
+
+def _all_taken(graph: Graph, search: SampleSearch, table: Table) -> dict[str, bool]:
+    """What takes something that was made of an argument, in words, and whether it takes all samples for each of the outputs'."""
+    forward, walk = graph.forward, graph.walk
+    n = forward.n or 0
+    operands = list(operands_of_calls(record for record, _ in walk.calls))
+    # All ranks search at the same places, and what they find in their own data may differ.
+    if not table.ranks.distributed:
+        nodes = (node for node in walk.nodes if node not in walk.records)
+        operands += operands_of_nodes(nodes, packs=forward.has_packed_inputs)
+    # All samples may share another argument than the one that counts them, as they do a mask of steps.
+    counting = [one for one in forward.inputs if one[0] is forward.count.why or tuple(one[0].shape).count(n) == 1]
+    with without_modes(), torch.no_grad():
+        arguments = [ArgumentSamples(x, seen.axis) for seen, x in counting if isinstance(seen.axis, int)]
+        made_of = labels_in([one.value for one in operands], arguments, n)
+    taking = [(one, several) for one, several in zip(operands, made_of, strict=True) if several]
+    wanted = {record: one for (record, _), one in zip(walk.calls, wanted_of_calls(walk.calls), strict=True)}
+    places = wanted_of_nodes([one.by for one, _ in taking if not isinstance(one.by, Record)])
+    if places:
+        search(list(places.values()))
+    found: dict[str, bool] = {}
+    for one, several in taking:
+        key, _, shape = wanted[one.by] if isinstance(one.by, Record) else places[one.by]
+        evidence = search.placements.evidence.get(key)
+        if evidence is None or not search.placements.is_proven(key):
+            continue
+        if (labels := labels_of_operand(one, evidence, shape, n)) is None:
+            continue
+        name = str(one.by.site) if isinstance(one.by, Record) else _name_of(one.by, walk, table)
+        for data in several:
+            if (takes_all := _takes_all(labels, data, n)) is not None:
+                found[name] = found.get(name, True) and takes_all
+    return found
+
+
+def _name_of(node: Node, walk: Walk, table: Table) -> str:
+    """What a node is, and the nearest parameter that it takes something of."""
+    level: list[Node] = [node]
+    seen = {node}
+    while level:  # from one to all that it takes
+        level = [
+            child for one in level for child, _ in walk.children.get(one, ()) if child is not None and child not in seen
+        ]
+        seen.update(level)
+        if (leaf := next((one for one in level if one in walk.leaves), None)) is not None:
+            return f"{table.names[walk.leaves[leaf]]}, used by {node.name()}"
+    return node.name()
+
+
+def _takes_all(labels: Labels, data: Labels, n: int) -> bool | None:
+    """Whether each sample of the outputs is computed from all samples of an argument; None if this does not show.
+
+    Args:
+        labels: for each entry of something that was made of the argument, the sample of the outputs.
+        data: for each entry of it the sample of the argument.
+        n: how many samples there are.
+    """
+    of_outputs, of_data = np.broadcast_arrays(labels, data)
+    pairs = np.unique(np.stack([of_outputs.ravel(), of_data.ravel()]), axis=1)
+    counts = {int(label): int((pairs[0] == label).sum()) for label in np.unique(pairs[0])}
+    if any(label >= 0 and count < n for label, count in counts.items()):
+        return False
+    return True if len(np.unique(pairs[1])) == n and n in counts.values() else None
 
 
 def require_data(walk: Walk, shared: Sequence[Record], uses: Uses, forward: Forward, others: Sequence[Tensor]) -> None:

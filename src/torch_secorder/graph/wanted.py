@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Sequence, Set
+from collections.abc import Iterable, Sequence, Set
 
 from torch.autograd.graph import GradientEdge, Node
 
+from torch_secorder.autograd.nodes import value_shape
 from torch_secorder.batch_axis.knowledge import Wanted
 from torch_secorder.capture.own_axes import OwnAxis
 from torch_secorder.capture.records import Record
@@ -16,6 +17,17 @@ from torch_secorder.graph.walk import Walk
 
 # How many nodes a chain from a parameter to the data is expected to have at most, so that one search pass sees all of it.
 LOOK_AHEAD = 3
+
+
+def wanted_of_nodes(nodes: Iterable[Node]) -> dict[Node, Wanted]:
+    """The places of what nodes make that take something of the model's arguments, each known by its kind and its turn."""
+    counts: Counter[str] = Counter()
+    found: dict[Node, Wanted] = {}
+    for node in dict.fromkeys(nodes):
+        name = node.name()
+        found[node] = ("use", f"argument/{name}", counts[name], 0), GradientEdge(node, 0), value_shape(node, 0)
+        counts[name] += 1
+    return found
 
 
 def nodes_ahead(walk: Walk, reached: Sequence[tuple[Record, GradientEdge]], searched: Set[int]) -> list[Node]:

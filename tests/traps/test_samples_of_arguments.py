@@ -1,0 +1,424 @@
+"""Trap 19: as many steps or members in front of the outputs as samples. What is made of the model's arguments tells them apart.
+
+Each model states its outcome where there are as many in front as samples: refused with a remedy that is exact, or exact as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from expectations import expectation
+from oracles import assert_equal
+from problems._base import Forward, randomized
+from torch_secorder import FisherMonitor, empirical_fisher_trace, fisher_report
+from torch_secorder.errors import CurvatureError, ShapeError
+from torch_secorder.graph import samples_in_data
+
+N = 5
+
+Model = Callable[[int], tuple[nn.Module, tuple[int, ...]]]  # of so many steps or members, with the shape of one sample
+
+
+def free(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.randn(*shape))
+
+
+def made(forward: Callable[..., Tensor], **parts: Any) -> nn.Module:
+    """A model with these parameters, buffers and modules."""
+    model = Forward(forward, **{name: one for name, one in parts.items() if isinstance(one, nn.Module)})
+    for name, one in parts.items():
+        if isinstance(one, nn.Parameter):
+            model.register_parameter(name, one)
+    return randomized(model).double()
+
+
+def membranes(count: int, charge: Callable[[int], Tensor], head: Callable[[Tensor], Tensor]) -> Tensor:
+    """Steps of a spiking network, in front of the samples."""
+    membrane, outputs = torch.zeros(()).double(), []
+    for step in range(count):
+        membrane = 0.9 * membrane + charge(step)
+        spikes = torch.sigmoid(membrane - 1)
+        membrane = membrane - spikes
+        outputs.append(head(spikes))
+    return torch.stack(outputs)
+
+
+def copied_steps(m: Any, x: Tensor) -> Tensor:
+    steps = x.transpose(0, 1).contiguous()
+    return membranes(len(steps), lambda i: steps[i] @ m.w, lambda s: s @ m.v)
+
+
+def heads(count: int, *sizes: int) -> nn.ModuleList:
+    return nn.ModuleList([nn.Linear(*sizes) for _ in range(count)])
+
+
+IN_FRONT: dict[str, Model] = {
+    # Views of the argument.
+    "bmm of an expanded view": lambda t: (
+        made(lambda m, x: torch.bmm(x.expand(t, -1, -1), m.w).tanh(), w=free(t, 4, 3)),
+        (4,),
+    ),
+    "matmul": lambda t: (made(lambda m, x: (x @ m.w).tanh(), w=free(t, 4, 3)), (4,)),
+    "einsum": lambda t: (made(lambda m, x: torch.einsum("nd,edc->enc", x, m.w).tanh(), w=free(t, 4, 3)), (4,)),
+    "products in a loop": lambda t: (
+        made(lambda m, x: torch.stack([(x @ w).tanh() for w in m.w]), w=free(t, 4, 3)),
+        (4,),
+    ),
+    "a product from the left": lambda t: (
+        made(lambda m, x: torch.stack([(w @ x.T).T.tanh() for w in m.w]), w=free(t, 3, 4)),
+        (4,),
+    ),
+    "a gain of each member": lambda t: (
+        made(lambda m, x: ((x * m.gain) @ m.w).tanh(), gain=free(t, 1, 4), w=free(4, 3)),
+        (4,),
+    ),
+    "steps of the argument": lambda t: (
+        made(lambda m, x: membranes(t, lambda i: x[:, i] @ m.w, lambda s: s @ m.v), w=free(4, 6), v=free(6, 3)),
+        (t, 4),
+    ),
+    "rows of all steps": lambda t: (
+        made(lambda m, x: F.linear(x, m.w, m.b).tanh().transpose(0, 1), w=free(3, 4), b=free(3)),
+        (t, 4),
+    ),
+    # Copies.
+    "baddbmm of repetitions": lambda t: (
+        made(lambda m, x: torch.baddbmm(m.b, x[None].repeat(t, 1, 1), m.w).tanh(), b=free(t, 1, 3), w=free(t, 4, 3)),
+        (4,),
+    ),
+    "bmm of a stack": lambda t: (made(lambda m, x: torch.bmm(torch.stack([x] * t), m.w).tanh(), w=free(t, 4, 3)), (4,)),
+    "a cast": lambda t: (made(lambda m, x: torch.bmm(x.double().expand(t, -1, -1), m.w).tanh(), w=free(t, 4, 3)), (4,)),
+    "scaled and shifted": lambda t: (
+        made(lambda m, x: torch.bmm(((x - 0.3) / 1.7).expand(t, -1, -1), m.w).tanh(), w=free(t, 4, 3)),
+        (4,),
+    ),
+    "steps of a copy": lambda t: (
+        made(
+            lambda m, x: copied_steps(m, x),
+            w=free(4, 6),
+            v=free(6, 3),
+        ),
+        (t, 4),
+    ),
+    "a transposed copy": lambda t: (
+        made(lambda m, x: torch.stack([(x.mT.contiguous() @ w).flatten(1).tanh() for w in m.w]), w=free(t, 2, 3)),
+        (2, 4),
+    ),
+    "a convolution of repetitions": lambda t: (
+        made(
+            lambda m, x: F.conv1d(x.repeat(t, 1, 1), m.w).view(t, len(x), 9).tanh() * m.gain,
+            w=free(3, 2, 2),
+            gain=free(t, 1, 9),
+        ),
+        (2, 4),
+    ),
+    "a spiking network of functions": lambda t: (
+        made(
+            lambda m, x: membranes(t, lambda _: F.linear(x, m.w, m.b), lambda s: s @ m.v),
+            w=free(6, 4),
+            b=free(6),
+            v=free(6, 3),
+        ),
+        (4,),
+    ),
+    # Layers.
+    "an ensemble of layers": lambda t: (
+        made(lambda m, x: torch.stack([one(x).tanh() for one in m.heads]), heads=heads(t, 4, 3)),
+        (4,),
+    ),
+    "an ensemble with one number each": lambda t: (
+        made(lambda m, x: torch.stack([one(x).tanh().squeeze(-1) for one in m.heads]), heads=heads(t, 4, 1)),
+        (4,),
+    ),
+    "an ensemble of convolutions": lambda t: (
+        made(
+            lambda m, x: torch.stack([one(x).flatten(1).tanh() for one in m.convs]),
+            convs=nn.ModuleList([nn.Conv1d(2, 3, 2) for _ in range(t)]),
+        ),
+        (2, 4),
+    ),
+    "an ensemble of recurrent layers": lambda t: (
+        made(
+            lambda m, x: torch.stack([one(x)[0][:, -1] for one in m.recurrent]),
+            recurrent=nn.ModuleList([nn.GRU(4, 3, batch_first=True) for _ in range(t)]),
+        ),
+        (2, 4),
+    ),
+    "a layer on an expanded view": lambda t: (
+        made(
+            lambda m, x: m.head(m.layer(x.expand(t, -1, -1)).tanh() * m.gain),
+            layer=nn.Linear(4, 6),
+            head=nn.Linear(6, 3),
+            gain=free(t, 1, 6),
+        ),
+        (4,),
+    ),
+    "a layer on repetitions": lambda t: (
+        made(
+            lambda m, x: m.head(m.layer(x.repeat(t, 1)).view(t, -1, 6).tanh() * m.gain),
+            layer=nn.Linear(4, 6),
+            head=nn.Linear(6, 3),
+            gain=free(t, 1, 6),
+        ),
+        (4,),
+    ),
+    "a trunk and heads": lambda t: (
+        made(
+            lambda m, x: torch.stack([one(m.trunk(x).tanh()) for one in m.heads]),
+            trunk=nn.Linear(4, 6),
+            heads=heads(t, 6, 3),
+        ),
+        (4,),
+    ),
+    "two axes in front": lambda t: (
+        made(lambda m, x: torch.stack([torch.stack([(x @ w).tanh(), (x @ w).sin()]) for w in m.w]), w=free(t, 4, 3)),
+        (4,),
+    ),
+}
+
+BEHIND: dict[str, Model] = {
+    "einsum": lambda t: (made(lambda m, x: torch.einsum("nd,edc->nec", x, m.w).tanh(), w=free(t, 4, 3)), (4,)),
+    "bmm": lambda t: (
+        made(lambda m, x: torch.bmm(x.expand(t, -1, -1), m.w).tanh().transpose(0, 1), w=free(t, 4, 3)),
+        (4,),
+    ),
+    "an ensemble of layers": lambda t: (
+        made(lambda m, x: torch.stack([one(x).tanh() for one in m.heads], 1), heads=heads(t, 4, 3)),
+        (4,),
+    ),
+    "a layer on repetitions": lambda t: (
+        made(
+            lambda m, x: m.head(m.layer(x[:, None].repeat(1, t, 1)).tanh() * m.gain),
+            layer=nn.Linear(4, 6),
+            head=nn.Linear(6, 3),
+            gain=free(t, 6),
+        ),
+        (4,),
+    ),
+    "a spiking network": lambda t: (
+        made(
+            lambda m, x: membranes(t, lambda i: x[:, i] @ m.w, lambda s: s @ m.v).transpose(0, 1),
+            w=free(4, 6),
+            v=free(6, 3),
+        ),
+        (t, 4),
+    ),
+    "positions": lambda t: (
+        made(
+            lambda m, x: ((x + m.positions) * torch.arange(t)[:, None].expand(t, 4).expand(len(x), -1, -1)) @ m.w,
+            positions=free(t, 4),
+            w=free(4, 3),
+        ),
+        (t, 4),
+    ),
+    "rows of all steps": lambda t: (made(lambda m, x: F.linear(x, m.w, m.b).tanh(), w=free(3, 4), b=free(3)), (t, 4)),
+    "one by one": lambda t: (
+        made(
+            lambda m, x: torch.stack([(row.expand(t, -1) @ m.w).tanh() * m.gain for row in x]),
+            w=free(4, 3),
+            gain=free(t, 1),
+        ),
+        (4,),
+    ),
+    "as many classes as samples": lambda t: (made(lambda m, x: (x @ m.w).tanh(), w=free(4, t)), (4,)),
+    "in reverse": lambda t: (
+        made(lambda m, x: torch.stack([(x.flip(0).contiguous() @ w).tanh() for w in m.w], 1).flip(0), w=free(t, 4, 3)),
+        (4,),
+    ),
+}
+
+
+def squares(outputs: Tensor) -> Tensor:
+    return outputs.square().sum()
+
+
+def looped(model: nn.Module, x: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """By a loop over samples: the trace of each parameter, and their sum."""
+    named = dict(model.named_parameters())
+    rows = [torch.autograd.grad(squares(model(x[i : i + 1])), list(named.values())) for i in range(len(x))]
+    found = {
+        name: torch.stack([g.square().sum() for g in column]).sum()
+        for name, column in zip(named, zip(*rows, strict=True), strict=True)
+    }
+    return found, torch.stack(list(found.values())).sum()
+
+
+def batch(shape: tuple[int, ...], name: str) -> Tensor:
+    x = torch.randn(N, *shape)
+    return x if name == "a cast" else x.double()
+
+
+def assert_exact(model: nn.Module, x: Tensor, steps: int = 1, **words: Any) -> None:
+    expected, everything = looped(model, x)
+    with FisherMonitor(model, "sum", **words) as monitor:
+        for _ in range(steps):
+            squares(model(x)).backward()
+    assert monitor.n_samples == steps * len(x)
+    for name, t in expected.items():
+        found = torch.tensor(monitor.report().loc[name, "fisher_trace"])
+        assert_equal(found, steps * t, steps * everything, torch.float64)
+
+
+@pytest.mark.parametrize("name", IN_FRONT)
+def test_trap_19_as_many_in_front_as_samples(name: str) -> None:
+    """A monitor refuses it, in each step, and what it says to pass is exact; so are the functions, which try samples alone."""
+    model, shape = IN_FRONT[name](N)
+    x = batch(shape, name)
+    axis = 2 if name == "two axes in front" else 1
+    with FisherMonitor(model, "sum") as monitor:
+        for _ in range(7):
+            with expectation(rf"it takes all of the model's 5 samples .*batch_axis={{'outputs': {axis}}}"):
+                squares(model(x)).backward()
+    assert monitor.n_samples == 0
+    assert_exact(model, x, batch_axis={"outputs": axis})
+    for way in (
+        lambda: fisher_report(model, lambda o, t: squares(o), (x, None), reduction="sum", progress=False),
+        lambda: empirical_fisher_trace(model, lambda o, t: squares(o), x, None),
+    ):
+        with pytest.raises(CurvatureError):
+            way()
+
+
+@pytest.mark.parametrize("name", IN_FRONT)
+def test_trap_19_others_in_front_than_samples(name: str) -> None:
+    """Three in front of five samples: shapes alone show that the samples are not there."""
+    model, shape = IN_FRONT[name](3)
+    x = batch(shape, name)
+    with pytest.raises(ShapeError, match="can't be found out"), FisherMonitor(model, "sum"):
+        squares(model(x)).backward()
+    assert_exact(model, x, batch_axis={"outputs": 2 if name == "two axes in front" else 1})
+
+
+@pytest.mark.parametrize("count", [N, 3])
+@pytest.mark.parametrize("name", BEHIND)
+def test_trap_19_steps_and_members_behind_the_samples(name: str, count: int) -> None:
+    """The same numbers as steps or members, and others: what is made of the arguments is no reason to refuse any of them."""
+    model, shape = BEHIND[name](count)
+    x = batch(shape, name)
+    expected = looped(model, x)[1] if name != "in reverse" else looped(model, x.flip(0))[1]
+    for fresh in (x, x.clone()):
+        with FisherMonitor(model, "sum") as monitor:
+            for _ in range(4):
+                squares(model(fresh)).backward()
+        assert_equal(monitor.trace, 4 * expected, 4 * expected, torch.float64)
+
+
+# Models that mix their samples, where the first axis of the outputs is that of the samples all the same
+
+
+def pairs(m: Any, x: Tensor) -> Tensor:
+    """What each sample makes of each other one, ``[n, n, 3]``."""
+    return (x.expand(len(x), -1, -1) @ m.v + x[:, None].expand(-1, len(x), -1) @ m.w).tanh()
+
+
+MIXING: dict[str, Callable[[], nn.Module]] = {
+    "pairs": lambda: made(pairs, v=free(4, 3), w=free(4, 3)),
+    "products of pairs": lambda: made(lambda m, x: (x @ m.w) @ x.T, w=free(4, 4)),
+    "a skip": lambda: made(
+        lambda m, x: m.a(x).tanh().mean(0).expand(len(x), -1)[:, None] + m.b(x)[:, :, None] * torch.ones(4).double(),
+        a=nn.Linear(4, 4),
+        b=nn.Linear(4, N),
+    ),
+}
+
+
+def rows_alone(model: nn.Module, x: Tensor) -> Tensor:
+    """The trace by the gradient of each index on the first axis of the outputs."""
+    losses = [squares(row) for row in model(x)]
+    found = [torch.autograd.grad(one, list(model.parameters()), retain_graph=True, allow_unused=True) for one in losses]
+    return torch.stack([g.square().sum() for row in found for g in row if g is not None]).sum()
+
+
+@pytest.mark.parametrize("name", MIXING)
+def test_trap_19_one_thing_that_takes_single_samples_settles_it(name: str) -> None:
+    model = MIXING[name]()
+    x = batch((4,), name)
+    with FisherMonitor(model, "sum") as monitor:
+        squares(model(x)).backward()
+    expected = rows_alone(model, x)
+    assert_equal(monitor.trace, expected, expected, torch.float64)
+
+
+def test_trap_19_a_mask_of_as_many_steps_as_samples_counts_none() -> None:
+    """What the model makes of its samples is not seen here, and all of them share the mask."""
+
+    def forward(m: Any, x: Tensor, mask: Tensor) -> Tensor:
+        h = x + m.positions
+        return ((h @ h.mT).tanh() * mask) @ h @ m.w
+
+    model = made(forward, positions=free(N, 4), w=free(4, 3))
+    x, mask = batch((N, 4), ""), torch.ones(N, N).double().tril() / 2
+    with FisherMonitor(model, "sum") as monitor:
+        squares(model(x, mask)).backward()
+    losses = [squares(model(x[i : i + 1], mask)) for i in range(N)]
+    rows = [torch.autograd.grad(one, list(model.parameters())) for one in losses]
+    expected = torch.stack([g.square().sum() for row in rows for g in row]).sum()
+    assert_equal(monitor.trace, expected, expected, torch.float64)
+
+
+# When it is looked for
+
+
+def test_trap_19_samples_of_arguments_are_looked_for_in_looks_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[int] = []
+    looks: list[int] = []
+    whole = samples_in_data.labels_in
+
+    def labels_in(*args: Any) -> Any:
+        looks.append(len(steps))
+        return whole(*args)
+
+    monkeypatch.setattr(samples_in_data, "labels_in", labels_in)
+    model, shape = BEHIND["an ensemble of layers"](N)
+    with FisherMonitor(model, "sum"):
+        for step in range(1, 18):
+            steps.append(step)
+            squares(model(batch(shape, ""))).backward()
+    assert looks == [1, 2, 3, 5, 9, 17]
+
+
+def test_trap_19_equal_samples_tell_by_their_places_in_memory() -> None:
+    model, shape = IN_FRONT["bmm of an expanded view"](N)
+    with expectation(r"batch_axis={'outputs': 1}"), FisherMonitor(model, "sum"):
+        squares(model(torch.ones(N, *shape).double())).backward()
+    ordinary, shape = BEHIND["an ensemble of layers"](N)
+    assert_exact(ordinary, torch.ones(N, *shape).double())
+
+
+def test_trap_19_a_batch_that_tells_nothing_is_followed_by_one_that_does() -> None:
+    model, shape = IN_FRONT["bmm of a stack"](N)
+    with FisherMonitor(model, "sum"), suppress(CurvatureError):
+        squares(model(torch.ones(N, *shape).double())).backward()
+    with FisherMonitor(model, "sum"):
+        for _ in range(4):
+            with expectation(r"batch_axis={'outputs': 1}"):
+                squares(model(batch(shape, ""))).backward()
+
+
+def test_trap_19_an_argument_that_requires_a_gradient() -> None:
+    model, shape = IN_FRONT["bmm of an expanded view"](N)
+    with expectation(r"batch_axis={'outputs': 1}"), FisherMonitor(model, "sum"):
+        squares(model(batch(shape, "").requires_grad_())).backward()
+
+
+@pytest.mark.parametrize("way", ["by name", "in a mapping", "on axis 1"])
+def test_trap_19_however_the_argument_is_given(way: str) -> None:
+    w = free(N, 4, 3)
+    words: dict[str, Any] = {}
+    x = batch((4,), "")
+    if way == "in a mapping":
+        model, given = made(lambda m, batch: torch.bmm(batch["x"].expand(N, -1, -1), m.w).tanh(), w=w), ({"x": x},)
+    elif way == "on axis 1":
+        model, given = made(lambda m, x: torch.bmm(x.T.expand(N, -1, -1), m.w).tanh(), w=w), (x.T.contiguous(),)
+        words = {"batch_axis": {"inputs": 1}}
+    else:
+        model, given = made(lambda m, x: torch.bmm(x.expand(N, -1, -1), m.w).tanh(), w=w), (x,)
+    with expectation(r"batch_axis={'outputs': 1}"), FisherMonitor(model, "sum", **words):
+        outputs = model(x=given[0]) if way == "by name" else model(*given)
+        squares(outputs).backward()
