@@ -12,7 +12,6 @@ SPARSE = "sparse tensors"
 ON_CUDA = {
     "test_scripted_models_are_exact_before_and_after_torch_has_fused_them": "a scripted GRU without a warning",
     "test_trap_04_what_samples_share_does_not_look_like_one_samples_by_chance": "one random generator for all devices",
-    "test_trap_13_a_gradient_that_vanishes_is_amplified_rounding": "the rounding that the test is about, which is a CPU's",
     "test_trap_14_two_monitors_and_copies_of_a_model_that_needs_the_graph": "a copy of a GRU without a warning",
     "test_trap_17_positions_of_fused_attention_are_no_samples": "fused attention of such narrow heads",
     "test_trap_17_positions_that_attend_to_other_steps_are_no_samples": "fused attention of such narrow heads",

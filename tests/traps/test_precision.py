@@ -181,6 +181,10 @@ def test_trap_13_a_gradient_that_vanishes_is_amplified_rounding(seed: int) -> No
     x = torch.zeros(4, 2, 4)
     x[0, 0] = torch.randn(4)
     y = torch.randint(3, (4,))
-    found = torch.tensor(fisher_report(model, F.cross_entropy, (x, y), progress=False)["fisher_trace"].to_numpy())
+    found = fisher_report(model, F.cross_entropy, (x, y), progress=False)["fisher_trace"]
     expected = trace(per_sample_squared_norms(model.double(), F.cross_entropy, x.double(), y))
-    assert_equal(found, torch.stack(list(expected.values())), total(expected), torch.float32)
+    # What is left of the bias's gradient is 2e-3 of the others', and they are rounded to 6e-8, times 316 for the eps. How much of
+    # that comes about depends on the processor: 2e-4 of the trace on some, 6e-4 on a GPU.
+    bias = float(expected.pop("c.bias"))
+    assert found.pop("c.bias") == pytest.approx(bias, rel=2e-3)
+    assert_equal(torch.tensor(found.to_numpy()), torch.stack(list(expected.values())), total(expected), torch.float32)
