@@ -96,7 +96,8 @@ class ChainFlow:
             return [apart(own) for own in self._flowed(one, wanted, called_with_many)]
 
     def _of_one(self, grad: Tensor, wanted: Sequence[torch.dtype]) -> list[Tensor]:
-        return [own[None] for own in self._flowed(grad, wanted, vjp_in_look)]
+        # Copies, since a complex gradient may be a view that is conjugated when it is read, which not every operation reads.
+        return [torch.stack([own]) for own in self._flowed(grad, wanted, vjp_in_look)]
 
     def _flowed(self, grad: Tensor, wanted: Sequence[torch.dtype], call: Call) -> list[Tensor]:
         """The gradients of all starts, given that of the value; of a start that none arrives at, zeros."""
