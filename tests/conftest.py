@@ -32,7 +32,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     lacking = LACKING.get(device, {})
     for item in items:
-        if reason := lacking.get(getattr(item, "originalname", "")):
+        if reason := lacking.get(getattr(item, "originalname", "")) or lacking.get(item.name):
             item.add_marker(pytest.mark.skip(f"{device} lacks {reason}"))
 
 

@@ -12,4 +12,4 @@ FOLDER = Path(__file__).parents[1] / "traps"
 
 def test_the_traps_that_are_left_out_exist() -> None:
     named = {name for path in FOLDER.glob("*.py") for name in re.findall(r"^def (test_\w+)", path.read_text(), re.M)}
-    assert set().union(*LACKING.values()) <= named
+    assert {name.partition("[")[0] for name in set().union(*LACKING.values())} <= named
