@@ -52,11 +52,12 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 def _seeded(request: pytest.FixtureRequest) -> Iterator[None]:
     torch.manual_seed(int(os.environ.get("SEED", "0")))
     default_dtype = torch.get_default_dtype()
-    in_traps = "traps" in request.node.path.parts
-    torch.set_default_device(request.config.getoption("--device") if in_traps else None)
-    torch.backends.cudnn.allow_tf32 = False  # of which oracles know nothing
+    device, convolutions = request.config.getoption("--device"), torch.backends.cudnn.allow_tf32
+    torch.set_default_device(device if "traps" in request.node.path.parts else None)
+    if device == "cuda":
+        torch.backends.cudnn.allow_tf32 = False  # of which oracles know nothing
     yield
-    torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cudnn.allow_tf32 = convolutions
     torch.set_default_device(None)
     assert torch.get_default_dtype() == default_dtype
     assert torch.is_grad_enabled()
