@@ -94,7 +94,7 @@ class Doubled(torch.autograd.Function):
 
 
 ONE_BY_ONE: dict[str, Callable[[Tensor], Tensor]] = {
-    "somebody's function": lambda w: Doubled.apply(w.exp()),
+    "somebody's function": lambda w: -Doubled.apply(w.exp()),  # whose node torch 2.8 forgets with its output
     "a kind of which torch makes something else": lambda w: torch.cdist(w, w.exp()),
     "a kind without a rule": lambda w: torch.nn.functional.mish(w),
     "complex numbers": lambda w: torch.fft.rfft(w).abs(),
