@@ -199,11 +199,11 @@ class FisherMonitor(WithResults, RecordedBlock):
 
     def _attach_hooks(self) -> None:
         assert self._watched is not None
-        options, model, table = self._options, self._watched.model, self._watched.table
-        table.gather(model)
+        options, table = self._options, self._watched.table
+        table.gather(self._watched.model)
         self.results.ranks.counts_samples = table.ranks.counts_samples
         passes = options.of_passes
-        plan = planned(model, table, self._watched.words, passes.quantities)
+        plan = planned(self._watched.model, table, self._watched.words, passes.quantities)
         self._counter.checks = self._watched.knowledge.sum_checks((self._place, passes.kind, plan.state()))
         self._recorder = UserRecorder(
             *(table, plan, self._watched.knowledge, passes),
@@ -294,8 +294,7 @@ class FisherMonitor(WithResults, RecordedBlock):
         )
 
     def __repr__(self) -> str:
+        model = "no model" if self._watched is None else type(self._watched.model).__name__
         state = "active" if self._recorder is not None else "idle"
-        return (
-            f"FisherMonitor({'no model' if self._watched is None else type(self._watched.model).__name__}, "
-            f"{len(self.results.rows)} parameters, reduction={self.results.reduction!r}, {self.n_samples} samples, {state})"
-        )
+        counts = f"{len(self.results.rows)} parameters, reduction={self.results.reduction!r}, {self.n_samples} samples"
+        return f"FisherMonitor({model}, {counts}, {state})"

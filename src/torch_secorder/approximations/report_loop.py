@@ -25,7 +25,8 @@ from torch_secorder.model.restore import lock_of
 from torch_secorder.recording.quantities import SampleIds, SampleRows
 from torch_secorder.recording.sample_norms import SampleNorms
 from torch_secorder.results.results import Results
-from torch_secorder.running.analysis import Analysis, Batch, Checked
+from torch_secorder.running.analysis import Analysis, Checked
+from torch_secorder.running.analyzed import Batch
 from torch_secorder.running.logits import logits
 from torch_secorder.running.misplaced import explaining_misplaced
 from torch_secorder.running.own_loss import loss_function

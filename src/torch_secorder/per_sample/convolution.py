@@ -284,20 +284,6 @@ class Convolution(Cancelling):
         step = self.sizes.step("direct")
         return (slice(start, start + step) for start in range(0, self.n, step))
 
-    def tall(self) -> Convolution:
-        """The same gradients with each sample's r maps stacked along the first axis into one, with zeros between them."""
-        if self.x.shape[1] == 1:
-            return self
-        padding, step, above = self.padding[0], self.stride[0], [0, 0] * (len(self.stride) - 1)
-        below = padding + -(self.x.shape[3] + 2 * padding) % step
-        x = torch.nn.functional.pad(self.x, [*above, padding, below])
-        gap = x.shape[3] // step - self.g.shape[3]
-        g = torch.nn.functional.pad(self.g, [*above, 0, gap])
-        x, g = (value.transpose(1, 2).flatten(2, 3)[:, None] for value in (x, g))
-        shape, stride, padding_, dilation, groups = self._settings()
-        g = g.narrow(3, 0, g.shape[3] - gap)
-        return Convolution(x, g, shape, stride, [0, *padding_[1:]], dilation, groups)
-
     def _shifted_squared_norms(self) -> Tensor:
         found = iter([one_product(self)]) if self.sizes.unfolds_all else shifted_products(self)
         # The products are read in the order in which they lie in memory.

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from torch_secorder.per_sample.convolution_products import with_tall_maps
 from torch_secorder.per_sample.profiles import profile_of
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ def gram_channels(form: Convolution) -> tuple[Tensor, Tensor]:
     """The sums of squares for each output channel, and their parts from equal positions, each ``[n, channels]``."""
     seen, positions = _gram_matrices(form)
     pixels = seen.reshape(positions.shape)
-    g = form.tall().g[:, 0].reshape(form.n * form.groups, -1, pixels.shape[1])
+    g = with_tall_maps(form).g[:, 0].reshape(form.n * form.groups, -1, pixels.shape[1])
     sums, squares = ((g @ pixels) * g).sum(2), (g.square() * pixels.diagonal(dim1=1, dim2=2)[:, None]).sum(2)
     return sums.view(form.n, -1), squares.view(form.n, -1)
 
@@ -36,7 +37,7 @@ def _gram_matrices(form: Convolution) -> tuple[Tensor, Tensor]:
     The sum over the taps adds up copies of the pixels' Gram matrix that are shifted along its diagonal, one axis of the
     kernel after the other.
     """
-    tall = form.tall()
+    tall = with_tall_maps(form)
     x, g = (value[:, 0].reshape(form.n * form.groups, -1, math.prod(value.shape[3:])) for value in (tall.x, tall.g))
     pixels, positions = x.mT @ x, g.mT @ g
     size = [*tall.x.shape[3:]]

@@ -17,6 +17,20 @@ if TYPE_CHECKING:
     from torch_secorder.per_sample.convolution import Convolution
 
 
+def with_tall_maps(form: Convolution) -> Convolution:
+    """The same gradients with each sample's r maps stacked along the first axis into one, with zeros between them."""
+    if form.x.shape[1] == 1:
+        return form
+    padding, step, above = form.padding[0], form.stride[0], [0, 0] * (len(form.stride) - 1)
+    below = padding + -(form.x.shape[3] + 2 * padding) % step
+    x = torch.nn.functional.pad(form.x, [*above, padding, below])
+    gap = x.shape[3] // step - form.g.shape[3]
+    g = torch.nn.functional.pad(form.g, [*above, 0, gap])
+    x, g = (value.transpose(1, 2).flatten(2, 3)[:, None] for value in (x, g))
+    g = g.narrow(3, 0, g.shape[3] - gap)
+    return type(form)(x, g, form.shape, form.stride, [0, *form.padding[1:]], form.dilation, form.groups)
+
+
 def shifted_products(form: Convolution) -> Iterator[Tensor]:
     """The gradients for the kernel's slices along its first axis, in turn, each ``[n k, i * other taps, o]``.
 
@@ -26,7 +40,7 @@ def shifted_products(form: Convolution) -> Iterator[Tensor]:
     """
     if form.sizes.unfolds_all:
         return iter(one_product(form).unflatten(1, (form.shape[2], -1)).unbind(1))
-    tall = form.tall()
+    tall = with_tall_maps(form)
     x, g, step = tall.x[:, 0], tall.g[:, 0], tall.stride[0]
     dims = len(tall.stride)
     sides = [side for p in reversed(tall.padding) for side in (p, p)]
@@ -63,7 +77,7 @@ def squares_of_products(parts: Iterable[Convolution]) -> tuple[Tensor, Tensor]:
 
 def one_product(form: Convolution) -> Tensor:
     """The gradients as one product with patches unfolded along all axes, ``[n k, taps along the first axis * i * others, o]``."""
-    tall = form.tall()
+    tall = with_tall_maps(form)
     g, dims = tall.g[:, 0], len(tall.stride)
     x = torch.nn.functional.pad(tall.x[:, 0], [side for p in reversed(tall.padding) for side in (p, p)])
     x = _unfolded(x, tall, range(dims))

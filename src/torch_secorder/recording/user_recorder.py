@@ -52,8 +52,7 @@ class UserRecorder(Recorder):
 
     Args:
         history: counts what happens, for messages.
-        on_pass: called with this recorder and each pass that is over; an error from it is raised at the end of that backward
-            pass.
+        on_pass: called with this recorder and each pass that is over; the pass raises its errors at its end.
         checks_next: tells from the kind of a pass whether it also projects its gradients on one direction, to compare sums.
         options: as for :class:`Recorder`.
 
@@ -81,22 +80,13 @@ class UserRecorder(Recorder):
         self._watched = WatchedPasses(every if can_count else 1, self._count_passes, super()._attach, super()._detach)
         self._refused = -1  # the latest unwatched pass that reached samples which were counted already
         self.counts_again = self.options.repeated_calls == "new"
-        watches = any(QUANTITIES[name].watches_outputs for name in self.options.quantities)
         leaves = self._audit.leaves
         self.with_gradient = len(leaves)
         every_one = len(leaves) == len(self.table) > 0
         self._new_parameters = NewParameters(self.plan.model, self.plan.modules, leaves, self.table.names)
-        self._passes = UserPasses(
-            *(
-                leaves,
-                self._new_parameters.refused,
-                self._audit.renew_leaves,
-                every_one,
-                self.plan.model,
-                self._let_wait,
-            ),
-            watches_outputs=watches,
-        )
+        watches = any(QUANTITIES[name].watches_outputs for name in self.options.quantities)
+        of_passes = (leaves, self._new_parameters.refused, self._audit.renew_leaves, every_one, self.plan.model)
+        self._passes = UserPasses(*of_passes, self._let_wait, watches_outputs=watches)
         self._known_passes = self._passes.known
         self._whole = WholePasses(self.table.names, self._audit.leaves)
         self._gradients = ParameterGradients(
@@ -170,8 +160,7 @@ class UserRecorder(Recorder):
             return
         if task not in self._passes.ignored and not self._passes.is_of_samples():
             self._passes.ignore(task)  # A pass that begins inside of it may be of the samples.
-        number = self._passes.nest(task, outer)
-        if self._passes.of(number) is None:
+        if self._passes.of(number := self._passes.nest(task, outer)) is None:
             self._open(number)
 
     def _on_refusal_in_forward(self, error: Exception) -> None:
@@ -249,8 +238,7 @@ class UserRecorder(Recorder):
         if task in self._passes.ignored:
             self._gradient_graphs.watch(task)
             return None
-        current = self._passes.of(task) if self._passes.under_way else None
-        current = current or self._begun(task, grads, recomputed_in)
+        current = (self._passes.of(task) if self._passes.under_way else None) or self._begun(task, grads, recomputed_in)
         if current is None:
             return None
         if self._every == 1:  # with every > 1 the pass may still reach a call that was passed over
@@ -266,8 +254,7 @@ class UserRecorder(Recorder):
             self._history.other_passes += 1
             self._gradient_graphs.watch(task)
             return None
-        current = self._passes.of(number) if number != task else None
-        current = current or self._open(number)
+        current = (self._passes.of(number) if number != task else None) or self._open(number)
         for forward in self._passes.ignored.get(number, ()):
             self._reach(current, forward)
         return current
@@ -300,8 +287,7 @@ class UserRecorder(Recorder):
         self._passes.unfinished.discard(current.task)
         if not self._passes.close(current) or not self.forwards.active:
             return
-        empty = current.accumulator.is_empty
-        if empty and current.task in self._passes.ignored:
+        if current.accumulator.is_empty and current.task in self._passes.ignored:
             return
         self.forwards.outside_calls = None
         try:

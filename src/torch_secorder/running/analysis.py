@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import partial, reduce
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from torch_secorder.arguments import Reduction, require_max_memory
+from torch_secorder.arguments import require_max_memory
 from torch_secorder.autograd.engine import call_model
 from torch_secorder.autograd.indices import checked_on_host
 from torch_secorder.autograd.product_bits import TF32, bits_of
@@ -32,6 +31,7 @@ from torch_secorder.recording.options import PassOptions
 from torch_secorder.recording.plan import planned
 from torch_secorder.recording.quantities import Keeps, kept, wanted
 from torch_secorder.recording.sample_norms import SampleNorms
+from torch_secorder.running.analyzed import Batch
 from torch_secorder.running.by_last_layer import stand_ins
 from torch_secorder.running.counted import has_mask
 from torch_secorder.running.fisher_kind import FisherKind
@@ -44,30 +44,6 @@ from torch_secorder.running.run import HookedForward
 from torch_secorder.running.trials import LossFunction
 
 Checked = Literal["always", "when due", "never"]
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One batch, analyzed.
-
-    Attributes:
-        samples: squared norms of its per-sample gradients.
-        outputs: what the model returned, without its graph.
-        random: whether the forward drew random numbers.
-        where: where its samples are in the inputs, outputs and targets.
-        fingerprint: a hash of the graph, equal for graphs of the same kind.
-        reduction: how the loss combines samples, if that was determined.
-        loss_inside: whether the model computes the loss itself, so that the outputs which the loss depends on have no row for
-            each sample.
-    """
-
-    samples: SampleNorms
-    outputs: Any
-    random: bool
-    where: BatchSamples
-    fingerprint: int
-    reduction: Reduction = "sum"
-    loss_inside: bool = False
 
 
 class Analysis:

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from torch_secorder.running.analysis import Analysis, Batch
+from torch_secorder.running.analysis import Analysis
+from torch_secorder.running.analyzed import Batch
 from torch_secorder.running.trials import LossFunction
 from torch_secorder.verification.own_loss import OwnLoss, verify_own_loss
 from torch_secorder.verification.samples_alone import comparable, on_samples_alone, samples_to_check, verify_samples

@@ -23,7 +23,8 @@ from torch_secorder.autograd.product_bits import DOUBLE
 from torch_secorder.batch_axis.samples import BatchSamples
 from torch_secorder.model.containers import tensors
 from torch_secorder.model.parameters import ParameterTable
-from torch_secorder.running.analysis import Analysis, Batch
+from torch_secorder.running.analysis import Analysis
+from torch_secorder.running.analyzed import Batch
 from torch_secorder.running.trials import LossFunction
 from torch_secorder.verification.differentiable_model import DifferentiableModel
 from torch_secorder.verification.losses_together import STEPS, require_explained

@@ -19,7 +19,8 @@ from torch_secorder.model.containers import mapped, tensors
 from torch_secorder.model.ranks import Ranks
 from torch_secorder.model.restore import eval_mode, restoring_buffers
 from torch_secorder.per_sample import as_refusal
-from torch_secorder.running.analysis import Analysis, Batch
+from torch_secorder.running.analysis import Analysis
+from torch_secorder.running.analyzed import Batch
 from torch_secorder.verification.comparison import are_same, differ_by_rounding, require_equal_norms, unequal_norms
 from torch_secorder.verification.differentiable_model import DifferentiableModel
 from torch_secorder.verification.loss_slopes import (

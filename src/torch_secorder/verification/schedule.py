@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from torch_secorder.errors import VerificationError
-from torch_secorder.running.analysis import Analysis, Batch
+from torch_secorder.running.analysis import Analysis
+from torch_secorder.running.analyzed import Batch
 
 
 def analyze_and_verify(analysis: Analysis, analyze: Callable[[], Batch], check: Callable[[Batch], None]) -> Batch:
