@@ -38,7 +38,6 @@ COPIES: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
     "a step": (lambda x: x[:, 2].contiguous(), 1),
     "a step of single precision, repeated": (lambda x: x[:, 1].float().repeat(T, 1, 1), 1),
     "squared": (lambda x: x.square(), 0),
-    "negative": (lambda x: -x, 0),
     "in another order": (lambda x: x[[1, 0, 2, 3, 4]], 0),
     "random": (torch.randn_like, 0),
     "some steps": (lambda x: x[:, :2].contiguous(), 0),
@@ -107,15 +106,28 @@ def test_copies_tell_by_their_numbers(way: str) -> None:
         np.testing.assert_array_equal(np.broadcast_to(one, tuple(copy.shape)), expected.double().numpy())
 
 
+@pytest.mark.parametrize(
+    "lay", [lambda x: x, lambda x: x.transpose(0, 1), lambda x: x.repeat(T, 1, 1), lambda x: x[:, 2]]
+)
+def test_copies_with_another_scale_of_each_feature_tell(lay: Callable[[Tensor], Tensor]) -> None:
+    x = torch.randn(N, T, D).double()
+    samples = torch.arange(N)[:, None, None].expand(N, T, D)
+    ((labels,),) = labels_in([lay(x * torch.tensor([2.0, -1, 0.1]) - torch.arange(D))], [ArgumentSamples(x, 0)], N)
+    np.testing.assert_array_equal(np.broadcast_to(labels, tuple(lay(x).shape)), lay(samples).numpy())
+
+
 def test_samples_that_are_equal_tell_nothing_by_their_numbers() -> None:
     x = torch.randn(N, D).double()
     x[3] = x[1]
     assert labels_in([x.clone(), x], [ArgumentSamples(x, 0)], N)[0] == []
 
 
-def test_numbers_that_are_not_finite_tell_nothing() -> None:
+def test_features_with_numbers_that_are_not_finite_tell_nothing() -> None:
     x = torch.randn(N, D).double()
     x[1, 1], x[2, 2] = torch.nan, torch.inf
+    ((labels,),) = labels_in([x.clone()], [ArgumentSamples(x, 0)], N)
+    assert labels.ravel().tolist() == [*range(N)]
+    x[3, 0] = torch.nan
     assert labels_in([x.clone()], [ArgumentSamples(x, 0)], N) == [[]]
 
 

@@ -23,6 +23,10 @@ from torch_secorder.graph import samples_in_data
 
 N = 5
 
+# Another shift and scale for each of four features, and what mixes these.
+SHIFTS, SCALES = torch.tensor([0.3, -0.2, 0.0, 0.5]).double(), torch.tensor([1.2, -0.3, 1.0, 0.5]).double()
+MIXES = torch.tensor([[0.1, 0.2, 0, 0.1], [0, 0.1, 0.1, 0.3], [0.1, 0, 0.2, 0], [0.2, 0.1, 0, 0.1]]).double()
+
 Model = Callable[[int], tuple[nn.Module, tuple[int, ...]]]  # of so many steps or members, with the shape of one sample
 
 
@@ -176,6 +180,38 @@ IN_FRONT: dict[str, Model] = {
         ),
         (4,),
     ),
+    # What is computed from the argument before parameters take part.
+    "another scale for each feature": lambda t: (
+        made(lambda m, x: torch.bmm(((x - SHIFTS) * SCALES).expand(t, -1, -1), m.w).tanh(), w=free(t, 4, 3)),
+        (4,),
+    ),
+    "another scale for each feature of steps": lambda t: (
+        made(lambda m, x: torch.stack([s @ m.w for s in (x * SCALES).transpose(0, 1)]).tanh(), w=free(4, 3)),
+        (t, 4),
+    ),
+    "features of frozen layers": lambda t: (
+        made(
+            lambda m, x: torch.stack([one(x.sin() @ MIXES).tanh() for one in m.heads]),
+            heads=heads(t, 4, 3),
+        ),
+        (4,),
+    ),
+    "repeated features of frozen layers": lambda t: (
+        made(lambda m, x: torch.bmm((x.sin() @ MIXES).repeat(t, 1, 1), m.w).tanh(), w=free(t, 4, 3)),
+        (4,),
+    ),
+    "a spectrum in products": lambda t: (
+        made(lambda m, x: torch.stack([(torch.fft.rfft(x).abs() @ w).tanh() for w in m.w]), w=free(t, 3, 2)),
+        (4,),
+    ),
+    "ids that are computed": lambda t: (
+        made(
+            lambda m, x: (m.table(x.argsort(1)).flatten(1).expand(t, -1, -1) * m.gain).tanh(),
+            table=nn.Embedding(4, 3),
+            gain=free(t, 1, 12),
+        ),
+        (4,),
+    ),
     "two axes in front": lambda t: (
         made(lambda m, x: torch.stack([torch.stack([(x @ w).tanh(), (x @ w).sin()]) for w in m.w]), w=free(t, 4, 3)),
         (4,),
@@ -218,6 +254,18 @@ BEHIND: dict[str, Model] = {
         (t, 4),
     ),
     "rows of all steps": lambda t: (made(lambda m, x: F.linear(x, m.w, m.b).tanh(), w=free(3, 4), b=free(3)), (t, 4)),
+    "features of frozen layers": lambda t: (made(lambda m, x: ((x.sin() @ MIXES) @ m.w).tanh(), w=free(4, 3)), (t, 4)),
+    "another scale for each feature": lambda t: (made(lambda m, x: ((x * SCALES) @ m.w).tanh(), w=free(4, 3)), (t, 4)),
+    "frozen features and positions": lambda t: (
+        made(
+            lambda m, x: (
+                (x.sin() @ MIXES) @ m.w + torch.arange(4.0 * t).double().view(t, 4).expand(len(x), -1, -1) @ m.v
+            ).tanh(),
+            w=free(4, 3),
+            v=free(4, 3),
+        ),
+        (t, 4),
+    ),
     "one by one": lambda t: (
         made(
             lambda m, x: torch.stack([(row.expand(t, -1) @ m.w).tanh() * m.gain for row in x]),

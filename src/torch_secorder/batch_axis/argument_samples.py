@@ -2,7 +2,7 @@
 
 A view of an argument tells by its place in memory. A copy of it, or of one step of it, tells by its numbers: those of each sample
 have the same mean, spread and largest one, whichever way they lie, also after a cast, after repetitions, and up to one scale and
-shift.
+shift; up to one of each feature, if the features are on the last axis, where all of them are brought to one scale first.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +36,8 @@ MOST_FIGURES = 2**16
 FORGIVEN, FORGIVEN_OF_HALF = 1e-4, 2e-2
 # What is smaller than this part of the numbers is their rounding.
 ROUNDING = 1e-9
+# The smallest spread of a feature, as a part of its numbers, of which a copy of one scale has the digits that are compared.
+SMALLEST_SPREAD, SMALLEST_SPREAD_OF_HALF = 1e-3, 0.2
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,42 +83,42 @@ class ArgumentSamples:
 
     @cached_property
     def figures(self) -> Tensor:
-        """The figures of the samples, and those of each step along another axis but the last, ``[1 + steps, 3, n]``."""
+        """The figures of the samples, and those of each step along another axis but the last, ``[1 + steps, 5, n]``."""
         first = self.value.movedim(self.axis, 0)
-        found = [_figures(first, first.shape[0])[None]]
+        found = [figures_of(first[None])]
         for axis in range(1, first.dim() - 1):
             if first.shape[axis] * first.shape[0] <= MOST_FIGURES:
-                steps = first.movedim(axis, 1).flatten(0, 1)
-                found.append(_figures(steps, len(steps)).unflatten(1, (*first.shape[:1], -1)).movedim(2, 0))
+                found.append(figures_of(first.movedim(axis, 0)))
         return torch.cat(found)
 
 
 def labels_in(operands: Sequence[Tensor], arguments: Sequence[ArgumentSamples], n: int) -> list[list[Labels]]:
     """For each of some tensors what is found of the samples of an argument in it, if it was made of one; the host waits once."""
-    arguments = [one for one in arguments if _shows_numbers(one.value) and one.value.shape[one.axis] == n > 1]
+    arguments = [one for one in arguments if shows_numbers(one.value) and one.value.shape[one.axis] == n > 1]
     known = [[own for one in arguments if (own := one.labels_by_memory(x)) is not None] for x in operands]
     places: list[tuple[int, Placement]] = []
     figures = [one.figures for one in arguments]
     for number, x in enumerate(operands):
         # What requires a gradient was computed from parameters, or else shares the memory of an argument that requires one, too.
-        if not arguments or known[number] or x.requires_grad or not _shows_numbers(x):
+        if not arguments or known[number] or x.requires_grad or not shows_numbers(x):
             continue
         for placement in candidates(x.shape, n):
             places.append((number, placement))
-            figures.append(_figures(_rows(x, placement, n), n))
+            figures.append(figures_of(rows_of(x, placement, n)[None])[0])
     on_host: list[Figures] = [one.numpy() for one in together_on_host(figures)]
     shown = on_host[len(arguments) :]
     with np.errstate(all="ignore"):  # Numbers that are not finite are like none.
-        given = [_without_scale(one) for several in on_host[: len(arguments)] for one in several]
+        given = [one for several in on_host[: len(arguments)] for figures in several for one in _without_scale(figures)]
         for (number, placement), of_rows in zip(places, shown, strict=True):
             x, own_figures = operands[number], _without_scale(of_rows)
             forgiven = FORGIVEN_OF_HALF if is_half(x) else FORGIVEN
-            if any(_are_alike(own_figures, one, forgiven) and _tell_samples(one, forgiven) for one in given):
+            pairs = product(own_figures, given)
+            if any(_are_alike(own, one, forgiven) and tell_samples(one, forgiven) for own, one in pairs):
                 known[number].append(labels_of(placement, x.shape, n))
     return known
 
 
-def _shows_numbers(x: Tensor) -> bool:
+def shows_numbers(x: Tensor) -> bool:
     """Whether a tensor is one of real numbers, all of which are here."""
     if x.layout is not torch.strided or x.is_nested or x.is_quantized or x.is_meta or is_dtensor(x) or not x.numel():
         return False
@@ -134,35 +137,51 @@ def _are_apart(x: Tensor, axis: int) -> bool:
     return inside < step and all(stride % (step * n) == 0 for _, stride in others if stride >= step)
 
 
-def _rows(x: Tensor, placement: Placement, n: int) -> Tensor:
+def rows_of(x: Tensor, placement: Placement, n: int) -> Tensor:
     """What belongs to each sample, ``[n, ...]``."""
     rows, grouping = x.detach().movedim(placement.axis, 0), placement.grouping(n, x.device)
     return rows if grouping is None else grouping.rows(rows)
 
 
-def _figures(rows: Tensor, n: int) -> Tensor:
-    """The mean, the mean square and the largest of each row's numbers, ``[3, n]``, on their device."""
-    wide = widest_dtype(rows.device)
-    rows = rows.detach()[..., None]
-    rows = rows if rows.is_floating_point() else rows.to(wide)
-    axes = list(range(1, rows.dim()))
-    norms = torch.linalg.vector_norm(rows, 2, axes, dtype=wide)
-    squares = norms.square() / math.prod(rows.shape[1:])
-    return torch.stack([rows.mean(axes, dtype=wide), squares, rows.amax(axes).to(wide)])
+def figures_of(steps: Tensor) -> Tensor:
+    """Figures of each row of each step, ``[steps, n, ...]`` -> ``[steps, 5, n]``, on their device.
+
+    They are the mean, the mean square and the largest of a row's numbers, and the mean and the largest of the squares that these
+    have when each feature's mean over its step is 0 and its variance 1.
+    """
+    wide = widest_dtype(steps.device)
+    steps = steps.detach()[..., None] if steps.dim() == 2 else steps.detach()
+    steps = steps if steps.is_floating_point() else steps.to(wide)
+    axes = list(range(2, steps.dim()))
+    squares = torch.linalg.vector_norm(steps, 2, axes, dtype=wide).square() / math.prod(steps.shape[2:])
+    own = _of_one_scale(steps).square()
+    found = [steps.mean(axes, dtype=wide), squares, steps.amax(axes), own.mean(axes), own.amax(axes)]
+    return torch.stack([one.to(wide) for one in found], 1)
 
 
-def _tell_samples(figures: Figures, forgiven: float) -> bool:
+def _of_one_scale(steps: Tensor) -> Tensor:
+    """Numbers ``[steps, n, ..., features]`` with the mean 0 and the variance 1 in each feature of each step."""
+    smallest = SMALLEST_SPREAD_OF_HALF if is_half(steps) else SMALLEST_SPREAD
+    steps = steps.to(widest_dtype(steps.device))
+    over = list(range(1, steps.dim() - 1))
+    spread, mean = torch.std_mean(steps, over, correction=0, keepdim=True)
+    # Of a feature that hardly changes, as much is rounding.
+    shown = spread > smallest * (spread.square() + mean.square()).sqrt()
+    return torch.where(shown, (steps - mean) / spread, 0)
+
+
+def tell_samples(figures: Figures, forgiven: float) -> bool:
     """Whether the figures of any two samples differ. Those of a few padded ones may be met by chance along another axis."""
     return len(np.unique(np.round(figures / forgiven), axis=1).T) == figures.shape[1]
 
 
 def _are_alike(own: Figures, others: Figures, forgiven: float) -> bool:
-    return bool(np.abs(own - others).max() <= forgiven)
+    return own.shape == others.shape and bool(np.abs(own - others).max() <= forgiven)
 
 
-def _without_scale(figures: Figures) -> Figures:
-    """Figures that are the same for numbers with another scale and shift."""
-    means, squares, largest = figures
+def _without_scale(figures: Figures) -> tuple[Figures, Figures]:
+    """Figures that are the same for numbers with another scale and shift, and with others of each feature."""
+    means, squares, largest = figures[:3]
     size = np.sqrt(squares.max())
     spread = np.sqrt(np.maximum(squares - means**2, 0))
     spread = np.where(spread > math.sqrt(ROUNDING) * size, spread, 0)
@@ -170,4 +189,5 @@ def _without_scale(figures: Figures) -> Figures:
     for value in (means - means.mean(), spread):
         norm = float(np.linalg.norm(value))
         found.append(value / norm if norm > ROUNDING * size else np.zeros_like(value))
-    return np.stack([*found, np.divide(largest - means, spread, out=np.zeros_like(means), where=spread > 0)])
+    of_all = np.stack([*found, np.divide(largest - means, spread, out=np.zeros_like(means), where=spread > 0)])
+    return of_all, figures[3:] / max(1.0, float(figures[3:].max()))

@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
-from torch_secorder.autograd.nodes import may_have_packed_tensors, output_shapes
+from torch_secorder.autograd.nodes import is_python_function, may_have_packed_tensors, output_shapes
 from torch_secorder.autograd.saved import knows, saved
 from torch_secorder.batch_axis.evidence import Evidence, Unplaced
 from torch_secorder.batch_axis.label_rules import At, labels_of_inputs
@@ -39,6 +39,13 @@ INPUTS = {
     "PreluKernelBackward0": {"input": 0},
     OF_A_TABLE: {"ids": 0},
 }
+
+# Kinds of nodes that take data besides their inputs: places, or what chooses between numbers.
+_CHOOSING = (
+    "Index IndexSelect IndexAdd IndexCopy IndexFill IndexPut IndexPutImpl Gather Take MaskedFill MaskedSelect MaskedScatter "
+    "Scatter ScatterAdd ScatterReduce"
+)
+CHOOSING = frozenset(f"{name}Backward{number}" for name in _CHOOSING.split() for number in range(3))
 
 
 class Operand(NamedTuple):
@@ -77,6 +84,13 @@ def operands_of_nodes(nodes: Iterable[Node], *, packs: bool) -> Iterator[Operand
         for name, place in names.items():
             if knows(kind, name) and (x := _saved(node, name)) is not None:
                 yield Operand(x, node, place)
+
+
+def takes_unseen_data(node: Node) -> bool:
+    """Whether a node takes data, or may take some, that it does not keep."""
+    if node.name() in INPUTS:
+        return False
+    return node.name() in CHOOSING or is_python_function(node) or None in [child for child, _ in node.next_functions]
 
 
 def _saved(node: Node, name: str) -> Tensor | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from torch_secorder.autograd.nodes import value_shape
 from torch_secorder.batch_axis.argument_samples import ArgumentSamples, labels_in
 from torch_secorder.batch_axis.labels import Labels
 from torch_secorder.batch_axis.placement import FIRST
+from torch_secorder.batch_axis.same_rows import first_of_same_rows
 from torch_secorder.batch_axis.search import SampleSearch
 from torch_secorder.capture.model_run import Forward
 from torch_secorder.capture.own_axes import has_one_sample, without_batch_axis
@@ -22,7 +23,13 @@ from torch_secorder.capture.records import Record
 from torch_secorder.errors import ShapeError
 from torch_secorder.graph.call_places import wanted_of_calls
 from torch_secorder.graph.graph import Graph
-from torch_secorder.graph.operands import labels_of_operand, operands_of_calls, operands_of_nodes
+from torch_secorder.graph.operands import (
+    Operand,
+    labels_of_operand,
+    operands_of_calls,
+    operands_of_nodes,
+    takes_unseen_data,
+)
 from torch_secorder.graph.uses import Uses
 from torch_secorder.graph.walk import Walk
 from torch_secorder.graph.wanted import wanted_of_nodes
@@ -75,7 +82,10 @@ def require_one_reading(graph: Graph, search: SampleSearch, table: Table) -> Non
 
 
 def _all_taken(graph: Graph, search: SampleSearch, table: Table) -> dict[str, bool]:
-    """What takes something that was made of an argument, in words, and whether it takes all samples for each of the outputs'."""
+    """What takes something that was made of an argument, in words, and whether it takes all samples for each of the outputs'.
+
+    Where nothing does, and all data is seen, that is said of what takes the same rows of other data for each of them.
+    """
     forward, walk = graph.forward, graph.walk
     n = forward.n or 0
     operands = list(operands_of_calls(record for record, _ in walk.calls))
@@ -88,28 +98,51 @@ def _all_taken(graph: Graph, search: SampleSearch, table: Table) -> dict[str, bo
     with without_modes(), torch.no_grad():
         arguments = [ArgumentSamples(x, seen.axis) for seen, x in counting if isinstance(seen.axis, int)]
         made_of = labels_in([one.value for one in operands], arguments, n)
-    taking = [(one, several) for one, several in zip(operands, made_of, strict=True) if several]
-    wanted = {record: one for (record, _), one in zip(walk.calls, wanted_of_calls(walk.calls), strict=True)}
-    places = wanted_of_nodes([one.by for one, _ in taking if not isinstance(one.by, Record)])
-    if places:
-        search(list(places.values()))
     found: dict[str, bool] = {}
-    for one, several in taking:
-        key, _, shape = wanted[one.by] if isinstance(one.by, Record) else places[one.by]
-        evidence = search.placements.evidence.get(key)
-        if evidence is None or not search.placements.is_proven(key):
-            continue
-        if (labels := labels_of_operand(one, evidence, shape, n)) is None:
-            continue
-        name = str(one.by.site) if isinstance(one.by, Record) else _name_of(one.by, walk, table)
+    of_arguments = [(one, several) for one, several in zip(operands, made_of, strict=True) if several]
+    for one, labels, several in _with_labels(graph, search, of_arguments):
+        name = _name_of(one.by, walk, table)
         for data in several:
             if (takes_all := _takes_all(labels, data, n)) is not None:
                 found[name] = found.get(name, True) and takes_all
-    return found
+    # What requires a gradient and is no parameter is data that is not looked at.
+    if found or table.ranks.distributed or walk.other_leaves:
+        return found
+    if any(takes_unseen_data(node) for node in walk.nodes if node not in walk.records):
+        return found
+    others = [
+        (one, several)
+        for one, several in zip(operands, made_of, strict=True)
+        if not (several or one.value.requires_grad)
+    ]
+    taken = [(one, labels) for one, labels, _ in _with_labels(graph, search, others)]
+    with without_modes(), torch.no_grad():
+        same = first_of_same_rows([(one.value, labels) for one, labels in taken], n)
+    return {} if same is None else {_name_of(taken[same][0].by, walk, table): True}
 
 
-def _name_of(node: Node, walk: Walk, table: Table) -> str:
-    """What a node is, and the nearest parameter that it takes something of."""
+def _with_labels(
+    graph: Graph, search: SampleSearch, operands: Sequence[tuple[Operand, list[Labels]]]
+) -> Iterator[tuple[Operand, Labels, list[Labels]]]:
+    """Of operands those of which is known which samples of the outputs are computed from them, with these and with what came."""
+    calls = graph.walk.calls
+    wanted = {record: one for (record, _), one in zip(calls, wanted_of_calls(calls), strict=True)}
+    places = wanted_of_nodes([one.by for one, _ in operands if not isinstance(one.by, Record)])
+    if places:
+        search(list(places.values()))
+    for one, several in operands:
+        key, _, shape = wanted[one.by] if isinstance(one.by, Record) else places[one.by]
+        evidence = search.placements.evidence.get(key)
+        if evidence is not None and search.placements.is_proven(key):
+            labels = labels_of_operand(one, evidence, shape, graph.forward.n or 0)
+            if labels is not None:
+                yield one, labels, several
+
+
+def _name_of(node: Record | Node, walk: Walk, table: Table) -> str:
+    """What a call or a node is, and the nearest parameter that a node takes something of."""
+    if isinstance(node, Record):
+        return str(node.site)
     level: list[Node] = [node]
     seen = {node}
     while level:  # from one to all that it takes
