@@ -206,7 +206,7 @@ IN_FRONT: dict[str, Model] = {
     ),
     "ids that are computed": lambda t: (
         made(
-            lambda m, x: (m.table(x.argsort(1)).flatten(1).expand(t, -1, -1) * m.gain).tanh(),
+            lambda m, x: (m.table(x.argsort(1).expand(t, -1, -1)).flatten(2) * m.gain).tanh(),
             table=nn.Embedding(4, 3),
             gain=free(t, 1, 12),
         ),
@@ -255,6 +255,16 @@ BEHIND: dict[str, Model] = {
     ),
     "rows of all steps": lambda t: (made(lambda m, x: F.linear(x, m.w, m.b).tanh(), w=free(3, 4), b=free(3)), (t, 4)),
     "features of frozen layers": lambda t: (made(lambda m, x: ((x.sin() @ MIXES) @ m.w).tanh(), w=free(4, 3)), (t, 4)),
+    "rows that are shared, and steps beside samples": lambda t: (
+        made(
+            lambda m, x: (
+                torch.einsum("lbtd,sd->slbt", torch.stack([x, x.tanh()]), m.layer(m.w)).sum(1).permute(1, 2, 0)
+            ),
+            layer=nn.Linear(4, 4),
+            w=free(4, 4),
+        ),
+        (t, 4),
+    ),
     "another scale for each feature": lambda t: (made(lambda m, x: ((x * SCALES) @ m.w).tanh(), w=free(4, 3)), (t, 4)),
     "frozen features and positions": lambda t: (
         made(

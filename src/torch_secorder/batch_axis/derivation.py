@@ -33,7 +33,7 @@ from torch_secorder.batch_axis.label_rules import (
 from torch_secorder.batch_axis.labels import Labels, joined, reshaped
 from torch_secorder.batch_axis.moving import Mover, mover
 from torch_secorder.batch_axis.placement import Placement
-from torch_secorder.batch_axis.readings import labels_of, what_labels_say
+from torch_secorder.batch_axis.readings import labels_of, what_labels_say, without_contradicted
 from torch_secorder.batch_axis.search_pass import Viewed
 from torch_secorder.batch_axis.steps import Answers, Step
 
@@ -109,6 +109,18 @@ class Derivation:
             return None
         labels = self.labels([edge for edge, _ in wanted])
         return [self._finding(own, edge, tuple(shape)) for own, (edge, shape) in zip(labels, wanted, strict=True)]
+
+    def without_contradicted(self, wanted: Sequence[Viewed], found: Sequence[Finding]) -> list[Finding]:
+        """What passes found at these edges, without what labels exclude. They exclude nothing if nodes hide what they do."""
+        if self._hides:
+            return list(found)
+        labels = self.labels([edge for edge, _ in wanted])
+        return [
+            one
+            if own is None or 0 in shape
+            else without_contradicted(one, self._viewed(own, edge, shape), tuple(shape), self._n)
+            for own, one, (edge, shape) in zip(labels, found, wanted, strict=True)
+        ]
 
     def labels(self, edges: Sequence[GradientEdge]) -> list[Labels | None]:
         """The labels at these edges."""
@@ -215,14 +227,20 @@ class Derivation:
             return Finding(Unplaced.NOT_REACHED)
         if labels is None or 0 in shape:
             return Finding(Unplaced.NO_GRADIENT)
-        # An output may be behind a node that hides what it does, and then it is not on the route.
-        own = (self._shapes.get(edge.node) or _shapes(edge.node))[edge.output_nr]
+        own = self._shape_of(edge)
         # The bytes themselves would be as large as all labels of the graph together, which are kept anyway.
         key = (labels.shape, hash(labels.tobytes()), own, shape)
         known = self._known.get(key)
         if known is None or not (known[0] is labels or np.array_equal(known[0], labels)):
             known = self._known[key] = labels, what_labels_say(reshaped(labels, own, shape), shape, self._n)
         return known[1]
+
+    def _viewed(self, labels: Labels, edge: GradientEdge, shape: Sequence[int]) -> Labels:
+        return reshaped(labels, self._shape_of(edge), shape)
+
+    def _shape_of(self, edge: GradientEdge) -> tuple[int, ...]:
+        # An output may be behind a node that hides what it does, and then it is not on the route.
+        return (self._shapes.get(edge.node) or _shapes(edge.node))[edge.output_nr]
 
 
 def _shapes(node: Node) -> tuple[tuple[int, ...], ...]:

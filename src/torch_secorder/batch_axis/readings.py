@@ -25,6 +25,21 @@ def what_labels_say(labels: Labels, shape: tuple[int, ...], n: int) -> Finding:
     return Finding(fitting[0], len(fitting) == 1, tuple(fitting[1:]))
 
 
+def without_contradicted(found: Finding, labels: Labels, shape: tuple[int, ...], n: int) -> Finding:
+    """What passes found of a tensor, without what its labels exclude; what the labels say if they exclude all of it.
+
+    Rows that are far smaller than others, such as those beside a norm of zeros, fit readings that their labels don't.
+    """
+    if not isinstance(found.evidence, Placement):
+        return found
+    fitting = (found.evidence, *found.others)
+    of_one_sample = labels >= 0
+    possible = [one for one in fitting if not (of_one_sample & (labels != labels_of(one, shape, n))).any()]
+    if not possible:
+        return what_labels_say(labels, shape, n)
+    return found if len(possible) == len(fitting) else Finding(possible[0], found.proven, tuple(possible[1:]))
+
+
 def _listed(labels: Labels, shape: Sequence[int]) -> Finding:
     """Samples row by row, in any order."""
     rows = joined_along(labels, range(1, len(shape))).reshape(-1)

@@ -45,6 +45,8 @@ def first_of_same_rows(operands: Iterable[tuple[Tensor, Labels]], n: int) -> int
         if x.requires_grad or x.numel() == 1 or not shows_numbers(x):
             continue
         samples, axes = np.unique(labels), [axis for axis, size in enumerate(labels.shape) if size > 1]
+        if SEVERAL in samples:
+            return None  # Labels may say so of an entry that one sample takes.
         if len(samples) > 1:
             # Of several samples' entries, those of each one have to be the same.
             if len(axes) > 1 or not np.array_equal(labels.ravel(), np.arange(n)):
@@ -53,8 +55,6 @@ def first_of_same_rows(operands: Iterable[tuple[Tensor, Labels]], n: int) -> int
             if not bool((indices == indices[:1]).all()):
                 return None
             x, samples = indices[0], np.arange(n)
-        elif samples[0] == SEVERAL:
-            samples = np.arange(n)
         known = next((one for one in taken if one.is_equal_to(x)), None)
         if known is None:
             taken.append(known := Taken(number, x))

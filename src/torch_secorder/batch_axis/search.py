@@ -29,7 +29,8 @@ class SampleSearch:
         rehearsal: whether this is the graph of a smaller batch, for which everything is looked at.
         derivation: tells from what the graph's nodes saved; None where that is not asked.
         on_contradiction: where passes are to show whether that is right, what is called if it is not.
-        expected: makes one that tells the same of a graph which keeps its samples in order, for a pass to agree with.
+        expected: makes one that tells the same of a graph which keeps its samples in order, for a pass to agree with. What its
+            labels exclude is not taken for found.
 
     Attributes:
         placements: as above.
@@ -53,6 +54,7 @@ class SampleSearch:
         expected: Callable[[], Derivation] | None = None,
     ):
         self._derivation, self._on_contradiction, self._expected = derivation, on_contradiction, expected
+        self._excluding = expected
         self.placements, self._n, self._passes = placements, n, passes
         self._locate_on_three_samples, self._look_ahead = locate_on_three_samples, look_ahead
         self._ambiguous_shapes = ambiguous_shapes
@@ -170,6 +172,8 @@ class SampleSearch:
         if not self._together and (comparing := passes.comparing(viewed, found)):
             self.placements.comparing |= comparing
             found = self._passes(comparing=self.placements.comparing).findings(viewed)
+        if self._excluding is not None:
+            found = self._excluding().without_contradicted(viewed, found)
         self._note(keys, places, found)
 
     def _still_silent(

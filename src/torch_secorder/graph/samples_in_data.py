@@ -84,7 +84,7 @@ def require_one_reading(graph: Graph, search: SampleSearch, table: Table) -> Non
 def _all_taken(graph: Graph, search: SampleSearch, table: Table) -> dict[str, bool]:
     """What takes something that was made of an argument, in words, and whether it takes all samples for each of the outputs'.
 
-    Where nothing does, and all data is seen, that is said of what takes the same rows of other data for each of them.
+    Where nothing was made of one, and all data is seen, that is said of what takes the same rows of data for each of them.
     """
     forward, walk = graph.forward, graph.walk
     n = forward.n or 0
@@ -106,18 +106,16 @@ def _all_taken(graph: Graph, search: SampleSearch, table: Table) -> dict[str, bo
             if (takes_all := _takes_all(labels, data, n)) is not None:
                 found[name] = found.get(name, True) and takes_all
     # What requires a gradient and is no parameter is data that is not looked at.
-    if found or table.ranks.distributed or walk.other_leaves:
+    if of_arguments or table.ranks.distributed or walk.other_leaves:
         return found
     if any(takes_unseen_data(node) for node in walk.nodes if node not in walk.records):
         return found
-    others = [
-        (one, several)
-        for one, several in zip(operands, made_of, strict=True)
-        if not (several or one.value.requires_grad)
-    ]
-    taken = [(one, labels) for one, labels, _ in _with_labels(graph, search, others)]
+    others = [(one, several) for one, several in zip(operands, made_of, strict=True) if not one.value.requires_grad]
+    taken = list(_with_labels(graph, search, others))
+    if len(taken) < len(others):
+        return found
     with without_modes(), torch.no_grad():
-        same = first_of_same_rows([(one.value, labels) for one, labels in taken], n)
+        same = first_of_same_rows([(one.value, labels) for one, labels, _ in taken], n)
     return {} if same is None else {_name_of(taken[same][0].by, walk, table): True}
 
 
