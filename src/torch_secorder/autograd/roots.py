@@ -8,6 +8,7 @@ from operator import methodcaller
 from types import FrameType
 
 from torch import Tensor, autograd
+from torch._C._autograd import _get_sequence_nr
 from torch.autograd.graph import GradientEdge, Node
 
 from torch_secorder.autograd.engine import computes_gradient_of, current_graph_task
@@ -22,6 +23,9 @@ _REDUCTIONS = {1: "mean", 2: "sum"}
 
 # The number of a node, which no other node has that the same thread has made. Nodes themselves have no weak references.
 sequence_number: Callable[[Node], int] = methodcaller("_sequence_nr")
+
+# The number that this thread's next node will have.
+next_sequence_number: Callable[[], int] = _get_sequence_nr
 
 
 def roots_of_pass() -> list[Node]:

@@ -7,7 +7,7 @@ again, or by the user on its own.
 from __future__ import annotations
 
 import weakref
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from threading import get_ident
@@ -32,6 +32,7 @@ from torch_secorder.batch_axis.count import Count, Seen, counted, empty_batch
 from torch_secorder.batch_axis.placement import Placement
 from torch_secorder.batch_axis.samples import BatchSamples, some_has_samples
 from torch_secorder.batch_axis.told import Told
+from torch_secorder.capture.earlier_runs import EarlierRuns
 from torch_secorder.capture.model_run import Forward
 from torch_secorder.errors import CurvatureError
 from torch_secorder.model.containers import tensors
@@ -47,6 +48,7 @@ class ForwardTracker:
         words: where the user says that the samples are.
         every: record every k-th call of the model, beginning with the first; calls without gradients don't count.
         only_library_calls: record calls that this library makes in this thread, instead of the user's.
+        follows_runs: whether a run may take what an earlier one has computed for the same samples.
         on_recomputation: called when a backward pass runs a forward again (activation checkpointing), with the number of that
             pass and the number of the pass that it is nested in, which is its own if there is none.
         on_refusal: called with the error if a forward in a backward pass can't be recorded, since that pass must not be broken
@@ -70,6 +72,7 @@ class ForwardTracker:
         *,
         every: int = 1,
         only_library_calls: bool = False,
+        follows_runs: bool = False,
         on_recomputation: Callable[[int, int], object] | None = None,
         on_refusal: Callable[[Exception], object] | None = None,
         on_exit: Callable[[Forward, list[Tensor]], object],
@@ -79,6 +82,7 @@ class ForwardTracker:
         self._thread = get_ident() if only_library_calls else None
         self._on_recomputation, self._on_refusal, self._on_exit = on_recomputation, on_refusal, on_exit
         self._on_empty = on_empty
+        self._earlier = defaultdict[int, EarlierRuns](EarlierRuns) if follows_runs else None  # thread -> its runs
         self._running: dict[int, Forward] = {}  # thread -> its run of the model; several threads may train one model
         self._skipping: set[int] = set()  # threads whose run of the model is not recorded
         self._noting: dict[
@@ -123,6 +127,9 @@ class ForwardTracker:
             return
         recomputed_in = None if task == -1 else self._recomputation(task)
         forward = self._running[thread] = Forward(count.n, recomputed_in=recomputed_in, count=count)
+        if self._earlier is not None and recomputed_in is None:
+            forward.earlier = self._earlier[thread]
+            forward.earlier.begin()
         if count.n is not None and recomputed_in is None:
             forward.inputs = count.inputs(args, kwargs)
             if type(count.why) is Seen and count.why.inside is None and count.why.axis == 0:
@@ -162,11 +169,13 @@ class ForwardTracker:
                 else:
                     self._place_outputs(forward, output, outputs)
                     self._on_exit(forward, outputs)
+                    if forward.earlier is not None:
+                        forward.earlier.end()
         finally:
             for record, _ in forward.records:
                 record.input_nodes = ()
             forward.records, forward.sharded, forward.own_axes = [], [], []
-            forward.placements, forward.inputs = (), []
+            forward.placements, forward.inputs, forward.earlier = (), [], None
 
     def _leave_empty(self, count: Count, outputs: list[Tensor]) -> None:
         """A run without samples is over, and none of its calls was recorded, unless an output has samples after all."""

@@ -15,6 +15,7 @@ from torch_secorder.batch_axis.count import Count, Seen
 from torch_secorder.batch_axis.placement import FIRST, Placement
 
 if TYPE_CHECKING:
+    from torch_secorder.capture.earlier_runs import EarlierRuns
     from torch_secorder.capture.own_axes import OwnAxis
     from torch_secorder.capture.records import Record
 
@@ -49,6 +50,8 @@ class Forward:
             torch does not show which nodes have such hooks, this is the sign that they are in use.
         node_hooks: a function for each node at which gradients are taken apart by samples, which finds the hooks that run after
             the node.
+        earlier: the runs before it in its thread, which have the same samples; None if these are not followed, and once the run
+            is over.
     """
 
     n: int | None = None
@@ -68,6 +71,7 @@ class Forward:
     bags: set[int] = field(default_factory=set)
     has_packed_inputs: bool = False
     node_hooks: list[TableReference] = field(default_factory=list)
+    earlier: EarlierRuns | None = None
 
     def settle(self, count: Count) -> None:
         """Take over another count of the samples, which the outputs have shown to be the right one."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Container, Hashable, Iterable, Sequence
+from collections.abc import Collection, Container, Hashable, Iterable, Sequence
 from functools import cached_property
 from operator import attrgetter
 from typing import Any
@@ -20,6 +20,7 @@ from torch_secorder.batch_axis.moving import MOVES
 from torch_secorder.capture.model_run import Forward
 from torch_secorder.capture.records import Record
 from torch_secorder.graph.carried_axes import ATTENDS, UNFIT, CarriedAxis
+from torch_secorder.graph.earlier_nodes import nodes_of_runs
 from torch_secorder.graph.sizes import SizePattern, size_pattern
 
 
@@ -47,6 +48,8 @@ class Walk:
         has_ambiguous_axis: whether some tensor has n indices on another axis than the first, so that sizes prove nothing.
         carried_axes: the axes along which some node carries something from one index to the next.
         checkpoints: the nodes of re-entrant checkpoints that can be watched.
+
+    What an earlier run of the model has made for the same samples is no part of the graph.
     """
 
     def __init__(
@@ -66,7 +69,7 @@ class Walk:
             if record.site.rule is not None and record not in self.unfolded:
                 calls[edge.node].append(record)
                 edges[record] = edge
-        self._traverse(roots, calls)
+        self._traverse(roots, calls, nodes_of_runs(roots, forward.earlier.runs) if forward.earlier is not None else ())
         self.calls = [
             (record, edges[record])
             for node in self.nodes
@@ -76,11 +79,15 @@ class Walk:
         ]
         self._describe(forward.n)
 
-    def _traverse(self, roots: Sequence[Tensor], calls: dict[Node, list[Record]]) -> None:
+    def _traverse(self, roots: Sequence[Tensor], calls: dict[Node, list[Record]], ends: Collection[Node]) -> None:
         # Every step walks its graph, which is why this is one loop without a function for each node. One node may have made
         # several of the roots.
         stack: list[Any] = list(dict.fromkeys(filter(None, map(attrgetter("grad_fn"), roots))))
-        seen, nodes, leaves = set(stack), self.nodes, self.leaves
+        if ends:  # A root of these is an argument that the model returns as it is.
+            self.nodes = {node: None for node in stack if node in ends}
+            self._taken = {node: [] for node in self.nodes}
+            stack = [node for node in stack if node not in ends]
+        seen, nodes, leaves = {*stack, *ends}, self.nodes, self.leaves
         while stack:
             node = stack.pop()
             nodes[node] = None

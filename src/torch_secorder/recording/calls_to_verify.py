@@ -59,7 +59,8 @@ def outputs_of_loss(
             "verify: the model's outputs are gone: write outputs = model(inputs), and on the next line loss = "
             "loss_fn(outputs, targets), so that they are there until verify(loss) has seen them"
         )
-    return used[0][0].n or 0, outputs
+    # A call may return what it was given, which an earlier call has returned.
+    return used[0][0].n or 0, list({id(x): (x, placement) for x, placement in outputs}.values())
 
 
 def _reached(loss: Tensor, numbers: Container[int]) -> set[int]:

@@ -89,6 +89,7 @@ class Recorder(HookScope):
             plan.words,
             every=every,
             only_library_calls=only_library_calls,
+            follows_runs=self.of_user and options.repeated_calls == "same",
             on_recomputation=self._on_recomputation,
             on_refusal=self._on_refusal_in_forward,
             on_exit=self._on_model_exit,
@@ -135,7 +136,8 @@ class Recorder(HookScope):
         """Hook the uses of parameters in the graph of the tensors that the model returns."""
         uses = self._found_uses(forward, outputs)
         for use, node in uses.placed:
-            self._hook(use, node)
+            if forward.earlier is None or forward.earlier.is_first_use(node):
+                self._hook(use, node)
         for idle, node in uses.idle:
             node.register_prehook(partial(self._on_idle_gradients, idle))
 

@@ -106,5 +106,6 @@ def _require_explained_sums(names: Sequence[str], current: BackwardPass, samples
             "samples contribute. Either the loss uses them by another way than through the model, as a weight penalty does (it "
             "belongs to no sample: differentiate it in a backward pass outside of the block, or use the optimizer's "
             "weight_decay), or they are used both inside of re-entrant checkpointing and outside of it (pass "
-            "use_reentrant=False), or a rule is wrong; the batch is left out"
+            'use_reentrant=False), or a call of the model takes what another call has computed (pass repeated_calls="same" if '
+            "row n of both belongs to one sample), or a rule is wrong; the batch is left out"
         )
