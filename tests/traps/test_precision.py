@@ -188,3 +188,40 @@ def test_trap_13_a_gradient_that_vanishes_is_amplified_rounding(seed: int) -> No
     bias = float(expected.pop("c.bias"))
     assert found.pop("c.bias") == pytest.approx(bias, rel=2e-3)
     assert_equal(torch.tensor(found.to_numpy()), torch.stack(list(expected.values())), total(expected), torch.float32)
+
+
+class Ranking(nn.Module):
+    """Which of two items is preferred, by embeddings that a fixed graph has mixed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.users, self.items = nn.Embedding(4, 3), nn.Embedding(5, 3)
+        mixed = torch.rand(9, 9)
+        self.register_buffer("graph", mixed / mixed.sum(1, keepdim=True))
+
+    def forward(self, users: Tensor, better: Tensor, worse: Tensor) -> Tensor:
+        table = torch.cat([self.users.weight, self.items.weight])
+        users_table, items_table = (table + self.graph @ table).split([4, 5])
+        return (users_table[users] * items_table[better]).sum(1) - (users_table[users] * items_table[worse]).sum(1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_trap_13_a_sample_whose_whole_gradient_cancels(dtype: torch.dtype) -> None:
+    """The pair of an item with itself has no gradient but rounding, which differs in the batch and alone."""
+    model = Ranking().to(dtype)
+    inputs = (torch.tensor([0, 1, 2, 3, 0]), torch.tensor([1, 2, 0, 4, 3]), torch.tensor([1, 0, 3, 2, 3]))
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        return (F.softplus(-outputs) * targets).mean()
+
+    y = torch.rand(5, dtype=dtype) + 0.5
+    with FisherMonitor(model) as monitor:
+        outputs = model(*inputs)
+        found = loss(outputs, y)
+        monitor.verify(found)
+        found.backward()
+    report = fisher_report(model, loss, (inputs, y), progress=False)
+    expected = trace(per_sample_squared_norms(model.double(), loss, inputs, y.double()))
+    for name, value in expected.items():
+        for one in (report, monitor.report()):
+            assert_equal(torch.tensor(one.fisher_trace[name]), value, total(expected), dtype)

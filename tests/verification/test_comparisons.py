@@ -21,7 +21,7 @@ from torch_secorder.batch_axis.sketch import Sketch
 from torch_secorder.errors import CoverageError, VerificationError
 from torch_secorder.model.ranks import Ranks
 from torch_secorder.recording.batch import Projection
-from torch_secorder.verification.comparison import require_equal_norms, unequal_norms
+from torch_secorder.verification.comparison import require_equal_norms, rounding_beside_others, unequal_norms
 from torch_secorder.verification.gradient_sums import unexplained_gradients
 from torch_secorder.verification.separable_loss import require_separable
 
@@ -68,6 +68,17 @@ def test_nothing_at_all_is_no_small_number(bits: int, small: float) -> None:
     assert unequal_norms(row(2 * small, 1.0), row(small, 1.0), bits=bits) == []
     assert unequal_norms(row(0.0, 1.0), row(small, 1.0), bits=bits) == [0]
     assert unequal_norms(row(0.0, 1.0), row(small**2, 1.0), bits=bits) == []
+
+
+@pytest.mark.parametrize(("bits", "rounding"), [(DOUBLE, 1e-24), (SINGLE, 1e-14), (TF32, 0.0), (BF16, 0.0)])
+def test_what_is_only_rounding_beside_other_samples(bits: int, rounding: float) -> None:
+    """A sample whose gradient cancels has nothing of its own to tell how large the terms were."""
+    norms = torch.tensor([[rounding, 3.0, math.nan], [0.0, 4.0, 1.0]])
+    allowed = rounding_beside_others(norms, bits=bits)
+    assert 100 * rounding <= allowed <= 1e5 * rounding
+    assert unequal_norms(norms[:, 0], torch.zeros(2), bits=bits, rounding=allowed) == []
+    assert unequal_norms(row(1e-9, 0.0), torch.zeros(2), bits=bits, rounding=allowed) == [0]
+    assert rounding_beside_others(norms[:, 2:], bits=bits) == 0
 
 
 def test_the_error_names_parameters_numbers_and_the_sample() -> None:

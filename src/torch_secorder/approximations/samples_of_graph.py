@@ -26,7 +26,7 @@ from torch_secorder.recording.options import PassOptions
 from torch_secorder.recording.plan import Plan
 from torch_secorder.running.by_last_layer import ExactByLastLayer, at_position, stand_ins
 from torch_secorder.running.outputs_backward import OutputsBackward
-from torch_secorder.verification.comparison import require_equal_norms
+from torch_secorder.verification.comparison import require_equal_norms, rounding_beside_others
 from torch_secorder.verification.plain_autograd import as_row, squared_norms_of_sample
 from torch_secorder.verification.samples_alone import samples_to_check
 
@@ -129,9 +129,10 @@ class SamplesOfGraph:
     def _verify(self, seed: Tensor, norms: Tensor) -> None:
         """Raise unless plain autograd finds the same squared norms, ``[parameters, n]``, for the samples that are checked."""
         bits = bits_of([self._outputs], self._table.leaves)
+        rounding = rounding_beside_others(norms, bits=bits)
         for sample in samples_to_check(len(self._outputs), self._table.ranks):
             alone = as_row(self._of_sample(seed, sample, create_graph=False))
-            require_equal_norms(self._table.names, norms[:, sample], alone, bits=bits, sample=sample)
+            require_equal_norms(self._table.names, norms[:, sample], alone, bits=bits, rounding=rounding, sample=sample)
 
     def _of_sample(self, seed: Tensor, sample: int, *, create_graph: bool) -> list[Tensor | None]:
         """``||J_n^T s_n||^2`` of every parameter for one sample, by plain autograd; None for those not reached."""

@@ -66,6 +66,13 @@ def unequal_norms(in_batch: Tensor, alone: Tensor, *, bits: int, rounding: Tenso
     return (~equal).nonzero().flatten().tolist()
 
 
+def rounding_beside_others(norms: Tensor, *, bits: int) -> float:
+    """By how much a sample's squared norms may differ that are only rounding beside the largest of ``[parameters, samples]``."""
+    sums = norms.detach().sum(0).cpu().double()
+    sums = sums[sums.isfinite()]
+    return sample_alone(bits).of_largest * float(sums.max()) if len(sums) else 0.0
+
+
 def differ_by_rounding(x: Tensor, y: Tensor) -> bool:
     """Whether two outputs are the same up to rounding."""
     if x.shape != y.shape or x.dtype != y.dtype:

@@ -11,7 +11,7 @@ from torch_secorder.autograd.product_bits import bits_of
 from torch_secorder.autograd.sharded import GatheredWeights
 from torch_secorder.batch_axis.placement import Placement
 from torch_secorder.model.parameters import Table
-from torch_secorder.verification.comparison import require_equal_norms
+from torch_secorder.verification.comparison import require_equal_norms, rounding_beside_others
 from torch_secorder.verification.plain_autograd import as_row, squared_norms_of_sample
 from torch_secorder.verification.samples_alone import samples_to_check
 from torch_secorder.verification.separable_graph import output_gradients, require_separable_graph
@@ -50,7 +50,10 @@ class ExpectedNorms:
         """
         found = norms[self.positions, self.sample]
         own = [names[position] for position in self.positions]
-        require_equal_norms(own, found, self.alone, bits=self.bits, sample=self.sample, unchecked=UNCHECKED)
+        rounding = rounding_beside_others(norms[self.positions], bits=self.bits)
+        require_equal_norms(
+            *(own, found, self.alone), bits=self.bits, rounding=rounding, sample=self.sample, unchecked=UNCHECKED
+        )
 
 
 def expected_norms(

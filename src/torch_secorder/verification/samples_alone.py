@@ -21,7 +21,13 @@ from torch_secorder.model.restore import eval_mode, restoring_buffers
 from torch_secorder.per_sample import as_refusal
 from torch_secorder.running.analysis import Analysis
 from torch_secorder.running.analyzed import Batch
-from torch_secorder.verification.comparison import are_same, differ_by_rounding, require_equal_norms, unequal_norms
+from torch_secorder.verification.comparison import (
+    are_same,
+    differ_by_rounding,
+    require_equal_norms,
+    rounding_beside_others,
+    unequal_norms,
+)
 from torch_secorder.verification.differentiable_model import DifferentiableModel
 from torch_secorder.verification.loss_slopes import (
     Loss,
@@ -177,7 +183,8 @@ class SampleAlone:
         self._outputs = batch.outputs
         self._slopes = None if slopes is None else tensors(self._where.rows("outputs", slopes.gradients, [sample]))
         self._losses = [] if slopes is None else [slopes.loss]
-        self.norms_in_batch = batch.samples.squared_norms[:, sample].detach()[model.positions]
+        self._norms = batch.samples.squared_norms.detach()[model.positions]
+        self.norms_in_batch = self._norms[:, sample]
 
     def verify(self) -> None:
         """Raise unless the sample has the same squared norms alone as in its batch."""
@@ -197,6 +204,7 @@ class SampleAlone:
     def require_equal(self, alone: Tensor, bits: int, rounding: Tensor | float = 0.0) -> None:
         """Raise unless the sample has these squared norms, ``[parameters]``, in its batch; if one rank raises, all do."""
         names = [self._analysis.table.names[position] for position in self._model.positions]
+        rounding = rounding + rounding_beside_others(self._norms, bits=bits)
         with self._analysis.table.ranks.fail_together():
             require_equal_norms(names, self.norms_in_batch, alone, bits=bits, rounding=rounding, sample=self._sample)
 
