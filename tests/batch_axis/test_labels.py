@@ -417,6 +417,17 @@ FUNCTIONS: dict[str, Function] = {
     "attention": lambda x: F.scaled_dot_product_attention(*[x.view(N, 1, 2, 4)] * 3),
     "attention over samples": lambda x: F.scaled_dot_product_attention(*[x.transpose(0, 1).unsqueeze(0)] * 3),
     "convolution": lambda x: F.conv1d(x, torch.ones(3, 2, 2, dtype=x.dtype)),
+    "convolution in groups": lambda x: F.conv1d(
+        x.reshape(1, 2 * N, 4), torch.ones(3 * N, 2, 2, dtype=x.dtype), groups=N
+    ).view(N, 3, 3),
+    "convolution over samples": lambda x: F.conv1d(
+        x.reshape(1, 2 * N, 4), torch.ones(2 * N, N, 2, dtype=x.dtype), groups=2
+    ).view(N, 2, 3),
+    "transposed convolution in groups": lambda x: F.conv_transpose1d(
+        x.reshape(1, 2 * N, 4), torch.ones(2 * N, 3, 2, dtype=x.dtype), groups=N
+    ).view(N, 3, 5),
+    "convolution of images in groups": lambda x: F.conv1d(x, torch.ones(6, 1, 2, dtype=x.dtype), groups=2),
+    "group norm of folded channels": lambda x: F.group_norm(x.reshape(1, 2 * N, 4), N).view(x.shape),
     "max pool": lambda x: F.max_pool2d(x[:, None], 2, 1) + F.max_pool3d(x[:, None, None], (1, 2, 2), 1)[:, 0],
     "average pool": lambda x: F.avg_pool2d(x[:, None], 2, 1) + F.avg_pool3d(x[:, None, None], (1, 2, 2), 1)[:, 0],
     "adaptive pools": lambda x: F.adaptive_avg_pool2d(x[:, None], (1, 2)) + F.adaptive_max_pool2d(x[:, None], (1, 2)),

@@ -220,3 +220,33 @@ def test_trap_17_time_steps_taken_for_samples_are_refused(driver: str, layer: Ca
             fisher_report(model, numbers, (x, y), progress=False)
         else:
             empirical_fisher_trace(model, numbers, x, y)
+
+
+class Conditional(nn.Module):
+    """Each sample has a mixture of kernels and of gains of its own; samples are folded into the channels of one image."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way, self.router, self.last = way, nn.Linear(2, 3), nn.Linear(4, 2)
+        self.kernels, self.biases = nn.Parameter(torch.randn(3, 4, 2, 3, 3)), nn.Parameter(torch.randn(3, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, mixture = len(x), self.router(x.mean((2, 3))).sigmoid()
+        kernels, biases = torch.einsum("nk,k...->n...", mixture, self.kernels), (mixture @ self.biases).flatten()
+        image = x.reshape(1, 2 * n, *x.shape[2:])
+        if self.way == "transposed":
+            h = F.conv_transpose2d(image, kernels.transpose(1, 2).flatten(0, 1), biases, groups=n)
+        elif self.way == "normed":
+            h = F.group_norm(image, n) * mixture[:, :2].reshape(1, -1, 1, 1)
+            h = F.conv2d(h, kernels.flatten(0, 1), biases, groups=n)
+        else:
+            h = F.conv2d(image, kernels.flatten(0, 1), biases, groups=n)
+        return self.last(h.view(n, 4, *h.shape[2:]).relu().amax((2, 3)))
+
+
+@pytest.mark.parametrize("way", ["", "transposed", "normed"])
+@pytest.mark.parametrize("n", [2, 3])
+def test_trap_05_samples_folded_into_channels_as_many_as_classes(n: int, way: str) -> None:
+    """With two samples and two classes, it matters that groups of channels do not mix."""
+    model, x = Conditional(way).double(), torch.randn(n, 2, 5, 5).double()
+    assert_exact(model, x, torch.randn(n, 2).double())

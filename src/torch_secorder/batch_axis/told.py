@@ -44,6 +44,7 @@ class Told:
         sample_of: the sample of each row of the tensors that count rows, or the argument that is it, or a function of the call's
             arguments that says it.
         input_names: the names of the model's positional arguments, where arguments are spoken of one by one.
+        says_outputs: whether the user says anything of the outputs, if only that the samples are first.
     """
 
     inputs: Axes = 0
@@ -53,6 +54,7 @@ class Told:
     n_samples: NSamples = None
     sample_of: SampleOf = None
     input_names: tuple[str, ...] = ()
+    says_outputs: bool = False
 
     def axes(self, side: str) -> Axes:
         """Where the arguments, outputs or targets have their samples; targets have them where outputs do, if nothing is said."""
@@ -136,7 +138,7 @@ def told(
     if batch_axis is None or _is_axis(batch_axis):
         axis: Any = batch_axis or 0
         names = _input_names(model) if isinstance(sample_of, (str, int)) else ()
-        return Told(axis, axis, axis, batch_axis, n_samples, sample_of, names)
+        return Told(axis, axis, axis, batch_axis, n_samples, sample_of, names, batch_axis is not None)
     if not isinstance(batch_axis, Mapping) or not batch_axis.keys() <= {*SIDES, "modules"}:
         raise ArgumentError(
             "batch_axis must be an int of 0 or more, or a mapping with some of the keys 'inputs', 'outputs', 'targets' and "
@@ -147,7 +149,8 @@ def told(
     _require_modules(model, batch_axis.get("modules"))
     names = _input_names(model)
     _require_inputs(model, batch_axis.get("inputs"), names)
-    return Told(**batch_axis, n_samples=n_samples, sample_of=sample_of, input_names=names)
+    says_outputs = "outputs" in batch_axis
+    return Told(**batch_axis, n_samples=n_samples, sample_of=sample_of, input_names=names, says_outputs=says_outputs)
 
 
 def _is_axis(value: object) -> bool:

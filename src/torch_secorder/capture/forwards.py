@@ -186,7 +186,7 @@ class ForwardTracker:
 
     def _place_outputs(self, forward: Forward, output: Any, outputs: list[Tensor]) -> None:
         """Note where the outputs have their samples. If they seem to have none, try other readings of the arguments."""
-        forward.placements = self._placements(forward.count, output)
+        forward.placements, forward.says_outputs = self._placements(forward.count, output), self.words.says_outputs
         if forward.n is None or some_has_samples(outputs, forward.placements):
             return
         for count in forward.count.alternatives(forward.bags):

@@ -48,6 +48,7 @@ class Forward:
         bags: the numbers of bags that EmbeddingBags with offsets made.
         has_packed_inputs: whether hooks for saved tensors keep the inputs of some of its calls (activation checkpointing). Where
             torch does not show which nodes have such hooks, this is the sign that they are in use.
+        says_outputs: whether the user says where the outputs have their samples.
         node_hooks: a function for each node at which gradients are taken apart by samples, which finds the hooks that run after
             the node.
         earlier: the runs before it in its thread, which have the same samples; None if these are not followed, and once the run
@@ -70,6 +71,7 @@ class Forward:
     counting: Callable[[], Tensor | None] = no_argument
     bags: set[int] = field(default_factory=set)
     has_packed_inputs: bool = False
+    says_outputs: bool = False
     node_hooks: list[TableReference] = field(default_factory=list)
     earlier: EarlierRuns | None = None
 

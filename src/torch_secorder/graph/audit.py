@@ -120,7 +120,7 @@ class Audit:
             own_axes += [one for one in walk.carried_axes if not (self._ranks.distributed and one.name in ATTENDS)]
         keeps_order = partial(_keeps_order, graph, search, order)
         shared = self._places.place(forward, walk.calls, own_axes, search, asked, keeps_order)
-        if asked.ambiguous_shapes and asked.several_samples:
+        if asked.ambiguous_shapes and asked.several_samples and not forward.says_outputs:
             require_one_reading(graph, search, self._table)
         if walk.checkpoints and asked.several_samples:
             self.checkpoints = walk.checkpoints

@@ -76,8 +76,8 @@ def require_one_reading(graph: Graph, search: SampleSearch, table: Table) -> Non
         raise ShapeError(
             f"{known.takes_all_samples}: it takes all of the model's {count} for each index on axis 0 of an output of shape "
             f"{shape} that it leads to: if the samples are on axis {axis} of that output, behind steps or members of an "
-            f"ensemble, pass batch_axis={{'outputs': {axis}}}; if the model mixes its samples, return the output with its other "
-            "axes flattened"
+            f"ensemble, pass batch_axis={{'outputs': {axis}}}; if they are on axis 0, since the model mixes its samples, pass "
+            "batch_axis={'outputs': 0}"
         )
 
 

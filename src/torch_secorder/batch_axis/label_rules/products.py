@@ -39,9 +39,16 @@ def _attention(at: At) -> Answer:
     return _first_axis(at, 4)
 
 
-@rule("ConvolutionBackward0", "NativeGroupNormBackward0")
-def _of_first_input(at: At) -> Answer:
-    return _first_axis(at, 1)
+@rule("ConvolutionBackward0", "NativeGroupNormBackward0", reads=("groups",))
+def _in_groups(at: At) -> Answer:
+    """Images, of which each group of channels comes from a group of the input's: samples may be folded into the channels."""
+    shape, groups = at.inputs[0], saved(at.node, "groups")
+    if groups == 1 or at.first.ndim < 2 or at.first.shape[1] == 1 or shape is None or len(shape) != at.first.ndim:
+        return _first_axis(at, 1)
+    images = joined_along(at.first, range(2, at.first.ndim))
+    of_groups = joined_along(images.reshape(len(images), groups, -1), [2])
+    own = of_groups.repeat(shape[1] // groups, 2).reshape(len(images), shape[1], *[1] * (len(shape) - 2))
+    return [own, *[None] * len(at.inputs[1:])]
 
 
 def _first_axis(at: At, count: int) -> Answer:
