@@ -39,6 +39,30 @@ def _only_the_loss() -> None:
     right(monitored(model, lambda: model(x, y)[0].backward()), expected(model.net, x, y))
 
 
+@remedy("how many samples this model has can't be found out")
+def _trees() -> None:
+    """A model of words and pairs, in which no argument is a tensor."""
+
+    def of_tree(m: Any, tree: Any) -> Tensor:
+        if isinstance(tree, int):
+            return m.words(torch.tensor(tree))
+        return m.pair(torch.cat([of_tree(m, part) for part in tree])).tanh()
+
+    def forward(m: Any, trees: list[Any]) -> Tensor:
+        return m.head(torch.stack([of_tree(m, tree) for tree in trees]))
+
+    model = Forward(forward, words=nn.Embedding(7, 4), pair=nn.Linear(8, 4), head=nn.Linear(4, 3)).double()
+    trees, y = [((1, 2), 3), (4, (5, 6)), (1, 1), (2, 0)], torch.randn(4, 3).double()
+    with refused("no tensor among its arguments counts them"):
+        monitored(model, lambda: numbers(model(trees), y).backward())
+    found = monitored(model, lambda: numbers(model(trees), y).backward(), n_samples=len)
+    truth = 0.0
+    for n in range(4):
+        gradients = torch.autograd.grad(numbers(model(trees[n : n + 1]), y[n : n + 1]), list(model.parameters()))
+        truth += sum(float(g.square().sum()) for g in gradients) / 4
+    right(found, truth)
+
+
 @remedy("samples; pass batch_axis={'modules': {'*': axis}} if it has one")
 def _wrong_axis() -> None:
     model = Forward(lambda m, x: m.l(x.transpose(0, 1)).transpose(0, 1), l=nn.Linear(4, 3)).double()
@@ -70,6 +94,18 @@ def _one_axis_for_everything() -> None:
         squares.append(sum(g.square().sum() for g in gradients))
     found = monitored(model, lambda: step(model, x, y), batch_axis={"inputs": 1})
     torch.testing.assert_close(found.trace, torch.stack(squares).mean(), rtol=1e-8, atol=0)
+
+    folds = Forward(lambda m, x: m.of(x.flatten(0, 1)).unflatten(0, x.shape[:2]), of=linear()).double()
+    x, y = torch.randn(7, 6, 4).double(), torch.randn(7, 6, 3).double()
+    turned = Forward(lambda m, x: m.of(x.transpose(0, 1)).transpose(0, 1), of=folds)
+
+    def of_columns() -> None:
+        numbers(turned.of(x).transpose(0, 1), y.transpose(0, 1)).backward()
+
+    with refused("and {'inputs': 1, 'outputs': 1} if its outputs"):
+        monitored(folds, of_columns, batch_axis=1)
+    found = monitored(folds, of_columns, batch_axis={"inputs": 1, "outputs": 1})
+    right(found, expected(turned, x.transpose(0, 1), y.transpose(0, 1)))
 
     model, x, y = problem()
     for axis in (1, 3):

@@ -421,6 +421,24 @@ def _sequence_first() -> None:
     turned = Forward(lambda m, x: m.of(x.transpose(0, 1)).transpose(0, 1), of=model)
     right(monitor, expected(turned, x.transpose(0, 1), y.transpose(0, 1)))
     assert_exact(make(batch_first=True), x, y)
+    _a_list_with_an_item_for_each_sample(5, 5)
+
+
+def _a_list_with_an_item_for_each_sample(n: int, steps: int) -> None:
+    def forward(m: Any, x: Tensor) -> list[Tensor]:
+        return [m.head(row[: 1 + k % 3]) for k, row in enumerate(m.rnn(x)[0])]
+
+    model = Forward(forward, rnn=nn.GRU(4, 5, batch_first=True), head=nn.Linear(5, 3)).double()
+    x = torch.randn(n, steps, 4).double()
+
+    def losses() -> list[Tensor]:
+        return [one.square().sum() for one in model(x)]
+
+    with refused("batch_axis={'outputs': 'list'}"):
+        monitored(model, lambda: sum(losses()).backward())  # type: ignore[union-attr]
+    found = monitored(model, lambda: sum(losses()).backward(), reduction="sum", batch_axis={"outputs": "list"})  # type: ignore[union-attr]
+    each = [torch.autograd.grad(one, list(model.parameters()), retain_graph=True) for one in losses()]
+    right(found, sum(float(g.square().sum()) for one in each for g in one))
 
 
 @remedy("carries something along axis")
@@ -449,6 +467,24 @@ def _similarities() -> None:
     plain = Forward(lambda m, x: m.of(x)[0], of=model)
     right(monitored(model, lambda: numbers(model(x)[0], y).backward()), expected(plain, x, y))
 
+    def draws(m: Any, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        mean = m.l(x)
+        return m.last(mean + noise.transpose(0, 1)), mean
+
+    model = Forward(draws, l=nn.Linear(4, 3), last=nn.Linear(3, 2)).double()
+    noise = torch.randn(5, 5, 3).double()
+
+    def of_draws(x: Tensor, noise: Tensor) -> Tensor:
+        drawn, mean = model(x, noise)
+        return drawn.square().sum(2).logsumexp(0).mean() + mean.square().sum(1).mean()
+
+    with refused("batch_axis={'outputs': {0: 1}} for the first output"):
+        monitored(model, lambda: of_draws(x, noise).backward())
+    losses = [of_draws(x[n : n + 1], noise[n : n + 1]) for n in range(5)]
+    each = [torch.autograd.grad(one, list(model.parameters())) for one in losses]
+    found = monitored(model, lambda: of_draws(x, noise).backward(), batch_axis={"outputs": {0: 1}})
+    right(found, sum(float(g.square().sum()) for one in each for g in one) / 5)
+
 
 @remedy("not taken for one with a row for each of the")
 def _output_of_no_sample() -> None:
@@ -472,6 +508,7 @@ def _output_of_no_sample() -> None:
     right(monitored(model, lambda: numbers(model(x)[0], y).backward()), expected(plain, x, y))
     repeats = True
     right(monitored(model, of_both), expected(Forward(scaled, of=model), x, y))
+    _a_list_with_an_item_for_each_sample(5, 6)
 
 
 # Losses

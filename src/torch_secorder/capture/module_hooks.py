@@ -277,7 +277,8 @@ def _axis_of_everything(site: HookedModule, axis: int, output: Tensor) -> ShapeE
     return ShapeError(
         f"{site}: its output has shape {tuple(output.shape)}, and batch_axis={axis} says that every tensor, this one too, has "
         f"its samples on axis {axis}: leave batch_axis out if samples come first in what the model takes, or pass "
-        f"batch_axis={{'inputs': {axis}}} if only the model's inputs have them there"
+        f"batch_axis={{'inputs': {axis}}} if only the model's inputs have them there, and {{'inputs': {axis}, 'outputs': "
+        f"{axis}}} if its outputs have them there, too"
     )
 
 

@@ -55,7 +55,8 @@ class OwnAxis:
             f"{kind} '{self.name}' has its batch on axis {self.axis} (batch_first={first}), its steps on axis {1 - self.axis}, "
             f"where the model's {n} samples would be: if the model's inputs have their samples there, pass "
             f"batch_axis={self.axis}, or batch_axis={{'inputs': {self.axis}}} if its outputs have them first; or make the module "
-            f"with batch_first={not first}"
+            f"with batch_first={not first}; or, if the model returns a list with an item for each sample, pass "
+            "batch_axis={'outputs': 'list'}"
         )
 
 

@@ -35,12 +35,22 @@ def not_counted(count: Count, shapes: Sequence[Sequence[int]]) -> ShapeError:
         shapes: of the differentiable outputs.
     """
     seen = f"the differentiable tensors that it returns, of shape {listed_shapes(shapes)}, have"
-    what = f"{seen} another number on the axis that counts them" if shapes else "it returns no differentiable tensor"
+    other = (
+        "another number on the axis that counts them"
+        if count.n is not None
+        else "no number that is known to count them"
+    )
+    what = f"{seen} {other}" if shapes else "it returns no differentiable tensor"
     rows = count.indices[0] if count.why == "sample_of=" else None
     if rows is not None and shapes and not any(len(rows) in shape for shape in shapes):
         return ShapeError(
             f"sample_of says of {len(rows)} rows which sample they are of, and {seen} another number of rows: let it have a "
             "number for each row of what the loss is computed from"
+        )
+    if count.n is None:
+        return ShapeError(
+            f"how many samples this model has can't be found out, since no tensor among its arguments counts them: {what}; "
+            f"{_remedy(count, shapes)}"
         )
     return ShapeError(f"where this model has its {count} can't be found out: {what}; {_remedy(count, shapes)}")
 
@@ -95,7 +105,8 @@ def compares_samples() -> CoupledSamplesError:
     """The refusal of a loss of outputs that compare samples."""
     return CoupledSamplesError(
         "the loss uses an output of the model that compares samples with each other, as a matrix of similarities does, so that "
-        "no sample has a gradient of its own: use a loss of the other outputs"
+        "no sample has a gradient of its own: use a loss of the other outputs, or, if steps or draws are first in it, name the "
+        "axis of its samples, as in batch_axis={'outputs': {0: 1}} for the first output"
     )
 
 
@@ -113,7 +124,8 @@ def unexpected(names: Sequence[str], why: Unplaced, count: Count) -> CurvatureEr
             f"{', '.join(names)}: the loss uses an output of the model that is computed from them and not taken for one with a "
             f"row for each of the model's {count}: return it once for each sample, as x.expand(n, ...) does, or use a loss of "
             "the other outputs, or, if it has another number of samples, say which argument counts them, as in "
-            "batch_axis={'inputs': {0: 0}}, or, if it has them on another axis, name that, as in batch_axis={'outputs': 1}"
+            "batch_axis={'inputs': {0: 0}}, or, if it has them on another axis, name that, as in batch_axis={'outputs': 1}, or, "
+            "if the model returns a list with an item for each sample, batch_axis={'outputs': 'list'}"
         )
     return ShapeError(
         f"{', '.join(names)}: where the model's {count} are in what is computed from them is not known yet, as no gradient "
