@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -138,6 +140,17 @@ def test_parameters_between_the_calls_and_an_output_that_is_the_argument() -> No
         mean(model(x), y).backward()
     squared = per_sample_squared_norms(model, mean, x, y)
     assert_report(monitor, {name.removeprefix("solver."): t for name, t in squared.items()})
+
+
+def test_threads_count_their_nodes_from_the_beginning() -> None:
+    """A thread may have the number of one that is over, and makes nodes with the same numbers."""
+    episode = Episode(Policy()).double()
+    batches = [drawn(4), drawn(3), drawn(4)]
+    with FisherMonitor(episode.policy, repeated_calls="same") as monitor:
+        for x, y in batches:
+            with ThreadPoolExecutor(1) as thread:
+                thread.submit(lambda x=x, y=y: mean(episode(x), y).backward()).result()  # type: ignore[misc]
+    assert_report(monitor, norms(episode, batches))
 
 
 def test_the_remedy_for_calls_that_follow_calls() -> None:

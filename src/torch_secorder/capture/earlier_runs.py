@@ -6,6 +6,8 @@ earlier run has found the uses of parameters in its own part of the graph, so th
 
 from __future__ import annotations
 
+from threading import local
+
 from torch.autograd.graph import Node
 
 from torch_secorder.autograd.roots import next_sequence_number, sequence_number
@@ -14,10 +16,11 @@ from torch_secorder.autograd.roots import next_sequence_number, sequence_number
 MOST = 2**14
 
 
-class EarlierRuns:
-    """The nodes that runs of the model in one thread have made, by their numbers.
+class EarlierRuns(local):
+    """The nodes that runs of the model in this thread have made, by their numbers.
 
-    Nodes have no weak references, but the numbers of those that one thread has made are different.
+    Nodes have no weak references, but the numbers of those that one thread has made are different. Each thread has runs of its
+    own, and a later one that gets the name of a thread which is over counts from the beginning.
 
     Attributes:
         runs: for each run that is over the numbers of its nodes, from a first to below a last, in ascending order.

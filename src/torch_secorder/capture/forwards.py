@@ -7,7 +7,7 @@ again, or by the user on its own.
 from __future__ import annotations
 
 import weakref
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from threading import get_ident
@@ -82,7 +82,7 @@ class ForwardTracker:
         self._thread = get_ident() if only_library_calls else None
         self._on_recomputation, self._on_refusal, self._on_exit = on_recomputation, on_refusal, on_exit
         self._on_empty = on_empty
-        self._earlier = defaultdict[int, EarlierRuns](EarlierRuns) if follows_runs else None  # thread -> its runs
+        self._earlier = EarlierRuns() if follows_runs else None
         self._running: dict[int, Forward] = {}  # thread -> its run of the model; several threads may train one model
         self._skipping: set[int] = set()  # threads whose run of the model is not recorded
         self._noting: dict[
@@ -128,8 +128,8 @@ class ForwardTracker:
         recomputed_in = None if task == -1 else self._recomputation(task)
         forward = self._running[thread] = Forward(count.n, recomputed_in=recomputed_in, count=count)
         if self._earlier is not None and recomputed_in is None:
-            forward.earlier = self._earlier[thread]
-            forward.earlier.begin()
+            self._earlier.begin()
+            forward.earlier = self._earlier
         if count.n is not None and recomputed_in is None:
             forward.inputs = count.inputs(args, kwargs)
             if type(count.why) is Seen and count.why.inside is None and count.why.axis == 0:
