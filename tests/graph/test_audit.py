@@ -83,6 +83,8 @@ def uses(model: nn.Module, outputs: Tensor) -> dict[str, ParameterUse]:
     table = ParameterTable(model)
     table.gather(model)
     found = Audit(table, ModelKnowledge()).uses(Forward(len(outputs), placements=[FIRST]), [outputs]).placed
+    for use, node in found:
+        use.note_node_calls(node)
     return {table.names[target]: use for use, _ in found for target in use.targets if isinstance(target, int)}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import nullcontext
 from enum import Enum
 from functools import partial
@@ -15,7 +15,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch_secorder.autograd.engine import keeps_graph, without_modes
 from torch_secorder.autograd.function_code import writes_elsewhere
 from torch_secorder.autograd.guard import in_python_function
-from torch_secorder.autograd.self_test import hooks_are_seen, raw_tensors
+from torch_secorder.autograd.self_test import hooks_are_seen, raw_names, raw_tensors
 from torch_secorder.errors import UnsupportedError
 
 Edge = tuple[Node, int]
@@ -87,9 +87,23 @@ def has_packed_tensors(node: Any) -> bool | None:
 
     Up to torch 2.9 it does not.
     """
-    if not hooks_are_seen():
-        return None
-    return any(getattr(one, "unpack_hook", None) is not None for one in raw_tensors(node))
+    return _any_packed((node,)) if hooks_are_seen() else None
+
+
+def any_may_be_packed(nodes: Iterable[Any]) -> bool:
+    """Whether hooks keep tensors that some of these nodes have saved, or torch does not show it."""
+    return not hooks_are_seen() or _any_packed(nodes)
+
+
+def _any_packed(nodes: Iterable[Any]) -> bool:
+    # A steady step may ask this of its whole graph, so that no function is called for each node.
+    for node in nodes:
+        for name in raw_names(type(node)):
+            raw = getattr(node, name)
+            for one in raw if isinstance(raw, (list, tuple)) else (raw,):
+                if getattr(one, "unpack_hook", None) is not None:
+                    return True
+    return False
 
 
 def may_have_packed_tensors(node: Any, supposed: bool) -> bool:

@@ -48,9 +48,14 @@ def hooks_are_seen() -> bool:
 
 def raw_tensors(node: Any) -> list[Any]:
     """The tensors that a node saved, as hooks left them; not to be looked at any more when the node is gone."""
-    kind: Any = type(node)
-    values = [getattr(node, name) for name in attribute_names(kind, "_raw_saved_")]
+    values = [getattr(node, name) for name in raw_names(type(node))]
     return [one for value in values for one in (value if isinstance(value, (list, tuple)) else (value,))]
+
+
+@cache
+def raw_names(kind: type) -> tuple[str, ...]:
+    """The attributes of nodes of one class that hold saved tensors as hooks left them."""
+    return attribute_names(kind, "_raw_saved_")
 
 
 @cache

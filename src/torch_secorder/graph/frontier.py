@@ -19,10 +19,9 @@ from torch_secorder.capture.model_run import Forward
 from torch_secorder.capture.records import Idle, Record
 from torch_secorder.graph.chain import PERMUTES_ENTRIES, BatchFreeVjp, batch_free_vjp
 from torch_secorder.graph.refusals import hidden
-from torch_secorder.graph.uses import IdleUse, ParameterUse, Target, UsedValue
+from torch_secorder.graph.uses import BatchFreeValue, IdleUse, ParameterUse, Target, UsedValue
 from torch_secorder.graph.walk import Walk
 from torch_secorder.model.parameters import Table
-from torch_secorder.rules.node_rules import needs_node_call
 
 
 class Consumer(NamedTuple):
@@ -71,7 +70,7 @@ class Frontier:
         # The nodes at the frontier, and with them those from which the climbs began.
         self._frontier, self._ends = set[Node](), set[Node]()
         # What was found of a value, for all nodes that take it.
-        self._ways: dict[tuple[Node, int, frozenset[Node]], list[tuple[Target, BatchFreeVjp]]] = {}
+        self._values: dict[tuple[Node, int, frozenset[Node]], BatchFreeValue] = {}
 
     def uses(self, forward: Forward) -> tuple[list[tuple[ParameterUse, Node]], list[tuple[IdleUse, Node]]]:
         """Every use at the frontier, and those where no gradient is expected, each with its node."""
@@ -215,18 +214,13 @@ class Frontier:
 
     def _use(self, forward: Forward, node: Node, indices: list[int], placement: Placement, output: int) -> ParameterUse:
         inputs = node.next_functions
-        values = [self._value(index, *inputs[index], self._origins[node, index]) for index in indices]
-        values = [value for value in values if value.targets]
+        values = [UsedValue(index, self._value(*inputs[index], self._origins[node, index])) for index in indices]
+        values = [one for one in values if one.value.targets]
+        for one in values:
+            one.value.takers += 1
         others = [child for index, (child, _) in enumerate(inputs) if index not in indices and child is not None]
         is_first = all(self._is_free(child) for child in others)
-        use = ParameterUse(forward, values, placement, output, is_first)
-        ways = [(target, vjp.permutation) for value in values for target, vjp in value.targets]
-        use.permutes_entries = any(permutation != () for _, permutation in ways)
-        # The norms of a parameter whose entries are only moved need no way back to it. The rule of a call does: it takes the
-        # gradient of the call's own output.
-        direct = all(p == () or (p is not None and isinstance(target, int)) for target, p in ways)
-        use.needs_node_calls = not direct or any(needs_node_call(use.node_use(node, value, {})) for value in values)
-        return use
+        return ParameterUse(forward, values, placement, output, is_first)
 
     def _is_free(self, node: Node) -> bool:
         """Whether a node's value was computed from parameters alone."""
@@ -237,7 +231,7 @@ class Frontier:
                 return False
         return True
 
-    def _value(self, index: int, made_by: Node | None, nr: int, origins: set[Node]) -> UsedValue:
+    def _value(self, made_by: Node | None, nr: int, origins: set[Node]) -> BatchFreeValue:
         """A value, and all that it was computed from and that meets no sample by itself on the way to it.
 
         A value that belongs to several samples, such as a sum of something that each sample has and something that all share, was
@@ -246,9 +240,9 @@ class Frontier:
         """
         assert made_by is not None
         key = made_by, nr, frozenset(origins)
-        if (found := self._ways.get(key)) is None:
-            found = self._ways[key] = self._ways_to(made_by, nr, origins)
-        return UsedValue(index, value_shape(made_by, nr), [*found])
+        if (found := self._values.get(key)) is None:
+            found = self._values[key] = BatchFreeValue(value_shape(made_by, nr), self._ways_to(made_by, nr, origins))
+        return found
 
     def _ways_to(self, made_by: Node, nr: int, origins: set[Node]) -> list[tuple[Target, BatchFreeVjp]]:
         """The ways from a value to those of some targets that it was computed from; several nodes may take the value."""

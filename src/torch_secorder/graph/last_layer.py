@@ -73,11 +73,11 @@ def norms_go_by_sizes(node: Node, use: ParameterUse) -> bool:
     if left == 1 and not knows(node.name(), "alpha", "beta"):
         return False
     others = {index for index, (made_by, _) in enumerate(node.next_functions) if made_by is not None} - {left}
-    if others != {value.index for value in use.values}:
+    if others != {one.index for one in use.values}:
         return False
-    features = {value.shape[-1:] for value in use.values}
-    whole = all(len(value.shape) == (2 if value.index > left else 1) for value in use.values)
-    ways = [(target, vjp) for value in use.values for target, vjp in value.targets]
+    features = {value.shape[-1:] for _, value in use.values}
+    whole = all(len(value.shape) == (2 if index > left else 1) for index, value in use.values)
+    ways = use.ways
     # A part of a parameter has gradients of the part's norm, too.
     moved = all(isinstance(target, int) and vjp.permutation is not None for target, vjp in ways)
     alone = all(use.forward.calls[target] == 1 for target, _ in ways if isinstance(target, int))

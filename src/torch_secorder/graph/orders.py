@@ -13,8 +13,8 @@ from torch.autograd.graph import Node
 from torch_secorder.autograd.double_precision import together_on_host
 from torch_secorder.autograd.graph_pass import calling_nodes
 from torch_secorder.autograd.kept_values import numbers_of_function
-from torch_secorder.autograd.nodes import has_packed_tensors, is_python_function, may_have_packed_tensors, output_shapes
-from torch_secorder.autograd.saved import axes, knows, saved, settings
+from torch_secorder.autograd.nodes import any_may_be_packed, is_python_function, may_have_packed_tensors, output_shapes
+from torch_secorder.autograd.saved import axes_of_each, knows, saved, settings
 from torch_secorder.autograd.versions import SameTensor
 from torch_secorder.batch_axis.derivation import Derivation
 from torch_secorder.batch_axis.label_rules import COPY_SLICES, MASKED_SCATTER
@@ -54,7 +54,7 @@ def order_given_by(order: Order, walk: Walk, outputs: Sequence[Tensor], *, packs
     found = [Mover(nodes[number], places) for number, places in movers]
     moved = [_moved_by(one, walk.n or 0, packs=packs) for one in found]
     told = None if None in moved else _told([one for one in found if one.node.name() in ASKED], nodes, outputs)
-    return None if told is None else (walk.n, walk.shapes, walk.wiring, tuple(map(axes, nodes)), tuple(moved), told)
+    return None if told is None else (walk.n, walk.shapes, walk.wiring, axes_of_each(nodes), tuple(moved), told)
 
 
 def _told(
@@ -66,7 +66,7 @@ def _told(
     """
     if not movers:
         return ()
-    if any(has_packed_tensors(node) is not False for node in nodes):
+    if any_may_be_packed(nodes):
         return None
     with calling_nodes(outputs), torch.no_grad():
         answers = [_asked(one) for one in movers]

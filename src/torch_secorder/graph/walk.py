@@ -48,6 +48,7 @@ class Walk:
         has_ambiguous_axis: whether some tensor has n indices on another axis than the first, so that sizes prove nothing.
         carried_axes: the axes along which some node carries something from one index to the next.
         checkpoints: the nodes of re-entrant checkpoints that can be watched.
+        shapes: the shapes of all nodes' outputs, in turn.
 
     What an earlier run of the model has made for the same samples is no part of the graph.
     """
@@ -147,8 +148,8 @@ class Walk:
         nodes: Iterable[Any] = itertools.chain(self.nodes, self._inside)
         # Every step asks this of each node.
         functions = [node for node in nodes if isinstance(node, BackwardCFunction)]
-        names, shapes = tuple([node.name() for node in self.nodes]), output_shapes(self.nodes)
-        pattern = SizePattern(False, None) if n is None else size_pattern(n, shapes)
+        names, self.shapes = tuple([node.name() for node in self.nodes]), output_shapes(self.nodes)
+        pattern = SizePattern(False, None) if n is None else size_pattern(n, self.shapes)
         self.has_ambiguous_axis = pattern.is_ambiguous
         # Only a size that is met twice lets positions pass for samples.
         kinds = UNFIT | ATTENDS if self.has_ambiguous_axis else UNFIT
@@ -171,15 +172,12 @@ class Walk:
         return [*self.nodes, *(node for node in self._inside if node not in self.nodes)]
 
     @property
-    def shapes(self) -> Hashable:
-        """The shapes of all nodes' outputs, in turn."""
-        return output_shapes(self.nodes)
-
-    @property
     def wiring(self) -> Hashable:
         """For each node in turn, which outputs of which others it takes."""
-        numbers = {node: number for number, node in enumerate(self.nodes)}
-        return tuple([tuple([(numbers.get(node), nr) for node, nr in inputs]) for inputs in self.children.values()])
+        # A steady step may ask for it, so that no tuple is made for each node.
+        numbers, taken = {node: number for number, node in enumerate(self.nodes)}, list(self.children.values())
+        makers = [numbers.get(node) for inputs in taken for node, _ in inputs]
+        return tuple(map(len, taken)), tuple(makers), tuple([nr for inputs in taken for _, nr in inputs])
 
     def _movers(self, names: Sequence[str]) -> list[Node]:
         """The nodes outside of hooked calls that put entries where an index or a setting says."""

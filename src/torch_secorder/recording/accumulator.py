@@ -23,10 +23,11 @@ from torch_secorder.errors import (
 )
 from torch_secorder.graph.chain import pulled_back
 from torch_secorder.graph.refusals import silent_use, unexpected
-from torch_secorder.graph.uses import IdleUse, ParameterUse
+from torch_secorder.graph.uses import BatchFreeValue, IdleUse, ParameterUse
 from torch_secorder.model.nested import whole
 from torch_secorder.model.parameters import Table
 from torch_secorder.per_sample import (
+    Dense,
     PerSampleGradient,
     zero_squared_norms,
 )
@@ -41,6 +42,7 @@ from torch_secorder.recording.shared_inputs import SharedInputs
 from torch_secorder.recording.slow_rules import SlowRules
 from torch_secorder.recording.small_calls import SmallCallBatch
 from torch_secorder.recording.use_gradients import gradient_with_samples, require_whole
+from torch_secorder.recording.waiting_values import WaitingValues
 from torch_secorder.rules.node_rules import gradient_at
 
 
@@ -65,6 +67,7 @@ class PassAccumulator:
         is_empty: whether nothing was collected yet.
         parts: what the pass adds to other quantities, by their names.
         slow: how much of the work is done by rules that take one sample at a time.
+        waiting: values whose gradients wait for those of other nodes that take them.
     """
 
     def __init__(
@@ -98,6 +101,7 @@ class PassAccumulator:
         self._shared = SharedInputs()
         self._small = SmallCallBatch(self._rules, keep_inputs=keep_inputs, doubts=self._doubts)
         self.slow = SlowRules()
+        self.waiting = WaitingValues()
 
     @property
     def half(self) -> bool:
@@ -185,13 +189,31 @@ class PassAccumulator:
         found = gradient_with_samples(use, grads, batch.n, self._table)
         self.slow.seen += found.numel()
         memo: dict[str, Any] = {}
-        for value in use.values:
-            place = use.node_use(node, value, memo)
+        for used in use.values:
+            place, value = use.node_use(node, used, memo), used.value
             form, rule, at_once = gradient_at(place, grads, use.output)
             if not at_once:
                 self.slow.add(rule, batch.n * found.numel())
-            for (target, _), pulled in zip(value.targets, pulled_back(form, value.chains), strict=True):
-                self._add_to_target(batch, use.forward, target, pulled, rule)
+            # The sizes of all uses bound the rounding of the sums that are checked.
+            if self.checks or not value.is_added_up:
+                self._add_value(batch, use.forward, value, form, rule)
+                continue
+            self.waiting.add(batch, use, value, form, rule)
+            for target, _ in value.targets:
+                if isinstance(target, int):
+                    self._rules[target][f"{rule} ({Dense.algorithm})"] = None
+
+    def add_waiting_value(self, key: object) -> None:
+        """No more gradients come for a value that several nodes take."""
+        found = self.waiting.take(key)
+        self._add_value(found.batch, found.use.forward, found.value, found.form, found.rule)
+
+    def _add_value(
+        self, batch: SampleBatch, forward: Forward, value: BatchFreeValue, form: PerSampleGradient, rule: str
+    ) -> None:
+        """Add the gradient of a batch-free value to everything that it was computed from."""
+        for (target, _), pulled in zip(value.targets, pulled_back(form, value.chains), strict=True):
+            self._add_to_target(batch, forward, target, pulled, rule)
 
     def _add_to_target(
         self, batch: SampleBatch, forward: Forward, target: int | Record, form: PerSampleGradient, rule: str
@@ -257,6 +279,8 @@ class PassAccumulator:
         Raises:
             NonFiniteError: if a gradient is not finite and ``nonfinite`` is "raise".
         """
+        for key in self.waiting.keys:  # Nothing told that no more would come, as in a pass for other gradients.
+            self.add_waiting_value(key)
         for batch in self._batches.values():
             if lost := batch.silent.intersection((*batch.settled, *batch.held)):
                 raise silent_use([self._table.names[position] for position in sorted(lost)])

@@ -18,7 +18,7 @@ from torch.autograd.graph import Node
 
 from torch_secorder.autograd.compiled import never_compiled
 from torch_secorder.autograd.engine import active_modes, current_graph_task, current_node, without_modes
-from torch_secorder.autograd.node_hooks import HookTable, call_with_gradients
+from torch_secorder.autograd.node_hooks import HookTable, NodeHook, call_with_gradients
 from torch_secorder.batch_axis.knowledge import ModelKnowledge
 from torch_secorder.capture.forwards import ForwardTracker
 from torch_secorder.capture.model_run import Forward
@@ -27,7 +27,7 @@ from torch_secorder.capture.records import Record
 from torch_secorder.errors import LifecycleError
 from torch_secorder.graph.audit import Audit
 from torch_secorder.graph.refusals import compares_samples
-from torch_secorder.graph.uses import IdleUse, ParameterUse, Uses
+from torch_secorder.graph.uses import BatchFreeValue, IdleUse, ParameterUse, Uses
 from torch_secorder.model.hooks import HookScope
 from torch_secorder.model.parameters import Table
 from torch_secorder.recording.backward_pass import BackwardPass, PassReference, counted_again
@@ -135,9 +135,14 @@ class Recorder(HookScope):
     def _on_model_exit(self, forward: Forward, outputs: list[Tensor]) -> None:
         """Hook the uses of parameters in the graph of the tensors that the model returns."""
         uses = self._found_uses(forward, outputs)
+        values = dict[BatchFreeValue, None]()
         for use, node in uses.placed:
             if forward.earlier is None or forward.earlier.is_first_use(node):
                 self._hook(use, node)
+                values.update(dict.fromkeys([value for _, value in use.values]))
+        for value in values:
+            if value.is_added_up:
+                value.node.register_prehook(NodeHook(self._on_value_gradient, value.key))
         for idle, node in uses.idle:
             node.register_prehook(partial(self._on_idle_gradients, idle))
 
@@ -201,13 +206,21 @@ class Recorder(HookScope):
     @never_compiled
     def _on_use_gradients(self, use: ParameterUse, returned: object, grads: tuple[Tensor | None, ...]) -> None:
         """Called with the gradients at a use of a parameter outside of any hooked module's call."""
-        current = self._pass_under_way(grads, use.forward.recomputed_in)
+        known = self._known_passes.get(current_graph_task())
+        current = (known and known()) or self._pass_under_way(grads, use.forward.recomputed_in)
         if current is not None:
             if (table := use.node_hooks()) is not None and len(table) > 1:
                 self._on_node_with_hooks(current, use, table)
             self._within(current, use, current.accumulator.add_use, use, current_node(), grads)
         else:
             self._on_unrecorded_gradient(use)
+
+    @never_compiled
+    def _on_value_gradient(self, key: object, grads: tuple[Tensor | None, ...]) -> None:
+        """Called when all gradients of a value that was computed from parameters alone have arrived."""
+        current = self._pass_under_way(grads)
+        if current is not None and (use := current.accumulator.waiting.use_of(key)) is not None:
+            self._within(current, use, current.accumulator.add_waiting_value, key)
 
     def _on_idle_gradients(self, seen: Record | IdleUse, grads: tuple[Tensor | None, ...]) -> None:
         """Called when gradients arrive where none are expected."""

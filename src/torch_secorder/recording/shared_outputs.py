@@ -13,7 +13,7 @@ from torch_secorder.capture.model_run import Forward
 from torch_secorder.capture.records import Record
 from torch_secorder.errors import UnsupportedError
 from torch_secorder.graph.chain import batch_free_vjp
-from torch_secorder.graph.uses import Uses
+from torch_secorder.graph.uses import BatchFreeValue, Uses
 
 
 def find_shared_outputs(uses: Uses, leaves: Mapping[Node, int], forward: Forward) -> None:
@@ -37,23 +37,31 @@ def find_shared_outputs(uses: Uses, leaves: Mapping[Node, int], forward: Forward
     if not watched:
         return
     silent = _without_gradient(uses, leaves, forward)
+    found: dict[BatchFreeValue, list[tuple[Record, int]]] = {}
     for use, consumer in uses.placed:
-        for value in use.values:
-            made, starts = value.targets[0][1].value, {vjp.start for _, vjp in value.targets}
-            closed = value.targets[0][1].closed - starts  # An output may be that of a call which is a target itself.
-            for record, nr, node in _behind(made[0], watched, closed):
-                if not _is_free(node, starts | silent, closed):
-                    continue
-                vjp = batch_free_vjp(made, node, tuple(record.shape), closed)
-                value.targets.append((record, vjp))
-                record.placement = None
-                use.needs_node_calls = use.needs_node_calls or vjp.permutation != ()
+        for _, value in use.values:
+            if value not in found:
+                found[value] = _add_outputs(value, watched, silent)
+            for record, nr in found[value]:
                 # The gradient is pulled back through the first output of a node only.
                 if nr or use.unreadable_because(consumer):
                     raise UnsupportedError(
                         f"{record.site}: all samples share its output, and what each of them makes of it can't be read in the "
                         "autograd graph: run it without activation checkpointing, or leave out activations=True"
                     )
+
+
+def _add_outputs(
+    value: BatchFreeValue, watched: dict[Node, list[tuple[Record, int]]], silent: set[Node]
+) -> list[tuple[Record, int]]:
+    """Add the watched outputs behind a value to its targets; returns them, each with which output of its node it is."""
+    made, starts = value.targets[0][1].value, {vjp.start for _, vjp in value.targets}
+    closed = value.targets[0][1].closed - starts  # An output may be that of a call which is a target itself.
+    free = [one for one in _behind(made[0], watched, closed) if _is_free(one[2], starts | silent, closed)]
+    for record, _, node in free:
+        value.add_target(record, batch_free_vjp(made, node, tuple(record.shape), closed))
+        record.placement = None
+    return [(record, nr) for record, nr, _ in free]
 
 
 def _without_gradient(uses: Uses, leaves: Mapping[Node, int], forward: Forward) -> set[Node]:

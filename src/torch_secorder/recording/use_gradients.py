@@ -18,8 +18,7 @@ def require_whole(use: ParameterUse, grads: Sequence[Tensor | None], table: Tabl
     Raises:
         UnsupportedError: naming the parameters.
     """
-    targets = [target for value in use.values for target, _ in value.targets]
-    leaves = [table.leaves[target] for target in targets if isinstance(target, int)]
+    leaves = [table.leaves[target] for target in use.targets if isinstance(target, int)]
     if any(map(is_dtensor, (*grads, *leaves))):
         raise UnsupportedError(
             f"{_names(use, table)}: used outside of its module's own forward, where ranks compute parts of it: leave this "
@@ -43,5 +42,4 @@ def gradient_with_samples(use: ParameterUse, grads: Sequence[Tensor | None], n: 
 
 
 def _names(use: ParameterUse, table: Table) -> str:
-    targets = [target for value in use.values for target, _ in value.targets]
-    return ", ".join(table.rows[t].name if isinstance(t, int) else str(t.site) for t in targets)
+    return ", ".join(table.rows[t].name if isinstance(t, int) else str(t.site) for t in use.targets)

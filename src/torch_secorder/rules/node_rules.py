@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -26,9 +27,11 @@ from torch_secorder.per_sample import (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(
+    eq=False, slots=True
+)  # not frozen: a step may make one for each use, and that would take three times as long
 class NodeUse:
-    """Where a batch-free value meets the data.
+    """Where a batch-free value meets the data. Nothing of it changes.
 
     Attributes:
         node: the autograd node.
@@ -165,6 +168,11 @@ def _rule_at(place: NodeUse) -> NodeRule | None:
     return rule if rule is not None and is_plain(place.node) and rule.holds(place) else None
 
 
+@cache
+def _name_of_rule(kind: str) -> str:
+    return kind.removesuffix("Backward0").removesuffix("Backward").lower()
+
+
 def gradient_at(place: NodeUse, grads: Gradients, output: int) -> Found:
     """The gradient of the value for every sample, given those of the node's outputs.
 
@@ -173,8 +181,7 @@ def gradient_at(place: NodeUse, grads: Gradients, output: int) -> Found:
         grads: one for each output of the node.
         output: the number of the output that ``place.placement`` describes.
     """
-    name = place.node.name().removesuffix("Backward0").removesuffix("Backward").lower()
-    rule = _rule_at(place)
+    name, rule = _name_of_rule(place.node.name()), _rule_at(place)
     single = all(grad is None for nr, grad in enumerate(grads) if nr != output)
     found = rule.function(place, grads if rule.many else grads[output]) if rule and (rule.many or single) else None
     if found is None:

@@ -96,6 +96,8 @@ class GraphBackward(Recorder):
 
     def _found_uses(self, forward: Forward, outputs: list[Tensor]) -> Uses:
         uses = super()._found_uses(forward, outputs)
+        for use, node in uses.placed:
+            use.note_node_calls(node)
         if forward.refusal is not None:
             raise forward.refusal
         self.n, self.fingerprint = forward.n or 0, self._audit.fingerprint

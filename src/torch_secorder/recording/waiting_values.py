@@ -1,0 +1,71 @@
+"""Gradients of values that several nodes take, which are added up before they are pulled back to the parameters.
+
+A decay that each step of a recurrence takes, or a weight that is normalized once and used in each layer, was computed once. Its
+vector-Jacobian product is linear, so that one call of it for the sum of all gradients gives what a call for each would.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from torch_secorder.graph.uses import BatchFreeValue, ParameterUse
+from torch_secorder.per_sample import Dense, PerSampleGradient
+from torch_secorder.recording.batch import SampleBatch
+
+
+@dataclass(eq=False)
+class WaitingValue:
+    """The gradient of a value, to which more may come.
+
+    Attributes:
+        batch: the batch that the samples belong to.
+        use: the first use whose gradient came.
+        value: the value.
+        rule: the name of the rule that gave that gradient.
+        total: the sum so far, ``[n, *value shape]``.
+    """
+
+    batch: SampleBatch
+    use: ParameterUse
+    value: BatchFreeValue
+    rule: str
+    total: Tensor
+
+    @property
+    def form(self) -> PerSampleGradient:
+        """The sum."""
+        return Dense(self.total)
+
+
+@dataclass(eq=False)
+class WaitingValues:
+    """The values of one backward pass whose gradients wait for each other."""
+
+    _waiting: dict[object, WaitingValue] = field(default_factory=dict)
+
+    def add(
+        self, batch: SampleBatch, use: ParameterUse, value: BatchFreeValue, form: PerSampleGradient, rule: str
+    ) -> None:
+        """Add the gradient that one node has for a value."""
+        grads = form.dense()
+        if (found := self._waiting.get(value.key)) is None:
+            # A copy, since others may write on the gradient of which this may be a view.
+            self._waiting[value.key] = WaitingValue(batch, use, value, rule, grads.clone())
+        else:
+            found.total = found.total + grads
+
+    def use_of(self, key: object) -> ParameterUse | None:
+        """The first use of a value that waits; None for any other value."""
+        found = self._waiting.get(key)
+        return None if found is None else found.use
+
+    def take(self, key: object) -> WaitingValue:
+        """A value that waits, which waits no more."""
+        return self._waiting.pop(key)
+
+    @property
+    def keys(self) -> list[object]:
+        """The keys of all that wait."""
+        return list(self._waiting)
