@@ -14,7 +14,7 @@ from torch_secorder.graph.chain_flow import ChainFlow
 from torch_secorder.graph.uses import BatchFreeValue
 from torch_secorder.per_sample import Dense
 from torch_secorder.recording.batch import SampleBatch
-from torch_secorder.recording.waiting_values import WaitingValues
+from torch_secorder.recording.waiting_values import WaitingValue, add_up
 from traps.exactness import numbers
 
 N, STEPS, WIDTH = 4, 6, 3
@@ -162,9 +162,8 @@ def test_gradients_in_which_uses_cancel_are_exact() -> None:
 
 
 def test_what_waits_is_a_copy() -> None:
-    waiting, value, grads = WaitingValues(), BatchFreeValue((WIDTH,), []), torch.ones(N, WIDTH)
-    waiting.add(SampleBatch(N), None, value, Dense(grads), "add")  # type: ignore[arg-type]
+    waiting, value, grads = dict[object, WaitingValue](), BatchFreeValue((WIDTH,), []), torch.ones(N, WIDTH)
+    add_up(waiting, SampleBatch(N), None, value, Dense(grads), "add")  # type: ignore[arg-type]
     grads.zero_()
-    waiting.add(SampleBatch(N), None, value, Dense(torch.ones(N, WIDTH)), "add")  # type: ignore[arg-type]
-    assert torch.equal(waiting.take(value.key).total, torch.full((N, WIDTH), 2.0))
-    assert not waiting.keys
+    add_up(waiting, SampleBatch(N), None, value, Dense(torch.ones(N, WIDTH)), "add")  # type: ignore[arg-type]
+    assert torch.equal(waiting.pop(value.key).total, torch.full((N, WIDTH), 2.0))

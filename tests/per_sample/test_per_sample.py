@@ -374,6 +374,21 @@ def test_tied_terms_whose_own_positions_cancel_keep_their_digits(left_over: floa
     torch.testing.assert_close(form.squared_norm(), exact, rtol=1e-8, atol=0)
 
 
+@pytest.mark.parametrize("positions", [1, 5, 6, 7, 20])
+def test_rows_of_short_and_long_tables_have_the_norms_of_their_gradients(positions: int) -> None:
+    form = rows(positions)  # of a table with six rows
+    expected = torch.stack(
+        [
+            torch.stack([g[ids == row].sum(0).square().sum() for row in range(6)]).sum()
+            for ids, g in zip(form.ids, form.g, strict=True)
+        ]
+    )
+    assert torch.allclose(form.squared_norm(), expected, rtol=1e-12)
+    norms = form.norms()
+    assert norms is not None
+    assert torch.allclose(norms.square(), expected, rtol=1e-12)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", ["dense", "outer", "rows", "convolution"])
 def test_half_precision_factors_are_squared_in_float32(name: str, dtype: torch.dtype) -> None:

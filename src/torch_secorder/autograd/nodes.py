@@ -98,7 +98,8 @@ def any_may_be_packed(nodes: Iterable[Any]) -> bool:
 def _any_packed(nodes: Iterable[Any]) -> bool:
     # A steady step may ask this of its whole graph, so that no function is called for each node.
     for node in nodes:
-        for name in raw_names(type(node)):
+        kind: Any = type(node)
+        for name in raw_names(kind):
             raw = getattr(node, name)
             for one in raw if isinstance(raw, (list, tuple)) else (raw,):
                 if getattr(one, "unpack_hook", None) is not None:

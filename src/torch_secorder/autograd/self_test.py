@@ -48,7 +48,8 @@ def hooks_are_seen() -> bool:
 
 def raw_tensors(node: Any) -> list[Any]:
     """The tensors that a node saved, as hooks left them; not to be looked at any more when the node is gone."""
-    values = [getattr(node, name) for name in raw_names(type(node))]
+    kind: Any = type(node)
+    values = [getattr(node, name) for name in raw_names(kind)]
     return [one for value in values for one in (value if isinstance(value, (list, tuple)) else (value,))]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -65,13 +65,14 @@ def take_many(nodes: Iterable[Node]) -> bool:
     Modes of the user's, which see every operation, are not to see those of ``vmap``, and gradients that are differentiated
     again take the way that torch takes.
     """
-    return not (active_modes() or torch.is_grad_enabled()) and all(
-        (node.name() in AT_ONCE or _has_formula(node.name())) and is_plain(node) for node in nodes
-    )
+    if active_modes() or torch.is_grad_enabled():
+        return False
+    return all(_is_known(node.name()) and is_plain(node) for node in nodes)
 
 
-def _has_formula(kind: str) -> bool:
-    return kind in _FORMULAS and knows(kind, *_FORMULAS[kind][1])
+@cache
+def _is_known(kind: str) -> bool:
+    return kind in AT_ONCE or (kind in _FORMULAS and knows(kind, *_FORMULAS[kind][1]))
 
 
 def called_with_many(node: Node, grads: Gradients) -> list[Tensor | None]:

@@ -73,7 +73,7 @@ def norms_go_by_sizes(node: Node, use: ParameterUse) -> bool:
     if left == 1 and not knows(node.name(), "alpha", "beta"):
         return False
     others = {index for index, (made_by, _) in enumerate(node.next_functions) if made_by is not None} - {left}
-    if others != {one.index for one in use.values}:
+    if others != {index for index, _ in use.values}:
         return False
     features = {value.shape[-1:] for _, value in use.values}
     whole = all(len(value.shape) == (2 if index > left else 1) for index, value in use.values)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from torch.autograd.graph import Node
 
 from torch_secorder.autograd.node_hooks import TableReference, no_table
-from torch_secorder.autograd.nodes import may_have_packed_tensors, value_shape
+from torch_secorder.autograd.nodes import any_may_be_packed, may_have_packed_tensors, value_shape
 from torch_secorder.batch_axis.placement import Placement
 from torch_secorder.batch_axis.search import SampleSearch
 from torch_secorder.capture.model_run import Forward
@@ -72,7 +72,9 @@ class BatchFreeValue:
     def packed_node(self, supposed: bool) -> str | None:
         """The name of a node on the ways that hooks keep the saved tensors of; where torch shows no hooks, what is supposed."""
         if supposed not in self._packed:
-            packed = (node.name() for node in self._called() if may_have_packed_tensors(node, supposed))
+            called = list(self._called())
+            found = called if any_may_be_packed(called) else []  # In most steps none has such hooks.
+            packed = (node.name() for node in found if may_have_packed_tensors(node, supposed))
             self._packed[supposed] = next(packed, None)
         return self._packed[supposed]
 
@@ -90,7 +92,7 @@ class BatchFreeValue:
 class UsedValue(NamedTuple):
     """A batch-free value that a frontier node takes, and which input of the node it is."""
 
-    index: int
+    input_index: int
     value: BatchFreeValue
 
 
@@ -149,7 +151,7 @@ class ParameterUse:
         assert node is not None  # a hook of this node runs
         assert self.forward.n is not None
         shape = value_shape(node, self.output)
-        return NodeUse(node, used.index, used.value.shape, shape, self.placement, self.forward.n, memo)
+        return NodeUse(node, used.input_index, used.value.shape, shape, self.placement, self.forward.n, memo)
 
     def unreadable_because(self, node: Node) -> str | None:
         """The name of a node whose saved tensors only autograd can fetch, and only once, since hooks keep them elsewhere."""

@@ -46,8 +46,10 @@ class SharedFactor:
 
 def gram_columns(x: Tensor, rows: slice, start: int, stop: int) -> Tensor:
     """Columns of the lower half of the Gram matrices of some samples, ``[n k, t - start, columns]``."""
-    x = x[rows].flatten(0, 1)
-    return matrix_products(x[:, start:], x[:, start:stop].mT)
+    # Of small layers a view takes as long as the product, so that none is made of what is needed as a whole.
+    x = (x if rows == slice(0, len(x)) else x[rows]).flatten(0, 1)
+    right = x if not start and stop >= x.shape[1] else x[:, start:stop]
+    return matrix_products(x[:, start:] if start else x, right.mT)
 
 
 def matrix_products(x: Tensor, y: Tensor) -> Tensor:

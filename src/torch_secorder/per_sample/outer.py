@@ -174,8 +174,11 @@ class Outer(Cancelling):
             norms.append(gram.sum((1, 2)))
             if gram.shape[1] > size:
                 norms.append(gram[:, size:].sum((1, 2)))
-            diagonals.append(gram[:, :size].diagonal(dim1=1, dim2=2).sum(1))
+                gram = gram[:, :size]
+            diagonals.append(gram.diagonal(dim1=1, dim2=2).sum(1))
             del gram  # so that the next strip finds its memory free
+        if len(norms) == 1:
+            return norms[0], diagonals[0]
         return torch.stack(norms).sum(0), torch.stack(diagonals).sum(0)
 
     def _strip(self, rows: slice, start: int, stop: int) -> Tensor:

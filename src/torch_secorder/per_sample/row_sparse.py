@@ -68,11 +68,20 @@ class RowSparse(PerSampleGradient):
         return RowSparse(ids, g, self.shape)
 
     def norms(self) -> Tensor:
-        parts = (self.select(rows).summed()[1].flatten(1) for rows in self._chunks())
-        return joined(torch.linalg.vector_norm(summed, dim=1) for summed in parts)
+        return joined(torch.linalg.vector_norm(sums, dim=1) for sums in self._sums())
 
     def squared_norm(self) -> Tensor:
-        return joined(squared_norm_of_rows(self.select(rows).summed()[1].flatten(1)) for rows in self._chunks())
+        return joined(squared_norm_of_rows(sums) for sums in self._sums())
+
+    def _sums(self) -> Iterator[Tensor]:
+        """The summed gradients of each sample's ids, ``[samples, numbers]``, for a few samples at a time.
+
+        Of a table with no more rows than there are positions, such as that of the kinds of segments, or of the positions, each
+        row has its sum, for which no ids are sorted.
+        """
+        is_short = self.shape[0] <= self.ids.shape[1]
+        parts = (self.select(rows) for rows in self._chunks())
+        return ((part.dense() if is_short else part.summed()[1]).flatten(1) for part in parts)
 
     def _chunks(self) -> Iterator[slice]:
         # For each position: four integers to sort the ids, the sum of its gradients, and the copy that is added up.

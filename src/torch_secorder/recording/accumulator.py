@@ -42,7 +42,7 @@ from torch_secorder.recording.shared_inputs import SharedInputs
 from torch_secorder.recording.slow_rules import SlowRules
 from torch_secorder.recording.small_calls import SmallCallBatch
 from torch_secorder.recording.use_gradients import gradient_with_samples, require_whole
-from torch_secorder.recording.waiting_values import WaitingValues
+from torch_secorder.recording.waiting_values import WaitingValue, add_up
 from torch_secorder.rules.node_rules import gradient_at
 
 
@@ -67,7 +67,7 @@ class PassAccumulator:
         is_empty: whether nothing was collected yet.
         parts: what the pass adds to other quantities, by their names.
         slow: how much of the work is done by rules that take one sample at a time.
-        waiting: values whose gradients wait for those of other nodes that take them.
+        waiting: the keys of values whose gradients wait for those of other nodes that take them, each with their sum so far.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class PassAccumulator:
         self._shared = SharedInputs()
         self._small = SmallCallBatch(self._rules, keep_inputs=keep_inputs, doubts=self._doubts)
         self.slow = SlowRules()
-        self.waiting = WaitingValues()
+        self.waiting: dict[object, WaitingValue] = {}
 
     @property
     def half(self) -> bool:
@@ -198,14 +198,14 @@ class PassAccumulator:
             if self.checks or not value.is_added_up:
                 self._add_value(batch, use.forward, value, form, rule)
                 continue
-            self.waiting.add(batch, use, value, form, rule)
+            add_up(self.waiting, batch, use, value, form, rule)
             for target, _ in value.targets:
                 if isinstance(target, int):
                     self._rules[target][f"{rule} ({Dense.algorithm})"] = None
 
     def add_waiting_value(self, key: object) -> None:
         """No more gradients come for a value that several nodes take."""
-        found = self.waiting.take(key)
+        found = self.waiting.pop(key)
         self._add_value(found.batch, found.use.forward, found.value, found.form, found.rule)
 
     def _add_value(
@@ -279,7 +279,7 @@ class PassAccumulator:
         Raises:
             NonFiniteError: if a gradient is not finite and ``nonfinite`` is "raise".
         """
-        for key in self.waiting.keys:  # Nothing told that no more would come, as in a pass for other gradients.
+        for key in list(self.waiting):  # Nothing told that no more would come, as in a pass for other gradients.
             self.add_waiting_value(key)
         for batch in self._batches.values():
             if lost := batch.silent.intersection((*batch.settled, *batch.held)):

@@ -63,7 +63,7 @@ def _changes_parameters(node: Any, seen: Record | ParameterUse, changed: list[in
         leaves: the analyzed parameters, as the graph has them.
     """
     if isinstance(seen, ParameterUse):
-        return any(value.index in changed for value in seen.values)
+        return any(value.input_index in changed for value in seen.values)
     trained = [leaves[position] for position in seen.site.positions if leaves[position].requires_grad]
     ends = {get_gradient_edge(leaf).node for leaf in trained}
     ways = [_near(child) & ends for child, _ in node.next_functions]

@@ -219,8 +219,8 @@ class Recorder(HookScope):
     def _on_value_gradient(self, key: object, grads: tuple[Tensor | None, ...]) -> None:
         """Called when all gradients of a value that was computed from parameters alone have arrived."""
         current = self._pass_under_way(grads)
-        if current is not None and (use := current.accumulator.waiting.use_of(key)) is not None:
-            self._within(current, use, current.accumulator.add_waiting_value, key)
+        if current is not None and (found := current.accumulator.waiting.get(key)) is not None:
+            self._within(current, found.use, current.accumulator.add_waiting_value, key)
 
     def _on_idle_gradients(self, seen: Record | IdleUse, grads: tuple[Tensor | None, ...]) -> None:
         """Called when gradients arrive where none are expected."""

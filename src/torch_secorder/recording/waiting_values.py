@@ -6,7 +6,7 @@ vector-Jacobian product is linear, so that one call of it for the sum of all gra
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -39,33 +39,18 @@ class WaitingValue:
         return Dense(self.total)
 
 
-@dataclass(eq=False)
-class WaitingValues:
-    """The values of one backward pass whose gradients wait for each other."""
-
-    _waiting: dict[object, WaitingValue] = field(default_factory=dict)
-
-    def add(
-        self, batch: SampleBatch, use: ParameterUse, value: BatchFreeValue, form: PerSampleGradient, rule: str
-    ) -> None:
-        """Add the gradient that one node has for a value."""
-        grads = form.dense()
-        if (found := self._waiting.get(value.key)) is None:
-            # A copy, since others may write on the gradient of which this may be a view.
-            self._waiting[value.key] = WaitingValue(batch, use, value, rule, grads.clone())
-        else:
-            found.total = found.total + grads
-
-    def use_of(self, key: object) -> ParameterUse | None:
-        """The first use of a value that waits; None for any other value."""
-        found = self._waiting.get(key)
-        return None if found is None else found.use
-
-    def take(self, key: object) -> WaitingValue:
-        """A value that waits, which waits no more."""
-        return self._waiting.pop(key)
-
-    @property
-    def keys(self) -> list[object]:
-        """The keys of all that wait."""
-        return list(self._waiting)
+def add_up(
+    waiting: dict[object, WaitingValue],
+    batch: SampleBatch,
+    use: ParameterUse,
+    value: BatchFreeValue,
+    form: PerSampleGradient,
+    rule: str,
+) -> None:
+    """Add the gradient that one node has for a value to those that wait, which are found by the values' keys."""
+    grads = form.dense()
+    if (found := waiting.get(value.key)) is None:
+        # A copy, since others may write on the gradient of which this may be a view.
+        waiting[value.key] = WaitingValue(batch, use, value, rule, grads.clone())
+    else:
+        found.total = found.total + grads
