@@ -46,6 +46,11 @@ class BatchFreeValue:
         return [chain for _, chain in self.targets]
 
     @property
+    def positions(self) -> list[int]:
+        """The parameters among the targets."""
+        return [target for target, _ in self.targets if isinstance(target, int)]
+
+    @property
     def node(self) -> Node:
         """The node that made it."""
         return self.targets[0][1].value[0]
@@ -190,3 +195,9 @@ class Uses(NamedTuple):
     placed: Sequence[tuple[ParameterUse, Node]] = ()
     idle: Sequence[tuple[IdleUse, Node]] = ()
     search: SampleSearch | None = None
+
+    @property
+    def added_up(self) -> list[BatchFreeValue]:
+        """The values of which the gradients of several nodes are added up."""
+        values = dict.fromkeys([value for use, _ in self.placed for _, value in use.values])
+        return [value for value in values if value.is_added_up]

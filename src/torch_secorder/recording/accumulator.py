@@ -26,13 +26,9 @@ from torch_secorder.graph.refusals import silent_use, unexpected
 from torch_secorder.graph.uses import BatchFreeValue, IdleUse, ParameterUse
 from torch_secorder.model.nested import whole
 from torch_secorder.model.parameters import Table
-from torch_secorder.per_sample import (
-    Dense,
-    PerSampleGradient,
-    zero_squared_norms,
-)
+from torch_secorder.per_sample import Dense, PerSampleGradient, zero_squared_norms
 from torch_secorder.recording.batch import Projection, SampleBatch, side_by_side
-from torch_secorder.recording.doubts import Doubts
+from torch_secorder.recording.doubts import Doubts, on_the_host
 from torch_secorder.recording.gradient_norms import GradientNorms
 from torch_secorder.recording.options import PassOptions
 from torch_secorder.recording.parameter_norms import ParameterNorms
@@ -199,9 +195,8 @@ class PassAccumulator:
                 self._add_value(batch, use.forward, value, form, rule)
                 continue
             add_up(self.waiting, batch, use, value, form, rule)
-            for target, _ in value.targets:
-                if isinstance(target, int):
-                    self._rules[target][f"{rule} ({Dense.algorithm})"] = None
+            for position in value.positions:
+                self._rules[position][f"{rule} ({Dense.algorithm})"] = None
 
     def add_waiting_value(self, key: object) -> None:
         """No more gradients come for a value that several nodes take."""
@@ -290,7 +285,7 @@ class PassAccumulator:
         batches = list(self._batches.values())
         stacked = list(map(SampleBatch.stacked, batches))
         if self._doubts is not None:
-            stacked, gradient_norms = self._on_host(self._doubts, stacked, gradient_norms)
+            stacked, gradient_norms = on_the_host(self._doubts, self.parts, stacked, gradient_norms)
         norms = side_by_side(stacked, len(self._table.rows))
         if self._doubts is not None:
             ends = list(itertools.accumulate(batch.n for batch in batches))
@@ -301,16 +296,3 @@ class PassAccumulator:
         reached = set(itertools.chain.from_iterable(map(itemgetter(0), stacked)))
         samples = SampleNorms(norms.shape[1], norms, reached, self._rules, self.parts, gradient_norms=gradient_norms)
         return samples.finite(self._table.names, nonfinite)
-
-    def _on_host(
-        self, doubts: Doubts, stacked: list[tuple[list[int], Tensor]], gradient_norms: Tensor | None
-    ) -> tuple[list[tuple[list[int], Tensor]], Tensor | None]:
-        """Squared norms and norms of gradients in float64 on the host, where the parts' tensors go in the same copy."""
-        norms = [] if gradient_norms is None else [gradient_norms]
-        read = {name: part.tensors() for name, part in self.parts.items()}
-        found = iter(doubts.answered([*(values for _, values in stacked), *norms, *itertools.chain(*read.values())]))
-        stacked = [(positions, next(found)) for positions, _ in stacked]
-        gradient_norms = next(found) if norms else None
-        for name, tensors in read.items():
-            self.parts[name] = self.parts[name].with_tensors(itertools.islice(found, len(tensors)))
-        return stacked, gradient_norms

@@ -12,6 +12,7 @@ from torch_secorder.capture.model_run import Forward
 from torch_secorder.capture.records import Record
 from torch_secorder.errors import CoverageError, LifecycleError, UnsupportedError
 from torch_secorder.graph.uses import IdleUse, ParameterUse
+from torch_secorder.model.parameters import Table
 from torch_secorder.per_sample import one_direction, sign_vectors
 from torch_secorder.recording.accumulator import PassAccumulator
 from torch_secorder.recording.gradient_norms import GradientNorms
@@ -61,6 +62,15 @@ PassReference = Callable[[], "BackwardPass | None"]
 
 # Raises if something is wrong with what a pass found.
 Check = Callable[[BackwardPass, SampleNorms], None]
+
+
+def described(table: Table, seen: Record | ParameterUse | IdleUse | None) -> str:
+    """The names of what has a gradient, for messages."""
+    if isinstance(seen, Record):
+        return str(seen.site)
+    targets = seen.targets if isinstance(seen, ParameterUse) else []
+    names = [table.names[target] if isinstance(target, int) else str(target.site) for target in targets]
+    return ", ".join(names) or "this batch"
 
 
 def counted_again(seen: Record | ParameterUse | IdleUse | Forward) -> LifecycleError:

@@ -7,6 +7,7 @@ in which nothing cancels; so does, from then on, a layer that has cancelled once
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -25,6 +26,7 @@ from torch_secorder.per_sample import (
     unguarded_squared_norms_of,
 )
 from torch_secorder.recording.batch import SampleBatch
+from torch_secorder.recording.quantities import Part
 
 # How many bytes may be kept where the user sets no limit.
 KEPT_BYTES = 2**28
@@ -138,6 +140,20 @@ class Doubts:
             )
         index = torch.tensor(rows, device=doubt.form.like.device)
         return direct_squared_norms_of(doubt.form.select(index))
+
+
+def on_the_host(
+    doubts: Doubts, parts: dict[str, Part], stacked: list[tuple[list[int], Tensor]], gradient_norms: Tensor | None
+) -> tuple[list[tuple[list[int], Tensor]], Tensor | None]:
+    """Squared norms and norms of gradients in float64 on the host, where the parts' tensors go in the same copy."""
+    norms = [] if gradient_norms is None else [gradient_norms]
+    read = {name: part.tensors() for name, part in parts.items()}
+    found = iter(doubts.answered([*(values for _, values in stacked), *norms, *itertools.chain(*read.values())]))
+    stacked = [(positions, next(found)) for positions, _ in stacked]
+    gradient_norms = next(found) if norms else None
+    for name, tensors in read.items():
+        parts[name] = parts[name].with_tensors(itertools.islice(found, len(tensors)))
+    return stacked, gradient_norms
 
 
 def _tensors(value: object) -> Iterator[Tensor]:

@@ -27,10 +27,10 @@ from torch_secorder.capture.records import Record
 from torch_secorder.errors import LifecycleError
 from torch_secorder.graph.audit import Audit
 from torch_secorder.graph.refusals import compares_samples
-from torch_secorder.graph.uses import BatchFreeValue, IdleUse, ParameterUse, Uses
+from torch_secorder.graph.uses import IdleUse, ParameterUse, Uses
 from torch_secorder.model.hooks import HookScope
 from torch_secorder.model.parameters import Table
-from torch_secorder.recording.backward_pass import BackwardPass, PassReference, counted_again
+from torch_secorder.recording.backward_pass import BackwardPass, PassReference, counted_again, described
 from torch_secorder.recording.foreign_errors import refusal_of
 from torch_secorder.recording.lifecycle import PassLifecycle
 from torch_secorder.recording.options import PassOptions
@@ -77,6 +77,7 @@ class Recorder(HookScope):
         only_library_calls: bool = False,
     ):
         self.table, self.plan, self.options, self._knowledge = table, plan, options, knowledge
+        self._described = partial(described, table)
         self.lifecycle = PassLifecycle(table, knowledge, options, of_user=self.of_user)
         self._audit = Audit(
             table,
@@ -135,14 +136,12 @@ class Recorder(HookScope):
     def _on_model_exit(self, forward: Forward, outputs: list[Tensor]) -> None:
         """Hook the uses of parameters in the graph of the tensors that the model returns."""
         uses = self._found_uses(forward, outputs)
-        values = dict[BatchFreeValue, None]()
+        if uses.placed and forward.earlier is not None:
+            uses = uses._replace(placed=[one for one in uses.placed if forward.earlier.is_first_use(one[1])])
         for use, node in uses.placed:
-            if forward.earlier is None or forward.earlier.is_first_use(node):
-                self._hook(use, node)
-                values.update(dict.fromkeys([value for _, value in use.values]))
-        for value in values:
-            if value.is_added_up:
-                value.node.register_prehook(NodeHook(self._on_value_gradient, value.key))
+            self._hook(use, node)
+        for value in uses.added_up if uses.placed else ():
+            value.node.register_prehook(NodeHook(self._on_value_gradient, value.key))
         for idle, node in uses.idle:
             node.register_prehook(partial(self._on_idle_gradients, idle))
 
@@ -277,14 +276,6 @@ class Recorder(HookScope):
         except BaseException:  # an interrupt, which ends the pass and whose traceback may outlive it
             self._abandon(current)
             raise
-
-    def _described(self, seen: Record | ParameterUse | IdleUse | None) -> str:
-        """The names of what has a gradient, for messages."""
-        if isinstance(seen, Record):
-            return str(seen.site)
-        targets = seen.targets if isinstance(seen, ParameterUse) else []
-        names = [self.table.names[target] if isinstance(target, int) else str(target.site) for target in targets]
-        return ", ".join(names) or "this batch"
 
     def _abandon(self, current: BackwardPass) -> None:
         """Called when a pass is broken off: no later gradient belongs to it."""
