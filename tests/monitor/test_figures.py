@@ -25,7 +25,7 @@ from oracles import (
     assert_equal,
     per_sample_gradients,
 )
-from torch_secorder import FisherMonitor
+from torch_secorder import FisherMonitor, fisher_results
 from torch_secorder.errors import CurvatureError
 
 # Standard errors
@@ -227,6 +227,31 @@ def test_activation_traces_of_a_re_entrant_checkpoint() -> None:
     for name in ("0", "1", "3"):
         expected = activation_squared_norms(model, name, cross_entropy(), x, y).mean()
         assert monitor.activations.loc[name, "activation_trace"] == pytest.approx(float(expected), rel=1e-8)
+
+
+def test_activation_traces_of_modules_that_return_their_input_or_a_view_of_it() -> None:
+    layers = nn.Linear(3, 8), nn.Identity(), nn.Unflatten(1, (2, 4)), nn.Flatten(), nn.Dropout(0.5), nn.Tanh(), nn.Identity()
+    model = nn.Sequential(*layers, nn.Linear(8, 4)).double().eval()
+    x, y = torch.randn(5, 3).double(), torch.randint(4, (5,))
+    with FisherMonitor(model, activations=True) as monitor:
+        backward(model, x, y)
+    options: dict[str, Any] = {"activations": True, "progress": False}
+    results = fisher_results(model, cross_entropy(), (x, y), **options)
+    of_labels = fisher_results(model, None, (x, y), fisher="observed", **options)
+    for table in (monitor.activations, results.activations, of_labels.activations):
+        assert set(table.index) == {"", *map(str, range(8))}
+        for name in map(str, range(8)):
+            expected = activation_squared_norms(model, name, cross_entropy(), x, y).mean()
+            assert table.loc[name, "activation_trace"] == pytest.approx(float(expected), rel=1e-8)
+
+
+def test_activations_of_a_model_in_which_no_module_returns_a_tensor() -> None:
+    model = nn.LSTM(3, 4, batch_first=True).double()
+    with FisherMonitor(model, activations=True) as monitor:
+        model(torch.randn(5, 2, 3).double())[0].square().mean().backward()
+    assert monitor.activations.empty
+    assert list(monitor.activations.columns) == ["module_type", "activation_trace", "numel", "mean", "std", "min", "max"]
+    assert monitor.activations.attrs["n_samples"] == 5
 
 
 def test_activations_merge_and_reset() -> None:

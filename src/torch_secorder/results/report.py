@@ -14,6 +14,10 @@ from torch_secorder.errors import ArgumentError
 from torch_secorder.model.parameters import Parameter
 from torch_secorder.recording.quantities import OutputTraces, SampleRows
 from torch_secorder.results.statistics import Statistics
+from torch_secorder.tables import table
+
+# What a row of activations says of a module's output.
+OUTPUT_FIGURES = ("module_type", "activation_trace", "numel", "mean", "std", "min", "max")
 
 
 @dataclass(frozen=True)
@@ -89,9 +93,7 @@ class Report:
         quantity = self._statistics.quantities["activations"]
         assert isinstance(quantity, OutputTraces)
         rows = quantity.rows(self._statistics.n, self._scale)
-        frame = pd.DataFrame(rows).set_index("module")
-        frame.attrs.update(self._facts())
-        return frame
+        return table(rows, "module", OUTPUT_FIGURES, **self._facts())
 
     def _by_parameter(self) -> pd.DataFrame:
         rows = [vars(p) | vars(self._figures([i])) for i, p in enumerate(self._parameters)]

@@ -57,6 +57,7 @@ class GraphBackward(Recorder):
         self._current: BackwardPass | None = None
         self._count = 0  # how many passes there were so far
         self._starts: list[tuple[Record | ParameterUse | IdleUse, list[GradientEdge]]] = []
+        self._sharing: set[Record] = set()  # calls of which another one's gradient, a result of the pass, is also the gradient
         self._inputs: Sequence[Tensor] = []  # the model's inputs that require a gradient
         self._leaves: list[GradientEdge] = []  # leaves that the model made in its forward
         self._defers = False
@@ -73,6 +74,11 @@ class GraphBackward(Recorder):
         self._starts = [(record, [edge]) for record, edge in forward.records if self._is_start(record)]
         self._starts += [(use, edges_of(node)) for use, node in uses.placed if use.is_first]
         self._starts += [(idle, edges_of(node)) for idle, node in uses.idle]
+        # No hook runs before a node at which a pass ends. A module that returns its input, or a view of it, shares that node.
+        ends = {(edge.node, edge.output_nr) for _, several in self._starts for edge in several}
+        shared = [(record, edge) for record, edge in forward.records if (edge.node, edge.output_nr) in ends]
+        self._sharing = {record for record, _ in shared if record.placement is not None and not self._is_start(record)}
+        self._starts += [(record, [edge]) for record, edge in shared if record in self._sharing]
         self._leaves = self._leaves_of_the_model()
         # If no gradient is expected behind a use, the use's own node runs in the pass, too, and is called again later.
         idle = uses.idle or any(record.idle for record, _ in forward.records)
@@ -208,7 +214,7 @@ class GraphBackward(Recorder):
     def _on_output_gradient(
         self, record: Record, output_nr: int, returned: object, grads: tuple[Tensor | None, ...]
     ) -> None:
-        if not self._is_start(record):
+        if not self._is_start(record) and record not in self._sharing:
             super()._on_output_gradient(record, output_nr, returned, grads)
 
     def _on_use_gradients(self, use: ParameterUse, returned: object, grads: tuple[Tensor | None, ...]) -> None:

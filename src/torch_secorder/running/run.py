@@ -72,7 +72,8 @@ class HookedForward(GraphBackward):
         for record, _ in self._records:
             # The hooks of the graph, which may outlive this object, hold the records.
             record.inputs, record.kwargs = None, {}
-        self._starts, self._leaves, self._arguments, self._records = [], [], None, []
+        self._starts, self._sharing, self._leaves = [], set(), []
+        self._arguments, self._records = None, []
 
     def __call__(self, inputs: Any) -> Any:
         """The model's outputs. ``inputs`` is one argument if a tensor, positional ones if a tuple, keyword ones if a mapping."""
