@@ -230,7 +230,15 @@ def test_activation_traces_of_a_re_entrant_checkpoint() -> None:
 
 
 def test_activation_traces_of_modules_that_return_their_input_or_a_view_of_it() -> None:
-    layers = nn.Linear(3, 8), nn.Identity(), nn.Unflatten(1, (2, 4)), nn.Flatten(), nn.Dropout(0.5), nn.Tanh(), nn.Identity()
+    layers = (
+        nn.Linear(3, 8),
+        nn.Identity(),
+        nn.Unflatten(1, (2, 4)),
+        nn.Flatten(),
+        nn.Dropout(0.5),
+        nn.Tanh(),
+        nn.Identity(),
+    )
     model = nn.Sequential(*layers, nn.Linear(8, 4)).double().eval()
     x, y = torch.randn(5, 3).double(), torch.randint(4, (5,))
     with FisherMonitor(model, activations=True) as monitor:
@@ -250,7 +258,15 @@ def test_activations_of_a_model_in_which_no_module_returns_a_tensor() -> None:
     with FisherMonitor(model, activations=True) as monitor:
         model(torch.randn(5, 2, 3).double())[0].square().mean().backward()
     assert monitor.activations.empty
-    assert list(monitor.activations.columns) == ["module_type", "activation_trace", "numel", "mean", "std", "min", "max"]
+    assert list(monitor.activations.columns) == [
+        "module_type",
+        "activation_trace",
+        "numel",
+        "mean",
+        "std",
+        "min",
+        "max",
+    ]
     assert monitor.activations.attrs["n_samples"] == 5
 
 

@@ -18,7 +18,13 @@ from oracles import exact_fisher, total
 from problems._base import Forward
 from remedies.programs import expected, linear, monitored, problem, refused, right, step
 from remedies.registry import remedy
-from torch_secorder import FisherMonitor, fisher_report, fisher_results, generalized_fisher_trace
+from torch_secorder import (
+    FisherMonitor,
+    empirical_fisher_trace,
+    fisher_report,
+    fisher_results,
+    generalized_fisher_trace,
+)
 from torch_secorder.batch_axis.knowledge import is_due
 from torch_secorder.rules import register_rule, registry
 from traps.exactness import assert_exact, drawn, numbers
@@ -37,6 +43,26 @@ def _only_the_loss() -> None:
         monitored(model, lambda: model(x, y).backward())
     model.returns_both = True
     right(monitored(model, lambda: model(x, y)[0].backward()), expected(model.net, x, y))
+
+    _rows_of_tokens()
+
+
+def _rows_of_tokens() -> None:
+    """Rows (N * T, C) with as many classes as samples look like steps in front, for which the remedy would be another one."""
+    words = nn.Embedding(7, 4), nn.Tanh(), nn.Linear(4, 3)
+    model, x, y = nn.Sequential(*words, nn.Flatten(0, 1)).double(), torch.randint(7, (3, 5)), torch.randint(3, (3, 5))
+
+    def of_rows() -> None:
+        F.cross_entropy(model(x), y.flatten()).backward()
+
+    with refused("if the outputs have several rows for each sample, return them as (N, T, ...), or pass sample_of="):
+        monitored(model, of_rows)
+    inner, truth = model[:-1], 0.0
+    for n in range(3):
+        loss = F.cross_entropy(inner(x[n]), y[n])
+        truth += sum(float(g.square().sum()) for g in torch.autograd.grad(loss, list(inner.parameters()))) / 3
+    right(monitored(model, of_rows, sample_of=lambda x: torch.arange(3).repeat_interleave(x.shape[1])), truth)
+    right(monitored(inner, lambda: F.cross_entropy(inner(x).flatten(0, 1), y.flatten()).backward()), truth)
 
 
 @remedy("how many samples this model has can't be found out")
@@ -370,7 +396,54 @@ def _nested() -> None:
     right(monitored(model, lambda: step(model, jagged, y)), truth)
 
 
-@remedy("create_graph: * has no second derivative; compute it under *, by operations that have one")
+@remedy("create_graph: * has no second derivative; *")
+def _no_second_derivative() -> None:
+    _fused_attention()
+    _fused_bags()
+    _fused_distances()
+
+
+def _fused_bags() -> None:
+    def forward(m: Any, ids: Tensor) -> Tensor:
+        h = m.e(ids) if m.fused else F.embedding(ids, m.e.weight).sum(1)
+        return m.l(h)
+
+    model = Forward(forward, e=nn.EmbeddingBag(7, 4, mode="sum"), l=nn.Linear(4, 3)).double()
+    x, y = torch.randint(7, (5, 2)), torch.randn(5, 3).double()
+    model.fused = True
+    with refused("torch.nn.functional.embedding(ids, weight).sum(1)"):
+        empirical_fisher_trace(model, numbers, x, y, create_graph=True)
+    model.fused = False
+    _differentiable(model, numbers, x, y)
+
+
+def _fused_distances() -> None:
+    model, x, y = problem()
+
+    def fused(outputs: Tensor, targets: Tensor) -> Tensor:
+        return torch.cdist(outputs.unsqueeze(1), targets.unsqueeze(1)).mean()
+
+    def plain(outputs: Tensor, targets: Tensor) -> Tensor:
+        a, b = outputs.unsqueeze(1), targets.unsqueeze(1)
+        return torch.linalg.vector_norm(a.unsqueeze(-2) - b.unsqueeze(-3), dim=-1).mean()
+
+    with refused("torch.linalg.vector_norm(a.unsqueeze(-2) - b.unsqueeze(-3), dim=-1)"):
+        empirical_fisher_trace(model, fused, x, y, create_graph=True)
+    assert float(plain(model(x), y)) == pytest.approx(float(fused(model(x), y)), rel=1e-12)
+    _differentiable(model, plain, x, y)
+
+
+def _differentiable(model: nn.Module, loss_fn: Any, x: Tensor, y: Tensor) -> None:
+    """The trace's gradient is that of the trace by plain autograd."""
+    parameters, truth = list(model.parameters()), torch.zeros(()).double()
+    for n in range(len(x)):
+        loss = loss_fn(model(x[n : n + 1]), y[n : n + 1])
+        truth = truth + sum(g.square().sum() for g in torch.autograd.grad(loss, parameters, create_graph=True)) / len(x)
+    found = empirical_fisher_trace(model, loss_fn, x, y, create_graph=True)
+    assert float(found) == pytest.approx(float(truth), rel=1e-8)
+    torch.testing.assert_close(torch.autograd.grad(found, parameters), torch.autograd.grad(truth, parameters))
+
+
 def _fused_attention() -> None:
     def forward(m: Any, x: Tensor) -> Tensor:
         h = m.l(x)[:, None]
@@ -384,3 +457,26 @@ def _fused_attention() -> None:
     assert found.requires_grad
     truth = float(total(exact_fisher(model, x, loss_type="mse")) / len(x))
     assert float(found) == pytest.approx(truth, rel=1e-8)
+
+
+@remedy("since it takes no other number of samples")
+def _loss_of_all_samples() -> None:
+    model, x, y = problem()
+    weights = torch.rand(len(x), 1).double()
+    by_sample = [{"numbers": one} for one in y]
+    with refused("with its targets, in tensors with a row for each sample"):
+        empirical_fisher_trace(model, lambda o, y: (weights * (o - y).square()).sum(), x, y)
+    truth = 0.0
+    for n in range(len(x)):
+        loss = (weights[n] * (model(x[n : n + 1]) - y[n]).square()).sum()
+        truth += sum(float(g.square().sum()) for g in torch.autograd.grad(loss, list(model.parameters())))
+    found = empirical_fisher_trace(model, lambda o, y: (y[1] * (o - y[0]).square()).sum(), x, (y, weights))
+    assert float(found) == pytest.approx(truth, rel=1e-8)
+
+    def of_list(outputs: Tensor, targets: list[dict[str, Tensor]]) -> Tensor:
+        return torch.stack([numbers(outputs[n : n + 1], one["numbers"][None]) for n, one in enumerate(targets)]).mean()
+
+    with refused("say so by batch_axis={'targets': 'list'}"):
+        empirical_fisher_trace(model, of_list, x, by_sample)
+    found = empirical_fisher_trace(model, of_list, x, by_sample, batch_axis={"targets": "list"})
+    assert float(found) == pytest.approx(expected(model, x, y), rel=1e-8)

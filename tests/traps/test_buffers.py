@@ -1,9 +1,10 @@
-"""Trap 32: buffers that a forward reads and updates. Each sample alone meets the values that its batch has met."""
+"""Trap 32: buffers that a forward or a loss reads and updates. Each sample alone meets the values that its batch has met."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 
 from oracles import assert_equal
 from problems._base import Forward, randomized
-from torch_secorder import FisherMonitor, empirical_fisher_trace, fisher_report
+from torch_secorder import FisherMonitor, empirical_fisher_trace, fisher_report, hessian_trace
+from torch_secorder.errors import VerificationError
 from torch_secorder.testing import check
 
 KEPT = 6
@@ -111,3 +113,67 @@ def test_trap_32_a_loss_inside_of_a_model_that_updates_a_buffer() -> None:
     for name, t in expected.items():
         everything = sum(t.mean() for t in expected.values())
         assert_equal(torch.tensor(table.loc[f"inner.{name}", "fisher_trace"]), t.mean(), everything)
+
+
+class Centering(nn.Module):
+    """A loss of centered outputs. The center moves after its use, as in self-distillation, or before."""
+
+    def __init__(self, moves: str, in_place: bool = True) -> None:
+        super().__init__()
+        self.moves, self.in_place = moves, in_place
+        self.register_buffer("center", torch.randn(KEPT).double())
+        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+
+    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        self.calls += 1
+        if self.moves == "before":
+            self._move(outputs)
+        loss = F.cross_entropy(outputs - self.center, targets)
+        if self.moves == "after":
+            self._move(outputs)
+        return loss
+
+    @torch.no_grad()
+    def _move(self, outputs: Tensor) -> None:
+        moved = 0.9 * self.center + 0.1 * outputs.mean(0)
+        self.center = self.center.copy_(moved) if self.in_place else moved
+
+
+HOLDERS: dict[str, Callable[[Centering], Callable[[Tensor, Tensor], Tensor]]] = {
+    "module": lambda loss: loss,
+    "closure": lambda loss: lambda outputs, targets: loss(outputs, targets),
+    "partial": lambda loss: partial(lambda of, outputs, targets: of(outputs, targets), loss),
+    "method": lambda loss: loss.forward,
+}
+
+
+@pytest.mark.parametrize("in_place", [True, False], ids=["in place", "replaced"])
+@pytest.mark.parametrize("holder", HOLDERS)
+def test_trap_32_a_loss_that_updates_its_buffers(holder: str, in_place: bool) -> None:
+    model, x, y = nn.Linear(3, KEPT).double(), torch.randn(5, 3).double(), torch.randint(KEPT, (5,))
+    loss = Centering("after", in_place)
+    center, values, loss_fn = loss.center, loss.center.clone(), HOLDERS[holder](loss)
+    expected: dict[str, Tensor] = {"weight": torch.zeros(5).double(), "bias": torch.zeros(5).double()}
+    for n in range(5):
+        one = F.cross_entropy(model(x[n : n + 1]) - values, y[n : n + 1])
+        for name, g in zip(expected, torch.autograd.grad(one, (model.weight, model.bias)), strict=True):
+            expected[name][n] = g.square().sum()
+    everything = sum(t.mean() for t in expected.values())
+    table = fisher_report(model, loss_fn, [(x, y), (x, y)], progress=False)
+    for name, t in expected.items():
+        assert_equal(torch.tensor(table.loc[name, "fisher_trace"]), t.mean(), everything)
+    assert_equal(empirical_fisher_trace(model, loss_fn, x, y), everything, everything)
+    assert check(model, loss_fn, (x, y)).attrs["equal"]
+    hessian_trace(model, loss_fn, x, y, 1)
+    assert loss.center is center
+    assert torch.equal(center, values)
+    assert loss.calls == 0
+
+
+def test_trap_32_a_loss_that_moves_its_center_before_it_is_used_compares_samples() -> None:
+    model, x, y = nn.Linear(3, KEPT).double(), torch.randn(5, 3).double(), torch.randint(KEPT, (5,))
+    loss = Centering("before")
+    values = loss.center.clone()
+    with pytest.raises(VerificationError, match="changes with the other samples' outputs"):
+        fisher_report(model, loss, (x, y), progress=False)
+    assert torch.equal(loss.center, values)

@@ -33,6 +33,7 @@ from torch_secorder.recording.sample_norms import SampleNorms
 from torch_secorder.results.report import Report
 from torch_secorder.results.statistics import Statistics
 from torch_secorder.running.loss import require_scalar_loss
+from torch_secorder.running.loss_calls import loss_value
 from torch_secorder.running.misplaced import explaining_misplaced
 
 if TYPE_CHECKING:
@@ -128,7 +129,7 @@ def hessian_trace(
         twice_differentiable(True),
     ):
         with explaining_misplaced(inputs, targets):
-            loss = require_scalar_loss(loss_fn(call_model(bare, inputs), targets))
+            loss = require_scalar_loss(loss_value(loss_fn, call_model(bare, inputs), targets))
         gradients = _gradients(loss, table)
         reached = {position for position, g in enumerate(gradients) if g.requires_grad}
         rules = {position: ["hutchinson"] for position in reached}

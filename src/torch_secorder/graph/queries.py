@@ -12,10 +12,14 @@ from torch_secorder.model.containers import tensors
 from torch_secorder.model.parameters import ParameterTable
 
 # Nodes that can be differentiated once only, by the beginning of their names, and what makes torch use others in their place.
+_UNDER = "compute it under {}, by operations that have one"
+_PLAIN_RNN = _UNDER.format("torch.backends.cudnn.flags(enabled=False)")
 ONCE = {
-    "ScaledDotProduct": "torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)",
-    "CudnnRnn": "torch.backends.cudnn.flags(enabled=False)",
-    "MiopenRnn": "torch.backends.cudnn.flags(enabled=False)",
+    "ScaledDotProduct": _UNDER.format("torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)"),
+    "CudnnRnn": _PLAIN_RNN,
+    "MiopenRnn": _PLAIN_RNN,
+    "EmbeddingBag": "compute it as torch.nn.functional.embedding(ids, weight).sum(1), or .mean(1) or .amax(1)",
+    "Cdist": "compute it as torch.linalg.vector_norm(a.unsqueeze(-2) - b.unsqueeze(-3), dim=-1)",
 }
 
 

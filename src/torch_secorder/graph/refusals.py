@@ -61,6 +61,13 @@ def listed_shapes(shapes: Sequence[Sequence[int]]) -> str:
     return ", ".join(few) + (", ..." if len(shapes) > len(few) else "")
 
 
+# Of outputs (N * T, C) with as many classes as samples, shapes don't say more than of steps in front.
+_SEVERAL_ROWS = (
+    "if the outputs have several rows for each sample, return them as (N, T, ...), or pass sample_of=, the sample of "
+    "each row"
+)
+
+
 def _remedy(count: Count, shapes: Sequence[Sequence[int]]) -> str:
     """What helps, as far as the shapes tell."""
     with_axes = [shape for shape in shapes if len(shape)]
@@ -75,7 +82,7 @@ def _remedy(count: Count, shapes: Sequence[Sequence[int]]) -> str:
             )
     for shape in shapes:
         if axis := next((axis for axis, size in enumerate(shape) if size == count.n), None):
-            return f"if the samples are on axis {axis} of the outputs, pass batch_axis={{'outputs': {axis}}}"
+            return f"if the samples are on axis {axis} of the outputs, pass batch_axis={{'outputs': {axis}}}; {_SEVERAL_ROWS}"
     for seen in count.seen:
         if m in seen.shape and isinstance(seen.axis, int):
             axis = list(seen.shape).index(m)
@@ -86,8 +93,7 @@ def _remedy(count: Count, shapes: Sequence[Sequence[int]]) -> str:
     if len(shapes) == count.n:
         return "if the model returns a list with an item for each sample, pass batch_axis={'outputs': 'list'}"
     return (
-        f"if there are {m} samples, pass n_samples=, a number or a function of the model's arguments; if the outputs have "
-        "several rows for each sample, return them as (N, T, ...), or pass sample_of=, the sample of each row"
+        f"if there are {m} samples, pass n_samples=, a number or a function of the model's arguments; {_SEVERAL_ROWS}"
     )
 
 

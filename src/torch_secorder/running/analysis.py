@@ -40,7 +40,7 @@ from torch_secorder.running.last_layer_passes import norms_by_last_layer
 from torch_secorder.running.logits import logits, with_samples_first
 from torch_secorder.running.loss import loss_of, reduction_of, require_targets_of_batch
 from torch_secorder.running.own_loss import is_computed_inside, own_reduction
-from torch_secorder.running.run import HookedForward
+from torch_secorder.running.run import HookedForward, require_twice_differentiable
 from torch_secorder.running.trials import LossFunction
 
 Checked = Literal["always", "when due", "never"]
@@ -125,6 +125,8 @@ class Analysis:
                 raise ArgumentError("the model returned None: let its forward return what the loss is computed from")
             require_targets_of_batch(targets, run.samples)
             loss = loss_of(loss_fn, outputs, targets)
+            if self._create_graph:
+                require_twice_differentiable(loss, self.table)
             if loss.requires_grad and not any(x.requires_grad for x in tensors(outputs)):
                 raise CoverageError(
                     f"the model returned a {type(outputs).__name__}, in which no tensor with a gradient is seen: return what the "

@@ -17,6 +17,7 @@ from torch_secorder.autograd.random_state import forked_random
 from torch_secorder.batch_axis.samples import BatchSamples
 from torch_secorder.errors import ArgumentError, ShapeError
 from torch_secorder.model.containers import evenly_spaced, is_continuous, mapped, tensors
+from torch_secorder.running.loss_calls import loss_value
 from torch_secorder.running.trials import (
     MULTIPLES,
     NEAR,
@@ -104,7 +105,7 @@ def _require_a_target_for_each_output(loss_fn: LossFunction, outputs: Any, targe
     steps = torch.linspace(0.25, 0.75, targets.numel(), device=targets.device, dtype=targets.dtype).view(targets.shape)
     given = steps.to(outputs.device, outputs.dtype).view(outputs.shape)
     try:
-        once, turned, moved = (float(loss_fn(given, t)) for t in (steps, steps.roll(1, 0), steps + 0.125))
+        once, turned, moved = (float(loss_value(loss_fn, given, t)) for t in (steps, steps.roll(1, 0), steps + 0.125))
     except Exception:
         return  # The loss takes no such numbers.
     if abs(turned - once) <= NEAR * abs(once) and abs(moved - once) > NEAR * abs(once):
@@ -125,7 +126,7 @@ def _has_finite_gradient(loss_fn: LossFunction, outputs: Any, targets: Any) -> b
     with torch.enable_grad():
         leaves = mapped(lambda x: x.detach().clone().requires_grad_(is_continuous(x)), outputs)
         wanted = [x for x in tensors(leaves) if x.requires_grad]
-        loss = loss_fn(leaves, targets)
+        loss = loss_value(loss_fn, leaves, targets)
         if not loss.requires_grad:
             return False
         gradients = torch.autograd.grad(loss, wanted, allow_unused=True)
@@ -139,7 +140,7 @@ def loss_of(loss_fn: LossFunction, outputs: Any, targets: Any) -> Tensor:
         ArgumentError: if it is not, or if the loss cannot handle the outputs or targets that it gets.
     """
     try:
-        loss = loss_fn(outputs, targets)
+        loss = loss_value(loss_fn, outputs, targets)
     except (TypeError, AttributeError) as error:
         remedies = []
         if isinstance(targets, Mapping):

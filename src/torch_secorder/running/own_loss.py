@@ -15,6 +15,7 @@ from torch_secorder.batch_axis.samples import BatchSamples
 from torch_secorder.errors import ArgumentError
 from torch_secorder.model.containers import tensors
 from torch_secorder.model.ranks import Ranks
+from torch_secorder.running.loss_calls import loss_value
 from torch_secorder.running.trials import (
     NEAR,
     NEAR_IN_HALF_PRECISION,
@@ -72,7 +73,7 @@ def is_computed_inside(loss_fn: LossFunction, outputs: Any, targets: Any, where:
 
     with torch.enable_grad():
         own = where.mapped(leaf, "outputs", outputs)
-        loss = loss_fn(own, targets) if leaves else torch.zeros((), device="cpu")
+        loss = loss_value(loss_fn, own, targets) if leaves else torch.zeros((), device="cpu")
         found = torch.autograd.grad(loss, leaves, allow_unused=True) if loss.requires_grad else ()
     return any(gradient is not None for gradient in found)
 

@@ -84,8 +84,6 @@ class HookedForward(GraphBackward):
         with torch.enable_grad(), twice_differentiable(self._create_graph), numpy_of_frozen(self._parameters):
             outputs = call_model(self.plan.model, inputs)
         self.random = not all(map(torch.equal, before, random_state()))
-        if self._create_graph:
-            require_twice_differentiable(outputs, self._parameters)
         return outputs
 
     def _on_model_exit(self, forward: Forward, outputs: list[Tensor]) -> None:
@@ -148,14 +146,12 @@ class _Rehearsal(Recorder):
         return None
 
 
-def require_twice_differentiable(outputs: Tensor | Any, table: ParameterTable) -> None:
-    """Raise if the graph of these outputs has a fused operation that can't be differentiated twice.
+def require_twice_differentiable(results: Any, table: ParameterTable) -> None:
+    """Raise if the graph of these tensors has a fused operation that can't be differentiated twice.
 
     Raises:
         UnsupportedError: naming the operation, the parameter nearest to it and the remedy.
     """
-    if found := without_second_derivative(outputs, table):
+    if found := without_second_derivative(results, table):
         what, remedy = found
-        raise UnsupportedError(
-            f"create_graph: {what} has no second derivative; compute it under {remedy}, by operations that have one"
-        )
+        raise UnsupportedError(f"create_graph: {what} has no second derivative; {remedy}")

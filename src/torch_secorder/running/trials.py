@@ -22,6 +22,7 @@ from torch_secorder.autograd.precision import is_half
 from torch_secorder.batch_axis.samples import BatchSamples
 from torch_secorder.errors import ArgumentError
 from torch_secorder.model.containers import mapped, shrunk, tensors
+from torch_secorder.running.loss_calls import loss_value
 
 LossFunction = Callable[[Any, Any], Tensor]
 
@@ -149,7 +150,7 @@ def multiple_of(a: float, b: float) -> float:
 
 
 def _of_converted(loss_fn: LossFunction, outputs: Any, targets: Any) -> Tensor:
-    return loss_fn(mapped(_full, outputs), mapped(_full, targets))
+    return loss_value(loss_fn, mapped(_full, outputs), mapped(_full, targets))
 
 
 def _full(x: Tensor) -> Tensor:
@@ -166,8 +167,10 @@ def _converted(loss_fn: LossFunction) -> LossFunction:
 def _number(loss_fn: LossFunction, outputs: Any, targets: Any) -> float:
     try:
         with checked_on_host(tensors(outputs)):
-            return float(loss_fn(outputs, targets))
+            return float(loss_value(loss_fn, outputs, targets))
     except Exception as error:
         raise ArgumentError(
-            f"the loss can't be told to average or to sum, since it takes no other number of samples ({str(error)[:200]})"
+            f"the loss can't be told to average or to sum, since it takes no other number of samples ({str(error)[:200]}): let "
+            "it get all that it has of each sample, such as weights, with its targets, in tensors with a row for each sample; "
+            "or, in a list with an item for each, say so by batch_axis={'targets': 'list'}"
         ) from error

@@ -16,6 +16,7 @@ from torch_secorder.model.containers import mapped, tensors
 from torch_secorder.model.names import plain_name
 from torch_secorder.model.parameters import unwrapped
 from torch_secorder.model.restore import restorer_of_buffers
+from torch_secorder.running.loss_calls import loss_value
 from torch_secorder.running.own_loss import loss_function
 from torch_secorder.running.trials import LossFunction
 from torch_secorder.testing.own_loss_loop import gradients_of_own_loss
@@ -230,7 +231,7 @@ class _Loop:
 
     def _loss(self, outputs: Any, targets: Any) -> Tensor:
         try:
-            return self.loss_fn(outputs, targets)
+            return loss_value(self.loss_fn, outputs, targets)
         except ArgumentError:
             raise
         except Exception as error:

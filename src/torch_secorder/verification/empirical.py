@@ -9,6 +9,7 @@ from torch import Tensor
 
 from torch_secorder.running.analysis import Analysis
 from torch_secorder.running.analyzed import Batch
+from torch_secorder.running.loss_calls import loss_value
 from torch_secorder.running.trials import LossFunction
 from torch_secorder.verification.own_loss import OwnLoss, verify_own_loss
 from torch_secorder.verification.samples_alone import comparable, on_samples_alone, samples_to_check, verify_samples
@@ -41,7 +42,7 @@ def verify_empirical(
 
     def loss(outputs: Any) -> Tensor:
         """The sum of the samples' losses."""
-        return loss_fn(outputs, targets) * scale
+        return loss_value(loss_fn, outputs, targets) * scale
 
     if not batch.loss_inside:
         with on_samples_alone(analysis):

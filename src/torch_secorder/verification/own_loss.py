@@ -25,6 +25,7 @@ from torch_secorder.model.containers import tensors
 from torch_secorder.model.parameters import ParameterTable
 from torch_secorder.running.analysis import Analysis
 from torch_secorder.running.analyzed import Batch
+from torch_secorder.running.loss_calls import loss_value
 from torch_secorder.running.trials import LossFunction
 from torch_secorder.verification.differentiable_model import DifferentiableModel
 from torch_secorder.verification.losses_together import STEPS, require_explained
@@ -84,7 +85,7 @@ class OwnLoss:
 
     def of_outputs(self, samples: Sequence[int], outputs: Any) -> Tensor:
         """The loss that is in these samples' outputs."""
-        return self.loss_fn(outputs, self.where.rows("targets", self.targets, samples))
+        return loss_value(self.loss_fn, outputs, self.where.rows("targets", self.targets, samples))
 
     def require_separable(self, model: DifferentiableModel, samples: Sequence[int], table: ParameterTable) -> None:
         """Raise if the graph between the outputs that have rows and the loss of these samples compares them."""

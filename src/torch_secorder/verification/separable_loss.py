@@ -16,6 +16,7 @@ from torch_secorder.batch_axis.placement import Placement
 from torch_secorder.batch_axis.samples import BatchSamples, rows_of
 from torch_secorder.errors import VerificationError
 from torch_secorder.model.containers import evenly_spaced, is_continuous, shrunk, tensors
+from torch_secorder.running.loss_calls import loss_value
 from torch_secorder.verification.followed_loss import keeps_samples_apart
 from torch_secorder.verification.selections import coupling_loss, selects_among_samples
 from torch_secorder.verification.tolerances import ROUNDED_GRADIENT, SEPARABLE_LOSS
@@ -144,7 +145,7 @@ def _gradients(
         return x
 
     with torch.enable_grad():
-        loss = loss_fn(where.mapped(leaf, "outputs", outputs), targets)
+        loss = loss_value(loss_fn, where.mapped(leaf, "outputs", outputs), targets)
         if not leaves or not loss.requires_grad:
             raise VerificationError(
                 f"the numbers can't be checked, since the loss has no gradient in any output with one row for each of {where.n} "

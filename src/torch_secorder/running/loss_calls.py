@@ -1,0 +1,63 @@
+"""Calls of the user's loss that leave what it keeps in buffers as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from inspect import getclosurevars, isfunction, ismethod
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def loss_value(loss_fn: Callable[[Any, Any], Any], outputs: Any, targets: Any) -> Any:
+    """What a loss function returns, which finds the same numbers in its buffers at each call.
+
+    A loss with a moving center or counts of classes would be another function at each of the calls that find out how it combines
+    samples, and the user's training would go on with what these calls have left there.
+    """
+    with on_copies_of_buffers(loss_fn):
+        return loss_fn(outputs, targets)
+
+
+@contextmanager
+def on_copies_of_buffers(loss_fn: Any) -> Iterator[None]:
+    """A block in which the modules that a loss function holds have copies of their buffers, which it may change.
+
+    The graph of a loss may have saved such a buffer, so that putting numbers back in place would spoil its backward pass.
+    """
+    tables = {id(m._buffers): m._buffers for held in _modules(loss_fn) for m in held.modules() if _may_change(m)}
+    before = [(table, {name: b for name, b in table.items() if _is_plain(b)}) for table in tables.values()]
+    copies = {buffer: buffer.clone() for _, own in before for buffer in own.values()}
+    try:
+        for table, own in before:
+            table.update({name: copies[buffer] for name, buffer in own.items()})
+        yield
+    finally:
+        for table, own in before:
+            table.update(own)
+
+
+def _may_change(module: nn.Module) -> bool:
+    """Whether a module may write to buffers of its own; torch's losses only read the weights of their classes."""
+    own = isinstance(module._buffers, dict) and bool(module._buffers)  # A scripted module has them elsewhere.
+    return own and type(module).__module__ != nn.modules.loss.__name__
+
+
+def _is_plain(buffer: Tensor | None) -> bool:
+    return buffer is not None and not buffer.requires_grad
+
+
+def _modules(loss_fn: Any) -> list[nn.Module]:
+    """The modules that a loss function holds: itself, as arguments, in its closure, as globals or as what its method is of."""
+    if isinstance(loss_fn, nn.Module):
+        return [loss_fn]
+    if isinstance(loss_fn, partial):
+        return [m for held in (loss_fn.func, *loss_fn.args, *loss_fn.keywords.values()) for m in _modules(held)]
+    if ismethod(loss_fn):
+        return [*_modules(loss_fn.__self__), *_modules(loss_fn.__func__)]
+    if not isfunction(loss_fn):
+        return []
+    seen = getclosurevars(loss_fn)
+    return [one for one in (*seen.nonlocals.values(), *seen.globals.values()) if isinstance(one, nn.Module)]
