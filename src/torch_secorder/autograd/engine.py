@@ -14,7 +14,7 @@ from torch.autograd.graph import Node
 
 from torch_secorder.autograd.checkpoints import put_back, put_in_place
 from torch_secorder.errors import UnsupportedError
-from torch_secorder.model.containers import is_packed
+from torch_secorder.model.containers import copied, is_packed
 from torch_secorder.model.hooks import restoring
 
 # The number of the backward pass under way in this thread; -1 outside of any.
@@ -228,8 +228,12 @@ def step_in_a_cuda_graph() -> UnsupportedError:
 
 
 def call_model(model: Callable[..., Any], inputs: Any) -> Any:
-    """``model(inputs)`` as a call of the library's; a tuple is spread over positions and a mapping over keywords."""
+    """``model(inputs)`` as a call of the library's; a tuple is spread over positions and a mapping over keywords.
+
+    The model gets copies. One that normalizes its inputs in place would find them normalized already when it is run again.
+    """
     with library_call():
         if isinstance(inputs, Mapping):
-            return model(**inputs)
+            return model(**copied(dict(inputs)))
+        inputs = copied(inputs)
         return model(*inputs) if isinstance(inputs, tuple) and not is_packed(inputs) else model(inputs)

@@ -47,6 +47,18 @@ def mapped(function: Callable[[Tensor], Tensor], value: Any) -> Any:
     return with_parts(lambda _, part: mapped(function, part), value)
 
 
+def copied(value: Any) -> Any:
+    """The same, with copies of the tensors that require no gradient, for code that may change them in place.
+
+    Tuples, lists and dictionaries are looked into, but nothing of the user's own classes.
+    """
+    if type(value) is Tensor:
+        return value if value.requires_grad or value.layout != torch.strided else value.clone()
+    if type(value) in (tuple, list):
+        return type(value)(map(copied, value))
+    return {key: copied(item) for key, item in value.items()} if type(value) is dict else value
+
+
 def parts(value: Any) -> list[tuple[Key, Any]]:
     """The parts of a container, each with its key, field or position; a tensor is the only part of itself."""
     if isinstance(value, Mapping):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial, reduce
+from operator import attrgetter
 from typing import Any, Literal
 
 import torch
@@ -39,6 +40,7 @@ from torch_secorder.running.frozen_others import FrozenOthers
 from torch_secorder.running.last_layer_passes import norms_by_last_layer
 from torch_secorder.running.logits import logits, with_samples_first
 from torch_secorder.running.loss import loss_of, reduction_of, require_targets_of_batch
+from torch_secorder.running.loss_calls import OutputsChangedError, unchanged, with_copies_of_outputs
 from torch_secorder.running.own_loss import is_computed_inside, own_reduction
 from torch_secorder.running.run import HookedForward, require_twice_differentiable
 from torch_secorder.running.trials import LossFunction
@@ -115,8 +117,14 @@ class Analysis:
                 shown what kind of graph this is. The outputs of a batch that is not checked are freed before the backward
                 pass, when memory is scarcest.
         """
-        analyze = partial(self._empirical, loss_fn, inputs, targets, checked)
-        return self._others.without_cuts(analyze, lambda batch: batch.samples.reached, lambda: self._fingerprint)
+        reached, kind = attrgetter("samples.reached"), lambda: self._fingerprint
+        try:
+            analyze = partial(self._empirical, loss_fn, inputs, targets, checked)
+            return self._others.without_cuts(analyze, reached, kind)
+        except OutputsChangedError:
+            analyze = partial(self._empirical, with_copies_of_outputs(loss_fn), inputs, targets, checked)
+            with forked_random(self.table.tensors):
+                return self._others.without_cuts(analyze, reached, kind)
 
     def _empirical(self, loss_fn: Callable[[Any, Any], Tensor], inputs: Any, targets: Any, checked: Checked) -> Batch:
         with self._prepared() as run:
@@ -124,7 +132,8 @@ class Analysis:
             if outputs is None:
                 raise ArgumentError("the model returned None: let its forward return what the loss is computed from")
             require_targets_of_batch(targets, run.samples)
-            loss = loss_of(loss_fn, outputs, targets)
+            with unchanged(outputs):
+                loss = loss_of(loss_fn, outputs, targets)
             if self._create_graph:
                 require_twice_differentiable(loss, self.table)
             if loss.requires_grad and not any(x.requires_grad for x in tensors(outputs)):

@@ -1,4 +1,4 @@
-"""Calls of the user's loss that leave what it keeps in buffers as it was."""
+"""Calls of the user's loss that leave what it is given, and what it keeps in buffers, as it was."""
 
 from __future__ import annotations
 
@@ -10,15 +10,50 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from torch_secorder.autograd.versions import versions
+from torch_secorder.model.containers import copied, mapped, tensors
+
 
 def loss_value(loss_fn: Callable[[Any, Any], Any], outputs: Any, targets: Any) -> Any:
-    """What a loss function returns, which finds the same numbers in its buffers at each call.
+    """What a loss function returns, which finds the same numbers in its buffers and in its targets at each call.
 
     A loss with a moving center or counts of classes would be another function at each of the calls that find out how it combines
-    samples, and the user's training would go on with what these calls have left there.
+    samples, and the user's training would go on with what these calls have left there. So would one that changes its targets in
+    place (``targets[targets == 255] = -100``), and one that changes its outputs so (``outputs /= 2``) takes no leaves.
     """
     with on_copies_of_buffers(loss_fn):
-        return loss_fn(outputs, targets)
+        return loss_fn(mapped(_no_leaf, outputs), copied(targets))
+
+
+class OutputsChangedError(Exception):
+    """A loss has changed the outputs in place, so that no other call can be given them."""
+
+
+@contextmanager
+def unchanged(outputs: Any) -> Iterator[None]:
+    """A block in which a loss gets these outputs.
+
+    Raises:
+        OutputsChangedError: if it has changed them in place.
+    """
+    before = versions(tensors(outputs))
+    yield
+    if versions(tensors(outputs)) != before:
+        raise OutputsChangedError
+
+
+def with_copies_of_outputs(loss_fn: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """The same loss, which gets copies of the outputs that it is given."""
+    return partial(_of_copies, loss_fn)
+
+
+def _of_copies(loss_fn: Callable[[Any, Any], Any], outputs: Any, targets: Any) -> Any:
+    return loss_fn(mapped(Tensor.clone, outputs), targets)
+
+
+def _no_leaf(x: Tensor) -> Tensor:
+    """The tensor, or a copy of a leaf that requires a gradient, which can't be changed in place."""
+    return x.clone() if x.is_leaf and x.requires_grad else x
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from torch_secorder.arguments import Loss, Reduction, called_as, require_choice
 from torch_secorder.errors import ArgumentError
-from torch_secorder.model.containers import mapped, tensors
+from torch_secorder.model.containers import copied, mapped, tensors
 from torch_secorder.model.names import plain_name
 from torch_secorder.model.parameters import unwrapped
 from torch_secorder.model.restore import restorer_of_buffers
@@ -111,7 +111,8 @@ def float64_copy(model: nn.Module) -> nn.Module:
 def run(model: nn.Module, inputs: Any) -> Any:
     """The model's outputs for a tensor, a tuple of positional arguments, or a mapping of keyword arguments."""
     if isinstance(inputs, Mapping):
-        return model(**inputs)
+        return model(**copied(dict(inputs)))
+    inputs = copied(inputs)  # The model may change them in place.
     return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
 
 
@@ -231,7 +232,7 @@ class _Loop:
 
     def _loss(self, outputs: Any, targets: Any) -> Tensor:
         try:
-            return loss_value(self.loss_fn, outputs, targets)
+            return loss_value(self.loss_fn, mapped(Tensor.clone, outputs), targets)
         except ArgumentError:
             raise
         except Exception as error:

@@ -25,7 +25,7 @@ from torch_secorder.autograd.nodes import has_others_function
 from torch_secorder.autograd.operations import OperationWatch
 from torch_secorder.batch_axis.placement import Placement
 from torch_secorder.batch_axis.samples import BatchSamples
-from torch_secorder.model.containers import is_continuous, tensors
+from torch_secorder.model.containers import copied, is_continuous, tensors
 from torch_secorder.running.loss_calls import on_copies_of_buffers
 from torch_secorder.verification.samples_kept_apart import OF_SHAPES, RULES, SHAPES, SUM, UNKNOWN, Place
 
@@ -33,7 +33,7 @@ from torch_secorder.verification.samples_kept_apart import OF_SHAPES, RULES, SHA
 def keeps_samples_apart(loss_fn: Callable[[Any, Any], Tensor], outputs: Any, targets: Any, where: BatchSamples) -> bool:
     """Whether it is proven that a loss is a sum over samples; if not, it may be one all the same."""
     with on_copies_of_buffers(loss_fn):
-        return _keeps_samples_apart(loss_fn, outputs, targets, where)
+        return _keeps_samples_apart(loss_fn, outputs, copied(targets), where)
 
 
 def _keeps_samples_apart(
