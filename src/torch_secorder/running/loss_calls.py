@@ -63,7 +63,10 @@ def on_copies_of_buffers(loss_fn: Any) -> Iterator[None]:
     The graph of a loss may have saved such a buffer, so that putting numbers back in place would spoil its backward pass.
     """
     tables = {id(m._buffers): m._buffers for held in _modules(loss_fn) for m in held.modules() if _may_change(m)}
-    before = [(table, {name: b for name, b in table.items() if _is_plain(b)}) for table in tables.values()]
+    before = [
+        (table, {name: b for name, b in table.items() if b is not None and not b.requires_grad})
+        for table in tables.values()
+    ]
     copies = {buffer: buffer.clone() for _, own in before for buffer in own.values()}
     try:
         for table, own in before:
@@ -78,10 +81,6 @@ def _may_change(module: nn.Module) -> bool:
     """Whether a module may write to buffers of its own; torch's losses only read the weights of their classes."""
     own = isinstance(module._buffers, dict) and bool(module._buffers)  # A scripted module has them elsewhere.
     return own and type(module).__module__ != nn.modules.loss.__name__
-
-
-def _is_plain(buffer: Tensor | None) -> bool:
-    return buffer is not None and not buffer.requires_grad
 
 
 def _modules(loss_fn: Any) -> list[nn.Module]:
