@@ -45,13 +45,16 @@ def of_copies(loss: Loss) -> Loss:
     return lambda outputs, targets: loss(outputs.clone(), targets.clone())
 
 
-CLASSES, NUMBERS = torch.tensor([0, 3, 1, 2, 3]), torch.linspace(-1, 1, 20).view(5, 4).double()
-LOSSES: dict[Loss, Tensor] = {
-    cooled: CLASSES,
-    clipped: CLASSES,
-    without_first: CLASSES,
-    from_one: CLASSES + 1,
-    scaled_targets: NUMBERS,
+def classes() -> Tensor:
+    return torch.tensor([0, 3, 1, 2, 3])
+
+
+LOSSES: dict[Loss, Callable[[], Tensor]] = {
+    cooled: classes,
+    clipped: classes,
+    without_first: classes,
+    from_one: lambda: classes() + 1,
+    scaled_targets: lambda: torch.randn(5, 4).double(),
 }
 
 
@@ -96,7 +99,7 @@ def assert_right(model: nn.Module, plain: nn.Module, loss: Loss, x: Tensor, y: T
 @pytest.mark.parametrize("loss", LOSSES)
 def test_trap_06_a_loss_that_changes_outputs_or_targets_in_place(loss: Loss) -> None:
     model = net()
-    assert_right(model, model, loss, torch.randn(5, 4).double(), LOSSES[loss].clone(), of_copies(loss))
+    assert_right(model, model, loss, torch.randn(5, 4).double(), LOSSES[loss](), of_copies(loss))
 
 
 @pytest.mark.parametrize("forward", [normalized, rectified, shifted, padded])
@@ -105,7 +108,7 @@ def test_trap_06_a_model_that_changes_its_inputs_in_place(forward: Callable[[Any
     model = randomized(Forward(forward, **layers)).double()
     plain = Forward(lambda m, x: forward(m, x.clone()), **layers)
     x = torch.randint(6, (5, 3)) if "e" in layers else torch.randn(5, 4).double()
-    assert_right(model, plain, F.cross_entropy, x, CLASSES.clone(), F.cross_entropy)
+    assert_right(model, plain, F.cross_entropy, x, classes(), F.cross_entropy)
 
 
 def test_trap_06_a_loss_that_changes_outputs_leaves_random_numbers_as_one_forward_does() -> None:
@@ -114,5 +117,5 @@ def test_trap_06_a_loss_that_changes_outputs_leaves_random_numbers_as_one_forwar
     model(x)
     expected = torch.get_rng_state()
     torch.manual_seed(3)
-    fisher_report(model, cooled, (x, CLASSES), progress=False)
+    fisher_report(model, cooled, (x, classes()), progress=False)
     assert torch.equal(torch.get_rng_state(), expected)

@@ -52,8 +52,9 @@ def copied(value: Any) -> Any:
 
     Tuples, lists and dictionaries are looked into, but nothing of the user's own classes.
     """
-    if type(value) is Tensor:
-        return value if value.requires_grad or value.layout != torch.strided else value.clone()
+    if isinstance(value, Tensor):
+        is_plain = value.layout is torch.strided and not value.is_nested
+        return value.clone() if is_plain and not value.requires_grad else value
     if type(value) in (tuple, list):
         return type(value)(map(copied, value))
     return {key: copied(item) for key, item in value.items()} if type(value) is dict else value
