@@ -473,10 +473,14 @@ def _loss_of_all_samples() -> None:
     found = empirical_fisher_trace(model, lambda o, y: (y[1] * (o - y[0]).square()).sum(), x, (y, weights))
     assert float(found) == pytest.approx(truth, rel=1e-8)
 
+    def sum_of_list(outputs: Tensor, targets: list[dict[str, Tensor]]) -> Tensor:
+        return of_list(outputs, targets) * len(targets)
+
     def of_list(outputs: Tensor, targets: list[dict[str, Tensor]]) -> Tensor:
         return torch.stack([numbers(outputs[n : n + 1], one["numbers"][None]) for n, one in enumerate(targets)]).mean()
 
-    with refused("say so by batch_axis={'targets': 'list'}"):
-        empirical_fisher_trace(model, of_list, x, by_sample)
-    found = empirical_fisher_trace(model, of_list, x, by_sample, batch_axis={"targets": "list"})
-    assert float(found) == pytest.approx(expected(model, x, y), rel=1e-8)
+    for loss_fn, scale in ((of_list, 1), (sum_of_list, len(x))):
+        with refused("say so by batch_axis={'targets': 'list'}"):
+            empirical_fisher_trace(model, loss_fn, x, by_sample)
+        found = empirical_fisher_trace(model, loss_fn, x, by_sample, batch_axis={"targets": "list"})
+        assert float(found) == pytest.approx(scale * expected(model, x, y), rel=1e-8)

@@ -54,6 +54,7 @@ def reduction_of(
             if abs(multiple - MULTIPLES[expected]) < near:
                 return expected
         _require_a_target_for_each_output(loss_fn, outputs, targets)
+        _require_rows_of_lists(targets, where)
         if has_half_precision(loss, *tensors(outputs)):
             near = NEAR_IN_HALF_PRECISION
         trials = Trials.of(loss_fn, outputs, targets, loss, where, near)
@@ -114,6 +115,25 @@ def _require_a_target_for_each_output(loss_fn: LossFunction, outputs: Any, targe
         fits = "targets.squeeze(-1)" if longer else "targets.unsqueeze(-1), or let the model return outputs.squeeze(-1)"
         raise ShapeError(
             f"the loss broadcasts {shapes}, so that every output is compared with every target: pass {fits}"
+        )
+
+
+def _require_rows_of_lists(targets: Any, where: BatchSamples) -> None:
+    """Raise if targets are a list with as many items as samples that is not said to have one for each.
+
+    It would not be doubled with the outputs, and a sum over its items would look like an average.
+    """
+    if type(targets) not in (list, tuple) or len(targets) != where.n or where.n < 2:
+        return
+    kinds = Mapping if isinstance(targets, tuple) else (Mapping, list, tuple, Tensor)
+    counted = len(where.rows("targets", targets, [0])) != where.n or any(
+        where.of(x, "targets") for x in tensors(targets)
+    )
+    if not counted and tensors(targets) and all(isinstance(item, kinds) for item in targets):
+        raise ArgumentError(
+            "the loss can't be told to average or to sum, since it takes no other number of samples: its targets are a list of "
+            f"{where.n} items; let it get all that it has of each sample in tensors with a row for each sample, or, in a list "
+            "with an item for each, say so by batch_axis={'targets': 'list'}"
         )
 
 
