@@ -96,9 +96,8 @@ class FisherMonitor(WithResults, RecordedBlock):
             are counted, and so are further ones until a pass whose sums are checked. Their trace is right, since a penalty
             belongs to no sample; it only enters their ``grad_sq_norm``.
         repeated_calls: what it means that one backward pass reaches two calls of the model: "same" if row n of both is
-            one sample (siamese networks, or a state that goes from call to call), "new" if they are different samples, over all
-            of which a "mean" loss averages: add up the means of k equal batches and divide by k, or say ``loss_scale=k``. By
-            default that is an error.
+            one sample (siamese networks, a state that goes from call to call), "new" if they are different samples, all of which
+            a "mean" loss averages: add up means of k equal batches and divide by k, or say ``loss_scale=k``. An error by default.
         every: with ``every=k``, only the first of each k calls of the model is watched, and the other steps cost about what plain
             steps cost. If code that torch.compile compiled is called inside the block, the first of each k backward passes is
             watched instead, with all calls of the model since the pass before it, and the other steps run compiled.

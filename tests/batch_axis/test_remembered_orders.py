@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from oracles import assert_equal, per_sample_squared_norms, total, trace
 from torch_secorder import FisherMonitor
+from torch_secorder.batch_axis.derivation import Derivation
 from torch_secorder.batch_axis.knowledge import ModelKnowledge
 from torch_secorder.batch_axis.search import SampleSearch
 from torch_secorder.graph import orders
@@ -100,6 +101,7 @@ def nothing_is_derived(monkeypatch: pytest.MonkeyPatch) -> None:
     """Passes are made wherever nothing is remembered."""
     monkeypatch.setattr(SampleSearch, "_underived", lambda self, wanted, derivation: wanted)
     monkeypatch.setattr(SampleSearch, "_without_silent", lambda self, wanted: wanted)
+    monkeypatch.setattr(Derivation, "without_contradicted", lambda self, wanted, found: found)
 
 
 def test_an_order_that_data_decides_is_never_remembered(searches: list[int], nothing_is_derived: None) -> None:

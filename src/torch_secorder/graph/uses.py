@@ -196,6 +196,12 @@ class Uses(NamedTuple):
     idle: Sequence[tuple[IdleUse, Node]] = ()
     search: SampleSearch | None = None
 
+    def of_first_run(self, forward: Forward) -> Uses:
+        """These uses without those that are before several runs of the model for the same samples, and that another run has."""
+        if not self.placed or (earlier := forward.earlier) is None:
+            return self
+        return self._replace(placed=[(use, node) for use, node in self.placed if earlier.is_first_use(node)])
+
     @property
     def added_up(self) -> list[BatchFreeValue]:
         """The values of which the gradients of several nodes are added up."""

@@ -135,9 +135,7 @@ class Recorder(HookScope):
 
     def _on_model_exit(self, forward: Forward, outputs: list[Tensor]) -> None:
         """Hook the uses of parameters in the graph of the tensors that the model returns."""
-        uses = self._found_uses(forward, outputs)
-        if uses.placed and forward.earlier is not None:
-            uses = uses._replace(placed=[one for one in uses.placed if forward.earlier.is_first_use(one[1])])
+        uses = self._found_uses(forward, outputs).of_first_run(forward)
         for use, node in uses.placed:
             self._hook(use, node)
         for value in uses.added_up if uses.placed else ():
@@ -253,11 +251,7 @@ class Recorder(HookScope):
         """Called if several hooks will run after a node that a pass is about to reach."""
 
     def _within(
-        self,
-        current: BackwardPass,
-        seen: Record | ParameterUse | IdleUse | None,
-        add: Callable[..., None],
-        *args: Any,
+        self, current: BackwardPass, seen: Record | ParameterUse | IdleUse | None, add: Callable[..., None], *args: Any
     ) -> None:
         """Add something to a backward pass; an error waits for the end of the pass, so that the user's gradients are complete."""
         if current.error is not None:
