@@ -144,3 +144,28 @@ def test_trap_22_a_weak_coupling_is_not_forgiven(dtype: torch.dtype, coupling: f
     norms = torch.stack([torch.autograd.grad(loss, weight, retain_graph=True)[0].square().sum() for loss in losses])
     rounding = {torch.float64: 1e-10, torch.bfloat16: 0.01}[dtype]  # that of the coupling is 1.5e-4 and 0.019
     assert monitor.report().loc["layer.weight", "fisher_trace"] == pytest.approx(float(norms.mean()), rel=rounding)
+
+
+def beside_zeros(self: Any, x: Tensor) -> Tensor:
+    """Stacked as often as there are samples, and multiplied by a weight that a layer computes; then norms of rows of zeros."""
+    h = torch.einsum("lbtd,sd->slbt", torch.stack([x, x.tanh()]), self.layer(self.w)).sum(1).permute(1, 2, 0)
+    return F.normalize(h @ self.v.softmax(0), dim=-1) @ self.head.T
+
+
+def test_trap_22_rows_that_drown_beside_norms_of_zeros() -> None:
+    """The gradients of two padded rows are 1e12 times the others; they fit samples that take turns, which labels exclude."""
+    torch.manual_seed(1)
+    model = Forward(beside_zeros, layer=nn.Linear(4, 4))
+    for name, shape in (("w", (4, 4)), ("v", (4, 4)), ("head", (3, 4))):
+        model.register_parameter(name, nn.Parameter(torch.randn(shape) / 2))
+    x, y = torch.randn(2, 3, 4), torch.randint(3, (2, 3))
+    x[:, 2], y[:, 2] = 0, -100
+    losses = [F.cross_entropy(out, labels, reduction="sum") for out, labels in zip(model(x), y, strict=True)]
+    rows = [torch.autograd.grad(loss, list(model.parameters()), retain_graph=True) for loss in losses]
+    with FisherMonitor(model, reduction="sum") as monitor:
+        F.cross_entropy(model(x).flatten(0, 1), y.flatten(), reduction="sum").backward()
+    table = monitor.report()
+    for (name, _), *gs in zip(model.named_parameters(), *rows, strict=True):
+        expected = torch.stack([g.double().square().sum() for g in gs]).sum()
+        # Plain autograd has float32's digits in each sample's gradient.
+        torch.testing.assert_close(torch.tensor(table.loc[name, "fisher_trace"]), expected, rtol=1e-4, atol=1e-9)

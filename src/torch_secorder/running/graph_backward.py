@@ -57,9 +57,8 @@ class GraphBackward(Recorder):
         self._current: BackwardPass | None = None
         self._count = 0  # how many passes there were so far
         self._starts: list[tuple[Record | ParameterUse | IdleUse, list[GradientEdge]]] = []
-        self._sharing: set[Record] = (
-            set()
-        )  # calls of which another one's gradient, a result of the pass, is also the gradient
+        # The calls of which another one's gradient, a result of the pass, is also the gradient.
+        self._sharing: set[Record] = set()
         self._inputs: Sequence[Tensor] = []  # the model's inputs that require a gradient
         self._leaves: list[GradientEdge] = []  # leaves that the model made in its forward
         self._defers = False

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
-from inspect import getclosurevars, isfunction, ismethod
+from inspect import isfunction, ismethod
+from types import FunctionType
 from typing import Any
 
 from torch import Tensor, nn
@@ -91,7 +92,13 @@ def _modules(loss_fn: Any) -> list[nn.Module]:
         return [m for held in (loss_fn.func, *loss_fn.args, *loss_fn.keywords.values()) for m in _modules(held)]
     if ismethod(loss_fn):
         return [*_modules(loss_fn.__self__), *_modules(loss_fn.__func__)]
-    if not isfunction(loss_fn):
-        return []
-    seen = getclosurevars(loss_fn)
-    return [one for one in (*seen.nonlocals.values(), *seen.globals.values()) if isinstance(one, nn.Module)]
+    return [one for one in _named_in(loss_fn) if isinstance(one, nn.Module)] if isfunction(loss_fn) else []
+
+
+def _named_in(function: FunctionType) -> Iterator[Any]:
+    """What a function finds in its closure and among the globals that it names, as far as that is there yet."""
+    for cell in function.__closure__ or ():
+        with suppress(ValueError):  # an empty cell: a variable of the function around it that is set later
+            yield cell.cell_contents
+    names = function.__globals__
+    yield from (names[name] for name in function.__code__.co_names if name in names)
