@@ -15,6 +15,7 @@ from torch_secorder.autograd.node_hooks import TableReference, no_table
 from torch_secorder.autograd.nodes import any_may_be_packed, may_have_packed_tensors, value_shape
 from torch_secorder.batch_axis.placement import Placement
 from torch_secorder.batch_axis.search import SampleSearch
+from torch_secorder.capture.earlier_runs import EarlierRuns
 from torch_secorder.capture.model_run import Forward
 from torch_secorder.capture.records import Idle, Record
 from torch_secorder.graph.chain import BatchFreeVjp, common_route
@@ -196,10 +197,8 @@ class Uses(NamedTuple):
     idle: Sequence[tuple[IdleUse, Node]] = ()
     search: SampleSearch | None = None
 
-    def of_first_run(self, forward: Forward) -> Uses:
+    def of_first_run(self, earlier: EarlierRuns) -> Uses:
         """These uses without those that are before several runs of the model for the same samples, and that another run has."""
-        if not self.placed or (earlier := forward.earlier) is None:
-            return self
         return self._replace(placed=[(use, node) for use, node in self.placed if earlier.is_first_use(node)])
 
     @property

@@ -135,7 +135,9 @@ class Recorder(HookScope):
 
     def _on_model_exit(self, forward: Forward, outputs: list[Tensor]) -> None:
         """Hook the uses of parameters in the graph of the tensors that the model returns."""
-        uses = self._found_uses(forward, outputs).of_first_run(forward)
+        uses = self._found_uses(forward, outputs)
+        if forward.earlier is not None:
+            uses = uses.of_first_run(forward.earlier)
         for use, node in uses.placed:
             self._hook(use, node)
         for value in uses.added_up if uses.placed else ():
@@ -183,8 +185,7 @@ class Recorder(HookScope):
         self, record: Record, output_nr: int, returned: object, grads: tuple[Tensor | None, ...]
     ) -> None:
         """Called in a backward pass with the gradients of the node that made a module's output."""
-        grad = grads[output_nr]
-        if grad is None:
+        if (grad := grads[output_nr]) is None:
             return
         if record.placement is None:
             if record.idle is not None:
