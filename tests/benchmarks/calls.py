@@ -7,6 +7,7 @@ of file counts where the function entered is in another file than the one entere
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -58,19 +59,22 @@ class Calls:
 
 @contextmanager
 def counted() -> Iterator[Calls]:
-    """The calls of the package's functions that are made inside."""
-    calls = Calls()
+    """The calls of the package's functions that are made inside, without those that a collection of earlier garbage makes."""
+    calls, collects = Calls(), gc.isenabled()
 
     def profile(frame: FrameType, event: str, _: Any) -> None:
         if event == "call" and frame.f_code.co_filename.startswith(PACKAGE):
             calls.functions[frame.f_code] += 1
             calls.files.append(frame.f_code.co_filename)
 
+    gc.disable()
     sys.setprofile(profile)
     try:
         yield calls
     finally:
         sys.setprofile(None)
+        if collects:
+            gc.enable()
 
 
 def model_and_batch() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:

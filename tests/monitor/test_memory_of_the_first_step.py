@@ -16,9 +16,8 @@ N, CHANNELS, SIDE = 32, 16, 32
 ACTIVATION = N * CHANNELS * SIDE**2 * 4  # bytes of what the first convolution returns, the largest tensor
 # Of the second layer's, a quarter each; of a pooling, a quarter of its input, and twice as much for its indices.
 SAVED = ACTIVATION * (1 + 3 / 4 + 1 / 4 + 3 / 16)
-BOOKKEEPING = (
-    ACTIVATION / 4
-)  # norms of samples, parts of products and random numbers of a look, which do not grow with the images
+# Norms of samples, parts of products and random numbers of a look, which do not grow with the images.
+BOOKKEEPING = ACTIVATION / 4
 
 
 def images() -> tuple[nn.Module, Tensor, Tensor]:
@@ -74,4 +73,5 @@ def test_the_function_holds_no_more_than_a_plain_step(call: int) -> None:
     for _ in range(call - 1):
         empirical_fisher_trace(model, nn.CrossEntropyLoss(), x, y)
     found = peak(lambda: empirical_fisher_trace(model, nn.CrossEntropyLoss(), x, y))
-    assert found <= plain + BOOKKEEPING
+    # The model gets a copy of its inputs, since it may change them in place.
+    assert found <= plain + x.nbytes + BOOKKEEPING
