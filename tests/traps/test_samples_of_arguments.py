@@ -182,22 +182,24 @@ IN_FRONT: dict[str, Model] = {
     ),
     # What is computed from the argument before parameters take part.
     "another scale for each feature": lambda t: (
-        made(lambda m, x: torch.bmm(((x - SHIFTS) * SCALES).expand(t, -1, -1), m.w).tanh(), w=free(t, 4, 3)),
+        made(
+            lambda m, x: torch.bmm(((x - SHIFTS.to(x)) * SCALES.to(x)).expand(t, -1, -1), m.w).tanh(), w=free(t, 4, 3)
+        ),
         (4,),
     ),
     "another scale for each feature of steps": lambda t: (
-        made(lambda m, x: torch.stack([s @ m.w for s in (x * SCALES).transpose(0, 1)]).tanh(), w=free(4, 3)),
+        made(lambda m, x: torch.stack([s @ m.w for s in (x * SCALES.to(x)).transpose(0, 1)]).tanh(), w=free(4, 3)),
         (t, 4),
     ),
     "features of frozen layers": lambda t: (
         made(
-            lambda m, x: torch.stack([one(x.sin() @ MIXES).tanh() for one in m.heads]),
+            lambda m, x: torch.stack([one(x.sin() @ MIXES.to(x)).tanh() for one in m.heads]),
             heads=heads(t, 4, 3),
         ),
         (4,),
     ),
     "repeated features of frozen layers": lambda t: (
-        made(lambda m, x: torch.bmm((x.sin() @ MIXES).repeat(t, 1, 1), m.w).tanh(), w=free(t, 4, 3)),
+        made(lambda m, x: torch.bmm((x.sin() @ MIXES.to(x)).repeat(t, 1, 1), m.w).tanh(), w=free(t, 4, 3)),
         (4,),
     ),
     "a spectrum in products": lambda t: (
@@ -254,7 +256,10 @@ BEHIND: dict[str, Model] = {
         (t, 4),
     ),
     "rows of all steps": lambda t: (made(lambda m, x: F.linear(x, m.w, m.b).tanh(), w=free(3, 4), b=free(3)), (t, 4)),
-    "features of frozen layers": lambda t: (made(lambda m, x: ((x.sin() @ MIXES) @ m.w).tanh(), w=free(4, 3)), (t, 4)),
+    "features of frozen layers": lambda t: (
+        made(lambda m, x: ((x.sin() @ MIXES.to(x)) @ m.w).tanh(), w=free(4, 3)),
+        (t, 4),
+    ),
     "rows that are shared, and steps beside samples": lambda t: (
         made(
             lambda m, x: (
@@ -265,11 +270,14 @@ BEHIND: dict[str, Model] = {
         ),
         (t, 4),
     ),
-    "another scale for each feature": lambda t: (made(lambda m, x: ((x * SCALES) @ m.w).tanh(), w=free(4, 3)), (t, 4)),
+    "another scale for each feature": lambda t: (
+        made(lambda m, x: ((x * SCALES.to(x)) @ m.w).tanh(), w=free(4, 3)),
+        (t, 4),
+    ),
     "frozen features and positions": lambda t: (
         made(
             lambda m, x: (
-                (x.sin() @ MIXES) @ m.w + torch.arange(4.0 * t).double().view(t, 4).expand(len(x), -1, -1) @ m.v
+                (x.sin() @ MIXES.to(x)) @ m.w + torch.arange(4.0 * t).double().view(t, 4).expand(len(x), -1, -1) @ m.v
             ).tanh(),
             w=free(4, 3),
             v=free(4, 3),
