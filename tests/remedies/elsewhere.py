@@ -10,7 +10,7 @@ TRIED = {
     "let the model return it expanded, x.expand(n)": (
         "traps/test_shared_outputs.py::test_trap_31_an_output_without_samples_that_the_loss_takes"
     ),
-    "it takes all of the model's": (
+    "that it leads to, where the model has": (
         "traps/test_what_counts_samples.py::test_trap_19_as_many_spiking_steps_in_front_as_samples"
     ),
     "calls of the model, whose samples are not said to be the same": (

@@ -220,6 +220,37 @@ IN_FRONT: dict[str, Model] = {
     ),
 }
 
+# Nothing shows what members make of such data: each takes it by a sum, or all share what was computed of it, or it is random.
+OF_MEMBERS: dict[str, Model] = {
+    "sums": lambda t: (made(lambda m, x: torch.stack([(x.sin() + b).tanh() for b in m.b]), b=free(t, 4)), (4,)),
+    "sums of all members": lambda t: (made(lambda m, x: (x.sin() + m.b).tanh(), b=free(t, 1, 4)), (4,)),
+    "heads of shared features": lambda t: (
+        made(
+            lambda m, x: (lambda shared: torch.stack([one(shared).tanh() for one in m.heads]))(
+                (x.sin() @ MIXES.to(x) + m.shift).tanh()
+            ),
+            heads=heads(t, 4, 3),
+            shift=free(4),
+        ),
+        (4,),
+    ),
+    "recurrent layers on shared features": lambda t: (
+        made(
+            lambda m, x: torch.stack([one(x.sin() + m.shift)[0][:, -1] for one in m.recurrent]),
+            shift=free(4),
+            recurrent=nn.ModuleList([nn.LSTM(4, 3, batch_first=True) for _ in range(t)]),
+        ),
+        (2, 4),
+    ),
+    "other features for each member": lambda t: (
+        made(
+            lambda m, x: torch.stack([(x * (i + 1)).sin() @ w for i, w in enumerate(m.w)]).tanh(),
+            w=free(t, 4, 3),
+        ),
+        (4,),
+    ),
+}
+
 BEHIND: dict[str, Model] = {
     "einsum": lambda t: (made(lambda m, x: torch.einsum("nd,edc->nec", x, m.w).tanh(), w=free(t, 4, 3)), (4,)),
     "bmm": lambda t: (
@@ -331,15 +362,16 @@ def assert_exact(model: nn.Module, x: Tensor, steps: int = 1, **words: Any) -> N
         assert_equal(found, steps * t, steps * everything, torch.float64)
 
 
-@pytest.mark.parametrize("name", IN_FRONT)
+@pytest.mark.parametrize("name", [*IN_FRONT, *OF_MEMBERS])
 def test_trap_19_as_many_in_front_as_samples(name: str) -> None:
     """A monitor refuses it, in each step, and what it says to pass is exact; so are the functions, which try samples alone."""
-    model, shape = IN_FRONT[name](N)
+    model, shape = (IN_FRONT | OF_MEMBERS)[name](N)
     x = batch(shape, name)
     axis = 2 if name == "two axes in front" else 1
+    why = "has such parameters of its own" if name in OF_MEMBERS else "takes all of the model's samples for each index"
     with FisherMonitor(model, "sum") as monitor:
         for _ in range(7):
-            with expectation(rf"it takes all of the model's 5 samples .*batch_axis={{'outputs': {axis}}}"):
+            with expectation(rf"{why}.* where the model has 5 samples .*batch_axis={{'outputs': {axis}}}"):
                 squares(model(x)).backward()
     assert monitor.n_samples == 0
     assert_exact(model, x, batch_axis={"outputs": axis})
@@ -351,10 +383,10 @@ def test_trap_19_as_many_in_front_as_samples(name: str) -> None:
             way()
 
 
-@pytest.mark.parametrize("name", IN_FRONT)
+@pytest.mark.parametrize("name", [*IN_FRONT, *OF_MEMBERS])
 def test_trap_19_others_in_front_than_samples(name: str) -> None:
     """Three in front of five samples: shapes alone show that the samples are not there."""
-    model, shape = IN_FRONT[name](3)
+    model, shape = (IN_FRONT | OF_MEMBERS)[name](3)
     x = batch(shape, name)
     with pytest.raises(ShapeError, match="can't be found out"), FisherMonitor(model, "sum"):
         squares(model(x)).backward()
@@ -373,6 +405,22 @@ def test_trap_19_steps_and_members_behind_the_samples(name: str, count: int) -> 
             for _ in range(4):
                 squares(model(fresh)).backward()
         assert_equal(monitor.trace, 4 * expected, 4 * expected, torch.float64)
+
+
+def test_trap_19_a_parameter_for_each_sample_has_to_be_said() -> None:
+    """A router may send each sample to an expert of its own, by what it computes; as many members look the same."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        expert = (x.sin() @ MIXES.to(x))[:, 0].argsort().argsort()
+        return (m.experts[expert] * x.sin()[:, None]).tanh()
+
+    model, x = made(forward, experts=free(N, N, 4)), torch.randn(N, 4).double()
+    expected = rows_alone(model, x)
+    with expectation(r"experts: each index has such .*pass batch_axis={'outputs': 0}"), FisherMonitor(model, "sum"):
+        squares(model(x)).backward()
+    with FisherMonitor(model, "sum", batch_axis={"outputs": 0}) as monitor:
+        squares(model(x)).backward()
+    assert_equal(monitor.trace, expected, expected, torch.float64)
 
 
 # Models that mix their samples, where the first axis of the outputs is that of the samples all the same

@@ -78,7 +78,7 @@ class PlacementCache:
         comparing: the numbers of the model's outputs that compare samples.
         keeps_lists: whether the graphs have their samples at the same indices each time.
         keeps_order: whether the labels of the graphs have shown that the samples are where shapes say; None if nobody has asked.
-        takes_all_samples: what takes all samples of an argument for each of those that the outputs show, in words; or nothing.
+        contradiction: what contradicts that the outputs have their samples on the first axis, in words; or nothing.
     """
 
     evidence: dict[Key, Evidence] = field(default_factory=dict)
@@ -89,7 +89,7 @@ class PlacementCache:
     comparing: set[int] = field(default_factory=set)
     keeps_lists: bool = False
     keeps_order: bool | None = None
-    takes_all_samples: str = ""
+    contradiction: str = ""
 
     def keep(self, key: Key, found: Finding) -> None:
         """Note what a look showed; what it does not prove is good for one graph, unless it agrees with what is known."""
@@ -112,7 +112,7 @@ class PlacementCache:
         self.telling_outputs.clear()
         self.untold.clear()
         self.comparing.clear()
-        self.graphs_seen, self.keeps_order, self.takes_all_samples = 0, None, ""
+        self.graphs_seen, self.keeps_order, self.contradiction = 0, None, ""
 
     def forget(self, key: Key) -> None:
         """Have the next graph looked through for this place."""

@@ -30,6 +30,7 @@ from torch_secorder.graph.operands import (
     operands_of_nodes,
     takes_unseen_data,
 )
+from torch_secorder.graph.own_parameters import first_of_own_parameters
 from torch_secorder.graph.uses import Uses
 from torch_secorder.graph.walk import Walk
 from torch_secorder.graph.wanted import wanted_of_nodes
@@ -51,8 +52,9 @@ OF_INPUTS_ONLY = OF_VECTORS | {f"{name}Backward0" for name in _NAMES.split()}
 def require_one_reading(graph: Graph, search: SampleSearch, table: Table) -> None:
     """Raise if samples may be on another axis of an output than the first, and all that takes samples contradicts the first.
 
-    Read along steps or members of an ensemble in front, what takes the model's samples takes all of them for each. This is looked
-    for where what is known of graphs of this kind is examined again.
+    Read along steps or members of an ensemble in front, what takes the model's samples takes all of them for each; and where no
+    data shows that, each member still has parameters of its own. This is looked for where what is known of graphs of this kind is
+    examined again.
 
     Args:
         graph: the graph.
@@ -60,7 +62,7 @@ def require_one_reading(graph: Graph, search: SampleSearch, table: Table) -> Non
         table: the analyzed parameters.
     """
     n, known = graph.forward.n or 0, search.placements
-    if not (search.examines or known.takes_all_samples):  # as in most steps
+    if not (search.examines or known.contradiction):  # as in most steps
         return
     outputs = [tuple(x.shape) for x, where in graph.placed if where == FIRST and n in x.shape[1:]]
     if not outputs:
@@ -68,14 +70,17 @@ def require_one_reading(graph: Graph, search: SampleSearch, table: Table) -> Non
     if search.examines:
         told = _all_taken(graph, search, table)
         if False in told.values():
-            known.takes_all_samples = ""
+            known.contradiction = ""
         elif told:
-            known.takes_all_samples = next(iter(told))
-    if known.takes_all_samples:
-        (shape, axis), count = (outputs[0], outputs[0].index(n, 1)), graph.forward.count
+            known.contradiction = f"{next(iter(told))}: it takes all of the model's samples for each index"
+        elif (name := first_of_own_parameters(graph, table)) is not None:
+            known.contradiction = f"{name}: each index has such parameters of its own, that no other index uses,"
+    if known.contradiction:
+        shape = outputs[0]
+        axis = shape.index(n, 1)
         raise ShapeError(
-            f"{known.takes_all_samples}: it takes all of the model's {count} for each index on axis 0 of an output of shape "
-            f"{shape} that it leads to: if the samples are on axis {axis} of that output, behind steps or members of an "
+            f"{known.contradiction} on axis 0 of an output of shape {shape} that it leads to, where the model has "
+            f"{graph.forward.count}: if the samples are on axis {axis} of that output, behind steps or members of an "
             f"ensemble, pass batch_axis={{'outputs': {axis}}}; if they are on axis 0, since the model mixes its samples, pass "
             "batch_axis={'outputs': 0}"
         )
