@@ -5,9 +5,8 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
-
-import pytest
 
 import torch_secorder
 from benchmarks import calls
@@ -47,9 +46,19 @@ def statements(node: ast.AST) -> Iterator[ast.AST]:
             yield from statements(child)
 
 
-def imports(file: str) -> Iterator[str]:
+@cache
+def tree(file: str) -> ast.Module:
+    return ast.parse((ROOT / file).read_text())
+
+
+@cache
+def imports(file: str) -> tuple[str, ...]:
     """Every module that `file` imports, at its top or inside a function."""
-    for node in statements(ast.parse((ROOT / file).read_text())):
+    return tuple(_imports(file))
+
+
+def _imports(file: str) -> Iterator[str]:
+    for node in statements(tree(file)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -65,27 +74,34 @@ def test_every_file_has_a_floor() -> None:
     assert {room(file) for file in FILES} - {"__init__"} == set(FLOOR_OF)
 
 
-@pytest.mark.parametrize("file", [file for file in FILES if file != "__init__.py"])
-def test_imports_go_down(file: str) -> None:
-    for module in imports(file):
-        if module.split(".")[0] == "torch_secorder":
-            below = module.split(".")[1]
-            same_folder = below == room(file) and "/" in file
-            assert same_folder or FLOOR_OF[below] < FLOOR_OF[room(file)], f"{file} imports {module}"
+def goes_down(file: str, module: str) -> bool:
+    below = module.split(".")[1]
+    return (below == room(file) and "/" in file) or FLOOR_OF[below] < FLOOR_OF[room(file)]
 
 
-@pytest.mark.parametrize("file", FILES)
-def test_pandas_lives_in_reports_and_tables(file: str) -> None:
-    used = any(module.split(".")[0] == "pandas" for module in imports(file))
-    assert used == (file in ("results/report.py", "tables.py")), "annotations of a DataFrame may be strings"
+def test_imports_go_down() -> None:
+    own = [(file, module) for file in FILES for module in imports(file) if module.split(".")[0] == "torch_secorder"]
+    up = [f"{file} imports {module}" for file, module in own if file != "__init__.py" and not goes_down(file, module)]
+    assert len(own) > len(FILES)
+    assert not up, "\n".join(up)
 
 
-@pytest.mark.parametrize("file", FILES)
-def test_names_say_what_is_inside(file: str) -> None:
-    assert not {"utils", "helpers", "common", "misc"} & {part.removesuffix(".py") for part in file.split("/")}
-    for node in ast.walk(ast.parse((ROOT / file).read_text())):
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            assert not node.name.startswith(("compute_", "get_")), f"{file}: {node.name}"
+def test_pandas_lives_in_reports_and_tables() -> None:
+    """Annotations of a DataFrame may be strings elsewhere."""
+    using = [file for file in FILES if any(module.split(".")[0] == "pandas" for module in imports(file))]
+    assert using == ["results/report.py", "tables.py"]
+
+
+def test_names_say_what_is_inside() -> None:
+    parts = {part.removesuffix(".py") for file in FILES for part in file.split("/")}
+    assert not {"utils", "helpers", "common", "misc"} & parts
+    functions = [
+        f"{file}: {node.name}"
+        for file in FILES
+        for node in ast.walk(tree(file))
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.name.startswith(("compute_", "get_"))
+    ]
+    assert not functions, "\n".join(functions)
 
 
 PRIVATE = re.compile(
@@ -96,19 +112,31 @@ PRIVATE = re.compile(
 )
 
 
-@pytest.mark.parametrize("file", [file for file in FILES if not file.startswith("autograd/")])
-def test_torchs_private_names_stand_in_autograd_only(file: str) -> None:
-    assert not [line for line in (ROOT / file).read_text().splitlines() if PRIVATE.search(line)]
+def private_names(*, in_autograd: bool) -> dict[str, str]:
+    """Each of torch's private names in the package's files -> the line that has it."""
+    lines = [
+        (file, line)
+        for file in FILES
+        if file.startswith("autograd/") == in_autograd
+        for line in (ROOT / file).read_text().splitlines()
+    ]
+    return {match[0]: f"{file}: {line}" for file, line in lines for match in PRIVATE.finditer(line)}
+
+
+def test_torchs_private_names_stand_in_autograd_only() -> None:
+    assert not (found := private_names(in_autograd=False)), "\n".join(found.values())
 
 
 def test_the_search_for_private_names_finds_some() -> None:
-    found = {
-        match[0]
-        for file in FILES
-        if file.startswith("autograd/")
-        for match in PRIVATE.finditer((ROOT / file).read_text())
-    }
-    assert {"torch._C", "_saved_", "_raw_saved_", "_input_metadata", "._version", "._base", "._backward_hooks"} <= found
+    assert {
+        "torch._C",
+        "_saved_",
+        "_raw_saved_",
+        "_input_metadata",
+        "._version",
+        "._base",
+        "._backward_hooks",
+    } <= private_names(in_autograd=True).keys()
 
 
 def test_the_public_names() -> None:
