@@ -10,10 +10,12 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from processes import fresh
+
 
 def on_ranks(work: Callable[..., Any], world: int, path: Path) -> list[Any]:
     """What ``work(rank, world)`` returns on each rank."""
-    mp.spawn(_rank, (work, world, path), nprocs=world)
+    mp.start_processes(_rank, (work, world, path), nprocs=world, start_method=fresh().get_start_method())
     return [torch.load(path / f"{rank}.pt", weights_only=False) for rank in range(world)]
 
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import torch_secorder
+from processes import fresh
 from torch_secorder import FisherMonitor, fisher_report
 from torch_secorder.cli import main
 from torch_secorder.cli.files import _png, _umask
@@ -703,6 +704,12 @@ def states(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir() if path.suffix in (".safetensors", ".csv") or path.name[0] == "."}
 
 
+def run_in(folder: Path, arguments: list[str]) -> None:
+    torch.set_num_threads(1)
+    os.chdir(folder)
+    sys.exit(main(arguments))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("fisher", ["empirical", "sampled", "exact"])
 def test_a_killed_run_goes_on_to_the_same_table(fisher: str, long: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -710,9 +717,10 @@ def test_a_killed_run_goes_on_to_the_same_table(fisher: str, long: Path, capsys:
     options = ["--fisher", fisher, "--seed", "7"]
     save = ["--save", "state.safetensors", "--every", "2", "--resume"]
     assert main(["report", "long.py:build", *options, "--csv", "whole.csv"]) == 0
-    command = [sys.executable, "-m", "torch_secorder", "report", "long.py:dies", *options, *save, "--csv", "a.csv"]
-    killed = subprocess.run(command, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=100)
-    assert killed.returncode == 9
+    killed = fresh().Process(target=run_in, args=(long, ["report", "long.py:dies", *options, *save, "--csv", "a.csv"]))
+    killed.start()
+    killed.join(timeout=100)
+    assert killed.exitcode == 9
     assert states(long) == {"whole.csv", "state.safetensors"}
     assert FisherMonitor.load("state.safetensors").n_samples == 16
     capsys.readouterr()

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import faulthandler
+import threading
+import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from processes import fresh
+from torch_secorder import FisherMonitor
 from torch_secorder.autograd.leaf_nodes import LeafNodes, accumulators
 
 
@@ -105,75 +109,69 @@ def test_nodes_live_as_long_as_they_are_wanted() -> None:
     assert leaf.grad.shape == (3,)
 
 
-HANGS = """
-import faulthandler
-import threading
-import time
-from contextlib import nullcontext
-import torch
-from torch import nn
-from torch.nn import functional as F
-from torch_secorder import FisherMonitor
-from torch_secorder.autograd.leaf_nodes import accumulators
-
-
 class Own(torch.autograd.Function):
+    """Makes a node with many leaves at once."""
+
     @staticmethod
-    def forward(ctx, x, *weights):
+    def forward(ctx: Any, x: Tensor, *weights: Tensor) -> Tensor:
         return x
 
     @staticmethod
-    def backward(ctx, grad):
-        return grad, *[None] * (len(ctx.needs_input_grad) - 1)
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return *grads, *[None] * (len(ctx.needs_input_grad) - 1)
 
 
-model = nn.Sequential(*(nn.Linear(4, 4, bias=False) for _ in range(20)))
-weights, x, y = list(model.parameters()), torch.randn(3, 4), torch.randint(4, (3,))
+def monitor_of(model: nn.Module, weights: list[Tensor]) -> Any:
+    return FisherMonitor(model)
 
 
-def operations():
-    while time.monotonic() < end:
-        for weight in weights:
-            F.linear(x, weight)
+def monitor_of_one(model: nn.Module, weights: list[Tensor]) -> Any:
+    return FisherMonitor(model, parameters=["0.weight"])  # The library keeps what takes the others' gradients, too.
 
 
-def functions():
-    while time.monotonic() < end:
-        Own.apply(x, *weights)
+def python_alone(model: nn.Module, weights: list[Tensor]) -> Any:
+    return nullcontext(accumulators(weights)[0])
 
 
-def library():
-    while time.monotonic() < end:
-        accumulators(weights)
+def in_three_threads(block: Callable[..., Any], of_the_library: bool) -> None:
+    """Ask for the nodes of leaves for two seconds, and end this process if that takes a minute."""
+    faulthandler.dump_traceback_later(60, exit=True)
+    torch.set_num_threads(1)
+    model = nn.Sequential(*(nn.Linear(4, 4, bias=False) for _ in range(20)))
+    weights, x, y = list(model.parameters()), torch.randn(3, 4), torch.randint(4, (3,))
 
+    def operations() -> None:
+        while time.monotonic() < end:
+            for weight in weights:
+                F.linear(x, weight)
 
-faulthandler.dump_traceback_later(60, exit=True)
-with {block}:
-    F.cross_entropy(model(x), y).backward()
-    end = time.monotonic() + 2
-    threads = [threading.Thread(target=work) for work in ({work}, operations, operations)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-print("done")
-"""
+    def functions() -> None:
+        while time.monotonic() < end:
+            Own.apply(x, *weights)
+
+    def library() -> None:
+        while time.monotonic() < end:
+            accumulators(weights)
+
+    with block(model, weights):
+        F.cross_entropy(model(x), y).backward()
+        end = time.monotonic() + 2
+        work = library if of_the_library else functions
+        threads = [threading.Thread(target=each) for each in (work, operations, operations)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
 
 
 @pytest.mark.parametrize(
-    ("block", "work"),
-    [
-        ("FisherMonitor(model)", "functions"),
-        (
-            "FisherMonitor(model, parameters=['0.weight'])",
-            "functions",
-        ),  # The library keeps what takes the others' gradients, too.
-        ("nullcontext(accumulators(weights)[0])", "library"),  # Python alone keeps them.
-    ],
+    ("block", "of_the_library"),
+    [(monitor_of, False), (monitor_of_one, False), (python_alone, True)],
     ids=["all", "one", "library"],
 )
-def test_no_thread_waits_for_ever(block: str, work: str) -> None:
+def test_no_thread_waits_for_ever(block: Callable[..., Any], of_the_library: bool) -> None:
     """Each in a process of its own, which is ended if it hangs."""
-    program = HANGS.replace("{block}", block).replace("{work}", work)
-    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
-    assert ended.stdout == "done\n"
+    process = fresh().Process(target=in_three_threads, args=(block, of_the_library))
+    process.start()
+    process.join(timeout=120)
+    assert process.exitcode == 0
