@@ -118,7 +118,8 @@ def test_interrupted_at_any_operation(way: str, step: int) -> None:
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # in a __del__, where Python goes on
 @pytest.mark.parametrize("way", EMPIRICAL)
 def test_interrupted_at_any_line(way: str) -> None:
-    assert interrupt(way, AtLine, 2, 53) > 3000
+    # A report takes the longest, and most of its lines are the monitor's too.
+    assert interrupt(way, AtLine, 2, 131 if way == "fisher_report" else 53) > 3000
 
 
 def test_an_interrupted_backward_pass_leaves_nothing_in_an_open_block() -> None:

@@ -143,12 +143,11 @@ def test_a_block_inside_of_a_compiled_function_is_refused() -> None:
 
 
 @pytest.mark.slow  # It starts a process.
-@pytest.mark.parametrize("imported", ["", "import torch._dynamo"], ids=["compiler not imported", "compiler imported"])
-def test_a_program_that_ends_inside_of_a_block_ends_quietly(imported: str) -> None:
-    program = f"""
+def test_a_program_that_ends_inside_of_a_block_ends_quietly() -> None:
+    """Without the compiler; test_compiled_refusals.py has a program that has imported it."""
+    program = """
 import torch
 from torch_secorder import FisherMonitor
-{imported}
 model = torch.nn.Linear(3, 2)
 monitor = FisherMonitor(model)
 monitor.__enter__()
