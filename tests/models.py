@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune, rnn
 
 from oracles import Inputs, assert_equal, call, double_copy, mapped, relative_error, trace
-from problems._base import Forward
+from problems._base import Forward, seed
 from torch_secorder import FisherMonitor, fisher_report
 from torch_secorder.errors import CurvatureError
 
@@ -108,7 +108,7 @@ class Case:
         """The same model, inputs and targets at every call, whatever the random state."""
         with torch.random.fork_rng(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what building a model says of itself
-            torch.manual_seed(zlib.crc32(self.name.encode()))
+            seed(zlib.crc32(self.name.encode()))
             model = perturbed(self.model()).to(dtype).train(self.training)
             inputs = mapped(self.inputs(), lambda x: x.to(dtype) if x.is_floating_point() else x)
             with torch.no_grad():
@@ -909,7 +909,12 @@ class Outcome:
 
 @cache
 def reference(case: Case, dtype: torch.dtype) -> tuple[Setting, dict[str, Tensor]]:
-    """A case's setting, which every way leaves as it found it but for `.grad`, and its traces by a loop over samples."""
+    """A case's setting, which every way leaves as it found it but for `.grad`, and its traces by a loop over samples.
+
+    The loop runs a copy in float64, whose numbers are the same ones in each dtype: all are drawn in float32.
+    """
+    if dtype != case.dtypes[0]:
+        return case.setting(dtype), reference(case, case.dtypes[0])[1]
     setting = case.setting(dtype)
     return setting, trace(setting.squared_norms(case.options.get("parameters", "trainable")))
 

@@ -205,6 +205,25 @@ def output_curvature(output: Tensor, loss_type: str, ignored: Tensor | None = No
     return curvature
 
 
+def jacobians(output: Tensor, parameters: list[nn.Parameter]) -> list[Tensor]:
+    """d output / d p of each parameter, ``[elements, entries]``, by plain autograd.
+
+    Of all elements at once, or of one after the other where a gradient is sparse.
+    """
+    elements, options = output.numel(), {"retain_graph": True, "allow_unused": True}
+    each = torch.eye(elements, dtype=output.dtype).view(elements, *output.shape)
+    try:
+        found = torch.autograd.grad(output, parameters, each, is_grads_batched=True, **options)
+    except RuntimeError:
+        rows = [torch.autograd.grad(output, parameters, one, **options) for one in each]
+        columns = zip(*rows, strict=True)
+        found = tuple(None if column[0] is None else torch.stack([g.to_dense() for g in column]) for column in columns)
+    return [
+        output.new_zeros(elements, p.numel()) if g is None else g.reshape(elements, -1)
+        for g, p in zip(found, parameters, strict=True)
+    ]
+
+
 def exact_fisher(
     model: nn.Module,
     inputs: Inputs,
@@ -221,12 +240,8 @@ def exact_fisher(
     rows: list[dict[str, Tensor]] = []
     for n in range(batch_size(inputs)):
         output = call(twin, sample(inputs, n))
-        jacobian = [dense_gradients(f, named, retain_graph=True) for f in output.flatten()]
         ignored = None if targets is None or loss_type != "nll" else targets[n] == ignore_index
         curvature = output_curvature(output, loss_type, ignored, class_axis)
-        row = {}
-        for name in named:
-            j = torch.stack([gradients[name].flatten() for gradients in jacobian])
-            row[name] = (curvature * (j @ j.T)).sum()
-        rows.append(row)
+        jacobian = zip(named, jacobians(output, list(named.values())), strict=True)
+        rows.append({name: (curvature * (j @ j.T)).sum() for name, j in jacobian})
     return {name: torch.stack([row[name] for row in rows]) for name in named}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from expectations import expectation
 from model_state import assert_unchanged, hooks, state
 from oracles import assert_equal, per_sample_squared_norms, total, trace
-from problems import AWKWARD, PROBLEMS, Problem
+from problems import AWKWARD, PROBLEMS, Problem, repeats
 from torch_secorder import (
     FisherMonitor,
     empirical_fisher_trace,
@@ -47,7 +47,7 @@ def batch(n: int = 5) -> tuple[Tensor, Tensor]:
     return torch.randn(n, 4, dtype=torch.float64), torch.randint(3, (n,))
 
 
-@pytest.mark.parametrize("problem", PROBLEMS, ids=str)
+@pytest.mark.parametrize("problem", [problem for problem in PROBLEMS if not repeats(problem)], ids=str)
 def test_what_is_exact_passes(problem: Problem) -> None:
     """In float32, where rounding must not pass for a mistake."""
     setting = problem.setting()
@@ -291,7 +291,7 @@ class InAutocast(nn.Module):
             return self.b(self.a(x).tanh()).float()
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(8))
 def test_outputs_in_float32_of_a_model_under_autocast(seed: int) -> None:
     torch.manual_seed(seed)
     model, x, y = InAutocast(), torch.randn(16, 64), torch.randint(3, (16,))
@@ -304,7 +304,7 @@ def test_outputs_in_float32_of_a_model_under_autocast(seed: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(2))
 def test_a_model_that_is_under_autocast_by_itself(seed: int, dtype: torch.dtype) -> None:
     torch.manual_seed(seed)
     model, x, y = InAutocast(dtype), torch.randn(16, 64), torch.randint(3, (16,))
@@ -343,7 +343,7 @@ def test_a_loss_that_averages_in_half_precision() -> None:
     def loss_fn(outputs: Tensor, targets: Tensor) -> Tensor:
         return (outputs.bfloat16() - targets).square().mean(1).mean().float()
 
-    for seed in range(10):
+    for seed in range(5):
         torch.manual_seed(seed)
         model, x, y = nn.Linear(4, 3), torch.randn(33, 4), torch.randn(33, 3)
         value = float(empirical_fisher_trace(model, loss_fn, x, y))

@@ -103,18 +103,18 @@ def setting(name: str) -> tuple[nn.Module, Tensor, Tensor]:
 
 
 def assert_gradient(model: nn.Module, value: Tensor, oracle: Callable[[], Tensor]) -> None:
-    """The gradient of `value` is that of `oracle`: in every parameter along two random directions, by differences."""
+    """The gradient of `value` is that of `oracle`: in every parameter along a random direction, by differences."""
     parameters = list(model.parameters())
-    assert_equal(value, oracle(), oracle())
+    expected = oracle()
+    assert_equal(value, expected, expected)
     slopes = torch.autograd.grad(value, parameters, allow_unused=True)
     slopes = [torch.zeros_like(p) if slope is None else slope for slope, p in zip(slopes, parameters, strict=True)]
     scale = math.sqrt(sum(float(slope.square().sum()) for slope in slopes))
     assert scale > 0
     for (name, p), slope in zip(model.named_parameters(), slopes, strict=True):
-        for _ in range(2):
-            direction = F.normalize(torch.randn_like(p).flatten(), dim=0).view_as(p)
-            expected, found = difference(p, direction, oracle), float((slope * direction).sum())
-            assert abs(found - expected) <= 1e-7 * abs(expected) + 1e-9 * scale, f"{name}: {found} for {expected}"
+        direction = F.normalize(torch.randn_like(p).flatten(), dim=0).view_as(p)
+        right, found = difference(p, direction, oracle), float((slope * direction).sum())
+        assert abs(found - right) <= 1e-7 * abs(right) + 1e-9 * scale, f"{name}: {found} for {right}"
 
 
 def difference(p: Tensor, direction: Tensor, oracle: Callable[[], Tensor]) -> float:
@@ -226,14 +226,17 @@ def test_the_gradient_with_observed_labels(name: str) -> None:
     assert_gradient(model, generalized_fisher_trace(model, outputs, y, labels="observed", create_graph=True), oracle)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("loss_type", ["nll", "bce", "mse", "poisson"])
 @pytest.mark.parametrize("num_samples", [1, 2])
 def test_the_gradient_of_the_sampled_trace_is_right_on_average(loss_type: str, num_samples: int) -> None:
-    """The mean of the draws' gradients is the exact one: how a draw was made must not be differentiated with it."""
+    """The mean of the draws' gradients is the exact one: how a draw was made must not be differentiated with it.
+
+    In each of 60 calls every sample stands twenty times. The largest of 60 deviations stays below five standard errors, which
+    are themselves estimated from 60 values, in 9,997 of 10,000 cases.
+    """
     model, x = (
         randomized(nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 6))).double(),
-        double(torch.randn(4, 4)),
+        double(torch.randn(4, 4)).repeat(20, 1),
     )
     generator = torch.Generator().manual_seed(0)
 
@@ -242,10 +245,10 @@ def test_the_gradient_of_the_sampled_trace_is_right_on_average(loss_type: str, n
         slopes = torch.autograd.grad(value, list(model.parameters()), materialize_grads=True)
         return torch.cat([slope.flatten() for slope in slopes])
 
-    draws = torch.stack([gradient(num_samples) for _ in range(400)])
+    draws = torch.stack([gradient(num_samples) for _ in range(60)])
     expected, spread = gradient(None), draws.std(0)
     away = (draws.mean(0) - expected).abs()
-    assert (away <= 4.5 * spread / math.sqrt(len(draws)) + 1e-9 * float(expected.abs().max())).all()
+    assert (away <= 5 * spread / math.sqrt(len(draws)) + 1e-9 * float(expected.abs().max())).all()
 
 
 # What the graph holds

@@ -65,9 +65,8 @@ def unchecked(model: nn.Module, x: Tensor, *args: object, **options: object) -> 
     return values[3]
 
 
-@pytest.mark.parametrize("n", [1, 5])
 @pytest.mark.parametrize("classes", [2, 4, 30])
-@pytest.mark.parametrize("few", [0, 128])
+@pytest.mark.parametrize(("few", "n"), [(0, 5), (128, 5), (128, 1)])  # one sample goes another way
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_it_is_exact(
     loss_type: str, few: int, classes: int, n: int, passes: list[str], monkeypatch: pytest.MonkeyPatch
@@ -98,7 +97,7 @@ def test_single_precision(classes: int, passes: list[str]) -> None:
 
 
 @pytest.mark.parametrize("few", [0, 128])
-@pytest.mark.parametrize("classes", [3, 40])
+@pytest.mark.parametrize("classes", [3, 12])  # less than the layer has inputs, and more
 def test_a_class_that_is_nearly_certain(classes: int, few: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither 1 - p nor the difference of two products with the matrix has a digit there."""
     monkeypatch.setattr(by_last_layer, "FEW_CLASSES", few)

@@ -84,8 +84,7 @@ def values(model: nn.Module, x: Tensor, y: Tensor | None, loss_type: str, **opti
     return [generalized_fisher_trace(model, model(x), y, loss_type, **options) for _ in range(4)]  # type: ignore[arg-type]  # Options of the function.
 
 
-@pytest.mark.parametrize("few", [0, 128])
-@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("few", "bias"), [(0, True), (128, False)])  # the one is before the layer, the other in it
 @pytest.mark.parametrize(("classes", "positions"), [(2, 5), (4, 3), (4, 1), (9, 3)])
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_it_is_exact(

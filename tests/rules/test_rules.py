@@ -21,7 +21,7 @@ from oracles import (
     trace,
     vmap_gradients,
 )
-from problems import AWKWARD, PROBLEMS, Problem, every_problem, of_problems
+from problems import AWKWARD, PROBLEMS, Problem, every_problem, of_problems, repeats
 from torch_secorder import FisherMonitor
 
 pytestmark = [
@@ -51,25 +51,24 @@ def squares(problem: Problem, reduction: str) -> dict[str, Tensor]:
     return squared_norms(sample_gradients(problem)) if reduction == "mean" else sample_sums(problem)
 
 
-# The reduction is applied after the rules, and the dtype inside of them: two pairs have each with each problem.
 @every_problem
-@pytest.mark.parametrize(
-    ("dtype", "reduction"), [(torch.float64, "mean"), (torch.float32, "sum")], ids=["float64-mean", "float32-sum"]
-)
-def test_trace_equals_a_loop_over_samples(problem: Problem, dtype: torch.dtype, reduction: str) -> None:
-    expected = trace(squares(problem, reduction), reduction)
-    setting = problem.setting(dtype)
-    with FisherMonitor(setting.model, reduction=reduction) as monitor:
-        setting.loss(reduction).backward()
-    report = monitor.report()
-    assert list(report.index) == list(expected)
-    for name, value in expected.items():
-        assert_equal(torch.tensor(report.loc[name, "fisher_trace"]), value, total(expected), dtype)
-    assert_equal(monitor.trace, total(expected), total(expected), dtype)
-    assert monitor.n_samples == batch_size(setting.inputs)
+def test_trace_equals_a_loop_over_samples(problem: Problem) -> None:
+    """The reduction is applied after the rules, and the dtype inside of them: two pairs have each with each problem."""
+    for dtype, reduction in ((torch.float64, "mean"), (torch.float32, "sum")):
+        expected = trace(squares(problem, reduction), reduction)
+        setting = problem.setting(dtype)
+        with FisherMonitor(setting.model, reduction=reduction) as monitor:
+            setting.loss(reduction).backward()
+        report = monitor.report()
+        assert list(report.index) == list(expected)
+        for name, value in expected.items():
+            assert_equal(torch.tensor(report.loc[name, "fisher_trace"]), value, total(expected), dtype)
+        assert_equal(monitor.trace, total(expected), total(expected), dtype)
+        assert monitor.n_samples == batch_size(setting.inputs)
 
 
-@every_problem
+# Along one axis or three, the tests of the convolutions themselves hold diagonals in every setting, and sums beside them.
+@of_problems(p for p in PROBLEMS if not repeats(p))
 def test_diagonal_and_per_sample_equal_a_loop_over_samples(problem: Problem) -> None:
     expected = sample_gradients(problem)
     squared = squared_norms(expected)
@@ -84,17 +83,19 @@ def test_diagonal_and_per_sample_equal_a_loop_over_samples(problem: Problem) -> 
         assert_equal(torch.tensor(monitor.per_sample[name].to_numpy()), squared[name], everything * len(gradient))
 
 
-@of_problems(p for p in PROBLEMS if not p.no_vmap)
-def test_trace_equals_vmap_of_grad(problem: Problem) -> None:
+@of_problems(p for p in PROBLEMS if not p.no_vmap and not repeats(p))
+def test_the_loop_over_samples_equals_vmap_of_grad(problem: Problem) -> None:
+    """So that what equals the one equals the other."""
     setting = problem.setting()
-    expected = trace(squared_norms(vmap_gradients(setting.model, nn.MSELoss(), setting.inputs, setting.targets)))
-    with FisherMonitor(setting.model) as monitor:
-        setting.loss().backward()
-    for name, value in expected.items():
-        assert_equal(torch.tensor(monitor.report().loc[name, "fisher_trace"]), value, total(expected), torch.float64)
+    found = vmap_gradients(setting.model, nn.MSELoss(), setting.inputs, setting.targets)
+    expected = sample_gradients(problem)
+    assert found.keys() == expected.keys()
+    magnitude = total(trace(squared_norms(expected))).sqrt()
+    for name, gradients in expected.items():
+        torch.testing.assert_close(found[name], gradients, rtol=1e-9, atol=1e-11 * float(magnitude))
 
 
-@every_problem
+@of_problems(p for p in PROBLEMS if not repeats(p))
 def test_one_sample_conserves_the_gradient(problem: Problem) -> None:
     """With one sample the Fisher is the square of the gradient that autograd gives, element by element."""
     setting = problem.setting()
