@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from expectations import expectation
 from oracles import assert_equal
 from problems._base import Forward
 from torch_secorder import FisherMonitor, fisher_report, fisher_results
@@ -270,8 +271,55 @@ def test_trap_31_an_output_without_samples_that_the_loss_takes() -> None:
     assert_exact_traces(model, monitor, lambda n: loss(model(x[n : n + 1])))
 
 
+def log_variance(m: Any, x: Tensor) -> Tensor:
+    return m.mean.bias.exp()
+
+
+def variance_with_a_floor(m: Any, x: Tensor) -> Tensor:
+    return F.softplus(m.raw) + 0.01
+
+
+def projected_rows(m: Any, x: Tensor) -> Tensor:
+    return F.normalize(m.project(m.rows), dim=1).square().sum(1) + 1
+
+
+SHARED_ROWS = {one.__name__: one for one in (log_variance, variance_with_a_floor, projected_rows)}
+
+
+@pytest.mark.parametrize("n", [3, 5])
+@pytest.mark.parametrize("name", SHARED_ROWS)
+def test_trap_31_an_output_of_parameters_alone_with_as_many_rows_as_samples(name: str, n: int) -> None:
+    """As many variances as samples are those of all samples all the same; each sample's own copies are exact."""
+    expands = False
+
+    def forward(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        mean, shared = m.mean(x), SHARED_ROWS[name](m, x)
+        return mean, shared.expand_as(mean) if expands else shared
+
+    def loss(outputs: tuple[Tensor, Tensor], y: Tensor) -> Tensor:
+        return likelihoods(outputs[0], outputs[1].log(), y).mean()
+
+    parts = {"mean": nn.Linear(4, 3), "project": nn.Linear(2, 2)}
+    parameters = {"raw": nn.Parameter(torch.randn(3)), "rows": nn.Parameter(torch.randn(3, 2))}
+    model = Holding(forward, parameters=parameters, **parts).double()
+    x, y = torch.randn(n, 4).double(), torch.randn(n, 3).double()
+    with expectation(r"return it once for each sample, as x\.expand"), FisherMonitor(model):
+        loss(model(x), y).backward()
+    with FisherMonitor(model) as monitor:  # if the loss does not take it, nobody needs to know
+        (model(x)[0] - y).square().sum(1).mean().backward()
+    assert monitor.n_samples == n
+    expands = True
+    with FisherMonitor(model) as monitor:
+        loss(model(x), y).backward()
+    assert_exact_traces(model, monitor, lambda i: loss(model(x[i : i + 1]), y[i : i + 1]))
+
+
 def assert_exact_traces(model: nn.Module, monitor: FisherMonitor, alone: Callable[[int], Tensor]) -> None:
-    rows = [torch.autograd.grad(alone(n), list(model.parameters())) for n in range(monitor.n_samples)]
+    named = list(model.parameters())
+    rows = [
+        torch.autograd.grad(alone(n), named, allow_unused=True, materialize_grads=True)
+        for n in range(monitor.n_samples)
+    ]
     traces = [torch.stack(g).square().sum() / len(rows) for g in zip(*rows, strict=True)]
     for (name, _), t in zip(model.named_parameters(), traces, strict=True):
         assert_equal(torch.tensor(monitor.report().loc[name, "fisher_trace"]), t, monitor.trace, torch.float64)

@@ -29,6 +29,7 @@ from torch_secorder.autograd.engine import (
     innermost_transform,
 )
 from torch_secorder.batch_axis.count import Count, Seen, counted, empty_batch
+from torch_secorder.batch_axis.of_parameters import without_those_of_parameters
 from torch_secorder.batch_axis.placement import Placement
 from torch_secorder.batch_axis.samples import BatchSamples, some_has_samples
 from torch_secorder.batch_axis.told import Told
@@ -186,18 +187,22 @@ class ForwardTracker:
 
     def _place_outputs(self, forward: Forward, output: Any, outputs: list[Tensor]) -> None:
         """Note where the outputs have their samples. If they seem to have none, try other readings of the arguments."""
-        forward.placements, forward.says_outputs = self._placements(forward.count, output), self.words.says_outputs
+        forward.placements, forward.says_outputs = (
+            self._placements(forward.count, output, outputs),
+            self.words.says_outputs,
+        )
         if forward.n is None or some_has_samples(outputs, forward.placements):
             return
         for count in forward.count.alternatives(forward.bags):
-            placements = self._placements(count, output)
+            placements = self._placements(count, output, outputs)
             if some_has_samples(outputs, placements):
                 forward.placements = placements
                 forward.settle(count)
                 return
 
-    def _placements(self, count: Count, output: Any) -> list[Placement | None]:
-        return BatchSamples(count.n or -1, self.words, count.indices).placements("outputs", output)
+    def _placements(self, count: Count, output: Any, outputs: list[Tensor]) -> list[Placement | None]:
+        found = BatchSamples(count.n or -1, self.words, count.indices).placements("outputs", output)
+        return found if self.words.says_outputs else without_those_of_parameters(outputs, found, count.n or 0)
 
     def refuse(self, error: Exception) -> None:
         """Raise an error; in a backward pass, hand it over, so that it is raised when that pass is over."""
