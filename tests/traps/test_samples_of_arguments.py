@@ -59,6 +59,15 @@ def copied_steps(m: Any, x: Tensor) -> Tensor:
     return membranes(len(steps), lambda i: steps[i] @ m.w, lambda s: s @ m.v)
 
 
+def trajectory(m: Any, x: Tensor, count: int) -> list[Tensor]:
+    """Steps of an equation whose right side takes the time beside the state."""
+    states = []
+    for step in range(count):
+        x = x + (torch.cat([x, torch.full_like(x[:, :1], step / count)], 1) @ m.w).tanh() @ m.v
+        states.append(x)
+    return states
+
+
 def heads(count: int, *sizes: int) -> nn.ModuleList:
     return nn.ModuleList([nn.Linear(*sizes) for _ in range(count)])
 
@@ -214,6 +223,10 @@ IN_FRONT: dict[str, Model] = {
         ),
         (4,),
     ),
+    "steps of an equation": lambda t: (
+        made(lambda m, x: torch.stack(trajectory(m, x, t)), w=free(5, 6), v=free(6, 4)),
+        (4,),
+    ),
     "two axes in front": lambda t: (
         made(lambda m, x: torch.stack([torch.stack([(x @ w).tanh(), (x @ w).sin()]) for w in m.w]), w=free(t, 4, 3)),
         (4,),
@@ -323,6 +336,10 @@ BEHIND: dict[str, Model] = {
         ),
         (4,),
     ),
+    "steps of an equation": lambda t: (
+        made(lambda m, x: torch.stack(trajectory(m, x, t), 1), w=free(5, 6), v=free(6, 4)),
+        (4,),
+    ),
     "as many classes as samples": lambda t: (made(lambda m, x: (x @ m.w).tanh(), w=free(4, t)), (4,)),
     "in reverse": lambda t: (
         made(lambda m, x: torch.stack([(x.flip(0).contiguous() @ w).tanh() for w in m.w], 1).flip(0), w=free(t, 4, 3)),
@@ -412,15 +429,61 @@ def test_trap_19_a_parameter_for_each_sample_has_to_be_said() -> None:
 
     def forward(m: Any, x: Tensor) -> Tensor:
         expert = (x.sin() @ MIXES.to(x))[:, 0].argsort().argsort()
-        return (m.experts[expert] * x.sin()[:, None]).tanh()
+        return (m.experts[expert] * x.sin()).tanh() @ m.head
 
-    model, x = made(forward, experts=free(N, N, 4)), torch.randn(N, 4).double()
+    model, x = made(forward, experts=free(N, 4), head=free(4, N)), torch.randn(N, 4).double()
     expected = rows_alone(model, x)
     with expectation(r"experts: each index has such .*pass batch_axis={'outputs': 0}"), FisherMonitor(model, "sum"):
         squares(model(x)).backward()
     with FisherMonitor(model, "sum", batch_axis={"outputs": 0}) as monitor:
         squares(model(x)).backward()
     assert_equal(monitor.trace, expected, expected, torch.float64)
+
+
+# Each sample has rows or an expert of its own, by what is computed of it, and its features are as many as the samples.
+CHOSEN: dict[str, Callable[[Any, Tensor, Tensor], Tensor]] = {
+    "rows": lambda m, x, k: m.table[k],
+    "rows in between": lambda m, x, k: m.table[k] * 0.25 + m.table[(k + 1) % 20] * 0.75,
+    "rows by gather": lambda m, x, k: x.sin() @ MIXES.to(x)[:, :1] + m.table.gather(0, k[:, None].expand(-1, N)),
+    "experts": lambda m, x, k: torch.cat([m.experts[int(one)](x[i : i + 1].sin()) for i, one in enumerate(k // 4)]),
+}
+
+
+@pytest.mark.parametrize("name", CHOSEN)
+def test_trap_19_parameters_that_are_chosen_for_each_sample_and_used_for_one_feature_each(name: str) -> None:
+    """Members would have all samples in common, wherever these are; no entry here is used for several features."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return CHOSEN[name](m, x, (x[:, 0] * 4).round().long()).tanh()
+
+    model = made(forward, table=free(20, N), experts=heads(N, 4, N))
+    x = torch.randn(N, 4).double()
+    x[:, 0] = torch.randperm(N).double()
+    expected = rows_alone(model, x)
+    with FisherMonitor(model, "sum") as monitor:
+        for _ in range(3):
+            squares(model(x)).backward()
+    assert_equal(monitor.trace, 3 * expected, 3 * expected, torch.float64)
+
+
+# By the numbers of its rows an argument may choose parameters of its own for each sample.
+ROWS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "index": lambda table, ids: table[ids],
+    "index_select": lambda table, ids: table.index_select(0, ids),
+    "two axes": lambda table, ids: table[ids[:, None]].squeeze(1),
+    "embedding": lambda table, ids: F.embedding(ids, table),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_trap_19_rows_that_an_argument_chooses_for_each_sample(name: str) -> None:
+    """Each sample has rows of its own, and as many scores as there are samples: the argument shows where they are."""
+
+    def forward(m: Any, ids: Tensor) -> Tensor:
+        return F.normalize(ROWS[name](m.users, ids), dim=1) @ F.normalize(m.items, dim=1).T
+
+    model, ids = made(forward, users=free(7, 3), items=free(N, 3)), torch.randperm(7)[:N]
+    assert_exact(model, ids, steps=3)
 
 
 # Models that mix their samples, where the first axis of the outputs is that of the samples all the same

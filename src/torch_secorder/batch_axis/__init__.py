@@ -13,6 +13,7 @@ The files, one verb each:
 * ``count`` says how many samples a call of the model has, by that word or by the shapes of its arguments;
 * ``samples`` takes arguments, outputs and targets apart by samples;
 * ``placement`` says where a tensor has its samples: on which axis, and how they lie along it;
+* ``of_parameters`` finds outputs that have no samples, since they are computed from parameters alone;
 * ``argument_samples`` says where something that was made of an argument has the argument's samples;
 * ``sketch`` keeps of a gradient what shows its samples, on its device until a look is over;
 * ``marks`` and ``silence`` say what came back as it does for a placement, each for one kind of look;

@@ -2,13 +2,14 @@
 
 A view of an argument tells by its place in memory. A copy of it, or of one step of it, tells by its numbers: those of each sample
 have the same mean, spread and largest one, whichever way they lie, also after a cast, after repetitions, and up to one scale and
-shift; up to one of each feature, if the features are on the last axis, where all of them are brought to one scale first.
+shift; up to one of each feature, if the features are on the last axis, where all of them are brought to one scale first. Where
+something else was concatenated with a copy, such as the time of a step, the first or the last features tell.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
@@ -103,8 +104,9 @@ def labels_in(operands: Sequence[Tensor], arguments: Sequence[ArgumentSamples], 
         if not arguments or known[number] or x.requires_grad or not shows_numbers(x):
             continue
         for placement in candidates(x.shape, n):
-            places.append((number, placement))
-            figures.append(figures_of(rows_of(x, placement, n)[None])[0])
+            for part in (x, *_parts_like_arguments(x, placement.axis, arguments)):
+                places.append((number, placement))
+                figures.append(figures_of(rows_of(part, placement, n)[None])[0])
     on_host: list[Figures] = [one.numpy() for one in together_on_host(figures)]
     shown = on_host[len(arguments) :]
     with np.errstate(all="ignore"):  # Numbers that are not finite are like none.
@@ -116,6 +118,19 @@ def labels_in(operands: Sequence[Tensor], arguments: Sequence[ArgumentSamples], 
             if any(_are_alike(own, one, forgiven) and tell_samples(one, forgiven) for own, one in pairs):
                 known[number].append(labels_of(placement, x.shape, n))
     return known
+
+
+def _parts_like_arguments(x: Tensor, sample_axis: int, arguments: Sequence[ArgumentSamples]) -> Iterator[Tensor]:
+    """The first and the last features of a tensor, as many as an argument has that is smaller along one axis alone.
+
+    These are the argument's own where something else, such as the time of a step, was concatenated with it.
+    """
+    shapes = {tuple(one.value.shape) for one in arguments if one.value.dim() == x.dim()}
+    for shape in sorted(shapes):
+        larger = [axis for axis, (size, own) in enumerate(zip(x.shape, shape, strict=True)) if size != own]
+        if len(larger) == 1 and larger[0] != sample_axis and x.shape[larger[0]] > (size := shape[larger[0]]):
+            yield x.narrow(larger[0], 0, size)
+            yield x.narrow(larger[0], -size, size)
 
 
 def shows_numbers(x: Tensor) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from operator import attrgetter, itemgetter
@@ -47,22 +47,27 @@ class Graph:
             return without
         key = left_out, calls_functions
         if key not in self._derivations:
-            # What is taken apart may lead to none of the leaves: the gates on a layer's output are in no graph.
-            edges = (
-                *map(itemgetter(1), self.walk.calls),
-                *map(attrgetter("edge"), self.forward.own_axes),
-                *map(attrgetter("edge"), self.walk.carried_axes),
-            )
-            ends = (*self.walk.leaves, *self.walk.other_leaves, *map(attrgetter("node"), edges))
             placed = [one for number, one in enumerate(self.placed) if number not in left_out]
-            self._derivations[key] = Derivation(
-                placed,
-                self.forward.n or 0,
-                ends,
-                calls_functions=calls_functions,
-                packs=self.forward.has_packed_inputs,
-            )
+            self._derivations[key] = self._derived(placed, calls_functions=calls_functions)
         return self._derivations[key]
+
+    def derivation_along(self, axis: int) -> Derivation:
+        """What the nodes would tell if the samples were on another axis of the outputs."""
+        n, where = self.forward.n, Placement(axis)
+        return self._derived([(x, where if x.dim() > axis and x.shape[axis] == n else None) for x, _ in self.placed])
+
+    def _derived(
+        self, placed: Sequence[tuple[Tensor, Placement | None]], *, calls_functions: bool = False
+    ) -> Derivation:
+        # What is taken apart may lead to none of the leaves: the gates on a layer's output are in no graph.
+        edges = (
+            *map(itemgetter(1), self.walk.calls),
+            *map(attrgetter("edge"), self.forward.own_axes),
+            *map(attrgetter("edge"), self.walk.carried_axes),
+        )
+        ends = (*self.walk.leaves, *self.walk.other_leaves, *map(attrgetter("node"), edges))
+        packs = self.forward.has_packed_inputs
+        return Derivation(placed, self.forward.n or 0, ends, calls_functions=calls_functions, packs=packs)
 
     @cached_property
     def _suggested(self) -> list[tuple[Viewed, Placement]]:

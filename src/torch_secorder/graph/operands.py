@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
@@ -39,6 +40,9 @@ INPUTS = {
     "PreluKernelBackward0": {"input": 0},
     OF_A_TABLE: {"ids": 0},
 }
+
+# Nodes of rows of anything, whose indices are no input of theirs either.
+OF_ROWS = ("IndexBackward0", "IndexSelectBackward0")
 
 # Kinds of nodes that take data besides their inputs: places, or what chooses between numbers.
 _CHOOSING = (
@@ -79,6 +83,8 @@ def operands_of_nodes(nodes: Iterable[Node], *, packs: bool) -> Iterator[Operand
     for node in nodes:
         kind = node.name()
         names = INPUTS.get(kind)
+        if kind in OF_ROWS and not may_have_packed_tensors(node, packs) and (index := _index_of_rows(node)) is not None:
+            yield Operand(index, node)
         if names is None or may_have_packed_tensors(node, packs):
             continue
         for name, place in names.items():
@@ -95,11 +101,28 @@ def takes_unseen_data(node: Node) -> bool:
 
 def _saved(node: Node, name: str) -> Tensor | None:
     """What a node saved under a name of ours, as long as nobody has changed it in place."""
+    x = _unchanged(node, name)
+    return x if isinstance(x, Tensor) else None
+
+
+def _unchanged(node: Node, name: str) -> Any:
     try:
-        x = saved(node, name)
+        return saved(node, name)
     except RuntimeError:  # as a backward pass would say, too
         return None
-    return x if isinstance(x, Tensor) else None
+
+
+def _index_of_rows(node: Node) -> Tensor | None:
+    """The numbers of the rows that a node takes along the first axis; None if it takes something else."""
+    kind = node.name()
+    if kind == "IndexSelectBackward0":
+        is_first = knows(kind, "axis") and saved(node, "axis") == 0
+        return _saved(node, "index") if is_first and knows(kind, "index") else None
+    if not knows(kind, "indices"):
+        return None
+    first, *others = _unchanged(node, "indices") or [None]
+    is_index = first is not None and first.dtype in (torch.int32, torch.int64)
+    return first if is_index and all(one is None for one in others) else None
 
 
 def labels_of_operand(operand: Operand, found: Evidence, shape: Sequence[int], n: int) -> Labels | None:
@@ -131,6 +154,8 @@ def labels_of_operand(operand: Operand, found: Evidence, shape: Sequence[int], n
 def _of_node(node: Node, place: int, labels: Labels, shape: tuple[int, ...]) -> Labels | None:
     if node.name() == OF_A_TABLE:
         return _of_ids(labels)
+    if node.name() in OF_ROWS:
+        return joined_along(labels, range(len(shape), labels.ndim)).reshape(labels.shape[: len(shape)])
     inputs = [shape if one == place else None for one in range(len(node.next_functions))]
     shapes = output_shapes([node])
     several = [labels, *[None] * (len(shapes) - 1)]
