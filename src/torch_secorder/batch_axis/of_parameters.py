@@ -30,13 +30,13 @@ EXPANDED = _nodes("Expand")
 
 
 def without_those_of_parameters(
-    outputs: Sequence[Tensor], placements: list[Placement | None], n: int
+    outputs: Sequence[Tensor], placements: list[Placement | None], n: int | None
 ) -> list[Placement | None]:
     """Where a model's outputs have their n samples, if those that are computed from parameters alone have none.
 
     A single output is left where its shape says, since nothing else would have samples then.
     """
-    if n < 2 or len(outputs) < 2:
+    if n is None or n < 2:
         return placements
     found = [
         None if where is not None and x.grad_fn is not None and _is_of_parameters(x.grad_fn) else where
