@@ -280,10 +280,22 @@ def variance_with_a_floor(m: Any, x: Tensor) -> Tensor:
 
 
 def projected_rows(m: Any, x: Tensor) -> Tensor:
-    return F.normalize(m.project(m.rows), dim=1).square().sum(1) + 1
+    return F.normalize(m.project(m.rows), dim=1)[:, 0].square() + 1
 
 
-SHARED_ROWS = {one.__name__: one for one in (log_variance, variance_with_a_floor, projected_rows)}
+def rows_of_a_table(m: Any, x: Tensor) -> Tensor:
+    return m.project(m.table(torch.arange(3, device=x.device))).square().sum(1) + 1
+
+
+def sums_that_branch(m: Any, x: Tensor) -> Tensor:
+    found = m.raw
+    for _ in range(40):  # a graph with as many ways as 2 ** 40
+        found = found.tanh() + found
+    return found.exp()
+
+
+MAKERS = (log_variance, variance_with_a_floor, projected_rows, rows_of_a_table, sums_that_branch)
+SHARED_ROWS = {one.__name__: one for one in MAKERS}
 
 
 @pytest.mark.parametrize("n", [3, 5])
@@ -299,7 +311,7 @@ def test_trap_31_an_output_of_parameters_alone_with_as_many_rows_as_samples(name
     def loss(outputs: tuple[Tensor, Tensor], y: Tensor) -> Tensor:
         return likelihoods(outputs[0], outputs[1].log(), y).mean()
 
-    parts = {"mean": nn.Linear(4, 3), "project": nn.Linear(2, 2)}
+    parts = {"mean": nn.Linear(4, 3), "project": nn.Linear(2, 2), "table": nn.Embedding(3, 2)}
     parameters = {"raw": nn.Parameter(torch.randn(3)), "rows": nn.Parameter(torch.randn(3, 2))}
     model = Holding(forward, parameters=parameters, **parts).double()
     x, y = torch.randn(n, 4).double(), torch.randn(n, 3).double()
@@ -312,6 +324,24 @@ def test_trap_31_an_output_of_parameters_alone_with_as_many_rows_as_samples(name
     with FisherMonitor(model) as monitor:
         loss(model(x), y).backward()
     assert_exact_traces(model, monitor, lambda i: loss(model(x[i : i + 1]), y[i : i + 1]))
+
+
+def test_trap_31_codes_that_an_argument_chooses_in_order_are_those_of_samples() -> None:
+    """Each sample has a code of its own, by numbers that the model is given."""
+    model = Holding(
+        lambda m, ids: (m.decode(codes := m.table(ids)), codes),
+        parameters={},
+        decode=nn.Linear(2, 4),
+        table=nn.Embedding(3, 2),
+    ).double()
+    ids, y = torch.arange(3), torch.randn(3, 4).double()
+
+    def loss(outputs: tuple[Tensor, Tensor], y: Tensor) -> Tensor:
+        return ((outputs[0] - y).square().sum(1) + outputs[1].square().sum(1)).mean()
+
+    with FisherMonitor(model) as monitor:
+        loss(model(ids), y).backward()
+    assert_exact_traces(model, monitor, lambda i: loss(model(ids[i : i + 1]), y[i : i + 1]))
 
 
 def assert_exact_traces(model: nn.Module, monitor: FisherMonitor, alone: Callable[[int], Tensor]) -> None:

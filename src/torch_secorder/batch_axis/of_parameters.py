@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
-from torch_secorder.autograd.nodes import Edge, value_shape
+from torch_secorder.autograd.engine import without_modes
+from torch_secorder.autograd.nodes import Edge, may_have_packed_tensors, value_shape
+from torch_secorder.autograd.saved import knows, saved
 from torch_secorder.batch_axis.placement import Placement
 
 
@@ -29,8 +32,15 @@ PRODUCTS = _nodes("Mm Addmm Mv")
 EXPANDED = _nodes("Expand")
 
 
+# The node of a table's rows.
+OF_A_TABLE = "EmbeddingBackward0"
+
+
 def without_those_of_parameters(
-    outputs: Sequence[Tensor], placements: list[Placement | None], n: int | None
+    outputs: Sequence[Tensor],
+    placements: list[Placement | None],
+    n: int | None,
+    arguments: Sequence[tuple[object, Tensor]],
 ) -> list[Placement | None]:
     """Where a model's outputs have their n samples, if those that are computed from parameters alone have none.
 
@@ -39,20 +49,42 @@ def without_those_of_parameters(
     if n is None or n < 2:
         return placements
     found = [
-        None if where is not None and x.grad_fn is not None and _is_of_parameters(x.grad_fn) else where
+        None if where is not None and x.grad_fn is not None and _is_of_parameters(x.grad_fn, arguments) else where
         for x, where in zip(outputs, placements, strict=True)
     ]
     return found if any(where is not None for where in found) else placements
 
 
-def _is_of_parameters(node: Node) -> bool:
+def _is_of_parameters(root: Node, arguments: Sequence[tuple[object, Tensor]]) -> bool:
     """Whether a node's output is computed from parameters, and from constants that are no larger than these."""
-    if (leaf := getattr(node, "variable", None)) is not None:
-        return isinstance(leaf, nn.Parameter)
-    taken = [(child, nr) for child, nr in node.next_functions if child is not None]
-    if not taken or not _repeats_nothing(node, taken):
+    stack, seen = [root], {root}
+    while stack:
+        node = stack.pop()
+        if (leaf := getattr(node, "variable", None)) is not None:
+            if not isinstance(leaf, nn.Parameter):
+                return False
+            continue
+        taken = [(child, nr) for child, nr in node.next_functions if child is not None]
+        if not taken or not (_repeats_nothing(node, taken) or _takes_rows_in_order(node, arguments)):
+            return False
+        stack += [child for child in dict.fromkeys(child for child, _ in taken) if child not in seen]
+        seen.update(stack)
+    return True
+
+
+def _takes_rows_in_order(node: Node, arguments: Sequence[tuple[object, Tensor]]) -> bool:
+    """Whether a node looks up the rows of a table one after another, by numbers that are no argument's."""
+    if node.name() != OF_A_TABLE or not knows(OF_A_TABLE, "ids") or may_have_packed_tensors(node, True):
         return False
-    return all(_is_of_parameters(child) for child, _ in taken)
+    with without_modes():
+        try:
+            ids = saved(node, "ids")
+        except RuntimeError:  # It was changed in place, as a backward pass would say, too.
+            return False
+        place = ids.untyped_storage().data_ptr()
+        if any(type(one) is Tensor and one.untyped_storage().data_ptr() == place for _, one in arguments):
+            return False
+        return torch.equal(ids.flatten(), torch.arange(ids.numel(), dtype=ids.dtype, device=ids.device))
 
 
 def _repeats_nothing(node: Node, taken: Sequence[Edge]) -> bool:

@@ -187,19 +187,20 @@ class ForwardTracker:
 
     def _place_outputs(self, forward: Forward, output: Any, outputs: list[Tensor]) -> None:
         """Note where the outputs have their samples. If they seem to have none, try other readings of the arguments."""
-        forward.placements, forward.says_outputs = self._placed(forward.count, output, outputs), self.words.says_outputs
+        forward.says_outputs = self.words.says_outputs
+        forward.placements = self._placed(forward, forward.count, output, outputs)
         if forward.n is None or some_has_samples(outputs, forward.placements):
             return
         for count in forward.count.alternatives(forward.bags):
-            if some_has_samples(outputs, placements := self._placed(count, output, outputs)):
+            if some_has_samples(outputs, placements := self._placed(forward, count, output, outputs)):
                 forward.placements = placements
                 forward.settle(count)
                 return
 
-    def _placed(self, count: Count, output: Any, outputs: list[Tensor]) -> list[Placement | None]:
+    def _placed(self, forward: Forward, count: Count, output: Any, outputs: list[Tensor]) -> list[Placement | None]:
         found = BatchSamples(count.n or -1, self.words, count.indices).placements("outputs", output)
         is_said = len(found) < 2 or self.words.says_outputs
-        return found if is_said else without_those_of_parameters(outputs, found, count.n)
+        return found if is_said else without_those_of_parameters(outputs, found, count.n, forward.inputs)
 
     def refuse(self, error: Exception) -> None:
         """Raise an error; in a backward pass, hand it over, so that it is raised when that pass is over."""

@@ -15,13 +15,11 @@ from torch_secorder.autograd.saved import knows, saved
 from torch_secorder.batch_axis.evidence import Evidence, Unplaced
 from torch_secorder.batch_axis.label_rules import At, labels_of_inputs
 from torch_secorder.batch_axis.labels import SEVERAL, Labels, joined_along, of_all
+from torch_secorder.batch_axis.of_parameters import OF_A_TABLE
 from torch_secorder.batch_axis.placement import Placement
 from torch_secorder.batch_axis.readings import labels_of
 from torch_secorder.capture.own_axes import KEEPS_AXES, has_samples_first
 from torch_secorder.capture.records import Record
-
-# The node of a table's rows, whose indices are no input of its.
-OF_A_TABLE = "EmbeddingBackward0"
 
 # Kind of node -> our name of what it saved of an input -> which of its inputs that is.
 INPUTS = {
@@ -41,7 +39,7 @@ INPUTS = {
     OF_A_TABLE: {"ids": 0},
 }
 
-# Nodes of rows of anything, whose indices are no input of theirs either.
+# Nodes of rows of anything, whose indices are no input of theirs, as those of a table's rows are none either.
 OF_ROWS = ("IndexBackward0", "IndexSelectBackward0")
 
 # Kinds of nodes that take data besides their inputs: places, or what chooses between numbers.
