@@ -326,6 +326,32 @@ def test_trap_31_an_output_of_parameters_alone_with_as_many_rows_as_samples(name
     assert_exact_traces(model, monitor, lambda i: loss(model(x[i : i + 1]), y[i : i + 1]))
 
 
+@pytest.mark.parametrize("said", [False, True])
+def test_trap_31_layers_that_only_an_output_without_samples_leads_to(said: bool) -> None:
+    """Layers on as many rows as there are samples, which shapes take for theirs: of a table in turn, or as the user says."""
+
+    def forward(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        ids = torch.tensor([[3, 1], [2, 2], [0, 5]] if said else [[0, 1], [2, 3], [4, 5]], device=x.device)
+        prompts = m.table(ids.flatten()).view(3, 4)
+        prototypes = m.project(prompts)
+        return m.features(x), prototypes.expand(len(x), -1, -1) if expands else prototypes
+
+    def loss(outputs: tuple[Tensor, Tensor], y: Tensor) -> Tensor:
+        features, prototypes = outputs
+        return F.cross_entropy(-(features[:, None] - prototypes).square().sum(2), y)
+
+    expands, words = False, {"batch_axis": {"outputs": {1: None}}} if said else {}
+    parts = {"features": nn.Linear(4, 2), "table": nn.Embedding(6, 2), "project": nn.Linear(4, 2)}
+    model, x, y = Holding(forward, parameters={}, **parts).double(), torch.randn(3, 4).double(), torch.tensor([0, 1, 2])
+    with expectation(r"return it once for each sample, as x\.expand"), FisherMonitor(model, **words) as monitor:
+        loss(model(x), y).backward()
+    assert monitor.n_samples == 0
+    expands = True
+    with FisherMonitor(model) as monitor:
+        loss(model(x), y).backward()
+    assert_exact_traces(model, monitor, lambda i: loss(model(x[i : i + 1]), y[i : i + 1]))
+
+
 def test_trap_31_codes_that_an_argument_chooses_in_order_are_those_of_samples() -> None:
     """Each sample has a code of its own, by numbers that the model is given."""
     model = Holding(

@@ -119,7 +119,8 @@ class Audit:
         if walk.carried_axes:
             own_axes += [one for one in walk.carried_axes if not (self._ranks.distributed and one.name in ATTENDS)]
         keeps_order = partial(_keeps_order, graph, search, order)
-        shared = self._places.place(forward, walk.calls, own_axes, search, asked, keeps_order)
+        behind = graph.behind_shared_rows if None in forward.placements else ()
+        shared = self._places.place(forward, walk.calls, own_axes, search, asked, keeps_order, behind)
         if asked.ambiguous_shapes and asked.several_samples and not forward.says_outputs:
             require_one_reading(graph, search, self._table)
         if walk.checkpoints and asked.several_samples:

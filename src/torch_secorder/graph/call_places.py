@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from operator import attrgetter, itemgetter
 from typing import NamedTuple
 
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, Node
 
 from torch_secorder.autograd.nodes import output_shapes
 from torch_secorder.autograd.sharded import GatheredWeights
@@ -186,6 +186,7 @@ class CallPlaces:
         search: SampleSearch,
         asked: Questions,
         keeps_order: Callable[[], bool],
+        behind_shared_rows: Container[Node] = (),
     ) -> list[Record]:
         """Give each record its placement; returns those of calls that all samples share, which have none.
 
@@ -196,6 +197,7 @@ class CallPlaces:
             search: finds where the samples are.
             asked: what decides how the graph is searched.
             keeps_order: whether this graph has its samples where shapes say. It is asked where calls are hidden.
+            behind_shared_rows: the nodes of which shapes say nothing, if no output with samples leads to them.
         """
         n = forward.n or 0
         for record, _ in reached:
@@ -214,7 +216,7 @@ class CallPlaces:
             if isinstance(found, Placement) and one.contradicts(found):
                 raise one.refusal(n)
         shared: list[Record] = []
-        for (record, _), (key, _, _) in zip(reached, wanted, strict=True):
+        for (record, edge), (key, _, _) in zip(reached, wanted, strict=True):
             found = search.placements.evidence[key]
             if found is Unplaced.SHARED_BY_SAMPLES:
                 shared.append(record)
@@ -228,7 +230,7 @@ class CallPlaces:
                 if record.placement is not None and keeps_order():
                     continue
                 refuse(forward, hidden(str(record.site), n), self._ranks)
-            elif asked.ambiguous_shapes or record.placement is None:
+            elif asked.ambiguous_shapes or record.placement is None or edge.node in behind_shared_rows:
                 record.placement, record.idle = None, Idle(found, partial(search.placements.forget, key))
         if shared:
             _require_no_batch_axis(forward, shared)
@@ -262,7 +264,7 @@ class CallPlaces:
                 refuse(graph.forward, hidden(f"an output of shape {tuple(shape)}", n), self._ranks)
 
     def _names_of(self, record: Record) -> str:
-        return ", ".join(self._table.names[position] for position in record.site.positions)
+        return ", ".join(map(self._table.names.__getitem__, record.site.positions))
 
 
 def _require_no_batch_axis(forward: Forward, shared: Sequence[Record]) -> None:
@@ -283,15 +285,13 @@ def _require_axis_of_input(
     """Raise if a layer that got an argument of the model has its samples along another axis of that than is assumed."""
     assert isinstance(seen.axis, int)
     for (record, _), (key, _, _) in places:
-        axis = contradicted_axis(record, argument, seen.axis, proven=known.is_proven(key))
-        if axis is not None:
+        if (axis := contradicted_axis(record, argument, seen.axis, proven=known.is_proven(key))) is not None:
             raise on_another_axis(record, forward.count, seen, axis)
 
 
 def wanted_of_calls(reached: Reached) -> list[Wanted]:
     """The places of the calls' outputs, each known by its module, its dimensions and how often the module was called before."""
-    counts: dict[str, int] = {}
-    wanted: list[Wanted] = []
+    counts, wanted = dict[str, int](), list[Wanted]()
     for record, edge in reached:
         name, shape = record.site.name, record.shape
         count = counts.get(name, 0)

@@ -8,7 +8,7 @@ from functools import cached_property
 from operator import attrgetter, itemgetter
 
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, Node
 
 from torch_secorder.autograd.kept_values import numbers_of_function
 from torch_secorder.autograd.nodes import is_python_function, output_shapes
@@ -68,6 +68,19 @@ class Graph:
         ends = (*self.walk.leaves, *self.walk.other_leaves, *map(attrgetter("node"), edges))
         packs = self.forward.has_packed_inputs
         return Derivation(placed, self.forward.n or 0, ends, calls_functions=calls_functions, packs=packs)
+
+    @property
+    def behind_shared_rows(self) -> set[Node]:
+        """The nodes that outputs lead to which have no samples, although they have as many rows, and so may these nodes' own."""
+        n, children = self.forward.n, self.walk.children
+        roots = [x.grad_fn for x, where in self.placed if where is None and x.shape[:1] == (n,)]
+        stack = [node for node in roots if node is not None]
+        found = set(stack)
+        while stack:
+            new = {child for child, _ in children.get(stack.pop(), ()) if child is not None} - found
+            found |= new
+            stack.extend(new)
+        return found
 
     @cached_property
     def _suggested(self) -> list[tuple[Viewed, Placement]]:
