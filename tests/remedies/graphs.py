@@ -459,6 +459,30 @@ def _fused_attention() -> None:
     assert float(found) == pytest.approx(truth, rel=1e-8)
 
 
+@remedy("the loss neither averages nor sums over the batch: an average")
+def _output_of_all_samples() -> None:
+    class Prototypes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.features, self.table, self.expands = nn.Linear(3, 2), nn.Embedding(4, 2), False
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            prototypes = self.table(torch.tensor([3, 1, 0, 2]))
+            return self.features(x), prototypes.expand(len(x), -1, -1) if self.expands else prototypes
+
+    def loss_fn(outputs: tuple[Tensor, Tensor], y: Tensor) -> Tensor:
+        features, prototypes = outputs
+        return nn.functional.cross_entropy(-(features[:, None] - prototypes).square().sum(2), y)
+
+    model, x, y = Prototypes().double(), torch.randn(4, 3).double(), torch.arange(4)
+    with refused("return it once for each sample, as x.expand(n, ...) does"):
+        empirical_fisher_trace(model, loss_fn, x, y)
+    model.expands = True
+    rows = [torch.autograd.grad(loss_fn(model(x[n : n + 1]), y[n : n + 1]), list(model.parameters())) for n in range(4)]
+    truth = sum(float(g.square().sum()) for row in rows for g in row) / 4
+    assert float(empirical_fisher_trace(model, loss_fn, x, y)) == pytest.approx(truth, rel=1e-8)
+
+
 @remedy("since it takes no other number of samples")
 def _loss_of_all_samples() -> None:
     model, x, y = problem()
@@ -484,3 +508,18 @@ def _loss_of_all_samples() -> None:
             empirical_fisher_trace(model, loss_fn, x, by_sample)
         found = empirical_fisher_trace(model, loss_fn, x, by_sample, batch_axis={"targets": "list"})
         assert float(found) == pytest.approx(scale * expected(model, x, y), rel=1e-8)
+
+    class StepsFirst(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).transpose(0, 1)
+
+    def of_steps(outputs: Tensor, targets: Tensor) -> Tensor:  # [steps, samples, classes] and [samples, steps]
+        return nn.functional.cross_entropy(outputs.permute(1, 2, 0), targets, reduction="sum")
+
+    steps, xs, ys = StepsFirst(nn.Linear(3, 2)).double(), torch.randn(4, 4, 3).double(), torch.randint(2, (4, 4))
+    with refused("name both, as in batch_axis={'outputs': 1, 'targets': 0}"):
+        empirical_fisher_trace(steps, of_steps, xs, ys, batch_axis={"outputs": 1})
+    found = empirical_fisher_trace(steps, of_steps, xs, ys, batch_axis={"outputs": 1, "targets": 0})
+    losses = [of_steps(steps(xs[n : n + 1]), ys[n : n + 1]) for n in range(len(xs))]
+    rows = [torch.autograd.grad(one, list(steps.parameters())) for one in losses]
+    assert float(found) == pytest.approx(sum(float(g.square().sum()) for row in rows for g in row), rel=1e-8)

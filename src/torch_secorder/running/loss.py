@@ -76,7 +76,8 @@ def reduction_of(
     raise ArgumentError(
         "the loss neither averages nor sums over the batch: an average stays the same and a sum doubles where samples are given "
         f"twice, but this loss {_in_words(found[1][0])} for the whole batch and {_in_words(found[0][0])} for the first sample "
-        "alone (a loss that compares samples with each other has no per-sample gradients)"
+        "alone (a loss that compares samples with each other has no per-sample gradients); if an output has as many rows as "
+        "there are samples and they are not theirs, as prototypes, return it once for each sample, as x.expand(n, ...) does"
     )
 
 

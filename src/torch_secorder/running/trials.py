@@ -172,5 +172,6 @@ def _number(loss_fn: LossFunction, outputs: Any, targets: Any) -> float:
         raise ArgumentError(
             f"the loss can't be told to average or to sum, since it takes no other number of samples ({str(error)[:200]}): let "
             "it get all that it has of each sample, such as weights, with its targets, in tensors with a row for each sample; "
-            "or, in a list with an item for each, say so by batch_axis={'targets': 'list'}"
+            "or, in a list with an item for each, say so by batch_axis={'targets': 'list'}; if the targets have their samples on "
+            "another axis than the outputs, name both, as in batch_axis={'outputs': 1, 'targets': 0}"
         ) from error
