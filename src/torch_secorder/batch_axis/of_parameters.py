@@ -11,6 +11,7 @@ from torch.autograd.graph import Node
 from torch_secorder.autograd.engine import without_modes
 from torch_secorder.autograd.nodes import Edge, may_have_packed_tensors, value_shape
 from torch_secorder.autograd.saved import knows, saved
+from torch_secorder.batch_axis.argument_samples import shows_numbers
 from torch_secorder.batch_axis.placement import Placement
 
 
@@ -81,10 +82,10 @@ def _takes_rows_in_order(node: Node, arguments: Sequence[tuple[object, Tensor]])
             ids = saved(node, "ids")
         except RuntimeError:  # It was changed in place, as a backward pass would say, too.
             return False
-        place = ids.untyped_storage().data_ptr()
-        if any(type(one) is Tensor and one.untyped_storage().data_ptr() == place for _, one in arguments):
+        if not torch.equal(ids.flatten(), torch.arange(ids.numel(), dtype=ids.dtype, device=ids.device)):
             return False
-        return torch.equal(ids.flatten(), torch.arange(ids.numel(), dtype=ids.dtype, device=ids.device))
+        integers = [x for _, x in arguments if shows_numbers(x) and not x.is_floating_point() and x.shape == ids.shape]
+        return not any(torch.equal(x.to(ids.dtype), ids) for x in integers)
 
 
 def _repeats_nothing(node: Node, taken: Sequence[Edge]) -> bool:
