@@ -42,21 +42,32 @@ def without_those_of_parameters(
     placements: list[Placement | None],
     n: int | None,
     arguments: Sequence[tuple[object, Tensor]],
+    *,
+    packs: bool,
 ) -> list[Placement | None]:
     """Where a model's outputs have their n samples, if those that are computed from parameters alone have none.
 
     A single output is left where its shape says, since nothing else would have samples then.
+
+    Args:
+        outputs: the outputs.
+        placements: where their shapes say that they have the samples.
+        n: how many samples there are.
+        arguments: the model's arguments that count the samples, each behind what says so.
+        packs: whether nodes are supposed to have their saved tensors with hooks where torch does not show it.
     """
     if n is None or n < 2:
         return placements
     found = [
-        None if where is not None and x.grad_fn is not None and _is_of_parameters(x.grad_fn, arguments) else where
+        None
+        if where is not None and x.grad_fn is not None and _is_of_parameters(x.grad_fn, arguments, packs)
+        else where
         for x, where in zip(outputs, placements, strict=True)
     ]
     return found if any(where is not None for where in found) else placements
 
 
-def _is_of_parameters(root: Node, arguments: Sequence[tuple[object, Tensor]]) -> bool:
+def _is_of_parameters(root: Node, arguments: Sequence[tuple[object, Tensor]], packs: bool) -> bool:
     """Whether a node's output is computed from parameters, and from constants that are no larger than these."""
     stack, seen = [root], {root}
     while stack:
@@ -66,16 +77,16 @@ def _is_of_parameters(root: Node, arguments: Sequence[tuple[object, Tensor]]) ->
                 return False
             continue
         taken = [(child, nr) for child, nr in node.next_functions if child is not None]
-        if not taken or not (_repeats_nothing(node, taken) or _takes_rows_in_order(node, arguments)):
+        if not taken or not (_repeats_nothing(node, taken) or _takes_rows_in_order(node, arguments, packs)):
             return False
         stack += [child for child in dict.fromkeys(child for child, _ in taken) if child not in seen]
         seen.update(stack)
     return True
 
 
-def _takes_rows_in_order(node: Node, arguments: Sequence[tuple[object, Tensor]]) -> bool:
+def _takes_rows_in_order(node: Node, arguments: Sequence[tuple[object, Tensor]], packs: bool) -> bool:
     """Whether a node looks up the rows of a table one after another, by numbers that are no argument's."""
-    if node.name() != OF_A_TABLE or not knows(OF_A_TABLE, "ids") or may_have_packed_tensors(node, True):
+    if node.name() != OF_A_TABLE or not knows(OF_A_TABLE, "ids") or may_have_packed_tensors(node, packs):
         return False
     with without_modes():
         try:

@@ -199,8 +199,10 @@ class ForwardTracker:
 
     def _placed(self, forward: Forward, count: Count, output: Any, outputs: list[Tensor]) -> list[Placement | None]:
         found = BatchSamples(count.n or -1, self.words, count.indices).placements("outputs", output)
-        is_said = len(found) < 2 or self.words.says_outputs
-        return found if is_said else without_those_of_parameters(outputs, found, count.n, forward.inputs)
+        if len(found) < 2 or self.words.says_outputs:
+            return found
+        packs = forward.has_packed_inputs
+        return without_those_of_parameters(outputs, found, count.n, forward.inputs, packs=packs)
 
     def refuse(self, error: Exception) -> None:
         """Raise an error; in a backward pass, hand it over, so that it is raised when that pass is over."""
@@ -246,9 +248,7 @@ class ForwardTracker:
             axis: the axis that counts its samples if the module was called outside of any run of the model.
         """
         thread = get_ident()
-        if thread in self._skipping or not self.records_calls():
-            return None
-        if self.is_skipped():
+        if thread in self._skipping or not self.records_calls() or self.is_skipped():
             return None
         found = self._running.get(thread) or self._outside(output, axis)
         return None if found.n == 0 and found.count.n == 0 else found
