@@ -16,7 +16,7 @@ from oracles import Inputs, call, mapped
 
 def seed(number: int) -> None:
     """Start random numbers anew; ``torch.manual_seed`` takes a millisecond for kinds of devices that are not there."""
-    if torch.get_default_device().type == "cpu":
+    if torch.empty(0).device.type == "cpu":  # Torch 2.8 forgets its default device once another was taken back.
         torch.default_generator.manual_seed(number)
     else:
         torch.manual_seed(number)
