@@ -5,6 +5,7 @@
 
 import gc
 import os
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,8 +25,21 @@ def pytest_configure(config: pytest.Config) -> None:
         pretend.register()
 
 
+def mark_slow(items: list[pytest.Item]) -> None:
+    """Of a test with many parameters, `pytest -m "not slow"` runs the first and the last, so that each test still runs."""
+    of_one: dict[tuple[str, str], list[pytest.Item]] = defaultdict(list)
+    for item in items:
+        of_one[item.nodeid.split("::")[0], getattr(item, "originalname", item.name)].append(item)
+    for alike in of_one.values():
+        for item in alike[1:-1]:
+            item.add_marker(pytest.mark.slow)
+
+
+# The marker -m is applied to what this hook has left, so that it has to come first.
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Tests of what a device lacks do not run on it."""
+    mark_slow(items)
     if (device := config.getoption("--device")) is None:
         return
     from pretend.lacking import LACKING

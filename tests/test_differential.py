@@ -38,7 +38,7 @@ OTHERS = [name for name, problem in EVERY.items() if not repeats(problem)]
 
 def of_names(*names: str) -> pytest.MarkDecorator:
     def marks(name: str) -> list[pytest.MarkDecorator]:
-        return [one_by_one] * ("checkpointed" in name) + [pytest.mark.slow] * repeats(EVERY[name])
+        return [one_by_one] * ("checkpointed" in name)
 
     return pytest.mark.parametrize("name", [pytest.param(name, marks=marks(name)) for name in names])
 

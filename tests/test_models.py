@@ -35,8 +35,7 @@ def ways_of_cases() -> Iterator[Any]:
     for case in CASES:
         for way, dtype in {"monitor": torch.float64, "report": torch.float32}.items():
             dtype = dtype if dtype in case.dtypes else case.dtypes[0]
-            marks = pytest.mark.slow if way == "report" else ()
-            yield pytest.param(case, dtype, way, id=f"{case}-{way}-{str(dtype)[6:]}", marks=marks)
+            yield pytest.param(case, dtype, way, id=f"{case}-{way}-{str(dtype)[6:]}")
 
 
 @pytest.mark.parametrize(("case", "dtype", "way"), list(ways_of_cases()))

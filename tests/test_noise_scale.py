@@ -77,6 +77,7 @@ def test_several_batches_are_averaged(reduction: str) -> None:
     assert_equal(torch.tensor(found["noise_trace"]), noise, noise, torch.float64)
 
 
+@pytest.mark.slow
 def test_no_bias_with_batches_of_unequal_size() -> None:
     """Over all 64 ways to draw a batch of one and one of two from four samples, the means are the population's own."""
     model, (x, y) = classifier(), data(4)

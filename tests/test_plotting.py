@@ -180,6 +180,7 @@ def test_a_styled_page_says_what_the_names_say(model: nn.Module) -> None:
     assert "background-color" in shares
 
 
+@pytest.mark.slow
 def test_many_long_names_keep_what_tells_them_apart(report: pd.DataFrame) -> None:
     prefix = "model.decoder.layers.with.a.long.way.to.it"
     many = pd.concat([report.rename(index=lambda name, k=k: f"{prefix}.{k}.{name}") for k in range(40)])

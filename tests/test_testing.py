@@ -177,6 +177,7 @@ class Comparing(nn.Linear):
         return (f := super().forward(x)) @ f.T
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "loss", "data", "words"),
     [

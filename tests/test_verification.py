@@ -182,6 +182,7 @@ class Centered(nn.Module):
         return self.last(h - 0.5 * h.mean(0) * (len(x) > 1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_samples_that_a_trained_model_couples(seed: int) -> None:
     """Small gradients are no rounding."""

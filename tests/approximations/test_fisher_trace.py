@@ -305,6 +305,7 @@ IN_HALF_PRECISION: dict[str, tuple[Callable[..., Tensor], str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", IN_HALF_PRECISION)
 def test_the_reduction_is_found_out_in_half_precision(name: str, dtype: torch.dtype) -> None:

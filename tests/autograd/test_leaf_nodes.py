@@ -164,6 +164,7 @@ def in_three_threads(block: Callable[..., Any], of_the_library: bool) -> None:
             thread.join()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("block", "of_the_library"),
     [(monitor_of, False), (monitor_of_one, False), (python_alone, True)],

@@ -51,6 +51,7 @@ def compared(monkeypatch: pytest.MonkeyPatch) -> Compared:
     return found
 
 
+@pytest.mark.slow
 def test_derivation_and_passes_agree(compared: Compared) -> None:
     """And nearly all places that passes find are derived to be where they are."""
     contradictions, placed, same = [], 0, 0

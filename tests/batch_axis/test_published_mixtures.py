@@ -54,6 +54,7 @@ def losses_of(model: nn.Module, ids: Tensor) -> Tensor:
     return nn.functional.cross_entropy(logits, ids[:, 1:], reduction="none").sum(1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_published_mixtures_are_searched_only_to_check(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, batches = made(name), [torch.randint(1, 50, (N, T)) for _ in range(STEPS)]

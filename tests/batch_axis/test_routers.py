@@ -53,6 +53,7 @@ def monitored(model: nn.Module, searches: list[int]) -> tuple[dict[str, Tensor],
 UNASKED = set() if hooks_are_seen() else {by_parts}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("route", ROUTES, ids=lambda route: route.__name__)
 def test_an_order_that_is_new_in_each_step(route: Callable[..., Tensor], searches: list[int]) -> None:
     model = made(route)

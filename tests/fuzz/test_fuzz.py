@@ -50,6 +50,7 @@ EXACT = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pieces", EXACT, ids=" ".join)
 def test_separate_samples_are_exact(pieces: list[str]) -> None:
     assert outcome(case_of(*pieces)) == Outcome("exact")
@@ -116,6 +117,7 @@ class Doubled(torch_secorder.FisherMonitor):
         return 2 * super().report()[["fisher_trace"]]
 
 
+@pytest.mark.slow
 def test_what_is_wrong_is_found_and_made_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ways, "FisherMonitor", Doubled)
     case, found = shrunk(case_of("linear", "layer_norm"))
@@ -184,6 +186,7 @@ def test_an_interrupted_run_says_what_it_has_seen(
     assert "exact               1  33.33%" in printed
 
 
+@pytest.mark.slow
 def test_a_program_of_a_case_runs_by_itself(tmp_path: Path) -> None:
     case = case_of("sort_by_index", "embedding", "parametrized", sizes=(4,))
     assert outcome(case) == Outcome("exact")

@@ -70,6 +70,7 @@ def test_all_samples_at_once_get_what_each_gets_alone(name: str, taken: list[int
     assert (found - expected).abs().max() <= 1e-12 * expected.abs().max()
 
 
+@pytest.mark.slow
 def test_every_kind_is_met() -> None:
     met: set[str] = set()
     for function in CHAINS.values():

@@ -103,6 +103,7 @@ def test_the_trace_of_chosen_parameters_differentiated_in_all() -> None:
     torch.testing.assert_close(slope, right)
 
 
+@pytest.mark.slow
 def test_the_hessian_of_chosen_parameters() -> None:
     one, (x, y) = model(), batch()
 

@@ -138,6 +138,7 @@ def test_other_options_in_the_next_block(options: dict[str, Any]) -> None:
     pd.testing.assert_frame_equal(watched(model, x, y), everything, rtol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:a backward pass was left out")  # of which the other monitor has seen a part
 def test_blocks_of_another_thread_around_the_same_model() -> None:
     """Their hooks come and go while this thread's steps run."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import Any
 
 import pytest
 
@@ -41,12 +40,8 @@ def repeats(problem: Problem) -> bool:
 
 
 def of_problems(problems: Iterable[Problem]) -> pytest.MarkDecorator:
-    """Parametrizes a test by problem; those that repeat others are slow."""
-    parameters: list[Any] = [
-        pytest.param(problem, id=problem.name, marks=pytest.mark.slow if repeats(problem) else ())
-        for problem in problems
-    ]
-    return pytest.mark.parametrize("problem", parameters)
+    """Parametrizes a test by problem."""
+    return pytest.mark.parametrize("problem", list(problems), ids=str)
 
 
 every_problem = of_problems(PROBLEMS)

@@ -166,6 +166,7 @@ class Opposite(nn.Module):
         return torch.cat([z, -z], 1)
 
 
+@pytest.mark.slow
 def test_large_outputs_of_two_opposite_halves_show_their_samples() -> None:
     assert_exact(*drawn(Opposite(), 5, 6))
 

@@ -357,6 +357,7 @@ def test_trap_09_dropout_in_a_checkpoint(dropout: float) -> None:
         assert_equal(torch.tensor(monitor.report().loc[name, "fisher_trace"]), t.mean(), monitor.trace)
 
 
+@pytest.mark.slow
 @kinds
 def test_trap_09_checkpointing_still_saves_memory(use_reentrant: bool) -> None:
     """What a checkpoint throws away after the forward pass is gone under the monitor too."""

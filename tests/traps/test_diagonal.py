@@ -28,6 +28,7 @@ def summed(passes: int, shape: tuple[int, ...] = (1,)) -> Diagonal:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(), (1,)], ids=str)
 def test_trap_31_a_diagonal_over_many_passes(shape: tuple[int, ...]) -> None:
     (total,) = summed(PASSES, shape).totals

@@ -342,6 +342,7 @@ def test_trap_19_a_model_that_is_called_on_one_sample_without_a_batch_axis(name:
             assert_equal(found, t, torch.stack(list(expected.values())).sum(), torch.float64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [3, 5])
 def test_trap_19_modules_that_the_model_calls_for_each_sample_have_no_batch_axis(n: int) -> None:
     """With as many steps as samples, or other numbers."""
@@ -372,6 +373,7 @@ def test_trap_19_samples_that_are_known_by_their_numbers_alone() -> None:
     assert_exact(model, ids, y, [squares(model(ids[i : i + 1]), y[i : i + 1]) for i in range(5)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [4, 5])
 def test_trap_19_units_without_a_gradient_in_modules_that_are_called_for_each_sample(n: int) -> None:
     """They fit any sample, and so do not say that the others are of several."""
@@ -451,6 +453,7 @@ class Graphs(nn.Module):
 BATCHES = [[3, 5, 4], [4, 4, 4], [6, 1, 5], [1, 1, 1]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pooled", [True, False], ids=["graphs", "nodes"])
 def test_trap_19_graphs_in_mini_batches(pooled: bool) -> None:
     model = randomized(Graphs(pooled)).double()

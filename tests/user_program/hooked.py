@@ -95,18 +95,9 @@ def anomaly_mode(run: Run) -> None:
             MLP.step(run, model, x, y)
 
 
-REPEATS = "the first searched subject goes the same way with these hooks"
-
-
-def slow(subject: Subject, kind: str) -> dict[str, Any]:
-    """Of the subjects that are searched, all but one meet some kinds of hooks only now and then."""
-    quick = subject in (MLP, SQUARE) or kind in ("tensor hooks", "retained gradients")
-    return {} if quick else {"slow": REPEATS}
-
-
 HOOKED: list[Program] = [
     *(
-        Program(f"{kind}, {subject.name}", training(subject, hooked), **slow(subject, kind))
+        Program(f"{kind}, {subject.name}", training(subject, hooked))
         for kind, hooked in HOOKS.items()
         for subject in (MLP, *SEARCHED)
     ),

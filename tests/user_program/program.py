@@ -24,7 +24,6 @@ class Program:
         n_samples: how many samples count beside those of refused passes.
         dtype: in whose tolerance the numbers are right: float64 unless the program computes in less.
         rtol: instead of that, where `why` says so.
-        slow: why the program isn't run every time; "" if it is.
     """
 
     name: str
@@ -34,7 +33,6 @@ class Program:
     dtype: torch.dtype = torch.float64
     rtol: float | None = None
     why: str = ""
-    slow: str = ""
 
     def __post_init__(self) -> None:
         assert bool(self.why) == (self.rtol is not None), "a tolerance has a reason"

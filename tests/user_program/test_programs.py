@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 
@@ -19,11 +18,7 @@ PROGRAMS = [*HOOKED, *NESTED, *INPUTS, *STEPS, *WRAPPED]
 assert len({program.name for program in PROGRAMS}) == len(PROGRAMS), "two programs of one name"
 
 
-def parameter(program: Program) -> Any:
-    return pytest.param(program, id=program.name, marks=pytest.mark.slow if program.slow else ())
-
-
-@pytest.fixture(scope="module", params=[parameter(program) for program in PROGRAMS])
+@pytest.fixture(scope="module", params=PROGRAMS, ids=lambda program: program.name)
 def program(request: pytest.FixtureRequest) -> Iterator[Program]:
     """A program, whose two runs both tests look at."""
     yield request.param
