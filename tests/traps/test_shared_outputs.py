@@ -379,3 +379,41 @@ def assert_exact_traces(model: nn.Module, monitor: FisherMonitor, alone: Callabl
     traces = [torch.stack(g).square().sum() / len(rows) for g in zip(*rows, strict=True)]
     for (name, _), t in zip(model.named_parameters(), traces, strict=True):
         assert_equal(torch.tensor(monitor.report().loc[name, "fisher_trace"]), t, monitor.trace, torch.float64)
+
+
+@pytest.mark.parametrize("gate", [0.0, 1.0])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_trap_31_behind_a_closed_gate_an_output_has_samples_all_the_same(gate: float, frozen: bool) -> None:
+    """No gradient reaches the parameter by which data came in, and another use of the output is a product with no batch."""
+
+    def gated(m: Any, h: Tensor) -> Tensor:
+        return h + m.g * (h @ m.w)
+
+    def stacked(m: Any, h: Tensor) -> Tensor:
+        return torch.einsum("lbtd,sd->slbt", torch.stack([h, h.tanh()]), m.l(m.w)).sum(1).permute(1, 2, 0)
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = m.first(x)
+        return m.head(m.second(h.tanh() + m.between(h)))
+
+    first, second = Forward(gated), Forward(stacked, l=nn.Linear(6, 6))
+    first.g = nn.Parameter(torch.tensor(gate), requires_grad=not frozen)
+    first.w = nn.Parameter(torch.randn(6, 6))
+    second.w = nn.Parameter(torch.randn(6, 6), requires_grad=False)
+    second.l.weight.requires_grad_(False)
+    model = Forward(forward, first=first, between=nn.Linear(6, 6), second=second, head=nn.Linear(6, 3)).to(
+        torch.float64
+    )
+    x, y = torch.randn(4, 2, 6, dtype=torch.float64), torch.randint(0, 3, (4, 2))
+
+    def loss() -> Tensor:
+        return F.cross_entropy(model(x).mT, y)
+
+    outputs: list[Tensor] = []
+    with first.register_forward_hook(lambda module, args, output: outputs.append(output)):
+        (gradient,) = torch.autograd.grad(loss(), outputs)
+    with FisherMonitor(model, activations=True) as monitor:
+        loss().backward()
+    trace = 4 * gradient.square().sum()  # Each entry is one sample's share of the mean.
+    found = torch.tensor(monitor.activations.loc["first", "activation_trace"], dtype=torch.float64)
+    assert_equal(found, trace, trace)

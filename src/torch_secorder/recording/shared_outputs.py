@@ -37,11 +37,13 @@ def find_shared_outputs(uses: Uses, leaves: Mapping[Node, int], forward: Forward
     if not watched:
         return
     silent = _without_gradient(uses, leaves, forward)
+    # A use without a gradient has said nothing of its data, by which it may be where the samples come in.
+    idle = {node for _, node in uses.idle}
     found: dict[BatchFreeValue, list[tuple[Record, int]]] = {}
     for use, consumer in uses.placed:
         for _, value in use.values:
             if value not in found:
-                found[value] = _add_outputs(value, watched, silent)
+                found[value] = _add_outputs(value, watched, silent, idle)
             for record, nr in found[value]:
                 # The gradient is pulled back through the first output of a node only.
                 if nr or use.unreadable_because(consumer):
@@ -52,12 +54,12 @@ def find_shared_outputs(uses: Uses, leaves: Mapping[Node, int], forward: Forward
 
 
 def _add_outputs(
-    value: BatchFreeValue, watched: dict[Node, list[tuple[Record, int]]], silent: set[Node]
+    value: BatchFreeValue, watched: dict[Node, list[tuple[Record, int]]], silent: set[Node], idle: set[Node]
 ) -> list[tuple[Record, int]]:
     """Add the watched outputs behind a value to its targets; returns them, each with which output of its node it is."""
     made, starts = value.targets[0][1].value, {vjp.start for _, vjp in value.targets}
     closed = value.targets[0][1].closed - starts  # An output may be that of a call which is a target itself.
-    free = [one for one in _behind(made[0], watched, closed) if _is_free(one[2], starts | silent, closed)]
+    free = [one for one in _behind(made[0], watched, closed) if _is_free(one[2], starts | silent, closed | idle)]
     for record, _, node in free:
         value.add_target(record, batch_free_vjp(made, node, tuple(record.shape), closed))
         record.placement = None
