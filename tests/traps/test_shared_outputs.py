@@ -383,7 +383,9 @@ def assert_exact_traces(model: nn.Module, monitor: FisherMonitor, alone: Callabl
 
 @pytest.mark.parametrize("gate", [0.0, 1.0])
 @pytest.mark.parametrize("frozen", [False, True])
-def test_trap_31_behind_a_closed_gate_an_output_has_samples_all_the_same(gate: float, frozen: bool) -> None:
+def test_trap_31_an_output_behind_a_closed_gate_is_refused_if_nothing_shows_its_samples(
+    gate: float, frozen: bool
+) -> None:
     """No gradient reaches the parameter by which data came in, and another use of the output is a product with no batch."""
 
     def gated(m: Any, h: Tensor) -> Tensor:
@@ -412,6 +414,14 @@ def test_trap_31_behind_a_closed_gate_an_output_has_samples_all_the_same(gate: f
     outputs: list[Tensor] = []
     with first.register_forward_hook(lambda module, args, output: outputs.append(output)):
         (gradient,) = torch.autograd.grad(loss(), outputs)
+    if frozen and not gate:
+        remedy = "whether data takes part in it or all samples share it: leave out activations=True"
+        with pytest.raises(UnsupportedError, match=remedy), FisherMonitor(model, activations=True):
+            loss().backward()
+        with FisherMonitor(model) as monitor:
+            loss().backward()
+        assert monitor.n_samples == 4
+        return
     with FisherMonitor(model, activations=True) as monitor:
         loss().backward()
     trace = 4 * gradient.square().sum()  # Each entry is one sample's share of the mean.

@@ -59,8 +59,13 @@ def _add_outputs(
     """Add the watched outputs behind a value to its targets; returns them, each with which output of its node it is."""
     made, starts = value.targets[0][1].value, {vjp.start for _, vjp in value.targets}
     closed = value.targets[0][1].closed - starts  # An output may be that of a call which is a target itself.
-    free = [one for one in _behind(made[0], watched, closed) if _is_free(one[2], starts | silent, closed | idle)]
+    free = [one for one in _behind(made[0], watched, closed) if _is_free(one[2], starts | silent, closed)]
     for record, _, node in free:
+        if not _is_free(node, starts | silent, closed | idle):
+            raise UnsupportedError(
+                f"{record.site}: no gradient reaches a parameter that its output was computed with (behind a closed gate, say), "
+                "and nothing shows whether data takes part in it or all samples share it: leave out activations=True in such steps"
+            )
         value.add_target(record, batch_free_vjp(made, node, tuple(record.shape), closed))
         record.placement = None
     return [(record, nr) for record, nr, _ in free]
