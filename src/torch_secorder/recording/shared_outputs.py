@@ -64,7 +64,7 @@ def _add_outputs(
         if not _is_free(node, starts | silent, closed | idle):
             raise UnsupportedError(
                 f"{record.site}: no gradient reaches a parameter that its output was computed with (behind a closed gate, say), "
-                "and nothing shows whether data takes part in it or all samples share it: leave out activations=True in such steps"
+                "and nothing shows whether data takes part in it or all samples share it: leave out activations=True there"
             )
         value.add_target(record, batch_free_vjp(made, node, tuple(record.shape), closed))
         record.placement = None
