@@ -420,7 +420,12 @@ def test_trap_31_an_output_behind_a_closed_gate_is_refused_if_nothing_shows_its_
             loss().backward()
         with FisherMonitor(model) as monitor:
             loss().backward()
-        assert monitor.n_samples == 4
+        shares = F.cross_entropy(model(x).mT, y, reduction="none").mean(1)
+        named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        rows = [torch.autograd.grad(share, list(named.values()), retain_graph=True) for share in shares]
+        for name, grads in zip(named, zip(*rows, strict=True), strict=True):
+            trace = torch.stack(grads).square().sum() / 4
+            assert_equal(torch.tensor(monitor.report().loc[name, "fisher_trace"]), trace, monitor.trace)
         return
     with FisherMonitor(model, activations=True) as monitor:
         loss().backward()
