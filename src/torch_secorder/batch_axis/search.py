@@ -13,6 +13,7 @@ from torch_secorder.batch_axis.evidence import Finding, Unplaced
 from torch_secorder.batch_axis.knowledge import Key, PlacementCache, Wanted
 from torch_secorder.batch_axis.search_pass import SearchPasses, Viewed
 from torch_secorder.batch_axis.silence import loud_samples
+from torch_secorder.batch_axis.trust import with_proven
 from torch_secorder.model.ranks import Ranks
 
 
@@ -31,6 +32,7 @@ class SampleSearch:
         on_contradiction: where passes are to show whether that is right, what is called if it is not.
         expected: makes one that tells the same of a graph which keeps its samples in order, for a pass to agree with. What its
             labels exclude is not taken for found.
+        instead_of_numbers: if traces are differentiated, makes one that tells where the numbers of this batch prove nothing.
 
     Attributes:
         placements: as above.
@@ -52,7 +54,9 @@ class SampleSearch:
         derivation: Derivation | None = None,
         on_contradiction: Callable[[], None] | None = None,
         expected: Callable[[], Derivation] | None = None,
+        instead_of_numbers: Callable[[], Derivation] | None = None,
     ):
+        self._instead_of_numbers = instead_of_numbers
         self._derivation, self._on_contradiction, self._expected = derivation, on_contradiction, expected
         self._excluding = expected
         self.placements, self._n, self._passes = placements, n, passes
@@ -174,7 +178,8 @@ class SampleSearch:
             found = self._passes(comparing=self.placements.comparing).findings(viewed)
         if self._excluding is not None:
             found = self._excluding().without_contradicted(viewed, found)
-        self._note(keys, places, found)
+        derive = self._instead_of_numbers
+        self._note(keys, places, found if derive is None else with_proven(keys, viewed, found, derive))
 
     def _still_silent(
         self, passes: SearchPasses, viewed: Sequence[Viewed], keys: Sequence[Key]

@@ -15,6 +15,7 @@ from torch_secorder.autograd.nodes import keeps_state, tensors_of_weights, unsee
 from torch_secorder.batch_axis.knowledge import ModelKnowledge
 from torch_secorder.batch_axis.order import Order
 from torch_secorder.batch_axis.search import SampleSearch
+from torch_secorder.batch_axis.trust import BY_SEARCH, Trust
 from torch_secorder.capture.model_run import Forward
 from torch_secorder.capture.own_axes import OwnAxis
 from torch_secorder.capture.records import Record
@@ -38,9 +39,7 @@ class Audit:
         table: the analyzed parameters.
         knowledge: what is known about the model already.
         locate_on_three_samples: adds to the knowledge from a batch of three samples; called when a search is needed.
-        rehearsal: whether this is for a smaller batch, in which everything is looked at.
-        trust_shapes: if only one axis has N indices, take it for the batch axis without a search. For callers that verify
-            a sample afterwards.
+        trust: what is believed of where samples are.
 
     Attributes:
         fingerprint: that of the latest graph.
@@ -57,17 +56,11 @@ class Audit:
         table: Table,
         knowledge: ModelKnowledge | None = None,
         locate_on_three_samples: Callable[[], None] | None = None,
-        *,
-        trust_shapes: bool = False,
-        rehearsal: bool = False,
+        trust: Trust = BY_SEARCH,
     ):
         self._table, self._ranks = table, table.ranks
         self.leaves = LeafNodes({position: p for position, p in enumerate(table.leaves) if p.requires_grad})
-        self._places = CallPlaces(
-            *(table, knowledge or ModelKnowledge(), locate_on_three_samples),
-            trust_shapes=trust_shapes,
-            rehearsal=rehearsal,
-        )
+        self._places = CallPlaces(table, knowledge or ModelKnowledge(), locate_on_three_samples, trust)
         self.fingerprint = self.kind = 0
         self.other_leaves: list[Node] = []
         self.comparing: list[GradientEdge] = []

@@ -20,6 +20,7 @@ from torch_secorder.batch_axis.order import ONE_ORDER, Order
 from torch_secorder.batch_axis.placement import FIRST, Layout, Placement
 from torch_secorder.batch_axis.search import SampleSearch, SearchOnAllRanks
 from torch_secorder.batch_axis.search_pass import SearchPasses
+from torch_secorder.batch_axis.trust import Trust
 from torch_secorder.capture.model_run import Forward
 from torch_secorder.capture.own_axes import (
     OwnAxis,
@@ -81,8 +82,7 @@ class CallPlaces:
         table: the analyzed parameters.
         knowledge: what is known about the model already.
         locate_on_three_samples: adds to the knowledge from a batch of three samples; called when a search is needed.
-        trust_shapes: whether shapes that allow only one reading are trusted.
-        rehearsal: whether this is for a smaller batch, in which everything is looked at.
+        trust: what is believed of where samples are.
     """
 
     def __init__(
@@ -90,13 +90,11 @@ class CallPlaces:
         table: Table,
         knowledge: ModelKnowledge,
         locate_on_three_samples: Callable[[], None] | None,
-        *,
-        trust_shapes: bool,
-        rehearsal: bool,
+        trust: Trust,
     ):
         self._table, self._ranks, self._knowledge = table, table.ranks, knowledge
         self._locate_on_three_samples = locate_on_three_samples
-        self._trust_shapes, self._rehearsal = trust_shapes, rehearsal
+        self._trust = trust
 
     def known_order(self, graph: Graph) -> Order | None:
         """What decides where the samples are in graphs of this kind; None if that is not known yet."""
@@ -118,9 +116,11 @@ class CallPlaces:
             passes = partial(passes, common_count=self._ranks.max_over_ranks)
             return SearchOnAllRanks(known, n, asked.ambiguous_shapes, passes, self._ranks)
         ahead = partial(nodes_ahead, walk, walk.calls, self._knowledge.searched(walk.fingerprint))
-        search = partial(SampleSearch, known, n, asked.ambiguous_shapes, passes, rehearsal=self._rehearsal)
+        labels = None if self._trust.numbers else partial(graph.derivation, calls_functions=True)
+        search = partial(SampleSearch, known, n, asked.ambiguous_shapes, passes, instead_of_numbers=labels)
+        search = partial(search, rehearsal=self._trust.rehearsal)
         if not asked.reorders_samples:
-            derivation = graph.derivation() if self._trust_shapes and self._believes_nodes(graph) else None
+            derivation = graph.derivation() if self._trust.shapes and self._believes_nodes(graph) else None
             return search(self._locate_on_three_samples, ahead, derivation=derivation, expected=graph.derivation)
         if not (order.is_derived and self._knowledge.derives) or n == 1:
             return search(None, ahead)
@@ -203,7 +203,7 @@ class CallPlaces:
         for record, _ in reached:
             record.in_output_graph = True
         contradicted = bool(own_axes) and any(one.contradicts_shapes(n) for one in own_axes)
-        by_shape = self._trust_shapes and not (asked.ambiguous_shapes or contradicted)
+        by_shape = self._trust.shapes and not (asked.ambiguous_shapes or contradicted)
         if by_shape or not asked.several_samples:
             for record, _ in reached:
                 if record.placement is None:  # There is one sample then, and all of the output belongs to it.

@@ -20,6 +20,7 @@ from torch_secorder.autograd.compiled import never_compiled
 from torch_secorder.autograd.engine import active_modes, current_graph_task, current_node, without_modes
 from torch_secorder.autograd.node_hooks import HookTable, NodeHook, call_with_gradients
 from torch_secorder.batch_axis.knowledge import ModelKnowledge
+from torch_secorder.batch_axis.trust import BY_SEARCH, Trust
 from torch_secorder.capture.forwards import ForwardTracker
 from torch_secorder.capture.model_run import Forward
 from torch_secorder.capture.module_hooks import ModuleHooks
@@ -47,8 +48,7 @@ class Recorder(HookScope):
         knowledge: what is known about the model already.
         options: what each pass collects.
         locate_on_three_samples: adds to the knowledge from a smaller batch, if that is possible.
-        rehearsal: whether the batch is such a smaller one, in which every place is searched.
-        trust_shapes: whether shapes that allow only one reading are trusted, for callers that verify a sample afterwards.
+        trust: what is believed of where samples are.
         attach_leaf: whether outputs that need no gradient get one, so that frozen layers are seen too.
         every: record every k-th call of the model, beginning with the first.
         only_library_calls: record calls that this library makes in this thread, instead of the user's.
@@ -70,8 +70,7 @@ class Recorder(HookScope):
         options: PassOptions,
         *,
         locate_on_three_samples: Callable[[], None] | None = None,
-        trust_shapes: bool = False,
-        rehearsal: bool = False,
+        trust: Trust = BY_SEARCH,
         attach_leaf: bool = False,
         every: int = 1,
         only_library_calls: bool = False,
@@ -79,13 +78,7 @@ class Recorder(HookScope):
         self.table, self.plan, self.options, self._knowledge = table, plan, options, knowledge
         self._described = partial(described, table)
         self.lifecycle = PassLifecycle(table, knowledge, options, of_user=self.of_user)
-        self._audit = Audit(
-            table,
-            knowledge,
-            locate_on_three_samples,
-            trust_shapes=trust_shapes,
-            rehearsal=rehearsal,
-        )
+        self._audit = Audit(table, knowledge, locate_on_three_samples, trust)
         self.forwards = ForwardTracker(
             plan.words,
             every=every,

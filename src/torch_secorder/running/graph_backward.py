@@ -24,6 +24,7 @@ from torch_secorder.autograd.nodes import edges_of, made_by
 from torch_secorder.autograd.route import behind
 from torch_secorder.autograd.tensor_hooks import untouched
 from torch_secorder.batch_axis.samples import BatchSamples
+from torch_secorder.batch_axis.trust import Trust
 from torch_secorder.capture.model_run import Forward
 from torch_secorder.capture.records import Record
 from torch_secorder.errors import CoverageError
@@ -40,6 +41,7 @@ class GraphBackward(Recorder):
 
     Args:
         create_graph: whether the squared norms are differentiable.
+        trust_shapes: as :attr:`Trust.shapes`.
         options: as for :class:`Recorder`.
 
     Attributes:
@@ -50,8 +52,8 @@ class GraphBackward(Recorder):
 
     counts_again = True
 
-    def __init__(self, *args: Any, create_graph: bool = False, **options: Any):
-        super().__init__(*args, **options)
+    def __init__(self, *args: Any, create_graph: bool = False, trust_shapes: bool = False, **options: Any):
+        super().__init__(*args, trust=Trust(trust_shapes, numbers=not create_graph), **options)
         self._create_graph = create_graph
         self._takes_forms = any(QUANTITIES[name].takes_forms for name in self.options.quantities)
         self._current: BackwardPass | None = None

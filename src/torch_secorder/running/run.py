@@ -20,6 +20,7 @@ from torch_secorder.autograd.versions import hiding_changes
 from torch_secorder.batch_axis.knowledge import ModelKnowledge
 from torch_secorder.batch_axis.placement import FIRST
 from torch_secorder.batch_axis.samples import BatchSamples
+from torch_secorder.batch_axis.trust import Trust
 from torch_secorder.capture.model_run import Forward
 from torch_secorder.capture.records import Record
 from torch_secorder.errors import UnsupportedError
@@ -128,7 +129,7 @@ class HookedForward(GraphBackward):
                     *(self.table, layers, self._knowledge, PassOptions()),
                     attach_leaf=self._frozen_codes,
                     only_library_calls=True,
-                    rehearsal=True,
+                    trust=Trust(rehearsal=True),
                 ),
                 checked_on_host(self._parameters.tensors),
             ):

@@ -1,0 +1,67 @@
+"""What is believed of where samples are, and what is told instead where the numbers of one batch are not enough."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch_secorder.batch_axis.derivation import Derivation
+from torch_secorder.batch_axis.evidence import SILENT, Finding
+from torch_secorder.batch_axis.knowledge import Key
+from torch_secorder.batch_axis.search_pass import Viewed
+from torch_secorder.errors import UnsupportedError
+
+
+@dataclass(frozen=True)
+class Trust:
+    """What is believed of where samples are, and what is looked at.
+
+    Attributes:
+        shapes: whether an axis is taken for the samples' without a search if it alone has N indices. It is where a sample is
+            verified afterwards.
+        numbers: whether a placement counts that explains the gradients of one batch. Where traces are differentiated, it has to
+            explain those of others, too.
+        rehearsal: whether everything is looked at, in a batch of a few samples.
+    """
+
+    shapes: bool = False
+    numbers: bool = True
+    rehearsal: bool = False
+
+
+BY_SEARCH = Trust()
+
+
+def with_proven(
+    keys: Sequence[Key], viewed: Sequence[Viewed], found: Sequence[Finding], derive: Callable[[], Derivation]
+) -> list[Finding | None]:
+    """What passes found at some places, and what labels say instead where that is not proven.
+
+    An entry whose gradient is zero adds nothing to a trace, whoever it is counted for. Its derivative need not be zero.
+
+    Args:
+        keys: those of the first places, which are asked about. What is not proven of the others is left open, as None.
+        viewed: the places.
+        found: what passes found there.
+        derive: makes what tells the labels.
+
+    Raises:
+        UnsupportedError: if labels say nothing of a place that is asked about.
+    """
+    if all(one.proven for one in found):
+        return list(found)
+    told: Sequence[Finding | None] = derive().findings(viewed) or [None] * len(found)
+    labels = [None if one is None or one.evidence in SILENT else one for one in told]
+    proven = [one if one.proven else by_labels for one, by_labels in zip(found, labels, strict=True)]
+    # A place is told by a module's name, or by that of a parameter and the way from it.
+    open_at = [str(key[1]).split("/")[0] for key, one in zip(keys, proven, strict=False) if one is None]
+    if open_at:
+        raise _not_proven(open_at)
+    return proven
+
+
+def _not_proven(names: Sequence[str]) -> UnsupportedError:
+    return UnsupportedError(
+        f"{', '.join(dict.fromkeys(names))}: some samples have no gradient there, such as those of padding, and nothing shows "
+        "which rows are theirs; the trace is right, and its derivative may not be: leave out create_graph, or those samples"
+    )

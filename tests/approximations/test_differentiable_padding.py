@@ -1,0 +1,153 @@
+"""The derivative of a trace where samples have no gradient, as those of padding: it need not be zero, though the trace is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
+
+from oracles import assert_equal
+from problems._base import Forward
+from torch_secorder import empirical_fisher_trace, generalized_fisher_trace
+from torch_secorder.errors import UnsupportedError
+
+WIDTH, PLACES, CLASSES = 4, 6, 3
+
+
+def normalized(m: nn.Module, x: Tensor) -> Tensor:
+    """A norm over features, whose output of padding is its bias, zero at first, with a derivative in that bias."""
+    return m.norm(x.mT).mT
+
+
+def stacked_copies(m: nn.Module, x: Tensor) -> Tensor:
+    """All samples share the rows of a product, which get a gradient of those samples alone that are no padding."""
+    h = normalized(m, x)
+    rows = m.layer(m.table)
+    return m.head(torch.einsum("lbtd,sd->slbt", torch.stack([h, h.tanh()]), rows).sum(1).permute(1, 2, 0).mean(1))
+
+
+def biased_attention(m: nn.Module, x: Tensor) -> Tensor:
+    """All samples share a bias of their scores, whose values are zero for padding."""
+    h, place = normalized(m, x), torch.arange(x.shape[1])
+    bias = m.bias(place[:, None] - place + PLACES)[..., 0]
+    return m.head(((h @ h.mT + bias).softmax(-1) @ h).amax(1))
+
+
+def as_many_places_as_samples(m: nn.Module, x: Tensor) -> Tensor:
+    """A single entry has a gradient, by which both axes explain it."""
+    return m.head((m.layer(x) * normalized(m, x)).sum(1))
+
+
+def rows_for_samples(m: nn.Module, x: Tensor) -> Tensor:
+    """As many rows that all samples share as there are samples, of which one has a gradient, and of the first sample."""
+    h = normalized(m, x)
+    return m.head((h @ m.layer(m.table[: len(x)]).mT).mean(1) @ m.table[: len(x)])
+
+
+PROGRAMS = {f.__name__: f for f in (stacked_copies, biased_attention, as_many_places_as_samples, rows_for_samples)}
+
+
+def model_of(forward: Callable[[nn.Module, Tensor], Tensor]) -> nn.Module:
+    own = {"norm": nn.GroupNorm(2, WIDTH), "layer": nn.Linear(WIDTH, WIDTH), "head": nn.Linear(WIDTH, CLASSES)}
+    model = Forward(forward, **own, bias=nn.Embedding(2 * PLACES, 1))
+    model.table = nn.Parameter(torch.randn(WIDTH, WIDTH))
+    return model.double()
+
+
+def padding_but_for_one_token(n: int, places: int) -> tuple[Tensor, Tensor]:
+    x = torch.zeros(n, places, WIDTH, dtype=torch.float64)
+    x[0, 0] = torch.randn(WIDTH)
+    return x, torch.arange(n) % CLASSES
+
+
+def by_plain_autograd(model: nn.Module, losses: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """The sum of squared norms of each loss' gradient over their number, and its gradient."""
+    parameters = list(model.parameters())
+    norms = [
+        sum(
+            g.square().sum()
+            for g in torch.autograd.grad(one, parameters, create_graph=True, allow_unused=True)
+            if g is not None
+        )
+        for one in losses
+    ]
+    value = sum(norms) / len(losses)
+    return value, gradients(model, value)
+
+
+def gradients(model: nn.Module, value: Tensor) -> list[Tensor]:
+    found = torch.autograd.grad(value, list(model.parameters()), allow_unused=True)
+    return [torch.zeros_like(p) if g is None else g for p, g in zip(model.parameters(), found, strict=True)]
+
+
+@pytest.mark.parametrize("n", [2, 3, 4])
+@pytest.mark.parametrize("name", PROGRAMS)
+@pytest.mark.filterwarnings("ignore::torch_secorder.errors.SlowFallbackWarning")
+def test_trap_24_the_derivative_where_samples_have_no_gradient(name: str, n: int) -> None:
+    model = model_of(PROGRAMS[name])
+    x, y = padding_but_for_one_token(n, n if name == "as_many_places_as_samples" else PLACES)
+    losses = nn.CrossEntropyLoss(reduction="none")
+    expected, slopes = by_plain_autograd(model, losses(model(x), y))
+    value = empirical_fisher_trace(model, nn.CrossEntropyLoss(), x, y, create_graph=True)
+    assert_equal(value, expected, expected)
+    assert_slopes(gradients(model, value), slopes)
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+@pytest.mark.filterwarnings("ignore::torch_secorder.errors.SlowFallbackWarning")
+def test_trap_24_the_derivative_of_the_generalized_trace(name: str) -> None:
+    model = model_of(PROGRAMS[name])
+    x, _ = padding_but_for_one_token(3, 3 if name == "as_many_places_as_samples" else PLACES)
+    outputs = model(x)
+    per_class, slopes = by_plain_autograd(model, outputs.flatten())
+    expected = per_class * outputs[0].numel()
+    value = generalized_fisher_trace(model, model(x), None, "mse", create_graph=True)
+    assert_equal(value, expected, expected)
+    assert_slopes(gradients(model, value), [outputs[0].numel() * slope for slope in slopes])
+
+
+def assert_slopes(found: list[Tensor], expected: list[Tensor]) -> None:
+    size = max(float(slope.abs().max()) for slope in expected)
+    assert size > 0
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11 * size)
+
+
+class RowInFront(torch.autograd.Function):
+    """A product with one row in front, by which calls of its node show nothing of samples."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, copies: Tensor, rows: Tensor) -> Tensor:
+        ctx.save_for_backward(copies, rows)
+        return torch.einsum("lbtd,sd->slbt", copies, rows)[None]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        copies, rows = ctx.saved_tensors
+        return torch.einsum("slbt,sd->lbtd", grad[0], rows), torch.einsum("slbt,lbtd->sd", grad[0], copies)
+
+
+def hidden_copies(m: nn.Module, x: Tensor) -> Tensor:
+    h = normalized(m, x)
+    found = RowInFront.apply(torch.stack([h, h.tanh()]), m.layer(m.table))[0]
+    return m.head(found.sum(1).permute(1, 2, 0).mean(1))
+
+
+@pytest.mark.filterwarnings("ignore::torch_secorder.errors.SlowFallbackWarning")
+def test_trap_24_what_nothing_but_numbers_shows_is_refused() -> None:
+    model, loss_fn = model_of(hidden_copies), nn.CrossEntropyLoss()
+    x, y = padding_but_for_one_token(3, PLACES)
+    with pytest.raises(UnsupportedError, match=r"layer.bias, table: some samples have no gradient.*leave out create_graph"):
+        empirical_fisher_trace(model, loss_fn, x, y, create_graph=True)
+    losses = nn.CrossEntropyLoss(reduction="none")
+    expected, _ = by_plain_autograd(model, losses(model(x), y))
+    assert_equal(empirical_fisher_trace(model, loss_fn, x, y), expected, expected)
+    # Without the samples that are nothing but padding.
+    expected, slopes = by_plain_autograd(model, losses(model(x[:1]), y[:1]))
+    value = empirical_fisher_trace(model, loss_fn, x[:1], y[:1], create_graph=True)
+    assert_equal(value, expected, expected)
+    assert_slopes(gradients(model, value), slopes)
