@@ -141,7 +141,9 @@ def hidden_copies(m: nn.Module, x: Tensor) -> Tensor:
 def test_trap_24_what_nothing_but_numbers_shows_is_refused() -> None:
     model, loss_fn = model_of(hidden_copies), nn.CrossEntropyLoss()
     x, y = padding_but_for_one_token(3, PLACES)
-    with pytest.raises(UnsupportedError, match=r"layer.bias, table: some samples have no gradient.*leave out create_graph"):
+    with pytest.raises(
+        UnsupportedError, match=r"layer.bias, table: some samples have no gradient.*leave out create_graph"
+    ):
         empirical_fisher_trace(model, loss_fn, x, y, create_graph=True)
     losses = nn.CrossEntropyLoss(reduction="none")
     expected, _ = by_plain_autograd(model, losses(model(x), y))

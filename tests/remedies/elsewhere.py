@@ -32,7 +32,7 @@ TRIED = {
     "which was computed from parameters that are not analyzed": "traps/test_shared_outputs.py"
     "::test_trap_31_outputs_that_all_samples_share_and_no_analyzed_parameter_leads_to",
     "whether data takes part in it or all samples share it": "traps/test_shared_outputs.py"
-    "::test_trap_31_an_output_behind_a_closed_gate_is_refused_if_nothing_shows_its_samples",
+    "::test_trap_31_an_output_behind_a_gate_by_which_data_comes_in",
     "on what other layers computed from parameters alone": "test_gates.py"
     "::test_gates_on_a_layer_that_no_sample_passes_are_refused_with_the_remedy",
     "frozen, in a layer that has no batch axis": "traps/test_batch_free.py::test_trap_04_frozen_layers_in_the_chain_are_refused",

@@ -128,7 +128,7 @@ class Audit:
             uses = self._outside_calls(roots, walk, shared, search, forward, asked)
         if n > 1 and (known is None or search.looked):
             self._places.learn(graph, search, known)
-        return uses._replace(search=search) if walk.other_leaves and n > 1 else uses
+        return uses._replace(search=search)
 
     def _outside_calls(
         self,

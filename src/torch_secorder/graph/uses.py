@@ -190,7 +190,7 @@ class Uses(NamedTuple):
     Attributes:
         placed: those whose samples are known.
         idle: those where no gradient is expected.
-        search: finds samples in this graph, if it also ends in leaves that are not analyzed, of which no use is looked for.
+        search: finds samples in this graph.
     """
 
     placed: Sequence[tuple[ParameterUse, Node]] = ()

@@ -76,6 +76,7 @@ class Recorder(HookScope):
         only_library_calls: bool = False,
     ):
         self.table, self.plan, self.options, self._knowledge = table, plan, options, knowledge
+        self._watches_outputs = any(site.rule is None for site in plan.sites)
         self._described = partial(described, table)
         self.lifecycle = PassLifecycle(table, knowledge, options, of_user=self.of_user)
         self._audit = Audit(table, knowledge, locate_on_three_samples, trust)
@@ -148,10 +149,9 @@ class Recorder(HookScope):
                 found = self._audit.uses(forward, outputs)
             for edge in self._audit.comparing:
                 edge.node.register_prehook(partial(self._on_comparing_output, edge.output_nr))
-            if found.placed:
+            if self._watches_outputs:
                 find_shared_outputs(found, self._audit.leaves, forward)
-            if found.search is not None:
-                require_samples_of_outputs(found.search, forward)
+                require_samples_of_outputs(found, self._audit.other_leaves, forward)
         except Exception as error:
             raise refusal_of(error, "looking for the samples in the graph of the model's outputs")  # noqa: B904  # it names its cause
         return found

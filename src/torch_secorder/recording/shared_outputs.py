@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Collection, Container, Iterator, Mapping
 
 from torch.autograd.graph import Node
 
-from torch_secorder.batch_axis.evidence import Unplaced
+from torch_secorder.batch_axis.evidence import SILENT, Evidence, Unplaced
+from torch_secorder.batch_axis.placement import Placement
 from torch_secorder.batch_axis.search import SampleSearch
 from torch_secorder.capture.model_run import Forward
 from torch_secorder.capture.records import Record
@@ -39,11 +40,12 @@ def find_shared_outputs(uses: Uses, leaves: Mapping[Node, int], forward: Forward
     silent = _without_gradient(uses, leaves, forward)
     # A use without a gradient has said nothing of its data, by which it may be where the samples come in.
     idle = {node for _, node in uses.idle}
+    evidence = _evidence_of_outputs(uses.search, forward) if idle and uses.search is not None else {}
     found: dict[BatchFreeValue, list[tuple[Record, int]]] = {}
     for use, consumer in uses.placed:
         for _, value in use.values:
             if value not in found:
-                found[value] = _add_outputs(value, watched, silent, idle)
+                found[value] = _add_outputs(value, watched, silent, idle, evidence)
             for record, nr in found[value]:
                 # The gradient is pulled back through the first output of a node only.
                 if nr or use.unreadable_because(consumer):
@@ -54,21 +56,32 @@ def find_shared_outputs(uses: Uses, leaves: Mapping[Node, int], forward: Forward
 
 
 def _add_outputs(
-    value: BatchFreeValue, watched: dict[Node, list[tuple[Record, int]]], silent: set[Node], idle: set[Node]
+    value: BatchFreeValue,
+    watched: dict[Node, list[tuple[Record, int]]],
+    silent: set[Node],
+    idle: set[Node],
+    evidence: Mapping[Record, Evidence | None],
 ) -> list[tuple[Record, int]]:
     """Add the watched outputs behind a value to its targets; returns them, each with which output of its node it is."""
+    added: list[tuple[Record, int]] = []
     made, starts = value.targets[0][1].value, {vjp.start for _, vjp in value.targets}
     closed = value.targets[0][1].closed - starts  # An output may be that of a call which is a target itself.
     free = [one for one in _behind(made[0], watched, closed) if _is_free(one[2], starts | silent, closed)]
-    for record, _, node in free:
+    for record, nr, node in free:
         if not _is_free(node, starts | silent, closed | idle):
-            raise UnsupportedError(
-                f"{record.site}: no gradient reaches a parameter that its output was computed with (behind a closed gate, say), "
-                "and nothing shows whether data takes part in it or all samples share it: leave out activations=True there"
-            )
+            shown = evidence.get(record)
+            if isinstance(shown, Placement) or shown in SILENT:
+                continue
+            if shown is not Unplaced.SHARED_BY_SAMPLES:
+                raise UnsupportedError(
+                    f"{record.site}: no gradient reaches a parameter that its output was computed with (behind a closed gate, "
+                    "say), and nothing shows whether data takes part in it or all samples share it: leave out activations=True "
+                    "there"
+                )
         value.add_target(record, batch_free_vjp(made, node, tuple(record.shape), closed))
         record.placement = None
-    return [(record, nr) for record, nr, _ in free]
+        added.append((record, nr))
+    return added
 
 
 def _without_gradient(uses: Uses, leaves: Mapping[Node, int], forward: Forward) -> set[Node]:
@@ -78,30 +91,43 @@ def _without_gradient(uses: Uses, leaves: Mapping[Node, int], forward: Forward) 
     return calls.union(node for node, position in leaves.items() if position in idle)
 
 
-def require_samples_of_outputs(search: SampleSearch, forward: Forward) -> None:
-    """Raise if all samples share a watched output that was computed from leaves which are not analyzed.
+def require_samples_of_outputs(uses: Uses, other_leaves: Collection[Node], forward: Forward) -> None:
+    """Raise if all samples share a watched output that no gradient of an analyzed parameter leads to.
 
     Args:
-        search: finds the samples in the forward's graph.
+        uses: the uses of parameters in a graph.
+        other_leaves: the nodes of it that accumulate gradients of other tensors than the analyzed parameters.
         forward: the run of the model, in which outputs that all samples share and that analyzed parameters lead to are found.
 
     Raises:
         UnsupportedError: naming the module.
     """
-    watched = [(record, edge) for record, edge in forward.records if record.site.rule is None and record.placement]
+    is_led_to = not (other_leaves or uses.idle or any(record.idle is not None for record, _ in forward.records))
+    if is_led_to or forward.n == 1 or uses.search is None:
+        return
+    for record, shown in _evidence_of_outputs(uses.search, forward).items():
+        if record.placement and shown is Unplaced.SHARED_BY_SAMPLES:
+            raise UnsupportedError(
+                f"{record.site}: all samples share its output, which was computed from parameters that are not analyzed or get "
+                "no gradient, as behind a closed gate, so that nothing brings the gradient of each sample: analyze all of them "
+                '(parameters="trainable") and let the gate begin at a small number, or leave out activations=True'
+            )
+
+
+def _evidence_of_outputs(search: SampleSearch, forward: Forward) -> dict[Record, Evidence | None]:
+    """Where watched outputs have their samples; None where the numbers of this batch fit several readings."""
+    watched = [(record, edge) for record, edge in forward.records if record.site.rule is None]
     wanted = [
         (("output", record.site.name, len(record.shape), number), edge, record.shape)
         for number, (record, edge) in enumerate(watched)
     ]
     if wanted:
         search(wanted)
-    for (record, _), (key, _, _) in zip(watched, wanted, strict=True):
-        if search.placements.evidence[key] is Unplaced.SHARED_BY_SAMPLES:
-            raise UnsupportedError(
-                f"{record.site}: all samples share its output, which was computed from parameters that are not analyzed, so that "
-                'nothing brings the gradient of each sample: analyze all of them (parameters="trainable"), or leave out '
-                "activations=True"
-            )
+    known = search.placements
+    return {
+        record: known.evidence[key] if known.is_proven(key) else None
+        for (record, _), (key, _, _) in zip(watched, wanted, strict=True)
+    }
 
 
 def _is_free(output: Node, starts: set[Node], closed: Container[Node]) -> bool:
