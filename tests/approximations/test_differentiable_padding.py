@@ -87,7 +87,7 @@ def gradients(model: nn.Module, value: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize("n", [2, 3, 4])
 @pytest.mark.parametrize("name", PROGRAMS)
 @pytest.mark.filterwarnings("ignore::torch_secorder.errors.SlowFallbackWarning")
-def test_trap_24_the_derivative_where_samples_have_no_gradient(name: str, n: int) -> None:
+def test_trap_22_the_derivative_where_samples_have_no_gradient(name: str, n: int) -> None:
     model = model_of(PROGRAMS[name])
     x, y = padding_but_for_one_token(n, n if name == "as_many_places_as_samples" else PLACES)
     losses = nn.CrossEntropyLoss(reduction="none")
@@ -99,7 +99,7 @@ def test_trap_24_the_derivative_where_samples_have_no_gradient(name: str, n: int
 
 @pytest.mark.parametrize("name", PROGRAMS)
 @pytest.mark.filterwarnings("ignore::torch_secorder.errors.SlowFallbackWarning")
-def test_trap_24_the_derivative_of_the_generalized_trace(name: str) -> None:
+def test_trap_22_the_derivative_of_the_generalized_trace(name: str) -> None:
     model = model_of(PROGRAMS[name])
     x, _ = padding_but_for_one_token(3, 3 if name == "as_many_places_as_samples" else PLACES)
     outputs = model(x)
@@ -138,7 +138,7 @@ def hidden_copies(m: nn.Module, x: Tensor) -> Tensor:
 
 
 @pytest.mark.filterwarnings("ignore::torch_secorder.errors.SlowFallbackWarning")
-def test_trap_24_what_nothing_but_numbers_shows_is_refused() -> None:
+def test_trap_22_what_nothing_but_numbers_shows_is_refused() -> None:
     model, loss_fn = model_of(hidden_copies), nn.CrossEntropyLoss()
     x, y = padding_but_for_one_token(3, PLACES)
     with pytest.raises(

@@ -28,7 +28,7 @@ TRIED = {
     "of which one has a zero gradient now": "approximations/test_differentiable.py"
     "::test_a_use_behind_a_gate_that_is_zero_is_refused_if_the_trace_is_differentiated",
     "and nothing shows which rows are theirs": "approximations/test_differentiable_padding.py"
-    "::test_trap_24_what_nothing_but_numbers_shows_is_refused",
+    "::test_trap_22_what_nothing_but_numbers_shows_is_refused",
     "which was computed from parameters that are not analyzed": "traps/test_shared_outputs.py"
     "::test_trap_31_outputs_that_all_samples_share_and_no_analyzed_parameter_leads_to",
     "whether data takes part in it or all samples share it": "traps/test_shared_outputs.py"

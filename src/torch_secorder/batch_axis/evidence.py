@@ -101,7 +101,7 @@ def _placed(reading: Reading, n: int) -> Finding | None:
         return Finding(fitting[0], proven, tuple(fitting[1:]))
     if 0 not in first.axes:
         return None
-    return _listed(reading, n) or (Finding(fitting[0], proven, tuple(fitting[1:])) if fitting else None)
+    return _listed(reading) or (Finding(fitting[0], proven, tuple(fitting[1:])) if fitting else None)
 
 
 def is_of_features(placement: Placement, shape: Sequence[int]) -> bool:
@@ -113,19 +113,15 @@ def is_of_features(placement: Placement, shape: Sequence[int]) -> bool:
     return 0 < placement.axis == len(shape) - 1
 
 
-def _listed(reading: Reading, n: int) -> Finding | None:
-    """Samples row by row, in any order, if that explains what came back.
-
-    Where a sample has no row, all samples may share the tensor, and this one's gradient is zero, as that of padding is.
-    """
+def _listed(reading: Reading) -> Finding | None:
+    """Samples row by row, in any order, if that explains what came back."""
     listed = reading.listed()
     if listed.sample_index is None or not reading.fits(listed):
         return None
     # A row without a gradient may be any sample's.
     size = reading.sizes(0)
-    proven = bool((size > SPEAKS * size.max()).all()) and len(listed.sample_index.unique()) == n
     there = replace(listed, sample_index=listed.sample_index.to(reading.first.device))
-    return Finding(there, proven)
+    return Finding(there, proven=bool((size > SPEAKS * size.max()).all()))
 
 
 def _left_open_by_rounding(reading: MarkedReading, n: int) -> Open | None:

@@ -179,7 +179,7 @@ class SampleSearch:
         if self._excluding is not None:
             found = self._excluding().without_contradicted(viewed, found)
         derive = self._instead_of_numbers
-        self._note(keys, places, found if derive is None else with_proven(keys, viewed, found, derive))
+        self._note(keys, places, found if derive is None else with_proven(keys, viewed, found, self._n, derive))
 
     def _still_silent(
         self, passes: SearchPasses, viewed: Sequence[Viewed], keys: Sequence[Key]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch_secorder.batch_axis.derivation import Derivation
 from torch_secorder.batch_axis.evidence import SILENT, Finding
 from torch_secorder.batch_axis.knowledge import Key
+from torch_secorder.batch_axis.placement import Placement
 from torch_secorder.batch_axis.search_pass import Viewed
 from torch_secorder.errors import UnsupportedError
 
@@ -33,7 +34,7 @@ BY_SEARCH = Trust()
 
 
 def with_proven(
-    keys: Sequence[Key], viewed: Sequence[Viewed], found: Sequence[Finding], derive: Callable[[], Derivation]
+    keys: Sequence[Key], viewed: Sequence[Viewed], found: Sequence[Finding], n: int, derive: Callable[[], Derivation]
 ) -> list[Finding | None]:
     """What passes found at some places, and what labels say instead where that is not proven.
 
@@ -43,21 +44,32 @@ def with_proven(
         keys: those of the first places, which are asked about. What is not proven of the others is left open, as None.
         viewed: the places.
         found: what passes found there.
+        n: how many samples there are.
         derive: makes what tells the labels.
 
     Raises:
         UnsupportedError: if labels say nothing of a place that is asked about.
     """
-    if all(one.proven for one in found):
+    proves = [_proves(one, n) for one in found]
+    if all(proves):
         return list(found)
     told: Sequence[Finding | None] = derive().findings(viewed) or [None] * len(found)
     labels = [None if one is None or one.evidence in SILENT else one for one in told]
-    proven = [one if one.proven else by_labels for one, by_labels in zip(found, labels, strict=True)]
+    proven = [one if sure else by_labels for one, by_labels, sure in zip(found, labels, proves, strict=True)]
     # A place is told by a module's name, or by that of a parameter and the way from it.
     open_at = [str(key[1]).split("/")[0] for key, one in zip(keys, proven, strict=False) if one is None]
     if open_at:
         raise _not_proven(open_at)
     return proven
+
+
+def _proves(found: Finding, n: int) -> bool:
+    """Whether no other batch can show another placement than what was found.
+
+    Where a sample has no row, all samples may share the tensor, and this one's gradient is zero, as that of padding is.
+    """
+    listed = found.evidence.sample_index if isinstance(found.evidence, Placement) else None
+    return found.proven and (listed is None or len(listed.unique()) == n)
 
 
 def _not_proven(names: Sequence[str]) -> UnsupportedError:
