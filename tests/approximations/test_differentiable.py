@@ -20,7 +20,7 @@ from oracles import assert_equal, double, exact_fisher, per_sample_squared_norms
 from problems._base import Forward, randomized
 from problems.sharing import TiedHead
 from torch_secorder import empirical_fisher_trace, generalized_fisher_trace
-from torch_secorder.errors import CurvatureError, UnsupportedError
+from torch_secorder.errors import CurvatureError
 
 STEP = 1e-4  # of a central difference of fourth order: its own error is about 1e-16 / STEP + STEP^4
 CLASSES = 3
@@ -326,41 +326,6 @@ def test_nothing_is_left_behind_by_many_steps(function: Callable[..., Tensor]) -
             optimizer.step()
             left.append(watch.alive())
     assert left == [0] * 4
-
-
-def tied_behind_a_gate(gate: float) -> nn.Module:
-    """A layer that is used plainly, and once more behind a gate."""
-
-    def forward(m: nn.Module, x: Tensor) -> Tensor:
-        h = x + m.gate * m.layer(x)
-        return m.head((h + m.layer(h.tanh())).tanh())
-
-    model = Forward(forward, layer=nn.Linear(4, 4), head=nn.Linear(4, CLASSES))
-    model.gate = nn.Parameter(torch.full((4,), gate))
-    return model.double()
-
-
-@pytest.mark.filterwarnings("ignore::torch_secorder.errors.SlowFallbackWarning")
-def test_a_use_behind_a_gate_that_is_zero_is_refused_if_the_trace_is_differentiated() -> None:
-    """The uses' gradients are added up before they are squared, so that the derivative of a zero one counts.
-
-    Four samples are as many as features, so that shapes don't show where they are.
-    """
-    x, y = torch.randn(4, 4, dtype=torch.float64), torch.randint(CLASSES, (4,))
-    closed, loss_fn = tied_behind_a_gate(0.0), nn.CrossEntropyLoss()
-    expected = total(trace(per_sample_squared_norms(closed, loss_fn, x, y)))
-    assert_equal(empirical_fisher_trace(closed, loss_fn, x, y), expected, expected)
-    with pytest.raises(UnsupportedError, match=r"layer.weight.*of which one has a zero gradient.*small number"):
-        empirical_fisher_trace(closed, loss_fn, x, y, create_graph=True)
-    # Through a graph that is there already, samples are differentiated one by one there.
-    value = generalized_fisher_trace(closed, closed(x), None, create_graph=True)
-    assert_gradient(closed, value, lambda: total(trace(exact_fisher(closed, x, None, "nll"))))
-    opened = tied_behind_a_gate(1e-3)
-
-    def oracle() -> Tensor:
-        return total(trace(per_sample_squared_norms(opened, loss_fn, x, y)))
-
-    assert_gradient(opened, empirical_fisher_trace(opened, loss_fn, x, y, create_graph=True), oracle)
 
 
 @pytest.mark.parametrize("reentrant", [False, True], ids=["usual", "reentrant"])

@@ -25,9 +25,9 @@ TRIED = {
     "has its samples on axis 0 of its output": (
         "traps/test_what_counts_samples.py::test_trap_19_as_many_steps_in_front_of_the_outputs_as_samples"
     ),
-    "of which one has a zero gradient now": "approximations/test_differentiable.py"
-    "::test_a_use_behind_a_gate_that_is_zero_is_refused_if_the_trace_is_differentiated",
-    "and nothing shows which rows are theirs": "approximations/test_differentiable_padding.py"
+    "of which one has a zero gradient now": "approximations/test_differentiable_zeros.py"
+    "::test_trap_22_a_use_behind_a_gate_of_which_nothing_tells_is_refused",
+    "and nothing shows which rows are theirs": "approximations/test_differentiable_zeros.py"
     "::test_trap_22_what_nothing_but_numbers_shows_is_refused",
     "which was computed from parameters that are not analyzed": "traps/test_shared_outputs.py"
     "::test_trap_31_outputs_that_all_samples_share_and_no_analyzed_parameter_leads_to",

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch_secorder.batch_axis.derivation import Derivation
-from torch_secorder.batch_axis.evidence import SILENT, Finding
+from torch_secorder.batch_axis.evidence import SILENT, Finding, Unplaced
 from torch_secorder.batch_axis.knowledge import Key
 from torch_secorder.batch_axis.placement import Placement
 from torch_secorder.batch_axis.search_pass import Viewed
@@ -54,7 +54,9 @@ def with_proven(
     if all(proves):
         return list(found)
     told: Sequence[Finding | None] = derive().findings(viewed) or [None] * len(found)
-    labels = [None if one is None or one.evidence in SILENT else one for one in told]
+    # That no gradient comes is known, even if labels say nothing of whose it would be.
+    silent = [one if one.evidence is Unplaced.NO_GRADIENT else None for one in found]
+    labels = [none if one is None or one.evidence in SILENT else one for one, none in zip(told, silent, strict=True)]
     proven = [one if sure else by_labels for one, by_labels, sure in zip(found, labels, proves, strict=True)]
     # A place is told by a module's name, or by that of a parameter and the way from it.
     open_at = [str(key[1]).split("/")[0] for key, one in zip(keys, proven, strict=False) if one is None]
@@ -68,6 +70,8 @@ def _proves(found: Finding, n: int) -> bool:
 
     Where a sample has no row, all samples may share the tensor, and this one's gradient is zero, as that of padding is.
     """
+    if found.evidence is Unplaced.NO_GRADIENT:
+        return False
     listed = found.evidence.sample_index if isinstance(found.evidence, Placement) else None
     return found.proven and (listed is None or len(listed.unique()) == n)
 

@@ -277,7 +277,8 @@ class PassAccumulator:
         for key in list(self.waiting):  # Nothing told that no more would come, as in a pass for other gradients.
             self.add_waiting_value(key)
         for batch in self._batches.values():
-            if lost := batch.silent.intersection((*batch.settled, *batch.held)):
+            used = {*batch.settled, *batch.held}.union(*(record.site.positions for record in batch.shared))
+            if lost := batch.silent & used:
                 raise silent_use([self._table.names[position] for position in sorted(lost)])
             if batch.shared or batch.held:
                 self._norms.settle_waiting(batch)

@@ -1,4 +1,4 @@
-"""The derivative of a trace where samples have no gradient, as those of padding: it need not be zero, though the trace is."""
+"""The derivative of a trace where a gradient is zero, of padding or behind a closed gate: it need not be zero, too."""
 
 from __future__ import annotations
 
@@ -153,3 +153,124 @@ def test_trap_22_what_nothing_but_numbers_shows_is_refused() -> None:
     value = empirical_fisher_trace(model, loss_fn, x[:1], y[:1], create_graph=True)
     assert_equal(value, expected, expected)
     assert_slopes(gradients(model, value), slopes)
+
+
+def tied(m: nn.Module, x: Tensor) -> Tensor:
+    """A layer is used plainly, and once more behind the gate."""
+    h = x + m.gate * m.layer(x)
+    return m.head((h + m.layer(h.tanh())).tanh())
+
+
+def on_constants_and_data(m: nn.Module, x: Tensor) -> Tensor:
+    return m.head(x * m.layer(m.constants).mean(0) + m.gate * m.layer(x))
+
+
+def on_constants_twice(m: nn.Module, x: Tensor) -> Tensor:
+    return m.head(x * m.layer(m.constants[:1]) + m.gate * x * m.layer(m.constants).mean(0))
+
+
+def on_parameters_and_constants(m: nn.Module, x: Tensor) -> Tensor:
+    return m.head(x * m.layer(m.table[:1]) + m.gate * x * m.layer(m.constants[:1]))
+
+
+def product_of_a_parameter(m: nn.Module, x: Tensor) -> Tensor:
+    return m.head((m.constants[:1] @ m.table) * x + m.gate * (x @ m.table))
+
+
+def adapter(m: nn.Module, x: Tensor) -> Tensor:
+    """An adapter whose last weight begins at zero, behind a layer that is used elsewhere, too."""
+    return m.head(x * m.layer(m.constants[:1]) + m.gate * m.adapter(m.layer(x)))
+
+
+def attention_to_constants(m: nn.Module, x: Tensor) -> Tensor:
+    return m.head((x @ m.layer(m.constants).mT).softmax(-1) @ m.constants + m.gate * m.layer(x))
+
+
+def first_of_several_steps(m: nn.Module, x: Tensor) -> Tensor:
+    """The state of a recurrence is zero at its first step, in any batch."""
+    h = torch.zeros_like(x)
+    for _ in range(3):
+        h = h * m.table[0] + m.layer(x)
+    return m.head(h + m.gate)
+
+
+GATED = {
+    f.__name__: f
+    for f in (
+        tied,
+        on_constants_and_data,
+        on_constants_twice,
+        on_parameters_and_constants,
+        product_of_a_parameter,
+        adapter,
+        attention_to_constants,
+        first_of_several_steps,
+    )
+}
+
+
+def gated(forward: Callable[[nn.Module, Tensor], Tensor], gate: float) -> nn.Module:
+    own = {name: nn.Linear(WIDTH, size) for name, size in (("layer", WIDTH), ("head", CLASSES), ("adapter", WIDTH))}
+    model = Forward(forward, **own)
+    nn.init.zeros_(model.adapter.weight)
+    model.gate, model.table = nn.Parameter(torch.tensor(gate)), nn.Parameter(torch.randn(WIDTH, WIDTH))
+    model.register_buffer("constants", torch.randn(5, WIDTH))
+    return model.double()
+
+
+@pytest.mark.parametrize("gate", [0.0, 0.5])
+@pytest.mark.parametrize("n", [3, WIDTH, 5])
+@pytest.mark.parametrize("name", GATED)
+@pytest.mark.filterwarnings("ignore::torch_secorder.errors.SlowFallbackWarning")
+def test_trap_22_the_derivative_behind_a_gate(name: str, n: int, gate: float) -> None:
+    """The uses' gradients are added up before they are squared, so that the derivative of a zero one counts."""
+    model = gated(GATED[name], gate)
+    x, y, losses = (
+        torch.randn(n, WIDTH, dtype=torch.float64),
+        torch.arange(n) % CLASSES,
+        nn.CrossEntropyLoss(reduction="none"),
+    )
+    expected, slopes = by_plain_autograd(model, losses(model(x), y))
+    value = empirical_fisher_trace(model, nn.CrossEntropyLoss(), x, y, create_graph=True)
+    assert_equal(value, expected, expected)
+    assert_slopes(gradients(model, value), slopes)
+    expected, slopes = by_plain_autograd(model, model(x).flatten())
+    value = generalized_fisher_trace(model, model(x), None, "mse", create_graph=True)
+    assert_equal(value, CLASSES * expected, CLASSES * expected)
+    assert_slopes(gradients(model, value), [CLASSES * slope for slope in slopes])
+
+
+class LayerInFront(torch.autograd.Function):
+    """A sum with one row in front, by which calls of its node show nothing of samples."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor) -> Tensor:
+        return x[None].clone()
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> Tensor:
+        return grad[0]
+
+
+def hidden_behind_a_gate(m: nn.Module, x: Tensor) -> Tensor:
+    return m.head((x + m.gate * LayerInFront.apply(m.layer(x))[0] + m.layer(x.tanh())).tanh())
+
+
+@pytest.mark.filterwarnings("ignore::torch_secorder.errors.SlowFallbackWarning")
+def test_trap_22_a_use_behind_a_gate_of_which_nothing_tells_is_refused() -> None:
+    """Four samples are as many as features, so that shapes don't show where they are."""
+    x, y, losses = (
+        torch.randn(WIDTH, WIDTH, dtype=torch.float64),
+        torch.arange(WIDTH) % CLASSES,
+        nn.CrossEntropyLoss(reduction="none"),
+    )
+    closed, loss_fn = gated(hidden_behind_a_gate, 0.0), nn.CrossEntropyLoss()
+    expected, _ = by_plain_autograd(closed, losses(closed(x), y))
+    assert_equal(empirical_fisher_trace(closed, loss_fn, x, y), expected, expected)
+    with pytest.raises(UnsupportedError, match=r"layer.weight.*of which one has a zero gradient.*small number"):
+        empirical_fisher_trace(closed, loss_fn, x, y, create_graph=True)
+    opened = gated(hidden_behind_a_gate, 1e-3)
+    expected, slopes = by_plain_autograd(opened, losses(opened(x), y))
+    value = empirical_fisher_trace(opened, loss_fn, x, y, create_graph=True)
+    assert_equal(value, expected, expected)
+    assert_slopes(gradients(opened, value), slopes)
