@@ -3,7 +3,6 @@
 ``SEED=3 pytest`` starts from another one: a test that passes for one seed only has found what it looks for by luck.
 """
 
-import gc
 import os
 from collections import defaultdict
 from collections.abc import Iterator
@@ -11,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from garbage import keep_from_the_collector
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -52,14 +53,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_collection_finish() -> None:
     """The collector passes over what was imported, by which tests that call it take a tenth of the time."""
-    gc.collect()
-    gc.freeze()
+    keep_from_the_collector()
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """Two folders run by themselves: torch is told of the pretend device for good, and a GPU is seldom there."""
     apart = collection_path.name in ("pretend", "on_gpu")
     return True if apart and not any(collection_path.name in argument for argument in config.args) else None
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _kept_from_the_collector() -> Iterator[None]:
+    """What a file leaves behind, such as what it imported and remembers, is not gone through again in each later file."""
+    yield
+    keep_from_the_collector()
 
 
 @pytest.fixture(autouse=True)
