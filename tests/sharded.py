@@ -180,7 +180,7 @@ SETUPS = {
     "FSDP2": Setup(mlp, fully_sharded),
     "FSDP2, transformer": Setup(Transformer, fully_sharded, {"diagonal": True, "per_sample": True}),
     "FSDP2, GPT-2": Setup(Language, fully_sharded, steps=2),
-    "FSDP2, checkpointing": Setup(Transformer, partial(fully_sharded, checkpoints=True)),
+    "FSDP2, checkpointing": Setup(Transformer, partial(fully_sharded, checkpoints=True), steps=2),
     "FSDP2, bfloat16": Setup(Transformer, partial(fully_sharded, mp_policy=HALVES), dtype=torch.bfloat16, steps=2),
     "FSDP2, bfloat16, checkpointing": Setup(
         Transformer, partial(fully_sharded, mp_policy=HALVES, checkpoints=True), dtype=torch.bfloat16, steps=2

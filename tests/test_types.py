@@ -103,7 +103,7 @@ def test_mypy_finds_values_that_are_none_of_the_choices(tmp_path: Path, monkeypa
     )
     monkeypatch.setenv("MYPYPATH", str(Path(torch_secorder.__file__).parents[1]))
     options = [
-        "--no-incremental",
+        f"--cache-dir={Path(__file__).parents[1] / '.mypy_cache' / 'snippet'}",  # A later run reads again what changed.
         "--follow-imports=silent",
         f"--config-file={tmp_path / 'mypy.ini'}",
         "--ignore-missing-imports",
