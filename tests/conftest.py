@@ -4,6 +4,7 @@
 """
 
 import os
+import re
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,8 @@ import pytest
 import torch
 
 from garbage import keep_from_the_collector
+
+ALL_SLOW = re.compile(r"^pytestmark = (\[\s*)?pytest\.mark\.slow\b", re.MULTILINE)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -57,9 +60,16 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Two folders run by themselves: torch is told of the pretend device for good, and a GPU is seldom there."""
+    """Two folders run by themselves: torch is told of the pretend device for good, and a GPU is seldom there.
+
+    A file of slow tests alone is not imported where none of them would run, since what it imports often takes seconds.
+    """
     apart = collection_path.name in ("pretend", "on_gpu")
-    return True if apart and not any(collection_path.name in argument for argument in config.args) else None
+    if apart and not any(collection_path.name in argument for argument in config.args):
+        return True
+    if config.option.markexpr == "not slow" and collection_path.suffix == ".py":
+        return True if ALL_SLOW.search(collection_path.read_text(encoding="utf-8")) else None
+    return None
 
 
 @pytest.fixture(autouse=True, scope="module")

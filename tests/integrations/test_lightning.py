@@ -23,9 +23,10 @@ from torch_secorder.noise_scale import gradient_noise_scale
 lightning = pytest.importorskip("lightning.pytorch")
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::UserWarning:lightning", "ignore::DeprecationWarning", "ignore:.*LeafSpec"
-)
+pytestmark = [
+    pytest.mark.slow,  # Lightning takes five seconds to import.
+    pytest.mark.filterwarnings("ignore::UserWarning:lightning", "ignore::DeprecationWarning", "ignore:.*LeafSpec"),
+]
 
 
 class Classifier(lightning.LightningModule):  # type: ignore[misc, name-defined]
