@@ -153,7 +153,7 @@ def resident() -> int:
 
 # In the first, everything is remembered that will be. Python 3.10 makes a cache for each function when it runs for the 1,024th
 # time, and some run in two of three steps, or once in a block.
-STEPS = {"one block": 200, "a block for each step": 100, "fisher_report": 100}
+STEPS = {"one block": 220, "a block for each step": 100, "fisher_report": 100}
 WARM_UP = {what: 220 if what == "one block" else 120 for what in STEPS}
 if sys.version_info < (3, 11):
     WARM_UP = dict.fromkeys(STEPS, 1600)
