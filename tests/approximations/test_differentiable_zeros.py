@@ -186,6 +186,24 @@ def attention_to_constants(m: nn.Module, x: Tensor) -> Tensor:
     return m.head((x @ m.layer(m.constants).mT).softmax(-1) @ m.constants + m.gate * m.layer(x))
 
 
+def a_row_of_a_table_for_each_sample(m: nn.Module, x: Tensor) -> Tensor:
+    """As many rows as samples, of which each reads another, so that nothing but the gate tells that all share them."""
+    rows = m.layer(m.constants[: len(x)])
+    return m.head(x * rows.roll(1, 0)[torch.arange(len(x))] + m.gate * rows.mean(0))
+
+
+def a_row_of_a_computed_parameter(m: nn.Module, x: Tensor) -> Tensor:
+    rows = m.table.tanh()
+    which = torch.arange(len(x)).flip(0) % len(rows)
+    return m.head(x * rows[which] + m.gate * m.adapter(rows.mean(0)))
+
+
+def samples_mixed_behind_the_gate(m: nn.Module, x: Tensor) -> Tensor:
+    """The samples' own gradients are those of each one's loss in this batch."""
+    h = m.layer(x)
+    return m.head(h + m.gate * h.mean(0))
+
+
 def first_of_several_steps(m: nn.Module, x: Tensor) -> Tensor:
     """The state of a recurrence is zero at its first step, in any batch."""
     h = torch.zeros_like(x)
@@ -204,6 +222,8 @@ GATED = {
         product_of_a_parameter,
         adapter,
         attention_to_constants,
+        a_row_of_a_table_for_each_sample,
+        a_row_of_a_computed_parameter,
         first_of_several_steps,
     )
 }
@@ -238,6 +258,16 @@ def test_trap_22_the_derivative_behind_a_gate(name: str, n: int, gate: float) ->
     value = generalized_fisher_trace(model, model(x), None, "mse", create_graph=True)
     assert_equal(value, CLASSES * expected, CLASSES * expected)
     assert_slopes(gradients(model, value), [CLASSES * slope for slope in slopes])
+
+
+@pytest.mark.parametrize("gate", [0.0, 0.5])
+def test_trap_22_the_derivative_where_samples_are_mixed_behind_a_gate(gate: float) -> None:
+    model = gated(samples_mixed_behind_the_gate, gate)
+    x, y = torch.randn(5, WIDTH, dtype=torch.float64), torch.arange(5) % CLASSES
+    expected, slopes = by_plain_autograd(model, nn.CrossEntropyLoss(reduction="none")(model(x), y))
+    value = empirical_fisher_trace(model, nn.CrossEntropyLoss(), x, y, create_graph=True)
+    assert_equal(value, expected, expected)
+    assert_slopes(gradients(model, value), slopes)
 
 
 class LayerInFront(torch.autograd.Function):

@@ -13,7 +13,7 @@ from torch_secorder.batch_axis.evidence import Finding, Unplaced
 from torch_secorder.batch_axis.knowledge import Key, PlacementCache, Wanted
 from torch_secorder.batch_axis.search_pass import SearchPasses, Viewed
 from torch_secorder.batch_axis.silence import loud_samples
-from torch_secorder.batch_axis.trust import with_proven
+from torch_secorder.batch_axis.trust import by_labels_first
 from torch_secorder.model.ranks import Ranks
 
 
@@ -179,7 +179,7 @@ class SampleSearch:
         if self._excluding is not None:
             found = self._excluding().without_contradicted(viewed, found)
         derive = self._instead_of_numbers
-        self._note(keys, places, found if derive is None else with_proven(keys, viewed, found, self._n, derive))
+        self._note(keys, places, found if derive is None else by_labels_first(keys, viewed, found, self._n, derive))
 
     def _still_silent(
         self, passes: SearchPasses, viewed: Sequence[Viewed], keys: Sequence[Key]

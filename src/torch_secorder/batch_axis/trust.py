@@ -33,12 +33,14 @@ class Trust:
 BY_SEARCH = Trust()
 
 
-def with_proven(
+def by_labels_first(
     keys: Sequence[Key], viewed: Sequence[Viewed], found: Sequence[Finding], n: int, derive: Callable[[], Derivation]
 ) -> list[Finding | None]:
-    """What passes found at some places, and what labels say instead where that is not proven.
+    """What labels say of some places, and what passes found there where labels say nothing and it is proven.
 
-    An entry whose gradient is zero adds nothing to a trace, whoever it is counted for. Its derivative need not be zero.
+    An entry whose gradient is zero adds nothing to a trace, whoever it is counted for. Its derivative need not be zero: a table
+    of which each sample reads one row may be read as a whole behind a closed gate. What labels take for shared is right for
+    samples of their own, too, and costs more.
 
     Args:
         keys: those of the first places, which are asked about. What is not proven of the others is left open, as None.
@@ -48,16 +50,10 @@ def with_proven(
         derive: makes what tells the labels.
 
     Raises:
-        UnsupportedError: if labels say nothing of a place that is asked about.
+        UnsupportedError: if neither says anything of a place that is asked about.
     """
-    proves = [_proves(one, n) for one in found]
-    if all(proves):
-        return list(found)
     told: Sequence[Finding | None] = derive().findings(viewed) or [None] * len(found)
-    # That no gradient comes is known, even if labels say nothing of whose it would be.
-    silent = [one if one.evidence is Unplaced.NO_GRADIENT else None for one in found]
-    labels = [none if one is None or one.evidence in SILENT else one for one, none in zip(told, silent, strict=True)]
-    proven = [one if sure else by_labels for one, by_labels, sure in zip(found, labels, proves, strict=True)]
+    proven = [_proven(by_labels, one, n) for by_labels, one in zip(told, found, strict=True)]
     # A place is told by a module's name, or by that of a parameter and the way from it.
     open_at = [str(key[1]).split("/")[0] for key, one in zip(keys, proven, strict=False) if one is None]
     if open_at:
@@ -65,15 +61,17 @@ def with_proven(
     return proven
 
 
-def _proves(found: Finding, n: int) -> bool:
-    """Whether no other batch can show another placement than what was found.
+def _proven(by_labels: Finding | None, by_numbers: Finding, n: int) -> Finding | None:
+    """What no other batch can contradict.
 
     Where a sample has no row, all samples may share the tensor, and this one's gradient is zero, as that of padding is.
     """
-    if found.evidence is Unplaced.NO_GRADIENT:
-        return False
-    listed = found.evidence.sample_index if isinstance(found.evidence, Placement) else None
-    return found.proven and (listed is None or len(listed.unique()) == n)
+    if by_numbers.evidence is Unplaced.SHARED_BY_SAMPLES:
+        return by_numbers
+    if by_labels is not None and by_labels.evidence not in SILENT:
+        return by_labels
+    listed = by_numbers.evidence.sample_index if isinstance(by_numbers.evidence, Placement) else None
+    return by_numbers if by_numbers.proven and (listed is None or len(listed.unique()) == n) else None
 
 
 def _not_proven(names: Sequence[str]) -> UnsupportedError:

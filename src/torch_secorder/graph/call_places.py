@@ -116,7 +116,7 @@ class CallPlaces:
             passes = partial(passes, common_count=self._ranks.max_over_ranks)
             return SearchOnAllRanks(known, n, asked.ambiguous_shapes, passes, self._ranks)
         ahead = partial(nodes_ahead, walk, walk.calls, self._knowledge.searched(walk.fingerprint))
-        labels = None if self._trust.numbers else partial(graph.derivation, calls_functions=True)
+        labels = None if self._trust.numbers else partial(graph.derivation, known.comparing, calls_functions=True)
         search = partial(SampleSearch, known, n, asked.ambiguous_shapes, passes, instead_of_numbers=labels)
         search = partial(search, rehearsal=self._trust.rehearsal)
         if not asked.reorders_samples:
