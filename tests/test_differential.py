@@ -65,11 +65,11 @@ class Step:
     batch_axis: int = 0
     autocast: torch.dtype | None = None
     scale: float = 1.0
-    verify: bool = True
+    verify: bool = False
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        samples = (outputs - targets).square().movedim(self.batch_axis, 0).flatten(1).sum(1) / 2
-        return self.scale * (samples.mean() if self.reduction == "mean" else samples.sum())
+        total = (outputs - targets).square().sum() * (self.scale / 2)
+        return total / outputs.shape[self.batch_axis] if self.reduction == "mean" else total
 
     def context(self) -> AbstractContextManager[Any]:
         return torch.autocast("cpu", self.autocast) if self.autocast else nullcontext()
@@ -102,7 +102,7 @@ def under_autocast(name: str, half: torch.dtype, scale: float = 1.0) -> Step:
     """Targets are numbers of half precision, so that their difference from outputs is rounded once, in every driver's way."""
     step = plain(name, torch.float32)
     batches = tuple((inputs, targets.to(half).float()) for inputs, targets in step.batches)
-    return replace(step, batches=batches, autocast=half, reduction="sum", scale=scale, verify=False)
+    return replace(step, batches=batches, autocast=half, reduction="sum", scale=scale)
 
 
 # The drivers
@@ -194,7 +194,8 @@ def assert_close(found: Traces, right: Traces, rtol: float, what: str) -> None:
 
 @of_names(*EVERY)
 def test_plain(name: str) -> None:
-    assert_all_equal(plain(name), expected(name), refusals_of(name), drivers=BUT_THE_MONITOR)
+    step = replace(plain(name), verify=EVERY[name] in AWKWARD)
+    assert_all_equal(step, expected(name), refusals_of(name), drivers=BUT_THE_MONITOR)
 
 
 @of_names(*OTHERS)
@@ -203,7 +204,7 @@ def test_several_batches(name: str) -> None:
     ((inputs, targets),) = plain(name).batches
     parts = (slice(0, 1), slice(1, None)) if len(targets) > 1 else (slice(None),)
     batches = tuple((mapped(inputs, lambda x, part=part: x[part]), targets[part]) for part in parts)
-    step = replace(plain(name), batches=batches, verify=False)
+    step = replace(plain(name), batches=batches)
     refusals = refusals_of(name)
     if name == "awkward-checkpointed_reentrant":  # of 4 samples, as many as it has features
         refusals["monitor"] = r"leave open where its 4 samples are, and what shows it is hidden, by re-entrant"
@@ -245,7 +246,7 @@ REFUSED_IN_A_CHECKPOINT: dict[str, Refusals] = {
 @one_by_one
 @pytest.mark.parametrize("name", OTHERS)
 def test_checkpointed(name: str) -> None:
-    step = replace(plain(name), model=Checkpointed(plain(name).model), verify=False)
+    step = replace(plain(name), model=Checkpointed(plain(name).model))
     assert_all_equal(step, expected(name), refusals_of(name) | REFUSED_IN_A_CHECKPOINT.get(name, {}))
 
 
@@ -304,7 +305,7 @@ def test_samples_on_the_second_axis_are_found(name: str) -> None:
 def test_samples_on_the_second_axis_as_given(name: str) -> None:
     ((inputs, targets),) = plain(name).batches
     batches = ((mapped(inputs, lambda x: x.transpose(0, 1)), targets.transpose(0, 1)),)
-    step = replace(plain(name), batches=batches, batch_axis=1, verify=False)
+    step = replace(plain(name), batches=batches, batch_axis=1)
     assert_all_equal(step, expected(name), {}, drivers=("monitor", "report"))
 
 
