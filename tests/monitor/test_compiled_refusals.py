@@ -187,5 +187,7 @@ def test_a_compiler_that_is_loaded_inside_the_block() -> None:
 
     In the end the program is inside of a block, with the compiler imported, and ends quietly.
     """
-    done = subprocess.run([sys.executable, "-c", LATE], capture_output=True, text=True, check=False)
+    # The compiler of torch 2.15 says of Python 3.13.0 that a later one is faster.
+    quiet = ["-W", "ignore:Guards may run slower on Python"]
+    done = subprocess.run([sys.executable, *quiet, "-c", LATE], capture_output=True, text=True, check=False)
     assert (done.stdout.strip(), done.stderr, done.returncode) == ("8 1 2", "", 0)

@@ -473,9 +473,34 @@ def test_trap_31_an_output_with_a_closed_gate(inside: Callable[[Any, Tensor], Te
     x, y = torch.randint(7, (n, T)), torch.randint(7, (n, T))
     expected = one_by_one(model, x, y)["part"].mean()
     if frozen and n > 1 and inside in (of_constants, of_a_layer_on_constants):
-        remedy = "get no gradient, as behind a closed gate.*let the gate begin at a small number, or leave out"
+        remedy = "get no gradient through it, as behind a closed gate.*begin at small numbers, or leave out"
         with pytest.raises(UnsupportedError, match=remedy), FisherMonitor(model, activations=True):
             F.cross_entropy(model(x).mT, y).backward()
         part.gate.data.fill_(1e-3)
         expected = one_by_one(model, x, y)["part"].mean()
     assert_equal(torch.tensor(monitored(model, [(x, y)])["part"]), expected, expected)
+
+
+@pytest.mark.parametrize("rows", [[0, 1, 2], [2, 0, 1], [0, 1, 1]])
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+@pytest.mark.parametrize("read", [lambda table: table.mean(0), lambda table: table.tanh()[:1], lambda table: table])
+def test_trap_31_a_table_that_weights_of_zero_read(
+    read: Callable[[Tensor], Tensor], weight: float, rows: list[int]
+) -> None:
+    """Each sample reads a row of its own, and weights of zero, which take the table for all of them, bring it no gradient."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        table = m.rows(m.data)
+        return m.out(table[x] + m.all(read(table)).sum(0))
+
+    model = Forward(forward, rows=nn.Linear(4, 4), all=nn.Linear(4, 4), out=nn.Linear(4, 4)).double()
+    model.register_buffer("data", torch.randn(3, 4, dtype=torch.float64))
+    model.all.weight.data *= weight
+    x, y = torch.tensor(rows)[:, None], torch.randint(4, (3, 1))
+    if weight == 0 and len(set(rows)) == 3:
+        remedy = "weights of zero, so that nothing brings.*begin at small numbers, or leave out activations=True"
+        with pytest.raises(UnsupportedError, match=remedy), FisherMonitor(model, activations=True):
+            F.cross_entropy(model(x).mT, y).backward()
+        model.all.weight.data.fill_(1e-3)
+    expected = one_by_one(model, x, y)["all"].mean()
+    assert_equal(torch.tensor(monitored(model, [(x, y)])["all"]), expected, expected)

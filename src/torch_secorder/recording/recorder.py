@@ -151,7 +151,7 @@ class Recorder(HookScope):
                 edge.node.register_prehook(partial(self._on_comparing_output, edge.output_nr))
             if self._watches_outputs:
                 find_shared_outputs(found, self._audit.leaves, forward)
-                require_samples_of_outputs(found, self._audit.other_leaves, forward)
+                require_samples_of_outputs(found, forward)
         except Exception as error:
             raise refusal_of(error, "looking for the samples in the graph of the model's outputs")  # noqa: B904  # it names its cause
         return found

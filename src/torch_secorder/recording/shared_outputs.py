@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Container, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 
 from torch.autograd.graph import Node
 
@@ -91,26 +91,28 @@ def _without_gradient(uses: Uses, leaves: Mapping[Node, int], forward: Forward) 
     return calls.union(node for node, position in leaves.items() if position in idle)
 
 
-def require_samples_of_outputs(uses: Uses, other_leaves: Collection[Node], forward: Forward) -> None:
+def require_samples_of_outputs(uses: Uses, forward: Forward) -> None:
     """Raise if all samples share a watched output that no gradient of an analyzed parameter leads to.
+
+    Nothing leads to it where the parameters behind it are not analyzed, or where weights of zero hide that it is read from a
+    table, of which each sample is then seen to read a row of its own.
 
     Args:
         uses: the uses of parameters in a graph.
-        other_leaves: the nodes of it that accumulate gradients of other tensors than the analyzed parameters.
         forward: the run of the model, in which outputs that all samples share and that analyzed parameters lead to are found.
 
     Raises:
         UnsupportedError: naming the module.
     """
-    is_led_to = not (other_leaves or uses.idle or any(record.idle is not None for record, _ in forward.records))
-    if is_led_to or forward.n == 1 or uses.search is None:
+    if forward.n == 1 or uses.search is None:
         return
     for record, shown in _evidence_of_outputs(uses.search, forward).items():
         if record.placement and shown is Unplaced.SHARED_BY_SAMPLES:
             raise UnsupportedError(
                 f"{record.site}: all samples share its output, which was computed from parameters that are not analyzed or get "
-                "no gradient, as behind a closed gate, so that nothing brings the gradient of each sample: analyze all of them "
-                '(parameters="trainable") and let the gate begin at a small number, or leave out activations=True'
+                "no gradient through it, as behind a closed gate or weights of zero, so that nothing brings the gradient of each "
+                'sample: analyze all of them (parameters="trainable") and let the gate or the weights begin at small numbers, or '
+                "leave out activations=True"
             )
 
 
