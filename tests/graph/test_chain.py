@@ -19,6 +19,13 @@ CHAINS: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
     "transpose": (lambda w: w.T, True),
     "chunk": (lambda w: w.chunk(2)[1], True),
     "view of a chunk": (lambda w: w.view(2, 2, 3)[1].reshape(-1), True),
+    "one and the weight": (lambda w: 1 + w, True),
+    "all but a constant of its shape": (lambda w: w - torch.ones(4, 3), True),
+    "a transpose and one": (lambda w: w.T + 1, True),
+    "minus the weight": (lambda w: torch.ones(4, 3, dtype=torch.float64).sub(w), False),
+    "twice the weight": (lambda w: torch.ones(4, 3, dtype=torch.float64).add(w, alpha=2), False),
+    "a larger constant": (lambda w: w + torch.ones(2, 4, 3), False),
+    "a sum in another dtype": (lambda w: w.float() + torch.ones(4, 3, dtype=torch.float64), False),
     "weight norm": (lambda w: w / w.norm(dim=1, keepdim=True), False),
     "several ways": (lambda w: w * w.sum() + w.exp(), False),
 }

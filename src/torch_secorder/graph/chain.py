@@ -10,7 +10,7 @@ from functools import cached_property, partial
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from torch_secorder.autograd.nodes import Edge
+from torch_secorder.autograd.nodes import Edge, output_dtype, value_shape
 from torch_secorder.autograd.route import Route
 from torch_secorder.autograd.saved import settings
 from torch_secorder.errors import UnsupportedError
@@ -27,6 +27,8 @@ _NAMES = (
 )
 PERMUTES_ENTRIES = {f"{name}Backward0" for name in _NAMES.split()}
 TRANSPOSES = {"TBackward0", "TransposeBackward0", "PermuteBackward0"}
+# Nodes whose first input gets the gradient that arrives, as in ``1 + w``.
+ADDS = {"AddBackward0", "SubBackward0"}
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class BatchFreeVjp:
         start: the node that accumulates the parameter's gradient, or made the call's output.
         shape: the parameter's or the output's.
         permutation: if the chain only moves entries, something that is equal for chains that move them alike; else None. The
-            empty tuple is the chain without any node.
+            empty tuple is a chain that leaves them where they are: one without nodes, or ``1 + w``.
         closed: nodes behind which gradients are accounted for elsewhere: where data comes in, and other starts of the value.
     """
 
@@ -83,10 +85,23 @@ def batch_free_vjp(
     """The product for the chain from ``start`` to ``value``, which is looked through once."""
     chain = _line(value, start)
     permutation = None
-    if chain is not None and all(node.name() in PERMUTES_ENTRIES for node, _ in chain):
-        settled = [(node.name(), nr, settings(node)) for node, nr in chain]
+    moves = None if chain is None else [edge for edge in chain if not _adds_a_constant(*edge)]
+    if moves is not None and all(node.name() in PERMUTES_ENTRIES for node, _ in moves):
+        settled = [(node.name(), nr, settings(node)) for node, nr in moves]
         permutation = None if any(found is None for _, _, found in settled) else tuple(settled)
     return BatchFreeVjp(value, start, shape, permutation, closed)
+
+
+def _adds_a_constant(node: Node, nr: int) -> bool:
+    """Whether a node with one input hands its gradient on as it is, since it adds a constant that is no larger."""
+    if node.name() not in ADDS:
+        return False
+    child, child_nr = node.next_functions[0]
+    return (
+        child is not None
+        and value_shape(child, child_nr) == value_shape(node, nr)
+        and output_dtype(child, child_nr) == output_dtype(node, nr)
+    )
 
 
 def _line(value: Edge, start: Node) -> list[Edge] | None:
