@@ -36,7 +36,7 @@ from torch_secorder.recording.foreign_errors import refusal_of
 from torch_secorder.recording.lifecycle import PassLifecycle
 from torch_secorder.recording.options import PassOptions
 from torch_secorder.recording.plan import Plan
-from torch_secorder.recording.shared_outputs import find_shared_outputs, require_samples_of_outputs
+from torch_secorder.recording.shared_outputs import place_outputs
 
 
 class Recorder(HookScope):
@@ -147,11 +147,10 @@ class Recorder(HookScope):
         try:
             with without_modes() if active_modes() else nullcontext():
                 found = self._audit.uses(forward, outputs)
+                if self._watches_outputs:
+                    place_outputs(found, self._audit.leaves, forward, self.table.ranks)
             for edge in self._audit.comparing:
                 edge.node.register_prehook(partial(self._on_comparing_output, edge.output_nr))
-            if self._watches_outputs:
-                find_shared_outputs(found, self._audit.leaves, forward)
-                require_samples_of_outputs(found, forward)
         except Exception as error:
             raise refusal_of(error, "looking for the samples in the graph of the model's outputs")  # noqa: B904  # it names its cause
         return found

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 
-from torch.autograd.graph import Node
+from torch.autograd.graph import GradientEdge, Node
 
 from torch_secorder.batch_axis.evidence import SILENT, Evidence, Unplaced
 from torch_secorder.batch_axis.placement import Placement
@@ -15,32 +16,48 @@ from torch_secorder.capture.records import Record
 from torch_secorder.errors import UnsupportedError
 from torch_secorder.graph.chain import batch_free_vjp
 from torch_secorder.graph.uses import BatchFreeValue, Uses
+from torch_secorder.model.ranks import Ranks
 
 
-def find_shared_outputs(uses: Uses, leaves: Mapping[Node, int], forward: Forward) -> None:
-    """Add the watched outputs behind the frontier to its targets, so that it gives their gradients for each sample.
-
-    The gradient that arrives at such an output itself is already summed over the samples. In every other output, each number
-    belongs to one sample.
+def place_outputs(uses: Uses, leaves: Mapping[Node, int], forward: Forward, ranks: Ranks) -> None:
+    """Have the gradients of watched outputs that all samples share come for each sample.
 
     Args:
         uses: the uses of parameters in a graph.
         leaves: node that accumulates an analyzed parameter's gradient -> the parameter's position.
         forward: the run of the model.
+        ranks: all of them look at the same places.
 
     Raises:
-        UnsupportedError: if the gradient cannot be pulled back to such an output.
+        UnsupportedError: if nothing brings the gradient of each sample.
+    """
+    watched = [(record, edge) for record, edge in forward.records if record.site.rule is None]
+    with ranks.fail_together() if ranks.distributed else nullcontext():
+        evidence: dict[Record, Evidence | None] = {}
+        if uses.search is not None and (forward.n != 1 or ranks.distributed):
+            evidence = _evidence_of(watched, uses.search)
+        _find_shared_outputs(uses, leaves, forward, watched, evidence)
+        _require_samples(evidence)
+
+
+def _find_shared_outputs(
+    uses: Uses,
+    leaves: Mapping[Node, int],
+    forward: Forward,
+    records: Sequence[tuple[Record, GradientEdge]],
+    evidence: Mapping[Record, Evidence | None],
+) -> None:
+    """Add the watched outputs behind the frontier to its targets, so that it gives their gradients for each sample.
+
+    The gradient that arrives at such an output itself is already summed over the samples. In every other output, each number
+    belongs to one sample.
     """
     watched: dict[Node, list[tuple[Record, int]]] = defaultdict(list)
-    for record, edge in forward.records:
-        if record.site.rule is None:
-            watched[edge.node].append((record, edge.output_nr))
-    if not watched:
-        return
+    for record, edge in records:
+        watched[edge.node].append((record, edge.output_nr))
     silent = _without_gradient(uses, leaves, forward)
     # A use without a gradient has said nothing of its data, by which it may be where the samples come in.
     idle = {node for _, node in uses.idle}
-    evidence = _evidence_of_outputs(uses.search, forward) if idle and uses.search is not None else {}
     found: dict[BatchFreeValue, list[tuple[Record, int]]] = {}
     for use, consumer in uses.placed:
         for _, value in use.values:
@@ -91,22 +108,13 @@ def _without_gradient(uses: Uses, leaves: Mapping[Node, int], forward: Forward) 
     return calls.union(node for node, position in leaves.items() if position in idle)
 
 
-def require_samples_of_outputs(uses: Uses, forward: Forward) -> None:
+def _require_samples(evidence: Mapping[Record, Evidence | None]) -> None:
     """Raise if all samples share a watched output that no gradient of an analyzed parameter leads to.
 
     Nothing leads to it where the parameters behind it are not analyzed, or where weights of zero hide that it is read from a
     table, of which each sample is then seen to read a row of its own.
-
-    Args:
-        uses: the uses of parameters in a graph.
-        forward: the run of the model, in which outputs that all samples share and that analyzed parameters lead to are found.
-
-    Raises:
-        UnsupportedError: naming the module.
     """
-    if forward.n == 1 or uses.search is None:
-        return
-    for record, shown in _evidence_of_outputs(uses.search, forward).items():
+    for record, shown in evidence.items():
         if record.placement and shown is Unplaced.SHARED_BY_SAMPLES:
             raise UnsupportedError(
                 f"{record.site}: all samples share its output, which was computed from parameters that are not analyzed or get "
@@ -116,15 +124,13 @@ def require_samples_of_outputs(uses: Uses, forward: Forward) -> None:
             )
 
 
-def _evidence_of_outputs(search: SampleSearch, forward: Forward) -> dict[Record, Evidence | None]:
+def _evidence_of(watched: Sequence[tuple[Record, GradientEdge]], search: SampleSearch) -> dict[Record, Evidence | None]:
     """Where watched outputs have their samples; None where the numbers of this batch fit several readings."""
-    watched = [(record, edge) for record, edge in forward.records if record.site.rule is None]
     wanted = [
         (("output", record.site.name, len(record.shape), number), edge, record.shape)
         for number, (record, edge) in enumerate(watched)
     ]
-    if wanted:
-        search(wanted)
+    search(wanted)
     known = search.placements
     return {
         record: known.evidence[key] if known.is_proven(key) else None
