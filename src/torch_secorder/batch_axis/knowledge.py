@@ -194,8 +194,8 @@ class ModelKnowledge:
         self.orders: dict[int, Order] = {}
         self.reruns_in_order: set[int] = set()
         self._searched: dict[int, set[int]] = {}
-        self._by_fingerprint: dict[int, PlacementCache] = {}
-        self._in_order: dict[int, tuple[Hashable, PlacementCache]] = {}
+        self._by_fingerprint: dict[tuple[int, bool], PlacementCache] = {}
+        self._in_order: dict[tuple[int, bool], tuple[Hashable, PlacementCache]] = {}
         self._reductions: WeakKeyDictionary[Any, Reduction] = WeakKeyDictionary()
         self._sum_checks: dict[Hashable, KindSchedule] = {}
 
@@ -205,11 +205,14 @@ class ModelKnowledge:
             self._sum_checks.clear()
         return self._sum_checks.setdefault(kind, KindSchedule())
 
-    def placements(self, fingerprint: int) -> PlacementCache:
-        """Those of one kind of graph: another branch of the model may have its samples on another axis."""
+    def placements(self, fingerprint: int, *, by_numbers: bool = True) -> PlacementCache:
+        """Those of one kind of graph: another branch of the model may have its samples on another axis.
+
+        What the numbers of earlier batches have shown is known only to those who believe numbers.
+        """
         if len(self._by_fingerprint) > KINDS_OF_GRAPH:
             self._by_fingerprint.clear()
-        return self._by_fingerprint.setdefault(fingerprint, PlacementCache())
+        return self._by_fingerprint.setdefault((fingerprint, by_numbers), PlacementCache())
 
     def learn(self, fingerprint: int, order: Order) -> None:
         """Note what decides where graphs of one kind have their samples; if that may change, no graph holds for others."""
@@ -217,8 +220,10 @@ class ModelKnowledge:
             self.orders.clear()
         known = self.orders.get(fingerprint)
         self.orders[fingerprint] = order if known is None else known.joined(order)
-        if self.orders[fingerprint].may_change and fingerprint in self._by_fingerprint:
-            self._by_fingerprint[fingerprint].clear()
+        if self.orders[fingerprint].may_change:
+            for by_numbers in (True, False):
+                if (fingerprint, by_numbers) in self._by_fingerprint:
+                    self._by_fingerprint[fingerprint, by_numbers].clear()
 
     def searched(self, fingerprint: int) -> set[int]:
         """The numbers of the nodes above parameters that were asked about in graphs of one kind, which are added by others."""
@@ -232,16 +237,16 @@ class ModelKnowledge:
             self.reruns_in_order.clear()
         self.reruns_in_order.add(fingerprint)
 
-    def placements_in_order(self, fingerprint: int, order: Hashable) -> PlacementCache:
+    def placements_in_order(self, fingerprint: int, order: Hashable, *, by_numbers: bool = True) -> PlacementCache:
         """Those of one kind of graph that has its samples in one order. Of each kind the latest order is remembered.
 
         Lists take memory, and where each batch has another order none of them comes again.
         """
         if len(self._in_order) > KINDS_OF_GRAPH:
             self._in_order.clear()
-        known = self._in_order.get(fingerprint)
+        known = self._in_order.get((fingerprint, by_numbers))
         if known is None or known[0] != order:
-            known = self._in_order[fingerprint] = order, PlacementCache(keeps_lists=True)
+            known = self._in_order[fingerprint, by_numbers] = order, PlacementCache(keeps_lists=True)
         return known[1]
 
     def forget_shapes(self) -> None:

@@ -168,7 +168,7 @@ class CallPlaces:
         """What graphs of the same kind have shown: where samples may be in another order, those with that very order."""
         fingerprint = graph.walk.fingerprint
         if not asked.reorders_samples:
-            known = self._knowledge.placements(fingerprint)
+            known = self._knowledge.placements(fingerprint, by_numbers=self._trust.numbers)
             if graph.is_new:  # An earlier one may have been refused before it was known what decides the order.
                 known.clear()
             return known
@@ -176,7 +176,9 @@ class CallPlaces:
         if not (graph.forward.count.is_odd or self._ranks.distributed):
             outputs, packs = [x for x, _ in graph.placed], graph.forward.has_packed_inputs
             given = order_given_by(order, graph.walk, outputs, packs=packs)
-        return PlacementCache() if given is None else self._knowledge.placements_in_order(fingerprint, given)
+        if given is None:
+            return PlacementCache()
+        return self._knowledge.placements_in_order(fingerprint, given, by_numbers=self._trust.numbers)
 
     def place(
         self,
