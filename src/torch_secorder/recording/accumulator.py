@@ -231,7 +231,7 @@ class PassAccumulator:
             seen.idle.forget()
             raise unexpected([self._table.names[position] for position in positions], seen.idle.why, seen.forward.count)
         batch = self._batch(seen.forward, seen.forward.n)
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and any(grad.numel() for grad in there):
             batch.silent.update(positions)
         for position in positions:
             batch.squared_norms.setdefault(position, zero_squared_norms(batch.n, there[0]))
