@@ -12,7 +12,7 @@ from torch.autograd.function import FunctionCtx
 
 from oracles import assert_equal
 from problems._base import Forward
-from torch_secorder import empirical_fisher_trace, generalized_fisher_trace
+from torch_secorder import FisherMonitor, empirical_fisher_trace, generalized_fisher_trace
 from torch_secorder.errors import UnsupportedError
 
 WIDTH, PLACES, CLASSES = 4, 6, 3
@@ -108,6 +108,56 @@ def test_trap_22_the_derivative_of_the_generalized_trace(name: str) -> None:
     value = generalized_fisher_trace(model, model(x), None, "mse", create_graph=True)
     assert_equal(value, expected, expected)
     assert_slopes(gradients(model, value), [outputs[0].numel() * slope for slope in slopes])
+
+
+class InducingPoints(nn.Module):
+    """As many points as samples, all at zero, whose two products with a scale get a gradient of one of them only."""
+
+    def __init__(self, points: int):
+        super().__init__()
+        self.points, self.scale = nn.Parameter(torch.zeros(points, 2)), nn.Parameter(torch.zeros(()))
+        self.register_buffer("jitter", torch.randn(points, points))
+
+    def forward(self, x: Tensor) -> Tensor:
+        distances = (x[:, None] - self.points).square().sum(-1)
+        return (self.scale.exp() * distances) @ (self.scale.exp() * (self.points @ self.points.T) + self.jitter)
+
+
+@pytest.mark.parametrize("n", [2, 3, 4])
+def test_trap_22_the_derivative_after_a_monitor_has_seen_the_model(n: int) -> None:
+    """What the numbers of its batches have shown it is good for traces, and not for their derivatives."""
+    model, x, y = InducingPoints(n).double(), torch.randn(n, 2).double(), torch.randn(n, n).double()
+    expected, slopes = by_plain_autograd(model, (model(x) - y).square().mean(1))
+    with FisherMonitor(model):
+        nn.functional.mse_loss(model(x), y).backward()
+    value = empirical_fisher_trace(model, nn.MSELoss(), x, y, create_graph=True)
+    assert_equal(value, expected, expected)
+    assert_slopes(gradients(model, value), slopes)
+
+
+def of_experts(m: nn.Module, x: Tensor) -> Tensor:
+    """An expert without a token, whose product is empty."""
+    parts = x[:, 0].split([0, len(x)])
+    return m.head(torch.cat([part @ m.table * (1 + number) for number, part in enumerate(parts)]).tanh())
+
+
+def sorted_steps(m: nn.Module, x: Tensor) -> Tensor:
+    """Samples are sorted by their lengths, which are in no order, and sorted back."""
+    lengths = torch.arange(len(x)) % 2 + 1
+    packed = nn.utils.rnn.pack_padded_sequence(m.layer(x), lengths, batch_first=True, enforce_sorted=False)
+    return m.head(m.lstm(packed)[1][0][-1])
+
+
+@pytest.mark.parametrize("forward", [of_experts, sorted_steps])
+def test_trap_22_the_derivative_of_what_no_label_follows(forward: Callable[[nn.Module, Tensor], Tensor]) -> None:
+    """As many classes as samples, so that their axes look alike."""
+    model = model_of(forward)
+    model.lstm = nn.LSTM(WIDTH, WIDTH, batch_first=True).double()
+    x, y = torch.randn(CLASSES, PLACES, WIDTH).double(), torch.arange(CLASSES)
+    expected, slopes = by_plain_autograd(model, nn.CrossEntropyLoss(reduction="none")(model(x), y))
+    value = empirical_fisher_trace(model, nn.CrossEntropyLoss(), x, y, create_graph=True)
+    assert_equal(value, expected, expected)
+    assert_slopes(gradients(model, value), slopes)
 
 
 def assert_slopes(found: list[Tensor], expected: list[Tensor]) -> None:

@@ -401,6 +401,24 @@ def _no_second_derivative() -> None:
     _fused_attention()
     _fused_bags()
     _fused_distances()
+    _alignments()
+
+
+def _alignments() -> None:
+    model, (x, y) = nn.Linear(3, 4).double(), (torch.randn(2, 6, 3).double(), torch.randint(1, 4, (2, 2)))
+
+    def alignments(outputs: Tensor, targets: Tensor) -> Tensor:
+        steps, labels = (torch.full((len(outputs),), length) for length in (6, 2))
+        frames = outputs.log_softmax(-1).transpose(0, 1)
+        return F.ctc_loss(frames, targets, steps, labels, reduction="none").mean()
+
+    with refused("leave out create_graph, since torch has no other"):
+        empirical_fisher_trace(model, alignments, x, y, create_graph=True)
+    truth = [
+        torch.autograd.grad(alignments(model(x[n : n + 1]), y[n : n + 1]), list(model.parameters())) for n in range(2)
+    ]
+    total = sum(float(g.square().sum()) for grads in truth for g in grads) / 2
+    assert float(empirical_fisher_trace(model, alignments, x, y)) == pytest.approx(total, rel=1e-8)
 
 
 def _fused_bags() -> None:

@@ -20,6 +20,7 @@ ONCE = {
     "MiopenRnn": _PLAIN_RNN,
     "EmbeddingBag": "compute it as torch.nn.functional.embedding(ids, weight).sum(1), or .mean(1) or .amax(1)",
     "Cdist": "compute it as torch.linalg.vector_norm(a.unsqueeze(-2) - b.unsqueeze(-3), dim=-1)",
+    "CtcLoss": "leave out create_graph, since torch has no other",
 }
 
 
