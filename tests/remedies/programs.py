@@ -509,6 +509,30 @@ def _output_of_no_sample() -> None:
     repeats = True
     right(monitored(model, of_both), expected(Forward(scaled, of=model), x, y))
     _a_list_with_an_item_for_each_sample(5, 6)
+    _looked_up_rows()
+
+
+def _looked_up_rows() -> None:
+    """Each of two samples has the nearest of two codes, which are the rows of their table in turn."""
+
+    def quantized(m: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        z = m.encoder(x)
+        nearest = m.codes(torch.cdist(z.detach(), m.codes.weight.detach()).argmin(1))
+        return m.decoder(z + (nearest - z).detach()), z, nearest
+
+    own = {"encoder": nn.Linear(4, 3), "codes": nn.Embedding(2, 3), "decoder": nn.Linear(3, 4)}
+    model, x = Forward(quantized, **own).double(), torch.randn(2, 4).double()
+    model.codes.weight.data.copy_(model.encoder(x) + 0.01)
+
+    def loss(x: Tensor) -> Tensor:
+        decoded, z, nearest = model(x)
+        return numbers(decoded, x) + numbers(nearest, z.detach()) + numbers(z, nearest.detach()) / 4
+
+    each = [torch.autograd.grad(loss(x[n : n + 1]), list(model.parameters())) for n in range(2)]
+    with refused("say so by batch_axis={'outputs': 0}"):
+        monitored(model, lambda: loss(x).backward())
+    found = monitored(model, lambda: loss(x).backward(), batch_axis={"outputs": 0})
+    right(found, sum(float(g.square().sum()) for grads in each for g in grads) / 2)
 
 
 # Losses

@@ -129,7 +129,8 @@ def unexpected(names: Sequence[str], why: Unplaced, count: Count) -> CurvatureEr
         return ShapeError(
             f"{', '.join(names)}: the loss uses an output of the model that is computed from them and not taken for one with a "
             f"row for each of the model's {count}: return it once for each sample, as x.expand(n, ...) does, or use a loss of "
-            "the other outputs, or, if it has another number of samples, say which argument counts them, as in "
+            "the other outputs, or, if its rows are the samples' own, as those that each of them looks up in a table, say so by "
+            "batch_axis={'outputs': 0}, or, if it has another number of samples, say which argument counts them, as in "
             "batch_axis={'inputs': {0: 0}}, or, if it has them on another axis, name that, as in batch_axis={'outputs': 1}, or, "
             "if the model returns a list with an item for each sample, batch_axis={'outputs': 'list'}"
         )
