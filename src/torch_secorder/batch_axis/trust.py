@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch_secorder.batch_axis.derivation import Derivation
 from torch_secorder.batch_axis.evidence import SILENT, Finding, Unplaced
@@ -64,13 +64,12 @@ def by_labels_first(
 def _proven(by_labels: Finding | None, by_numbers: Finding, n: int) -> Finding | None:
     """What no other batch can contradict.
 
-    Where a sample has no row, all samples may share the tensor, and this one's gradient is zero, as that of padding is. That
-    labels take something for shared proves nothing of the model: they do not follow a sort back, say.
+    Where a sample has no row, all samples may share the tensor, and this one's gradient is zero, as that of padding is.
     """
     if by_numbers.evidence is Unplaced.SHARED_BY_SAMPLES:
         return by_numbers
     if by_labels is not None and by_labels.evidence not in SILENT:
-        return by_labels if isinstance(by_labels.evidence, Placement) else replace(by_labels, proven=False)
+        return by_labels
     listed = by_numbers.evidence.sample_index if isinstance(by_numbers.evidence, Placement) else None
     return by_numbers if by_numbers.proven and (listed is None or len(listed.unique()) == n) else None
 
