@@ -13,7 +13,7 @@ from torch.autograd.function import FunctionCtx
 from oracles import assert_equal
 from problems._base import Forward
 from torch_secorder import FisherMonitor, empirical_fisher_trace, generalized_fisher_trace
-from torch_secorder.errors import UnsupportedError
+from torch_secorder.errors import ShapeError, UnsupportedError
 
 WIDTH, PLACES, CLASSES = 4, 6, 3
 
@@ -148,14 +148,42 @@ def sorted_steps(m: nn.Module, x: Tensor) -> Tensor:
     return m.head(m.lstm(packed)[1][0][-1])
 
 
-@pytest.mark.parametrize("forward", [of_experts, sorted_steps])
-def test_trap_22_the_derivative_of_what_no_label_follows(forward: Callable[[nn.Module, Tensor], Tensor]) -> None:
-    """As many classes as samples, so that their axes look alike."""
-    model = model_of(forward)
+def test_trap_22_the_derivative_of_an_expert_without_a_token() -> None:
+    model, (x, y) = model_of(of_experts), as_many_classes_as_samples()
+    assert_differentiable(model, x, y)
+
+
+def sampled_grid_of_steps(m: nn.Module, x: Tensor) -> Tensor:
+    """All of each sample is read at other places, and the outputs have steps in front."""
+    h = nn.functional.grid_sample(
+        m.layer(x)[:, None], torch.zeros(len(x), CLASSES, WIDTH, 2).to(x), align_corners=False
+    )
+    return m.head(h[:, 0]).transpose(0, 1)
+
+
+def test_trap_22_the_derivative_of_what_no_label_follows() -> None:
+    """As many classes as samples, whose axes look alike where a model's own steps may be in front."""
+    model, (x, y) = model_of(sorted_steps), as_many_classes_as_samples()
     model.lstm = nn.LSTM(WIDTH, WIDTH, batch_first=True).double()
-    x, y = torch.randn(CLASSES, PLACES, WIDTH).double(), torch.arange(CLASSES)
+    with pytest.raises(ShapeError, match=r"mixes or sorts its samples, pass batch_axis=\{'outputs': 0\}"):
+        empirical_fisher_trace(model, nn.CrossEntropyLoss(), x, y, create_graph=True)
+    assert_differentiable(model, x, y, batch_axis={"outputs": 0})
+
+
+def test_trap_22_steps_in_front_behind_what_no_label_follows() -> None:
+    model, x = model_of(sampled_grid_of_steps), torch.randn(CLASSES, CLASSES, WIDTH).double()
+    y = torch.arange(CLASSES).expand(CLASSES, -1)
+    with pytest.raises(ShapeError, match=r"behind steps or members of an ensemble, pass batch_axis=\{'outputs': 1\}"):
+        empirical_fisher_trace(model, lambda o, y: nn.functional.cross_entropy(o.mT, y), x, y, create_graph=True)
+
+
+def as_many_classes_as_samples() -> tuple[Tensor, Tensor]:
+    return torch.randn(CLASSES, PLACES, WIDTH).double(), torch.arange(CLASSES)
+
+
+def assert_differentiable(model: nn.Module, x: Tensor, y: Tensor, **options: Any) -> None:
     expected, slopes = by_plain_autograd(model, nn.CrossEntropyLoss(reduction="none")(model(x), y))
-    value = empirical_fisher_trace(model, nn.CrossEntropyLoss(), x, y, create_graph=True)
+    value = empirical_fisher_trace(model, nn.CrossEntropyLoss(), x, y, create_graph=True, **options)
     assert_equal(value, expected, expected)
     assert_slopes(gradients(model, value), slopes)
 

@@ -81,8 +81,8 @@ def require_one_reading(graph: Graph, search: SampleSearch, table: Table) -> Non
         raise ShapeError(
             f"{known.contradiction} on axis 0 of an output of shape {shape} that it leads to, where the model has "
             f"{graph.forward.count}: if the samples are on axis {axis} of that output, behind steps or members of an "
-            f"ensemble, pass batch_axis={{'outputs': {axis}}}; if they are on axis 0, since the model mixes its samples, pass "
-            "batch_axis={'outputs': 0}"
+            f"ensemble, pass batch_axis={{'outputs': {axis}}}; if they are on axis 0, since the model mixes or sorts its "
+            "samples, pass batch_axis={'outputs': 0}"
         )
 
 
