@@ -105,9 +105,8 @@ class CallPlaces:
         forward, placed, walk = graph.forward, graph.placed, graph.walk
         n = forward.n or 0
         known = self._known(graph, asked, order)
-        weights = None
-        if forward.sharded or self._table.sharded:
-            weights = GatheredWeights(forward.sharded, () if forward.sharded else self._table.sharded)
+        others = () if forward.sharded else self._table.sharded
+        weights = GatheredWeights(forward.sharded, others) if forward.sharded or others else None
         refusal = partial(not_counted, forward.count, list(map(attrgetter("shape"), map(itemgetter(0), placed))))
         passes = partial(SearchPasses, placed, n, weights=weights, not_counted=refusal)
         if self._ranks.distributed:
@@ -176,9 +175,8 @@ class CallPlaces:
         if not (graph.forward.count.is_odd or self._ranks.distributed):
             outputs, packs = [x for x, _ in graph.placed], graph.forward.has_packed_inputs
             given = order_given_by(order, graph.walk, outputs, packs=packs)
-        if given is None:
-            return PlacementCache()
-        return self._knowledge.placements_in_order(fingerprint, given, by_numbers=self._trust.numbers)
+        in_order = partial(self._knowledge.placements_in_order, fingerprint, by_numbers=self._trust.numbers)
+        return PlacementCache() if given is None else in_order(given)
 
     def place(
         self,

@@ -174,8 +174,7 @@ class UserRecorder(Recorder):
 
     def _on_outputs_gradient(self, forward: Forward, grads: tuple[Tensor | None, ...]) -> None:
         """Called when a backward pass reaches an output of the model."""
-        current = self._pass_under_way(grads)
-        if current is not None:
+        if (current := self._pass_under_way(grads)) is not None:
             self._reach(current, forward)
             if current.accumulator.checks:
                 current.loss_reduction = reduction_of_loss()
