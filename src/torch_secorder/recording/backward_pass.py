@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from threading import get_ident
 
-import torch
 from torch import Tensor
 
 from torch_secorder.capture.model_run import Forward
@@ -14,7 +13,7 @@ from torch_secorder.capture.records import Record
 from torch_secorder.errors import CoverageError, LifecycleError, UnsupportedError
 from torch_secorder.graph.uses import IdleUse, ParameterUse
 from torch_secorder.model.parameters import Table
-from torch_secorder.per_sample import at_least_float32, one_direction, sign_vectors
+from torch_secorder.per_sample import one_direction, sign_vectors
 from torch_secorder.recording.accumulator import PassAccumulator
 from torch_secorder.recording.gradient_norms import GradientNorms
 from torch_secorder.recording.sample_norms import SampleNorms
@@ -37,7 +36,6 @@ class BackwardPass:
         kind: a hash of the model's graph and of the loss's, equal for passes that are checked as often as if they were one.
         broadcast: where the loss makes ``[n, n]`` of n outputs: the name of the node that does it, and the outputs' shape there.
         loss_reduction: how the loss combines its samples, where its graph shows that.
-        outputs_size: in a pass that is checked, the sum of the sizes of all numbers in the gradients of the model's outputs.
     """
 
     task: int
@@ -51,13 +49,6 @@ class BackwardPass:
     is_of_empty_batch: bool = False
     broadcast: tuple[str, tuple[int, ...]] | None = None
     loss_reduction: str | None = None
-    outputs_size: float = 0.0
-
-    def note_outputs(self, grads: Sequence[Tensor | None]) -> None:
-        """Note the size of gradients of the model's outputs, but not of those that ranks share."""
-        for grad in grads:
-            if type(grad) is Tensor and grad.layout == torch.strided and not grad.is_nested:
-                self.outputs_size += float(at_least_float32(grad.detach()).abs().sum())
 
     def project(self, position: int, grad: Tensor) -> None:
         """Note a parameter's own gradient along one direction."""

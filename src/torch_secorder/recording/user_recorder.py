@@ -178,7 +178,6 @@ class UserRecorder(Recorder):
             self._reach(current, forward)
             if current.accumulator.checks:
                 current.loss_reduction = reduction_of_loss()
-                self._within(current, None, current.note_outputs, grads)
                 if self._outputs.column is forward:
                     current.broadcast = self._outputs.broadcast(forward)
         elif (reached := self._passes.ignored.get(current_graph_task())) is not None:

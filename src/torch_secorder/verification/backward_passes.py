@@ -100,8 +100,7 @@ def without_a_call(model: str, names: Sequence[str], norms: Tensor) -> Curvature
 def _require_explained_sums(names: Sequence[str], current: BackwardPass, samples: SampleNorms) -> None:
     """Raise unless the captured gradients add up to autograd's own, in a pass that noted these along one direction."""
     found = current.accumulator
-    norms, size = samples.squared_norms, current.outputs_size
-    if wrong := unexplained_gradients(found.projections, current.projections, norms, found.half, size):
+    if wrong := unexplained_gradients(found.projections, current.projections, samples.squared_norms, found.half):
         raise CoverageError(
             f"the gradient of {listed([names[position] for position in wrong], 'parameter')} is not the sum of what the model's "
             "samples contribute. Either the loss uses them by another way than through the model, as a weight penalty does (it "

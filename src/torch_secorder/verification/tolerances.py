@@ -86,11 +86,6 @@ _GRADIENT_SUMS_IN_HALF_PRECISION = 5e-2
 # other parameters' gradients.
 GRADIENT_SUMS_FLOOR = 1e-2
 
-# Nothing estimates that size if all analyzed gradients cancel in each sample. The terms are then about as large as the gradients
-# of the outputs, and their sum is off by a few times eps; layers that amplify gradients by more are refused still. In half
-# precision this would forgive percents.
-ROUNDED_SUMS = 8.0
-
 
 def gradient_sum(dtype: torch.dtype, device_type: str, half: bool) -> float:
     """The tolerance for sums in ``dtype`` on a device; ``half`` if some gradients are in half precision."""
