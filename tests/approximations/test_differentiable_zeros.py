@@ -13,7 +13,7 @@ from torch.autograd.function import FunctionCtx
 from oracles import assert_equal
 from problems._base import Forward
 from torch_secorder import FisherMonitor, empirical_fisher_trace, generalized_fisher_trace
-from torch_secorder.errors import ShapeError, UnsupportedError
+from torch_secorder.errors import ShapeError, UnsupportedError, VerificationError
 
 WIDTH, PLACES, CLASSES = 4, 6, 3
 
@@ -45,16 +45,16 @@ def as_many_places_as_samples(m: nn.Module, x: Tensor) -> Tensor:
 def rows_for_samples(m: nn.Module, x: Tensor) -> Tensor:
     """As many rows that all samples share as there are samples, of which one has a gradient, and of the first sample."""
     h = normalized(m, x)
-    return m.head((h @ m.layer(m.table[: len(x)]).mT).mean(1) @ m.table[: len(x)])
+    return m.head((h @ m.layer(m.table[: m.rows]).mT).mean(1) @ m.table[: m.rows])
 
 
 PROGRAMS = {f.__name__: f for f in (stacked_copies, biased_attention, as_many_places_as_samples, rows_for_samples)}
 
 
-def model_of(forward: Callable[[nn.Module, Tensor], Tensor]) -> nn.Module:
+def model_of(forward: Callable[[nn.Module, Tensor], Tensor], rows: int = CLASSES) -> nn.Module:
     own = {"norm": nn.GroupNorm(2, WIDTH), "layer": nn.Linear(WIDTH, WIDTH), "head": nn.Linear(WIDTH, CLASSES)}
     model = Forward(forward, **own, bias=nn.Embedding(2 * PLACES, 1))
-    model.table = nn.Parameter(torch.randn(WIDTH, WIDTH))
+    model.table, model.rows = nn.Parameter(torch.randn(WIDTH, WIDTH)), rows
     return model.double()
 
 
@@ -88,7 +88,7 @@ def gradients(model: nn.Module, value: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize("name", PROGRAMS)
 @pytest.mark.filterwarnings("ignore::torch_secorder.errors.SlowFallbackWarning")
 def test_trap_22_the_derivative_where_samples_have_no_gradient(name: str, n: int) -> None:
-    model = model_of(PROGRAMS[name])
+    model = model_of(PROGRAMS[name], rows=n)
     x, y = padding_but_for_one_token(n, n if name == "as_many_places_as_samples" else PLACES)
     losses = nn.CrossEntropyLoss(reduction="none")
     expected, slopes = by_plain_autograd(model, losses(model(x), y))
@@ -143,7 +143,7 @@ def of_experts(m: nn.Module, x: Tensor) -> Tensor:
 
 def sorted_steps(m: nn.Module, x: Tensor) -> Tensor:
     """Samples are sorted by their lengths, which are in no order, and sorted back."""
-    lengths = torch.arange(len(x)) % 2 + 1
+    lengths = (x[:, 0, 0] > 0) + 1
     packed = nn.utils.rnn.pack_padded_sequence(m.layer(x), lengths, batch_first=True, enforce_sorted=False)
     return m.head(m.lstm(packed)[1][0][-1])
 
@@ -164,6 +164,7 @@ def sampled_grid_of_steps(m: nn.Module, x: Tensor) -> Tensor:
 def test_trap_22_the_derivative_of_what_no_label_follows() -> None:
     """As many classes as samples, whose axes look alike where a model's own steps may be in front."""
     model, (x, y) = model_of(sorted_steps), as_many_classes_as_samples()
+    x[:, 0, 0] = torch.tensor([-1.0, 1.0, -1.0])
     model.lstm = nn.LSTM(WIDTH, WIDTH, batch_first=True).double()
     with pytest.raises(ShapeError, match=r"mixes or sorts its samples, pass batch_axis=\{'outputs': 0\}"):
         empirical_fisher_trace(model, nn.CrossEntropyLoss(), x, y, create_graph=True)
@@ -175,6 +176,43 @@ def test_trap_22_steps_in_front_behind_what_no_label_follows() -> None:
     y = torch.arange(CLASSES).expand(CLASSES, -1)
     with pytest.raises(ShapeError, match=r"behind steps or members of an ensemble, pass batch_axis=\{'outputs': 1\}"):
         empirical_fisher_trace(model, lambda o, y: nn.functional.cross_entropy(o.mT, y), x, y, create_graph=True)
+
+
+def sorted_and_sorted_back(m: nn.Module, x: Tensor) -> Tensor:
+    """Outputs with steps in front, of samples that are sorted by their numbers before a parameter takes part."""
+    order = x.sum((1, 2)).argsort()
+    h = m.layer(x[order])
+    back = torch.empty_like(h)
+    back[order] = h
+    return m.head(back).transpose(0, 1)
+
+
+def packed_and_padded_again(m: nn.Module, x: Tensor) -> Tensor:
+    packed = nn.utils.rnn.pack_padded_sequence(x, (x[:, 0, 0] > 0) + 1, batch_first=True, enforce_sorted=False)
+    found, _ = nn.utils.rnn.pad_packed_sequence(m.lstm(packed)[0], batch_first=True, total_length=CLASSES)
+    return m.head(found).transpose(0, 1)
+
+
+def of_steps(outputs: Tensor, targets: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(outputs.flatten(0, 1), targets.flatten())
+
+
+@pytest.mark.parametrize("forward", [sorted_and_sorted_back, packed_and_padded_again])
+def test_trap_22_steps_in_front_of_sorted_samples(forward: Callable[[nn.Module, Tensor], Tensor]) -> None:
+    """As many steps as samples, and nothing in the graph that tells them apart: a sample that runs alone does."""
+    model, x = model_of(forward), torch.randn(CLASSES, CLASSES, WIDTH).double()
+    x[:, 0, 0] = torch.tensor([-1.0, 20.0, -20.0])
+    model.lstm = nn.LSTM(WIDTH, WIDTH, batch_first=True).double()
+    y = torch.randint(CLASSES, (CLASSES, CLASSES))
+    with pytest.raises(VerificationError, match=r"or the batch is not on the axis assumed \(batch_axis=\)"):
+        empirical_fisher_trace(model, of_steps, x, y, create_graph=True)
+    axes = {"outputs": 1, "targets": 1}
+    value = empirical_fisher_trace(model, of_steps, x, y, create_graph=True, batch_axis=axes)
+    outputs = model(x)
+    losses = torch.stack([of_steps(outputs[:, [n]], y[:, [n]]) for n in range(CLASSES)])
+    expected, slopes = by_plain_autograd(model, losses)
+    assert_equal(value, expected, expected)
+    assert_slopes(gradients(model, value), slopes)
 
 
 def as_many_classes_as_samples() -> tuple[Tensor, Tensor]:
@@ -264,15 +302,20 @@ def attention_to_constants(m: nn.Module, x: Tensor) -> Tensor:
     return m.head((x @ m.layer(m.constants).mT).softmax(-1) @ m.constants + m.gate * m.layer(x))
 
 
+def numbers(x: Tensor) -> Tensor:
+    """Those of the samples, which stand in the data: what a sample reads does not depend on its place in the batch."""
+    return x[:, 0].round().long()
+
+
 def a_row_of_a_table_for_each_sample(m: nn.Module, x: Tensor) -> Tensor:
     """As many rows as samples, of which each reads another, so that nothing but the gate tells that all share them."""
-    rows = m.layer(m.constants[: len(x)])
-    return m.head(x * rows.roll(1, 0)[torch.arange(len(x))] + m.gate * rows.mean(0))
+    rows = m.layer(m.constants[: m.rows])
+    return m.head(x * rows.roll(1, 0)[numbers(x)] + m.gate * rows.mean(0))
 
 
 def a_row_of_a_computed_parameter(m: nn.Module, x: Tensor) -> Tensor:
     rows = m.table.tanh()
-    which = torch.arange(len(x)).flip(0) % len(rows)
+    which = (m.rows - 1 - numbers(x)) % len(rows)
     return m.head(x * rows[which] + m.gate * m.adapter(rows.mean(0)))
 
 
@@ -307,11 +350,12 @@ GATED = {
 }
 
 
-def gated(forward: Callable[[nn.Module, Tensor], Tensor], gate: float) -> nn.Module:
+def gated(forward: Callable[[nn.Module, Tensor], Tensor], gate: float, rows: int = 5) -> nn.Module:
     own = {name: nn.Linear(WIDTH, size) for name, size in (("layer", WIDTH), ("head", CLASSES), ("adapter", WIDTH))}
     model = Forward(forward, **own)
     nn.init.zeros_(model.adapter.weight)
     model.gate, model.table = nn.Parameter(torch.tensor(gate)), nn.Parameter(torch.randn(WIDTH, WIDTH))
+    model.rows = rows
     model.register_buffer("constants", torch.randn(5, WIDTH))
     return model.double()
 
@@ -322,12 +366,13 @@ def gated(forward: Callable[[nn.Module, Tensor], Tensor], gate: float) -> nn.Mod
 @pytest.mark.filterwarnings("ignore::torch_secorder.errors.SlowFallbackWarning")
 def test_trap_22_the_derivative_behind_a_gate(name: str, n: int, gate: float) -> None:
     """The uses' gradients are added up before they are squared, so that the derivative of a zero one counts."""
-    model = gated(GATED[name], gate)
+    model = gated(GATED[name], gate, rows=n)
     x, y, losses = (
         torch.randn(n, WIDTH, dtype=torch.float64),
         torch.arange(n) % CLASSES,
         nn.CrossEntropyLoss(reduction="none"),
     )
+    x[:, 0] = torch.arange(n)
     expected, slopes = by_plain_autograd(model, losses(model(x), y))
     value = empirical_fisher_trace(model, nn.CrossEntropyLoss(), x, y, create_graph=True)
     assert_equal(value, expected, expected)
@@ -340,10 +385,13 @@ def test_trap_22_the_derivative_behind_a_gate(name: str, n: int, gate: float) ->
 
 @pytest.mark.parametrize("gate", [0.0, 0.5])
 def test_trap_22_the_derivative_where_samples_are_mixed_behind_a_gate(gate: float) -> None:
+    """A sample alone has another gradient; in a graph of the program's own nothing is run alone."""
     model = gated(samples_mixed_behind_the_gate, gate)
     x, y = torch.randn(5, WIDTH, dtype=torch.float64), torch.arange(5) % CLASSES
+    with pytest.raises(VerificationError, match="samples influence each other"):
+        empirical_fisher_trace(model, nn.CrossEntropyLoss(), x, y, create_graph=True)
     expected, slopes = by_plain_autograd(model, nn.CrossEntropyLoss(reduction="none")(model(x), y))
-    value = empirical_fisher_trace(model, nn.CrossEntropyLoss(), x, y, create_graph=True)
+    value = generalized_fisher_trace(model, model(x), y, labels="observed", create_graph=True)
     assert_equal(value, expected, expected)
     assert_slopes(gradients(model, value), slopes)
 

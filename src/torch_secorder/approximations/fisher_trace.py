@@ -30,7 +30,7 @@ from torch_secorder.errors import ArgumentError, CoverageError, ShapeError, list
 from torch_secorder.model.parameters import ParameterTable, unwrapped
 from torch_secorder.model.restore import lock_of
 from torch_secorder.model.selection import Selection
-from torch_secorder.running.analysis import Analysis, Checked
+from torch_secorder.running.analysis import Analysis
 from torch_secorder.running.by_last_layer import ExactByLastLayer
 from torch_secorder.running.fisher_kind import FisherKind
 from torch_secorder.running.logits import logits
@@ -112,8 +112,7 @@ def empirical_fisher_trace(
     require_model_before_loss(model, loss_fn)
     words = told(unwrapped(model), batch_axis, n_samples, sample_of)
     analysis = Analysis(model, parameters, words, create_graph=create_graph)
-    checked: Checked = "never" if create_graph else "when due"
-    analyze = partial(analysis.empirical, loss_fn, inputs, targets, checked=checked)
+    analyze = partial(analysis.empirical, loss_fn, inputs, targets, checked="when due")
     check = partial(verify_empirical, analysis, loss_fn, inputs, targets)
     with lock_of(analysis.model), eager_code(), explaining_misplaced(inputs, targets):
         batch = analyze_and_verify(analysis, analyze, check)

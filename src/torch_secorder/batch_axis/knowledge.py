@@ -271,7 +271,7 @@ _knowledge: WeakKeyDictionary[nn.Module, dict[Hashable, ModelKnowledge]] = WeakK
 
 
 def knowledge_of(model: nn.Module, words: Told = NOTHING, *, checks: bool = True) -> ModelKnowledge:
-    """What was found out about a model before: by callers that check samples now and then, or by those that don't.
+    """What was found out about a model before: by callers that believe shapes and check samples, or by those that don't.
 
     The two are kept apart, since only the former find out that shapes have misled them.
     """

@@ -90,10 +90,10 @@ class Analysis:
         self._others = FrozenOthers(self.table, allowed=not (self.table.sharded or create_graph))
         self.keeps = kept(keeps or {}, self.model, self.table)
         self._passes = PassOptions(wanted(self.keeps), max_memory=max_memory)
+        # A check shows that a trace is right, and not that its derivative is, so that no shapes are trusted with create_graph;
+        # nor are they on several ranks, where one rank's failure cannot make the others repeat the batch.
         checks = checks and not create_graph
         self.knowledge = knowledge_of(self.model, words, checks=checks)
-        # Nothing is verified with create_graph, whose result would keep the check's graph alive, nor on several ranks, where one
-        # rank's failure cannot make the others repeat the batch; so shapes are not trusted there.
         self.trusts_shapes = self.knowledge.trusts_shapes and checks and not self.table.ranks.distributed
         with lock_of(self.model), self.differentiable():
             self._plan = planned(self.model, self.table, words, self._passes.quantities, self._listed)
