@@ -28,7 +28,7 @@ demo: $(READY)  ## train on real digits, and see which layers carry the curvatur
 	$(BIN)/python examples/digits.py
 
 test: $(READY)  ## run the tests but those of the examples, on all cores; what a file's tests share is made once
-	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder --ignore tests/test_examples.py
+	$(BIN)/python -m pytest -n auto --dist loadfile --ignore tests/test_examples.py
 	$(BIN)/python -m pytest -n auto --dist loadfile tests/pretend tests/traps --device pretend
 
 test-gpu: $(READY)  ## run the tests that need a GPU, with a torch that was built for it: make test-gpu TORCH=torch

@@ -10,6 +10,9 @@ TRIED = {
     "let the model return it expanded, x.expand(n)": (
         "traps/test_shared_outputs.py::test_trap_31_an_output_without_samples_that_the_loss_takes"
     ),
+    "has computed without parameters shows no samples": (
+        "traps/test_samples_of_arguments.py::test_trap_19_as_many_steps_as_samples_that_nothing_shows"
+    ),
     "that it leads to, where the model has": (
         "traps/test_what_counts_samples.py::test_trap_19_as_many_spiking_steps_in_front_as_samples"
     ),

@@ -348,6 +348,48 @@ BEHIND: dict[str, Model] = {
 }
 
 
+# As many steps as samples, of data that nothing follows, and the same parameters for each of them.
+UNSHOWN = [
+    (name, N)
+    for name in (
+        "features of frozen layers",
+        "rows that are shared, and steps beside samples",
+        "frozen features and positions",
+    )
+]
+
+
+def in_turn(m: Any, x: Tensor) -> Tensor:
+    """Samples in the order of a number of each, before a parameter takes part, and back."""
+    order = x.sum((1, 2)).argsort()
+    found = m.layer(x[order])
+    return torch.empty_like(found).index_put((order,), found)
+
+
+def packed(m: Any, x: Tensor) -> Tensor:
+    lengths = 1 + (x[..., 0] > 0).sum(1).clamp(max=x.shape[1] - 1)
+    of_steps = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+    found, _ = nn.utils.rnn.pad_packed_sequence(m.recurrent(of_steps)[0], batch_first=True, total_length=x.shape[1])
+    return m.layer(found)
+
+
+def layered(features: Callable[[Any, Tensor], Tensor]) -> nn.Module:
+    """A layer on features that no parameter takes part in."""
+    return made(lambda m, x: m.layer(features(m, x)), layer=nn.Linear(4, 3))
+
+
+UNSHOWN_STEPS: dict[str, Callable[[], nn.Module]] = {
+    "frozen features": lambda: layered(lambda m, x: (x.sin() @ MIXES.to(x)).tanh()),
+    "a spectrum": lambda: layered(lambda m, x: torch.fft.rfft(x, n=6).abs()),
+    "rows of a frozen table": lambda: layered(lambda m, x: MIXES.to(x)[(3 * x.abs().sum(-1)).long() % 4]),
+    "sorted samples": lambda: made(in_turn, layer=nn.Linear(4, 3)),
+    "packed samples": lambda: made(packed, recurrent=nn.LSTM(4, 4, batch_first=True), layer=nn.Linear(4, 3)),
+}
+
+
+PACKED_FIRST = "packed samples", 0
+
+
 def squares(outputs: Tensor) -> Tensor:
     return outputs.square().sum()
 
@@ -410,8 +452,7 @@ def test_trap_19_others_in_front_than_samples(name: str) -> None:
     assert_exact(model, x, batch_axis={"outputs": 2 if name == "two axes in front" else 1})
 
 
-@pytest.mark.parametrize("count", [N, 3])
-@pytest.mark.parametrize("name", BEHIND)
+@pytest.mark.parametrize(("name", "count"), [(name, n) for name in BEHIND for n in (N, 3) if (name, n) not in UNSHOWN])
 def test_trap_19_steps_and_members_behind_the_samples(name: str, count: int) -> None:
     """The same numbers as steps or members, and others: what is made of the arguments is no reason to refuse any of them."""
     model, shape = BEHIND[name](count)
@@ -422,6 +463,49 @@ def test_trap_19_steps_and_members_behind_the_samples(name: str, count: int) -> 
             for _ in range(4):
                 squares(model(fresh)).backward()
         assert_equal(monitor.trace, 4 * expected, 4 * expected, torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("name", "axis"), [(name, axis) for name in UNSHOWN_STEPS for axis in (0, 1) if (name, axis) != PACKED_FIRST]
+)
+def test_trap_19_as_many_steps_as_samples_that_nothing_shows(name: str, axis: int) -> None:
+    """Steps behind the samples and in front of them look alike: a monitor has to be told, or shown by a batch of another size."""
+    inner, x = UNSHOWN_STEPS[name](), torch.randn(N, N, 4).double()
+    model = Forward(lambda m, x: m.inner(x).transpose(0, axis), inner=inner)
+    with FisherMonitor(model, "sum") as monitor:
+        for _ in range(4):
+            with expectation(
+                rf"samples .* may be on axis 0 or on axis 1 of an output .*batch_axis={{'outputs': {axis}}}"
+            ):
+                squares(model(x)).backward()
+    assert monitor.n_samples == 0
+    assert_exact(model, x, steps=3, batch_axis={"outputs": axis})
+    if axis == 0:
+        assert_exact_after_others(UNSHOWN_STEPS[name](), x)
+
+
+def test_trap_19_a_recurrence_shows_its_steps() -> None:
+    assert_exact(UNSHOWN_STEPS["packed samples"](), torch.randn(N, N, 4).double(), steps=3)
+
+
+@pytest.mark.parametrize(("name", "count"), UNSHOWN)
+def test_trap_19_as_many_steps_behind_the_samples_that_nothing_shows(name: str, count: int) -> None:
+    model, shape = BEHIND[name](count)
+    x = batch(shape, name)
+    with expectation(r"may be on axis 0 or on axis 1 of an output"), FisherMonitor(model, "sum"):
+        squares(model(x)).backward()
+    assert_exact(model, x, steps=3, batch_axis={"outputs": 0})
+    assert_exact_after_others(BEHIND[name](count)[0], x)
+
+
+def assert_exact_after_others(model: nn.Module, x: Tensor) -> None:
+    """That a batch of another size has shown where the samples are."""
+    fewer, several = looped(model, x[:2])[1], looped(model, x)[1]
+    with FisherMonitor(model, "sum") as monitor:
+        squares(model(x[:2])).backward()
+        for _ in range(5):
+            squares(model(x)).backward()
+    assert_equal(monitor.trace, fewer + 5 * several, fewer + 5 * several, torch.float64)
 
 
 def test_trap_19_a_parameter_for_each_sample_has_to_be_said() -> None:

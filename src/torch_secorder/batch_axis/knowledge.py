@@ -79,6 +79,8 @@ class PlacementCache:
         keeps_lists: whether the graphs have their samples at the same indices each time.
         keeps_order: whether the labels of the graphs have shown that the samples are where shapes say; None if nobody has asked.
         contradiction: what contradicts that the outputs have their samples on the first axis, in words; or nothing.
+        other_axis: an axis of the outputs that may as well have the samples as the first; None if there is none.
+        shows_first_axis: whether the graphs show by their sizes that the outputs have their samples on the first axis.
     """
 
     evidence: dict[Key, Evidence] = field(default_factory=dict)
@@ -90,6 +92,8 @@ class PlacementCache:
     keeps_lists: bool = False
     keeps_order: bool | None = None
     contradiction: str = ""
+    other_axis: int | None = None
+    shows_first_axis: bool = False
 
     def keep(self, key: Key, found: Finding) -> None:
         """Note what a look showed; what it does not prove is good for one graph, unless it agrees with what is known."""
@@ -112,7 +116,7 @@ class PlacementCache:
         self.telling_outputs.clear()
         self.untold.clear()
         self.comparing.clear()
-        self.graphs_seen, self.keeps_order, self.contradiction = 0, None, ""
+        self.graphs_seen, self.keeps_order, self.contradiction, self.other_axis = 0, None, "", None
 
     def forget(self, key: Key) -> None:
         """Have the next graph looked through for this place."""
@@ -180,6 +184,7 @@ class ModelKnowledge:
         derives: whether what nodes saved is believed where samples are in another order each time; false once it was wrong.
         derivations: when passes are to show whether it is right.
         orders: what decides where samples are, for each kind of graph of which that is known.
+        shown_on_first_axis: the layouts of graphs whose outputs have their samples on the first axis, as sizes have shown.
         reruns_in_order: the kinds of graphs of re-entrant checkpoints, run again, of which labels have shown that they keep the
             samples in order.
     """
@@ -193,6 +198,7 @@ class ModelKnowledge:
         self.derivations = KindSchedule()
         self.orders: dict[int, Order] = {}
         self.reruns_in_order: set[int] = set()
+        self.shown_on_first_axis: set[int] = set()
         self._searched: dict[int, set[int]] = {}
         self._by_fingerprint: dict[tuple[int, bool], PlacementCache] = {}
         self._in_order: dict[tuple[int, bool], tuple[Hashable, PlacementCache]] = {}
@@ -230,6 +236,12 @@ class ModelKnowledge:
         if len(self._searched) > KINDS_OF_GRAPH:
             self._searched.clear()
         return self._searched.setdefault(fingerprint, set())
+
+    def note_first_axis(self, layout: int) -> None:
+        """Note that sizes have shown the samples on the first axis of the outputs of graphs of this layout."""
+        if len(self.shown_on_first_axis) > KINDS_OF_GRAPH:
+            self.shown_on_first_axis.clear()
+        self.shown_on_first_axis.add(layout)
 
     def learn_rerun(self, fingerprint: int) -> None:
         """Note that the graphs of one kind that a re-entrant checkpoint makes keep the samples in order."""

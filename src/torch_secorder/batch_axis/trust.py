@@ -22,11 +22,14 @@ class Trust:
             verified afterwards.
         numbers: whether a placement counts that explains the gradients of one batch. Where traces are differentiated, it has to
             explain those of others, too.
+        first_axis: whether outputs have the samples on their first axis where nothing shows it. It is where samples are verified
+            afterwards, or somebody does without that.
         rehearsal: whether everything is looked at, in a batch of a few samples.
     """
 
     shapes: bool = False
     numbers: bool = True
+    first_axis: bool = False
     rehearsal: bool = False
 
 

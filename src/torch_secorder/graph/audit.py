@@ -60,7 +60,8 @@ class Audit:
     ):
         self._table, self._ranks = table, table.ranks
         self.leaves = LeafNodes({position: p for position, p in enumerate(table.leaves) if p.requires_grad})
-        self._places = CallPlaces(table, knowledge or ModelKnowledge(), locate_on_three_samples, trust)
+        self._knowledge, self._trust = knowledge or ModelKnowledge(), trust
+        self._places = CallPlaces(table, self._knowledge, locate_on_three_samples, trust)
         self.fingerprint = self.kind = 0
         self.other_leaves: list[Node] = []
         self.comparing: list[GradientEdge] = []
@@ -114,8 +115,9 @@ class Audit:
         keeps_order = partial(_keeps_order, graph, search, order)
         behind = graph.behind_shared_rows if None in forward.placements else ()
         shared = self._places.place(forward, walk.calls, own_axes, search, asked, keeps_order, behind)
-        if asked.ambiguous_shapes and asked.several_samples and not forward.says_outputs:
-            require_one_reading(graph, search, self._table)
+        open_or_new = asked.ambiguous_shapes or not search.placements.shows_first_axis
+        if open_or_new and asked.several_samples and not forward.says_outputs:
+            self._require_one_reading(graph, search, asked, own_axes)
         if walk.checkpoints and asked.several_samples:
             self.checkpoints = walk.checkpoints
             if not self._ranks.distributed:  # All ranks look at the same places.
@@ -129,6 +131,21 @@ class Audit:
         if n > 1 and (known is None or search.looked):
             self._places.learn(graph, search, known)
         return uses._replace(search=search)
+
+    def _require_one_reading(
+        self, graph: Graph, search: SampleSearch, asked: Questions, own_axes: Sequence[OwnAxis | CarriedAxis]
+    ) -> None:
+        """Raise if the outputs may have the samples on another axis than the first, unless other batches have shown the first."""
+        known, walk, n = search.placements, graph.walk, graph.forward.n
+        if not known.shows_first_axis and all(n not in x.shape[1:] for x, _ in graph.placed):
+            known.shows_first_axis = True
+            self._knowledge.note_first_axis(walk.layout)
+        if asked.ambiguous_shapes:
+            require_one_reading(graph, search, self._table, own_axes, partial(self._believes_first_axis, walk))
+
+    def _believes_first_axis(self, walk: Walk) -> bool:
+        """Whether the outputs have the samples on their first axis where nothing in this graph shows another."""
+        return self._trust.first_axis or walk.layout in self._knowledge.shown_on_first_axis
 
     def _outside_calls(
         self,

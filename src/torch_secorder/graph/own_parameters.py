@@ -1,10 +1,11 @@
-"""Whether each index on the first axis of the outputs has parameters of its own, as members of an ensemble have."""
+"""Whether each index on an axis of the outputs has parameters of its own, as members of an ensemble have."""
 
 from __future__ import annotations
 
 import numpy as np
 from torch.autograd.graph import GradientEdge
 
+from torch_secorder.batch_axis.derivation import Derivation
 from torch_secorder.batch_axis.labels import SEVERAL, Labels
 from torch_secorder.graph.graph import Graph
 from torch_secorder.model.parameters import Table
@@ -17,22 +18,33 @@ def first_of_own_parameters(graph: Graph, table: Table) -> str | None:
     samples in common, so that such an entry is used for several indices of the axis where these would be then. An entry that is
     known to be used for a single one, as rows that are chosen for samples are, is no member's.
     """
-    derivation, leaves, n = graph.derivation(), graph.walk.leaves, graph.forward.n or 0
+    derivation, n = graph.derivation(), graph.forward.n
     if not derivation.tells:
         return None
+    axes = {axis for x, _ in graph.placed for axis in range(1, x.dim()) if x.shape[axis] == n}
+    names = (_first_of_own(graph, table, derivation, graph.derivation_along(axis)) for axis in sorted(axes))
+    return next((name for name in names if name is not None), None)
+
+
+def may_share_parameters(graph: Graph, table: Table, axis: int) -> bool:
+    """Whether the indices on another axis than the first use the same parameters, as samples do, as far as the nodes tell."""
+    along = graph.derivation_along(axis)
+    return along.findings([]) is not None and _first_of_own(graph, table, along, graph.derivation()) is None
+
+
+def _first_of_own(graph: Graph, table: Table, derivation: Derivation, other: Derivation) -> str | None:
+    """The first parameter with entries that one reading takes for those of one index, and another for those of several."""
+    leaves = graph.walk.leaves
     edges = [GradientEdge(leaf, 0) for leaf in leaves]
     labels = derivation.labels(edges)
-    axes = {axis for x, _ in graph.placed for axis in range(1, x.dim()) if x.shape[axis] == n}
-    for axis in sorted(axes):
-        other = graph.derivation_along(axis)
-        known = [None] * len(edges) if other.findings([]) is None else other.labels(edges)
-        own = [
-            (position, _samples_alone(one, of_other))
-            for position, one, of_other in zip(leaves.values(), labels, known, strict=True)
-            if one is not None
-        ]
-        if len(set[int]().union(*(samples for _, samples in own))) == n:
-            return next(table.names[position] for position, samples in own if samples)
+    known = [None] * len(edges) if other.findings([]) is None else other.labels(edges)
+    own = [
+        (position, _samples_alone(one, of_other))
+        for position, one, of_other in zip(leaves.values(), labels, known, strict=True)
+        if one is not None
+    ]
+    if len(set[int]().union(*(samples for _, samples in own))) == graph.forward.n:
+        return next(table.names[position] for position, samples in own if samples)
     return None
 
 

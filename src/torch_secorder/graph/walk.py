@@ -162,6 +162,11 @@ class Walk:
         self.fingerprint = hash((names, pattern, along, kept))
 
     @cached_property
+    def layout(self) -> int:
+        """A hash of the nodes' names and axes, equal for graphs of batches of any size."""
+        return hash((tuple([node.name() for node in self.nodes]), axes_of_each(self.nodes)))
+
+    @cached_property
     def children(self) -> dict[Node, Any]:
         """Node -> its inputs, in the order in which the walk met the nodes. Most steps ask for none."""
         return {node: self._taken.get(node, node.next_functions) for node in self.nodes}

@@ -53,7 +53,7 @@ class GraphBackward(Recorder):
     counts_again = True
 
     def __init__(self, *args: Any, create_graph: bool = False, trust_shapes: bool = False, **options: Any):
-        super().__init__(*args, trust=Trust(trust_shapes, numbers=not create_graph), **options)
+        super().__init__(*args, trust=Trust(trust_shapes, numbers=not create_graph, first_axis=True), **options)
         self._create_graph = create_graph
         self._takes_forms = any(QUANTITIES[name].takes_forms for name in self.options.quantities)
         self._current: BackwardPass | None = None

@@ -129,7 +129,7 @@ class HookedForward(GraphBackward):
                     *(self.table, layers, self._knowledge, PassOptions()),
                     attach_leaf=self._frozen_codes,
                     only_library_calls=True,
-                    trust=Trust(numbers=not self._create_graph, rehearsal=True),
+                    trust=Trust(numbers=not self._create_graph, first_axis=True, rehearsal=True),
                 ),
                 checked_on_host(self._parameters.tensors),
             ):
