@@ -465,13 +465,14 @@ def test_trap_19_steps_and_members_behind_the_samples(name: str, count: int) -> 
         assert_equal(monitor.trace, 4 * expected, 4 * expected, torch.float64)
 
 
+@pytest.mark.parametrize("features", [3, None], ids=["3 features", "numbers"])
 @pytest.mark.parametrize(
     ("name", "axis"), [(name, axis) for name in UNSHOWN_STEPS for axis in (0, 1) if (name, axis) != PACKED_FIRST]
 )
-def test_trap_19_as_many_steps_as_samples_that_nothing_shows(name: str, axis: int) -> None:
+def test_trap_19_as_many_steps_as_samples_that_nothing_shows(name: str, axis: int, features: int | None) -> None:
     """Steps behind the samples and in front of them look alike: a monitor has to be told, or shown by a batch of another size."""
     inner, x = UNSHOWN_STEPS[name](), torch.randn(N, N, 4).double()
-    model = Forward(lambda m, x: m.inner(x).transpose(0, axis), inner=inner)
+    model = Forward(lambda m, x: m.inner(x)[..., slice(3) if features else 0].transpose(0, axis), inner=inner)
     with FisherMonitor(model, "sum") as monitor:
         for _ in range(4):
             with expectation(

@@ -24,10 +24,10 @@ HAVE_SAMPLES_FIRST = {f"{name}Backward0" for name in _NAMES.split()}
 
 
 def other_axis_that_fits(graph: Graph, table: Table, own_axes: Sequence[OwnAxis | CarriedAxis]) -> int | None:
-    """The first axis between the outputs' first and last that explains as many gradients as the first one does; None if none.
+    """The first axis of the outputs besides axis 0 that explains as many gradients as that one does; None if there is none.
 
-    The last axis has features. Another is none of samples if its indices have parameters of their own, or where a layer has its
-    batch axis.
+    An axis is none of samples if its indices have parameters of their own, as features have, or if a layer has its batch axis
+    elsewhere.
 
     Args:
         graph: the graph, whose outputs have as many indices on that axis as there are samples.
@@ -35,8 +35,13 @@ def other_axis_that_fits(graph: Graph, table: Table, own_axes: Sequence[OwnAxis 
         own_axes: the axes on which samples must be, or must not be.
     """
     n, walk = graph.forward.n or 0, graph.walk
-    axes = {axis for x, where in graph.placed if where == FIRST for axis in range(1, x.dim() - 1) if x.shape[axis] == n}
-    axes = {axis for axis in axes if may_share_parameters(graph, table, axis)}
+    shapes = [x.shape for x, where in graph.placed if where == FIRST]
+    axes = {
+        axis
+        for shape in shapes
+        for axis in range(1, len(shape))
+        if shape[axis] == n and may_share_parameters(graph, table, axis, of_features=axis == len(shape) - 1)
+    }
     if not axes:
         return None
     channels = [node for node in walk.nodes if node.name() in HAVE_SAMPLES_FIRST]

@@ -26,18 +26,22 @@ def first_of_own_parameters(graph: Graph, table: Table) -> str | None:
     return next((name for name in names if name is not None), None)
 
 
-def may_share_parameters(graph: Graph, table: Table, axis: int) -> bool:
-    """Whether the indices on another axis than the first use the same parameters, as samples do, as far as the nodes tell."""
-    along = graph.derivation_along(axis)
-    return along.findings([]) is not None and _first_of_own(graph, table, along, graph.derivation()) is None
+def may_share_parameters(graph: Graph, table: Table, axis: int, *, of_features: bool) -> bool:
+    """Whether the indices on another axis than the first use the same parameters, as samples do, as far as the nodes tell.
+
+    Of an axis that may be one of features, an entry counts as one's own also if a single sample uses it on the first axis.
+    """
+    along, first = graph.derivation_along(axis), None if of_features else graph.derivation()
+    return along.findings([]) is not None and _first_of_own(graph, table, along, first) is None
 
 
-def _first_of_own(graph: Graph, table: Table, derivation: Derivation, other: Derivation) -> str | None:
+def _first_of_own(graph: Graph, table: Table, derivation: Derivation, other: Derivation | None) -> str | None:
     """The first parameter with entries that one reading takes for those of one index, and another for those of several."""
     leaves = graph.walk.leaves
     edges = [GradientEdge(leaf, 0) for leaf in leaves]
     labels = derivation.labels(edges)
-    known = [None] * len(edges) if other.findings([]) is None else other.labels(edges)
+    tells = other is not None and other.findings([]) is not None
+    known = other.labels(edges) if other is not None and tells else [None] * len(edges)
     own = [
         (position, _samples_alone(one, of_other))
         for position, one, of_other in zip(leaves.values(), labels, known, strict=True)
