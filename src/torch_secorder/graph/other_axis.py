@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from operator import itemgetter
 
+from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from torch_secorder.autograd.nodes import value_shape
-from torch_secorder.batch_axis.evidence import Finding
 from torch_secorder.batch_axis.placement import FIRST, Placement
 from torch_secorder.batch_axis.search_pass import SearchPasses, Viewed
 from torch_secorder.capture.own_axes import OwnAxis, has_samples_first
@@ -44,38 +46,54 @@ def other_axis_that_fits(graph: Graph, table: Table, own_axes: Sequence[OwnAxis 
     }
     if not axes:
         return None
-    channels = [node for node in walk.nodes if node.name() in HAVE_SAMPLES_FIRST]
-    calls: list[Viewed] = [(edge, record.shape) for record, edge in walk.calls]
-    own: list[Viewed] = [(one.edge, one.shape) for one in own_axes]
+    fixed = list(_fixed(graph, own_axes))
     # What mixes steps may be behind something that is not analyzed.
-    viewed = [*calls, *own, *map(_output, channels), *map(_output, walk.nodes)]
-    known = _placements(SearchPasses(graph.placed, n).findings(viewed))
+    viewed = [
+        *map(itemgetter(0), fixed),
+        *((edge, record.shape) for record, edge in walk.calls),
+        *map(_output, walk.nodes),
+    ]
+    known = _placements(graph.placed, n, viewed)
     for axis in sorted(axes):
         where = Placement(axis)
         placed = [(x, where if x.dim() > axis and x.shape[axis] == n else None) for x, _ in graph.placed]
-        found = _placements(SearchPasses(placed, n).findings(viewed))
-        of_calls, of_own, of_channels = found[: len(calls)], found[len(calls) :], found[len(calls) + len(own) :]
-        if sum(one is not None for one in found) < sum(one is not None for one in known):
-            continue
-        if any(
-            one is not None and one.axis and has_samples_first(record.site.module, len(record.shape))
-            for one, (record, _) in zip(of_calls, walk.calls, strict=True)
-        ):
-            continue
-        if any(one is not None and one.axis for one in of_channels[: len(channels)]):
-            continue
-        if any(
-            one is not None and (by.contradicts(one) or (isinstance(by, OwnAxis) and one.axis != by.axis))
-            for one, by in zip(of_own, own_axes, strict=False)
-        ):
-            continue
-        return axis
+        found = _placements(placed, n, viewed)
+        of_fixed = [(one, contradicts) for one, (_, contradicts) in zip(found, fixed, strict=False) if one is not None]
+        explains_less = len(list(filter(None, found))) < len(list(filter(None, known)))
+        if not explains_less and not any(contradicts(one) for one, contradicts in of_fixed):
+            return axis
     return None
+
+
+def _fixed(
+    graph: Graph, own_axes: Sequence[OwnAxis | CarriedAxis]
+) -> Iterator[tuple[Viewed, Callable[[Placement], bool]]]:
+    """The places on whose axes not any samples can be, with what says whether samples that are found there contradict that."""
+    walk = graph.walk
+    for record, edge in walk.calls:
+        if has_samples_first(record.site.module, len(record.shape)):
+            yield (edge, record.shape), _is_not_first
+    for node in walk.nodes:
+        if node.name() in HAVE_SAMPLES_FIRST:
+            yield _output(node), _is_not_first
+    for own in own_axes:
+        yield (own.edge, own.shape), partial(_is_another, own) if isinstance(own, OwnAxis) else own.contradicts
+
+
+def _is_not_first(found: Placement) -> bool:
+    return found.axis != 0
+
+
+def _is_another(own: OwnAxis, found: Placement) -> bool:
+    return own.contradicts(found) or found.axis != own.axis
 
 
 def _output(node: Node) -> Viewed:
     return GradientEdge(node, 0), value_shape(node, 0)
 
 
-def _placements(found: Sequence[Finding]) -> list[Placement | None]:
+def _placements(
+    placed: Sequence[tuple[Tensor, Placement | None]], n: int, viewed: Sequence[Viewed]
+) -> list[Placement | None]:
+    found = SearchPasses(placed, n).findings(viewed)
     return [one.evidence if isinstance(one.evidence, Placement) else None for one in found]
