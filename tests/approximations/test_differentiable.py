@@ -359,3 +359,43 @@ def test_a_reentrant_checkpoint_of_inputs_without_a_gradient_has_none_if_the_tra
     torch.testing.assert_close(value.detach(), empirical_fisher_trace(model, nn.CrossEntropyLoss(), x, y))
     first, *_ = torch.autograd.grad(value, list(model.parameters()), allow_unused=True)
     assert first is None
+
+
+class BatchesOfFour(nn.Module):
+    """Takes batches of one size only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.Linear(3, 5), nn.Linear(5, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layer(x).tanh().view(4, -1))
+
+
+class WithState(nn.Module):
+    """Keeps its samples' states for the next batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell, self.head = nn.GRUCell(3, 5), nn.Linear(5, CLASSES)
+        self.register_buffer("state", torch.ones(4, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.state = self.cell(x, self.state)
+        return self.head(self.state)
+
+
+@pytest.mark.parametrize("model", [BatchesOfFour(), WithState()], ids=lambda model: type(model).__name__)
+def test_what_takes_whole_batches_only_is_differentiated_unverified(model: nn.Module) -> None:
+    """None of its samples runs alone, which is refused; what the refusal says is right, and so is its derivative."""
+    model, x, y, loss_fn = model.double(), torch.randn(4, 3).double(), torch.arange(4) % CLASSES, nn.CrossEntropyLoss()
+    with pytest.raises(CurvatureError, match="verify=False returns the numbers unchecked"):
+        empirical_fisher_trace(model, loss_fn, x, y, create_graph=True)
+    found = empirical_fisher_trace(model, loss_fn, x, y, create_graph=True, verify=False)
+    named = list(model.parameters())
+    losses = nn.functional.cross_entropy(model(x), y, reduction="none")
+    rows = [torch.autograd.grad(loss, named, create_graph=True) for loss in losses]
+    expected = torch.stack([g.square().sum() for row in rows for g in row]).sum() / 4
+    assert_equal(found, expected, expected)
+    for ours, theirs in zip(torch.autograd.grad(found, named), torch.autograd.grad(expected, named), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)

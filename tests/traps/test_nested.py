@@ -90,6 +90,23 @@ def test_trap_29_nested_tensors(name: str, lengths: tuple[int, ...]) -> None:
     assert_equal(empirical_fisher_trace(model, F.cross_entropy, x, y), everything, everything)
 
 
+def test_trap_29_a_zero_gradient_of_a_nested_output() -> None:
+    layer, head = nn.Linear(4, 4), nn.Linear(4, 3)
+    nn.init.zeros_(head.weight)
+    model = Forward(lambda m, x: m.head(torch.nested.to_padded_tensor(m.layer(x), 0.0).sum(1)), layer=layer, head=head)
+    model, x, y = model.double(), rows(2, 3, 1), torch.tensor([0, 1, 2])
+    losses = nn.functional.cross_entropy(model(x), y, reduction="none")
+    alone = [torch.autograd.grad(one, list(model.parameters()), retain_graph=True) for one in losses]
+    expected = [sum(g.square().sum() for g in column) / 3 for column in zip(*alone, strict=True)]
+    with FisherMonitor(model) as monitor:
+        nn.functional.cross_entropy(model(x), y).backward()
+    found = monitor.report()["fisher_trace"]
+    for (name, _), trace in zip(model.named_parameters(), expected, strict=True):
+        assert_equal(torch.tensor(found[name]), trace, sum(expected))
+    assert found["layer.weight"] == 0
+    assert_equal(empirical_fisher_trace(model, nn.functional.cross_entropy, x, y), sum(expected), sum(expected))
+
+
 def test_trap_29_nested_outputs() -> None:
     """They are what the samples are looked for in, and what a sample alone is put into."""
     model, x = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2)).double(), rows(2, 3, 1)

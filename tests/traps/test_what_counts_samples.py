@@ -814,3 +814,55 @@ def test_trap_19_as_many_spiking_steps_in_front_as_samples() -> None:
             assert_equal(
                 torch.tensor(monitor.report().loc[name, "fisher_trace"]), t.sum(), monitor.trace, torch.float64
             )
+
+
+ONE: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], Loss, Tensor]] = {
+    "a class": (lambda: nn.Linear(5, 3), (5,), nn.functional.cross_entropy, torch.tensor(1)),
+    "as many features as classes": (lambda: nn.Linear(3, 3), (3,), nn.functional.cross_entropy, torch.tensor(1)),
+    "numbers": (lambda: nn.Linear(5, 3), (5,), nn.functional.mse_loss, torch.randn(3).double()),
+    "a sum": (lambda: nn.Linear(5, 3), (5,), squares, torch.randn(3).double()),
+    "an axis that the loss adds": (
+        lambda: nn.Linear(5, 3),
+        (5,),
+        lambda outputs, targets: nn.functional.cross_entropy(outputs[None], targets),
+        torch.tensor([1]),
+    ),
+    "steps": (lambda: nn.Linear(5, 3), (6, 5), nn.functional.cross_entropy, torch.arange(6) % 3),
+}
+
+
+@pytest.mark.parametrize("name", ONE)
+def test_trap_19_one_sample_without_an_axis(name: str) -> None:
+    """By the user's word everything belongs to it, in the functions as in a monitor."""
+    made, shape, loss_fn, y = ONE[name]
+    model, x = randomized(nn.Sequential(made(), nn.Tanh(), nn.Linear(3, 3))).double(), torch.randn(shape).double()
+    expected = torch.stack([t.sum() for t in looped(model, [loss_fn(model(x), y)]).values()]).sum()
+    with FisherMonitor(model, n_samples=1) as monitor:
+        loss_fn(model(x), y).backward()
+    reported = fisher_report(model, loss_fn, [(x, y)], n_samples=1, progress=False)["fisher_trace"].sum()
+    found = [
+        empirical_fisher_trace(model, loss_fn, x, y, n_samples=1, create_graph=graph, verify=verify)
+        for graph in (False, True)
+        for verify in (True, False)
+    ]
+    for one in (monitor.trace, torch.tensor(reported), *found):
+        assert_equal(one, expected, expected)
+
+
+@pytest.mark.parametrize("ids", [[1, 2, 5], [5, 0, 3]])
+def test_trap_19_as_many_ids_as_bags(ids: list[int]) -> None:
+    """The ids are taken for samples, as the offsets are, which a sample alone shows; the remedy of that refusal is exact."""
+
+    def forward(m: Any, ids: Tensor, offsets: Tensor) -> Tensor:
+        return m.head(m.bag(ids, offsets))
+
+    model = Forward(forward, bag=nn.EmbeddingBag(6, 3, mode="sum"), head=nn.Linear(3, 3)).double()
+    x, y, loss_fn = (torch.tensor(ids), torch.tensor([0, 1, 2])), torch.arange(3), nn.functional.cross_entropy
+    expected = sum(t.sum() for t in looped(model, list(loss_fn(model(*x), y, reduction="none"))).values()) / 3
+    with pytest.raises(CurvatureError, match=r"n_samples= where rows are no samples, as the ids of bags"):
+        empirical_fisher_trace(model, loss_fn, x, y)
+    for found in (
+        empirical_fisher_trace(model, loss_fn, x, y, n_samples=3),
+        empirical_fisher_trace(model, loss_fn, x, y, verify=False),
+    ):
+        assert_equal(found, expected, expected)

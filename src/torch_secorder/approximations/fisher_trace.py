@@ -28,9 +28,9 @@ from torch_secorder.batch_axis.samples import BatchSamples
 from torch_secorder.batch_axis.told import BatchAxis, NSamples, SampleOf, told
 from torch_secorder.errors import ArgumentError, CoverageError, ShapeError, listed
 from torch_secorder.model.parameters import ParameterTable, unwrapped
-from torch_secorder.model.restore import lock_of
+from torch_secorder.model.restore import lock_of, restoring_attributes
 from torch_secorder.model.selection import Selection
-from torch_secorder.running.analysis import Analysis
+from torch_secorder.running.analysis import Analysis, Checked
 from torch_secorder.running.by_last_layer import ExactByLastLayer
 from torch_secorder.running.fisher_kind import FisherKind
 from torch_secorder.running.logits import logits
@@ -55,6 +55,7 @@ def empirical_fisher_trace(
     num_samples: int = 1,
     *,
     create_graph: bool = False,
+    verify: bool = True,
     parameters: Selection = "trainable",
     batch_axis: BatchAxis = None,
     n_samples: NSamples = None,
@@ -67,8 +68,9 @@ def empirical_fisher_trace(
     with g_n the gradient of sample n's loss in the trainable parameters; c = 1/N for a loss that averages over the batch and c
     = 1 for one that sums. Which of the two it is, is found out from the loss.
 
-    The model runs once, in its current mode. Parameters, buffers, ``.grad``, hooks, mode and ``requires_grad`` are left as
-    they were, and the global random state as after one plain forward. No parameter gradient is computed.
+    The model runs once, in its current mode, and on samples alone where these are verified. Parameters, buffers, attributes,
+    ``.grad``, hooks, mode and ``requires_grad`` are left as they were, and the global random state as after one plain forward. No
+    parameter gradient is computed.
 
     Args:
         model: the model.
@@ -78,6 +80,8 @@ def empirical_fisher_trace(
         targets: whatever the loss takes.
         num_samples: has no effect, since the value is exact.
         create_graph: make the result differentiable.
+        verify: compare samples alone with the batch on the calls named below; False for a model or a loss that takes whole
+            batches only.
         parameters: which ones, as in :class:`~torch_secorder.FisherMonitor`.
         batch_axis: where the samples are counted, if not on axis 0; as in :class:`~torch_secorder.FisherMonitor`.
         n_samples: how many samples there are, where no axis of the inputs counts them; as there.
@@ -111,10 +115,16 @@ def empirical_fisher_trace(
     loss_fn = loss_function(loss_fn)
     require_model_before_loss(model, loss_fn)
     words = told(unwrapped(model), batch_axis, n_samples, sample_of)
-    analysis = Analysis(model, parameters, words, create_graph=create_graph)
-    analyze = partial(analysis.empirical, loss_fn, inputs, targets, checked="when due")
+    analysis = Analysis(model, parameters, words, create_graph=create_graph, checks=verify)
+    checked: Checked = "when due" if verify else "never"
+    analyze = partial(analysis.empirical, loss_fn, inputs, targets, checked=checked)
     check = partial(verify_empirical, analysis, loss_fn, inputs, targets)
-    with lock_of(analysis.model), eager_code(), explaining_misplaced(inputs, targets):
+    with (
+        lock_of(analysis.model),
+        restoring_attributes(analysis.model),
+        eager_code(),
+        explaining_misplaced(inputs, targets),
+    ):
         batch = analyze_and_verify(analysis, analyze, check)
     return _as_result(batch.samples.squared_norms.sum(0), batch.reduction, analysis.table)
 

@@ -27,7 +27,7 @@ from torch_secorder.errors import ArgumentError, CoverageError, NonFiniteError, 
 from torch_secorder.likelihoods import random_signs
 from torch_secorder.model.parameters import ParameterTable, refuse_complex, refuse_inference_mode, unwrapped
 from torch_secorder.model.ranks import refuse_dtensors
-from torch_secorder.model.restore import lock_of, requiring_grad, restoring_buffers
+from torch_secorder.model.restore import lock_of, requiring_grad, restoring_state
 from torch_secorder.model.selection import Selection
 from torch_secorder.recording.sample_norms import SampleNorms
 from torch_secorder.results.report import Report
@@ -122,7 +122,7 @@ def hessian_trace(
     with (
         lock_of(bare),
         eager_code(),
-        restoring_buffers(bare),
+        restoring_state(bare),
         requiring_grad(table.tensors),
         silenced_in_library_passes(table.tensors),
         torch.enable_grad(),

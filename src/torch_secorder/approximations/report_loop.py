@@ -21,7 +21,7 @@ from torch_secorder.batch_axis.told import told
 from torch_secorder.errors import ArgumentError
 from torch_secorder.likelihoods import random_signs, require_loss_of
 from torch_secorder.model.parameters import unwrapped
-from torch_secorder.model.restore import lock_of
+from torch_secorder.model.restore import lock_of, restoring_attributes
 from torch_secorder.recording.quantities import SampleIds, SampleRows
 from torch_secorder.recording.sample_norms import SampleNorms
 from torch_secorder.results.results import Results
@@ -83,34 +83,36 @@ def accumulated(
     progress = progress or own
     wanted = while_any(left, batches(data, options.max_batches, own))
     checked: Checked = "always" if options.verify else "never"
-    for loaded in _in_step(analysis, wanted):
-        parts = layout.parts(loaded)
-        most = left()
-        parts = parts if most is None else parts.first(most, words)
-        inputs, targets = placed(parts.inputs), placed(parts.targets)
-        # Ranks that hold the model together have to run it together, and refuse an empty batch.
-        if not analysis.table.ranks.distributed and count_of(words, inputs).n == 0:
-            continue
-        with lock_of(analysis.model), eager_code(), explaining_misplaced(inputs, targets):
-            if options.fisher == "empirical":
-                batch = _empirical(analysis, loss, inputs, targets, checked)
-                samples, reduction = batch.samples, reduction or batch.reduction
-            else:
-                analyze = partial(analysis.fisher, kind, inputs, targets, generator, progress.passes)
-                samples = _of_likelihood(analysis, analyze, inputs, checked, exact=options.fisher == "exact")
-        checked = "when due" if options.verify else "never"
-        _require_batch_of(parts, samples.batch, most)
-        if parts.ids is not None:
-            samples = replace(samples, parts=samples.parts | {SampleRows.name: SampleIds(parts.ids)})
-        results = results or Results(analysis.table.rows, reduction or "mean", options.fisher, **analysis.keeps)
-        results.statistics.update(samples)
-        if precision is not None:
-            results.precision = precision.facts(results.statistics)
-        progress.show(results, "" if precision is None else precision.as_text(results.statistics))
-        yield results
-        # Ranks that hold the model together have samples of their own, and stop together.
-        if precision is not None and not analysis.table.ranks.max_over_ranks(not results.precision["reached_rtol"]):
-            return
+    # What a forward leaves in attributes is there for the next batch, and is gone in the end.
+    with restoring_attributes(analysis.model):
+        for loaded in _in_step(analysis, wanted):
+            parts = layout.parts(loaded)
+            most = left()
+            parts = parts if most is None else parts.first(most, words)
+            inputs, targets = placed(parts.inputs), placed(parts.targets)
+            # Ranks that hold the model together have to run it together, and refuse an empty batch.
+            if not analysis.table.ranks.distributed and count_of(words, inputs).n == 0:
+                continue
+            with lock_of(analysis.model), eager_code(), explaining_misplaced(inputs, targets):
+                if options.fisher == "empirical":
+                    batch = _empirical(analysis, loss, inputs, targets, checked)
+                    samples, reduction = batch.samples, reduction or batch.reduction
+                else:
+                    analyze = partial(analysis.fisher, kind, inputs, targets, generator, progress.passes)
+                    samples = _of_likelihood(analysis, analyze, inputs, checked, exact=options.fisher == "exact")
+            checked = "when due" if options.verify else "never"
+            _require_batch_of(parts, samples.batch, most)
+            if parts.ids is not None:
+                samples = replace(samples, parts=samples.parts | {SampleRows.name: SampleIds(parts.ids)})
+            results = results or Results(analysis.table.rows, reduction or "mean", options.fisher, **analysis.keeps)
+            results.statistics.update(samples)
+            if precision is not None:
+                results.precision = precision.facts(results.statistics)
+            progress.show(results, "" if precision is None else precision.as_text(results.statistics))
+            yield results
+            # Ranks that hold the model together have samples of their own, and stop together.
+            if precision is not None and not analysis.table.ranks.max_over_ranks(not results.precision["reached_rtol"]):
+                return
 
 
 def _require_batch_of(parts: LabeledBatch, n: int, most: int | None) -> None:

@@ -28,6 +28,24 @@ sequence_number: Callable[[Node], int] = methodcaller("_sequence_nr")
 next_sequence_number: Callable[[], int] = _get_sequence_nr
 
 
+def leads_to_older(root: Tensor, number: int) -> bool:
+    """Whether the graph of a tensor has nodes that were made before the one with this number (:data:`next_sequence_number`).
+
+    They belong to a graph of the user's then, as where several calls take weights that were computed once.
+    """
+    waiting = [node for node in (root.grad_fn,) if node is not None]
+    seen = set(waiting)
+    while waiting:  # Every analysis does this, so that no Python function is called for a node.
+        node = waiting.pop()
+        if node._sequence_nr() < number:
+            return True
+        for child, _ in node.next_functions:
+            if child is not None and child not in seen:
+                seen.add(child)
+                waiting.append(child)
+    return False
+
+
 def roots_of_pass() -> list[Node]:
     """The nodes at which the backward pass under way began; none outside of any pass, and for one that began in another way.
 

@@ -130,6 +130,11 @@ class BatchSamples:
         """Whether nothing takes the arguments apart by samples: some rows are something else."""
         return bool(self.indices) or self.words.n_samples is not None or self.has_bags
 
+    @property
+    def is_one(self) -> bool:
+        """Whether the arguments are those of one sample, by the user's word, with no axis for it."""
+        return self.n == 1 and self.words.n_samples is not None and not self.indices
+
     def subset(self, index: Sequence[int]) -> BatchSamples:
         """The same for :meth:`rows` of these samples."""
         return replace(self, n=len(index), indices=tuple(rows_of_some(rows, index)[1] for rows in self.indices))

@@ -1,4 +1,4 @@
-"""Leaving the user's model as it was: buffers, modes and flags are put back, whatever happens inside."""
+"""Leaving the user's model as it was: buffers, attributes, modes and flags are put back, whatever happens inside."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from torch_secorder.model.hooks import restoring
 from torch_secorder.model.tree import Modules, modules_by_path
@@ -36,7 +37,8 @@ def restorer_of_buffers(model: nn.Module, modules: Modules | None = None) -> Cal
         model: the model.
         modules: all of its modules, if the caller has just listed them.
     """
-    before = [(several, _copied(several)) for several in _kept_together(_changeable(model, modules))]
+    listed = modules_by_path(model) if modules is None else modules
+    before = [(several, _copied(several)) for several in _kept_together(_changeable(listed))]
 
     @torch.no_grad()
     def restore() -> None:
@@ -53,10 +55,33 @@ def restorer_of_buffers(model: nn.Module, modules: Modules | None = None) -> Cal
     return restore
 
 
-def _changeable(model: nn.Module, modules: Modules | None) -> list[_Buffer]:
-    """Everything that a forward may change."""
+def restorer_of_attributes(model: nn.Module) -> Callable[[], None]:
+    """A function that assigns to the modules' attributes what they are now.
+
+    A forward may leave a loss in one, or a state for the next forward. What is changed inside of one, such as a list, stays so. A
+    lazy module becomes another one in its first forward, a scripted one has no attributes here, and those of modules that
+    several ranks hold together change with the parameters that are gathered.
+    """
+    modules = [m for _, m in modules_by_path(model) if not isinstance(m, (LazyModuleMixin, torch.jit.ScriptModule))]
+    if any(type(m).__module__.startswith("torch.distributed.") for m in modules):
+        modules = []
+    before = [(vars(m), dict(vars(m))) for m in modules]
+
+    def restore() -> None:
+        for own, values in before:
+            for name in own.keys() - values.keys():
+                del own[name]
+            for name, value in values.items():
+                if own.get(name, own) is not value:
+                    own[name] = value
+
+    return restore
+
+
+def _changeable(modules: Modules) -> list[_Buffer]:
+    """The tensors of the modules whose numbers a forward may change."""
     found: list[_Buffer] = []
-    for _, m in modules_by_path(model) if modules is None else modules:
+    for _, m in modules:
         if m._buffers:
             found += [(m._buffers, name, b) for name, b in m._buffers.items() if b is not None]
         if m._parameters and vars(m).get("max_norm", getattr(type(m), "max_norm", None)) is not None:
@@ -94,6 +119,20 @@ def _copied(several: Sequence[_Buffer]) -> tuple[Tensor, list[torch.Size]]:
 def restoring_buffers(model: nn.Module, modules: Modules | None = None) -> Iterator[None]:
     """A block after which buffers, and tables that ``max_norm`` rewrites, have the values again that a forward changed."""
     with restoring(restorer_of_buffers(model, modules)):
+        yield
+
+
+@contextmanager
+def restoring_attributes(model: nn.Module) -> Iterator[None]:
+    """A block after which the modules' attributes are what they were before."""
+    with restoring(restorer_of_attributes(model)):
+        yield
+
+
+@contextmanager
+def restoring_state(model: nn.Module) -> Iterator[None]:
+    """A block after which nothing is left of a forward, neither in buffers nor in attributes."""
+    with restoring_buffers(model), restoring_attributes(model):
         yield
 
 

@@ -142,4 +142,6 @@ def squared_norms_along(value: Tensor, axis: int) -> Tensor:
 
 def zero_squared_norms(n: int, gradient: Tensor) -> Tensor:
     """The squared norms of n samples whose gradients are zero, ``[n]``: real numbers, also where the gradients are complex."""
-    return at_least_float32(gradient.new_zeros(n, dtype=gradient.dtype.to_real()))
+    # A nested tensor makes none of another shape.
+    like = gradient.values() if gradient.is_nested else gradient
+    return at_least_float32(like.new_zeros(n, dtype=gradient.dtype.to_real()))

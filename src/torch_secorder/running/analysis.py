@@ -25,7 +25,7 @@ from torch_secorder.likelihoods import LastLayer
 from torch_secorder.model.containers import mapped, tensors
 from torch_secorder.model.hooks import restoring
 from torch_secorder.model.parameters import ParameterTable, refuse_inference_mode, unwrapped
-from torch_secorder.model.restore import eval_mode, lock_of, requiring_grad, restoring_buffers
+from torch_secorder.model.restore import eval_mode, lock_of, requiring_grad, restoring_buffers, restoring_state
 from torch_secorder.model.selection import Selection
 from torch_secorder.model.tree import Modules, modules_by_path
 from torch_secorder.recording.options import PassOptions
@@ -171,7 +171,7 @@ class Analysis:
             raise ArgumentError("rows of its inputs are not samples, so that it can't be given some of them")
         with ExitStack() as stack:
             stack.enter_context(forked_random(self.table.tensors))
-            stack.enter_context(restoring_buffers(self.model))
+            stack.enter_context(restoring_state(self.model))
             stack.enter_context(torch.enable_grad())
             if random:
                 stack.enter_context(eval_mode(self.model))

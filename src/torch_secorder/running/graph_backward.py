@@ -21,6 +21,7 @@ from torch_secorder.autograd.engine import (
     refusing_checkpoints,
 )
 from torch_secorder.autograd.nodes import edges_of, made_by
+from torch_secorder.autograd.roots import leads_to_older
 from torch_secorder.autograd.route import behind
 from torch_secorder.autograd.tensor_hooks import untouched
 from torch_secorder.batch_axis.samples import BatchSamples
@@ -58,6 +59,7 @@ class GraphBackward(Recorder):
         self._takes_forms = any(QUANTITIES[name].takes_forms for name in self.options.quantities)
         self._current: BackwardPass | None = None
         self._count = 0  # how many passes there were so far
+        self._first_node = 0  # the number of the first node that was made for them
         self._starts: list[tuple[Record | ParameterUse | IdleUse, list[GradientEdge]]] = []
         # The calls of which another one's gradient, a result of the pass, is also the gradient.
         self._sharing: set[Record] = set()
@@ -135,7 +137,8 @@ class GraphBackward(Recorder):
         with self._pass(keep_inputs=not last) as current:
             ends: list[Any] = [*(edge for _, several in self._starts for edge in several), *self._inputs, *self._leaves]
             if root.requires_grad and ends:
-                retain = not last or self._create_graph or self._defers
+                keeps = not last or self._create_graph or self._defers
+                retain = keeps or leads_to_older(root, self._first_node)
                 with library_pass([root]) as (start,), untouched(self.table.leaves):
                     found = self._differentiated(start, ends if end is None else [end], seed, retain)
                     found = found if end is None else [None] * len(ends)

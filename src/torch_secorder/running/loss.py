@@ -47,6 +47,22 @@ def reduction_of(
     Raises:
         ArgumentError: if twice the samples give neither the loss nor twice the loss, or if no trial shows anything.
     """
+    try:
+        return _found_reduction(loss_fn, outputs, targets, loss, where, expected)
+    except ArgumentError:
+        if not where.is_one:
+            raise
+        return expected or "mean"  # A single sample without an axis can't be given twice.
+
+
+def _found_reduction(
+    loss_fn: LossFunction,
+    outputs: Any,
+    targets: Any,
+    loss: Tensor,
+    where: BatchSamples,
+    expected: Reduction | None,
+) -> Reduction:
     near = NEAR_IN_HALF_PRECISION if is_half(loss) else NEAR
     with torch.no_grad(), forked_random([loss]):
         if expected is not None:
@@ -200,6 +216,8 @@ def require_scalar_loss(loss: Any) -> Tensor:
 
 def require_targets_of_batch(targets: Any, where: BatchSamples) -> None:
     """Raise if the number of targets differs from the number of samples."""
+    if where.is_one:
+        return
     counts = isinstance(targets, Tensor) and targets.dim() and where.words.axis("targets", 0) is not None
     if counts and where.of(targets, "targets") is None:
         raise ShapeError(f"{where.n} samples in the inputs and {targets.shape[0]} in the targets")

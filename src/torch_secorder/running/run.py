@@ -15,6 +15,7 @@ from torch_secorder.autograd.engine import call_model
 from torch_secorder.autograd.indices import checked_on_host
 from torch_secorder.autograd.node_hooks import has_others_hooks_on_gradient, has_others_hooks_on_node
 from torch_secorder.autograd.random_state import forked_random, random_state
+from torch_secorder.autograd.roots import next_sequence_number
 from torch_secorder.autograd.twice_differentiable import twice_differentiable
 from torch_secorder.autograd.versions import hiding_changes
 from torch_secorder.batch_axis.knowledge import ModelKnowledge
@@ -29,7 +30,7 @@ from torch_secorder.graph.queries import without_second_derivative
 from torch_secorder.likelihoods import LastLayer
 from torch_secorder.model.containers import tensors
 from torch_secorder.model.parameters import ParameterTable, numpy_of_frozen
-from torch_secorder.model.restore import restoring_buffers
+from torch_secorder.model.restore import restoring_state
 from torch_secorder.recording.backward_pass import BackwardPass
 from torch_secorder.recording.options import PassOptions
 from torch_secorder.recording.plan import Plan
@@ -81,7 +82,7 @@ class HookedForward(GraphBackward):
         assert self.plan.model is not None
         self._arguments = inputs
         self._inputs = [x for x in tensors(inputs) if x.requires_grad]
-        before = random_state()
+        before, self._first_node = random_state(), next_sequence_number()
         with torch.enable_grad(), twice_differentiable(self._create_graph), numpy_of_frozen(self._parameters):
             outputs = call_model(self.plan.model, inputs)
         self.random = not all(map(torch.equal, before, random_state()))
@@ -123,7 +124,7 @@ class HookedForward(GraphBackward):
                 suppress(Exception),  # what three samples cannot show, the whole batch shows, or it is refused
                 forked_random(self._parameters.tensors),
                 hiding_changes(plan.model),
-                restoring_buffers(plan.model),
+                restoring_state(plan.model),
                 torch.enable_grad(),
                 _Rehearsal(
                     *(self.table, layers, self._knowledge, PassOptions()),

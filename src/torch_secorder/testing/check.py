@@ -18,7 +18,7 @@ from torch_secorder.autograd.random_state import forked_random, random_state
 from torch_secorder.errors import ArgumentError, VerificationError
 from torch_secorder.model.names import plain_name
 from torch_secorder.model.parameters import unwrapped
-from torch_secorder.model.restore import eval_mode, restoring_buffers
+from torch_secorder.model.restore import eval_mode, restoring_state
 from torch_secorder.running.own_loss import loss_function
 from torch_secorder.tables import table
 from torch_secorder.testing.sample_loop import float64_copy, in_float64, loss_dtype, run, sample_gradients
@@ -165,7 +165,7 @@ def _trace(gradients: Tensor, reduction: str) -> Tensor:
 
 def _draws(model: nn.Module, inputs: Any) -> bool:
     """Whether a forward draws random numbers from torch's global generators."""
-    with torch.no_grad(), forked_random(list(model.parameters())), restoring_buffers(model):
+    with torch.no_grad(), forked_random(list(model.parameters())), restoring_state(model):
         before = random_state()
         run(model, inputs)
         return any(not torch.equal(a, b) for a, b in zip(before, random_state(), strict=True))

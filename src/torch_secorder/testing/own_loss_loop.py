@@ -56,7 +56,7 @@ def _gradients(loss: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
     """The gradient of a loss in each parameter; zero for a parameter that the loss does not depend on."""
     if not loss.requires_grad:
         return [torch.zeros_like(p) for p in parameters]
-    found = torch.autograd.grad(loss, list(parameters), allow_unused=True)
+    found = torch.autograd.grad(loss, list(parameters), allow_unused=True, retain_graph=True)
     return [torch.zeros_like(p) if g is None else g.to_dense() for p, g in zip(parameters, found, strict=True)]
 
 

@@ -151,7 +151,7 @@ class _Loop:
             loss = factor * self._loss(self._with_row(sample, own), self.targets)
         if not loss.requires_grad:
             return [torch.zeros_like(p) for p in parameters]
-        found = torch.autograd.grad(loss, list(parameters), allow_unused=True)
+        found = torch.autograd.grad(loss, list(parameters), allow_unused=True, retain_graph=True)
         return [torch.zeros_like(p) if g is None else g.to_dense() for p, g in zip(parameters, found, strict=True)]
 
     def _with_row(self, sample: int, own: Any) -> Any:

@@ -17,7 +17,7 @@ from torch_secorder.autograd.engine import call_model
 from torch_secorder.model.containers import tensors
 from torch_secorder.model.hooks import restoring
 from torch_secorder.model.parameters import ParameterTable, numpy_of_frozen
-from torch_secorder.model.restore import restoring_buffers
+from torch_secorder.model.restore import restoring_state
 from torch_secorder.per_sample import at_least_float32
 from torch_secorder.verification.tolerances import DEQUANTIZED_OUTPUTS
 
@@ -72,7 +72,7 @@ class DifferentiableModel:
 
         Each sample that runs alone has to meet the buffers that its batch has met: a bank of earlier features, a moving average.
         """
-        return restoring_buffers(self._model)
+        return restoring_state(self._model)
 
     def __call__(self, inputs: Any) -> Any:
         """The model's outputs; a tuple is spread over positions and a mapping over keywords."""

@@ -41,24 +41,27 @@ SMALL = 2**14
 
 
 def squared_norms_of_loss(loss: Tensor, leaves: Sequence[Tensor]) -> list[SquaredNorm]:
-    """``||gradient of loss||^2`` of each parameter, for the loss of a model that the library called itself."""
+    """``||gradient of loss||^2`` of each parameter, for the loss of a model that the library called itself.
+
+    The graph is kept, since it may have a part in common with one of the user's: weights that several calls take, computed once.
+    """
     if not loss.requires_grad:
         return [None] * len(leaves)
     with untouched(leaves), library_pass([loss]) as starts:
         if has_others_function(loss):  # It may start its own pass.
             return _accumulated_norms(starts, leaves)
         if sum(leaf.numel() for leaf in leaves) <= FEW_NUMBERS:
-            gradients = torch.autograd.grad(starts, list(leaves), allow_unused=True)
+            gradients = torch.autograd.grad(starts, list(leaves), allow_unused=True, retain_graph=True)
             with torch.no_grad():  # where norms of many numbers are taken by rows, which keeps their digits
                 return _squared_norms(gradients)
         with _squared_norms_of_pass(starts, leaves) as found:
-            torch.autograd.grad(starts, list(leaves), allow_unused=True)
+            torch.autograd.grad(starts, list(leaves), allow_unused=True, retain_graph=True)
     return found
 
 
 def _accumulated_norms(starts: Sequence[Tensor], leaves: Sequence[Tensor]) -> list[SquaredNorm]:
     """The same for a graph in which a function may start its own pass, so that gradients are added before they are squared."""
-    torch.autograd.backward(starts, inputs=[leaf for leaf in leaves if leaf.requires_grad])
+    torch.autograd.backward(starts, inputs=[leaf for leaf in leaves if leaf.requires_grad], retain_graph=True)
     return _squared_norms([leaf.grad for leaf in leaves])
 
 

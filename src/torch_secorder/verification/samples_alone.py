@@ -17,7 +17,7 @@ from torch_secorder.autograd.random_state import forked_random
 from torch_secorder.errors import CurvatureError, VerificationError, warn_at_users_line
 from torch_secorder.model.containers import mapped, tensors
 from torch_secorder.model.ranks import Ranks
-from torch_secorder.model.restore import eval_mode, restoring_buffers
+from torch_secorder.model.restore import eval_mode, restoring_state
 from torch_secorder.per_sample import as_refusal
 from torch_secorder.running.analysis import Analysis
 from torch_secorder.running.analyzed import Batch
@@ -94,7 +94,7 @@ def comparable(
     """
     with ExitStack() as stack:
         stack.enter_context(forked_random(analysis.table.tensors))
-        stack.enter_context(restoring_buffers(analysis.model))
+        stack.enter_context(restoring_state(analysis.model))
         if batch.random:
             stack.enter_context(eval_mode(analysis.model))
             with on_samples_alone(analysis):
@@ -129,8 +129,8 @@ def on_samples_alone(analysis: Analysis) -> Iterator[None]:
             f"{type(error).__name__} ({str(error)[:200]}): an input that is not one row per sample (a mask, a hidden state, a "
             "list of lengths) can't be taken apart, or the samples belong together: say where each argument has its samples, as "
             "in batch_axis={'inputs': {1: None}} for a mask that all share, {'inputs': {1: 1}} for another axis, {'inputs': {1: "
-            "'list'}} for a list with an item for each sample; where each sample has a loss of its own, "
-            "fisher_report(..., verify=False) returns the numbers unchecked"
+            "'list'}} for a list with an item for each sample, or n_samples= where rows are no samples, as the ids of "
+            "bags; where each sample has a loss of its own, verify=False returns the numbers unchecked"
         ) from error
 
 
@@ -283,6 +283,8 @@ class _SampleInBatch(SampleAlone):
         return inputs
 
     def _root(self, loss: Loss, outputs: Any) -> Tensor:
+        if self._where.is_one:
+            return loss(outputs)
         found = [x for x in tensors(outputs) if x.requires_grad]
         seeds = torch.autograd.grad(loss(outputs), found, allow_unused=True, retain_graph=True)
         placed = zip(tensors(outputs), self._where.placements("outputs", outputs), strict=True)

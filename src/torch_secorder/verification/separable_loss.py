@@ -152,7 +152,7 @@ def _gradients(
                 "samples, as where a loss is computed inside the model: compute it in loss_fn from the model's other outputs "
                 "(its logits), have the model return unreduced losses of shape (N,) or what the loss is computed from, or say "
                 "where the outputs have them, as in batch_axis={'outputs': {1: 'list'}} for a list with an item for each sample; "
-                "fisher_report(..., verify=False) returns the numbers unchecked"
+                "verify=False returns the numbers unchecked"
             )
         placements = [placement for _, placement in leaves]
         if look_for_selections and selects_among_samples(loss, [x for x, _ in leaves], where.n, placements):
