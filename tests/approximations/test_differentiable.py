@@ -399,3 +399,19 @@ def test_what_takes_whole_batches_only_is_differentiated_unverified(model: nn.Mo
     assert_equal(found, expected, expected)
     for ours, theirs in zip(torch.autograd.grad(found, named), torch.autograd.grad(expected, named), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+def test_batch_norm_in_bfloat16() -> None:
+    """Its statistics are in half precision, too, beside inputs that are widened."""
+    model = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, CLASSES))
+    model(torch.randn(64, 3))
+    model, x, y = model.eval().bfloat16(), torch.randn(4, 3).bfloat16(), torch.arange(4) % CLASSES
+    found = empirical_fisher_trace(model, nn.CrossEntropyLoss(), x, y, create_graph=True)
+    slopes = torch.autograd.grad(found, list(model.parameters()))
+    wide, named = model.double(), list(model.parameters())
+    losses = nn.functional.cross_entropy(wide(x.double()), y, reduction="none")
+    rows = [torch.autograd.grad(loss, named, create_graph=True) for loss in losses]
+    expected = torch.stack([g.square().sum() for row in rows for g in row]).sum() / 4
+    torch.testing.assert_close(found.double(), expected, rtol=2e-2, atol=0)
+    for ours, theirs in zip(slopes, torch.autograd.grad(expected, named), strict=True):
+        assert (ours.double() - theirs).norm() < 0.05 * theirs.norm()  # of numbers with eight bits

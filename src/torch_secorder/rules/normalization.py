@@ -205,6 +205,7 @@ def with_running(x: Tensor, g: Tensor, mean: Tensor, variance: Tensor, eps: floa
     # always right.
     if deviation is None or torch.is_grad_enabled() or bool((mean.abs() > MODERATE * deviation).any()):
         x, g = at_least_float32(x), at_least_float32(g)
+        mean, variance = mean.to(x.dtype), variance.to(x.dtype)
         return over_channels(F.batch_norm(x, mean, variance, None, None, False, 0.0, eps), g)
     # sum g (x - m) / s = (sum g x - m sum g) / s needs no normalized input, and only a mean far from zero costs digits.
     along, bias = over_channels(x.to(g.dtype), g)
