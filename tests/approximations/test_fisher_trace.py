@@ -165,6 +165,7 @@ def test_signatures() -> None:
         **dict.fromkeys(("model", "loss_fn", "inputs", "targets"), (needed, place)),
         "num_samples": (1, place),
         "create_graph": (False, keyword),
+        "verify": (True, keyword),
         "parameters": ("trainable", keyword),
         **dict.fromkeys(("batch_axis", "n_samples", "sample_of"), (None, keyword)),
     }

@@ -30,7 +30,7 @@ def other_axis_that_fits(graph: Graph, table: Table, own_axes: Sequence[OwnAxis 
     """The first axis of the outputs besides axis 0 that explains as many gradients as that one does; None if there is none.
 
     An axis is none of samples if its indices have parameters of their own, as features have, or if a layer has its batch axis
-    elsewhere. Where a part of the graph is hidden, as behind a re-entrant checkpoint, nobody can say so.
+    elsewhere. Where activation checkpoints hide a part of the graph or of the data, nobody can say so.
 
     Args:
         graph: the graph, whose outputs have as many indices on that axis as there are samples.
@@ -38,7 +38,7 @@ def other_axis_that_fits(graph: Graph, table: Table, own_axes: Sequence[OwnAxis 
         own_axes: the axes on which samples must be, or must not be.
     """
     n, walk = graph.forward.n or 0, graph.walk
-    if any(is_python_function(node) and is_opaque(node) for node in walk.nodes):
+    if graph.forward.has_packed_inputs or any(is_python_function(node) and is_opaque(node) for node in walk.nodes):
         return None
     shapes = [x.shape for x, where in graph.placed if where == FIRST]
     axes = {
