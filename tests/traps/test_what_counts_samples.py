@@ -827,6 +827,7 @@ ONE: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], Loss, Tensor]] = 
         lambda outputs, targets: nn.functional.cross_entropy(outputs[None], targets),
         torch.tensor([1]),
     ),
+    "a number": (lambda: nn.Linear(5, 1), (5,), nn.functional.mse_loss, torch.randn(1).double()),
     "steps": (lambda: nn.Linear(5, 3), (6, 5), nn.functional.cross_entropy, torch.arange(6) % 3),
 }
 
@@ -835,7 +836,10 @@ ONE: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], Loss, Tensor]] = 
 def test_trap_19_one_sample_without_an_axis(name: str) -> None:
     """By the user's word everything belongs to it, in the functions as in a monitor."""
     made, shape, loss_fn, y = ONE[name]
-    model, x = randomized(nn.Sequential(made(), nn.Tanh(), nn.Linear(3, 3))).double(), torch.randn(shape).double()
+    model, x = (
+        randomized(nn.Sequential(nn.Linear(shape[-1], shape[-1]), nn.Tanh(), made())).double(),
+        torch.randn(shape).double(),
+    )
     expected = torch.stack([t.sum() for t in looped(model, [loss_fn(model(x), y)]).values()]).sum()
     with FisherMonitor(model, n_samples=1) as monitor:
         loss_fn(model(x), y).backward()

@@ -25,6 +25,7 @@ from torch_secorder.capture.model_run import Forward
 from torch_secorder.capture.own_axes import (
     OwnAxis,
     contradicted_axis,
+    has_one_sample,
     require_first_axis,
     takes_for_one_sample,
     without_batch_axis,
@@ -103,8 +104,7 @@ class CallPlaces:
     def search(self, graph: Graph, asked: Questions, order: Order) -> SampleSearch:
         """A search in this graph, which begins with what graphs of the same kind have shown."""
         forward, placed, walk = graph.forward, graph.placed, graph.walk
-        n = forward.n or 0
-        known = self._known(graph, asked, order)
+        n, known = forward.n or 0, self._known(graph, asked, order)
         others = () if forward.sharded else self._table.sharded
         weights = GatheredWeights(forward.sharded, others) if forward.sharded or others else None
         refusal = partial(not_counted, forward.count, list(map(attrgetter("shape"), map(itemgetter(0), placed))))
@@ -206,7 +206,7 @@ class CallPlaces:
         by_shape = self._trust.shapes and not (asked.ambiguous_shapes or contradicted)
         if by_shape or not asked.several_samples:
             for record, _ in reached:
-                if record.placement is None:  # There is one sample then, and all of the output belongs to it.
+                if record.placement is None or (n == 1 and has_one_sample(record)):  # All of it belongs to one sample.
                     record.placement = Placement(0, Layout.BLOCKS)
             return []
         wanted, beside = wanted_of_calls(reached), wanted_of_own_axes(own_axes) if own_axes else []
