@@ -62,13 +62,18 @@ def restorer_of_attributes(model: nn.Module) -> Callable[[], None]:
     lazy module becomes another one in its first forward, a scripted one has no attributes here, and those of modules that
     several ranks hold together change with the parameters that are gathered.
     """
-    modules = [m for _, m in modules_by_path(model) if not isinstance(m, (LazyModuleMixin, torch.jit.ScriptModule))]
-    if any(type(m).__module__.startswith("torch.distributed.") for m in modules):
-        modules = []
-    before = [(vars(m), dict(vars(m))) for m in modules]
+    modules = [m for _, m in modules_by_path(model)]
+    kinds: set[type[nn.Module]] = {type(m) for m in modules}
+    plain = {kind for kind in kinds if not issubclass(kind, (LazyModuleMixin, torch.jit.ScriptModule))}
+    if any(kind.__module__.startswith("torch.distributed.") for kind in kinds):
+        plain = set()
+    own_tables = (vars(m) for m in modules if type(m) in plain)
+    before = [(own, own.copy(), [*map(id, own.values())]) for own in own_tables]
 
     def restore() -> None:
-        for own, values in before:
+        for own, values, numbers in before:
+            if own.keys() == values.keys() and [*map(id, own.values())] == numbers:
+                continue  # Every call does this for each module.
             for name in own.keys() - values.keys():
                 del own[name]
             for name, value in values.items():
