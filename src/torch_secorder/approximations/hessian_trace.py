@@ -65,7 +65,7 @@ def hessian_trace(
     negative, which a Fisher's never is. Each probe takes one backward pass through the graph of the gradient, about
     twice the price of a gradient. Samples may influence each other here (batch statistics, contrastive losses).
 
-    The model runs once, in its current mode; parameters, buffers, ``.grad`` and ``requires_grad`` are left alone.
+    The model runs once, in its current mode; parameters, buffers, attributes, ``.grad`` and ``requires_grad`` are left alone.
 
     Args:
         model: the model.
