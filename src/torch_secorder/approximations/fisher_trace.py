@@ -28,7 +28,7 @@ from torch_secorder.batch_axis.samples import BatchSamples
 from torch_secorder.batch_axis.told import BatchAxis, NSamples, SampleOf, told
 from torch_secorder.errors import ArgumentError, CoverageError, ShapeError, listed
 from torch_secorder.model.parameters import ParameterTable, unwrapped
-from torch_secorder.model.restore import lock_of, restoring_attributes
+from torch_secorder.model.restore import keeping_graphs, lock_of
 from torch_secorder.model.selection import Selection
 from torch_secorder.running.analysis import Analysis, Checked
 from torch_secorder.running.by_last_layer import ExactByLastLayer
@@ -68,9 +68,9 @@ def empirical_fisher_trace(
     with g_n the gradient of sample n's loss in the trainable parameters; c = 1/N for a loss that averages over the batch and c
     = 1 for one that sums. Which of the two it is, is found out from the loss.
 
-    The model runs once, in its current mode, and on samples alone where these are verified. Parameters, buffers, attributes,
-    ``.grad``, hooks, mode and ``requires_grad`` are left as they were, and the global random state as after one plain forward. No
-    parameter gradient is computed.
+    The model runs once, in its current mode, and on samples alone where these are verified. Parameters, buffers, ``.grad``,
+    hooks, mode and ``requires_grad`` are left as they were, graphs that were there before are kept, and attributes that a forward
+    sets and the global random state are as after one plain forward. No parameter gradient is computed.
 
     Args:
         model: the model.
@@ -121,7 +121,7 @@ def empirical_fisher_trace(
     check = partial(verify_empirical, analysis, loss_fn, inputs, targets)
     with (
         lock_of(analysis.model),
-        restoring_attributes(analysis.model),
+        keeping_graphs(analysis.model),
         eager_code(),
         explaining_misplaced(inputs, targets),
     ):

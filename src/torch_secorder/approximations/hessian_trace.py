@@ -27,7 +27,7 @@ from torch_secorder.errors import ArgumentError, CoverageError, NonFiniteError, 
 from torch_secorder.likelihoods import random_signs
 from torch_secorder.model.parameters import ParameterTable, refuse_complex, refuse_inference_mode, unwrapped
 from torch_secorder.model.ranks import refuse_dtensors
-from torch_secorder.model.restore import lock_of, requiring_grad, restoring_state
+from torch_secorder.model.restore import keeping_graphs, lock_of, requiring_grad, restoring_buffers
 from torch_secorder.model.selection import Selection
 from torch_secorder.recording.sample_norms import SampleNorms
 from torch_secorder.results.report import Report
@@ -65,7 +65,7 @@ def hessian_trace(
     negative, which a Fisher's never is. Each probe takes one backward pass through the graph of the gradient, about
     twice the price of a gradient. Samples may influence each other here (batch statistics, contrastive losses).
 
-    The model runs once, in its current mode; parameters, buffers, attributes, ``.grad`` and ``requires_grad`` are left alone.
+    The model runs once, in its current mode; parameters, buffers, ``.grad`` and ``requires_grad`` are left alone.
 
     Args:
         model: the model.
@@ -122,7 +122,8 @@ def hessian_trace(
     with (
         lock_of(bare),
         eager_code(),
-        restoring_state(bare),
+        keeping_graphs(bare),
+        restoring_buffers(bare),
         requiring_grad(table.tensors),
         silenced_in_library_passes(table.tensors),
         torch.enable_grad(),

@@ -21,7 +21,7 @@ from torch_secorder.batch_axis.told import told
 from torch_secorder.errors import ArgumentError
 from torch_secorder.likelihoods import random_signs, require_loss_of
 from torch_secorder.model.parameters import unwrapped
-from torch_secorder.model.restore import lock_of, restoring_attributes
+from torch_secorder.model.restore import keeping_graphs, lock_of
 from torch_secorder.recording.quantities import SampleIds, SampleRows
 from torch_secorder.recording.sample_norms import SampleNorms
 from torch_secorder.results.results import Results
@@ -83,8 +83,7 @@ def accumulated(
     progress = progress or own
     wanted = while_any(left, batches(data, options.max_batches, own))
     checked: Checked = "always" if options.verify else "never"
-    # What a forward leaves in attributes is there for the next batch, and is gone in the end.
-    with restoring_attributes(analysis.model):
+    with keeping_graphs(analysis.model):
         for loaded in _in_step(analysis, wanted):
             parts = layout.parts(loaded)
             most = left()

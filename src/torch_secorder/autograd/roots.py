@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import methodcaller
+from threading import current_thread, main_thread
 from types import FrameType
 
 from torch import Tensor, autograd
@@ -17,6 +18,9 @@ from torch_secorder.autograd.saved import knows, saved
 
 # The functions of torch in which a user's program waits for a backward pass, and their argument that says where it begins.
 _BEGINS_AT = {autograd.backward.__code__: "tensors", autograd.grad.__code__: "outputs"}
+
+# The number of each node that accumulates the gradient of a leaf.
+LEAF = 2**64 - 1
 
 # How torch counts the ways in which a loss combines the numbers that it makes.
 _REDUCTIONS = {1: "mean", 2: "sum"}
@@ -31,14 +35,21 @@ next_sequence_number: Callable[[], int] = _get_sequence_nr
 def leads_to_older(root: Tensor, number: int) -> bool:
     """Whether the graph of a tensor has nodes that were made before the one with this number (:data:`next_sequence_number`).
 
-    They belong to a graph of the user's then, as where several calls take weights that were computed once.
+    They belong to a graph of the user's then, as where several calls take weights that were computed once. Each thread numbers
+    its own nodes from 0 on, so that in another thread than the first, which has made few, numbers say nothing.
     """
+    if current_thread() is not main_thread():
+        return True
     waiting = [node for node in (root.grad_fn,) if node is not None]
-    seen = set(waiting)
+    seen, numbers, end = set(waiting), set[int](), next_sequence_number()
     while waiting:  # Every analysis does this, so that no Python function is called for a node.
         node = waiting.pop()
-        if node._sequence_nr() < number:
+        own = node._sequence_nr()
+        # Those of leaves are the largest that there is; those of another thread's nodes may be any.
+        if own < number or own in numbers or end <= own < LEAF:
             return True
+        if own < LEAF:
+            numbers.add(own)
         for child, _ in node.next_functions:
             if child is not None and child not in seen:
                 seen.add(child)

@@ -14,6 +14,7 @@ from torch_secorder.autograd.leaf_nodes import LeafNodes
 from torch_secorder.autograd.nodes import keeps_state, tensors_of_weights, unseen_hooks
 from torch_secorder.batch_axis.knowledge import ModelKnowledge
 from torch_secorder.batch_axis.order import Order
+from torch_secorder.batch_axis.placement import FIRST
 from torch_secorder.batch_axis.search import SampleSearch
 from torch_secorder.batch_axis.trust import BY_SEARCH, Trust
 from torch_secorder.capture.model_run import Forward
@@ -115,8 +116,7 @@ class Audit:
         keeps_order = partial(_keeps_order, graph, search, order)
         behind = graph.behind_shared_rows if None in forward.placements else ()
         shared = self._places.place(forward, walk.calls, own_axes, search, asked, keeps_order, behind)
-        open_or_new = asked.ambiguous_shapes or not search.placements.shows_first_axis
-        if open_or_new and asked.several_samples and not forward.says_outputs:
+        if (asked.ambiguous_shapes or not search.placements.shows_first_axis) and not forward.says_outputs:
             self._require_one_reading(graph, search, asked, own_axes)
         if walk.checkpoints and asked.several_samples:
             self.checkpoints = walk.checkpoints
@@ -137,10 +137,10 @@ class Audit:
     ) -> None:
         """Raise if the outputs may have the samples on another axis than the first, unless other batches have shown the first."""
         known, walk, n = search.placements, graph.walk, graph.forward.n
-        if not known.shows_first_axis and all(n not in x.shape[1:] for x, _ in graph.placed):
+        if not known.shows_first_axis and all(w == FIRST and n not in x.shape[1:] for x, w in graph.placed):
             known.shows_first_axis = True
             self._knowledge.note_first_axis(walk.layout)
-        if asked.ambiguous_shapes:
+        if asked.ambiguous_shapes and asked.several_samples:
             require_one_reading(graph, search, self._table, own_axes, partial(self._believes_first_axis, walk))
 
     def _believes_first_axis(self, walk: Walk) -> bool:

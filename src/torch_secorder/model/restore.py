@@ -47,6 +47,8 @@ def restorer_of_buffers(model: nn.Module, modules: Modules | None = None) -> Cal
             if not torch.equal(_numbers(several), values):
                 own = values.split([shape.numel() for shape in shapes]) if len(several) > 1 else [values]
                 for (_, _, tensor), value, shape in zip(several, own, shapes, strict=True):
+                    if tensor.shape != shape:  # Observers give their buffers a size in their first call.
+                        tensor.resize_(shape)
                     if not torch.equal(tensor, value.view(shape)):
                         tensor.copy_(value.view(shape))
             for owner, name, tensor in several:
@@ -56,7 +58,7 @@ def restorer_of_buffers(model: nn.Module, modules: Modules | None = None) -> Cal
 
 
 def restorer_of_attributes(model: nn.Module) -> Callable[[], None]:
-    """A function that assigns to the modules' attributes what they are now.
+    """A function that assigns to the modules' attributes what they are now: for a forward that comes after one like it.
 
     A forward may leave a loss in one, or a state for the next forward. What is changed inside of one, such as a list, stays so. A
     lazy module becomes another one in its first forward, a scripted one has no attributes here, and those of modules that
@@ -128,16 +130,32 @@ def restoring_buffers(model: nn.Module, modules: Modules | None = None) -> Itera
 
 
 @contextmanager
-def restoring_attributes(model: nn.Module) -> Iterator[None]:
-    """A block after which the modules' attributes are what they were before."""
-    with restoring(restorer_of_attributes(model)):
+def restoring_state(model: nn.Module) -> Iterator[None]:
+    """A block after which nothing is left of a forward that comes after one like it, neither in buffers nor in attributes."""
+    with restoring_buffers(model), restoring(restorer_of_attributes(model)):
         yield
 
 
 @contextmanager
-def restoring_state(model: nn.Module) -> Iterator[None]:
-    """A block after which nothing is left of a forward, neither in buffers nor in attributes."""
-    with restoring_buffers(model), restoring_attributes(model):
+def keeping_graphs(model: nn.Module) -> Iterator[None]:
+    """A block for a model's forward, after which attributes with a tensor of a graph have that of the user's graph again.
+
+    All else that a forward leaves in attributes stays, since what it makes in its first call, such as a layer or a table, is
+    there for all later ones.
+    """
+    before = [
+        (own, name, x)
+        for own in (vars(m) for _, m in modules_by_path(model))
+        for name, x in own.items()
+        if isinstance(x, Tensor) and x.grad_fn is not None
+    ]
+
+    def restore() -> None:
+        for own, name, x in before:
+            if isinstance(own.get(name), Tensor):
+                own[name] = x
+
+    with restoring(restore):
         yield
 
 

@@ -147,7 +147,7 @@ class Analysis:
                     f"the loss uses {', '.join(direct)} by another way than through the model's outputs; a penalty on weights "
                     "belongs to no sample: leave it out of the loss, or move the computation into the model's forward"
                 )
-            inside = is_computed_inside(loss_fn, outputs, targets, run.samples)
+            inside = not run.samples.is_one and is_computed_inside(loss_fn, outputs, targets, run.samples)
             rounded = inside and bits_of([loss, *tensors(outputs)], self.table.tensors) <= TF32
             finite = not inside or bool(loss.isfinite())
             if not inside:
