@@ -44,7 +44,7 @@ def accumulators(leaves: Sequence[Tensor]) -> tuple[list[Node], object]:
     with torch.enable_grad():  # Every block asks for those of all parameters, so that one function takes them all.
         if {type(x).__torch_dispatch__ for x in leaves} != {Tensor.__torch_dispatch__}:
             # Only a Python function takes such leaves without an operation that their classes see, and Python's lock with them.
-            output: Any = _TakesAll.apply(*leaves)  # type: ignore[no-untyped-call]  # torch does not type it
+            output: Any = _TakesAll.apply(*leaves)  # type: ignore[no-untyped-call]  # torch does not type it.
             # With torch 2.8 a function's node is only there as long as its output is.
             return _children(output.grad_fn), output
         with torch._C._DisableTorchDispatch():  # Modes of the user's would see a copy of each leaf.
