@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -45,6 +46,22 @@ class Finding:
     evidence: Evidence
     proven: bool = True
     others: tuple[Placement, ...] = ()
+
+
+class Doubt(NamedTuple):
+    """Why an output may have its samples on another axis than the first.
+
+    Attributes:
+        shape: its shape.
+        axis: the other axis.
+        contradiction: what contradicts that the samples are on the first axis, in words; nothing if both axes are possible.
+        is_alone: whether no other output has samples.
+    """
+
+    shape: tuple[int, ...]
+    axis: int
+    contradiction: str
+    is_alone: bool
 
 
 class Open(Enum):

@@ -12,7 +12,7 @@ from torch import nn
 from torch.autograd.graph import GradientEdge
 
 from torch_secorder.arguments import Reduction
-from torch_secorder.batch_axis.evidence import Evidence, Finding, Unplaced
+from torch_secorder.batch_axis.evidence import Doubt, Evidence, Finding, Unplaced
 from torch_secorder.batch_axis.order import Order
 from torch_secorder.batch_axis.placement import FIRST, Placement
 from torch_secorder.batch_axis.told import NOTHING, Told
@@ -78,8 +78,7 @@ class PlacementCache:
         comparing: the numbers of the model's outputs that compare samples.
         keeps_lists: whether the graphs have their samples at the same indices each time.
         keeps_order: whether the labels of the graphs have shown that the samples are where shapes say; None if nobody has asked.
-        contradiction: what contradicts that the outputs have their samples on the first axis, in words; or nothing.
-        other_axis: an axis of the outputs that may as well have the samples as the first; None if there is none.
+        doubt: why some output may have its samples on another axis than the first; None if none may.
         shows_first_axis: whether the graphs show by their sizes that the outputs have their samples on the first axis.
     """
 
@@ -91,8 +90,7 @@ class PlacementCache:
     comparing: set[int] = field(default_factory=set)
     keeps_lists: bool = False
     keeps_order: bool | None = None
-    contradiction: str = ""
-    other_axis: int | None = None
+    doubt: Doubt | None = None
     shows_first_axis: bool = False
 
     def keep(self, key: Key, found: Finding) -> None:
@@ -116,7 +114,7 @@ class PlacementCache:
         self.telling_outputs.clear()
         self.untold.clear()
         self.comparing.clear()
-        self.graphs_seen, self.keeps_order, self.contradiction, self.other_axis = 0, None, "", None
+        self.graphs_seen, self.keeps_order, self.doubt = 0, None, None
 
     def forget(self, key: Key) -> None:
         """Have the next graph looked through for this place."""

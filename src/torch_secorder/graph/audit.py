@@ -25,9 +25,10 @@ from torch_secorder.graph.call_places import CallPlaces, Questions
 from torch_secorder.graph.carried_axes import ATTENDS, CarriedAxis
 from torch_secorder.graph.frontier import Frontier
 from torch_secorder.graph.graph import Graph
+from torch_secorder.graph.one_reading import Reading, require_one_reading
 from torch_secorder.graph.orders import order_of
 from torch_secorder.graph.refusals import refuse
-from torch_secorder.graph.samples_in_data import require_data, require_one_reading
+from torch_secorder.graph.samples_in_data import require_data
 from torch_secorder.graph.uses import ParameterUse, Uses
 from torch_secorder.graph.walk import Walk
 from torch_secorder.model.parameters import Table
@@ -140,8 +141,10 @@ class Audit:
         if not known.shows_first_axis and all(w == FIRST and n not in x.shape[1:] for x, w in graph.placed):
             known.shows_first_axis = True
             self._knowledge.note_first_axis(walk.layout)
-        if asked.ambiguous_shapes and asked.several_samples:
-            require_one_reading(graph, search, self._table, own_axes, partial(self._believes_first_axis, walk))
+        # In most steps what is known of graphs of this kind is not examined again.
+        if asked.ambiguous_shapes and asked.several_samples and (known.doubt or search.examines):
+            reading, believes = Reading(graph, search, own_axes), partial(self._believes_first_axis, walk)
+            require_one_reading(reading, self._table, believes, checks_samples=self._trust.first_axis)
 
     def _believes_first_axis(self, walk: Walk) -> bool:
         """Whether the outputs have the samples on their first axis where nothing in this graph shows another."""

@@ -17,7 +17,11 @@ from torch_secorder.capture.own_axes import OwnAxis, has_samples_first
 from torch_secorder.graph.carried_axes import CarriedAxis
 from torch_secorder.graph.graph import Graph
 from torch_secorder.graph.own_parameters import may_share_parameters
+from torch_secorder.graph.walk import Walk
 from torch_secorder.model.parameters import Table
+
+# A place, and what says whether samples that are found there contradict what is known.
+Fixed = tuple[Viewed, Callable[[Placement], bool]]
 
 # Nodes of layers of channels, which have the samples on the first axis.
 _NAMES = (
@@ -26,7 +30,12 @@ _NAMES = (
 HAVE_SAMPLES_FIRST = {f"{name}Backward0" for name in _NAMES.split()}
 
 
-def other_axis_that_fits(graph: Graph, table: Table, own_axes: Sequence[OwnAxis | CarriedAxis]) -> int | None:
+def other_axis_that_fits(
+    graph: Graph,
+    table: Table,
+    own_axes: Sequence[OwnAxis | CarriedAxis],
+    shown: Sequence[tuple[Viewed, Placement]] = (),
+) -> int | None:
     """The first axis of the outputs besides axis 0 that explains as many gradients as that one does; None if there is none.
 
     An axis is none of samples if its indices have parameters of their own, as features have, or if a layer has its batch axis
@@ -36,6 +45,7 @@ def other_axis_that_fits(graph: Graph, table: Table, own_axes: Sequence[OwnAxis 
         graph: the graph, whose outputs have as many indices on that axis as there are samples.
         table: the analyzed parameters.
         own_axes: the axes on which samples must be, or must not be.
+        shown: places whose samples other outputs have shown.
     """
     n, walk = graph.forward.n or 0, graph.walk
     if graph.forward.has_packed_inputs or any(is_python_function(node) and is_opaque(node) for node in walk.nodes):
@@ -49,28 +59,35 @@ def other_axis_that_fits(graph: Graph, table: Table, own_axes: Sequence[OwnAxis 
     }
     if not axes:
         return None
-    fixed = list(_fixed(graph, own_axes))
+    of_others: list[Fixed] = [(place, partial(_is_elsewhere, place, where, n)) for place, where in shown]
+    fixed = [*of_others, *_fixed(graph, own_axes)]
     # What mixes steps may be behind something that is not analyzed.
-    viewed = [
-        *map(itemgetter(0), fixed),
-        *((edge, record.shape) for record, edge in walk.calls),
-        *map(_output, walk.nodes),
-    ]
+    viewed = [*map(itemgetter(0), fixed), *places_in(walk)]
     known = _placements(graph.placed, n, viewed)
+    if _is_contradicted(known, of_others):
+        return min(axes)
     for axis in sorted(axes):
         where = Placement(axis)
         placed = [(x, where if x.dim() > axis and x.shape[axis] == n else None) for x, _ in graph.placed]
         found = _placements(placed, n, viewed)
-        of_fixed = [(one, contradicts) for one, (_, contradicts) in zip(found, fixed, strict=False) if one is not None]
         explains_less = len(list(filter(None, found))) < len(list(filter(None, known)))
-        if not explains_less and not any(contradicts(one) for one, contradicts in of_fixed):
+        if not explains_less and not _is_contradicted(found, fixed):
             return axis
     return None
 
 
-def _fixed(
-    graph: Graph, own_axes: Sequence[OwnAxis | CarriedAxis]
-) -> Iterator[tuple[Viewed, Callable[[Placement], bool]]]:
+def places_in(walk: Walk) -> list[Viewed]:
+    """The outputs of a graph's calls, and of its other nodes."""
+    return [*((edge, record.shape) for record, edge in walk.calls), *map(_output, walk.nodes)]
+
+
+def _is_contradicted(found: Sequence[Placement | None], fixed: Sequence[Fixed]) -> bool:
+    """Whether samples were found where they can't be; the first places are those that are fixed."""
+    pairs = zip(found, fixed, strict=False)
+    return any(contradicts(one) for one, (_, contradicts) in pairs if one is not None)
+
+
+def _fixed(graph: Graph, own_axes: Sequence[OwnAxis | CarriedAxis]) -> Iterator[Fixed]:
     """The places on whose axes not any samples can be, with what says whether samples that are found there contradict that."""
     walk = graph.walk
     for record, edge in walk.calls:
@@ -89,6 +106,10 @@ def _is_not_first(found: Placement) -> bool:
 
 def _is_another(own: OwnAxis, found: Placement) -> bool:
     return own.contradicts(found) or found.axis != own.axis
+
+
+def _is_elsewhere(place: Viewed, where: Placement, n: int, found: Placement) -> bool:
+    return not where.agrees(found, place[1], n)
 
 
 def _output(node: Node) -> Viewed:

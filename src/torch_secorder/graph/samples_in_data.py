@@ -1,9 +1,9 @@
-"""Refusals of graphs that show something else for samples than the data has: rows of weights, or steps."""
+"""What takes the data in a graph, and whether it takes it for the samples: rows of weights are none, nor are steps."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -14,15 +14,12 @@ from torch_secorder.autograd.engine import without_modes
 from torch_secorder.autograd.nodes import value_shape
 from torch_secorder.batch_axis.argument_samples import ArgumentSamples, labels_in
 from torch_secorder.batch_axis.labels import Labels
-from torch_secorder.batch_axis.placement import FIRST
 from torch_secorder.batch_axis.same_rows import first_of_same_rows
 from torch_secorder.batch_axis.search import SampleSearch
 from torch_secorder.capture.model_run import Forward
-from torch_secorder.capture.own_axes import OwnAxis, has_one_sample, without_batch_axis
+from torch_secorder.capture.own_axes import has_one_sample, without_batch_axis
 from torch_secorder.capture.records import Record
-from torch_secorder.errors import ShapeError
 from torch_secorder.graph.call_places import wanted_of_calls
-from torch_secorder.graph.carried_axes import CarriedAxis
 from torch_secorder.graph.graph import Graph
 from torch_secorder.graph.operands import (
     Operand,
@@ -31,8 +28,6 @@ from torch_secorder.graph.operands import (
     operands_of_nodes,
     takes_unseen_data,
 )
-from torch_secorder.graph.other_axis import other_axis_that_fits
-from torch_secorder.graph.own_parameters import first_of_own_parameters
 from torch_secorder.graph.uses import Uses
 from torch_secorder.graph.walk import Walk
 from torch_secorder.graph.wanted import wanted_of_nodes
@@ -51,62 +46,7 @@ _NAMES = (
 OF_INPUTS_ONLY = OF_VECTORS | {f"{name}Backward0" for name in _NAMES.split()}
 
 
-def require_one_reading(
-    graph: Graph,
-    search: SampleSearch,
-    table: Table,
-    own_axes: Sequence[OwnAxis | CarriedAxis],
-    believes_first_axis: Callable[[], bool],
-) -> None:
-    """Raise if samples may be on another axis of an output than the first, and what takes samples doesn't show the first.
-
-    Read along steps or members of an ensemble in front, what takes the model's samples takes all of them for each; and where no
-    data shows that, each member still has parameters of its own. This is looked for where what is known of graphs of this kind is
-    examined again. Steps of data that nothing follows may be in front or behind, unless a batch of another size has shown it.
-
-    Args:
-        graph: the graph.
-        search: what was searched in it, and is to be searched there besides.
-        table: the analyzed parameters.
-        own_axes: the axes on which samples must be, or must not be.
-        believes_first_axis: whether the first axis is believed where nothing shows another.
-    """
-    n, known = graph.forward.n or 0, search.placements
-    if not (search.examines or known.contradiction or known.other_axis):  # as in most steps
-        return
-    outputs = [tuple(x.shape) for x, where in graph.placed if where == FIRST and n in x.shape[1:]]
-    if not outputs:
-        return
-    if search.examines:
-        known.other_axis = None
-        told = _all_taken(graph, search, table)
-        if False in told.values():
-            known.contradiction = ""
-        elif told:
-            known.contradiction = f"{next(iter(told))}: it takes all of the model's samples for each index"
-        elif (name := first_of_own_parameters(graph, table)) is not None:
-            known.contradiction = f"{name}: each index has such parameters of its own, that no other index uses,"
-        elif not (told or table.ranks.distributed or believes_first_axis()):
-            known.other_axis = other_axis_that_fits(graph, table, own_axes)
-    if known.contradiction:
-        shape = outputs[0]
-        axis = shape.index(n, 1)
-        raise ShapeError(
-            f"{known.contradiction} on axis 0 of an output of shape {shape} that it leads to, where the model has "
-            f"{graph.forward.count}: if the samples are on axis {axis} of that output, behind steps or members of an "
-            f"ensemble, pass batch_axis={{'outputs': {axis}}}; if they are on axis 0, since the model mixes or sorts its "
-            "samples, pass batch_axis={'outputs': 0}"
-        )
-    if known.other_axis is not None and not believes_first_axis():
-        axis = known.other_axis
-        raise ShapeError(
-            f"the model's {graph.forward.count} may be on axis 0 or on axis {axis} of an output of shape {outputs[0]}: both have "
-            f"{n} indices, and what the model has computed without parameters shows no samples: pass batch_axis={{'outputs': 0}} "
-            f"if they are on axis 0, batch_axis={{'outputs': {axis}}} if steps are there"
-        )
-
-
-def _all_taken(graph: Graph, search: SampleSearch, table: Table) -> dict[str, bool]:
+def takes_all_samples(graph: Graph, search: SampleSearch, table: Table) -> dict[str, bool]:
     """What takes something that was made of an argument, in words, and whether it takes all samples for each of the outputs'.
 
     Where nothing was made of one, and all data is seen, that is said of what takes the same rows of data for each of them.

@@ -1,0 +1,199 @@
+"""Trap 19 with several outputs: what one of them shows of its samples says nothing of another, but where both are computed
+from the same layers. Each model states its outcome with as many steps or members in front as samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from expectations import expectation
+from oracles import assert_equal
+from problems._base import Forward, randomized
+from torch_secorder import FisherMonitor
+from torch_secorder.graph import one_reading
+from traps.test_samples_of_arguments import (
+    BEHIND,
+    IN_FRONT,
+    OF_MEMBERS,
+    PACKED_FIRST,
+    UNSHOWN,
+    UNSHOWN_STEPS,
+    N,
+    batch,
+    heads,
+)
+
+Outputs = tuple[Tensor, ...] | dict[str, Tensor]
+
+
+def squares(outputs: Outputs) -> Tensor:
+    several = list(outputs.values()) if isinstance(outputs, dict) else outputs
+    return torch.stack([x.square().sum() for x in several]).sum()
+
+
+def beside(inner: nn.Module, x: Tensor, *, comes_first: bool, of_frozen: bool = False) -> nn.Module:
+    """A model with another output, which has its samples first and as many features as nothing else has."""
+
+    def forward(m: Any, x: Tensor) -> tuple[Tensor, ...]:
+        flat = x.double().flatten(1)
+        found = m.inner(x), m.side(flat.sin() if of_frozen else flat)
+        return found if comes_first else found[::-1]
+
+    return Forward(forward, inner=inner, side=randomized(nn.Linear(x[0].numel(), 3)).double())
+
+
+def looped(model: nn.Module, x: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """By a loop over samples: the trace of each parameter, and their sum."""
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    rows = [torch.autograd.grad(squares(model(x[i : i + 1])), list(named.values())) for i in range(len(x))]
+    found = {
+        name: torch.stack([g.square().sum() for g in column]).sum()
+        for name, column in zip(named, zip(*rows, strict=True), strict=True)
+    }
+    return found, torch.stack(list(found.values())).sum()
+
+
+def assert_exact(model: nn.Module, x: Tensor, steps: int = 3, **words: Any) -> None:
+    expected, everything = looped(model, x)
+    with FisherMonitor(model, "sum", **words) as monitor:
+        for _ in range(steps):
+            squares(model(x)).backward()
+    assert monitor.n_samples == steps * len(x)
+    for name, t in expected.items():
+        found = torch.tensor(monitor.report().loc[name, "fisher_trace"])
+        assert_equal(found, steps * t, steps * everything, torch.float64)
+
+
+def assert_refused(model: nn.Module, x: Tensor, says: str, steps: int = 6) -> None:
+    with FisherMonitor(model, "sum") as monitor:
+        for _ in range(steps):
+            with expectation(says):
+                squares(model(x)).backward()
+    assert monitor.n_samples == 0
+
+
+@pytest.mark.parametrize("comes_first", [True, False])
+@pytest.mark.parametrize("name", [*IN_FRONT, *OF_MEMBERS])
+def test_trap_19_another_output_does_not_settle_what_is_in_front(name: str, comes_first: bool) -> None:
+    inner, shape = (IN_FRONT | OF_MEMBERS)[name](N)
+    x = batch(shape, name)
+    model = beside(inner, x, comes_first=comes_first)
+    axis = 2 if name == "two axes in front" else 1
+    why = "has such parameters of its own" if name in OF_MEMBERS else "takes all of the model's samples for each index"
+    assert_refused(model, x, rf"{why}.*batch_axis={{'outputs': {{0: {axis}}}}}, with that output's position or key")
+    assert_exact(model, x, batch_axis={"outputs": {0 if comes_first else 1: axis}})
+
+
+@pytest.mark.parametrize("of_frozen", [False, True], ids=["of data", "of frozen layers"])
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("name", UNSHOWN_STEPS)
+def test_trap_19_steps_that_nothing_shows_beside_another_output(name: str, axis: int, of_frozen: bool) -> None:
+    steps = Forward(lambda m, x: m.inner(x).transpose(0, axis), inner=UNSHOWN_STEPS[name]())
+    x = torch.randn(N, N, 4).double()
+    model = beside(steps, x, comes_first=True, of_frozen=of_frozen)
+    if (name, axis) != PACKED_FIRST:  # A recurrence shows its steps.
+        assert_refused(model, x, rf"on axis 0 or on axis 1 .*batch_axis={{'outputs': {{0: {axis}}}}}")
+    assert_exact(model, x, batch_axis={"outputs": {0: axis}} if (name, axis) != PACKED_FIRST else None)
+
+
+@pytest.mark.parametrize("comes_first", [True, False])
+@pytest.mark.parametrize("name", [name for name in BEHIND if name != "in reverse"])
+def test_trap_19_samples_first_in_both_outputs(name: str, comes_first: bool) -> None:
+    """Exact but where a model of this output alone is refused; a batch of another size shows it there."""
+    inner, shape = BEHIND[name](N)
+    x = batch(shape, name)
+    model = beside(inner, x, comes_first=comes_first)
+    if (name, N) not in UNSHOWN:
+        assert_exact(model, x)
+        return
+    assert_refused(model, x, r"may be on axis 0 or on axis 1 of an output", steps=1)
+    assert_exact(model, x, batch_axis={"outputs": {0: 0}})
+    expected = looped(model, x)[1] + looped(model, x[:2])[1]
+    with FisherMonitor(model, "sum") as monitor:
+        squares(model(x[:2])).backward()
+        squares(model(x)).backward()
+    assert_equal(monitor.trace, expected, expected, torch.float64)
+
+
+# Two outputs of one layer, which no data leads to, of a frozen table's rows.
+
+
+def attention(h: Tensor, values: Tensor) -> Tensor:
+    return (h @ h.mT).softmax(-1) @ values
+
+
+# Of values that a layer makes of a frozen table's rows, and of those of another layer.
+OF_ONE_LAYER: dict[str, Callable[[Any, Tensor, Tensor], Outputs]] = {
+    "values, and what attention makes of them": lambda m, h, v: (m.head(attention(h, v)), v),
+    "in the other order": lambda m, h, v: (v, m.head(attention(h, v))),
+    "values of several heads": lambda m, h, v: (m.head(v.mean(1)), v.view(len(h), -1, 2, 2).transpose(1, 2)),
+    "their mean": lambda m, h, v: {"values": v, "mean": m.head(v.mean(1))},
+    "one through another": lambda m, h, v: (lambda w: (w, v + w, m.head(v.mean(1))))(m.w(h)),
+}
+# Values in front of the samples, and two calls of a layer, which show nothing of each other.
+OF_TWO_CALLS: dict[str, tuple[int, Callable[[Any, Tensor, Tensor], Outputs]]] = {
+    "two calls": (0, lambda m, h, v: {"values": v, "mean": m.head(m.v(h).mean(1))}),
+    "two layers": (0, lambda m, h, v: {"values": v, "mean": m.head(m.w(h).mean(1))}),
+    "steps in front of one call's samples": (
+        1,
+        lambda m, h, v: {"values": v.transpose(0, 1), "mean": m.head(v.mean(1))},
+    ),
+    "steps in front of another call's": (
+        1,
+        lambda m, h, v: {"values": v.transpose(0, 1), "mean": m.head(m.w(h).mean(1))},
+    ),
+}
+
+
+def of_a_table(forward: Callable[[Any, Tensor, Tensor], Outputs]) -> nn.Module:
+    parts = {"table": nn.Embedding(9, 4), "v": nn.Linear(4, 4), "w": nn.Linear(4, 4), "head": nn.Linear(4, 7)}
+    calls: set[str] = set()
+
+    def whole(m: Any, ids: Tensor) -> Outputs:
+        h = m.table(ids)
+        return forward(m, h, m.v(h))
+
+    model = randomized(Forward(whole, **parts)).double()
+    hooks = [one.register_forward_hook(lambda *_, name=name: calls.add(name)) for name, one in model.named_children()]
+    model(torch.zeros(2, 2).long())
+    for name, hook in zip(parts, hooks, strict=True):
+        hook.remove()
+        model.get_submodule(name).requires_grad_(name in calls and name != "table")
+    return model
+
+
+@pytest.mark.parametrize("name", OF_ONE_LAYER)
+def test_trap_19_an_output_shows_the_samples_of_layers_that_lead_to_another(name: str) -> None:
+    assert_exact(of_a_table(OF_ONE_LAYER[name]), torch.randint(9, (N, N)))
+
+
+@pytest.mark.parametrize("name", OF_TWO_CALLS)
+def test_trap_19_an_output_shows_nothing_of_other_calls(name: str) -> None:
+    axis, forward = OF_TWO_CALLS[name]
+    model, ids = of_a_table(forward), torch.randint(9, (N, N))
+    assert_refused(model, ids, r"may be on axis 0 or on axis 1 of an output of shape \(5, 5, 4\)")
+    assert_exact(model, ids, batch_axis={"outputs": {"values": axis}})
+
+
+def test_trap_19_outputs_inside_of_another_ones_graph_are_asked_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """States of all layers beside the last one's cost a search of their own only if they are not on the way to that."""
+    asked: list[int] = []
+    whole = one_reading._of_output
+    monkeypatch.setattr(
+        one_reading, "_of_output", lambda reading, number: asked.append(number) or whole(reading, number)
+    )
+
+    def forward(m: Any, x: Tensor) -> tuple[Tensor, ...]:
+        states = [x]
+        for layer in m.layers:
+            states.append(layer(states[-1]).tanh() + attention(states[-1], states[-1]))
+        return tuple(states[1:])
+
+    model, x = randomized(Forward(forward, layers=heads(4, 4, 4))).double(), torch.randn(N, N, 4).double()
+    assert_exact(model, x)
+    assert asked == [3, 3, 3]
