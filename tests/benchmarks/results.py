@@ -28,11 +28,14 @@ def machine() -> dict[str, Any]:
 
 
 def processor() -> str:
+    """Its name, and the numbers of its family and model: some virtual machines give one name to several generations."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
     except OSError:
         return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
+    known = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    numbers = [f"{what} {known[name]}" for what, name in (("family", "cpu family"), ("model", "model")) if name in known]
+    return ", ".join([known.get("model name", "unknown"), *numbers])
 
 
 def installed(package: str) -> str | None:
