@@ -197,3 +197,37 @@ def test_trap_19_outputs_inside_of_another_ones_graph_are_asked_together(monkeyp
     model, x = randomized(Forward(forward, layers=heads(4, 4, 4))).double(), torch.randn(N, N, 4).double()
     assert_exact(model, x)
     assert asked == [3, 3, 3]
+
+
+@pytest.mark.parametrize("name", [*IN_FRONT, *OF_MEMBERS])
+def test_trap_19_an_output_that_the_loss_does_not_use_refuses_nothing(name: str) -> None:
+    inner, shape = (IN_FRONT | OF_MEMBERS)[name](N)
+    x = batch(shape, name)
+    model = beside(inner, x, comes_first=True)
+    rows = [torch.autograd.grad(squares(model(x[i : i + 1])[1:]), list(model.side.parameters())) for i in range(N)]
+    expected = torch.stack([g.square().sum() for row in rows for g in row]).sum()
+    with FisherMonitor(model, "sum") as monitor:
+        for _ in range(3):
+            squares(model(x)[1:]).backward()
+    assert_equal(monitor.trace, 3 * expected, 3 * expected, torch.float64)
+
+
+def test_trap_19_similarities_of_all_samples_beside_what_they_are_computed_from() -> None:
+    """Each of their axes may have the samples, for all that shapes say, and neither has: they compare samples."""
+
+    def forward(m: Any, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        left, right = m.v(x.sin()), m.w(y.sin())
+        return {"logits": left @ right.T, "left": left, "right": right}
+
+    model = randomized(Forward(forward, v=nn.Linear(4, 3), w=nn.Linear(4, 3))).double()
+    x, y = torch.randn(N, 4).double(), torch.randn(N, 4).double()
+    pairs = [model(x[i : i + 1], y[i : i + 1]) for i in range(N)]
+    rows = [torch.autograd.grad(squares((one["left"], one["right"])), list(model.parameters())) for one in pairs]
+    expected = torch.stack([g.square().sum() for row in rows for g in row]).sum()
+    with FisherMonitor(model, "sum") as monitor:
+        for _ in range(4):
+            found = model(x, y)
+            squares((found["left"], found["right"])).backward()
+    assert_equal(monitor.trace, 4 * expected, 4 * expected, torch.float64)
+    with FisherMonitor(model, "sum"), expectation("compares samples with each other"):
+        squares((model(x, y)["logits"],)).backward()

@@ -78,7 +78,7 @@ class PlacementCache:
         comparing: the numbers of the model's outputs that compare samples.
         keeps_lists: whether the graphs have their samples at the same indices each time.
         keeps_order: whether the labels of the graphs have shown that the samples are where shapes say; None if nobody has asked.
-        doubt: why some output may have its samples on another axis than the first; None if none may.
+        doubts: the numbers of outputs that may have their samples on another axis than the first, each with why.
         shows_first_axis: whether the graphs show by their sizes that the outputs have their samples on the first axis.
     """
 
@@ -90,7 +90,7 @@ class PlacementCache:
     comparing: set[int] = field(default_factory=set)
     keeps_lists: bool = False
     keeps_order: bool | None = None
-    doubt: Doubt | None = None
+    doubts: dict[int, Doubt] = field(default_factory=dict)
     shows_first_axis: bool = False
 
     def keep(self, key: Key, found: Finding) -> None:
@@ -114,7 +114,8 @@ class PlacementCache:
         self.telling_outputs.clear()
         self.untold.clear()
         self.comparing.clear()
-        self.graphs_seen, self.keeps_order, self.doubt = 0, None, None
+        self.doubts.clear()
+        self.graphs_seen, self.keeps_order = 0, None
 
     def forget(self, key: Key) -> None:
         """Have the next graph looked through for this place."""

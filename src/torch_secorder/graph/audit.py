@@ -20,14 +20,14 @@ from torch_secorder.batch_axis.trust import BY_SEARCH, Trust
 from torch_secorder.capture.model_run import Forward
 from torch_secorder.capture.own_axes import OwnAxis
 from torch_secorder.capture.records import Record
-from torch_secorder.errors import CoverageError, UnsupportedError
+from torch_secorder.errors import CoverageError, CurvatureError, UnsupportedError
 from torch_secorder.graph.call_places import CallPlaces, Questions
 from torch_secorder.graph.carried_axes import ATTENDS, CarriedAxis
 from torch_secorder.graph.frontier import Frontier
 from torch_secorder.graph.graph import Graph
-from torch_secorder.graph.one_reading import Reading, require_one_reading
+from torch_secorder.graph.one_reading import Reading, one_reading
 from torch_secorder.graph.orders import order_of
-from torch_secorder.graph.refusals import refuse
+from torch_secorder.graph.refusals import compares_samples, refuse
 from torch_secorder.graph.samples_in_data import require_data
 from torch_secorder.graph.uses import ParameterUse, Uses
 from torch_secorder.graph.walk import Walk
@@ -48,7 +48,7 @@ class Audit:
         kind: what tells which graphs are alike where some are checked: where samples are in another order each time, a router
             also sends other numbers of rows each time, and fingerprints never come again.
         leaves: node that accumulates an analyzed parameter's gradient -> the parameter's position.
-        comparing: the outputs of the latest run that compare samples.
+        refused: the outputs of the latest run that the loss must not use, each with the refusal if it does.
         other_leaves: the nodes of that graph that accumulate gradients of other tensors than the analyzed parameters.
         checkpoints: the nodes of re-entrant checkpoints in that graph, if it has several samples.
     """
@@ -66,7 +66,7 @@ class Audit:
         self._places = CallPlaces(table, self._knowledge, locate_on_three_samples, trust)
         self.fingerprint = self.kind = 0
         self.other_leaves: list[Node] = []
-        self.comparing: list[GradientEdge] = []
+        self.refused: list[tuple[GradientEdge, CurvatureError]] = []
         self.checkpoints: list[Node] = []
 
     def renew_leaves(self) -> None:
@@ -92,7 +92,7 @@ class Audit:
 
     def _uses(self, forward: Forward, outputs: Sequence[Tensor]) -> Uses:
         placed = [(x, p) for x, p in zip(outputs, forward.placements, strict=True) if x.requires_grad]
-        roots, self.comparing, self.checkpoints = list(map(itemgetter(0), placed)), [], []
+        roots, self.refused, self.checkpoints = list(map(itemgetter(0), placed)), [], []
         walk, n = Walk(roots, forward, self.leaves), forward.n
         self.fingerprint, self.other_leaves = walk.fingerprint, walk.other_leaves
         self.kind = walk.fingerprint
@@ -123,8 +123,8 @@ class Audit:
             self.checkpoints = walk.checkpoints
             if not self._ranks.distributed:  # All ranks look at the same places.
                 self._places.require_order_of_checkpoints(graph, search, keeps_order)
-        if search.placements.comparing:
-            self.comparing = [get_gradient_edge(roots[number]) for number in search.placements.comparing]
+        for number in search.placements.comparing:
+            self.refused.append((get_gradient_edge(roots[number]), compares_samples()))
         any_shared = self._ranks.max_over_ranks(bool(shared)) if self._ranks.distributed else shared
         uses = Uses()
         if asked.uses_outside_calls or any_shared:
@@ -136,15 +136,16 @@ class Audit:
     def _require_one_reading(
         self, graph: Graph, search: SampleSearch, asked: Questions, own_axes: Sequence[OwnAxis | CarriedAxis]
     ) -> None:
-        """Raise if the outputs may have the samples on another axis than the first, unless other batches have shown the first."""
+        """Refuse outputs that may have the samples on another axis than the first, unless other batches have shown the first."""
         known, walk, n = search.placements, graph.walk, graph.forward.n
         if not known.shows_first_axis and all(w == FIRST and n not in x.shape[1:] for x, w in graph.placed):
             known.shows_first_axis = True
             self._knowledge.note_first_axis(walk.layout)
         # In most steps what is known of graphs of this kind is not examined again.
-        if asked.ambiguous_shapes and asked.several_samples and (known.doubt or search.examines):
+        if asked.ambiguous_shapes and asked.several_samples and (known.doubts or search.examines):
             reading, believes = Reading(graph, search, own_axes), partial(self._believes_first_axis, walk)
-            require_one_reading(reading, self._table, believes, checks_samples=self._trust.first_axis)
+            refused = one_reading(reading, self._table, believes, checks_samples=self._trust.first_axis)
+            self.refused = [(get_gradient_edge(graph.placed[number][0]), why) for number, why in refused.items()]
 
     def _believes_first_axis(self, walk: Walk) -> bool:
         """Whether the outputs have the samples on their first axis where nothing in this graph shows another."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -42,14 +42,14 @@ class Reading(NamedTuple):
     own_axes: Sequence[OwnAxis | CarriedAxis]
 
 
-def require_one_reading(
+def one_reading(
     reading: Reading,
     table: Table,
     believes_first_axis: Callable[[], bool],
     *,
     checks_samples: bool,
-) -> None:
-    """Raise if samples may be on another axis of an output than the first, and what takes samples doesn't show the first.
+) -> dict[int, ShapeError]:
+    """The refusals of outputs, by their numbers, that may have the samples on another axis than the first.
 
     Read along steps or members of an ensemble in front, what takes the model's samples takes all of them for each; and where no
     data shows that, each member still has parameters of its own. Steps of data that nothing follows may be in front or behind,
@@ -63,22 +63,30 @@ def require_one_reading(
         table: the analyzed parameters.
         believes_first_axis: whether the first axis is believed where nothing shows another.
         checks_samples: whether samples are run alone afterwards.
+
+    Raises:
+        ShapeError: where the outputs are asked together, if that is so.
     """
     graph, search, _ = reading
-    known = search.placements
-    n = graph.forward.n or 0
+    known, n = search.placements, graph.forward.n or 0
     outputs = [number for number, (x, where) in enumerate(graph.placed) if where == FIRST and n in x.shape[1:]]
     if not outputs:
-        return
-    if search.examines:
-        together = checks_samples or table.ranks.distributed or sum(where is not None for _, where in graph.placed) == 1
-        if together:
-            known.doubt = _doubt(reading, table, believes_first_axis, is_alone=True)
-        else:
-            asked = [number for number in outputs if number not in known.comparing]
-            known.doubt = _first_doubt(reading, table, believes_first_axis, asked)
-    if known.doubt is not None and (known.doubt.contradiction or not believes_first_axis()):
-        raise _refusal(graph, known.doubt)
+        return {}
+    together = checks_samples or table.ranks.distributed or sum(where is not None for _, where in graph.placed) == 1
+    if search.examines and together:
+        doubt = _doubt(reading, table, believes_first_axis, is_alone=True)
+        known.doubts = {} if doubt is None else {outputs[0]: doubt}
+    elif search.examines:
+        asked = [number for number in outputs if number not in known.comparing]
+        known.doubts = _doubts(reading, table, believes_first_axis, asked)
+    refused = {
+        number: _refusal(graph, doubt)
+        for number, doubt in known.doubts.items()
+        if doubt.contradiction or not believes_first_axis()
+    }
+    if refused and together:
+        raise next(iter(refused.values()))
+    return refused
 
 
 def _of_output(reading: Reading, number: int) -> Reading:
@@ -92,28 +100,27 @@ def _of_output(reading: Reading, number: int) -> Reading:
     return Reading(graph, search, [one for one in reading.own_axes if one.edge.node in graph.walk.nodes])
 
 
-def _first_doubt(
+def _doubts(
     reading: Reading, table: Table, believes_first_axis: Callable[[], bool], asked: Sequence[int]
-) -> Doubt | None:
-    """The first doubt that these outputs leave open, each by itself, and that others don't settle.
+) -> dict[int, Doubt]:
+    """What these outputs leave open, each by itself, and what others don't settle.
 
     What is asked first is the output that was computed last: it may show the samples of those that it was computed from.
     """
-    found: dict[int, tuple[Reading, Doubt]] = {}
+    found: dict[int, Doubt] = {}
+    alone: dict[int, Reading] = {}
     outputs = [x for x, _ in reading.graph.placed]
     left = sorted(asked, key=lambda number: sequence_number(get_gradient_edge(outputs[number]).node), reverse=True)
     while left:
         number, *left = left
-        one = _of_output(reading, number)
+        one = alone[number] = _of_output(reading, number)
         doubt = _doubt(one, table, believes_first_axis)
         if doubt is None:
             shown = _shown_by(one.graph, [outputs[other] for other in left])
             left = [other for other, is_shown in zip(left, shown, strict=True) if not is_shown]
-        elif doubt.contradiction:
-            return doubt
         else:
-            found[number] = one, doubt
-    return _first_that_stays(reading, table, found)
+            found[number] = doubt
+    return _unsettled(reading, table, found, alone)
 
 
 def _shown_by(graph: Graph, outputs: Sequence[Tensor]) -> list[bool]:
@@ -130,23 +137,27 @@ def _shown_by(graph: Graph, outputs: Sequence[Tensor]) -> list[bool]:
     return [edge in shown for edge, _ in places]
 
 
-def _first_that_stays(reading: Reading, table: Table, doubts: dict[int, tuple[Reading, Doubt]]) -> Doubt | None:
-    """The first doubt that other outputs don't settle, which show of places that lead to both where the samples are.
+def _unsettled(
+    reading: Reading, table: Table, doubts: dict[int, Doubt], alone: Mapping[int, Reading]
+) -> dict[int, Doubt]:
+    """The doubts that other outputs don't settle, which show of places that lead to both where the samples are.
 
     Args:
         reading: the graph of all outputs.
         table: the analyzed parameters.
-        doubts: what is left open of outputs, by their numbers, each with the graph that leads to it.
+        doubts: what is left open of outputs, by their numbers.
+        alone: the graph of each output.
     """
-    while doubts:
+    while open_ones := [number for number, doubt in doubts.items() if not doubt.contradiction]:
         left_out = {*doubts, *reading.search.placements.comparing}
         placed = [(x, None if number in left_out else where) for number, (x, where) in enumerate(reading.graph.placed)]
-        shows_any = any(where is not None for _, where in placed)
-        settled = [number for number, (one, _) in doubts.items() if shows_any and _is_settled(one, table, placed)]
+        if all(where is None for _, where in placed):
+            break
+        settled = [number for number in open_ones if _is_settled(alone[number], table, placed)]
         if not settled:
             break
         doubts = {number: doubt for number, doubt in doubts.items() if number not in settled}
-    return next((doubt for _, doubt in doubts.values()), None)
+    return doubts
 
 
 def _is_settled(reading: Reading, table: Table, placed: Sequence[tuple[Tensor, Placement | None]]) -> bool:

@@ -11,6 +11,7 @@ from torch.autograd.graph import GradientEdge, Node
 
 from torch_secorder.autograd.nodes import is_python_function, value_shape
 from torch_secorder.autograd.opaque import is_opaque
+from torch_secorder.batch_axis.evidence import Evidence, Unplaced
 from torch_secorder.batch_axis.placement import FIRST, Placement
 from torch_secorder.batch_axis.search_pass import SearchPasses, Viewed
 from torch_secorder.capture.own_axes import OwnAxis, has_samples_first
@@ -21,7 +22,7 @@ from torch_secorder.graph.walk import Walk
 from torch_secorder.model.parameters import Table
 
 # A place, and what says whether samples that are found there contradict what is known.
-Fixed = tuple[Viewed, Callable[[Placement], bool]]
+Fixed = tuple[Viewed, Callable[[Evidence], bool]]
 
 # Nodes of layers of channels, which have the samples on the first axis.
 _NAMES = (
@@ -63,15 +64,14 @@ def other_axis_that_fits(
     fixed = [*of_others, *_fixed(graph, own_axes)]
     # What mixes steps may be behind something that is not analyzed.
     viewed = [*map(itemgetter(0), fixed), *places_in(walk)]
-    known = _placements(graph.placed, n, viewed)
-    if _is_contradicted(known, of_others):
+    known = _evidence(graph.placed, n, viewed)
+    if _is_contradicted([one if isinstance(one, Placement) else None for one in known], of_others):
         return min(axes)
     for axis in sorted(axes):
         where = Placement(axis)
         placed = [(x, where if x.dim() > axis and x.shape[axis] == n else None) for x, _ in graph.placed]
-        found = _placements(placed, n, viewed)
-        explains_less = len(list(filter(None, found))) < len(list(filter(None, known)))
-        if not explains_less and not _is_contradicted(found, fixed):
+        found = _evidence(placed, n, viewed)
+        if _explained(found) >= _explained(known) and not _is_contradicted(found, fixed):
             return axis
     return None
 
@@ -81,7 +81,11 @@ def places_in(walk: Walk) -> list[Viewed]:
     return [*((edge, record.shape) for record, edge in walk.calls), *map(_output, walk.nodes)]
 
 
-def _is_contradicted(found: Sequence[Placement | None], fixed: Sequence[Fixed]) -> bool:
+def _explained(found: Sequence[Evidence]) -> int:
+    return sum(isinstance(one, Placement) for one in found)
+
+
+def _is_contradicted(found: Sequence[Evidence | None], fixed: Sequence[Fixed]) -> bool:
     """Whether samples were found where they can't be; the first places are those that are fixed."""
     pairs = zip(found, fixed, strict=False)
     return any(contradicts(one) for one, (_, contradicts) in pairs if one is not None)
@@ -97,27 +101,27 @@ def _fixed(graph: Graph, own_axes: Sequence[OwnAxis | CarriedAxis]) -> Iterator[
         if node.name() in HAVE_SAMPLES_FIRST:
             yield _output(node), _is_not_first
     for own in own_axes:
-        yield (own.edge, own.shape), partial(_is_another, own) if isinstance(own, OwnAxis) else own.contradicts
+        yield (own.edge, own.shape), partial(_is_another, own)
 
 
-def _is_not_first(found: Placement) -> bool:
-    return found.axis != 0
+def _is_not_first(found: Evidence) -> bool:
+    return isinstance(found, Placement) and found.axis != 0
 
 
-def _is_another(own: OwnAxis, found: Placement) -> bool:
-    return own.contradicts(found) or found.axis != own.axis
+def _is_another(own: OwnAxis | CarriedAxis, found: Evidence) -> bool:
+    is_other = isinstance(own, OwnAxis) and isinstance(found, Placement) and found.axis != own.axis
+    return is_other or (isinstance(found, Placement) and own.contradicts(found))
 
 
-def _is_elsewhere(place: Viewed, where: Placement, n: int, found: Placement) -> bool:
-    return not where.agrees(found, place[1], n)
+def _is_elsewhere(place: Viewed, where: Placement, n: int, found: Evidence) -> bool:
+    """Whether samples are somewhere else, or all of them share what belongs to single ones."""
+    is_shared = found is Unplaced.SHARED_BY_SAMPLES
+    return is_shared or (isinstance(found, Placement) and not where.agrees(found, place[1], n))
 
 
 def _output(node: Node) -> Viewed:
     return GradientEdge(node, 0), value_shape(node, 0)
 
 
-def _placements(
-    placed: Sequence[tuple[Tensor, Placement | None]], n: int, viewed: Sequence[Viewed]
-) -> list[Placement | None]:
-    found = SearchPasses(placed, n).findings(viewed)
-    return [one.evidence if isinstance(one.evidence, Placement) else None for one in found]
+def _evidence(placed: Sequence[tuple[Tensor, Placement | None]], n: int, viewed: Sequence[Viewed]) -> list[Evidence]:
+    return [one.evidence for one in SearchPasses(placed, n).findings(viewed)]

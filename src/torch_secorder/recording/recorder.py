@@ -25,9 +25,8 @@ from torch_secorder.capture.forwards import ForwardTracker
 from torch_secorder.capture.model_run import Forward
 from torch_secorder.capture.module_hooks import ModuleHooks
 from torch_secorder.capture.records import Record
-from torch_secorder.errors import LifecycleError
+from torch_secorder.errors import CurvatureError, LifecycleError
 from torch_secorder.graph.audit import Audit
-from torch_secorder.graph.refusals import compares_samples
 from torch_secorder.graph.uses import IdleUse, ParameterUse, Uses
 from torch_secorder.model.hooks import HookScope
 from torch_secorder.model.parameters import Table
@@ -149,20 +148,20 @@ class Recorder(HookScope):
                 found = self._audit.uses(forward, outputs)
                 if self._watches_outputs:
                     place_outputs(found, self._audit.leaves, forward, self.table.ranks)
-            for edge in self._audit.comparing:
-                edge.node.register_prehook(partial(self._on_comparing_output, edge.output_nr))
+            for edge, why in self._audit.refused:
+                edge.node.register_prehook(partial(self._on_refused_output, edge.output_nr, why))
         except Exception as error:
             raise refusal_of(error, "looking for the samples in the graph of the model's outputs")  # noqa: B904  # it names its cause
         return found
 
-    def _on_comparing_output(self, output_nr: int, grads: tuple[Tensor | None, ...]) -> None:
-        """Called when a gradient arrives at an output that compares samples."""
+    def _on_refused_output(self, output_nr: int, why: CurvatureError, grads: tuple[Tensor | None, ...]) -> None:
+        """Called when a gradient arrives at an output that the loss must not use."""
         grad = grads[output_nr]
         if grad is None or (current := self._pass_under_way(grads)) is None:
             return
         with without_modes():
             if current.error is None and bool(grad.any()):
-                current.error = compares_samples()
+                current.error = why
 
     def _hook(self, use: ParameterUse, node: Node) -> None:
         """Have the node of a use call back with its gradients."""
