@@ -34,7 +34,9 @@ def processor() -> str:
     except OSError:
         return platform.processor()
     known = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
-    numbers = [f"{what} {known[name]}" for what, name in (("family", "cpu family"), ("model", "model")) if name in known]
+    numbers = [
+        f"{what} {known[name]}" for what, name in (("family", "cpu family"), ("model", "model")) if name in known
+    ]
     return ", ".join([known.get("model name", "unknown"), *numbers])
 
 
