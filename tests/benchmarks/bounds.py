@@ -53,7 +53,8 @@ class Sums:
             modules, xs, gs = zip(*calls, strict=True)
             of_x, of_g = (squared(torch.stack(several)) for several in (xs, gs))
             self.squares.update(zip([module.weight for module in modules], of_x * of_g, strict=True))
-            self.squares.update(zip([module.bias for module in modules], of_g, strict=True))
+            biases = zip([module.bias for module in modules], of_g, strict=True)
+            self.squares.update((bias, squares) for bias, squares in biases if bias is not None)
         self.small.clear()
         return torch.stack([*self.squares.values()])
 
@@ -95,7 +96,9 @@ def at_one_position(module: nn.Linear, sums: Sums, x: Tensor, g: Tensor) -> None
     if x.numel() <= SMALL:
         sums.small[x.shape, g.shape].append((module, x, g))
         return
-    sums.squares[module.bias] = of_g = squared(g)
+    of_g = squared(g)
+    if module.bias is not None:
+        sums.squares[module.bias] = of_g
     sums.squares[module.weight] = squared(x) * of_g
     (n, i), o = x.shape, g.shape[1]
     if i * o > 2**16 and n**2 * (i + o) <= 8 * i * o:

@@ -104,12 +104,16 @@ def price(costs: list[dict[str, Any]]) -> str:
     """What a steady step costs, in a paragraph."""
     if not (found := summary(costs)):
         return ""
+    hand = found["by hand"]
     slow = ", ".join(f"{name} {ratio:.1f}" for ratio, name in found["over 4"][::-1]) or "none"
     return (
         f"A steady step under a monitor (float32, {SAMPLES} samples, one thread) takes {found['median']:.1f} plain steps "
         f"in the median of {found['timed']} architectures that were timed, most of whose steps take a few milliseconds, and "
         f"{found['median of large']:.1f} in the median of the {found['large']} whose plain step takes more than 30 ms. "
-        f"More than 4: {slow}. The table has the plain step in ms, and a steady step over it.\n"
+        f"More than 4: {slow}. The table has the plain step in ms, and a steady step over it.\n\n"
+        f"The same products, called by hand from plain hooks with no check and no bookkeeping, take {hand['median']:.1f} in the "
+        f"median of the {hand['of']} architectures whose layers they know, where a monitor takes {hand['steady']:.1f}: the "
+        "difference is what checks and bookkeeping cost where a plain step takes two milliseconds.\n"
     )
 
 
