@@ -387,6 +387,7 @@ UNSHOWN_STEPS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+# The steps of a recurrence all take what the first one has made of the data.
 PACKED_FIRST = "packed samples", 0
 
 

@@ -55,13 +55,11 @@ class Doubt(NamedTuple):
         shape: its shape.
         axis: the other axis.
         contradiction: what contradicts that the samples are on the first axis, in words; nothing if both axes are possible.
-        is_alone: whether no other output was asked.
     """
 
     shape: tuple[int, ...]
     axis: int
     contradiction: str
-    is_alone: bool
 
 
 class Open(Enum):

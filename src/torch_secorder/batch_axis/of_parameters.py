@@ -59,15 +59,13 @@ def without_those_of_parameters(
     if n is None or n < 2:
         return placements
     found = [
-        None
-        if where is not None and x.grad_fn is not None and _is_of_parameters(x.grad_fn, arguments, packs)
-        else where
+        None if where is not None and x.grad_fn is not None and is_of_parameters(x.grad_fn, arguments, packs) else where
         for x, where in zip(outputs, placements, strict=True)
     ]
     return found if any(where is not None for where in found) else placements
 
 
-def _is_of_parameters(root: Node, arguments: Sequence[tuple[object, Tensor]], packs: bool) -> bool:
+def is_of_parameters(root: Node, arguments: Sequence[tuple[object, Tensor]], packs: bool) -> bool:
     """Whether a node's output is computed from parameters, and from constants that are no larger than these."""
     stack, seen = [root], {root}
     while stack:

@@ -106,6 +106,11 @@ class Told:
         return Placement(matching[-1]) if matching else None
 
     @property
+    def says_all_outputs(self) -> bool:
+        """Whether the user says of all outputs together where their samples are, and not of some by position or key."""
+        return self.says_outputs and not isinstance(self.outputs, Mapping)
+
+    @property
     def is_of_everything(self) -> bool:
         """Whether one axis was said of every tensor: of inputs, outputs, targets and all modules' outputs."""
         return isinstance(self.modules, int) and self.inputs == self.outputs == self.targets == self.modules

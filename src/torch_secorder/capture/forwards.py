@@ -10,6 +10,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +37,7 @@ from torch_secorder.batch_axis.told import Told
 from torch_secorder.capture.earlier_runs import EarlierRuns
 from torch_secorder.capture.model_run import Forward
 from torch_secorder.errors import CurvatureError
-from torch_secorder.model.containers import tensors
+from torch_secorder.model.containers import keyed_tensors, tensors
 
 if TYPE_CHECKING:
     from torch_secorder.capture.records import Record
@@ -176,7 +177,7 @@ class ForwardTracker:
             for record, _ in forward.records:
                 record.input_nodes = ()
             forward.records, forward.sharded, forward.own_axes = [], [], []
-            forward.placements, forward.inputs, forward.earlier = (), [], None
+            forward.placements, forward.inputs, forward.earlier, forward.keyed_outputs = (), [], None, list
 
     def _leave_empty(self, count: Count, outputs: list[Tensor]) -> None:
         """A run without samples is over, and none of its calls was recorded, unless an output has samples after all."""
@@ -187,7 +188,7 @@ class ForwardTracker:
 
     def _place_outputs(self, forward: Forward, output: Any, outputs: list[Tensor]) -> None:
         """Note where the outputs have their samples. If they seem to have none, try other readings of the arguments."""
-        forward.says_outputs = self.words.says_outputs
+        forward.words, forward.keyed_outputs = self.words, partial(keyed_tensors, output)
         forward.placements = self._placed(forward, forward.count, output, outputs)
         if forward.n is None or some_has_samples(outputs, forward.placements):
             return

@@ -13,6 +13,8 @@ from torch.autograd.graph import GradientEdge, Node
 from torch_secorder.autograd.node_hooks import TableReference
 from torch_secorder.batch_axis.count import Count, Seen
 from torch_secorder.batch_axis.placement import FIRST, Placement
+from torch_secorder.batch_axis.told import NOTHING, Told
+from torch_secorder.model.containers import Key
 
 if TYPE_CHECKING:
     from torch_secorder.capture.earlier_runs import EarlierRuns
@@ -48,7 +50,9 @@ class Forward:
         bags: the numbers of bags that EmbeddingBags with offsets made.
         has_packed_inputs: whether hooks for saved tensors keep the inputs of some of its calls (activation checkpointing). Where
             torch does not show which nodes have such hooks, this is the sign that they are in use.
-        says_outputs: whether the user says where the outputs have their samples.
+        words: what the user says of where samples are.
+        keyed_outputs: lists what the model returned, each tensor with the position or key of the part that has it; nothing once
+            the run is over.
         node_hooks: a function for each node at which gradients are taken apart by samples, which finds the hooks that run after
             the node.
         earlier: the runs before it in its thread, which have the same samples; None if these are not followed, and once the run
@@ -71,7 +75,8 @@ class Forward:
     counting: Callable[[], Tensor | None] = no_argument
     bags: set[int] = field(default_factory=set)
     has_packed_inputs: bool = False
-    says_outputs: bool = False
+    words: Told = NOTHING
+    keyed_outputs: Callable[[], list[tuple[Key, Tensor]]] = list
     node_hooks: list[TableReference] = field(default_factory=list)
     earlier: EarlierRuns | None = None
 

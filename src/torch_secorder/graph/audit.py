@@ -117,7 +117,7 @@ class Audit:
         keeps_order = partial(_keeps_order, graph, search, order)
         behind = graph.behind_shared_rows if None in forward.placements else ()
         shared = self._places.place(forward, walk.calls, own_axes, search, asked, keeps_order, behind)
-        if (asked.ambiguous_shapes or not search.placements.shows_first_axis) and not forward.says_outputs:
+        if (asked.ambiguous_shapes or not search.placements.shows_first_axis) and not forward.words.says_all_outputs:
             self._require_one_reading(graph, search, asked, own_axes)
         if walk.checkpoints and asked.several_samples:
             self.checkpoints = walk.checkpoints

@@ -54,7 +54,8 @@ class Graph:
     def derivation_along(self, axis: int) -> Derivation:
         """What the nodes would tell if the samples were on another axis of the outputs."""
         n, where = self.forward.n, Placement(axis)
-        return self._derived([(x, where if x.dim() > axis and x.shape[axis] == n else None) for x, _ in self.placed])
+        placed = [(x, where if x.dim() > axis and x.shape[axis] == n else None) for x, _ in self.placed]
+        return self._derived(placed, calls_functions=True)
 
     def _derived(
         self, placed: Sequence[tuple[Tensor, Placement | None]], *, calls_functions: bool = False

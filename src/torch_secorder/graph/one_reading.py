@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Container, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from torch_secorder.autograd.nodes import value_shape
 from torch_secorder.autograd.roots import sequence_number
 from torch_secorder.batch_axis.evidence import Doubt
 from torch_secorder.batch_axis.knowledge import PlacementCache
+from torch_secorder.batch_axis.of_parameters import is_of_parameters
 from torch_secorder.batch_axis.placement import FIRST, Placement
 from torch_secorder.batch_axis.search import SampleSearch
 from torch_secorder.batch_axis.search_pass import SearchPasses
@@ -21,10 +22,11 @@ from torch_secorder.errors import ShapeError
 from torch_secorder.graph.call_places import wanted_of_calls
 from torch_secorder.graph.carried_axes import CarriedAxis
 from torch_secorder.graph.graph import Graph
-from torch_secorder.graph.other_axis import other_axis_that_fits, places_in
+from torch_secorder.graph.other_axis import hides_data, other_axis_that_fits, places_in
 from torch_secorder.graph.own_parameters import first_of_own_parameters
 from torch_secorder.graph.samples_in_data import takes_all_samples
 from torch_secorder.graph.walk import Walk
+from torch_secorder.model.containers import Key
 from torch_secorder.model.parameters import Table
 
 
@@ -55,8 +57,8 @@ def one_reading(
     data shows that, each member still has parameters of its own. Steps of data that nothing follows may be in front or behind,
     unless a batch of another size has shown it.
 
-    What one output shows says nothing of another, so that each is asked by itself, unless samples are checked afterwards. Ranks
-    that hold the model together make the same passes, and ask for all outputs at once.
+    What one output shows says nothing of another, so that each is asked by itself, unless samples are checked afterwards or the
+    user has said where they are. Ranks that hold the model together make the same passes, and ask for all outputs at once.
 
     Args:
         reading: the graph, as it was searched.
@@ -68,59 +70,103 @@ def one_reading(
         ShapeError: where the outputs are asked together, if that is so.
     """
     graph, search, _ = reading
-    known, n = search.placements, graph.forward.n or 0
-    outputs = [number for number, (x, where) in enumerate(graph.placed) if where == FIRST and n in x.shape[1:]]
-    if not outputs:
+    known, forward, n = search.placements, graph.forward, graph.forward.n or 0
+    names = {id(x): key for key, x in forward.keyed_outputs()}
+    keys = [names.get(id(x)) for x, _ in graph.placed]
+    told = {number for number, key in enumerate(keys) if key is not None and forward.words.is_named("outputs", key)}
+    asked = [
+        number
+        for number, (x, where) in enumerate(graph.placed)
+        if where == FIRST and n in x.shape[1:] and number not in told
+    ]
+    if not asked:
         return {}
     together = checks_samples or table.ranks.distributed or sum(where is not None for _, where in graph.placed) == 1
     if search.examines and together:
-        doubt = _doubt(reading, table, believes_first_axis, is_alone=True)
-        known.doubts = {} if doubt is None else {outputs[0]: doubt}
+        answer = _answer(reading, table, believes_first_axis)
+        known.doubts = {asked[0]: answer} if isinstance(answer, Doubt) else {}
     elif search.examines:
-        asked = [number for number in outputs if number not in known.comparing]
-        known.doubts = _doubts(reading, table, believes_first_axis, asked)
-    refused = {
-        number: _refusal(graph, doubt)
-        for number, doubt in known.doubts.items()
-        if doubt.contradiction or not believes_first_axis()
-    }
+        each = _EachOutput(reading, table, believes_first_axis, told)
+        known.doubts = each.doubts([number for number in asked if number not in known.comparing])
+    doubts = {number: one for number, one in known.doubts.items() if one.contradiction or not believes_first_axis()}
+    of_each = {} if together else {key: doubts[number].axis for number, key in enumerate(keys) if number in doubts}
+    refused = {number: _refusal(graph, one, of_each) for number, one in doubts.items()}
     if refused and together:
         raise next(iter(refused.values()))
     return refused
 
 
-def _of_output(reading: Reading, number: int) -> Reading:
-    """The graph of one output alone, of which the calls were searched."""
-    whole, (root, where) = reading.graph.walk, reading.graph.placed[number]
-    forward = reading.graph.forward
-    graph = Graph(Walk([root], forward, whole.leaves, whole.unfolded), [(root, where)], forward)
-    passes = partial(SearchPasses, graph.placed, forward.n or 0)
-    search = SampleSearch(PlacementCache(), forward.n or 0, True, passes, expected=graph.derivation)
-    search(wanted_of_calls(graph.walk.calls))
-    return Reading(graph, search, [one for one in reading.own_axes if one.edge.node in graph.walk.nodes])
+class _EachOutput:
+    """Asks each of several outputs by itself where its samples are.
 
-
-def _doubts(
-    reading: Reading, table: Table, believes_first_axis: Callable[[], bool], asked: Sequence[int]
-) -> dict[int, Doubt]:
-    """What these outputs leave open, each by itself, and what others don't settle.
-
-    What is asked first is the output that was computed last: it may show the samples of those that it was computed from.
+    Args:
+        whole: the graph of all outputs.
+        table: the analyzed parameters.
+        believes_first_axis: whether the first axis is believed where nothing shows another.
+        told: the numbers of outputs of which the user has said it.
     """
-    found: dict[int, Doubt] = {}
-    alone: dict[int, Reading] = {}
-    outputs = [x for x, _ in reading.graph.placed]
-    left = sorted(asked, key=lambda number: sequence_number(get_gradient_edge(outputs[number]).node), reverse=True)
-    while left:
-        number, *left = left
-        one = alone[number] = _of_output(reading, number)
-        doubt = _doubt(one, table, believes_first_axis)
-        if doubt is None:
-            shown = _shown_by(one.graph, [outputs[other] for other in left])
-            left = [other for other, is_shown in zip(left, shown, strict=True) if not is_shown]
-        else:
-            found[number] = doubt
-    return _unsettled(reading, table, found, alone)
+
+    def __init__(self, whole: Reading, table: Table, believes_first_axis: Callable[[], bool], told: set[int]):
+        self._whole, self._table, self._believes_first_axis = whole, table, believes_first_axis
+        self._placed = whole.graph.placed
+        # The outputs that have their samples where they are placed.
+        self._shown = {number for number in told if self._placed[number][1] is not None}
+        self._alone: dict[int, Reading] = {}
+
+    def doubts(self, asked: Sequence[int]) -> dict[int, Doubt]:
+        """What these outputs leave open, each by itself, and what others don't settle.
+
+        What is asked first is the output that was computed last: it may show the samples of those that it was computed from.
+        """
+        found: dict[int, Doubt] = {}
+        edges = [get_gradient_edge(x) for x, _ in self._placed]
+        left = sorted(asked, key=lambda number: sequence_number(edges[number].node), reverse=True)
+        while left:
+            number, *left = left
+            answer = _answer(self._of(number), self._table, self._believes_first_axis)
+            if isinstance(answer, Doubt):
+                found[number] = answer
+            elif answer:
+                inside = _shown_by(self._of(number).graph, [self._placed[other][0] for other in left])
+                self._shown.update([number, *itertools.compress(left, inside)])
+                left = [other for other, is_shown in zip(left, inside, strict=True) if not is_shown]
+        if not all(doubt.contradiction for doubt in found.values()):
+            self._ask_others({*asked, *self._shown})
+        return self._unsettled(dict(sorted(found.items())))
+
+    def _of(self, number: int) -> Reading:
+        """The graph of one output alone, of which the calls were searched."""
+        if number not in self._alone:
+            whole, forward = self._whole.graph.walk, self._whole.graph.forward
+            graph = Graph(
+                Walk([self._placed[number][0]], forward, whole.leaves, whole.unfolded), [self._placed[number]], forward
+            )
+            passes = partial(SearchPasses, graph.placed, forward.n or 0)
+            search = SampleSearch(PlacementCache(), forward.n or 0, True, passes, expected=graph.derivation)
+            search(wanted_of_calls(graph.walk.calls))
+            own_axes = [one for one in self._whole.own_axes if one.edge.node in graph.walk.nodes]
+            self._alone[number] = Reading(graph, search, own_axes)
+        return self._alone[number]
+
+    def _ask_others(self, known: Container[int]) -> None:
+        """Ask outputs that have the samples on no axis but the first, or none: they show them only if data does."""
+        comparing = self._whole.search.placements.comparing
+        for number, (_, where) in enumerate(self._placed):
+            if where == FIRST and number not in known and number not in comparing:
+                one = self._of(number)
+                if False in takes_all_samples(one.graph, one.search, self._table).values():
+                    self._shown.add(number)
+
+    def _unsettled(self, doubts: dict[int, Doubt]) -> dict[int, Doubt]:
+        """The doubts that other outputs don't settle, which show of places that lead to both where the samples are."""
+        while self._shown and (left := [number for number, doubt in doubts.items() if not doubt.contradiction]):
+            placed = [(x, where if number in self._shown else None) for number, (x, where) in enumerate(self._placed)]
+            settled = [number for number in left if _is_settled(self._of(number), self._table, placed)]
+            if not settled:
+                break
+            self._shown.update(settled)
+            doubts = {number: doubt for number, doubt in doubts.items() if number not in settled}
+        return doubts
 
 
 def _shown_by(graph: Graph, outputs: Sequence[Tensor]) -> list[bool]:
@@ -137,29 +183,6 @@ def _shown_by(graph: Graph, outputs: Sequence[Tensor]) -> list[bool]:
     return [edge in shown for edge, _ in places]
 
 
-def _unsettled(
-    reading: Reading, table: Table, doubts: dict[int, Doubt], alone: Mapping[int, Reading]
-) -> dict[int, Doubt]:
-    """The doubts that other outputs don't settle, which show of places that lead to both where the samples are.
-
-    Args:
-        reading: the graph of all outputs.
-        table: the analyzed parameters.
-        doubts: what is left open of outputs, by their numbers.
-        alone: the graph of each output.
-    """
-    while open_ones := [number for number, doubt in doubts.items() if not doubt.contradiction]:
-        left_out = {*doubts, *reading.search.placements.comparing}
-        placed = [(x, None if number in left_out else where) for number, (x, where) in enumerate(reading.graph.placed)]
-        if all(where is None for _, where in placed):
-            break
-        settled = [number for number in open_ones if _is_settled(alone[number], table, placed)]
-        if not settled:
-            break
-        doubts = {number: doubt for number, doubt in doubts.items() if number not in settled}
-    return doubts
-
-
 def _is_settled(reading: Reading, table: Table, placed: Sequence[tuple[Tensor, Placement | None]]) -> bool:
     """Whether what these outputs show of places that lead to another one, too, excludes all of its axes but the first."""
     viewed = places_in(reading.graph.walk)
@@ -169,53 +192,52 @@ def _is_settled(reading: Reading, table: Table, placed: Sequence[tuple[Tensor, P
         for place, one in zip(viewed, found, strict=True)
         if one.proven and isinstance(one.evidence, Placement)
     ]
-    return bool(shown) and other_axis_that_fits(reading.graph, table, reading.own_axes, shown) is None
+    return bool(shown) and other_axis_that_fits(reading.graph, table, reading.own_axes, shown).axis is None
 
 
-def _doubt(
-    reading: Reading, table: Table, believes_first_axis: Callable[[], bool], *, is_alone: bool = False
-) -> Doubt | None:
+def _answer(reading: Reading, table: Table, believes_first_axis: Callable[[], bool]) -> Doubt | bool:
+    """What makes another axis possible or the first one impossible; else whether something shows the samples on the first."""
     graph, search, own_axes = reading
     n = graph.forward.n or 0
     shape = next(tuple(x.shape) for x, where in graph.placed if where == FIRST and n in x.shape[1:])
     axis = shape.index(n, 1)
     told = takes_all_samples(graph, search, table)
     if False in told.values():
-        return None
+        return True
     if told:
-        return Doubt(shape, axis, f"{next(iter(told))}: it takes all of the model's samples for each index", is_alone)
+        return Doubt(shape, axis, f"{next(iter(told))}: it takes all of the model's samples for each index")
     if (name := first_of_own_parameters(graph, table)) is not None:
-        own = f"{name}: each index has such parameters of its own, that no other index uses,"
-        return Doubt(shape, axis, own, is_alone)
-    if table.ranks.distributed or (not is_alone and _is_expanded(graph.placed[0][0])) or believes_first_axis():
-        return None
-    fits = other_axis_that_fits(graph, table, own_axes)
-    return None if fits is None else Doubt(shape, fits, "", is_alone)
-
-
-def _is_expanded(output: Tensor) -> bool:
-    """Whether the indices on an output's first axis are the same one again, as of what all samples share."""
-    node = output.grad_fn
-    if node is None or node.name() != "ExpandBackward0" or (child := node.next_functions[0][0]) is None:
+        return Doubt(shape, axis, f"{name}: each index has such parameters of its own, that no other index uses,")
+    if table.ranks.distributed or hides_data(graph) or _is_of_parameters(graph):
         return False
-    own = value_shape(child, node.next_functions[0][1])
-    return len(own) < output.dim() or own[0] != output.shape[0]
+    if believes_first_axis():
+        return True
+    fit = other_axis_that_fits(graph, table, own_axes)
+    return fit.explains_all if fit.axis is None else Doubt(shape, fit.axis, "")
 
 
-def _refusal(graph: Graph, doubt: Doubt) -> ShapeError:
-    """What is refused, and what to pass in each of the two cases."""
-    n, count, (shape, axis, contradiction, is_alone) = graph.forward.n, graph.forward.count, doubt
-    of_one = "" if is_alone else ", with that output's position or key"
-    first, other = ("0", f"{axis}") if is_alone else ("{0: 0}", f"{{0: {axis}}}")
+def _is_of_parameters(graph: Graph) -> bool:
+    """Whether one output is what was computed from parameters alone, once for each sample."""
+    node, forward = graph.placed[0][0].grad_fn, graph.forward
+    if node is None or len(graph.placed) > 1 or node.name() != "ExpandBackward0" or node.next_functions[0][0] is None:
+        return False
+    return is_of_parameters(node.next_functions[0][0], forward.inputs, forward.has_packed_inputs)
+
+
+def _refusal(graph: Graph, doubt: Doubt, of_each: Mapping[Key | None, int]) -> ShapeError:
+    """What is refused, and what to pass in each of the two cases, of all outputs in doubt if they are asked one by one."""
+    n, count, (shape, axis, contradiction) = graph.forward.n, graph.forward.count, doubt
+    first, other = (f"{dict.fromkeys(of_each, 0)}", f"{of_each}") if of_each else ("0", f"{axis}")
+    none = ", and None in the place of the axis for another output that has no samples" if of_each else ""
     if contradiction:
         return ShapeError(
             f"{contradiction} on axis 0 of an output of shape {shape} that it leads to, where the model has {count}: if the "
             f"samples are on axis {axis} of that output, behind steps or members of an ensemble, pass "
-            f"batch_axis={{'outputs': {other}}}{of_one}; if they are on axis 0, since the model mixes or sorts its samples, pass "
+            f"batch_axis={{'outputs': {other}}}{none}; if they are on axis 0, since the model mixes or sorts its samples, pass "
             f"batch_axis={{'outputs': {first}}}"
         )
     return ShapeError(
         f"the model's {count} may be on axis 0 or on axis {axis} of an output of shape {shape}: both have {n} indices, and what "
         f"the model has computed without parameters shows no samples: pass batch_axis={{'outputs': {first}}} if they are on "
-        f"axis 0, batch_axis={{'outputs': {other}}} if steps are there{of_one}"
+        f"axis 0, batch_axis={{'outputs': {other}}} if steps are there{none}"
     )

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from operator import itemgetter
+from typing import NamedTuple
 
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from torch_secorder.autograd.nodes import is_python_function, value_shape
+from torch_secorder.autograd.nodes import any_may_be_packed, is_python_function, value_shape
 from torch_secorder.autograd.opaque import is_opaque
-from torch_secorder.batch_axis.evidence import Evidence, Unplaced
+from torch_secorder.batch_axis.evidence import Evidence, Finding, Unplaced
 from torch_secorder.batch_axis.placement import FIRST, Placement
 from torch_secorder.batch_axis.search_pass import SearchPasses, Viewed
 from torch_secorder.capture.own_axes import OwnAxis, has_samples_first
@@ -20,6 +22,8 @@ from torch_secorder.graph.graph import Graph
 from torch_secorder.graph.own_parameters import may_share_parameters
 from torch_secorder.graph.walk import Walk
 from torch_secorder.model.parameters import Table
+
+COPIES = "torch::autograd::CopySlices"
 
 # A place, and what says whether samples that are found there contradict what is known.
 Fixed = tuple[Viewed, Callable[[Evidence], bool]]
@@ -31,16 +35,29 @@ _NAMES = (
 HAVE_SAMPLES_FIRST = {f"{name}Backward0" for name in _NAMES.split()}
 
 
+class Fit(NamedTuple):
+    """How two readings of an output explain its graph.
+
+    Attributes:
+        axis: the first axis besides axis 0 that explains the gradients, too; None if there is none.
+        explains_all: whether axis 0 does: nothing belongs to all samples that has room for single ones.
+    """
+
+    axis: int | None
+    explains_all: bool
+
+
 def other_axis_that_fits(
     graph: Graph,
     table: Table,
     own_axes: Sequence[OwnAxis | CarriedAxis],
     shown: Sequence[tuple[Viewed, Placement]] = (),
-) -> int | None:
-    """The first axis of the outputs besides axis 0 that explains as many gradients as that one does; None if there is none.
+) -> Fit:
+    """Whether the samples may be on another axis of the outputs than the first.
 
-    An axis is none of samples if its indices have parameters of their own, as features have, or if a layer has its batch axis
-    elsewhere. Where activation checkpoints hide a part of the graph or of the data, nobody can say so.
+    An axis is none of samples if its indices have parameters of their own, as features have, if a layer has its batch axis
+    elsewhere, if none of the data would belong to single samples, or if all would share what the first axis gives to single ones.
+    What has as many indices on one axis only, such as positions, may be shared by all samples.
 
     Args:
         graph: the graph, whose outputs have as many indices on that axis as there are samples.
@@ -49,46 +66,84 @@ def other_axis_that_fits(
         shown: places whose samples other outputs have shown.
     """
     n, walk = graph.forward.n or 0, graph.walk
-    if graph.forward.has_packed_inputs or any(is_python_function(node) and is_opaque(node) for node in walk.nodes):
-        return None
-    shapes = [x.shape for x, where in graph.placed if where == FIRST]
-    axes = {
-        axis
-        for shape in shapes
-        for axis in range(1, len(shape))
-        if shape[axis] == n and may_share_parameters(graph, table, axis, of_features=axis == len(shape) - 1)
-    }
-    if not axes:
-        return None
     of_others: list[Fixed] = [(place, partial(_is_elsewhere, place, where, n)) for place, where in shown]
     fixed = [*of_others, *_fixed(graph, own_axes)]
     # What mixes steps may be behind something that is not analyzed.
     viewed = [*map(itemgetter(0), fixed), *places_in(walk)]
-    known = _evidence(graph.placed, n, viewed)
-    if _is_contradicted([one if isinstance(one, Placement) else None for one in known], of_others):
-        return min(axes)
-    for axis in sorted(axes):
+    taking = set(_that_take_data(walk))
+    known = SearchPasses(graph.placed, n).findings(viewed)
+    mixes = any(
+        _may_have_samples(place, n) and one.evidence is Unplaced.SHARED_BY_SAMPLES
+        for place, one in zip(viewed, known, strict=True)
+    )
+    shapes = [x.shape for x, where in graph.placed if where == FIRST]
+    axes = [
+        axis
+        for axis in range(1, max(map(len, shapes)))
+        if any(shape[axis : axis + 1] == (n,) for shape in shapes)
+        and may_share_parameters(graph, table, axis, of_features=any(axis == len(shape) - 1 for shape in shapes))
+    ]
+    if axes and _is_contradicted(known, of_others, by=Placement):
+        return Fit(axes[0], False)
+    for axis in axes:
         where = Placement(axis)
         placed = [(x, where if x.dim() > axis and x.shape[axis] == n else None) for x, _ in graph.placed]
-        found = _evidence(placed, n, viewed)
-        if _explained(found) >= _explained(known) and not _is_contradicted(found, fixed):
-            return axis
-    return None
+        found = SearchPasses(placed, n).findings(viewed)
+        explains_less = _explained(found, viewed, n) < _explained(known, viewed, n)
+        # The samples are made of data.
+        has_samples = {
+            place[0] for place, one in zip(viewed, found, strict=True) if isinstance(one.evidence, Placement)
+        }
+        of_data = not taking or not has_samples.isdisjoint(taking)
+        if of_data and not explains_less and not _is_contradicted(found, fixed):
+            return Fit(axis, not mixes)
+    return Fit(None, not mixes)
+
+
+def hides_data(graph: Graph) -> bool:
+    """Whether checkpoints or functions hide a part of a graph, or of the data, so that nobody can say what it shows."""
+    if graph.forward.has_packed_inputs and any_may_be_packed(graph.walk.numbered):
+        return True
+    is_hidden = any(is_python_function(node) and is_opaque(node) for node in graph.walk.nodes)
+    return is_hidden or graph.derivation(calls_functions=True).findings([]) is None
 
 
 def places_in(walk: Walk) -> list[Viewed]:
     """The outputs of a graph's calls, and of its other nodes."""
-    return [*((edge, record.shape) for record, edge in walk.calls), *map(_output, walk.nodes)]
+    # What arrives at a node that changes a part of a tensor in place is not the gradient of all that it returned.
+    nodes = [node for node in walk.nodes if node.name() != COPIES]
+    return [*((edge, record.shape) for record, edge in walk.calls), *map(_output, nodes)]
 
 
-def _explained(found: Sequence[Evidence]) -> int:
-    return sum(isinstance(one, Placement) for one in found)
+def _may_have_samples(place: Viewed, n: int) -> bool:
+    """Whether a place has room for samples besides as many indices of another axis, in front of its features."""
+    rows = math.prod(place[1][:-1])
+    return rows > 0 and rows % n**2 == 0
 
 
-def _is_contradicted(found: Sequence[Evidence | None], fixed: Sequence[Fixed]) -> bool:
-    """Whether samples were found where they can't be; the first places are those that are fixed."""
+def _explained(found: Sequence[Finding], viewed: Sequence[Viewed], n: int) -> int:
+    """In how many places samples were found, of those that have room for them beside as many steps."""
+    pairs = zip(found, viewed, strict=True)
+    return sum(isinstance(one.evidence, Placement) and _may_have_samples(place, n) for one, place in pairs)
+
+
+def _that_take_data(walk: Walk) -> Iterator[GradientEdge]:
+    """Where the gradients arrive of calls and nodes that take something which has no gradient."""
+    for record, edge in walk.calls:
+        # What is kept for a checkpoint may be data.
+        if record.inputs is None or any(not (isinstance(x, Tensor) and x.requires_grad) for x in record.inputs):
+            yield edge
+    for node in walk.nodes:
+        if node not in walk.records and None in [child for child, _ in node.next_functions]:
+            yield GradientEdge(node, 0)
+
+
+def _is_contradicted(found: Sequence[Finding], fixed: Sequence[Fixed], by: type = object) -> bool:
+    """Whether samples were found where they can't be, beyond doubt; the first places are those that are fixed."""
     pairs = zip(found, fixed, strict=False)
-    return any(contradicts(one) for one, (_, contradicts) in pairs if one is not None)
+    return any(
+        one.proven and isinstance(one.evidence, by) and contradicts(one.evidence) for one, (_, contradicts) in pairs
+    )
 
 
 def _fixed(graph: Graph, own_axes: Sequence[OwnAxis | CarriedAxis]) -> Iterator[Fixed]:
@@ -121,7 +176,3 @@ def _is_elsewhere(place: Viewed, where: Placement, n: int, found: Evidence) -> b
 
 def _output(node: Node) -> Viewed:
     return GradientEdge(node, 0), value_shape(node, 0)
-
-
-def _evidence(placed: Sequence[tuple[Tensor, Placement | None]], n: int, viewed: Sequence[Viewed]) -> list[Evidence]:
-    return [one.evidence for one in SearchPasses(placed, n).findings(viewed)]

@@ -31,8 +31,8 @@ def may_share_parameters(graph: Graph, table: Table, axis: int, *, of_features: 
 
     Of an axis that may be one of features, an entry counts as one's own also if a single sample uses it on the first axis.
     """
-    along, first = graph.derivation_along(axis), None if of_features else graph.derivation()
-    return along.findings([]) is not None and _first_of_own(graph, table, along, first) is None
+    along, first = graph.derivation_along(axis), None if of_features else graph.derivation(calls_functions=True)
+    return _first_of_own(graph, table, along, first) is None
 
 
 def _first_of_own(graph: Graph, table: Table, derivation: Derivation, other: Derivation | None) -> str | None:

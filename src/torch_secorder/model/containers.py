@@ -71,6 +71,11 @@ def parts(value: Any) -> list[tuple[Key, Any]]:
     return [(0, value)] if isinstance(value, Tensor) else []
 
 
+def keyed_tensors(value: Any) -> list[tuple[Key, Tensor]]:
+    """The tensors of a container, each with the key, field or position of the part that has it."""
+    return [(key, x) for key, part in parts(value) for x in tensors(part)]
+
+
 def with_parts(function: Callable[[Key, Any], Any], value: Any) -> Any:
     """The same container with ``function(key, part)`` in place of each part; anything else is returned as it is."""
     if isinstance(value, Mapping):
