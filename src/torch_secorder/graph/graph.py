@@ -51,11 +51,14 @@ class Graph:
             self._derivations[key] = self._derived(placed, calls_functions=calls_functions)
         return self._derivations[key]
 
+    def placed_along(self, axis: int) -> list[tuple[Tensor, Placement | None]]:
+        """The outputs, if they had the samples on another axis."""
+        n, where = self.forward.n, Placement(axis)
+        return [(x, where if x.dim() > axis and x.shape[axis] == n else None) for x, _ in self.placed]
+
     def derivation_along(self, axis: int) -> Derivation:
         """What the nodes would tell if the samples were on another axis of the outputs."""
-        n, where = self.forward.n, Placement(axis)
-        placed = [(x, where if x.dim() > axis and x.shape[axis] == n else None) for x, _ in self.placed]
-        return self._derived(placed, calls_functions=True)
+        return self._derived(self.placed_along(axis), calls_functions=True)
 
     def _derived(
         self, placed: Sequence[tuple[Tensor, Placement | None]], *, calls_functions: bool = False

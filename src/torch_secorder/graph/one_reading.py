@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Container, Mapping, Sequence
+from enum import Enum
 from functools import partial
 from typing import NamedTuple
 
@@ -22,7 +23,12 @@ from torch_secorder.errors import ShapeError
 from torch_secorder.graph.call_places import wanted_of_calls
 from torch_secorder.graph.carried_axes import CarriedAxis
 from torch_secorder.graph.graph import Graph
-from torch_secorder.graph.other_axis import hides_data, other_axis_that_fits, places_in
+from torch_secorder.graph.other_axis import (
+    first_axis_explains_all,
+    hides_data,
+    other_axis_that_fits,
+    places_in,
+)
 from torch_secorder.graph.own_parameters import first_of_own_parameters
 from torch_secorder.graph.samples_in_data import takes_all_samples
 from torch_secorder.graph.walk import Walk
@@ -42,6 +48,14 @@ class Reading(NamedTuple):
     graph: Graph
     search: SampleSearch
     own_axes: Sequence[OwnAxis | CarriedAxis]
+
+
+class Shown(Enum):
+    """What shows that an output has its samples on the first axis."""
+
+    BY_DATA = "something takes single samples of an argument, or another batch has shown it"
+    BY_GRAPH = "no other axis fits, which shows something only if the first one explains everything"
+    BY_NOTHING = "it is believed"
 
 
 def one_reading(
@@ -126,7 +140,9 @@ class _EachOutput:
             answer = _answer(self._of(number), self._table, self._believes_first_axis)
             if isinstance(answer, Doubt):
                 found[number] = answer
-            elif answer:
+            elif answer is Shown.BY_DATA or (
+                answer is Shown.BY_GRAPH and first_axis_explains_all(self._of(number).graph)
+            ):
                 inside = _shown_by(self._of(number).graph, [self._placed[other][0] for other in left])
                 self._shown.update([number, *itertools.compress(left, inside)])
                 left = [other for other, is_shown in zip(left, inside, strict=True) if not is_shown]
@@ -192,28 +208,28 @@ def _is_settled(reading: Reading, table: Table, placed: Sequence[tuple[Tensor, P
         for place, one in zip(viewed, found, strict=True)
         if one.proven and isinstance(one.evidence, Placement)
     ]
-    return bool(shown) and other_axis_that_fits(reading.graph, table, reading.own_axes, shown).axis is None
+    return bool(shown) and other_axis_that_fits(reading.graph, table, reading.own_axes, shown) is None
 
 
-def _answer(reading: Reading, table: Table, believes_first_axis: Callable[[], bool]) -> Doubt | bool:
-    """What makes another axis possible or the first one impossible; else whether something shows the samples on the first."""
+def _answer(reading: Reading, table: Table, believes_first_axis: Callable[[], bool]) -> Doubt | Shown:
+    """What makes another axis possible or the first one impossible; else what shows the samples on the first."""
     graph, search, own_axes = reading
     n = graph.forward.n or 0
     shape = next(tuple(x.shape) for x, where in graph.placed if where == FIRST and n in x.shape[1:])
     axis = shape.index(n, 1)
     told = takes_all_samples(graph, search, table)
     if False in told.values():
-        return True
+        return Shown.BY_DATA
     if told:
         return Doubt(shape, axis, f"{next(iter(told))}: it takes all of the model's samples for each index")
     if (name := first_of_own_parameters(graph, table)) is not None:
         return Doubt(shape, axis, f"{name}: each index has such parameters of its own, that no other index uses,")
     if table.ranks.distributed or hides_data(graph) or _is_of_parameters(graph):
-        return False
+        return Shown.BY_NOTHING
     if believes_first_axis():
-        return True
-    fit = other_axis_that_fits(graph, table, own_axes)
-    return fit.explains_all if fit.axis is None else Doubt(shape, fit.axis, "")
+        return Shown.BY_DATA
+    fits = other_axis_that_fits(graph, table, own_axes)
+    return Shown.BY_GRAPH if fits is None else Doubt(shape, fits, "")
 
 
 def _is_of_parameters(graph: Graph) -> bool:

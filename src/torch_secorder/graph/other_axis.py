@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from operator import itemgetter
-from typing import NamedTuple
 
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
@@ -35,25 +34,13 @@ _NAMES = (
 HAVE_SAMPLES_FIRST = {f"{name}Backward0" for name in _NAMES.split()}
 
 
-class Fit(NamedTuple):
-    """How two readings of an output explain its graph.
-
-    Attributes:
-        axis: the first axis besides axis 0 that explains the gradients, too; None if there is none.
-        explains_all: whether axis 0 does: nothing belongs to all samples that has room for single ones.
-    """
-
-    axis: int | None
-    explains_all: bool
-
-
 def other_axis_that_fits(
     graph: Graph,
     table: Table,
     own_axes: Sequence[OwnAxis | CarriedAxis],
     shown: Sequence[tuple[Viewed, Placement]] = (),
-) -> Fit:
-    """Whether the samples may be on another axis of the outputs than the first.
+) -> int | None:
+    """The first axis of the outputs besides axis 0 that may have the samples as well; None if there is none.
 
     An axis is none of samples if its indices have parameters of their own, as features have, if a layer has its batch axis
     elsewhere, if none of the data would belong to single samples, or if all would share what the first axis gives to single ones.
@@ -65,39 +52,45 @@ def other_axis_that_fits(
         own_axes: the axes on which samples must be, or must not be.
         shown: places whose samples other outputs have shown.
     """
-    n, walk = graph.forward.n or 0, graph.walk
+    n = graph.forward.n or 0
+    axes = _possible_axes(graph, table)
+    if not axes:
+        return None
     of_others: list[Fixed] = [(place, partial(_is_elsewhere, place, where, n)) for place, where in shown]
     fixed = [*of_others, *_fixed(graph, own_axes)]
     # What mixes steps may be behind something that is not analyzed.
-    viewed = [*map(itemgetter(0), fixed), *places_in(walk)]
-    taking = set(_that_take_data(walk))
+    viewed = [*map(itemgetter(0), fixed), *places_in(graph.walk)]
     known = SearchPasses(graph.placed, n).findings(viewed)
-    mixes = any(
-        _may_have_samples(place, n) and one.evidence is Unplaced.SHARED_BY_SAMPLES
-        for place, one in zip(viewed, known, strict=True)
-    )
-    shapes = [x.shape for x, where in graph.placed if where == FIRST]
-    axes = [
+    if _is_contradicted(known, of_others, by=Placement):
+        return axes[0]
+    taking = set(_that_take_data(graph.walk))
+    for axis in axes:
+        found = SearchPasses(graph.placed_along(axis), n).findings(viewed)
+        explains_less = _explained(found, viewed, n) < _explained(known, viewed, n)
+        if not explains_less and _are_of_data(found, viewed, taking) and not _is_contradicted(found, fixed):
+            return axis
+    return None
+
+
+def _possible_axes(graph: Graph, table: Table) -> list[int]:
+    """The axes of the outputs besides axis 0 whose indices are as many as the samples, and may use the same parameters."""
+    n, shapes = graph.forward.n, [x.shape for x, where in graph.placed if where == FIRST]
+    return [
         axis
         for axis in range(1, max(map(len, shapes)))
         if any(shape[axis : axis + 1] == (n,) for shape in shapes)
         and may_share_parameters(graph, table, axis, of_features=any(axis == len(shape) - 1 for shape in shapes))
     ]
-    if axes and _is_contradicted(known, of_others, by=Placement):
-        return Fit(axes[0], False)
-    for axis in axes:
-        where = Placement(axis)
-        placed = [(x, where if x.dim() > axis and x.shape[axis] == n else None) for x, _ in graph.placed]
-        found = SearchPasses(placed, n).findings(viewed)
-        explains_less = _explained(found, viewed, n) < _explained(known, viewed, n)
-        # The samples are made of data.
-        has_samples = {
-            place[0] for place, one in zip(viewed, found, strict=True) if isinstance(one.evidence, Placement)
-        }
-        of_data = not taking or not has_samples.isdisjoint(taking)
-        if of_data and not explains_less and not _is_contradicted(found, fixed):
-            return Fit(axis, not mixes)
-    return Fit(None, not mixes)
+
+
+def first_axis_explains_all(graph: Graph) -> bool:
+    """Whether nothing belongs to all samples that has room for single ones, if these are on the first axis of the outputs."""
+    n, viewed = graph.forward.n or 0, places_in(graph.walk)
+    found = SearchPasses(graph.placed, n).findings(viewed)
+    return not any(
+        one.evidence is Unplaced.SHARED_BY_SAMPLES and _may_have_samples(place, n)
+        for place, one in zip(viewed, found, strict=True)
+    )
 
 
 def hides_data(graph: Graph) -> bool:
@@ -125,6 +118,12 @@ def _explained(found: Sequence[Finding], viewed: Sequence[Viewed], n: int) -> in
     """In how many places samples were found, of those that have room for them beside as many steps."""
     pairs = zip(found, viewed, strict=True)
     return sum(isinstance(one.evidence, Placement) and _may_have_samples(place, n) for one, place in pairs)
+
+
+def _are_of_data(found: Sequence[Finding], viewed: Sequence[Viewed], taking: set[GradientEdge]) -> bool:
+    """Whether some of what takes data belongs to single samples, which are made of it, if anything takes any."""
+    with_samples = {place[0] for place, one in zip(viewed, found, strict=True) if isinstance(one.evidence, Placement)}
+    return not taking or not with_samples.isdisjoint(taking)
 
 
 def _that_take_data(walk: Walk) -> Iterator[GradientEdge]:
