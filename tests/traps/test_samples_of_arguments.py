@@ -685,3 +685,21 @@ def test_trap_19_however_the_argument_is_given(way: str) -> None:
     with expectation(r"batch_axis={'outputs': 1}"), FisherMonitor(model, "sum", **words):
         outputs = model(x=given[0]) if way == "by name" else model(*given)
         squares(outputs).backward()
+
+
+@pytest.mark.parametrize("way", ["a report without checks", "the user's word"])
+def test_trap_19_what_others_believed_is_asked_in_a_block_to_which_nothing_is_said(way: str) -> None:
+    inner, x = UNSHOWN_STEPS["frozen features"](), torch.randn(N, N, 4).double()
+    model = Forward(lambda m, x: m.inner(x).transpose(0, 1), inner=inner)
+    for _ in range(3):  # Then it is no graph's turn to be examined.
+        if way == "the user's word":
+            with FisherMonitor(model, "sum", batch_axis={"outputs": 0}):
+                squares(model(x)).backward()
+        else:
+            words: dict[str, Any] = {"reduction": "sum", "progress": False, "verify": False}
+            fisher_report(model, lambda o, t: squares(o), (x, None), **words)
+    with FisherMonitor(model, "sum") as monitor:
+        for _ in range(3):
+            with expectation(r"may be on axis 0 or on axis 1 of an output"):
+                squares(model(x)).backward()
+    assert monitor.n_samples == 0

@@ -79,6 +79,7 @@ class PlacementCache:
         keeps_lists: whether the graphs have their samples at the same indices each time.
         keeps_order: whether the labels of the graphs have shown that the samples are where shapes say; None if nobody has asked.
         doubts: the numbers of outputs that may have their samples on another axis than the first, each with why.
+        is_asked: whether outputs were asked for another axis by callers that check no samples afterwards.
         shows_first_axis: whether the graphs show by their sizes that the outputs have their samples on the first axis.
     """
 
@@ -91,6 +92,7 @@ class PlacementCache:
     keeps_lists: bool = False
     keeps_order: bool | None = None
     doubts: dict[int, Doubt] = field(default_factory=dict)
+    is_asked: bool = False
     shows_first_axis: bool = False
 
     def keep(self, key: Key, found: Finding) -> None:
@@ -115,7 +117,7 @@ class PlacementCache:
         self.untold.clear()
         self.comparing.clear()
         self.doubts.clear()
-        self.graphs_seen, self.keeps_order = 0, None
+        self.graphs_seen, self.keeps_order, self.is_asked = 0, None, False
 
     def forget(self, key: Key) -> None:
         """Have the next graph looked through for this place."""

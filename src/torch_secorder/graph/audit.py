@@ -142,8 +142,10 @@ class Audit:
             known.shows_first_axis = True
             self._knowledge.note_first_axis(walk.layout)
         # In most steps what is known of graphs of this kind is not examined again.
-        if asked.ambiguous_shapes and asked.several_samples and (known.doubts or search.examines):
-            reading, believes = Reading(graph, search, own_axes), partial(self._believes_first_axis, walk)
+        asks = search.examines or not (known.is_asked or self._trust.first_axis)
+        if asked.ambiguous_shapes and asked.several_samples and (known.doubts or asks):
+            known.is_asked = known.is_asked or not self._trust.first_axis
+            reading, believes = Reading(graph, search, own_axes, asks), partial(self._believes_first_axis, walk)
             refused = one_reading(reading, self._table, believes, checks_samples=self._trust.first_axis)
             self.refused = [(get_gradient_edge(graph.placed[number][0]), why) for number, why in refused.items()]
 

@@ -43,11 +43,13 @@ class Reading(NamedTuple):
         graph: the graph.
         search: what was searched in it, and is to be searched there besides.
         own_axes: the axes on which samples must be, or must not be.
+        asks: whether this is asked now, and not only what graphs of its kind have answered.
     """
 
     graph: Graph
     search: SampleSearch
     own_axes: Sequence[OwnAxis | CarriedAxis]
+    asks: bool = True
 
 
 class Shown(Enum):
@@ -83,7 +85,7 @@ def one_reading(
     Raises:
         ShapeError: where the outputs are asked together, if that is so.
     """
-    graph, search, _ = reading
+    graph, search, _, asks = reading
     known, forward, n = search.placements, graph.forward, graph.forward.n or 0
     names = {id(x): key for key, x in forward.keyed_outputs()}
     keys = [names.get(id(x)) for x, _ in graph.placed]
@@ -96,10 +98,10 @@ def one_reading(
     if not asked:
         return {}
     together = checks_samples or table.ranks.distributed or sum(where is not None for _, where in graph.placed) == 1
-    if search.examines and together:
+    if asks and together:
         answer = _answer(reading, table, believes_first_axis)
         known.doubts = {asked[0]: answer} if isinstance(answer, Doubt) else {}
-    elif search.examines:
+    elif asks:
         each = _EachOutput(reading, table, believes_first_axis, told)
         known.doubts = each.doubts([number for number in asked if number not in known.comparing])
     doubts = {number: one for number, one in known.doubts.items() if one.contradiction or not believes_first_axis()}
@@ -213,7 +215,7 @@ def _is_settled(reading: Reading, table: Table, placed: Sequence[tuple[Tensor, P
 
 def _answer(reading: Reading, table: Table, believes_first_axis: Callable[[], bool]) -> Doubt | Shown:
     """What makes another axis possible or the first one impossible; else what shows the samples on the first."""
-    graph, search, own_axes = reading
+    graph, search, own_axes, _ = reading
     n = graph.forward.n or 0
     shape = next(tuple(x.shape) for x, where in graph.placed if where == FIRST and n in x.shape[1:])
     axis = shape.index(n, 1)
