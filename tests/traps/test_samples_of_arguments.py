@@ -395,10 +395,10 @@ def squares(outputs: Tensor) -> Tensor:
     return outputs.square().sum()
 
 
-def looped(model: nn.Module, x: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+def looped(model: nn.Module, x: Tensor, loss: Callable[[Any], Tensor] = squares) -> tuple[dict[str, Tensor], Tensor]:
     """By a loop over samples: the trace of each parameter, and their sum."""
-    named = dict(model.named_parameters())
-    rows = [torch.autograd.grad(squares(model(x[i : i + 1])), list(named.values())) for i in range(len(x))]
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    rows = [torch.autograd.grad(loss(model(x[i : i + 1])), list(named.values())) for i in range(len(x))]
     found = {
         name: torch.stack([g.square().sum() for g in column]).sum()
         for name, column in zip(named, zip(*rows, strict=True), strict=True)
@@ -411,11 +411,13 @@ def batch(shape: tuple[int, ...], name: str) -> Tensor:
     return x if name == "a cast" else x.double()
 
 
-def assert_exact(model: nn.Module, x: Tensor, steps: int = 1, **words: Any) -> None:
-    expected, everything = looped(model, x)
+def assert_exact(
+    model: nn.Module, x: Tensor, steps: int = 1, loss: Callable[[Any], Tensor] = squares, **words: Any
+) -> None:
+    expected, everything = looped(model, x, loss)
     with FisherMonitor(model, "sum", **words) as monitor:
         for _ in range(steps):
-            squares(model(x)).backward()
+            loss(model(x)).backward()
     assert monitor.n_samples == steps * len(x)
     for name, t in expected.items():
         found = torch.tensor(monitor.report().loc[name, "fisher_trace"])

@@ -5,6 +5,7 @@ from the same layers. Each model states its outcome with as many steps or member
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -27,7 +28,9 @@ from traps.test_samples_of_arguments import (
     N,
     batch,
     heads,
+    looped,
 )
+from traps.test_samples_of_arguments import assert_exact as exact_of_one
 
 Outputs = tuple[Tensor, ...] | dict[str, Tensor]
 
@@ -48,26 +51,7 @@ def beside(inner: nn.Module, x: Tensor, *, comes_first: bool, of_frozen: bool = 
     return Forward(forward, inner=inner, side=randomized(nn.Linear(x[0].numel(), 3)).double())
 
 
-def looped(model: nn.Module, x: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-    """By a loop over samples: the trace of each parameter, and their sum."""
-    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    rows = [torch.autograd.grad(squares(model(x[i : i + 1])), list(named.values())) for i in range(len(x))]
-    found = {
-        name: torch.stack([g.square().sum() for g in column]).sum()
-        for name, column in zip(named, zip(*rows, strict=True), strict=True)
-    }
-    return found, torch.stack(list(found.values())).sum()
-
-
-def assert_exact(model: nn.Module, x: Tensor, steps: int = 3, **words: Any) -> None:
-    expected, everything = looped(model, x)
-    with FisherMonitor(model, "sum", **words) as monitor:
-        for _ in range(steps):
-            squares(model(x)).backward()
-    assert monitor.n_samples == steps * len(x)
-    for name, t in expected.items():
-        found = torch.tensor(monitor.report().loc[name, "fisher_trace"])
-        assert_equal(found, steps * t, steps * everything, torch.float64)
+assert_exact = partial(exact_of_one, steps=3, loss=squares)
 
 
 def assert_refused(model: nn.Module, x: Tensor, says: str, steps: int = 6) -> None:
@@ -117,7 +101,7 @@ def test_trap_19_samples_first_in_both_outputs(name: str, comes_first: bool) -> 
         return
     assert_refused(model, x, r"may be on axis 0 or on axis 1 of an output", steps=1)
     assert_exact(model, x, batch_axis={"outputs": {0 if comes_first else 1: 0}})
-    expected = looped(model, x)[1] + looped(model, x[:2])[1]
+    expected = looped(model, x, squares)[1] + looped(model, x[:2], squares)[1]
     with FisherMonitor(model, "sum") as monitor:
         squares(model(x[:2])).backward()
         squares(model(x)).backward()
