@@ -269,6 +269,10 @@ class Analysis:
         """Whether the result for a function of the latest batch's outputs is due for a check, on any rank."""
         return self._is_checked("when due", function, self._fingerprint)
 
+    def restart_checks(self) -> None:
+        """Have the next batch checked, and as many after it as after the first one."""
+        self.knowledge.schedule.restart()
+
     def forget_shapes(self) -> None:
         """Trust no shapes from now on."""
         self.knowledge.forget_shapes()
