@@ -82,7 +82,7 @@ def test_trap_19_steps_that_nothing_shows_beside_another_output(name: str, axis:
     steps = Forward(lambda m, x: m.inner(x).transpose(0, axis), inner=UNSHOWN_STEPS[name]())
     x = torch.randn(N, N, 4).double()
     model = beside(steps, x, comes_first=True, of_frozen=of_frozen)
-    if (name, axis) == PACKED_FIRST:  # A recurrence shows its steps.
+    if (name, axis) == PACKED_FIRST and x.device.type == "cpu":  # A recurrence shows its steps in the nodes of the CPU.
         assert_exact(model, x)
         return
     assert_refused(model, x, rf"on axis 0 or on axis 1 .*batch_axis={{'outputs': {{0: {axis}}}}}")
