@@ -202,8 +202,7 @@ class ForwardTracker:
         found = BatchSamples(count.n or -1, self.words, count.indices).placements("outputs", output)
         if len(found) < 2 or self.words.says_outputs:
             return found
-        packs = forward.has_packed_inputs
-        return without_those_of_parameters(outputs, found, count.n, forward.inputs, packs=packs)
+        return without_those_of_parameters(outputs, found, count.n, forward.inputs, packs=forward.has_packed_inputs)
 
     def refuse(self, error: Exception) -> None:
         """Raise an error; in a backward pass, hand it over, so that it is raised when that pass is over."""
